@@ -1,0 +1,52 @@
+# `make demo` and `make test` need Python 3.11 or newer and make, nothing else; every other target builds on them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help demo test test-all lint benchmark study teacher clean
+
+help:
+	@echo "make demo       install, then teacher -> trajectories -> 4-step student -> report (about ten minutes on two cores)"
+	@echo "make test       install, then lint, type check and tests"
+	@echo "make test-all   the long tests too: browser, fuzzing, matrices"
+	@echo "make benchmark  speed and memory, as ratios measured side by side"
+	@echo "make study      the table of the README: every variant, three seeds (hours)"
+	@echo "make teacher    rebuild the embedded emoji teacher from its sources (hours on two cores)"
+
+# torch first: DeepSpeed's archive imports it while it is built, so nothing after it may build in isolation.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "mlcm-rl needs Python 3.11 or newer, found " + sys.version.split()[0] + ": make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch setuptools wheel ninja
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev,emoji]'
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[deepspeed]' || echo 'DeepSpeed did not build: its tests will be skipped'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/mlcm run recipes/emoji_demo.yaml
+	$(BIN)/python recipes/emoji/check_demo.py runs/emoji_demo
+
+test: $(VENV)/installed lint
+	$(BIN)/python -m pytest -q -n 2
+
+test-all: $(VENV)/installed lint
+	$(BIN)/python -m pytest -q -m 'not gpu'
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+benchmark: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/distillation.py
+
+study: $(VENV)/installed
+	$(BIN)/python recipes/emoji/study.py
+
+teacher: $(VENV)/installed
+	$(BIN)/python recipes/emoji/build.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

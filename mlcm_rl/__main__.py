@@ -1,0 +1,241 @@
+"""The `mlcm` command: reads the arguments, calls the function that does the work, prints what came of it.
+
+Exit codes: 0; 2 for a bad recipe or argument; 1 for a run that failed; 130 after Ctrl-C. torch is imported only by the
+commands that need it, inside `_pipeline`, so that `--help`, `validate` and `schema` answer at once.
+"""
+
+import difflib
+import json
+import os
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .recipe import Recipe, json_schema
+from .recipe_file import load
+from .recipe_tree import RecipeError, key_text
+
+if TYPE_CHECKING:
+    from .pipeline import PlannedStage
+
+app = typer.Typer(
+    name="mlcm",
+    help="Distil a latent text-to-image diffusion model into a 2-8-step student.",
+    epilog="Begin with `mlcm plan recipes/emoji_mlcm.yaml`; every command has a `--help` of its own.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(highlight=False)
+error_console = Console(highlight=False, stderr=True)
+
+
+def _existing(path: Path) -> Path:
+    """A run or stage folder that is there; else the nearest ones that are."""
+    if path.is_dir():
+        return path
+    beside = [folder for parent in (path.parent, Path("runs")) if parent.is_dir() for folder in parent.iterdir()]
+    names = {folder.name: str(folder) for folder in beside if folder.is_dir()}
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or sorted(names)[:3]
+    known = f"the nearest are {', '.join(names[name] for name in near)}" if near else "there are no runs yet"
+    raise typer.BadParameter(f"no folder {path}: {known}")
+
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", show_default=False, help="a recipe's YAML file")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        show_default=False,
+        help=r"settings put over the recipe's: stages.1.learning_rate=1e-4, stages\[distill].num_steps=100",
+    ),
+]
+RunFolder = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", callback=_existing, show_default=False, help="runs/<recipe>, or a stage's folder"),
+]
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Run a recipe, or what is not yet done of it. The same command takes up an interrupted run."""
+    loaded = _load(recipe, overrides)
+    with _pipeline(interrupted="Interrupted. The same command takes the run up where it was saved.") as pipeline:
+        finished = pipeline.run(loaded)
+    _line(Text.assemble(("done", "green"), f"  {len(finished)} stages in {Path(loaded.runs) / loaded.name}"))
+
+
+@app.command()
+def validate(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE", show_default=False, help="recipes' YAML files")],
+) -> None:
+    """Check recipes, every error at once, without loading anything."""
+    bad = 0
+    for path in recipes:
+        try:
+            load(path, root=Path.cwd())
+        except RecipeError as error:
+            bad += 1
+            _print_problems(console, path, error)
+        else:
+            _line(Text.assemble(("ok", "green"), f"  {path}"))
+    if bad:
+        raise typer.Exit(2)
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Show what a run would do: stages done and to do, network evaluations, disk, memory."""
+    loaded = _load(recipe, overrides)
+    with _pipeline() as pipeline:
+        stages = pipeline.plan(loaded)
+    _print_plan(loaded, stages)
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    prompt: Annotated[list[str], typer.Option(help="what to draw; may be repeated", show_default=False)],
+    out: Annotated[Path, typer.Option(help="folder for the pictures", show_default=False)],
+    steps: Annotated[int, typer.Option(min=1, max=8, help="network evaluations a picture")] = 4,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    gamma: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="noise put back between steps: 0 none, 1 all; default: what suits the student"),
+    ] = None,
+) -> None:
+    """Draw pictures with a run's student."""
+    with _pipeline() as pipeline:
+        pictures = pipeline.sample(run, prompt, steps, seed, gamma, out)
+    for picture in pictures:
+        _line(Text(str(picture)))
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    steps: Annotated[
+        list[int] | None, typer.Option(min=1, max=8, help="sampling steps; may be repeated", show_default=False)
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="prompts to draw", show_default=False)] = None,
+) -> None:
+    """Measure a run's student beside its teacher and write the report."""
+    with _pipeline() as pipeline:
+        report = pipeline.evaluate(run, num_prompts, steps or None)
+    _line(Text(str(report)))
+
+
+@app.command()
+def export(
+    run: RunFolder, out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write", show_default=False)]
+) -> None:
+    """Write a run's student as a folder that diffusers opens without this package."""
+    with _pipeline() as pipeline:
+        folder = pipeline.export(run, out)
+    _line(Text(str(folder)))
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option(help="file to write; default: print it", show_default=False)] = None,
+) -> None:
+    """Print the JSON schema of recipes, from which editors complete and check them."""
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, out)
+
+
+def main() -> None:
+    """The console command."""
+    app(prog_name="mlcm")
+
+
+def _load(path: Path, overrides: list[str] | None) -> Recipe:
+    """The recipe, checked against the files under the working directory; exit 2 with all its errors."""
+    try:
+        return load(path, overrides or [], root=Path.cwd())
+    except RecipeError as error:
+        _print_problems(error_console, path, error)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def _pipeline(interrupted: str = "Interrupted.") -> Iterator[ModuleType]:
+    """`mlcm_rl.pipeline`, imported only here. A failed run ends with its message, Ctrl-C with one line."""
+    try:
+        from . import pipeline
+
+        try:
+            yield pipeline
+        except pipeline.RunError as error:
+            error_console.print(Text.assemble(("failed", "bold red"), f"  {error}"), soft_wrap=True)
+            raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        error_console.print(Text(f"\n{interrupted}"), soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def _print_problems(to: Console, path: Path, error: RecipeError) -> None:
+    """All errors of a recipe: in a terminal laid out for reading, else one line each, never wrapped."""
+    count = f"{len(error.problems)} error{'s' if len(error.problems) > 1 else ''}"
+    to.print(Text.assemble(("bad", "bold red"), f" {path}: {count}"), soft_wrap=True)
+    for problem in error.problems:
+        if to.is_terminal:
+            place = Text.assemble(f"  {problem.where}  ", (key_text(problem.key), "bold cyan"))
+            to.print(place, soft_wrap=True)
+            lines = textwrap.fill(problem.text, to.width - 6, break_long_words=False, break_on_hyphens=False)
+            to.print(Text(textwrap.indent(lines, " " * 6)), soft_wrap=True)
+        else:
+            to.print(Text(str(problem)), soft_wrap=True)
+
+
+def _print_plan(recipe: Recipe, stages: "list[PlannedStage]") -> None:
+    table = Table("stage", "", box=None, pad_edge=False, header_style="bold")
+    for name in ("evaluations", "disk", "memory"):
+        table.add_column(name, justify="right")
+    for stage in stages:
+        state = Text("done", style="green") if stage.done else Text("to do", style="yellow")
+        figures = (f"{stage.network_evaluations:,}", _bytes(stage.disk_bytes), _bytes(stage.memory_bytes))
+        table.add_row(Text(stage.folder.name, no_wrap=True), state, *figures)
+    ahead = [stage for stage in stages if not stage.done]
+    evaluations = f"{sum(stage.network_evaluations for stage in ahead):,}"
+    disk, memory = sum(stage.disk_bytes for stage in ahead), max((stage.memory_bytes for stage in ahead), default=0)
+    table.add_section()
+    table.add_row("still to do", "", evaluations, _bytes(disk), _bytes(memory), style="bold")
+    console.print(table, crop=False)
+    _line(
+        Text(f"\nOne evaluation is one pass of the denoiser for one sample.\nStages are kept in {recipe.runs}/stages.")
+    )
+
+
+def _bytes(count: int) -> str:
+    """1536 -> "1.5 kB" (powers of 1000, as disks are sold)."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _line(text: Text) -> None:
+    """One line of output, never wrapped, so that a path in it can be copied and piped."""
+    console.print(text, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Students: a denoiser that starts as its teacher, what of it is trained, and the folder it is kept in.
+
+A LoRA student shares the teacher's weights in memory and adds its own adapter; the teacher's module stays untouched, so
+that both can be called side by side and one base can carry any number of students.
+
+A student's folder holds `student.json` and either `unet/` in diffusers' format (full weights) or
+`pytorch_lora_weights.safetensors` in diffusers' layout with PEFT's configuration in its metadata, and then
+`conditioning.safetensors` where the student is conditioned on its target time.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .bases import TARGET_TIME_WIDTH, Base
+from .checkpoint import read_json, replacing, write_json, write_tensors
+from .recipe import Full, Lora
+
+ADAPTER_NAME = "distilled"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
+CONDITIONING_FILE = "conditioning.safetensors"
+DESCRIPTION_FILE = "student.json"
+METADATA_KEY = "lora_adapter_metadata"  # diffusers' key for PEFT's configuration in a safetensors header
+TARGET_TIME_KEY = "time_embedding.cond_proj.weight"
+
+
+class TargetTimeProjection(nn.Linear):
+    """Projects the target time's sinusoids to where those of t go: float32 weights, its input's precision out."""
+
+    def forward(self, sinusoids: Tensor) -> Tensor:
+        return super().forward(sinusoids.to(self.weight.dtype)).to(sinusoids.dtype)
+
+
+@dataclass(frozen=True)
+class Student:
+    """A finished student, loaded."""
+
+    denoiser: UNet2DConditionModel
+    num_segments: int
+    conditioned: bool
+    folder: Path
+
+    @property
+    def default_gamma(self) -> float:
+        """1 (re-noise) for one segment; 0 (deterministic) for more, and for a student told where its jumps end."""
+        return default_gamma(self.num_segments, self.conditioned)
+
+
+def default_gamma(num_segments: int, conditioned: bool) -> float:
+    """The sampler's gamma that suits a student: 1 (re-noise) for one segment, else 0, as when told where jumps end."""
+    return 1.0 if num_segments == 1 and not conditioned else 0.0
+
+
+@contextmanager
+def swapped(denoiser: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """`denoiser` with `weights` in place of its parameters of those names, for as long as the block lasts."""
+    held = {name: parameter.data for name, parameter in denoiser.named_parameters() if name in weights}
+    try:
+        for name, parameter in denoiser.named_parameters():
+            if name in weights:
+                parameter.data = weights[name].data
+        yield
+    finally:
+        for name, parameter in denoiser.named_parameters():
+            if name in held:
+                parameter.data = held[name]
+
+
+def student(
+    base: Base, adapter: Lora | Full, seed: int, condition_on_target: bool = False, start: Path | None = None
+) -> UNet2DConditionModel:
+    """A trainable denoiser whose output equals the teacher's bit for bit, or that of the student in folder `start`.
+
+    LoRA matrices are drawn from `seed` (the up-projections are zero). `condition_on_target` adds a zero projection of
+    the target time, trained in full. Raises ValueError where `start` holds another kind or size of student.
+    """
+    if start is not None:
+        return _resume(base, adapter, condition_on_target, Path(start))
+    denoiser = _denoiser(base.denoiser, condition_on_target, shared=isinstance(adapter, Lora))
+    if isinstance(adapter, Full):
+        return denoiser.requires_grad_(True)
+    settings = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(base.lora_targets))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return _with_lora(denoiser, settings)
+
+
+def trainable_parameters(denoiser: nn.Module) -> list[nn.Parameter]:
+    """The parameters that training changes, in the module's order."""
+    return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+
+
+def save_student(denoiser: UNet2DConditionModel, folder: Path | str, description: dict[str, Any]) -> None:
+    """Write a student's folder in one rename, replacing an older one.
+
+    `description` goes into student.json with what the denoiser itself says ("adapter", "conditioned"); it must name
+    "segments" (K of the last phase), "family" and "prediction_type". Raises ValueError where it does not.
+    """
+    missing = {"segments", "family", "prediction_type"} - set(description)
+    if missing:
+        raise ValueError(f"a student's description lacks {', '.join(sorted(missing))}")
+    settings = _lora_settings(denoiser)
+    adapter = Full() if settings is None else Lora(rank=settings.r, alpha=settings.lora_alpha)
+    conditioned = denoiser.config.time_cond_proj_dim is not None
+    with replacing(Path(folder)) as partial:
+        partial.mkdir()
+        if settings is None:
+            denoiser.save_pretrained(partial / "unet")
+        else:
+            _save_lora(denoiser, settings, partial)
+        if settings is not None and conditioned:
+            write_tensors(partial / CONDITIONING_FILE, {TARGET_TIME_KEY: denoiser.time_embedding.cond_proj.weight})
+        described = {**description, "adapter": adapter.model_dump(), "conditioned": conditioned}
+        write_json(partial / DESCRIPTION_FILE, described)
+
+
+def load_student(base: Base, folder: Path | str) -> Student:
+    """The student in `folder`, over the weights of `base` where it is an adapter, bit for bit as it was saved.
+
+    Its parameters ask for gradients as in training: torch multiplies by frozen matrices in another order, which would
+    change the last bits. Raises FileNotFoundError where there is none, ValueError for one of another family or
+    prediction type.
+    """
+    folder = Path(folder)
+    described = describe(folder)
+    for name, expected in (("family", base.family), ("prediction_type", base.prediction_type)):
+        if described[name] != expected:
+            raise ValueError(f"{folder}: the student's {name} is {described[name]}, the teacher's {expected}")
+    return Student(_load_denoiser(base, folder, described), described["segments"], described["conditioned"], folder)
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What student.json in `folder` says. Raises FileNotFoundError where there is none."""
+    file = folder / DESCRIPTION_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no student: no {DESCRIPTION_FILE}; name a finished student's folder")
+    return read_json(file)
+
+
+def load_published_lora(base: Base, path: Path | str, alpha: float = 8.0) -> UNet2DConditionModel:
+    """The teacher with a LoRA file as the authors of TLCM publish it: keys as PEFT gives them, no configuration.
+
+    Rank and modules are read from the tensors; `alpha` is PEFT's default of 8, which their code trains and loads with
+    (diffusers would take alpha = rank, eight times too strong at rank 64).
+    """
+    tensors = {key.removeprefix("base_model.model."): value for key, value in load_file(path).items()}
+    modules = sorted({key.rpartition(".lora_")[0] for key in tensors})
+    rank = tensors[f"{modules[0]}.lora_A.weight"].shape[0]
+    denoiser = _denoiser(base.denoiser, condition=False, shared=True)
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)
+    return _fill_lora(_with_lora(denoiser, settings), tensors, path)
+
+
+def merged(student: Student, dtype: torch.dtype) -> UNet2DConditionModel:
+    """A plain denoiser with weights of its own in `dtype` that computes what the student does."""
+    denoiser = copy.deepcopy(student.denoiser)
+    if _lora_settings(denoiser) is not None:
+        denoiser.fuse_lora(adapter_names=[ADAPTER_NAME])
+        denoiser.unload_lora()
+    return nn.Module.to(denoiser, dtype)  # diffusers' own `to` warns of float32 modules that a UNet has not
+
+
+def _resume(base: Base, adapter: Lora | Full, condition_on_target: bool, folder: Path) -> UNet2DConditionModel:
+    """The student in `folder`, trainable again."""
+    described = describe(folder)
+    if described["adapter"] != adapter.model_dump():
+        raise ValueError(
+            f"{folder} holds a student with adapter {described['adapter']}, the recipe asks for "
+            f"{adapter.model_dump()}; a stage goes on with the adapter it starts from"
+        )
+    if described["conditioned"] and not condition_on_target:
+        raise ValueError(f"{folder} holds a student conditioned on its target time; set condition_on_target: true")
+    return _load_denoiser(base, folder, described, condition_on_target)
+
+
+def _load_denoiser(
+    base: Base, folder: Path, described: dict[str, Any], condition: bool = False
+) -> UNet2DConditionModel:
+    """What `folder` holds, with its own parameters trainable; `condition` adds a target time where it has none."""
+    condition = condition or described["conditioned"]
+    if described["adapter"]["kind"] == "full":
+        loaded = UNet2DConditionModel.from_pretrained(
+            folder / "unet", local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
+        return _denoiser(loaded.to(base.device), condition, shared=True).requires_grad_(True)
+    denoiser = _denoiser(base.denoiser, condition, shared=True)
+    if described["conditioned"]:
+        denoiser.load_state_dict(load_file(folder / CONDITIONING_FILE), strict=False)
+    settings, tensors = read_lora(folder / LORA_FILE)
+    return _fill_lora(_with_lora(denoiser, settings), tensors, folder)
+
+
+def _denoiser(source: UNet2DConditionModel, condition: bool, shared: bool) -> UNet2DConditionModel:
+    """A frozen module of its own with the weights of `source`: the same memory, or a float32 copy.
+
+    `condition` gives it diffusers' hook for an embedding beside that of t, its projection all zeros.
+    """
+    weights = source.state_dict()
+    if not shared:
+        weights = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
+    with torch.device("meta"):
+        denoiser = UNet2DConditionModel.from_config(
+            source.config, time_cond_proj_dim=TARGET_TIME_WIDTH if condition else None
+        )
+        if condition:
+            width = denoiser.time_embedding.linear_1.in_features
+            denoiser.time_embedding.cond_proj = TargetTimeProjection(TARGET_TIME_WIDTH, width, bias=False)
+            weights.setdefault(TARGET_TIME_KEY, torch.zeros(width, TARGET_TIME_WIDTH, device=source.device))
+    denoiser.load_state_dict(weights, assign=True)
+    return denoiser.requires_grad_(False).eval()
+
+
+def _with_lora(denoiser: UNet2DConditionModel, settings: LoraConfig) -> UNet2DConditionModel:
+    """`denoiser` with a fresh float32 adapter; it and the target time's projection are trainable."""
+    denoiser.add_adapter(settings, adapter_name=ADAPTER_NAME)
+    if denoiser.time_embedding.cond_proj is not None:
+        denoiser.time_embedding.cond_proj.requires_grad_(True)
+    cast_training_params(denoiser, torch.float32)
+    return denoiser.eval()
+
+
+def _fill_lora(denoiser: UNet2DConditionModel, tensors: dict[str, Tensor], source: Path | str) -> UNet2DConditionModel:
+    """`denoiser` with its adapter's weights replaced. Raises ValueError unless `tensors` are the adapter's, and all."""
+    expected = set(get_peft_model_state_dict(denoiser, adapter_name=ADAPTER_NAME))
+    if odd := expected ^ set(tensors):
+        example = sorted(odd)[0]
+        raise ValueError(f"{source}: {len(odd)} LoRA tensors do not fit the teacher's denoiser, for example {example}")
+    set_peft_model_state_dict(denoiser, tensors, adapter_name=ADAPTER_NAME)
+    return denoiser
+
+
+def _lora_settings(denoiser: UNet2DConditionModel) -> LoraConfig | None:
+    return denoiser.__dict__.get("peft_config", {}).get(ADAPTER_NAME)
+
+
+def _save_lora(denoiser: UNet2DConditionModel, settings: LoraConfig, folder: Path) -> None:
+    """The adapter in the layout that `load_lora_weights` reads, PEFT's configuration in the header."""
+    metadata = {**settings.to_dict(), "target_modules": sorted(settings.target_modules)}  # a set has no order to keep
+    StableDiffusionXLPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=get_peft_model_state_dict(denoiser, adapter_name=ADAPTER_NAME),
+        unet_lora_adapter_metadata=metadata,
+    )
+
+
+def read_lora(path: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Configuration and tensors of a LoRA file as `save_student` and diffusers write it."""
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()[METADATA_KEY])
+    settings = LoraConfig(**{key.removeprefix("unet."): value for key, value in header.items()})
+    return settings, {key.removeprefix("unet."): value for key, value in load_file(path).items()}

@@ -1,0 +1,253 @@
+"""Teachers. One file a family holds what is its own; `Base` is what the families share, thin over a diffusers pipeline.
+
+    B batch   C latent channels   H, W latent size   L tokens   D context width   P pooled width
+
+A `Conditioning` is what a prompt has become: "context" (B, L, D) and, in families that have one, "pooled" (B, P), all
+float32 and batch first, so that it can be indexed, concatenated and stored.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from torch import Tensor
+
+from ..equations.prediction import x0_from_prediction
+from ..equations.schedule import Schedule, scaled_linear_betas, vp_schedule
+from ..equations.solver import guided
+from ..recipe import Teacher
+
+Conditioning = dict[str, Tensor]
+
+TARGET_TIME_WIDTH = 256  # sinusoids that a student conditioned on its target time is given
+
+# The modules that the published TLCM adapter changes (its inference code; the list of LCM-LoRA).
+LORA_TARGETS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+]
+
+
+def load(teacher: Teacher, device: torch.device | str) -> "Base":
+    """The teacher named in a recipe, frozen, on `device`.
+
+    Raises FileNotFoundError for a missing folder or component, ValueError for another family than the recipe's, or for
+    a schedule that cannot be distilled.
+    """
+    return import_module(f"{__name__}.{teacher.family}").Family(teacher, torch.device(device))
+
+
+class Base:
+    """A frozen teacher: encode prompts, denoise, decode. Subclassed once a family."""
+
+    family: ClassVar[str]
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    lora_targets: ClassVar[list[str]] = LORA_TARGETS
+
+    def __init__(self, teacher: Teacher, device: torch.device):
+        self.teacher, self.device, self.dtype = teacher, device, getattr(torch, teacher.dtype)
+        self.pipeline = _load_pipeline(self.pipeline_class, teacher, self.dtype, device)
+        self.denoiser: UNet2DConditionModel = self.pipeline.unet
+        self.vae = self.pipeline.vae
+        scheduler = self.pipeline.scheduler.config
+        self.prediction_type: str = scheduler["prediction_type"]
+        self.schedule = schedule_of(scheduler).to(device)
+        self.resolution, self.latent_shape = _sizes(self.pipeline, teacher)
+
+    # Prompts
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """What the family's stock pipeline makes of `prompts` (B of them)."""
+        raise NotImplementedError
+
+    def unconditional(self, batch_size: int) -> Conditioning:
+        """What the stock pipeline guides away from, `batch_size` times."""
+        return {name: value.repeat(batch_size, *[1] * (value.ndim - 1)) for name, value in self._dropped_prompt.items()}
+
+    @cached_property
+    def _dropped_prompt(self) -> Conditioning:
+        raise NotImplementedError
+
+    def _added_conditions(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
+        """The denoiser's `added_cond_kwargs`, for families that have them."""
+        return None
+
+    # Denoising
+
+    def predict(
+        self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
+    ) -> Tensor:
+        """What `denoiser` says at (x_t (B, C, H, W), t (B,)): (B, C, H, W) float32, in its own prediction type.
+
+        `s` (B,) is the time that a conditioned student is to jump to; the teacher takes none.
+        """
+        dtype = next(denoiser.parameters()).dtype
+        target_time = None if s is None else get_timestep_embedding(s, TARGET_TIME_WIDTH).to(dtype)
+        return denoiser(
+            x_t.to(dtype),
+            t,
+            encoder_hidden_states=conditioning["context"].to(dtype),
+            timestep_cond=target_time,
+            added_cond_kwargs=self._added_conditions(conditioning, dtype),
+            return_dict=False,
+        )[0].float()
+
+    def x0(
+        self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
+    ) -> Tensor:
+        """The clean latents (B, C, H, W) float32 that `denoiser` sees in x_t: f of the paper."""
+        prediction = self.predict(denoiser, x_t, t, conditioning, s)
+        return x0_from_prediction(prediction, x_t, t, self.schedule, self.prediction_type)
+
+    @torch.no_grad()
+    def guided_x0(
+        self, x_t: Tensor, t: Tensor, conditional: Conditioning, unconditional: Conditioning, guidance_scale: float
+    ) -> Tensor:
+        """The teacher's x0 (B, C, H, W) under classifier-free guidance: both passes in one batch, or one at scale 1."""
+        if guidance_scale == 1.0:
+            return self.x0(self.denoiser, x_t, t, conditional)
+        both = {name: torch.cat([unconditional[name], conditional[name]]) for name in conditional}
+        without, given = self.predict(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        prediction = guided(given, without, guidance_scale)
+        return x0_from_prediction(prediction, x_t, t, self.schedule, self.prediction_type)
+
+    # Pictures
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H', W') float32 in [0, 1] of clean latents (B, C, H, W), differentiable where grad is on."""
+        scale, mean = self._latent_scale
+        return (self.vae.decode(latents.float() * scale + mean).sample / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents (B, C, H, W) of pictures (B, 3, H', W') in [0, 1]: the posterior's mean, or drawn by `generator`."""
+        posterior = self.vae.encode(images.float() * 2 - 1).latent_dist
+        scale, mean = self._latent_scale
+        return ((posterior.mode() if generator is None else posterior.sample(generator)) - mean) / scale
+
+    @cached_property
+    def _latent_scale(self) -> tuple[Tensor, Tensor]:
+        """Scale and mean (1, C or 1, 1, 1): what the autoencoder decodes is scale z + mean."""
+        settings = self.vae.config
+        std, mean = settings.latents_std or [1.0], settings.latents_mean or [0.0]
+        shape = {"dtype": torch.float32, "device": self.device}
+        scale = torch.tensor(std, **shape) / settings.scaling_factor
+        return scale.reshape(1, -1, 1, 1), torch.tensor(mean, **shape).reshape(1, -1, 1, 1)
+
+    def noise(self, generator: torch.Generator | Sequence[torch.Generator], batch_size: int) -> Tensor:
+        """Standard normal (B, C, H, W) float32, drawn on the CPU so that it is the same whatever the device.
+
+        One generator draws for the whole batch; with a list, each sample has its own and does not depend on the others.
+        """
+        if isinstance(generator, torch.Generator):
+            return torch.randn(batch_size, *self.latent_shape, generator=generator).to(self.device)
+        if len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators for a batch of {batch_size}")
+        return torch.stack([torch.randn(*self.latent_shape, generator=one) for one in generator]).to(self.device)
+
+
+def schedule_of(scheduler: dict[str, Any]) -> Schedule:
+    """The noise schedule (T,) that a diffusers scheduler's configuration describes.
+
+    Raises ValueError for one without betas (rectified flow has no family yet) or of a form not known here, and for zero
+    terminal SNR with epsilon prediction: at alpha = 0 the noise says nothing about x0.
+    """
+    form, num_times = scheduler.get("beta_schedule"), scheduler["num_train_timesteps"]
+    start, end = scheduler.get("beta_start"), scheduler.get("beta_end")
+    if scheduler.get("trained_betas") is not None:
+        betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float64)
+    elif form == "scaled_linear":
+        betas = scaled_linear_betas(num_times, start, end)
+    elif form == "linear":
+        betas = torch.linspace(start, end, num_times, dtype=torch.float64)
+    else:
+        raise ValueError(f"scheduler: beta_schedule {form!r} is not supported (scaled_linear, linear, trained_betas)")
+    if scheduler.get("rescale_betas_zero_snr"):
+        if scheduler["prediction_type"] == "epsilon":
+            raise ValueError(
+                "scheduler: rescale_betas_zero_snr with prediction_type epsilon leaves no signal at the last time, "
+                "so its x0 is 0 / 0; use a v_prediction teacher or switch the rescaling off"
+            )
+        betas = rescale_zero_terminal_snr(betas)
+    return vp_schedule(betas)
+
+
+def _load_pipeline(
+    pipeline_class: type[DiffusionPipeline], teacher: Teacher, dtype: torch.dtype, device: torch.device
+) -> DiffusionPipeline:
+    """The frozen pipeline on `device`; its autoencoder in float32, since half precision overflows in SDXL's."""
+    source = {"revision": teacher.revision, "local_files_only": teacher.revision is None}
+    index = _pipeline_index(teacher, source)
+    if index["_class_name"] != pipeline_class.__name__:
+        raise ValueError(
+            f"teacher {teacher.path}: its model_index.json is of a {index['_class_name']}, "
+            f"and family {teacher.family} loads {pipeline_class.__name__}; set teacher.family to match"
+        )
+    unused = {name: None for name in ("safety_checker", "image_encoder", "feature_extractor") if name in index}
+    _check_components(Path(teacher.path), [name for name in index if name not in unused], index)
+    pipeline = pipeline_class.from_pretrained(
+        teacher.path, dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True, **unused, **source
+    ).to(device)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    return pipeline
+
+
+def _pipeline_index(teacher: Teacher, source: dict[str, Any]) -> dict[str, Any]:
+    """What model_index.json says, from the folder or from the hub at the pinned revision."""
+    folder = Path(teacher.path)
+    if teacher.revision is None and not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"teacher {teacher.path}: no model_index.json in {folder.resolve()}; "
+            "give a folder in diffusers format, or a hub name with a pinned revision"
+        )
+    return dict(DiffusionPipeline.load_config(teacher.path, **source))
+
+
+def _check_components(folder: Path, names: list[str], index: dict[str, Any]) -> None:
+    """Raise FileNotFoundError for the parts that a local folder's index names and the folder lacks."""
+    parts = [name for name in names if isinstance(index[name], list) and index[name][0] is not None]
+    missing = [name for name in parts if not (folder / name).is_dir()]
+    if folder.is_dir() and missing:
+        raise FileNotFoundError(f"teacher {folder}: model_index.json names {', '.join(missing)}, not in the folder")
+
+
+def _sizes(pipeline: DiffusionPipeline, teacher: Teacher) -> tuple[int, tuple[int, int, int]]:
+    """Pixels a side, and the latents' (C, H, W). Raises ValueError where denoiser and autoencoder do not fit."""
+    unet, factor = pipeline.unet.config, pipeline.vae_scale_factor
+    channels = pipeline.vae.config.latent_channels
+    if (unet.in_channels, unet.out_channels) != (channels, channels):
+        raise ValueError(
+            f"teacher {teacher.path}: the denoiser maps {unet.in_channels} channels to {unet.out_channels} and the "
+            f"autoencoder has {channels}; only plain text-to-image teachers can be distilled"
+        )
+    if unet.time_cond_proj_dim is not None:
+        raise ValueError(
+            f"teacher {teacher.path}: the denoiser has time_cond_proj_dim {unet.time_cond_proj_dim}, an embedding of "
+            "the guidance scale: it is distilled already; name the model that it was made from"
+        )
+    resolution = teacher.resolution or unet.sample_size * factor
+    smallest = factor * 2 ** (len(unet.block_out_channels) - 1)
+    if resolution % smallest:
+        raise ValueError(f"teacher.resolution {resolution} is not a multiple of {smallest}, as {teacher.path} needs")
+    return resolution, (channels, resolution // factor, resolution // factor)

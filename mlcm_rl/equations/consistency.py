@@ -1,0 +1,65 @@
+"""Multistep consistency distillation: the transfer to the segment's start, its target, distances and the loss."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .schedule import Schedule, expand, snr
+from .solver import ddim_step, inverse_ddim_step
+
+Distance = Callable[[Tensor, Tensor], Tensor]  # two (B, ...) to one value a sample, (B,) float32
+
+
+def transfer(x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, schedule: Schedule) -> Tensor:
+    """g(x_t, t, s) = DDIM(x_t, f, t, s) (B, ...), where f = `x0` is the student's estimate (TLCM v6, eq. 7).
+
+    At s = t it is x_t itself, bit for bit: with x_t on the teacher's trajectory this is the anchor that keeps the
+    student from collapsing (Multistep Consistency Models, eq. 8).
+    """
+    return ddim_step(x_t, x0, t, s, schedule)
+
+
+def squared_l2(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over a sample's elements of (a - b)^2, (B,) float32."""
+    return (a.float() - b.float()).square().flatten(1).mean(1)
+
+
+def pseudo_huber(a: Tensor, b: Tensor, c: float = 1e-3) -> Tensor:
+    """Mean over a sample's elements of sqrt((a - b)^2 + c^2) - c, (B,) float32 (arXiv 2310.14189, eq. 6, elementwise)."""
+    return (((a.float() - b.float()).square() + c * c).sqrt() - c).flatten(1).mean(1)
+
+
+DISTANCES: dict[str, Distance] = {"l2": squared_l2, "huber": pseudo_huber}
+
+
+def loss_in_z(
+    x0: Tensor, x_t: Tensor, t: Tensor, target: Tensor, s: Tensor, schedule: Schedule, distance: Distance
+) -> Tensor:
+    """distance(g(x_t, t, s), target) (B,): the loss of TLCM v6, eq. 7, on the latents at the segment's start.
+
+    `x0` is the student's f(x_t, t), `target` (B, ...) the latent at `s`, under no gradient.
+    """
+    return distance(transfer(x_t, x0, t, s, schedule), target)
+
+
+def loss_in_x0(
+    x0: Tensor, x_t: Tensor, t: Tensor, target: Tensor, s: Tensor, schedule: Schedule, distance: Distance
+) -> Tensor:
+    """(SNR_t + 1) distance(f, the x0 that leads to `target`) (B,): the same error, seen at t = 0; needs s < t.
+
+    The target is carried back by the inverse DDIM step and the weight is that of Multistep Consistency Models,
+    section 3.1; for one segment it spends the loss on all times alike, where z spends it near t = T.
+    """
+    return (snr(t, schedule) + 1.0) * distance(x0, inverse_ddim_step(x_t, target, t, s, schedule))
+
+
+LOSSES = {"z": loss_in_z, "x0": loss_in_x0}
+
+
+def inter_segment_target(x0_at_r: Tensor, x_r: Tensor, r: Tensor) -> Tensor:
+    """The x0 (B, ...) that a state at milestone `r` stands for: f(x_r, r), and x_r itself at r = 0.
+
+    Second stage of TLCM (v6, eq. 10): global consistency from milestone to milestone; at r = 0 the state is the answer.
+    """
+    return torch.where(expand(r == 0, x_r), x_r, x0_at_r)

@@ -1,0 +1,49 @@
+"""What a network predicts, turned into x0 and eps, through the one form x_t = alpha x0 + sigma eps.
+
+`kind` is the network's own parameterisation:
+
+    epsilon        eps
+    v_prediction   v = alpha eps - sigma x0        (Salimans and Ho, arXiv 2202.00512, section 4; needs alpha^2 + sigma^2 = 1)
+    sample         x0
+    flow           eps - x0                        (rectified flow's velocity, time growing with noise; alpha + sigma = 1)
+"""
+
+from torch import Tensor
+
+from .schedule import Schedule
+
+KINDS = ("epsilon", "v_prediction", "sample", "flow")
+
+
+def x0_from_prediction(prediction: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, kind: str) -> Tensor:
+    """x0 (B, ...) from what the network said at (x_t, t). Raises ValueError for an unknown `kind`."""
+    alpha, sigma = schedule.at(t, x_t)
+    if kind == "epsilon":
+        return (x_t - sigma * prediction) / alpha
+    if kind == "v_prediction":
+        return alpha * x_t - sigma * prediction
+    if kind == "sample":
+        return prediction
+    if kind == "flow":
+        return (x_t - sigma * prediction) / (alpha + sigma)
+    raise ValueError(f"prediction type {kind!r} is none of {', '.join(KINDS)}")
+
+
+def prediction_from_x0(x0: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, kind: str) -> Tensor:
+    """What a network of this `kind` must say at (x_t, t) for x0 (B, ...) to come out: the inverse of the above."""
+    alpha, sigma = schedule.at(t, x_t)
+    eps = (x_t - alpha * x0) / sigma
+    if kind == "epsilon":
+        return eps
+    if kind == "v_prediction":
+        return alpha * eps - sigma * x0
+    if kind == "sample":
+        return x0
+    if kind == "flow":
+        return eps - x0
+    raise ValueError(f"prediction type {kind!r} is none of {', '.join(KINDS)}")
+
+
+def eps_from_x0(x0: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """eps (B, ...) with x_t = alpha_t x0 + sigma_t eps."""
+    return prediction_from_x0(x0, x_t, t, schedule, "epsilon")

@@ -1,0 +1,80 @@
+"""The time axis cut into segments: the grid of stored states, milestones, segment starts, and the sampling grids.
+
+All are integers and exact: `(T - 1) i // n`, never a rounded float. With T = 1000 and 8 segments of 6 steps the grid is
+999, 978, 957, ..., 20, 0 and its milestones are 999, 874, 749, 624, 499, 374, 249, 124, 0.
+"""
+
+import torch
+from torch import Tensor
+
+NUM_SEGMENTS = 8
+
+# The milestone subsets of the authors' released sampler (TLCM inference code), by number of steps.
+PAPER_GRIDS = {
+    1: (999,),
+    2: (999, 499),
+    3: (999, 499, 124),
+    4: (999, 749, 499, 124),
+    5: (999, 749, 499, 249, 124),
+    6: (999, 749, 499, 374, 249, 124),
+    7: (999, 749, 624, 499, 374, 249, 124),
+    8: (999, 874, 749, 624, 499, 374, 249, 124),
+}
+
+
+def time_grid(num_steps: int, num_times: int = 1000) -> list[int]:
+    """`num_steps` + 1 times from T - 1 down to 0: the grid of a stored trajectory."""
+    return [(num_times - 1) * (num_steps - i) // num_steps for i in range(num_steps + 1)]
+
+
+def milestones(num_segments: int, num_times: int = 1000) -> Tensor:
+    """The K + 1 ends of the K segments, ascending from 0 to T - 1, (K + 1,) int64 (TLCM v6, section 3.2)."""
+    return torch.tensor([(num_times - 1) * k // num_segments for k in range(num_segments + 1)])
+
+
+def segment_start(t: Tensor, num_segments: int, num_times: int = 1000) -> Tensor:
+    """The milestone that the segment of `t` (B,) starts at, (B,): t in (t^s, t^(s+1)] belongs to t^s; 0 to itself."""
+    ends = milestones(num_segments, num_times).to(t.device)
+    return ends[(torch.searchsorted(ends, t) - 1).clamp(min=0)]
+
+
+def phase_at(step: int, num_steps: list[int]) -> tuple[int, int]:
+    """The phase of a progressive schedule that `step` falls in, and the step within it.
+
+    `num_steps[i]` is the length of phase i; segments go 8, 4, 2, 1 over the phases (MLCM). Raises IndexError past the end.
+    """
+    for phase, length in enumerate(num_steps):
+        if step < length:
+            return phase, step
+        step -= length
+    raise IndexError(f"step is {step} past the end of a schedule of {sum(num_steps)} steps")
+
+
+def sampling_times(num_steps: int, num_segments: int = 1, num_times: int = 1000) -> list[int]:
+    """The N times that an N-step sampler visits, from T - 1 down, all of them milestones of 8 segments.
+
+    With one segment they are those of `LCMScheduler(original_inference_steps=8)`: 999, 749, 499, 249 for N = 4. A
+    student of K > 1 segments is only right when it lands on its K boundaries, so for N >= K every segment gets N // K
+    steps, the noisiest ones the rest; for N < K no grid can hold them all and the first rule stands.
+    Raises ValueError unless 1 <= N <= 8 and K divides 8.
+    """
+    if not 1 <= num_steps <= NUM_SEGMENTS:
+        raise ValueError(f"num_steps is {num_steps}; a sampler on {NUM_SEGMENTS} milestones takes 1 to {NUM_SEGMENTS}")
+    if num_segments < 1 or NUM_SEGMENTS % num_segments:
+        raise ValueError(f"num_segments is {num_segments}, which does not divide {NUM_SEGMENTS}")
+    if num_steps < num_segments:
+        num_segments = 1
+    per_segment = NUM_SEGMENTS // num_segments
+    kept = []
+    for segment in range(num_segments):
+        steps = num_steps // num_segments + (segment < num_steps % num_segments)
+        kept += [segment * per_segment + i * per_segment // steps for i in range(steps)]
+    ends = milestones(NUM_SEGMENTS, num_times).flip(0)
+    return ends[kept].tolist()
+
+
+def paper_times(num_steps: int) -> list[int]:
+    """The authors' own subset of the milestones for N = 1 to 8: 999, 749, 499, 124 for N = 4 (always 124 from 3 on)."""
+    if num_steps not in PAPER_GRIDS:
+        raise ValueError(f"num_steps is {num_steps}; the paper's grids are given for 1 to 8")
+    return list(PAPER_GRIDS[num_steps])

@@ -1,0 +1,209 @@
+"""A finished student as a folder that diffusers opens without us, with a model card.
+
+The folder is a whole pipeline with the student's weights folded in. Beside them:
+
+- `pytorch_lora_weights.safetensors`: a LoRA student once more, to load over its teacher;
+- `pipeline.py`: for a student conditioned on its target time, which no stock pipeline samples;
+- `steps-<N>/`: snapshots for N steps, an adapter or a denoiser each, and its scheduler.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from diffusers import LCMScheduler, TCDScheduler
+
+from . import adapters, exported_pipeline
+from .adapters import LORA_FILE, Student
+from .bases import Base
+from .checkpoint import replacing
+from .equations.segments import NUM_SEGMENTS, paper_times, sampling_times
+
+PAPER_NUM_TIMES = 1000  # the paper's grids are given for this many
+
+SCHEDULE_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
+
+
+def export(
+    student_folder: Path | str,
+    base: Base,
+    out: Path | str,
+    card_table: str | None = None,
+    snapshots: Mapping[int, Path] | None = None,
+) -> Path:
+    """Write the student in `student_folder` to the new folder `out`, in one rename; returns `out`.
+
+    `card_table` is Markdown for the card; `snapshots` are students to ship beside it, by the number of steps that each
+    is for. Raises FileExistsError where `out` is taken, ValueError for a snapshot that stock diffusers cannot sample.
+    """
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; name a new folder to export to")
+    student = adapters.load_student(base, student_folder)
+    with replacing(out) as folder:
+        _write_pipeline(base, student, folder)
+        for num_steps, source in sorted((snapshots or {}).items()):
+            _write_snapshot(base, adapters.load_student(base, source), folder / f"steps-{num_steps}")
+        for licence in sorted(Path(base.teacher.path).glob("LICENSE*")):
+            shutil.copy(licence, folder)
+        (folder / "README.md").write_text(_card(base, student, out.name, card_table, sorted(snapshots or {})))
+    return out
+
+
+def stock_scheduler(base: Base, gamma: float) -> LCMScheduler | TCDScheduler:
+    """diffusers' scheduler that walks our default grid: LCM's for gamma 1; TCD's for gamma 0 (pipelines pass it eta 0).
+
+    TCD's last step ends at index 0, not at x0. Raises ValueError for any other gamma, and where the teacher's number of
+    times puts the milestones elsewhere than these schedulers can.
+    """
+    if gamma not in (0.0, 1.0):
+        raise ValueError(f"gamma is {gamma}; stock pipelines sample with 0 (TCDScheduler) or 1 (LCMScheduler)")
+    teacher = base.pipeline.scheduler.config
+    settings = {key: teacher[key] for key in SCHEDULE_KEYS if key in teacher}
+    scheduler = (LCMScheduler if gamma else TCDScheduler)(**settings, original_inference_steps=NUM_SEGMENTS)
+    scheduler.set_timesteps(NUM_SEGMENTS)
+    expected = sampling_times(NUM_SEGMENTS, num_times=base.schedule.num_times)
+    if scheduler.timesteps.tolist() != expected:
+        raise ValueError(
+            f"a teacher of {base.schedule.num_times} times has milestones {expected}; "
+            f"{type(scheduler).__name__} goes to {scheduler.timesteps.tolist()}: it cannot be exported for stock use"
+        )
+    return scheduler
+
+
+def _write_pipeline(base: Base, student: Student, folder: Path) -> None:
+    """The whole pipeline; a conditioned student's index names a class of its own: no stock one is to open it."""
+    pipeline = copy.copy(base.pipeline)  # the teacher's keeps its own denoiser and scheduler
+    pipeline.unet = adapters.merged(student, base.dtype)
+    pipeline.unet.register_to_config(sample_size=base.latent_shape[-1])  # the resolution it was distilled at
+    pipeline.scheduler = stock_scheduler(base, student.default_gamma)
+    pipeline.save_pretrained(folder)
+    shutil.copy(student.folder / adapters.DESCRIPTION_FILE, folder)
+    lora = student.folder / LORA_FILE
+    if student.conditioned:
+        stock, index = type(pipeline).__name__, folder / "model_index.json"
+        code = Path(exported_pipeline.__file__).read_text()
+        (folder / "pipeline.py").write_text(code.replace("StableDiffusionXLPipeline", stock))
+        named = json.loads(index.read_text()) | {"_class_name": ["pipeline", "TargetTimePipeline"]}
+        index.write_text(json.dumps(named, indent=2) + "\n")
+    elif lora.is_file():
+        shutil.copy(lora, folder)
+
+
+def _write_snapshot(base: Base, student: Student, folder: Path) -> None:
+    """Adapter or denoiser, and the scheduler to sample it with."""
+    if student.conditioned:
+        raise ValueError(f"{student.folder} is conditioned on its target time: stock diffusers cannot sample it")
+    stock_scheduler(base, student.default_gamma).save_pretrained(folder / "scheduler")
+    lora = student.folder / LORA_FILE
+    if lora.is_file():
+        shutil.copy(lora, folder)
+    else:
+        adapters.merged(student, base.dtype).save_pretrained(folder / "unet")
+
+
+# The card
+
+
+def _card(base: Base, student: Student, name: str, table: str | None, snapshots: list[int]) -> str:
+    """README.md: what it is, code that runs, grids, measurements, licence."""
+    teacher = _teacher_name(base)
+    licence = _licence(Path(base.teacher.path))
+    sections = [
+        _front_matter(teacher, licence),
+        f"# {name}\n\nA student of `{teacher}` for 1 to {NUM_SEGMENTS} steps, made by multistep consistency "
+        f"distillation with `mlcm-rl` (guidance {base.teacher.guidance_scale:g} is inside: sample with "
+        f"`guidance_scale=0`). {_kind(student)}",
+        "## Use\n\n" + _usage(student, name),
+    ]
+    if not student.conditioned and (student.folder / LORA_FILE).is_file():
+        sections.append("Or the adapter alone, over its teacher:\n\n" + _lora_usage(student, teacher, name))
+    if snapshots:
+        sections.append(_snapshot_usage(teacher, snapshots))
+    sections.append("## Grids\n\n" + _grids(student, base.schedule.num_times))
+    if table:
+        sections.append("## Measured\n\n" + table.strip())
+    sections.append("## Licence\n\n" + (f"As its teacher's: {licence}." if licence else "That of its teacher."))
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(teacher: str, licence: str | None) -> str:
+    lines = ["library_name: diffusers", "pipeline_tag: text-to-image", f"base_model: {teacher}"]
+    if licence:
+        lines.insert(0, f"license: {licence}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _kind(student: Student) -> str:
+    if student.conditioned:
+        return "It is told the time that each step ends at, so one student serves every number of steps."
+    return f"Segments at the end of its training: {student.num_segments}."
+
+
+def _usage(student: Student, name: str) -> str:
+    trust = ", trust_remote_code=True" if student.conditioned else ""
+    return f"""```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}"{trust})
+seed = torch.Generator().manual_seed(0)
+image = pipe("a red apple", num_inference_steps=4, guidance_scale=0, generator=seed).images[0]
+image.save("sample.png")
+```"""
+
+
+def _lora_usage(student: Student, teacher: str, name: str) -> str:
+    scheduler = "LCMScheduler" if student.default_gamma == 1.0 else "TCDScheduler"
+    return f"""```python
+from diffusers import DiffusionPipeline, {scheduler}
+
+pipe = DiffusionPipeline.from_pretrained("{teacher}")
+pipe.load_lora_weights("{name}", weight_name="{LORA_FILE}")
+pipe.scheduler = {scheduler}.from_pretrained("{name}", subfolder="scheduler")
+```"""
+
+
+def _snapshot_usage(teacher: str, snapshots: list[int]) -> str:
+    listed = ", ".join(f"`steps-{num_steps}`" for num_steps in snapshots)
+    return (
+        f"Snapshots of its training for stock pipelines, each best at its own number of steps: {listed}. Over the "
+        f"teacher `{teacher}`, load `pytorch_lora_weights.safetensors` of that folder (`load_lora_weights`) or its "
+        "`unet`, and take its `scheduler`."
+    )
+
+
+def _grids(student: Student, num_times: int) -> str:
+    """The times that N steps visit, and what to pass as `timesteps` for the paper's grid or the K segments' own."""
+    rows = ["| steps | default | paper: `timesteps=` | own segments: `timesteps=` |", "|---|---|---|---|"]
+    for num_steps in range(1, NUM_SEGMENTS + 1):
+        default = sampling_times(num_steps, num_times=num_times)
+        own = sampling_times(num_steps, student.num_segments, num_times)
+        paper = paper_times(num_steps) if num_times == PAPER_NUM_TIMES else default
+        cells = [default, paper, own]
+        shown = [str(cell) if cell != default or i == 0 else "as default" for i, cell in enumerate(cells)]
+        rows.append(f"| {num_steps} | {' | '.join(shown)} |")
+    return "\n".join(rows)
+
+
+def _teacher_name(base: Base) -> str:
+    """As the recipe names it; of an absolute path the last part, which means something elsewhere too."""
+    path = Path(base.teacher.path)
+    return path.name if path.is_absolute() else base.teacher.path
+
+
+def _licence(teacher: Path) -> str | None:
+    """What the front matter of the teacher's card says, where there is one."""
+    card = teacher / "README.md"
+    lines = card.read_text().split("---")[1].splitlines() if card.is_file() and "---" in card.read_text() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("license:")), None)

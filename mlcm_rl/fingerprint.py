@@ -1,0 +1,79 @@
+"""Where a stage's folder is: found by a hash of everything that can change its result, and of nothing else.
+
+Hashed: the stage's settings but for those marked `presentation`, the content of the files it reads, the teacher's
+weights, the seed, the stages it starts from, and a maths number per stage that is raised by hand. Not hashed: the
+commit, names, where runs live.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoint import FORMAT, sha256, teacher_hash
+from .recipe import Distill, Recipe, Stage, Strict
+
+# A stage's maths number: raised when its results would come out differently for the same settings.
+MATHS = {"train_teacher": 1, "trajectories": 1, "distill": 1, "evaluate": 1}
+
+# Which earlier stages a stage starts from: the latest one of each kind named here.
+PARENTS = {
+    "train_teacher": (),
+    "trajectories": ("train_teacher",),
+    "distill": ("train_teacher", "trajectories", "distill"),
+    "evaluate": ("train_teacher", "distill"),
+}
+FILES = ("prompts", "images", "judge")  # settings that name what a stage reads
+INDEXES = ("metadata.jsonl", "config.json")  # what stands for a folder that is read
+
+
+@dataclass(frozen=True)
+class Located:
+    """A stage, done or not, and where its results are or will be."""
+
+    kind: str
+    fingerprint: str
+    folder: Path
+
+
+def parents_of(stage: Stage, earlier: list[Located]) -> dict[str, Located]:
+    """The stages that `stage` starts from, by kind: the latest of each among the `earlier` ones of its recipe."""
+    parents = {one.kind: one for one in earlier if one.kind in PARENTS[stage.kind]}
+    if isinstance(stage, Distill) and not stage.reads_trajectories:
+        parents.pop("trajectories", None)
+    return parents
+
+
+def locate(stage: Stage, recipe: Recipe, earlier: list[Located]) -> Located:
+    """The folder of `stage`. Raises FileNotFoundError naming a file that it reads and that is not there."""
+    parents = parents_of(stage, earlier)
+    files = {name: file_hash(value) for name in FILES if (value := getattr(stage, name, None))}
+    identity = {
+        "format": FORMAT,
+        "maths": MATHS[stage.kind],
+        "stage": settings(stage) | files,  # files by content, not by name
+        "teacher": settings(recipe.teacher) | {"path": teacher_hash(recipe.teacher)},
+        "parents": {kind: parent.fingerprint for kind, parent in sorted(parents.items())},
+        "seed": recipe.seed,
+    }
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return Located(stage.kind, fingerprint, Path(recipe.runs) / "stages" / f"{stage.kind}-{fingerprint}")
+
+
+def settings(model: Strict) -> dict:
+    """The settings of `model` that can change a result: all but those marked `presentation`."""
+    fields = type(model).model_fields
+    extras = {name: field.json_schema_extra for name, field in fields.items()}
+    hidden = {name for name, extra in extras.items() if isinstance(extra, dict) and extra.get("presentation")}
+    return model.model_dump(mode="json", exclude=hidden)
+
+
+def file_hash(path: str) -> str:
+    """sha256 of a file, or of the index of a folder. Raises FileNotFoundError naming what is missing."""
+    place = Path(path)
+    if place.is_dir():
+        found = [place / name for name in INDEXES if (place / name).is_file()]
+        if not found:
+            raise FileNotFoundError(f"{path} holds none of {', '.join(INDEXES)}")
+        place = found[0]
+    return sha256(place)

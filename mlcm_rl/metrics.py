@@ -1,0 +1,94 @@
+"""What an evaluation measures, one value a prompt wherever that is possible, and the errors of their means.
+
+A prompt that a metric does not apply to (the other language's, one without a concept) has the value nan; means, errors
+and paired differences are over the rest. Letters: P prompts, I pictures of each, D features, K prototypes.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+KERNEL_ROWS = 1024  # rows of a kernel matrix held at a time: 5,000 x 5,000 in float64 would be 200 MB
+
+
+def squared_distance(samples: Tensor, reference: Tensor) -> Tensor:
+    """Mean over a sample's elements of (samples - reference)^2, (B,) float32, for (B, ...) each."""
+    return (samples.float() - reference.float()).square().flatten(1).mean(1)
+
+
+def kid(features: Tensor, reference: Tensor, num_subsets: int = 1, gamma: float | None = None) -> Tensor:
+    """Unbiased squared MMD to `reference` (N, D) with the kernel (gamma x.y + 1)^3, (num_subsets,) float64.
+
+    `features` is (P, I, D); a subset is every num_subsets-th prompt, set against all of `reference`. The mean over
+    disjoint subsets has the expectation of the whole, so their spread gives its standard error. gamma defaults to
+    1 / D (Binkowski et al., arXiv 1801.01401, section 4); for features of unit length gamma 1 is the same kernel on
+    features rescaled to unit mean square. Raises ValueError when a subset has fewer than two pictures.
+    """
+    gamma = 1.0 / features.shape[-1] if gamma is None else gamma
+    if features[num_subsets - 1 :: num_subsets].flatten(0, 1).shape[0] < 2 or len(reference) < 2:
+        raise ValueError(
+            f"KID of {tuple(features.shape)} features in {num_subsets} subsets against {len(reference)} references: "
+            "every set needs two pictures or more"
+        )
+    reference = reference.double()
+    spread_of_reference = _mean_kernel(reference, None, gamma)
+    values = []
+    for subset in range(num_subsets):
+        x = features[subset::num_subsets].flatten(0, 1).double()
+        values.append(_mean_kernel(x, None, gamma) + spread_of_reference - 2.0 * _mean_kernel(x, reference, gamma))
+    return torch.stack(values)
+
+
+def _mean_kernel(x: Tensor, y: Tensor | None, gamma: float) -> Tensor:
+    """Mean of (gamma x.y + 1)^3 over all pairs of `x` (N, D) and `y` (M, D); without `y`, over pairs i != j of x."""
+    other = x if y is None else y
+    total = sum((gamma * rows @ other.T + 1.0).pow(3).sum() for rows in x.split(KERNEL_ROWS))
+    if y is not None:
+        return total / (len(x) * len(y))
+    with_itself = (gamma * x.square().sum(1) + 1.0).pow(3).sum()
+    return (total - with_itself) / (len(x) * (len(x) - 1))
+
+
+def ranks(features: Tensor, prototypes: Tensor, concepts: Tensor) -> Tensor:
+    """Rank (B,) int64, from 0, of each picture's own concept among the `prototypes` (K, D) by inner product.
+
+    `features` (B, D) and `concepts` (B,) indices. A tie counts against the picture, so that features which say
+    nothing are never right by chance.
+    """
+    similarity = features @ prototypes.T
+    own = similarity.gather(1, concepts[:, None])
+    return (similarity >= own).sum(1) - 1
+
+
+def recall(rank: Tensor, k: int) -> Tensor:
+    """R@k of each picture (B,) float32: 1 where its concept is among the first `k`."""
+    return (rank < k).float()
+
+
+def diversity(features: Tensor) -> Tensor:
+    """Mean distance (P,) between the pictures of one prompt, over the pairs of `features` (P, I, D), I > 1."""
+    count = features.shape[1]
+    if count < 2:
+        raise ValueError(f"diversity needs two pictures of a prompt or more, got {count}")
+    return torch.cdist(features.float(), features.float()).sum((1, 2)) / (count * (count - 1))
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of the `values` (P,) that are not nan and its standard error sd / sqrt(n), sd with n - 1.
+
+    The error is nan for a single value, both are nan for none.
+    """
+    values = values[~values.isnan()].double()
+    if len(values) == 0:
+        return math.nan, math.nan
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return values.mean().item(), error
+
+
+def paired_difference(values: Tensor, others: Tensor) -> tuple[float, float]:
+    """Mean of values - others (P,) over prompts that have both, and its standard error.
+
+    The same prompts and noise stand in both, so what they share (a hard prompt is hard for everybody) drops out.
+    """
+    return mean_and_error(values.double() - others.double())

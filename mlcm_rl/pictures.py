@@ -1,0 +1,64 @@
+"""Pictures on disk: tensors to PNG, and grids of prompts down the rows, steps across the columns."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import sampler
+from .bases import Base
+from .checkpoint import replacing
+from .equations.segments import sampling_times
+from .recipe import Samples
+from .runtime import generator
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """A picture (3, H, W) in [0, 1] as an 8-bit RGB image."""
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def grid(images: Tensor, num_columns: int, gap: int = 4) -> Image.Image:
+    """Pictures (N, 3, H, W) in [0, 1] laid out row by row on light grey."""
+    height, width = images.shape[-2:]
+    num_rows = -(-len(images) // num_columns)
+    sheet = Image.new("RGB", (num_columns * (width + gap) + gap, num_rows * (height + gap) + gap), (224, 224, 224))
+    for i, image in enumerate(images):
+        row, column = divmod(i, num_columns)
+        sheet.paste(to_pil(image), (gap + column * (width + gap), gap + row * (height + gap)))
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path) -> Path:
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
+    return path
+
+
+@torch.no_grad()
+def sample_grid(
+    base: Base,
+    denoiser: torch.nn.Module,
+    samples: Samples,
+    seed: int,
+    num_segments: int,
+    conditioned: bool,
+    gamma: float,
+) -> Image.Image:
+    """The recipe's fixed prompts (rows) at its numbers of steps (columns), from the same noise in every column."""
+    conditioning = base.encode_prompts(samples.prompts)
+    columns = []
+    for num_steps in samples.num_steps:
+        times = sampling_times(num_steps, 1 if conditioned else num_segments)
+        seeds = [generator(seed, "samples", i) for i in range(len(samples.prompts))]
+        noise = base.noise(seeds, len(seeds))
+        x0 = sampler.sample(base, denoiser, conditioning, noise, times, gamma, seeds, conditioned)
+        columns.append(base.decode(x0))
+    return grid(torch.stack(columns, dim=1).flatten(0, 1), len(columns))
+
+
+def folder_of_samples(folder: Path, step: int, names: Sequence[str] = ()) -> Path:
+    """Where the grid after `step` steps goes."""
+    return folder / "samples" / f"{'-'.join(['step', f'{step:06d}', *names])}.png"

@@ -1,0 +1,174 @@
+"""Run a recipe: a for-loop over its stages, each stage's folder found again by its fingerprint. And what is done with runs."""
+
+import platform
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from . import __version__, adapters, bases, pictures, report, sampler
+from .checkpoint import CheckpointError, finish, is_finished, read_json, verify
+from .equations.segments import sampling_times
+from .export import export as write_export
+from .fingerprint import Located, locate, parents_of
+from .plan import PlannedStage, planned_stages
+from .recipe import Evaluate, Recipe, Stage
+from .runtime import NonFiniteLoss, commit, console, device_of, generator
+
+__all__ = ["Located", "PlannedStage", "RunError", "evaluate", "export", "plan", "run", "sample"]
+
+PEOPLES_ERRORS = (CheckpointError, NonFiniteLoss, OSError, ValueError)  # their messages say what to do
+
+
+class RunError(Exception):
+    """A run failed; the message says which stage, where and why, for people."""
+
+
+def run(recipe: Recipe) -> list[Located]:
+    """Run every stage of `recipe` that is not done yet, and link them under `runs/<name>`. Raises RunError."""
+    done: list[Located] = []
+    for number, stage in enumerate(recipe.stages):
+        try:
+            found = locate(stage, recipe, done)
+            if is_finished(found.folder):
+                verify(found.folder)
+                console.print(f"[dim]{stage.kind}[/] {found.folder} is done", soft_wrap=True)
+            else:
+                _run_stage(stage, recipe, done, found)
+        except PEOPLES_ERRORS as error:
+            raise RunError(f"stages[{number}] ({stage.kind}): {error}") from error
+        _link(Path(recipe.runs) / recipe.name / f"{number:02d}-{stage.kind}", found.folder)
+        done.append(found)
+    return done
+
+
+def plan(recipe: Recipe) -> list[PlannedStage]:
+    """What `run` would do now, stage by stage. Raises RunError for files that are named and missing."""
+    try:
+        return planned_stages(recipe)
+    except PEOPLES_ERRORS as error:
+        raise RunError(f"plan: {error}") from error
+
+
+def _run_stage(stage: Stage, recipe: Recipe, done: list[Located], found: Located) -> None:
+    parents = parents_of(stage, done)
+    if "train_teacher" in parents:
+        recipe = with_teacher(recipe, parents["train_teacher"].folder)
+    found.folder.mkdir(parents=True, exist_ok=True)
+    console.print(f"[bold]{stage.kind}[/] -> {found.folder}", soft_wrap=True)
+    started = time.monotonic()
+    folders = {kind: parent.folder for kind, parent in parents.items()}
+    import_module(f"mlcm_rl.stages.{stage.kind}").run(stage, recipe, folders, found.folder)
+    manifest = {
+        "kind": stage.kind,
+        "fingerprint": found.fingerprint,
+        "stage": stage.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json"),
+        "parents": {kind: str(parent.folder.name) for kind, parent in parents.items()},
+        "seconds": round(time.monotonic() - started, 1),
+        "version": __version__,
+        "commit": commit(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()} {platform.system()}",
+    }
+    finish(found.folder, manifest)
+
+
+def with_teacher(recipe: Recipe, folder: Path) -> Recipe:
+    """`recipe` with the teacher that the `train_teacher` stage in `folder` has made."""
+    teacher = recipe.teacher.model_copy(update={"path": str(folder / "teacher"), "revision": None})
+    return recipe.model_copy(update={"teacher": teacher})
+
+
+def _link(link: Path, folder: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path("..") / "stages" / folder.name)
+
+
+# ---- what is done with a finished run ----
+
+
+def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
+    """The latest finished stage of one of `kinds` in `run_folder`: a recipe's folder of links, or the stage itself.
+
+    Raises RunError where there is none.
+    """
+    candidates = [run_folder, *sorted(run_folder.glob("[0-9]*-*"), reverse=True)]
+    for folder in candidates:
+        if is_finished(folder) and read_json(folder / "manifest.json")["kind"] in kinds:
+            return folder.resolve()
+    raise RunError(f"{run_folder} holds no finished {' or '.join(kinds)} stage; `mlcm run` the recipe first")
+
+
+def sample(
+    run_folder: Path, prompts: list[str], num_steps: int, seed: int, gamma: float | None, out: Path
+) -> list[Path]:
+    """Pictures of `prompts` by the student of a run, as PNG files in `out`. Picture i depends on (seed, i) alone."""
+    folder = find_stage(run_folder, ("distill",))
+    recipe = _recipe_of(folder)
+    base = bases.load(recipe.teacher, device_of(recipe.device))
+    student = adapters.load_student(base, folder / "student")
+    times = sampling_times(num_steps, 1 if student.conditioned else student.num_segments)
+    generators = [generator(seed, "sample", i) for i in range(len(prompts))]
+    noise = base.noise(generators, len(prompts))
+    gamma = student.default_gamma if gamma is None else gamma
+    with torch.no_grad():
+        conditioning = base.encode_prompts(prompts)
+        x0 = sampler.sample(base, student.denoiser, conditioning, noise, times, gamma, generators, student.conditioned)
+        images = base.decode(x0)
+    names = [f"{i:03d}-seed{seed}-steps{num_steps}.png" for i in range(len(prompts))]
+    return [pictures.save_png(pictures.to_pil(image), out / name) for image, name in zip(images, names, strict=True)]
+
+
+def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[int] | None = None) -> Path:
+    """Evaluate the student of a run as its recipe's own evaluate stage would, or with other prompts and steps.
+
+    Returns the folder of the new report.
+    """
+    folder = find_stage(run_folder, ("distill",))
+    recipe = _recipe_of(folder)
+    stages = [stage for stage in recipe.stages if isinstance(stage, Evaluate)]
+    if not stages:
+        raise RunError(f"the recipe of {run_folder} has no evaluate stage to take prompts from; add one and run it again")
+    changes = {"num_prompts": num_prompts, "num_steps": num_steps, "students": "last"}
+    stage = stages[-1].model_copy(update={name: value for name, value in changes.items() if value is not None})
+    manifest = read_json(folder / "manifest.json")
+    done = [Located("distill", manifest["fingerprint"], folder)]
+    try:
+        found = locate(stage, recipe, done)
+        if not is_finished(found.folder):
+            _run_stage(stage, recipe, done, found)
+    except PEOPLES_ERRORS as error:
+        raise RunError(f"evaluate: {error}") from error
+    return found.folder
+
+
+def export(run_folder: Path, out: Path) -> Path:
+    """Write the student of a run as a folder that stock diffusers opens, with the snapshots of its phases and a card."""
+    folder = find_stage(run_folder, ("distill",))
+    recipe = _recipe_of(folder)
+    base = bases.load(recipe.teacher, device_of(recipe.device))
+    snapshots = {}
+    for path in sorted((folder / "snapshots").glob("phase-*")):
+        described = adapters.describe(path)
+        if not described["conditioned"] and described["segments"] > 1:
+            snapshots[described["segments"]] = path
+    try:
+        return write_export(folder / "student", base, out, _card_table(run_folder), snapshots)
+    except PEOPLES_ERRORS as error:
+        raise RunError(f"export: {error}") from error
+
+
+def _card_table(run_folder: Path) -> str | None:
+    """The table of the run's latest report, as Markdown; None for a run that was not evaluated."""
+    reports = sorted(run_folder.glob("[0-9]*-evaluate/report.json"))
+    return report.markdown(read_json(reports[-1])) if reports else None
+
+
+def _recipe_of(folder: Path) -> Recipe:
+    """The recipe that a finished stage was run with, as its manifest keeps it."""
+    return Recipe.model_validate(read_json(folder / "manifest.json")["recipe"])

@@ -1,0 +1,146 @@
+"""What a recipe will do before it does it: stages, what is done, network evaluations, disk and memory. Loads no weights.
+
+Evaluations are forward passes of a denoiser on one sample; a guided pass counts two. Memory is what weights, gradients
+and the optimiser need, read off the headers of the teacher's files; activations come on top and are not guessed.
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from .bases import LORA_TARGETS
+from .checkpoint import CheckpointError, is_finished, read_json
+from .fingerprint import Located, locate
+from .recipe import Distill, Evaluate, Lora, Recipe, Stage, TrainTeacher, Trajectories
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+ADAM_BYTES = 12  # a trained float32 weight's gradient and two moments
+MEAN_ONLINE_STEPS = 4.5  # of Algorithm 1: 1 to 8 steps, segments drawn evenly
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage of a plan."""
+
+    kind: str
+    fingerprint: str
+    folder: Path
+    done: bool
+    network_evaluations: int
+    disk_bytes: int
+    memory_bytes: int
+
+
+def planned_stages(recipe: Recipe) -> list[PlannedStage]:
+    """What `run` would do now. Raises FileNotFoundError for files that are named and missing."""
+    sizes = Sizes(recipe)
+    earlier: list[Located] = []
+    planned = []
+    for stage in recipe.stages:
+        found = locate(stage, recipe, earlier)
+        costs = (network_evaluations(stage, recipe), sizes.disk(stage), sizes.memory(stage))
+        planned.append(PlannedStage(stage.kind, found.fingerprint, found.folder, is_finished(found.folder), *costs))
+        earlier.append(found)
+    return planned
+
+
+def network_evaluations(stage: Stage, recipe: Recipe) -> int:
+    """Forward passes of a denoiser that `stage` takes, samples times passes."""
+    guided = 1 if recipe.teacher.guidance_scale == 1.0 else 2
+    if isinstance(stage, TrainTeacher):
+        return stage.num_steps * stage.batch_size
+    if isinstance(stage, Trajectories):
+        return (stage.num_trajectories + stage.num_held_out) * stage.num_steps * guided
+    if isinstance(stage, Distill):
+        return round(sum(map(sum, evaluations_per_phase(stage, guided))))
+    return stage.num_prompts * stage.images_per_prompt * _evaluations_per_picture(stage, guided)
+
+
+def evaluations_per_phase(stage: Distill, guided: int) -> list[tuple[float, float, float]]:
+    """Evaluations of teacher, target and student in each phase. `guided` is what a teacher pass counts, 1 or 2."""
+    if stage.method == "inter_segment":
+        teacher = stage.num_teacher_steps * guided
+        extra = stage.num_student_steps if stage.renoise == "student" else 0
+    else:
+        teacher = {"trajectories": 0, "online": (MEAN_ONLINE_STEPS + 1) * guided, "data": guided}[stage.source]
+        extra = 0
+    costs = []
+    for steps, target in zip(stage.per_phase("num_steps"), stage.per_phase("target"), strict=True):
+        samples = steps * stage.batch_size
+        with_target = stage.method == "inter_segment" or target == "consistency"
+        costs.append((samples * teacher, samples * (with_target + extra), samples))
+    return costs
+
+
+def _evaluations_per_picture(stage: Evaluate, guided: int) -> int:
+    """Evaluations of all rows for one picture, students of `students: snapshots` and `also` not counted."""
+    references = guided * sum(stage.teacher_steps)
+    undistilled = sum(n + (n if guided == 2 and n % 2 == 0 else 0) for n in stage.num_steps)
+    students = sum(stage.num_steps) * len(stage.gammas) * len(stage.grids)
+    return references + undistilled * len(stage.teacher_solvers) + students
+
+
+class Sizes:
+    """Bytes of a recipe's stages, from configuration files and the headers of weight files."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.folder = recipe, Path(recipe.teacher.path)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"plan reads a teacher's headers: {self.folder} is not a local folder")
+        self.parts = {part.name: shapes(part) for part in sorted(self.folder.iterdir()) if part.is_dir()}
+        unet = read_json(self.folder / "unet" / "config.json")
+        factor = 2 ** (len(read_json(self.folder / "vae" / "config.json")["block_out_channels"]) - 1)
+        side = recipe.teacher.resolution // factor if recipe.teacher.resolution else unet["sample_size"]
+        self.latent = unet["in_channels"] * side * side
+        self.context_width = unet["cross_attention_dim"]
+
+    def weights(self, part: str) -> int:
+        return sum(map(prod, self.parts[part].values()))
+
+    def trained(self, stage: Distill | TrainTeacher) -> int:
+        """Trained weights: all of the denoiser, or a LoRA's two matrices for every module that it changes."""
+        if isinstance(stage, TrainTeacher) or not isinstance(stage.adapter, Lora):
+            return self.weights("unet")
+        rank, total = stage.adapter.rank, 0
+        for name, shape in self.parts["unet"].items():
+            if len(shape) > 1 and is_lora_target(name):
+                total += rank * (prod(shape[1:]) + shape[0])
+        return total
+
+    def memory(self, stage: Stage) -> int:
+        """Bytes of weights, gradients and optimiser; not of activations."""
+        total = sum(self.weights(part) for part in self.parts) * BYTES[self.recipe.teacher.dtype]
+        if isinstance(stage, Distill | TrainTeacher):
+            averaged = isinstance(stage, TrainTeacher) or stage.target_ema > 0
+            total += self.trained(stage) * (4 + ADAM_BYTES + 4 * averaged)
+        return total
+
+    def disk(self, stage: Stage) -> int:
+        """Bytes of what the stage keeps, and of its two newest checkpoints while it runs."""
+        if isinstance(stage, Trajectories):
+            num_tokens = read_json(self.folder / "tokenizer" / "tokenizer_config.json")["model_max_length"]
+            row = (stage.num_steps + 2) * self.latent + num_tokens * self.context_width
+            return (stage.num_trajectories + stage.num_held_out) * row * BYTES[stage.dtype]
+        if isinstance(stage, TrainTeacher):
+            return self.weights("unet") * (2 + 2 * 16)
+        if isinstance(stage, Distill):
+            return self.trained(stage) * (4 * (1 + len(stage.segments)) + 2 * ADAM_BYTES)
+        return 0  # a page and a few pictures
+
+
+def is_lora_target(name: str) -> bool:
+    """Whether the weight `name` of a UNet is of a module that the published adapter changes."""
+    return any(name.removesuffix(".weight").endswith(f".{target}") for target in LORA_TARGETS)
+
+
+def shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of the tensors in a folder's safetensors files, read off their headers."""
+    found: dict[str, list[int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        found |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return found

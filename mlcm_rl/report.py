@@ -1,0 +1,402 @@
+"""report.json, the record of an evaluation, and what is said of it: comparisons, headline, table, report.md."""
+
+import json
+import math
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+
+from . import __version__
+from .checkpoint import replacing
+from .metrics import mean_and_error, paired_difference
+from .recipe import Evaluate, Recipe
+
+FORMAT = 1  # of report.json; raised when its layout changes
+DIGITS = 6  # significant ones of the values kept per prompt
+CURVE_POINTS = 100  # of a phase's loss curve; more are averaged in bins
+BUDGETS = (2, 4, 8)  # network evaluations at which student and teacher are compared
+HEADLINE_BUDGET = 4
+NUM_ERRORS = 2.0  # standard errors that the headline asks for
+COMPARED = ("distance", "r@5")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a key of a row's metrics stands for."""
+
+    label: str
+    lower_is_better: bool
+    definition: str
+
+
+def metric(key: str) -> Metric:
+    """The metric of `key`: distance, kid, r@<k>, r@<k>/<language>, diversity or reward/<name>."""
+    name, _, rest = key.partition("/")
+    if name == "reward":
+        return Metric(rest, False, f"Reward model `{rest}` (see its card in reward_models/), higher is better.")
+    if name.startswith("r@"):
+        return Metric(f"R@{name[2:]} {rest}".strip(), False, RETRIEVAL.format(k=name[2:]))
+    return METRICS[name]
+
+
+RETRIEVAL = (
+    "Share of pictures whose concept is among the {k} nearest of the judge's prototypes, by cosine; a tie counts "
+    "against the picture. Language enters through the prompt alone: the judge reads none."
+)
+METRICS = {
+    "distance": Metric(
+        "Distance",
+        True,
+        "Mean squared difference, per latent value, to the guided teacher's sample from the same noise; both are the "
+        "x0 of the last step.",
+    ),
+    "kid": Metric(
+        "KID (judge features)",
+        True,
+        "Kernel distance (Binkowski et al.) between the judge's features of these pictures and of real ones: unbiased, "
+        "so it can be negative; kernel (x.y + 1)^3 on unit-length features, mean over disjoint subsets of the prompts; "
+        "not comparable with a KID on Inception features.",
+    ),
+    "diversity": Metric(
+        "Diversity",
+        False,
+        "Mean distance between the judge's features of the pictures of one prompt, higher is more varied.",
+    ),
+}
+
+
+# ---- the record ----
+
+
+def record(row: dict[str, Any], values: dict[str, Tensor], languages: list[str], latency_ms: float) -> dict[str, Any]:
+    """A row of report.json: what it is, its latency, and of each metric mean, standard error and the values (P,).
+
+    R@k is also given for each of the prompts' `languages`, without repeating the values.
+    """
+    summaries = {key: summary(kept) | {"values": listed(kept)} for key, kept in values.items()}
+    if len(set(languages)) > 1:
+        for key in [key for key in values if key.startswith("r@")]:
+            for language in dict.fromkeys(languages):
+                chosen = torch.tensor([spoken == language for spoken in languages])
+                summaries[f"{key}/{language}"] = summary(values[key][chosen])
+    return row | {"latency_ms": rounded(latency_ms), "metrics": summaries}
+
+
+def summary(values: Tensor) -> dict[str, Any]:
+    mean, error = mean_and_error(values)
+    return {"mean": rounded(mean), "se": rounded(error), "n": int((~values.isnan()).sum())}
+
+
+def rounded(value: float) -> float | None:
+    """`value` to DIGITS significant digits; None, which JSON can hold, for nan."""
+    return None if math.isnan(value) else float(f"{value:.{DIGITS}g}")
+
+
+def listed(values: Tensor) -> list[float | None]:
+    return [rounded(value) for value in values.tolist()]
+
+
+def assemble(
+    recipe: Recipe,
+    stage: Evaluate,
+    prompts: list[dict],
+    rows: list[dict],
+    device: torch.device,
+    curves: list[dict],
+) -> dict[str, Any]:
+    """The whole of report.json. `prompts` are the fixed ones, each with "shown"; `rows` come from `record`."""
+    report = {
+        "format": FORMAT,
+        "name": recipe.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(device),
+        "teacher": recipe.teacher.model_dump(mode="json"),
+        "settings": {"seed": recipe.seed, **stage.model_dump(mode="json")},
+        "reference": next(row["id"] for row in rows if row["role"] == "reference"),
+        "prompts": prompts,
+        "rows": rows,
+        "curves": curves,
+    }
+    return report | {"comparisons": comparisons(report), "headline": headline(report)}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions and commit that a measurement was made with."""
+    threads = torch.get_num_threads()
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{processor()}, {threads} thread" + "s" * (threads > 1)
+    )
+    packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
+    return {
+        "device": f"{device.type}: {name}",
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {"mlcm_rl": __version__, **{package: version(package) for package in packages}},
+        "commit": commit(),
+    }
+
+
+def processor() -> str:
+    """The CPU's own name where the system tells it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this file runs from, None for an installed copy."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
+def read_curves(folder: Path | None) -> list[dict[str, Any]]:
+    """The loss curves of a distill stage's `log.jsonl`, one a phase: points (step, loss), binned where there are many.
+
+    Empty without a folder, or where it holds no log.
+    """
+    log = folder / "log.jsonl" if folder is not None else None
+    if log is None or not log.is_file():
+        return []
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return [
+        {
+            "phase": phase,
+            "num_segments": next(entry["num_segments"] for entry in entries if entry.get("phase") == phase),
+            **{name: binned(entries, phase, name) for name in ("loss", "held_out_loss")},
+        }
+        for phase in sorted({entry["phase"] for entry in entries if "phase" in entry})
+    ]
+
+
+def binned(entries: list[dict], phase: int, name: str) -> list[list[float]]:
+    """[step, value] of `name` in `phase`, at most CURVE_POINTS of them, each the mean of its bin."""
+    points = [(entry["step"], entry[name]) for entry in entries if entry.get("phase") == phase and name in entry]
+    width = max(1, math.ceil(len(points) / CURVE_POINTS))
+    bins = [points[i : i + width] for i in range(0, len(points), width)]
+    return [[one[-1][0], rounded(statistics.fmean(value for _, value in one))] for one in bins]
+
+
+# ---- what it says ----
+
+
+def comparisons(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """At 2, 4 and 8 evaluations, the best student row against the best undistilled row, by each metric, paired.
+
+    "Best" is picked on these very prompts, on both sides; an honest headline compares the student's default instead.
+    """
+    found = []
+    for key in measured(report, COMPARED):
+        for budget in BUDGETS:
+            student = best(rows_at(report, "student", budget), key)
+            teacher = best(rows_at(report, "undistilled", budget), key)
+            if student and teacher:
+                found.append({"num_evaluations": budget, **compare(student, teacher, key)})
+    return found
+
+
+def compare(student: dict, teacher: dict, key: str) -> dict[str, Any]:
+    """Student minus teacher in metric `key`, over the prompts that both have, with its standard error.
+
+    "won": the difference is to the student's good by more than NUM_ERRORS standard errors.
+    """
+    difference, error = paired_difference(kept(student, key), kept(teacher, key))
+    gain = -difference if metric(key).lower_is_better else difference
+    return {
+        "metric": key,
+        "student": student["id"],
+        "teacher": teacher["id"],
+        "difference": rounded(difference),
+        "se": rounded(error),
+        "won": gain > 0 and gain > NUM_ERRORS * error,
+    }
+
+
+def headline(report: dict[str, Any]) -> dict[str, Any]:
+    """Whether the student, at its default sampler, beats the undistilled teacher at four evaluations, and in words.
+
+    In every metric of COMPARED that was measured, the student's row at 4 is set against the best undistilled row at 4,
+    paired; "passed" needs all of them won by two standard errors.
+    """
+    students = [row for row in rows_at(report, "student", HEADLINE_BUDGET) if row["default"]]
+    teachers = rows_at(report, "undistilled", HEADLINE_BUDGET)
+    if not students or not teachers:
+        text = f"No student's default row and undistilled row at {HEADLINE_BUDGET} evaluations to compare."
+        return {"num_evaluations": HEADLINE_BUDGET, "passed": False, "checks": [], "text": text}
+    checks = [compare(students[0], best(teachers, key), key) for key in measured(report, COMPARED)]
+    text = " ".join(sentence(report, check) for check in checks)
+    return {
+        "num_evaluations": HEADLINE_BUDGET,
+        "passed": all(check["won"] for check in checks),
+        "checks": checks,
+        "text": f"At {HEADLINE_BUDGET} network evaluations: {text}",
+    }
+
+
+def sentence(report: dict[str, Any], check: dict[str, Any]) -> str:
+    """A comparison in words, beside what the reference itself reaches."""
+    rows, key = by_id(report), check["metric"]
+    student, teacher, reference = (rows[name] for name in (check["student"], check["teacher"], report["reference"]))
+    own = f", {reference['num_steps']} guided steps {number(reference['metrics'][key])}" if key != "distance" else ""
+    return (
+        f"{metric(key).label} {number(student['metrics'][key])} for the student, {number(teacher['metrics'][key])} for "
+        f"the undistilled teacher ({teacher['sampler']}){own}; paired difference "
+        f"{plus_minus(check['difference'], check['se'])}, {'ahead' if check['won'] else 'not ahead'}."
+    )
+
+
+def rows_at(report: dict[str, Any], role: str, num_evaluations: int) -> list[dict]:
+    return [row for row in report["rows"] if row["role"] == role and row["num_evaluations"] == num_evaluations]
+
+
+def by_id(report: dict[str, Any]) -> dict[str, dict]:
+    return {row["id"]: row for row in report["rows"]}
+
+
+def measured(report: dict[str, Any], keys: Iterable[str]) -> list[str]:
+    """Those of `keys` that the rows have a value of."""
+    return [key for key in keys if report["rows"][0]["metrics"].get(key, {}).get("mean") is not None]
+
+
+def best(rows: list[dict], key: str) -> dict | None:
+    """The row whose mean of `key` is best, None of no rows."""
+    sign = 1.0 if metric(key).lower_is_better else -1.0
+    return min(rows, key=lambda row: sign * row["metrics"][key]["mean"], default=None)
+
+
+def kept(row: dict, key: str) -> Tensor:
+    """The values (P,) of a row's metric, nan where a prompt has none."""
+    return torch.tensor([math.nan if value is None else value for value in row["metrics"][key]["values"]])
+
+
+# ---- as text ----
+
+
+def columns(report: dict[str, Any]) -> list[str]:
+    """The metrics that the table shows, in order: R@k by language where there is more than one."""
+    keys = [key for key in report["rows"][0]["metrics"] if "values" in report["rows"][0]["metrics"][key]]
+    shown = []
+    for key in keys:
+        by_language = [other for other in report["rows"][0]["metrics"] if other.startswith(f"{key}/")]
+        shown += by_language or [key]
+    return shown
+
+
+def number(summary: dict[str, Any]) -> str:
+    return plus_minus(summary["mean"], summary["se"])
+
+
+def plus_minus(value: float | None, error: float | None) -> str:
+    """`value` with its standard error, to the error's second digit; a dash for none."""
+    if value is None:
+        return "-"
+    if not error:
+        return f"{value:.4g}"
+    decimals = min(6, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:.{decimals}f} \u00b1 {error:.{decimals}f}"
+
+
+def heading(row: dict[str, Any]) -> str:
+    """What a row stands under in the table."""
+    if row["role"] == "reference":
+        return "Teacher, reference"
+    if row["role"] == "undistilled":
+        return "Teacher, undistilled"
+    return f"{row['name']}: " + ("conditioned on its target" if row["conditioned"] else f"K = {row['num_segments']}")
+
+
+def label(row: dict[str, Any]) -> str:
+    """A row's name under its heading."""
+    if row["role"] == "reference":
+        return f"{row['num_steps']} steps"
+    return row["sampler"] + (", default" if row["default"] else "")
+
+
+def groups(report: dict[str, Any]) -> dict[str, list[dict]]:
+    """The rows under their headings, in the table's order: the references, every student, the undistilled teacher."""
+    found: dict[str, list[dict]] = {}
+    for row in sorted(report["rows"], key=lambda row: ("reference", "student", "undistilled").index(row["role"])):
+        found.setdefault(heading(row), []).append(row)
+    return found
+
+
+def cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    """The numbers of a row of the table, after its label."""
+    values = [number(row["metrics"][key]) for key in columns(report)]
+    return [str(row["num_evaluations"]), f"{row['latency_ms']:.3g}", *values]
+
+
+def heads(report: dict[str, Any]) -> list[str]:
+    return ["Evals", "ms", *(metric(key).label for key in columns(report))]
+
+
+def table(report: dict[str, Any]) -> Table:
+    """The table for a terminal: means alone and no R@1 or diversity, so that it fits; the files have everything."""
+    keys = [key for key in columns(report) if not key.startswith(("r@1", "diversity"))]
+    title = f"{report['name']}: means over {len(report['prompts'])} prompts"
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown.add_column("Sampler", no_wrap=True, min_width=24)
+    for head in ("Evals", "ms", *(metric(key).label.partition(" (")[0] for key in keys)):
+        shown.add_column(head, justify="right", min_width=6, overflow="fold")
+    for name, rows in groups(report).items():
+        shown.add_row(name, style="bold")
+        for row in rows:
+            values = [row["metrics"][key]["mean"] for key in keys]
+            texts = ["-" if value is None else f"{value:.3g}" for value in values]
+            style = "green" if row["default"] else ""
+            shown.add_row(
+                f"  {label(row)}", str(row["num_evaluations"]), f"{row['latency_ms']:.3g}", *texts, style=style
+            )
+        shown.add_section()
+    return shown
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """report.md: the headline, the table, what its columns mean."""
+    head = ["Sampler", *heads(report)]
+    lines = [f"# {report['name']}", "", report["headline"]["text"], ""]
+    lines += [f"| {' | '.join(head)} |", f"|---{'|--:' * (len(head) - 1)}|"]
+    for name, rows in groups(report).items():
+        lines.append(f"| **{name}** {'| ' * (len(head) - 1)}|")
+        lines += [f"| {' | '.join([label(row), *cells(report, row)])} |" for row in rows]
+    lines += ["", f"{len(report['prompts'])} prompts; \u00b1 is one standard error over prompts.", ""]
+    lines += [f"- **{metric(key).label}**: {metric(key).definition}" for key in dict.fromkeys(columns(report))]
+    lines += ["", f"Measured on {report['environment']['device']}, {report['created']}."]
+    return "\n".join(lines) + "\n"
+
+
+# ---- files ----
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    """report.json, a row a line so that it can be read and compared, and report.md."""
+    parts = [f"{json.dumps(key)}: {_laid_out(value)}" for key, value in report.items()]
+    _write(folder / "report.json", "{\n" + ",\n".join(parts) + "\n}\n")
+    _write(folder / "report.md", markdown(report))
+
+
+def _laid_out(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(json.dumps(item, ensure_ascii=False, allow_nan=False) for item in value) + "\n]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

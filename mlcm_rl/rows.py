@@ -1,0 +1,101 @@
+"""The rows of an evaluation: which network, drawn by which sampler, at what cost."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .adapters import DESCRIPTION_FILE, Student
+from .equations.segments import paper_times, sampling_times
+from .recipe import Evaluate
+from .undistilled import LABELS
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    id: str  # also the folder of its pictures
+    role: str  # reference | undistilled | student
+    name: str  # "teacher", or which student
+    sampler: str  # in words
+    num_steps: int
+    num_evaluations: int
+    solver: str | None = None  # of the teacher
+    guidance_scale: float | None = None  # of the teacher; 1 is none
+    times: tuple[int, ...] | None = None  # of a student, and so are the rest
+    gamma: float | None = None
+    grid: str | None = None
+    num_segments: int | None = None
+    conditioned: bool = False
+    default: bool = False  # at the student's own gamma, on the milestones
+
+
+def student_folders(stage: Evaluate, parents: dict[str, Path]) -> dict[str, Path]:
+    """Name -> folder of every student: the recipe's own first, then those of `also`.
+
+    With `students: snapshots` the one after each phase comes along, but for the last phase's, which is the student.
+    Raises ValueError for an entry of `also` without a student.
+    """
+    stages = {"": parents["distill"]} if "distill" in parents else {}
+    for path in map(Path, stage.also):
+        if not (path / "student" / DESCRIPTION_FILE).is_file():
+            raise ValueError(f"also: {path} holds no student; name the folder of a finished distill stage")
+        stages["/".join(path.parts[-2:]) + " "] = path
+    found = {}
+    for prefix, path in stages.items():
+        found[f"{prefix}student"] = path / "student"
+        if stage.students == "snapshots":
+            found |= {f"{prefix}{one.name}": one for one in sorted((path / "snapshots").glob("phase-*"))[:-1]}
+    return found
+
+
+def teacher_rows(stage: Evaluate, guidance_scale: float) -> list[Row]:
+    """The reference first, the other guided rows, then every solver at each of the students' numbers of evaluations.
+
+    A guided step costs two evaluations, so only an even number has a guided row.
+    """
+    guided = guidance_scale != 1.0
+    label = "DDIM, guided" if guided else "DDIM"
+    rows = [
+        Row(f"teacher-{n}", "reference", "teacher", label, n, (1 + guided) * n, "ddim", guidance_scale)
+        for n in dict.fromkeys(reversed(stage.teacher_steps))
+    ]
+    for solver in stage.teacher_solvers:
+        for n in stage.num_steps:
+            at = ("undistilled", "teacher")
+            if guided and n % 2 == 0:
+                label = f"{LABELS[solver]}, guided"
+                rows.append(Row(f"{solver}-guided-{n}", *at, label, n // 2, n, solver, guidance_scale))
+            rows.append(Row(f"{solver}-unguided-{n}", *at, f"{LABELS[solver]}, unguided", n, n, solver, 1.0))
+    return rows
+
+
+def student_rows(stage: Evaluate, index: int, name: str, student: Student) -> list[Row]:
+    """`student` at each number of steps, gamma and grid; what would be the same pictures twice is one row.
+
+    (With one step gamma changes nothing, and grids may agree.) The student's own gamma comes first. A student told its
+    target may stop anywhere, so it takes the even grid; the others take one that holds their K boundaries.
+    """
+    rows = {}
+    num_segments = 1 if student.conditioned else student.num_segments
+    for gamma in sorted(stage.gammas, key=lambda gamma: gamma != student.default_gamma):
+        for grid in sorted(stage.grids):  # milestones, paper
+            for n in stage.num_steps:
+                times = tuple(paper_times(n) if grid == "paper" else sampling_times(n, num_segments))
+                rows.setdefault(
+                    (times, gamma if n > 1 else None),
+                    Row(
+                        id=f"student{index}-{n}-gamma{gamma:g}-{grid}",
+                        role="student",
+                        name=name,
+                        sampler=f"gamma {gamma:g}" + (", paper's grid" if grid == "paper" else ""),
+                        num_steps=n,
+                        num_evaluations=n,
+                        times=times,
+                        gamma=gamma,
+                        grid=grid,
+                        num_segments=student.num_segments,
+                        conditioned=student.conditioned,
+                        default=gamma == student.default_gamma and grid == "milestones",
+                    ),
+                )
+    return list(rows.values())

@@ -1,0 +1,220 @@
+"""What surrounds a loop: device, progress with ETA, seeds that follow progress, logs, trackers, signals, the step itself."""
+
+import hashlib
+import json
+import math
+import signal
+import subprocess
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from .recipe import Recipe, Training
+
+diffusers.utils.logging.disable_progress_bar()  # a bar for every load says nothing here
+transformers.utils.logging.disable_progress_bar()
+
+console = Console(highlight=False)
+PLAIN_SECONDS = 10.0  # between progress lines where no terminal can redraw a bar
+
+
+class NonFiniteLoss(Exception):
+    """A loss or gradient stopped being a number; nothing was updated."""
+
+
+# ---- randomness ----
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from what it is for: seed, purpose, step. The same parts give the same seed on every machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(*parts: object) -> torch.Generator:
+    """A CPU generator seeded by `parts`. Randomness is a function of (seed, purpose, step), so resuming needs no state."""
+    return torch.Generator().manual_seed(seed_of(*parts))
+
+
+def epoch_order(num_items: int, batch_size: int, step: int, *parts: object) -> Tensor:
+    """Indices (batch_size,) of the batch of `step`: every item once per pass, each pass in an order of its own."""
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    orders: dict[int, Tensor] = {}
+    for epoch in {position // num_items for position in positions}:
+        orders[epoch] = torch.randperm(num_items, generator=generator(*parts, "epoch", epoch))
+    return torch.stack([orders[position // num_items][position % num_items] for position in positions])
+
+
+# ---- progress ----
+
+
+@contextmanager
+def progress(total: int, description: str, done: int = 0) -> Iterator["Bar"]:
+    """A progress bar with ETA on a terminal; elsewhere a line every ten seconds."""
+    bar = Bar(total, description, done)
+    with bar.rich if console.is_terminal else _nothing():
+        yield bar
+    bar.close()
+
+
+class Bar:
+    """Counts up to `total`; `advance(n, note)` moves it and shows `note` (the loss, say) beside the ETA."""
+
+    def __init__(self, total: int, description: str, done: int):
+        self.total, self.description, self.done, self.first = total, description, done, done
+        self.started = self.printed = time.monotonic()
+        self.rich = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self.task = self.rich.add_task(description, total=total, completed=done, note="")
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self.done += count
+        self.rich.update(self.task, advance=count, note=note)
+        now = time.monotonic()
+        if not console.is_terminal and now - self.printed > PLAIN_SECONDS:
+            self.printed = now
+            left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
+            console.print(f"{self.description} {self.done}/{self.total} eta {left:.0f} s {note}", soft_wrap=True)
+
+    def close(self) -> None:
+        if not console.is_terminal:
+            seconds = time.monotonic() - self.started
+            console.print(f"{self.description} {self.done}/{self.total} done in {seconds:.0f} s", soft_wrap=True)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+# ---- devices ----
+
+
+def device_of(name: str) -> torch.device:
+    """The device a recipe asks for; `auto` takes CUDA, then MPS, then the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def commit() -> str | None:
+    """The commit of this checkout, for the record; None outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+# ---- a training loop's surroundings ----
+
+
+class Runtime:
+    """One training stage's surroundings: `steps` yields step numbers, `step` updates, `log` records."""
+
+    def __init__(self, recipe: Recipe, stage: Training, folder: Path):
+        self.recipe, self.stage, self.folder = recipe, stage, folder
+        self.accelerator = Accelerator(
+            cpu=device_of(recipe.device).type == "cpu",
+            mixed_precision=stage.precision,
+            log_with=list(recipe.trackers) or None,
+            project_dir=str(folder),
+        )
+        self.device = self.accelerator.device
+        self.stopping = False
+        self.last_loss = math.nan
+        self.accelerator.init_trackers("tensorboard" if recipe.trackers == ["tensorboard"] else recipe.name)
+
+    def generator(self, purpose: str, step: int) -> torch.Generator:
+        return generator(self.recipe.seed, self.stage.kind, purpose, step)
+
+    def steps(self, first: int, total: int, description: str) -> Iterator[int]:
+        """Step numbers `first` .. `total` - 1 under a progress bar. SIGTERM and Ctrl-C stop the loop after a whole step:
+        `due` then answers True once, so that the loop saves, and KeyboardInterrupt is raised."""
+        self._truncate_log(first)
+        with _signals(self), progress(total, description, first) as bar:
+            for step in range(first, total):
+                yield step
+                bar.advance(note=f"loss {self.last_loss:.4g}")
+                if self.stopping:
+                    raise KeyboardInterrupt(f"stopped after step {step + 1} of {total}; the same command resumes it")
+        self.accelerator.end_training()
+
+    def due(self, step: int, every: int, total: int | None = None) -> bool:
+        """Whether something done every so many steps is due after `step` (always when the run is being stopped)."""
+        return self.stopping or (step + 1) % every == 0 or step + 1 == total
+
+    def backward(self, losses: Iterable[Tensor], parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> dict:
+        """One optimiser step from the per-sample `losses` (b,) of a step's micro-batches, each a lazy forward pass.
+
+        The mean over all samples of the step is minimised, whatever the split. Returns loss and gradient norm.
+        Raises NonFiniteLoss before anything is updated.
+        """
+        total, count = 0.0, self.stage.batch_size
+        for loss in losses:
+            self.accelerator.backward(loss.sum() / count)
+            total += loss.detach().sum().item()
+        norm = self.accelerator.clip_grad_norm_(parameters, self.stage.max_grad_norm).item()
+        self.last_loss = total / count
+        if not (math.isfinite(self.last_loss) and math.isfinite(norm)):
+            raise NonFiniteLoss(f"loss {self.last_loss}, gradient norm {norm}: nothing was updated in this step")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return {"loss": self.last_loss, "grad_norm": norm}
+
+    def log(self, step: int, **values: float) -> None:
+        """Append a record to log.jsonl and send it to the trackers."""
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step + 1, **values}) + "\n")
+        self.accelerator.log(values, step=step + 1)
+
+    def _truncate_log(self, first: int) -> None:
+        """Forget records past the step that is resumed from: they will be written again."""
+        path = self.folder / "log.jsonl"
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # a kill can cut the last one short
+            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first), encoding="utf-8")
+
+
+def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:
+    """Learning-rate factor in [0, 1]: linear warm-up, then a cosine that would reach 0 at `num_steps`."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress_made = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * progress_made))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+@contextmanager
+def _signals(runtime: Runtime) -> Iterator[None]:
+    def stop(_number, _frame):
+        runtime.stopping = True
+
+    old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""The stages: one readable loop each. They share formulas and parts, never each other."""

@@ -1,0 +1,168 @@
+"""Stage `distill`: multistep consistency distillation, phase by phase from many segments to one (MLCM, arXiv 2406.05768)."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import adapters, bases, checkpoint, pictures
+from ..bases import Base
+from ..data import CaptionedImages, read_prompts
+from ..equations import consistency
+from ..equations.averaging import ema_decay, ema_update_
+from ..equations.schedule import snr
+from ..equations.segments import phase_at
+from ..recipe import Distill, Recipe
+from ..runtime import Runtime, generator, rate_factor, set_rate
+from ..sources import Batch, NoisedData, OnLine, RenoisedSamples, Source, StoredStates
+from ..trajectories import Store
+
+Weights = dict[str, Tensor]  # the trained parameters by name, or their average
+
+
+
+def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
+    """Train a student into `folder`: `student/`, one of `snapshots/` after each phase, `log.jsonl`, `samples/`.
+
+    It starts as the teacher, or as the student of an earlier distill stage. Interrupted at any step and run again, it
+    ends with the same bits. Raises NonFiniteLoss before an update that would not be a number.
+    """
+    rt = Runtime(recipe, stage, folder)
+    base = bases.load(recipe.teacher, rt.device)
+    start = parents["distill"] / "student" if "distill" in parents else None
+    student = adapters.student(base, stage.adapter, recipe.seed, stage.condition_on_target, start)
+    if stage.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    trained = {name: value for name, value in student.named_parameters() if value.requires_grad}
+    parameters = list(trained.values())
+    average = {name: value.detach().clone() for name, value in trained.items()} if stage.target_ema else trained
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay)
+    source = make_source(stage, recipe, base, student, parents)
+    lengths = stage.per_phase("num_steps")
+
+    weights = {"student": trained} | ({"average": average} if stage.target_ema else {})
+    first = checkpoint.load_training(folder, weights, optimizer)
+    for step in rt.steps(first, sum(lengths), "distill"):
+        phase, step_in_phase = phase_at(step, lengths)
+        settings = PhaseSettings(stage, phase)
+        if step_in_phase == 0 and stage.optimizer_state == "reset":
+            optimizer.state.clear()
+        rate = settings.learning_rate * rate_factor(step_in_phase, lengths[phase], stage.warmup_steps)
+        set_rate(optimizer, rate)
+
+        draw = source.draw(step, settings.num_segments, settings.pair, rt.generator("times", step))
+        parts = draw.split(stage.batch_size // stage.gradient_accumulation)
+        losses = (loss(stage, settings, base, student, average, source.realise(part)) for part in parts)
+        with rt.accelerator.autocast():
+            record = rt.backward(losses, parameters, optimizer)
+        if stage.target_ema:
+            ema_update_(average.values(), parameters, ema_decay(step, stage.target_ema))
+
+        if rt.due(step, stage.log_every):
+            rt.log(step, phase=phase, num_segments=settings.num_segments, rate=rate, **record)
+        if isinstance(source, StoredStates) and source.store.num_held_out and rt.due(step, stage.held_out_every):
+            held_out = held_out_loss(stage, settings, base, student, average, source)
+            rt.log(step, phase=phase, num_segments=settings.num_segments, held_out_loss=held_out)
+        if recipe.samples.prompts and rt.due(step, stage.sample_every, sum(lengths)):
+            save_samples(stage, recipe, base, student, settings.num_segments, folder, step)
+        if step_in_phase + 1 == lengths[phase]:
+            save_student(stage, recipe, base, student, settings.num_segments, snapshot_folder(folder, phase, settings))
+        if rt.due(step, stage.save_every):
+            checkpoint.save_training(folder, step + 1, weights, optimizer)
+    save_student(stage, recipe, base, student, stage.segments[-1], folder / "student")
+
+
+class PhaseSettings:
+    """The settings of one phase of a progressive schedule."""
+
+    def __init__(self, stage: Distill, phase: int):
+        self.num_segments: int = stage.segments[phase]
+        self.learning_rate: float = stage.per_phase("learning_rate")[phase]
+        self.target: str = stage.per_phase("target")[phase]
+        self.pair: str = stage.per_phase("pair")[phase]
+        self.space: str = stage.per_phase("space")[phase]
+        self.distance = consistency.DISTANCES[stage.per_phase("distance")[phase]]
+
+
+def make_source(
+    stage: Distill, recipe: Recipe, base: Base, student: torch.nn.Module, parents: dict[str, Path]
+) -> Source:
+    """The source of points that `stage` names."""
+    if stage.method == "inter_segment":
+        store = Store(parents["trajectories"]) if stage.renoise == "stored" else None
+        prompts = None if store else [prompt.prompt for prompt in read_prompts(stage.prompts)]
+        return RenoisedSamples(stage, base, student, store, prompts, recipe.seed)
+    if stage.source == "trajectories":
+        return StoredStates(stage, base, Store(parents["trajectories"]), recipe.seed)
+    if stage.source == "online":
+        return OnLine(stage, base, [prompt.prompt for prompt in read_prompts(stage.prompts)], recipe.seed)
+    folder = CaptionedImages(stage.images, base.resolution)
+    latents = [base.encode_images(chunk.to(base.device) / 255).cpu() for chunk in folder.images.split(64)]
+    return NoisedData(stage, base, torch.cat(latents), folder.prompts, recipe.seed)
+
+
+def loss(
+    stage: Distill, settings: PhaseSettings, base: Base, student: torch.nn.Module, average: Weights, batch: Batch
+) -> Tensor:
+    """The distillation loss of `batch`, one value a sample (B,) float32 (TLCM v6, eq. 7; eq. 10 for inter_segment)."""
+    s = batch.s if stage.condition_on_target else None
+    x0 = base.x0(student, batch.x_t, batch.t, batch.conditioning, s)
+    if stage.method == "inter_segment":
+        x0_at_r = no_grad_x0(base, student, average, batch, s)
+        target = consistency.inter_segment_target(x0_at_r, batch.x_r, batch.r)
+        weight = snr(batch.t, base.schedule) + 1.0 if settings.space == "x0" else 1.0
+        return weight * settings.distance(x0, target)
+    if settings.target == "trajectory":
+        target = batch.x_s
+    else:
+        x0_at_r = no_grad_x0(base, student, average, batch, s)
+        target = consistency.transfer(batch.x_r, x0_at_r, batch.r, batch.s, base.schedule)
+    error = consistency.LOSSES[settings.space]
+    return error(x0, batch.x_t, batch.t, target, batch.s, base.schedule, settings.distance)
+
+
+@torch.no_grad()
+def no_grad_x0(base: Base, student: torch.nn.Module, average: Weights, batch: Batch, s: Tensor | None) -> Tensor:
+    """f at the pair's second point (B, C, H, W), by the target network: the student's own weights or their average."""
+    with adapters.swapped(student, average):
+        return base.x0(student, batch.x_r, batch.r, batch.conditioning, s)
+
+
+@torch.no_grad()
+def held_out_loss(
+    stage: Distill, settings: PhaseSettings, base: Base, student: torch.nn.Module, average: Weights, source: StoredStates
+) -> float:
+    """Mean loss over the held-out trajectories, at the same times whenever it is asked for in a phase."""
+    index = torch.tensor(source.store.held_out)
+    draw = source.draw_for(index, settings.num_segments, settings.pair, generator(source.seed, "held out"))
+    parts = draw.split(stage.batch_size // stage.gradient_accumulation)
+    return torch.cat([loss(stage, settings, base, student, average, source.realise(part)) for part in parts]).mean().item()
+
+
+def snapshot_folder(folder: Path, phase: int, settings: PhaseSettings) -> Path:
+    return folder / "snapshots" / f"phase-{phase}-K{settings.num_segments}"
+
+
+def save_student(
+    stage: Distill, recipe: Recipe, base: Base, student: torch.nn.Module, num_segments: int, folder: Path
+) -> None:
+    """The student as it is now, with what a sampler and an export need to know of it."""
+    description = {
+        "segments": num_segments,
+        "conditioned": stage.condition_on_target,
+        "family": base.family,
+        "prediction_type": base.prediction_type,
+        "teacher": recipe.teacher.path,
+        "teacher_hash": checkpoint.teacher_hash(recipe.teacher),
+    }
+    adapters.save_student(student, folder, description)
+
+
+def save_samples(
+    stage: Distill, recipe: Recipe, base: Base, student: torch.nn.Module, num_segments: int, folder: Path, step: int
+) -> None:
+    """The grid of fixed prompts and seeds, by the sampler that suits the student as it is now."""
+    conditioned = stage.condition_on_target
+    gamma = adapters.default_gamma(num_segments, conditioned)
+    sheet = pictures.sample_grid(base, student, recipe.samples, recipe.seed, num_segments, conditioned, gamma)
+    pictures.save_png(sheet, pictures.folder_of_samples(folder, step + 1))

@@ -1,0 +1,77 @@
+"""Stage `trajectories`: the teacher's guided DDIM trajectories from noise to data, every state kept."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import bases, runtime
+from ..bases import Base, Conditioning
+from ..checkpoint import sha256, teacher_hash
+from ..data import read_prompts
+from ..equations.segments import milestones, time_grid
+from ..equations.solver import ddim_step
+from ..fingerprint import MATHS
+from ..recipe import Recipe, Trajectories
+from ..trajectories import Provenance, Writer
+
+
+def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
+    """Write the store of `stage.num_trajectories` + `stage.num_held_out` trajectories to `folder`, resuming what is there.
+
+    Trajectory i takes prompt i (the prompts are gone round when there are more trajectories) and noise that is a function
+    of (seed, i) alone.
+    """
+    device = runtime.device_of(recipe.device)
+    base = bases.load(recipe.teacher, device)
+    prompts = [prompt.prompt for prompt in read_prompts(stage.prompts)]
+    writer = Writer(folder, provenance(stage, recipe, base), stage.shard_size)
+    missing = writer.missing()
+    done = writer.total - sum(map(len, missing))
+    with runtime.progress(writer.total, "trajectories", done) as bar:
+        for shard in missing:
+            parts = []
+            for start in range(shard.start, shard.stop, stage.batch_size):
+                batch = range(start, min(start + stage.batch_size, shard.stop))
+                conditioning = base.encode_prompts([prompts[i % len(prompts)] for i in batch])
+                noise = base.noise([runtime.generator(recipe.seed, "trajectories", i) for i in batch], len(batch))
+                states, x0 = solve(base, conditioning, noise, writer.provenance.grid, recipe.teacher.guidance_scale)
+                parts.append({"states": states, "x0": x0, **conditioning})
+                bar.advance(len(batch))
+            whole = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+            writer.write(shard, whole.pop("states"), whole.pop("x0"), whole)
+
+
+def solve(
+    base: Base, conditioning: Conditioning, noise: Tensor, grid: list[int], guidance_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Guided DDIM from `noise` (B, C, H, W) down `grid`: all states (B, len(grid), C, H, W), and the last step's x0."""
+    unconditional = base.unconditional(len(noise))
+    states = [noise]
+    for start, end in zip(grid, grid[1:], strict=False):
+        t, s = (torch.full((len(noise),), time, device=noise.device) for time in (start, end))
+        x0 = base.guided_x0(states[-1], t, conditioning, unconditional, guidance_scale)
+        states.append(ddim_step(states[-1], x0, t, s, base.schedule))
+    return torch.stack(states, dim=1), x0
+
+
+def provenance(stage: Trajectories, recipe: Recipe, base: Base) -> Provenance:
+    """What the store of `stage` must say of itself. Raises ValueError where a milestone is not on the grid."""
+    grid = time_grid(stage.num_steps, base.schedule.num_times)
+    off = set(milestones(8, base.schedule.num_times).tolist()) - set(grid)
+    if off:
+        raise ValueError(f"milestones {sorted(off)} are not on the grid of {stage.num_steps} steps")
+    return Provenance(
+        teacher_hash=teacher_hash(recipe.teacher),
+        scheduler={k: v for k, v in base.pipeline.scheduler.config.items() if k.startswith(("beta", "num_", "predict"))},
+        prediction_type=base.prediction_type,
+        solver="ddim",
+        grid=grid,
+        guidance_scale=recipe.teacher.guidance_scale,
+        prompts_hash=sha256(Path(stage.prompts)),
+        num_trajectories=stage.num_trajectories,
+        num_held_out=stage.num_held_out,
+        seed=recipe.seed,
+        dtype=stage.dtype,
+        maths=MATHS["trajectories"],
+    )

@@ -1,0 +1,137 @@
+"""The store of teacher trajectories: written shard by shard, verified, memory-mapped when read.
+
+A store is a folder of `shard-*.safetensors`, each with `states` (n, steps + 1, C, H, W) from noise at the first grid
+time to index 0, `x0` (n, C, H, W), the last step's own estimate of the clean latents, and one entry for every tensor of
+the prompts' conditioning. `store.json` says how they were made and holds every shard's sha256.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .bases import Conditioning
+from .checkpoint import CheckpointError, read_json, sha256, write_json, write_tensors
+
+FORMAT = 1  # of the files
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Everything that decides what the states are. A store is only used by a run that expects just this."""
+
+    teacher_hash: str
+    scheduler: dict
+    prediction_type: str
+    solver: str
+    grid: list[int]
+    guidance_scale: float
+    prompts_hash: str
+    num_trajectories: int
+    num_held_out: int
+    seed: int
+    dtype: str
+    maths: int
+    format: int = FORMAT
+
+
+class Writer:
+    """Writes a store resumably: shards that are there and whole are kept, the rest are asked for."""
+
+    def __init__(self, folder: Path, provenance: Provenance, shard_size: int):
+        self.folder, self.provenance, self.shard_size = folder, provenance, shard_size
+        self.total = provenance.num_trajectories + provenance.num_held_out
+        self.record = {"provenance": vars(provenance), "shard_size": shard_size, "shards": {}}
+        path = folder / "store.json"
+        if path.is_file():
+            found = read_json(path)
+            refuse_mismatch(path, found["provenance"], provenance)
+            self.record = found
+            self.shard_size = found["shard_size"]
+
+    def missing(self) -> list[range]:
+        """The index ranges of the shards still to write."""
+        ranges = [range(i, min(i + self.shard_size, self.total)) for i in range(0, self.total, self.shard_size)]
+        return [indices for indices in ranges if not self._is_whole(indices)]
+
+    def write(self, indices: range, states: Tensor, x0: Tensor, conditioning: Conditioning) -> None:
+        """One shard: states (n, steps + 1, C, H, W), x0 (n, C, H, W), conditioning (n, ...). Durable when it returns."""
+        path = self.folder / shard_name(indices)
+        dtype = DTYPES[self.provenance.dtype]
+        kept = {f"conditioning.{name}": value.to(dtype) for name, value in conditioning.items()}
+        write_tensors(path, {"states": states.to(dtype), "x0": x0.to(dtype), **kept})
+        self.record["shards"][path.name] = sha256(path)
+        write_json(self.folder / "store.json", self.record)
+
+    def _is_whole(self, indices: range) -> bool:
+        name = shard_name(indices)
+        return name in self.record["shards"] and (self.folder / name).is_file()
+
+
+class Store:
+    """A finished store, read lazily: only the states asked for leave the disk.
+
+    Raises CheckpointError where a shard is missing or damaged, or where `expected` differs from what was stored.
+    """
+
+    def __init__(self, folder: Path, expected: Provenance | None = None):
+        self.folder = folder
+        record = read_json(folder / "store.json")
+        if expected is not None:
+            refuse_mismatch(folder / "store.json", record["provenance"], expected)
+        self.provenance = Provenance(**record["provenance"])
+        if self.provenance.format != FORMAT:
+            raise CheckpointError(f"{folder}: written in format {self.provenance.format}, this version reads {FORMAT}")
+        self.grid = self.provenance.grid
+        self.num_trajectories, self.num_held_out = self.provenance.num_trajectories, self.provenance.num_held_out
+        self.shard_size = record["shard_size"]
+        for name, checksum in record["shards"].items():
+            if not (folder / name).is_file() or sha256(folder / name) != checksum:
+                raise CheckpointError(f"{folder / name} is missing or damaged: delete it and run the stage again")
+        self._names = list(sorted(record["shards"]))
+
+    @cached_property
+    def _shards(self) -> list[dict[str, Tensor]]:
+        return [load_file(self.folder / name) for name in self._names]
+
+    @cached_property
+    def held_out(self) -> range:
+        """Indices of the trajectories that are never trained on."""
+        return range(self.num_trajectories, self.num_trajectories + self.num_held_out)
+
+    def states(self, indices: Tensor, points: Tensor) -> Tensor:
+        """States (B, C, H, W) float32 of trajectories `indices` (B,) at grid positions `points` (B,); 0 is noise."""
+        return self._rows("states", indices, points)
+
+    def x0(self, indices: Tensor) -> Tensor:
+        """The teacher's samples (B, C, H, W) float32: the last step's x0 of trajectories `indices` (B,)."""
+        return self._rows("x0", indices)
+
+    def conditioning(self, indices: Tensor) -> Conditioning:
+        """The prompts' conditioning (B, ...) float32 of trajectories `indices` (B,)."""
+        names = [name for name in self._shards[0] if name.startswith("conditioning.")]
+        return {name.removeprefix("conditioning."): self._rows(name, indices) for name in names}
+
+    def _rows(self, name: str, indices: Tensor, points: Tensor | None = None) -> Tensor:
+        rows = [self._shards[i // self.shard_size][name][i % self.shard_size] for i in indices.tolist()]
+        if points is not None:
+            rows = [row[point] for row, point in zip(rows, points.tolist(), strict=True)]
+        return torch.stack(rows).float()
+
+
+def shard_name(indices: range) -> str:
+    return f"shard-{indices.start:07d}.safetensors"
+
+
+def refuse_mismatch(path: Path, found: dict, expected: Provenance) -> None:
+    """Raise CheckpointError naming every field in which a store differs from what the run expects."""
+    wanted = vars(expected)
+    differences = [
+        f"{name} is {found.get(name)!r}, expected {wanted[name]!r}" for name in wanted if found.get(name) != wanted[name]
+    ]
+    if differences:
+        raise CheckpointError(f"{path} does not belong to this run: " + "; ".join(differences))

@@ -1,0 +1,35 @@
+"""Tiny teachers of every family and prediction type, loaded once."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+from mlcm_rl import bases, recipe
+from mlcm_rl.bases import Base
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("teachers")
+    return {
+        "sdxl": tiny.sdxl(folder / "sdxl"),
+        "sdxl-v-5-channels": tiny.sdxl(folder / "sdxl-v", "v_prediction", latent_channels=5),
+        "sd15": tiny.sd(folder / "sd15"),
+        "sd21": tiny.sd(folder / "sd21", "v_prediction"),
+    }
+
+
+@pytest.fixture(scope="session", params=["sdxl", "sdxl-v-5-channels", "sd15", "sd21"])
+def base(request, teachers) -> Base:
+    return load(teachers[request.param])
+
+
+@pytest.fixture(scope="session")
+def sdxl(teachers) -> Base:
+    return load(teachers["sdxl"])
+
+
+def load(folder: Path, **settings) -> Base:
+    family = "sdxl" if folder.name.startswith("sdxl") else "sd"
+    return bases.load(recipe.Teacher(path=str(folder), family=family, **settings), "cpu")

@@ -1,0 +1,245 @@
+"""Students: how they start, what is trained, what is kept, and how LoRA files are read."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from mlcm_rl import adapters, bases, recipe
+from mlcm_rl.bases import LORA_TARGETS
+from mlcm_rl.recipe import Full, Lora
+
+ADAPTERS = [Lora(rank=4, alpha=8.0), Full()]
+
+
+def inputs(base):
+    noise = base.noise(torch.Generator().manual_seed(3), 2)
+    return noise, torch.tensor([999, 374]), base.encode_prompts(["a cat", "红苹果"])
+
+
+def targets(conditioned):
+    return torch.tensor([499, 0]) if conditioned else None
+
+
+def description(base, segments=1):
+    return {"segments": segments, "family": base.family, "prediction_type": base.prediction_type}
+
+
+def trained(base, adapter, condition_on_target=False, seed=0):
+    denoiser = adapters.student(base, adapter, seed, condition_on_target)
+    tiny.perturb(adapters.trainable_parameters(denoiser), seed)
+    return denoiser
+
+
+# Starting
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.kind)
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_student_starts_as_its_teacher_bit_for_bit(base, adapter, conditioned):
+    x_t, t, conditioning = inputs(base)
+    denoiser = adapters.student(base, adapter, 0, conditioned)
+    expected = base.predict(base.denoiser, x_t, t, conditioning)
+    assert torch.equal(base.predict(denoiser, x_t, t, conditioning, targets(conditioned)), expected)
+
+
+def test_same_seed_gives_the_same_adapter_and_leaves_the_global_generator_alone(sdxl):
+    before = torch.get_rng_state()
+    first, again, other = (adapters.student(sdxl, ADAPTERS[0], seed).state_dict() for seed in (1, 1, 2))
+    adapters.student(sdxl, Full(), 0, condition_on_target=True)
+    assert torch.equal(before, torch.get_rng_state())
+    drawn = [name for name in first if "lora_A" in name]
+    assert all(torch.equal(first[name], again[name]) for name in drawn)
+    assert not any(torch.equal(first[name], other[name]) for name in drawn)
+
+
+def test_lora_shares_the_teachers_memory_and_full_weights_do_not(sdxl):
+    held = {parameter.data_ptr() for parameter in sdxl.denoiser.parameters()}
+    lora, full = (adapters.student(sdxl, adapter, 0) for adapter in ADAPTERS)
+    assert held <= {parameter.data_ptr() for parameter in lora.parameters()}
+    assert not held & {parameter.data_ptr() for parameter in full.parameters()}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.kind)
+def test_training_a_student_leaves_the_teacher_as_it_was(base, adapter):
+    x_t, t, conditioning = inputs(base)
+    before = base.predict(base.denoiser, x_t, t, conditioning)
+    denoiser = adapters.student(base, adapter, 0, condition_on_target=True)
+    optimizer = torch.optim.SGD(adapters.trainable_parameters(denoiser), lr=0.1)
+    base.predict(denoiser, x_t, t, conditioning, targets(True)).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(base.predict(base.denoiser, x_t, t, conditioning), before)
+    assert not torch.equal(base.predict(denoiser, x_t, t, conditioning, targets(True)), before)
+
+
+def test_lora_sits_on_every_published_target_and_is_all_that_is_trained(base):
+    denoiser = adapters.student(base, Lora(rank=4, alpha=4.0), 0, condition_on_target=True)
+    modules = {name.partition(".lora_A")[0] for name, _ in denoiser.named_parameters() if ".lora_A." in name}
+    for target in LORA_TARGETS:
+        assert any(module.endswith(f".{target}") for module in modules), target
+    for module in modules:
+        assert any(module.endswith(f".{target}") for target in LORA_TARGETS), module
+    names = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
+    assert len(names) == 2 * len(modules) + 1
+    assert all(".lora_" in name or name == adapters.TARGET_TIME_KEY for name in names)
+    assert len(adapters.trainable_parameters(denoiser)) == len(names)
+
+
+def test_adapter_over_a_half_precision_teacher_is_float32_and_trains(teachers):
+    base = bases.load(recipe.Teacher(path=str(teachers["sdxl"]), family="sdxl", dtype="bfloat16"), "cpu")
+    x_t, t, conditioning = inputs(base)
+    for adapter in ADAPTERS:
+        denoiser = adapters.student(base, adapter, 0, condition_on_target=True)
+        parameters = adapters.trainable_parameters(denoiser)
+        assert {parameter.dtype for parameter in parameters} == {torch.float32}
+        base.predict(denoiser, x_t, t, conditioning, targets(True)).square().mean().backward()
+        assert denoiser.time_embedding.cond_proj.weight.grad.abs().sum() > 0
+
+
+# Keeping
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.kind)
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_saved_student_loads_and_goes_on_bit_for_bit(base, adapter, conditioned, tmp_path):
+    x_t, t, conditioning = inputs(base)
+    denoiser = trained(base, adapter, conditioned)
+    expected = base.predict(denoiser, x_t, t, conditioning, targets(conditioned))
+    adapters.save_student(denoiser, tmp_path / "student", description(base, segments=4))
+    loaded = adapters.load_student(base, tmp_path / "student")
+    resumed = adapters.student(base, adapter, 9, conditioned, start=tmp_path / "student")
+    assert (loaded.num_segments, loaded.conditioned) == (4, conditioned)
+    assert torch.equal(base.predict(loaded.denoiser, x_t, t, conditioning, targets(conditioned)), expected)
+    assert torch.equal(base.predict(resumed, x_t, t, conditioning, targets(conditioned)), expected)
+    shapes = [[parameter.shape for parameter in adapters.trainable_parameters(one)] for one in (denoiser, resumed)]
+    assert shapes[0] == shapes[1]
+
+
+def test_two_students_and_their_teacher_live_side_by_side(sdxl, tmp_path):
+    x_t, t, conditioning = inputs(sdxl)
+    outputs = []
+    for seed in (1, 2):
+        denoiser = trained(sdxl, ADAPTERS[0], seed=seed)
+        outputs.append(sdxl.predict(denoiser, x_t, t, conditioning))
+        adapters.save_student(denoiser, tmp_path / str(seed), description(sdxl))
+    loaded = [adapters.load_student(sdxl, tmp_path / str(seed)).denoiser for seed in (1, 2)]
+    for one, expected in zip(loaded, outputs, strict=True):
+        assert torch.equal(sdxl.predict(one, x_t, t, conditioning), expected)
+
+
+def test_saving_replaces_an_older_student_whole(sdxl, tmp_path):
+    adapters.save_student(trained(sdxl, ADAPTERS[0], True), tmp_path / "student", description(sdxl))
+    adapters.save_student(trained(sdxl, Full()), tmp_path / "student", description(sdxl))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student"]
+    assert sorted(path.name for path in (tmp_path / "student").iterdir()) == ["student.json", "unet"]
+    described = json.loads((tmp_path / "student" / "student.json").read_text())
+    assert (described["adapter"], described["conditioned"]) == ({"kind": "full"}, False)
+
+
+def test_target_time_is_added_to_a_finished_student_without_changing_it(base, tmp_path):
+    x_t, t, conditioning = inputs(base)
+    for adapter in ADAPTERS:
+        denoiser = trained(base, adapter)
+        adapters.save_student(denoiser, tmp_path / adapter.kind, description(base))
+        told = adapters.student(base, adapter, 0, condition_on_target=True, start=tmp_path / adapter.kind)
+        expected = base.predict(denoiser, x_t, t, conditioning)
+        assert torch.equal(base.predict(told, x_t, t, conditioning, targets(True)), expected)
+
+
+def test_start_of_another_kind_is_refused(sdxl, tmp_path):
+    adapters.save_student(trained(sdxl, ADAPTERS[0], True), tmp_path / "student", description(sdxl))
+    for other in (Lora(rank=4, alpha=4.0), Lora(rank=8, alpha=8.0), Full()):
+        with pytest.raises(ValueError, match="'rank': 4"):
+            adapters.student(sdxl, other, 0, True, start=tmp_path / "student")
+    with pytest.raises(ValueError, match="condition_on_target: true"):
+        adapters.student(sdxl, ADAPTERS[0], 0, False, start=tmp_path / "student")
+
+
+def test_student_of_another_teacher_kind_is_refused(sdxl, teachers, tmp_path):
+    adapters.save_student(trained(sdxl, ADAPTERS[0]), tmp_path / "student", description(sdxl))
+    other = bases.load(recipe.Teacher(path=str(teachers["sd15"]), family="sd"), "cpu")
+    with pytest.raises(ValueError, match="family is sdxl, the teacher's sd"):
+        adapters.load_student(other, tmp_path / "student")
+    with pytest.raises(FileNotFoundError, match=r"student\.json"):
+        adapters.load_student(sdxl, tmp_path)
+    with pytest.raises(ValueError, match="lacks prediction_type, segments"):
+        adapters.save_student(sdxl.denoiser, tmp_path / "other", {"family": "sdxl"})
+
+
+@pytest.mark.parametrize(
+    ("segments", "conditioned", "gamma"), [(1, False, 1.0), (2, False, 0.0), (8, False, 0.0), (1, True, 0.0)]
+)
+def test_default_gamma_follows_the_student(sdxl, tmp_path, segments, conditioned, gamma):
+    denoiser = adapters.student(sdxl, ADAPTERS[0], 0, conditioned)
+    adapters.save_student(denoiser, tmp_path / "student", description(sdxl, segments))
+    assert adapters.load_student(sdxl, tmp_path / "student").default_gamma == gamma
+
+
+def test_merged_student_is_plain_and_computes_the_same(base, tmp_path):
+    x_t, t, conditioning = inputs(base)
+    for adapter in ADAPTERS:
+        adapters.save_student(trained(base, adapter), tmp_path / adapter.kind, description(base))
+        loaded = adapters.load_student(base, tmp_path / adapter.kind)
+        plain = adapters.merged(loaded, torch.float32)
+        assert plain.state_dict().keys() == base.denoiser.state_dict().keys()
+        expected = base.predict(loaded.denoiser, x_t, t, conditioning)
+        torch.testing.assert_close(base.predict(plain, x_t, t, conditioning), expected, atol=1e-4, rtol=1e-4)
+
+
+# LoRA files
+
+
+def test_saved_lora_carries_its_configuration_and_a_stock_pipeline_reads_its_scale(base, tmp_path):
+    x_t, t, conditioning = inputs(base)
+    denoiser = trained(base, Lora(rank=64, alpha=8.0))
+    adapters.save_student(denoiser, tmp_path, description(base))
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        header = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert (header["unet.r"], header["unet.lora_alpha"]) == (64, 8.0)
+    stock = base.pipeline_class.from_pretrained(base.teacher.path, safety_checker=None) if base.family == "sd" else (
+        base.pipeline_class.from_pretrained(base.teacher.path)
+    )  # fmt: skip
+    stock.load_lora_weights(str(tmp_path), weight_name="pytorch_lora_weights.safetensors")
+    scales = {value for module in stock.unet.modules() for value in getattr(module, "scaling", {}).values()}
+    assert scales == {0.125}
+    expected = base.predict(denoiser, x_t, t, conditioning)
+    torch.testing.assert_close(base.predict(stock.unet, x_t, t, conditioning), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_same_student_is_saved_to_the_same_bytes(sdxl, tmp_path):
+    denoiser = trained(sdxl, ADAPTERS[0], True)
+    for name in ("one", "two"):
+        adapters.save_student(denoiser, tmp_path / name, description(sdxl))
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def test_published_layout_without_configuration_is_read_with_alpha_8(sdxl, teachers, tmp_path):
+    """As the authors' code writes it: `get_peft_model` at PEFT's defaults, tensors alone."""
+    x_t, t, conditioning = inputs(sdxl)
+    other = bases.load(recipe.Teacher(path=str(teachers["sdxl"]), family="sdxl"), "cpu")
+    theirs = get_peft_model(other.denoiser, LoraConfig(r=64, target_modules=LORA_TARGETS))
+    tiny.perturb([parameter for parameter in theirs.parameters() if parameter.requires_grad])
+    expected = sdxl.predict(theirs, x_t, t, conditioning)
+    save_file(get_peft_model_state_dict(theirs), tmp_path / "published.safetensors")
+    assert all(key.startswith("base_model.model.") for key in load_file(tmp_path / "published.safetensors"))
+    read = adapters.load_published_lora(sdxl, tmp_path / "published.safetensors")
+    torch.testing.assert_close(sdxl.predict(read, x_t, t, conditioning), expected, atol=1e-5, rtol=1e-5)
+    too_strong = adapters.load_published_lora(sdxl, tmp_path / "published.safetensors", alpha=64.0)
+    assert (sdxl.predict(too_strong, x_t, t, conditioning) - expected).abs().max() > 0.1
+
+
+def test_lora_that_does_not_fit_the_teacher_is_refused_by_name(sdxl, tmp_path):
+    adapters.save_student(trained(sdxl, ADAPTERS[0]), tmp_path / "student", description(sdxl))
+    file = tmp_path / "student" / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    tensors = load_file(file)
+    removed = next(iter(sorted(tensors)))
+    save_file({key: value for key, value in tensors.items() if key != removed}, file, metadata=header)
+    with pytest.raises(ValueError, match=r"1 LoRA tensors do not fit"):
+        adapters.load_student(sdxl, tmp_path / "student")

@@ -1,0 +1,86 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from mlcm_rl.equations.schedule import Schedule, add_noise, expand, flow_schedule, scaled_linear_betas, snr, vp_schedule
+
+VP = vp_schedule(scaled_linear_betas())
+
+
+def test_variance_preserving_scales_are_on_the_circle():
+    torch.testing.assert_close(VP.alpha**2 + VP.sigma**2, torch.ones(1000), atol=1.2e-7, rtol=0)
+
+
+def test_variance_preserving_scales_equal_stock_ddim():
+    stock = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
+    torch.testing.assert_close(VP.alpha, stock.sqrt(), rtol=2e-6, atol=0)
+    torch.testing.assert_close(VP.sigma, (1 - stock).sqrt(), rtol=2e-5, atol=0)  # stock subtracts in float32
+
+
+def test_variance_preserving_scales_by_hand():
+    """Betas 1/4 and 1/3: alpha^2 = 3/4, then 3/4 * 2/3 = 1/2."""
+    schedule = vp_schedule(torch.tensor([0.25, 1 / 3]))
+    torch.testing.assert_close(schedule.alpha**2, torch.tensor([0.75, 0.5]))
+    torch.testing.assert_close(schedule.sigma**2, torch.tensor([0.25, 0.5]))
+
+
+def test_scales_at_the_milestones_are_those_of_stable_diffusion():
+    """To three digits, as anyone can recompute from beta 0.00085 -> 0.012."""
+    times = torch.tensor([999, 874, 749, 624, 499, 374, 249, 124])
+    alpha = torch.tensor([0.068, 0.136, 0.238, 0.372, 0.527, 0.683, 0.822, 0.929])
+    sigma = torch.tensor([0.998, 0.991, 0.971, 0.928, 0.850, 0.730, 0.570, 0.370])
+    torch.testing.assert_close(VP.alpha[times], alpha, atol=6e-4, rtol=0)
+    torch.testing.assert_close(VP.sigma[times], sigma, atol=6e-4, rtol=0)
+    assert VP.sigma[0].item() == pytest.approx(0.00085**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("schedule", [VP, flow_schedule(), flow_schedule(shift=3.0)])
+def test_noise_grows_with_time(schedule):
+    assert (schedule.sigma.diff() > 0).all()
+    assert (schedule.alpha.diff() < 0).all()
+    assert schedule.num_times == 1000
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_scales_are_on_the_line_and_equal_stock_flow_matching(shift):
+    schedule = flow_schedule(shift=shift)
+    torch.testing.assert_close(schedule.alpha + schedule.sigma, torch.ones(1000), atol=1.2e-7, rtol=0)
+    stock = FlowMatchEulerDiscreteScheduler(shift=shift).sigmas.flip(0)  # stock lists them from noise to data
+    torch.testing.assert_close(schedule.sigma, stock, atol=1e-6, rtol=0)
+    assert schedule.alpha[-1] == 0.0
+
+
+def test_scales_in_another_precision_are_refused():
+    with pytest.raises(TypeError, match=r"float32.*bfloat16"):
+        Schedule(VP.alpha.bfloat16(), VP.sigma.bfloat16())
+    with pytest.raises(TypeError, match="float64"):
+        Schedule(VP.alpha, VP.sigma.double())
+    with pytest.raises(ValueError, match=r"\(1000,\).*\(999,\)"):
+        Schedule(VP.alpha, VP.sigma[1:])
+
+
+def test_scales_stay_float32_when_the_latents_are_not():
+    alpha, sigma = VP.at(torch.tensor([3, 5]), torch.zeros(2, 4, 8, 8, dtype=torch.bfloat16))
+    assert alpha.dtype == sigma.dtype == torch.float32
+    assert alpha.shape == sigma.shape == (2, 1, 1, 1)
+
+
+def test_add_noise_and_snr_by_hand():
+    schedule = Schedule(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.8]))
+    x0, eps = torch.tensor([[10.0, 20.0], [10.0, 20.0]]), torch.tensor([[1.0, -1.0], [1.0, -1.0]])
+    noisy = add_noise(x0, eps, torch.tensor([0, 1]), schedule)
+    torch.testing.assert_close(noisy, torch.tensor([[8.6, 15.4], [6.8, 11.2]]))
+    torch.testing.assert_close(snr(torch.tensor([0, 1]), schedule), torch.tensor([16 / 9, 9 / 16]))
+
+
+def test_add_noise_equals_stock():
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 5, 4, 8, 8, generator=generator)
+    t = torch.tensor([0, 20, 499, 874, 999])
+    stock = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    torch.testing.assert_close(add_noise(x0, eps, t, VP), stock.add_noise(x0, eps, t), atol=5e-6, rtol=0)
+
+
+def test_expand_keeps_one_value_a_sample():
+    assert expand(torch.arange(3), torch.zeros(3, 4, 8, 8)).shape == (3, 1, 1, 1)
+    assert expand(torch.arange(3), torch.zeros(3, 2)).tolist() == [[0], [1], [2]]

@@ -1,0 +1,188 @@
+"""The rules of the house as functions of source text, so that each can be tried on a planted violation.
+
+Every function returns what is wrong, one sentence a violation, and an empty list for clean source.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+HEAVY = {"accelerate", "datasets", "deepspeed", "diffusers", "peft", "torchmetrics", "transformers"}
+MAY_IMPORT_HEAVY = {  # modules of mlcm_rl, without the package's name
+    "adapters",
+    "bases",
+    "checkpoint",
+    "data",
+    "export",
+    "exported_pipeline",  # copied into an export, where it is all that stock diffusers finds
+    "judge",
+    "metrics",
+    "runtime",
+}
+ABOVE = {"__main__", "pipeline", "stages"}  # what drives the rest, so nothing below may import it
+VAGUE = {"common", "helper", "helpers", "manager", "util", "utils"}
+BANNED_WORD = "c" + "fg"
+DEVICES = re.compile(r"(cpu|cuda|mps|xpu|hip)(:\d+)?")
+RANDOM = {"bernoulli", "manual_seed", "multinomial", "normal", "rand", "randint", "randn", "randperm"}
+RANDOM |= {f"{name}_like" for name in ("rand", "randint", "randn")}
+
+_ROOTS = "|".join(["wo" + "rk", "tm" + "p", "ro" + "ot", "ho" + "me", "op" + "t", "Us" + "ers"])
+_HOSTS = ["py" + "pi.org", "python" + "hosted.org", "registry.npm" + "js.org", "npm" + "js.com", "anaconda" + ".org"]
+MACHINE_PATH = re.compile(rf"(?<![\w.~}})\]-])/(?:{_ROOTS})/\w")
+REGISTRY = re.compile("|".join(re.escape(host) for host in _HOSTS))
+
+
+def imports(source: str, module: str) -> Iterator[tuple[int, str]]:
+    """Line and absolute dotted name of everything that `module` (dotted, a package ends in `.__init__`) imports."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".")[: -node.level] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{prefix}.{alias.name}") for alias in node.names)
+
+
+def wrong_arrows(source: str, module: str) -> list[str]:
+    """Imports of `module` (such as mlcm_rl.stages.distill) that point the wrong way."""
+    wrong = []
+    for line, name in imports(source, module):
+        reason = _why_not(module, name)
+        if reason:
+            wrong.append(f"{module}:{line} imports {name}: {reason}")
+    return wrong
+
+
+def _why_not(module: str, name: str) -> str | None:
+    package, *inner = module.split(".")
+    top, *path = name.split(".")
+    ours = top in ("mlcm_rl", "reward_models")
+    if package == "reward_models":
+        allowed = name == "mlcm_rl.rewards" or name.startswith("mlcm_rl.rewards.") or top == "reward_models"
+        return "a reward file knows the reward contract at most" if ours and not allowed else None
+    if inner[0] == "equations":
+        if ours:
+            return None if path[:1] == ["equations"] else "equations know nothing of ours"
+        return None if top == "torch" or top in sys.stdlib_module_names else "equations know torch and nothing else"
+    if inner[0] == "stages" and path[:1] == ["stages"] and path[:2] != inner[:2]:
+        return "stages never import each other"
+    if top == "mlcm_rl" and path[:1] and path[0] in ABOVE and inner[0] not in ABOVE:
+        return f"{path[0]} stands above {inner[0]}"
+    if top in HEAVY and inner[0] not in MAY_IMPORT_HEAVY:
+        return f"{top} belongs behind {', '.join(sorted(MAY_IMPORT_HEAVY))} and the reward files"
+    if inner[0].startswith("recipe") and top == "torch":
+        return "recipes are read without torch"
+    return None
+
+
+def unsafe_loading(source: str) -> list[str]:
+    """`torch.load` without weights_only=True, pickle in any form."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            keywords = {word.arg: word.value for word in node.keywords}
+            if ast.unparse(node.func) == "torch.load" and not _is_true(keywords.get("weights_only")):
+                wrong.append(f"line {node.lineno}: torch.load without weights_only=True")
+            if _is_true(keywords.get("allow_pickle")):
+                wrong.append(f"line {node.lineno}: allow_pickle=True")
+    for line, name in imports(source, "any"):
+        if name.split(".")[0] in {"cloudpickle", "dill", "joblib", "pickle", "shelve"} or name == "torch.load":
+            wrong.append(f"line {line}: imports {name}")
+    return wrong
+
+
+def _is_true(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.Constant) and node.value is True
+
+
+def too_long(source: str, file_lines: int = 450, function_lines: int = 120) -> list[str]:
+    """A file or a function that no longer fits a reader's head."""
+    wrong = []
+    num_lines = len(source.splitlines())
+    if num_lines > file_lines:
+        wrong.append(f"{num_lines} lines in the file, {file_lines} at most")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            if length > function_lines:
+                wrong.append(f"line {node.lineno}: {node.name} has {length} lines, {function_lines} at most")
+    return wrong
+
+
+def words(name: str) -> set[str]:
+    """The lower-case words of a snake_case, CamelCase or kebab-case name."""
+    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)}
+
+
+def vague_names(source: str, path: str) -> list[str]:
+    """Files, classes and functions of ours that are named for nothing in particular."""
+    wrong = [f"{path}: {part!r} says nothing" for part in path.split("/") if words(part) & VAGUE]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and words(node.name) & VAGUE:
+            wrong.append(f"{path}:{node.lineno}: {node.name!r} says nothing")
+    return wrong
+
+
+def banned_word(source: str) -> list[str]:
+    """Identifiers that hold the word meaning both a recipe and a guidance scale."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        for field in ("id", "attr", "arg", "name", "asname"):
+            name = getattr(node, field, None)
+            if isinstance(name, str) and BANNED_WORD in words(name):
+                wrong.append(f"line {getattr(node, 'lineno', '?')}: {name!r}; say recipe or guidance_scale")
+    return wrong
+
+
+def impure(source: str) -> list[str]:
+    """What an equation may not do: own weights, read or write, name a device, draw from the global generator."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        line = f"line {getattr(node, 'lineno', '?')}"
+        if isinstance(node, ast.Attribute | ast.Name) and ast.unparse(node).endswith(("nn.Module", "nn.Parameter")):
+            wrong.append(f"{line}: {ast.unparse(node)}")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"print", "open", "input"}:
+            wrong.append(f"{line}: {ast.unparse(node.func)}()")
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and DEVICES.fullmatch(node.value):
+            wrong.append(f"{line}: names the device {node.value!r}")
+        if _draws_unseeded(node):
+            wrong.append(f"{line}: {ast.unparse(node.func)} draws from the global generator")
+    return wrong
+
+
+def _draws_unseeded(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Call) or ast.unparse(node.func) not in {f"torch.{name}" for name in RANDOM}:
+        return False
+    return "generator" not in {word.arg for word in node.keywords}
+
+
+def machine_bound(text: str) -> list[str]:
+    """Lines of a text file that name a package registry's host or a folder of one machine."""
+    wrong = []
+    for number, line in enumerate(text.splitlines(), 1):
+        for pattern in (REGISTRY, MACHINE_PATH):
+            found = pattern.search(line)
+            if found:
+                wrong.append(f"line {number}: {line[max(0, found.start() - 20) : found.end() + 20].strip()!r}")
+    return wrong
+
+
+def broken_floors(requirements: list[str], constraints: str) -> list[str]:
+    """Requirements that the pins of constraints.txt do not satisfy, or do not pin."""
+    pins = {}
+    for line in constraints.splitlines():
+        if "==" in line and not line.lstrip().startswith("#"):
+            name, version = line.split("#")[0].split(";")[0].split("==")
+            pins[canonicalize_name(name.strip())] = version.strip()
+    wrong = []
+    for requirement in map(Requirement, requirements):
+        pin = pins.get(canonicalize_name(requirement.name))
+        if pin is None:
+            wrong.append(f"{requirement} is not pinned")
+        elif not requirement.specifier.contains(pin, prereleases=True):
+            wrong.append(f"{requirement} is not satisfied by the pin {pin}")
+    return wrong

@@ -1,0 +1,202 @@
+"""The import arrows, names and habits of the house, held over the whole tree; each rule is also tried on violations."""
+
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from house import rules
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("mlcm_rl", "reward_models")
+LIBRARY = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+EQUATIONS = [path for path in LIBRARY if path.parent.name == "equations"]
+PROGRAMS = sorted((ROOT / "recipes").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def shown(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def broken(paths: list[Path], rule) -> list[str]:
+    return [f"{shown(path)}: {wrong}" for path in paths for wrong in rule(path.read_text())]
+
+
+def report(wrong: list[str]) -> None:
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+# --- the tree ----------------------------------------------------------------------------------------------------
+
+
+def test_the_tree_is_where_it_is_looked_for():
+    assert len(EQUATIONS) >= 7
+    assert ROOT / "mlcm_rl" / "recipe.py" in LIBRARY
+
+
+def test_import_arrows_point_towards_the_equations():
+    report([wrong for path in LIBRARY for wrong in rules.wrong_arrows(path.read_text(), dotted(path))])
+
+
+def test_nothing_is_unpickled():
+    report(broken(LIBRARY + PROGRAMS + TESTS, rules.unsafe_loading))
+
+
+def test_files_and_functions_stay_readable():
+    report(broken(LIBRARY, rules.too_long))
+
+
+def test_names_say_what_they_are():
+    report([wrong for path in LIBRARY + PROGRAMS + TESTS for wrong in rules.vague_names(path.read_text(), shown(path))])
+
+
+def test_the_word_with_two_meanings_is_not_used():
+    report(broken(LIBRARY + PROGRAMS + TESTS, rules.banned_word))
+    recipes = sorted((ROOT / "recipes").rglob("*.yaml"))
+    report([shown(path) for path in recipes if rules.BANNED_WORD in rules.words(path.read_text())])
+
+
+def test_equations_are_pure():
+    report(broken(EQUATIONS, rules.impure))
+
+
+def test_no_file_names_a_registry_or_a_folder_of_one_machine():
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout: which files are tracked is unknown")
+    wrong = []
+    for name in filter(None, listed.stdout.split("\0")):
+        path = ROOT / name
+        if path.is_file() and b"\0" not in (content := path.read_bytes())[:8192]:
+            wrong += [f"{name}: {line}" for line in rules.machine_bound(content.decode("utf-8", errors="replace"))]
+    report(wrong)
+
+
+def test_every_requirement_is_satisfied_by_its_pin():
+    pins = ROOT / "constraints.txt"
+    if not pins.exists():
+        pytest.skip("no constraints.txt")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [requirement for extra in project["optional-dependencies"].values() for requirement in extra]
+    report(rules.broken_floors(project["dependencies"] + extras, pins.read_text()))
+
+
+# --- the rules on planted violations -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "allowed"),
+    [
+        ("mlcm_rl.equations.solver", "import torch\nimport math\nfrom .schedule import Schedule", True),
+        ("mlcm_rl.equations.solver", "import numpy", False),
+        ("mlcm_rl.equations.solver", "from ..recipe import Recipe", False),
+        ("mlcm_rl.equations.solver", "from mlcm_rl import recipe", False),
+        ("mlcm_rl.equations.__init__", "from ..bases import Base", False),
+        ("mlcm_rl.stages.distill", "from .. import bases\nfrom ..equations import segments", True),
+        ("mlcm_rl.stages.distill", "from .evaluate import run", False),
+        ("mlcm_rl.stages.distill", "from . import evaluate", False),
+        ("mlcm_rl.stages.distill", "from mlcm_rl.stages import evaluate", False),
+        ("mlcm_rl.stages.distill", "def run():\n    import diffusers.training_utils", False),
+        ("mlcm_rl.sampler", "from diffusers import DDIMScheduler", False),
+        ("mlcm_rl.sampler", "from .stages import distill", False),
+        ("mlcm_rl.bases.sdxl", "from diffusers import StableDiffusionXLPipeline\nfrom . import Base", True),
+        ("mlcm_rl.bases.sdxl", "from ..pipeline import run", False),
+        ("mlcm_rl.pipeline", "from .stages import distill", True),
+        ("mlcm_rl.pipeline", "import accelerate", False),
+        ("mlcm_rl.recipe", "import torch", False),
+        ("reward_models.clip", "import transformers\nfrom mlcm_rl.rewards import Reward", True),
+        ("reward_models.clip", "from mlcm_rl import rewards", True),
+        ("reward_models.clip", "from mlcm_rl.bases import load", False),
+        ("reward_models.clip", "import mlcm_rl", False),
+    ],
+)
+def test_a_wrong_arrow_is_seen(module, source, allowed):
+    assert (rules.wrong_arrows(source, module) == []) is allowed
+
+
+@pytest.mark.parametrize(
+    ("source", "allowed"),
+    [
+        ("import torch\ntorch.load(path, weights_only=True)", True),
+        ("import torch\ntorch.load(path)", False),
+        ("import torch\ntorch.load(path, weights_only=False)", False),
+        ("from torch import load", False),
+        ("import pickle", False),
+        ("from pickle import loads", False),
+        ("numpy.load(path, allow_pickle=True)", False),
+        ("from safetensors.torch import load_file", True),
+    ],
+)
+def test_unsafe_loading_is_seen(source, allowed):
+    assert (rules.unsafe_loading(source) == []) is allowed
+
+
+def test_length_is_seen():
+    assert rules.too_long("x = 1\n" * 450) == []
+    assert len(rules.too_long("x = 1\n" * 451)) == 1
+    assert rules.too_long("def f():\n" + "    x = 1\n" * 119) == []
+    assert "121 lines" in rules.too_long("def f():\n" + "    x = 1\n" * 120)[0]
+
+
+def test_vague_names_are_seen():
+    clean = "from diffusers.utils import logging\nclass Runtime:\n    def commonly_used(self): ...\n"
+    assert rules.vague_names(clean, "mlcm_rl/runtime.py") == []
+    assert len(rules.vague_names("x = 1", "mlcm_rl/image_utils.py")) == 1
+    assert len(rules.vague_names("x = 1", "mlcm_rl/common/solver.py")) == 1
+    assert len(rules.vague_names("class ModelManager: ...\ndef load_helper(): ...", "mlcm_rl/bases.py")) == 2
+
+
+@pytest.mark.parametrize("form", ["{}", "{}.seed", "f(x={})", "def f({}): ...", "import a as {}", "x.{}", "f({}=1)"])
+def test_the_banned_word_is_seen(form):
+    for name in (rules.BANNED_WORD, f"do_{rules.BANNED_WORD}", rules.BANNED_WORD.upper()):
+        assert rules.banned_word(form.format(name))
+    assert rules.banned_word(form.format("recipe")) == []
+    assert rules.banned_word(form.format("config")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "class Net(nn.Module): ...",
+        "class Net(torch.nn.Module): ...",
+        "print(1)",
+        "with open(path) as file: ...",
+        "x.to('cuda')",
+        "torch.device('cuda:0')",
+        "noise = torch.randn(3)",
+        "noise = torch.randn_like(x)",
+    ],
+)
+def test_an_impure_equation_is_seen(source):
+    assert rules.impure(source)
+    assert rules.impure('"""Runs on cpu and cuda."""\nnoise = torch.randn(3, generator=g)') == []
+
+
+def test_machine_bound_text_is_seen():
+    folder, host = "/" + "wo" + "rk/main", "https://py" + "pi.org/simple"
+    for line in (folder, f"path: {folder}/x", f"'{folder}'", f"file://{folder}", "/" + "tmp/x", host, f"pip -i {host}"):
+        assert rules.machine_bound(f"fine\n{line}\n")[0].startswith("line 2")
+    for line in (
+        "mlcm_rl/bases",
+        "https://example.com/" + "wo" + "rk/x",
+        "./" + "tmp/x",
+        "frame" + "wo" + "rk/x",
+        "$X/y",
+    ):
+        assert rules.machine_bound(line) == []
+
+
+def test_a_pin_below_its_floor_is_seen():
+    pins = "torch==2.13.0\nruamel-yaml==0.18.10  # YAML 1.2\n# numpy==1.0\nnumpy==1.26 ; python_version > '3'\n"
+    assert rules.broken_floors(["torch>=2.11", "ruamel.yaml>=0.18"], pins) == []
+    assert rules.broken_floors(["torch>=2.14"], pins) == ["torch>=2.14 is not satisfied by the pin 2.13.0"]
+    assert rules.broken_floors(["numpy>=2.0", "peft>=0.21"], pins) == [
+        "numpy>=2.0 is not satisfied by the pin 1.26",
+        "peft>=0.21 is not pinned",
+    ]

@@ -1,0 +1,30 @@
+"""Tiny teachers to compare with stock diffusers, as folders and loaded."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+from mlcm_rl import bases, recipe
+from mlcm_rl.bases import Base
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("teachers")
+    return {
+        "sdxl": tiny.sdxl(folder / "sdxl"),
+        "sdxl-one-tower": tiny.sdxl(folder / "sdxl-one-tower", num_towers=1),
+        "sdxl-no-zeros": tiny.sdxl(folder / "sdxl-no-zeros", "v_prediction", 5, force_zeros_for_empty_prompt=False),
+        "sd15": tiny.sd(folder / "sd15"),
+        "sd21": tiny.sd(folder / "sd21", "v_prediction"),
+    }
+
+
+@pytest.fixture(scope="session")
+def loaded(teachers) -> dict[str, Base]:
+    families = {name: "sdxl" if name.startswith("sdxl") else "sd" for name in teachers}
+    return {
+        name: bases.load(recipe.Teacher(path=str(folder), family=families[name]), "cpu")
+        for name, folder in teachers.items()
+    }

@@ -1,0 +1,43 @@
+"""Sample exported folders with diffusers and nothing of ours; run as a program: stock_samples.py JOBS.json.
+
+A job is {"folder", "out", "prompts", "seed", "calls": [{"steps"} or {"timesteps"}]} and optionally "lora" and "unet" (parts
+to put over the folder's own), "scheduler" (whose to take instead) and "trust" (run the folder's pipeline.py). Written to
+"out": the latents of each call by its number.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+
+
+def sample(job: dict) -> None:
+    pipe = DiffusionPipeline.from_pretrained(job["folder"], trust_remote_code=job.get("trust", False))
+    pipe.set_progress_bar_config(disable=True)
+    if "lora" in job:
+        pipe.load_lora_weights(job["lora"], weight_name="pytorch_lora_weights.safetensors")
+    if "unet" in job:
+        pipe.unet = UNet2DConditionModel.from_pretrained(job["unet"])
+    if "scheduler" in job:
+        name = json.loads(Path(job["scheduler"], "scheduler_config.json").read_text())["_class_name"]
+        pipe.scheduler = getattr(importlib.import_module("diffusers"), name).from_pretrained(job["scheduler"])
+    latents = {}
+    for i, call in enumerate(job["calls"]):
+        times = {"timesteps": call["timesteps"]} if "timesteps" in call else {"num_inference_steps": call["steps"]}
+        generator = torch.Generator().manual_seed(job["seed"])
+        found = pipe(job["prompts"], guidance_scale=0, generator=generator, output_type="latent", **times)
+        latents[str(i)] = found.images.contiguous()
+    save_file(latents, job["out"])
+
+
+if __name__ == "__main__":
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        sample(job)
+    for code in sys.argv[2:]:
+        exec(compile(Path(code).read_text(), code, "exec"), {})
+    if "mlcm_rl" in sys.modules:
+        raise SystemExit("mlcm_rl was imported: an export must not need it")

@@ -1,0 +1,231 @@
+"""Exports opened and sampled by stock diffusers in a process without mlcm_rl, beside our sampler on the same noise."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from mlcm_rl import adapters, sampler
+from mlcm_rl.bases import Base
+from mlcm_rl.equations.segments import paper_times, sampling_times
+from mlcm_rl.equations.solver import ddim_step, gamma_step
+from mlcm_rl.export import export, stock_scheduler
+from mlcm_rl.recipe import Full, Lora
+
+PROMPTS, SEED = ["a red apple", "红苹果"], 7
+ALL_STEPS = [{"steps": steps} for steps in range(1, 9)]
+SOME_STEPS = [{"steps": steps} for steps in (1, 2, 4, 8)]
+PAPER = [{"timesteps": list(paper_times(4))}]
+
+
+@dataclass
+class Case:
+    """A student, what of its export to open, and how to sample it."""
+
+    name: str
+    teacher: str
+    adapter: Lora | Full
+    segments: int
+    calls: list[dict]
+    conditioned: bool = False
+    job: dict = field(default_factory=dict)  # of stock_samples.py; {teacher} and {out} stand for the folders
+    of: str | None = None  # the case whose export this one opens, its own by default
+
+    @property
+    def gamma(self) -> float:
+        return 1.0 if self.segments == 1 and not self.conditioned else 0.0
+
+
+LORA = Lora(rank=4, alpha=8.0)
+OVER_TEACHER = {"folder": "{teacher}", "lora": "{out}", "scheduler": "{out}/scheduler"}
+CASES = [
+    Case("renoising", "sdxl", LORA, 1, ALL_STEPS + PAPER),
+    Case("renoising-lora-over-its-teacher", "sdxl", LORA, 1, SOME_STEPS, of="renoising", job=OVER_TEACHER),
+    Case("deterministic", "sdxl-no-zeros", Full(), 4, ALL_STEPS + PAPER),
+    Case("deterministic-sd15-lora", "sd15", LORA, 2, SOME_STEPS),
+    Case("renoising-sd21", "sd21", Full(), 1, SOME_STEPS),
+    Case("conditioned", "sdxl", LORA, 1, ALL_STEPS, conditioned=True, job={"trust": True}),
+    Case("conditioned-sd15", "sd15", Full(), 1, SOME_STEPS, conditioned=True, job={"trust": True}),
+]  # fmt: skip
+
+
+@dataclass
+class Exported:
+    """Folders of students and of their exports, and the latents that stock diffusers drew."""
+
+    root: Path
+    latents: dict[str, dict[str, torch.Tensor]]
+
+    def out(self, case: Case) -> Path:
+        return self.root / "exports" / (case.of or case.name)
+
+    def student(self, case: Case) -> Path:
+        return self.root / "students" / (case.of or case.name)
+
+
+@pytest.fixture(scope="module")
+def exported(loaded, tmp_path_factory) -> Exported:
+    found = Exported(tmp_path_factory.mktemp("exported"), {})
+    for case in CASES:
+        if case.of is None:
+            _export(loaded[case.teacher], case, found)
+    jobs = [_job(loaded[case.teacher], case, found) for case in CASES] + [_snapshot_job(loaded, found)]
+    card = _code_of_card(found.out(CASES[0]))
+    _run_stock(found.root, jobs, card)
+    found.latents = {Path(job["out"]).stem: load_file(job["out"]) for job in jobs}
+    return found
+
+
+def _export(base: Base, case: Case, found: Exported) -> None:
+    denoiser = adapters.student(base, case.adapter, 0, case.conditioned)
+    tiny.perturb(adapters.trainable_parameters(denoiser), seed=1)
+    description = {"segments": case.segments, "family": base.family, "prediction_type": base.prediction_type}
+    adapters.save_student(denoiser, found.student(case), description)
+    snapshots = {2: found.student(CASES[0])} if case.name == "conditioned" else None
+    export(found.student(case), base, found.out(case), "| steps | R@5 |\n|---|---|\n| 4 | 0.9 |", snapshots)
+
+
+def _job(base: Base, case: Case, found: Exported) -> dict:
+    places = {"teacher": base.teacher.path, "out": found.out(case)}
+    named = {key: value.format(**places) if isinstance(value, str) else value for key, value in case.job.items()}
+    job = {"folder": str(found.out(case)), "prompts": PROMPTS, "seed": SEED, "calls": case.calls} | named
+    return job | {"out": str(found.root / f"{case.name}.safetensors")}
+
+
+def _snapshot_job(loaded: dict[str, Base], found: Exported) -> dict:
+    """Stock use of the snapshot for two steps that lies beside the conditioned export."""
+    folder = found.root / "exports" / "conditioned" / "steps-2"
+    job = {"lora": str(folder), "scheduler": str(folder / "scheduler"), "calls": [{"steps": 2}]}
+    job |= {"folder": loaded["sdxl"].teacher.path, "prompts": PROMPTS, "seed": SEED}
+    return job | {"out": str(found.root / "snapshot.safetensors")}
+
+
+def _code_of_card(folder: Path) -> Path:
+    """The first block of code of the export's card, as a file."""
+    code = folder.parent / "card.py"
+    code.write_text((folder / "README.md").read_text().split("```python\n")[1].split("```")[0])
+    return code
+
+
+def _run_stock(root: Path, jobs: list[dict], card: Path) -> None:
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    program = Path(__file__).with_name("stock_samples.py")
+    subprocess.run(
+        [sys.executable, str(program), str(root / "jobs.json"), str(card)],
+        cwd=card.parent,
+        env=environment | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "home")},
+        check=True,
+    )
+
+
+def _ours(base: Base, case: Case, folder: Path, call: dict) -> torch.Tensor:
+    """Our sampler's latents, noise drawn as the pipelines do: one generator for the start and every step.
+
+    For gamma 0 they are carried from the last x0 on to index 0, where TCDScheduler ends.
+    """
+    times = call.get("timesteps") or sampling_times(call["steps"])
+    student = adapters.load_student(base, folder)
+    assert student.default_gamma == case.gamma
+    generator = torch.Generator().manual_seed(SEED)
+    noise, conditioning = base.noise(generator, len(PROMPTS)), base.encode_prompts(PROMPTS)
+    options = {"gamma": case.gamma, "generators": generator, "conditioned": case.conditioned}
+    x0 = sampler.sample(base, student.denoiser, conditioning, noise, times, **options)
+    return x0 if case.gamma else _to_index_0(base, student, conditioning, noise, times, x0)
+
+
+@torch.no_grad()
+def _to_index_0(base, student, conditioning, noise, times, x0):
+    """DDIM from the sampler's last state, walked to again, to index 0."""
+    x_t = noise
+    for t, s in zip(times, [*times[1:], 0], strict=True):
+        t, s = torch.full((2,), t), torch.full((2,), s)
+        seen = base.x0(student.denoiser, x_t, t, conditioning, s if student.conditioned else None)
+        last, x_t = (x_t, t), gamma_step(x_t, seen, t, s, noise, 0.0, base.schedule)
+    assert torch.equal(seen, x0)
+    return ddim_step(last[0], x0, last[1], s, base.schedule)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_stock_pipeline_samples_an_export_as_our_sampler_does(case, loaded, exported):
+    base = loaded[case.teacher]
+    for i, call in enumerate(case.calls):
+        assert_close(exported.latents[case.name][str(i)], _ours(base, case, exported.student(case), call))
+
+
+def test_snapshot_beside_a_conditioned_export_is_sampled_over_the_teacher(loaded, exported):
+    expected = _ours(loaded["sdxl"], CASES[0], exported.student(CASES[0]), {"steps": 2})
+    assert_close(exported.latents["snapshot"]["0"], expected)
+
+
+def test_code_of_the_card_runs_and_leaves_a_picture(exported):
+    assert (exported.root / "exports" / "sample.png").stat().st_size > 0
+
+
+def test_conditioned_export_is_not_opened_by_a_stock_pipeline(exported):
+    from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+
+    for pipeline_class in (DiffusionPipeline, StableDiffusionXLPipeline):
+        with pytest.raises(ValueError, match="custom code"):
+            pipeline_class.from_pretrained(exported.root / "exports" / "conditioned")
+
+
+def test_default_grid_is_the_stock_schedulers_at_every_number_of_steps(loaded):
+    for gamma in (0.0, 1.0):
+        scheduler = stock_scheduler(loaded["sdxl"], gamma)
+        for num_steps in range(1, 9):
+            scheduler.set_timesteps(num_steps)
+            assert scheduler.timesteps.tolist() == sampling_times(num_steps)
+
+
+def test_card_names_teacher_licence_grids_and_measurements(loaded, teachers, tmp_path):
+    base = loaded["sd21"]
+    (teachers["sd21"] / "README.md").write_text("---\nlicense: openrail++\ntags: []\n---\n# A teacher\n")
+    (teachers["sd21"] / "LICENSE.md").write_text("You may.")
+    description = {"segments": 2, "family": "sd", "prediction_type": "v_prediction"}
+    adapters.save_student(adapters.student(base, LORA, 0), tmp_path / "student", description)
+    out = export(tmp_path / "student", base, tmp_path / "out", "| a | b |\n|---|---|\n| 1 | 2 |")
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlicense: openrail++\nlibrary_name: diffusers\n")
+    assert "[999, 749, 499, 124]" in card  # the paper's four
+    assert "| 3 | [999, 749, 374] | [999, 499, 124] | [999, 749, 499] |" in card  # with two segments' own
+    assert "| 1 | 2 |" in card
+    assert "TCDScheduler" in card
+    assert (out / "LICENSE.md").read_text() == "You may."
+    with pytest.raises(FileExistsError, match="out is there already"):
+        export(tmp_path / "student", base, out)
+
+
+def test_export_is_whole_or_absent_and_refuses_a_conditioned_snapshot(loaded, tmp_path):
+    base = loaded["sdxl"]
+    description = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
+    adapters.save_student(adapters.student(base, LORA, 0, True), tmp_path / "told", description)
+    with pytest.raises(ValueError, match="stock diffusers cannot sample it"):
+        export(tmp_path / "told", base, tmp_path / "out", snapshots={4: tmp_path / "told"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["told"]
+
+
+def test_export_keeps_the_resolution_it_was_distilled_at_and_leaves_the_teacher_alone(teachers, tmp_path):
+    from mlcm_rl import bases, recipe
+
+    base = bases.load(recipe.Teacher(path=str(teachers["sdxl"]), family="sdxl", resolution=24), "cpu")
+    before = {name: value.clone() for name, value in base.denoiser.state_dict().items()}
+    description = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
+    denoiser = adapters.student(base, LORA, 0)
+    tiny.perturb(adapters.trainable_parameters(denoiser))
+    adapters.save_student(denoiser, tmp_path / "student", description)
+    out = export(tmp_path / "student", base, tmp_path / "out")
+    assert json.loads((out / "unet" / "config.json").read_text())["sample_size"] == 12
+    assert (base.denoiser.config.sample_size, type(base.pipeline.scheduler).__name__) == (8, "EulerDiscreteScheduler")
+    assert all(torch.equal(value, before[name]) for name, value in base.denoiser.state_dict().items())

@@ -1,0 +1,104 @@
+"""What is wrong with a recipe beyond its types: files that are not there, stages that do not find what they need."""
+
+import pytest
+
+from mlcm_rl import rewards
+from mlcm_rl.recipe_file import check, load, reward_names
+from mlcm_rl.recipe_tree import key_text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "key", "text"),
+    [
+        ("path: teacher", "path: ./techer", 5, "teacher.path", "no such folder: ./techer; did you mean teacher?"),
+        ("path: teacher", "path: data", 5, "teacher.path", "the folder data holds no model_index.json"),
+        ("path: teacher", "path: data/tiny", 5, "teacher.path", "no such folder: data/tiny"),
+        ("data/prompts.txt", "data/prompt.txt", 10, "stages[0].prompts", "did you mean data/prompts.txt?"),
+        ("data/prompts.txt", "elsewhere/prompts.txt", 10, "stages[0].prompts", "no such file: elsewhere/prompts.txt"),
+        (
+            "data/prompts.txt",
+            "teacher/model_index.json",
+            10,
+            "stages[0].prompts",
+            "expected a .txt or .jsonl file, found",
+        ),
+        ("judge: judge", "judge: juge", 24, "stages[2].judge", "no such folder: juge; did you mean judge?"),
+        ("[colourfulness]", "[colorfulness]", 25, "stages[2].rewards[0]", "did you mean colourfulness?"),
+        ("judge: judge", "also: [runs/x]", 24, "stages[2].also[0]", "no such folder: runs/x"),
+        ("judge: judge", "also: [data]", 24, "stages[2].also[0]", "the folder data holds no manifest.json"),
+        ("precision: no", "images: data", 16, "stages[1].images", "the folder data holds no metadata.jsonl"),
+    ],
+)
+def test_a_file_that_is_not_there_is_told_with_the_line_that_names_it(broken, old, new, line, key, text):
+    (problem,) = broken((old, new))
+    assert (problem.place.line, key_text(problem.key)) == (line, key)
+    assert text in problem.text
+
+
+@pytest.mark.parametrize("path", ["stabilityai/sdxl-turbo", "runwayml/stable-diffusion-v1-5"])
+def test_a_hub_name_is_not_looked_for_on_disk(root, path):
+    assert load(root / "good.yaml", [f"teacher.path={path}"], root).teacher.path == path
+
+
+def test_a_pinned_revision_makes_any_teacher_a_hub_name(root):
+    assert load(root / "good.yaml", ["teacher.path=gpt2", "teacher.revision=main"], root).teacher.revision == "main"
+
+
+def test_nothing_is_looked_for_on_disk_when_only_the_types_are_asked_for(root):
+    assert load(root / "good.yaml", ["teacher.path=nowhere"]).teacher.path == "nowhere"
+
+
+def test_check_alone_gives_the_same_problems_without_places(root):
+    recipe = load(root / "good.yaml", ["teacher.path=nowhere", "stages.2.judge=nowhere"])
+    assert [(key_text(problem.key), problem.place) for problem in check(recipe, root)] == [
+        ("teacher.path", None),
+        ("stages[2].judge", None),
+    ]
+
+
+STORE = "  - kind: trajectories\n    prompts: data/prompts.txt\n    num_trajectories: 64\n"
+ONLINE = "precision: no\n    source: online\n    prompts: data/prompts.txt\n    target: consistency"
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "text"),
+    [
+        ("precision: no", "stages[0].source", "source: trajectories needs an earlier trajectories stage"),
+        (
+            "segments: [1]\n    method: inter_segment",
+            "stages[0].renoise",
+            "renoise: stored needs an earlier trajectories stage",
+        ),
+    ],
+)
+def test_distillation_on_stored_states_needs_a_store_before_it(broken, change, key, text):
+    (problem,) = broken((STORE, ""), ("precision: no", change), ("[40, 30, 20, 10]", "40"))
+    assert key_text(problem.key) == key
+    assert text in problem.text
+
+
+def test_online_distillation_needs_no_store(root):
+    text = (root / "good.yaml").read_text("utf-8").replace(STORE, "").replace("precision: no", ONLINE)
+    (root / "good.yaml").write_text(text, "utf-8")
+    assert [stage.kind for stage in load(root / "good.yaml", root=root).stages] == ["distill", "evaluate"]
+
+
+def test_evaluation_needs_a_student_of_this_recipe_or_another(broken, root):
+    evaluate = "  - kind: evaluate\n    prompts: data/eval.jsonl\n    num_prompts: 8\n"
+    early = evaluate + "  - kind: distill"
+    (problem,) = broken(("  - kind: distill", early))
+    assert (problem.place.line, key_text(problem.key)) == (12, "stages[1]")
+    assert problem.text == "nothing to evaluate: needs an earlier distill stage, or finished ones in also"
+    (root / "other").mkdir()
+    (root / "other" / "manifest.json").touch()
+    text = (
+        (root / "good.yaml")
+        .read_text("utf-8")
+        .replace("  - kind: distill", evaluate + "    also: [other]\n  - kind: distill")
+    )
+    (root / "good.yaml").write_text(text, "utf-8")
+    assert len(load(root / "good.yaml", root=root).stages) == 4
+
+
+def test_the_rewards_known_without_torch_are_those_that_would_be_found():
+    assert reward_names() == rewards.names()
