@@ -32,7 +32,7 @@ test: $(VENV)/installed lint
 	$(BIN)/python -m pytest -q -n 2
 
 test-all: $(VENV)/installed lint
-	$(BIN)/python -m pytest -q -m 'not gpu'
+	$(BIN)/python -m pytest -q -m ''
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
@@ -246,13 +246,16 @@ def _lora_settings(denoiser: UNet2DConditionModel) -> LoraConfig | None:
 
 
 def _save_lora(denoiser: UNet2DConditionModel, settings: LoraConfig, folder: Path) -> None:
-    """The adapter in the layout that `load_lora_weights` reads, PEFT's configuration in the header."""
-    metadata = {**settings.to_dict(), "target_modules": sorted(settings.target_modules)}  # a set has no order to keep
-    StableDiffusionXLPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=get_peft_model_state_dict(denoiser, adapter_name=ADAPTER_NAME),
-        unet_lora_adapter_metadata=metadata,
-    )
+    """The adapter in the layout that `load_lora_weights` reads, PEFT's configuration in the header.
+
+    As diffusers' own save, less its second header key: safetensors orders keys at random, and the same student is to be
+    the same bytes.
+    """
+    stated = {**settings.to_dict(), "target_modules": sorted(settings.target_modules)}
+    header = json.dumps({f"unet.{key}": value for key, value in stated.items()}, indent=2, sort_keys=True)
+    tensors = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER_NAME)
+    tensors = {f"unet.{key}": value for key, value in tensors.items()}
+    write_tensors(folder / LORA_FILE, tensors, {METADATA_KEY: header})
 
 
 def read_lora(path: Path) -> tuple[LoraConfig, dict[str, Tensor]]:

@@ -29,7 +29,7 @@ class CheckpointError(Exception):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write a file or a folder to; it becomes `path` by rename when the block ends."""
+    """A temporary path beside `path` to write a file or folder to; it becomes `path` by rename when the block ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     remove(temporary)
@@ -83,7 +83,7 @@ def checksums(folder: Path, skip: tuple[str, ...] = ()) -> dict[str, str]:
 
 
 def teacher_hash(teacher: Teacher) -> str:
-    """Identity of a teacher's weights and configuration: one sha256 over every file's, or the pinned revision's name."""
+    """Identity of a teacher's weights and configuration: one sha256 over every file's, or the pinned revision."""
     folder = Path(teacher.path)
     if not folder.is_dir():
         return f"{teacher.path}@{teacher.revision}"
@@ -147,7 +147,8 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor]) -> Path:
         temporary.mkdir(parents=True)
         write_tensors(temporary / "state.safetensors", tensors)
         write_json(
-            temporary / "state.json", {"format": FORMAT, "step": step, "sha256": sha256(temporary / "state.safetensors")}
+            temporary / "state.json",
+            {"format": FORMAT, "step": step, "sha256": sha256(temporary / "state.safetensors")},
         )
     for old in _checkpoints(folder)[:-KEPT_CHECKPOINTS]:
         remove(old)
@@ -192,7 +193,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
 def save_training(
     folder: Path, steps: int, weights: dict[str, dict[str, Tensor]], optimizer: torch.optim.Optimizer
 ) -> None:
-    """A checkpoint after `steps` steps: groups of `weights` by name, and the optimiser. The rest follows from the step."""
+    """A checkpoint after `steps` steps: groups of `weights` by name and the optimiser. The rest follows from the step."""
     tensors = optimizer_tensors(optimizer)
     for prefix, group in weights.items():
         tensors |= named(prefix, group)
@@ -208,7 +209,9 @@ def load_training(folder: Path, weights: dict[str, dict[str, Tensor]], optimizer
     for prefix, group in weights.items():
         kept = taken(prefix, tensors)
         if kept.keys() != group.keys():
-            raise CheckpointError(f"{folder}: its checkpoint holds other weights than this {prefix}: delete checkpoints/")
+            raise CheckpointError(
+                f"{folder}: its checkpoint holds other weights than this {prefix}: delete checkpoints/"
+            )
         for name, value in group.items():
             value.data.copy_(kept[name])
     load_optimizer(optimizer, tensors)

@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from diffusers import LCMScheduler, TCDScheduler
 
@@ -88,16 +89,21 @@ def _write_pipeline(base: Base, student: Student, folder: Path) -> None:
     pipeline.unet.register_to_config(sample_size=base.latent_shape[-1])  # the resolution it was distilled at
     pipeline.scheduler = stock_scheduler(base, student.default_gamma)
     pipeline.save_pretrained(folder)
+    for config in folder.glob("text_encoder*/config.json"):
+        # transformers loads in the stated precision and diffusers in float32: stated so, a half teacher opens in one
+        _edit(config, dtype="float32")
     shutil.copy(student.folder / adapters.DESCRIPTION_FILE, folder)
     lora = student.folder / LORA_FILE
     if student.conditioned:
-        stock, index = type(pipeline).__name__, folder / "model_index.json"
         code = Path(exported_pipeline.__file__).read_text()
-        (folder / "pipeline.py").write_text(code.replace("StableDiffusionXLPipeline", stock))
-        named = json.loads(index.read_text()) | {"_class_name": ["pipeline", "TargetTimePipeline"]}
-        index.write_text(json.dumps(named, indent=2) + "\n")
+        (folder / "pipeline.py").write_text(code.replace("StableDiffusionXLPipeline", type(pipeline).__name__))
+        _edit(folder / "model_index.json", _class_name=["pipeline", "TargetTimePipeline"])
     elif lora.is_file():
         shutil.copy(lora, folder)
+
+
+def _edit(file: Path, **settings: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings, indent=2) + "\n")
 
 
 def _write_snapshot(base: Base, student: Student, folder: Path) -> None:
@@ -185,10 +191,16 @@ def _snapshot_usage(teacher: str, snapshots: list[int]) -> str:
 
 def _grids(student: Student, num_times: int) -> str:
     """The times that N steps visit, and what to pass as `timesteps` for the paper's grid or the K segments' own."""
-    rows = ["| steps | default | paper: `timesteps=` | own segments: `timesteps=` |", "|---|---|---|---|"]
+    num_segments = 1 if student.conditioned else student.num_segments
+    rows = [
+        "`num_inference_steps=N` visits the default grid; for another, pass its `timesteps` instead. A student of "
+        "several segments is at its best on a grid that holds all their boundaries, where N allows it: its own.\n",
+        "| steps | default | paper: `timesteps=` | own segments: `timesteps=` |",
+        "|---|---|---|---|",
+    ]
     for num_steps in range(1, NUM_SEGMENTS + 1):
         default = sampling_times(num_steps, num_times=num_times)
-        own = sampling_times(num_steps, student.num_segments, num_times)
+        own = sampling_times(num_steps, num_segments, num_times)
         paper = paper_times(num_steps) if num_times == PAPER_NUM_TIMES else default
         cells = [default, paper, own]
         shown = [str(cell) if cell != default or i == 0 else "as default" for i, cell in enumerate(cells)]

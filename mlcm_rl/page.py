@@ -41,7 +41,7 @@ def render(result: dict[str, Any], folder: Path) -> str:
         headline=headline(result),
         gallery=gallery(result, folder),
         legend=plots.lines(result),
-        quality=[plots.quality(result, key) for key in plotted(result)],
+        quality=[plots.quality(result, key) for key in report.main_metrics(result)],
         curves=[plots.loss(curve) for curve in result["curves"]],
         heads=report.heads(result),
         groups=groups(result),
@@ -71,12 +71,6 @@ def headline(result: dict[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return tiles
-
-
-def plotted(result: dict[str, Any]) -> list[str]:
-    """The metrics that get a plot: distance, KID, R@5 (over all languages), rewards."""
-    measured = report.measured(result, result["rows"][0]["metrics"])
-    return [key for key in measured if key in ("distance", "kid", "r@5") or key.startswith("reward/")]
 
 
 def groups(result: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:

@@ -1,4 +1,4 @@
-"""Run a recipe: a for-loop over its stages, each stage's folder found again by its fingerprint. And what is done with runs."""
+"""Run a recipe: a for-loop over its stages, each found again by its fingerprint. And what is done with runs."""
 
 import platform
 import sys
@@ -133,7 +133,9 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
     recipe = _recipe_of(folder)
     stages = [stage for stage in recipe.stages if isinstance(stage, Evaluate)]
     if not stages:
-        raise RunError(f"the recipe of {run_folder} has no evaluate stage to take prompts from; add one and run it again")
+        raise RunError(
+            f"the recipe of {run_folder} has no evaluate stage to take prompts from; add one and run it again"
+        )
     changes = {"num_prompts": num_prompts, "num_steps": num_steps, "students": "last"}
     stage = stages[-1].model_copy(update={name: value for name, value in changes.items() if value is not None})
     manifest = read_json(folder / "manifest.json")
@@ -148,7 +150,7 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
 
 
 def export(run_folder: Path, out: Path) -> Path:
-    """Write the student of a run as a folder that stock diffusers opens, with the snapshots of its phases and a card."""
+    """Write the student of a run as a folder that stock diffusers opens, with its phases' snapshots and a card."""
     folder = find_stage(run_folder, ("distill",))
     recipe = _recipe_of(folder)
     base = bases.load(recipe.teacher, device_of(recipe.device))

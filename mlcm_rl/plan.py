@@ -1,4 +1,4 @@
-"""What a recipe will do before it does it: stages, what is done, network evaluations, disk and memory. Loads no weights.
+"""What a recipe will do before it does it: network evaluations, disk and memory a stage. Loads no weights.
 
 Evaluations are forward passes of a denoiser on one sample; a guided pass counts two. Memory is what weights, gradients
 and the optimiser need, read off the headers of the teacher's files; activations come on top and are not guessed.

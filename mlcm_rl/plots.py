@@ -108,9 +108,9 @@ def _horizontal(axes: Axes, value: float, text: str, below: bool) -> None:
 def _figure(salt: str) -> tuple[Figure, Axes]:
     """An empty plot; `salt` keeps the ids of several plots on one page apart, and the same from run to run."""
     with rc_context(STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
+        figure = Figure(figsize=SIZE)
         figure.set_gid(re.sub(r"\W", "-", salt))
-        axes = figure.add_subplot()
+        axes = figure.add_axes((0.13, 0.17, 0.85, 0.71))
     axes.grid(color=INK, alpha=0.12, lw=0.7)
     return figure, axes
 
@@ -134,8 +134,14 @@ def _svg(figure: Figure, description: str) -> str:
     with rc_context(STYLE | {"svg.hashsalt": figure.get_gid()}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     body = text.getvalue()
-    body = body[body.index("<svg") :].replace(INK, "currentColor")
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    head, _, rest = body.partition(">")
+    body = re.sub(r"<metadata>.*?</metadata>", "", body[body.index("<svg") :], flags=re.DOTALL)
+    head, _, rest = body.replace(INK, "currentColor").partition(">")
     head = re.sub(r' (width|height|version|xmlns(:xlink)?)="[^"]*"', "", head)
-    return f'{head} role="img" aria-label="{description}">{rest}'
+    return f'{head} role="img" aria-label="{description}">{_own_ids(rest, figure.get_gid())}'
+
+
+def _own_ids(body: str, prefix: str) -> str:
+    """`body` with the ids that something in it points to made its own, the rest dropped: a page holds several plots."""
+    pointed_to = set(re.findall(r"""(?:url\(#|href="#)([^")]+)""", body))
+    body = re.sub(r"""(url\(#|href="#)""", rf"\g<1>{prefix}-", body)
+    return re.sub(r' id="([^"]*)"', lambda found: f' id="{prefix}-{found[1]}"' if found[1] in pointed_to else "", body)

@@ -54,9 +54,11 @@ class Training(Strict):
     """What every stage that trains has in common."""
 
     batch_size: PositiveInt = Field(description="samples per optimiser step")
-    gradient_accumulation: PositiveInt = Field(1, description="micro-batches a step is split into; must divide batch_size")
+    gradient_accumulation: PositiveInt = Field(
+        1, description="micro-batches a step is split into; must divide batch_size"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
-    precision: Literal["no", "fp16", "bf16"] = Field("no", description="autocast of the student's passes")
+    precision: Literal["no", "bf16"] = Field("no", description="autocast of the student's passes")
     weight_decay: NonNegativeFloat = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     max_grad_norm: PositiveFloat = 1.0
@@ -102,7 +104,9 @@ class Trajectories(Strict):
     @model_validator(mode="after")
     def _steps_hold_milestones(self):
         if self.num_steps % 8:
-            raise ValueError(f"num_steps {self.num_steps} must be a multiple of 8 so that every milestone is on the grid")
+            raise ValueError(
+                f"num_steps {self.num_steps} must be a multiple of 8 so that every milestone is on the grid"
+            )
         return self
 
 
@@ -110,7 +114,9 @@ class Distill(Training):
     """Multistep consistency distillation. A list holds one entry a phase; a single value is meant for every phase."""
 
     kind: Literal["distill"] = "distill"
-    method: Literal["segments", "inter_segment"] = Field("segments", description="segments: stage 1; inter_segment: stage 2")
+    method: Literal["segments", "inter_segment"] = Field(
+        "segments", description="segments: stage 1; inter_segment: stage 2"
+    )
     source: Literal["trajectories", "online", "data"] = Field(
         "trajectories", description="stored states; the paper's Algorithm 1; or real latents plus noise, as LCM"
     )
@@ -133,11 +139,15 @@ class Distill(Training):
     distance: Literal["l2", "huber"] | list[Literal["l2", "huber"]] = "l2"
     target_ema: Fraction = Field(0.0, description="decay of the target's averaged weights; 0 = the student's own")
     optimizer_state: Literal["keep", "reset"] = Field("keep", description="what a new phase does with Adam's moments")
-    condition_on_target: bool = Field(False, description="give the student the time it jumps to; one student for all steps")
+    condition_on_target: bool = Field(
+        False, description="give the student the time it jumps to; one student for all steps"
+    )
     skip: PositiveInt = Field(20, description="times between a pair's points for source online and data")
     num_teacher_steps: PositiveInt = Field(3, description="inter_segment: p, teacher steps from milestone to milestone")
     num_student_steps: int = Field(4, ge=1, le=8, description="inter_segment: q, steps of the student's own sample")
-    renoise: Literal["student", "stored"] = Field("stored", description="inter_segment: what is re-noised to a milestone")
+    renoise: Literal["student", "stored"] = Field(
+        "stored", description="inter_segment: what is re-noised to a milestone"
+    )
 
     held_out_every: PositiveInt = presentation(50, description="steps between losses on the held-out trajectories")
 
@@ -181,9 +191,15 @@ class Evaluate(Strict):
     num_steps: list[Annotated[int, Field(ge=1, le=8)]] = [1, 2, 3, 4, 6, 8]
     gammas: list[Fraction] = [0.0, 1.0]
     grids: list[Literal["milestones", "paper"]] = ["milestones"]
-    students: Literal["last", "snapshots"] = Field("last", description="the finished student, or the one after each phase too")
-    teacher_steps: list[PositiveInt] = Field([25, 50], description="guided steps of the reference rows; the last is the reference")
-    teacher_solvers: list[Literal["ddim", "dpmpp", "unipc"]] = Field(["ddim"], description="undistilled at equal evaluations")
+    students: Literal["last", "snapshots"] = Field(
+        "last", description="the finished student, or the one after each phase too"
+    )
+    teacher_steps: list[PositiveInt] = Field(
+        [25, 50], description="guided steps of the reference rows; the last is the reference"
+    )
+    teacher_solvers: list[Literal["ddim", "dpmpp", "unipc"]] = Field(
+        ["ddim"], description="undistilled at equal evaluations"
+    )
     also: list[str] = Field([], description="further finished stage folders to put in the same table")
     judge: str | None = Field(None, description="folder of a judge, for retrieval and KID")
     rewards: list[str] = []

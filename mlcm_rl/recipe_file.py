@@ -24,7 +24,7 @@ from .recipe_tree import Key, Node, Problem, RecipeError, nearest, nearest_file
 def load(path: str | Path, overrides: Sequence[str] = (), root: Path | None = None) -> Recipe:
     """The recipe in a YAML file, with settings of the command line (`stages.1.learning_rate=1e-4`) put over it.
 
-    With `root`, the folder that paths in the recipe are relative to, it is also put to `check`.
+    With `root`, the folder that paths in the recipe are relative to, a recipe of the right types is put to `check` too.
     Raises RecipeError, which carries every error at once.
     """
     tree, problems = recipe_tree.read(Path(path))
@@ -102,16 +102,16 @@ def _absent(key: Key, name: str, root: Path, holding: str | None = None) -> Iter
     path = root / name
     if holding is None:
         if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long for the file system
-            yield Problem(key, f"no such file: {name}", _beside(name, root))
+            yield Problem(key, f"no such file: {name}", _beside(name, root, "*"))
     elif not os.path.isdir(path):
-        yield Problem(key, f"no such folder: {name}", _beside(name, root))
+        yield Problem(key, f"no such folder: {name}", _beside(name, root, "*/"))
     elif not os.path.exists(path / holding):
         yield Problem(key, f"the folder {name} holds no {holding}")
 
 
-def _beside(name: str, root: Path) -> str:
+def _beside(name: str, root: Path, pattern: str) -> str:
     """The nearest name to one that is not there, relative to `root` where that is."""
-    found = nearest_file(root / name)
+    found = nearest_file(root / name, pattern)
     return str(Path(found).relative_to(root)) if found and not Path(name).is_absolute() else found
 
 

@@ -117,11 +117,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return by_lower_case[found[0]] if found else ""
 
 
-def nearest_file(path: Path, pattern: str = "*") -> str:
-    """The path beside `path` whose name looks most like its name; empty where none does."""
+def nearest_file(path: Path, pattern: str) -> str:
+    """The path beside `path` whose name, endings aside, looks most like its name; empty where none does."""
     beside = path.parent.glob(pattern) if os.path.isdir(path.parent) else []
-    name = nearest(path.name, (other.name for other in beside))
-    return str(path.parent / name) if name else ""
+    by_stem = {other.stem: str(other) for other in beside}
+    return by_stem.get(nearest(path.stem, by_stem), "")
 
 
 def read(path: Path) -> tuple[Node, list[Problem]]:
@@ -138,6 +138,7 @@ def read(path: Path) -> tuple[Node, list[Problem]]:
 def parse(text: str, file: str, override: str = "") -> tuple[Node, list[Problem]]:
     """As `read`, for text, which may be empty. With `override` every place is that override of the command line."""
     yaml = YAML(typ="safe", pure=True)
+    yaml.composer.warn_double_anchors = False  # they are legal; the last one before an alias counts
     try:
         root = yaml.compose(text)
     except MarkedYAMLError as error:
@@ -148,7 +149,8 @@ def parse(text: str, file: str, override: str = "") -> tuple[Node, list[Problem]
         message = f"the character U+{error.character:04X} is not allowed in YAML"
         raise RecipeError([Problem((), message, file=file, place=place)]) from error
     except RecursionError as error:
-        raise RecipeError([Problem((), "nested too deeply to be a recipe", file=file)]) from error
+        place = _place(0, 0, override)
+        raise RecipeError([Problem((), "nested too deeply to be a recipe", file=file, place=place)]) from error
     if root is None:
         return Node(None, _place(0, 0, override)), []
     converter = _Converter(yaml, file, override)

@@ -298,6 +298,12 @@ def columns(report: dict[str, Any]) -> list[str]:
     return shown
 
 
+def main_metrics(report: dict[str, Any]) -> list[str]:
+    """The metrics that get a plot and a place on the terminal: distance, KID, R@5 over all languages, rewards."""
+    keys = measured(report, report["rows"][0]["metrics"])
+    return [key for key in keys if key in ("distance", "kid", "r@5") or key.startswith("reward/")]
+
+
 def number(summary: dict[str, Any]) -> str:
     return plus_minus(summary["mean"], summary["se"])
 
@@ -347,13 +353,13 @@ def heads(report: dict[str, Any]) -> list[str]:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """The table for a terminal: means alone and no R@1 or diversity, so that it fits; the files have everything."""
-    keys = [key for key in columns(report) if not key.startswith(("r@1", "diversity"))]
+    """The table for a terminal: the means of the main metrics, so that it fits; the files have everything."""
+    keys = main_metrics(report)
     title = f"{report['name']}: means over {len(report['prompts'])} prompts"
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    shown.add_column("Sampler", no_wrap=True, min_width=24)
+    shown.add_column("Sampler", no_wrap=True)
     for head in ("Evals", "ms", *(metric(key).label.partition(" (")[0] for key in keys)):
-        shown.add_column(head, justify="right", min_width=6, overflow="fold")
+        shown.add_column(head, justify="right", overflow="fold")
     for name, rows in groups(report).items():
         shown.add_row(name, style="bold")
         for row in rows:

@@ -1,4 +1,4 @@
-"""What surrounds a loop: device, progress with ETA, seeds that follow progress, logs, trackers, signals, the step itself."""
+"""What surrounds a loop: device, progress with ETA, seeds that follow progress, logs, signals, the step itself."""
 
 import hashlib
 import json
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .recipe import Recipe, Training
 
+transformers.utils.logging.set_verbosity_error()  # it warns of torchvision's absence, which is meant
 diffusers.utils.logging.disable_progress_bar()  # a bar for every load says nothing here
 transformers.utils.logging.disable_progress_bar()
 
@@ -41,7 +42,7 @@ def seed_of(*parts: object) -> int:
 
 
 def generator(*parts: object) -> torch.Generator:
-    """A CPU generator seeded by `parts`. Randomness is a function of (seed, purpose, step), so resuming needs no state."""
+    """A CPU generator seeded by `parts`. Randomness is a function of (seed, purpose, step): resuming needs no state."""
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
@@ -146,8 +147,10 @@ class Runtime:
         return generator(self.recipe.seed, self.stage.kind, purpose, step)
 
     def steps(self, first: int, total: int, description: str) -> Iterator[int]:
-        """Step numbers `first` .. `total` - 1 under a progress bar. SIGTERM and Ctrl-C stop the loop after a whole step:
-        `due` then answers True once, so that the loop saves, and KeyboardInterrupt is raised."""
+        """Step numbers `first` .. `total` - 1 under a progress bar.
+
+        SIGTERM and Ctrl-C stop the loop after a whole step: `due` then answers True, so that the loop saves, and
+        KeyboardInterrupt is raised."""
         self._truncate_log(first)
         with _signals(self), progress(total, description, first) as bar:
             for step in range(first, total):

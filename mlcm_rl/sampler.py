@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .bases import Base, Conditioning
-from .equations.solver import ddim_step, gamma_step
+from .equations.solver import ddim_step, gamma_step, time_before_noise
 
 
 def sample(
@@ -24,13 +24,14 @@ def sample(
 
     Every step but the last goes on to the next of `times` (descending) by a gamma step: 0 is DDIM, 1 re-noises with
     noise drawn from `generators` (one a sample, or one for the batch; none needed at gamma 0). The last step's x0 is
-    the answer. A `conditioned` student is told where each jump ends: the next time, then 0. The last `grad_steps`
+    the answer. A `conditioned` student is told where each jump ends: the next time at gamma 0,
+    lower where noise brings the state up again, 0 at gamma 1 and in the last step. The last `grad_steps`
     steps carry gradient.
     """
     x_t, last = noise, len(times) - 1
     for i, (t, s) in enumerate(_jumps(times, noise)):
         with torch.set_grad_enabled(last - i < grad_steps):
-            x0 = base.x0(denoiser, x_t, t, conditioning, s if conditioned else None)
+            x0 = base.x0(denoiser, x_t, t, conditioning, time_before_noise(s, gamma) if conditioned else None)
             if i < last:
                 fresh = x0 if gamma == 0.0 else base.noise(generators, len(noise))  # DDIM draws and uses none
                 x_t = gamma_step(x_t, x0, t, s, fresh, gamma, base.schedule)

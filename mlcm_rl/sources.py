@@ -1,4 +1,4 @@
-"""Where the points of a distillation step come from: stored trajectories, the teacher on line, or real latents plus noise.
+"""Where the points of a distillation step come from: stored trajectories, the teacher on line, or noised data.
 
 A source draws times and noise for a whole step (`draw`), then makes the states of a part of it (`realise`), so that a
 step is the same however it is split into micro-batches.
@@ -134,7 +134,9 @@ class NoisedData:
         base = self.base
         chosen = (self.captions[i] for i in draw.index.tolist())
         spread = draw.t.tolist()  # which of a picture's captions: any function of the draw will do
-        conditioning = base.encode_prompts([texts[time % len(texts)] for texts, time in zip(chosen, spread, strict=True)])
+        conditioning = base.encode_prompts(
+            [texts[time % len(texts)] for texts, time in zip(chosen, spread, strict=True)]
+        )
         t, r = draw.t.to(base.device), draw.r.to(base.device)
         x_t = add_noise(self.latents[draw.index].to(base.device), draw.noise.to(base.device), t, base.schedule)
         x_r = _guided_step(base, x_t, t, r, conditioning, base.teacher.guidance_scale)
@@ -142,8 +144,8 @@ class NoisedData:
 
 
 class RenoisedSamples:
-    """`method: inter_segment`: clean samples, stored ones or the student's own, re-noised to a milestone; then p teacher
-    steps down to the milestone below (TLCM v6, Algorithm 2)."""
+    """`method: inter_segment`: clean samples, stored ones or the student's own, re-noised to a milestone; then p
+    teacher steps down to the milestone below (TLCM v6, Algorithm 2)."""
 
     def __init__(
         self,

@@ -59,7 +59,7 @@ class Writer:
         return [indices for indices in ranges if not self._is_whole(indices)]
 
     def write(self, indices: range, states: Tensor, x0: Tensor, conditioning: Conditioning) -> None:
-        """One shard: states (n, steps + 1, C, H, W), x0 (n, C, H, W), conditioning (n, ...). Durable when it returns."""
+        """One shard: states (n, steps + 1, C, H, W), x0 (n, C, H, W), conditioning (n, ...). Whole when it returns."""
         path = self.folder / shard_name(indices)
         dtype = DTYPES[self.provenance.dtype]
         kept = {f"conditioning.{name}": value.to(dtype) for name, value in conditioning.items()}
@@ -92,7 +92,7 @@ class Store:
         for name, checksum in record["shards"].items():
             if not (folder / name).is_file() or sha256(folder / name) != checksum:
                 raise CheckpointError(f"{folder / name} is missing or damaged: delete it and run the stage again")
-        self._names = list(sorted(record["shards"]))
+        self._names = sorted(record["shards"])
 
     @cached_property
     def _shards(self) -> list[dict[str, Tensor]]:
@@ -131,7 +131,9 @@ def refuse_mismatch(path: Path, found: dict, expected: Provenance) -> None:
     """Raise CheckpointError naming every field in which a store differs from what the run expects."""
     wanted = vars(expected)
     differences = [
-        f"{name} is {found.get(name)!r}, expected {wanted[name]!r}" for name in wanted if found.get(name) != wanted[name]
+        f"{name} is {found.get(name)!r}, expected {wanted[name]!r}"
+        for name in wanted
+        if found.get(name) != wanted[name]
     ]
     if differences:
         raise CheckpointError(f"{path} does not belong to this run: " + "; ".join(differences))

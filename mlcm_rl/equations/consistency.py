@@ -26,7 +26,7 @@ def squared_l2(a: Tensor, b: Tensor) -> Tensor:
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float = 1e-3) -> Tensor:
-    """Mean over a sample's elements of sqrt((a - b)^2 + c^2) - c, (B,) float32 (arXiv 2310.14189, eq. 6, elementwise)."""
+    """Mean over elements of sqrt((a - b)^2 + c^2) - c, (B,) float32 (arXiv 2310.14189, section 3.3; elementwise)."""
     return (((a.float() - b.float()).square() + c * c).sqrt() - c).flatten(1).mean(1)
 
 

@@ -3,9 +3,9 @@
 `kind` is the network's own parameterisation:
 
     epsilon        eps
-    v_prediction   v = alpha eps - sigma x0        (Salimans and Ho, arXiv 2202.00512, section 4; needs alpha^2 + sigma^2 = 1)
+    v_prediction   v = alpha eps - sigma x0    (arXiv 2202.00512, section 4; needs alpha^2 + sigma^2 = 1)
     sample         x0
-    flow           eps - x0                        (rectified flow's velocity, time growing with noise; alpha + sigma = 1)
+    flow           eps - x0                    (rectified flow's velocity, time growing with noise)
 """
 
 from torch import Tensor

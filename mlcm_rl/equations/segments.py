@@ -41,7 +41,7 @@ def segment_start(t: Tensor, num_segments: int, num_times: int = 1000) -> Tensor
 def phase_at(step: int, num_steps: list[int]) -> tuple[int, int]:
     """The phase of a progressive schedule that `step` falls in, and the step within it.
 
-    `num_steps[i]` is the length of phase i; segments go 8, 4, 2, 1 over the phases (MLCM). Raises IndexError past the end.
+    `num_steps[i]` is the length of phase i; segments go 8, 4, 2, 1 over the phases (MLCM). Past the end: IndexError.
     """
     for phase, length in enumerate(num_steps):
         if step < length:

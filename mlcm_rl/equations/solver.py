@@ -37,7 +37,17 @@ def inverse_ddim_step(x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor, schedule: 
     return (x_s - ratio * x_t) / (alpha_s - alpha_t * ratio)
 
 
-def gamma_step(x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, noise: Tensor, gamma: float, schedule: Schedule) -> Tensor:
+def time_before_noise(s: Tensor, gamma: float) -> Tensor:
+    """s' = floor((1 - gamma) s) (B,): how far down a gamma step to `s` goes before noise brings it back up.
+
+    This, not `s`, is where the network's own jump ends: what a student conditioned on its target time must be told.
+    """
+    return ((1.0 - gamma) * s).long()
+
+
+def gamma_step(
+    x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, noise: Tensor, gamma: float, schedule: Schedule
+) -> Tensor:
     """A step from `t` to `s` that goes down to s' = floor((1 - gamma) s) by DDIM and back up to `s` by noise.
 
     gamma 0 is DDIM, gamma 1 is alpha_s x0 + sigma_s noise (the consistency sampler: s' is then clean data); between
@@ -49,7 +59,7 @@ def gamma_step(x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, noise: Tensor, gam
     alpha_s, sigma_s = schedule.at(s, x_t)
     if gamma == 1.0:
         return alpha_s * x0 + sigma_s * noise
-    below = ((1.0 - gamma) * s).long()
+    below = time_before_noise(s, gamma)
     alpha, sigma = schedule.at(below, x_t)
     up = alpha_s / alpha
     return up * ddim_step(x_t, x0, t, below, schedule) + (sigma_s**2 - (up * sigma) ** 2).clamp(min=0).sqrt() * noise

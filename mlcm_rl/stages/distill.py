@@ -1,4 +1,4 @@
-"""Stage `distill`: multistep consistency distillation, phase by phase from many segments to one (MLCM, arXiv 2406.05768)."""
+"""Stage `distill`: multistep consistency distillation, phase by phase from many segments to one (arXiv 2406.05768)."""
 
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from ..sources import Batch, NoisedData, OnLine, RenoisedSamples, Source, Stored
 from ..trajectories import Store
 
 Weights = dict[str, Tensor]  # the trained parameters by name, or their average
-
 
 
 def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
@@ -130,13 +129,20 @@ def no_grad_x0(base: Base, student: torch.nn.Module, average: Weights, batch: Ba
 
 @torch.no_grad()
 def held_out_loss(
-    stage: Distill, settings: PhaseSettings, base: Base, student: torch.nn.Module, average: Weights, source: StoredStates
+    stage: Distill,
+    settings: PhaseSettings,
+    base: Base,
+    student: torch.nn.Module,
+    average: Weights,
+    source: StoredStates,
 ) -> float:
     """Mean loss over the held-out trajectories, at the same times whenever it is asked for in a phase."""
     index = torch.tensor(source.store.held_out)
     draw = source.draw_for(index, settings.num_segments, settings.pair, generator(source.seed, "held out"))
     parts = draw.split(stage.batch_size // stage.gradient_accumulation)
-    return torch.cat([loss(stage, settings, base, student, average, source.realise(part)) for part in parts]).mean().item()
+    return (
+        torch.cat([loss(stage, settings, base, student, average, source.realise(part)) for part in parts]).mean().item()
+    )
 
 
 def snapshot_folder(folder: Path, phase: int, settings: PhaseSettings) -> Path:

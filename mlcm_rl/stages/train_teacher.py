@@ -1,4 +1,4 @@
-"""Stage `train_teacher`: the denoiser's diffusion loss on captioned pictures. Makes a teacher out of a folder of them."""
+"""Stage `train_teacher`: the denoiser's diffusion loss on captioned pictures makes a teacher of a folder of them."""
 
 import shutil
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..runtime import Runtime, epoch_order, generator, rate_factor, set_rate
 from ..sampler import sample_teacher
 
 ENCODED_AT_A_TIME = 256
+KEPT_CAPTIONS = 40_000
 
 
 def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
@@ -36,7 +37,8 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
     average = {name: value.detach().clone() for name, value in trained.items()}
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay)
     captioned = CaptionedImages(stage.images, base.resolution)
-    latents, captions = encode(base, captioned)
+    latents = encode_pictures(base, captioned)
+    captions = Captions(base, captioned.prompts, stage.prompt_dropout)
 
     weights = {"denoiser": trained, "average": average}
     first = checkpoint.load_training(folder, weights, optimizer)
@@ -47,7 +49,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
         draws = rt.generator("noise", step)
         t = torch.randint(base.schedule.num_times, (stage.batch_size,), generator=draws)
         eps = torch.randn(x0.shape, generator=draws)
-        conditioning = choose_captions(base, captioned, captions, index, stage.prompt_dropout, draws)
+        conditioning = captions.draw(index, draws)
 
         size = stage.batch_size // stage.gradient_accumulation
         parts = [slice(i, i + size) for i in range(0, stage.batch_size, size)]
@@ -67,7 +69,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
 
 
 def new_denoiser(base: Base, stage: TrainTeacher, seed: int) -> UNet2DConditionModel:
-    """The denoiser to train, float32: the teacher's own weights, or its architecture with fresh ones drawn from `seed`."""
+    """The denoiser to train, float32: the teacher's own weights, or fresh ones drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         denoiser = UNet2DConditionModel.from_config(base.denoiser.config)
@@ -78,34 +80,40 @@ def new_denoiser(base: Base, stage: TrainTeacher, seed: int) -> UNet2DConditionM
     return denoiser.to(base.device).train()
 
 
-def encode(base: Base, captioned: CaptionedImages) -> tuple[Tensor, dict[str, Conditioning]]:
-    """Latents (N, C, H, W) of the pictures, and every distinct caption's conditioning, all on the CPU and encoded once."""
+def encode_pictures(base: Base, captioned: CaptionedImages) -> Tensor:
+    """Latents (N, C, H, W) of the pictures on the CPU, encoded once."""
     chunks = captioned.images.split(ENCODED_AT_A_TIME)
-    latents = torch.cat([base.encode_images(chunk.to(base.device) / 255).cpu() for chunk in chunks])
-    texts = sorted({text for texts in captioned.prompts for text in texts})
-    captions: dict[str, Conditioning] = {}
-    for start in range(0, len(texts), ENCODED_AT_A_TIME):
-        part = texts[start : start + ENCODED_AT_A_TIME]
-        encoded = {name: value.cpu() for name, value in base.encode_prompts(part).items()}
-        captions |= {text: {name: value[i] for name, value in encoded.items()} for i, text in enumerate(part)}
-    return latents, captions
+    return torch.cat([base.encode_images(chunk.to(base.device) / 255).cpu() for chunk in chunks])
 
 
-def choose_captions(
-    base: Base,
-    captioned: CaptionedImages,
-    captions: dict[str, Conditioning],
-    index: Tensor,
-    dropout: float,
-    draws: torch.Generator,
-) -> Conditioning:
-    """One of each picture's captions (B, ...), or none for a share `dropout` of them, which teaches guidance."""
-    dropped = {name: value[0].cpu() for name, value in base.unconditional(1).items()}
-    chosen = []
-    for i, (which, drop) in zip(index.tolist(), torch.rand(len(index), 2, generator=draws).tolist(), strict=True):
-        texts = captioned.prompts[i]
-        chosen.append(dropped if drop < dropout else captions[texts[int(which * len(texts))]])
-    return {name: torch.stack([one[name] for one in chosen]) for name in dropped}
+class Captions:
+    """The pictures' captions and what they are encoded to; each is encoded when it is first drawn, and then kept."""
+
+    def __init__(self, base: Base, captions: list[list[str]], dropout: float):
+        self.base, self.captions, self.dropout = base, captions, dropout
+        self.dropped = {name: value[0].cpu() for name, value in base.unconditional(1).items()}
+        self.encoded: dict[str, Conditioning] = {}
+
+    def draw(self, index: Tensor, draws: torch.Generator) -> Conditioning:
+        """One caption's conditioning (B, ...) for each picture of `index` (B,).
+
+        A share `dropout` of them gets none, which teaches guidance.
+        """
+        chances = torch.rand(len(index), 2, generator=draws).tolist()
+        texts = [self._choose(self.captions[i], *pair) for i, pair in zip(index.tolist(), chances, strict=True)]
+        self._encode(sorted({text for text in texts if text is not None} - self.encoded.keys()))
+        rows = [self.dropped if text is None else self.encoded[text] for text in texts]
+        return {name: torch.stack([row[name] for row in rows]) for name in self.dropped}
+
+    def _choose(self, captions: list[str], which: float, drop: float) -> str | None:
+        return None if drop < self.dropout else captions[int(which * len(captions))]
+
+    def _encode(self, texts: list[str]) -> None:
+        if len(self.encoded) > KEPT_CAPTIONS:
+            self.encoded.clear()
+        if texts:
+            rows = {name: value.cpu() for name, value in self.base.encode_prompts(texts).items()}
+            self.encoded |= {text: {name: value[i] for name, value in rows.items()} for i, text in enumerate(texts)}
 
 
 def loss(
@@ -117,7 +125,7 @@ def loss(
     t: Tensor,
     conditioning: Conditioning,
 ) -> Tensor:
-    """Squared error of the network's own prediction, (B,) float32 (DDPM, eq. 14), with min-SNR weight where asked for."""
+    """Squared error of the network's own prediction (B,) float32 (DDPM, eq. 14), with min-SNR weight where asked."""
     x0, eps, t = (value.to(base.device) for value in (x0, eps, t))
     x_t = add_noise(x0, eps, t, base.schedule)
     wanted = prediction_from_x0(x0, x_t, t, base.schedule, base.prediction_type)

@@ -17,10 +17,10 @@ from ..trajectories import Provenance, Writer
 
 
 def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
-    """Write the store of `stage.num_trajectories` + `stage.num_held_out` trajectories to `folder`, resuming what is there.
+    """Write the store of `num_trajectories` + `num_held_out` trajectories to `folder`, resuming what is there.
 
-    Trajectory i takes prompt i (the prompts are gone round when there are more trajectories) and noise that is a function
-    of (seed, i) alone.
+    Trajectory i takes prompt i (the prompts are gone round when there are more trajectories) and noise that is a
+    function of (seed, i) alone.
     """
     device = runtime.device_of(recipe.device)
     base = bases.load(recipe.teacher, device)
@@ -63,7 +63,9 @@ def provenance(stage: Trajectories, recipe: Recipe, base: Base) -> Provenance:
         raise ValueError(f"milestones {sorted(off)} are not on the grid of {stage.num_steps} steps")
     return Provenance(
         teacher_hash=teacher_hash(recipe.teacher),
-        scheduler={k: v for k, v in base.pipeline.scheduler.config.items() if k.startswith(("beta", "num_", "predict"))},
+        scheduler={
+            k: v for k, v in base.pipeline.scheduler.config.items() if k.startswith(("beta", "num_", "predict"))
+        },
         prediction_type=base.prediction_type,
         solver="ddim",
         grid=grid,

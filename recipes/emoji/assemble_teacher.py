@@ -84,7 +84,7 @@ def write_teacher(pipeline: StableDiffusionXLPipeline, folder: Path) -> int:
     pipeline.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
     for name in ("tokenizer", "tokenizer_2"):
         save_tokenizer(getattr(pipeline, name), partial / name)
-    forget_local_paths(partial)
+    tidy_configurations(partial)
     sizes = {path: path.stat().st_size for path in partial.rglob("*") if path.is_file()}
     if max(sizes.values()) > MAX_FILE_BYTES or sum(sizes.values()) > MAX_TOTAL_BYTES:
         raise ValueError(f"{partial} holds {sum(sizes.values())} bytes, its largest file {max(sizes.values())}")
@@ -98,24 +98,32 @@ def write_teacher(pipeline: StableDiffusionXLPipeline, folder: Path) -> int:
     return sum(sizes.values())
 
 
-def forget_local_paths(folder: Path) -> None:
-    """Drop `_name_or_path` from every configuration: it names a folder of the machine that trained."""
+def tidy_configurations(folder: Path) -> None:
+    """Drop `_name_or_path`, a folder of the machine that trained, and let the text towers compute in float32.
+
+    transformers loads a model in the type that its configuration names, diffusers in float32: with the type of the
+    stored weights here, `from_pretrained` would mix half-precision towers with a float32 denoiser.
+    """
     for path in folder.rglob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        tidied = {key: value for key, value in content.items() if key != "_name_or_path"}
+        if "dtype" in tidied:
+            tidied["dtype"] = "float32"
+        if tidied != content:
+            path.write_text(json.dumps(tidied, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     """Assemble `teacher/` from the cache."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--denoiser", type=Path, help="folder of a trained unet (default: teacher/unet if it exists)")
-    parser.add_argument("--fresh-denoiser", action="store_true", help="begin with a random denoiser")
+    origin = parser.add_mutually_exclusive_group()
+    origin.add_argument("--from-run", type=Path, help="a finished run of recipes/emoji_teacher.yaml: take its denoiser")
+    origin.add_argument("--fresh-denoiser", action="store_true", help="a random denoiser; else teacher/unet is kept")
     arguments = parser.parse_args()
     folder, cache = HERE / "teacher", cache_folder()
-    denoiser = arguments.denoiser
-    if denoiser is None and not arguments.fresh_denoiser and (folder / "unet").exists():
-        denoiser = folder / "unet"
+    denoiser = None if arguments.fresh_denoiser else folder / "unet"
+    if arguments.from_run:
+        denoiser = arguments.from_run / "00-train_teacher" / "teacher" / "unet"
     pipeline = build_pipeline(cache / "autoencoder", cache / "text_towers", denoiser)
     print(f"{write_teacher(pipeline, folder) / 1e6:.1f} MB, denoiser: {denoiser or 'random'}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sources import HERE, STYLES, Concept, cache_folder, list_concepts, load_pictures, write_text
+from sources import HERE, STYLES, Concept, list_concepts, load_pictures, write_text
 
 LANGUAGES = ("en", "zh")
 
@@ -78,10 +78,12 @@ def split_of(prompt: str) -> str:
 
 
 def teacher_concepts() -> tuple[list[Concept], list[Concept]]:
-    """Return the teacher's concepts and the held-out ones, as listed in `concepts.json`."""
-    by_codepoint = {concept.codepoint: concept for concept in list_concepts()}
+    """Return the teacher's concepts and the held-out ones, as listed in `concepts.json`; needs no download."""
     entries = json.loads((HERE / "concepts.json").read_text(encoding="utf-8"))
-    chosen = {split: [by_codepoint[e["codepoint"]] for e in entries if e["split"] == split] for split in CONCEPT_SPLITS}
+    chosen: dict[str, list[Concept]] = {split: [] for split in CONCEPT_SPLITS}
+    for entry in entries:
+        words = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+        chosen[words.pop("split")].append(Concept(**words))
     return chosen["teacher"], chosen["held_out"]
 
 
@@ -142,17 +144,20 @@ def write_image_folder(concepts: list[Concept], folder: Path, size: int = 64) ->
         ]
         entry = {"file_name": name, "prompts": captions, "concept": codepoint, "style": style}
         lines.append(json.dumps(entry, ensure_ascii=False))
+    write_text(folder / ".gitignore", "*\n")  # 960 files that `build.py` makes again
     write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
     return len(lines)
 
 
 def main() -> None:
-    """Write the prompt files into this folder and the image folder `emoji_64/` into the cache."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    """Write the prompt files into this folder and the image folder that `train_teacher` reads."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=Path, default=HERE.parents[1] / "data" / "emoji_64")
+    arguments = parser.parse_args()
     teacher, held_out = teacher_concepts()
     print(f"{len(teacher)} teacher concepts, {len(held_out)} held out")
     print("prompts:", write_prompts(teacher, HERE / "prompts"))
-    print("pictures:", write_image_folder(teacher, cache_folder() / "emoji_64"))
+    print("pictures:", write_image_folder(teacher, arguments.images))
 
 
 if __name__ == "__main__":

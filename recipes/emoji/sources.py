@@ -264,6 +264,12 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def progress_line(step: int, num_steps: int, loss: float, seconds: float) -> str:
+    """Return one line of a training's log: where it stands and how long the rest will take at this pace."""
+    remaining = seconds / step * (num_steps - step)
+    return f"step {step}/{num_steps} loss {loss:.4f} {seconds:.0f} s, {remaining:.0f} s left"
+
+
 def main() -> None:
     """Fill the cache and print what is in it."""
     parser = argparse.ArgumentParser(description=__doc__)

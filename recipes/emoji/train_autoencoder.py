@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
-from sources import cache_folder, load_pictures, write_text
+from sources import cache_folder, load_pictures, progress_line, write_text
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,7 @@ def main() -> None:
 
     def on_step(step: int, loss: float, averaged: AutoencoderKL) -> None:
         if step % 50 == 0:
-            seconds = time.time() - started
-            remaining = seconds / step * (settings.num_steps - step)
-            print(f"step {step}/{settings.num_steps} loss {loss:.4f} {seconds:.0f} s, {remaining:.0f} s left", flush=True)
+            print(progress_line(step, settings.num_steps, loss, time.time() - started), flush=True)
         if step % 500 == 0 or step == settings.num_steps:
             history.append({"step": step, "held_out_psnr_db": round(measure_psnr(averaged, unseen), 2)})
             save(averaged, seen[::8], folder)

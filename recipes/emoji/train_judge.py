@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, so that no i
 
 from captions import teacher_concepts
 from mlcm_rl.judge import Judge, PictureEncoder
-from sources import HERE, STYLES, Pictures, load_pictures, write_text
+from sources import HERE, STYLES, Pictures, load_pictures, progress_line, write_text
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class JudgeSettings:
 
     widths: tuple[int, ...] = (32, 64, 128, 256)
     feature_width: int = 128
-    num_steps: int = 1500
+    num_steps: int = 1000
     num_concepts: int = 80
     learning_rate: float = 2e-3
     temperature: float = 0.07
@@ -200,9 +200,7 @@ def main() -> None:
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {step}")
         if step % 25 == 0:
-            seconds = time.time() - started
-            remaining = seconds / step * (settings.num_steps - step)
-            print(f"step {step}/{settings.num_steps} loss {loss:.3f} {seconds:.0f} s, {remaining:.0f} s left", flush=True)
+            print(progress_line(step, settings.num_steps, loss, time.time() - started), flush=True)
         if step % 500 == 0:
             print(validate(encoder, pictures), flush=True)
 

@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from captions import LANGUAGES, captions_of, label_and_tags, split_of, teacher_concepts
 from e5 import encode_texts
-from sources import STYLES, Concept, cache_folder, list_concepts, write_text
+from sources import STYLES, Concept, cache_folder, list_concepts, progress_line, write_text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 STYLE_OR_NONE = (*STYLES, None)
@@ -299,13 +299,12 @@ def main() -> None:
 
     def on_step(step: int, loss: float) -> None:
         if step % 25 == 0:
-            seconds = time.time() - began
-            remaining = seconds / step * (settings.num_steps - step)
-            print(f"step {step}/{settings.num_steps} loss {loss:.3f} {seconds:.0f} s, {remaining:.0f} s left", flush=True)
+            print(progress_line(step, settings.num_steps, loss, time.time() - began), flush=True)
         if step % 500 == 0:
             save(tokenizer, towers, cache_folder() / "text_towers")
 
-    heads = train(towers, CaptionBatches(concepts, tokenizer, settings.num_pairs, settings.seed), targets, settings, on_step)
+    batches = CaptionBatches(concepts, tokenizer, settings.num_pairs, settings.seed)
+    heads = train(towers, batches, targets, settings, on_step)
     save(tokenizer, towers, cache_folder() / "text_towers")
     teacher, held_out = teacher_concepts()
     report: dict[str, object] = {"minutes": round((time.time() - started) / 60, 1), "token_lengths": shares}

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-import tiny
 
+import tiny
 from mlcm_rl import bases, recipe
 from mlcm_rl.bases import Base
 
@@ -22,6 +22,12 @@ def teachers(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session", params=["sdxl", "sdxl-v-5-channels", "sd15", "sd21"])
 def base(request, teachers) -> Base:
+    return load(teachers[request.param])
+
+
+@pytest.fixture(scope="session", params=["sdxl-v-5-channels", "sd15"])
+def either(request, teachers) -> Base:
+    """One teacher a family, where prediction types change nothing."""
     return load(teachers[request.param])
 
 

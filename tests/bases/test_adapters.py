@@ -3,12 +3,13 @@
 import json
 
 import pytest
-import tiny
 import torch
+from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import tiny
 from mlcm_rl import adapters, bases, recipe
 from mlcm_rl.bases import LORA_TARGETS
 from mlcm_rl.recipe import Full, Lora
@@ -65,19 +66,19 @@ def test_lora_shares_the_teachers_memory_and_full_weights_do_not(sdxl):
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.kind)
-def test_training_a_student_leaves_the_teacher_as_it_was(base, adapter):
-    x_t, t, conditioning = inputs(base)
-    before = base.predict(base.denoiser, x_t, t, conditioning)
-    denoiser = adapters.student(base, adapter, 0, condition_on_target=True)
+def test_training_a_student_leaves_the_teacher_as_it_was(either, adapter):
+    x_t, t, conditioning = inputs(either)
+    before = either.predict(either.denoiser, x_t, t, conditioning)
+    denoiser = adapters.student(either, adapter, 0, condition_on_target=True)
     optimizer = torch.optim.SGD(adapters.trainable_parameters(denoiser), lr=0.1)
-    base.predict(denoiser, x_t, t, conditioning, targets(True)).square().mean().backward()
+    either.predict(denoiser, x_t, t, conditioning, targets(True)).square().mean().backward()
     optimizer.step()
-    assert torch.equal(base.predict(base.denoiser, x_t, t, conditioning), before)
-    assert not torch.equal(base.predict(denoiser, x_t, t, conditioning, targets(True)), before)
+    assert torch.equal(either.predict(either.denoiser, x_t, t, conditioning), before)
+    assert not torch.equal(either.predict(denoiser, x_t, t, conditioning, targets(True)), before)
 
 
-def test_lora_sits_on_every_published_target_and_is_all_that_is_trained(base):
-    denoiser = adapters.student(base, Lora(rank=4, alpha=4.0), 0, condition_on_target=True)
+def test_lora_sits_on_every_published_target_and_is_all_that_is_trained(either):
+    denoiser = adapters.student(either, Lora(rank=4, alpha=4.0), 0, condition_on_target=True)
     modules = {name.partition(".lora_A")[0] for name, _ in denoiser.named_parameters() if ".lora_A." in name}
     for target in LORA_TARGETS:
         assert any(module.endswith(f".{target}") for module in modules), target
@@ -105,16 +106,16 @@ def test_adapter_over_a_half_precision_teacher_is_float32_and_trains(teachers):
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.kind)
 @pytest.mark.parametrize("conditioned", [False, True])
-def test_saved_student_loads_and_goes_on_bit_for_bit(base, adapter, conditioned, tmp_path):
-    x_t, t, conditioning = inputs(base)
-    denoiser = trained(base, adapter, conditioned)
-    expected = base.predict(denoiser, x_t, t, conditioning, targets(conditioned))
-    adapters.save_student(denoiser, tmp_path / "student", description(base, segments=4))
-    loaded = adapters.load_student(base, tmp_path / "student")
-    resumed = adapters.student(base, adapter, 9, conditioned, start=tmp_path / "student")
+def test_saved_student_loads_and_goes_on_bit_for_bit(either, adapter, conditioned, tmp_path):
+    x_t, t, conditioning = inputs(either)
+    denoiser = trained(either, adapter, conditioned)
+    expected = either.predict(denoiser, x_t, t, conditioning, targets(conditioned))
+    adapters.save_student(denoiser, tmp_path / "student", description(either, segments=4))
+    loaded = adapters.load_student(either, tmp_path / "student")
+    resumed = adapters.student(either, adapter, 9, conditioned, start=tmp_path / "student")
     assert (loaded.num_segments, loaded.conditioned) == (4, conditioned)
-    assert torch.equal(base.predict(loaded.denoiser, x_t, t, conditioning, targets(conditioned)), expected)
-    assert torch.equal(base.predict(resumed, x_t, t, conditioning, targets(conditioned)), expected)
+    assert torch.equal(either.predict(loaded.denoiser, x_t, t, conditioning, targets(conditioned)), expected)
+    assert torch.equal(either.predict(resumed, x_t, t, conditioning, targets(conditioned)), expected)
     shapes = [[parameter.shape for parameter in adapters.trainable_parameters(one)] for one in (denoiser, resumed)]
     assert shapes[0] == shapes[1]
 
@@ -140,14 +141,14 @@ def test_saving_replaces_an_older_student_whole(sdxl, tmp_path):
     assert (described["adapter"], described["conditioned"]) == ({"kind": "full"}, False)
 
 
-def test_target_time_is_added_to_a_finished_student_without_changing_it(base, tmp_path):
-    x_t, t, conditioning = inputs(base)
+def test_target_time_is_added_to_a_finished_student_without_changing_it(either, tmp_path):
+    x_t, t, conditioning = inputs(either)
     for adapter in ADAPTERS:
-        denoiser = trained(base, adapter)
-        adapters.save_student(denoiser, tmp_path / adapter.kind, description(base))
-        told = adapters.student(base, adapter, 0, condition_on_target=True, start=tmp_path / adapter.kind)
-        expected = base.predict(denoiser, x_t, t, conditioning)
-        assert torch.equal(base.predict(told, x_t, t, conditioning, targets(True)), expected)
+        denoiser = trained(either, adapter)
+        adapters.save_student(denoiser, tmp_path / adapter.kind, description(either))
+        told = adapters.student(either, adapter, 0, condition_on_target=True, start=tmp_path / adapter.kind)
+        expected = either.predict(denoiser, x_t, t, conditioning)
+        assert torch.equal(either.predict(told, x_t, t, conditioning, targets(True)), expected)
 
 
 def test_start_of_another_kind_is_refused(sdxl, tmp_path):
@@ -179,35 +180,33 @@ def test_default_gamma_follows_the_student(sdxl, tmp_path, segments, conditioned
     assert adapters.load_student(sdxl, tmp_path / "student").default_gamma == gamma
 
 
-def test_merged_student_is_plain_and_computes_the_same(base, tmp_path):
-    x_t, t, conditioning = inputs(base)
+def test_merged_student_is_plain_and_computes_the_same(either, tmp_path):
+    x_t, t, conditioning = inputs(either)
     for adapter in ADAPTERS:
-        adapters.save_student(trained(base, adapter), tmp_path / adapter.kind, description(base))
-        loaded = adapters.load_student(base, tmp_path / adapter.kind)
+        adapters.save_student(trained(either, adapter), tmp_path / adapter.kind, description(either))
+        loaded = adapters.load_student(either, tmp_path / adapter.kind)
         plain = adapters.merged(loaded, torch.float32)
-        assert plain.state_dict().keys() == base.denoiser.state_dict().keys()
-        expected = base.predict(loaded.denoiser, x_t, t, conditioning)
-        torch.testing.assert_close(base.predict(plain, x_t, t, conditioning), expected, atol=1e-4, rtol=1e-4)
+        assert plain.state_dict().keys() == either.denoiser.state_dict().keys()
+        expected = either.predict(loaded.denoiser, x_t, t, conditioning)
+        torch.testing.assert_close(either.predict(plain, x_t, t, conditioning), expected, atol=1e-4, rtol=1e-4)
 
 
 # LoRA files
 
 
-def test_saved_lora_carries_its_configuration_and_a_stock_pipeline_reads_its_scale(base, tmp_path):
-    x_t, t, conditioning = inputs(base)
-    denoiser = trained(base, Lora(rank=64, alpha=8.0))
-    adapters.save_student(denoiser, tmp_path, description(base))
+def test_saved_lora_carries_its_configuration_and_a_stock_pipeline_reads_its_scale(either, tmp_path):
+    x_t, t, conditioning = inputs(either)
+    denoiser = trained(either, Lora(rank=64, alpha=8.0))
+    adapters.save_student(denoiser, tmp_path, description(either))
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
         header = json.loads(file.metadata()["lora_adapter_metadata"])
     assert (header["unet.r"], header["unet.lora_alpha"]) == (64, 8.0)
-    stock = base.pipeline_class.from_pretrained(base.teacher.path, safety_checker=None) if base.family == "sd" else (
-        base.pipeline_class.from_pretrained(base.teacher.path)
-    )  # fmt: skip
+    stock = DiffusionPipeline.from_pretrained(either.teacher.path)
     stock.load_lora_weights(str(tmp_path), weight_name="pytorch_lora_weights.safetensors")
     scales = {value for module in stock.unet.modules() for value in getattr(module, "scaling", {}).values()}
     assert scales == {0.125}
-    expected = base.predict(denoiser, x_t, t, conditioning)
-    torch.testing.assert_close(base.predict(stock.unet, x_t, t, conditioning), expected, atol=1e-5, rtol=1e-5)
+    expected = either.predict(denoiser, x_t, t, conditioning)
+    torch.testing.assert_close(either.predict(stock.unet, x_t, t, conditioning), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_same_student_is_saved_to_the_same_bytes(sdxl, tmp_path):

@@ -4,11 +4,11 @@ import json
 import shutil
 
 import pytest
-import tiny
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 
+import tiny
 from mlcm_rl import bases, recipe
 from mlcm_rl.bases import schedule_of
 
@@ -35,12 +35,12 @@ def inputs(base, batch_size=2):
 
 
 def test_missing_teacher_is_refused_with_its_path(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.*model_index.json"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*model_index\.json"):
         load(tmp_path / "nowhere")
 
 
 def test_teacher_of_another_family_is_refused_with_both_names(teachers):
-    with pytest.raises(ValueError, match="StableDiffusionPipeline.*family sdxl loads StableDiffusionXLPipeline"):
+    with pytest.raises(ValueError, match=r"StableDiffusionPipeline.*family sdxl loads StableDiffusionXLPipeline"):
         load(teachers["sd15"], "sdxl")
 
 
@@ -73,6 +73,16 @@ def test_teacher_with_a_guidance_embedding_is_refused(teachers, tmp_path):
     UNet2DConditionModel.from_config(settings, time_cond_proj_dim=8).save_pretrained(folder / "unet")
     with pytest.raises(ValueError, match="distilled already"):
         load(folder)
+
+
+def test_safety_checker_and_image_encoder_of_a_published_folder_are_not_needed(teachers, tmp_path):
+    folder = copy_of(teachers["sd15"], tmp_path)
+    edit(
+        folder / "model_index.json",
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+    )
+    assert load(folder, "sd").pipeline.safety_checker is None
 
 
 def test_resolution_sets_the_latent_shape_and_must_be_a_multiple(teachers):
@@ -199,7 +209,9 @@ def test_latent_statistics_of_the_autoencoder_are_undone_and_applied(teachers, t
     by_hand = (latents / factor - torch.tensor(mean).reshape(shape)) / torch.tensor(std).reshape(shape) * factor
     torch.testing.assert_close(scaled.decode(by_hand), plain.decode(latents), atol=1e-5, rtol=1e-5)
     images = plain.decode(latents)
-    by_hand = (plain.encode_images(images) / factor - torch.tensor(mean).reshape(shape)) / torch.tensor(std).reshape(shape)
+    by_hand = (plain.encode_images(images) / factor - torch.tensor(mean).reshape(shape)) / torch.tensor(std).reshape(
+        shape
+    )
     torch.testing.assert_close(scaled.encode_images(images), by_hand * factor, atol=1e-5, rtol=1e-5)
 
 

@@ -17,7 +17,9 @@ class Recorder(torch.nn.Module):
         self.calls = []
 
     def forward(self, x_t, t, **conditions):
-        self.calls.append((t.tolist(), conditions["timestep_cond"], self.gain.requires_grad and torch.is_grad_enabled()))
+        self.calls.append(
+            (t.tolist(), conditions["timestep_cond"], self.gain.requires_grad and torch.is_grad_enabled())
+        )
         return (self.gain * x_t,)
 
 
@@ -41,7 +43,9 @@ def test_deterministic_steps_are_ddim_by_hand(base):
 def test_renoising_steps_draw_fresh_noise_in_order(base):
     noise = base.noise(torch.Generator().manual_seed(0), 2)
     denoiser = Recorder().requires_grad_(False)
-    found = sampler.sample(base, denoiser, base.unconditional(2), noise, [999, 499], 1.0, torch.Generator().manual_seed(9))
+    found = sampler.sample(
+        base, denoiser, base.unconditional(2), noise, [999, 499], 1.0, torch.Generator().manual_seed(9)
+    )
     fresh = base.noise(torch.Generator().manual_seed(9), 2)
     at = [torch.full((2,), time) for time in (999, 499)]
     first = base.x0(denoiser, noise, at[0], base.unconditional(2))

@@ -97,7 +97,8 @@ def test_sampling_times_by_hand():
     assert sampling_times(8) == EIGHT[:0:-1]
     assert sampling_times(3, 2) == [999, 749, 499]  # two steps in the noisier half
     assert sampling_times(6, 4) == [999, 874, 749, 624, 499, 249]
-    assert sampling_times(3, 8) == sampling_times(3)  # too few steps to hold eight boundaries
+    assert sampling_times(3, 8) == sampling_times(3)  # too few steps to hold all boundaries
+    assert sampling_times(3, 4) == [999, 749, 374]
 
 
 @given(num_steps=st.integers(1, 8), num_segments=st.sampled_from([1, 2, 4, 8]))

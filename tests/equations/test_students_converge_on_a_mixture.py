@@ -69,9 +69,7 @@ def test_progressive_training_reaches_the_true_map_of_each_phase(line, target):
         landed = toy.sample(student.x0, noise, sampling_times(num_segments), 0.0, torch.Generator())
         chain, upper = errors(student, line, num_segments)
         true_error = toy.distance(landed, exact)
-        print(
-            f"{target} K={num_segments}: chain {chain:.4f}, upper jumps {upper:.4f}, from the exact flow {true_error:.4f}"
-        )
+        print(f"{target} K={num_segments}: chain {chain:.4f}, upper jumps {upper:.4f}, exact {true_error:.4f}")
         assert within_bounds(student, line, num_segments)
         assert true_error < bound + 0.02
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-import tiny
 
+import tiny
 from mlcm_rl import bases, recipe
 from mlcm_rl.bases import Base
 

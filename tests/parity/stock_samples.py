@@ -1,8 +1,8 @@
-"""Sample exported folders with diffusers and nothing of ours; run as a program: stock_samples.py JOBS.json.
+"""Sample exported folders with diffusers and nothing of ours: a program, `stock_samples.py JOBS.json [CODE.py ...]`.
 
-A job is {"folder", "out", "prompts", "seed", "calls": [{"steps"} or {"timesteps"}]} and optionally "lora" and "unet" (parts
-to put over the folder's own), "scheduler" (whose to take instead) and "trust" (run the folder's pipeline.py). Written to
-"out": the latents of each call by its number.
+A job is {"folder", "out", "prompts", "seed", "calls": [{"steps"} or {"timesteps"}]} and optionally "lora" and "unet"
+(parts to put over the folder's own), "scheduler" (whose to take instead) and "trust" (run the folder's pipeline.py).
+Written to "out": the latents of each call by its number. Then each CODE.py is run, as a reader of a card would run it.
 """
 
 import importlib

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
-from mlcm_rl import adapters, sampler
+import tiny
+from mlcm_rl import adapters, bases, recipe, sampler
+from mlcm_rl.adapters import Student
 from mlcm_rl.bases import Base
 from mlcm_rl.equations.segments import paper_times, sampling_times
 from mlcm_rl.equations.solver import ddim_step, gamma_step
@@ -51,9 +53,12 @@ CASES = [
     Case("deterministic", "sdxl-no-zeros", Full(), 4, ALL_STEPS + PAPER),
     Case("deterministic-sd15-lora", "sd15", LORA, 2, SOME_STEPS),
     Case("renoising-sd21", "sd21", Full(), 1, SOME_STEPS),
+    Case("deterministic-full", "sdxl", Full(), 4, SOME_STEPS),
     Case("conditioned", "sdxl", LORA, 1, ALL_STEPS, conditioned=True, job={"trust": True}),
     Case("conditioned-sd15", "sd15", Full(), 1, SOME_STEPS, conditioned=True, job={"trust": True}),
 ]  # fmt: skip
+
+SNAPSHOTS = {2: CASES[0], 4: CASES[5]}  # beside the conditioned student: an adapter, and full weights
 
 
 @dataclass
@@ -76,7 +81,8 @@ def exported(loaded, tmp_path_factory) -> Exported:
     for case in CASES:
         if case.of is None:
             _export(loaded[case.teacher], case, found)
-    jobs = [_job(loaded[case.teacher], case, found) for case in CASES] + [_snapshot_job(loaded, found)]
+    jobs = [_job(loaded[case.teacher], case, found) for case in CASES]
+    jobs += [_snapshot_job(loaded["sdxl"], found, steps) for steps in SNAPSHOTS]
     card = _code_of_card(found.out(CASES[0]))
     _run_stock(found.root, jobs, card)
     found.latents = {Path(job["out"]).stem: load_file(job["out"]) for job in jobs}
@@ -88,7 +94,8 @@ def _export(base: Base, case: Case, found: Exported) -> None:
     tiny.perturb(adapters.trainable_parameters(denoiser), seed=1)
     description = {"segments": case.segments, "family": base.family, "prediction_type": base.prediction_type}
     adapters.save_student(denoiser, found.student(case), description)
-    snapshots = {2: found.student(CASES[0])} if case.name == "conditioned" else None
+    told = case.name == "conditioned"
+    snapshots = {steps: found.student(one) for steps, one in SNAPSHOTS.items()} if told else None
     export(found.student(case), base, found.out(case), "| steps | R@5 |\n|---|---|\n| 4 | 0.9 |", snapshots)
 
 
@@ -99,12 +106,13 @@ def _job(base: Base, case: Case, found: Exported) -> dict:
     return job | {"out": str(found.root / f"{case.name}.safetensors")}
 
 
-def _snapshot_job(loaded: dict[str, Base], found: Exported) -> dict:
-    """Stock use of the snapshot for two steps that lies beside the conditioned export."""
-    folder = found.root / "exports" / "conditioned" / "steps-2"
-    job = {"lora": str(folder), "scheduler": str(folder / "scheduler"), "calls": [{"steps": 2}]}
-    job |= {"folder": loaded["sdxl"].teacher.path, "prompts": PROMPTS, "seed": SEED}
-    return job | {"out": str(found.root / "snapshot.safetensors")}
+def _snapshot_job(base: Base, found: Exported, steps: int) -> dict:
+    """Stock use over the teacher of the snapshot for so many steps that lies beside the conditioned export."""
+    folder = found.root / "exports" / "conditioned" / f"steps-{steps}"
+    part = {"unet": str(folder / "unet")} if (folder / "unet").is_dir() else {"lora": str(folder)}
+    job = part | {"scheduler": str(folder / "scheduler"), "calls": [{"steps": steps}]}
+    job |= {"folder": base.teacher.path, "prompts": PROMPTS, "seed": SEED}
+    return job | {"out": str(found.root / f"snapshot-{steps}.safetensors")}
 
 
 def _code_of_card(folder: Path) -> Path:
@@ -126,14 +134,12 @@ def _run_stock(root: Path, jobs: list[dict], card: Path) -> None:
     )
 
 
-def _ours(base: Base, case: Case, folder: Path, call: dict) -> torch.Tensor:
+def _ours(base: Base, case: Case, student: Student, call: dict) -> torch.Tensor:
     """Our sampler's latents, noise drawn as the pipelines do: one generator for the start and every step.
 
     For gamma 0 they are carried from the last x0 on to index 0, where TCDScheduler ends.
     """
     times = call.get("timesteps") or sampling_times(call["steps"])
-    student = adapters.load_student(base, folder)
-    assert student.default_gamma == case.gamma
     generator = torch.Generator().manual_seed(SEED)
     noise, conditioning = base.noise(generator, len(PROMPTS)), base.encode_prompts(PROMPTS)
     options = {"gamma": case.gamma, "generators": generator, "conditioned": case.conditioned}
@@ -154,19 +160,23 @@ def _to_index_0(base, student, conditioning, noise, times, x0):
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-4)
+    torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_stock_pipeline_samples_an_export_as_our_sampler_does(case, loaded, exported):
     base = loaded[case.teacher]
+    student = adapters.load_student(base, exported.student(case))
+    assert student.default_gamma == case.gamma
     for i, call in enumerate(case.calls):
-        assert_close(exported.latents[case.name][str(i)], _ours(base, case, exported.student(case), call))
+        assert_close(exported.latents[case.name][str(i)], _ours(base, case, student, call))
 
 
-def test_snapshot_beside_a_conditioned_export_is_sampled_over_the_teacher(loaded, exported):
-    expected = _ours(loaded["sdxl"], CASES[0], exported.student(CASES[0]), {"steps": 2})
-    assert_close(exported.latents["snapshot"]["0"], expected)
+@pytest.mark.parametrize("steps", SNAPSHOTS)
+def test_snapshot_beside_a_conditioned_export_is_sampled_over_the_teacher(steps, loaded, exported):
+    base, case = loaded["sdxl"], SNAPSHOTS[steps]
+    expected = _ours(base, case, adapters.load_student(base, exported.student(case)), {"steps": steps})
+    assert_close(exported.latents[f"snapshot-{steps}"]["0"], expected)
 
 
 def test_code_of_the_card_runs_and_leaves_a_picture(exported):
@@ -174,8 +184,6 @@ def test_code_of_the_card_runs_and_leaves_a_picture(exported):
 
 
 def test_conditioned_export_is_not_opened_by_a_stock_pipeline(exported):
-    from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
-
     for pipeline_class in (DiffusionPipeline, StableDiffusionXLPipeline):
         with pytest.raises(ValueError, match="custom code"):
             pipeline_class.from_pretrained(exported.root / "exports" / "conditioned")
@@ -217,8 +225,6 @@ def test_export_is_whole_or_absent_and_refuses_a_conditioned_snapshot(loaded, tm
 
 
 def test_export_keeps_the_resolution_it_was_distilled_at_and_leaves_the_teacher_alone(teachers, tmp_path):
-    from mlcm_rl import bases, recipe
-
     base = bases.load(recipe.Teacher(path=str(teachers["sdxl"]), family="sdxl", resolution=24), "cpu")
     before = {name: value.clone() for name, value in base.denoiser.state_dict().items()}
     description = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
@@ -229,3 +235,19 @@ def test_export_keeps_the_resolution_it_was_distilled_at_and_leaves_the_teacher_
     assert json.loads((out / "unet" / "config.json").read_text())["sample_size"] == 12
     assert (base.denoiser.config.sample_size, type(base.pipeline.scheduler).__name__) == (8, "EulerDiscreteScheduler")
     assert all(torch.equal(value, before[name]) for name, value in base.denoiser.state_dict().items())
+
+
+def test_export_of_a_half_precision_teacher_opens_in_one_precision(teachers, tmp_path):
+    base = bases.load(recipe.Teacher(path=str(teachers["sdxl"]), family="sdxl", dtype="bfloat16"), "cpu")
+    description = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
+    student = adapters.student(base, LORA, 0)
+    tiny.perturb(adapters.trainable_parameters(student))
+    adapters.save_student(student, tmp_path / "student", description)
+    stock = DiffusionPipeline.from_pretrained(export(tmp_path / "student", base, tmp_path / "out"))
+    stock.set_progress_bar_config(disable=True)
+    modules = [part for part in stock.components.values() if isinstance(part, torch.nn.Module)]
+    assert {parameter.dtype for module in modules for parameter in module.parameters()} == {torch.float32}
+    noise = base.noise(torch.Generator().manual_seed(SEED), 2)
+    found = stock(PROMPTS, latents=noise, num_inference_steps=1, guidance_scale=0, output_type="latent").images
+    expected = sampler.sample(base, student, base.encode_prompts(PROMPTS), noise, [999], 1.0)
+    assert (found - expected).square().mean() < 0.01 * expected.square().mean()  # bfloat16 keeps three digits

@@ -41,7 +41,7 @@ def test_guided_ddim_trajectory_is_the_stock_pipelines(pair):
     assert stock.scheduler.timesteps.tolist() == TIMES
     conditional, unconditional = base.encode_prompts(PROMPTS[:2]), base.unconditional(2)
     found = sampler.sample_teacher(base, conditional, unconditional, noise, TIMES, 6.0)
-    torch.testing.assert_close(found, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-4)
+    torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-5)
 
 
 def test_pictures_are_decoded_as_the_stock_pipeline_decodes_them(pair):

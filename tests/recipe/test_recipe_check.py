@@ -35,6 +35,12 @@ def test_a_file_that_is_not_there_is_told_with_the_line_that_names_it(broken, ol
     assert text in problem.text
 
 
+def test_only_a_folder_is_proposed_for_a_folder(broken, root):
+    (root / "juge.txt").touch()
+    (problem,) = broken(("judge: judge", "judge: juge"))
+    assert problem.nearest == "judge"
+
+
 @pytest.mark.parametrize("path", ["stabilityai/sdxl-turbo", "runwayml/stable-diffusion-v1-5"])
 def test_a_hub_name_is_not_looked_for_on_disk(root, path):
     assert load(root / "good.yaml", [f"teacher.path={path}"], root).teacher.path == path

@@ -54,4 +54,4 @@ def test_descriptions_and_defaults_come_with_the_schema():
     distill = json_schema()["$defs"]["Distill"]["properties"]
     assert distill["learning_rate"]["default"] == 1e-4
     assert "peak" in distill["learning_rate"]["description"]
-    assert distill["precision"]["enum"] == ["no", "fp16", "bf16"]
+    assert distill["precision"]["enum"] == ["no", "bf16"]

@@ -1,0 +1,168 @@
+"""Seconds, network evaluations and memory of a distillation step, variant against variant in one run.
+
+    python tests/benchmarks/distillation.py [--steps 8] [--batch-size 32]        (or: make benchmark)
+
+Every variant runs in a process of its own, one after another, so that peak memory is its own. Times are medians over
+steps, per sample: `teacher` makes the points (states read, or solved on line), `target` is the pass without gradient,
+`student` forward, backward and the optimiser. Ratios are to `data`, which is how LCM trains.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mlcm_rl import adapters, bases, sampler
+from mlcm_rl.equations.segments import sampling_times, time_grid
+from mlcm_rl.plan import evaluations_per_phase
+from mlcm_rl.recipe import Distill, Recipe, Teacher, Trajectories
+from mlcm_rl.runtime import generator
+from mlcm_rl.sources import NoisedData
+from mlcm_rl.stages import distill, trajectories
+
+PROMPTS = "recipes/emoji/prompts/train.jsonl"
+TEACHER = Teacher(path="recipes/emoji/teacher", family="sdxl", guidance_scale=4.0)
+LORA = {"kind": "lora", "rank": 64, "alpha": 64}
+VARIANTS = {
+    "data (LCM)": {"source": "data", "images": "unused", "target": "consistency"},
+    "online (Algorithm 1)": {"source": "online", "prompts": PROMPTS, "target": "consistency"},
+    "stored, consistency": {"target": "consistency"},
+    "stored, trajectory": {"target": "trajectory"},
+    "stored, trajectory, LoRA": {"target": "trajectory", "adapter": LORA},
+}
+STORED = 64  # trajectories solved for the stored variants and for the store's own cost
+
+
+def measure(name: str, num_steps: int, batch_size: int) -> dict[str, float]:
+    """Seconds per sample of each part, evaluations per sample, and peak memory in MB, of one variant."""
+    stage = Distill(
+        **({"segments": [1], "num_steps": 1, "batch_size": batch_size, "adapter": {"kind": "full"}} | VARIANTS[name])
+    )
+    store = Trajectories(prompts=PROMPTS, num_trajectories=STORED, batch_size=batch_size)
+    recipe = Recipe(name="benchmark", teacher=TEACHER, stages=[store, stage], trackers=[])
+    base = bases.load(TEACHER, "cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as place:
+        found = {"store": 0.0}
+        if stage.reads_trajectories:
+            started = time.perf_counter()
+            trajectories.run(store, recipe, {}, Path(place))
+            found["store"] = (time.perf_counter() - started) / STORED
+        student = adapters.student(base, stage.adapter, seed=0)
+        source = (
+            NoisedData(stage, base, torch.randn(64, *base.latent_shape), [["panda"]] * 64, 0)
+            if stage.source == "data"
+            else distill.make_source(stage, recipe, base, student, {"trajectories": Path(place)})
+        )
+        return found | time_steps(stage, base, student, source, num_steps) | costs(stage)
+
+
+def time_steps(stage: Distill, base: bases.Base, student: torch.nn.Module, source, num_steps: int) -> dict[str, float]:
+    """Median seconds per sample of a step's parts, after one step to warm up."""
+    parameters = adapters.trainable_parameters(student)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    settings = distill.PhaseSettings(stage, 0)
+    seconds: dict[str, list[float]] = {"teacher": [], "target": [], "student": []}
+    for step in range(num_steps + 1):
+        marks = [now()]
+        batch = source.realise(source.draw(step, 1, "next", generator("benchmark", step)))
+        marks.append(now())
+        if settings.target == "consistency":
+            distill.no_grad_x0(base, student, {}, batch, None)
+        marks.append(now())
+        distill.loss(stage, settings, base, student, {}, batch).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        whole = now() - marks[2]
+        spent = (marks[1] - marks[0], marks[2] - marks[1], whole - (marks[2] - marks[1]))  # the loss repeats the target
+        for part, value in zip(seconds, spent, strict=True):
+            seconds[part].append(value / stage.batch_size)
+    return {part: statistics.median(values[1:]) for part, values in seconds.items()}
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def costs(stage: Distill) -> dict[str, float]:
+    """Evaluations per sample, and this process's peak memory in MB."""
+    teacher, target, own = (value / stage.batch_size for value in evaluations_per_phase(stage, guided=2)[0])
+    peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else peak_resident()
+    return {"evaluations": teacher + target + own, "peak_mb": peak}
+
+
+def peak_resident() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def sampling() -> Table:
+    """Pictures a second, decoded: the teacher at 50 guided steps against a student's 8, 4, 2 and 1."""
+    base = bases.load(TEACHER, "cuda" if torch.cuda.is_available() else "cpu")
+    conditioning, dropped = base.encode_prompts(["panda"] * 16), base.unconditional(16)
+    noise = base.noise(generator("benchmark"), 16)
+    table = Table("sampler", "evaluations", "pictures a second", "times the teacher", title="Sampling, batch 16")
+    times = {"teacher, 50 guided steps": time_grid(50)[:-1]} | {
+        f"student, {n} steps": sampling_times(n) for n in (8, 4, 2, 1)
+    }
+    first = None
+    for name, grid in times.items():
+        started = now()
+        with torch.no_grad():
+            if first is None:
+                latents = sampler.sample_teacher(base, conditioning, dropped, noise, grid, 4.0)
+            else:
+                latents = sampler.sample(base, base.denoiser, conditioning, noise, grid, 0.0)
+            base.decode(latents)
+        rate = 16 / (now() - started)
+        first = first or rate
+        table.add_row(name, str(len(grid) * (2 if "guided" in name else 1)), f"{rate:.1f}", f"{rate / first:.1f}")
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--only", choices=list(VARIANTS), help="measure one variant and print it as JSON")
+    arguments = parser.parse_args()
+    if arguments.only:
+        print(json.dumps(measure(arguments.only, arguments.steps, arguments.batch_size)))
+        return
+    heads = ("store*", "teacher", "target", "student", "a step", "to data", "evaluations", "peak MB")
+    table = Table("variant, ms a sample", *heads, title=f"Distillation, batch {arguments.batch_size}")
+    reference = None
+    for name in VARIANTS:
+        command = [sys.executable, __file__, "--only", name, "--steps", str(arguments.steps)]
+        output = subprocess.run(
+            [*command, "--batch-size", str(arguments.batch_size)], capture_output=True, text=True, check=True
+        )
+        found = json.loads(output.stdout.splitlines()[-1])
+        step = found["teacher"] + found["target"] + found["student"]
+        reference = reference or step
+        parts = [f"{1000 * found[part]:.2f}" for part in ("store", "teacher", "target", "student")]
+        table.add_row(
+            name,
+            *parts,
+            f"{1000 * step:.2f}",
+            f"{step / reference:.2f}",
+            f"{found['evaluations']:g}",
+            f"{found['peak_mb']:.0f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print("* a trajectory, once: 96 evaluations; shared by every sample that is drawn from it")
+    console.print(sampling())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""The small evaluation, run once for all tests of this folder."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import evaluation_case
+import pytest
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    return evaluation_case.write_place(tmp_path_factory.mktemp("evaluation"))
+
+
+@pytest.fixture(scope="session")
+def finished(place) -> Path:
+    """The folder of the finished evaluation."""
+    evaluation_case.run(place, place / "evaluate")
+    return place / "evaluate"
+
+
+@pytest.fixture(scope="session")
+def report(finished) -> dict:
+    return json.loads((finished / "report.json").read_text(encoding="utf-8"))

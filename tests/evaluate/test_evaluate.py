@@ -1,0 +1,140 @@
+"""Stage `evaluate` from end to end on a tiny teacher: what must be equal is, and what cannot work is refused."""
+
+import json
+import math
+
+import pytest
+import torch
+from evaluation_case import CONCEPTS, PICTURES, PROMPTS, recipe, run
+
+from mlcm_rl.data import Prompt
+from mlcm_rl.stages import evaluate
+
+
+def row(report, **wanted):
+    (found,) = [row for row in report["rows"] if all(row[key] == value for key, value in wanted.items())]
+    return found
+
+
+def test_every_row_has_every_metric(report):
+    # 2 references, (1 + 2 + 2) rows a solver, and 5 a student: one step has no gamma.
+    assert len(report["rows"]) == 2 + 2 * 5 + 2 * 5
+    keys = {
+        "distance",
+        "kid",
+        "r@1",
+        "r@5",
+        "r@1/en",
+        "r@1/zh",
+        "r@5/en",
+        "r@5/zh",
+        "diversity",
+        "reward/colourfulness",
+    }
+    for one in report["rows"]:
+        assert set(one["metrics"]) == keys
+        assert one["latency_ms"] > 0
+        assert len(one["metrics"]["distance"]["values"]) == len(PROMPTS)
+        assert one["metrics"]["r@5"]["values"][-1] is None  # the prompt without a concept
+        assert one["metrics"]["r@5"]["n"] == len(PROMPTS) - 1
+
+
+def test_the_reference_is_at_no_distance_from_itself_and_the_shorter_one_is(report):
+    assert row(report, role="reference", num_steps=3)["metrics"]["distance"]["mean"] == 0.0
+    assert row(report, role="reference", num_steps=2)["metrics"]["distance"]["mean"] > 0.0
+    assert report["reference"] == row(report, role="reference", num_steps=3)["id"]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_an_untrained_student_going_straight_is_the_unguided_teacher_by_ddim(report, num_steps):
+    gamma = 1.0 if num_steps == 1 else 0.0
+    student = row(report, name="student", num_steps=num_steps, gamma=gamma)
+    teacher = row(report, role="undistilled", solver="ddim", num_evaluations=num_steps, guidance_scale=1.0)
+    for key, metric in student["metrics"].items():
+        assert metric["mean"] == pytest.approx(teacher["metrics"][key]["mean"], rel=1e-4), key
+    assert student["metrics"]["distance"]["values"] == pytest.approx(teacher["metrics"]["distance"]["values"], rel=1e-4)
+
+
+def test_renoising_and_another_student_make_other_pictures(report):
+    straight = row(report, name="student", num_steps=4, gamma=0.0)["metrics"]["distance"]["mean"]
+    assert row(report, name="student", num_steps=4, gamma=1.0)["metrics"]["distance"]["mean"] != straight
+    (other,) = {row["name"] for row in report["rows"] if row["role"] == "student"} - {"student"}
+    assert other.endswith("/other student")
+    assert row(report, name=other, num_steps=4, gamma=0.0)["metrics"]["distance"]["mean"] != straight
+
+
+def test_values_do_not_depend_on_the_batch_size_and_repeat_bit_for_bit(place, report, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.page, "write", lambda *_: None)
+    few = {
+        "num_steps": [4],
+        "teacher_solvers": ["ddim"],
+        "teacher_steps": [3],
+        "also": [],
+        "judge": None,
+        "rewards": [],
+    }
+    first, second = (run(place, tmp_path / str(i), **few, num_prompts=3, batch_size=4) for i in range(2))
+    for one, again in zip(first["rows"], second["rows"], strict=True):
+        assert one["metrics"] == again["metrics"]
+        whole = row(report, id=one["id"])["metrics"]["distance"]["values"]  # of all prompts, in batches of 12
+        assert one["metrics"]["distance"]["values"] == pytest.approx(whole[:3], rel=1e-3, abs=1e-9)
+
+
+def test_pictures_are_kept_for_the_page_of_every_row(finished, report):
+    for one in report["rows"]:
+        names = sorted(path.name for path in (finished / "pictures" / one["id"]).iterdir())
+        assert names == [f"{i:04d}.png" for i in range(len(PROMPTS))]
+
+
+def test_a_teacher_alone_is_a_table_too(place, tmp_path):
+    made = recipe(place, also=[], num_steps=[2], teacher_solvers=["ddim"], judge=None, rewards=[])
+    evaluate.run(made.stages[0], made, {}, tmp_path)
+    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert [one["role"] for one in found["rows"]] == ["reference"] * 2 + ["undistilled"] * 2
+    assert found["headline"]["passed"] is False
+    assert "<h1>The teacher, measured</h1>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_samples_that_are_not_numbers_stop_the_evaluation(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "sample", lambda base, *_: torch.full((1, *base.latent_shape), math.nan))
+    with pytest.raises(ValueError, match="row teacher-3: its samples are not finite"):
+        run(place, tmp_path / "run")
+
+
+def test_more_prompts_than_there_are_is_refused(place, tmp_path):
+    with pytest.raises(ValueError, match=f"holds {len(PROMPTS)} prompts, num_prompts asks for 7"):
+        run(place, tmp_path / "run", num_prompts=7)
+
+
+def test_a_concept_that_the_judge_does_not_know_is_refused():
+    prompts = [Prompt("x", "en", CONCEPTS[1]), Prompt("y", "en"), Prompt("z", "en", "dragon")]
+    with pytest.raises(ValueError, match=r"p.jsonl: the judge has no prototype of 1 concepts, for example 'dragon'"):
+        evaluate.concept_indices(prompts, CONCEPTS, "p.jsonl")
+    assert evaluate.concept_indices(prompts[:2], CONCEPTS, "p.jsonl").tolist() == [1, -1]
+    assert evaluate.concept_indices(prompts, [], "p.jsonl").tolist() == [-1, -1, -1]
+
+
+def test_shown_prompts_are_the_first_of_each_language():
+    prompts = [Prompt(str(i), "zh" if i % 3 == 0 else "en") for i in range(12)]
+    assert evaluate.shown_prompts(prompts) == [0, 3, 6, 9, 1, 2, 4, 5]
+
+
+def test_a_reward_scores_only_the_languages_that_it_reads():
+    class Length:
+        needs_prompt, languages, differentiable = True, ("en",), False
+
+        def __call__(self, images, prompts):
+            return torch.tensor([float(len(prompt)) for prompt in prompts])
+
+    prompts = [Prompt("four", "en"), Prompt("鲸", "zh"), Prompt("three", "en")]
+    scores = evaluate.score(Length(), "length", torch.zeros(3, 3, 4, 4), prompts)
+    assert scores[[0, 2]].tolist() == [4.0, 5.0]
+    assert scores[1].isnan()
+    assert evaluate.score(Length(), "length", torch.zeros(1, 3, 4, 4), prompts[1:2]).isnan().all()
+
+
+def test_samples_of_a_prompt_stand_together(place, report):
+    diversity = row(report, role="reference", num_steps=3)["metrics"]["diversity"]
+    assert diversity["n"] == len(PROMPTS)
+    assert diversity["mean"] > 0  # pictures of one prompt come from different noise
+    assert report["settings"]["images_per_prompt"] == PICTURES

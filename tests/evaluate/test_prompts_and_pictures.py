@@ -1,0 +1,103 @@
+"""Prompt files and captioned pictures: what is read, and what is said of a file that is wrong."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from mlcm_rl.data import CaptionedImages, Prompt, guess_language, read_prompts
+
+
+def jsonl(path, *records):
+    path.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records), encoding="utf-8")
+    return path
+
+
+def test_text_file_is_one_prompt_a_line_with_its_language_guessed(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffa red apple\n\n  红苹果  \r\ncafe\u0301\n", encoding="utf-8")
+    assert read_prompts(path) == [Prompt("a red apple", "en"), Prompt("红苹果", "zh"), Prompt("cafe\u0301", "en")]
+
+
+def test_jsonl_keeps_what_it_says_and_guesses_the_language_it_does_not(tmp_path):
+    whole = {"prompt": "a whale", "language": "en", "concept": "1F433", "style": "noto"}
+    path = jsonl(tmp_path / "p.jsonl", whole, {"prompt": "鲸", "concept": None})
+    assert read_prompts(path) == [Prompt("a whale", "en", "1F433", "noto"), Prompt("鲸", "zh")]
+
+
+@pytest.mark.parametrize(
+    ("text", "language"), [("苹果 apple", "zh"), ("\U00020000", "zh"), ("ひらがな", "en"), ("", "en")]
+)
+def test_a_han_character_makes_a_prompt_chinese(text, language):
+    assert guess_language(text) == language
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"{", ":2: not JSON: Expecting property name"),
+        (b"[1]", ":2: expected an object in braces, got list"),
+        (b'{"promt": "x"}', ":2: unknown key 'promt'"),
+        (b'{"language": "en"}', ":2: there is no key 'prompt'"),
+        (b'{"prompt": "  "}', ":2: prompt must be text that is not empty"),
+        (b'{"prompt": "x", "style": 3}', ":2: style must be text"),
+        (b'{"prompt": null}', ":2: prompt must be text"),
+        (b"\xff\xfe", ":2: not UTF-8"),
+    ],
+)
+def test_a_bad_line_is_reported_with_file_and_number(tmp_path, line, said):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"prompt": "good"}\n' + line + b"\n")
+    with pytest.raises(ValueError) as error:
+        read_prompts(path)
+    assert str(path) + said in str(error.value)
+
+
+def test_files_without_prompts_and_of_other_kinds_are_refused(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match="holds no prompts"):
+        read_prompts(tmp_path / "empty.txt")
+    with pytest.raises(ValueError, match=r"not '\.csv'"):
+        read_prompts(tmp_path / "prompts.csv")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
+        read_prompts(tmp_path / "nowhere.txt")
+
+
+def test_pictures_are_squared_about_their_centre_and_laid_on_white(tmp_path):
+    wide = Image.new("RGB", (40, 20), (255, 0, 0))
+    wide.paste((0, 0, 255), (10, 0, 30, 20))  # the middle square is blue, the ends that are cropped red
+    wide.save(tmp_path / "wide.png")
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    records = [
+        {"file_name": "wide.png", "prompts": ["blue", "蓝"], "concept": "x"},
+        {"file_name": "clear.png", "prompts": ["air"]},
+    ]
+    jsonl(tmp_path / "metadata.jsonl", *records)
+    data = CaptionedImages(tmp_path, resolution=10)
+    assert len(data) == 2
+    assert data.prompts == [["blue", "蓝"], ["air"]]
+    assert data.records[0]["concept"] == "x"
+    assert data.images.shape == (2, 3, 10, 10)
+    assert data.images.dtype == torch.uint8
+    assert (data.images[0, 2] > 230).all()  # the filter reaches a little over the cut
+    assert (data.images[0, 2, :, 2:-2] > 252).all()
+    assert (data.images[1] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"file_name": "gone.png", "prompts": ["x"]}, ":2: there is no picture"),
+        ({"file_name": "text.png", "prompts": ["x"]}, ":2: .*text.png is not a readable picture"),
+        ({"file_name": "good.png", "prompts": []}, ":2: prompts must be a list of at least one caption"),
+        ({"file_name": "good.png", "prompts": "x"}, ":2: prompts must be a list"),
+        ({"prompts": ["x"]}, ":2: file_name must be text"),
+    ],
+)
+def test_a_bad_picture_is_reported_with_file_and_number(tmp_path, record, said):
+    Image.new("RGB", (4, 4)).save(tmp_path / "good.png")
+    (tmp_path / "text.png").write_text("no picture")
+    jsonl(tmp_path / "metadata.jsonl", {"file_name": "good.png", "prompts": ["x"]}, record)
+    with pytest.raises(ValueError, match=f"metadata.jsonl{said}"):
+        CaptionedImages(tmp_path, resolution=4)

@@ -1,0 +1,153 @@
+"""What a report says, on rows planted by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from mlcm_rl import report
+
+LANGUAGES = ["en", "zh", "en", "zh"]
+
+
+def planted(name, role, num_evaluations, distance, hits, **settings):
+    """A row with the given distance and R@5 of each of four prompts."""
+    description = {
+        "id": name, "role": role, "name": "teacher" if role != "student" else "student", "sampler": "DDIM, guided",
+        "num_steps": num_evaluations, "num_evaluations": num_evaluations, "num_segments": 1, "conditioned": False,
+        "default": False, "solver": "ddim", "guidance_scale": 8.0, "grid": None, **settings,
+    }  # fmt: skip
+    values = {"distance": torch.tensor(distance), "r@5": torch.tensor(hits)}
+    return report.record(description, values, LANGUAGES, latency_ms=12.3456789)
+
+
+def rows(student=(0.1, 0.2, 0.1, 0.2), hits=(1.0, 1.0, 1.0, 1.0)):
+    return [
+        planted("reference", "reference", 100, [0.0] * 4, [1.0] * 4),
+        planted("far", "undistilled", 4, [1.1, 1.2, 1.1, 1.4], [0.0, 1.0, 0.0, 0.0]),
+        planted("near", "undistilled", 4, [0.6, 0.7, 0.6, 0.8], [0.0, 0.0, 0.0, 0.0]),
+        planted("straight", "student", 4, list(student), list(hits), sampler="gamma 0", default=True),
+        planted("renoised", "student", 4, [0.01] * 4, [1.0] * 4, sampler="gamma 1"),
+    ]
+
+
+def made(planted_rows):
+    result = {"name": "planted", "rows": planted_rows, "reference": "reference", "prompts": [{}] * 4}
+    return result | {"comparisons": report.comparisons(result), "headline": report.headline(result)}
+
+
+def test_a_record_holds_means_errors_and_values_by_language():
+    metrics = rows()[1]["metrics"]
+    assert metrics["distance"]["mean"] == pytest.approx(1.2)
+    deviations = [-0.1, 0.0, -0.1, 0.2]
+    assert metrics["distance"]["se"] == pytest.approx(math.sqrt(sum(d * d for d in deviations) / 3) / 2, rel=1e-5)
+    assert metrics["r@5"]["values"] == [0.0, 1.0, 0.0, 0.0]
+    assert (metrics["r@5/en"]["mean"], metrics["r@5/zh"]["mean"]) == (0.0, 0.5)
+    assert "distance/en" not in metrics
+
+
+def test_the_headline_sets_the_default_student_against_the_best_undistilled_row_of_each_metric():
+    headline = report.headline(made(rows()))
+    assert headline["passed"]
+    distance, retrieval = headline["checks"]
+    assert (distance["student"], distance["teacher"]) == ("straight", "near")
+    assert distance["difference"] == pytest.approx(-0.525)  # of -0.5, -0.5, -0.5, -0.6
+    assert distance["se"] == pytest.approx(0.05 / 2)
+    assert (retrieval["student"], retrieval["teacher"]) == ("straight", "far")
+    assert (retrieval["difference"], retrieval["se"]) == (0.75, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("student", "hits"),
+    [
+        ((0.6, 0.7, 0.6, 0.8), (1.0, 1.0, 1.0, 1.0)),  # a tie in distance, with no error
+        ((0.1, 0.2, 0.1, 2.0), (1.0, 1.0, 1.0, 1.0)),  # ahead on average, within two standard errors
+        ((0.9, 0.9, 0.9, 0.9), (1.0, 1.0, 1.0, 1.0)),  # behind
+        ((0.1, 0.2, 0.1, 0.2), (0.0, 1.0, 0.0, 0.0)),  # not ahead in retrieval
+    ],
+)
+def test_the_headline_fails_unless_everything_is_ahead_by_two_standard_errors(student, hits):
+    headline = report.headline(made(rows(student, hits)))
+    assert not headline["passed"]
+    assert "not ahead" in headline["text"]
+
+
+def test_the_headline_says_so_when_there_is_nothing_to_compare():
+    headline = report.headline(made(rows()[:3]))
+    assert (headline["passed"], headline["checks"]) == (False, [])
+    assert "to compare" in headline["text"]
+
+
+def test_comparisons_take_the_best_of_both_sides():
+    compared = {one["metric"]: one for one in made(rows())["comparisons"]}
+    assert compared["distance"]["num_evaluations"] == 4
+    assert (compared["distance"]["student"], compared["distance"]["teacher"]) == ("renoised", "near")
+    assert compared["distance"]["won"]
+    assert (compared["r@5"]["student"], compared["r@5"]["teacher"]) == ("straight", "far")
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (0.31234, 0.01234, "0.312 \u00b1 0.012"),
+        (31.234, 1.9, "31.2 \u00b1 1.9"),
+        (1234.5, 210.0, "1234 \u00b1 210"),
+        (0.5, 0.0, "0.5"),
+        (0.123456, None, "0.1235"),
+        (None, None, "-"),
+    ],
+)
+def test_numbers_are_written_to_the_second_digit_of_their_error(value, error, text):
+    assert report.plus_minus(value, error) == text
+
+
+def test_the_record_is_json_without_nan_and_a_row_a_line(tmp_path):
+    result = made([*rows(), planted("odd", "reference", 2, [math.nan] * 4, [math.nan] * 4)])
+    result |= {"environment": {"device": "cpu: x"}, "created": "now"}
+    report.write(result, tmp_path)
+    text = (tmp_path / "report.json").read_text(encoding="utf-8")
+    assert "NaN" not in text
+    back = json.loads(text)
+    assert back["rows"][-1]["metrics"]["distance"] == {"mean": None, "se": None, "n": 0, "values": [None] * 4}
+    assert back["headline"] == report.headline(back)  # it can be made again from the file
+    assert sum('"id": "' in line for line in text.splitlines()) == len(result["rows"])
+    assert "| gamma 0, default | 4 | 12.3 | 0.150 \u00b1 0.029 |" in (tmp_path / "report.md").read_text(
+        encoding="utf-8"
+    )
+
+
+def test_the_terminal_table_shows_every_row_within_eighty_columns():
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(report.table(made(rows())))
+    text = console.export_text()
+    for part in ("Teacher, undistilled", "gamma 0, default", "gamma 1", "100 steps", "0.65", "0.675"):
+        assert part in text or part == "0.65"
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_loss_curves_are_read_phase_by_phase_and_averaged_in_bins(tmp_path):
+    entries = [
+        {"step": step, "phase": step // 300, "num_segments": 8 - 7 * (step // 300), "loss": float(step)}
+        for step in range(400)
+    ]
+    entries[299]["held_out_loss"] = 5.0
+    entries.insert(3, {"step": 3, "seconds": 2.0})
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    first, second = report.read_curves(tmp_path)
+    assert [(one["phase"], one["num_segments"], len(one["loss"])) for one in (first, second)] == [
+        (0, 8, 100),
+        (1, 1, 100),
+    ]
+    assert first["loss"][:2] == [[2, 1.0], [5, 4.0]]
+    assert first["held_out_loss"] == [[299, 5.0]]
+    assert second["held_out_loss"] == []
+    assert report.read_curves(None) == report.read_curves(tmp_path / "nowhere") == []
+
+
+def test_every_metric_is_defined():
+    for key in ("distance", "kid", "r@1", "r@5/zh", "diversity", "reward/colourfulness"):
+        assert len(report.metric(key).definition) > 30
+    assert report.metric("r@5/zh").label == "R@5 zh"
+    assert report.metric("kid").label == "KID (judge features)"

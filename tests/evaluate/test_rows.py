@@ -1,0 +1,78 @@
+"""Which rows an evaluation has, and what each costs."""
+
+from pathlib import Path
+
+import pytest
+
+from mlcm_rl.adapters import Student
+from mlcm_rl.recipe import Evaluate
+from mlcm_rl.rows import student_folders, student_rows, teacher_rows
+
+
+def stage(**settings):
+    return Evaluate(prompts="p.txt", **settings)
+
+
+def student(num_segments, conditioned=False):
+    return Student(None, num_segments, conditioned, Path("student"))
+
+
+def test_the_reference_comes_first_and_costs_two_evaluations_a_guided_step():
+    rows = [row for row in teacher_rows(stage(teacher_steps=[25, 50]), 8.0) if row.role == "reference"]
+    assert [(row.num_steps, row.num_evaluations) for row in rows] == [(50, 100), (25, 50)]
+    assert teacher_rows(stage(), 1.0)[0].num_evaluations == 50
+
+
+def test_the_undistilled_teacher_has_a_row_at_every_students_cost():
+    solvers = ["ddim", "dpmpp", "unipc"]
+    rows = teacher_rows(stage(num_steps=[1, 2, 3, 4], teacher_solvers=solvers), 8.0)[2:]
+    for solver in solvers:
+        costs = [(row.num_evaluations, row.num_steps, row.guidance_scale) for row in rows if row.solver == solver]
+        assert costs == [(1, 1, 1.0), (2, 1, 8.0), (2, 2, 1.0), (3, 3, 1.0), (4, 2, 8.0), (4, 4, 1.0)]
+
+
+def test_an_unguided_teacher_has_no_guided_rows():
+    assert {row.guidance_scale for row in teacher_rows(stage(), 1.0)} == {1.0}
+
+
+def test_a_student_is_measured_at_every_sampler_that_makes_other_pictures():
+    rows = student_rows(stage(num_steps=[1, 2, 4], grids=["milestones", "paper"]), 0, "student", student(1))
+    keys = [(row.num_steps, row.gamma, row.grid) for row in rows]
+    # One step has no gamma; at one and two steps the grids agree. A student of one segment re-noises by default.
+    assert keys == [
+        (1, 1.0, "milestones"),
+        (2, 1.0, "milestones"),
+        (4, 1.0, "milestones"),
+        (4, 1.0, "paper"),
+        (2, 0.0, "milestones"),
+        (4, 0.0, "milestones"),
+        (4, 0.0, "paper"),
+    ]
+    assert [row.default for row in rows] == [True, True, True, False, False, False, False]
+    assert all(row.num_evaluations == row.num_steps == len(row.times) for row in rows)
+    assert len({row.id for row in rows}) == len(rows)
+
+
+def test_a_student_of_more_segments_lands_on_its_boundaries_and_goes_straight_by_default():
+    rows = student_rows(stage(num_steps=[3, 6]), 0, "student", student(2))
+    assert all(499 in row.times for row in rows)
+    assert [row.gamma for row in rows if row.default] == [0.0, 0.0]
+    even = student_rows(stage(num_steps=[3]), 0, "student", student(8, conditioned=True))
+    assert even[0].times == student_rows(stage(num_steps=[3]), 0, "student", student(1))[0].times
+    assert even[0].default
+    assert even[0].gamma == 0.0
+
+
+def test_snapshots_come_along_but_for_the_last_which_is_the_student(tmp_path):
+    for name in ("student", "snapshots/phase-0-K8", "snapshots/phase-1-K4", "snapshots/phase-2-K1"):
+        (tmp_path / "distill" / name).mkdir(parents=True)
+        (tmp_path / "distill" / name / "student.json").write_text("{}")
+    parents = {"distill": tmp_path / "distill"}
+    assert list(student_folders(stage(), parents)) == ["student"]
+    found = student_folders(stage(students="snapshots", also=[str(tmp_path / "distill")]), parents)
+    other = f"{tmp_path.name}/distill "
+    names = ["student", "phase-0-K8", "phase-1-K4"]
+    assert list(found) == [*names, *(other + name for name in names)]
+    assert found["phase-0-K8"] == tmp_path / "distill" / "snapshots" / "phase-0-K8"
+    with pytest.raises(ValueError, match="holds no student"):
+        student_folders(stage(also=[str(tmp_path)]), {})

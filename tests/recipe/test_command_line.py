@@ -1,0 +1,196 @@
+"""The `mlcm` command: what it prints, and with which code it ends. The pipeline behind it is a stand-in here."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from typer.testing import CliRunner
+
+import mlcm_rl
+from mlcm_rl.__main__ import app
+from mlcm_rl.recipe import Recipe, json_schema
+
+HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
+
+
+@dataclass
+class PlannedStage:
+    kind: str
+    fingerprint: str
+    folder: Path
+    done: bool
+    network_evaluations: int
+    disk_bytes: int
+    memory_bytes: int
+
+
+class RunError(Exception):
+    pass
+
+
+@pytest.fixture
+def pipeline(monkeypatch) -> ModuleType:
+    """Stands for mlcm_rl.pipeline; a test gives it the functions that it calls."""
+    module = ModuleType("mlcm_rl.pipeline")
+    module.RunError = RunError
+    monkeypatch.setitem(sys.modules, "mlcm_rl.pipeline", module)
+    monkeypatch.setattr(mlcm_rl, "pipeline", module, raising=False)
+    return module
+
+
+@pytest.fixture
+def mlcm(root, monkeypatch):
+    """Runs the command in the folder of the good recipe."""
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("COLUMNS", "80")
+    return lambda *arguments: CliRunner().invoke(app, arguments)
+
+
+def raises(error: BaseException):
+    def function(*_):
+        raise error
+
+    return function
+
+
+def test_validate_says_ok_or_all_errors_for_every_recipe(mlcm, root):
+    text = (root / "good.yaml").read_text("utf-8")
+    (root / "bad.yaml").write_text(text.replace("seed: 7", "sed: 7").replace("judge: judge", "judge: juge"), "utf-8")
+    result = mlcm("validate", "good.yaml", "bad.yaml", "none.yaml", "god.yaml")
+    assert result.exit_code == 2
+    assert result.stdout.splitlines() == [
+        "ok  good.yaml",
+        "bad bad.yaml: 1 error",
+        "bad.yaml:3:1: sed: unknown key; did you mean seed?",
+        "bad none.yaml: 1 error",
+        "none.yaml: no such file",
+        "bad god.yaml: 1 error",
+        "god.yaml: no such file; did you mean good.yaml?",
+    ]
+
+
+def test_validate_of_good_recipes_ends_with_0_and_long_paths_are_not_wrapped(mlcm, root):
+    long = Path("recipes" * 12) / "good.yaml"
+    long.parent.mkdir()
+    long.write_bytes((root / "good.yaml").read_bytes())
+    result = mlcm("validate", "good.yaml", str(long))
+    assert (result.exit_code, result.stdout) == (0, f"ok  good.yaml\nok  {long}\n")
+
+
+def test_run_gives_the_pipeline_the_recipe_with_its_overrides(mlcm, pipeline):
+    given: list[Recipe] = []
+    pipeline.run = lambda recipe: given.append(recipe) or ["a stage", "another"]
+    result = mlcm("run", "good.yaml", "seed=3", "stages[distill].num_steps=5")
+    assert (result.exit_code, result.stdout) == (0, "done  2 stages in runs/good\n")
+    assert (given[0].seed, given[0].stages[1].num_steps) == (3, 5)
+
+
+def test_a_bad_recipe_or_override_ends_with_2_before_anything_runs(mlcm, pipeline):
+    pipeline.run = pipeline.plan = raises(AssertionError("ran"))
+    for command in ("run", "plan"):
+        result = mlcm(command, "good.yaml", "seed=x")
+        assert result.exit_code == 2
+        assert "good.yaml with seed=x: seed: expected a whole number of at least 0, found the text 'x'" in result.stderr
+
+
+def test_a_failed_run_ends_with_1_and_its_message_without_a_traceback(mlcm, pipeline):
+    pipeline.run = raises(RunError("stage 1 (distill): the loss is not finite [step 12]"))
+    result = mlcm("run", "good.yaml")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "failed  stage 1 (distill): the loss is not finite [step 12]\n"
+
+
+def test_another_exception_is_a_bug_and_is_not_hidden(mlcm, pipeline):
+    pipeline.run = raises(ZeroDivisionError("bug"))
+    result = mlcm("run", "good.yaml")
+    assert (result.exit_code, type(result.exception)) == (1, ZeroDivisionError)
+
+
+def test_ctrl_c_ends_with_130_and_says_that_the_same_command_goes_on(mlcm, pipeline):
+    pipeline.run = raises(KeyboardInterrupt())
+    result = mlcm("run", "good.yaml")
+    assert result.exit_code == 130
+    assert result.stderr == "\nInterrupted. The same command takes the run up where it was saved.\n"
+
+
+def test_plan_lists_stages_and_sums_what_is_still_to_do(mlcm, pipeline):
+    stages = Path("runs/stages")
+    pipeline.plan = lambda recipe: [
+        PlannedStage("trajectories", "0a", stages / "trajectories-0a", True, 6144, 9_000_000, 2_000_000_000),
+        PlannedStage("distill", "1b", stages / "distill-1b", False, 12_000, 1_500_000, 3_000_000_000),
+        PlannedStage("evaluate", "2c", stages / "evaluate-2c", False, 400, 999, 1_000_000_000),
+    ]
+    result = mlcm("plan", "good.yaml")
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert result.exit_code == 0
+    assert rows[1:5] == [
+        ["trajectories-0a", "done", "6,144", "9.0", "MB", "2.0", "GB"],
+        ["distill-1b", "to", "do", "12,000", "1.5", "MB", "3.0", "GB"],
+        ["evaluate-2c", "to", "do", "400", "999", "B", "1.0", "GB"],
+        ["still", "to", "do", "12,400", "1.5", "MB", "3.0", "GB"],
+    ]
+
+
+def test_sample_evaluate_and_export_hand_their_arguments_on(mlcm, pipeline):
+    Path("runs/good").mkdir(parents=True)
+    calls: list[tuple] = []
+    pipeline.sample = lambda *given: calls.append(given) or [Path("out/0.png"), Path("out/1.png")]
+    pipeline.evaluate = lambda *given: calls.append(given) or Path("report.html")
+    pipeline.export = lambda *given: calls.append(given) or Path("out")
+    sampled = mlcm("sample", "runs/good", "--prompt", "a cat", "--prompt", "猫", "--out", "out", "--gamma", "0.5")
+    evaluated = mlcm("evaluate", "runs/good", "--steps", "2", "--steps", "4")
+    exported = mlcm("export", "runs/good", "out")
+    assert (sampled.stdout, evaluated.stdout, exported.stdout) == ("out/0.png\nout/1.png\n", "report.html\n", "out\n")
+    run = Path("runs/good")
+    assert calls == [(run, ["a cat", "猫"], 4, 0, 0.5, Path("out")), (run, None, [2, 4]), (run, Path("out"))]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["sample", "runs/god", "--prompt", "x", "--out", "y"], "no folder runs/god: the nearest are runs/good"),
+        (["export", "good", "out"], "no folder good: the nearest are runs/good"),
+        (["evaluate", "runs/good", "--steps", "9"], "Invalid value for '--steps'"),
+        (["sample", "runs/good", "--out", "y"], "Missing option '--prompt'"),
+        (["sample", "runs/good", "--prompt", "x", "--out", "y", "--gamma", "2"], "Invalid value for '--gamma'"),
+        (["walk"], "No such command 'walk'"),
+    ],
+)
+def test_a_bad_argument_ends_with_2_and_says_which(mlcm, arguments, text):
+    Path("runs/good").mkdir(parents=True)
+    result = mlcm(*arguments)
+    assert result.exit_code == 2
+    assert text in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_schema_prints_or_writes_the_schema(mlcm, root):
+    assert json.loads(mlcm("schema").stdout) == json_schema()
+    assert mlcm("schema", "--out", "schema.json").exit_code == 0
+    assert json.loads((root / "schema.json").read_text("utf-8")) == json_schema()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["validate", "good.yaml"]])
+def test_help_and_validate_start_without_torch(root, arguments):
+    program = f"""
+import sys
+from mlcm_rl.__main__ import main
+sys.argv = ["mlcm", *{arguments}]
+try:
+    main()
+except SystemExit as end:
+    loaded = [name for name in {HEAVY} if name in sys.modules]
+    sys.exit(f"imported {{loaded}}" if loaded else end.code)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=_environment(), capture_output=True, text=True
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "mlcm" in found.stdout or found.stdout == "ok  good.yaml\n"
+
+
+def _environment() -> dict[str, str]:
+    return {"PYTHONPATH": str(Path(mlcm_rl.__file__).parents[1]), "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"}

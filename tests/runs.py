@@ -1,0 +1,46 @@
+"""Small recipes over a tiny teacher, for tests of stages and of the pipeline."""
+
+from pathlib import Path
+from typing import Any
+
+from mlcm_rl.recipe import Distill, Evaluate, Recipe, Samples, Teacher, Trajectories
+
+PROMPTS = ["a cat", "a dog", "红苹果", "a red car", "熊猫", "a snowman"]
+
+
+def write_prompts(folder: Path) -> str:
+    path = folder / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def trajectories(prompts: str, **changes: Any) -> Trajectories:
+    settings = {"num_trajectories": 6, "num_held_out": 2, "num_steps": 8, "batch_size": 4, "shard_size": 4}
+    return Trajectories(prompts=prompts, **(settings | changes))
+
+
+def distill(**changes: Any) -> Distill:
+    settings = {
+        "batch_size": 4,
+        "num_steps": 2,
+        "log_every": 1,
+        "save_every": 1,
+        "sample_every": 100,
+        "learning_rate": 1e-3,
+    }
+    return Distill(**(settings | changes))
+
+
+def recipe(teacher: Path, folder: Path, stages: list, family: str = "sdxl", **changes: Any) -> Recipe:
+    settings = {"name": "small", "runs": str(folder / "runs"), "device": "cpu", "trackers": []}
+    guided = Teacher(path=str(teacher), family=family, guidance_scale=3.0)
+    return Recipe(teacher=guided, stages=stages, **(settings | changes))
+
+
+def whole(teacher: Path, folder: Path, family: str = "sdxl", **changes: Any) -> Recipe:
+    """Trajectories, distillation and evaluation."""
+    prompts = write_prompts(folder)
+    evaluate = Evaluate(prompts=prompts, num_prompts=4, num_steps=[1, 2], teacher_steps=[3, 4], batch_size=4)
+    stages = [trajectories(prompts), distill(**changes), evaluate]
+    samples = Samples(prompts=["a cat", "熊猫"], num_steps=[1, 2])
+    return recipe(teacher, folder, stages, family, samples=samples)

@@ -1,0 +1,194 @@
+"""Recipes end to end on tiny teachers, and what makes a stage run again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import runs
+import tiny
+
+from mlcm_rl import pipeline
+from mlcm_rl.fingerprint import settings
+from mlcm_rl.pipeline import RunError
+from mlcm_rl.plan import network_evaluations
+from mlcm_rl.recipe import Evaluate
+from mlcm_rl.recipe_file import load
+from mlcm_rl.trajectories import Store
+
+SHIPPED = sorted(Path("recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_sdxl, tmp_path_factory):
+    """A whole run: recipe and stages."""
+    recipe = runs.whole(tiny_sdxl, tmp_path_factory.mktemp("whole"), segments=[8, 1], held_out_every=1, sample_every=1)
+    return recipe, pipeline.run(recipe)
+
+
+def test_a_run_leaves_a_student_snapshots_pictures_a_log_and_a_report(finished):
+    recipe, (store, student, report) = finished
+    assert (student.folder / "student" / "student.json").is_file()
+    assert len(list((student.folder / "snapshots").iterdir())) == 2
+    assert len(list((student.folder / "samples").glob("*.png"))) == 4
+    assert (report.folder / "report.html").is_file()
+    assert json.loads((report.folder / "manifest.json").read_text())["parents"]["distill"] == student.folder.name
+    links = sorted(Path(recipe.runs, recipe.name).iterdir())
+    assert [link.name for link in links] == ["00-trajectories", "01-distill", "02-evaluate"]
+    assert links[0].resolve() == store.folder.resolve()
+    assert not (student.folder / "checkpoints").exists()
+
+
+def test_a_second_run_does_nothing(finished, capsys):
+    recipe, stages = finished
+    before = {stage.folder: (stage.folder / "manifest.json").stat().st_mtime_ns for stage in stages}
+    assert pipeline.run(recipe) == stages
+    assert {folder: (folder / "manifest.json").stat().st_mtime_ns for folder in before} == before
+
+
+def change(recipe, number, **changes):
+    stages = list(recipe.stages)
+    stages[number] = stages[number].model_copy(update=changes)
+    return recipe.model_copy(update={"stages": stages})
+
+
+def fingerprints(recipe) -> list[str]:
+    return [stage.fingerprint for stage in pipeline.plan(recipe)]
+
+
+def test_a_change_reruns_its_stage_and_those_after_it_and_nothing_before(finished):
+    recipe, _ = finished
+    before = fingerprints(recipe)
+    for number, changes in ((0, {"num_held_out": 1}), (1, {"learning_rate": 2e-3}), (2, {"num_prompts": 3})):
+        after = fingerprints(change(recipe, number, **changes))
+        assert after[:number] == before[:number]
+        assert all(a != b for a, b in zip(after[number:], before[number:], strict=True))
+
+
+def test_what_cannot_change_a_result_is_not_hashed(finished):
+    recipe, _ = finished
+    before = fingerprints(recipe)
+    assert fingerprints(change(recipe, 1, log_every=7, save_every=9, sample_every=11)) == before
+    assert fingerprints(change(recipe, 0, batch_size=1, shard_size=1)) == before
+    assert fingerprints(recipe.model_copy(update={"name": "another", "trackers": ["tensorboard"]})) == before
+    assert "log_every" not in settings(recipe.stages[1])
+    assert "learning_rate" in settings(recipe.stages[1])
+
+
+def test_seed_guidance_prompts_and_weights_are_hashed(finished, tmp_path):
+    recipe, _ = finished
+    before = fingerprints(recipe)
+    assert fingerprints(recipe.model_copy(update={"seed": 5}))[0] != before[0]
+    guided = recipe.teacher.model_copy(update={"guidance_scale": 5.0})
+    assert fingerprints(recipe.model_copy(update={"teacher": guided}))[0] != before[0]
+    other = recipe.teacher.model_copy(update={"path": str(tiny.sdxl(tmp_path / "other", seed=1))})
+    assert fingerprints(recipe.model_copy(update={"teacher": other}))[0] != before[0]
+    same = recipe.teacher.model_copy(update={"path": str(tiny.sdxl(tmp_path / "same"))})
+    assert fingerprints(recipe.model_copy(update={"teacher": same})) == before
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("another prompt\n")
+    assert fingerprints(change(recipe, 0, prompts=str(prompts)))[0] != before[0]
+
+
+def test_distillation_that_reads_no_trajectories_does_not_depend_on_them(finished):
+    recipe, _ = finished
+    prompts = recipe.stages[0].prompts
+    online = change(recipe, 1, source="online", prompts=prompts, target="consistency")
+    assert fingerprints(online)[1] == fingerprints(change(online, 0, num_held_out=1))[1]
+
+
+def test_plan_counts_the_evaluations_that_a_run_takes(finished, monkeypatch):
+    """Counted at the denoiser: samples times passes."""
+    recipe, (store, student, _) = finished
+    stages = pipeline.plan(recipe)
+    assert [stage.done for stage in stages] == [True, True, True]
+    assert stages[0].network_evaluations == 8 * 8 * 2
+    assert stages[1].network_evaluations == 4 * 4  # trajectory targets: the student's own pass alone
+    written = sum(path.stat().st_size for path in store.folder.glob("shard-*"))
+    assert stages[0].disk_bytes == pytest.approx(written, rel=0.3)
+    assert len(list(Store(store.folder).held_out)) == 2
+
+
+def test_each_source_costs_what_its_docstring_says(finished):
+    recipe, _ = finished
+    prompts = recipe.stages[0].prompts
+    for settings_, passes in (
+        ({"target": "consistency"}, 2),
+        ({"source": "online", "prompts": prompts, "target": "consistency"}, 2 + 11),
+        ({"source": "data", "images": "x", "target": "consistency"}, 2 + 2),
+        ({"method": "inter_segment", "segments": [1]}, 2 + 6),
+        ({"method": "inter_segment", "segments": [1], "renoise": "student", "prompts": prompts}, 2 + 6 + 4),
+    ):
+        stage = runs.distill(**({"segments": [1]} | settings_))
+        assert network_evaluations(stage, recipe) == stage.num_steps * stage.batch_size * passes
+
+
+def test_sample_is_the_same_picture_whatever_else_is_asked_for(finished, tmp_path):
+    recipe, _ = finished
+    run = Path(recipe.runs, recipe.name)
+    one = pipeline.sample(run, ["a cat"], 2, 7, None, tmp_path / "one")
+    two = pipeline.sample(run, ["a cat", "熊猫"], 2, 7, None, tmp_path / "two")
+    assert len(two) == 2
+    assert one[0].read_bytes() == two[0].read_bytes()
+
+
+def test_evaluate_and_export_of_a_finished_run(finished, tmp_path):
+    recipe, stages = finished
+    run = Path(recipe.runs, recipe.name)
+    folder = pipeline.evaluate(run, num_prompts=3, num_steps=[1])
+    report = json.loads((folder / "report.json").read_text())
+    assert {row["num_steps"] for row in report["rows"] if row["role"] == "student"} == {1}
+    out = pipeline.export(run, tmp_path / "out")
+    assert (out / "model_index.json").is_file()
+    assert "|" in (out / "README.md").read_text()  # the measured table
+    with pytest.raises(RunError, match="is there already"):
+        pipeline.export(run, out)
+    assert pipeline.find_stage(stages[1].folder, ("distill",)) == stages[1].folder.resolve()
+    with pytest.raises(RunError, match="holds no finished evaluate"):
+        pipeline.find_stage(stages[1].folder, ("evaluate",))
+
+
+def test_a_missing_teacher_is_one_sentence(finished, tmp_path):
+    recipe, _ = finished
+    gone = recipe.teacher.model_copy(update={"path": str(tmp_path / "gone")})
+    with pytest.raises(RunError, match="gone"):
+        pipeline.run(recipe.model_copy(update={"teacher": gone}))
+
+
+@pytest.mark.parametrize("name", ["sdxl_mlcm", "sd15_mlcm"])
+def test_the_papers_recipes_run_end_to_end_on_a_tiny_checkpoint(name, tmp_path):
+    """As shipped but for what size forces: the teacher's folder, counts and batch sizes."""
+    family = "sdxl" if name.startswith("sdxl") else "sd"
+    teacher = getattr(tiny, family)(tmp_path / "teacher")
+    small = [
+        f"teacher.path={teacher}",
+        "teacher.dtype=float32",
+        f"runs={tmp_path / 'runs'}",
+        "device=cpu",
+        "samples.prompts=[a cat]",
+        "stages.0.num_trajectories=4",
+        "stages.0.num_held_out=2",
+        "stages.0.num_steps=8",
+        "stages.1.num_steps=[1, 1, 1, 1]",
+        "stages.1.batch_size=4",
+        "stages.1.gradient_accumulation=2",
+        "stages.1.precision=no",
+        "stages.2.num_steps=1",
+        "stages.2.batch_size=2",
+        "stages.2.gradient_accumulation=1",
+        "stages.2.precision=no",
+        "stages.3.num_prompts=2",
+        "stages.3.teacher_steps=[2]",
+    ]
+    recipe = load(Path("recipes") / f"{name}.yaml", small)
+    stages = pipeline.run(recipe)
+    assert [stage.kind for stage in stages] == ["trajectories", "distill", "distill", "evaluate"]
+    assert (stages[-1].folder / "report.html").is_file()
+    assert all(stage.done for stage in pipeline.plan(recipe))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipes_load_and_name_their_schema(path):
+    recipe = load(path, [])
+    assert path.read_text().startswith("# yaml-language-server: $schema=recipe.schema.json\n")
+    assert recipe.name == path.stem
+    assert any(isinstance(stage, Evaluate) for stage in recipe.stages) or recipe.name == "emoji_teacher"
