@@ -193,7 +193,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
 def save_training(
     folder: Path, steps: int, weights: dict[str, dict[str, Tensor]], optimizer: torch.optim.Optimizer
 ) -> None:
-    """A checkpoint after `steps` steps: groups of `weights` by name and the optimiser. The rest follows from the step."""
+    """A checkpoint after `steps` steps: groups of `weights` and the optimiser. The rest follows from the step."""
     tensors = optimizer_tensors(optimizer)
     for prefix, group in weights.items():
         tensors |= named(prefix, group)

@@ -4,10 +4,18 @@ A prompt that a metric does not apply to (the other language's, one without a co
 and paired differences are over the rest. Letters: P prompts, I pictures of each, D features, K prototypes.
 """
 
+import json
 import math
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.image.fid import FrechetInceptionDistance
+from transformers import CLIPModel, CLIPTokenizer
+
+from .checkpoint import sha256
 
 KERNEL_ROWS = 1024  # rows of a kernel matrix held at a time: 5,000 x 5,000 in float64 would be 200 MB
 
@@ -92,3 +100,86 @@ def paired_difference(values: Tensor, others: Tensor) -> tuple[float, float]:
     The same prompts and noise stand in both, so what they share (a hard prompt is hard for everybody) drops out.
     """
     return mean_and_error(values.double() - others.double())
+
+
+# ---- with networks from local files, for real bases ----
+
+
+class Inception(nn.Module):
+    """Inception features by a TorchScript file in the layout of the one that NVIDIA publishes for FID.
+
+    The file's network is called with (pictures (B, 3, H, W) uint8, return_features=True) and resizes them itself.
+    `sha256` says which file it was: scores by different files do not compare.
+    """
+
+    def __init__(self, path: Path | str, device: torch.device | str):
+        super().__init__()
+        self.sha256 = sha256(Path(path))
+        self.network = torch.jit.load(str(path), map_location=device).eval()
+        self.num_features: int = self(torch.zeros(1, 3, 299, 299, dtype=torch.uint8, device=device)).shape[1]
+
+    @torch.no_grad()
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Features (B, D) of `pictures` (B, 3, H, W) uint8."""
+        return self.network(pictures, return_features=True)
+
+
+class _Given(nn.Module):
+    """Lets features through, for a metric that wants to compute them itself."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def inception_distances(
+    inception: Inception, real: Iterable[Tensor], drawn: Iterable[Tensor], num_subsets: int = 10
+) -> dict[str, float]:
+    """FID (by torchmetrics) and KID of the pictures `drawn` to the `real` ones, batches (B, 3, H, W) in [0, 1].
+
+    "kid_se" is the standard error over disjoint subsets of the drawn pictures.
+    """
+    frechet = FrechetInceptionDistance(feature=_Given(inception.num_features))
+    found = []
+    for batches, is_real in ((real, True), (drawn, False)):
+        parts = [inception((batch * 255).round().to(torch.uint8)).cpu() for batch in batches]
+        found.append(torch.cat(parts))
+        frechet.update(found[-1], real=is_real)
+    features_of_real, features = found
+    value, error = mean_and_error(kid(features[:, None], features_of_real, num_subsets))
+    return {"fid": frechet.compute().item(), "kid": value, "kid_se": error}
+
+
+class ClipScore:
+    """CLIPScore (Hessel et al., arXiv 2104.08718) by a CLIP in transformers' format, from a local folder.
+
+    Its preprocessing is done in tensors: bicubic with antialiasing to the model's size, centre crop, the folder's own
+    mean and deviation.
+    """
+
+    def __init__(self, folder: Path | str, device: torch.device | str):
+        self.model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(device).eval()
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        settings = json.loads((Path(folder) / "preprocessor_config.json").read_text(encoding="utf-8"))
+        self.size: int = self.model.config.vision_config.image_size
+        self.mean, self.deviation = (
+            torch.tensor(settings[name], device=device).reshape(3, 1, 1) for name in ("image_mean", "image_std")
+        )
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """100 max(cos, 0) of picture and prompt (B,) float32, for `images` (B, 3, H, W) in [0, 1]."""
+        tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(images.device)
+        output = self.model(pixel_values=self._prepared(images), **tokens)
+        cosine = F.cosine_similarity(output.image_embeds.float(), output.text_embeds.float())
+        return 100.0 * cosine.clamp(min=0.0)
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        scale = self.size / min(images.shape[-2:])
+        size = [max(self.size, round(side * scale)) for side in images.shape[-2:]]
+        resized = F.interpolate(images.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = ((side - self.size) // 2 for side in size)
+        return (resized[..., top : top + self.size, left : left + self.size] - self.mean) / self.deviation

@@ -13,7 +13,7 @@ from .checkpoint import CheckpointError, finish, is_finished, read_json, verify
 from .equations.segments import sampling_times
 from .export import export as write_export
 from .fingerprint import Located, locate, parents_of
-from .plan import PlannedStage, planned_stages
+from .plan import PlannedStage, network_evaluations, planned_stages
 from .recipe import Evaluate, Recipe, Stage
 from .runtime import NonFiniteLoss, commit, console, device_of, generator
 
@@ -67,6 +67,7 @@ def _run_stage(stage: Stage, recipe: Recipe, done: list[Located], found: Located
         "stage": stage.model_dump(mode="json"),
         "recipe": recipe.model_dump(mode="json"),
         "parents": {kind: str(parent.folder.name) for kind, parent in parents.items()},
+        "network_evaluations": network_evaluations(stage, recipe),
         "seconds": round(time.monotonic() - started, 1),
         "version": __version__,
         "commit": commit(),

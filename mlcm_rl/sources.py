@@ -107,7 +107,7 @@ class OnLine:
     def realise(self, draw: Draw) -> Batch:
         base, weight = self.base, self.base.teacher.guidance_scale
         conditioning = base.encode_prompts([self.prompts[i] for i in draw.index.tolist()])
-        x_t, t, r = draw.noise.to(base.device), draw.t.to(base.device), draw.r.to(base.device)
+        x_t, t, r = draw.noise.to(base.device, copy=True), draw.t.to(base.device), draw.r.to(base.device)
         segment = torch.searchsorted(milestones(NUM_SEGMENTS), draw.t) - 1
         num_steps = NUM_SEGMENTS - segment.to(base.device)
         top = base.schedule.num_times - 1

@@ -162,7 +162,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def perturb(parameters: list[torch.nn.Parameter], seed: int = 0, scale: float = 0.05) -> None:
-    """Add normal noise to `parameters` in place: a stand-in for training where only the weights' being others matters."""
+    """Add normal noise to `parameters` in place: a stand-in for training where it only matters that weights moved."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters:

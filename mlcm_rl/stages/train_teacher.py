@@ -4,8 +4,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import adapters, bases, checkpoint, pictures
 from ..bases import Base, Conditioning
@@ -68,11 +67,11 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
     write_teacher(recipe, denoiser, average, folder / "teacher")
 
 
-def new_denoiser(base: Base, stage: TrainTeacher, seed: int) -> UNet2DConditionModel:
+def new_denoiser(base: Base, stage: TrainTeacher, seed: int) -> nn.Module:
     """The denoiser to train, float32: the teacher's own weights, or fresh ones drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        denoiser = UNet2DConditionModel.from_config(base.denoiser.config)
+        denoiser = type(base.denoiser).from_config(base.denoiser.config)
     if stage.start == "teacher":
         denoiser.load_state_dict(base.denoiser.state_dict())
     if stage.gradient_checkpointing:
@@ -119,7 +118,7 @@ class Captions:
 def loss(
     stage: TrainTeacher,
     base: Base,
-    denoiser: torch.nn.Module,
+    denoiser: nn.Module,
     x0: Tensor,
     eps: Tensor,
     t: Tensor,
@@ -149,7 +148,7 @@ def save_samples(recipe: Recipe, base: Base, average: dict[str, Tensor], folder:
     pictures.save_png(sheet, pictures.folder_of_samples(folder, step + 1))
 
 
-def write_teacher(recipe: Recipe, denoiser: UNet2DConditionModel, average: dict[str, Tensor], folder: Path) -> None:
+def write_teacher(recipe: Recipe, denoiser: nn.Module, average: dict[str, Tensor], folder: Path) -> None:
     """The recipe's teacher with the averaged denoiser in half precision, files of at most 14 MB."""
     with checkpoint.replacing(folder) as temporary:
         shutil.copytree(recipe.teacher.path, temporary, ignore=shutil.ignore_patterns("unet"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sources import HERE, STYLES, Concept, list_concepts, load_pictures, write_text
+from sources import HERE, STYLES, Concept, load_pictures, write_text
 
 LANGUAGES = ("en", "zh")
 

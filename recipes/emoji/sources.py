@@ -213,14 +213,14 @@ def read_openmoji() -> dict[str, str]:
 
 
 def render(svg: str, size: int = 64) -> np.ndarray:
-    """Return the drawing on white: uint8 (H, W, 3) with H = W = size."""
+    """Return the drawing in the middle of a white page: uint8 (H, W, 3) with H = W = size."""
     import resvg_py
 
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)
     data = base64.b64decode(png) if isinstance(png, str) else bytes(png)
-    drawing = Image.open(io.BytesIO(data)).convert("RGBA").resize((size, size))
+    drawing = Image.open(io.BytesIO(data)).convert("RGBA")
     page = Image.new("RGBA", (size, size), (255, 255, 255, 255))
-    page.alpha_composite(drawing)
+    page.alpha_composite(drawing, ((size - drawing.width) // 2, (size - drawing.height) // 2))
     return np.asarray(page.convert("RGB"))
 
 

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-import train_autoencoder as program
 from diffusers import AutoencoderKL
+
+import train_autoencoder as program
 
 TINY = program.AutoencoderSettings(widths=(8, 16), latent_channels=4, num_steps=40, batch_size=4, shift=1)
 

@@ -4,10 +4,11 @@ import json
 from collections import Counter
 from hashlib import sha256
 
-import captions
 import numpy as np
 import pytest
 from PIL import Image
+
+import captions
 from sources import STYLES, Concept, Pictures
 from train_autoencoder import is_held_out
 

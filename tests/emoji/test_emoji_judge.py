@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-import train_judge as program
-from captions import teacher_concepts
-from sources import cache_folder
 from torch.nn import functional as F
 
+import train_judge as program
+from captions import teacher_concepts
 from mlcm_rl import judge, metrics
+from sources import cache_folder
 
 TINY = program.JudgeSettings(widths=(8, 16), feature_width=8, num_steps=30, num_concepts=4, learning_rate=5e-3)
 

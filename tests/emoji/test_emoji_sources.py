@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import sources
 
 RED_SQUARE = '<path fill="#ff0000" d="M0 0h8v8h-8z"/>'

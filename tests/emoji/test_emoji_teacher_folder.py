@@ -1,11 +1,12 @@
 """The shipped teacher: sizes, the stock pipeline opens and samples it, and what a dropped prompt is."""
 
-import assemble_teacher as program
-import build
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
+
+import assemble_teacher as program
+import build
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from equations.gaussian import gaussian_1d, gaussian_2d, mixture_2d
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
+from equations.gaussian import gaussian_1d, gaussian_2d, mixture_2d
 from mlcm_rl.equations.consistency import (
     DISTANCES,
     LOSSES,

@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from equations.gaussian import Mixture, gaussian_1d, gaussian_2d, mixture_1d, mixture_2d
 
+from equations.gaussian import Mixture, gaussian_1d, gaussian_2d, mixture_1d, mixture_2d
 from mlcm_rl.equations.schedule import add_noise, scaled_linear_betas, vp_schedule
 from mlcm_rl.equations.segments import time_grid
 from mlcm_rl.equations.solver import ddim_step

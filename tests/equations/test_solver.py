@@ -1,11 +1,11 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, TCDScheduler
-from equations.gaussian import gaussian_2d
 
+from equations.gaussian import gaussian_2d
 from mlcm_rl.equations.prediction import x0_from_prediction
 from mlcm_rl.equations.schedule import Schedule, flow_schedule, scaled_linear_betas, vp_schedule
-from mlcm_rl.equations.solver import ddim_step, gamma_step, guided, inverse_ddim_step
+from mlcm_rl.equations.solver import ddim_step, gamma_step, guided, inverse_ddim_step, time_before_noise
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 VP = vp_schedule(scaled_linear_betas())
@@ -126,6 +126,15 @@ def test_gamma_zero_is_ddim_and_gamma_one_is_fresh_noise():
     assert torch.equal(gamma_step(x_t, x0, t, s, noise, 0.0, VP), ddim_step(x_t, x0, t, s, VP))
     expected = VP.alpha[499] * x0 + VP.sigma[499] * noise
     assert torch.equal(gamma_step(x_t, x0, t, s, noise, 1.0, VP), expected)
+
+
+def test_the_time_before_noise_by_hand():
+    """All the way down to clean data at gamma 1, truncated in between as stock TCD does."""
+    s = torch.tensor([874, 499, 0])
+    assert time_before_noise(s, 0.0).tolist() == [874, 499, 0]
+    assert time_before_noise(s, 0.3).tolist() == [611, 349, 0]
+    assert time_before_noise(s, 0.5).tolist() == [437, 249, 0]
+    assert time_before_noise(s, 1.0).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 0.9])

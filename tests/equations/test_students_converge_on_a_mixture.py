@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor
+
 from equations import toy
 from equations.gaussian import LineMixture, Mixture, mixture_1d, mixture_2d
 from equations.toy import GRID, SCHEDULE, Phase, Student
-from torch import Tensor
-
 from mlcm_rl.equations.consistency import transfer
 from mlcm_rl.equations.segments import milestones, sampling_times
 

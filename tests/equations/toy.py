@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from equations.gaussian import Mixture
 from torch import Tensor, nn
 
+from equations.gaussian import Mixture
 from mlcm_rl.equations.consistency import DISTANCES, LOSSES, transfer
 from mlcm_rl.equations.prediction import x0_from_prediction
 from mlcm_rl.equations.schedule import add_noise, scaled_linear_betas, vp_schedule
 from mlcm_rl.equations.segments import milestones, sampling_times, segment_start, time_grid
-from mlcm_rl.equations.solver import ddim_step, gamma_step, inverse_ddim_step
+from mlcm_rl.equations.solver import ddim_step, gamma_step, inverse_ddim_step, time_before_noise
 
 SCHEDULE = vp_schedule(scaled_linear_betas())
 GRID = torch.tensor(time_grid(48))
@@ -158,8 +158,8 @@ def sample(f: Sampler, noise: Tensor, times: list[int], gamma: float, generator:
     """The state at index 0 (N, D) from `noise` at `times`, then 0: deterministic for gamma 0, re-noised for 1."""
     x_t = noise
     for time, after in zip(times, [*times[1:], 0], strict=True):
-        t, s, below = (torch.full((len(noise),), end) for end in (time, after, int((1 - gamma) * after)))
-        x0 = f(x_t, t, below)  # a conditioned student is told the time that it jumps to, before any noise is added
+        t, s = torch.full((len(noise),), time), torch.full((len(noise),), after)
+        x0 = f(x_t, t, time_before_noise(s, gamma))
         if after == 0:
             return transfer(x_t, x0, t, s, SCHEDULE)
         fresh = torch.randn(noise.shape, generator=generator, dtype=noise.dtype)

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 
+import runs
 from mlcm_rl import checkpoint, pipeline
 from mlcm_rl.checkpoint import CheckpointError
 from mlcm_rl.pipeline import RunError

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 from safetensors.torch import load_file
 
+import runs
 from mlcm_rl import pipeline
 from mlcm_rl.checkpoint import CheckpointError
 from mlcm_rl.runtime import NonFiniteLoss, Runtime

@@ -1,10 +1,10 @@
 """The stages on a CUDA device: the CPU's numbers, and half precision that stays close to them."""
 
 import pytest
-import runs
 import torch
 from test_distill import records, student_weights
 
+import runs
 from mlcm_rl import pipeline
 
 pytestmark = [

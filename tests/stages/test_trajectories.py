@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-import runs
 import torch
 from diffusers import DDIMScheduler
 
+import runs
 from mlcm_rl import bases, pipeline
 from mlcm_rl.checkpoint import CheckpointError
 from mlcm_rl.equations.segments import time_grid
