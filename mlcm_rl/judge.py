@@ -1,7 +1,7 @@
 """The judge: a picture encoder under which drawings of one concept in different styles lie together.
 
 It measures (retrieval, KID) and is never trained against: its features carry no gradient. Letters: B pictures,
-D features, K concepts, N reference pictures.
+D features, K concepts, S styles, N reference pictures.
 """
 
 import json
@@ -12,48 +12,74 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# MobileNetV2 (Sandler et al., arXiv 1801.04381, table 2) up to its twelfth block of six-fold expansion: width, stride.
+BLOCKS = ((24, 2), (24, 1), (32, 2), (32, 1), (32, 1), (64, 2), (64, 1), (64, 1), (64, 1), (96, 1), (96, 1), (96, 1))
+TAPS = (2, 5, 12)  # blocks whose output is read: the last at each of three resolutions
+CELLS = 3  # each output is read as its mean and as the means of 3 x 3 cells
+INPUT_SIZE, PICTURE_SIZE = 96, 64
+TAPPED_WIDTH = sum(BLOCKS[tap - 1][0] for tap in TAPS) * (1 + CELLS**2)
 
-class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut; `stride` 2 halves each side."""
 
-    def __init__(self, width_in: int, width_out: int, stride: int) -> None:
+def downsample_pad(x: Tensor) -> Tensor:
+    """Return x (B, C, H, W) padded below and on the right, as "same" padding of an even side at stride 2."""
+    return F.pad(x, (0, 1, 0, 1))
+
+
+class InvertedResidual(nn.Module):
+    """Expansion, depthwise convolution, projection; a shortcut where the shape stays. Batch norms are folded in."""
+
+    def __init__(self, width_in: int, width_out: int, stride: int, expansion: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False)
-        self.first_norm = nn.GroupNorm(8, width_out)
-        self.second = nn.Conv2d(width_out, width_out, 3, 1, 1, bias=False)
-        self.second_norm = nn.GroupNorm(8, width_out)
-        self.shortcut = nn.Conv2d(width_in, width_out, 1, stride, bias=False)
+        hidden = width_in * expansion
+        self.stride, self.shortcut = stride, stride == 1 and width_in == width_out
+        self.expand = nn.Conv2d(width_in, hidden, 1) if expansion > 1 else None
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, stride, padding=2 - stride, groups=hidden)
+        self.project = nn.Conv2d(hidden, width_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, width_out, H / stride, W / stride) from (B, width_in, H, W)."""
-        hidden = F.silu(self.first_norm(self.first(x)))
-        return F.silu(self.second_norm(self.second(hidden)) + self.shortcut(x))
+        hidden = x if self.expand is None else F.relu6(self.expand(x))
+        hidden = downsample_pad(hidden) if self.stride == 2 else hidden
+        hidden = self.project(F.relu6(self.depthwise(hidden)))
+        return x + hidden if self.shortcut else hidden
 
 
 class PictureEncoder(nn.Module):
-    """A small residual network; every width but the first halves the sides once."""
+    """The trunk of MobileNetV2, read at three depths, and a linear head."""
 
-    def __init__(self, widths: tuple[int, ...], feature_width: int) -> None:
+    def __init__(self, feature_width: int) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, widths[0], 3, 2, 1)
-        pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.blocks = nn.ModuleList(ResidualBlock(before, after, 2) for before, after in pairs)
-        self.project = nn.Linear(2 * widths[-1], feature_width)
+        self.stem = nn.Conv2d(3, 32, 3, 2)
+        widths = [16, *(width for width, _ in BLOCKS)]
+        self.first = InvertedResidual(32, widths[0], 1, expansion=1)
+        self.blocks = nn.ModuleList(
+            InvertedResidual(before, after, stride, expansion=6)
+            for before, (after, stride) in zip(widths[:-1], BLOCKS, strict=True)
+        )
+        self.head = nn.Linear(TAPPED_WIDTH, feature_width)
+
+    def tapped(self, images: Tensor) -> Tensor:
+        """Return what the head reads, (B, TAPPED_WIDTH), of images (B, 3, H, W) in [0, 1]."""
+        resized = F.interpolate(images, INPUT_SIZE, mode="bilinear", antialias=True)
+        hidden = self.first(F.relu6(self.stem(downsample_pad(resized))))
+        read = []
+        for number, block in enumerate(self.blocks, 1):
+            hidden = block(hidden)
+            if number in TAPS:
+                read += [hidden.mean((2, 3)), F.adaptive_avg_pool2d(hidden, CELLS).flatten(1)]
+        return torch.cat(read, dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return unit features (B, D) in float32 of images (B, 3, H, W) in [0, 1]."""
-        hidden = self.stem(images * 2 - 1)
-        for block in self.blocks:
-            hidden = block(hidden)
-        pooled = torch.cat([hidden.mean((2, 3)), hidden.amax((2, 3))], dim=1)
-        return F.normalize(self.project(pooled).float(), dim=-1)
+        """Return unit features (B, D) of images (B, 3, H, W) in [0, 1]."""
+        return F.normalize(self.head(self.tapped(images)), dim=-1)
 
 
 class Judge:
     """A trained encoder with what it needs to judge: the concepts' prototypes and features of real pictures.
 
-    `concepts` are K codepoints, `prototypes` (K, D) unit vectors in their order, `reference_features` (N, D) the
-    features of the real pictures, and `reference_concepts` and `reference_styles` name these N pictures.
+    `concepts` are K codepoints, `prototypes` (K, D) unit vectors in their order, `style_prototypes` (K, S, D) the
+    single drawings, `reference_features` (N, D) the same as a list of N = K S real pictures, named by
+    `reference_concepts` and `reference_styles`.
     """
 
     def __init__(self, encoder: PictureEncoder, references: Tensor, concepts: list[str], styles: list[str]) -> None:
@@ -71,7 +97,7 @@ class Judge:
 
         Raises ValueError for another size: the encoder has only seen 64 x 64.
         """
-        if images.shape[1:] != (3, 64, 64):
+        if images.shape[1:] != (3, PICTURE_SIZE, PICTURE_SIZE):
             raise ValueError(f"the judge reads pictures (B, 3, 64, 64), got {tuple(images.shape)}")
         return self.encoder(images.float())
 
@@ -84,7 +110,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Judge:
     """
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    encoder = PictureEncoder(tuple(config["widths"]), config["feature_width"])
+    encoder = PictureEncoder(config["feature_width"])
     weights = load_file(folder / "judge.safetensors")
     encoder.load_state_dict({name: weight.float() for name, weight in weights.items()})
     references = load_file(folder / "references.safetensors")["references"]

@@ -13,8 +13,20 @@ from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from .report import metric
 
 INK = "#010203"  # stands for the page's text colour until the SVG is written
-COLOURS = ("#2f7ed8", "#d9702b", "#1f9e77", "#a05fd0", "#d0447c", "#8a8a1f")  # legible on white and on near black
+COLOURS = (
+    "#2f7ed8",
+    "#d9702b",
+    "#1f9e77",
+    "#a05fd0",
+    "#d0447c",
+    "#8a8a1f",
+    "#16a3b8",
+    "#b5513c",
+    "#6b74e0",
+    "#5c9e2e",
+)  # legible on white and on near black
 GREYS = ("#7d8590", "#a38a6a", "#6a8fa3")  # for the undistilled teacher
+MANY = 4  # students
 SIZE = (4.4, 3.1)  # inches; a plot is scaled to its column, so that its text stays readable on a phone
 STYLE = {
     "svg.fonttype": "none",
@@ -40,10 +52,14 @@ class Line:
 
 
 def lines(report: dict[str, Any]) -> list[Line]:
-    """One line a (student, sampler), then one a solver of the undistilled teacher; the legend is the page's."""
+    """One line a (student, sampler), then one a solver of the undistilled teacher; the legend is the page's.
+
+    More than MANY students are drawn at their default samplers only: the table has the rest.
+    """
     groups: dict[tuple, list[dict]] = {}
+    many = len({row["name"] for row in report["rows"] if row["role"] == "student"}) > MANY
     for row in report["rows"]:
-        if row["role"] != "reference":
+        if row["role"] == "undistilled" or (row["role"] == "student" and (row["default"] or not many)):
             groups.setdefault((row["role"] == "undistilled", row["name"], row["sampler"]), []).append(row)
     names = list(dict.fromkeys(name for undistilled, name, _ in groups if not undistilled))
     solvers = list(dict.fromkeys(row["solver"] for row in report["rows"] if row["role"] == "undistilled"))

@@ -4,7 +4,6 @@ import json
 import math
 import platform
 import statistics
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from . import __version__
 from .checkpoint import replacing
 from .metrics import mean_and_error, paired_difference
 from .recipe import Evaluate, Recipe
+from .runtime import commit
 
 FORMAT = 1  # of report.json; raised when its layout changes
 DIGITS = 6  # significant ones of the values kept per prompt
@@ -155,15 +155,6 @@ def processor() -> str:
     lines = file.read_text().splitlines() if file.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """The commit of the checkout that this file runs from, None for an installed copy."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or None
 
 
 def read_curves(folder: Path | None) -> list[dict[str, Any]]:

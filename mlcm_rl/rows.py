@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .adapters import DESCRIPTION_FILE, Student
+from .checkpoint import read_json
 from .equations.segments import paper_times, sampling_times
 from .recipe import Evaluate
 from .undistilled import LABELS
@@ -32,19 +33,21 @@ class Row:
 def student_folders(stage: Evaluate, parents: dict[str, Path]) -> dict[str, Path]:
     """Name -> folder of every student: the recipe's own first, then those of `also`.
 
-    With `students: snapshots` the one after each phase comes along, but for the last phase's, which is the student.
+    The latter are named for the recipe that made them, by their folder too where one recipe made several. With
+    `students: snapshots` the one after each phase comes along, but for the last phase's, which is the student.
     Raises ValueError for an entry of `also` without a student.
     """
-    stages = {"": parents["distill"]} if "distill" in parents else {}
+    stages = {"student": parents["distill"]} if "distill" in parents else {}
     for path in map(Path, stage.also):
         if not (path / "student" / DESCRIPTION_FILE).is_file():
             raise ValueError(f"also: {path} holds no student; name the folder of a finished distill stage")
-        stages["/".join(path.parts[-2:]) + " "] = path
+        name = read_json(path / "manifest.json")["recipe"]["name"]
+        stages[f"{name} ({path.name})" if name in stages else name] = path
     found = {}
-    for prefix, path in stages.items():
-        found[f"{prefix}student"] = path / "student"
+    for name, path in stages.items():
+        found[name] = path / "student"
         if stage.students == "snapshots":
-            found |= {f"{prefix}{one.name}": one for one in sorted((path / "snapshots").glob("phase-*"))[:-1]}
+            found |= {f"{name} {one.name}": one for one in sorted((path / "snapshots").glob("phase-*"))[:-1]}
     return found
 
 

@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import adapters, bases, judge, metrics, page, pictures, report, rewards, runtime, sampler, undistilled
 from ..bases import Base, Conditioning
+from ..checkpoint import read_json, remove, write_json, write_tensors
 from ..data import Prompt, read_prompts
 from ..recipe import Evaluate, Recipe
 from ..rows import Row, student_folders, student_rows, teacher_rows
@@ -67,21 +69,21 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
     rows = teacher_rows(stage, recipe.teacher.guidance_scale)
     for index, (name, student) in enumerate(students.items()):
         rows += student_rows(stage, index, name, student)
-    languages = [prompt.language for prompt in scene.prompts]
-    records, reference = [], None
+    records = []
     with runtime.progress(len(scene.batches()) * sum(row.num_evaluations for row in rows), "evaluate") as bar:
         for row in rows:
-            drawn = draw(base, scene, row, students, bar)
-            reference = drawn.latents if reference is None else reference
-            for i, image in drawn.pictures.items():
-                pictures.save_png(pictures.to_pil(image), page.picture_path(folder, row.id, i))
-            values = measure(scene, drawn, torch.cat(reference))
-            records.append(report.record(asdict(row), values, languages, statistics.median(drawn.latencies_ms)))
+            kept = folder / "rows" / f"{row.id}.json"  # a row done is not done again when the stage is resumed
+            if not kept.is_file():
+                write_json(kept, made(base, scene, row, students, folder, bar))
+            else:
+                bar.advance(row.num_evaluations * len(scene.batches()), row.id)
+            records.append(read_json(kept))
     prompts = [asdict(prompt) | {"shown": i in scene.shown} for i, prompt in enumerate(scene.prompts)]
     curves = report.read_curves(parents.get("distill"))
     result = report.assemble(recipe, stage, prompts, records, base.device, curves)
     report.write(result, folder)
     page.write(result, folder)
+    remove(folder / "rows")
     runtime.console.print(report.table(result))
     runtime.console.print(f"{result['headline']['text']}\n{(folder / 'report.html').resolve()}", soft_wrap=True)
 
@@ -131,6 +133,21 @@ def shown_prompts(prompts: list[Prompt]) -> list[int]:
 
 
 # ---- a row ----
+
+
+def made(
+    base: Base, scene: Scene, row: Row, students: dict[str, adapters.Student], folder: Path, bar: runtime.Bar
+) -> dict:
+    """The record of `row`, drawn and measured; its shown pictures are left in `folder`, and the reference's latents."""
+    drawn = draw(base, scene, row, students, bar)
+    for i, image in drawn.pictures.items():
+        pictures.save_png(pictures.to_pil(image), page.picture_path(folder, row.id, i))
+    reference = folder / "rows" / "reference.safetensors"
+    if not reference.is_file():  # the first row is the reference
+        write_tensors(reference, {"latents": torch.cat(drawn.latents)})
+    values = measure(scene, drawn, load_file(reference)["latents"])
+    languages = [prompt.language for prompt in scene.prompts]
+    return report.record(asdict(row), values, languages, statistics.median(drawn.latencies_ms))
 
 
 @torch.no_grad()

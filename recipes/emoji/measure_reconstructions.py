@@ -40,7 +40,7 @@ def draw_sheet(wanted: Tensor, found: Tensor, path: Path) -> None:
 
 
 def main() -> None:
-    """Measure the shipped autoencoder; write `teacher/reconstructions.json` and the sheet."""
+    """Measure the shipped autoencoder; write `reconstructions.json` and the sheet."""
     vae = AutoencoderKL.from_pretrained(HERE / "teacher" / "vae")
     assessor, pictures = judge.load(HERE / "judge"), load_pictures(64)
     rows, report = group_by_concept(pictures), {}
@@ -63,7 +63,7 @@ def main() -> None:
         kid = metrics.kid(features.unflatten(0, (-1, len(STYLES))), assessor.reference_features)
         report[name]["kid_reconstructed"] = round(kid.item(), 5)
     print(json.dumps(report, indent=1))
-    write_text(HERE / "teacher" / "reconstructions.json", json.dumps(report, indent=1) + "\n")
+    write_text(HERE / "reconstructions.json", json.dumps(report, indent=1) + "\n")
 
 
 def scaled_std(vae: AutoencoderKL, latents: Tensor) -> float:

@@ -2,8 +2,8 @@
 
     python recipes/emoji/measure_teacher.py [--teacher FOLDER] [--prompts 512] [--guidance 4.0]
 
-Samples are of the test prompts at 50 guided DDIM steps. Writes `samples.png`, `samples.md` and `measured.json` into the
-teacher's folder.
+Samples are of the test prompts at 50 guided DDIM steps. Writes `samples.png`, `samples.md` and `measured.json`
+beside this file: what lies in the teacher's folder is part of its identity.
 """
 
 import argparse
@@ -67,14 +67,12 @@ def main() -> None:
     report = {"guidance_scale": arguments.guidance, "prompts": len(prompts)}
     report |= measure(images, prompts, judge.load(HERE / "judge"))
     print(json.dumps(report, indent=1))
-    write_text(arguments.teacher / "measured.json", json.dumps(report, indent=1) + "\n")
-    pictures.save_png(pictures.grid(images[:NUM_SHOWN], COLUMNS).quantize(200), arguments.teacher / "samples.png")
+    write_text(HERE / "measured.json", json.dumps(report, indent=1) + "\n")
+    pictures.save_png(pictures.grid(images[:NUM_SHOWN], COLUMNS).quantize(200), HERE / "samples.png")
     shown = [prompt.prompt for prompt in prompts[:NUM_SHOWN]]
     rows = [" · ".join(shown[i : i + COLUMNS]) for i in range(0, len(shown), COLUMNS)]
-    write_text(
-        arguments.teacher / "samples.md",
-        "Prompts of samples.png, row by row:\n\n" + "\n".join(f"1. {row}" for row in rows) + "\n",
-    )
+    listed = "\n".join(f"{i}. {row}" for i, row in enumerate(rows, start=1))
+    write_text(HERE / "samples.md", f"# The prompts of samples.png, row by row\n\n{listed}\n")
 
 
 if __name__ == "__main__":

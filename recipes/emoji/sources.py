@@ -87,7 +87,13 @@ PACKAGES = {
 
 # OpenMoji is share-alike (CC-BY-SA-4.0): it can be fetched by name, never enters the shipped weights, and is
 # therefore no member of STYLES.
-OPENMOJI = Package("npm", "openmoji", "17.0.0", "openmoji-17.0.0.tgz", "")
+OPENMOJI = Package(
+    "npm",
+    "openmoji",
+    "17.0.0",
+    "openmoji-17.0.0.tgz",
+    "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68",
+)
 
 
 @dataclass(frozen=True)
@@ -208,7 +214,7 @@ def read_drawings(style: str) -> dict[str, str]:
 def read_openmoji() -> dict[str, str]:
     """Return codepoint -> SVG text of OpenMoji (CC-BY-SA-4.0)."""
     with tarfile.open(fetch(OPENMOJI)) as tar:
-        members = [m for m in tar.getmembers() if m.name.startswith("package/color/svg/")]
+        members = [m for m in tar.getmembers() if m.isfile() and m.name.startswith("package/color/svg/")]
         return {normalise(Path(m.name).stem): tar.extractfile(m).read().decode() for m in members}
 
 

@@ -73,7 +73,7 @@ def recipe_of(base: Recipe, row: str, num_steps: int) -> Recipe:
     stages = [trajectories, first]
     if row in SECOND_STAGE:
         second = {"method": "inter_segment", "segments": [1], "space": "x0", "num_steps": num_steps // 5}
-        stages.append(Distill(**second, **common(given), learning_rate=1e-4))
+        stages.append(Distill(**second, **shared_settings(given), learning_rate=1e-4))
     name = f"study-{base.seed}-{row.replace('_', '-')}"
     return base.model_copy(update={"name": name, "stages": stages})
 
@@ -84,11 +84,11 @@ def distill_stage(given: Distill, row: str, num_steps: int) -> Distill:
     return Distill(
         num_steps=num_steps // len(settings["segments"]),
         learning_rate=given.learning_rate,
-        **(common(given) | settings),
+        **(shared_settings(given) | settings),
     )
 
 
-def common(given: Distill) -> dict:
+def shared_settings(given: Distill) -> dict:
     return {"batch_size": given.batch_size, "adapter": given.adapter.model_dump(), "sample_every": 500}
 
 

@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from captions import LANGUAGES, captions_of, label_and_tags, split_of, teacher_concepts
 from e5 import encode_texts
-from sources import HERE, STYLES, Concept, cache_folder, list_concepts, progress_line, write_text
+from sources import STYLES, Concept, cache_folder, list_concepts, progress_line, write_text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 STYLE_OR_NONE = (*STYLES, None)

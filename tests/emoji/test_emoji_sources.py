@@ -49,7 +49,7 @@ def test_a_download_in_the_cache_is_taken_without_asking_the_client(cache, monke
 
 
 def test_every_package_is_pinned_by_version_and_sha256():
-    for package in sources.PACKAGES.values():
+    for package in (*sources.PACKAGES.values(), sources.OPENMOJI):
         assert len(bytes.fromhex(package.sha256)) == 32
         assert package.version in package.archive
 

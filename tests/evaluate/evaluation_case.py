@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from safetensors.torch import save_file
+from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 import tiny
-from mlcm_rl import adapters, bases
-from mlcm_rl.judge import PictureEncoder
+from mlcm_rl import adapters, bases, judge
 from mlcm_rl.recipe import Evaluate, Lora, Recipe, Teacher
 from mlcm_rl.stages import evaluate
 
@@ -26,9 +26,8 @@ DESCRIPTION = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
 
 
 def write_place(root: Path) -> Path:
-    """Fill `root` with a teacher, a judge, prompts and distill stages `same` (untrained) and `other`; returns it."""
+    """Fill `root` with a teacher, prompts and distill stages `same` (untrained) and `other`; returns it."""
     tiny.sdxl(root / "teacher")
-    write_judge(root / "judge")
     records = [
         {"prompt": text, "language": language, "concept": concept}
         for (text, language), concept in zip(PROMPTS, CONCEPTS, strict=False)
@@ -42,6 +41,7 @@ def write_place(root: Path) -> Path:
         for parameter in adapters.trainable_parameters(student):
             parameter.data += spread * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
         adapters.save_student(student, root / name / "student", DESCRIPTION)
+        (root / name / "manifest.json").write_text(json.dumps({"recipe": {"name": name}}))
     log = [
         {"step": step, "phase": step // 200, "num_segments": (8, 1)[step // 200], "loss": 1.0 / (1 + step % 200)}
         for step in range(400)
@@ -51,21 +51,23 @@ def write_place(root: Path) -> Path:
     return root
 
 
-def write_judge(folder: Path) -> None:
-    """An untrained judge of CONCEPTS in two styles, in the layout that `judge.load` reads."""
-    folder.mkdir()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        encoder = PictureEncoder((8, 16), 12)
-        references = torch.nn.functional.normalize(torch.randn(len(CONCEPTS), 2, 12), dim=-1)
-    settings = {"widths": [8, 16], "feature_width": 12, "concepts": CONCEPTS, "styles": ["one", "two"]}
-    (folder / "config.json").write_text(json.dumps(settings))
-    save_file({name: value.half() for name, value in encoder.state_dict().items()}, folder / "judge.safetensors")
-    save_file({"references": references.contiguous()}, folder / "references.safetensors")
+class PlantedJudge:
+    """What the stage asks of a judge, of pictures of any size: fixed random features of their 4 x 4 thumbnails."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        unit = [normalize(torch.randn(count, 12, generator=generator), dim=1) for count in (len(CONCEPTS), 20)]
+        self.concepts = CONCEPTS
+        self.prototypes, self.reference_features = unit
+        self.projection = torch.randn(48, 12, generator=generator)
+
+    def features(self, images):
+        thumbnails = adaptive_avg_pool2d(images, 4).flatten(1)
+        return normalize((thumbnails - thumbnails.mean(1, keepdim=True)) @ self.projection, dim=1)
 
 
 def recipe(place: Path, **settings) -> Recipe:
-    """The evaluation of `same` beside `other`; the judge wants 64 x 64 pictures."""
+    """The evaluation of `same` beside `other`."""
     stage = {
         "prompts": str(place / "prompts.jsonl"),
         "num_prompts": len(PROMPTS),
@@ -73,19 +75,20 @@ def recipe(place: Path, **settings) -> Recipe:
         "teacher_steps": [2, 3],
         "teacher_solvers": ["ddim", "unipc"],
         "also": [str(place / "other")],
-        "judge": str(place / "judge"),
+        "judge": "planted",
         "rewards": ["colourfulness"],
         "images_per_prompt": PICTURES,
         "batch_size": 12,
         **settings,
     }
-    teacher = Teacher(path=str(place / "teacher"), family="sdxl", guidance_scale=3.0, resolution=64)
+    teacher = Teacher(path=str(place / "teacher"), family="sdxl", guidance_scale=3.0)
     return Recipe(name="tiny", seed=3, device="cpu", teacher=teacher, stages=[Evaluate(**stage)])
 
 
 def run(place: Path, folder: Path, **settings) -> dict:
     """report.json of an evaluation of `same`, written into `folder`."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     made = recipe(place, **settings)
-    evaluate.run(made.stages[0], made, {"distill": place / "same"}, folder)
+    with patch.object(judge, "load", lambda path, device: PlantedJudge()):
+        evaluate.run(made.stages[0], made, {"distill": place / "same"}, folder)
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))

@@ -45,7 +45,7 @@ def test_fid_is_the_closed_form_of_two_gaussians(inception):
     expected = (x.mean(0) - y.mean(0)).square().sum() + torch.cov(x.T).trace() + torch.cov(y.T).trace() - 2 * root
     found = metrics.inception_distances(inception, real, drawn, num_subsets=4)
     assert found["fid"] == pytest.approx(expected.item(), rel=1e-4)
-    assert found["kid"] > 10 * found["kid_se"]
+    assert found["kid"] > 4 * found["kid_se"]
 
 
 def test_fid_and_kid_of_one_distribution_are_about_zero(inception):

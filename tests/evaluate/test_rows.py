@@ -67,12 +67,15 @@ def test_snapshots_come_along_but_for_the_last_which_is_the_student(tmp_path):
     for name in ("student", "snapshots/phase-0-K8", "snapshots/phase-1-K4", "snapshots/phase-2-K1"):
         (tmp_path / "distill" / name).mkdir(parents=True)
         (tmp_path / "distill" / name / "student.json").write_text("{}")
+    (tmp_path / "distill" / "manifest.json").write_text('{"recipe": {"name": "lcm"}}')
     parents = {"distill": tmp_path / "distill"}
     assert list(student_folders(stage(), parents)) == ["student"]
     found = student_folders(stage(students="snapshots", also=[str(tmp_path / "distill")]), parents)
-    other = f"{tmp_path.name}/distill "
-    names = ["student", "phase-0-K8", "phase-1-K4"]
-    assert list(found) == [*names, *(other + name for name in names)]
-    assert found["phase-0-K8"] == tmp_path / "distill" / "snapshots" / "phase-0-K8"
+    assert list(found) == [
+        f"{name}{phase}" for name in ("student", "lcm") for phase in ("", " phase-0-K8", " phase-1-K4")
+    ]
+    assert found["lcm phase-0-K8"] == tmp_path / "distill" / "snapshots" / "phase-0-K8"
+    twice = student_folders(stage(also=[str(tmp_path / "distill")] * 2), {})
+    assert list(twice) == ["lcm", "lcm (distill)"]
     with pytest.raises(ValueError, match="holds no student"):
         student_folders(stage(also=[str(tmp_path)]), {})
