@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import signal
 import subprocess
 import time
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from .recipe import Recipe, Training
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, need not look for one and warn
 transformers.utils.logging.set_verbosity_error()  # it warns of torchvision's absence, which is meant
 diffusers.utils.logging.disable_progress_bar()  # a bar for every load says nothing here
 transformers.utils.logging.disable_progress_bar()
@@ -149,7 +152,7 @@ class Runtime:
     def steps(self, first: int, total: int, description: str) -> Iterator[int]:
         """Step numbers `first` .. `total` - 1 under a progress bar.
 
-        SIGTERM and Ctrl-C stop the loop after a whole step: `due` then answers True, so that the loop saves, and
+        SIGTERM and Ctrl-C stop the loop after a whole step: `stopping` is then set, so that the loop saves, and
         KeyboardInterrupt is raised."""
         self._truncate_log(first)
         with _signals(self), progress(total, description, first) as bar:
@@ -161,8 +164,8 @@ class Runtime:
         self.accelerator.end_training()
 
     def due(self, step: int, every: int, total: int | None = None) -> bool:
-        """Whether something done every so many steps is due after `step` (always when the run is being stopped)."""
-        return self.stopping or (step + 1) % every == 0 or step + 1 == total
+        """Whether something done every so many steps, and after the last of `total`, is due after `step`."""
+        return (step + 1) % every == 0 or step + 1 == total
 
     def backward(self, losses: Iterable[Tensor], parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> dict:
         """One optimiser step from the per-sample `losses` (b,) of a step's micro-batches, each a lazy forward pass.

@@ -66,7 +66,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
             save_samples(stage, recipe, base, student, settings.num_segments, folder, step)
         if step_in_phase + 1 == lengths[phase]:
             save_student(stage, recipe, base, student, settings.num_segments, snapshot_folder(folder, phase, settings))
-        if rt.due(step, stage.save_every):
+        if rt.stopping or rt.due(step, stage.save_every):
             checkpoint.save_training(folder, step + 1, weights, optimizer)
     save_student(stage, recipe, base, student, stage.segments[-1], folder / "student")
 

@@ -160,9 +160,9 @@ def draw(base: Base, scene: Scene, row: Row, students: dict[str, adapters.Studen
         images = base.decode(latents)
         if base.device.type != "cpu":
             torch.accelerator.synchronize()
+        drawn.latencies_ms.append(1e3 * (time.perf_counter() - started) / len(batch))
         if not latents.isfinite().all():
             raise ValueError(f"row {row.id}: its samples are not finite numbers, so that nothing can be said of them")
-        drawn.latencies_ms.append(1e3 * (time.perf_counter() - started) / len(batch))
         drawn.latents.append(latents.cpu())
         if scene.judge is not None:
             drawn.features.append(scene.judge.features(images).cpu())

@@ -62,7 +62,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
             rt.log(step, **record)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
             save_samples(recipe, base, average, folder, step)
-        if rt.due(step, stage.save_every):
+        if rt.stopping or rt.due(step, stage.save_every):
             checkpoint.save_training(folder, step + 1, weights, optimizer)
     write_teacher(recipe, denoiser, average, folder / "teacher")
 

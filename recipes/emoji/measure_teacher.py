@@ -46,7 +46,7 @@ def measure(images: Tensor, prompts: list[Prompt], assessor: judge.Judge) -> dic
     features = assessor.features(images)
     places = {concept: i for i, concept in enumerate(assessor.concepts)}
     rank = metrics.ranks(features, assessor.prototypes, torch.tensor([places[prompt.concept] for prompt in prompts]))
-    report: dict = {"kid": round(metrics.kid(features, assessor.reference_features).item(), 5)}
+    report: dict = {"kid": round(metrics.kid(features[:, None], assessor.reference_features).item(), 5)}
     for language in sorted({prompt.language for prompt in prompts}):
         mine = torch.tensor([prompt.language == language for prompt in prompts])
         for k in (1, 5):

@@ -114,7 +114,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_sdxl, store, tmp_path):
     "settings",
     [
         {"target": "trajectory", "adapter": {"kind": "full"}},
-        {"target": "trajectory", "condition_on_target": True, "segments": [1], "space": "x0"},
+        {"target": "trajectory", "condition_on_target": True, "adapter": {"kind": "full"}, "distance": "huber"},
         {"target": "consistency", "segments": [1], "pair": "random", "distance": "huber"},
     ],
     ids=["full", "conditioned", "random-skip"],

@@ -1,6 +1,7 @@
 """Recipes end to end on tiny teachers, and what makes a stage run again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_seed_guidance_prompts_and_weights_are_hashed(finished, tmp_path):
     assert fingerprints(recipe.model_copy(update={"teacher": guided}))[0] != before[0]
     other = recipe.teacher.model_copy(update={"path": str(tiny.sdxl(tmp_path / "other", seed=1))})
     assert fingerprints(recipe.model_copy(update={"teacher": other}))[0] != before[0]
-    same = recipe.teacher.model_copy(update={"path": str(tiny.sdxl(tmp_path / "same"))})
+    same = recipe.teacher.model_copy(update={"path": str(shutil.copytree(recipe.teacher.path, tmp_path / "same"))})
     assert fingerprints(recipe.model_copy(update={"teacher": same})) == before
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("another prompt\n")
