@@ -67,7 +67,7 @@ def headline(result: dict[str, Any]) -> list[dict[str, Any]]:
                 "solver": teacher["sampler"],
                 "reference": report.number(reference["metrics"][key]) if key != "distance" else None,
                 "difference": report.plus_minus(check["difference"], check["se"]),
-                "won": check["won"],
+                "verdict": check["verdict"],
             }
         )
     return tiles
@@ -97,7 +97,7 @@ def compared(result: dict[str, Any], comparison: dict[str, Any]) -> dict[str, An
         "teacher": teacher["sampler"],
         "values": (report.number(student["metrics"][key]), report.number(teacher["metrics"][key])),
         "difference": report.plus_minus(comparison["difference"], comparison["se"]),
-        "won": comparison["won"],
+        "verdict": comparison["verdict"],
     }
 
 
