@@ -1,23 +1,49 @@
-"""Closes `make demo`: fails unless the 4-step student is ahead of the teacher at 4 evaluations, and names the page."""
+"""Closes `make demo`: fails unless the 4-step student is ahead of the teacher at 4 evaluations.
+
+Draws the README's picture, `demo.png` in the run's folder: a prompt a row, the teacher at its most steps, then the
+student at 8, 4, 2 and 1.
+"""
 
 import json
 import sys
 from pathlib import Path
 
+from PIL import Image
 from rich.console import Console
 
-from mlcm_rl import report
+from mlcm_rl import page, report
+from mlcm_rl.checkpoint import replacing
+
+SIZE, GAP, COLUMNS = 96, 6, 2  # pixels a picture, pixels between, prompts side by side
+
+
+def contact_sheet(folder: Path, result: dict) -> Image.Image:
+    """Return the reference and the finished student's pictures, all from the same noise, for every shown prompt."""
+    students = [row for row in result["rows"] if row["role"] == "student" and row["default"]]
+    finished = [row for row in students if row["name"] == students[0]["name"]]
+    rows = [result["reference"], *(row["id"] for row in sorted(finished, key=lambda row: -row["num_steps"]))]
+    shown = [i for i, prompt in enumerate(result["prompts"]) if prompt["shown"]]
+    cell = SIZE + GAP
+    width = COLUMNS * (len(rows) * cell + 2 * GAP)
+    sheet = Image.new("RGB", (width, -(-len(shown) // COLUMNS) * cell + GAP), "white")
+    for place, prompt in enumerate(shown):
+        left, top = place % COLUMNS * (width // COLUMNS), place // COLUMNS * cell
+        for column, row in enumerate(rows):
+            with Image.open(page.picture_path(folder, row, prompt)) as picture:
+                drawn = picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+            sheet.paste(drawn, (left + GAP + column * cell, top + GAP))
+    return sheet
 
 
 def main(run: Path) -> int:
-    """Exit code: 0 where the student is ahead by two standard errors in every metric of the headline, else 1."""
+    """Return the exit code: 0 where the headline of the run's report holds, else 1."""
     console = Console(highlight=False)
     folder = sorted(run.glob("[0-9]*-evaluate"))[-1]
     result = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    with replacing(run / "demo.png") as temporary:
+        contact_sheet(folder, result).quantize(128).save(temporary, format="PNG")
     headline = report.headline(result)
-    console.print(report.table(result))
-    console.print(headline["text"], soft_wrap=True)
-    console.print(f"The page: {(folder / 'report.html').absolute()}", soft_wrap=True)
+    console.print(f"{headline['text']}\nThe page: {(folder / 'report.html').absolute()}", soft_wrap=True)
     if not headline["passed"]:
         console.print("[red]The 4-step student is not ahead of the teacher by two standard errors.[/]")
     return 0 if headline["passed"] else 1
