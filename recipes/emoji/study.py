@@ -1,6 +1,6 @@
 """The study behind the README's table: every variant on one teacher, the same samples, one report a seed.
 
-    python recipes/emoji/study.py [--seeds 3] [--prompts 1000] [--steps 2000] [--rows progressive,conditioned,...]
+    python recipes/emoji/study.py [--seeds 3] [--prompts 1000] [--steps 2000] [--rows progressive,...] [KEY=VALUE ...]
 
 Each row is the recipe `recipes/emoji_mlcm.yaml` with other distill settings; all train on the same number of samples.
 Interrupted, it goes on where it was: finished stages are found again.
@@ -16,10 +16,10 @@ from mlcm_rl.recipe import Distill, Evaluate, Recipe
 from mlcm_rl.recipe_file import load
 
 HERE = Path(__file__).parent
-FULL = {"kind": "full"}
 LORA = {"kind": "lora", "rank": 64, "alpha": 64}
 PROGRESSIVE = {"segments": [8, 4, 2, 1], "space": ["z", "z", "z", "x0"]}
 ONE = {"segments": [1], "space": "x0"}
+CONDITIONED = {"segments": [8, 4, 2, 1], "target": "trajectory", "condition_on_target": True}
 
 # Row -> distill settings beside batch size, rate and steps, which all share.
 ROWS = {
@@ -30,14 +30,10 @@ ROWS = {
     "single_random_skip": ONE | {"target": "consistency", "pair": "random"},
     "single_trajectory": ONE | {"target": "trajectory"},
     "lcm": ONE | {"source": "data", "images": "data/emoji_64", "target": "consistency", "target_ema": 0.95},
-    "conditioned": {"segments": [8, 4, 2, 1], "target": "trajectory", "distance": "huber", "condition_on_target": True},
-    "conditioned_lora": {
-        "segments": [8, 4, 2, 1],
-        "target": "trajectory",
-        "distance": "huber",
-        "condition_on_target": True,
-        "adapter": LORA,
-    },
+    "fixed_4_trajectory": {"segments": [4], "target": "trajectory"},
+    "fixed_2_trajectory": {"segments": [2], "target": "trajectory"},
+    "conditioned": CONDITIONED,
+    "conditioned_lora": CONDITIONED | {"adapter": LORA},
     "online": PROGRESSIVE
     | {"source": "online", "prompts": "recipes/emoji/prompts/train.jsonl", "target": "consistency"},
 }
@@ -50,20 +46,21 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rows", default=",".join([*ROWS, *SECOND_STAGE]))
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
     arguments = parser.parse_args()
     for seed in range(arguments.seeds):
-        folder = study(seed, arguments.rows.split(","), arguments.steps, arguments.prompts)
+        base = load(HERE.parent / "emoji_mlcm.yaml", [f"seed={seed}", *arguments.overrides])
+        folder = study(base, arguments.rows.split(","), arguments.steps, arguments.prompts)
         Console().print(f"seed {seed}: {folder / 'report.html'}", soft_wrap=True)
 
 
-def study(seed: int, rows: list[str], num_steps: int, num_prompts: int) -> Path:
-    """Train every row with `seed` and put them into one report; returns its folder."""
-    base = load(HERE.parent / "emoji_mlcm.yaml", [f"seed={seed}"])
+def study(base: Recipe, rows: list[str], num_steps: int, num_prompts: int) -> Path:
+    """Train every row from `base` and put them into one report; returns its folder."""
     students = {row: pipeline.run(recipe_of(base, row, num_steps))[-1].folder for row in rows}
     evaluate = next(stage for stage in base.stages if isinstance(stage, Evaluate))
     changes = {"num_prompts": num_prompts, "students": "snapshots", "also": [str(path) for path in students.values()]}
     stages = [evaluate.model_copy(update=changes)]
-    return pipeline.run(base.model_copy(update={"name": f"study-{seed}", "stages": stages}))[-1].folder
+    return pipeline.run(base.model_copy(update={"name": f"study-{base.seed}", "stages": stages}))[-1].folder
 
 
 def recipe_of(base: Recipe, row: str, num_steps: int) -> Recipe:
