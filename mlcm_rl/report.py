@@ -349,9 +349,9 @@ def table(report: dict[str, Any]) -> Table:
     keys = main_metrics(report)
     title = f"{report['name']}: means over {len(report['prompts'])} prompts"
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    shown.add_column("Sampler", no_wrap=True)
+    shown.add_column("Sampler")
     for head in ("Evals", "ms", *(metric(key).label.partition(" (")[0] for key in keys)):
-        shown.add_column(head, justify="right", overflow="fold")
+        shown.add_column(head, justify="right", no_wrap=True)
     for name, rows in groups(report).items():
         shown.add_row(name, style="bold")
         for row in rows:

@@ -6,6 +6,7 @@ A `Conditioning` is what a prompt has become: "context" (B, L, D) and, in famili
 float32 and batch first, so that it can be indexed, concatenated and stored.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from importlib import import_module
@@ -55,7 +56,7 @@ def load(teacher: Teacher, device: torch.device | str) -> "Base":
     return import_module(f"{__name__}.{teacher.family}").Family(teacher, torch.device(device))
 
 
-class Base:
+class Base(ABC):
     """A frozen teacher: encode prompts, denoise, decode. Subclassed once a family."""
 
     family: ClassVar[str]
@@ -74,18 +75,18 @@ class Base:
 
     # Prompts
 
-    @torch.no_grad()
+    @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """What the family's stock pipeline makes of `prompts` (B of them)."""
-        raise NotImplementedError
+        """What the family's stock pipeline makes of `prompts` (B of them), under no gradient."""
 
     def unconditional(self, batch_size: int) -> Conditioning:
         """What the stock pipeline guides away from, `batch_size` times."""
         return {name: value.repeat(batch_size, *[1] * (value.ndim - 1)) for name, value in self._dropped_prompt.items()}
 
-    @cached_property
+    @property
+    @abstractmethod
     def _dropped_prompt(self) -> Conditioning:
-        raise NotImplementedError
+        """What the stock pipeline guides away from, once (1, ...)."""
 
     def _added_conditions(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
         """The denoiser's `added_cond_kwargs`, for families that have them."""

@@ -21,7 +21,6 @@ from ..data import Prompt, read_prompts
 from ..recipe import Evaluate, Recipe
 from ..rows import Row, student_folders, student_rows, teacher_rows
 
-MATHS = 1  # raised by hand when a row or a metric would come out differently
 NUM_SUBSETS = 10  # of the prompts, for the standard error of KID
 SHOWN_PER_LANGUAGE = 4  # prompts whose pictures are kept for the page
 
