@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -110,7 +111,7 @@ def sampling() -> Table:
     base = bases.load(TEACHER, "cuda" if torch.cuda.is_available() else "cpu")
     conditioning, dropped = base.encode_prompts(["panda"] * 16), base.unconditional(16)
     noise = base.noise(generator("benchmark"), 16)
-    table = Table("sampler", "evaluations", "pictures a second", "times the teacher", title="Sampling, batch 16")
+    table = Table("sampler", "evals", "pictures a second", "ratio", title="Sampling, batch 16", box=SIMPLE_HEAD)
     times = {"teacher, 50 guided steps": time_grid(50)[:-1]} | {
         f"student, {n} steps": sampling_times(n) for n in (8, 4, 2, 1)
     }
@@ -138,8 +139,9 @@ def main() -> None:
     if arguments.only:
         print(json.dumps(measure(arguments.only, arguments.steps, arguments.batch_size)))
         return
-    heads = ("store*", "teacher", "target", "student", "a step", "to data", "evaluations", "peak MB")
-    table = Table("variant, ms a sample", *heads, title=f"Distillation, batch {arguments.batch_size}")
+    table = Table("ms a sample", title=f"Distillation, batch {arguments.batch_size}", box=SIMPLE_HEAD)
+    for head in ("store*", "teacher", "target", "student", "a step", "ratio", "evals", "peak MB"):
+        table.add_column(head, justify="right", no_wrap=True)
     reference = None
     for name in VARIANTS:
         command = [sys.executable, __file__, "--only", name, "--steps", str(arguments.steps)]
@@ -160,7 +162,7 @@ def main() -> None:
         )
     console = Console()
     console.print(table)
-    console.print("* a trajectory, once: 96 evaluations; shared by every sample that is drawn from it")
+    console.print("* once a trajectory (96 evaluations), shared by all samples drawn from it; ratios are to data (LCM)")
     console.print(sampling())
 
 
