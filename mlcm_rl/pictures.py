@@ -1,6 +1,5 @@
 """Pictures on disk: tensors to PNG, and grids of prompts down the rows, steps across the columns."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -59,6 +58,6 @@ def sample_grid(
     return grid(torch.stack(columns, dim=1).flatten(0, 1), len(columns))
 
 
-def folder_of_samples(folder: Path, step: int, names: Sequence[str] = ()) -> Path:
+def samples_path(folder: Path, step: int) -> Path:
     """Where the grid after `step` steps goes."""
-    return folder / "samples" / f"{'-'.join(['step', f'{step:06d}', *names])}.png"
+    return folder / "samples" / f"step-{step:06d}.png"

@@ -171,4 +171,4 @@ def save_samples(
     conditioned = stage.condition_on_target
     gamma = adapters.default_gamma(num_segments, conditioned)
     sheet = pictures.sample_grid(base, student, recipe.samples, recipe.seed, num_segments, conditioned, gamma)
-    pictures.save_png(sheet, pictures.folder_of_samples(folder, step + 1))
+    pictures.save_png(sheet, pictures.samples_path(folder, step + 1))

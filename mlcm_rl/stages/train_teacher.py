@@ -145,7 +145,7 @@ def save_samples(recipe: Recipe, base: Base, average: dict[str, Tensor], folder:
     with adapters.swapped(base.denoiser, average):
         x0 = sample_teacher(base, conditioning, unconditional, noise, times, recipe.teacher.guidance_scale)
     sheet = pictures.grid(base.decode(x0), num_columns=8)
-    pictures.save_png(sheet, pictures.folder_of_samples(folder, step + 1))
+    pictures.save_png(sheet, pictures.samples_path(folder, step + 1))
 
 
 def write_teacher(recipe: Recipe, denoiser: nn.Module, average: dict[str, Tensor], folder: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -12,20 +11,10 @@ from typer.testing import CliRunner
 
 import mlcm_rl
 from mlcm_rl.__main__ import app
+from mlcm_rl.plan import PlannedStage
 from mlcm_rl.recipe import Recipe, json_schema
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
-
-
-@dataclass
-class PlannedStage:
-    kind: str
-    fingerprint: str
-    folder: Path
-    done: bool
-    network_evaluations: int
-    disk_bytes: int
-    memory_bytes: int
 
 
 class RunError(Exception):
