@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from . import reward_commands
 from .recipe import Recipe, json_schema
 from .recipe_file import load
 from .recipe_tree import RecipeError, key_text
@@ -157,6 +158,10 @@ def schema(
     temporary = out.with_name(out.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, out)
+
+
+app.command()(reward_commands.score)
+app.add_typer(reward_commands.app, name="rewards")
 
 
 def main() -> None:

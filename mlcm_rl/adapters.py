@@ -5,11 +5,17 @@ that both can be called side by side and one base can carry any number of studen
 
 A student's folder holds `student.json` and either `unet/` in diffusers' format (full weights) or
 `pytorch_lora_weights.safetensors` in diffusers' layout with PEFT's configuration in its metadata, and then
-`conditioning.safetensors` where the student is conditioned on its target time.
+`conditioning.safetensors` where the student is conditioned on its target time. A student tuned to preferences is a
+distilled one, as it was, with `preference_lora_weights.safetensors` over it.
+
+Roles over one set of base weights: the `distilled` adapter (or, of a student trained in full, the weights themselves)
+is the reference of preference learning; `preference` comes on top and is all that is trained.
 """
 
 import copy
 import json
+import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +34,8 @@ from .bases import TARGET_TIME_WIDTH, Base
 from .checkpoint import read_json, replacing, write_json, write_tensors
 from .recipe import Full, Lora
 
-ADAPTER_NAME = "distilled"
+DISTILLED, PREFERENCE = "distilled", "preference"  # names of adapters
+PREFERENCE_FILE = "preference_lora_weights.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 CONDITIONING_FILE = "conditioning.safetensors"
 DESCRIPTION_FILE = "student.json"
@@ -51,6 +58,7 @@ class Student:
     num_segments: int
     conditioned: bool
     folder: Path
+    tuned: bool = False  # to preferences, by an adapter over the distilled student
 
     @property
     def default_gamma(self) -> float:
@@ -97,6 +105,30 @@ def student(
         return _with_lora(denoiser, settings)
 
 
+def for_preference(base: Base, adapter: Lora, seed: int, start: Path) -> UNet2DConditionModel:
+    """The distilled student in folder `start`, frozen, with a fresh trainable `preference` adapter drawn from `seed`.
+
+    Its output equals the student's. Raises ValueError where `start` has been tuned already.
+    """
+    if (start / PREFERENCE_FILE).is_file():
+        raise ValueError(f"{start} holds a tuned student; preference learning starts from a distilled one")
+    denoiser = load_student(base, start).denoiser
+    settings = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(base.lora_targets))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return _with_preference(denoiser, settings)
+
+
+@contextmanager
+def as_reference(denoiser: UNet2DConditionModel) -> Iterator[UNet2DConditionModel]:
+    """`denoiser` without its `preference` adapter: the distilled student, and never the bare teacher."""
+    _activate(denoiser, [name for name in denoiser.peft_config if name != PREFERENCE])
+    try:
+        yield denoiser
+    finally:
+        _activate(denoiser, list(denoiser.peft_config))
+
+
 def trainable_parameters(denoiser: nn.Module) -> list[nn.Parameter]:
     """The parameters that training changes, in the module's order."""
     return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
@@ -119,11 +151,21 @@ def save_student(denoiser: UNet2DConditionModel, folder: Path | str, description
         if settings is None:
             denoiser.save_pretrained(partial / "unet")
         else:
-            _save_lora(denoiser, settings, partial)
+            _save_lora(denoiser, DISTILLED, partial / LORA_FILE)
         if settings is not None and conditioned:
             write_tensors(partial / CONDITIONING_FILE, {TARGET_TIME_KEY: denoiser.time_embedding.cond_proj.weight})
         described = {**description, "adapter": adapter.model_dump(), "conditioned": conditioned}
         write_json(partial / DESCRIPTION_FILE, described)
+
+
+def save_tuned(denoiser: UNet2DConditionModel, start: Path, folder: Path) -> None:
+    """Write a tuned student's folder in one rename: the distilled student in `start`, and the adapter over it."""
+    settings = _lora_settings(denoiser, PREFERENCE)
+    preference = Lora(rank=settings.r, alpha=settings.lora_alpha).model_dump()
+    with replacing(folder) as partial:
+        shutil.copytree(start, partial)
+        _save_lora(denoiser, PREFERENCE, partial / PREFERENCE_FILE)
+        write_json(partial / DESCRIPTION_FILE, {**describe(start), "preference": preference})
 
 
 def load_student(base: Base, folder: Path | str) -> Student:
@@ -138,7 +180,8 @@ def load_student(base: Base, folder: Path | str) -> Student:
     for name, expected in (("family", base.family), ("prediction_type", base.prediction_type)):
         if described[name] != expected:
             raise ValueError(f"{folder}: the student's {name} is {described[name]}, the teacher's {expected}")
-    return Student(_load_denoiser(base, folder, described), described["segments"], described["conditioned"], folder)
+    denoiser = _load_denoiser(base, folder, described)
+    return Student(denoiser, described["segments"], described["conditioned"], folder, "preference" in described)
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -160,14 +203,14 @@ def load_published_lora(base: Base, path: Path | str, alpha: float = 8.0) -> UNe
     rank = tensors[f"{modules[0]}.lora_A.weight"].shape[0]
     denoiser = _denoiser(base.denoiser, condition=False, shared=True)
     settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)
-    return _fill_lora(_with_lora(denoiser, settings), tensors, path)
+    return _fill_lora(_with_lora(denoiser, settings), DISTILLED, tensors, path)
 
 
 def merged(student: Student, dtype: torch.dtype) -> UNet2DConditionModel:
     """A plain denoiser with weights of its own in `dtype` that computes what the student does."""
     denoiser = copy.deepcopy(student.denoiser)
-    if _lora_settings(denoiser) is not None:
-        denoiser.fuse_lora(adapter_names=[ADAPTER_NAME])
+    if adapters := list(denoiser.__dict__.get("peft_config", {})):
+        denoiser.fuse_lora(adapter_names=adapters)
         denoiser.unload_lora()
     return nn.Module.to(denoiser, dtype)  # diffusers' own `to` warns of float32 modules that a UNet has not
 
@@ -188,8 +231,18 @@ def _resume(base: Base, adapter: Lora | Full, condition_on_target: bool, folder:
 def _load_denoiser(
     base: Base, folder: Path, described: dict[str, Any], condition: bool = False
 ) -> UNet2DConditionModel:
-    """What `folder` holds, with its own parameters trainable; `condition` adds a target time where it has none."""
-    condition = condition or described["conditioned"]
+    """What `folder` holds, with the parameters trainable that were so when it was made.
+
+    `condition` adds a target time where it has none.
+    """
+    denoiser = _load_distilled(base, folder, described, condition or described["conditioned"])
+    if "preference" not in described:
+        return denoiser
+    settings, tensors = read_lora(folder / PREFERENCE_FILE)
+    return _fill_lora(_with_preference(denoiser, settings), PREFERENCE, tensors, folder)
+
+
+def _load_distilled(base: Base, folder: Path, described: dict[str, Any], condition: bool) -> UNet2DConditionModel:
     if described["adapter"]["kind"] == "full":
         loaded = UNet2DConditionModel.from_pretrained(
             folder / "unet", local_files_only=True, use_safetensors=True, dtype=torch.float32
@@ -199,7 +252,7 @@ def _load_denoiser(
     if described["conditioned"]:
         denoiser.load_state_dict(load_file(folder / CONDITIONING_FILE), strict=False)
     settings, tensors = read_lora(folder / LORA_FILE)
-    return _fill_lora(_with_lora(denoiser, settings), tensors, folder)
+    return _fill_lora(_with_lora(denoiser, settings), DISTILLED, tensors, folder)
 
 
 def _denoiser(source: UNet2DConditionModel, condition: bool, shared: bool) -> UNet2DConditionModel:
@@ -224,38 +277,67 @@ def _denoiser(source: UNet2DConditionModel, condition: bool, shared: bool) -> UN
 
 def _with_lora(denoiser: UNet2DConditionModel, settings: LoraConfig) -> UNet2DConditionModel:
     """`denoiser` with a fresh float32 adapter; it and the target time's projection are trainable."""
-    denoiser.add_adapter(settings, adapter_name=ADAPTER_NAME)
+    denoiser.add_adapter(settings, adapter_name=DISTILLED)
     if denoiser.time_embedding.cond_proj is not None:
         denoiser.time_embedding.cond_proj.requires_grad_(True)
     cast_training_params(denoiser, torch.float32)
     return denoiser.eval()
 
 
-def _fill_lora(denoiser: UNet2DConditionModel, tensors: dict[str, Tensor], source: Path | str) -> UNet2DConditionModel:
-    """`denoiser` with its adapter's weights replaced. Raises ValueError unless `tensors` are the adapter's, and all."""
-    expected = set(get_peft_model_state_dict(denoiser, adapter_name=ADAPTER_NAME))
+def _with_preference(denoiser: UNet2DConditionModel, settings: LoraConfig) -> UNet2DConditionModel:
+    """`denoiser` with a fresh float32 `preference` adapter beside what it has; that alone asks for gradients."""
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # PEFT's, of a second adapter: it is meant
+        denoiser.add_adapter(settings, adapter_name=PREFERENCE)
+    _activate(denoiser, list(denoiser.peft_config))
+    for name, parameter in denoiser.named_parameters():
+        parameter.requires_grad_(f".{PREFERENCE}." in name)
+    cast_training_params(denoiser, torch.float32)
+    return denoiser.eval()
+
+
+def _activate(denoiser: UNet2DConditionModel, names: list[str]) -> None:
+    """Make exactly the adapters `names` active. PEFT's switches also turn gradients on and off: those stay as set."""
+    asked = {name: parameter.requires_grad for name, parameter in denoiser.named_parameters()}
+    if names:
+        denoiser.enable_adapters()
+        denoiser.set_adapter(names)
+    else:
+        denoiser.disable_adapters()
+    for name, parameter in denoiser.named_parameters():
+        parameter.requires_grad_(asked[name])
+
+
+def _fill_lora(
+    denoiser: UNet2DConditionModel, name: str, tensors: dict[str, Tensor], source: Path | str
+) -> UNet2DConditionModel:
+    """`denoiser` with the weights of its adapter `name` replaced.
+
+    Raises ValueError unless `tensors` are the adapter's, and all of them.
+    """
+    expected = set(get_peft_model_state_dict(denoiser, adapter_name=name))
     if odd := expected ^ set(tensors):
         example = sorted(odd)[0]
         raise ValueError(f"{source}: {len(odd)} LoRA tensors do not fit the teacher's denoiser, for example {example}")
-    set_peft_model_state_dict(denoiser, tensors, adapter_name=ADAPTER_NAME)
+    set_peft_model_state_dict(denoiser, tensors, adapter_name=name)
     return denoiser
 
 
-def _lora_settings(denoiser: UNet2DConditionModel) -> LoraConfig | None:
-    return denoiser.__dict__.get("peft_config", {}).get(ADAPTER_NAME)
+def _lora_settings(denoiser: UNet2DConditionModel, name: str = DISTILLED) -> LoraConfig | None:
+    return denoiser.__dict__.get("peft_config", {}).get(name)
 
 
-def _save_lora(denoiser: UNet2DConditionModel, settings: LoraConfig, folder: Path) -> None:
-    """The adapter in the layout that `load_lora_weights` reads, PEFT's configuration in the header.
+def _save_lora(denoiser: UNet2DConditionModel, name: str, file: Path) -> None:
+    """The adapter `name` in the layout that `load_lora_weights` reads, PEFT's configuration in the header.
 
     As diffusers' own save, less its second header key: safetensors orders keys at random, and the same student is to be
     the same bytes.
     """
+    settings = _lora_settings(denoiser, name)
     stated = {**settings.to_dict(), "target_modules": sorted(settings.target_modules)}
     header = json.dumps({f"unet.{key}": value for key, value in stated.items()}, indent=2, sort_keys=True)
-    tensors = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER_NAME)
+    tensors = get_peft_model_state_dict(denoiser, adapter_name=name)
     tensors = {f"unet.{key}": value for key, value in tensors.items()}
-    write_tensors(folder / LORA_FILE, tensors, {METADATA_KEY: header})
+    write_tensors(file, tensors, {METADATA_KEY: header})
 
 
 def read_lora(path: Path) -> tuple[LoraConfig, dict[str, Tensor]]:

@@ -137,8 +137,10 @@ def verify(folder: Path) -> dict:
 # ---- checkpoints to resume from ----
 
 
-def save_state(folder: Path, step: int, tensors: dict[str, Tensor]) -> Path:
+def save_state(folder: Path, step: int, tensors: dict[str, Tensor], record: dict | None = None) -> Path:
     """Write the state after `step` steps as `checkpoints/step-<n>`; the newest KEPT_CHECKPOINTS stay.
+
+    `record` is what else a loop must know to go on, as JSON.
 
     The folder appears by rename with its checksum inside; older ones go only after it is there.
     """
@@ -148,15 +150,20 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor]) -> Path:
         write_tensors(temporary / "state.safetensors", tensors)
         write_json(
             temporary / "state.json",
-            {"format": FORMAT, "step": step, "sha256": sha256(temporary / "state.safetensors")},
+            {
+                "format": FORMAT,
+                "step": step,
+                "sha256": sha256(temporary / "state.safetensors"),
+                "record": record or {},
+            },
         )
     for old in _checkpoints(folder)[:-KEPT_CHECKPOINTS]:
         remove(old)
     return path
 
 
-def load_state(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
-    """The newest checkpoint of a stage's folder as (steps done, tensors on the CPU), or None where there is none.
+def load_state(folder: Path) -> tuple[int, dict[str, Tensor], dict] | None:
+    """The newest checkpoint of a stage's folder: steps done, tensors on the CPU, record; None where there is none.
 
     Raises CheckpointError where it is damaged: nothing restarts from zero, or from an older state, in silence.
     """
@@ -167,7 +174,7 @@ def load_state(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
     path = found[-1] / "state.safetensors"
     if state.get("format") != FORMAT or not path.is_file() or sha256(path) != state["sha256"]:
         raise CheckpointError(f"{found[-1]} is damaged: delete it to resume from the checkpoint before it")
-    return state["step"], load_file(path)
+    return state["step"], load_file(path), state["record"]
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -191,21 +198,31 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
 
 
 def save_training(
-    folder: Path, steps: int, weights: dict[str, dict[str, Tensor]], optimizer: torch.optim.Optimizer
+    folder: Path,
+    steps: int,
+    weights: dict[str, dict[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    record: dict | None = None,
 ) -> None:
-    """A checkpoint after `steps` steps: groups of `weights` and the optimiser. The rest follows from the step."""
+    """A checkpoint after `steps` steps: groups of `weights`, the optimiser, and a `record` of what does not follow
+    from the step."""
     tensors = optimizer_tensors(optimizer)
     for prefix, group in weights.items():
         tensors |= named(prefix, group)
-    save_state(folder, steps, tensors)
+    save_state(folder, steps, tensors, record)
 
 
-def load_training(folder: Path, weights: dict[str, dict[str, Tensor]], optimizer: torch.optim.Optimizer) -> int:
-    """Put back the newest checkpoint in `folder`, in place, and return the steps it has done; 0 where there is none."""
+def load_training(
+    folder: Path, weights: dict[str, dict[str, Tensor]], optimizer: torch.optim.Optimizer
+) -> tuple[int, dict | None]:
+    """Put back the newest checkpoint in `folder`, in place; returns the steps done and its record.
+
+    0 and None where there is none.
+    """
     found = load_state(folder)
     if found is None:
-        return 0
-    steps, tensors = found
+        return 0, None
+    steps, tensors, record = found
     for prefix, group in weights.items():
         kept = taken(prefix, tensors)
         if kept.keys() != group.keys():
@@ -215,7 +232,7 @@ def load_training(folder: Path, weights: dict[str, dict[str, Tensor]], optimizer
         for name, value in group.items():
             value.data.copy_(kept[name])
     load_optimizer(optimizer, tensors)
-    return steps
+    return steps, record
 
 
 def named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

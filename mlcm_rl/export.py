@@ -98,7 +98,7 @@ def _write_pipeline(base: Base, student: Student, folder: Path) -> None:
         code = Path(exported_pipeline.__file__).read_text()
         (folder / "pipeline.py").write_text(code.replace("StableDiffusionXLPipeline", type(pipeline).__name__))
         _edit(folder / "model_index.json", _class_name=["pipeline", "TargetTimePipeline"])
-    elif lora.is_file():
+    elif lora.is_file() and not student.tuned:
         shutil.copy(lora, folder)
 
 
@@ -132,15 +132,21 @@ def _card(base: Base, student: Student, name: str, table: str | None, snapshots:
         f"`guidance_scale=0`). {_kind(student)}",
         "## Use\n\n" + _usage(student, name),
     ]
-    if not student.conditioned and (student.folder / LORA_FILE).is_file():
+    if not (student.conditioned or student.tuned) and (student.folder / LORA_FILE).is_file():
         sections.append("Or the adapter alone, over its teacher:\n\n" + _lora_usage(student, teacher, name))
     if snapshots:
         sections.append(_snapshot_usage(teacher, snapshots))
     sections.append("## Grids\n\n" + _grids(student, base.schedule.num_times))
     if table:
-        sections.append("## Measured\n\n" + table.strip())
+        sections.append("## Measured\n\n" + _under_a_heading(table))
     sections.append("## Licence\n\n" + (f"As its teacher's: {licence}." if licence else "That of its teacher."))
     return "\n\n".join(sections) + "\n"
+
+
+def _under_a_heading(text: str) -> str:
+    """`text` without the title that a report opens with: the card has its own."""
+    title, _, rest = text.strip().partition("\n")
+    return rest.strip() if title.startswith("# ") else text.strip()
 
 
 def _front_matter(teacher: str, licence: str | None) -> str:
@@ -151,6 +157,11 @@ def _front_matter(teacher: str, licence: str | None) -> str:
 
 
 def _kind(student: Student) -> str:
+    tuned = " It was then tuned to preferences; both are in its weights." if student.tuned else ""
+    return _distilled_kind(student) + tuned
+
+
+def _distilled_kind(student: Student) -> str:
     if student.conditioned:
         return "It is told the time that each step ends at, so one student serves every number of steps."
     return f"Segments at the end of its training: {student.num_segments}."

@@ -2,7 +2,8 @@
 
 Hashed: the stage's settings but for those marked `presentation`, the content of the files it reads, the teacher's
 weights, the seed, the stages it starts from, and a maths number per stage that is raised by hand. Not hashed: the
-commit, names, where runs live.
+commit, names, where runs live, and settings at their defaults, so that a new setting does not orphan finished stages
+(whoever changes a default raises the maths number).
 """
 
 import hashlib
@@ -11,19 +12,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import FORMAT, sha256, teacher_hash
-from .recipe import Distill, Recipe, Stage, Strict
+from .recipe import Distill, Feedback, Recipe, Stage, Strict
 
 # A stage's maths number: raised when its results would come out differently for the same settings.
-MATHS = {"train_teacher": 1, "trajectories": 1, "distill": 1, "evaluate": 1}
+MATHS = {
+    "train_teacher": 1,
+    "trajectories": 1,
+    "distill": 1,
+    "feedback": 1,
+    "dpo": 1,
+    "policy": 1,
+    "evaluate": 1,
+}
+TUNING = ("feedback", "dpo", "policy")  # each starts from the distilled student, so that one recipe can compare them
+STUDENTS = ("distill", *TUNING)  # stages that leave a student
 
 # Which earlier stages a stage starts from: the latest one of each kind named here.
 PARENTS = {
     "train_teacher": (),
     "trajectories": ("train_teacher",),
     "distill": ("train_teacher", "trajectories", "distill"),
-    "evaluate": ("train_teacher", "distill"),
+    "feedback": ("train_teacher", "trajectories", "distill"),
+    "dpo": ("train_teacher", "distill"),
+    "policy": ("train_teacher", "distill"),
+    "evaluate": ("train_teacher", *STUDENTS),
 }
-FILES = ("prompts", "images", "judge")  # settings that name what a stage reads
+FILES = ("prompts", "guard_prompts", "images", "judge", "inception", "clip")  # settings that name what a stage reads
 INDEXES = ("metadata.jsonl", "config.json")  # what stands for a folder that is read
 
 
@@ -39,7 +53,7 @@ class Located:
 def parents_of(stage: Stage, earlier: list[Located]) -> dict[str, Located]:
     """The stages that `stage` starts from, by kind: the latest of each among the `earlier` ones of its recipe."""
     parents = {one.kind: one for one in earlier if one.kind in PARENTS[stage.kind]}
-    if isinstance(stage, Distill) and not stage.reads_trajectories:
+    if isinstance(stage, Distill | Feedback) and not stage.reads_trajectories:
         parents.pop("trajectories", None)
     return parents
 
@@ -50,22 +64,32 @@ def locate(stage: Stage, recipe: Recipe, earlier: list[Located]) -> Located:
     files = {name: file_hash(value) for name in FILES if (value := getattr(stage, name, None))}
     identity = {
         "format": FORMAT,
+        "kind": stage.kind,
         "maths": MATHS[stage.kind],
         "stage": settings(stage) | files,  # files by content, not by name
         "teacher": settings(recipe.teacher) | {"path": teacher_hash(recipe.teacher)},
         "parents": {kind: parent.fingerprint for kind, parent in sorted(parents.items())},
-        "seed": recipe.seed,
+        "seed": seed_of_stage(stage, recipe),
     }
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return Located(stage.kind, fingerprint, Path(recipe.runs) / "stages" / f"{stage.kind}-{fingerprint}")
 
 
+def seed_of_stage(stage: Stage, recipe: Recipe) -> int:
+    """The stage's own seed, or the recipe's."""
+    return recipe.seed if stage.seed is None else stage.seed
+
+
 def settings(model: Strict) -> dict:
-    """The settings of `model` that can change a result: all but those marked `presentation`."""
-    fields = type(model).model_fields
-    extras = {name: field.json_schema_extra for name, field in fields.items()}
-    hidden = {name for name, extra in extras.items() if isinstance(extra, dict) and extra.get("presentation")}
-    return model.model_dump(mode="json", exclude=hidden)
+    """The settings of `model` that can change a result and are not at their defaults; a stage's seed stands apart."""
+    dumped = model.model_dump(mode="json", exclude={"kind", "seed"})
+    return {
+        name: dumped[name]
+        for name, field in type(model).model_fields.items()
+        if name in dumped
+        and not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("presentation"))
+        and getattr(model, name) != field.get_default(call_default_factory=True)
+    }
 
 
 def file_hash(path: str) -> str:

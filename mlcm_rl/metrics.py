@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import CLIPModel, CLIPTokenizer
 
-from .checkpoint import sha256
+from .inception import InceptionV3
 
 KERNEL_ROWS = 1024  # rows of a kernel matrix held at a time: 5,000 x 5,000 in float64 would be 200 MB
 
@@ -105,25 +105,6 @@ def paired_difference(values: Tensor, others: Tensor) -> tuple[float, float]:
 # ---- with networks from local files, for real bases ----
 
 
-class Inception(nn.Module):
-    """Inception features by a TorchScript file in the layout of the one that NVIDIA publishes for FID.
-
-    The file's network is called with (pictures (B, 3, H, W) uint8, return_features=True) and resizes them itself.
-    `sha256` says which file it was: scores by different files do not compare.
-    """
-
-    def __init__(self, path: Path | str, device: torch.device | str):
-        super().__init__()
-        self.sha256 = sha256(Path(path))
-        self.network = torch.jit.load(str(path), map_location=device).eval()
-        self.num_features: int = self(torch.zeros(1, 3, 299, 299, dtype=torch.uint8, device=device)).shape[1]
-
-    @torch.no_grad()
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Features (B, D) of `pictures` (B, 3, H, W) uint8."""
-        return self.network(pictures, return_features=True)
-
-
 class _Given(nn.Module):
     """Lets features through, for a metric that wants to compute them itself."""
 
@@ -135,22 +116,36 @@ class _Given(nn.Module):
         return features
 
 
-def inception_distances(
-    inception: Inception, real: Iterable[Tensor], drawn: Iterable[Tensor], num_subsets: int = 10
-) -> dict[str, float]:
-    """FID (by torchmetrics) and KID of the pictures `drawn` to the `real` ones, batches (B, 3, H, W) in [0, 1].
+class InceptionDistances:
+    """FID (by torchmetrics) and KID of drawn pictures to real ones, by the features of an Inception network.
 
-    "kid_se" is the standard error over disjoint subsets of the drawn pictures.
+    `network` maps pictures (B, 3, H, W) uint8 to (B, num_features); `real` are batches of such pictures. Of these and
+    of a row's pictures only features are kept, (N, num_features). KID is this module's own, with an error: the one of
+    torchmetrics, to which it is equal, draws its subsets from the global generator.
     """
-    frechet = FrechetInceptionDistance(feature=_Given(inception.num_features))
-    found = []
-    for batches, is_real in ((real, True), (drawn, False)):
-        parts = [inception((batch * 255).round().to(torch.uint8)).cpu() for batch in batches]
-        found.append(torch.cat(parts))
-        frechet.update(found[-1], real=is_real)
-    features_of_real, features = found
-    value, error = mean_and_error(kid(features[:, None], features_of_real, num_subsets))
-    return {"fid": frechet.compute().item(), "kid": value, "kid_se": error}
+
+    def __init__(self, network: InceptionV3, real: Iterable[Tensor], device: torch.device | str):
+        self.network, self.device = network, device
+        self.real = torch.cat([self._seen(batch) for batch in real])
+        self.frechet = FrechetInceptionDistance(feature=_Given(network.num_features), reset_real_features=False)
+        self.frechet.update(self.real, real=True)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features (B, D), on the CPU, of `images` (B, 3, H, W) in [0, 1], to 8 bits as a PNG keeps them."""
+        return self._seen((images * 255).round().to(torch.uint8))
+
+    def values(self, features: Tensor, num_subsets: int) -> dict[str, Tensor]:
+        """Of `features` (P, I, D): "fid" (1,), "inception_kid" (num_subsets,), both in float64."""
+        self.frechet.reset()  # of the row before; the real pictures stay
+        self.frechet.update(features.flatten(0, 1), real=False)
+        return {
+            "fid": self.frechet.compute().double().reshape(1),
+            "inception_kid": kid(features, self.real, num_subsets),
+        }
+
+    @torch.no_grad()
+    def _seen(self, pictures: Tensor) -> Tensor:
+        return self.network(pictures.to(self.device)).cpu()
 
 
 class ClipScore:

@@ -8,8 +8,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from . import plots, report
+from . import plots, report, report_tuned
 from .checkpoint import replacing
+from .definitions import GAIN, WIN_RATE
 
 THUMBNAIL = 256  # pixels a side at most; smaller pictures stay lossless
 LANGUAGES = {"en": "English", "zh": "Chinese"}
@@ -35,20 +36,31 @@ def render(result: dict[str, Any], folder: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    keys = report.columns(result)
     return environment.get_template("report.html").render(
         report=result,
         headline=headline(result),
         gallery=gallery(result, folder),
         legend=plots.lines(result),
         quality=[plots.quality(result, key) for key in report.main_metrics(result)],
+        tuned=tuned(result, folder) if result.get("tuned") else None,
         curves=[plots.loss(curve) for curve in result["curves"]],
+        learned=[plots.learned(one, name) for one in result.get("tuned", []) for name in one["rewards"]],
         heads=report.heads(result),
         groups=groups(result),
         comparisons=[compared(result, one) for one in result["comparisons"]],
-        definitions=[(report.metric(key).label, report.metric(key).definition) for key in keys],
+        definitions=definitions(result),
         settings={**{f"teacher.{key}": value for key, value in result["teacher"].items()}, **result["settings"]},
     )
+
+
+def definitions(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The table's columns, and the networks that measured, in words."""
+    found = [(report.metric(key).label, report.metric(key).definition) for key in report.columns(result)]
+    if report.has_training(result):
+        found.insert(0, ("Training evals", report.TRAINING))
+    if result.get("tuned"):
+        found += [("Win rate", WIN_RATE), ("Gain", GAIN)]
+    return found + [(f"Network: {name}", text) for name, text in report.network_texts(result)]
 
 
 def headline(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -131,6 +143,63 @@ def gallery(result: dict[str, Any], folder: Path) -> dict[str, Any]:
         "student": students[0] if students else None,
         "solvers": {n: row["sampler"] for n, row in of_teacher.items() if row},
     }
+
+
+def tuned(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The section on preference learning: a card a student, two tables, and galleries of before and after."""
+    students = result["tuned"]
+    others = [report.metric(key).label for key in report_tuned.others(result)]
+    return {
+        "cards": [
+            {
+                "name": one["name"],
+                "sentence": report_tuned.sentence(one),
+                "verdict": report_tuned.verdict(one),
+                "warnings": one["guard"]["warnings"],
+                "plot": plots.gains(one),
+            }
+            for one in students
+        ],
+        "tables": [
+            {
+                "title": title,
+                "heads": heads,
+                "num_words": num_words,
+                "groups": [(f"{one['name']}, tuned from {one['reference']}", lines(result, one)) for one in students],
+            }
+            for title, heads, num_words, lines in (
+                ("Rewards before and after", report_tuned.heads(result), 2, report_tuned.table),
+                ("What else changed: paired differences", others, 0, report_tuned.costs),
+            )
+        ],
+        "galleries": before_and_after(result, folder),
+    }
+
+
+def before_and_after(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """A gallery for each distilled student: its pictures, and those of every student that was tuned from it."""
+    rows = report.by_id(result)
+    galleries = []
+    for reference in dict.fromkeys(one["reference"] for one in result["tuned"]):
+        of_it = [one for one in result["tuned"] if one["reference"] == reference]
+        found = {one["name"]: report_tuned.nearest(one) for one in of_it}
+        after = {name: rows[one["row"]] for name, one in found.items() if one is not None}
+        if not after:
+            continue
+        (before,) = {one["reference"] for one in found.values() if one is not None}  # one sampler, so one row
+        columns = {f"before: {reference}": rows[before]} | {f"after: {name}": row for name, row in after.items()}
+        prompts = [
+            {
+                "text": prompt["prompt"],
+                "language": prompt["language"],
+                "language_name": LANGUAGES.get(prompt["language"], prompt["language"]),
+                "pictures": {name: picture(folder, row, i) for name, row in columns.items()},
+            }
+            for i, prompt in enumerate(result["prompts"])
+            if prompt["shown"]
+        ]
+        galleries.append({"num_steps": rows[before]["num_steps"], "columns": list(columns), "prompts": prompts})
+    return galleries
 
 
 def picture(folder: Path, row: dict[str, Any] | None, prompt: int) -> str | None:

@@ -12,7 +12,7 @@ from . import __version__, adapters, bases, pictures, report, sampler
 from .checkpoint import CheckpointError, finish, is_finished, read_json, verify
 from .equations.segments import sampling_times
 from .export import export as write_export
-from .fingerprint import Located, locate, parents_of
+from .fingerprint import Located, locate, parents_of, seed_of_stage
 from .plan import PlannedStage, network_evaluations, planned_stages
 from .recipe import Evaluate, Recipe, Stage
 from .runtime import NonFiniteLoss, commit, console, device_of, generator
@@ -60,7 +60,8 @@ def _run_stage(stage: Stage, recipe: Recipe, done: list[Located], found: Located
     console.print(f"[bold]{stage.kind}[/] -> {found.folder}", soft_wrap=True)
     started = time.monotonic()
     folders = {kind: parent.folder for kind, parent in parents.items()}
-    import_module(f"mlcm_rl.stages.{stage.kind}").run(stage, recipe, folders, found.folder)
+    seeded = recipe.model_copy(update={"seed": seed_of_stage(stage, recipe)})
+    import_module(f"mlcm_rl.stages.{stage.kind}").run(stage, seeded, folders, found.folder)
     manifest = {
         "kind": stage.kind,
         "fingerprint": found.fingerprint,

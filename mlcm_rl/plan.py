@@ -12,8 +12,20 @@ from pathlib import Path
 
 from .bases import LORA_TARGETS
 from .checkpoint import CheckpointError, is_finished, read_json
-from .fingerprint import Located, locate
-from .recipe import Distill, Evaluate, Lora, Recipe, Stage, TrainTeacher, Trajectories
+from .fingerprint import STUDENTS, Located, locate
+from .recipe import (
+    Distill,
+    Dpo,
+    Evaluate,
+    Feedback,
+    Lora,
+    Policy,
+    Recipe,
+    Stage,
+    TrainTeacher,
+    Trajectories,
+    Tuning,
+)
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 ADAM_BYTES = 12  # a trained float32 weight's gradient and two moments
@@ -55,7 +67,11 @@ def network_evaluations(stage: Stage, recipe: Recipe) -> int:
         return (stage.num_trajectories + stage.num_held_out) * stage.num_steps * guided
     if isinstance(stage, Distill):
         return round(sum(map(sum, evaluations_per_phase(stage, guided))))
-    return stage.num_prompts * stage.images_per_prompt * _evaluations_per_picture(stage, guided)
+    if isinstance(stage, Feedback | Dpo | Policy):
+        looks = -(-stage.num_steps // stage.guard.every) + 1  # and one at the reference
+        watched = looks * stage.guard.num_prompts * stage.sampling_steps
+        return round(stage.num_steps * stage.batch_size * evaluations_per_sample(stage)) + watched
+    return stage.num_prompts * stage.images_per_prompt * sum(evaluations_per_row(stage, recipe))
 
 
 def evaluations_per_phase(stage: Distill, guided: int) -> list[tuple[float, float, float]]:
@@ -74,11 +90,33 @@ def evaluations_per_phase(stage: Distill, guided: int) -> list[tuple[float, floa
     return costs
 
 
-def _evaluations_per_picture(stage: Evaluate, guided: int) -> int:
-    """Evaluations of all rows for one picture, students of `students: snapshots` and `also` not counted."""
-    references = guided * sum(stage.teacher_steps)
-    undistilled = sum(n + (n if guided == 2 and n % 2 == 0 else 0) for n in stage.num_steps)
-    students = sum(stage.num_steps) * len(stage.gammas) * len(stage.grids)
+def evaluations_per_sample(stage: Feedback | Dpo | Policy) -> float:
+    """Evaluations that one sample of a tuning step takes, one pair for dpo; those of the reference are counted."""
+    steps = stage.sampling_steps
+    if isinstance(stage, Dpo):
+        measured = {"endpoint": steps, "diffusion_dpo": 1, "pso": steps - 1}[stage.form]
+        return stage.num_generations * steps + measured * 2 * 2
+    if isinstance(stage, Policy):
+        return steps + (steps - 1) * (2 + stage.num_iterations)
+    copies = stage.num_copies if stage.gradient == "low_variance" else 1
+    sampled = {
+        "last": steps,
+        "random": steps - (stage.num_grad_steps - 1) / 2,
+        "low_variance": steps + copies,
+    }[stage.gradient]
+    return sampled + copies * (stage.anchor > 0) + (steps + 2) * (stage.kl > 0) + (stage.consistency > 0)
+
+
+def evaluations_per_row(stage: Evaluate, recipe: Recipe) -> list[int]:
+    """Evaluations that a picture of each row takes, at most: rows that would be equal are drawn once.
+
+    Students are those of `also` and the recipe's own; with `students: snapshots` each is counted once all the same.
+    """
+    guided = 1 if recipe.teacher.guidance_scale == 1.0 else 2
+    references = [guided * n for n in stage.teacher_steps]
+    undistilled = [n for n in stage.num_steps for _ in range(2 if guided == 2 and n % 2 == 0 else 1)]
+    num_students = len(stage.also) + len({one.kind for one in recipe.stages} & set(STUDENTS))
+    students = stage.num_steps * len(stage.gammas) * len(stage.grids) * num_students
     return references + undistilled * len(stage.teacher_solvers) + students
 
 
@@ -94,12 +132,13 @@ class Sizes:
         factor = 2 ** (len(read_json(self.folder / "vae" / "config.json")["block_out_channels"]) - 1)
         side = recipe.teacher.resolution // factor if recipe.teacher.resolution else unet["sample_size"]
         self.latent = unet["in_channels"] * side * side
+        self.pixels = (side * factor) ** 2
         self.context_width = unet["cross_attention_dim"]
 
     def weights(self, part: str) -> int:
         return sum(map(prod, self.parts[part].values()))
 
-    def trained(self, stage: Distill | TrainTeacher) -> int:
+    def trained(self, stage: Distill | TrainTeacher | Tuning) -> int:
         """Trained weights: all of the denoiser, or a LoRA's two matrices for every module that it changes."""
         if isinstance(stage, TrainTeacher) or not isinstance(stage.adapter, Lora):
             return self.weights("unet")
@@ -112,9 +151,13 @@ class Sizes:
     def memory(self, stage: Stage) -> int:
         """Bytes of weights, gradients and optimiser; not of activations."""
         total = sum(self.weights(part) for part in self.parts) * BYTES[self.recipe.teacher.dtype]
-        if isinstance(stage, Distill | TrainTeacher):
-            averaged = isinstance(stage, TrainTeacher) or stage.target_ema > 0
+        if isinstance(stage, Distill | TrainTeacher | Tuning):
+            averaged = not isinstance(stage, Distill) or stage.target_ema > 0  # the guard keeps the best beside it
             total += self.trained(stage) * (4 + ADAM_BYTES + 4 * averaged)
+        if isinstance(stage, Evaluate):
+            measuring = shapes_in(Path(stage.inception)) if stage.inception else {}
+            measuring |= shapes(Path(stage.clip)) if stage.clip else {}
+            total += 4 * sum(map(prod, measuring.values()))
         return total
 
     def disk(self, stage: Stage) -> int:
@@ -127,6 +170,11 @@ class Sizes:
             return self.weights("unet") * (2 + 2 * 16)
         if isinstance(stage, Distill):
             return self.trained(stage) * (4 * (1 + len(stage.segments)) + 2 * ADAM_BYTES)
+        if isinstance(stage, Tuning):  # the distilled student once more, at most all of it, and the adapter
+            return 4 * self.weights("unet") + self.trained(stage) * (4 + 2 * (4 + ADAM_BYTES))
+        if isinstance(stage, Evaluate) and stage.keep_pictures:  # before PNG makes them smaller
+            num_pictures = stage.num_prompts * stage.images_per_prompt * len(evaluations_per_row(stage, self.recipe))
+            return 3 * self.pixels * num_pictures
         return 0  # a page and a few pictures
 
 
@@ -139,8 +187,13 @@ def shapes(folder: Path) -> dict[str, list[int]]:
     """Shapes of the tensors in a folder's safetensors files, read off their headers."""
     found: dict[str, list[int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        found |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+        found |= shapes_in(path)
     return found
+
+
+def shapes_in(path: Path) -> dict[str, list[int]]:
+    """Shapes of the tensors in a safetensors file."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}

@@ -1,7 +1,9 @@
 """Plots of a report as inline SVG: transparent, with text in the page's own colour, for light and dark alike."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from io import StringIO
 from typing import Any
 
@@ -108,8 +110,40 @@ def loss(curve: dict[str, Any]) -> str:
     _log(axes)
     axes.set_xlabel("optimiser step")
     axes.set_title(f"Phase {curve['phase'] + 1}: K = {curve['num_segments']}", loc="left")
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return _svg(figure, f"Loss of phase {curve['phase'] + 1}, K = {curve['num_segments']}, against optimiser steps")
+
+
+def gains(student: dict[str, Any]) -> str:
+    """SVG of what the guard saw of a tuned student: its gains against optimiser steps, the kept step upright."""
+    figure, axes = _figure(f"gains {student['name']}")
+    axes.axhline(0.0, color=INK, lw=0.9, alpha=0.5)
+    curves = [student["curves"][f"guard/{which}_gain"] for which in ("trained", "held_out")]
+    _learned(axes, student, curves, ("trained on", "held out"))
+    axes.set_title("Gain, in deviations of the reference", loc="left")
+    return _svg(figure, f"The guard's trained and held-out gain of {student['name']} against optimiser steps")
+
+
+def learned(student: dict[str, Any], name: str) -> str:
+    """SVG of one reward of a tuned student against optimiser steps: in its batches, and on the guard's prompts."""
+    figure, axes = _figure(f"reward {student['name']} {name}")
+    labels = {"reward/": "batches", "guard/reward/": "the guard's prompts"}
+    found = [(student["curves"].get(prefix + name, []), label) for prefix, label in labels.items()]
+    _learned(axes, student, *zip(*found, strict=True))
+    axes.set_title(f"{student['name']}: {name}, {student['rewards'][name]}", loc="left")
+    return _svg(figure, f"Reward {name} of {student['name']} against optimiser steps")
+
+
+def _learned(axes: Axes, student: dict[str, Any], curves: Sequence[list], labels: Sequence[str]) -> None:
+    """Those of `curves` [step, value] that have points, and the step that the guard kept."""
+    for colour, curve, label in zip(COLOURS, curves, labels, strict=False):
+        if curve:
+            few = {"marker": "o", "ms": 3.0} if len(curve) <= 30 else {}
+            axes.plot(*zip(*curve, strict=True), color=colour, lw=1.6, label=label, **few)
+    kept = student["guard"]["kept_step"]
+    axes.axvline(kept, color=INK, lw=1.0, ls=(0, (2, 2)), label=f"kept: step {kept}")
+    axes.set_xlabel("optimiser step")
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
 
 
 def _horizontal(axes: Axes, value: float, text: str, below: bool) -> None:
@@ -153,7 +187,7 @@ def _svg(figure: Figure, description: str) -> str:
     body = re.sub(r"<metadata>.*?</metadata>", "", body[body.index("<svg") :], flags=re.DOTALL)
     head, _, rest = body.replace(INK, "currentColor").partition(">")
     head = re.sub(r' (width|height|version|xmlns(:xlink)?)="[^"]*"', "", head)
-    return f'{head} role="img" aria-label="{description}">{_own_ids(rest, figure.get_gid())}'
+    return f'{head} role="img" aria-label="{escape(description)}">{_own_ids(rest, figure.get_gid())}'
 
 
 def _own_ids(body: str, prefix: str) -> str:

@@ -50,7 +50,13 @@ class Full(Strict):
     kind: Literal["full"] = "full"
 
 
-class Training(Strict):
+class OneStage(Strict):
+    """What every stage has in common."""
+
+    seed: int | None = Field(None, ge=0, description="of this stage alone; default: the recipe's")
+
+
+class Training(OneStage):
     """What every stage that trains has in common."""
 
     batch_size: PositiveInt = Field(description="samples per optimiser step")
@@ -74,6 +80,11 @@ class Training(Strict):
             )
         return self
 
+    @property
+    def micro_batch(self) -> int:
+        """Samples that are in memory at a time."""
+        return self.batch_size // self.gradient_accumulation
+
 
 class TrainTeacher(Training):
     """The denoiser's diffusion loss on a captioned image folder: trains the teacher itself."""
@@ -89,7 +100,7 @@ class TrainTeacher(Training):
     start: Literal["teacher", "random"] = Field("random", description="denoiser weights to begin from")
 
 
-class Trajectories(Strict):
+class Trajectories(OneStage):
     """The teacher's guided DDIM trajectories from noise to data, every state kept."""
 
     kind: Literal["trajectories"] = "trajectories"
@@ -136,11 +147,17 @@ class Distill(Training):
     space: Literal["z", "x0"] | list[Literal["z", "x0"]] = Field(
         "z", description="loss on the latents at the segment's start, or on x0 with weight SNR + 1"
     )
-    distance: Literal["l2", "huber"] | list[Literal["l2", "huber"]] = "l2"
+    distance: Literal["l2", "huber", "log_l2"] | list[Literal["l2", "huber", "log_l2"]] = Field(
+        "l2", description="squared; by Huber; or the logarithm of its mean, where near and far jumps weigh alike"
+    )
     target_ema: Fraction = Field(0.0, description="decay of the target's averaged weights; 0 = the student's own")
     optimizer_state: Literal["keep", "reset"] = Field("keep", description="what a new phase does with Adam's moments")
     condition_on_target: bool = Field(
         False, description="give the student the time it jumps to; one student for all steps"
+    )
+    budgets: list[Annotated[int, Field(ge=1, le=8)]] = Field(
+        [],
+        description="with condition_on_target: draw the jumps of samplers with these numbers of steps, and no others",
     )
     skip: PositiveInt = Field(20, description="times between a pair's points for source online and data")
     num_teacher_steps: PositiveInt = Field(3, description="inter_segment: p, teacher steps from milestone to milestone")
@@ -163,6 +180,10 @@ class Distill(Training):
             raise ValueError("method: inter_segment is consistency over the whole time axis, so segments must be [1]")
         if self.method == "inter_segment" and self.renoise == "student" and self.prompts is None:
             raise ValueError("renoise: student needs prompts: a prompt file")
+        if self.budgets and not (self.condition_on_target and list(self.segments) == [1]):
+            raise ValueError("budgets are jumps across segments: they need condition_on_target: true and segments: [1]")
+        if self.budgets and (self.source != "trajectories" or "consistency" in self.per_phase("target")):
+            raise ValueError("budgets are jumps between stored states: they need those, and target: trajectory")
         if self.source == "data" and self.images is None:
             raise ValueError("source: data needs images: a captioned image folder")
         if self.source == "online" and self.prompts is None:
@@ -182,7 +203,145 @@ class Distill(Training):
         return list(value) if isinstance(value, list) else [value] * len(self.segments)
 
 
-class Evaluate(Strict):
+class Reward(Strict):
+    """A reward model, and what it weighs in a sum of several."""
+
+    name: str = Field(description="file in reward_models, or another distribution's; see `mlcm rewards list`")
+    weight: float = 1.0
+    settings: dict[str, Any] = Field({}, description="of the reward model itself; see its card")
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    device: str | None = Field(None, description="where it runs; default: with the student")
+    chunk_size: PositiveInt | None = Field(None, description="pictures scored at a time; default: the whole batch")
+
+
+class Guard(Strict):
+    """What stops a run that hacks its reward: rewards that it is not trained on, watched on fixed prompts and noise."""
+
+    rewards: list[Reward] = Field(min_length=1, description="held out: never trained on")
+    num_prompts: PositiveInt = 64
+    every: PositiveInt = Field(20, description="steps between looks")
+    patience: PositiveInt = Field(3, description="looks in a row without a better held-out reward that end the run")
+
+
+class Tuning(Training):
+    """What the stages of preference learning have in common: the student's sampler, the rewards, the guard."""
+
+    prompts: str = Field(description=".txt (one a line) or .jsonl ({prompt, language, ...}) file")
+    guard_prompts: str | None = Field(None, description="prompt file that the guard watches; default: the same")
+    languages: dict[str, NonNegativeFloat] = Field(
+        {}, description="weight of each language in the draw of prompts, others left out; default: as they come"
+    )
+    num_steps: PositiveInt
+    learning_rate: PositiveFloat = Field(1e-4, description="peak; decays to 0")
+    warmup_steps: int = Field(0, ge=0)
+    adapter: Lora = Field(Lora(rank=16, alpha=16.0), description="the preference adapter, over the distilled student")
+    sampling_steps: int = Field(4, ge=1, le=8, description="of the student's sampler, which is what is tuned")
+    gamma: Fraction | None = Field(None, description="noise put back between its steps; default: what suits it")
+    rewards: list[Reward] = Field(min_length=1, description="trained on; their weighted sum is the reward")
+    normalise: bool = Field(True, description="put each reward on the scale of its running deviation before the sum")
+    guard: Guard
+
+    @model_validator(mode="after")
+    def _held_out_is_not_trained_on(self):
+        both = {reward.name for reward in self.rewards} & {reward.name for reward in self.guard.rewards}
+        if both:
+            raise ValueError(f"guard.rewards: {', '.join(sorted(both))} is trained on; a guard needs another reward")
+        return self
+
+    @property
+    def needs_random_steps(self) -> bool:
+        """Whether the sampler must put noise back."""
+        return False
+
+
+class Feedback(Tuning):
+    """The gradient of a differentiable reward through the student's last sampling steps."""
+
+    kind: Literal["feedback"] = "feedback"
+    gradient: Literal["last", "random", "low_variance"] = Field(
+        "last", description="through the last steps (DRaFT-K), one random late one (ReFL), re-noised copies (DRaFT-LV)"
+    )
+    num_grad_steps: PositiveInt = Field(1, description="K of `last`; how many late steps `random` draws from")
+    num_copies: PositiveInt = Field(2, description="of `low_variance`: n re-noised copies of a sample")
+    shape: Literal["negative", "hinge", "mps_hinge"] = Field(
+        "negative", description="-r; relu(threshold - r); or that and relu of the reward under another's prompt"
+    )
+    threshold: float = Field(0.0, description="of the hinges, on the scale of the summed reward")
+    anchor: NonNegativeFloat = Field(0.0, description="weight of the mean squared distance to the reference's last x0")
+    kl: NonNegativeFloat = Field(0.0, description="weight of one stochastic step's KL to the reference, per element")
+    consistency: NonNegativeFloat = Field(0.0, description="weight of the distillation loss on stored trajectories")
+
+    @model_validator(mode="after")
+    def _sampler_has_those_steps(self):
+        if self.num_grad_steps > self.sampling_steps:
+            raise ValueError(f"num_grad_steps {self.num_grad_steps} is more than sampling_steps {self.sampling_steps}")
+        if self.kl and self.gamma == 0.0:
+            raise ValueError("kl needs gamma above 0: a deterministic step has no distribution; take anchor")
+        return self
+
+    @property
+    def reads_trajectories(self) -> bool:
+        """Whether a store of trajectories is needed."""
+        return self.consistency > 0
+
+    @property
+    def needs_random_steps(self) -> bool:
+        """Whether the sampler must put noise back."""
+        return self.kl > 0
+
+
+class Dpo(Tuning):
+    """Preference pairs of the student's own samples, ranked by the rewards; hyper-parameters as in TRL's DPOConfig."""
+
+    kind: Literal["dpo"] = "dpo"
+    form: Literal["endpoint", "diffusion_dpo", "pso"] = Field(
+        "endpoint", description="log-ratio: errors at all times of the sampler, at one of them, or of its random steps"
+    )
+    num_generations: int = Field(4, ge=2, description="samples a prompt; the best is chosen, the worst rejected")
+    min_margin: NonNegativeFloat = Field(0.0, description="pairs nearer in reward than this are left out")
+    beta: PositiveFloat = Field(100.0, description="strength of the tie to the reference: lower is looser")
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "conservative"] = "sigmoid"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="of robust and conservative: share of wrong labels")
+    space: Literal["x0", "eps"] = Field("eps", description="of the errors: x0, or that weighted by SNR")
+
+    @model_validator(mode="after")
+    def _steps_are_random(self):
+        if self.form == "pso" and self.gamma == 0.0:
+            raise ValueError("form pso needs gamma above 0: a deterministic step has no probability")
+        if self.label_smoothing and self.loss_type not in ("robust", "conservative"):
+            raise ValueError(f"label_smoothing has no meaning for {self.loss_type}; take robust or conservative")
+        return self
+
+    @property
+    def needs_random_steps(self) -> bool:
+        """Whether the sampler must put noise back."""
+        return self.form == "pso"
+
+
+class Policy(Tuning):
+    """Policy gradient on the stochastic few-step sampler, for any reward; names as in TRL's GRPOConfig."""
+
+    kind: Literal["policy"] = "policy"
+    num_generations: int = Field(4, ge=2, description="samples a prompt, whose rewards are compared with each other")
+    num_iterations: PositiveInt = Field(1, description="optimiser steps on the same samples")
+    epsilon: PositiveFloat = Field(1e-3, description="clip range of the probability ratio, per element")
+    beta: NonNegativeFloat = Field(0.0, description="weight of the exact KL to the reference, per element")
+
+    @model_validator(mode="after")
+    def _groups_are_whole(self):
+        if (self.batch_size // self.gradient_accumulation) % self.num_generations:
+            raise ValueError(f"batch_size must hold whole groups of num_generations {self.num_generations}")
+        if self.gamma == 0.0 or self.sampling_steps < 2:
+            raise ValueError("gamma must be above 0 and sampling_steps 2 or more: no policy without random steps")
+        return self
+
+    @property
+    def needs_random_steps(self) -> bool:
+        """Whether the sampler must put noise back."""
+        return True
+
+
+class Evaluate(OneStage):
     """Students beside their teacher on fixed prompts and seeds: report.json, report.html."""
 
     kind: Literal["evaluate"] = "evaluate"
@@ -203,11 +362,32 @@ class Evaluate(Strict):
     also: list[str] = Field([], description="further finished stage folders to put in the same table")
     judge: str | None = Field(None, description="folder of a judge, for retrieval and KID")
     rewards: list[str] = []
+    inception: str | None = Field(
+        None, description=".safetensors file of FID's Inception (mlcm_rl/inception.py converts it), for FID and KID"
+    )
+    real_images: str | None = Field(None, description="folder of real pictures that FID and KID compare with")
+    clip: str | None = Field(None, description="folder of a CLIP in transformers' format, for the CLIP score")
     images_per_prompt: PositiveInt = Field(1, description="more than one also measures diversity")
+    keep_pictures: bool = Field(False, description="keep every picture, samples/<row>/<index>.png, for other tools")
     batch_size: PositiveInt = presentation(32)
 
+    @model_validator(mode="after")
+    def _inception_has_real_images(self):
+        if self.inception is not None and self.real_images is None:
+            raise ValueError("inception needs real_images: a folder of real pictures to compare with")
+        if self.real_images is not None and self.inception is None:
+            raise ValueError("real_images needs inception: the network that sees them")
+        if self.inception is not None and not self.inception.endswith(".safetensors"):
+            raise ValueError(
+                f"inception must be a .safetensors file, found {self.inception}; "
+                "`python -m mlcm_rl.inception` converts the published weights"
+            )
+        return self
 
-Stage = Annotated[TrainTeacher | Trajectories | Distill | Evaluate, Field(discriminator="kind")]
+
+Stage = Annotated[
+    TrainTeacher | Trajectories | Distill | Feedback | Dpo | Policy | Evaluate, Field(discriminator="kind")
+]
 
 
 class Samples(Strict):

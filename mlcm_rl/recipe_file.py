@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from . import recipe_errors, recipe_tree
-from .recipe import Distill, Evaluate, Recipe, Teacher, json_schema
+from .recipe import Distill, Evaluate, Feedback, Recipe, Teacher, Tuning, json_schema
 from .recipe_tree import Key, Node, Problem, RecipeError, nearest, nearest_file
 
 
@@ -60,7 +60,8 @@ def reward_names() -> list[str]:
     """The rewards that `mlcm_rl.rewards` would find, by name, without importing it or them (they need torch)."""
     package = importlib.util.find_spec("reward_models")
     folders = package.submodule_search_locations if package else None
-    files = {module.name for module in pkgutil.iter_modules(folders)} if folders else set()
+    found = {module.name for module in pkgutil.iter_modules(folders)} if folders else set()
+    files = {name for name in found if not name.startswith("_")}
     return sorted(files | entry_points(group="mlcm_rl.reward_models").names)
 
 
@@ -77,24 +78,41 @@ def _teacher_problems(teacher: Teacher, root: Path) -> Iterator[Problem]:
         yield from _absent(("teacher", "path"), teacher.path, root, holding="model_index.json")
 
 
+# Setting -> what a folder so named must hold; None for a file.
+READ = {
+    "prompts": None,
+    "guard_prompts": None,
+    "images": "metadata.jsonl",
+    "judge": "",
+    "inception": None,
+    "real_images": "",
+    "clip": "config.json",
+}
+
+
 def _file_problems(recipe: Recipe, root: Path) -> Iterator[Problem]:
     known = reward_names()
     for i, stage in enumerate(recipe.stages):
-        settings = stage.model_dump(include={"prompts", "images", "judge", "also", "rewards"})
-        if prompts := settings.get("prompts"):
-            yield from _absent(("stages", i, "prompts"), prompts, root)
-            if Path(prompts).suffix not in (".txt", ".jsonl"):
-                yield Problem(("stages", i, "prompts"), f"expected a .txt or .jsonl file, found {prompts}")
-        if images := settings.get("images"):
-            yield from _absent(("stages", i, "images"), images, root, holding="metadata.jsonl")
-        if judge := settings.get("judge"):
-            yield from _absent(("stages", i, "judge"), judge, root, holding="")
+        settings = stage.model_dump(include={*READ, "also", "rewards", "guard"})
+        for name in READ:
+            if path := settings.get(name):
+                yield from _absent(("stages", i, name), path, root, holding=READ[name])
+        for name in ("prompts", "guard_prompts"):
+            if (path := settings.get(name)) and Path(path).suffix not in (".txt", ".jsonl"):
+                yield Problem(("stages", i, name), f"expected a .txt or .jsonl file, found {path}")
         for j, other in enumerate(settings.get("also", [])):
             yield from _absent(("stages", i, "also", j), other, root, holding="manifest.json")
-        for j, name in enumerate(settings.get("rewards", [])):
-            if name not in known:
-                message = f"no reward is called {name}; known are {', '.join(known) or 'none'}"
-                yield Problem(("stages", i, "rewards", j), message, nearest(name, known))
+        for key, reward in _rewards_named(("stages", i), settings):
+            if reward not in known:
+                message = f"no reward is called {reward}; known are {', '.join(known) or 'none'}"
+                yield Problem(key, message, nearest(reward, known))
+
+
+def _rewards_named(stage: Key, settings: dict) -> Iterator[tuple[Key, str]]:
+    """(key, name) of every reward model that a stage names: names alone, or entries with a name."""
+    for place, rewards in (("rewards",), settings), (("guard", "rewards"), settings.get("guard") or {}):
+        for j, one in enumerate(rewards.get("rewards", [])):
+            yield ((*stage, *place, j), one) if isinstance(one, str) else ((*stage, *place, j, "name"), one["name"])
 
 
 def _absent(key: Key, name: str, root: Path, holding: str | None = None) -> Iterator[Problem]:
@@ -123,6 +141,10 @@ def _order_problems(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(("stages", i, "source"), "source: trajectories needs an earlier trajectories stage")
             if stage.method == "inter_segment" and stage.renoise == "stored":
                 yield Problem(("stages", i, "renoise"), "renoise: stored needs an earlier trajectories stage")
+        if isinstance(stage, Tuning) and "distill" not in before:
+            yield Problem(("stages", i), f"{stage.kind} tunes a distilled student: it needs an earlier distill stage")
+        if isinstance(stage, Feedback) and stage.consistency and "trajectories" not in before:
+            yield Problem(("stages", i, "consistency"), "consistency needs an earlier trajectories stage")
         if isinstance(stage, Evaluate) and "distill" not in before and not stage.also:
             message = "nothing to evaluate: needs an earlier distill stage, or finished ones in also"
             yield Problem(("stages", i), message)

@@ -1,11 +1,8 @@
 """report.json, the record of an evaluation, and what is said of it: comparisons, headline, table, report.md."""
 
 import json
-import math
 import platform
-import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,95 +13,47 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
-from . import __version__
+from . import __version__, report_tuned
 from .checkpoint import replacing
-from .metrics import mean_and_error, paired_difference
+from .definitions import TRAINING, metric
+from .figures import binned, kept, listed, number, plus_minus, rounded, summary
+from .metrics import paired_difference
 from .recipe import Evaluate, Recipe
 from .runtime import commit
 
-FORMAT = 1  # of report.json; raised when its layout changes
-DIGITS = 6  # significant ones of the values kept per prompt
-CURVE_POINTS = 100  # of a phase's loss curve; more are averaged in bins
+# Of report.json, raised when its layout changes. Still read: 1 has no "training", no "networks", 1 and 2 no "tuned".
+FORMAT = 3
 BUDGETS = (2, 4, 8)  # network evaluations at which student and teacher are compared
 HEADLINE_BUDGET = 4
 NUM_ERRORS = 2.0  # standard errors that the headline asks for
-COMPARED = ("distance", "r@5")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What a key of a row's metrics stands for."""
-
-    label: str
-    lower_is_better: bool
-    definition: str
-
-
-def metric(key: str) -> Metric:
-    """The metric of `key`: distance, kid, r@<k>, r@<k>/<language>, diversity or reward/<name>."""
-    name, _, rest = key.partition("/")
-    if name == "reward":
-        return Metric(rest, False, f"Reward model `{rest}` (see its card in reward_models/), higher is better.")
-    if name.startswith("r@"):
-        return Metric(f"R@{name[2:]} {rest}".strip(), False, RETRIEVAL.format(k=name[2:]))
-    return METRICS[name]
-
-
-RETRIEVAL = (
-    "Share of pictures whose concept is among the {k} nearest of the judge's prototypes, by cosine; a tie counts "
-    "against the picture. Language enters through the prompt alone: the judge reads none."
-)
-METRICS = {
-    "distance": Metric(
-        "Distance",
-        True,
-        "Mean squared difference, per latent value, to the guided teacher's sample from the same noise; both are the "
-        "x0 of the last step.",
-    ),
-    "kid": Metric(
-        "KID (judge features)",
-        True,
-        "Kernel distance (Binkowski et al.) between the judge's features of these pictures and of real ones: unbiased, "
-        "so it can be negative; kernel (x.y + 1)^3 on unit-length features, mean over disjoint subsets of the prompts; "
-        "not comparable with a KID on Inception features.",
-    ),
-    "diversity": Metric(
-        "Diversity",
-        False,
-        "Mean distance between the judge's features of the pictures of one prompt, higher is more varied.",
-    ),
-}
+COMPARED = ("distance", "r@5", "clip")
+MAIN_METRICS = ("distance", "kid", "r@5", "fid", "clip")  # beside the rewards
 
 
 # ---- the record ----
 
 
-def record(row: dict[str, Any], values: dict[str, Tensor], languages: list[str], latency_ms: float) -> dict[str, Any]:
+def record(
+    row: dict[str, Any],
+    values: dict[str, Tensor],
+    languages: list[str],
+    latency_ms: float,
+    samples: dict[str, Tensor] | None = None,
+) -> dict[str, Any]:
     """A row of report.json: what it is, its latency, and of each metric mean, standard error and the values (P,).
 
-    R@k is also given for each of the prompts' `languages`, without repeating the values.
+    R@k is also given for each of the prompts' `languages`, without repeating the values. Of the metrics in `samples`
+    the values of every picture (P, I) are kept too.
     """
-    summaries = {key: summary(kept) | {"values": listed(kept)} for key, kept in values.items()}
+    summaries = {key: summary(one) | {"values": listed(one)} for key, one in values.items()}
+    for key, by_picture in (samples or {}).items():
+        summaries[key]["samples"] = [listed(one) for one in by_picture]
     if len(set(languages)) > 1:
         for key in [key for key in values if key.startswith("r@")]:
             for language in dict.fromkeys(languages):
                 chosen = torch.tensor([spoken == language for spoken in languages])
                 summaries[f"{key}/{language}"] = summary(values[key][chosen])
     return row | {"latency_ms": rounded(latency_ms), "metrics": summaries}
-
-
-def summary(values: Tensor) -> dict[str, Any]:
-    mean, error = mean_and_error(values)
-    return {"mean": rounded(mean), "se": rounded(error), "n": int((~values.isnan()).sum())}
-
-
-def rounded(value: float) -> float | None:
-    """`value` to DIGITS significant digits; None, which JSON can hold, for nan."""
-    return None if math.isnan(value) else float(f"{value:.{DIGITS}g}")
-
-
-def listed(values: Tensor) -> list[float | None]:
-    return [rounded(value) for value in values.tolist()]
 
 
 def assemble(
@@ -114,21 +63,29 @@ def assemble(
     rows: list[dict],
     device: torch.device,
     curves: list[dict],
+    tuned: list[dict],
+    networks: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """The whole of report.json. `prompts` are the fixed ones, each with "shown"; `rows` come from `record`."""
+    """The whole of report.json.
+
+    `prompts` are the fixed ones, each with "shown"; `rows` come from `record`; `tuned` are what `report_tuned.read`
+    found; `networks` says of every network that measured which files it was read from.
+    """
     report = {
         "format": FORMAT,
         "name": recipe.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment(device),
         "teacher": recipe.teacher.model_dump(mode="json"),
-        "settings": {"seed": recipe.seed, **stage.model_dump(mode="json")},
+        "settings": {**stage.model_dump(mode="json"), "seed": recipe.seed},
+        "networks": networks,
         "reference": next(row["id"] for row in rows if row["role"] == "reference"),
         "prompts": prompts,
         "rows": rows,
         "curves": curves,
     }
-    return report | {"comparisons": comparisons(report), "headline": headline(report)}
+    compared = [student | {"comparisons": report_tuned.compared(report, student)} for student in tuned]
+    return report | {"comparisons": comparisons(report), "headline": headline(report), "tuned": compared}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -170,18 +127,13 @@ def read_curves(folder: Path | None) -> list[dict[str, Any]]:
         {
             "phase": phase,
             "num_segments": next(entry["num_segments"] for entry in entries if entry.get("phase") == phase),
-            **{name: binned(entries, phase, name) for name in ("loss", "held_out_loss")},
+            **{
+                name: binned([(one["step"], one[name]) for one in entries if one.get("phase") == phase and name in one])
+                for name in ("loss", "held_out_loss")
+            },
         }
         for phase in sorted({entry["phase"] for entry in entries if "phase" in entry})
     ]
-
-
-def binned(entries: list[dict], phase: int, name: str) -> list[list[float]]:
-    """[step, value] of `name` in `phase`, at most CURVE_POINTS of them, each the mean of its bin."""
-    points = [(entry["step"], entry[name]) for entry in entries if entry.get("phase") == phase and name in entry]
-    width = max(1, math.ceil(len(points) / CURVE_POINTS))
-    bins = [points[i : i + width] for i in range(0, len(points), width)]
-    return [[one[-1][0], rounded(statistics.fmean(value for _, value in one))] for one in bins]
 
 
 # ---- what it says ----
@@ -272,11 +224,6 @@ def best(rows: list[dict], key: str) -> dict | None:
     return min(rows, key=lambda row: sign * row["metrics"][key]["mean"], default=None)
 
 
-def kept(row: dict, key: str) -> Tensor:
-    """The values (P,) of a row's metric, nan where a prompt has none."""
-    return torch.tensor([math.nan if value is None else value for value in row["metrics"][key]["values"]])
-
-
 # ---- as text ----
 
 
@@ -291,23 +238,9 @@ def columns(report: dict[str, Any]) -> list[str]:
 
 
 def main_metrics(report: dict[str, Any]) -> list[str]:
-    """The metrics that get a plot and a place on the terminal: distance, KID, R@5 over all languages, rewards."""
+    """The metrics that get a plot and a place on the terminal; R@5 is over all languages."""
     keys = measured(report, report["rows"][0]["metrics"])
-    return [key for key in keys if key in ("distance", "kid", "r@5") or key.startswith("reward/")]
-
-
-def number(summary: dict[str, Any]) -> str:
-    return plus_minus(summary["mean"], summary["se"])
-
-
-def plus_minus(value: float | None, error: float | None) -> str:
-    """`value` with its standard error, to the error's second digit; a dash for none."""
-    if value is None:
-        return "-"
-    if not error:
-        return f"{value:.4g}"
-    decimals = min(6, max(0, 1 - math.floor(math.log10(error))))
-    return f"{value:.{decimals}f} \u00b1 {error:.{decimals}f}"
+    return [key for key in keys if key in MAIN_METRICS or key.startswith("reward/")]
 
 
 def heading(row: dict[str, Any]) -> str:
@@ -337,11 +270,34 @@ def groups(report: dict[str, Any]) -> dict[str, list[dict]]:
 def cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
     """The numbers of a row of the table, after its label."""
     values = [number(row["metrics"][key]) for key in columns(report)]
-    return [str(row["num_evaluations"]), f"{row['latency_ms']:.3g}", *values]
+    cost = [training(row.get("training"))] if has_training(report) else []
+    return [str(row["num_evaluations"]), f"{row['latency_ms']:.3g}", *cost, *values]
 
 
 def heads(report: dict[str, Any]) -> list[str]:
-    return ["Evals", "ms", *(metric(key).label for key in columns(report))]
+    cost = ["Training evals"] if has_training(report) else []
+    return ["Evals", "ms", *cost, *(metric(key).label for key in columns(report))]
+
+
+def has_training(report: dict[str, Any]) -> bool:
+    """Whether there is a student, and so a column of what training cost."""
+    return any(row.get("training") for row in report["rows"])
+
+
+def training(cost: dict[str, float] | None) -> str:
+    """A training's evaluations in all, and for each sample the teacher's + the student's; a dash for the teacher."""
+    if cost is None:
+        return "-"
+    return f"{compact(cost['total'])} ({cost['teacher_per_sample']:.3g} + {cost['student_per_sample']:.3g})"
+
+
+def compact(count: float) -> str:
+    """1234567 -> "1.23M"."""
+    for unit in ("", "k", "M"):
+        if count < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}G"
 
 
 def table(report: dict[str, Any]) -> Table:
@@ -350,23 +306,23 @@ def table(report: dict[str, Any]) -> Table:
     title = f"{report['name']}: means over {len(report['prompts'])} prompts"
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown.add_column("Sampler")
-    for head in ("Evals", "ms", *(metric(key).label.partition(" (")[0] for key in keys)):
+    cost = has_training(report)
+    for head in ("Evals", "ms", *["Train"] * cost, *(metric(key).label.partition(" (")[0] for key in keys)):
         shown.add_column(head, justify="right", no_wrap=True)
     for name, rows in groups(report).items():
         shown.add_row(name, style="bold")
         for row in rows:
             values = [row["metrics"][key]["mean"] for key in keys]
-            texts = ["-" if value is None else f"{value:.3g}" for value in values]
-            style = "green" if row["default"] else ""
-            shown.add_row(
-                f"  {label(row)}", str(row["num_evaluations"]), f"{row['latency_ms']:.3g}", *texts, style=style
-            )
+            texts = [str(row["num_evaluations"]), f"{row['latency_ms']:.3g}"]
+            texts += [training(row.get("training")).partition(" ")[0]] * cost
+            texts += ["-" if value is None else f"{value:.3g}" for value in values]
+            shown.add_row(f"  {label(row)}", *texts, style="green" if row["default"] else "")
         shown.add_section()
     return shown
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """report.md: the headline, the table, what its columns mean."""
+    """report.md: the headline, the table, what its columns mean, and what preference learning changed."""
     head = ["Sampler", *heads(report)]
     lines = [f"# {report['name']}", "", report["headline"]["text"], ""]
     lines += [f"| {' | '.join(head)} |", f"|---{'|--:' * (len(head) - 1)}|"]
@@ -374,9 +330,23 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(f"| **{name}** {'| ' * (len(head) - 1)}|")
         lines += [f"| {' | '.join([label(row), *cells(report, row)])} |" for row in rows]
     lines += ["", f"{len(report['prompts'])} prompts; \u00b1 is one standard error over prompts.", ""]
+    lines += [f"- **Training evals**: {TRAINING}"] * has_training(report)
     lines += [f"- **{metric(key).label}**: {metric(key).definition}" for key in dict.fromkeys(columns(report))]
+    lines += [f"- Network `{name}`: {text}" for name, text in network_texts(report)]
+    lines += report_tuned.markdown(report)
     lines += ["", f"Measured on {report['environment']['device']}, {report['created']}."]
     return "\n".join(lines) + "\n"
+
+
+def network_texts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, text) of the networks that measured: figures by different files, or real pictures, do not compare."""
+    found = []
+    for name, network in report.get("networks", {}).items():
+        parts = [f"{file}, sha256 {checksum}" for file, checksum in network["files"].items()]
+        if "num_real_images" in network:
+            parts.append(f"{network['num_real_images']} real pictures")
+        found.append((name, "; ".join(parts)))
+    return found
 
 
 # ---- files ----

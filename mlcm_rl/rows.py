@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .adapters import DESCRIPTION_FILE, Student
+from . import training_cost
+from .adapters import DESCRIPTION_FILE, default_gamma, describe
+from .bases import Base
 from .checkpoint import read_json
 from .equations.segments import paper_times, sampling_times
+from .fingerprint import STUDENTS
 from .recipe import Evaluate
 from .undistilled import LABELS
 
@@ -28,16 +31,42 @@ class Row:
     num_segments: int | None = None
     conditioned: bool = False
     default: bool = False  # at the student's own gamma, on the milestones
+    training: dict[str, float] | None = None  # what the student's training cost
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A student that is to be measured, known by what its folder says and not loaded yet."""
+
+    name: str
+    folder: Path
+    num_segments: int
+    conditioned: bool
+    training: training_cost.TrainingCost
+
+
+def entries(stage: Evaluate, parents: dict[str, Path], base: Base) -> list[Entry]:
+    """Every student of the table. Raises ValueError for one of another kind of teacher than `base`."""
+    found = []
+    for name, folder in student_folders(stage, parents).items():
+        described = describe(folder)
+        for key, expected in (("family", base.family), ("prediction_type", base.prediction_type)):
+            if described[key] != expected:
+                raise ValueError(f"{folder}: the student's {key} is {described[key]}, the teacher's {expected}")
+        cost = training_cost.of_student(folder)
+        found.append(Entry(name, folder, described["segments"], described["conditioned"], cost))
+    return found
 
 
 def student_folders(stage: Evaluate, parents: dict[str, Path]) -> dict[str, Path]:
-    """Name -> folder of every student: the recipe's own first, then those of `also`.
+    """Name -> folder of every student: the recipe's own first, distilled and tuned, then those of `also`.
 
-    The latter are named for the recipe that made them, by their folder too where one recipe made several. With
-    `students: snapshots` the one after each phase comes along, but for the last phase's, which is the student.
+    The distilled one is "student", tuned ones are named for the stage that tuned them; those of `also` for the recipe
+    that made them, by their folder too where one recipe made several. With `students: snapshots` the one after each
+    phase comes along, but for the last phase's, which is the student.
     Raises ValueError for an entry of `also` without a student.
     """
-    stages = {"student": parents["distill"]} if "distill" in parents else {}
+    stages = {"student" if kind == "distill" else kind: parents[kind] for kind in STUDENTS if kind in parents}
     for path in map(Path, stage.also):
         if not (path / "student" / DESCRIPTION_FILE).is_file():
             raise ValueError(f"also: {path} holds no student; name the folder of a finished distill stage")
@@ -72,7 +101,7 @@ def teacher_rows(stage: Evaluate, guidance_scale: float) -> list[Row]:
     return rows
 
 
-def student_rows(stage: Evaluate, index: int, name: str, student: Student) -> list[Row]:
+def student_rows(stage: Evaluate, index: int, student: Entry) -> list[Row]:
     """`student` at each number of steps, gamma and grid; what would be the same pictures twice is one row.
 
     (With one step gamma changes nothing, and grids may agree.) The student's own gamma comes first. A student told its
@@ -80,7 +109,8 @@ def student_rows(stage: Evaluate, index: int, name: str, student: Student) -> li
     """
     rows = {}
     num_segments = 1 if student.conditioned else student.num_segments
-    for gamma in sorted(stage.gammas, key=lambda gamma: gamma != student.default_gamma):
+    own_gamma = default_gamma(student.num_segments, student.conditioned)
+    for gamma in sorted(stage.gammas, key=lambda gamma: gamma != own_gamma):
         for grid in sorted(stage.grids):  # milestones, paper
             for n in stage.num_steps:
                 times = tuple(paper_times(n) if grid == "paper" else sampling_times(n, num_segments))
@@ -89,7 +119,7 @@ def student_rows(stage: Evaluate, index: int, name: str, student: Student) -> li
                     Row(
                         id=f"student{index}-{n}-gamma{gamma:g}-{grid}",
                         role="student",
-                        name=name,
+                        name=student.name,
                         sampler=f"gamma {gamma:g}" + (", paper's grid" if grid == "paper" else ""),
                         num_steps=n,
                         num_evaluations=n,
@@ -98,7 +128,8 @@ def student_rows(stage: Evaluate, index: int, name: str, student: Student) -> li
                         grid=grid,
                         num_segments=student.num_segments,
                         conditioned=student.conditioned,
-                        default=gamma == student.default_gamma and grid == "milestones",
+                        default=gamma == own_gamma and grid == "milestones",
+                        training=student.training.record(),
                     ),
                 )
     return list(rows.values())

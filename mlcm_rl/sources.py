@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .bases import Base, Conditioning
 from .equations.schedule import add_noise
-from .equations.segments import NUM_SEGMENTS, milestones, sampling_times, segment_start
+from .equations.segments import NUM_SEGMENTS, draw_jumps, milestones, sampling_times, segment_start
 from .equations.solver import ddim_step
 from .recipe import Distill
 from .runtime import epoch_order
@@ -78,10 +78,12 @@ class StoredStates:
 
     def draw_for(self, index: Tensor, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
         """Times for the trajectories `index` (B,)."""
-        start = torch.randint(len(self.times) - 1, index.shape, generator=generator)
-        t = self.times[start]
-        s = draw_target(t, num_segments, self.stage.condition_on_target, generator)
-        next_point, last = start + 1, self._positions(s)
+        if self.stage.budgets:
+            t, s = draw_jumps(self.stage.budgets, len(index), generator)
+        else:
+            t = self.times[torch.randint(len(self.times) - 1, index.shape, generator=generator)]
+            s = draw_target(t, num_segments, self.stage.condition_on_target, generator)
+        next_point, last = self._positions(t) + 1, self._positions(s)
         skipped = (torch.rand(index.shape, generator=generator) * (last - next_point + 1)).long()
         r = self.times[next_point + skipped if pair == "random" else next_point]
         return Draw(index, t, r, s)

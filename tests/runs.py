@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mlcm_rl.recipe import Distill, Evaluate, Recipe, Samples, Teacher, Trajectories
+from mlcm_rl.recipe import Distill, Dpo, Evaluate, Feedback, Policy, Recipe, Samples, Teacher, Trajectories
 
 PROMPTS = ["a cat", "a dog", "红苹果", "a red car", "熊猫", "a snowman"]
 
@@ -44,3 +44,25 @@ def whole(teacher: Path, folder: Path, family: str = "sdxl", **changes: Any) -> 
     stages = [trajectories(prompts), distill(**changes), evaluate]
     samples = Samples(prompts=["a cat", "熊猫"], num_steps=[1, 2])
     return recipe(teacher, folder, stages, family, samples=samples)
+
+
+TUNING = {"feedback": Feedback, "dpo": Dpo, "policy": Policy}
+
+
+def tuning(kind: str, prompts: str, **changes: Any) -> Feedback | Dpo | Policy:
+    """A stage of preference learning: brightness is trained on, colourfulness is held out."""
+    settings: dict[str, Any] = {
+        "prompts": prompts,
+        "batch_size": 4,
+        "num_steps": 2,
+        "sampling_steps": 2,
+        "learning_rate": 1e-3,
+        "adapter": {"rank": 2, "alpha": 2.0},
+        "rewards": [{"name": "brightness"}],
+        "guard": {"rewards": [{"name": "colourfulness"}], "num_prompts": 4, "every": 1, "patience": 100},
+        "log_every": 1,
+        "save_every": 1,
+    }
+    if kind == "policy":
+        settings |= {"num_generations": 2, "gamma": 1.0}
+    return TUNING[kind](**(settings | changes))

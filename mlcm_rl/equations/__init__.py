@@ -14,5 +14,14 @@ Symbols are those of arXiv 2406.05768 (MLCM / TLCM), declared here once:
     f        student's estimate of x0 from (x_t, t)
     g        f carried to s by one DDIM step: the transfer
 
-Shapes use one letter each: B batch, C channels, H height, W width, T times, K segments, L tokens, D features.
+and for preference learning, after DPO (2305.18290) and GRPO (2402.03300):
+
+    r        reward, higher is better; in these three modules only                         (B,) or (P, n)
+    l        denoising error of a sample, l_ref that of the reference                      (B,)
+    h        implicit reward margin, beta (log-ratio of chosen - log-ratio of rejected)    (B,)
+    gamma    share of a sampling step that is noise; N(mean, std^2) is the step's x_s      float
+    A        advantage                                                                     (B,) or (P, n)
+
+Shapes use one letter each: B batch, C channels, H height, W width, T times, K segments, L tokens, D features,
+P prompts, n samples of one prompt.
 """

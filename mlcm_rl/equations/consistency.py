@@ -30,7 +30,17 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float = 1e-3) -> Tensor:
     return (((a.float() - b.float()).square() + c * c).sqrt() - c).flatten(1).mean(1)
 
 
-DISTANCES: dict[str, Distance] = {"l2": squared_l2, "huber": pseudo_huber}
+def log_l2(a: Tensor, b: Tensor, c: float = 1e-3) -> Tensor:
+    """log sqrt(mean (a - b)^2 + c^2), (B,) float32: only the relative size of an error counts.
+
+    For a student that learns jumps of many lengths at once. The squared error of the longest is a hundred times that
+    of the shortest, and its gradient drowns theirs; under the logarithm all weigh alike. It is what weighting by a
+    learned uncertainty comes to (EDM2, arXiv 2312.02696, section 3.4 and eq. 21, with each sample its own estimate).
+    """
+    return 0.5 * (squared_l2(a, b) + c * c).log()
+
+
+DISTANCES: dict[str, Distance] = {"l2": squared_l2, "huber": pseudo_huber, "log_l2": log_l2}
 
 
 def loss_in_z(

@@ -73,6 +73,18 @@ def sampling_times(num_steps: int, num_segments: int = 1, num_times: int = 1000)
     return ends[kept].tolist()
 
 
+def draw_jumps(budgets: list[int], size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Start t and end s (B,) of steps that samplers take: a number of steps from `budgets`, then one of its steps.
+
+    Both are drawn uniformly, so that every budget has the same share of a batch and every step of it too.
+    """
+    num_steps = torch.tensor(budgets)
+    starts = torch.stack([torch.tensor(sampling_times(n) + [0] * (NUM_SEGMENTS + 1 - n)) for n in budgets])
+    budget = torch.randint(len(budgets), (size,), generator=generator)
+    step = (torch.rand(size, generator=generator) * num_steps[budget]).long()
+    return starts[budget, step], starts[budget, step + 1]
+
+
 def paper_times(num_steps: int) -> list[int]:
     """The authors' own subset of the milestones for N = 1 to 8: 999, 749, 499, 124 for N = 4 (always 124 from 3 on)."""
     if num_steps not in PAPER_GRIDS:

@@ -35,12 +35,12 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     trained = {name: value for name, value in student.named_parameters() if value.requires_grad}
     parameters = list(trained.values())
     average = {name: value.detach().clone() for name, value in trained.items()} if stage.target_ema else trained
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     source = make_source(stage, recipe, base, student, parents)
     lengths = stage.per_phase("num_steps")
 
     weights = {"student": trained} | ({"average": average} if stage.target_ema else {})
-    first = checkpoint.load_training(folder, weights, optimizer)
+    first, _ = checkpoint.load_training(folder, weights, optimizer)
     for step in rt.steps(first, sum(lengths), "distill"):
         phase, step_in_phase = phase_at(step, lengths)
         settings = PhaseSettings(stage, phase)
@@ -50,9 +50,9 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
         set_rate(optimizer, rate)
 
         draw = source.draw(step, settings.num_segments, settings.pair, rt.generator("times", step))
-        parts = draw.split(stage.batch_size // stage.gradient_accumulation)
+        parts = draw.split(stage.micro_batch)
         losses = (loss(stage, settings, base, student, average, source.realise(part)) for part in parts)
-        with rt.accelerator.autocast():
+        with rt.autocast():
             record = rt.backward(losses, parameters, optimizer)
         if stage.target_ema:
             ema_update_(average.values(), parameters, ema_decay(step, stage.target_ema))
@@ -139,7 +139,7 @@ def held_out_loss(
     """Mean loss over the held-out trajectories, at the same times whenever it is asked for in a phase."""
     index = torch.tensor(source.store.held_out)
     draw = source.draw_for(index, settings.num_segments, settings.pair, generator(source.seed, "held out"))
-    parts = draw.split(stage.batch_size // stage.gradient_accumulation)
+    parts = draw.split(stage.micro_batch)
     return (
         torch.cat([loss(stage, settings, base, student, average, source.realise(part)) for part in parts]).mean().item()
     )

@@ -34,13 +34,13 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
     trained = dict(denoiser.named_parameters())
     parameters = list(trained.values())
     average = {name: value.detach().clone() for name, value in trained.items()}
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     captioned = CaptionedImages(stage.images, base.resolution)
     latents = encode_pictures(base, captioned)
     captions = Captions(base, captioned.prompts, stage.prompt_dropout)
 
     weights = {"denoiser": trained, "average": average}
-    first = checkpoint.load_training(folder, weights, optimizer)
+    first, _ = checkpoint.load_training(folder, weights, optimizer)
     for step in rt.steps(first, stage.num_steps, "train_teacher"):
         set_rate(optimizer, stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps))
         index = epoch_order(len(captioned), stage.batch_size, step, recipe.seed, "train_teacher")
@@ -54,7 +54,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
         parts = [slice(i, i + size) for i in range(0, stage.batch_size, size)]
         given = ({name: value[part] for name, value in conditioning.items()} for part in parts)
         losses = (loss(stage, base, denoiser, x0[p], eps[p], t[p], c) for p, c in zip(parts, given, strict=True))
-        with rt.accelerator.autocast():
+        with rt.autocast():
             record = rt.backward(losses, parameters, optimizer)
         ema_update_(average.values(), parameters, ema_decay(step, stage.ema_decay))
 

@@ -19,74 +19,84 @@ HERE = Path(__file__).parent
 LORA = {"kind": "lora", "rank": 64, "alpha": 64}
 PROGRESSIVE = {"segments": [8, 4, 2, 1], "space": ["z", "z", "z", "x0"]}
 ONE = {"segments": [1], "space": "x0"}
-CONDITIONED = {"segments": [8, 4, 2, 1], "target": "trajectory", "condition_on_target": True}
+CONDITIONED = {"target": "trajectory", "condition_on_target": True}
+BUDGETS = CONDITIONED | {"segments": [1], "distance": "log_l2", "budgets": [2, 3, 4, 6, 8]}
 
 # Row -> distill settings beside batch size, rate and steps, which all share.
 ROWS = {
-    "progressive": PROGRESSIVE | {"target": "consistency"},
-    "progressive_trajectory": PROGRESSIVE | {"target": "trajectory"},
-    "fixed_8": {"segments": [8], "target": "consistency"},
-    "single": ONE | {"target": "consistency"},
-    "single_random_skip": ONE | {"target": "consistency", "pair": "random"},
-    "single_trajectory": ONE | {"target": "trajectory"},
     "lcm": ONE | {"source": "data", "images": "data/emoji_64", "target": "consistency", "target_ema": 0.95},
+    "fixed_8": {"segments": [8], "target": "consistency"},
+    "fixed_8_trajectory": {"segments": [8], "target": "trajectory"},
     "fixed_4_trajectory": {"segments": [4], "target": "trajectory"},
     "fixed_2_trajectory": {"segments": [2], "target": "trajectory"},
-    "conditioned": CONDITIONED,
-    "conditioned_lora": CONDITIONED | {"adapter": LORA},
+    "budgets": BUDGETS,
+    "budgets_long": BUDGETS,
+    "progressive_trajectory": PROGRESSIVE | {"target": "trajectory"},
+    "progressive": PROGRESSIVE | {"target": "consistency"},
+    "single_trajectory": ONE | {"target": "trajectory"},
+    "single_random_skip": ONE | {"target": "consistency", "pair": "random"},
+    "single": ONE | {"target": "consistency"},
+    "conditioned": CONDITIONED | {"segments": [8, 4, 2, 1]},
+    "budgets_lora": BUDGETS | {"adapter": LORA},
     "online": PROGRESSIVE
     | {"source": "online", "prompts": "recipes/emoji/prompts/train.jsonl", "target": "consistency"},
 }
+LONGER = {"budgets_long": 4}  # as long as the dedicated students that it stands for are together
 SECOND_STAGE = {"progressive_second_stage": "progressive"}  # row -> the row whose student it starts from
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("--prompts", type=int, default=1280, help="a fifth picks samplers, the rest measures")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rows", default=",".join([*ROWS, *SECOND_STAGE]))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
     arguments = parser.parse_args()
-    for seed in range(arguments.seeds):
-        base = load(HERE.parent / "emoji_mlcm.yaml", [f"seed={seed}", *arguments.overrides])
-        folder = study(base, arguments.rows.split(","), arguments.steps, arguments.prompts)
-        Console().print(f"seed {seed}: {folder / 'report.html'}", soft_wrap=True)
-
-
-def study(base: Recipe, rows: list[str], num_steps: int, num_prompts: int) -> Path:
-    """Train every row from `base` and put them into one report; returns its folder."""
-    students = {row: pipeline.run(recipe_of(base, row, num_steps))[-1].folder for row in rows}
+    base = load(HERE.parent / "emoji_mlcm.yaml", arguments.overrides)
+    students = [
+        pipeline.run(recipe_of(base, row, seed, arguments.steps))[-1].folder
+        for seed in range(arguments.seeds)
+        for row in arguments.rows.split(",")
+    ]
     evaluate = next(stage for stage in base.stages if isinstance(stage, Evaluate))
-    changes = {"num_prompts": num_prompts, "students": "snapshots", "also": [str(path) for path in students.values()]}
+    changes = {"num_prompts": arguments.prompts, "students": "snapshots", "also": [str(path) for path in students]}
     stages = [evaluate.model_copy(update=changes)]
-    return pipeline.run(base.model_copy(update={"name": f"study-{base.seed}", "stages": stages}))[-1].folder
+    folder = pipeline.run(base.model_copy(update={"name": "study", "stages": stages}))[-1].folder
+    Console().print(str(folder / "report.html"), soft_wrap=True)
 
 
-def recipe_of(base: Recipe, row: str, num_steps: int) -> Recipe:
-    """The recipe of one row: the base's trajectories, then its distillation, and for a second stage one more."""
+def recipe_of(base: Recipe, row: str, seed: int, num_steps: int) -> Recipe:
+    """The recipe of one row: the base's trajectories, then its distillation, and for a second stage one more.
+
+    The seed is that of the training alone: all students learn from the same trajectories.
+    """
     trajectories, given = base.stages[0], base.stages[1]
-    first = distill_stage(given, SECOND_STAGE.get(row, row), num_steps)
-    stages = [trajectories, first]
+    stages = [trajectories, distill_stage(given, SECOND_STAGE.get(row, row), num_steps, seed)]
     if row in SECOND_STAGE:
-        second = {"method": "inter_segment", "segments": [1], "space": "x0", "num_steps": num_steps // 5}
-        stages.append(Distill(**second, **shared_settings(given), learning_rate=1e-4))
-    name = f"study-{base.seed}-{row.replace('_', '-')}"
-    return base.model_copy(update={"name": name, "stages": stages})
+        second = {"method": "inter_segment", "segments": [1], "space": "x0", "num_steps": num_steps // 5, "seed": seed}
+        stages.append(Distill(**second, **shared_settings(given), learning_rate=given.learning_rate))
+    return base.model_copy(update={"name": f"{row.replace('_', '-')}-{seed}", "stages": stages})
 
 
-def distill_stage(given: Distill, row: str, num_steps: int) -> Distill:
-    """The distill stage of `row`: `num_steps` shared evenly among its phases."""
+def distill_stage(given: Distill, row: str, num_steps: int, seed: int) -> Distill:
+    """The distill stage of `row`: `num_steps`, or a multiple of them, shared evenly among its phases."""
     settings = ROWS[row]
     return Distill(
-        num_steps=num_steps // len(settings["segments"]),
+        seed=seed,
+        num_steps=num_steps * LONGER.get(row, 1) // len(settings["segments"]),
         learning_rate=given.learning_rate,
         **(shared_settings(given) | settings),
     )
 
 
 def shared_settings(given: Distill) -> dict:
-    return {"batch_size": given.batch_size, "adapter": given.adapter.model_dump(), "sample_every": 500}
+    return {
+        "batch_size": given.batch_size,
+        "precision": given.precision,
+        "adapter": given.adapter.model_dump(),
+        "sample_every": 500,
+    }
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +11,7 @@ from mlcm_rl.equations.consistency import (
     DISTANCES,
     LOSSES,
     inter_segment_target,
+    log_l2,
     loss_in_x0,
     loss_in_z,
     pseudo_huber,
@@ -46,6 +49,7 @@ def test_distances_by_hand():
     assert squared_l2(a, b).tolist() == [12.5, 0.0]
     torch.testing.assert_close(pseudo_huber(a, b, c=4.0), torch.tensor([(1.0 + 32**0.5 - 4) / 2, 0.0]))
     torch.testing.assert_close(pseudo_huber(a, b), torch.tensor([3.5 - 1e-3, 0.0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(log_l2(a, b, c=0.5), torch.tensor([math.log(12.75) / 2, math.log(0.5)]))
 
 
 @pytest.mark.parametrize("distance", DISTANCES.values())
@@ -64,6 +68,15 @@ def test_distances_have_the_gradients_of_their_formulas():
     (by_huber,) = torch.autograd.grad(pseudo_huber(a, b, c=0.5).sum(), a)
     difference = (a - b).detach()
     torch.testing.assert_close(by_huber, difference / (difference**2 + 0.25).sqrt() / 7, atol=1e-6, rtol=1e-6)
+
+
+def test_under_the_logarithm_an_error_ten_times_as_large_pulls_a_tenth_as_hard():
+    """Adam's step is set by the sum of gradients: relative errors then count alike, whatever the jump's length."""
+    b = torch.zeros(2, 7)
+    a = (normal(1, 7) * torch.tensor([[1.0], [10.0]])).requires_grad_()
+    (gradient,) = torch.autograd.grad(log_l2(a, b, c=0.0).sum(), a)
+    torch.testing.assert_close(gradient, a.detach() / a.detach().square().sum(1, keepdim=True))
+    torch.testing.assert_close(gradient[0], 10 * gradient[1])
 
 
 # --- the transfer and its anchor ---------------------------------------------------------------------------------

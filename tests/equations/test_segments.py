@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import torch
 from diffusers import LCMScheduler, TCDScheduler
@@ -6,6 +8,7 @@ from hypothesis import strategies as st
 
 from mlcm_rl.equations.segments import (
     PAPER_GRIDS,
+    draw_jumps,
     milestones,
     paper_times,
     phase_at,
@@ -132,3 +135,15 @@ def test_a_step_count_outside_the_papers_is_refused():
     assert list(PAPER_GRIDS) == list(range(1, 9))
     with pytest.raises(ValueError, match="num_steps is 9"):
         paper_times(9)
+
+
+def test_jumps_are_steps_of_samplers_and_every_budget_has_the_same_share():
+    budgets = [2, 4, 8]
+    t, s = draw_jumps(budgets, 6_000, torch.Generator().manual_seed(0))
+    steps = {n: list(zip(sampling_times(n), [*sampling_times(n)[1:], 0], strict=True)) for n in budgets}
+    drawn = Counter(zip(t.tolist(), s.tolist(), strict=True))
+    expected = Counter()
+    for n, jumps in steps.items():
+        expected.update(dict.fromkeys(jumps, 6000 / 3 / n))
+    assert drawn.keys() == expected.keys()
+    assert all(abs(drawn[jump] - count) < 5 * count**0.5 for jump, count in expected.items())

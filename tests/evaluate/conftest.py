@@ -23,5 +23,13 @@ def finished(place) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tuned(place) -> Path:
+    """The folder of a finished evaluation of a student and of what preference learning made of it."""
+    settings = {"also": [], "teacher_solvers": ["ddim"], "rewards": ["colourfulness", "brightness", "sharpness"]}
+    evaluation_case.run(place, place / "tuned", ("distill", "feedback"), **settings)
+    return place / "tuned"
+
+
+@pytest.fixture(scope="session")
 def report(finished) -> dict:
     return json.loads((finished / "report.json").read_text(encoding="utf-8"))

@@ -1,14 +1,18 @@
-"""A small evaluation: a tiny SDXL teacher, its untrained student and one that has moved, a random judge."""
+"""A small evaluation: a tiny SDXL teacher, its untrained student and one that has moved, random measuring networks."""
 
 import json
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d, normalize
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
+import runs
 import tiny
 from mlcm_rl import adapters, bases, judge
+from mlcm_rl.checkpoint import write_tensors
 from mlcm_rl.recipe import Evaluate, Lora, Recipe, Teacher
 from mlcm_rl.stages import evaluate
 
@@ -23,6 +27,7 @@ PROMPTS = [
 ]
 PICTURES = 2  # of each prompt
 DESCRIPTION = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
+MEAN, DEVIATION = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]  # of CLIP's pictures
 
 
 def write_place(root: Path) -> Path:
@@ -41,14 +46,82 @@ def write_place(root: Path) -> Path:
         for parameter in adapters.trainable_parameters(student):
             parameter.data += spread * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
         adapters.save_student(student, root / name / "student", DESCRIPTION)
-        (root / name / "manifest.json").write_text(json.dumps({"recipe": {"name": name}}))
+        (root / name / "manifest.json").write_text(json.dumps(manifest(name, root)))
     log = [
         {"step": step, "phase": step // 200, "num_segments": (8, 1)[step // 200], "loss": 1.0 / (1 + step % 200)}
         for step in range(400)
     ]
     log[50]["held_out_loss"] = 0.5
     (root / "same" / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + '\n{"step": 9, "seconds": 1.0}\n')
+    write_tuned(root, base)
     return root
+
+
+def write_tuned(root: Path, base: bases.Base) -> None:
+    """`feedback`: what a stage of preference learning would leave that has tuned `same` and was stopped."""
+    start, folder = root / "same" / "student", root / "feedback"
+    denoiser = adapters.for_preference(base, Lora(rank=2, alpha=2), 0, start)
+    tiny.perturb([value for value in denoiser.parameters() if value.requires_grad])
+    adapters.save_tuned(denoiser, start, folder / "student")
+    stages = [runs.trajectories("p.txt"), runs.distill(), runs.tuning("feedback", "p.txt", num_steps=40)]
+    made = runs.recipe(root / "teacher", root, stages, name="taste").model_dump(mode="json")
+    described = {"kind": "feedback", "recipe": made, "stage": made["stages"][2], "parents": {"distill": "same"}}
+    (folder / "manifest.json").write_text(json.dumps(described))
+    verdict = {"kept_step": 10, "warnings": ["step 30: the trained reward rose & the held-out one fell"]}
+    (folder / "guard.json").write_text(json.dumps({"stopped": True, **verdict}))
+    log = [{"step": step, "reward/brightness": 0.5 + step / 100} for step in range(5, 31, 5)]
+    for record, held_out in zip(log[1::2], (0.4, 0.2, -0.3), strict=True):
+        record |= {"guard/trained_gain": record["step"] / 10, "guard/held_out_gain": held_out}
+        record |= {"guard/reward/brightness": 0.6, "guard/reward/colourfulness": held_out}
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+
+
+def manifest(name: str, root: Path) -> dict:
+    """What the pipeline would have said of a distill stage on a store of eight trajectories, ten steps of four."""
+    stages = [runs.trajectories(str(root / "prompts.jsonl")), runs.distill(segments=[8, 1], num_steps=[6, 4])]
+    made = runs.recipe(root / "teacher", root, stages, name=name).model_dump(mode="json")
+    parents = {"trajectories": "trajectories-0123456789abcdef"}
+    return {"kind": "distill", "recipe": made, "stage": made["stages"][1], "parents": parents}
+
+
+def write_clip(folder: Path) -> Path:
+    """A CLIP of random weights for pictures of 20 x 20, in transformers' format; returns `folder`."""
+    words = tiny.tokenizer()
+    ends = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = CLIPTextConfig(vocab_size=len(words), max_position_embeddings=24, projection_dim=12, **sizes, **ends)
+    vision = CLIPVisionConfig(image_size=20, patch_size=5, projection_dim=12, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(2)  # whose scores are not all clamped to 0
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": DEVIATION}))
+    return folder
+
+
+def write_real_images(folder: Path, count: int = 9) -> Path:
+    """Photographs, as it were: noisy pictures of several sizes and formats; returns `folder`."""
+    folder.mkdir()
+    for i in range(count):
+        picture = Image.effect_noise((24 + 3 * i, 40 - 2 * i), 60).convert("RGB")
+        picture.save(folder / (f"{i:012d}" + (".png" if i % 2 else ".jpg")))
+    return folder
+
+
+class PlantedInception(torch.nn.Module):
+    """What FID asks of a network, of pictures of any size: the means of their quarters."""
+
+    num_features = 12
+
+    def forward(self, pictures):
+        assert pictures.dtype == torch.uint8
+        return adaptive_avg_pool2d(pictures.float(), 2).flatten(1) / 64.0
+
+
+def write_inception(path: Path) -> Path:
+    """A file for the planted Inception, which reads nothing from it; returns `path`."""
+    write_tensors(path, {"nothing": torch.zeros(1)})
+    return path
 
 
 class PlantedJudge:
@@ -85,10 +158,11 @@ def recipe(place: Path, **settings) -> Recipe:
     return Recipe(name="tiny", seed=3, device="cpu", teacher=teacher, stages=[Evaluate(**stage)])
 
 
-def run(place: Path, folder: Path, **settings) -> dict:
-    """report.json of an evaluation of `same`, written into `folder`."""
+def run(place: Path, folder: Path, kinds: tuple[str, ...] = ("distill",), **settings) -> dict:
+    """report.json of an evaluation of `same`, and of `feedback` where `kinds` has it, written into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     made = recipe(place, **settings)
     with patch.object(judge, "load", lambda path, device: PlantedJudge()):
-        evaluate.run(made.stages[0], made, {"distill": place / "same"}, folder)
+        parents = {"distill": place / "same", "feedback": place / "feedback"}
+        evaluate.run(made.stages[0], made, {kind: parents[kind] for kind in kinds}, folder)
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))

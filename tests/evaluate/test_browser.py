@@ -73,11 +73,11 @@ def driver():
 @pytest.fixture(
     params=[(size, dark) for size in SIZES for dark in (False, True)], ids=lambda one: f"{one[0]}-dark{one[1]}"
 )
-def browser(request, driver, tmp_path, finished):
+def browser(request, driver, tmp_path, tuned):
     size, dark = request.param
     window = Browser(tmp_path / "user", size, dark)
     window.dark, window.width = dark, SIZES[size][0]
-    window.ask("POST", "/url", {"url": (finished / "report.html").as_uri()})
+    window.ask("POST", "/url", {"url": (tuned / "report.html").as_uri()})
     yield window
     window.ask("DELETE", "")
 

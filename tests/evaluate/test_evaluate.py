@@ -2,11 +2,14 @@
 
 import json
 import math
+import shutil
+import weakref
 
 import pytest
 import torch
 from evaluation_case import CONCEPTS, PICTURES, PROMPTS, recipe, run
 
+from mlcm_rl import instruments
 from mlcm_rl.data import Prompt
 from mlcm_rl.stages import evaluate
 
@@ -78,25 +81,112 @@ def test_values_do_not_depend_on_the_batch_size_and_repeat_bit_for_bit(place, re
         assert one["metrics"]["distance"]["values"] == pytest.approx(whole[:3], rel=1e-3, abs=1e-9)
 
 
-def test_an_interrupted_evaluation_goes_on_after_its_last_row(place, tmp_path, monkeypatch):
-    few = {"num_steps": [4], "teacher_steps": [3], "also": [], "judge": None, "rewards": [], "num_prompts": 2}
-    monkeypatch.setattr(evaluate.page, "write", lambda *_: None)
-    whole = run(place, tmp_path / "whole", **few)
-    drawn, draw = [], evaluate.draw
+@pytest.fixture
+def drawn(monkeypatch):
+    """The (row, first sample) of every batch that is drawn, and the number of the one to be interrupted at."""
+    batches, draw, at = [], evaluate.draw, {"stop": None}
 
-    def stop_at_the_third(base, scene, row, *rest):
-        drawn.append(row.id)
-        if len(drawn) == 3:
+    def counting(scene, row, student, batch):
+        batches.append((row.id, batch[0]))
+        if len(batches) == at["stop"]:
             raise KeyboardInterrupt
-        return draw(base, scene, row, *rest)
+        return draw(scene, row, student, batch)
 
-    monkeypatch.setattr(evaluate, "draw", stop_at_the_third)
+    monkeypatch.setattr(evaluate, "draw", counting)
+    monkeypatch.setattr(evaluate.page, "write", lambda *_: None)
+    return batches, at
+
+
+def test_an_interrupted_evaluation_goes_on_after_its_last_batch(place, tmp_path, drawn):
+    batches, at = drawn
+    few = {"num_steps": [4], "teacher_steps": [3], "num_prompts": 3, "batch_size": 2, "keep_pictures": True}
+    whole = run(place, tmp_path / "whole", **few)
+    expected = list(batches)
+    batches.clear()
+    at["stop"] = 5  # in the middle of the second row's three batches
     with pytest.raises(KeyboardInterrupt):
         run(place, tmp_path / "cut", **few)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut" / "samples").rglob("*.png")}
     resumed = run(place, tmp_path / "cut", **few)
-    assert len(drawn) == len(set(drawn)) + 1  # only the row that was cut was begun again
+    assert batches == [*expected[:5], *expected[4:]]  # only the batch that was cut was begun again
     assert [one["metrics"] for one in resumed["rows"]] == [one["metrics"] for one in whole["rows"]]
+    assert len(kept) == 4 * 2
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert not (tmp_path / "cut" / "rows").exists()
+
+
+def test_a_resumed_evaluation_may_have_another_batch_size(place, tmp_path, drawn):
+    few = {"num_steps": [4], "teacher_steps": [3], "num_prompts": 3, "also": [], "judge": None, "rewards": []}
+    whole = run(place, tmp_path / "whole", **few, batch_size=3)
+    drawn[0].clear()
+    drawn[1]["stop"] = 4
+    with pytest.raises(KeyboardInterrupt):
+        run(place, tmp_path / "cut", **few, batch_size=2)
+    for one, other in zip(run(place, tmp_path / "cut", **few, batch_size=3)["rows"], whole["rows"], strict=True):
+        values, expected = (row["metrics"]["distance"]["values"] for row in (one, other))
+        assert values == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+def test_every_picture_is_kept_where_it_is_asked_for(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.page, "write", lambda *_: None)
+    few = {"num_steps": [2], "teacher_steps": [2], "also": [], "judge": None, "num_prompts": 3, "batch_size": 4}
+    found = run(place, tmp_path, **few, keep_pictures=True)
+    for one in found["rows"]:
+        names = sorted(path.name for path in (tmp_path / "samples" / one["id"]).iterdir())
+        assert names == [f"{i:05d}.png" for i in range(3 * PICTURES)]
+        for i in range(3):  # the page's pictures are the first ones of their prompts
+            shown = (tmp_path / "pictures" / one["id"] / f"{i:04d}.png").read_bytes()
+            assert shown == (tmp_path / "samples" / one["id"] / f"{i * PICTURES:05d}.png").read_bytes()
+
+
+def test_of_a_batch_only_readings_stay(place, tmp_path, monkeypatch):
+    """Numbers and features a sample, no picture and no latent: memory does not grow with the pictures drawn."""
+    sizes, draw = [], evaluate.draw
+    monkeypatch.setattr(evaluate.page, "write", lambda *_: None)
+    monkeypatch.setattr(evaluate, "draw", lambda *given: sizes.append(draw(*given)) or sizes[-1])
+    run(place, tmp_path, num_steps=[2], teacher_steps=[2], also=[], num_prompts=3, batch_size=4)
+    for readings in sizes:
+        (count,) = readings["distance"].shape
+        shapes = {name: tuple(value.shape) for name, value in readings.items()}
+        numbers = ("distance", "latency_ms", "reward/colourfulness")
+        assert shapes == {"judge": (count, 12), **dict.fromkeys(numbers, (count,))}
+
+
+def test_one_student_is_in_memory_at_a_time(place, tmp_path, monkeypatch):
+    alive, load = [], evaluate.adapters.load_student
+
+    def watched(base, folder):
+        assert all(seen() is None for seen in alive)
+        student = load(base, folder)
+        alive.append(weakref.ref(student.denoiser))
+        return student
+
+    monkeypatch.setattr(evaluate.page, "write", lambda *_: None)
+    monkeypatch.setattr(evaluate.adapters, "load_student", watched)
+    few = {"num_steps": [2], "teacher_steps": [2], "judge": None, "rewards": [], "num_prompts": 2, "batch_size": 4}
+    run(place, tmp_path, **few, also=[str(place / "other"), str(place / "same")])
+    assert len(alive) == 3
+
+
+def test_a_student_of_another_teacher_is_refused_before_anything_is_drawn(place, tmp_path, drawn):
+    odd = shutil.copytree(place / "other", tmp_path / "odd")
+    file = odd / "student" / "student.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    with pytest.raises(ValueError, match="the student's prediction_type is v_prediction, the teacher's epsilon"):
+        run(place, tmp_path / "run", also=[str(odd)])
+    assert not drawn[0]
+
+
+def test_every_student_row_says_what_its_training_cost(report):
+    for one in report["rows"]:
+        if one["role"] != "student":
+            assert one["training"] is None
+            continue
+        # Eight trajectories of 8 guided steps; ten steps of four samples, one pass each.
+        assert one["training"]["samples"] == 40
+        assert (one["training"]["store"], one["training"]["online"], one["training"]["student"]) == (128, 0, 40)
+        assert (one["training"]["teacher_per_sample"], one["training"]["student_per_sample"]) == (3.2, 1.0)
+        assert one["training"]["total"] == 168
 
 
 def test_pictures_are_kept_for_the_page_of_every_row(finished, report):
@@ -115,7 +205,7 @@ def test_a_teacher_alone_is_a_table_too(place, tmp_path):
 
 
 def test_samples_that_are_not_numbers_stop_the_evaluation(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "sample", lambda base, *_: torch.full((1, *base.latent_shape), math.nan))
+    monkeypatch.setattr(evaluate, "sample", lambda scene, *_: torch.full((1, *scene.base.latent_shape), math.nan))
     with pytest.raises(ValueError, match="row teacher-3: its samples are not finite"):
         run(place, tmp_path / "run")
 
@@ -128,9 +218,9 @@ def test_more_prompts_than_there_are_is_refused(place, tmp_path):
 def test_a_concept_that_the_judge_does_not_know_is_refused():
     prompts = [Prompt("x", "en", CONCEPTS[1]), Prompt("y", "en"), Prompt("z", "en", "dragon")]
     with pytest.raises(ValueError, match=r"p.jsonl: the judge has no prototype of 1 concepts, for example 'dragon'"):
-        evaluate.concept_indices(prompts, CONCEPTS, "p.jsonl")
-    assert evaluate.concept_indices(prompts[:2], CONCEPTS, "p.jsonl").tolist() == [1, -1]
-    assert evaluate.concept_indices(prompts, [], "p.jsonl").tolist() == [-1, -1, -1]
+        instruments.concept_indices(prompts, CONCEPTS, "p.jsonl")
+    assert instruments.concept_indices(prompts[:2], CONCEPTS, "p.jsonl").tolist() == [1, -1]
+    assert instruments.concept_indices(prompts, [], "p.jsonl").tolist() == [-1, -1, -1]
 
 
 def test_shown_prompts_are_the_first_of_each_language():
@@ -146,10 +236,10 @@ def test_a_reward_scores_only_the_languages_that_it_reads():
             return torch.tensor([float(len(prompt)) for prompt in prompts])
 
     prompts = [Prompt("four", "en"), Prompt("鲸", "zh"), Prompt("three", "en")]
-    scores = evaluate.score(Length(), "length", torch.zeros(3, 3, 4, 4), prompts)
+    scores = instruments.score(Length(), "length", torch.zeros(3, 3, 4, 4), prompts)
     assert scores[[0, 2]].tolist() == [4.0, 5.0]
     assert scores[1].isnan()
-    assert evaluate.score(Length(), "length", torch.zeros(1, 3, 4, 4), prompts[1:2]).isnan().all()
+    assert instruments.score(Length(), "length", torch.zeros(1, 3, 4, 4), prompts[1:2]).isnan().all()
 
 
 def test_samples_of_a_prompt_stand_together(place, report):

@@ -93,6 +93,9 @@ def test_the_table_holds_every_row_and_number(parsed, report):
 def test_plots_take_the_pages_colours(text):
     assert "currentColor" in text
     assert page.plots.INK not in text
+    words = re.findall(r"<text [^>]*>", text)
+    assert words
+    assert all("fill: currentColor" in word for word in words)  # none left black, unseen on a dark page
 
 
 def test_the_page_can_be_made_again_from_the_record(finished, report, text):

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from mlcm_rl import report
+from mlcm_rl.export import _under_a_heading
 
 LANGUAGES = ["en", "zh", "en", "zh"]
 
@@ -35,6 +36,7 @@ def rows(student=(0.1, 0.2, 0.1, 0.2), hits=(1.0, 1.0, 1.0, 1.0)):
 
 def made(planted_rows):
     result = {"name": "planted", "rows": planted_rows, "reference": "reference", "prompts": [{}] * 4}
+    result |= {"environment": {"device": "cpu: x"}, "created": "now"}
     return result | {"comparisons": report.comparisons(result), "headline": report.headline(result)}
 
 
@@ -116,7 +118,6 @@ def test_numbers_are_written_to_the_second_digit_of_their_error(value, error, te
 
 def test_the_record_is_json_without_nan_and_a_row_a_line(tmp_path):
     result = made([*rows(), planted("odd", "reference", 2, [math.nan] * 4, [math.nan] * 4)])
-    result |= {"environment": {"device": "cpu: x"}, "created": "now"}
     report.write(result, tmp_path)
     text = (tmp_path / "report.json").read_text(encoding="utf-8")
     assert "NaN" not in text
@@ -157,8 +158,47 @@ def test_loss_curves_are_read_phase_by_phase_and_averaged_in_bins(tmp_path):
     assert report.read_curves(None) == report.read_curves(tmp_path / "nowhere") == []
 
 
+COST = {"total": 1_234_567, "teacher_per_sample": 96 * 544 / 9600, "student_per_sample": 1.0}
+
+
+def test_what_training_cost_stands_beside_every_student_and_is_explained():
+    result = made([*rows()[:3], *(row | {"training": COST} for row in rows()[3:])])
+    lines = report.markdown(result).splitlines()
+    assert lines[4].startswith("| Sampler | Evals | ms | Training evals | Distance |")
+    assert any(line.startswith("| gamma 0, default | 4 | 12.3 | 1.23M (5.44 + 1) | 0.150") for line in lines)
+    assert any(line.startswith("| DDIM, guided | 4 | 12.3 | - |") for line in lines)
+    assert any(line.startswith("- **Training evals**: ") for line in lines)
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(report.table(result))
+    assert console.export_text().count("1.23M") == 2
+
+
+def test_a_report_of_format_1_is_still_read():
+    """Before it said what training cost, and which networks measured."""
+    text = report.markdown(made(rows()))
+    assert "Training" not in text
+    assert "Network" not in text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(168, "168"), (999, "999"), (1000, "1k"), (62464, "62.5k"), (999_600, "1M"), (2.5e9, "2.5G")]
+)
+def test_large_counts_are_short(count, text):
+    assert report.compact(count) == text
+
+
+def test_a_report_leaves_its_title_behind_in_a_model_card():
+    text = report.markdown(made(rows()))
+    assert text.startswith("# planted\n")
+    card = _under_a_heading(text)
+    assert card.startswith("At 4 network evaluations: ")
+    assert card == text.partition("\n")[2].strip()
+    assert _under_a_heading("| a |\n|---|\n") == "| a |\n|---|"
+
+
 def test_every_metric_is_defined():
-    for key in ("distance", "kid", "r@1", "r@5/zh", "diversity", "reward/colourfulness"):
+    keys = ("distance", "kid", "r@1", "r@5/zh", "diversity", "fid", "inception_kid", "clip", "reward/colourfulness")
+    for key in keys:
         assert len(report.metric(key).definition) > 30
     assert report.metric("r@5/zh").label == "R@5 zh"
     assert report.metric("kid").label == "KID (judge features)"

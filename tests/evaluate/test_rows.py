@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mlcm_rl.adapters import Student
 from mlcm_rl.recipe import Evaluate
-from mlcm_rl.rows import student_folders, student_rows, teacher_rows
+from mlcm_rl.rows import Entry, student_folders, student_rows, teacher_rows
+from mlcm_rl.training_cost import TrainingCost
 
 
 def stage(**settings):
@@ -14,7 +14,7 @@ def stage(**settings):
 
 
 def student(num_segments, conditioned=False):
-    return Student(None, num_segments, conditioned, Path("student"))
+    return Entry("student", Path("student"), num_segments, conditioned, TrainingCost(10, 40, 0, 20))
 
 
 def test_the_reference_comes_first_and_costs_two_evaluations_a_guided_step():
@@ -36,7 +36,7 @@ def test_an_unguided_teacher_has_no_guided_rows():
 
 
 def test_a_student_is_measured_at_every_sampler_that_makes_other_pictures():
-    rows = student_rows(stage(num_steps=[1, 2, 4], grids=["milestones", "paper"]), 0, "student", student(1))
+    rows = student_rows(stage(num_steps=[1, 2, 4], grids=["milestones", "paper"]), 0, student(1))
     keys = [(row.num_steps, row.gamma, row.grid) for row in rows]
     # One step has no gamma; at one and two steps the grids agree. A student of one segment re-noises by default.
     assert keys == [
@@ -51,16 +51,23 @@ def test_a_student_is_measured_at_every_sampler_that_makes_other_pictures():
     assert [row.default for row in rows] == [True, True, True, False, False, False, False]
     assert all(row.num_evaluations == row.num_steps == len(row.times) for row in rows)
     assert len({row.id for row in rows}) == len(rows)
+    assert all(row.training["total"] == 60 for row in rows)
 
 
 def test_a_student_of_more_segments_lands_on_its_boundaries_and_goes_straight_by_default():
-    rows = student_rows(stage(num_steps=[3, 6]), 0, "student", student(2))
+    rows = student_rows(stage(num_steps=[3, 6]), 0, student(2))
     assert all(499 in row.times for row in rows)
     assert [row.gamma for row in rows if row.default] == [0.0, 0.0]
-    even = student_rows(stage(num_steps=[3]), 0, "student", student(8, conditioned=True))
-    assert even[0].times == student_rows(stage(num_steps=[3]), 0, "student", student(1))[0].times
+    even = student_rows(stage(num_steps=[3]), 0, student(8, conditioned=True))
+    assert even[0].times == student_rows(stage(num_steps=[3]), 0, student(1))[0].times
     assert even[0].default
     assert even[0].gamma == 0.0
+
+
+def test_tuned_students_stand_beside_the_distilled_one_they_start_from(tmp_path):
+    parents = {"policy": tmp_path / "policy", "distill": tmp_path / "distill", "train_teacher": tmp_path / "teacher"}
+    found = student_folders(stage(), parents)
+    assert found == {"student": tmp_path / "distill" / "student", "policy": tmp_path / "policy" / "student"}
 
 
 def test_snapshots_come_along_but_for_the_last_which_is_the_student(tmp_path):

@@ -61,7 +61,13 @@ def test_a_good_recipe_means_what_a_person_reads_in_it(root):
             "whole number above 0",
         ),
         ("kind: distill", "kind: distil", 12, "stages[1].kind", "found the text 'distil'; did you mean distill?"),
-        ("kind: distill", "kind: 3", 12, "stages[1].kind", "train_teacher, trajectories, distill, evaluate"),
+        (
+            "kind: distill",
+            "kind: 3",
+            12,
+            "stages[1].kind",
+            "train_teacher, trajectories, distill, feedback, dpo, policy, evaluate",
+        ),
         (
             "kind: distill",
             "method: segments",
@@ -154,7 +160,7 @@ def test_all_errors_are_told_at_once_in_the_order_of_the_file(broken):
 
 
 def test_a_stage_of_unknown_kind_is_told_nothing_about_other_kinds(broken):
-    (problem,) = broken(("kind: trajectories", "kind: feedback"))
+    (problem,) = broken(("kind: trajectories", "kind: dance"))
     assert told(problem)[:2] == (9, "stages[0].kind")
 
 

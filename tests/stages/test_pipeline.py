@@ -12,7 +12,7 @@ from mlcm_rl import pipeline
 from mlcm_rl.fingerprint import settings
 from mlcm_rl.pipeline import RunError
 from mlcm_rl.plan import network_evaluations
-from mlcm_rl.recipe import Evaluate
+from mlcm_rl.recipe import Evaluate, Full, Lora
 from mlcm_rl.recipe_file import load
 from mlcm_rl.trajectories import Store
 
@@ -73,6 +73,26 @@ def test_what_cannot_change_a_result_is_not_hashed(finished):
     assert fingerprints(recipe.model_copy(update={"name": "another", "trackers": ["tensorboard"]})) == before
     assert "log_every" not in settings(recipe.stages[1])
     assert "learning_rate" in settings(recipe.stages[1])
+
+
+def test_a_setting_at_its_default_is_not_hashed_so_that_new_ones_do_not_orphan_finished_stages(finished):
+    recipe, _ = finished
+    assert "skip" not in settings(recipe.stages[1])
+    assert settings(recipe.stages[1].model_copy(update={"skip": 7}))["skip"] == 7
+    kinds = [settings(recipe.stages[1].model_copy(update={"adapter": one})) for one in (Lora(), Full(), Lora(rank=2))]
+    assert kinds[0] != kinds[1] != kinds[2]
+
+
+def test_a_stage_of_its_own_seed_leaves_the_others_where_they_are(finished):
+    recipe, _ = finished
+    before = fingerprints(recipe)
+    assert fingerprints(change(recipe, 0, seed=recipe.seed)) == before
+    after = fingerprints(change(recipe, 1, seed=recipe.seed + 1))
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+    assert after[2] != before[2]
+    other = recipe.model_copy(update={"seed": recipe.seed + 1})
+    assert fingerprints(change(other, 0, seed=recipe.seed))[0] == before[0]
 
 
 def test_seed_guidance_prompts_and_weights_are_hashed(finished, tmp_path):

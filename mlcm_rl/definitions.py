@@ -1,0 +1,81 @@
+"""What the columns of a report mean."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a key of a row's metrics stands for."""
+
+    label: str
+    lower_is_better: bool
+    definition: str
+
+
+def metric(key: str) -> Metric:
+    """The metric of `key`: one of METRICS, r@<k>, r@<k>/<language> or reward/<name>."""
+    name, _, rest = key.partition("/")
+    if name == "reward":
+        return Metric(rest, False, f"Reward model `{rest}` (see its card in reward_models/), higher is better.")
+    if name.startswith("r@"):
+        return Metric(f"R@{name[2:]} {rest}".strip(), False, RETRIEVAL.format(k=name[2:]))
+    return METRICS[name]
+
+
+RETRIEVAL = (
+    "Share of pictures whose concept is among the {k} nearest of the judge's prototypes, by cosine; a tie counts "
+    "against the picture. Language enters through the prompt alone: the judge reads none."
+)
+METRICS = {
+    "distance": Metric(
+        "Distance",
+        True,
+        "Mean squared difference, per latent value, to the guided teacher's sample from the same noise; both are the "
+        "x0 of the last step.",
+    ),
+    "kid": Metric(
+        "KID (judge features)",
+        True,
+        "Kernel distance (Binkowski et al.) between the judge's features of these pictures and of real ones: unbiased, "
+        "so it can be negative; kernel (x.y + 1)^3 on unit-length features, mean over disjoint subsets of the prompts; "
+        "not comparable with a KID on Inception features.",
+    ),
+    "diversity": Metric(
+        "Diversity",
+        False,
+        "Mean distance between the judge's features of the pictures of one prompt, higher is more varied.",
+    ),
+    "fid": Metric(
+        "FID",
+        True,
+        "Frechet distance (Heusel et al.; computed by torchmetrics) between Inception features of these pictures and "
+        "of the real ones, which are cropped to their central square and resized to the teacher's resolution. Biased "
+        "upwards for few pictures: it compares rows of equal numbers, by the same network file and real pictures.",
+    ),
+    "inception_kid": Metric(
+        "KID (Inception features)",
+        True,
+        "Kernel distance (Binkowski et al.) between Inception features of these pictures and of the real ones: "
+        "unbiased, so it can be negative; kernel (x.y / D + 1)^3, mean over disjoint subsets of the prompts.",
+    ),
+    "clip": Metric(
+        "CLIP score",
+        False,
+        "100 max(cos, 0) of picture and prompt (Hessel et al.) by the CLIP that the recipe names, higher is better.",
+    ),
+}
+TRAINING = (
+    "Network evaluations that the student's training took in all: forward passes of a denoiser for one sample, a "
+    "guided one counting two. In parentheses, for each training sample drawn: the teacher's (its stored trajectories, "
+    "solved once, over all samples drawn from them; or its passes on line) + the student's and its target's. With "
+    "guidance the paper's Algorithm 1 is 11 + 2, LCM 2 + 2. A chain of stages is summed, a snapshot counted up to its "
+    "own step; the teacher's own training and what only looks (held-out losses, guards, sample grids) are not counted."
+)
+WIN_RATE = (
+    "Share of pictures of the tuned student that a reward scores higher than the distilled student's from the same "
+    "noise; ties count half. A prompt with several pictures counts once, so the standard error is over prompts."
+)
+GAIN = (
+    "(mean score - the distilled student's mean) / the deviation of the distilled student's scores, over the guard's "
+    "fixed prompts and noise; several rewards are summed by their weights. 0 is the student as it was distilled."
+)

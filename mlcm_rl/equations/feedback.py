@@ -1,0 +1,75 @@
+"""Reward feedback: losses on a differentiable reward, the steps its gradient passes, the anchor to a reference."""
+
+import torch
+from torch import Tensor
+
+from .policy import gaussian_kl, step_gaussian
+from .schedule import Schedule, add_noise
+
+
+def negative(reward: Tensor) -> Tensor:
+    """-r (B,) (DRaFT, arXiv 2309.17400; AlignProp, arXiv 2310.03739)."""
+    return -reward
+
+
+def hinge(reward: Tensor, threshold: float) -> Tensor:
+    """relu(threshold - r) (B,): no more to gain from `threshold` on (ReFL, arXiv 2304.05977: 2 for ImageReward)."""
+    return torch.relu(threshold - reward)
+
+
+def mps_hinge(positive: Tensor, negative: Tensor, threshold: float = 16.0) -> Tensor:
+    """relu(threshold - s(x0, prompt)) + relu(s(x0, irrelevant prompt)) (B,) (TLCM v6, eq. 11).
+
+    `positive` and `negative` (B,) are the scores of one picture under its own prompt and under an irrelevant one. 16 is
+    the paper's, on the scale of the MPS model; another reward model needs its own.
+    """
+    return torch.relu(threshold - positive) + torch.relu(negative)
+
+
+def last_steps(num_steps: int, num_grad_steps: int) -> range:
+    """The steps of 0 .. num_steps - 1 that carry gradient: the last K = `num_grad_steps` (DRaFT-K, arXiv 2309.17400).
+
+    K = num_steps is the whole chain, K = 1 the last network evaluation alone. Raises ValueError unless 1 <= K <= N.
+    """
+    _require_within(num_grad_steps, num_steps, "num_grad_steps")
+    return range(num_steps - num_grad_steps, num_steps)
+
+
+def random_late_step(num_steps: int, num_late_steps: int, generator: torch.Generator) -> int:
+    """The one step that carries gradient, uniform over the last `num_late_steps` of 0 .. num_steps - 1.
+
+    The sampler stops there and its x0 at that step is what is scored (ReFL, arXiv 2304.05977, algorithm 1: the last 10
+    of 40). Raises ValueError unless 1 <= num_late_steps <= num_steps.
+    """
+    _require_within(num_late_steps, num_steps, "num_late_steps")
+    late = torch.randint(num_late_steps, (), generator=generator, device=generator.device)
+    return num_steps - num_late_steps + int(late)
+
+
+def renoised_copies(x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """n noised copies (n B, ...) at `t` (B,) of the finished samples `x0` (B, ...), for `eps` (n, B, ...); no gradient.
+
+    DRaFT-LV (arXiv 2309.17400): each copy takes the last step, t the last of the sampling times, once more, and the n
+    rewards are averaged: a gradient of less variance for n evaluations instead of n chains. All of copy 1 come first.
+    """
+    copies = len(eps)
+    repeated = x0.detach().repeat(copies, *[1] * (x0.ndim - 1))
+    return add_noise(repeated, eps.flatten(0, 1), t.repeat(copies), schedule)
+
+
+def step_kl(x0: Tensor, reference_x0: Tensor, t: Tensor, s: Tensor, gamma: float, schedule: Schedule) -> Tensor:
+    """KL (B,), in nats, from the student's sampling step t -> s to the reference's, both from one x_t; needs s > 0.
+
+    alpha_s^2 ||x0 - reference_x0||^2 / (2 sigma_s^2) at gamma 1: an anchor on x0, weighted by SNR_s / 2. The norm is a
+    sum over elements; divide by their number to weigh pictures of all sizes alike. x_t moves both means alike and drops
+    out; for gamma < 1 the coefficient of x0 and the std are the step's. Raises ValueError at gamma 0, which has no KL.
+    """
+    anywhere = torch.zeros_like(x0)
+    mean, std = step_gaussian(anywhere, x0, t, s, gamma, schedule)
+    reference_mean, _ = step_gaussian(anywhere, reference_x0, t, s, gamma, schedule)
+    return gaussian_kl(mean, reference_mean, std)
+
+
+def _require_within(count: int, num_steps: int, name: str) -> None:
+    if not 1 <= count <= num_steps:
+        raise ValueError(f"{name} is {count}; of {num_steps} sampling steps it takes 1 to {num_steps}")

@@ -1,0 +1,131 @@
+"""The guard against reward hacking: held-out rewards, watched on fixed prompts and noise, pick the student and stop.
+
+A gain is (mean score - the reference's mean) / the reference's deviation over the watched prompts: rewards of all
+scales then have one unit, and 0 is the student as it was distilled.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import adapters, tuning
+from .checkpoint import write_json
+from .data import read_prompts
+from .recipe import Reward, Tuning
+from .rewards import Combined, combine
+from .runtime import console
+
+
+@dataclass
+class Verdict:
+    """What the guard remembers between looks; a checkpoint keeps it as JSON."""
+
+    kept_step: int = 0  # steps done by the student that is kept; 0 is the distilled one
+    held_out: float = 0.0  # its held-out gain
+    trained: float = 0.0  # its gain in what is trained on
+    looks_without_gain: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+
+class Guard:
+    """Looks at a student under preference learning every so many steps and keeps the best one by held-out reward."""
+
+    def __init__(self, stage: Tuning, student: tuning.Student, trained: Combined, seed: int):
+        self.stage, self.student = stage, student
+        self.rewards = {"trained": trained, "held_out": combine(stage.guard.rewards, student.base.device, False)}
+        path = stage.guard_prompts or stage.prompts
+        prompts = tuning.spoken(read_prompts(path), stage.languages, path)[: stage.guard.num_prompts]
+        self.batches = [
+            tuning.start(student.base, part, seed, stage.kind, "guard", i)
+            for i, part in enumerate(tuning.split(prompts, stage.batch_size))
+        ]
+        self.noise_states = [[one.get_state() for one in batch.generators] for batch in self.batches]
+        with adapters.as_reference(student.denoiser):
+            self.reference_latents, self.reference_scores = self._samples()
+        self.verdict = Verdict()
+        self.best = {name: value.detach().clone() for name, value in student.parameters.items()}
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run has gone on for `patience` looks without a better held-out reward."""
+        return self.verdict.looks_without_gain >= self.stage.guard.patience
+
+    def look(self, steps: int) -> dict[str, float]:
+        """Measure the student after `steps` steps; returns what there is to log.
+
+        Keeps it where its held-out gain is the best so far. Warns where that has fallen while the gain in what is
+        trained on has risen: the reward is being hacked.
+        """
+        latents, scores = self._samples()
+        record = {"guard/distance": (latents - self.reference_latents).square().mean().item()}
+        for name, values in scores.items():
+            record[f"guard/reward/{name}"] = values.mean().item()
+            record[f"guard/win_rate/{name}"] = (values > self.reference_scores[name]).float().mean().item()
+        trained = self._gain(self.stage.rewards, scores)
+        held_out = self._gain(self.stage.guard.rewards, scores)
+        self._judge(steps, trained, held_out)
+        return record | {"guard/trained_gain": trained, "guard/held_out_gain": held_out}
+
+    def finish(self, folder: Path) -> None:
+        """Put the weights of the student that is kept back; guard.json says which and why the run ended there."""
+        for name, parameter in self.student.parameters.items():
+            parameter.data.copy_(self.best[name])
+        write_json(folder / "guard.json", {"stopped": self.stopped, **self.state()})
+
+    def state(self) -> dict:
+        return asdict(self.verdict)
+
+    def load_state(self, state: dict) -> None:
+        self.verdict = Verdict(**state)
+
+    def _judge(self, steps: int, trained: float, held_out: float) -> None:
+        kept = self.verdict
+        if held_out > kept.held_out:
+            kept.kept_step, kept.held_out, kept.trained, kept.looks_without_gain = steps, held_out, trained, 0
+            for name, value in self.student.parameters.items():
+                self.best[name].copy_(value.detach())
+            return
+        kept.looks_without_gain += 1
+        if trained > kept.trained and held_out < kept.held_out:
+            looks = f"{kept.looks_without_gain} of {self.stage.guard.patience} looks"
+            ending = f"stopped, step {kept.kept_step} kept" if self.stopped else f"{looks} before the run is stopped"
+            warning = (
+                f"step {steps}: the trained reward rose by {trained - kept.trained:.3g} and the held-out one fell by "
+                f"{kept.held_out - held_out:.3g} (deviations of the reference) since step {kept.kept_step}: {ending}"
+            )
+            kept.warnings.append(warning)
+            console.print(f"[yellow]guard[/] {warning}", soft_wrap=True)
+
+    def _gain(self, rewards: list[Reward], scores: dict[str, Tensor]) -> float:
+        """Weighted sum over `rewards` of their gains."""
+        total = 0.0
+        for reward in rewards:
+            reference = self.reference_scores[reward.name]
+            spread = reference.std().clamp(min=1e-6)
+            total += reward.weight * ((scores[reward.name].mean() - reference.mean()) / spread).item()
+        return total
+
+    @torch.no_grad()
+    def _samples(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's samples (P, C, H, W) of the watched prompts, and their scores (P,) under every reward."""
+        latents: list[Tensor] = []
+        scores: dict[str, list[Tensor]] = {}
+        for batch, states in zip(self.batches, self.noise_states, strict=True):
+            for one, state in zip(batch.generators, states, strict=True):
+                one.set_state(state)
+            _, x0 = self.student.rollout(batch.conditioning, batch.noise, batch.generators)
+            images = self.student.base.decode(x0)
+            latents.append(x0.cpu())
+            for rewards in self.rewards.values():
+                for name, values in rewards.raw(images, batch.prompts, batch.languages).items():
+                    scores.setdefault(name, []).append(values.cpu())
+        return torch.cat(latents), {name: torch.cat(values) for name, values in scores.items()}
+
+
+def history(folder: Path) -> list[dict]:
+    """The looks of a finished stage's guard, in order: the records of its log that hold them."""
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if "guard/held_out_gain" in record]

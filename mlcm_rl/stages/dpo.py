@@ -1,0 +1,154 @@
+"""Stage `dpo`: pairs of the student's own samples, ranked by the rewards, learned with DPO's losses on its own grid."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import adapters, bases, checkpoint, tuning
+from ..bases import Conditioning
+from ..equations import preference
+from ..equations.policy import step_gaussian
+from ..equations.schedule import add_noise
+from ..guard import Guard
+from ..recipe import Dpo, Recipe
+from ..rewards import Combined, combine
+from ..runtime import Runtime, rate_factor, set_rate
+
+
+def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
+    """Tune the distilled student into `folder`: `student/`, `guard.json`, `log.jsonl`, `samples/`.
+
+    Interrupted at any step and run again, it ends with the same bits. The student left is the one that the guard kept.
+    Raises NonFiniteLoss before an update that would not be a number.
+    """
+    rt = Runtime(recipe, stage, folder)
+    base = bases.load(recipe.teacher, rt.device)
+    start = parents["distill"] / "student"
+    student = tuning.load(stage, base, start, recipe.seed)
+    rewards = combine(stage.rewards, rt.device, stage.normalise)
+    prompts = tuning.Prompts(stage, recipe.seed)
+    guard = Guard(stage, student, rewards, recipe.seed)
+    parameters = list(student.parameters.values())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
+
+    weights = {"student": student.parameters, "best": guard.best}
+    first, record = checkpoint.load_training(folder, weights, optimizer)
+    if record is not None:
+        rewards.load_state(record["rewards"])
+        guard.load_state(record["guard"])
+    for step in rt.steps(first, stage.num_steps, "dpo", lambda: guard.stopped):
+        rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
+        set_rate(optimizer, rate)
+        draws, scores = rt.generator("draws", step), tuning.Scores()
+        copies = stage.num_generations
+        starts = prompts.starts(base, step, stage.batch_size, stage.micro_batch * copies, copies)
+        losses = (loss(stage, student, ranked(stage, student, rewards, one, scores), draws, scores) for one in starts)
+        with rt.autocast():
+            logged = rt.backward(losses, parameters, optimizer) | scores.means()
+
+        if rt.due(step, stage.guard.every, stage.num_steps):
+            logged |= guard.look(step + 1)
+        if rt.due(step, stage.log_every) or rt.due(step, stage.guard.every, stage.num_steps):
+            rt.log(step, rate=rate, **logged)
+        if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
+            student.save_samples(recipe, folder, step)
+        if rt.stopping or rt.due(step, stage.save_every):
+            kept = {"rewards": rewards.state(), "guard": guard.state()}
+            checkpoint.save_training(folder, step + 1, weights, optimizer, kept)
+    guard.finish(folder)
+    adapters.save_tuned(student.denoiser, start, folder / "student")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """B pairs: 0 the chosen sample, 1 the rejected one, of one prompt."""
+
+    states: Tensor  # (2, N, B, C, H, W) that the sampler visited
+    x0: Tensor  # (2, B, C, H, W) where it ended
+    conditioning: Conditioning  # (B, ...)
+    kept: Tensor  # (B,) 1 where the two differ enough in reward, else 0
+
+
+def ranked(stage: Dpo, student: tuning.Student, rewards: Combined, start: tuning.Start, scores: tuning.Scores) -> Pairs:
+    """The best and the worst of each prompt's samples by the summed reward; `start` has them in a row."""
+    states, x0 = student.rollout(start.conditioning, start.noise, start.generators)
+    with torch.no_grad():
+        total, raw = rewards(student.base.decode(x0), start.prompts, start.languages)
+    scores.add_rewards(raw)
+    groups = total.unflatten(0, (-1, stage.num_generations))  # (B, n)
+    first = torch.arange(len(groups), device=total.device) * stage.num_generations
+    best, worst = groups.argmax(1), groups.argmin(1)
+    index = torch.stack([first + best, first + worst])  # (2, B)
+    margin = (groups.amax(1) - groups.amin(1)) > stage.min_margin  # equal rewards say nothing
+    conditioning = {name: value[first] for name, value in start.conditioning.items()}
+    return Pairs(states[:, index].transpose(0, 1), x0[index], conditioning, margin.float())
+
+
+def loss(stage: Dpo, student: tuning.Student, pairs: Pairs, draws: torch.Generator, scores: tuning.Scores) -> Tensor:
+    """The preference loss (B,) float32; a pair that is left out counts 0."""
+    chosen, rejected = log_ratios(stage, student, pairs, draws)
+    weight = pairs.kept
+    scores.add({"pairs_kept": weight})
+    if chosen.ndim == 2:  # a loss a step: every random step of the two rollouts is a pair of its own
+        weight = weight.expand_as(chosen)
+    scores.add(
+        {
+            "accuracy": preference.implicit_accuracy(chosen, rejected).flatten(),
+            "margin": preference.implicit_margin(chosen, rejected, stage.beta).flatten(),
+            "log_ratio_chosen": chosen.flatten(),
+            "log_ratio_rejected": rejected.flatten(),
+        }
+    )
+    value = weight * preference.preference_loss(chosen, rejected, stage.beta, stage.loss_type, stage.label_smoothing)
+    return value.mean(0) if chosen.ndim == 2 else value
+
+
+def log_ratios(stage: Dpo, student: tuning.Student, pairs: Pairs, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """log pi / pi_ref of chosen and rejected: (B,) each, or (N - 1, B) of the random steps for form pso."""
+    num_steps = len(student.times)
+    if stage.form == "pso":
+        found = torch.stack([step_log_ratio(student, pairs, step) for step in range(num_steps - 1)])
+        return found[:, 0], found[:, 1]
+    steps = range(num_steps)
+    if stage.form == "diffusion_dpo":
+        steps = [int(torch.randint(num_steps, (), generator=draws))]
+    eps = student.base.noise(draws, pairs.x0.shape[1])  # the same for chosen and rejected, student and reference
+    errors = [denoising_errors(stage, student, pairs, step, eps) for step in steps]
+    own, reference = (torch.stack(values) for values in zip(*errors, strict=True))  # (N or 1, 2, B) each
+    if stage.form == "diffusion_dpo":
+        ratio = preference.diffusion_dpo_log_ratio(own[0], reference[0])
+    else:
+        ratio = preference.endpoint_log_ratio(own, reference)
+    return ratio[0], ratio[1]
+
+
+def denoising_errors(
+    stage: Dpo, student: tuning.Student, pairs: Pairs, step: int, eps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Errors (2, B) of student and reference on the samples noised to the time of the sampler's step `step`."""
+    x0, conditioning = pairs.x0.flatten(0, 1), both(pairs.conditioning)
+    t, s = student.jump(step, len(x0))
+    x_t = add_noise(x0, eps.repeat(2, 1, 1, 1), t, student.base.schedule)
+    seen = (student.reference_x0(x_t, t, s, conditioning), student.x0(x_t, t, s, conditioning))
+    reference, own = (
+        preference.denoising_error(one, x0, t, student.base.schedule, stage.space).unflatten(0, (2, -1)) for one in seen
+    )
+    return own, reference
+
+
+def step_log_ratio(student: tuning.Student, pairs: Pairs, step: int) -> Tensor:
+    """log pi / pi_ref (2, B), per element, of the step that each rollout took from its state number `step`."""
+    x_t, x_s = pairs.states[:, step].flatten(0, 1), pairs.states[:, step + 1].flatten(0, 1)
+    conditioning = both(pairs.conditioning)
+    t, s = student.jump(step, len(x_t))
+    reference, own = student.reference_x0(x_t, t, s, conditioning), student.x0(x_t, t, s, conditioning)
+    mean, std = step_gaussian(x_t, own, t, s, student.gamma, student.base.schedule)
+    reference_mean, _ = step_gaussian(x_t, reference, t, s, student.gamma, student.base.schedule)
+    return preference.online_pso_log_ratio(x_s, mean, reference_mean, std).unflatten(0, (2, -1))
+
+
+def both(conditioning: Conditioning) -> Conditioning:
+    """The conditioning (2 B, ...) of the chosen samples, then of the rejected ones."""
+    return {name: torch.cat([value, value]) for name, value in conditioning.items()}

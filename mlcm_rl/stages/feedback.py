@@ -1,0 +1,155 @@
+"""Stage `feedback`: a reward's gradient through the student's last sampling steps (DRaFT, ReFL; TLCM's MPS stage)."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import adapters, bases, checkpoint, tuning
+from ..bases import Base
+from ..equations import consistency
+from ..equations import feedback as equations
+from ..guard import Guard
+from ..recipe import Distill, Feedback, Recipe
+from ..rewards import Combined, combine
+from ..runtime import Runtime, rate_factor, set_rate
+from ..sources import Batch, StoredStates
+from ..trajectories import Store
+
+
+def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
+    """Tune the distilled student into `folder`: `student/`, `guard.json`, `log.jsonl`, `samples/`.
+
+    Interrupted at any step and run again, it ends with the same bits. The student left is the one that the guard kept.
+    Raises ValueError for a reward without gradient, NonFiniteLoss before an update that would not be a number.
+    """
+    rt = Runtime(recipe, stage, folder)
+    base = bases.load(recipe.teacher, rt.device)
+    start = parents["distill"] / "student"
+    student = tuning.load(stage, base, start, recipe.seed)
+    rewards = combine(stage.rewards, rt.device, stage.normalise)
+    if not rewards.differentiable:
+        raise ValueError("rewards: feedback needs rewards with a gradient; dpo and policy take any")
+    prompts = tuning.Prompts(stage, recipe.seed)
+    guard = Guard(stage, student, rewards, recipe.seed)
+    source = stored_states(stage, base, parents, recipe.seed) if stage.consistency else None
+    parameters = list(student.parameters.values())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
+
+    weights = {"student": student.parameters, "best": guard.best}
+    first, record = checkpoint.load_training(folder, weights, optimizer)
+    if record is not None:
+        rewards.load_state(record["rewards"])
+        guard.load_state(record["guard"])
+    for step in rt.steps(first, stage.num_steps, "feedback", lambda: guard.stopped):
+        rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
+        set_rate(optimizer, rate)
+        draws, scores = rt.generator("draws", step), tuning.Scores()
+        stored = source.draw(step, student.num_segments, "next", draws).split(stage.micro_batch) if source else []
+        losses = (
+            loss(stage, student, rewards, begun, source.realise(stored[i]) if source else None, draws, scores)
+            for i, begun in enumerate(prompts.starts(base, step, stage.batch_size, stage.micro_batch))
+        )
+        with rt.autocast():
+            logged = rt.backward(losses, parameters, optimizer) | scores.means()
+
+        if rt.due(step, stage.guard.every, stage.num_steps):
+            logged |= guard.look(step + 1)
+        if rt.due(step, stage.log_every) or rt.due(step, stage.guard.every, stage.num_steps):
+            rt.log(step, rate=rate, **logged)
+        if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
+            student.save_samples(recipe, folder, step)
+        if rt.stopping or rt.due(step, stage.save_every):
+            kept = {"rewards": rewards.state(), "guard": guard.state()}
+            checkpoint.save_training(folder, step + 1, weights, optimizer, kept)
+    guard.finish(folder)
+    adapters.save_tuned(student.denoiser, start, folder / "student")
+
+
+def loss(
+    stage: Feedback,
+    student: tuning.Student,
+    rewards: Combined,
+    start: tuning.Start,
+    stored: Batch | None,
+    draws: torch.Generator,
+    scores: tuning.Scores,
+) -> Tensor:
+    """The loss of a micro-batch, one value a sample (B,) float32; its raw scores go into `scores`."""
+    states, x0, t, copies = graded_sample(stage, student, start, draws)
+    value = reward_loss(stage, rewards, student.base.decode(x0), start, copies, scores)
+    conditioning = start.repeated(copies)
+    if stage.anchor:
+        reference = student.reference_x0(states[-1].detach(), t, torch.zeros_like(t), conditioning)
+        value = value + stage.anchor * consistency.squared_l2(x0, reference)
+    value = value.unflatten(0, (copies, -1)).mean(0)
+    if stage.kl:
+        value = value + stage.kl * step_kl(student, start, draws)
+    if stored is not None:
+        value = value + stage.consistency * stored_loss(student, stored)
+    return value
+
+
+def graded_sample(
+    stage: Feedback, student: tuning.Student, start: tuning.Start, draws: torch.Generator
+) -> tuple[list[Tensor], Tensor, Tensor, int]:
+    """The sample that is scored, with the gradient that `stage.gradient` gives it.
+
+    Returns the states that were visited, the last of them where t is; x0 (n B, C, H, W); t (n B,); n copies of each.
+    """
+    num_steps = len(student.times)
+    if stage.gradient == "low_variance":
+        _, x0 = student.rollout(start.conditioning, start.noise, start.generators)
+        t, _ = student.jump(num_steps - 1, len(x0))
+        eps = torch.stack([student.base.noise(start.generators, len(x0)) for _ in range(stage.num_copies)])
+        x_t = equations.renoised_copies(x0, eps, t, student.base.schedule)
+        t = t.repeat(stage.num_copies)
+        x0 = student.x0(x_t, t, torch.zeros_like(t), start.repeated(stage.num_copies))
+        return [x_t], x0, t, stage.num_copies
+    last, grad_steps = num_steps - 1, stage.num_grad_steps
+    if stage.gradient == "random":
+        last, grad_steps = equations.random_late_step(num_steps, stage.num_grad_steps, draws), 1
+    visited = list(student.walk(start, last, grad_steps))
+    t, _ = student.jump(last, len(start.noise))
+    return [x_t for x_t, _ in visited], visited[-1][1], t, 1
+
+
+def reward_loss(
+    stage: Feedback, rewards: Combined, images: Tensor, start: tuning.Start, copies: int, scores: tuning.Scores
+) -> Tensor:
+    """The loss (n B,) on the summed reward of `images` (n B, 3, H, W), `copies` n of each of the start's prompts."""
+    prompts, languages = start.prompts * copies, start.languages * copies
+    total, raw = rewards(images, prompts, languages)
+    scores.add_rewards(raw)
+    if stage.shape == "negative":
+        return equations.negative(total)
+    if stage.shape == "hinge":
+        return equations.hinge(total, stage.threshold)
+    others = [*prompts[1:], prompts[0]]  # an irrelevant prompt: the next one of the batch
+    irrelevant = rewards.total(rewards.raw(images, others, [*languages[1:], languages[0]]))
+    return equations.mps_hinge(total, irrelevant, stage.threshold)
+
+
+def step_kl(student: tuning.Student, start: tuning.Start, draws: torch.Generator) -> Tensor:
+    """KL (B,) to the reference of one random stochastic step, divided by a sample's elements."""
+    states, _ = student.rollout(start.conditioning, start.noise, start.generators)
+    step = int(torch.randint(len(student.times) - 1, (), generator=draws))
+    t, s = student.jump(step, len(start.noise))
+    reference = student.reference_x0(states[step], t, s, start.conditioning)
+    x0 = student.x0(states[step], t, s, start.conditioning)
+    kl = equations.step_kl(x0, reference, t, s, student.gamma, student.base.schedule)
+    return kl / x0[0].numel()
+
+
+def stored_states(stage: Feedback, base: Base, parents: dict[str, Path], seed: int) -> StoredStates:
+    """The stored trajectories, drawn as the student's own distillation drew them."""
+    manifest = checkpoint.read_json(parents["distill"] / "manifest.json")
+    distilled = Distill.model_validate(manifest["stage"]).model_copy(update={"batch_size": stage.batch_size})
+    return StoredStates(distilled, base, Store(parents["trajectories"]), seed)
+
+
+def stored_loss(student: tuning.Student, batch: Batch) -> Tensor:
+    """Squared error (B,) of the student's jumps between stored states: what keeps it a consistency model."""
+    x0 = student.x0(batch.x_t, batch.t, batch.s, batch.conditioning, gamma=0.0)
+    x_s = consistency.transfer(batch.x_t, x0, batch.t, batch.s, student.base.schedule)
+    return consistency.squared_l2(x_s, batch.x_s)

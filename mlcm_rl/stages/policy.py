@@ -1,0 +1,113 @@
+"""Stage `policy`: policy gradient on the stochastic few-step sampler, for any reward (RLCM, GRPO)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import adapters, bases, checkpoint, tuning
+from ..equations import policy as equations
+from ..guard import Guard
+from ..recipe import Policy, Recipe
+from ..rewards import Combined, combine
+from ..runtime import Runtime, rate_factor, set_rate
+
+
+def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
+    """Tune the distilled student into `folder`: `student/`, `guard.json`, `log.jsonl`, `samples/`.
+
+    Interrupted at any step and run again, it ends with the same bits. The student left is the one that the guard kept.
+    Raises NonFiniteLoss before an update that would not be a number.
+    """
+    rt = Runtime(recipe, stage, folder)
+    base = bases.load(recipe.teacher, rt.device)
+    start = parents["distill"] / "student"
+    student = tuning.load(stage, base, start, recipe.seed)
+    rewards = combine(stage.rewards, rt.device, stage.normalise)
+    prompts = tuning.Prompts(stage, recipe.seed)
+    guard = Guard(stage, student, rewards, recipe.seed)
+    parameters = list(student.parameters.values())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
+
+    weights = {"student": student.parameters, "best": guard.best}
+    first, record = checkpoint.load_training(folder, weights, optimizer)
+    if record is not None:
+        rewards.load_state(record["rewards"])
+        guard.load_state(record["guard"])
+    for step in rt.steps(first, stage.num_steps, "policy", lambda: guard.stopped):
+        rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
+        set_rate(optimizer, rate)
+        scores, copies = tuning.Scores(), stage.num_generations
+        with rt.autocast():
+            starts = prompts.starts(base, step, stage.batch_size // copies, stage.micro_batch, copies)
+            rollouts = [rolled_out(stage, student, rewards, one, scores) for one in starts]
+            for _ in range(stage.num_iterations):
+                losses = (loss(stage, student, one, scores) for one in rollouts)
+                logged = rt.backward(losses, parameters, optimizer)
+        logged |= scores.means()
+
+        if rt.due(step, stage.guard.every, stage.num_steps):
+            logged |= guard.look(step + 1)
+        if rt.due(step, stage.log_every) or rt.due(step, stage.guard.every, stage.num_steps):
+            rt.log(step, rate=rate, **logged)
+        if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
+            student.save_samples(recipe, folder, step)
+        if rt.stopping or rt.due(step, stage.save_every):
+            kept = {"rewards": rewards.state(), "guard": guard.state()}
+            checkpoint.save_training(folder, step + 1, weights, optimizer, kept)
+    guard.finish(folder)
+    adapters.save_tuned(student.denoiser, start, folder / "student")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B samples of the sampler and what became of them; the last step, without noise, is no action."""
+
+    start: tuning.Start
+    states: Tensor  # (N, B, C, H, W)
+    log_probs: Tensor  # (N - 1, B) of the steps, under the policy that took them
+    reference_means: Tensor  # (N - 1, B, C, H, W) of the same steps under the reference
+    advantages: Tensor  # (B,)
+
+
+@torch.no_grad()
+def rolled_out(
+    stage: Policy, student: tuning.Student, rewards: Combined, start: tuning.Start, scores: tuning.Scores
+) -> Rollout:
+    """Samples of the policy as it is, their advantages within each prompt's group, and the reference's view."""
+    states, x0 = student.rollout(start.conditioning, start.noise, start.generators)
+    total, raw = rewards(student.base.decode(x0), start.prompts, start.languages)
+    scores.add_rewards(raw)
+    advantages = equations.group_advantages(total.unflatten(0, (-1, stage.num_generations))).flatten()
+    steps = range(len(student.times) - 1)
+    references = [step_mean(student, start, states, step, reference=True)[0] for step in steps]
+    log_probs = [
+        equations.gaussian_log_prob(states[step + 1], *step_mean(student, start, states, step)) for step in steps
+    ]
+    return Rollout(start, states, torch.stack(log_probs), torch.stack(references), advantages)
+
+
+def loss(stage: Policy, student: tuning.Student, rollout: Rollout, scores: tuning.Scores) -> Tensor:
+    """PPO's clipped loss with GRPO's advantages and the exact KL to the reference, mean over the steps (B,) float32."""
+    values = []
+    for step in range(len(student.times) - 1):
+        mean, std = step_mean(student, rollout.start, rollout.states, step)
+        log_prob = equations.gaussian_log_prob(rollout.states[step + 1], mean, std)
+        old = rollout.log_probs[step]
+        kl = equations.gaussian_kl(mean, rollout.reference_means[step], std) / mean[0].numel()
+        clipped = ((log_prob - old).exp() - 1.0).abs() > stage.epsilon
+        scores.add({"kl": kl, "clipped": clipped.float()})
+        surrogate = equations.clipped_surrogate(log_prob, old, rollout.advantages, stage.epsilon)
+        values.append(surrogate + stage.beta * kl)
+    return torch.stack(values).mean(0)
+
+
+def step_mean(
+    student: tuning.Student, start: tuning.Start, states: Tensor, step: int, reference: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Mean (B, C, H, W) and std of what the sampler's step number `step` draws from its state."""
+    t, s = student.jump(step, len(start.noise))
+    network = student.reference_x0 if reference else student.x0
+    x0 = network(states[step], t, s, start.conditioning)
+    return equations.step_gaussian(states[step], x0, t, s, student.gamma, student.base.schedule)

@@ -1,0 +1,185 @@
+"""What the stages of preference learning share: the student in its two roles, the sampler it is tuned under, prompts.
+
+Letters beside those of `bases`: N steps of the sampler.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import adapters, pictures, sampler
+from .bases import Base, Conditioning
+from .data import Prompt, read_prompts
+from .equations.segments import sampling_times
+from .recipe import Recipe, Tuning
+from .runtime import epoch_order, generator
+
+
+@dataclass(frozen=True)
+class Student:
+    """A distilled student with a trainable `preference` adapter over it, and the sampler that is tuned."""
+
+    base: Base
+    denoiser: torch.nn.Module
+    times: list[int]  # (N,) descending
+    gamma: float
+    conditioned: bool
+    num_segments: int
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """What is trained: the preference adapter, by name."""
+        return {name: value for name, value in self.denoiser.named_parameters() if value.requires_grad}
+
+    def rollout(
+        self, conditioning: Conditioning, noise: Tensor, generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, Tensor]:
+        """The sampler's states (N, B, C, H, W) and its sample x0 (B, C, H, W), under no gradient."""
+        return sampler.rollout(
+            self.base, self.denoiser, conditioning, noise, self.times, self.gamma, generators, self.conditioned
+        )
+
+    def walk(self, start: "Start", last: int, grad_steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x_t, x0) of the sampler's steps 0 .. `last`, the final `grad_steps` of them with gradient.
+
+        Step `last` ends at 0: its x0 is a finished sample, whatever steps the sampler would still have taken.
+        """
+        times = self.times[: last + 1]
+        return sampler.walk(
+            self.base,
+            self.denoiser,
+            start.conditioning,
+            start.noise,
+            times,
+            self.gamma,
+            start.generators,
+            self.conditioned,
+            grad_steps,
+        )
+
+    def x0(self, x_t: Tensor, t: Tensor, s: Tensor, conditioning: Conditioning, gamma: float | None = None) -> Tensor:
+        """The x0 (B, C, H, W) that a step of the sampler from `t` to `s` (B,) asks for; gradient where it is on."""
+        gamma = self.gamma if gamma is None else gamma
+        return sampler.step_x0(self.base, self.denoiser, conditioning, x_t, t, s, gamma, self.conditioned)
+
+    @torch.no_grad()
+    def reference_x0(self, x_t: Tensor, t: Tensor, s: Tensor, conditioning: Conditioning) -> Tensor:
+        """The same of the reference: the distilled student without its preference adapter."""
+        with adapters.as_reference(self.denoiser):
+            return self.x0(x_t, t, s, conditioning)
+
+    def jump(self, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Start and end (B,) of the sampler's step number `step`; the last one ends at 0."""
+        t, s = ([*self.times, 0][i] for i in (step, step + 1))
+        shape = {"dtype": torch.int64, "device": self.base.device}
+        return torch.full((batch_size,), t, **shape), torch.full((batch_size,), s, **shape)
+
+    def save_samples(self, recipe: Recipe, folder: Path, step: int) -> None:
+        """The grid of the recipe's fixed prompts and seeds, as the student is now."""
+        sheet = pictures.sample_grid(
+            self.base, self.denoiser, recipe.samples, recipe.seed, self.num_segments, self.conditioned, self.gamma
+        )
+        pictures.save_png(sheet, pictures.samples_path(folder, step + 1))
+
+
+def load(stage: Tuning, base: Base, start: Path, seed: int) -> Student:
+    """The distilled student in folder `start`, ready to be tuned as `stage` says.
+
+    Raises ValueError where the stage needs a random sampler and the student's own, which it leaves it to, is not.
+    """
+    described = adapters.describe(start)
+    conditioned, num_segments = described["conditioned"], described["segments"]
+    gamma = adapters.default_gamma(num_segments, conditioned) if stage.gamma is None else stage.gamma
+    if gamma == 0.0 and stage.needs_random_steps:
+        raise ValueError(
+            f"gamma: the student in {start} samples without noise (gamma 0) unless told otherwise, and this stage "
+            "needs random steps; set gamma, for example 0.3"
+        )
+    denoiser = adapters.for_preference(base, stage.adapter, seed, start)
+    if stage.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+        base.vae.enable_gradient_checkpointing()
+    times = sampling_times(stage.sampling_steps, 1 if conditioned else num_segments)
+    return Student(base, denoiser, times, gamma, conditioned, num_segments)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where samples begin: prompts, their conditioning, noise, and a generator each for what noise they draw later."""
+
+    prompts: list[str]
+    languages: list[str]
+    conditioning: Conditioning
+    noise: Tensor  # (B, C, H, W)
+    generators: list[torch.Generator]
+
+    def repeated(self, copies: int) -> Conditioning:
+        """The conditioning of `copies` n of every sample (n B, ...), all of the first copy first."""
+        return {name: value.repeat(copies, *[1] * (value.ndim - 1)) for name, value in self.conditioning.items()}
+
+
+class Scores:
+    """What is logged of one step, a value a sample, gathered over its micro-batches: rewards as reward/<name>."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[Tensor]] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value.detach().float())
+
+    def add_rewards(self, raw: dict[str, Tensor]) -> None:
+        self.add({f"reward/{name}": value for name, value in raw.items()})
+
+    def means(self) -> dict[str, float]:
+        """What a log holds of them."""
+        return {name: torch.cat(scores).mean().item() for name, scores in self.values.items()}
+
+
+class Prompts:
+    """The prompts of a stage, drawn pass by pass, or by the weights of their languages."""
+
+    def __init__(self, stage: Tuning, seed: int):
+        self.stage, self.seed = stage, seed
+        self.prompts = spoken(read_prompts(stage.prompts), stage.languages, stage.prompts)
+
+    def starts(self, base: Base, step: int, count: int, size: int, copies: int = 1) -> Iterator["Start"]:
+        """Starts for the `count` prompts of `step`, each prompt `copies` times in a row, in micro-batches of `size`."""
+        repeated = [prompt for prompt in self.draw(step, count) for _ in range(copies)]
+        for i, part in enumerate(split(repeated, size)):
+            yield start(base, part, self.seed, self.stage.kind, "start", step, i)
+
+    def draw(self, step: int, count: int) -> list[Prompt]:
+        """The `count` prompts of `step`."""
+        if not self.stage.languages:
+            index = epoch_order(len(self.prompts), count, step, self.seed, self.stage.kind, "prompts")
+        else:
+            languages = [prompt.language for prompt in self.prompts]
+            weights = torch.tensor([self.stage.languages[one] / languages.count(one) for one in languages])
+            draws = generator(self.seed, self.stage.kind, "prompts", step)
+            index = torch.multinomial(weights, count, replacement=True, generator=draws)
+        return [self.prompts[i] for i in index.tolist()]
+
+
+def spoken(prompts: list[Prompt], languages: dict[str, float], path: str) -> list[Prompt]:
+    """Those of `prompts` in `languages` of weight above 0, all of them where none is named. ValueError for none."""
+    kept = [prompt for prompt in prompts if not languages or languages.get(prompt.language, 0.0) > 0.0]
+    if not kept:
+        raise ValueError(f"languages: {path} holds no prompt in {', '.join(languages)}")
+    return kept
+
+
+def start(base: Base, prompts: list[Prompt], *seed: object) -> Start:
+    """A start for each of `prompts`, its noise a function of `seed` and of its place alone."""
+    generators = [generator(*seed, i) for i in range(len(prompts))]
+    texts = [prompt.prompt for prompt in prompts]
+    noise = base.noise(generators, len(prompts))
+    return Start(texts, [prompt.language for prompt in prompts], base.encode_prompts(texts), noise, generators)
+
+
+def split(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
+    """Micro-batches of `size` prompts."""
+    return [prompts[i : i + size] for i in range(0, len(prompts), size)]

@@ -1,0 +1,126 @@
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.distributions import Normal, kl_divergence
+
+from mlcm_rl.equations.feedback import (
+    hinge,
+    last_steps,
+    mps_hinge,
+    negative,
+    random_late_step,
+    renoised_copies,
+    step_kl,
+)
+from mlcm_rl.equations.policy import step_gaussian
+from mlcm_rl.equations.schedule import Schedule, flow_schedule, scaled_linear_betas, snr, vp_schedule
+
+VP = vp_schedule(scaled_linear_betas())
+BY_HAND = Schedule(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.8]))
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- losses on a reward ------------------------------------------------------------------------------------------
+
+
+def test_reward_losses_by_hand():
+    reward = torch.tensor([-1.0, 1.5, 3.0])
+    assert negative(reward).tolist() == [1.0, -1.5, -3.0]
+    assert hinge(reward, 2.0).tolist() == [3.0, 0.5, 0.0]
+    own, irrelevant = torch.tensor([10.0, 20.0, 20.0]), torch.tensor([3.0, -5.0, 4.0])
+    assert mps_hinge(own, irrelevant).tolist() == [9.0, 0.0, 4.0]
+    assert mps_hinge(own, irrelevant, threshold=10.0).tolist() == [3.0, 0.0, 4.0]
+
+
+def test_reward_losses_have_the_gradients_of_their_formulas():
+    own, irrelevant = 3 * normal(2, 8).requires_grad_()
+    assert gradcheck(negative, own)
+    assert gradcheck(lambda r: hinge(r, 0.5), own)
+    assert gradcheck(lambda a, b: mps_hinge(a, b, threshold=1.0), (own, irrelevant))
+
+
+def test_a_satisfied_hinge_asks_for_nothing():
+    reward = torch.tensor([2.5, 1.5], requires_grad=True)
+    (gradient,) = torch.autograd.grad(hinge(reward, 2.0).sum(), reward)
+    assert gradient.tolist() == [0.0, -1.0]
+
+
+# --- which steps carry gradient ----------------------------------------------------------------------------------
+
+
+def test_last_steps_by_hand():
+    assert list(last_steps(4, 1)) == [3]
+    assert list(last_steps(4, 3)) == [1, 2, 3]
+    assert list(last_steps(4, 4)) == [0, 1, 2, 3]
+    for wrong in (0, 5):
+        with pytest.raises(ValueError, match=rf"num_grad_steps is {wrong}; of 4 sampling steps"):
+            last_steps(4, wrong)
+
+
+def test_random_late_steps_are_even_and_the_seeds():
+    """ReFL's own numbers: 40 steps, one of the last 10."""
+    draws = [random_late_step(40, 10, torch.Generator().manual_seed(seed)) for seed in range(2000)]
+    assert draws == [random_late_step(40, 10, torch.Generator().manual_seed(seed)) for seed in range(2000)]
+    counts = torch.bincount(torch.tensor(draws), minlength=40)
+    assert counts[:30].sum() == 0
+    assert (counts[30:] - 200).abs().max() < 5 * 200**0.5
+    assert random_late_step(4, 1, torch.Generator().manual_seed(0)) == 3
+    with pytest.raises(ValueError, match="num_late_steps is 5; of 4 sampling steps"):
+        random_late_step(4, 5, torch.Generator().manual_seed(0))
+
+
+def test_renoised_copies_by_hand():
+    """Two copies of two samples: copy-major, each sample at its own time, without gradient to the chain before."""
+    x0 = torch.tensor([[1.0], [2.0]], requires_grad=True)
+    eps = torch.tensor([[[0.0], [10.0]], [[20.0], [30.0]]])
+    copies = renoised_copies(x0, eps, torch.tensor([0, 1]), BY_HAND)
+    torch.testing.assert_close(copies, torch.tensor([[0.8], [9.2], [12.8], [25.2]]))
+    assert not copies.requires_grad
+
+
+# --- the anchor --------------------------------------------------------------------------------------------------
+
+
+def test_step_kl_by_hand():
+    """At gamma 1 and s = 1: 0.36 (3^2 + 4^2) / (2 * 0.64); the norm is a sum."""
+    student, reference = torch.tensor([[3.0, 5.0]]), torch.tensor([[0.0, 1.0]])
+    t, s = torch.tensor([1]), torch.tensor([1])
+    torch.testing.assert_close(step_kl(student, reference, t, s, 1.0, BY_HAND), torch.tensor([0.36 * 25 / 1.28]))
+
+
+def test_step_kl_at_gamma_1_is_a_weighted_anchor_on_x0():
+    student, reference = normal(2, 3, 4, 8, 8)
+    t, s = torch.tensor([999, 749, 499]), torch.tensor([749, 499, 124])
+    anchor = (student - reference).square().flatten(1).sum(1)
+    torch.testing.assert_close(step_kl(student, reference, t, s, 1.0, VP), snr(s, VP) / 2 * anchor)
+
+
+@pytest.mark.parametrize("schedule", [VP, flow_schedule()], ids=["vp", "flow"])
+@pytest.mark.parametrize("gamma", [0.05, 0.3, 0.7, 1.0])
+def test_step_kl_is_that_of_the_steps_own_distribution(schedule, gamma):
+    """Against torch's KL of independent normals, from a state x_t that the closed form never sees."""
+    student, reference, x_t = normal(3, 3, 4, 5, 5)
+    t, s = torch.tensor([999, 749, 499]), torch.tensor([749, 499, 124])
+    mean, std = step_gaussian(x_t, student, t, s, gamma, schedule)
+    reference_mean, _ = step_gaussian(x_t, reference, t, s, gamma, schedule)
+    expected = kl_divergence(Normal(mean, std), Normal(reference_mean, std)).flatten(1).sum(1)
+    torch.testing.assert_close(step_kl(student, reference, t, s, gamma, schedule), expected)
+
+
+def test_step_kl_has_the_gradient_of_its_formula_and_is_nothing_for_equals():
+    student, reference = normal(2, 2, 3)
+    t, s = torch.tensor([999, 499]), torch.tensor([499, 124])
+    assert step_kl(student, student, t, s, 0.3, VP).tolist() == [0.0, 0.0]
+    assert gradcheck(lambda x0: step_kl(x0, reference, t, s, 0.3, VP), student.requires_grad_())
+
+
+def test_step_kl_of_half_precision_is_float32_and_of_a_deterministic_step_refused():
+    student, reference = normal(2, 3, 4).bfloat16()
+    t, s = torch.full((3,), 999), torch.full((3,), 499)
+    assert step_kl(student, reference, t, s, 0.3, VP).dtype == torch.float32
+    assert step_kl(student, reference, t, s, 0.3, VP).shape == (3,)
+    with pytest.raises(ValueError, match=r"gamma is 0\.0; a step has a probability and a KL for 0 < gamma <= 1"):
+        step_kl(student, reference, t, s, 0.0, VP)

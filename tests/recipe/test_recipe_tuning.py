@@ -1,0 +1,74 @@
+"""What a recipe's stages of preference learning refuse, each by the setting that is wrong."""
+
+import pytest
+from pydantic import ValidationError
+
+import runs
+from mlcm_rl.recipe import Distill
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "told"),
+    [
+        ("feedback", {"num_grad_steps": 3}, "num_grad_steps 3 is more than sampling_steps 2"),
+        ("feedback", {"kl": 0.1, "gamma": 0.0}, "kl needs gamma above 0"),
+        ("feedback", {"rewards": [{"name": "colourfulness"}]}, "guard.rewards: colourfulness is trained on"),
+        ("feedback", {"rewards": []}, "at least 1 item"),
+        ("feedback", {"guard": {"rewards": []}}, "at least 1 item"),
+        ("dpo", {"form": "pso", "gamma": 0.0}, "form pso needs gamma above 0"),
+        ("dpo", {"label_smoothing": 0.1}, "label_smoothing has no meaning for sigmoid"),
+        ("dpo", {"loss_type": "robust", "label_smoothing": 0.5}, "less than 0.5"),
+        ("dpo", {"num_generations": 1}, "greater than or equal to 2"),
+        ("policy", {"batch_size": 3}, "whole groups of num_generations 2"),
+        ("policy", {"batch_size": 4, "gradient_accumulation": 4}, "whole groups of num_generations 2"),
+        ("policy", {"gamma": 0.0}, "gamma must be above 0"),
+        ("policy", {"sampling_steps": 1}, "sampling_steps 2 or more"),
+    ],
+)
+def test_a_stage_that_cannot_work_is_refused(kind, changes, told):
+    with pytest.raises(ValidationError, match=told):
+        runs.tuning(kind, "prompts.txt", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"condition_on_target": False}, "they need condition_on_target: true"),
+        ({"segments": [8, 1]}, "and segments: \\[1\\]"),
+        ({"target": "consistency"}, "target: trajectory"),
+        ({"budgets": [9]}, "less than or equal to 8"),
+    ],
+)
+def test_budgets_are_refused_where_no_stored_jump_can_teach_them(changes, told):
+    settings = {"num_steps": 1, "batch_size": 1, "segments": [1], "budgets": [2, 4], "condition_on_target": True}
+    Distill(**settings)
+    with pytest.raises(ValidationError, match=told):
+        Distill(**(settings | changes))
+
+
+FEEDBACK = """  - kind: feedback
+    prompts: data/prompts.txt
+    num_steps: 1
+    batch_size: 1
+    rewards: [{name: brightness}]
+    guard: {rewards: [{name: colourfulness}]}
+"""
+
+
+def test_a_reward_that_does_not_exist_is_refused_by_name_and_place(broken):
+    stage = FEEDBACK.replace("brightness", "brightnes").replace("colourfulness", "taste")
+    problem, other = broken(("  - kind: evaluate\n", stage + "  - kind: evaluate\n"))
+    assert problem.key == ("stages", 2, "rewards", 0, "name")
+    assert "did you mean brightness" in str(problem)
+    assert other.key == ("stages", 2, "guard", "rewards", 0, "name")
+
+
+def test_a_tuning_stage_needs_a_distilled_student(broken):
+    problems = broken(("  - kind: trajectories\n", FEEDBACK + "  - kind: trajectories\n"))
+    assert any("feedback tunes a distilled student" in str(problem) for problem in problems)
+
+
+def test_an_underscore_file_is_no_reward(broken):
+    stage = FEEDBACK.replace("brightness", "_clip")
+    (problem,) = broken(("  - kind: evaluate\n", stage + "  - kind: evaluate\n"))
+    assert problem.key == ("stages", 2, "rewards", 0, "name")

@@ -1,0 +1,264 @@
+"""Preference learning: roles over one set of weights, the three objectives, exact resumption, the guard."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import runs
+import tiny
+from mlcm_rl import adapters, bases, pipeline, tuning
+from mlcm_rl.recipe import Full, Lora
+from mlcm_rl.rewards import combine
+from mlcm_rl.runtime import Runtime
+from mlcm_rl.stages import dpo, feedback, policy
+
+STAGES = {"feedback": feedback, "dpo": dpo, "policy": policy}
+VARIANTS = {
+    "feedback": {},
+    "feedback-all-steps": {"num_grad_steps": 2, "anchor": 0.5, "shape": "hinge", "threshold": 5.0},
+    "feedback-refl": {"gradient": "random", "num_grad_steps": 2, "gamma": 1.0, "kl": 0.5},
+    "feedback-low-variance": {"gradient": "low_variance", "anchor": 0.5, "shape": "mps_hinge", "threshold": 2.0},
+    "feedback-consistency": {"consistency": 0.5},
+    "dpo": {},
+    "dpo-ipo": {"form": "diffusion_dpo", "loss_type": "ipo", "space": "x0"},
+    "dpo-pso": {"form": "pso", "gamma": 1.0, "loss_type": "robust", "label_smoothing": 0.1},
+    "policy": {"beta": 0.1, "num_iterations": 2},
+}
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def distilled(request, tiny_sdxl, tmp_path_factory):
+    """A recipe with a store and a distilled student, and their folders: an adapter, or weights of its own."""
+    folder = tmp_path_factory.mktemp(f"distilled-{request.param}")
+    adapter = Lora(rank=2, alpha=2.0) if request.param == "lora" else Full()
+    stages = [runs.trajectories(runs.write_prompts(folder)), runs.distill(segments=[2], adapter=adapter)]
+    recipe = runs.recipe(tiny_sdxl, folder, stages)
+    return recipe, [stage.folder for stage in pipeline.run(recipe)]
+
+
+def tune(distilled, folder: Path, variant: str, **changes) -> Path:
+    recipe, (store, student) = distilled
+    stage = runs.tuning(variant.split("-")[0], recipe.stages[0].prompts, **(VARIANTS[variant] | changes))
+    folder.mkdir(parents=True, exist_ok=True)
+    STAGES[stage.kind].run(stage, recipe, {"trajectories": store, "distill": student}, folder)
+    return folder
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "student" / adapters.PREFERENCE_FILE)
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def student_of(distilled, **changes) -> tuning.Student:
+    recipe, (_, student) = distilled
+    stage = runs.tuning("feedback", recipe.stages[0].prompts, **changes)
+    return tuning.load(stage, bases.load(recipe.teacher, "cpu"), student / "student", seed=0)
+
+
+# ---- roles ----
+
+
+def test_a_fresh_preference_adapter_changes_nothing_and_the_reference_is_the_distilled_student(distilled):
+    recipe, (_, folder) = distilled
+    student = student_of(distilled)
+    begun = tuning.start(student.base, tuning.Prompts(runs.tuning("dpo", recipe.stages[0].prompts), 0).draw(0, 2), 0)
+    alone = adapters.load_student(student.base, folder / "student")
+    t, s = student.jump(0, 2)
+    with torch.no_grad():
+        expected = student.base.x0(alone.denoiser, begun.noise, t, begun.conditioning)
+        teacher = student.base.x0(student.base.denoiser, begun.noise, t, begun.conditioning)
+        torch.testing.assert_close(student.x0(begun.noise, t, s, begun.conditioning), expected, rtol=0, atol=1e-4)
+        tiny.perturb(list(student.parameters.values()))
+        moved = student.x0(begun.noise, t, s, begun.conditioning)
+        reference = student.reference_x0(begun.noise, t, s, begun.conditioning)
+    torch.testing.assert_close(reference, expected, rtol=0, atol=1e-4)
+    assert (moved - reference).abs().max() > 1e-3
+    assert (teacher - reference).abs().max() > 1e-3  # the reference is not the bare teacher
+    assert torch.equal(student.x0(begun.noise, t, s, begun.conditioning), moved)  # and the policy is back
+
+
+def test_only_the_preference_adapter_asks_for_gradients_also_after_every_switch(distilled):
+    student = student_of(distilled)
+    for _ in range(2):
+        asking = [name for name, value in student.denoiser.named_parameters() if value.requires_grad]
+        assert asking
+        assert all(".preference." in name for name in asking)
+        with adapters.as_reference(student.denoiser):
+            assert [name for name, value in student.denoiser.named_parameters() if value.requires_grad] == asking
+
+
+@pytest.mark.parametrize("variant", ["feedback", "dpo", "policy"])
+def test_training_leaves_the_distilled_student_and_the_teacher_as_they_were(distilled, tmp_path, monkeypatch, variant):
+    seen = {}
+    original = tuning.load
+
+    def load(*arguments):
+        seen["student"] = student = original(*arguments)
+        names = dict(student.denoiser.named_parameters())
+        seen["before"] = {name: value.clone() for name, value in names.items() if ".preference." not in name}
+        seen["teacher"] = {name: value.clone() for name, value in student.base.denoiser.named_parameters()}
+        return student
+
+    monkeypatch.setattr(tuning, "load", load)
+    tune(distilled, tmp_path, variant, num_steps=5)
+    after = dict(seen["student"].denoiser.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in seen["before"].items())
+    teacher = dict(seen["student"].base.denoiser.named_parameters())
+    assert all(torch.equal(teacher[name], value) for name, value in seen["teacher"].items())
+
+
+def test_a_tuned_student_is_read_back_with_both_adapters(distilled, tmp_path):
+    _, (_, folder) = distilled
+    student = student_of(distilled)
+    tiny.perturb(list(student.parameters.values()))
+    adapters.save_tuned(student.denoiser, folder / "student", tmp_path / "tuned")
+    again = adapters.load_student(student.base, tmp_path / "tuned")
+    assert again.tuned
+    x_t, t = torch.randn(2, *student.base.latent_shape), torch.tensor([999, 499])
+    conditioning = student.base.encode_prompts(["a cat", "熊猫"])
+    with torch.no_grad():
+        expected = student.base.x0(student.denoiser, x_t, t, conditioning)
+        assert torch.equal(student.base.x0(again.denoiser, x_t, t, conditioning), expected)
+        merged = adapters.merged(again, torch.float32)
+        torch.testing.assert_close(student.base.x0(merged, x_t, t, conditioning), expected, rtol=0, atol=1e-3)
+
+
+# ---- the loops ----
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(distilled, tmp_path, monkeypatch, variant):
+    whole = tune(distilled, tmp_path / "whole", variant, num_steps=3)
+    calls = iter(range(100))
+    original = Runtime.backward
+    per_step = VARIANTS[variant].get("num_iterations", 1)
+
+    def backward(self, *arguments):
+        if next(calls) == 2 * per_step:
+            raise SystemExit("crash")
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Runtime, "backward", backward)
+        with pytest.raises(SystemExit):
+            tune(distilled, tmp_path / "cut", variant, num_steps=3)
+    resumed = tune(distilled, tmp_path / "cut", variant, num_steps=3)
+    assert records(whole) == records(resumed)
+    assert (whole / "guard.json").read_text() == (resumed / "guard.json").read_text()
+    expected, found = adapter_of(whole), adapter_of(resumed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("variant", ["feedback-all-steps", "dpo", "policy"])
+def test_gradient_checkpointing_changes_no_gradient(distilled, tmp_path, variant):
+    plain = tune(distilled, tmp_path / "plain", variant)
+    saved = tune(distilled, tmp_path / "saved", variant, gradient_checkpointing=True)
+    norms = [[record["grad_norm"] for record in records(folder)] for folder in (plain, saved)]
+    assert all(norm > 0 for norm in norms[0])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["feedback", "feedback-all-steps"])
+def test_the_reward_rises(distilled, tmp_path, variant):
+    folder = tune(distilled, tmp_path, variant, num_steps=15, learning_rate=1e-2, shape="negative")
+    looks = [record["guard/trained_gain"] for record in records(folder)]
+    assert looks[-1] > 0.5
+    assert records(folder)[-1]["guard/win_rate/brightness"] == 1.0
+
+
+@pytest.mark.parametrize("variant", ["dpo", "dpo-ipo", "dpo-pso"])
+def test_the_chosen_samples_are_the_brighter_ones_and_become_more_likely(distilled, variant):
+    """Steps on one batch of pairs widen the margin between chosen and rejected, whatever the form."""
+    recipe, (_, folder) = distilled
+    stage = runs.tuning("dpo", recipe.stages[0].prompts, num_generations=3, **VARIANTS[variant])
+    student = tuning.load(stage, bases.load(recipe.teacher, "cpu"), folder / "student", seed=0)
+    rewards = combine(stage.rewards, "cpu")
+    prompts = tuning.Prompts(stage, 0)
+    (begun,) = prompts.starts(student.base, 0, 4, 12, copies=3)
+    pairs = dpo.ranked(stage, student, rewards, begun, tuning.Scores())
+    chosen, rejected = (student.base.decode(x0).mean((1, 2, 3)) for x0 in pairs.x0)
+    assert (chosen > rejected).all()
+    optimizer = torch.optim.Adam(student.parameters.values(), lr=1e-4)
+    logged = []
+    for _ in range(8):
+        scores = tuning.Scores()
+        dpo.loss(stage, student, pairs, torch.Generator().manual_seed(0), scores).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        logged.append(scores.means())
+    assert logged[0]["margin"] == pytest.approx(0.0, abs=1e-3)  # at the reference, by definition
+    assert logged[-1]["margin"] > logged[0]["margin"]
+    assert logged[-1]["log_ratio_chosen"] > logged[-1]["log_ratio_rejected"]
+
+
+def test_policy_gradient_raises_the_reward(distilled, tmp_path):
+    settings = {"num_steps": 60, "learning_rate": 1e-2, "batch_size": 8, "num_generations": 4, "epsilon": 0.1}
+    folder = tune(distilled, tmp_path, "policy", **settings)
+    assert records(folder)[-1]["guard/trained_gain"] > 0.1
+
+
+def test_equal_rewards_make_no_pair(distilled, tmp_path):
+    folder = tune(distilled, tmp_path, "dpo", min_margin=1e6)
+    assert [record["pairs_kept"] for record in records(folder)] == [0.0, 0.0]
+    assert [record["grad_norm"] for record in records(folder)] == [0.0, 0.0]
+
+
+# ---- what cannot be tuned ----
+
+
+def test_a_reward_without_gradient_is_refused_by_feedback(distilled, tmp_path, monkeypatch):
+    monkeypatch.setattr("reward_models.brightness.Brightness.differentiable", False)
+    with pytest.raises(ValueError, match="rewards with a gradient"):
+        tune(distilled, tmp_path, "feedback")
+
+
+def test_a_sampler_without_noise_is_refused_by_policy_gradient(distilled, tmp_path):
+    with pytest.raises(ValueError, match="set gamma"):
+        tune(distilled, tmp_path, "policy", gamma=None)
+
+
+# ---- the guard ----
+
+
+def test_the_guard_stops_a_run_that_hacks_its_reward_and_keeps_the_student_from_before(
+    distilled, tmp_path, monkeypatch
+):
+    """Held out is darkness itself: whatever brightness gains, it loses."""
+    monkeypatch.setattr(
+        "reward_models.colourfulness.Colourfulness.__call__", lambda self, images, prompts: -images.mean((1, 2, 3))
+    )
+    folder = tune(
+        distilled,
+        tmp_path,
+        "feedback",
+        num_steps=30,
+        learning_rate=1e-2,
+        guard={
+            "rewards": [{"name": "colourfulness"}],
+            "num_prompts": 4,
+            "every": 2,
+            "patience": 3,
+        },
+    )
+    verdict = json.loads((folder / "guard.json").read_text())
+    assert verdict["stopped"]
+    assert verdict["kept_step"] == 0
+    assert records(folder)[-1]["step"] == 6
+    assert len(verdict["warnings"]) == 3
+    assert "step 0 kept" in verdict["warnings"][-1]
+    ups = [value for name, value in adapter_of(folder).items() if "lora_B" in name]
+    assert all(not value.any() for value in ups)  # the kept student is the distilled one
+
+
+def test_the_guard_keeps_the_step_that_was_best(distilled, tmp_path):
+    folder = tune(distilled, tmp_path, "feedback", num_steps=6, learning_rate=1e-2)
+    verdict = json.loads((folder / "guard.json").read_text())
+    gains = {record["step"]: record["guard/held_out_gain"] for record in records(folder)}
+    best = max(gains, key=gains.get)
+    assert verdict["kept_step"] == (best if gains[best] > 0 else 0)
