@@ -12,7 +12,7 @@ from . import __version__, adapters, bases, pictures, report, sampler
 from .checkpoint import CheckpointError, finish, is_finished, read_json, verify
 from .equations.segments import sampling_times
 from .export import export as write_export
-from .fingerprint import Located, locate, parents_of, seed_of_stage
+from .fingerprint import STUDENTS, Located, locate, parents_of, seed_of_stage
 from .plan import PlannedStage, network_evaluations, planned_stages
 from .recipe import Evaluate, Recipe, Stage
 from .runtime import NonFiniteLoss, commit, console, device_of, generator
@@ -109,8 +109,8 @@ def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
 def sample(
     run_folder: Path, prompts: list[str], num_steps: int, seed: int, gamma: float | None, out: Path
 ) -> list[Path]:
-    """Pictures of `prompts` by the student of a run, as PNG files in `out`. Picture i depends on (seed, i) alone."""
-    folder = find_stage(run_folder, ("distill",))
+    """Pictures of `prompts` by a run's last student, as PNG files in `out`. Picture i depends on (seed, i) alone."""
+    folder = find_stage(run_folder, STUDENTS)
     recipe = _recipe_of(folder)
     base = bases.load(recipe.teacher, device_of(recipe.device))
     student = adapters.load_student(base, folder / "student")
@@ -131,7 +131,7 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
 
     Returns the folder of the new report.
     """
-    folder = find_stage(run_folder, ("distill",))
+    folder = find_stage(run_folder, STUDENTS)
     recipe = _recipe_of(folder)
     stages = [stage for stage in recipe.stages if isinstance(stage, Evaluate)]
     if not stages:
@@ -140,8 +140,10 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
         )
     changes = {"num_prompts": num_prompts, "num_steps": num_steps, "students": "last"}
     stage = stages[-1].model_copy(update={name: value for name, value in changes.items() if value is not None})
-    manifest = read_json(folder / "manifest.json")
-    done = [Located("distill", manifest["fingerprint"], folder)]
+    distilled = read_json(folder / "manifest.json")["parents"].get("distill")  # of a tuned student, to compare with
+    folders = [folder.parent / distilled, folder] if distilled else [folder]
+    manifests = [read_json(one / "manifest.json") for one in folders]
+    done = [Located(kept["kind"], kept["fingerprint"], one) for kept, one in zip(manifests, folders, strict=True)]
     try:
         found = locate(stage, recipe, done)
         if not is_finished(found.folder):
@@ -153,7 +155,7 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
 
 def export(run_folder: Path, out: Path) -> Path:
     """Write the student of a run as a folder that stock diffusers opens, with its phases' snapshots and a card."""
-    folder = find_stage(run_folder, ("distill",))
+    folder = find_stage(run_folder, STUDENTS)
     recipe = _recipe_of(folder)
     base = bases.load(recipe.teacher, device_of(recipe.device))
     snapshots = {}

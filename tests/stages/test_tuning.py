@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 import runs
@@ -207,6 +208,42 @@ def test_equal_rewards_make_no_pair(distilled, tmp_path):
     folder = tune(distilled, tmp_path, "dpo", min_margin=1e6)
     assert [record["pairs_kept"] for record in records(folder)] == [0.0, 0.0]
     assert [record["grad_norm"] for record in records(folder)] == [0.0, 0.0]
+
+
+# ---- a whole recipe ----
+
+
+def test_a_recipe_goes_from_trajectories_to_a_tuned_student_that_is_sampled_evaluated_and_exported(tiny_sdxl, tmp_path):
+    prompts = runs.write_prompts(tmp_path)
+    recipe = runs.whole(tiny_sdxl, tmp_path, segments=[2])
+    store, student, evaluate = recipe.stages
+    evaluate = evaluate.model_copy(update={"rewards": ["brightness", "colourfulness"], "gammas": [0.0]})
+    guard = {"rewards": [{"name": "colourfulness", "weight": -1.0}], "num_prompts": 4, "every": 1}  # grey is bright
+    tuned = runs.tuning("feedback", prompts, num_steps=3, learning_rate=1e-2, guard=guard)
+    recipe = recipe.model_copy(update={"stages": [store, student, tuned, evaluate]})
+    *_, feedback_stage, report = pipeline.run(recipe)
+    rows = {row["name"] for row in json.loads((report.folder / "report.json").read_text())["rows"]}
+    assert rows == {"teacher", "student", "feedback"}
+    assert sorted(path.name for path in (feedback_stage.folder / "samples").glob("*.png")) == ["step-000003.png"]
+
+    run = Path(recipe.runs, recipe.name)
+    before = pipeline.sample(student_folder := run / "01-distill", ["a cat"], 2, 0, None, tmp_path / "before")
+    after = pipeline.sample(run, ["a cat"], 2, 0, None, tmp_path / "after")
+    assert before[0].read_bytes() != after[0].read_bytes()  # a run's student is its last one
+    assert pipeline.find_stage(student_folder, ("distill",)).is_dir()
+    again = json.loads((pipeline.evaluate(run, num_prompts=2) / "report.json").read_text())
+    assert {row["name"] for row in again["rows"]} == {"teacher", "student", "feedback"}
+
+    exported = pipeline.export(run, tmp_path / "exported")
+    assert "tuned to preferences" in (exported / "README.md").read_text()
+    stock = StableDiffusionXLPipeline.from_pretrained(exported)
+    base = bases.load(recipe.teacher, "cpu")
+    student = adapters.load_student(base, feedback_stage.folder / "student")
+    x_t, t = torch.randn(1, *base.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([499])
+    conditioning = base.encode_prompts(["a cat"])
+    with torch.no_grad():
+        expected = base.predict(student.denoiser, x_t, t, conditioning)
+        torch.testing.assert_close(base.predict(stock.unet, x_t, t, conditioning), expected, rtol=0, atol=1e-4)
 
 
 # ---- what cannot be tuned ----
