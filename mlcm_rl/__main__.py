@@ -123,6 +123,33 @@ def sample(
 
 
 @app.command()
+def pairs(
+    run: RunFolder,
+    prompts: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, show_default=False, help="prompts (.txt, .jsonl) to draw")
+    ],
+    reward: Annotated[
+        str, typer.Option(callback=reward_commands.known_reward, show_default=False, help="a reward model's name")
+    ],
+    out: Annotated[Path, typer.Option(file_okay=False, help="folder for the table", show_default=False)],
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="the first so many of the prompts; default: all", show_default=False)
+    ] = None,
+    num_generations: Annotated[int, typer.Option(min=2, help="samples a prompt")] = 4,
+    steps: Annotated[int, typer.Option(min=1, max=8, help="network evaluations a sample")] = 4,
+    min_margin: Annotated[float, typer.Option(min=0, help="pairs no further apart in reward are left out")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="samples drawn at once, in whole prompts")] = 16,
+) -> None:
+    """Make a table of preference pairs: a run's samples of each prompt, the best by a reward against the worst."""
+    with _pipeline(interrupted="Interrupted. The same command goes on where it was stopped.") as pipeline:
+        kept, asked = pipeline.pairs(
+            run, prompts, reward, out, num_prompts, num_generations, steps, min_margin, seed, batch_size
+        )
+    _line(Text(f"{out}  {kept} pairs of {asked} prompts"))
+
+
+@app.command()
 def evaluate(
     run: RunFolder,
     steps: Annotated[

@@ -39,7 +39,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if path.suffix == ".txt":
         prompts = [Prompt(line, guess_language(line)) for _, line in _lines(path)]
     elif path.suffix == ".jsonl":
-        prompts = [_prompt(record, where) for where, record in _records(path)]
+        prompts = [_prompt(record, where) for where, record in records_of(path)]
     else:
         raise ValueError(f"{path}: prompts are read from a .txt or a .jsonl file, not {path.suffix or 'a bare name'!r}")
     if not prompts:
@@ -60,7 +60,7 @@ class CaptionedImages:
 
     def __init__(self, folder: str | Path, resolution: int):
         self.folder = Path(folder)
-        lines = list(_records(self.folder / "metadata.jsonl"))
+        lines = list(records_of(self.folder / "metadata.jsonl"))
         if not lines:
             raise ValueError(f"{self.folder / 'metadata.jsonl'}: holds no pictures")
         self.records = [record for _, record in lines]
@@ -76,12 +76,12 @@ class CaptionedImages:
             raise ValueError(f"{where}: there is no picture {path}")
         try:
             with Image.open(path) as image:
-                return _square(image, resolution)
+                return square(image, resolution)
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{where}: {path} is not a readable picture ({error})") from error
 
 
-def _square(image: Image.Image, resolution: int) -> torch.Tensor:
+def square(image: Image.Image, resolution: int) -> torch.Tensor:
     """`image` as (3, H, W) uint8, H = W = `resolution`."""
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -103,7 +103,8 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             yield where, text
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict]]:
+def records_of(path: Path) -> Iterator[tuple[str, dict]]:
+    """("file:number", object) of every line of a .jsonl file. ValueError with that place for what is not JSON."""
     for where, text in _lines(path):
         try:
             record = json.loads(text)

@@ -37,7 +37,15 @@ PARENTS = {
     "policy": ("train_teacher", "distill"),
     "evaluate": ("train_teacher", *STUDENTS),
 }
-FILES = ("prompts", "guard_prompts", "images", "judge", "inception", "clip")  # settings that name what a stage reads
+FILES = (
+    "prompts",
+    "guard_prompts",
+    "pairs",
+    "images",
+    "judge",
+    "inception",
+    "clip",
+)  # settings that name what a stage reads
 INDEXES = ("metadata.jsonl", "config.json")  # what stands for a folder that is read
 
 

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, adapters, bases, pictures, report, sampler
-from .checkpoint import CheckpointError, finish, is_finished, read_json, verify
+from . import __version__, adapters, bases, pictures, ranking, report, sampler
+from .checkpoint import CheckpointError, finish, is_finished, read_json, sha256, verify
+from .data import read_prompts
 from .equations.segments import sampling_times
 from .export import export as write_export
 from .fingerprint import STUDENTS, Located, locate, parents_of, seed_of_stage
 from .plan import PlannedStage, network_evaluations, planned_stages
-from .recipe import Evaluate, Recipe, Stage
+from .recipe import Evaluate, Recipe, Reward, Stage
+from .rewards import build, refuse_unread
 from .runtime import NonFiniteLoss, commit, console, device_of, generator
 
-__all__ = ["Located", "PlannedStage", "RunError", "evaluate", "export", "plan", "run", "sample"]
+__all__ = ["Located", "PlannedStage", "RunError", "evaluate", "export", "pairs", "plan", "run", "sample"]
 
 PEOPLES_ERRORS = (CheckpointError, NonFiniteLoss, OSError, ValueError)  # their messages say what to do
 
@@ -124,6 +126,35 @@ def sample(
         images = base.decode(x0)
     names = [f"{i:03d}-seed{seed}-steps{num_steps}.png" for i in range(len(prompts))]
     return [pictures.save_png(pictures.to_pil(image), out / name) for image, name in zip(images, names, strict=True)]
+
+
+def pairs(
+    run_folder: Path,
+    prompts: Path,
+    reward: str,
+    out: Path,
+    num_prompts: int | None,
+    num_generations: int,
+    num_steps: int,
+    min_margin: float,
+    seed: int,
+    batch_size: int,
+) -> tuple[int, int]:
+    """Write a pair table of samples of a run's last student, ranked by a reward; returns pairs kept and prompts."""
+    folder = find_stage(run_folder, STUDENTS)
+    recipe = _recipe_of(folder)
+    student = read_json(folder / "manifest.json")["fingerprint"]
+    try:
+        read = read_prompts(prompts)[:num_prompts]
+        asked = ranking.Asked(student, sha256(prompts), reward, num_generations, num_steps, min_margin, seed)
+        device = device_of(recipe.device)
+        model = build(Reward(name=reward), device)
+        refuse_unread(model, reward, {prompt.language for prompt in read})
+        base = bases.load(recipe.teacher, device)
+        loaded = adapters.load_student(base, folder / "student")
+        return ranking.make_pairs(asked, base, loaded, model, read, out, batch_size), len(read)
+    except PEOPLES_ERRORS as error:
+        raise RunError(f"pairs: {error}") from error
 
 
 def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[int] | None = None) -> Path:

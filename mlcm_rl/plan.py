@@ -95,7 +95,8 @@ def evaluations_per_sample(stage: Feedback | Dpo | Policy) -> float:
     steps = stage.sampling_steps
     if isinstance(stage, Dpo):
         measured = {"endpoint": steps, "diffusion_dpo": 1, "pso": steps - 1}[stage.form]
-        return stage.num_generations * steps + measured * 2 * 2
+        sampled = 0 if stage.pairs else stage.num_generations * steps
+        return sampled + measured * 2 * 2
     if isinstance(stage, Policy):
         return steps + (steps - 1) * (2 + stage.num_iterations)
     copies = stage.num_copies if stage.gradient == "low_variance" else 1

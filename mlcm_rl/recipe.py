@@ -291,15 +291,23 @@ class Feedback(Tuning):
 
 
 class Dpo(Tuning):
-    """Preference pairs of the student's own samples, ranked by the rewards; hyper-parameters as in TRL's DPOConfig."""
+    """Preference pairs: the student's own samples, ranked by the rewards, or a table; hyper-parameters as in TRL."""
 
     kind: Literal["dpo"] = "dpo"
     form: Literal["endpoint", "diffusion_dpo", "pso"] = Field(
         "endpoint", description="log-ratio: errors at all times of the sampler, at one of them, or of its random steps"
     )
+    pairs: str | None = Field(
+        None,
+        description="pairs to learn in place of the student's own samples, a .parquet file or a folder as `mlcm pairs` "
+        "writes it, with columns prompt, chosen, rejected; `prompts` and `rewards` are then only the guard's to watch",
+    )
     num_generations: int = Field(4, ge=2, description="samples a prompt; the best is chosen, the worst rejected")
     min_margin: NonNegativeFloat = Field(0.0, description="pairs nearer in reward than this are left out")
     beta: PositiveFloat = Field(100.0, description="strength of the tie to the reference: lower is looser")
+    kappa: NonNegativeFloat = Field(
+        1.0, description="weight of the rejected log-ratio: below 1 the margin is not won by spoiling the rejected"
+    )
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "conservative"] = "sigmoid"
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="of robust and conservative: share of wrong labels")
     space: Literal["x0", "eps"] = Field("eps", description="of the errors: x0, or that weighted by SNR")
@@ -310,6 +318,19 @@ class Dpo(Tuning):
             raise ValueError("form pso needs gamma above 0: a deterministic step has no probability")
         if self.label_smoothing and self.loss_type not in ("robust", "conservative"):
             raise ValueError(f"label_smoothing has no meaning for {self.loss_type}; take robust or conservative")
+        if self.kappa != 1.0 and self.form == "pso":
+            raise ValueError("kappa has no meaning for form pso; take endpoint or diffusion_dpo")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_stand_for_samples(self):
+        if self.pairs is None:
+            return self
+        if self.form == "pso":
+            raise ValueError("form pso learns the steps of the student's own samples, and pairs are finished pictures")
+        for name in ("num_generations", "min_margin"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is of the student's own samples; those of pairs are as the table has them")
         return self
 
     @property

@@ -82,6 +82,7 @@ def _teacher_problems(teacher: Teacher, root: Path) -> Iterator[Problem]:
 READ = {
     "prompts": None,
     "guard_prompts": None,
+    "pairs": "metadata.jsonl",
     "images": "metadata.jsonl",
     "judge": "",
     "inception": None,
@@ -96,7 +97,8 @@ def _file_problems(recipe: Recipe, root: Path) -> Iterator[Problem]:
         settings = stage.model_dump(include={*READ, "also", "rewards", "guard"})
         for name in READ:
             if path := settings.get(name):
-                yield from _absent(("stages", i, name), path, root, holding=READ[name])
+                is_table = name == "pairs" and Path(path).suffix == ".parquet"
+                yield from _absent(("stages", i, name), path, root, holding=None if is_table else READ[name])
         for name in ("prompts", "guard_prompts"):
             if (path := settings.get(name)) and Path(path).suffix not in (".txt", ".jsonl"):
                 yield Problem(("stages", i, name), f"expected a .txt or .jsonl file, found {path}")

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import textwrap
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,6 +27,7 @@ FORMAT = 3
 BUDGETS = (2, 4, 8)  # network evaluations at which student and teacher are compared
 HEADLINE_BUDGET = 4
 NUM_ERRORS = 2.0  # standard errors that the headline asks for
+MANY_METRICS = 5  # in the terminal table
 COMPARED = ("distance", "r@5", "clip")
 MAIN_METRICS = ("distance", "kid", "r@5", "fid", "clip")  # beside the rewards
 
@@ -305,15 +307,16 @@ def table(report: dict[str, Any]) -> Table:
     keys = main_metrics(report)
     title = f"{report['name']}: means over {len(report['prompts'])} prompts"
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    shown.add_column("Sampler")
-    cost = has_training(report)
-    for head in ("Evals", "ms", *["Train"] * cost, *(metric(key).label.partition(" (")[0] for key in keys)):
-        shown.add_column(head, justify="right", no_wrap=True)
+    shown.add_column("Sampler", min_width=18)
+    cost = has_training(report) and len(keys) <= MANY_METRICS  # 80 columns hold no more
+    heads = [metric(key).label.partition(" (")[0].replace("_", " ") for key in keys]
+    for head in ("Evals", *["Train"] * cost, *heads):
+        shown.add_column("\n".join(textwrap.wrap(head, 8)), justify="right", no_wrap=True)
     for name, rows in groups(report).items():
         shown.add_row(name, style="bold")
         for row in rows:
             values = [row["metrics"][key]["mean"] for key in keys]
-            texts = [str(row["num_evaluations"]), f"{row['latency_ms']:.3g}"]
+            texts = [str(row["num_evaluations"])]
             texts += [training(row.get("training")).partition(" ")[0]] * cost
             texts += ["-" if value is None else f"{value:.3g}" for value in values]
             shown.add_row(f"  {label(row)}", *texts, style="green" if row["default"] else "")

@@ -27,7 +27,7 @@ console = Console(highlight=False)
 error_console = Console(highlight=False, stderr=True)
 
 
-def _known(name: str) -> str:
+def known_reward(name: str) -> str:
     """A reward model's name that is known."""
     known = reward_names()
     if name not in known:
@@ -48,7 +48,9 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-Name = Annotated[str, typer.Argument(metavar="NAME", callback=_known, show_default=False, help="a reward model's name")]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", callback=known_reward, show_default=False, help="a reward model's name")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--setting", metavar="KEY=VALUE", show_default=False, help="a setting of the reward; repeatable"),
@@ -145,7 +147,7 @@ def check_reward(
 
 
 def score(
-    reward: Annotated[str, typer.Option(callback=_known, show_default=False, help="a reward model's name")],
+    reward: Annotated[str, typer.Option(callback=known_reward, show_default=False, help="a reward model's name")],
     images: Annotated[Path, typer.Option(exists=True, file_okay=False, show_default=False, help="folder of pictures")],
     prompts: Annotated[
         Path | None,

@@ -154,14 +154,17 @@ class Prompts:
 
     def draw(self, step: int, count: int) -> list[Prompt]:
         """The `count` prompts of `step`."""
-        if not self.stage.languages:
-            index = epoch_order(len(self.prompts), count, step, self.seed, self.stage.kind, "prompts")
-        else:
-            languages = [prompt.language for prompt in self.prompts]
-            weights = torch.tensor([self.stage.languages[one] / languages.count(one) for one in languages])
-            draws = generator(self.seed, self.stage.kind, "prompts", step)
-            index = torch.multinomial(weights, count, replacement=True, generator=draws)
-        return [self.prompts[i] for i in index.tolist()]
+        return [self.prompts[i] for i in drawn(self.prompts, self.stage, self.seed, step, count).tolist()]
+
+
+def drawn(prompts: list[Prompt], stage: Tuning, seed: int, step: int, count: int) -> Tensor:
+    """Which `count` (count,) of `prompts` are the ones of `step`."""
+    if not stage.languages:
+        return epoch_order(len(prompts), count, step, seed, stage.kind, "prompts")
+    languages = [prompt.language for prompt in prompts]
+    weights = torch.tensor([stage.languages[one] / languages.count(one) for one in languages])
+    draws = generator(seed, stage.kind, "prompts", step)
+    return torch.multinomial(weights, count, replacement=True, generator=draws)
 
 
 def spoken(prompts: list[Prompt], languages: dict[str, float], path: str) -> list[Prompt]:

@@ -1,7 +1,10 @@
 """Small recipes over a tiny teacher, for tests of stages and of the pipeline."""
 
+import json
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from mlcm_rl.recipe import Distill, Dpo, Evaluate, Feedback, Policy, Recipe, Samples, Teacher, Trajectories
 
@@ -12,6 +15,20 @@ def write_prompts(folder: Path) -> str:
     path = folder / "prompts.txt"
     path.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     return str(path)
+
+
+def write_pairs(folder: Path) -> str:
+    """A pair table of one pair a prompt: a lighter picture is preferred to a darker one, of two sizes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i, prompt in enumerate(PROMPTS):
+        row = {"prompt": prompt, "chosen": f"{i}-light.png", "rejected": f"{i}-dark.png"}
+        Image.new("RGB", (16, 16), (200 + 5 * i, 220, 210)).save(folder / row["chosen"])
+        Image.new("RGB", (24, 20), (30, 10 + 5 * i, 20)).save(folder / row["rejected"])
+        rows.append(row)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    return str(folder)
 
 
 def trajectories(prompts: str, **changes: Any) -> Trajectories:

@@ -1,5 +1,9 @@
-"""Stage `dpo`: pairs of the student's own samples, ranked by the rewards, learned with DPO's losses on its own grid."""
+"""Stage `dpo`: preference pairs, learned with DPO's losses on the student's own grid.
 
+The pairs are the student's own samples, ranked by the rewards, or the pictures of a table.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,14 +11,15 @@ import torch
 from torch import Tensor
 
 from .. import adapters, bases, checkpoint, tuning
-from ..bases import Conditioning
+from ..bases import Base, Conditioning
 from ..equations import preference
 from ..equations.policy import step_gaussian
 from ..equations.schedule import add_noise
 from ..guard import Guard
+from ..pairs import PairTable
 from ..recipe import Dpo, Recipe
 from ..rewards import Combined, combine
-from ..runtime import Runtime, rate_factor, set_rate
+from ..runtime import Runtime, progress, rate_factor, set_rate
 
 
 def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
@@ -28,7 +33,8 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
     start = parents["distill"] / "student"
     student = tuning.load(stage, base, start, recipe.seed)
     rewards = combine(stage.rewards, rt.device, stage.normalise)
-    prompts = tuning.Prompts(stage, recipe.seed)
+    source: StoredPairs | OwnPairs
+    source = StoredPairs(stage, base, recipe.seed) if stage.pairs else OwnPairs(stage, student, rewards, recipe.seed)
     guard = Guard(stage, student, rewards, recipe.seed)
     parameters = list(student.parameters.values())
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
@@ -42,9 +48,7 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
         set_rate(optimizer, rate)
         draws, scores = rt.generator("draws", step), tuning.Scores()
-        copies = stage.num_generations
-        starts = prompts.starts(base, step, stage.batch_size, stage.micro_batch * copies, copies)
-        losses = (loss(stage, student, ranked(stage, student, rewards, one, scores), draws, scores) for one in starts)
+        losses = (loss(stage, student, pairs, draws, scores) for pairs in source.batches(step, scores))
         with rt.autocast():
             logged = rt.backward(losses, parameters, optimizer) | scores.means()
 
@@ -65,10 +69,58 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
 class Pairs:
     """B pairs: 0 the chosen sample, 1 the rejected one, of one prompt."""
 
-    states: Tensor  # (2, N, B, C, H, W) that the sampler visited
+    states: Tensor | None  # (2, N, B, C, H, W) that the sampler visited; a table's pictures have none
     x0: Tensor  # (2, B, C, H, W) where it ended
     conditioning: Conditioning  # (B, ...)
     kept: Tensor  # (B,) 1 where the two differ enough in reward, else 0
+
+
+class OwnPairs:
+    """Pairs of the student's samples, drawn anew in every step."""
+
+    def __init__(self, stage: Dpo, student: tuning.Student, rewards: Combined, seed: int):
+        self.stage, self.student, self.rewards = stage, student, rewards
+        self.prompts = tuning.Prompts(stage, seed)
+
+    def batches(self, step: int, scores: tuning.Scores) -> Iterator[Pairs]:
+        """The micro-batches of `step`."""
+        stage, copies = self.stage, self.stage.num_generations
+        size = stage.micro_batch * copies
+        for start in self.prompts.starts(self.student.base, step, stage.batch_size, size, copies):
+            yield ranked(stage, self.student, self.rewards, start, scores)
+
+
+class StoredPairs:
+    """The pairs of a table in the languages that the stage is for, their pictures encoded once.
+
+    prompts: N of them; x0: (2, N, C, H, W) on the CPU. Raises ValueError for a table or a picture that cannot be read.
+    """
+
+    def __init__(self, stage: Dpo, base: Base, seed: int):
+        self.stage, self.base, self.seed = stage, base, seed
+        table = PairTable(stage.pairs)
+        self.prompts = tuning.spoken(table.prompts, stage.languages, stage.pairs)
+        kept = set(self.prompts)
+        index = [i for i, prompt in enumerate(table.prompts) if prompt in kept]
+        self.x0 = torch.cat([latents.cpu() for latents in self._encoded(table, index)], dim=1)
+
+    def batches(self, step: int, scores: tuning.Scores) -> Iterator[Pairs]:
+        """The micro-batches of `step`."""
+        index = tuning.drawn(self.prompts, self.stage, self.seed, step, self.stage.batch_size)
+        for part in index.split(self.stage.micro_batch):
+            conditioning = self.base.encode_prompts([self.prompts[i].prompt for i in part.tolist()])
+            x0 = self.x0[:, part].to(self.base.device)
+            yield Pairs(None, x0, conditioning, torch.ones(len(part), device=x0.device))
+
+    def _encoded(self, table: PairTable, index: list[int]) -> Iterator[Tensor]:
+        """Latents (2, b, C, H, W) of the pairs `index`, so many at a time as a step has."""
+        size = self.stage.micro_batch
+        with progress(len(index), "encode pairs") as bar:
+            for part in (index[i : i + size] for i in range(0, len(index), size)):
+                images = torch.stack([table.pictures(i, self.base.resolution) for i in part], dim=1)
+                latents = self.base.encode_images(images.flatten(0, 1).to(self.base.device) / 255)
+                yield latents.unflatten(0, (2, -1))
+                bar.advance(len(part))
 
 
 def ranked(stage: Dpo, student: tuning.Student, rewards: Combined, start: tuning.Start, scores: tuning.Scores) -> Pairs:
@@ -106,7 +158,11 @@ def loss(stage: Dpo, student: tuning.Student, pairs: Pairs, draws: torch.Generat
 
 
 def log_ratios(stage: Dpo, student: tuning.Student, pairs: Pairs, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """log pi / pi_ref of chosen and rejected: (B,) each, or (N - 1, B) of the random steps for form pso."""
+    """log pi / pi_ref of chosen and rejected: (B,) each, or (N - 1, B) of the random steps for form pso.
+
+    `kappa` weighs the rejected one as in `preference.offline_pso_log_ratios`, of which form diffusion_dpo is half:
+    offline PSO's beta of 200 is 400 there.
+    """
     num_steps = len(student.times)
     if stage.form == "pso":
         found = torch.stack([step_log_ratio(student, pairs, step) for step in range(num_steps - 1)])
@@ -121,7 +177,7 @@ def log_ratios(stage: Dpo, student: tuning.Student, pairs: Pairs, draws: torch.G
         ratio = preference.diffusion_dpo_log_ratio(own[0], reference[0])
     else:
         ratio = preference.endpoint_log_ratio(own, reference)
-    return ratio[0], ratio[1]
+    return ratio[0], stage.kappa * ratio[1]
 
 
 def denoising_errors(

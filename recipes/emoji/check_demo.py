@@ -1,7 +1,7 @@
 """Closes `make demo`: fails unless the 4-step student is ahead of the teacher at 4 evaluations.
 
-Draws the README's picture, `demo.png` in the run's folder: a prompt a row, the teacher at its most steps, then the
-student at 8, 4, 2 and 1.
+Draws the README's picture, `demo.png` in the run's folder: a prompt a row, the teacher at its most steps, the student
+at 8, 4 and 2, and last the tuned student at 4.
 """
 
 import json
@@ -21,7 +21,9 @@ def contact_sheet(folder: Path, result: dict) -> Image.Image:
     """Return the reference and the finished student's pictures, all from the same noise, for every shown prompt."""
     students = [row for row in result["rows"] if row["role"] == "student" and row["default"]]
     finished = [row for row in students if row["name"] == students[0]["name"]]
-    rows = [result["reference"], *(row["id"] for row in sorted(finished, key=lambda row: -row["num_steps"]))]
+    tuned = [row for row in students if row not in finished and row["num_steps"] == report.HEADLINE_BUDGET]
+    drawn = [*sorted(finished, key=lambda row: -row["num_steps"]), *tuned]
+    rows = [result["reference"], *(row["id"] for row in drawn)]
     shown = [i for i, prompt in enumerate(result["prompts"]) if prompt["shown"]]
     cell = SIZE + GAP
     width = COLUMNS * (len(rows) * cell + 2 * GAP)
@@ -30,8 +32,8 @@ def contact_sheet(folder: Path, result: dict) -> Image.Image:
         left, top = place % COLUMNS * (width // COLUMNS), place // COLUMNS * cell
         for column, row in enumerate(rows):
             with Image.open(page.picture_path(folder, row, prompt)) as picture:
-                drawn = picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-            sheet.paste(drawn, (left + GAP + column * cell, top + GAP))
+                resized = picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+            sheet.paste(resized, (left + GAP + column * cell, top + GAP))
     return sheet
 
 

@@ -21,6 +21,7 @@ MAY_IMPORT_HEAVY = {  # modules of mlcm_rl, without the package's name
     "exported_pipeline",  # copied into an export, where it is all that stock diffusers finds
     "judge",
     "metrics",
+    "pairs",
     "runtime",
 }
 ABOVE = {"__main__", "pipeline", "stages"}  # what drives the rest, so nothing below may import it

@@ -14,7 +14,7 @@ from mlcm_rl.__main__ import app
 from mlcm_rl.plan import PlannedStage
 from mlcm_rl.recipe import Recipe, json_schema
 
-HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
+HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "datasets", "numpy")
 
 
 class RunError(Exception):
@@ -162,7 +162,7 @@ def test_schema_prints_or_writes_the_schema(mlcm, root):
     assert json.loads((root / "schema.json").read_text("utf-8")) == json_schema()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["validate", "good.yaml"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["pairs", "--help"], ["validate", "good.yaml"]])
 def test_help_and_validate_start_without_torch(root, arguments):
     program = f"""
 import sys

@@ -19,6 +19,10 @@ from mlcm_rl.recipe import Distill
         ("dpo", {"label_smoothing": 0.1}, "label_smoothing has no meaning for sigmoid"),
         ("dpo", {"loss_type": "robust", "label_smoothing": 0.5}, "less than 0.5"),
         ("dpo", {"num_generations": 1}, "greater than or equal to 2"),
+        ("dpo", {"form": "pso", "gamma": 1.0, "kappa": 0.1}, "kappa has no meaning for form pso"),
+        ("dpo", {"form": "pso", "gamma": 1.0, "pairs": "pairs"}, "form pso learns the steps of the student's own"),
+        ("dpo", {"pairs": "pairs", "num_generations": 8}, "num_generations is of the student's own samples"),
+        ("dpo", {"pairs": "pairs", "min_margin": 0.1}, "min_margin is of the student's own samples"),
         ("policy", {"batch_size": 3}, "whole groups of num_generations 2"),
         ("policy", {"batch_size": 4, "gradient_accumulation": 4}, "whole groups of num_generations 2"),
         ("policy", {"gamma": 0.0}, "gamma must be above 0"),
@@ -61,6 +65,22 @@ def test_a_reward_that_does_not_exist_is_refused_by_name_and_place(broken):
     assert problem.key == ("stages", 2, "rewards", 0, "name")
     assert "did you mean brightness" in str(problem)
     assert other.key == ("stages", 2, "guard", "rewards", 0, "name")
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("pears", "no such folder: pears; did you mean pairs?"),
+        ("data", "the folder data holds no metadata.jsonl"),
+        ("pairs.parquet", "no such file: pairs.parquet"),
+    ],
+)
+def test_a_pair_table_that_is_not_there_is_told(broken, root, path, told):
+    (root / "pairs").mkdir()
+    stage = FEEDBACK.replace("feedback", f"dpo\n    pairs: {path}")
+    (problem,) = broken(("  - kind: evaluate\n", stage + "  - kind: evaluate\n"))
+    assert problem.key == ("stages", 2, "pairs")
+    assert told in problem.text
 
 
 def test_a_tuning_stage_needs_a_distilled_student(broken):

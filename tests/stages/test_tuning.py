@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import runs
 import tiny
 from mlcm_rl import adapters, bases, pipeline, tuning
+from mlcm_rl.equations.preference import offline_pso_log_ratios
 from mlcm_rl.recipe import Full, Lora
 from mlcm_rl.rewards import combine
 from mlcm_rl.runtime import Runtime
@@ -26,6 +27,8 @@ VARIANTS = {
     "dpo": {},
     "dpo-ipo": {"form": "diffusion_dpo", "loss_type": "ipo", "space": "x0"},
     "dpo-pso": {"form": "pso", "gamma": 1.0, "loss_type": "robust", "label_smoothing": 0.1},
+    "dpo-table": {"pairs": "pairs", "form": "diffusion_dpo", "kappa": 0.1},
+    "dpo-table-endpoint": {"pairs": "pairs", "loss_type": "hinge", "languages": {"en": 1.0, "zh": 2.0}},
     "policy": {"beta": 0.1, "num_iterations": 2},
 }
 
@@ -42,7 +45,10 @@ def distilled(request, tiny_sdxl, tmp_path_factory):
 
 def tune(distilled, folder: Path, variant: str, **changes) -> Path:
     recipe, (store, student) = distilled
-    stage = runs.tuning(variant.split("-")[0], recipe.stages[0].prompts, **(VARIANTS[variant] | changes))
+    settings = VARIANTS[variant] | changes
+    if "pairs" in settings:
+        settings["pairs"] = runs.write_pairs(folder / settings["pairs"])
+    stage = runs.tuning(variant.split("-")[0], recipe.stages[0].prompts, **settings)
     folder.mkdir(parents=True, exist_ok=True)
     STAGES[stage.kind].run(stage, recipe, {"trajectories": store, "distill": student}, folder)
     return folder
@@ -196,6 +202,73 @@ def test_the_chosen_samples_are_the_brighter_ones_and_become_more_likely(distill
     assert logged[0]["margin"] == pytest.approx(0.0, abs=1e-3)  # at the reference, by definition
     assert logged[-1]["margin"] > logged[0]["margin"]
     assert logged[-1]["log_ratio_chosen"] > logged[-1]["log_ratio_rejected"]
+
+
+@pytest.fixture
+def stored(distilled, tmp_path):
+    """A stage on a table of pairs, its student and its pairs."""
+    recipe, (_, folder) = distilled
+    stage = runs.tuning("dpo", recipe.stages[0].prompts, pairs=runs.write_pairs(tmp_path / "pairs"))
+    student = tuning.load(stage, bases.load(recipe.teacher, "cpu"), folder / "student", seed=0)
+    return stage, student, dpo.StoredPairs(stage, student.base, seed=0)
+
+
+def test_pairs_of_a_table_are_its_pictures_encoded_and_their_prompts(stored):
+    stage, student, source = stored
+    (pairs,) = source.batches(0, tuning.Scores())
+    drawn = [source.prompts[i] for i in tuning.drawn(source.prompts, stage, 0, 0, 4).tolist()]
+    for i, prompt in enumerate(drawn):
+        number = runs.PROMPTS.index(prompt.prompt)
+        for x0, colour in zip(pairs.x0[:, i], ((200 + 5 * number, 220, 210), (30, 10 + 5 * number, 20)), strict=True):
+            picture = torch.tensor(colour).float().div(255).view(1, 3, 1, 1).expand(1, 3, 16, 16)
+            torch.testing.assert_close(x0[None], student.base.encode_images(picture), rtol=0, atol=1e-5)
+        alone = student.base.encode_prompts([prompt.prompt])
+        torch.testing.assert_close(pairs.conditioning["context"][i : i + 1], alone["context"], rtol=0, atol=1e-5)
+    assert pairs.kept.tolist() == [1.0] * 4
+
+
+def test_pairs_of_a_table_are_those_of_the_languages_that_are_tuned_for(stored):
+    stage, student, _ = stored
+    source = dpo.StoredPairs(stage.model_copy(update={"languages": {"zh": 1.0}}), student.base, seed=0)
+    assert [prompt.prompt for prompt in source.prompts] == ["红苹果", "熊猫"]
+    assert source.x0.shape[:2] == (2, 2)
+
+
+@pytest.mark.parametrize("form", ["diffusion_dpo", "endpoint"])
+def test_kappa_makes_the_log_ratios_those_of_offline_pso(stored, form):
+    """Diffusion-DPO's are half of them; the endpoint form's are their sum over the times of the sampler."""
+    stage, student, source = stored
+    stage = stage.model_copy(update={"form": form, "kappa": 0.1})
+    tiny.perturb(list(student.parameters.values()))
+    (pairs,) = source.batches(0, tuning.Scores())
+    found = dpo.log_ratios(stage, student, pairs, torch.Generator().manual_seed(1))
+    draws, steps, factor = torch.Generator().manual_seed(1), range(len(student.times)), 1.0
+    if form == "diffusion_dpo":
+        steps, factor = [int(torch.randint(len(student.times), (), generator=draws))], 0.5
+    eps = student.base.noise(draws, 4)
+    expected = torch.zeros(2, 4)
+    for step in steps:
+        own, reference = dpo.denoising_errors(stage, student, pairs, step, eps)
+        expected += factor * torch.stack(offline_pso_log_ratios(own[0], reference[0], own[1], reference[1], 0.1))
+    torch.testing.assert_close(torch.stack(found), expected)
+    assert found[1].abs().min() > 0
+
+
+@pytest.mark.parametrize("variant", ["dpo-table", "dpo-table-endpoint"])
+def test_the_chosen_pictures_of_a_table_become_more_likely_than_the_rejected(stored, variant):
+    stage, student, source = stored
+    stage = stage.model_copy(update={**VARIANTS[variant], "pairs": stage.pairs})
+    optimizer = torch.optim.Adam(student.parameters.values(), lr=1e-4)
+    margins = []
+    for _ in range(8):
+        scores = tuning.Scores()
+        (pairs,) = source.batches(0, scores)
+        dpo.loss(stage, student, pairs, torch.Generator().manual_seed(0), scores).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        margins.append(scores.means()["margin"])
+    assert margins[0] == pytest.approx(0.0, abs=1e-3)
+    assert margins[-1] > margins[0]
 
 
 def test_policy_gradient_raises_the_reward(distilled, tmp_path):

@@ -1,0 +1,269 @@
+"""Pair tables: read from a folder or a Parquet file alike, what is wrong told with its row, made of a run's samples."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import runs
+from mlcm_rl import pictures, pipeline, plan, ranking, rewards
+from mlcm_rl.__main__ import app
+from mlcm_rl.data import Prompt
+from mlcm_rl.fingerprint import locate
+from mlcm_rl.pairs import PairTable
+from mlcm_rl.recipe import Reward
+from mlcm_rl.reward_folder import read_picture
+
+FEATURES = datasets.Features(
+    {"prompt": datasets.Value("string"), "chosen": datasets.Image(), "rejected": datasets.Image()}
+)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return Path(runs.write_pairs(tmp_path / "pairs"))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_sdxl, tmp_path_factory) -> Path:
+    """The folder of a run that has a distilled student."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = runs.recipe(tiny_sdxl, folder, [runs.trajectories(runs.write_prompts(folder)), runs.distill(segments=[2])])
+    pipeline.run(recipe)
+    return Path(recipe.runs, recipe.name)
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text("utf-8").splitlines()]
+
+
+def rewrite(folder: Path, rows: list) -> None:
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+# ---- read ----
+
+
+def test_a_folder_is_read_in_its_order_and_pictures_come_at_the_size_that_is_asked_for(folder):
+    table = PairTable(folder)
+    assert [prompt.prompt for prompt in table.prompts] == runs.PROMPTS
+    assert [prompt.language for prompt in table.prompts] == ["en", "en", "zh", "en", "zh", "en"]
+    chosen, rejected = table.pictures(2, resolution=8)
+    assert torch.equal(chosen, torch.tensor([210, 220, 210], dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 8))
+    assert torch.equal(rejected, torch.tensor([30, 20, 20], dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 8))
+
+
+def test_a_parquet_file_with_trls_columns_is_the_same_table(folder, tmp_path):
+    rows = rows_of(folder)
+    columns = {name: [row[name] for row in rows] for name in ("prompt", "chosen", "rejected")}
+    for name in ("chosen", "rejected"):
+        columns[name] = [str(folder / file) for file in columns[name]]
+    datasets.Dataset.from_dict(columns, features=FEATURES).to_parquet(str(tmp_path / "pairs.parquet"))
+    bare = {"prompt": columns["prompt"]}  # as another program writes it: encoded pictures and no metadata
+    bare |= {name: [Path(path).read_bytes() for path in columns[name]] for name in ("chosen", "rejected")}
+    pyarrow.parquet.write_table(pyarrow.table(bare), tmp_path / "bare.parquet")
+    table = PairTable(folder)
+    for file in ("pairs.parquet", "bare.parquet"):
+        again = PairTable(tmp_path / file)
+        assert again.prompts == table.prompts
+        assert all(torch.equal(again.pictures(i, 16), table.pictures(i, 16)) for i in range(len(table)))
+
+
+def test_a_language_that_a_table_gives_is_not_guessed(folder):
+    rewrite(folder, [row | {"language": "de"} for row in rows_of(folder)])
+    assert {prompt.language for prompt in PairTable(folder).prompts} == {"de"}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"prompt": " "}, r"metadata\.jsonl:2: prompt must be text that is not empty"),
+        ({"chosen": None}, r"metadata\.jsonl:2: chosen must be text, got None"),
+        ({"rejected": "none.png"}, r"metadata\.jsonl:2: there is no picture .*none\.png"),
+        ({"language": 3}, r"metadata\.jsonl:2: language must be text, got 3"),
+    ],
+)
+def test_a_wrong_row_of_a_folder_is_told_with_its_line(folder, change, told):
+    first, second, *rest = rows_of(folder)
+    rewrite(folder, [first, second | change, *rest])
+    with pytest.raises(ValueError, match=told):
+        PairTable(folder)
+
+
+def test_a_picture_that_is_none_is_told_with_its_row(folder, tmp_path):
+    (folder / "1-dark.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl:2: rejected is not a readable picture"):
+        PairTable(folder).pictures(1, 8)
+    columns = {"prompt": ["a cat"], "chosen": [None], "rejected": [None]}
+    datasets.Dataset.from_dict(columns, features=FEATURES).to_parquet(str(tmp_path / "none.parquet"))
+    with pytest.raises(ValueError, match=r"none\.parquet: row 0: there is no chosen picture"):
+        PairTable(tmp_path / "none.parquet").pictures(0, 8)
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"prompt": ["a"], "chosen": [b""]}, "there is no column rejected; it has prompt, chosen"),
+        ({"prompt": ["a"], "chosen": ["a.png"], "rejected": ["b.png"]}, "the column chosen holds .*, not pictures"),
+        ({"prompt": [None], "chosen": [b""], "rejected": [b""]}, "row 0: prompt must be text that is not empty"),
+        ({"prompt": [], "chosen": [], "rejected": []}, "holds no pairs|not pictures"),
+    ],
+)
+def test_a_parquet_file_that_is_no_pair_table_is_told(tmp_path, columns, told):
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "table.parquet")
+    with pytest.raises(ValueError, match=told):
+        PairTable(tmp_path / "table.parquet")
+
+
+def test_what_is_no_table_at_all_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        PairTable(tmp_path / "none.parquet")
+    (tmp_path / "text.parquet").write_text("text")
+    with pytest.raises(ValueError, match="read from a Parquet file or a folder"):
+        PairTable(tmp_path / "text.parquet")
+    (tmp_path / "metadata.jsonl").touch()
+    with pytest.raises(ValueError, match="holds no pairs"):
+        PairTable(tmp_path)
+
+
+# ---- what a stage on a table is and costs ----
+
+
+def test_a_stage_is_found_by_the_content_of_its_table_and_takes_no_samples(tiny_sdxl, tmp_path, folder):
+    prompts = runs.write_prompts(tmp_path)
+    stage = runs.tuning("dpo", prompts, pairs=str(folder))
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(prompts), runs.distill(), stage])
+    before = locate(stage, recipe, []).fingerprint
+    moved = folder.rename(tmp_path / "moved")
+    stage = stage.model_copy(update={"pairs": str(moved)})
+    assert locate(stage, recipe, []).fingerprint == before
+    rewrite(moved, rows_of(moved)[:-1])
+    assert locate(stage, recipe, []).fingerprint != before
+    own = runs.tuning("dpo", prompts)
+    assert plan.evaluations_per_sample(stage) == 2 * 2 * 2  # two times; chosen and rejected; student and reference
+    assert plan.evaluations_per_sample(own) == 2 * 2 * 2 + 4 * 2
+
+
+# ---- made ----
+
+
+def make(run: Path, out: Path, **changes) -> tuple[int, int]:
+    prompts = runs.write_prompts(run)
+    settings = {"num_prompts": 5, "num_generations": 3, "num_steps": 2, "min_margin": 0.0, "seed": 0, "batch_size": 6}
+    return pipeline.pairs(run, Path(prompts), out=out, **({"reward": "brightness"} | settings | changes))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_best_of_a_prompts_samples_is_chosen_and_the_worst_rejected(tmp_path):
+    images = torch.tensor([0.0, 0.2, 0.4, 0.6]).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    asked = ranking.Asked("", "", "taste", num_generations=4, num_steps=1, min_margin=0.75, seed=0)
+    scores = torch.tensor([0.25, 1.0, 0.0, 0.5])
+    row = ranking.write_pair(asked, Prompt("a cat", "en"), images, scores, 7, tmp_path)
+    assert row == {
+        "prompt": "a cat",
+        "language": "en",
+        "chosen": "pictures/000007-chosen.png",
+        "rejected": "pictures/000007-rejected.png",
+        "chosen_score": 1.0,
+        "rejected_score": 0.0,
+    }
+    assert read_picture(tmp_path / row["chosen"]).unique().item() == pytest.approx(0.2)
+    assert read_picture(tmp_path / row["rejected"]).unique().item() == pytest.approx(0.4)
+    assert ranking.write_pair(asked, Prompt("a cat", "en"), images, 0.75 * scores, 8, tmp_path) is None  # not beyond it
+    assert not (tmp_path / "pictures" / "000008-chosen.png").exists()
+
+
+def test_a_table_has_the_scores_of_its_pictures(run, tmp_path):
+    assert make(run, tmp_path) == (5, 5)
+    rows = rows_of(tmp_path)
+    assert [row["prompt"] for row in rows] == runs.PROMPTS[:5]
+    reward = rewards.build(Reward(name="brightness"), "cpu")
+    for row in rows:
+        both = torch.stack([read_picture(tmp_path / row[name]) for name in ("chosen", "rejected")])
+        expected = reward(both, [row["prompt"]] * 2).tolist()  # but for the rounding to 8 bits
+        assert [row["chosen_score"], row["rejected_score"]] == pytest.approx(expected, abs=1 / 255)
+        assert row["chosen_score"] > row["rejected_score"]
+    assert len(PairTable(tmp_path)) == 5
+
+
+def test_a_margin_leaves_out_the_nearer_pairs(run, tmp_path):
+    make(run, tmp_path / "all")
+    gaps = [row["chosen_score"] - row["rejected_score"] for row in rows_of(tmp_path / "all")]
+    median = sorted(gaps)[2]
+    assert make(run, tmp_path / "wide", min_margin=median) == (2, 5)
+    kept = [row["prompt"] for row in rows_of(tmp_path / "wide")]
+    assert kept == [prompt for prompt, gap in zip(runs.PROMPTS, gaps, strict=False) if gap > median]
+
+
+def test_an_interrupted_table_goes_on_and_ends_as_an_uninterrupted_one(run, tmp_path, monkeypatch):
+    make(run, tmp_path / "whole")
+    drawn, original = [], ranking.ranked
+    save_png, saved = pictures.save_png, iter(range(100))
+
+    def save(image, path):
+        if next(saved) == 5:  # in the middle of the third prompt, which is the second batch
+            raise KeyboardInterrupt
+        return save_png(image, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pictures, "save_png", save)
+        with pytest.raises(KeyboardInterrupt):
+            make(run, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "metadata.jsonl").exists()
+
+    def ranked(*arguments):
+        drawn.extend(prompt.prompt for prompt in arguments[4])
+        return original(*arguments)
+
+    monkeypatch.setattr(ranking, "ranked", ranked)
+    make(run, tmp_path / "cut")
+    assert drawn == runs.PROMPTS[2:5]
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    make(run, tmp_path / "cut", num_prompts=6)  # and a finished one takes more prompts
+    assert drawn == runs.PROMPTS[2:6]
+    assert len(rows_of(tmp_path / "cut")) == 6
+
+
+def test_one_folder_holds_one_table(run, tmp_path):
+    make(run, tmp_path / "made", num_prompts=1)
+    with pytest.raises(pipeline.RunError, match="holds a table of num_steps 2, not 1; seed 0, not 3: take another"):
+        make(run, tmp_path / "made", num_steps=1, seed=3)
+    with pytest.raises(pipeline.RunError, match="not made by this command"):
+        make(run, Path(runs.write_pairs(tmp_path / "given")))
+
+
+def test_a_reward_that_does_not_read_a_prompt_is_refused_before_anything_is_drawn(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("reward_models.brightness.Brightness.needs_prompt", True)
+    monkeypatch.setattr("reward_models.brightness.Brightness.languages", ("en",))
+    with pytest.raises(pipeline.RunError, match="brightness reads prompts in en, not in zh"):
+        make(run, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_command_says_how_many_pairs_were_kept_and_where(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    out = tmp_path / "table"
+    arguments = ["--prompts", runs.write_prompts(tmp_path), "--out", str(out), "--num-prompts", "2", "--steps", "1"]
+    result = CliRunner().invoke(app, ["pairs", str(run), *arguments, "--reward", "brightness"])
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, f"{out}  2 pairs of 2 prompts")
+    refused = CliRunner().invoke(app, ["pairs", str(run), *arguments, "--reward", "brightnes"])
+    assert refused.exit_code == 2
+    assert "did you mean brightness?" in " ".join(refused.stderr.replace("│", " ").split())
+
+
+def test_a_made_table_trains_a_student(run, tmp_path):
+    make(run, tmp_path / "pairs")
+    recipe = pipeline._recipe_of(pipeline.find_stage(run, ("distill",)))
+    stage = runs.tuning("dpo", recipe.stages[0].prompts, pairs=str(tmp_path / "pairs"))
+    *_, tuned = pipeline.run(recipe.model_copy(update={"stages": [*recipe.stages, stage]}))
+    log = [json.loads(line) for line in (tuned.folder / "log.jsonl").read_text().splitlines()]
+    assert all(record["grad_norm"] > 0 for record in log)
+    assert "guard/reward/brightness" in log[-1]
