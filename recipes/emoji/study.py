@@ -1,4 +1,4 @@
-"""The study behind the README's table: every variant on one teacher, the same samples, one report a seed.
+"""The study behind the README's table: every variant on one teacher, over several seeds, in one report.
 
     python recipes/emoji/study.py [--seeds 3] [--prompts 1000] [--steps 2000] [--rows progressive,...] [KEY=VALUE ...]
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+import study_summary
 from mlcm_rl import pipeline
 from mlcm_rl.recipe import Distill, Evaluate, Recipe
 from mlcm_rl.recipe_file import load
@@ -63,6 +64,7 @@ def main() -> None:
     changes = {"num_prompts": arguments.prompts, "students": "snapshots", "also": [str(path) for path in students]}
     stages = [evaluate.model_copy(update=changes)]
     folder = pipeline.run(base.model_copy(update={"name": "study", "stages": stages}))[-1].folder
+    study_summary.main(folder)
     Console().print(str(folder / "report.html"), soft_wrap=True)
 
 
