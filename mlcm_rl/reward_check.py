@@ -14,7 +14,7 @@ EXAMPLE_PROMPTS = {  # things that a picture shows and that every list of classe
     "en": ("a strawberry", "a lemon", "an orange", "a banana", "a pineapple", "a goldfish"),
     "zh": ("草莓", "柠檬", "橙子", "香蕉", "菠萝", "金鱼"),
 }
-STEPS = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # of the finite differences, in units of a pixel's range
+STEPS = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)  # of the finite differences, in units of a pixel's range
 GRADIENT_TOLERANCE = 0.05  # scores are float32, so no step is free of both curvature and rounding
 BATCH_TOLERANCE = 1e-3  # of the scores' deviation: kernels differ with the batch's size, in the last digits
 
@@ -121,7 +121,9 @@ def _gradient(reward: RewardModel, name: str, images: Tensor, prompts: list[str]
     """
     if not reward.differentiable:
         return "none, as declared"
-    image = (0.1 + 0.8 * images[:1]).requires_grad_()  # away from the ends of the range
+    generator = torch.Generator().manual_seed(0)
+    grain = 0.04 * torch.randn(images[:1].shape, generator=generator).to(images.device)  # flat areas sit on kinks
+    image = (0.1 + 0.8 * images[:1] + grain).clamp(0.02, 0.98).requires_grad_()  # away from the ends of the range
     with torch.enable_grad():
         value = score(reward, name, image, prompts[:1])
     if not value.requires_grad:
@@ -130,7 +132,6 @@ def _gradient(reward: RewardModel, name: str, images: Tensor, prompts: list[str]
     length = gradient.norm().item()
     if not 0 < length < float("inf"):
         raise Failed(f"it declares differentiable, and its gradient at a picture has the length {length}")
-    generator = torch.Generator().manual_seed(0)
     directions = [torch.randn(image.shape, generator=generator).to(image.device) for _ in range(4)]
     directions.append(gradient * (gradient.numel() ** 0.5 / length))
     slopes = torch.tensor([(gradient * direction).sum().item() for direction in directions])

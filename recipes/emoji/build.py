@@ -1,4 +1,4 @@
-"""Rebuild the embedded teacher from its sources: every step in order, those done before skipped.
+"""Rebuild the embedded teacher, its judge and the emoji rewards from their sources; what was done before is skipped.
 
 A finished step leaves a file in `done/` of the cache; delete it, or pass `--again STEP`, to run the step once more.
 """
@@ -24,10 +24,12 @@ STEPS: dict[str, tuple[str, ...]] = {
     "judge": ("recipes/emoji/train_judge.py",),
     "assemble": ("recipes/emoji/assemble_teacher.py", "--fresh-denoiser"),
     "reconstructions": ("recipes/emoji/measure_reconstructions.py",),
+    "rewards": ("recipes/emoji/train_rewards.py",),
+    "alignment": ("recipes/emoji/train_alignment.py",),
     "denoiser": ("-m", "mlcm_rl", "run", RECIPE),
     "teacher": ("recipes/emoji/assemble_teacher.py", "--from-run", "runs/emoji_teacher"),
 }
-THREADED = ("autoencoder", "text_towers", "judge")  # steps that take `--threads`
+THREADED = ("autoencoder", "text_towers", "judge", "rewards", "alignment")  # steps that take `--threads`
 
 
 def command_of(step: str, threads: int) -> list[str]:

@@ -72,7 +72,7 @@ def chinese_names(english: list[list[str]]) -> list[list[str]]:
     known: dict[str, list[str]] = {name: list(names) for name, names in BY_HAND.items()}
     for concept in list_concepts():
         known.setdefault(concept.en.lower(), [concept.zh])
-    return [list(dict.fromkeys(zh for name in names for zh in known.get(name, ()))) for names in english]
+    return [list(dict.fromkeys(zh.lower() for name in names for zh in known.get(name, ()))) for names in english]
 
 
 def main() -> None:

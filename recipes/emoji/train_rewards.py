@@ -110,9 +110,10 @@ def drawings_of(pictures: Pictures, rows: list[list[int]]) -> Tensor:
 
 
 def reconstructed(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Return images (N, 3, H, W) in [0, 1] as the teacher's decoder draws them: what a student's samples are like."""
+    """Return images (N, 3, H, W) in [0, 1] as the teacher's decoder draws them, in 256 steps as a file holds them."""
     pixels = (images * 255).round().byte().permute(0, 2, 3, 1)
-    return torch.cat([decode(vae, encode(vae, part)).clamp(0, 1) for part in pixels.split(64)])
+    rebuilt = torch.cat([decode(vae, encode(vae, part)) for part in pixels.split(64)])
+    return (rebuilt.clamp(0, 1) * 255).round() / 255
 
 
 def views(images: Tensor, rebuilt: Tensor, shift: int, seed: int) -> list[Tensor]:
