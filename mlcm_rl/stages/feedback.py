@@ -76,11 +76,11 @@ def loss(
     scores: tuning.Scores,
 ) -> Tensor:
     """The loss of a micro-batch, one value a sample (B,) float32; its raw scores go into `scores`."""
-    states, x0, t, copies = graded_sample(stage, student, start, draws)
+    x_t, x0, t, copies = graded_sample(stage, student, start, draws)
     value = reward_loss(stage, rewards, student.base.decode(x0), start, copies, scores)
     conditioning = start.repeated(copies)
     if stage.anchor:
-        reference = student.reference_x0(states[-1].detach(), t, torch.zeros_like(t), conditioning)
+        reference = student.reference_x0(x_t.detach(), t, torch.zeros_like(t), conditioning)
         value = value + stage.anchor * consistency.squared_l2(x0, reference)
     value = value.unflatten(0, (copies, -1)).mean(0)
     if stage.kl:
@@ -92,10 +92,10 @@ def loss(
 
 def graded_sample(
     stage: Feedback, student: tuning.Student, start: tuning.Start, draws: torch.Generator
-) -> tuple[list[Tensor], Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor, Tensor, int]:
     """The sample that is scored, with the gradient that `stage.gradient` gives it.
 
-    Returns the states that were visited, the last of them where t is; x0 (n B, C, H, W); t (n B,); n copies of each.
+    Returns the last state that was visited and its x0, (n B, C, H, W) each; its t (n B,); n copies of each sample.
     """
     num_steps = len(student.times)
     if stage.gradient == "low_variance":
@@ -105,13 +105,14 @@ def graded_sample(
         x_t = equations.renoised_copies(x0, eps, t, student.base.schedule)
         t = t.repeat(stage.num_copies)
         x0 = student.x0(x_t, t, torch.zeros_like(t), start.repeated(stage.num_copies))
-        return [x_t], x0, t, stage.num_copies
+        return x_t, x0, t, stage.num_copies
     last, grad_steps = num_steps - 1, stage.num_grad_steps
     if stage.gradient == "random":
         last, grad_steps = equations.random_late_step(num_steps, stage.num_grad_steps, draws), 1
-    visited = list(student.walk(start, last, grad_steps))
+    for x_t, x0 in student.walk(start, last, grad_steps):  # noqa: B007  (the last step's are wanted)
+        pass
     t, _ = student.jump(last, len(start.noise))
-    return [x_t for x_t, _ in visited], visited[-1][1], t, 1
+    return x_t, x0, t, 1
 
 
 def reward_loss(
