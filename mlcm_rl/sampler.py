@@ -28,8 +28,8 @@ def sample(
     lower where noise brings the state up again, 0 at gamma 1 and in the last step. The last `grad_steps`
     steps carry gradient.
     """
-    for _, x0 in walk(base, denoiser, conditioning, noise, times, gamma, generators, conditioned, grad_steps):
-        pass  # a step's state is let go before the next
+    for _, x0 in walk(base, denoiser, conditioning, noise, times, gamma, generators, conditioned, grad_steps):  # noqa: B007  (the last one is the answer)
+        pass  # a state is let go before the next step
     return x0
 
 
