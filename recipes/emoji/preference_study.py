@@ -3,8 +3,8 @@
     python recipes/emoji/preference_study.py [--seeds 3] [--prompts 1000] [--rows feedback,...] [KEY=VALUE ...]
 
 Each row is a stage of `recipes/emoji_preference.yaml` with other settings, on one distilled student; a seed is that of
-the tuning alone. Interrupted, it goes on where it was: finished stages are found again. Ends with the table and the
-targets in words (preference_summary.py).
+the tuning alone. Interrupted, it goes on where it was: finished stages are found again. Ends with a picture
+(preference_curves.py), the table, and the targets in words (preference_summary.py).
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+import preference_curves
 import preference_summary
 from mlcm_rl import pipeline
 from mlcm_rl.data import read_prompts
@@ -54,10 +55,15 @@ def main() -> None:
     arguments = parser.parse_args()
     base = load(HERE.parent / "emoji_preference.yaml", arguments.overrides)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    tuned = [tune(base, row, seed) for seed in seeds for row in arguments.rows.split(",")]
+    tuned = [(row, *tune(base, row, seed)) for seed in seeds for row in arguments.rows.split(",")]
+    picture = Path(base.runs) / "preference.png"
+    preference_curves.draw(tuned, picture)
     if not arguments.tune_only:
-        reports = measure(base, tuned, arguments.prompts, arguments.diversity_prompts)
+        reports = measure(
+            base, [(stage, folder) for _, stage, folder in tuned], arguments.prompts, arguments.diversity_prompts
+        )
         Console().print(preference_summary.text(*reports), soft_wrap=True)
+    Console().print(str(picture), soft_wrap=True)
 
 
 def tune(base: Recipe, row: str, seed: int) -> tuple[Tuning, Path]:

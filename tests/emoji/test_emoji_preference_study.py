@@ -1,7 +1,10 @@
 """The summary of the preference study: seeds averaged prompt by prompt, wins against the same sampler's reference."""
 
+import json
+
 import pytest
 
+import preference_curves
 import preference_study
 import preference_summary
 from mlcm_rl.recipe import Dpo, Feedback, Policy
@@ -58,6 +61,15 @@ def test_every_row_of_the_study_is_a_valid_stage_and_names_a_reward_it_holds_out
         assert stage.seed == 3
         assert [one.kind for one in ran[-1].stages] == ["trajectories", "distill", kind]
     assert ran[-1].stages[-1].guard.num_prompts == 64  # a guard that is changed keeps its other settings
+
+
+def test_curves_are_means_over_seeds_and_begin_where_nothing_is_won(tmp_path):
+    for seed, rate in enumerate((0.6, 0.8)):
+        (tmp_path / str(seed)).mkdir()
+        look = {"step": 25, "guard/held_out_gain": 0.1, "guard/win_rate/emoji_style": rate}
+        (tmp_path / str(seed) / "log.jsonl").write_text(json.dumps(look) + "\n" + json.dumps({"step": 26}) + "\n")
+    folders = [tmp_path / "0", tmp_path / "1"]
+    assert preference_curves.win_rates(folders, "emoji_style") == {0: [0.5, 0.5], 25: [0.6, 0.8]}
 
 
 class _Done:
