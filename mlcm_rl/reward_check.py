@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .rewards import RewardError, RewardModel, score
 
-EXAMPLE_PROMPTS = {  # things that a picture shows and that every list of classes knows
-    "en": ("a strawberry", "a lemon", "an orange", "a banana", "a pineapple", "a goldfish"),
-    "zh": ("草莓", "柠檬", "橙子", "香蕉", "菠萝", "金鱼"),
+EXAMPLE_PROMPTS = {  # things that every list of classes knows, in quotation marks, which ask a reader for that text
+    "en": ('a "strawberry"', 'a "lemon"', 'an "orange"', 'a "banana"', 'a "pineapple"', 'a "goldfish"'),
+    "zh": ("「草莓」", "「柠檬」", "「橙子」", "「香蕉」", "「菠萝」", "「金鱼」"),
 }
 STEPS = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)  # of the finite differences, in units of a pixel's range
 GRADIENT_TOLERANCE = 0.05  # scores are float32, so no step is free of both curvature and rounding
