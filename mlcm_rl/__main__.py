@@ -68,11 +68,17 @@ RunFolder = Annotated[
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="go on from the newest whole checkpoint where a newer one is damaged")
+    ] = False,
+) -> None:
     """Run a recipe, or what is not yet done of it. The same command takes up an interrupted run."""
     loaded = _load(recipe, overrides)
     with _pipeline(interrupted="Interrupted. The same command takes the run up where it was saved.") as pipeline:
-        finished = pipeline.run(loaded)
+        finished = pipeline.run(loaded, skip_damaged)
     _line(Text.assemble(("done", "green"), f"  {len(finished)} stages in {Path(loaded.runs) / loaded.name}"))
 
 

@@ -1,23 +1,28 @@
 """What a stage leaves on disk: files that appear by rename, a manifest written last, and checkpoints to resume from."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .recipe import Teacher
 
-FORMAT = 1  # of manifest.json and of checkpoints; raised when their layout changes
-KEPT_CHECKPOINTS = 2
+FORMAT = 1  # of manifest.json; raised when its layout changes
+STATE_FORMAT = 2  # of checkpoints
+PARTIAL = ".part"  # ends the names of what is not whole yet
+SPARE_BYTES = 2**20  # of a disk, left free for logs and for the next small file
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # of a disk to be written
 
 
 class CheckpointError(Exception):
@@ -29,17 +34,43 @@ class CheckpointError(Exception):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write a file or folder to; it becomes `path` by rename when the block ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    remove(temporary)
+    """A temporary path beside `path` to write a file or folder to; it becomes `path` by rename when the block ends.
+
+    It has reached the disk by then. Raises CheckpointError where the disk refuses; what was at `path` is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)
         yield temporary
+        sync(temporary)
         if path.is_dir():
             remove(path)
         temporary.replace(path)
+        sync(path.parent, inside=False)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in REFUSALS:
+            raise
+        reason = error.strerror.lower() if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path} could not be written ({reason}); what was there before is as it was") from error
     finally:
         remove(temporary)
+
+
+def sync(path: Path, inside: bool = True) -> None:
+    """Wait until a file, or a folder and, with `inside`, all that it holds, has reached the disk."""
+    for one in [path, *(path.rglob("*") if inside else ())]:
+        descriptor = os.open(one, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what a process that was killed had not finished writing under `folder`."""
+    for path in folder.rglob(f".*{PARTIAL}"):
+        remove(path)
 
 
 def remove(path: Path) -> None:
@@ -60,15 +91,30 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not even text
         raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
+    return found
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Save `tensors` as safetensors, on the CPU and contiguous."""
+    """Save `tensors` as safetensors, on the CPU and contiguous. Raises CheckpointError where the disk is too full."""
     with replacing(path) as temporary:
+        require_space(path, sum(value.numel() * value.element_size() for value in tensors.values()))
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
+
+
+def require_space(path: Path, size: int) -> None:
+    """Raise CheckpointError where the disk of `path` has no room for `size` bytes more."""
+    free = shutil.disk_usage(path.parent).free
+    if size + SPARE_BYTES > free:
+        needed, left = (f"{count / 1e6:,.1f} MB" for count in (size, free))
+        raise CheckpointError(
+            f"{path} needs {needed} and its disk has {left} left: make room, and the same command goes on from what "
+            "was saved before"
+        )
 
 
 def sha256(path: Path) -> str:
@@ -137,27 +183,21 @@ def verify(folder: Path) -> dict:
 # ---- checkpoints to resume from ----
 
 
-def save_state(folder: Path, step: int, tensors: dict[str, Tensor], record: dict | None = None) -> Path:
-    """Write the state after `step` steps as `checkpoints/step-<n>`; the newest KEPT_CHECKPOINTS stay.
+def save_state(folder: Path, step: int, tensors: dict[str, Tensor], record: dict | None = None, keep: int = 2) -> Path:
+    """Write the state after `step` steps as `checkpoints/step-<n>`; the newest `keep` stay.
 
     `record` is what else a loop must know to go on, as JSON.
 
-    The folder appears by rename with its checksum inside; older ones go only after it is there.
+    The folder appears by rename with its checksums inside; older ones go only after it is there.
     """
     path = folder / "checkpoints" / f"step-{step:08d}"
     with replacing(path) as temporary:
         temporary.mkdir(parents=True)
         write_tensors(temporary / "state.safetensors", tensors)
-        write_json(
-            temporary / "state.json",
-            {
-                "format": FORMAT,
-                "step": step,
-                "sha256": sha256(temporary / "state.safetensors"),
-                "record": record or {},
-            },
-        )
-    for old in _checkpoints(folder)[:-KEPT_CHECKPOINTS]:
+        checksum = sha256(temporary / "state.safetensors")
+        state = {"format": STATE_FORMAT, "step": step, "sha256": checksum, "record": record or {}}
+        write_json(temporary / "state.json", state | {"seal": _seal(state)})
+    for old in checkpoints(folder)[:-keep]:
         remove(old)
     return path
 
@@ -167,18 +207,53 @@ def load_state(folder: Path) -> tuple[int, dict[str, Tensor], dict] | None:
 
     Raises CheckpointError where it is damaged: nothing restarts from zero, or from an older state, in silence.
     """
-    found = _checkpoints(folder)
+    found = checkpoints(folder)
     if not found:
         return None
+    wrong = damage(found[-1])
+    if wrong:
+        whole = next((path for path in reversed(found[:-1]) if not damage(path)), None)
+        instead = f"the one before it, {whole.name}" if whole else "the start of the stage, since no other is whole"
+        raise CheckpointError(f"{found[-1]} is damaged ({wrong}): `mlcm run --skip-damaged` goes on from {instead}")
     state = read_json(found[-1] / "state.json")
-    path = found[-1] / "state.safetensors"
-    if state.get("format") != FORMAT or not path.is_file() or sha256(path) != state["sha256"]:
-        raise CheckpointError(f"{found[-1]} is damaged: delete it to resume from the checkpoint before it")
-    return state["step"], load_file(path), state["record"]
+    return state["step"], load_file(found[-1] / "state.safetensors"), state["record"]
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint `path`; None where it is whole."""
+    try:
+        state = read_json(path / "state.json")
+    except CheckpointError as error:
+        return str(error)
+    seal = state.pop("seal", None)
+    if state.get("format") != STATE_FORMAT:
+        return f"it is of format {state.get('format')}, this version reads {STATE_FORMAT}"
+    if seal != _seal(state):
+        return "state.json is not as it was written"
+    tensors = path / "state.safetensors"
+    return None if tensors.is_file() and sha256(tensors) == state["sha256"] else f"{tensors.name} is not as written"
+
+
+def skip_damaged(folder: Path) -> list[str]:
+    """Put the damaged checkpoints above the newest whole one aside, as `damaged-step-<n>`; returns what was wrong."""
+    skipped = []
+    for path in reversed(checkpoints(folder)):
+        wrong = damage(path)
+        if not wrong:
+            break
+        remove(path.with_name(f"damaged-{path.name}"))
+        path.rename(path.with_name(f"damaged-{path.name}"))
+        skipped.append(f"{path}: {wrong}")
+    return skipped
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a stage's folder, oldest first."""
     return sorted((folder / "checkpoints").glob("step-*"))
+
+
+def _seal(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -188,12 +263,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took."""
+    """Put back what `optimizer_tensors` took. Raises ValueError where it was taken of other parameters."""
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
+    for key, value in taken("optimizer", tensors).items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entry in state.items():  # torch takes moments of any shape, and fails or broadcasts at the next step
+        shapes = {value.shape for value in entry.values() if value.ndim}
+        if index >= len(parameters) or shapes - {parameters[index].shape}:
+            raise ValueError(f"the optimiser's state number {index} is of another parameter")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -203,35 +282,45 @@ def save_training(
     weights: dict[str, dict[str, Tensor]],
     optimizer: torch.optim.Optimizer,
     record: dict | None = None,
+    keep: int = 2,
 ) -> None:
     """A checkpoint after `steps` steps: groups of `weights`, the optimiser, and a `record` of what does not follow
     from the step."""
     tensors = optimizer_tensors(optimizer)
     for prefix, group in weights.items():
         tensors |= named(prefix, group)
-    save_state(folder, steps, tensors, record)
+    save_state(folder, steps, tensors, record, keep)
 
 
 def load_training(
-    folder: Path, weights: dict[str, dict[str, Tensor]], optimizer: torch.optim.Optimizer
+    folder: Path, weights: dict[str, dict[str, Tensor]], optimizer: torch.optim.Optimizer, parts: Iterable[str] = ()
 ) -> tuple[int, dict | None]:
     """Put back the newest checkpoint in `folder`, in place; returns the steps done and its record.
 
-    0 and None where there is none.
+    0 and None where there is none. Raises CheckpointError where it holds other weights, no state of the optimiser, or
+    nothing of one of `parts` in its record: training would go on, and end elsewhere.
     """
     found = load_state(folder)
     if found is None:
         return 0, None
     steps, tensors, record = found
+    place = checkpoints(folder)[-1]
     for prefix, group in weights.items():
         kept = taken(prefix, tensors)
-        if kept.keys() != group.keys():
-            raise CheckpointError(
-                f"{folder}: its checkpoint holds other weights than this {prefix}: delete checkpoints/"
-            )
-        for name, value in group.items():
-            value.data.copy_(kept[name])
-    load_optimizer(optimizer, tensors)
+        if {name: value.shape for name, value in kept.items()} != {name: value.shape for name, value in group.items()}:
+            raise CheckpointError(f"{place} holds other weights than this {prefix}: delete checkpoints/")
+    missing = [name for name in parts if name not in record]
+    if steps and not taken("optimizer", tensors):
+        missing.append("optimizer")
+    if missing:
+        raise CheckpointError(f"{place} holds nothing of {', '.join(missing)} to go on from: delete checkpoints/")
+    try:
+        load_optimizer(optimizer, tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{place}: {error}: delete checkpoints/") from error
+    for prefix, group in weights.items():
+        for name, value in taken(prefix, tensors).items():
+            group[name].data.copy_(value)
     return steps, record
 
 

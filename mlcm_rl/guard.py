@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import adapters, tuning
-from .checkpoint import write_json
+from .checkpoint import CheckpointError, write_json
 from .data import read_prompts
 from .recipe import Reward, Tuning
 from .rewards import Combined, combine
@@ -79,6 +79,11 @@ class Guard:
         return asdict(self.verdict)
 
     def load_state(self, state: dict) -> None:
+        """Put back what `state` gave. Raises CheckpointError where it is of another guard."""
+        if state.keys() != asdict(Verdict()).keys():
+            raise CheckpointError(
+                f"the checkpoint's guard remembers {', '.join(state) or 'nothing'}: delete checkpoints/"
+            )
         self.verdict = Verdict(**state)
 
     def _judge(self, steps: int, trained: float, held_out: float) -> None:

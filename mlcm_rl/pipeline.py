@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, adapters, bases, pictures, ranking, report, sampler
+from . import __version__, adapters, bases, checkpoint, pictures, ranking, report, sampler
 from .checkpoint import CheckpointError, finish, is_finished, read_json, sha256, verify
 from .data import read_prompts
 from .equations.segments import sampling_times
@@ -28,8 +28,11 @@ class RunError(Exception):
     """A run failed; the message says which stage, where and why, for people."""
 
 
-def run(recipe: Recipe) -> list[Located]:
-    """Run every stage of `recipe` that is not done yet, and link them under `runs/<name>`. Raises RunError."""
+def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
+    """Run every stage of `recipe` that is not done yet, and link them under `runs/<name>`. Raises RunError.
+
+    With `skip_damaged` a stage goes on from its newest whole checkpoint; without, a damaged one above it is an error.
+    """
     done: list[Located] = []
     for number, stage in enumerate(recipe.stages):
         try:
@@ -38,6 +41,8 @@ def run(recipe: Recipe) -> list[Located]:
                 verify(found.folder)
                 console.print(f"[dim]{stage.kind}[/] {found.folder} is done", soft_wrap=True)
             else:
+                if skip_damaged:
+                    _skip_damaged(found.folder)
                 _run_stage(stage, recipe, done, found)
         except PEOPLES_ERRORS as error:
             raise RunError(f"stages[{number}] ({stage.kind}): {error}") from error
@@ -79,6 +84,11 @@ def _run_stage(stage: Stage, recipe: Recipe, done: list[Located], found: Located
         "machine": f"{platform.machine()} {platform.system()}",
     }
     finish(found.folder, manifest)
+
+
+def _skip_damaged(folder: Path) -> None:
+    for skipped in checkpoint.skip_damaged(folder):
+        console.print(f"[yellow]skipped[/] {skipped}", soft_wrap=True)
 
 
 def with_teacher(recipe: Recipe, folder: Path) -> Recipe:

@@ -162,17 +162,17 @@ class Sizes:
         return total
 
     def disk(self, stage: Stage) -> int:
-        """Bytes of what the stage keeps, and of its two newest checkpoints while it runs."""
+        """Bytes of what the stage keeps, and of its newest checkpoints while it runs."""
         if isinstance(stage, Trajectories):
             num_tokens = read_json(self.folder / "tokenizer" / "tokenizer_config.json")["model_max_length"]
             row = (stage.num_steps + 2) * self.latent + num_tokens * self.context_width
             return (stage.num_trajectories + stage.num_held_out) * row * BYTES[stage.dtype]
         if isinstance(stage, TrainTeacher):
-            return self.weights("unet") * (2 + 2 * 16)
+            return self.weights("unet") * (2 + stage.keep_checkpoints * 16)
         if isinstance(stage, Distill):
-            return self.trained(stage) * (4 * (1 + len(stage.segments)) + 2 * ADAM_BYTES)
+            return self.trained(stage) * (4 * (1 + len(stage.segments)) + stage.keep_checkpoints * ADAM_BYTES)
         if isinstance(stage, Tuning):  # the distilled student once more, at most all of it, and the adapter
-            return 4 * self.weights("unet") + self.trained(stage) * (4 + 2 * (4 + ADAM_BYTES))
+            return 4 * self.weights("unet") + self.trained(stage) * (4 + stage.keep_checkpoints * (4 + ADAM_BYTES))
         if isinstance(stage, Evaluate) and stage.keep_pictures:  # before PNG makes them smaller
             num_pictures = stage.num_prompts * stage.images_per_prompt * len(evaluations_per_row(stage, self.recipe))
             return 3 * self.pixels * num_pictures

@@ -70,6 +70,7 @@ class Training(OneStage):
     max_grad_norm: PositiveFloat = 1.0
     log_every: PositiveInt = presentation(10)
     save_every: PositiveInt = presentation(200, description="steps between checkpoints to resume from")
+    keep_checkpoints: PositiveInt = presentation(2, description="newest checkpoints that stay, the guard's best inside")
     sample_every: PositiveInt = presentation(200, description="steps between sample grids")
 
     @model_validator(mode="after")

@@ -300,6 +300,8 @@ class Combined:
         if state.keys() != self.normalisers.keys():
             kept, mine = (", ".join(names) or "none" for names in (state, self.normalisers))
             raise ValueError(f"the checkpoint holds statistics of the rewards {kept}, not of {mine}")
+        if any(values.keys() != asdict(RunningNormaliser()).keys() for values in state.values()):
+            raise ValueError("the checkpoint's statistics of the rewards are incomplete: delete checkpoints/")
         self.normalisers = {name: RunningNormaliser(**values) for name, values in state.items()}
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Protocol
 
 import diffusers
 import torch
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import checkpoint
 from .recipe import Recipe, Training
 
 if not torch.cuda.is_available():
@@ -137,6 +139,14 @@ def commit() -> str | None:
 # ---- a training loop's surroundings ----
 
 
+class Stateful(Protocol):
+    """What changes from step to step beside weights: its state is JSON, and is refused where it is of another one."""
+
+    def state(self) -> dict: ...
+
+    def load_state(self, state: dict) -> None: ...
+
+
 class Runtime:
     """One training stage's surroundings: `steps` yields step numbers, `step` updates, `log` records."""
 
@@ -162,6 +172,23 @@ class Runtime:
 
     def generator(self, purpose: str, step: int) -> torch.Generator:
         return generator(self.recipe.seed, self.stage.kind, purpose, step)
+
+    def resume(self, weights: dict[str, dict[str, Tensor]], optimizer: torch.optim.Optimizer, **parts: Stateful) -> int:
+        """Put the newest checkpoint back into groups of `weights`, `optimizer` and `parts`; returns the steps done.
+
+        From here on `save` keeps them. Raises CheckpointError where one of them cannot be put back.
+        """
+        self.weights, self.optimizer, self.parts = weights, optimizer, parts
+        first, record = checkpoint.load_training(self.folder, weights, optimizer, parts)
+        for name, part in parts.items():
+            if record is not None:
+                part.load_state(record[name])
+        return first
+
+    def save(self, steps: int) -> None:
+        """A checkpoint after `steps` steps."""
+        record = {name: part.state() for name, part in self.parts.items()}
+        checkpoint.save_training(self.folder, steps, self.weights, self.optimizer, record, self.stage.keep_checkpoints)
 
     def steps(
         self, first: int, total: int, description: str, finished: Callable[[], bool] = lambda: False
@@ -218,6 +245,8 @@ class Runtime:
         """Append a record to log.jsonl and send it to the trackers."""
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step + 1, **values}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # before a checkpoint that is past it
         self.accelerator.log(values, step=step + 1)
 
     def _truncate_log(self, first: int) -> None:
@@ -226,7 +255,9 @@ class Runtime:
         if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]  # a kill can cut the last one short
-            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first), encoding="utf-8")
+            kept = "".join(line for line in whole if json.loads(line)["step"] <= first)
+            with checkpoint.replacing(path) as temporary:
+                temporary.write_text(kept, encoding="utf-8")
 
 
 def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:

@@ -40,7 +40,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     lengths = stage.per_phase("num_steps")
 
     weights = {"student": trained} | ({"average": average} if stage.target_ema else {})
-    first, _ = checkpoint.load_training(folder, weights, optimizer)
+    first = rt.resume(weights, optimizer)
     for step in rt.steps(first, sum(lengths), "distill"):
         phase, step_in_phase = phase_at(step, lengths)
         settings = PhaseSettings(stage, phase)
@@ -67,7 +67,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
         if step_in_phase + 1 == lengths[phase]:
             save_student(stage, recipe, base, student, settings.num_segments, snapshot_folder(folder, phase, settings))
         if rt.stopping or rt.due(step, stage.save_every):
-            checkpoint.save_training(folder, step + 1, weights, optimizer)
+            rt.save(step + 1)
     save_student(stage, recipe, base, student, stage.segments[-1], folder / "student")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import adapters, bases, checkpoint, tuning
+from .. import adapters, bases, tuning
 from ..equations import policy as equations
 from ..guard import Guard
 from ..recipe import Policy, Recipe
@@ -31,10 +31,7 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
 
     weights = {"student": student.parameters, "best": guard.best}
-    first, record = checkpoint.load_training(folder, weights, optimizer)
-    if record is not None:
-        rewards.load_state(record["rewards"])
-        guard.load_state(record["guard"])
+    first = rt.resume(weights, optimizer, rewards=rewards, guard=guard)
     for step in rt.steps(first, stage.num_steps, "policy", lambda: guard.stopped):
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
         set_rate(optimizer, rate)
@@ -54,8 +51,7 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
         if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
             student.save_samples(recipe, folder, step)
         if rt.stopping or rt.due(step, stage.save_every):
-            kept = {"rewards": rewards.state(), "guard": guard.state()}
-            checkpoint.save_training(folder, step + 1, weights, optimizer, kept)
+            rt.save(step + 1)
     guard.finish(folder)
     adapters.save_tuned(student.denoiser, start, folder / "student")
 

@@ -40,7 +40,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
     captions = Captions(base, captioned.prompts, stage.prompt_dropout)
 
     weights = {"denoiser": trained, "average": average}
-    first, _ = checkpoint.load_training(folder, weights, optimizer)
+    first = rt.resume(weights, optimizer)
     for step in rt.steps(first, stage.num_steps, "train_teacher"):
         set_rate(optimizer, stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps))
         index = epoch_order(len(captioned), stage.batch_size, step, recipe.seed, "train_teacher")
@@ -63,7 +63,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
         if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
             save_samples(recipe, base, average, folder, step)
         if rt.stopping or rt.due(step, stage.save_every):
-            checkpoint.save_training(folder, step + 1, weights, optimizer)
+            rt.save(step + 1)
     write_teacher(recipe, denoiser, average, folder / "teacher")
 
 

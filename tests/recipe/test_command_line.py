@@ -72,7 +72,7 @@ def test_validate_of_good_recipes_ends_with_0_and_long_paths_are_not_wrapped(mlc
 
 def test_run_gives_the_pipeline_the_recipe_with_its_overrides(mlcm, pipeline):
     given: list[Recipe] = []
-    pipeline.run = lambda recipe: given.append(recipe) or ["a stage", "another"]
+    pipeline.run = lambda recipe, skip_damaged: given.append(recipe) or ["a stage", "another"]
     result = mlcm("run", "good.yaml", "seed=3", "stages[distill].num_steps=5")
     assert (result.exit_code, result.stdout) == (0, "done  2 stages in runs/good\n")
     assert (given[0].seed, given[0].stages[1].num_steps) == (3, 5)

@@ -1,0 +1,142 @@
+"""Checkpoints: whole or refused, the newest whole one when told, and nothing restored by halves."""
+
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+import runs
+from mlcm_rl import checkpoint, pipeline
+from mlcm_rl.checkpoint import CheckpointError
+from mlcm_rl.guard import Guard
+from mlcm_rl.pipeline import RunError
+from mlcm_rl.rewards import Combined
+from mlcm_rl.runtime import Runtime
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def save(folder: Path, *steps: int, keep: int = 9) -> list[Path]:
+    states = [{"value": torch.full((3,), float(step))} for step in steps]
+    return [
+        checkpoint.save_state(folder, step, state, {"seen": step / 3}, keep)
+        for step, state in zip(steps, states, strict=True)
+    ]
+
+
+def flip(path: Path, place: int) -> None:
+    """Change one bit of byte `place`."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def stepped(shape: tuple[int, ...] = (2, 3)) -> tuple[dict[str, torch.Tensor], torch.optim.Optimizer]:
+    """A weight and its optimiser after one step."""
+    weight = torch.nn.Parameter(torch.ones(shape))
+    optimizer = torch.optim.AdamW([weight])
+    weight.square().sum().backward()
+    optimizer.step()
+    return {"weight": weight}, optimizer
+
+
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+def test_every_changed_byte_is_seen(tmp_path, name):
+    """The record is under the checksum as the tensors are: a digit of a running mean counts too."""
+    (path,) = save(tmp_path, 1)
+    for place in range((path / name).stat().st_size):
+        flip(path / name, place)
+        with pytest.raises(CheckpointError, match=r"step-00000001 is damaged"):
+            checkpoint.load_state(tmp_path)
+        flip(path / name, place)
+    assert checkpoint.load_state(tmp_path)[2] == {"seen": 1 / 3}
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over_only_when_told(tmp_path):
+    paths = save(tmp_path, 1, 2, 3)
+    flip(paths[2] / "state.safetensors", -1)
+    (paths[1] / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"step-00000003 is damaged .*--skip-damaged` goes on from .*00000001"):
+        checkpoint.load_state(tmp_path)
+    skipped = checkpoint.skip_damaged(tmp_path)
+    assert [line.split(":")[0] for line in skipped] == [str(paths[2]), str(paths[1])]
+    assert checkpoint.load_state(tmp_path)[0] == 1
+    assert checkpoint.skip_damaged(tmp_path) == []
+
+
+def test_a_checkpoint_of_an_older_layout_says_so(tmp_path):
+    (path,) = save(tmp_path, 1)
+    state = checkpoint.read_json(path / "state.json")
+    checkpoint.write_json(path / "state.json", state | {"format": 1})
+    with pytest.raises(CheckpointError, match="it is of format 1, this version reads 2"):
+        checkpoint.load_state(tmp_path)
+
+
+def test_so_many_checkpoints_stay_as_are_asked_for(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, keep=3)
+    assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["2", "3", "4"]
+
+
+def test_too_full_a_disk_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: Usage(2**30, 2**30 - 1000, 1000))
+    with pytest.raises(CheckpointError, match=r"state\.safetensors needs 4\.0 MB and its disk has 0\.0 MB left"):
+        checkpoint.save_state(tmp_path, 2, {"value": torch.zeros(10**6)})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    assert checkpoint.load_state(tmp_path)[0] == 1
+
+
+def test_what_cannot_be_put_back_is_an_error(tmp_path):
+    weights, optimizer = stepped()
+    checkpoint.save_training(tmp_path, 1, {"student": weights}, optimizer, {"guard": {}})
+    assert checkpoint.load_training(tmp_path, {"student": weights}, optimizer, ["guard"]) == (1, {"guard": {}})
+    with pytest.raises(CheckpointError, match=r"step-00000001 holds nothing of rewards"):
+        checkpoint.load_training(tmp_path, {"student": weights}, optimizer, ["guard", "rewards"])
+    with pytest.raises(CheckpointError, match="other weights than this average"):
+        checkpoint.load_training(tmp_path, {"average": weights}, optimizer)
+    other, its = stepped((1, 3))  # would be broadcast
+    with pytest.raises(CheckpointError, match="other weights than this student"):
+        checkpoint.load_training(tmp_path, {"student": other}, its)
+    with pytest.raises(CheckpointError, match="optimiser's state number 0 is of another parameter"):
+        checkpoint.load_training(tmp_path, {"student": weights}, its)
+    checkpoint.save_state(tmp_path, 2, checkpoint.named("student", weights))
+    with pytest.raises(CheckpointError, match=r"step-00000002 holds nothing of optimizer"):
+        checkpoint.load_training(tmp_path, {"student": weights}, optimizer)
+
+
+def test_the_state_of_another_guard_or_normaliser_is_an_error():
+    with pytest.raises(CheckpointError, match="remembers kept_step"):
+        Guard.load_state(object.__new__(Guard), {"kept_step": 3})
+    rewards = Combined([])
+    rewards.normalisers = {"brightness": None}
+    with pytest.raises(ValueError, match="incomplete"):
+        rewards.load_state({"brightness": {"count": 3}})
+
+
+def test_a_run_goes_on_past_a_damaged_checkpoint_when_told_and_ends_with_the_same_bits(
+    tiny_sdxl, tmp_path, monkeypatch
+):
+    stages = [runs.trajectories(runs.write_prompts(tmp_path)), runs.distill(segments=[1], num_steps=4)]
+    whole = pipeline.run(runs.recipe(tiny_sdxl, tmp_path / "whole", stages))[1].folder
+    recipe = runs.recipe(tiny_sdxl, tmp_path / "cut", stages)
+    backward, calls = Runtime.backward, []
+
+    def crash(self, *arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise SystemExit
+        return backward(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Runtime, "backward", crash)
+        with pytest.raises(SystemExit):
+            pipeline.run(recipe)
+    folder = next((tmp_path / "cut" / "runs" / "stages").glob("distill-*"))
+    flip(folder / "checkpoints" / "step-00000003" / "state.safetensors", -1)
+    with pytest.raises(RunError, match=r"stages\[1\] \(distill\): .*step-00000003 is damaged"):
+        pipeline.run(recipe)
+    assert pipeline.run(recipe, skip_damaged=True)[1].folder == folder
+    assert (folder / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+    skip = ("manifest.json", "student/student.json")
+    assert checkpoint.checksums(folder, skip) == checkpoint.checksums(whole, skip)
