@@ -1,7 +1,7 @@
 """The `mlcm` command: reads the arguments, calls the function that does the work, prints what came of it.
 
-Exit codes: 0; 2 for a bad recipe or argument; 1 for a run that failed; 130 after Ctrl-C. torch is imported only by the
-commands that need it, inside `_pipeline`, so that `--help`, `validate` and `schema` answer at once.
+Exit codes: 0; 1 for a run that failed; 2 for a bad recipe or argument; 130 after Ctrl-C, 143 after SIGTERM. torch is
+imported only by the commands that need it, inside `_pipeline`: `--help`, `validate` and `schema` answer at once.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import reward_commands
+from . import reward_commands, signals
 from .recipe import Recipe, json_schema
 from .recipe_file import load
 from .recipe_tree import RecipeError, key_text
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="mlcm",
     help="Distil a latent text-to-image diffusion model into a 2-8-step student.",
-    epilog="Begin with `mlcm plan recipes/emoji_mlcm.yaml`; every command has a `--help` of its own.",
+    epilog="Begin with `mlcm plan recipes/emoji_mlcm.yaml`; every command has a `--help` of its own. "
+    "Exit codes: 0 done, 1 failed, 2 bad recipe or argument, 130 after Ctrl-C, 143 after SIGTERM.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -75,7 +76,11 @@ def run(
         bool, typer.Option("--skip-damaged", help="go on from the newest whole checkpoint where a newer one is damaged")
     ] = False,
 ) -> None:
-    """Run a recipe, or what is not yet done of it. The same command takes up an interrupted run."""
+    """Run a recipe, or what is not yet done of it. The same command takes up an interrupted run.
+
+    Ctrl-C and SIGTERM end it within 30 seconds, in training after a whole step that is saved; a second one ends it at
+    once. The exit code is 130 after Ctrl-C and 143 after SIGTERM, 1 for a run that failed, 2 for a bad recipe.
+    """
     loaded = _load(recipe, overrides)
     with _pipeline(interrupted="Interrupted. The same command takes the run up where it was saved.") as pipeline:
         finished = pipeline.run(loaded, skip_damaged)
@@ -213,18 +218,19 @@ def _load(path: Path, overrides: list[str] | None) -> Recipe:
 
 @contextmanager
 def _pipeline(interrupted: str = "Interrupted.") -> Iterator[ModuleType]:
-    """`mlcm_rl.pipeline`, imported only here. A failed run ends with its message, Ctrl-C with one line."""
+    """`mlcm_rl.pipeline`, imported only here. A failed run ends with its message, a signal with one line."""
     try:
-        from . import pipeline
+        with signals.raised():
+            from . import pipeline
 
-        try:
-            yield pipeline
-        except pipeline.RunError as error:
-            error_console.print(Text.assemble(("failed", "bold red"), f"  {error}"), soft_wrap=True)
-            raise typer.Exit(1) from None
-    except KeyboardInterrupt:
+            try:
+                yield pipeline
+            except pipeline.RunError as error:
+                error_console.print(Text.assemble(("failed", "bold red"), f"  {error}"), soft_wrap=True)
+                raise typer.Exit(1) from None
+    except KeyboardInterrupt as stop:
         error_console.print(Text(f"\n{interrupted}"), soft_wrap=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(stop.code if isinstance(stop, signals.Stopped) else 130) from None
 
 
 def _print_problems(to: Console, path: Path, error: RecipeError) -> None:

@@ -147,13 +147,14 @@ def _hash_of_files(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> st
 # ---- finished stages ----
 
 # Not results, or checked elsewhere: store.json holds the checksums of a store's shards, and its reader compares them.
-UNHASHED = ("manifest.json", "checkpoints/*", "tensorboard/*", "log.jsonl", "samples/*", "shard-*")
+UNHASHED = ("manifest.json", ".lock", "checkpoints/*", "tensorboard/*", "log.jsonl", "samples/*", "shard-*")
 
 
 def finish(folder: Path, manifest: dict) -> None:
     """Mark a stage's folder as finished: its manifest, with the checksum of every result, is the last file written."""
-    remove(folder / "checkpoints")
-    write_json(folder / "manifest.json", {"format": FORMAT, **manifest, "files": checksums(folder, skip=UNHASHED)})
+    manifest = {"format": FORMAT, **manifest, "files": checksums(folder, skip=UNHASHED)}
+    write_json(folder / "manifest.json", manifest | {"seal": _seal(manifest)})
+    remove(folder / "checkpoints")  # not before: a stage killed here would begin again
 
 
 def is_finished(folder: Path) -> bool:
@@ -171,6 +172,8 @@ def verify(folder: Path) -> dict:
             f"{folder} was written in format {manifest.get('format')}, this version reads {FORMAT}: "
             "delete the folder to run the stage again"
         )
+    if manifest.pop("seal", None) not in (None, _seal(manifest)):  # older ones have none
+        raise CheckpointError(f"{folder}/manifest.json is damaged: delete {folder} to run the stage again")
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, adapters, bases, checkpoint, pictures, ranking, report, sampler
+from . import __version__, adapters, bases, checkpoint, lock, pictures, ranking, report, sampler
 from .checkpoint import CheckpointError, finish, is_finished, read_json, sha256, verify
 from .data import read_prompts
 from .equations.segments import sampling_times
@@ -38,15 +38,13 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
         try:
             found = locate(stage, recipe, done)
             if is_finished(found.folder):
-                verify(found.folder)
+                refuse_another(found, verify(found.folder))
                 console.print(f"[dim]{stage.kind}[/] {found.folder} is done", soft_wrap=True)
             else:
-                if skip_damaged:
-                    _skip_damaged(found.folder)
-                _run_stage(stage, recipe, done, found)
+                _run_stage(stage, recipe, done, found, skip_damaged)
+            _link(Path(recipe.runs) / recipe.name / f"{number:02d}-{stage.kind}", found.folder)
         except PEOPLES_ERRORS as error:
-            raise RunError(f"stages[{number}] ({stage.kind}): {error}") from error
-        _link(Path(recipe.runs) / recipe.name / f"{number:02d}-{stage.kind}", found.folder)
+            raise RunError(f"stages[{number}] ({stage.kind}): {said(error)}") from error
         done.append(found)
     return done
 
@@ -59,11 +57,38 @@ def plan(recipe: Recipe) -> list[PlannedStage]:
         raise RunError(f"plan: {error}") from error
 
 
-def _run_stage(stage: Stage, recipe: Recipe, done: list[Located], found: Located) -> None:
+def said(error: Exception) -> str:
+    """What `error` says, for people: of the system's errors the file and the reason, not the number."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(filter(None, (error.filename and str(error.filename), error.strerror.lower())))
+    return str(error)
+
+
+def refuse_another(found: Located, manifest: dict) -> None:
+    """Raise CheckpointError where a finished folder is of another stage than the one that it is named for."""
+    if manifest["fingerprint"] != found.fingerprint:
+        raise CheckpointError(
+            f"{found.folder} holds stage {manifest['kind']}-{manifest['fingerprint']}, which another teacher, recipe "
+            "or seed made: delete the folder to run the stage again"
+        )
+
+
+def _run_stage(stage: Stage, recipe: Recipe, done: list[Located], found: Located, skip_damaged: bool = False) -> None:
+    """What is left of a stage, while no other process writes to its folder."""
+    found.folder.mkdir(parents=True, exist_ok=True)
+    with lock.held(found.folder):
+        if is_finished(found.folder):  # by the process that held it until now
+            return
+        checkpoint.remove_partial(found.folder)
+        for skipped in checkpoint.skip_damaged(found.folder) if skip_damaged else []:
+            console.print(f"[yellow]skipped[/] {skipped}", soft_wrap=True)
+        _run_locked(stage, recipe, done, found)
+
+
+def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Located) -> None:
     parents = parents_of(stage, done)
     if "train_teacher" in parents:
         recipe = with_teacher(recipe, parents["train_teacher"].folder)
-    found.folder.mkdir(parents=True, exist_ok=True)
     console.print(f"[bold]{stage.kind}[/] -> {found.folder}", soft_wrap=True)
     started = time.monotonic()
     folders = {kind: parent.folder for kind, parent in parents.items()}
@@ -84,11 +109,6 @@ def _run_stage(stage: Stage, recipe: Recipe, done: list[Located], found: Located
         "machine": f"{platform.machine()} {platform.system()}",
     }
     finish(found.folder, manifest)
-
-
-def _skip_damaged(folder: Path) -> None:
-    for skipped in checkpoint.skip_damaged(folder):
-        console.print(f"[yellow]skipped[/] {skipped}", soft_wrap=True)
 
 
 def with_teacher(recipe: Recipe, folder: Path) -> Recipe:

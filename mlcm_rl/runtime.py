@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import checkpoint
+from . import checkpoint, signals
 from .recipe import Recipe, Training
 
 if not torch.cuda.is_available():
@@ -160,7 +159,7 @@ class Runtime:
             project_dir=str(folder),
         )
         self.device = self.accelerator.device
-        self.stopping = False
+        self.pending = signals.Pending()
         self.last_loss = math.nan
         if stage.precision == "bf16" and self.device.type == "cpu" and not cpu_has_bfloat16():
             console.print(
@@ -169,6 +168,11 @@ class Runtime:
                 soft_wrap=True,
             )
         self.accelerator.init_trackers("tensorboard" if recipe.trackers == ["tensorboard"] else recipe.name)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal has come, so that this step is the last and is saved."""
+        return self.pending.number is not None
 
     def generator(self, purpose: str, step: int) -> torch.Generator:
         return generator(self.recipe.seed, self.stage.kind, purpose, step)
@@ -195,17 +199,18 @@ class Runtime:
     ) -> Iterator[int]:
         """Step numbers `first` .. `total` - 1 under a progress bar, or up to where `finished` says yes.
 
-        SIGTERM and Ctrl-C stop the loop after a whole step: `stopping` is then set, so that the loop saves, and
-        KeyboardInterrupt is raised."""
+        SIGTERM and Ctrl-C stop the loop after a whole step: `stopping` is then true, so that the loop saves, and
+        Stopped is raised."""
         self._truncate_log(first)
-        with _signals(self), progress(total, description, first) as bar:
+        with signals.kept_back() as self.pending, progress(total, description, first) as bar:
             for step in range(first, total):
                 if finished():
                     break
                 yield step
                 bar.advance(note=f"loss {self.last_loss:.4g}")
-                if self.stopping:
-                    raise KeyboardInterrupt(f"stopped after step {step + 1} of {total}; the same command resumes it")
+                if self.pending.number is not None:
+                    text = f"stopped after step {step + 1} of {total}; the same command resumes it"
+                    raise signals.Stopped(self.pending.number, text)
         self.accelerator.end_training()
 
     def due(self, step: int, every: int, total: int | None = None) -> bool:
@@ -271,16 +276,3 @@ def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-@contextmanager
-def _signals(runtime: Runtime) -> Iterator[None]:
-    def stop(_number, _frame):
-        runtime.stopping = True
-
-    old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -40,7 +40,10 @@ class Provenance:
 
 
 class Writer:
-    """Writes a store resumably: shards that are there and whole are kept, the rest are asked for."""
+    """Writes a store resumably: shards that are there and whole are kept, the rest are asked for.
+
+    Raises CheckpointError where what is there is damaged, or was made by another teacher or from another seed.
+    """
 
     def __init__(self, folder: Path, provenance: Provenance, shard_size: int):
         self.folder, self.provenance, self.shard_size = folder, provenance, shard_size
@@ -48,10 +51,9 @@ class Writer:
         self.record = {"provenance": vars(provenance), "shard_size": shard_size, "shards": {}}
         path = folder / "store.json"
         if path.is_file():
-            found = read_json(path)
-            refuse_mismatch(path, found["provenance"], provenance)
-            self.record = found
-            self.shard_size = found["shard_size"]
+            self.record = read_record(path)
+            refuse_mismatch(path, self.record["provenance"], provenance)
+            self.shard_size = self.record["shard_size"]
 
     def missing(self) -> list[range]:
         """The index ranges of the shards still to write."""
@@ -68,8 +70,12 @@ class Writer:
         write_json(self.folder / "store.json", self.record)
 
     def _is_whole(self, indices: range) -> bool:
-        name = shard_name(indices)
-        return name in self.record["shards"] and (self.folder / name).is_file()
+        path = self.folder / shard_name(indices)
+        if path.name not in self.record["shards"] or not path.is_file():
+            return False
+        if sha256(path) != self.record["shards"][path.name]:
+            raise CheckpointError(f"{path} is damaged (its sha256 changed): delete it, and it is made again")
+        return True
 
 
 class Store:
@@ -80,7 +86,7 @@ class Store:
 
     def __init__(self, folder: Path, expected: Provenance | None = None):
         self.folder = folder
-        record = read_json(folder / "store.json")
+        record = read_record(folder / "store.json")
         if expected is not None:
             refuse_mismatch(folder / "store.json", record["provenance"], expected)
         self.provenance = Provenance(**record["provenance"])
@@ -91,7 +97,10 @@ class Store:
         self.shard_size = record["shard_size"]
         for name, checksum in record["shards"].items():
             if not (folder / name).is_file() or sha256(folder / name) != checksum:
-                raise CheckpointError(f"{folder / name} is missing or damaged: delete it and run the stage again")
+                raise CheckpointError(
+                    f"{folder / name} is missing or damaged: delete it and {folder / 'manifest.json'}, and the same "
+                    "command makes it again"
+                )
         self._names = sorted(record["shards"])
 
     @cached_property
@@ -121,6 +130,14 @@ class Store:
         if points is not None:
             rows = [row[point] for row, point in zip(rows, points.tolist(), strict=True)]
         return torch.stack(rows).float()
+
+
+def read_record(path: Path) -> dict:
+    """What store.json says. Raises CheckpointError where that is not what a store says of itself."""
+    record = read_json(path)
+    if not {"provenance", "shard_size", "shards"} <= record.keys():
+        raise CheckpointError(f"{path} is damaged: it describes no store; delete {path.parent} to make it again")
+    return record
 
 
 def shard_name(indices: range) -> str:

@@ -15,6 +15,7 @@ from mlcm_rl import checkpoint, pipeline
 from mlcm_rl.checkpoint import CheckpointError
 from mlcm_rl.pipeline import RunError
 from mlcm_rl.runtime import Runtime
+from mlcm_rl.signals import Stopped
 
 SAVE_FOR_EVER = """
 import sys, torch
@@ -96,8 +97,9 @@ def test_a_signal_saves_after_the_step_and_the_same_command_resumes(tiny_sdxl, t
 
     with monkeypatch.context() as patched:
         patched.setattr(Runtime, "backward", signalled)
-        with pytest.raises(KeyboardInterrupt, match="the same command resumes it"):
+        with pytest.raises(Stopped, match="the same command resumes it") as stopped:
             pipeline.run(recipe)
+    assert stopped.value.code == 128 + number
     folder = next((tmp_path / "runs" / "stages").glob("distill-*"))
     assert checkpoint.load_state(folder)[0] == 2
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)

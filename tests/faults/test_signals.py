@@ -1,0 +1,77 @@
+"""SIGTERM and Ctrl-C at any time: out soon, with a code of their own, and the same command goes on."""
+
+import os
+import signal
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+import runs
+from mlcm_rl import checkpoint, signals
+from mlcm_rl.__main__ import app
+from mlcm_rl.recipe import Evaluate
+from mlcm_rl.stages import evaluate, trajectories
+
+CODES = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+
+
+@pytest.mark.parametrize(("number", "code"), CODES)
+def test_a_signal_outside_a_training_loop_ends_with_its_code_and_what_is_whole_stays(
+    tiny_sdxl, tmp_path, monkeypatch, number, code
+):
+    prompts = runs.write_prompts(tmp_path)
+    report = Evaluate(prompts=prompts, num_prompts=4, num_steps=[1], teacher_steps=[2], batch_size=2)
+    stages = [runs.trajectories(prompts), runs.distill(segments=[1], num_steps=1), report]
+    recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
+    path = tmp_path / "small.yaml"
+    path.write_text(recipe.model_dump_json())
+    monkeypatch.chdir(tmp_path)
+
+    def run_signalled(module, name: str):
+        original, calls = getattr(module, name), []
+
+        def signalled(*arguments):
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), number)
+            return original(*arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, signalled)
+            result = CliRunner().invoke(app, ["run", str(path)])
+        assert result.exit_code == code, result.output
+        assert "The same command takes the run up where it was saved." in result.stderr
+
+    run_signalled(trajectories, "solve")
+    (store,) = (tmp_path / "runs" / "stages").glob("trajectories-*")
+    assert [shard.name for shard in store.glob("*shard*")] == ["shard-0000000.safetensors"]
+    run_signalled(evaluate, "draw")
+    assert CliRunner().invoke(app, ["run", str(path)]).exit_code == 0
+    assert checkpoint.is_finished(store)
+
+
+@pytest.mark.parametrize(("number", "code"), CODES)
+def test_a_step_that_takes_too_long_after_a_signal_is_left_and_so_is_one_at_a_second_signal(monkeypatch, number, code):
+    monkeypatch.setattr(signals, "STEP_SECONDS", 0.1)
+
+    def step(count: int, seconds: float) -> None:
+        with signals.kept_back() as pending:
+            for _ in range(count):
+                os.kill(os.getpid(), number)
+                assert pending.number == number
+            time.sleep(seconds)
+
+    with pytest.raises(signals.Stopped, match="took over") as stopped:
+        step(1, 20)
+    assert stopped.value.code == code
+    with pytest.raises(signals.Stopped, match="stopped within a step; what was saved"):
+        step(2, 0)
+    step(1, 0)
+    time.sleep(0.2)  # no alarm is left behind
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_the_codes_are_in_the_help():
+    words = " ".join(CliRunner().invoke(app, ["run", "--help"]).output.replace("│", " ").split())
+    assert "130 after Ctrl-C and 143 after SIGTERM" in words
