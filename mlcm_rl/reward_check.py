@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .rewards import RewardError, RewardModel, score
 
-EXAMPLE_PROMPTS = {  # things that every list of classes knows, in quotation marks, which ask a reader for that text
-    "en": ('a "strawberry"', 'a "lemon"', 'an "orange"', 'a "banana"', 'a "pineapple"', 'a "goldfish"'),
-    "zh": ("「草莓」", "「柠檬」", "「橙子」", "「香蕉」", "「菠萝」", "「金鱼」"),
+EXAMPLE_PROMPTS = {  # things that every list of classes knows, of a colour, and quoted: so they ask for a text as well
+    "en": ('a red "strawberry"', 'a yellow "lemon"', 'an orange "orange"', 'a green "banana"', 'a brown "pineapple"'),
+    "zh": ("红色的「草莓」", "黄色的「柠檬」", "橙色的「橙子」", "绿色的「香蕉」", "棕色的「菠萝」"),
 }
 STEPS = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)  # of the finite differences, in units of a pixel's range
 GRADIENT_TOLERANCE = 0.05  # scores are float32, so no step is free of both curvature and rounding

@@ -50,12 +50,16 @@ class Ocr:
         """
         texts = [asked_text(prompt, self.text_pattern) for prompt in prompts]
         labels = [self._labels(text) for text in texts]
-        log_probs = self.recogniser(_line_pixels(images)).clamp(min=FLOOR).log()
+        log_probs = self.read(images)
         for text, label in zip(texts, labels, strict=True):
             if frames_needed(label) > log_probs.shape[1]:
                 shape = f"{images.shape[3]} x {images.shape[2]}"
                 raise ValueError(f"the text {text!r} is too long to be read in one line of a picture of {shape} pixels")
         return (ctc_log_prob(log_probs, labels) / torch.tensor([len(label) for label in labels])).to(images.device)
+
+    def read(self, images: Tensor) -> Tensor:
+        """Log-probabilities (B, T, L) of the blank and the characters, in T frames from left to right, on the CPU."""
+        return self.recogniser(_line_pixels(images)).clamp(min=FLOOR).log()
 
     def _labels(self, text: str) -> list[int]:
         unknown = sorted(set(text) - self.label_of.keys())

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from mlcm_rl import reward_weights, rewards
+from mlcm_rl.reward_check import EXAMPLE_PROMPTS
 from mlcm_rl.reward_weights import MissingWeights
 from reward_models import imagenet_class
 from reward_models._efficientnet_lite import EFFICIENTNET_LITE0_WEIGHTS, EfficientNetLite0, efficientnet_pixels
@@ -36,6 +37,11 @@ def test_the_longest_name_in_a_prompt_is_its_class(class_of, prompt, number):
 def test_a_prompt_that_names_no_class_is_an_error(class_of, prompt):
     with pytest.raises(ValueError, match="names no class of ImageNet"):
         class_of(prompt)
+
+
+@pytest.mark.parametrize("prompt", [prompt for known in EXAMPLE_PROMPTS.values() for prompt in known])
+def test_the_prompts_that_rewards_are_checked_with_name_a_class(class_of, prompt):
+    assert 0 <= class_of(prompt) < 1000
 
 
 def test_every_name_belongs_to_one_class(class_of):

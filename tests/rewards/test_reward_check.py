@@ -146,6 +146,6 @@ def test_examples_are_in_the_languages_that_a_reward_reads():
     class Finnish(Sound):
         languages = ("fi",)
 
-    assert example_prompts(Chinese(), 2) == ["「草莓」", "「柠檬」"]
-    assert example_prompts(Finnish(), 7)[0] == 'a "strawberry"'
+    assert example_prompts(Chinese(), 2) == ["红色的「草莓」", "黄色的「柠檬」"]
+    assert example_prompts(Finnish(), 7)[0] == 'a red "strawberry"'
     assert len(example_prompts(Sound(), 50)) == 50
