@@ -133,7 +133,16 @@ def teacher_hash(teacher: Teacher) -> str:
     folder = Path(teacher.path)
     if not folder.is_dir():
         return f"{teacher.path}@{teacher.revision}"
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".json", ".txt")]
+    return folder_hash(folder)
+
+
+def folder_hash(folder: Path) -> str:
+    """Identity of the weights and configuration in a folder: one sha256 over every file's.
+
+    A stage's manifest is left out: it says when and where the same files were made.
+    """
+    found = [path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".json", ".txt")]
+    files = [path for path in found if path != folder / "manifest.json"]
     return _hash_of_files(folder, tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
 
 

@@ -8,21 +8,23 @@ commit, names, where runs live, and settings at their defaults, so that a new se
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import FORMAT, sha256, teacher_hash
+from .checkpoint import FORMAT, folder_hash, sha256, teacher_hash
 from .recipe import Distill, Feedback, Recipe, Stage, Strict
 
 # A stage's maths number: raised when its results would come out differently for the same settings.
 MATHS = {
     "train_teacher": 1,
+    "train_reward": 1,
     "trajectories": 1,
     "distill": 1,
     "feedback": 1,
     "dpo": 1,
     "policy": 1,
-    "evaluate": 1,
+    "evaluate": 2,  # tuned students at the gamma that they were tuned under
 }
 TUNING = ("feedback", "dpo", "policy")  # each starts from the distilled student, so that one recipe can compare them
 STUDENTS = ("distill", *TUNING)  # stages that leave a student
@@ -30,12 +32,13 @@ STUDENTS = ("distill", *TUNING)  # stages that leave a student
 # Which earlier stages a stage starts from: the latest one of each kind named here.
 PARENTS = {
     "train_teacher": (),
+    "train_reward": (),
     "trajectories": ("train_teacher",),
     "distill": ("train_teacher", "trajectories", "distill"),
-    "feedback": ("train_teacher", "trajectories", "distill"),
-    "dpo": ("train_teacher", "distill"),
-    "policy": ("train_teacher", "distill"),
-    "evaluate": ("train_teacher", *STUDENTS),
+    "feedback": ("train_teacher", "train_reward", "trajectories", "distill"),
+    "dpo": ("train_teacher", "train_reward", "distill"),
+    "policy": ("train_teacher", "train_reward", "distill"),
+    "evaluate": ("train_teacher", "train_reward", *STUDENTS),
 }
 FILES = (
     "prompts",
@@ -63,6 +66,8 @@ def parents_of(stage: Stage, earlier: list[Located]) -> dict[str, Located]:
     parents = {one.kind: one for one in earlier if one.kind in PARENTS[stage.kind]}
     if isinstance(stage, Distill | Feedback) and not stage.reads_trajectories:
         parents.pop("trajectories", None)
+    if not any(reward.is_of_this_recipe for reward in stage.reward_models):
+        parents.pop("train_reward", None)
     return parents
 
 
@@ -75,6 +80,7 @@ def locate(stage: Stage, recipe: Recipe, earlier: list[Located]) -> Located:
         "kind": stage.kind,
         "maths": MATHS[stage.kind],
         "stage": settings(stage) | files,  # files by content, not by name
+        **reward_files(stage),
         "teacher": settings(recipe.teacher) | {"path": teacher_hash(recipe.teacher)},
         "parents": {kind: parent.fingerprint for kind, parent in sorted(parents.items())},
         "seed": seed_of_stage(stage, recipe),
@@ -98,6 +104,17 @@ def settings(model: Strict) -> dict:
         and not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("presentation"))
         and getattr(model, name) != field.get_default(call_default_factory=True)
     }
+
+
+def reward_files(stage: Stage) -> dict[str, dict[str, str]]:
+    """Hashes of the files and folders that the settings of the stage's rewards name, under one key; none for none.
+
+    Whether a reward's setting is a path only the reward knows, so any text is one that names what is there.
+    """
+    texts = {text for reward in stage.reward_models for text in reward.settings.values() if isinstance(text, str)}
+    paths = {text: Path(text) for text in sorted(texts) if text and os.path.exists(text)}
+    hashes = {text: folder_hash(path) if path.is_dir() else sha256(path) for text, path in paths.items()}
+    return {"reward_files": hashes} if hashes else {}
 
 
 def file_hash(path: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import inception, judge, metrics, rewards
 from .checkpoint import sha256
 from .data import Prompt
-from .recipe import Evaluate, Reward
+from .recipe import Evaluate
 
 NUM_SUBSETS = 10  # of the prompts, for the standard error of KID
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -32,7 +32,7 @@ class Instruments:
     concepts: Tensor  # (P,) index among the judge's concepts, -1 where there is none
     inception: metrics.InceptionDistances | None
     clip: metrics.ClipScore | None
-    rewards: dict[str, rewards.RewardModel]
+    rewards: dict[str, rewards.Member]
     networks: dict[str, dict[str, Any]]  # which files measured, for the report
 
     def read(self, images: Tensor, prompts: list[Prompt]) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ class Instruments:
         if self.clip is not None:
             readings["clip"] = self.clip(images, [prompt.prompt for prompt in prompts]).cpu()
         for name, reward in self.rewards.items():
-            readings[f"reward/{name}"] = score(reward, name, images, prompts)
+            readings[f"reward/{name}"] = score(reward, images, prompts)
         return readings
 
     def values(self, readings: dict[str, Tensor], images_per_prompt: int) -> dict[str, Tensor]:
@@ -94,8 +94,9 @@ def load(stage: Evaluate, prompts: list[Prompt], resolution: int, device: torch.
     if stage.clip is not None:
         clip = metrics.ClipScore(stage.clip, device)
         networks["clip"] = files_of(*sorted(Path(stage.clip).glob("*.safetensors")))
-    models = {name: rewards.build(Reward(name=name), device) for name in stage.rewards}
-    return Instruments(found, concepts, distances, clip, models, networks)
+    asked = [(one, rewards.build(one, device)) for one in stage.reward_models]
+    members = {one.name: rewards.Member(one.name, model, chunk_size=one.chunk_size) for one, model in asked}
+    return Instruments(found, concepts, distances, clip, members, networks)
 
 
 def files_of(*weights: Path) -> dict[str, Any]:
@@ -115,13 +116,15 @@ def concept_indices(prompts: list[Prompt], concepts: list[str], path: str) -> Te
     return torch.tensor([places.get(prompt.concept, -1) for prompt in prompts])
 
 
-def score(reward: rewards.RewardModel, name: str, images: Tensor, prompts: list[Prompt]) -> Tensor:
+def score(reward: rewards.Member, images: Tensor, prompts: list[Prompt]) -> Tensor:
     """`reward` of each picture (B,), nan where the prompt is in a language that it does not read."""
-    read = torch.tensor([not reward.needs_prompt or prompt.language in reward.languages for prompt in prompts])
+    model = reward.model
+    read = torch.tensor([not model.needs_prompt or prompt.language in model.languages for prompt in prompts])
     scores = torch.full((len(prompts),), math.nan)
     if read.any():
         texts = [prompt.prompt for prompt, readable in zip(prompts, read, strict=True) if readable]
-        scores[read] = rewards.score(reward, name, images[read.to(images.device)], texts).cpu()
+        chosen = images[read.to(images.device)]
+        scores[read] = rewards.score_in_chunks(model, reward.name, chosen, texts, reward.chunk_size).cpu()
     return scores
 
 

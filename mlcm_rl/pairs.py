@@ -1,5 +1,6 @@
 """Preference pairs as a table in TRL's columns: a prompt, the picture chosen, the picture rejected."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from .data import Prompt, guess_language, records_of, square
 
 COLUMNS = ("prompt", "chosen", "rejected")
 INDEX = "metadata.jsonl"
+READ_AT_A_TIME = 32
 
 
 class PairTable:
@@ -44,6 +46,12 @@ class PairTable:
         """Chosen and rejected (2, 3, H, W) uint8 of a pair: central squares, H = W = `resolution`, laid on white."""
         row = self.rows[index]
         return torch.stack([self._picture(row[name], name, index, resolution) for name in COLUMNS[1:]])
+
+    def batches(self, resolution: int) -> Iterator[Tensor]:
+        """All pairs in order, chosen and rejected (b, 2, 3, H, W) in [0, 1], a few at a time."""
+        for first in range(0, len(self), READ_AT_A_TIME):
+            part = range(first, min(first + READ_AT_A_TIME, len(self)))
+            yield torch.stack([self.pictures(i, resolution) for i in part]) / 255
 
     def _picture(self, stored: dict[str, Any] | None, name: str, index: int, resolution: int) -> Tensor:
         if stored is None:

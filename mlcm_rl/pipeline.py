@@ -3,6 +3,7 @@
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from .equations.segments import sampling_times
 from .export import export as write_export
 from .fingerprint import STUDENTS, Located, locate, parents_of, seed_of_stage
 from .plan import PlannedStage, network_evaluations, planned_stages
-from .recipe import Evaluate, Recipe, Reward, Stage
+from .recipe import Evaluate, Recipe, Reward, Stage, Tuning
 from .rewards import build, refuse_unread
+from .rows import tuned_from
 from .runtime import NonFiniteLoss, commit, console, device_of, generator
 
 __all__ = ["Located", "PlannedStage", "RunError", "evaluate", "export", "pairs", "plan", "run", "sample"]
@@ -93,7 +95,8 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
     started = time.monotonic()
     folders = {kind: parent.folder for kind, parent in parents.items()}
     seeded = recipe.model_copy(update={"seed": seed_of_stage(stage, recipe)})
-    import_module(f"mlcm_rl.stages.{stage.kind}").run(stage, seeded, folders, found.folder)
+    asked = with_trained_reward(stage, parents["train_reward"].folder) if "train_reward" in parents else stage
+    import_module(f"mlcm_rl.stages.{stage.kind}").run(asked, seeded, folders, found.folder)
     manifest = {
         "kind": stage.kind,
         "fingerprint": found.fingerprint,
@@ -115,6 +118,20 @@ def with_teacher(recipe: Recipe, folder: Path) -> Recipe:
     """`recipe` with the teacher that the `train_teacher` stage in `folder` has made."""
     teacher = recipe.teacher.model_copy(update={"path": str(folder / "teacher"), "revision": None})
     return recipe.model_copy(update={"teacher": teacher})
+
+
+def with_trained_reward(stage: Stage, folder: Path) -> Stage:
+    """`stage` with the rewards that are of its recipe read from `folder`, where the `train_reward` stage was."""
+    changes: dict[str, object] = {"rewards": _from_folder(stage.rewards, folder)}
+    if isinstance(stage, Tuning):
+        held_out = _from_folder(stage.guard.rewards, folder)
+        changes["guard"] = stage.guard.model_copy(update={"rewards": held_out})
+    return stage.model_copy(update=changes)
+
+
+def _from_folder(rewards: Sequence[str | Reward], folder: Path) -> list[Reward]:
+    named = [Reward(name=one) if isinstance(one, str) else one for one in rewards]
+    return [one.from_folder(str(folder)) for one in named]
 
 
 def _link(link: Path, folder: Path) -> None:
@@ -141,7 +158,10 @@ def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
 def sample(
     run_folder: Path, prompts: list[str], num_steps: int, seed: int, gamma: float | None, out: Path
 ) -> list[Path]:
-    """Pictures of `prompts` by a run's last student, as PNG files in `out`. Picture i depends on (seed, i) alone."""
+    """Pictures of `prompts` by a run's last student, as PNG files in `out`. Picture i depends on (seed, i) alone.
+
+    Without `gamma` they are drawn at what the student was tuned under, or what suits it.
+    """
     folder = find_stage(run_folder, STUDENTS)
     recipe = _recipe_of(folder)
     base = bases.load(recipe.teacher, device_of(recipe.device))
@@ -149,7 +169,9 @@ def sample(
     times = sampling_times(num_steps, 1 if student.conditioned else student.num_segments)
     generators = [generator(seed, "sample", i) for i in range(len(prompts))]
     noise = base.noise(generators, len(prompts))
-    gamma = student.default_gamma if gamma is None else gamma
+    tuned = tuned_from(folder / "student")
+    own_gamma = tuned[1] if tuned else student.default_gamma
+    gamma = own_gamma if gamma is None else gamma
     with torch.no_grad():
         conditioning = base.encode_prompts(prompts)
         x0 = sampler.sample(base, student.denoiser, conditioning, noise, times, gamma, generators, student.conditioned)
@@ -203,6 +225,8 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
     stage = stages[-1].model_copy(update={name: value for name, value in changes.items() if value is not None})
     distilled = read_json(folder / "manifest.json")["parents"].get("distill")  # of a tuned student, to compare with
     folders = [folder.parent / distilled, folder] if distilled else [folder]
+    if any(reward.is_of_this_recipe for reward in stage.reward_models):
+        folders.append(find_stage(run_folder, ("train_reward",)))
     manifests = [read_json(one / "manifest.json") for one in folders]
     done = [Located(kept["kind"], kept["fingerprint"], one) for kept, one in zip(manifests, folders, strict=True)]
     try:

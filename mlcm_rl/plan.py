@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from .adapters import default_gamma
 from .bases import LORA_TARGETS
 from .checkpoint import CheckpointError, is_finished, read_json
 from .fingerprint import STUDENTS, Located, locate
@@ -22,6 +23,7 @@ from .recipe import (
     Policy,
     Recipe,
     Stage,
+    TrainReward,
     TrainTeacher,
     Trajectories,
     Tuning,
@@ -61,6 +63,8 @@ def planned_stages(recipe: Recipe) -> list[PlannedStage]:
 def network_evaluations(stage: Stage, recipe: Recipe) -> int:
     """Forward passes of a denoiser that `stage` takes, samples times passes."""
     guided = 1 if recipe.teacher.guidance_scale == 1.0 else 2
+    if isinstance(stage, TrainReward):
+        return 0
     if isinstance(stage, TrainTeacher):
         return stage.num_steps * stage.batch_size
     if isinstance(stage, Trajectories):
@@ -118,7 +122,18 @@ def evaluations_per_row(stage: Evaluate, recipe: Recipe) -> list[int]:
     undistilled = [n for n in stage.num_steps for _ in range(2 if guided == 2 and n % 2 == 0 else 1)]
     num_students = len(stage.also) + len({one.kind for one in recipe.stages} & set(STUDENTS))
     students = stage.num_steps * len(stage.gammas) * len(stage.grids) * num_students
+    tuned = {one.kind: tuned_gamma(one, recipe) for one in recipe.stages if isinstance(one, Tuning)}
+    unlisted = [gamma for gamma in tuned.values() if gamma not in stage.gammas]
+    students += stage.num_steps * len(stage.grids) * (len(unlisted) + len(set(unlisted)))  # and the distilled one at it
     return references + undistilled * len(stage.teacher_solvers) + students
+
+
+def tuned_gamma(stage: Tuning, recipe: Recipe) -> float:
+    """The gamma that `stage` tunes under: its own, or what suits the student that the recipe distils."""
+    if stage.gamma is not None:
+        return stage.gamma
+    distilled = [one for one in recipe.stages if isinstance(one, Distill)][-1]
+    return default_gamma(distilled.segments[-1], distilled.condition_on_target)
 
 
 class Sizes:
@@ -151,6 +166,8 @@ class Sizes:
 
     def memory(self, stage: Stage) -> int:
         """Bytes of weights, gradients and optimiser; not of activations."""
+        if isinstance(stage, TrainReward):
+            return 0  # a head and a body of a megabyte or two, and no teacher
         total = sum(self.weights(part) for part in self.parts) * BYTES[self.recipe.teacher.dtype]
         if isinstance(stage, Distill | TrainTeacher | Tuning):
             averaged = not isinstance(stage, Distill) or stage.target_ema > 0  # the guard keeps the best beside it

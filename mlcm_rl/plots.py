@@ -134,6 +134,27 @@ def learned(student: dict[str, Any], name: str) -> str:
     return _svg(figure, f"Reward {name} of {student['name']} against optimiser steps")
 
 
+def reward_training(log: list[dict[str, Any]]) -> Figure:
+    """A trained reward as it learnt, from its log: its losses, and the share of held-out pairs decided right."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(2 * SIZE[0], SIZE[1]), layout="constrained")
+        losses, accuracy = figure.subplots(1, 2)
+    for axes, keys, title in (
+        (losses, {"loss": "training", "held_out_loss": "held out"}, "Bradley-Terry loss"),
+        (accuracy, {"held_out_accuracy": "held out"}, "Pairs decided right"),
+    ):
+        for (key, label), colour in zip(keys.items(), COLOURS if axes is losses else COLOURS[1:], strict=False):
+            points = [(record["step"], record[key]) for record in log if key in record]
+            axes.plot(*zip(*points, strict=True), color=colour, lw=1.6, label=label)
+        axes.grid(color=INK, alpha=0.12, lw=0.7)
+        axes.set_xlabel("optimiser step")
+        axes.set_title(title, loc="left")
+        axes.legend(frameon=False, fontsize=9)
+    accuracy.axhline(0.5, color=INK, lw=0.9, ls=(0, (6, 3)), alpha=0.7)
+    accuracy.set_ylim(None, 1.02)
+    return figure
+
+
 def _learned(axes: Axes, student: dict[str, Any], curves: Sequence[list], labels: Sequence[str]) -> None:
     """Those of `curves` [step, value] that have points, and the step that the guard kept."""
     for colour, curve, label in zip(COLOURS, curves, labels, strict=False):

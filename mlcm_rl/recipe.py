@@ -9,20 +9,21 @@ begins with the name of the setting that it is about, so that the error points a
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from .recipe_types import (
+    Fraction,
+    Full,
+    Lora,
+    NonNegativeFloat,
+    OneStage,
+    Reward,
+    Strict,
+    Training,
+    presentation,
+)
+
 NumSegments = Literal[8, 4, 2, 1]
-
-
-def presentation(default: Any, **settings: Any) -> Any:
-    """A field that cannot change a stage's result and is therefore not hashed into its fingerprint."""
-    return Field(default, json_schema_extra={"presentation": True}, **settings)
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Teacher(Strict):
@@ -34,57 +35,6 @@ class Teacher(Strict):
     guidance_scale: NonNegativeFloat = Field(8.0, description="classifier-free guidance of the teacher (1 = none)")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of the frozen weights")
     resolution: PositiveInt | None = Field(None, description="pixels a side; default: the model's own")
-
-
-class Lora(Strict):
-    """Low-rank adapter on the family's published target modules."""
-
-    kind: Literal["lora"] = "lora"
-    rank: PositiveInt = 64
-    alpha: PositiveFloat = 64.0
-
-
-class Full(Strict):
-    """All weights of the denoiser."""
-
-    kind: Literal["full"] = "full"
-
-
-class OneStage(Strict):
-    """What every stage has in common."""
-
-    seed: int | None = Field(None, ge=0, description="of this stage alone; default: the recipe's")
-
-
-class Training(OneStage):
-    """What every stage that trains has in common."""
-
-    batch_size: PositiveInt = Field(description="samples per optimiser step")
-    gradient_accumulation: PositiveInt = Field(
-        1, description="micro-batches a step is split into; must divide batch_size"
-    )
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
-    precision: Literal["no", "bf16"] = Field("no", description="autocast of the student's passes")
-    weight_decay: NonNegativeFloat = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    max_grad_norm: PositiveFloat = 1.0
-    log_every: PositiveInt = presentation(10)
-    save_every: PositiveInt = presentation(200, description="steps between checkpoints to resume from")
-    keep_checkpoints: PositiveInt = presentation(2, description="newest checkpoints that stay, the guard's best inside")
-    sample_every: PositiveInt = presentation(200, description="steps between sample grids")
-
-    @model_validator(mode="after")
-    def _accumulation_divides_batch(self):
-        if self.batch_size % self.gradient_accumulation:
-            raise ValueError(
-                f"gradient_accumulation {self.gradient_accumulation} does not divide batch_size {self.batch_size}"
-            )
-        return self
-
-    @property
-    def micro_batch(self) -> int:
-        """Samples that are in memory at a time."""
-        return self.batch_size // self.gradient_accumulation
 
 
 class TrainTeacher(Training):
@@ -99,6 +49,29 @@ class TrainTeacher(Training):
     prompt_dropout: Fraction = Field(0.1, description="share of prompts dropped for classifier-free guidance")
     min_snr_gamma: PositiveFloat | None = Field(None, description="loss weight min(SNR, gamma) / SNR, arXiv 2303.09556")
     start: Literal["teacher", "random"] = Field("random", description="denoiser weights to begin from")
+
+
+class TrainReward(Training):
+    """A head over frozen picture features, by Bradley-Terry on a table of pairs: a taste made the reward `trained`."""
+
+    kind: Literal["train_reward"] = "train_reward"
+    pairs: str = Field(
+        description="pairs to learn, a .parquet file or a folder as `mlcm pairs` writes it, with columns prompt, "
+        "chosen, rejected"
+    )
+    backbone: Literal["efficientnet_lite0", "mobilenet_v2"] = Field(
+        "efficientnet_lite0", description="the shipped body whose features the head reads"
+    )
+    resolution: PositiveInt = Field(64, description="pixels a side that pictures are read at: what the student draws")
+    held_out: float = Field(0.2, gt=0, lt=1, description="share of the prompts whose pairs only measure the head")
+    num_steps: PositiveInt = 400
+    batch_size: PositiveInt = Field(64, description="pairs per optimiser step")
+    learning_rate: PositiveFloat = Field(2e-3, description="peak; decays to 0")
+    warmup_steps: int = Field(20, ge=0)
+    weight_decay: NonNegativeFloat = 0.05
+    dropout: float = Field(0.5, ge=0, lt=1, description="of the features")
+    contrary: float = Field(0.05, ge=0, lt=0.5, description="share of judgements taken to be wrong: bounds the scores")
+    held_out_every: PositiveInt = presentation(20, description="steps between measures on the held-out pairs")
 
 
 class Trajectories(OneStage):
@@ -204,17 +177,6 @@ class Distill(Training):
         return list(value) if isinstance(value, list) else [value] * len(self.segments)
 
 
-class Reward(Strict):
-    """A reward model, and what it weighs in a sum of several."""
-
-    name: str = Field(description="file in reward_models, or another distribution's; see `mlcm rewards list`")
-    weight: float = 1.0
-    settings: dict[str, Any] = Field({}, description="of the reward model itself; see its card")
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    device: str | None = Field(None, description="where it runs; default: with the student")
-    chunk_size: PositiveInt | None = Field(None, description="pictures scored at a time; default: the whole batch")
-
-
 class Guard(Strict):
     """What stops a run that hacks its reward: rewards that it is not trained on, watched on fixed prompts and noise."""
 
@@ -248,6 +210,11 @@ class Tuning(Training):
         if both:
             raise ValueError(f"guard.rewards: {', '.join(sorted(both))} is trained on; a guard needs another reward")
         return self
+
+    @property
+    def reward_models(self) -> list[Reward]:
+        """Every reward model that the stage asks: those trained on, then those held out."""
+        return [*self.rewards, *self.guard.rewards]
 
     @property
     def needs_random_steps(self) -> bool:
@@ -369,9 +336,11 @@ class Evaluate(OneStage):
     kind: Literal["evaluate"] = "evaluate"
     prompts: str = Field(description="prompt file, disjoint from the one distilled on")
     num_prompts: PositiveInt = 64
-    num_steps: list[Annotated[int, Field(ge=1, le=8)]] = [1, 2, 3, 4, 6, 8]
-    gammas: list[Fraction] = [0.0, 1.0]
-    grids: list[Literal["milestones", "paper"]] = ["milestones"]
+    num_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 3, 4, 6, 8])
+    gammas: list[Fraction] = Field(
+        [0.0, 1.0], description="of every student; a tuned one, and what it is compared with, at its own too"
+    )
+    grids: list[Literal["milestones", "paper"]] = Field(["milestones"])
     students: Literal["last", "snapshots"] = Field(
         "last", description="the finished student, or the one after each phase too"
     )
@@ -383,7 +352,7 @@ class Evaluate(OneStage):
     )
     also: list[str] = Field([], description="further finished stage folders to put in the same table")
     judge: str | None = Field(None, description="folder of a judge, for retrieval and KID")
-    rewards: list[str] = []
+    rewards: list[str | Reward] = Field([], description="names, or entries as in the tuning stages; no weights")
     inception: str | None = Field(
         None, description=".safetensors file of FID's Inception (mlcm_rl/inception.py converts it), for FID and KID"
     )
@@ -392,6 +361,21 @@ class Evaluate(OneStage):
     images_per_prompt: PositiveInt = Field(1, description="more than one also measures diversity")
     keep_pictures: bool = Field(False, description="keep every picture, samples/<row>/<index>.png, for other tools")
     batch_size: PositiveInt = presentation(32)
+
+    @property
+    def reward_models(self) -> list[Reward]:
+        """Every reward model that measures, a name alone with its defaults."""
+        return [Reward(name=one) if isinstance(one, str) else one for one in self.rewards]
+
+    @model_validator(mode="after")
+    def _rewards_stand_alone(self):
+        names = [reward.name for reward in self.reward_models]
+        for reward in self.reward_models:
+            if names.count(reward.name) > 1:
+                raise ValueError(f"rewards: {reward.name} is named twice; a report has one column of a name")
+            if reward.weight != 1.0:
+                raise ValueError(f"rewards: {reward.name} has a weight, but a report sums none; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _inception_has_real_images(self):
@@ -408,7 +392,8 @@ class Evaluate(OneStage):
 
 
 Stage = Annotated[
-    TrainTeacher | Trajectories | Distill | Feedback | Dpo | Policy | Evaluate, Field(discriminator="kind")
+    TrainTeacher | TrainReward | Trajectories | Distill | Feedback | Dpo | Policy | Evaluate,
+    Field(discriminator="kind"),
 ]
 
 
@@ -416,7 +401,7 @@ class Samples(Strict):
     """The fixed prompts and seeds of the grids that runs leave behind."""
 
     prompts: list[str] = Field([], description="prompts of the sample grids, any language")
-    num_steps: list[Annotated[int, Field(ge=1, le=8)]] = [1, 2, 4, 8]
+    num_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 4, 8])
 
 
 class Recipe(Strict):

@@ -176,10 +176,11 @@ def _follow(loc: tuple[str | int, ...], root: Schema, tree: Node) -> _Refused | 
     for part in loc:
         members = _members(form)
         if len(members) > 1:
-            is_list = node is not None and isinstance(node.content, list)
-            if str(part).startswith("list[") != is_list:
+            forms = {_form_of(member): member for member in reversed(members)}
+            written = _form_written(node) if _form_written(node) in forms else _form_of(members[0])
+            if _form_tried(part, members) != written:
                 return None
-            form = next(member for member in members if (member.get("type") == "array") == is_list)
+            form = forms[written]
         elif "discriminator" in members[0]:
             schema = form = members[0]["discriminator"]["mapping"][part]
         else:
@@ -187,6 +188,24 @@ def _follow(loc: tuple[str | int, ...], root: Schema, tree: Node) -> _Refused | 
             schema = form = _child(around, part)
             node = node.child(part) if node else None
     return _Refused(key, schema, around, node)
+
+
+def _form_of(schema: Schema) -> str:
+    """The form of value that a schema is for: array, object or single."""
+    return schema["type"] if schema.get("type") in ("array", "object") else "single"
+
+
+def _form_written(node: Node | None) -> str:
+    """The form of what the file holds."""
+    forms = {list: "array", dict: "object"}
+    return forms.get(type(node.content), "single") if node else "single"
+
+
+def _form_tried(part: str | int, members: list[Schema]) -> str:
+    """The form that pydantic tried, by what it says of it in an error's `loc`: a list's type, a model's name."""
+    if str(part).startswith("list["):
+        return "array"
+    return "object" if part in [member.get("title") for member in members if _form_of(member) == "object"] else "single"
 
 
 def _inline(schema: Any, definitions: Schema) -> Any:

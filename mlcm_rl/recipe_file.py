@@ -17,8 +17,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from . import recipe_errors, recipe_tree
-from .recipe import Distill, Evaluate, Feedback, Recipe, Teacher, Tuning, json_schema
+from .recipe import Distill, Evaluate, Feedback, Recipe, Stage, Teacher, Tuning, json_schema
 from .recipe_tree import Key, Node, Problem, RecipeError, nearest, nearest_file
+from .recipe_types import TRAINED, Reward
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), root: Path | None = None) -> Recipe:
@@ -94,7 +95,7 @@ READ = {
 def _file_problems(recipe: Recipe, root: Path) -> Iterator[Problem]:
     known = reward_names()
     for i, stage in enumerate(recipe.stages):
-        settings = stage.model_dump(include={*READ, "also", "rewards", "guard"})
+        settings = stage.model_dump(include={*READ, "also"})
         for name in READ:
             if path := settings.get(name):
                 is_table = name == "pairs" and Path(path).suffix == ".parquet"
@@ -104,17 +105,26 @@ def _file_problems(recipe: Recipe, root: Path) -> Iterator[Problem]:
                 yield Problem(("stages", i, name), f"expected a .txt or .jsonl file, found {path}")
         for j, other in enumerate(settings.get("also", [])):
             yield from _absent(("stages", i, "also", j), other, root, holding="manifest.json")
-        for key, reward in _rewards_named(("stages", i), settings):
-            if reward not in known:
-                message = f"no reward is called {reward}; known are {', '.join(known) or 'none'}"
-                yield Problem(key, message, nearest(reward, known))
+        for key, reward in _rewards_named(("stages", i), stage):
+            if reward.name not in known:
+                message = f"no reward is called {reward.name}; known are {', '.join(known) or 'none'}"
+                yield Problem(key, message, nearest(reward.name, known))
+            folder = reward.settings.get("folder") if reward.name == TRAINED else None
+            if isinstance(folder, str):
+                yield from _absent((*key[:-1], "settings", "folder"), folder, root, holding="reward.json")
 
 
-def _rewards_named(stage: Key, settings: dict) -> Iterator[tuple[Key, str]]:
-    """(key, name) of every reward model that a stage names: names alone, or entries with a name."""
-    for place, rewards in (("rewards",), settings), (("guard", "rewards"), settings.get("guard") or {}):
-        for j, one in enumerate(rewards.get("rewards", [])):
-            yield ((*stage, *place, j), one) if isinstance(one, str) else ((*stage, *place, j, "name"), one["name"])
+def _rewards_named(key: Key, stage: Stage) -> Iterator[tuple[Key, Reward]]:
+    """(key of its name, reward) of every reward model that a stage names: names alone, or entries with a name."""
+    places: list[tuple[Key, Sequence[str | Reward]]] = []
+    if isinstance(stage, Tuning | Evaluate):
+        places.append((("rewards",), stage.rewards))
+    if isinstance(stage, Tuning):
+        places.append((("guard", "rewards"), stage.guard.rewards))
+    for place, rewards in places:
+        for j, one in enumerate(rewards):
+            named = (*key, *place, j)
+            yield (named, Reward(name=one)) if isinstance(one, str) else ((*named, "name"), one)
 
 
 def _absent(key: Key, name: str, root: Path, holding: str | None = None) -> Iterator[Problem]:
@@ -145,6 +155,11 @@ def _order_problems(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(("stages", i, "renoise"), "renoise: stored needs an earlier trajectories stage")
         if isinstance(stage, Tuning) and "distill" not in before:
             yield Problem(("stages", i), f"{stage.kind} tunes a distilled student: it needs an earlier distill stage")
+        if "train_reward" not in before:
+            for key, reward in _rewards_named(("stages", i), stage):
+                if reward.is_of_this_recipe:
+                    message = f"{TRAINED} needs settings: {{folder: ...}}, or an earlier train_reward stage to read"
+                    yield Problem(key, message)
         if isinstance(stage, Feedback) and stage.consistency and "trajectories" not in before:
             yield Problem(("stages", i, "consistency"), "consistency needs an earlier trajectories stage")
         if isinstance(stage, Evaluate) and "distill" not in before and not stage.also:

@@ -8,7 +8,7 @@ from .adapters import DESCRIPTION_FILE, default_gamma, describe
 from .bases import Base
 from .checkpoint import read_json
 from .equations.segments import paper_times, sampling_times
-from .fingerprint import STUDENTS
+from .fingerprint import STUDENTS, TUNING
 from .recipe import Evaluate
 from .undistilled import LABELS
 
@@ -43,19 +43,46 @@ class Entry:
     num_segments: int
     conditioned: bool
     training: training_cost.TrainingCost
+    own_gamma: float  # what suits it, or what it was tuned under
+    gammas: tuple[float, ...] = ()  # to measure beside the recipe's: its own where it is tuned, those of its tuned ones
 
 
 def entries(stage: Evaluate, parents: dict[str, Path], base: Base) -> list[Entry]:
     """Every student of the table. Raises ValueError for one of another kind of teacher than `base`."""
+    folders = student_folders(stage, parents)
+    tuned = {name: found for name, folder in folders.items() if (found := tuned_from(folder)) is not None}
     found = []
-    for name, folder in student_folders(stage, parents).items():
+    for name, folder in folders.items():
         described = describe(folder)
         for key, expected in (("family", base.family), ("prediction_type", base.prediction_type)):
             if described[key] != expected:
                 raise ValueError(f"{folder}: the student's {key} is {described[key]}, the teacher's {expected}")
         cost = training_cost.of_student(folder)
-        found.append(Entry(name, folder, described["segments"], described["conditioned"], cost))
+        shape = (described["segments"], described["conditioned"])
+        gammas = [gamma for one, (distilled, gamma) in tuned.items() if name == one or is_student_of(folder, distilled)]
+        own_gamma = tuned[name][1] if name in tuned else default_gamma(*shape)
+        found.append(Entry(name, folder, *shape, cost, own_gamma, tuple(dict.fromkeys(gammas))))
     return found
+
+
+def tuned_from(folder: Path) -> tuple[str, float] | None:
+    """Name of the distill stage that a tuned student in `folder` started from, and the gamma that it was tuned under.
+
+    None for a student that is not tuned.
+    """
+    manifest = folder.parent / "manifest.json"
+    kept = read_json(manifest) if manifest.is_file() else {"kind": None}
+    if kept["kind"] not in TUNING:
+        return None
+    gamma, described = kept["stage"]["gamma"], describe(folder)
+    if gamma is None:
+        gamma = default_gamma(described["segments"], described["conditioned"])
+    return kept["parents"]["distill"], gamma
+
+
+def is_student_of(folder: Path, stage: str) -> bool:
+    """Whether `folder` is what the stage in the folder named `stage` has finished with."""
+    return folder.name == "student" and folder.resolve().parent.name == stage
 
 
 def student_folders(stage: Evaluate, parents: dict[str, Path]) -> dict[str, Path]:
@@ -102,15 +129,15 @@ def teacher_rows(stage: Evaluate, guidance_scale: float) -> list[Row]:
 
 
 def student_rows(stage: Evaluate, index: int, student: Entry) -> list[Row]:
-    """`student` at each number of steps, gamma and grid; what would be the same pictures twice is one row.
+    """`student` at each number of steps, gamma (its own too) and grid; what would be equal pictures is one row.
 
     (With one step gamma changes nothing, and grids may agree.) The student's own gamma comes first. A student told its
     target may stop anywhere, so it takes the even grid; the others take one that holds their K boundaries.
     """
     rows = {}
     num_segments = 1 if student.conditioned else student.num_segments
-    own_gamma = default_gamma(student.num_segments, student.conditioned)
-    for gamma in sorted(stage.gammas, key=lambda gamma: gamma != own_gamma):
+    own_gamma = student.own_gamma
+    for gamma in sorted(dict.fromkeys([*stage.gammas, *student.gammas]), key=lambda gamma: gamma != own_gamma):
         for grid in sorted(stage.grids):  # milestones, paper
             for n in stage.num_steps:
                 times = tuple(paper_times(n) if grid == "paper" else sampling_times(n, num_segments))

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ._efficientnet_lite import PictureFeatures, shipped_features
+from ._efficientnet_lite import shipped_features
 
 SHIPPED = Path(__file__).with_suffix(".safetensors")
 
@@ -24,7 +24,7 @@ class EmojiStyle:
     def __init__(self, device: torch.device | str, dtype: torch.dtype):
         self.device, self.dtype = torch.device(device), dtype
         features = shipped_features()
-        head = untrained_head(features)
+        head = untrained_head(features.width)
         head.load_state_dict(load_file(SHIPPED))
         self.predictor = nn.Sequential(features, head).eval().requires_grad_(False).to(self.device, dtype)
 
@@ -33,7 +33,7 @@ class EmojiStyle:
         return self.predictor(images.to(self.device, self.dtype)).squeeze(-1).float()
 
 
-def untrained_head(features: PictureFeatures) -> nn.Sequential:
-    """The small network over the frozen features, (B, D) to (B, 1)."""
-    layers = [nn.Linear(features.width, 64), nn.SiLU(), nn.Linear(64, 16), nn.SiLU(), nn.Linear(16, 1)]
+def untrained_head(width: int) -> nn.Sequential:
+    """The small network over the frozen features, (B, D = `width`) to (B, 1)."""
+    layers = [nn.Linear(width, 64), nn.SiLU(), nn.Linear(64, 16), nn.SiLU(), nn.Linear(16, 1)]
     return nn.Sequential(*layers)

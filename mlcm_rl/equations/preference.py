@@ -7,7 +7,8 @@ Every form gives log pi / pi_ref of the chosen and of the rejected sample, up to
     online PSO      of one stochastic sampling step, exactly     per element
     endpoint        sum_t (l_ref - l)                            over the student's own grid
 
-so that h = beta (chosen - rejected) is the implicit reward margin that the losses push up.
+so that h = beta (chosen - rejected) is the implicit reward margin that the losses push up. Where a reward is explicit,
+its own margin takes the place of h: `bradley_terry_loss` trains one.
 """
 
 import math
@@ -113,6 +114,17 @@ def preference_loss(
     if loss_type == "conservative":
         return (1.0 - label_smoothing) * as_labelled + label_smoothing * flipped
     return as_labelled
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, contrary: float = 0.0) -> Tensor:
+    """-log P of a judgement (...) between scores (...), P(chosen over rejected) = sigmoid(chosen - rejected).
+
+    (Bradley and Terry, 1952; the reward models' loss of arXiv 2203.02155, eq. 1.) A share `contrary` of the judgements
+    is taken to go the other way, as some people's do: it bounds the margin, at log((1 - contrary) / contrary).
+    Raises ValueError for `contrary` outside [0, 0.5).
+    """
+    loss_type = "conservative" if contrary else "sigmoid"
+    return preference_loss(chosen, rejected, beta=1.0, loss_type=loss_type, label_smoothing=contrary)
 
 
 def implicit_margin(log_ratio_chosen: Tensor, log_ratio_rejected: Tensor, beta: float) -> Tensor:

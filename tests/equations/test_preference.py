@@ -10,6 +10,7 @@ from mlcm_rl.equations.prediction import eps_from_x0
 from mlcm_rl.equations.preference import (
     LOSS_TYPES,
     SMOOTHED,
+    bradley_terry_loss,
     clamp_log_ratio,
     denoising_error,
     diffusion_dpo_log_ratio,
@@ -34,6 +35,27 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def loss_of(h: torch.Tensor, loss_type: str, label_smoothing: float = 0.0) -> torch.Tensor:
     """The loss of pairs with implicit margins `h`."""
     return preference_loss(h, torch.zeros_like(h), 1.0, loss_type, label_smoothing)
+
+
+# --- an explicit reward ------------------------------------------------------------------------------------------
+
+
+def test_bradley_terry_by_hand_and_where_contrary_judgements_pull_the_margin():
+    chosen, rejected = torch.tensor([[2.0, 0.0], [1.0, 5.0]]), torch.tensor([[0.0, 1.0], [1.0, 2.0]])
+    margins = torch.tensor([[2.0, -1.0], [0.0, 3.0]])
+    sure, turned = torch.log1p(torch.exp(-margins)), torch.log1p(torch.exp(margins))
+    torch.testing.assert_close(bradley_terry_loss(chosen, rejected), sure)
+    torch.testing.assert_close(bradley_terry_loss(chosen, rejected, 0.25), 0.75 * sure + 0.25 * turned)
+    margin = torch.tensor(math.log(19), requires_grad=True)  # log-odds of judgements of which one in twenty is contrary
+    bradley_terry_loss(margin, torch.zeros(()), 0.05).backward()
+    assert margin.grad.item() == pytest.approx(0.0, abs=1e-6)
+    with pytest.raises(ValueError, match="share of wrong labels"):
+        bradley_terry_loss(chosen, rejected, 0.5)
+
+
+def test_the_gradient_of_bradley_terry_in_double_precision():
+    scores = [normal(4, seed=seed).requires_grad_() for seed in (0, 1)]
+    assert gradcheck(lambda chosen, rejected: bradley_terry_loss(chosen, rejected, 0.1), scores)
 
 
 # --- errors and log-ratios ---------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import evaluation_case
 import pytest
 
+BRIGHTNESS = {"name": "brightness", "chunk_size": 5}  # an entry as tuning stages have them, beside names
+
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Path:
@@ -25,7 +27,7 @@ def finished(place) -> Path:
 @pytest.fixture(scope="session")
 def tuned(place) -> Path:
     """The folder of a finished evaluation of a student and of what preference learning made of it."""
-    settings = {"also": [], "teacher_solvers": ["ddim"], "rewards": ["colourfulness", "brightness", "sharpness"]}
+    settings = {"also": [], "teacher_solvers": ["ddim"], "rewards": ["colourfulness", BRIGHTNESS, "sharpness"]}
     evaluation_case.run(place, place / "tuned", ("distill", "feedback"), **settings)
     return place / "tuned"
 

@@ -11,6 +11,7 @@ from evaluation_case import CONCEPTS, PICTURES, PROMPTS, recipe, run
 
 from mlcm_rl import instruments
 from mlcm_rl.data import Prompt
+from mlcm_rl.rewards import Member
 from mlcm_rl.stages import evaluate
 
 
@@ -236,10 +237,11 @@ def test_a_reward_scores_only_the_languages_that_it_reads():
             return torch.tensor([float(len(prompt)) for prompt in prompts])
 
     prompts = [Prompt("four", "en"), Prompt("鲸", "zh"), Prompt("three", "en")]
-    scores = instruments.score(Length(), "length", torch.zeros(3, 3, 4, 4), prompts)
+    length = Member("length", Length(), chunk_size=1)
+    scores = instruments.score(length, torch.zeros(3, 3, 4, 4), prompts)
     assert scores[[0, 2]].tolist() == [4.0, 5.0]
     assert scores[1].isnan()
-    assert instruments.score(Length(), "length", torch.zeros(1, 3, 4, 4), prompts[1:2]).isnan().all()
+    assert instruments.score(length, torch.zeros(1, 3, 4, 4), prompts[1:2]).isnan().all()
 
 
 def test_samples_of_a_prompt_stand_together(place, report):

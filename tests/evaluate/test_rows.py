@@ -1,11 +1,16 @@
 """Which rows an evaluation has, and what each costs."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import runs
+from mlcm_rl.adapters import default_gamma
+from mlcm_rl.plan import evaluations_per_row
 from mlcm_rl.recipe import Evaluate
-from mlcm_rl.rows import Entry, student_folders, student_rows, teacher_rows
+from mlcm_rl.rows import Entry, entries, student_folders, student_rows, teacher_rows
 from mlcm_rl.training_cost import TrainingCost
 
 
@@ -14,7 +19,8 @@ def stage(**settings):
 
 
 def student(num_segments, conditioned=False):
-    return Entry("student", Path("student"), num_segments, conditioned, TrainingCost(10, 40, 0, 20))
+    own_gamma = default_gamma(num_segments, conditioned)
+    return Entry("student", Path("student"), num_segments, conditioned, TrainingCost(10, 40, 0, 20), own_gamma)
 
 
 def test_the_reference_comes_first_and_costs_two_evaluations_a_guided_step():
@@ -62,6 +68,50 @@ def test_a_student_of_more_segments_lands_on_its_boundaries_and_goes_straight_by
     assert even[0].times == student_rows(stage(num_steps=[3]), 0, student(1))[0].times
     assert even[0].default
     assert even[0].gamma == 0.0
+
+
+def write_stage(folder, kind, gamma=None):
+    """What `entries` reads of a finished stage: its manifest and what its student says of itself."""
+    described = {"family": "sdxl", "prediction_type": "epsilon", "segments": 2, "conditioned": False}
+    (folder / "student").mkdir(parents=True)
+    (folder / "student" / "student.json").write_text(json.dumps(described))
+    settings = runs.tuning(kind, "p.txt", gamma=gamma) if kind in runs.TUNING else runs.distill(segments=[2])
+    stages = [runs.trajectories("p.txt"), runs.distill(segments=[2])]
+    recipe = runs.recipe(folder, folder, stages if kind == "distill" else [*stages, settings])
+    parents = {"distill": "distill"} if kind in runs.TUNING else {}
+    manifest = {"kind": kind, "stage": settings.model_dump(), "recipe": recipe.model_dump(), "parents": parents}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.parametrize(("gamma", "own"), [(0.3, 0.3), (None, 0.0), (1.0, 1.0)])
+def test_a_tuned_student_is_measured_at_the_gamma_it_was_tuned_under_and_so_is_what_it_started_from(
+    tmp_path, gamma, own
+):
+    kinds = {"distill": None, "feedback": gamma}
+    parents = {kind: write_stage(tmp_path / kind, kind, value) for kind, value in kinds.items()}
+    other = write_stage(tmp_path / "other", "distill")
+    base = SimpleNamespace(family="sdxl", prediction_type="epsilon")
+    asked = stage(num_steps=[1, 2], gammas=[0.0], also=[str(other)])
+    distilled, tuned, another = entries(asked, parents, base)
+    assert (distilled.own_gamma, tuned.own_gamma, another.own_gamma) == (0.0, own, 0.0)
+    measured = [
+        {(row.num_steps, row.gamma) for row in student_rows(asked, 0, one)} for one in (distilled, tuned, another)
+    ]
+    assert measured[0] == {(1, 0.0), (2, 0.0), (2, own)}
+    assert measured[1] == {(1, own), (2, 0.0), (2, own)}
+    assert measured[2] == {(1, 0.0), (2, 0.0)}
+    assert {row.gamma for row in student_rows(asked, 0, tuned) if row.default} == {own}
+
+
+def test_a_plan_counts_the_rows_at_a_tuned_students_own_gamma():
+    def planned(gamma):
+        asked = stage(num_steps=[2, 4], teacher_steps=[2], gammas=[0.0])
+        stages = [runs.distill(segments=[2]), runs.tuning("feedback", "p.txt", gamma=gamma), asked]
+        return sum(evaluations_per_row(asked, runs.recipe(Path("teacher"), Path("runs"), stages)))
+
+    assert planned(None) == planned(0.0)
+    assert planned(0.3) == planned(0.0) + 2 * (2 + 4)  # the tuned student, and the distilled one beside it
 
 
 def test_tuned_students_stand_beside_the_distilled_one_they_start_from(tmp_path):

@@ -82,6 +82,17 @@ def test_every_default_row_is_compared_at_its_own_sampler():
     assert report_tuned.nearest({"comparisons": found})["num_steps"] == 2
 
 
+def test_a_student_tuned_at_another_gamma_is_compared_at_that_one_and_in_a_single_step_at_none():
+    rows = [planted("student", 1, 0.0, **SCORES), planted("dpo", 1, 0.3, **SCORES)]
+    rows += [planted("student", 2, 0.0, **SCORES), planted("student", 2, 0.3, default=False, **SCORES)]
+    rows += [planted("dpo", 2, 0.3, **SCORES), planted("dpo", 2, 0.0, default=False, **SCORES)]
+    found = report_tuned.compared(planted_report(*rows), entry())
+    assert [(one["row"], one["reference"]) for one in found] == [
+        ("dpo-1-0.3", "student-1-0"),
+        ("dpo-2-0.3", "student-2-0.3"),
+    ]
+
+
 def test_a_tuned_student_is_summed_up_in_a_line():
     student = entry()
     made = planted_report(planted("student", **SCORES), planted("dpo", **TUNED))

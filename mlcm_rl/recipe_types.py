@@ -1,0 +1,96 @@
+"""What the types of several stages are made of: strictness, settings that change no result, training, rewards."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+TRAINED = "trained"  # the reward model that reads what a `train_reward` stage has made
+
+
+def presentation(default: Any, **settings: Any) -> Any:
+    """A field that cannot change a stage's result and is therefore not hashed into its fingerprint."""
+    return Field(default, json_schema_extra={"presentation": True}, **settings)
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Lora(Strict):
+    """Low-rank adapter on the family's published target modules."""
+
+    kind: Literal["lora"] = "lora"
+    rank: PositiveInt = 64
+    alpha: PositiveFloat = 64.0
+
+
+class Full(Strict):
+    """All weights of the denoiser."""
+
+    kind: Literal["full"] = "full"
+
+
+class OneStage(Strict):
+    """What every stage has in common."""
+
+    seed: int | None = Field(None, ge=0, description="of this stage alone; default: the recipe's")
+
+    @property
+    def reward_models(self) -> list["Reward"]:
+        """Every reward model that the stage asks."""
+        return []
+
+
+class Training(OneStage):
+    """What every stage that trains has in common."""
+
+    batch_size: PositiveInt = Field(description="samples per optimiser step")
+    gradient_accumulation: PositiveInt = Field(
+        1, description="micro-batches a step is split into; must divide batch_size"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
+    precision: Literal["no", "bf16"] = Field("no", description="autocast of the student's passes")
+    weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    max_grad_norm: PositiveFloat = 1.0
+    log_every: PositiveInt = presentation(10)
+    save_every: PositiveInt = presentation(200, description="steps between checkpoints to resume from")
+    keep_checkpoints: PositiveInt = presentation(2, description="newest checkpoints that stay, the guard's best inside")
+    sample_every: PositiveInt = presentation(200, description="steps between sample grids")
+
+    @model_validator(mode="after")
+    def _accumulation_divides_batch(self):
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"gradient_accumulation {self.gradient_accumulation} does not divide batch_size {self.batch_size}"
+            )
+        return self
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples that are in memory at a time."""
+        return self.batch_size // self.gradient_accumulation
+
+
+class Reward(Strict):
+    """A reward model, and what it weighs in a sum of several."""
+
+    name: str = Field(description="file in reward_models, or another distribution's; see `mlcm rewards list`")
+    weight: float = 1.0
+    settings: dict[str, Any] = Field({}, description="of the reward model itself; see its card")
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    device: str | None = Field(None, description="where it runs; default: with the student")
+    chunk_size: PositiveInt | None = Field(None, description="pictures scored at a time; default: the whole batch")
+
+    @property
+    def is_of_this_recipe(self) -> bool:
+        """Whether it is what the recipe's own `train_reward` stage makes: `trained`, from no folder named here."""
+        return self.name == TRAINED and "folder" not in self.settings
+
+    def from_folder(self, folder: str) -> "Reward":
+        """The same, read from `folder` where it is the recipe's own."""
+        return (
+            self.model_copy(update={"settings": self.settings | {"folder": folder}}) if self.is_of_this_recipe else self
+        )

@@ -1,0 +1,102 @@
+"""Stage `train_reward`: a table of pairs becomes a reward model, a head trained by Bradley-Terry on frozen features."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from reward_models import trained
+
+from .. import checkpoint, reward_card
+from ..equations.preference import bradley_terry_loss
+from ..pairs import PairTable
+from ..recipe import Recipe, TrainReward
+from ..reward_heads import FeatureScale, dropped, held_out_pairs, right_way
+from ..runtime import Runtime, epoch_order, progress, rate_factor, set_rate
+
+
+def run(stage: TrainReward, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
+    """Train a head into `folder`: `reward.json` and `head.safetensors`, which are the reward `trained`; what it is
+    worth in `card.md`, `measured.json` and `training.png`; `log.jsonl`.
+
+    Interrupted at any step and run again, it ends with the same bits. Raises ValueError for a table or a picture that
+    cannot be read, and for pairs of one prompt only.
+    """
+    rt = Runtime(recipe, stage, folder)
+    table = PairTable(stage.pairs)
+    held_out = held_out_pairs(table.prompts, stage.held_out, recipe.seed)
+    pairs = Pairs.read(stage, table, held_out, rt.device)
+    head = new_head(pairs.training.shape[-1], recipe.seed).to(rt.device)
+    parameters = list(head.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
+
+    weights = {"head": dict(head.named_parameters())}
+    first = rt.resume(weights, optimizer)
+    for step in rt.steps(first, stage.num_steps, "train_reward"):
+        set_rate(optimizer, stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps))
+        index = epoch_order(len(pairs.training), stage.batch_size, step, recipe.seed, "train_reward")
+        inputs = dropped(pairs.training[index], stage.dropout, rt.generator("dropout", step))
+        losses = (loss(stage, head, part) for part in inputs.split(stage.micro_batch))
+        with rt.autocast():
+            logged = rt.backward(losses, parameters, optimizer)
+
+        looking = rt.due(step, stage.held_out_every, stage.num_steps)
+        if looking:
+            logged |= look(stage, head, pairs.held_out)
+        if looking or rt.due(step, stage.log_every):
+            rt.log(step, **logged)
+        if rt.stopping or rt.due(step, stage.save_every):
+            rt.save(step + 1)
+    pairs.scale.fold_into(head[0])
+    checkpoint.write_tensors(folder / trained.HEAD_FILE, head.state_dict())
+    checkpoint.write_json(folder / trained.DESCRIPTION_FILE, trained.description(stage.backbone))
+    reward_card.write(stage, recipe, table, held_out, trained.Trained(rt.device, torch.float32, str(folder)), folder)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Scaled features of a table's pairs, 0 the chosen picture, 1 the rejected one."""
+
+    training: Tensor  # (N, 2, D)
+    held_out: Tensor  # (M, 2, D)
+    scale: FeatureScale  # of the training pairs
+
+    @classmethod
+    def read(cls, stage: TrainReward, table: PairTable, held_out: Tensor, device: torch.device) -> "Pairs":
+        """The pairs of `table`, those that `held_out` (N + M,) bool marks apart, each picture seen by the body once."""
+        features = torch.cat(list(_features(stage, table, device)))
+        held_out = held_out.to(device)
+        scale = FeatureScale.of(features[~held_out])
+        return cls(scale(features[~held_out]), scale(features[held_out]), scale)
+
+
+@torch.no_grad()
+def _features(stage: TrainReward, table: PairTable, device: torch.device) -> Iterator[Tensor]:
+    """Features (b, 2, D) of the table's pairs, in order."""
+    body = trained.load_features(stage.backbone).to(device)
+    with progress(len(table), "read pairs") as bar:
+        for images in table.batches(stage.resolution):
+            yield body(images.flatten(0, 1).to(device)).unflatten(0, (-1, 2))
+            bar.advance(len(images))
+
+
+def new_head(width: int, seed: int) -> nn.Sequential:
+    """The head before training, (B, D = `width`) to (B, 1), drawn from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return trained.untrained_head(width)
+
+
+def loss(stage: TrainReward, head: nn.Module, pairs: Tensor) -> Tensor:
+    """The Bradley-Terry loss (B,) float32 of pairs (B, 2, D)."""
+    chosen, rejected = head(pairs).float().squeeze(-1).unbind(1)
+    return bradley_terry_loss(chosen, rejected, stage.contrary)
+
+
+@torch.no_grad()
+def look(stage: TrainReward, head: nn.Module, pairs: Tensor) -> dict[str, float]:
+    """Loss on held-out pairs (M, 2, D), and the share of them decided right."""
+    right = right_way(head(pairs).squeeze(-1))
+    return {"held_out_loss": loss(stage, head, pairs).mean().item(), "held_out_accuracy": right.mean().item()}
