@@ -139,24 +139,51 @@ def pairs(
     prompts: Annotated[
         Path, typer.Option(exists=True, dir_okay=False, show_default=False, help="prompts (.txt, .jsonl) to draw")
     ],
-    reward: Annotated[
-        str, typer.Option(callback=reward_commands.known_reward, show_default=False, help="a reward model's name")
-    ],
     out: Annotated[Path, typer.Option(file_okay=False, help="folder for the table", show_default=False)],
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            callback=reward_commands.known_reward, show_default=False, help="a reward model's name: it chooses"
+        ),
+    ] = None,
+    by_hand: Annotated[bool, typer.Option("--by-hand", help="you choose, on a page in your browser")] = False,
     num_prompts: Annotated[
         int | None, typer.Option(min=1, help="the first so many of the prompts; default: all", show_default=False)
     ] = None,
-    num_generations: Annotated[int, typer.Option(min=2, help="samples a prompt")] = 4,
+    num_generations: Annotated[
+        int | None, typer.Option(min=2, help="samples a prompt for the reward; default: 4", show_default=False)
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, max=8, help="network evaluations a sample")] = 4,
-    min_margin: Annotated[float, typer.Option(min=0, help="pairs no further apart in reward are left out")] = 0.0,
+    min_margin: Annotated[
+        float | None,
+        typer.Option(min=0, help="pairs no further apart in reward are left out; default: 0", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="samples drawn at once, in whole prompts")] = 16,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="the page's; default: a free one", show_default=False)
+    ] = None,
 ) -> None:
-    """Make a table of preference pairs: a run's samples of each prompt, the best by a reward against the worst."""
+    """Make a table of preference pairs of a run's samples, chosen by a reward or by hand.
+
+    Of each prompt's samples a reward takes the best and the worst; you choose between two.
+
+    The student is the run's last; a stage's folder, runs/<recipe>/01-distill, gives its own.
+    """
+    if by_hand:
+        _refuse("--by-hand", **{"--reward": reward, "--num-generations": num_generations, "--min-margin": min_margin})
+    elif reward is None:
+        raise typer.BadParameter("say who chooses: --reward NAME, or --by-hand for yourself")
+    else:
+        _refuse("--reward", **{"--port": port})
     with _pipeline(interrupted="Interrupted. The same command goes on where it was stopped.") as pipeline:
-        kept, asked = pipeline.pairs(
-            run, prompts, reward, out, num_prompts, num_generations, steps, min_margin, seed, batch_size
-        )
+        if by_hand:
+            kept, asked = pipeline.pairs_by_hand(run, prompts, out, num_prompts, steps, seed, batch_size, port or 0)
+        else:
+            samples, margin = num_generations or 4, min_margin or 0.0
+            kept, asked = pipeline.pairs(
+                run, prompts, reward, out, num_prompts, samples, steps, margin, seed, batch_size
+            )
     _line(Text(f"{out}  {kept} pairs of {asked} prompts"))
 
 
@@ -214,6 +241,13 @@ def _load(path: Path, overrides: list[str] | None) -> Recipe:
     except RecipeError as error:
         _print_problems(error_console, path, error)
         raise typer.Exit(2) from None
+
+
+def _refuse(way: str, **options: object) -> None:
+    """Exit 2 for any of `options` that was given and means nothing beside the option `way`."""
+    for name, value in options.items():
+        if value is not None:
+            raise typer.BadParameter(f"{name} means nothing beside {way}; leave one of them out")
 
 
 @contextmanager

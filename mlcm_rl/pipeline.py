@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, adapters, bases, checkpoint, lock, pictures, ranking, report, sampler
+from . import __version__, adapters, bases, checkpoint, labels, lock, pictures, ranking, report, sampler
 from .checkpoint import CheckpointError, finish, is_finished, read_json, sha256, verify
 from .data import read_prompts
 from .equations.segments import sampling_times
@@ -21,7 +21,18 @@ from .rewards import build, refuse_unread
 from .rows import tuned_from
 from .runtime import NonFiniteLoss, commit, console, device_of, generator
 
-__all__ = ["Located", "PlannedStage", "RunError", "evaluate", "export", "pairs", "plan", "run", "sample"]
+__all__ = [
+    "Located",
+    "PlannedStage",
+    "RunError",
+    "evaluate",
+    "export",
+    "pairs",
+    "pairs_by_hand",
+    "plan",
+    "run",
+    "sample",
+]
 
 PEOPLES_ERRORS = (CheckpointError, NonFiniteLoss, OSError, ValueError)  # their messages say what to do
 
@@ -205,6 +216,43 @@ def pairs(
         base = bases.load(recipe.teacher, device)
         loaded = adapters.load_student(base, folder / "student")
         return ranking.make_pairs(asked, base, loaded, model, read, out, batch_size), len(read)
+    except PEOPLES_ERRORS as error:
+        raise RunError(f"pairs: {error}") from error
+
+
+def pairs_by_hand(
+    run_folder: Path,
+    prompts: Path,
+    out: Path,
+    num_prompts: int | None,
+    num_steps: int,
+    seed: int,
+    batch_size: int,
+    port: int,
+) -> tuple[int, int]:
+    """Write a pair table of a person's choices between two samples of a prompt; returns pairs kept and prompts.
+
+    Draws what is not drawn yet, then shows the page until all are judged.
+    """
+    try:
+        from . import label_page
+    except ModuleNotFoundError as error:
+        raise RunError(
+            f"pairs: the page needs {error.name}, which is not installed: pip install 'mlcm-rl[label]'"
+        ) from error
+    folder = find_stage(run_folder, STUDENTS)
+    recipe = _recipe_of(folder)
+    student = read_json(folder / "manifest.json")["fingerprint"]
+    try:
+        read = read_prompts(prompts)[:num_prompts]
+        asked = ranking.Asked(student, sha256(prompts), ranking.BY_HAND, 2, num_steps, 0.0, seed)
+        choices = labels.Choices(asked, read, out)
+        if labels.num_drawn(read, out) < len(read):
+            base = bases.load(recipe.teacher, device_of(recipe.device))
+            labels.draw(asked, base, adapters.load_student(base, folder / "student"), read, out, batch_size)
+        if len(choices.made()) < len(choices):
+            label_page.serve(choices, port)
+        return len(choices.rows()), len(read)
     except PEOPLES_ERRORS as error:
         raise RunError(f"pairs: {error}") from error
 

@@ -1,4 +1,7 @@
-"""A pair table made of a student's samples: of each prompt's, the best and the worst by a reward. `mlcm pairs`."""
+"""A pair table made of a student's samples: of each prompt's, the best and the worst by a reward. `mlcm pairs`.
+
+What a table made by hand (`labels.py`) shares with it is here too: what was asked for, the samples, the files.
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -18,6 +21,7 @@ from .runtime import generator, progress
 
 INDEX = "metadata.jsonl"  # the table, written when it is whole
 PROGRESS_FILE = "progress.json"  # what each prompt has come to so far
+BY_HAND = "by hand"  # stands where a reward's name does when a person chooses
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Asked:
 
     student: str  # fingerprint of its stage
     prompts: str  # sha256 of the file
-    reward: str
+    reward: str  # its name, or BY_HAND
     num_generations: int
     num_steps: int
     min_margin: float
@@ -61,18 +65,28 @@ def make_pairs(
             write_json(out / PROGRESS_FILE, {"asked": asdict(asked), "rows": rows})
             bar.advance(len(part), f"{sum(row is not None for row in rows)} kept")
     kept = [row for row in rows[: len(prompts)] if row is not None]
-    with replacing(out / INDEX) as temporary:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-        temporary.write_text("".join(lines), encoding="utf-8")
+    write_table(kept, out)
     return len(kept)
+
+
+def write_table(rows: list[dict], out: Path) -> None:
+    """The index of the table in `out`: a line for each of `rows`."""
+    with replacing(out / INDEX) as temporary:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def finished(asked: Asked, out: Path) -> list[dict | None]:
     """What the first prompts have come to: a row of the table, or None for those that gave no pair."""
+    return progress_of(asked, out).get("rows", [])
+
+
+def progress_of(asked: Asked, out: Path) -> dict:
+    """What the progress file in `out` holds; nothing for a new folder. Raises ValueError for that of another table."""
     if not (out / PROGRESS_FILE).is_file():
         if (out / INDEX).exists():
             raise ValueError(f"{out}: holds a table that was not made by this command; take another folder")
-        return []
+        return {}
     kept = read_json(out / PROGRESS_FILE)
     other = [
         f"{name} {kept['asked'].get(name)}, not {value}"
@@ -81,7 +95,7 @@ def finished(asked: Asked, out: Path) -> list[dict | None]:
     ]
     if other:
         raise ValueError(f"{out}: holds a table of {'; '.join(other)}: take another folder")
-    return kept["rows"]
+    return kept
 
 
 @torch.no_grad()
@@ -89,6 +103,15 @@ def ranked(
     asked: Asked, base: Base, student: Student, reward: RewardModel, prompts: list[Prompt], first: int
 ) -> tuple[Tensor, Tensor]:
     """Samples (P, n, 3, H, W) of `prompts`, of which the first is number `first`, and their rewards (P, n)."""
+    images = samples(asked, base, student, prompts, first)
+    repeated = [prompt.prompt for prompt in prompts for _ in range(asked.num_generations)]
+    scores = score(reward, asked.reward, images.flatten(0, 1), repeated).cpu()
+    return images, scores.unflatten(0, (-1, asked.num_generations))
+
+
+@torch.no_grad()
+def samples(asked: Asked, base: Base, student: Student, prompts: list[Prompt], first: int) -> Tensor:
+    """Samples (P, n, 3, H, W) of `prompts`, of which the first is number `first`."""
     count = asked.num_generations
     repeated = [prompt.prompt for prompt in prompts for _ in range(count)]
     generators = [generator(asked.seed, "pairs", first + i // count, i % count) for i in range(len(repeated))]
@@ -103,9 +126,7 @@ def ranked(
         generators,
         student.conditioned,
     )
-    images = base.decode(x0)
-    scores = score(reward, asked.reward, images, repeated).cpu()
-    return images.unflatten(0, (-1, count)), scores.unflatten(0, (-1, count))
+    return base.decode(x0).unflatten(0, (-1, count))
 
 
 def write_pair(asked: Asked, prompt: Prompt, images: Tensor, scores: Tensor, number: int, out: Path) -> dict | None:

@@ -27,10 +27,10 @@ console = Console(highlight=False)
 error_console = Console(highlight=False, stderr=True)
 
 
-def known_reward(name: str) -> str:
-    """A reward model's name that is known."""
+def known_reward(name: str | None) -> str | None:
+    """A reward model's name that is known; None where none is given."""
     known = reward_names()
-    if name not in known:
+    if name is not None and name not in known:
         near = nearest(name, known)
         meant = f"did you mean {near}? " if near else ""
         raise typer.BadParameter(f"no reward model is called {name}; {meant}known are {', '.join(known)}")

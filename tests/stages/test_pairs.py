@@ -1,6 +1,10 @@
 """Pair tables: read from a folder or a Parquet file alike, what is wrong told with its row, made of a run's samples."""
 
 import json
+import os
+import signal
+import sys
+import threading
 from pathlib import Path
 
 import datasets
@@ -257,6 +261,93 @@ def test_the_command_says_how_many_pairs_were_kept_and_where(run, tmp_path, monk
     refused = CliRunner().invoke(app, ["pairs", str(run), *arguments, "--reward", "brightnes"])
     assert refused.exit_code == 2
     assert "did you mean brightness?" in " ".join(refused.stderr.replace("│", " ").split())
+
+
+# ---- made by hand: the choices themselves and the page are in test_labels.py ----
+
+
+def by_hand(run: Path, out: Path, judge, monkeypatch, **changes) -> tuple[int, int]:
+    """The command, with `judge(choices)` as the person at the page."""
+    page = pytest.importorskip("mlcm_rl.label_page", reason="the extra `label` is not installed")
+    monkeypatch.setattr(page, "serve", lambda choices, port: judge(choices))
+    settings = {"num_prompts": 5, "num_steps": 2, "seed": 0, "batch_size": 4, "port": 0}
+    return pipeline.pairs_by_hand(run, Path(runs.write_prompts(run)), out, **(settings | changes))
+
+
+def prefer_left(choices) -> None:
+    for number in range(len(choices.made()), len(choices)):
+        choices.choose(number, "neither" if number == 1 else "left")
+
+
+def test_a_table_made_by_hand_has_the_samples_of_the_student(run, tmp_path, monkeypatch):
+    assert by_hand(run, tmp_path / "hand", prefer_left, monkeypatch) == (4, 5)
+    make(run, tmp_path / "reward", num_generations=2)  # of the same seeds
+    table, same = PairTable(tmp_path / "hand"), PairTable(tmp_path / "reward")
+    assert [prompt.prompt for prompt in table.prompts] == [runs.PROMPTS[i] for i in (0, 2, 3, 4)]
+    for row, of_reward in enumerate((0, 2, 3, 4)):
+        either = [same.pictures(of_reward, 16), same.pictures(of_reward, 16).flip(0)]
+        assert any(torch.equal(table.pictures(row, 16), both) for both in either)
+
+
+def test_choosing_goes_on_where_it_was_stopped_and_draws_nothing_again(run, tmp_path, monkeypatch):
+    def stop(choices):
+        choices.choose(0, "right")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        by_hand(run, tmp_path, stop, monkeypatch)
+    before = contents(tmp_path / "pictures")
+    assert len(rows_of(tmp_path)) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.bases, "load", None)  # the student is not even loaded
+        assert by_hand(run, tmp_path, prefer_left, patched) == (4, 5)
+        assert by_hand(run, tmp_path, None, patched) == (4, 5)  # all are judged: no page
+    assert contents(tmp_path / "pictures") == before
+    assert by_hand(run, tmp_path, prefer_left, monkeypatch, num_prompts=6) == (5, 6)
+    with pytest.raises(pipeline.RunError, match=r"holds a table of reward by hand, not brightness; .*take another"):
+        make(run, tmp_path)
+
+
+def test_ctrl_c_ends_the_page_and_is_told_as_everywhere(run, tmp_path, monkeypatch):
+    page = pytest.importorskip("mlcm_rl.label_page", reason="the extra `label` is not installed")
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals reach the main thread only")
+
+    def press(address):
+        if "at [bold]http://127.0.0.1:" in address:  # the page is announced: the person gives up a second later
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    monkeypatch.setattr(page.console, "print", lambda text, **_: press(str(text)))
+    arguments = ["--prompts", runs.write_prompts(tmp_path), "--out", str(tmp_path / "out"), "--num-prompts", "1"]
+    result = CliRunner().invoke(app, ["pairs", str(run), *arguments, "--steps", "1", "--by-hand"])
+    assert (result.exit_code, result.stderr) == (130, "\nInterrupted. The same command goes on where it was stopped.\n")
+
+
+def test_without_the_extra_the_command_says_what_to_install(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "mlcm_rl.label_page", raising=False)
+    monkeypatch.delattr("mlcm_rl.label_page", raising=False)
+    with pytest.raises(pipeline.RunError, match=r"the page needs uvicorn, .* pip install 'mlcm-rl\[label\]'"):
+        pipeline.pairs_by_hand(run, Path(runs.write_prompts(run)), tmp_path / "out", None, 1, 0, 4, 0)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "say who chooses: --reward NAME, or --by-hand for yourself"),
+        (["--by-hand", "--reward", "brightness"], "--reward means nothing beside --by-hand"),
+        (["--by-hand", "--min-margin", "0.1"], "--min-margin means nothing beside --by-hand"),
+        (["--by-hand", "--num-generations", "3"], "--num-generations means nothing beside --by-hand"),
+        (["--reward", "brightness", "--port", "8000"], "--port means nothing beside --reward"),
+    ],
+)
+def test_who_chooses_is_said_once(tmp_path, monkeypatch, arguments, told):
+    monkeypatch.setenv("COLUMNS", "200")
+    given = ["--prompts", runs.write_prompts(tmp_path), "--out", str(tmp_path / "out")]
+    refused = CliRunner().invoke(app, ["pairs", str(tmp_path), *given, *arguments])
+    assert refused.exit_code == 2
+    assert told in " ".join(refused.stderr.replace("│", " ").split())
 
 
 def test_a_made_table_trains_a_student(run, tmp_path):
