@@ -41,7 +41,7 @@ def write(
         "held_out_pairs": int(held_out.sum()),
         "training": accuracy(scores[~held_out], _chosen(table.prompts, ~held_out)),
         "held_out": accuracy(scores[held_out], _chosen(table.prompts, held_out)),
-        "range": value_range(scores),
+        "range": value_range(scores, held_out),
         "blanks": blanks(reward, stage.resolution, device),
         "climb": climb(stage, table, held_out, reward, device),
     }
@@ -70,10 +70,10 @@ def accuracy(scores: Tensor, prompts: list[str]) -> dict[str, Any]:
     return {"mean": rounded(mean), "se": rounded(error), "num_prompts": len(means)}
 
 
-def value_range(scores: Tensor) -> dict[str, float | None]:
-    """Of `scores` (N, 2): mean, deviation, where nine in ten lie, and the means of chosen and rejected."""
+def value_range(scores: Tensor, held_out: Tensor) -> dict[str, float | None]:
+    """Of `scores` (N, 2): mean, deviation, where nine in ten lie; of held-out pairs the means of either side."""
     low, high = scores.flatten().quantile(torch.tensor([0.05, 0.95])).tolist()
-    chosen, rejected = scores.mean(0).tolist()
+    chosen, rejected = scores[held_out].mean(0).tolist()
     found = {"mean": scores.mean().item(), "deviation": scores.std().item(), "low": low, "high": high}
     return {name: rounded(value) for name, value in (found | {"chosen": chosen, "rejected": rejected}).items()}
 
@@ -131,7 +131,7 @@ def card(stage: TrainReward, recipe: Recipe, table: PairTable, measured: dict[st
         num_held_out=measured["held_out_pairs"],
         num_held_out_prompts=held_out["num_prompts"],
         languages=", ".join(f"{spoken.count(one)} pairs in {one}" for one in sorted(set(spoken))),
-        pairs=f"{Path(stage.pairs).name}, sha256 {_identity(stage.pairs)}",
+        pairs=f"`{Path(stage.pairs).name}` (sha256 {_identity(stage.pairs)})",
         held_out=plus_minus(held_out["mean"], held_out["se"]),
         training=plus_minus(training["mean"], training["se"]),
         doubt=doubt(held_out),
