@@ -212,6 +212,31 @@ def export(
 
 
 @app.command()
+def replay(
+    bundle: Annotated[
+        Path,
+        typer.Argument(exists=True, dir_okay=False, show_default=False, help="the nonfinite-<step>.json of a stage"),
+    ],
+) -> None:
+    """Repeat the step whose loss or gradient was no number: its figures then and now. Exit code 1 where they differ."""
+    with _pipeline() as pipeline:
+        then, now = pipeline.replay(bundle)
+    table = Table("sample", box=None, pad_edge=False, header_style="bold")
+    for name in ("loss then", "now"):
+        table.add_column(name, justify="right")
+    copies = max(1, len(then["losses"]) // max(1, len(then["samples"])))  # samples of one prompt stand in a row
+    for i, (old, new) in enumerate(zip(then["losses"], now["losses"], strict=False)):
+        table.add_row(str(then["samples"][i // copies]), str(old), str(new))
+    for name in ("loss", "grad_norm"):
+        table.add_row(name, str(then[name]), str(now[name]), style="bold")
+    console.print(table, crop=False)
+    if then != now:
+        _line(Text(f"step {then['step'] + 1}: the figures differ", style="bold red"))
+        raise typer.Exit(1)
+    _line(Text.assemble(f"step {then['step'] + 1}: ", ("the same figures", "green")))
+
+
+@app.command()
 def schema(
     out: Annotated[Path | None, typer.Option(help="file to write; default: print it", show_default=False)] = None,
 ) -> None:

@@ -156,7 +156,16 @@ def _hash_of_files(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> st
 # ---- finished stages ----
 
 # Not results, or checked elsewhere: store.json holds the checksums of a store's shards, and its reader compares them.
-UNHASHED = ("manifest.json", ".lock", "checkpoints/*", "tensorboard/*", "log.jsonl", "samples/*", "shard-*")
+UNHASHED = (
+    "manifest.json",
+    ".lock",
+    "checkpoints/*",
+    "tensorboard/*",
+    "log.jsonl",
+    "samples/*",
+    "shard-*",
+    "nonfinite-*",
+)
 
 
 def finish(folder: Path, manifest: dict) -> None:
@@ -202,7 +211,7 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], record: dict
 
     The folder appears by rename with its checksums inside; older ones go only after it is there.
     """
-    path = folder / "checkpoints" / f"step-{step:08d}"
+    path = state_path(folder, step)
     with replacing(path) as temporary:
         temporary.mkdir(parents=True)
         write_tensors(temporary / "state.safetensors", tensors)
@@ -257,6 +266,11 @@ def skip_damaged(folder: Path) -> list[str]:
         path.rename(path.with_name(f"damaged-{path.name}"))
         skipped.append(f"{path}: {wrong}")
     return skipped
+
+
+def state_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is."""
+    return folder / "checkpoints" / f"step-{step:08d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:

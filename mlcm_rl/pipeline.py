@@ -6,10 +6,12 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
 
 import torch
 
-from . import __version__, adapters, bases, checkpoint, labels, lock, pictures, ranking, report, sampler
+from . import __version__, adapters, bases, checkpoint, labels, lock, pictures, ranking, replays, report, sampler
 from .checkpoint import CheckpointError, finish, is_finished, read_json, sha256, verify
 from .data import read_prompts
 from .equations.segments import sampling_times
@@ -19,7 +21,7 @@ from .plan import PlannedStage, network_evaluations, planned_stages
 from .recipe import Evaluate, Recipe, Reward, Stage, Tuning
 from .rewards import build, refuse_unread
 from .rows import tuned_from
-from .runtime import NonFiniteLoss, commit, console, device_of, generator
+from .runtime import NonFiniteLoss, StoppedBeforeUpdate, commit, console, device_of, generator
 
 __all__ = [
     "Located",
@@ -30,6 +32,7 @@ __all__ = [
     "pairs",
     "pairs_by_hand",
     "plan",
+    "replay",
     "run",
     "sample",
 ]
@@ -107,7 +110,11 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
     folders = {kind: parent.folder for kind, parent in parents.items()}
     seeded = recipe.model_copy(update={"seed": seed_of_stage(stage, recipe)})
     asked = with_trained_reward(stage, parents["train_reward"].folder) if "train_reward" in parents else stage
-    import_module(f"mlcm_rl.stages.{stage.kind}").run(asked, seeded, folders, found.folder)
+    try:
+        _stage_module(asked).run(asked, seeded, folders, found.folder)
+    except NonFiniteLoss as error:
+        bundle = replays.write(found.folder, asked, seeded, folders, error.figures)
+        raise NonFiniteLoss(f"{error}; `mlcm replay {bundle}` repeats it", error.figures) from error
     manifest = {
         "kind": stage.kind,
         "fingerprint": found.fingerprint,
@@ -123,6 +130,29 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
         "machine": f"{platform.machine()} {platform.system()}",
     }
     finish(found.folder, manifest)
+
+
+def _stage_module(stage: Stage) -> ModuleType:
+    return import_module(f"mlcm_rl.stages.{stage.kind}")
+
+
+def replay(bundle: Path) -> tuple[dict, dict]:
+    """Repeat the step that left `bundle`, from the checkpoint beside it: its figures then and now. Raises RunError.
+
+    Nothing is written to the stage's folder.
+    """
+    try:
+        figures, stage, recipe, parents = replays.read(bundle)
+        with TemporaryDirectory() as place:
+            folder = Path(place)
+            replays.prepare(figures, bundle, folder)
+            try:
+                _stage_module(stage).run(stage, recipe, parents, folder)
+            except StoppedBeforeUpdate as stopped:
+                return figures, stopped.figures
+        raise CheckpointError(f"{bundle}: the stage ended before step {figures['step'] + 1}")
+    except PEOPLES_ERRORS as error:
+        raise RunError(f"replay: {said(error)}") from error
 
 
 def with_teacher(recipe: Recipe, folder: Path) -> Recipe:

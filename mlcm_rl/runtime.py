@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import checkpoint, signals
+from . import checkpoint, replays, signals
 from .recipe import Recipe, Training
 
 if not torch.cuda.is_available():
@@ -34,7 +34,15 @@ console = Console(highlight=False)
 PLAIN_SECONDS = 10.0  # between progress lines where no terminal can redraw a bar
 
 
-class NonFiniteLoss(Exception):
+class StoppedBeforeUpdate(Exception):
+    """A step that went as far as its gradient and changed nothing; `figures` say how it came out, as JSON."""
+
+    def __init__(self, text: str, figures: dict):
+        super().__init__(text)
+        self.figures = figures
+
+
+class NonFiniteLoss(StoppedBeforeUpdate):
     """A loss or gradient stopped being a number; nothing was updated."""
 
 
@@ -161,6 +169,8 @@ class Runtime:
         self.device = self.accelerator.device
         self.pending = signals.Pending()
         self.last_loss = math.nan
+        self.samples: list = []  # what the step's losses are of: rows of what the stage reads, or prompts
+        self.replayed = replays.asked(folder)
         if stage.precision == "bf16" and self.device.type == "cpu" and not cpu_has_bfloat16():
             console.print(
                 f"[yellow]precision[/] {stage.kind}: this CPU has no bfloat16 arithmetic and emulates it, many times "
@@ -175,7 +185,8 @@ class Runtime:
         return self.pending.number is not None
 
     def generator(self, purpose: str, step: int) -> torch.Generator:
-        return generator(self.recipe.seed, self.stage.kind, purpose, step)
+        self.seeds[purpose] = seed_of(self.recipe.seed, self.stage.kind, purpose, step)
+        return torch.Generator().manual_seed(self.seeds[purpose])
 
     def resume(self, weights: dict[str, dict[str, Tensor]], optimizer: torch.optim.Optimizer, **parts: Stateful) -> int:
         """Put the newest checkpoint back into groups of `weights`, `optimizer` and `parts`; returns the steps done.
@@ -191,7 +202,9 @@ class Runtime:
 
     def save(self, steps: int) -> None:
         """A checkpoint after `steps` steps."""
-        record = {name: part.state() for name, part in self.parts.items()}
+        self._save(steps, {name: part.state() for name, part in self.parts.items()})
+
+    def _save(self, steps: int, record: dict) -> None:
         checkpoint.save_training(self.folder, steps, self.weights, self.optimizer, record, self.stage.keep_checkpoints)
 
     def steps(
@@ -206,6 +219,8 @@ class Runtime:
             for step in range(first, total):
                 if finished():
                     break
+                self.step, self.update, self.seeds, self.samples = step, 0, {}, []
+                self.before = {name: part.state() for name, part in self.parts.items()}
                 yield step
                 bar.advance(note=f"loss {self.last_loss:.4g}")
                 if self.pending.number is not None:
@@ -221,19 +236,49 @@ class Runtime:
         """One optimiser step from the per-sample `losses` (b,) of a step's micro-batches, each a lazy forward pass.
 
         The mean over all samples of the step is minimised, whatever the split. Returns loss and gradient norm.
-        Raises NonFiniteLoss before anything is updated.
+        Raises NonFiniteLoss before anything is updated; the state before the step is then saved, to repeat it from.
         """
-        total, count = 0.0, self.stage.batch_size
+        total, count, each = 0.0, self.stage.batch_size, []
         for loss in losses:
             self.accelerator.backward(loss.sum() / count)
             total += loss.detach().sum().item()
+            each += loss.detach().tolist()
         norm = self.accelerator.clip_grad_norm_(parameters, self.stage.max_grad_norm).item()
         self.last_loss = total / count
         if not (math.isfinite(self.last_loss) and math.isfinite(norm)):
-            raise NonFiniteLoss(f"loss {self.last_loss}, gradient norm {norm}: nothing was updated in this step")
+            self._save_before()
+            text = (
+                f"step {self.step + 1}: loss {self.last_loss}, gradient norm {norm}: nothing was updated in this step"
+            )
+            raise NonFiniteLoss(text, self._figures(each, norm))
+        if self.replayed == (self.step, self.update):
+            raise StoppedBeforeUpdate(f"step {self.step + 1} was repeated", self._figures(each, norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        self.update += 1
         return {"loss": self.last_loss, "grad_norm": norm}
+
+    def _save_before(self) -> None:
+        """The state that this step began with, where it is still there: no update of the step is made, nor is it known.
+
+        A phase that begins without the optimiser's state has let go of it; a replay then starts a checkpoint earlier.
+        """
+        intact = self.update == 0 and (self.step == 0 or bool(self.optimizer.state))
+        if intact and not checkpoint.state_path(self.folder, self.step).exists():
+            self._save(self.step, self.before)
+
+    def _figures(self, each: list[float], norm: float) -> dict:
+        loss, norm = replays.plain([self.last_loss, norm])
+        return {
+            "step": self.step,
+            "update": self.update,
+            "seed": self.recipe.seed,
+            "seeds": self.seeds,
+            "samples": self.samples,
+            "losses": replays.plain(each),
+            "loss": loss,
+            "grad_norm": norm,
+        }
 
     @contextmanager
     def autocast(self) -> Iterator[None]:

@@ -152,6 +152,10 @@ class Prompts:
         for i, part in enumerate(split(repeated, size)):
             yield start(base, part, self.seed, self.stage.kind, "start", step, i)
 
+    def texts(self, step: int, count: int) -> list[str]:
+        """The `count` prompts of `step`, as they are written."""
+        return [prompt.prompt for prompt in self.draw(step, count)]
+
     def draw(self, step: int, count: int) -> list[Prompt]:
         """The `count` prompts of `step`."""
         return [self.prompts[i] for i in drawn(self.prompts, self.stage, self.seed, step, count).tolist()]

@@ -50,6 +50,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
         set_rate(optimizer, rate)
 
         draw = source.draw(step, settings.num_segments, settings.pair, rt.generator("times", step))
+        rt.samples = draw.index.tolist()
         parts = draw.split(stage.micro_batch)
         losses = (loss(stage, settings, base, student, average, source.realise(part)) for part in parts)
         with rt.autocast():

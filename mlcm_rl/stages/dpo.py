@@ -45,6 +45,7 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
         set_rate(optimizer, rate)
         draws, scores = rt.generator("draws", step), tuning.Scores()
+        rt.samples = source.texts(step)
         losses = (loss(stage, student, pairs, draws, scores) for pairs in source.batches(step, scores))
         with rt.autocast():
             logged = rt.backward(losses, parameters, optimizer) | scores.means()
@@ -78,6 +79,10 @@ class OwnPairs:
         self.stage, self.student, self.rewards = stage, student, rewards
         self.prompts = tuning.Prompts(stage, seed)
 
+    def texts(self, step: int) -> list[str]:
+        """The prompts of `step`."""
+        return self.prompts.texts(step, self.stage.batch_size)
+
     def batches(self, step: int, scores: tuning.Scores) -> Iterator[Pairs]:
         """The micro-batches of `step`."""
         stage, copies = self.stage, self.stage.num_generations
@@ -100,13 +105,20 @@ class StoredPairs:
         index = [i for i, prompt in enumerate(table.prompts) if prompt in kept]
         self.x0 = torch.cat([latents.cpu() for latents in self._encoded(table, index)], dim=1)
 
+    def texts(self, step: int) -> list[str]:
+        """The prompts of `step`."""
+        return [self.prompts[i].prompt for i in self._index(step).tolist()]
+
     def batches(self, step: int, scores: tuning.Scores) -> Iterator[Pairs]:
         """The micro-batches of `step`."""
-        index = tuning.drawn(self.prompts, self.stage, self.seed, step, self.stage.batch_size)
+        index = self._index(step)
         for part in index.split(self.stage.micro_batch):
             conditioning = self.base.encode_prompts([self.prompts[i].prompt for i in part.tolist()])
             x0 = self.x0[:, part].to(self.base.device)
             yield Pairs(None, x0, conditioning, torch.ones(len(part), device=x0.device))
+
+    def _index(self, step: int) -> Tensor:
+        return tuning.drawn(self.prompts, self.stage, self.seed, step, self.stage.batch_size)
 
     def _encoded(self, table: PairTable, index: list[int]) -> Iterator[Tensor]:
         """Latents (2, b, C, H, W) of the pairs `index`, so many at a time as a step has."""

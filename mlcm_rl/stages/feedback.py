@@ -42,6 +42,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
         set_rate(optimizer, rate)
         draws, scores = rt.generator("draws", step), tuning.Scores()
+        rt.samples = prompts.texts(step, stage.batch_size)
         stored = source.draw(step, student.num_segments, "next", draws).split(stage.micro_batch) if source else []
         losses = (
             loss(stage, student, rewards, begun, source.realise(stored[i]) if source else None, draws, scores)

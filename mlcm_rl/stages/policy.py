@@ -36,6 +36,7 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
         set_rate(optimizer, rate)
         scores, copies = tuning.Scores(), stage.num_generations
+        rt.samples = prompts.texts(step, stage.batch_size // copies)
         with rt.autocast():
             starts = prompts.starts(base, step, stage.batch_size // copies, stage.micro_batch, copies)
             rollouts = [rolled_out(stage, student, rewards, one, scores) for one in starts]

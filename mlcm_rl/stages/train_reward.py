@@ -37,6 +37,7 @@ def run(stage: TrainReward, recipe: Recipe, parents: dict[str, Path], folder: Pa
     for step in rt.steps(first, stage.num_steps, "train_reward"):
         set_rate(optimizer, stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps))
         index = epoch_order(len(pairs.training), stage.batch_size, step, recipe.seed, "train_reward")
+        rt.samples = index.tolist()
         inputs = dropped(pairs.training[index], stage.dropout, rt.generator("dropout", step))
         losses = (loss(stage, head, part) for part in inputs.split(stage.micro_batch))
         with rt.autocast():

@@ -44,6 +44,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
     for step in rt.steps(first, stage.num_steps, "train_teacher"):
         set_rate(optimizer, stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps))
         index = epoch_order(len(captioned), stage.batch_size, step, recipe.seed, "train_teacher")
+        rt.samples = index.tolist()
         x0 = latents[index]
         draws = rt.generator("noise", step)
         t = torch.randint(base.schedule.num_times, (stage.batch_size,), generator=draws)
