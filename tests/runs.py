@@ -6,7 +6,19 @@ from typing import Any
 
 from PIL import Image
 
-from mlcm_rl.recipe import Distill, Dpo, Evaluate, Feedback, Policy, Recipe, Samples, Teacher, Trajectories
+from mlcm_rl import checkpoint
+from mlcm_rl.recipe import (
+    Distill,
+    Dpo,
+    Evaluate,
+    Feedback,
+    Policy,
+    Recipe,
+    Samples,
+    Teacher,
+    TrainTeacher,
+    Trajectories,
+)
 
 PROMPTS = ["a cat", "a dog", "红苹果", "a red car", "熊猫", "a snowman"]
 
@@ -29,6 +41,18 @@ def write_pairs(folder: Path) -> str:
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
     return str(folder)
+
+
+def write_images(folder: Path) -> str:
+    """A captioned folder of four pictures."""
+    images = folder / "images"
+    images.mkdir()
+    rows = [{"file_name": f"{i}.png", "prompts": [PROMPTS[i]]} for i in range(4)]
+    for i, row in enumerate(rows):
+        Image.new("RGB", (16, 16), (60 * i, 200 - 40 * i, 30)).save(images / row["file_name"])
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (images / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    return str(images)
 
 
 def trajectories(prompts: str, **changes: Any) -> Trajectories:
@@ -83,3 +107,36 @@ def tuning(kind: str, prompts: str, **changes: Any) -> Feedback | Dpo | Policy:
     if kind == "policy":
         settings |= {"num_generations": 2, "gamma": 1.0}
     return TUNING[kind](**(settings | changes))
+
+
+KINDS = ("train_teacher", "trajectories", "distill", "feedback", "dpo", "policy", "evaluate")
+
+
+def of_kinds(teacher: Path, folder: Path, kinds: tuple[str, ...]) -> Recipe:
+    """A recipe of small stages of `kinds`, each of several checkpoints, shards or batches."""
+    prompts = write_prompts(folder)
+    stages = {
+        "train_teacher": TrainTeacher(images=write_images(folder), num_steps=3, batch_size=2, save_every=1),
+        "trajectories": trajectories(prompts, batch_size=2, shard_size=2),
+        "distill": distill(segments=[2, 1], adapter={"kind": "full"}, target="consistency", target_ema=0.9),
+        **{kind: tuning(kind, prompts, num_steps=3) for kind in TUNING},
+        "evaluate": Evaluate(
+            prompts=prompts, num_prompts=4, num_steps=[1], gammas=[0.0], teacher_steps=[2], batch_size=2
+        ),
+    }
+    return recipe(teacher, folder, [stages[kind] for kind in kinds])
+
+
+# Times and dates stand in these; of a report, its figures are compared.
+NOT_COMPARED = ("*/manifest.json", "*/.lock", "*/report.json", "*/report.md", "*/report.html")
+
+
+def results(recipe: Recipe) -> dict[str, object]:
+    """Checksums of all that the stages left, and the figures of the report but for latency."""
+    stages = Path(recipe.runs) / "stages"
+    found: dict[str, object] = dict(checkpoint.checksums(stages, NOT_COMPARED))
+    for path in stages.glob("*/report.json"):
+        report = json.loads(path.read_text())
+        rows = [{name: value for name, value in row.items() if name != "latency_ms"} for row in report["rows"]]
+        found[str(path.relative_to(stages))] = [rows, report["curves"], report["comparisons"], report["tuned"]]
+    return found

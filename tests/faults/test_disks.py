@@ -15,18 +15,12 @@ from mlcm_rl import checkpoint, lock, pipeline
 from mlcm_rl.checkpoint import CheckpointError
 from mlcm_rl.pipeline import RunError
 
-NOT_COMPARED = ("manifest.json", ".lock")  # seconds, and nothing
-
 
 def small(teacher: Path, folder: Path):
     folder.mkdir(exist_ok=True)
     prompts = runs.write_prompts(folder)
     stages = [runs.trajectories(prompts), runs.distill(segments=[1], adapter={"kind": "full"})]
     return runs.recipe(teacher, folder, stages)
-
-
-def results(recipe) -> dict[str, str]:
-    return checkpoint.checksums(Path(recipe.runs) / "stages", tuple(f"*/{name}" for name in NOT_COMPARED))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +50,7 @@ def test_a_disk_that_fills_up_in_any_write_leaves_what_was_saved_and_the_same_co
             break
         assert not list(tmp_path.rglob("*.part"))
     assert len(writes) > 6
-    assert results(recipe) == results(whole[0])
+    assert runs.results(recipe) == runs.results(whole[0])
 
 
 def test_a_disk_without_room_is_an_error_in_words_and_more_room_lets_the_run_end_with_the_same_bits(
@@ -70,7 +64,7 @@ def test_a_disk_without_room_is_an_error_in_words_and_more_room_lets_the_run_end
             pipeline.run(recipe)
     remount("size=64m")
     pipeline.run(recipe)
-    assert results(recipe) == results(whole[0])
+    assert runs.results(recipe) == runs.results(whole[0])
 
 
 def test_a_disk_that_is_really_full_says_so(disk):
@@ -143,7 +137,7 @@ def test_a_damaged_shard_is_named_and_made_again_when_it_is_deleted(whole, tiny_
             pipeline.run(recipe)
         return
     pipeline.run(recipe)
-    assert results(recipe) == results(whole[0])
+    assert runs.results(recipe) == runs.results(whole[0])
 
 
 def test_a_store_of_another_teacher_is_refused_finished_or_not(whole, tiny_sdxl, tmp_path):
