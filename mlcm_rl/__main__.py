@@ -10,6 +10,7 @@ import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import reward_commands, signals
+from .quantities import in_words
 from .recipe import Recipe, json_schema
 from .recipe_file import load
 from .recipe_tree import RecipeError, key_text
@@ -106,12 +108,19 @@ def validate(
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print it as JSON, sizes in bytes")] = False,
+) -> None:
     """Show what a run would do: stages done and to do, network evaluations, disk, memory."""
     loaded = _load(recipe, overrides)
     with _pipeline() as pipeline:
-        stages = pipeline.plan(loaded)
-    _print_plan(loaded, stages)
+        stages = pipeline.plan(loaded, True)
+    if as_json:
+        typer.echo(json.dumps([asdict(stage) | {"folder": str(stage.folder)} for stage in stages], indent=2))
+    else:
+        _print_plan(loaded, stages)
 
 
 @app.command()
@@ -312,27 +321,40 @@ def _print_plan(recipe: Recipe, stages: "list[PlannedStage]") -> None:
         table.add_column(name, justify="right")
     for stage in stages:
         state = Text("done", style="green") if stage.done else Text("to do", style="yellow")
-        figures = (f"{stage.network_evaluations:,}", _bytes(stage.disk_bytes), _bytes(stage.memory_bytes))
-        table.add_row(Text(stage.folder.name, no_wrap=True), state, *figures)
+        figures = (f"{stage.network_evaluations:,}", in_words(stage.disk_bytes))
+        memory = in_words(stage.memory.total) if stage.memory else ""
+        table.add_row(Text(stage.folder.name, no_wrap=True), state, *figures, memory)
     ahead = [stage for stage in stages if not stage.done]
     evaluations = f"{sum(stage.network_evaluations for stage in ahead):,}"
-    disk, memory = sum(stage.disk_bytes for stage in ahead), max((stage.memory_bytes for stage in ahead), default=0)
+    disk = sum(stage.disk_bytes for stage in ahead)
+    memory = max((stage.memory.total for stage in ahead if stage.memory), default=0)
     table.add_section()
-    table.add_row("still to do", "", evaluations, _bytes(disk), _bytes(memory), style="bold")
+    table.add_row("still to do", "", evaluations, in_words(disk), in_words(memory), style="bold")
     console.print(table, crop=False)
+    if any(stage.memory for stage in ahead):
+        _print_memory(ahead)
     _line(
         Text(f"\nOne evaluation is one pass of the denoiser for one sample.\nStages are kept in {recipe.runs}/stages.")
     )
 
 
-def _bytes(count: int) -> str:
-    """1536 -> "1.5 kB" (powers of 1000, as disks are sold)."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+def _print_memory(stages: "list[PlannedStage]") -> None:
+    """What the memory of the stages ahead is made of, a row a stage."""
+    parts = ("parameters", "gradients", "optimiser", "averages", "activations", "rewards")
+    table = Table("memory of", *parts, box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for stage in stages:
+        if stage.memory:
+            sizes = (getattr(stage.memory, part) for part in parts)
+            table.add_row(stage.kind, *(in_words(size) if size else "" for size in sizes))
+    console.print()
+    console.print(table, crop=False)
+    for stage in stages:
+        for name in stage.memory.uncounted if stage.memory else ():
+            _line(
+                Text(f"not counted for {stage.kind}: {name}, whose weights are not here or which needs real pictures")
+            )
 
 
 def _line(text: Text) -> None:

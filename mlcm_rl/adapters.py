@@ -112,7 +112,11 @@ def for_preference(base: Base, adapter: Lora, seed: int, start: Path) -> UNet2DC
     """
     if (start / PREFERENCE_FILE).is_file():
         raise ValueError(f"{start} holds a tuned student; preference learning starts from a distilled one")
-    denoiser = load_student(base, start).denoiser
+    return preferring(base, load_student(base, start).denoiser, adapter, seed)
+
+
+def preferring(base: Base, denoiser: UNet2DConditionModel, adapter: Lora, seed: int) -> UNet2DConditionModel:
+    """A distilled student's `denoiser`, frozen, with a fresh trainable `preference` adapter drawn from `seed`."""
     settings = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(base.lora_targets))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

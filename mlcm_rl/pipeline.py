@@ -17,8 +17,9 @@ from .data import read_prompts
 from .equations.segments import sampling_times
 from .export import export as write_export
 from .fingerprint import STUDENTS, Located, locate, parents_of, seed_of_stage
-from .plan import PlannedStage, network_evaluations, planned_stages
-from .recipe import Evaluate, Recipe, Reward, Stage, Tuning
+from .peak import Meter, begin
+from .plan import PlannedStage, Sizes, network_evaluations, planned_stages
+from .recipe import Distill, Evaluate, Recipe, Reward, Stage, TrainTeacher, Tuning
 from .rewards import build, refuse_unread
 from .rows import tuned_from
 from .runtime import NonFiniteLoss, StoppedBeforeUpdate, commit, console, device_of, generator
@@ -65,10 +66,13 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
     return done
 
 
-def plan(recipe: Recipe) -> list[PlannedStage]:
-    """What `run` would do now, stage by stage. Raises RunError for files that are named and missing."""
+def plan(recipe: Recipe, memory: bool = False) -> list[PlannedStage]:
+    """What `run` would do now, stage by stage, with the `memory` of what is to do where that is asked for.
+
+    Raises RunError for files that are named and missing.
+    """
     try:
-        return planned_stages(recipe)
+        return planned_stages(recipe, device_of(recipe.device).type if memory else None)
     except PEOPLES_ERRORS as error:
         raise RunError(f"plan: {error}") from error
 
@@ -106,6 +110,7 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
     if "train_teacher" in parents:
         recipe = with_teacher(recipe, parents["train_teacher"].folder)
     console.print(f"[bold]{stage.kind}[/] -> {found.folder}", soft_wrap=True)
+    meter = _memory_meter(stage, recipe)
     started = time.monotonic()
     folders = {kind: parent.folder for kind, parent in parents.items()}
     seeded = recipe.model_copy(update={"seed": seed_of_stage(stage, recipe)})
@@ -123,6 +128,7 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
         "parents": {kind: str(parent.folder.name) for kind, parent in parents.items()},
         "network_evaluations": network_evaluations(stage, recipe),
         "seconds": round(time.monotonic() - started, 1),
+        "memory": meter.record() if meter else None,
         "version": __version__,
         "commit": commit(),
         "python": sys.version.split()[0],
@@ -130,6 +136,16 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
         "machine": f"{platform.machine()} {platform.system()}",
     }
     finish(found.folder, manifest)
+    if meter:
+        console.print(f"[dim]memory[/] {meter}", soft_wrap=True)
+
+
+def _memory_meter(stage: Stage, recipe: Recipe) -> Meter | None:
+    """What compares a training stage's memory with its prediction; only a teacher in a folder can be predicted."""
+    if not isinstance(stage, TrainTeacher | Distill | Tuning) or not Path(recipe.teacher.path).is_dir():
+        return None
+    device = device_of(recipe.device)
+    return begin(device, Sizes(recipe).memory(stage, device.type))
 
 
 def _stage_module(stage: Stage) -> ModuleType:

@@ -1,7 +1,7 @@
 """What a recipe will do before it does it: network evaluations, disk and memory a stage. Loads no weights.
 
-Evaluations are forward passes of a denoiser on one sample; a guided pass counts two. Memory is what weights, gradients
-and the optimiser need, read off the headers of the teacher's files; activations come on top and are not guessed.
+Evaluations are forward passes of a denoiser on one sample; a guided pass counts two. Disk is read off the headers of
+the teacher's files; what a stage needs of memory is found in memory.py, which takes seconds a stage.
 """
 
 import json
@@ -14,11 +14,13 @@ from .adapters import default_gamma
 from .bases import LORA_TARGETS
 from .checkpoint import CheckpointError, is_finished, read_json
 from .fingerprint import STUDENTS, Located, locate
+from .memory import PARTS, Memory, of_stage
 from .recipe import (
     Distill,
     Dpo,
     Evaluate,
     Feedback,
+    Full,
     Lora,
     Policy,
     Recipe,
@@ -30,7 +32,7 @@ from .recipe import (
 )
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-ADAM_BYTES = 12  # a trained float32 weight's gradient and two moments
+KEPT_BYTES = 12  # a trained float32 weight and its two moments, in a checkpoint
 MEAN_ONLINE_STEPS = 4.5  # of Algorithm 1: 1 to 8 steps, segments drawn evenly
 
 
@@ -44,18 +46,24 @@ class PlannedStage:
     done: bool
     network_evaluations: int
     disk_bytes: int
-    memory_bytes: int
+    memory: Memory | None = None  # where it was asked for and the stage is still to do
 
 
-def planned_stages(recipe: Recipe) -> list[PlannedStage]:
-    """What `run` would do now. Raises FileNotFoundError for files that are named and missing."""
+def planned_stages(recipe: Recipe, kind: str | None = None) -> list[PlannedStage]:
+    """What `run` would do now, with its memory where a `kind` of device ("cuda", "cpu") is given.
+
+    Raises FileNotFoundError for files that are named and missing.
+    """
     sizes = Sizes(recipe)
     earlier: list[Located] = []
     planned = []
     for stage in recipe.stages:
         found = locate(stage, recipe, earlier)
-        costs = (network_evaluations(stage, recipe), sizes.disk(stage), sizes.memory(stage))
-        planned.append(PlannedStage(stage.kind, found.fingerprint, found.folder, is_finished(found.folder), *costs))
+        done = is_finished(found.folder)
+        costs = (network_evaluations(stage, recipe), sizes.disk(stage))
+        asked = kind is not None and not done and not isinstance(stage, TrainReward)  # a head of a megabyte or two
+        needed = sizes.memory(stage, kind) if asked else None
+        planned.append(PlannedStage(stage.kind, found.fingerprint, found.folder, done, *costs, needed))
         earlier.append(found)
     return planned
 
@@ -164,19 +172,20 @@ class Sizes:
                 total += rank * (prod(shape[1:]) + shape[0])
         return total
 
-    def memory(self, stage: Stage) -> int:
-        """Bytes of weights, gradients and optimiser; not of activations."""
-        if isinstance(stage, TrainReward):
-            return 0  # a head and a body of a megabyte or two, and no teacher
-        total = sum(self.weights(part) for part in self.parts) * BYTES[self.recipe.teacher.dtype]
-        if isinstance(stage, Distill | TrainTeacher | Tuning):
-            averaged = not isinstance(stage, Distill) or stage.target_ema > 0  # the guard keeps the best beside it
-            total += self.trained(stage) * (4 + ADAM_BYTES + 4 * averaged)
+    def memory(self, stage: Stage, kind: str) -> Memory:
+        """What the stage takes in one process on a device of this `kind`."""
+        others = sum(self.weights(part) for part in self.parts if part not in PARTS)
+        needed = others * BYTES[self.recipe.teacher.dtype]
         if isinstance(stage, Evaluate):
             measuring = shapes_in(Path(stage.inception)) if stage.inception else {}
             measuring |= shapes(Path(stage.clip)) if stage.clip else {}
-            total += 4 * sum(map(prod, measuring.values()))
-        return total
+            needed += 4 * sum(map(prod, measuring.values()))
+        return of_stage(stage, self.recipe, needed, self.distilled(stage), kind)
+
+    def distilled(self, stage: Stage) -> Lora | Full:
+        """The adapter of the student that `stage` starts from or draws with: the last one distilled before it."""
+        before = self.recipe.stages[: self.recipe.stages.index(stage)] if stage in self.recipe.stages else []
+        return next((one.adapter for one in reversed(before) if isinstance(one, Distill)), Full())
 
     def disk(self, stage: Stage) -> int:
         """Bytes of what the stage keeps, and of its newest checkpoints while it runs."""
@@ -187,9 +196,9 @@ class Sizes:
         if isinstance(stage, TrainTeacher):
             return self.weights("unet") * (2 + stage.keep_checkpoints * 16)
         if isinstance(stage, Distill):
-            return self.trained(stage) * (4 * (1 + len(stage.segments)) + stage.keep_checkpoints * ADAM_BYTES)
+            return self.trained(stage) * (4 * (1 + len(stage.segments)) + stage.keep_checkpoints * KEPT_BYTES)
         if isinstance(stage, Tuning):  # the distilled student once more, at most all of it, and the adapter
-            return 4 * self.weights("unet") + self.trained(stage) * (4 + stage.keep_checkpoints * (4 + ADAM_BYTES))
+            return 4 * self.weights("unet") + self.trained(stage) * (4 + stage.keep_checkpoints * (4 + KEPT_BYTES))
         if isinstance(stage, Evaluate) and stage.keep_pictures:  # before PNG makes them smaller
             num_pictures = stage.num_prompts * stage.images_per_prompt * len(evaluations_per_row(stage, self.recipe))
             return 3 * self.pixels * num_pictures

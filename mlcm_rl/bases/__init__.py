@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
@@ -27,6 +27,8 @@ from ..recipe import Teacher
 Conditioning = dict[str, Tensor]
 
 TARGET_TIME_WIDTH = 256  # sinusoids that a student conditioned on its target time is given
+
+OTHER_PARTS = ("text_encoder", "tokenizer", "safety_checker", "image_encoder", "feature_extractor")
 
 # The modules that the published TLCM adapter changes (its inference code; the list of LCM-LoRA).
 LORA_TARGETS = [
@@ -53,7 +55,21 @@ def load(teacher: Teacher, device: torch.device | str) -> "Base":
     Raises FileNotFoundError for a missing folder or component, ValueError for another family than the recipe's, or for
     a schedule that cannot be distilled.
     """
-    return import_module(f"{__name__}.{teacher.family}").Family(teacher, torch.device(device))
+    family: type[Base] = import_module(f"{__name__}.{teacher.family}").Family
+    where = torch.device(device)
+    return family(teacher, where, _load_pipeline(family.pipeline_class, teacher, getattr(torch, teacher.dtype), where))
+
+
+def skeleton(teacher: Teacher) -> "Base":
+    """The same on the meta device, denoiser and autoencoder without data and no text encoders, of a local folder.
+
+    Read from its configuration files alone: what passes take can be tried on it. Raises as `load` does.
+    """
+    family: type[Base] = import_module(f"{__name__}.{teacher.family}").Family
+    pipeline = _empty_pipeline(family.pipeline_class, Path(teacher.path))
+    for part, dtype in ((pipeline.unet, getattr(torch, teacher.dtype)), (pipeline.vae, torch.float32)):
+        torch.nn.Module.to(part, dtype).requires_grad_(False).eval()  # diffusers' own `to` warns without reason
+    return family(teacher, torch.device("meta"), pipeline)
 
 
 class Base(ABC):
@@ -63,9 +79,9 @@ class Base(ABC):
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     lora_targets: ClassVar[list[str]] = LORA_TARGETS
 
-    def __init__(self, teacher: Teacher, device: torch.device):
+    def __init__(self, teacher: Teacher, device: torch.device, pipeline: DiffusionPipeline):
         self.teacher, self.device, self.dtype = teacher, device, getattr(torch, teacher.dtype)
-        self.pipeline = _load_pipeline(self.pipeline_class, teacher, self.dtype, device)
+        self.pipeline = pipeline
         self.denoiser: UNet2DConditionModel = self.pipeline.unet
         self.vae = self.pipeline.vae
         scheduler = self.pipeline.scheduler.config
@@ -212,6 +228,17 @@ def _load_pipeline(
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     return pipeline
+
+
+def _empty_pipeline(pipeline_class: type[DiffusionPipeline], folder: Path) -> DiffusionPipeline:
+    """The pipeline of a local folder with a denoiser and an autoencoder without data, and nothing else."""
+    with torch.device("meta"):
+        parts = {
+            name: kind.from_config(kind.load_config(folder / name))
+            for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
+        }
+    others = {name: None for name in DiffusionPipeline.load_config(folder) if name.startswith(OTHER_PARTS)}
+    return pipeline_class.from_pretrained(folder, local_files_only=True, **parts, **others)
 
 
 def _pipeline_index(teacher: Teacher, source: dict[str, Any]) -> dict[str, Any]:

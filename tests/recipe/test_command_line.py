@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import mlcm_rl
 from mlcm_rl.__main__ import app
+from mlcm_rl.memory import Memory
 from mlcm_rl.plan import PlannedStage
 from mlcm_rl.recipe import Recipe, json_schema
 
@@ -106,22 +107,46 @@ def test_ctrl_c_ends_with_130_and_says_that_the_same_command_goes_on(mlcm, pipel
     assert result.stderr == "\nInterrupted. The same command takes the run up where it was saved.\n"
 
 
+STAGES = Path("runs/stages")
+PLANNED = [
+    PlannedStage("trajectories", "0a", STAGES / "trajectories-0a", True, 6144, 9_000_000),
+    PlannedStage(
+        "distill",
+        "1b",
+        STAGES / "distill-1b",
+        False,
+        12_000,
+        1_500_000,
+        Memory(2_000_000_000, 500, 1000, 0, 1_000_000_000, 0, ("taste",)),
+    ),
+    PlannedStage("evaluate", "2c", STAGES / "evaluate-2c", False, 400, 999, Memory(1_000_000_000)),
+]
+
+
 def test_plan_lists_stages_and_sums_what_is_still_to_do(mlcm, pipeline):
-    stages = Path("runs/stages")
-    pipeline.plan = lambda recipe: [
-        PlannedStage("trajectories", "0a", stages / "trajectories-0a", True, 6144, 9_000_000, 2_000_000_000),
-        PlannedStage("distill", "1b", stages / "distill-1b", False, 12_000, 1_500_000, 3_000_000_000),
-        PlannedStage("evaluate", "2c", stages / "evaluate-2c", False, 400, 999, 1_000_000_000),
-    ]
+    pipeline.plan = lambda recipe, memory: PLANNED
     result = mlcm("plan", "good.yaml")
     rows = [line.split() for line in result.stdout.splitlines()]
     assert result.exit_code == 0
     assert rows[1:5] == [
-        ["trajectories-0a", "done", "6,144", "9.0", "MB", "2.0", "GB"],
+        ["trajectories-0a", "done", "6,144", "9.0", "MB"],
         ["distill-1b", "to", "do", "12,000", "1.5", "MB", "3.0", "GB"],
         ["evaluate-2c", "to", "do", "400", "999", "B", "1.0", "GB"],
         ["still", "to", "do", "12,400", "1.5", "MB", "3.0", "GB"],
     ]
+    assert rows[7:9] == [
+        ["distill", "2.0", "GB", "500", "B", "1.0", "kB", "1.0", "GB"],
+        ["evaluate", "1.0", "GB"],
+    ]
+    assert "not counted for distill: taste" in result.stdout
+    assert max(map(len, result.stdout.splitlines()[:9])) <= 80
+
+
+def test_plan_as_json_has_every_figure_in_bytes(mlcm, pipeline):
+    pipeline.plan = lambda recipe, memory: PLANNED
+    done, distill, _ = json.loads(mlcm("plan", "good.yaml", "--json").stdout)
+    assert (done["memory"], done["folder"], done["disk_bytes"]) == (None, "runs/stages/trajectories-0a", 9_000_000)
+    assert distill["memory"]["activations"] == 1_000_000_000
 
 
 def test_sample_evaluate_and_export_hand_their_arguments_on(mlcm, pipeline):

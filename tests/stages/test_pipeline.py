@@ -39,6 +39,14 @@ def test_a_run_leaves_a_student_snapshots_pictures_a_log_and_a_report(finished):
     assert not (student.folder / "checkpoints").exists()
 
 
+def test_a_training_stage_says_what_memory_was_predicted_and_what_was_measured(finished):
+    _, (store, student, _) = finished
+    memory = json.loads((student.folder / "manifest.json").read_text())["memory"]
+    assert memory["predicted"]["gradients"] > 0
+    assert memory["measured"] is None or memory["measured"] >= 0
+    assert json.loads((store.folder / "manifest.json").read_text())["memory"] is None
+
+
 def test_a_second_run_does_nothing(finished, capsys):
     recipe, stages = finished
     before = {stage.folder: (stage.folder / "manifest.json").stat().st_mtime_ns for stage in stages}

@@ -1,0 +1,100 @@
+"""How many bytes passes hold at their peak, found by taking them on the meta device: shapes without data.
+
+`Live` counts the tensors that are alive. `Kernels` stands for a device's own kernels where the meta device would
+compute in another way: attention in one piece, and autocast, which the meta device does not have.
+"""
+
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+LOWERED = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}
+RAISED_ON_CUDA = {F.group_norm, F.layer_norm}  # autocast computes these in float32 there, and in bfloat16 on a CPU
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the meta tensors made under it that are alive `now`, and at their `peak` since it was last set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.counted: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor) and value.is_meta:
+                self._count(value.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        """Views share a storage, which is counted once."""
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.counted:
+            self.counted.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self.counted.discard(key)
+        self.now -= size
+
+
+class Attention(torch.autograd.Function):
+    """Attention as one kernel computes it: it keeps its inputs, its output and a float32 a query, and no scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
+
+
+class Kernels(TorchFunctionMode):
+    """Functions as the device `kind` ("cuda", "cpu", ...) computes them, under autocast to bfloat16 where `autocast`.
+
+    It reaches into a backward pass only through `checkpointed`: torch leaves such modes out there.
+    """
+
+    def __init__(self, kind: str, autocast: bool):
+        super().__init__()
+        self.kind, self.autocast = kind, autocast
+        self.lowered: dict[int, Tensor] = {}  # autocast keeps the copies of trained weights as long as it lasts
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.autocast and function in LOWERED:
+            args, kwargs = [self._low(one) for one in args], {name: self._low(one) for name, one in kwargs.items()}
+        if self.autocast and function in RAISED_ON_CUDA and self.kind == "cuda":
+            args = [one.float() if isinstance(one, Tensor) else one for one in args]
+        written_out = self.kind == "cpu" and self.autocast  # as the runtime asks there
+        if function is F.scaled_dot_product_attention and not written_out:
+            return Attention.apply(*args[:3]) if len(args) > 2 else Attention.apply(*kwargs.values())
+        return function(*args, **kwargs)
+
+    def checkpointed(self, module: Callable, *args: Any) -> Any:
+        """`module` of `args`, computed again in the backward pass, by these kernels too; for diffusers' models."""
+        return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self))
+
+    def _low(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        if not (value.is_leaf and value.requires_grad and value.dtype == torch.float32):
+            return value.to(torch.bfloat16)
+        if id(value) not in self.lowered:
+            self.lowered[id(value)] = value.to(torch.bfloat16)
+        return self.lowered[id(value)]

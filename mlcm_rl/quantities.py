@@ -1,0 +1,11 @@
+"""Quantities as people read them."""
+
+
+def in_words(count: int) -> str:
+    """1536 -> "1.5 kB" (powers of 1000, as disks are sold)."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

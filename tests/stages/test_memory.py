@@ -1,0 +1,202 @@
+"""The memory that is predicted of a stage: by hand where that can be done, else by what must be more than what."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import runs
+from mlcm_rl import memory, peak
+from mlcm_rl.live_bytes import Kernels, Live
+from mlcm_rl.plan import planned_stages
+from mlcm_rl.recipe import Full, Lora, Reward, Teacher
+from mlcm_rl.rewards import build
+
+SD15 = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}
+SDXL = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2,
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "transformer_layers_per_block": [1, 2, 10],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "latent_channels": 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+}
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+
+
+def of(stage, teacher, distilled=None, kind="cuda", **changes) -> memory.Memory:
+    """The memory of `stage` over the teacher in a folder; its text towers are left out."""
+    recipe = runs.recipe(teacher, teacher, [stage], **changes)
+    return memory.of_stage(stage, recipe, 0, distilled or Full(), kind)
+
+
+# ---- what is alive ----
+
+
+def test_live_bytes_are_those_of_a_product_and_its_backward_pass_by_hand():
+    with Live() as live:
+        x = torch.empty(64, 32, device="meta")
+        weight = torch.empty(32, 16, device="meta", requires_grad=True)
+        assert live.now == 4 * (64 * 32 + 32 * 16)
+        hidden = x @ weight
+        loss = hidden.square().sum()
+        del hidden
+        assert live.now == 4 * (64 * 32 + 32 * 16 + 64 * 16 + 1)  # the square keeps what it was of
+        loss.backward()
+        del loss, x
+        assert live.now == 4 * 2 * 32 * 16  # the weight and its gradient
+
+
+def test_attention_keeps_a_number_a_query_and_no_scores():
+    with Live() as live, Kernels("cuda", autocast=False):
+        query, key, value = (torch.empty(2, 4, 100, 8, device="meta", requires_grad=True) for _ in range(3))
+        before = live.now
+        out = F.scaled_dot_product_attention(query, key, value)
+        assert live.now - before == 4 * (out.numel() + 2 * 4 * 100)
+        out.sum().backward()
+        assert live.peak - before < 4 * 2 * 4 * 100 * 100  # the matrix of scores alone
+
+
+def test_autocast_keeps_half_precision_copies_and_on_a_gpu_norms_in_single():
+    def held(kind: str) -> int:
+        with Live() as live, Kernels(kind, autocast=True):
+            x = torch.empty(1, 32, 8, 8, device="meta", dtype=torch.bfloat16)
+            weight = torch.empty(32, 32, 3, 3, device="meta", requires_grad=True)
+            before = live.now
+            out = F.group_norm(F.conv2d(x, weight, padding=1), 8)
+            assert out.dtype == (torch.float32 if kind == "cuda" else torch.bfloat16)
+            return live.now - before
+
+    assert held("cuda") - held("cpu") >= 2 * 32 * 8 * 8
+    assert held("cpu") >= 2 * 32 * 32 * 9
+
+
+# ---- a stage's ----
+
+
+def test_gradients_moments_and_averages_are_counted_by_the_trained_weight(tiny_sdxl):
+    full = of(runs.distill(adapter=Full(), target_ema=0.9), tiny_sdxl)
+    lora = of(runs.distill(adapter=Lora(rank=2, alpha=2.0)), tiny_sdxl)
+    size = full.gradients // 4
+    assert (full.optimiser, full.averages) == (8 * size, 4 * size)
+    assert lora.averages == 0
+    assert 0 < lora.gradients < full.gradients / 5
+    assert full.parameters - lora.parameters == 4 * size - lora.gradients  # a student of its own, or an adapter
+    assert full.total == full.parameters + 16 * size + full.activations
+
+
+def test_checkpointing_and_fewer_steps_with_gradient_take_less(tiny_sdxl):
+    def activations(**changes) -> int:
+        return of(runs.tuning("feedback", "unused", **changes), tiny_sdxl).activations
+
+    usual = activations(batch_size=8)
+    assert activations(batch_size=8, gradient_checkpointing=True) < 0.8 * usual
+    assert activations(batch_size=8, num_grad_steps=2) > 1.1 * usual
+
+
+def test_a_reward_is_counted_with_its_weights_and_an_absent_one_is_named(tiny_sdxl, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLCM_RL_CACHE", str(tmp_path))
+    stage = runs.tuning("dpo", "unused", rewards=[{"name": "emoji_style"}, {"name": "image_reward"}])
+    found = of(stage, tiny_sdxl)
+    loaded = build(Reward(name="emoji_style"), "cpu").predictor
+    sizes = [value.numel() for value in (*loaded.parameters(), *loaded.buffers())]
+    assert found.rewards == pytest.approx(4 * sum(sizes), rel=0.02)
+    assert found.uncounted == ("image_reward",)
+
+
+def test_what_is_predicted_stands_beside_what_was_measured(tiny_sdxl, monkeypatch):
+    predicted = memory.Memory(parameters=600_000, activations=400_000)
+    sizes = iter([10_000_000, 12_500_000, 12_500_000])
+    monkeypatch.setattr(peak, "_of_process", lambda name: next(sizes))
+    peak._size_at_start.cache_clear()
+    meter = peak.begin(torch.device("cpu"), predicted)
+    assert str(meter) == "predicted 1.0 MB, measured 2.5 MB (the process's growth)"
+    record = meter.record()
+    assert (record["measured"], record["predicted"]["total"]) == (2_500_000, 1_000_000)
+    peak._size_at_start.cache_clear()
+
+
+def test_a_plan_has_the_memory_of_what_is_to_do_where_it_is_asked_for(tiny_sdxl, tmp_path):
+    stage = runs.trajectories(runs.write_prompts(tmp_path))
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
+    (without,), (given,) = planned_stages(recipe), planned_stages(recipe, "cpu")
+    assert without.memory is None
+    alone = of(stage, tiny_sdxl)
+    headers = (path.stat().st_size for path in tiny_sdxl.glob("text_encoder*/*.safetensors"))
+    assert given.memory.parameters - alone.parameters == pytest.approx(sum(headers), rel=0.1)  # the text towers
+    assert given.memory.gradients == 0
+
+
+# ---- published shapes ----
+
+
+def published(folder, unet, pipeline_class):
+    """A teacher's folder with configurations and no weights."""
+    index = {
+        "_class_name": pipeline_class,
+        "unet": ["diffusers", unet["_class_name"]],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    files = {"model_index.json": index, "unet/config.json": unet, "vae/config.json": VAE}
+    for name, content in (files | {"scheduler/scheduler_config.json": SCHEDULER}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "unet", "pipeline_class", "weights"),
+    [("sd", SD15, "StableDiffusionPipeline", 859_520_964), ("sdxl", SDXL, "StableDiffusionXLPipeline", 2_567_463_684)],
+)
+def test_published_models_are_as_large_as_published_and_checkpointing_makes_room(
+    tmp_path, family, unet, pipeline_class, weights
+):
+    folder = published(tmp_path, unet, pipeline_class)
+    teacher = Teacher(path=str(folder), family=family, dtype="bfloat16")
+    lora = {"adapter": Lora(rank=64, alpha=64.0), "precision": "bf16", "batch_size": 4}
+    plain, checkpointed = (
+        of(runs.distill(gradient_checkpointing=flag, **lora), folder, family=family, teacher=teacher)
+        for flag in (False, True)
+    )
+    full = of(runs.distill(adapter=Full(), batch_size=1, gradient_checkpointing=True), folder, teacher=teacher)
+    assert full.gradients == 4 * weights
+    assert checkpointed.activations < 0.5 * plain.activations
+    assert checkpointed.total < 40 * 2**30  # what the issue wants of SDXL with a LoRA at batch 4
