@@ -127,14 +127,25 @@ def of_kinds(teacher: Path, folder: Path, kinds: tuple[str, ...]) -> Recipe:
     return recipe(teacher, folder, [stages[kind] for kind in kinds])
 
 
-# Times and dates stand in these; of a report, its figures are compared.
-NOT_COMPARED = ("*/manifest.json", "*/.lock", "*/report.json", "*/report.md", "*/report.html")
+# Times, dates and folders stand in these; what else the JSON says is compared.
+NOT_COMPARED = (
+    "*/manifest.json",
+    "*/.lock",
+    "*/student.json",
+    "*/config.json",
+    "*/report.json",
+    "*/report.md",
+    "*/report.html",
+)
 
 
 def results(recipe: Recipe) -> dict[str, object]:
-    """Checksums of all that the stages left, and the figures of the report but for latency."""
+    """Checksums of all that the stages left; what students say of themselves, wherever the run is; the figures of the
+    report but for latency."""
     stages = Path(recipe.runs) / "stages"
     found: dict[str, object] = dict(checkpoint.checksums(stages, NOT_COMPARED))
+    for path in [*stages.glob("**/student.json"), *stages.glob("**/config.json")]:
+        found[str(path.relative_to(stages))] = path.read_text().replace(recipe.runs, "")
     for path in stages.glob("*/report.json"):
         report = json.loads(path.read_text())
         rows = [{name: value for name, value in row.items() if name != "latency_ms"} for row in report["rows"]]
