@@ -315,6 +315,10 @@ class Policy(Tuning):
     num_iterations: PositiveInt = Field(1, description="optimiser steps on the same samples")
     epsilon: PositiveFloat = Field(1e-3, description="clip range of the probability ratio, per element")
     beta: NonNegativeFloat = Field(0.0, description="weight of the exact KL to the reference, per element")
+    scale_rewards: Literal["group", "none"] = Field(
+        "group",
+        description="divide a prompt's advantages by its samples' deviation; none: prompts all alike count less",
+    )
 
     @model_validator(mode="after")
     def _groups_are_whole(self):

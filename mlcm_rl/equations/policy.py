@@ -58,17 +58,18 @@ def k3_kl(log_prob: Tensor, reference_log_prob: Tensor) -> Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
-def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
+def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-4) -> Tensor:
     """(r - mean) / (std + eps) within each prompt's group (P, n), for `rewards` (P, n): n samples of each of P prompts.
 
     std is over n - 1, as in TRL's GRPOTrainer; a group of equal rewards gets 0 (GRPO, arXiv 2402.03300, section 4.1.2).
-    The division makes a group's spread the unit of reward: a KL weight then counts in those units. Raises ValueError
-    for groups of one.
+    The division makes a group's spread the unit of reward: a KL weight then counts in those units, and a prompt whose
+    samples hardly differ pushes as hard as one whose samples do. Without `scale` it is r - mean (Dr. GRPO, arXiv
+    2503.20783, eq. 3). Raises ValueError for groups of one.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards are {tuple(rewards.shape)}; groups are (prompts, samples), two samples or more")
     centred = rewards - rewards.mean(1, keepdim=True)
-    return centred / (rewards.std(1, keepdim=True) + eps)
+    return centred / (rewards.std(1, keepdim=True) + eps) if scale else centred
 
 
 def clipped_surrogate(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_range: float) -> Tensor:

@@ -76,7 +76,8 @@ def rolled_out(
     states, x0 = student.rollout(start.conditioning, start.noise, start.generators)
     total, raw = rewards(student.base.decode(x0), start.prompts, start.languages)
     scores.add_rewards(raw)
-    advantages = equations.group_advantages(total.unflatten(0, (-1, stage.num_generations))).flatten()
+    groups = total.unflatten(0, (-1, stage.num_generations))
+    advantages = equations.group_advantages(groups, scale=stage.scale_rewards == "group").flatten()
     steps = range(len(student.times) - 1)
     references = [step_mean(student, start, states, step, reference=True)[0] for step in steps]
     log_probs = [

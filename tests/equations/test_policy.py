@@ -134,6 +134,11 @@ def test_group_advantages_by_hand():
     torch.testing.assert_close(advantages, torch.tensor([[-0.8, 0.0, 0.8], [0.0, 0.0, 0.0]]))
 
 
+def test_unscaled_group_advantages_keep_each_prompts_spread():
+    advantages = group_advantages(torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 5.3]]), scale=False)
+    torch.testing.assert_close(advantages, torch.tensor([[-1.0, 0.0, 1.0], [-0.1, -0.1, 0.2]]))
+
+
 def test_group_advantages_forget_each_prompts_level_and_spread():
     rewards = normal(5, 8)
     scale, level = torch.rand(2, 5, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5

@@ -175,6 +175,16 @@ def test_policy_gradient_with_group_relative_advantages():
     assert abs(low - step.tuned_mean(WEIGHT)) > 0.05
 
 
+def test_policy_gradient_with_unscaled_group_advantages_reaches_the_plain_optimum():
+    step = Step(quantiles(51), 1.0)
+    loss = policy_loss(
+        step,
+        lambda r: group_advantages(r[None], scale=False)[0],
+        lambda _, mean, __: gaussian_kl(mean, step.reference_mean, step.std),
+    )
+    assert step.trained_mean(loss) == pytest.approx(step.tuned_mean(WEIGHT), abs=1e-6)
+
+
 # --- preference pairs --------------------------------------------------------------------------------------------
 
 

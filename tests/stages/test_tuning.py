@@ -372,3 +372,12 @@ def test_the_guard_keeps_the_step_that_was_best(distilled, tmp_path):
     gains = {record["step"]: record["guard/held_out_gain"] for record in records(folder)}
     best = max(gains, key=gains.get)
     assert verdict["kept_step"] == (best if gains[best] > 0 else 0)
+
+
+def test_undivided_advantages_reach_the_policys_loss(distilled, tmp_path):
+    """Adam hides a scale that all prompts share; the gradient's norm in the log does not."""
+    norms = [
+        records(tune(distilled, tmp_path / scale, "policy", scale_rewards=scale))[0]["grad_norm"]
+        for scale in ("group", "none")
+    ]
+    assert norms[0] != pytest.approx(norms[1], rel=0.05)
