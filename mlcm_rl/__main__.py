@@ -40,7 +40,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(highlight=False)
+console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first speaks
 error_console = Console(highlight=False, stderr=True)
 
 
@@ -74,6 +74,15 @@ RunFolder = Annotated[
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
+    launch: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            help="run in several processes: a file of recipes/launch, or any configuration of accelerate's",
+        ),
+    ] = None,
     skip_damaged: Annotated[
         bool, typer.Option("--skip-damaged", help="go on from the newest whole checkpoint where a newer one is damaged")
     ] = False,
@@ -84,6 +93,9 @@ def run(
     once. The exit code is 130 after Ctrl-C and 143 after SIGTERM, 1 for a run that failed, 2 for a bad recipe.
     """
     loaded = _load(recipe, overrides)
+    if launch is not None:
+        flags = ["--skip-damaged"] if skip_damaged else []
+        raise typer.Exit(_launched(launch, [str(recipe), *(overrides or []), *flags]))
     with _pipeline(interrupted="Interrupted. The same command takes the run up where it was saved.") as pipeline:
         finished = pipeline.run(loaded, skip_damaged)
     _line(Text.assemble(("done", "green"), f"  {len(finished)} stages in {Path(loaded.runs) / loaded.name}"))
@@ -266,6 +278,17 @@ app.add_typer(reward_commands.app, name="rewards")
 def main() -> None:
     """The console command."""
     app(prog_name="mlcm")
+
+
+def _launched(launch: Path, arguments: list[str]) -> int:
+    """`mlcm run` with `arguments` in the processes that `launch` describes; its exit code, 2 where none can start."""
+    from . import launch as launcher
+
+    try:
+        return launcher.run_under(launch, arguments)
+    except launcher.LaunchError as error:
+        error_console.print(Text.assemble(("bad", "bold red"), f"  --launch: {error}"), soft_wrap=True)
+        return 2
 
 
 def _load(path: Path, overrides: list[str] | None) -> Recipe:

@@ -302,52 +302,28 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def save_training(
-    folder: Path,
-    steps: int,
-    weights: dict[str, dict[str, Tensor]],
-    optimizer: torch.optim.Optimizer,
-    record: dict | None = None,
-    keep: int = 2,
-) -> None:
-    """A checkpoint after `steps` steps: groups of `weights`, the optimiser, and a `record` of what does not follow
-    from the step."""
-    tensors = optimizer_tensors(optimizer)
-    for prefix, group in weights.items():
-        tensors |= named(prefix, group)
-    save_state(folder, steps, tensors, record, keep)
+def read_training(
+    folder: Path, shapes: dict[str, dict[str, torch.Size]], parts: Iterable[str] = ()
+) -> tuple[int, dict[str, Tensor], dict] | None:
+    """The newest checkpoint in `folder`: steps done, tensors, record; None where there is none.
 
-
-def load_training(
-    folder: Path, weights: dict[str, dict[str, Tensor]], optimizer: torch.optim.Optimizer, parts: Iterable[str] = ()
-) -> tuple[int, dict | None]:
-    """Put back the newest checkpoint in `folder`, in place; returns the steps done and its record.
-
-    0 and None where there is none. Raises CheckpointError where it holds other weights, no state of the optimiser, or
+    Raises CheckpointError where it holds weights of other `shapes`, by group and name, no state of the optimiser, or
     nothing of one of `parts` in its record: training would go on, and end elsewhere.
     """
     found = load_state(folder)
     if found is None:
-        return 0, None
+        return None
     steps, tensors, record = found
     place = checkpoints(folder)[-1]
-    for prefix, group in weights.items():
-        kept = taken(prefix, tensors)
-        if {name: value.shape for name, value in kept.items()} != {name: value.shape for name, value in group.items()}:
+    for prefix, group in shapes.items():
+        if {name: value.shape for name, value in taken(prefix, tensors).items()} != group:
             raise CheckpointError(f"{place} holds other weights than this {prefix}: delete checkpoints/")
     missing = [name for name in parts if name not in record]
     if steps and not taken("optimizer", tensors):
         missing.append("optimizer")
     if missing:
         raise CheckpointError(f"{place} holds nothing of {', '.join(missing)} to go on from: delete checkpoints/")
-    try:
-        load_optimizer(optimizer, tensors)
-    except ValueError as error:
-        raise CheckpointError(f"{place}: {error}: delete checkpoints/") from error
-    for prefix, group in weights.items():
-        for name, value in taken(prefix, tensors).items():
-            group[name].data.copy_(value)
-    return steps, record
+    return steps, tensors, record
 
 
 def named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import adapters, tuning
+from . import adapters, distributed, tuning
 from .checkpoint import CheckpointError, write_json
 from .data import read_prompts
 from .recipe import Reward, Tuning
@@ -33,9 +33,11 @@ class Verdict:
 class Guard:
     """Looks at a student under preference learning every so many steps and keeps the best one by held-out reward."""
 
-    def __init__(self, stage: Tuning, student: tuning.Student, trained: Combined, seed: int):
-        self.stage, self.student = stage, student
-        self.rewards = {"trained": trained, "held_out": combine(stage.guard.rewards, student.base.device, False)}
+    def __init__(
+        self, stage: Tuning, student: tuning.Student, weights: dict[str, Tensor], rewards: Combined, seed: int
+    ):
+        self.stage, self.student, self.weights = stage, student, weights
+        self.rewards = {"trained": rewards, "held_out": combine(stage.guard.rewards, student.base.device, False)}
         path = stage.guard_prompts or stage.prompts
         prompts = tuning.spoken(read_prompts(path), stage.languages, path)[: stage.guard.num_prompts]
         self.batches = [
@@ -46,7 +48,7 @@ class Guard:
         with adapters.as_reference(student.denoiser):
             self.reference_latents, self.reference_scores = self._samples()
         self.verdict = Verdict()
-        self.best = {name: value.detach().clone() for name, value in student.parameters.items()}
+        self.best = {name: value.detach().clone() for name, value in weights.items()}
 
     @property
     def stopped(self) -> bool:
@@ -64,15 +66,13 @@ class Guard:
         for name, values in scores.items():
             record[f"guard/reward/{name}"] = values.mean().item()
             record[f"guard/win_rate/{name}"] = (values > self.reference_scores[name]).float().mean().item()
-        trained = self._gain(self.stage.rewards, scores)
-        held_out = self._gain(self.stage.guard.rewards, scores)
+        gains = self._gain(self.stage.rewards, scores), self._gain(self.stage.guard.rewards, scores)
+        trained, held_out = distributed.agreed(gains)  # all processes draw the same, to a device's last bits
         self._judge(steps, trained, held_out)
         return record | {"guard/trained_gain": trained, "guard/held_out_gain": held_out}
 
     def finish(self, folder: Path) -> None:
-        """Put the weights of the student that is kept back; guard.json says which and why the run ended there."""
-        for name, parameter in self.student.parameters.items():
-            parameter.data.copy_(self.best[name])
+        """Say in guard.json which student is kept (its weights are `best`) and why the run ended there."""
         write_json(folder / "guard.json", {"stopped": self.stopped, **self.state()})
 
     def state(self) -> dict:
@@ -90,7 +90,7 @@ class Guard:
         kept = self.verdict
         if held_out > kept.held_out:
             kept.kept_step, kept.held_out, kept.trained, kept.looks_without_gain = steps, held_out, trained, 0
-            for name, value in self.student.parameters.items():
+            for name, value in self.weights.items():
                 self.best[name].copy_(value.detach())
             return
         kept.looks_without_gain += 1

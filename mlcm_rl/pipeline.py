@@ -4,6 +4,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +12,20 @@ from types import ModuleType
 
 import torch
 
-from . import __version__, adapters, bases, checkpoint, labels, lock, pictures, ranking, replays, report, sampler
+from . import (
+    __version__,
+    adapters,
+    bases,
+    checkpoint,
+    distributed,
+    labels,
+    lock,
+    pictures,
+    ranking,
+    replays,
+    report,
+    sampler,
+)
 from .checkpoint import CheckpointError, finish, is_finished, read_json, sha256, verify
 from .data import read_prompts
 from .equations.segments import sampling_times
@@ -53,16 +67,19 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
     done: list[Located] = []
     for number, stage in enumerate(recipe.stages):
         try:
+            distributed.start(device_of(recipe.device))
             found = locate(stage, recipe, done)
-            if is_finished(found.folder):
+            if distributed.agreed(is_finished(found.folder)):
                 refuse_another(found, verify(found.folder))
                 console.print(f"[dim]{stage.kind}[/] {found.folder} is done", soft_wrap=True)
             else:
                 _run_stage(stage, recipe, done, found, skip_damaged)
-            _link(Path(recipe.runs) / recipe.name / f"{number:02d}-{stage.kind}", found.folder)
+            link = Path(recipe.runs) / recipe.name / f"{number:02d}-{stage.kind}"
+            distributed.by_first(_link, link, found.folder)
         except PEOPLES_ERRORS as error:
             raise RunError(f"stages[{number}] ({stage.kind}): {said(error)}") from error
         done.append(found)
+    distributed.finish()
     return done
 
 
@@ -94,15 +111,21 @@ def refuse_another(found: Located, manifest: dict) -> None:
 
 
 def _run_stage(stage: Stage, recipe: Recipe, done: list[Located], found: Located, skip_damaged: bool = False) -> None:
-    """What is left of a stage, while no other process writes to its folder."""
+    """What is left of a stage, while no other run writes to its folder."""
     found.folder.mkdir(parents=True, exist_ok=True)
-    with lock.held(found.folder):
-        if is_finished(found.folder):  # by the process that held it until now
+    with ExitStack() as locked:
+        distributed.by_first(locked.enter_context, lock.held(found.folder))  # for all processes of this run
+        if distributed.agreed(is_finished(found.folder)):  # by the run that held it until now
             return
-        checkpoint.remove_partial(found.folder)
-        for skipped in checkpoint.skip_damaged(found.folder) if skip_damaged else []:
-            console.print(f"[yellow]skipped[/] {skipped}", soft_wrap=True)
+        distributed.by_first(_clear, found.folder, skip_damaged)
         _run_locked(stage, recipe, done, found)
+
+
+def _clear(folder: Path, skip_damaged: bool) -> None:
+    """Put aside what an earlier run left unfinished or, where that is asked for, damaged."""
+    checkpoint.remove_partial(folder)
+    for skipped in checkpoint.skip_damaged(folder) if skip_damaged else []:
+        console.print(f"[yellow]skipped[/] {skipped}", soft_wrap=True)
 
 
 def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Located) -> None:
@@ -118,7 +141,7 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
     try:
         _stage_module(asked).run(asked, seeded, folders, found.folder)
     except NonFiniteLoss as error:
-        bundle = replays.write(found.folder, asked, seeded, folders, error.figures)
+        bundle = distributed.by_first(replays.write, found.folder, asked, seeded, folders, error.figures)
         raise NonFiniteLoss(f"{error}; `mlcm replay {bundle}` repeats it", error.figures) from error
     manifest = {
         "kind": stage.kind,
@@ -135,7 +158,7 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
         "torch": torch.__version__,
         "machine": f"{platform.machine()} {platform.system()}",
     }
-    finish(found.folder, manifest)
+    distributed.by_first(finish, found.folder, manifest)
     if meter:
         console.print(f"[dim]memory[/] {meter}", soft_wrap=True)
 

@@ -4,24 +4,23 @@ import hashlib
 import json
 import math
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
 import diffusers
 import torch
 import transformers
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import checkpoint, replays, signals
+from . import checkpoint, distributed, engines, replays, signals
 from .recipe import Recipe, Training
 
 if not torch.cuda.is_available():
@@ -30,7 +29,7 @@ transformers.utils.logging.set_verbosity_error()  # it warns of torchvision's ab
 diffusers.utils.logging.disable_progress_bar()  # a bar for every load says nothing here
 transformers.utils.logging.disable_progress_bar()
 
-console = Console(highlight=False)
+console = Console(highlight=False, quiet=distributed.rank() > 0)  # of several processes the first one speaks
 PLAIN_SECONDS = 10.0  # between progress lines where no terminal can redraw a bar
 
 
@@ -159,15 +158,13 @@ class Runtime:
 
     def __init__(self, recipe: Recipe, stage: Training, folder: Path):
         self.recipe, self.stage, self.folder = recipe, stage, folder
-        AcceleratorState._reset_state()  # accelerate keeps the first stage's precision for the whole process otherwise
-        self.accelerator = Accelerator(
-            cpu=device_of(recipe.device).type == "cpu",
-            mixed_precision=stage.precision,
-            log_with=list(recipe.trackers) or None,
-            project_dir=str(folder),
-        )
+        device = device_of(recipe.device)
+        distributed.start(device)
+        self.rows = distributed.rows(stage.micro_batch)  # of a micro-batch, those of this process
+        self.accelerator = engines.accelerator(recipe, stage, folder, device)
         self.device = self.accelerator.device
         self.pending = signals.Pending()
+        self.all_stop = False
         self.last_loss = math.nan
         self.samples: list = []  # what the step's losses are of: rows of what the stage reads, or prompts
         self.replayed = replays.asked(folder)
@@ -181,31 +178,59 @@ class Runtime:
 
     @property
     def stopping(self) -> bool:
-        """Whether a signal has come, so that this step is the last and is saved."""
-        return self.pending.number is not None
+        """Whether a signal has come, in one of the processes, so that this step is the last and is saved."""
+        return self.all_stop if distributed.count() > 1 else self.pending.number is not None
+
+    def prepare(self, student: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Give the student to the launch file's engine; what is trained of it by name, this process's part of it."""
+        self.optimizer = optimizer
+        self.engine = engines.take_over(self.accelerator, student, optimizer, self.stage)
+        return self.engine.parts()
+
+    def micro_batches(self) -> list[slice]:
+        """Of each micro-batch of a step, the rows of this process."""
+        starts = range(0, self.stage.batch_size, self.stage.micro_batch)
+        return [slice(start + self.rows.start, start + self.rows.stop) for start in starts]
 
     def generator(self, purpose: str, step: int) -> torch.Generator:
         self.seeds[purpose] = seed_of(self.recipe.seed, self.stage.kind, purpose, step)
         return torch.Generator().manual_seed(self.seeds[purpose])
 
-    def resume(self, weights: dict[str, dict[str, Tensor]], optimizer: torch.optim.Optimizer, **parts: Stateful) -> int:
-        """Put the newest checkpoint back into groups of `weights`, `optimizer` and `parts`; returns the steps done.
+    def resume(self, weights: dict[str, dict[str, Tensor]], **parts: Stateful) -> int:
+        """Put the newest checkpoint back into groups of `weights`, as `prepare` gave them, the optimiser and `parts`;
+        returns the steps done.
 
         From here on `save` keeps them. Raises CheckpointError where one of them cannot be put back.
         """
-        self.weights, self.optimizer, self.parts = weights, optimizer, parts
-        first, record = checkpoint.load_training(self.folder, weights, optimizer, parts)
+        self.weights, self.parts = weights, parts
+        found = checkpoint.read_training(self.folder, dict.fromkeys(weights, self.engine.shapes), parts)
+        if found is None:
+            return 0
+        steps, tensors, record = found
+        for prefix, group in reversed(weights.items()):  # those of the student itself last
+            with self.engine.swapped(group):
+                self.engine.fill(checkpoint.taken(prefix, tensors))
+        try:
+            if checkpoint.taken("optimizer", tensors):
+                self.engine.fill_moments(tensors)
+        except ValueError as error:
+            place = checkpoint.checkpoints(self.folder)[-1]
+            raise checkpoint.CheckpointError(f"{place}: {error}: delete checkpoints/") from error
         for name, part in parts.items():
-            if record is not None:
-                part.load_state(record[name])
-        return first
+            part.load_state(record[name])
+        return steps
 
     def save(self, steps: int) -> None:
-        """A checkpoint after `steps` steps."""
+        """A checkpoint after `steps` steps: whole tensors by name, so that any number of processes goes on with it."""
         self._save(steps, {name: part.state() for name, part in self.parts.items()})
 
     def _save(self, steps: int, record: dict) -> None:
-        checkpoint.save_training(self.folder, steps, self.weights, self.optimizer, record, self.stage.keep_checkpoints)
+        tensors = self.engine.moments() if self.optimizer.state else {}
+        for prefix, group in self.weights.items():
+            with self.engine.swapped(group):
+                tensors |= checkpoint.named(prefix, self.engine.full())
+        keep = self.stage.keep_checkpoints
+        distributed.by_first(checkpoint.save_state, self.folder, steps, tensors, record, keep)
 
     def steps(
         self, first: int, total: int, description: str, finished: Callable[[], bool] = lambda: False
@@ -223,38 +248,41 @@ class Runtime:
                 self.before = {name: part.state() for name, part in self.parts.items()}
                 yield step
                 bar.advance(note=f"loss {self.last_loss:.4g}")
-                if self.pending.number is not None:
+                if self.stopping:
                     text = f"stopped after step {step + 1} of {total}; the same command resumes it"
-                    raise signals.Stopped(self.pending.number, text)
-        self.accelerator.end_training()
+                    raise signals.Stopped(self.pending.number or signal.SIGTERM, text)
+        for tracker in self.accelerator.trackers:  # not end_training: the processes stay together for the next stage
+            tracker.finish()
 
     def due(self, step: int, every: int, total: int | None = None) -> bool:
         """Whether something done every so many steps, and after the last of `total`, is due after `step`."""
         return (step + 1) % every == 0 or step + 1 == total
 
-    def backward(self, losses: Iterable[Tensor], parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> dict:
+    def backward(self, losses: Iterable[Tensor]) -> dict[str, float]:
         """One optimiser step from the per-sample `losses` (b,) of a step's micro-batches, each a lazy forward pass.
 
-        The mean over all samples of the step is minimised, whatever the split. Returns loss and gradient norm.
-        Raises NonFiniteLoss before anything is updated; the state before the step is then saved, to repeat it from.
+        The mean over all samples of the step is minimised, whatever the split and the number of processes, whose
+        gradients are averaged. Returns loss and gradient norm. Raises NonFiniteLoss, in every process, before anything
+        is updated; the state before the step is then saved, to repeat it from.
         """
-        total, count, each = 0.0, self.stage.batch_size, []
+        own, count, each = 0.0, self.stage.batch_size, []
         for loss in losses:
-            self.accelerator.backward(loss.sum() / count)
-            total += loss.detach().sum().item()
-            each += loss.detach().tolist()
-        norm = self.accelerator.clip_grad_norm_(parameters, self.stage.max_grad_norm).item()
+            self.engine.backward(loss.sum() * distributed.count() / count)
+            own += loss.detach().sum().item()
+            each.append(loss.detach().tolist())
+        total, stopping = distributed.total(own, float(self.pending.number is not None))
         self.last_loss = total / count
+        replaying = self.replayed == (self.step, self.update)
+        norm = self.engine.step(math.isfinite(self.last_loss) and not replaying)
         if not (math.isfinite(self.last_loss) and math.isfinite(norm)):
             self._save_before()
             text = (
                 f"step {self.step + 1}: loss {self.last_loss}, gradient norm {norm}: nothing was updated in this step"
             )
             raise NonFiniteLoss(text, self._figures(each, norm))
-        if self.replayed == (self.step, self.update):
+        if replaying:
             raise StoppedBeforeUpdate(f"step {self.step + 1} was repeated", self._figures(each, norm))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self.all_stop = stopping > 0  # agreed, so that all processes save and leave after the same step
         self.update += 1
         return {"loss": self.last_loss, "grad_norm": norm}
 
@@ -264,21 +292,31 @@ class Runtime:
         A phase that begins without the optimiser's state has let go of it; a replay then starts a checkpoint earlier.
         """
         intact = self.update == 0 and (self.step == 0 or bool(self.optimizer.state))
-        if intact and not checkpoint.state_path(self.folder, self.step).exists():
+        if intact and not distributed.agreed(checkpoint.state_path(self.folder, self.step).exists()):
             self._save(self.step, self.before)
 
-    def _figures(self, each: list[float], norm: float) -> dict:
+    def _figures(self, each: list[list[float]], norm: float) -> dict:
+        """What there is to say of the step; `each` holds this process's losses, a list a micro-batch."""
         loss, norm = replays.plain([self.last_loss, norm])
+        together = zip(*distributed.collected(each), strict=True)  # a micro-batch's, process by process
         return {
             "step": self.step,
             "update": self.update,
             "seed": self.recipe.seed,
             "seeds": self.seeds,
             "samples": self.samples,
-            "losses": replays.plain(each),
+            "losses": replays.plain([value for parts in together for part in parts for value in part]),
             "loss": loss,
             "grad_norm": norm,
         }
+
+    def swapped(self, parts: dict[str, Tensor]) -> AbstractContextManager[None]:
+        """The student with `parts` of other weights in place of its own, for as long as the block lasts."""
+        return self.engine.swapped(parts)
+
+    def write(self, function: Callable[..., object], *arguments: object) -> None:
+        """Call `function` with a student to write files from and `arguments`, in the first process; all others wait."""
+        distributed.by_first(function, self.engine.whole_student(), *arguments)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -288,11 +326,14 @@ class Runtime:
         backward pass, and a third of a whole step.
         """
         slow = self.device.type == "cpu" and self.stage.precision == "bf16"
-        with self.accelerator.autocast(), sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.stage.precision == "bf16")
+        with half, sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
             yield
 
     def log(self, step: int, **values: float) -> None:
-        """Append a record to log.jsonl and send it to the trackers."""
+        """Append a record to log.jsonl and send it to the trackers, in the first process."""
+        if distributed.rank() > 0:
+            return
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step + 1, **values}) + "\n")
             file.flush()
@@ -302,7 +343,7 @@ class Runtime:
     def _truncate_log(self, first: int) -> None:
         """Forget records past the step that is resumed from: they will be written again."""
         path = self.folder / "log.jsonl"
-        if path.is_file():
+        if path.is_file() and distributed.rank() == 0:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]  # a kill can cut the last one short
             kept = "".join(line for line in whole if json.loads(line)["step"] <= first)

@@ -32,9 +32,12 @@ class Draw:
 
     def split(self, size: int) -> list["Draw"]:
         """Parts of `size` samples."""
+        return [self.rows(slice(i, i + size)) for i in range(0, len(self.t), size)]
+
+    def rows(self, part: slice) -> "Draw":
+        """The samples `part` of it."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        parts = range(0, len(self.t), size)
-        return [Draw(**{n: None if v is None else v[i : i + size] for n, v in columns.items()}) for i in parts]
+        return Draw(**{name: None if value is None else value[part] for name, value in columns.items()})
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from . import distributed
 from .bases import Conditioning
 from .checkpoint import CheckpointError, read_json, sha256, write_json, write_tensors
 
@@ -61,13 +62,18 @@ class Writer:
         return [indices for indices in ranges if not self._is_whole(indices)]
 
     def write(self, indices: range, states: Tensor, x0: Tensor, conditioning: Conditioning) -> None:
-        """One shard: states (n, steps + 1, C, H, W), x0 (n, C, H, W), conditioning (n, ...). Whole when it returns."""
+        """One shard: states (n, steps + 1, C, H, W), x0 (n, C, H, W), conditioning (n, ...). `record_shards` tells."""
         path = self.folder / shard_name(indices)
         dtype = DTYPES[self.provenance.dtype]
         kept = {f"conditioning.{name}": value.to(dtype) for name, value in conditioning.items()}
         write_tensors(path, {"states": states.to(dtype), "x0": x0.to(dtype), **kept})
         self.record["shards"][path.name] = sha256(path)
-        write_json(self.folder / "store.json", self.record)
+
+    def record_shards(self) -> None:
+        """Say in store.json which shards are whole, those of every process. Waits for all."""
+        for shards in distributed.collected(self.record["shards"]):
+            self.record["shards"] |= shards
+        distributed.by_first(write_json, self.folder / "store.json", self.record)
 
     def _is_whole(self, indices: range) -> bool:
         path = self.folder / shard_name(indices)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import adapters, pictures, sampler
+from . import adapters, distributed, pictures, sampler
 from .bases import Base, Conditioning
 from .data import Prompt, read_prompts
 from .equations.segments import sampling_times
@@ -82,7 +82,7 @@ class Student:
         sheet = pictures.sample_grid(
             self.base, self.denoiser, recipe.samples, recipe.seed, self.num_segments, self.conditioned, self.gamma
         )
-        pictures.save_png(sheet, pictures.samples_path(folder, step + 1))
+        distributed.by_first(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
 
 
 def load(stage: Tuning, base: Base, start: Path, seed: int) -> Student:
@@ -115,6 +115,8 @@ class Start:
     conditioning: Conditioning
     noise: Tensor  # (B, C, H, W)
     generators: list[torch.Generator]
+    next_prompts: list[str]  # of the sample after each one, the first after the last: prompts that are not its own
+    next_languages: list[str]
 
     def repeated(self, copies: int) -> Conditioning:
         """The conditioning of `copies` n of every sample (n B, ...), all of the first copy first."""
@@ -135,8 +137,10 @@ class Scores:
         self.add({f"reward/{name}": value for name, value in raw.items()})
 
     def means(self) -> dict[str, float]:
-        """What a log holds of them."""
-        return {name: torch.cat(scores).mean().item() for name, scores in self.values.items()}
+        """What a log holds of them, over all processes. Waits for all."""
+        means = [torch.cat(scores).mean().item() for scores in self.values.values()]
+        sums = distributed.total(*means)
+        return {name: value / distributed.count() for name, value in zip(self.values, sums, strict=True)}
 
 
 class Prompts:
@@ -147,10 +151,13 @@ class Prompts:
         self.prompts = spoken(read_prompts(stage.prompts), stage.languages, stage.prompts)
 
     def starts(self, base: Base, step: int, count: int, size: int, copies: int = 1) -> Iterator["Start"]:
-        """Starts for the `count` prompts of `step`, each prompt `copies` times in a row, in micro-batches of `size`."""
+        """Starts for the `count` prompts of `step`, each prompt `copies` times in a row, in micro-batches of `size`: of
+        each the rows of this process, all copies of a prompt in one."""
         repeated = [prompt for prompt in self.draw(step, count) for _ in range(copies)]
         for i, part in enumerate(split(repeated, size)):
-            yield start(base, part, self.seed, self.stage.kind, "start", step, i)
+            own = distributed.rows(len(part) // copies)
+            rows = slice(own.start * copies, own.stop * copies)
+            yield start(base, part, self.seed, self.stage.kind, "start", step, i, rows=rows)
 
     def texts(self, step: int, count: int) -> list[str]:
         """The `count` prompts of `step`, as they are written."""
@@ -179,12 +186,13 @@ def spoken(prompts: list[Prompt], languages: dict[str, float], path: str) -> lis
     return kept
 
 
-def start(base: Base, prompts: list[Prompt], *seed: object) -> Start:
-    """A start for each of `prompts`, its noise a function of `seed` and of its place alone."""
-    generators = [generator(*seed, i) for i in range(len(prompts))]
-    texts = [prompt.prompt for prompt in prompts]
-    noise = base.noise(generators, len(prompts))
-    return Start(texts, [prompt.language for prompt in prompts], base.encode_prompts(texts), noise, generators)
+def start(base: Base, prompts: list[Prompt], *seed: object, rows: slice = slice(None)) -> Start:
+    """A start for each of the `rows` of `prompts`, its noise a function of `seed` and of its place alone."""
+    generators = [generator(*seed, i) for i in range(len(prompts))][rows]
+    texts, languages = [prompt.prompt for prompt in prompts], [prompt.language for prompt in prompts]
+    after = [(words[1:] + words[:1])[rows] for words in (texts, languages)]
+    noise = base.noise(generators, len(generators))
+    return Start(texts[rows], languages[rows], base.encode_prompts(texts[rows]), noise, generators, *after)
 
 
 def split(prompts: list[Prompt], size: int) -> list[list[Prompt]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import adapters, bases, checkpoint, pictures
 from ..bases import Base
 from ..data import CaptionedImages, read_prompts
+from ..distributed import by_first
 from ..equations import consistency
 from ..equations.averaging import ema_decay, ema_update_
 from ..equations.schedule import snr
@@ -32,15 +33,15 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     student = adapters.student(base, stage.adapter, recipe.seed, stage.condition_on_target, start)
     if stage.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    trained = {name: value for name, value in student.named_parameters() if value.requires_grad}
-    parameters = list(trained.values())
-    average = {name: value.detach().clone() for name, value in trained.items()} if stage.target_ema else trained
+    parameters = adapters.trainable_parameters(student)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
+    trained = rt.prepare(student, optimizer)
+    average = {name: value.detach().clone() for name, value in trained.items()} if stage.target_ema else trained
     source = make_source(stage, recipe, base, student, parents)
     lengths = stage.per_phase("num_steps")
 
     weights = {"student": trained} | ({"average": average} if stage.target_ema else {})
-    first = rt.resume(weights, optimizer)
+    first = rt.resume(weights)
     for step in rt.steps(first, sum(lengths), "distill"):
         phase, step_in_phase = phase_at(step, lengths)
         settings = PhaseSettings(stage, phase)
@@ -51,25 +52,26 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
 
         draw = source.draw(step, settings.num_segments, settings.pair, rt.generator("times", step))
         rt.samples = draw.index.tolist()
-        parts = draw.split(stage.micro_batch)
-        losses = (loss(stage, settings, base, student, average, source.realise(part)) for part in parts)
+        parts = (source.realise(draw.rows(part)) for part in rt.micro_batches())
+        losses = (loss(rt, stage, settings, base, student, average, part) for part in parts)
         with rt.autocast():
-            record = rt.backward(losses, parameters, optimizer)
+            record = rt.backward(losses)
         if stage.target_ema:
-            ema_update_(average.values(), parameters, ema_decay(step, stage.target_ema))
+            ema_update_(average.values(), trained.values(), ema_decay(step, stage.target_ema))
 
         if rt.due(step, stage.log_every):
             rt.log(step, phase=phase, num_segments=settings.num_segments, rate=rate, **record)
         if isinstance(source, StoredStates) and source.store.num_held_out and rt.due(step, stage.held_out_every):
-            held_out = held_out_loss(stage, settings, base, student, average, source)
+            held_out = held_out_loss(rt, stage, settings, base, student, average, source)
             rt.log(step, phase=phase, num_segments=settings.num_segments, held_out_loss=held_out)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, sum(lengths)):
             save_samples(stage, recipe, base, student, settings.num_segments, folder, step)
         if step_in_phase + 1 == lengths[phase]:
-            save_student(stage, recipe, base, student, settings.num_segments, snapshot_folder(folder, phase, settings))
+            snapshot = snapshot_folder(folder, phase, settings)
+            rt.write(save_student, stage, recipe, base, settings.num_segments, snapshot)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
-    save_student(stage, recipe, base, student, stage.segments[-1], folder / "student")
+    rt.write(save_student, stage, recipe, base, stage.segments[-1], folder / "student")
 
 
 class PhaseSettings:
@@ -102,34 +104,43 @@ def make_source(
 
 
 def loss(
-    stage: Distill, settings: PhaseSettings, base: Base, student: torch.nn.Module, average: Weights, batch: Batch
+    rt: Runtime,
+    stage: Distill,
+    settings: PhaseSettings,
+    base: Base,
+    student: torch.nn.Module,
+    average: Weights,
+    batch: Batch,
 ) -> Tensor:
     """The distillation loss of `batch`, one value a sample (B,) float32 (TLCM v6, eq. 7; eq. 10 for inter_segment)."""
     s = batch.s if stage.condition_on_target else None
     x0 = base.x0(student, batch.x_t, batch.t, batch.conditioning, s)
     if stage.method == "inter_segment":
-        x0_at_r = no_grad_x0(base, student, average, batch, s)
+        x0_at_r = no_grad_x0(rt, base, student, average, batch, s)
         target = consistency.inter_segment_target(x0_at_r, batch.x_r, batch.r)
         weight = snr(batch.t, base.schedule) + 1.0 if settings.space == "x0" else 1.0
         return weight * settings.distance(x0, target)
     if settings.target == "trajectory":
         target = batch.x_s
     else:
-        x0_at_r = no_grad_x0(base, student, average, batch, s)
+        x0_at_r = no_grad_x0(rt, base, student, average, batch, s)
         target = consistency.transfer(batch.x_r, x0_at_r, batch.r, batch.s, base.schedule)
     error = consistency.LOSSES[settings.space]
     return error(x0, batch.x_t, batch.t, target, batch.s, base.schedule, settings.distance)
 
 
 @torch.no_grad()
-def no_grad_x0(base: Base, student: torch.nn.Module, average: Weights, batch: Batch, s: Tensor | None) -> Tensor:
+def no_grad_x0(
+    rt: Runtime, base: Base, student: torch.nn.Module, average: Weights, batch: Batch, s: Tensor | None
+) -> Tensor:
     """f at the pair's second point (B, C, H, W), by the target network: the student's own weights or their average."""
-    with adapters.swapped(student, average):
+    with rt.swapped(average):
         return base.x0(student, batch.x_r, batch.r, batch.conditioning, s)
 
 
 @torch.no_grad()
 def held_out_loss(
+    rt: Runtime,
     stage: Distill,
     settings: PhaseSettings,
     base: Base,
@@ -141,9 +152,8 @@ def held_out_loss(
     index = torch.tensor(source.store.held_out)
     draw = source.draw_for(index, settings.num_segments, settings.pair, generator(source.seed, "held out"))
     parts = draw.split(stage.micro_batch)
-    return (
-        torch.cat([loss(stage, settings, base, student, average, source.realise(part)) for part in parts]).mean().item()
-    )
+    losses = [loss(rt, stage, settings, base, student, average, source.realise(part)) for part in parts]
+    return torch.cat(losses).mean().item()
 
 
 def snapshot_folder(folder: Path, phase: int, settings: PhaseSettings) -> Path:
@@ -151,7 +161,7 @@ def snapshot_folder(folder: Path, phase: int, settings: PhaseSettings) -> Path:
 
 
 def save_student(
-    stage: Distill, recipe: Recipe, base: Base, student: torch.nn.Module, num_segments: int, folder: Path
+    student: torch.nn.Module, stage: Distill, recipe: Recipe, base: Base, num_segments: int, folder: Path
 ) -> None:
     """The student as it is now, with what a sampler and an export need to know of it."""
     description = {
@@ -172,4 +182,4 @@ def save_samples(
     conditioned = stage.condition_on_target
     gamma = adapters.default_gamma(num_segments, conditioned)
     sheet = pictures.sample_grid(base, student, recipe.samples, recipe.seed, num_segments, conditioned, gamma)
-    pictures.save_png(sheet, pictures.samples_path(folder, step + 1))
+    by_first(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))

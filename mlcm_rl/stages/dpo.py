@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import adapters, bases, tuning
+from .. import adapters, bases, distributed, tuning
 from ..bases import Base, Conditioning
+from ..distributed import by_first, gather
 from ..equations import preference
 from ..equations.policy import step_gaussian
 from ..equations.schedule import add_noise
@@ -32,15 +33,16 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
     base = bases.load(recipe.teacher, rt.device)
     start = parents["distill"] / "student"
     student = tuning.load(stage, base, start, recipe.seed)
-    rewards = combine(stage.rewards, rt.device, stage.normalise)
+    rewards = combine(stage.rewards, rt.device, stage.normalise, gather)
     source: StoredPairs | OwnPairs
     source = StoredPairs(stage, base, recipe.seed) if stage.pairs else OwnPairs(stage, student, rewards, recipe.seed)
-    guard = Guard(stage, student, rewards, recipe.seed)
-    parameters = list(student.parameters.values())
+    parameters = adapters.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
+    trained = rt.prepare(student.denoiser, optimizer)
+    guard = Guard(stage, student, trained, rewards, recipe.seed)
 
-    weights = {"student": student.parameters, "best": guard.best}
-    first = rt.resume(weights, optimizer, rewards=rewards, guard=guard)
+    weights = {"student": trained, "best": guard.best}
+    first = rt.resume(weights, rewards=rewards, guard=guard)
     for step in rt.steps(first, stage.num_steps, "dpo", lambda: guard.stopped):
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
         set_rate(optimizer, rate)
@@ -48,7 +50,7 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
         rt.samples = source.texts(step)
         losses = (loss(stage, student, pairs, draws, scores) for pairs in source.batches(step, scores))
         with rt.autocast():
-            logged = rt.backward(losses, parameters, optimizer) | scores.means()
+            logged = rt.backward(losses) | scores.means()
 
         if rt.due(step, stage.guard.every, stage.num_steps):
             logged |= guard.look(step + 1)
@@ -58,8 +60,9 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
             student.save_samples(recipe, folder, step)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
-    guard.finish(folder)
-    adapters.save_tuned(student.denoiser, start, folder / "student")
+    with rt.swapped(guard.best):
+        rt.write(adapters.save_tuned, start, folder / "student")
+    by_first(guard.finish, folder)
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,8 @@ class StoredPairs:
 
     def batches(self, step: int, scores: tuning.Scores) -> Iterator[Pairs]:
         """The micro-batches of `step`."""
-        index = self._index(step)
-        for part in index.split(self.stage.micro_batch):
+        for whole in self._index(step).split(self.stage.micro_batch):
+            part = whole[distributed.rows(len(whole))]
             conditioning = self.base.encode_prompts([self.prompts[i].prompt for i in part.tolist()])
             x0 = self.x0[:, part].to(self.base.device)
             yield Pairs(None, x0, conditioning, torch.ones(len(part), device=x0.device))
@@ -178,7 +181,8 @@ def log_ratios(stage: Dpo, student: tuning.Student, pairs: Pairs, draws: torch.G
     steps = range(num_steps)
     if stage.form == "diffusion_dpo":
         steps = [int(torch.randint(num_steps, (), generator=draws))]
-    eps = student.base.noise(draws, pairs.x0.shape[1])  # the same for chosen and rejected, student and reference
+    size = pairs.x0.shape[1] * distributed.count()  # of the whole micro-batch, of which this process has its rows
+    eps = student.base.noise(draws, size)[distributed.rows(size)]  # for chosen and rejected, student and reference
     errors = [denoising_errors(stage, student, pairs, step, eps) for step in steps]
     own, reference = (torch.stack(values) for values in zip(*errors, strict=True))  # (N or 1, 2, B) each
     if stage.form == "diffusion_dpo":

@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import (
     adapters,
     bases,
+    distributed,
     instruments,
     metrics,
     page,
@@ -88,8 +89,8 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
                 if not kept.is_file():
                     if entry is not None and student is None:
                         student = adapters.load_student(base, entry.folder)
-                    write_json(kept, made(scene, row, student, bar))
-                    remove(batch_folder(scene, row))
+                    draw_batches(scene, row, student, bar)
+                    distributed.by_first(finish_row, scene, row, kept)
                 else:
                     bar.advance(row.num_evaluations * len(scene.batches()), row.id)
                 records.append(read_json(kept))
@@ -97,12 +98,16 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
     curves = report.read_curves(parents.get("distill"))
     tuned = report_tuned.read({student.name: student.folder for student in students})
     result = report.assemble(recipe, stage, prompts, records, base.device, curves, tuned, scene.instruments.networks)
-    report.write(result, folder)
-    page.write(result, folder)
-    remove(folder / "rows")
+    distributed.by_first(write_report, result, folder)
     runtime.console.print(report.table(result))
     texts = [result["headline"]["text"], *map(report_tuned.sentence, result["tuned"])]
     runtime.console.print("\n".join([*texts, str((folder / "report.html").resolve())]), soft_wrap=True)
+
+
+def write_report(result: dict, folder: Path) -> None:
+    report.write(result, folder)
+    page.write(result, folder)
+    remove(folder / "rows")
 
 
 def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
@@ -123,13 +128,14 @@ def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
         reference=teacher_rows(stage, recipe.teacher.guidance_scale)[0].id,
         folder=folder,
     )
-    for first in range(0, len(prompts), stage.batch_size):
+    for first in distributed.share(range(0, len(prompts), stage.batch_size)):
         batch = prompts[first : first + stage.batch_size]
         paths = [prompt_path(scene, i) for i in range(first, first + len(batch))]
         if not all(path.is_file() for path in paths):
             encoded = base.encode_prompts([prompt.prompt for prompt in batch])
             for place, path in enumerate(paths):
                 write_tensors(path, {name: value[place] for name, value in encoded.items()})
+    distributed.wait()
     return scene
 
 
@@ -143,16 +149,26 @@ def shown_prompts(prompts: list[Prompt]) -> list[int]:
 # ---- a row ----
 
 
-def made(scene: Scene, row: Row, student: Student | None, bar: runtime.Bar) -> dict:
-    """The record of `row`, by the readings of its batches: those that are there, and those drawn now."""
-    parts = []
-    for batch in scene.batches():
-        first, last = scene.index(batch[0]), scene.index(batch[-1])
-        kept = batch_folder(scene, row) / f"{first:07d}-{last:07d}.safetensors"
+def draw_batches(scene: Scene, row: Row, student: Student | None, bar: runtime.Bar) -> None:
+    """Draw those batches of `row` that are this process's and not there yet; the same ones in every row."""
+    for batch in distributed.share(scene.batches()):
+        kept = batch_path(scene, row, batch)
         if not kept.is_file():
             write_tensors(kept, draw(scene, row, student, batch))
-        parts.append(load_file(kept))
         bar.advance(row.num_evaluations, row.id)
+    bar.advance(row.num_evaluations * (len(scene.batches()) - len(distributed.share(scene.batches()))), row.id)
+    distributed.wait()
+
+
+def finish_row(scene: Scene, row: Row, path: Path) -> None:
+    """Write the record of a row whose batches are all there to `path`."""
+    write_json(path, made(scene, row))
+    remove(batch_folder(scene, row))
+
+
+def made(scene: Scene, row: Row) -> dict:
+    """The record of `row`, by the readings of its batches."""
+    parts = [load_file(batch_path(scene, row, batch)) for batch in scene.batches()]
     readings = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     latencies = readings.pop("latency_ms").tolist()
     distances = readings.pop("distance").unflatten(0, (-1, scene.images_per_prompt)).mean(1)
@@ -226,6 +242,12 @@ def save_pictures(scene: Scene, row: Row, batch: list[Sample], images: Tensor) -
 def batch_folder(scene: Scene, row: Row) -> Path:
     """Where the readings of a row that is not done yet are."""
     return scene.folder / "rows" / row.id
+
+
+def batch_path(scene: Scene, row: Row, batch: list[Sample]) -> Path:
+    """Where the readings of one batch are."""
+    first, last = scene.index(batch[0]), scene.index(batch[-1])
+    return batch_folder(scene, row) / f"{first:07d}-{last:07d}.safetensors"
 
 
 def prompt_path(scene: Scene, prompt: int) -> Path:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import adapters, bases, checkpoint, tuning
 from ..bases import Base
+from ..distributed import by_first, gather
 from ..equations import consistency
 from ..equations import feedback as equations
 from ..guard import Guard
@@ -27,29 +28,31 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     base = bases.load(recipe.teacher, rt.device)
     start = parents["distill"] / "student"
     student = tuning.load(stage, base, start, recipe.seed)
-    rewards = combine(stage.rewards, rt.device, stage.normalise)
+    rewards = combine(stage.rewards, rt.device, stage.normalise, gather)
     if not rewards.differentiable:
         raise ValueError("rewards: feedback needs rewards with a gradient; dpo and policy take any")
     prompts = tuning.Prompts(stage, recipe.seed)
-    guard = Guard(stage, student, rewards, recipe.seed)
     source = stored_states(stage, base, parents, recipe.seed) if stage.consistency else None
-    parameters = list(student.parameters.values())
+    parameters = adapters.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
+    trained = rt.prepare(student.denoiser, optimizer)
+    guard = Guard(stage, student, trained, rewards, recipe.seed)
 
-    weights = {"student": student.parameters, "best": guard.best}
-    first = rt.resume(weights, optimizer, rewards=rewards, guard=guard)
+    weights = {"student": trained, "best": guard.best}
+    first = rt.resume(weights, rewards=rewards, guard=guard)
     for step in rt.steps(first, stage.num_steps, "feedback", lambda: guard.stopped):
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
         set_rate(optimizer, rate)
         draws, scores = rt.generator("draws", step), tuning.Scores()
         rt.samples = prompts.texts(step, stage.batch_size)
-        stored = source.draw(step, student.num_segments, "next", draws).split(stage.micro_batch) if source else []
+        drawn = source.draw(step, student.num_segments, "next", draws) if source else None
+        stored = [drawn.rows(part) for part in rt.micro_batches()] if source else []
         losses = (
             loss(stage, student, rewards, begun, source.realise(stored[i]) if source else None, draws, scores)
             for i, begun in enumerate(prompts.starts(base, step, stage.batch_size, stage.micro_batch))
         )
         with rt.autocast():
-            logged = rt.backward(losses, parameters, optimizer) | scores.means()
+            logged = rt.backward(losses) | scores.means()
 
         if rt.due(step, stage.guard.every, stage.num_steps):
             logged |= guard.look(step + 1)
@@ -59,8 +62,9 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
             student.save_samples(recipe, folder, step)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
-    guard.finish(folder)
-    adapters.save_tuned(student.denoiser, start, folder / "student")
+    with rt.swapped(guard.best):
+        rt.write(adapters.save_tuned, start, folder / "student")
+    by_first(guard.finish, folder)
 
 
 def loss(
@@ -123,8 +127,7 @@ def reward_loss(
         return equations.negative(total)
     if stage.shape == "hinge":
         return equations.hinge(total, stage.threshold)
-    others = [*prompts[1:], prompts[0]]  # an irrelevant prompt: the next one of the batch
-    irrelevant = rewards.total(rewards.raw(images, others, [*languages[1:], languages[0]]))
+    irrelevant = rewards.total(rewards.raw(images, start.next_prompts * copies, start.next_languages * copies))
     return equations.mps_hinge(total, irrelevant, stage.threshold)
 
 

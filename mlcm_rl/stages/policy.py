@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import adapters, bases, tuning
+from ..distributed import by_first, gather
 from ..equations import policy as equations
 from ..guard import Guard
 from ..recipe import Policy, Recipe
@@ -24,14 +25,15 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
     base = bases.load(recipe.teacher, rt.device)
     start = parents["distill"] / "student"
     student = tuning.load(stage, base, start, recipe.seed)
-    rewards = combine(stage.rewards, rt.device, stage.normalise)
+    rewards = combine(stage.rewards, rt.device, stage.normalise, gather)
     prompts = tuning.Prompts(stage, recipe.seed)
-    guard = Guard(stage, student, rewards, recipe.seed)
-    parameters = list(student.parameters.values())
+    parameters = adapters.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
+    trained = rt.prepare(student.denoiser, optimizer)
+    guard = Guard(stage, student, trained, rewards, recipe.seed)
 
-    weights = {"student": student.parameters, "best": guard.best}
-    first = rt.resume(weights, optimizer, rewards=rewards, guard=guard)
+    weights = {"student": trained, "best": guard.best}
+    first = rt.resume(weights, rewards=rewards, guard=guard)
     for step in rt.steps(first, stage.num_steps, "policy", lambda: guard.stopped):
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
         set_rate(optimizer, rate)
@@ -42,7 +44,7 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
             rollouts = [rolled_out(stage, student, rewards, one, scores) for one in starts]
             for _ in range(stage.num_iterations):
                 losses = (loss(stage, student, one, scores) for one in rollouts)
-                logged = rt.backward(losses, parameters, optimizer)
+                logged = rt.backward(losses)
         logged |= scores.means()
 
         if rt.due(step, stage.guard.every, stage.num_steps):
@@ -53,8 +55,9 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
             student.save_samples(recipe, folder, step)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
-    guard.finish(folder)
-    adapters.save_tuned(student.denoiser, start, folder / "student")
+    with rt.swapped(guard.best):
+        rt.write(adapters.save_tuned, start, folder / "student")
+    by_first(guard.finish, folder)
 
 
 @dataclass(frozen=True)

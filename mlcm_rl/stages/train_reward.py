@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from reward_models import trained
 
 from .. import checkpoint, reward_card
+from ..distributed import by_first
 from ..equations.preference import bradley_terry_loss
 from ..pairs import PairTable
 from ..recipe import Recipe, TrainReward
@@ -32,16 +33,15 @@ def run(stage: TrainReward, recipe: Recipe, parents: dict[str, Path], folder: Pa
     parameters = list(head.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
 
-    weights = {"head": dict(head.named_parameters())}
-    first = rt.resume(weights, optimizer)
+    first = rt.resume({"head": rt.prepare(head, optimizer)})
     for step in rt.steps(first, stage.num_steps, "train_reward"):
         set_rate(optimizer, stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps))
         index = epoch_order(len(pairs.training), stage.batch_size, step, recipe.seed, "train_reward")
         rt.samples = index.tolist()
         inputs = dropped(pairs.training[index], stage.dropout, rt.generator("dropout", step))
-        losses = (loss(stage, head, part) for part in inputs.split(stage.micro_batch))
+        losses = (loss(stage, head, inputs[part]) for part in rt.micro_batches())
         with rt.autocast():
-            logged = rt.backward(losses, parameters, optimizer)
+            logged = rt.backward(losses)
 
         looking = rt.due(step, stage.held_out_every, stage.num_steps)
         if looking:
@@ -50,10 +50,16 @@ def run(stage: TrainReward, recipe: Recipe, parents: dict[str, Path], folder: Pa
             rt.log(step, **logged)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
-    pairs.scale.fold_into(head[0])
+    rt.write(write_reward, stage, pairs.scale, folder)
+    reward = trained.Trained(rt.device, torch.float32, str(folder))
+    by_first(reward_card.write, stage, recipe, table, held_out, reward, folder)
+
+
+def write_reward(head: nn.Module, stage: TrainReward, scale: FeatureScale, folder: Path) -> None:
+    """The files of the reward `trained`, with `scale` folded into the head's first layer."""
+    scale.fold_into(head[0])
     checkpoint.write_tensors(folder / trained.HEAD_FILE, head.state_dict())
     checkpoint.write_json(folder / trained.DESCRIPTION_FILE, trained.description(stage.backbone))
-    reward_card.write(stage, recipe, table, held_out, trained.Trained(rt.device, torch.float32, str(folder)), folder)
 
 
 @dataclass(frozen=True)

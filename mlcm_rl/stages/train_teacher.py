@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .. import adapters, bases, checkpoint, pictures
 from ..bases import Base, Conditioning
 from ..data import CaptionedImages
+from ..distributed import by_first
 from ..equations.averaging import ema_decay, ema_update_
 from ..equations.consistency import squared_l2
 from ..equations.prediction import prediction_from_x0
@@ -31,16 +32,16 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
     rt = Runtime(recipe, stage, folder)
     base = bases.load(recipe.teacher, rt.device)
     denoiser = new_denoiser(base, stage, recipe.seed)
-    trained = dict(denoiser.named_parameters())
-    parameters = list(trained.values())
-    average = {name: value.detach().clone() for name, value in trained.items()}
+    parameters = list(denoiser.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
+    trained = rt.prepare(denoiser, optimizer)
+    average = {name: value.detach().clone() for name, value in trained.items()}
     captioned = CaptionedImages(stage.images, base.resolution)
     latents = encode_pictures(base, captioned)
     captions = Captions(base, captioned.prompts, stage.prompt_dropout)
 
     weights = {"denoiser": trained, "average": average}
-    first = rt.resume(weights, optimizer)
+    first = rt.resume(weights)
     for step in rt.steps(first, stage.num_steps, "train_teacher"):
         set_rate(optimizer, stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps))
         index = epoch_order(len(captioned), stage.batch_size, step, recipe.seed, "train_teacher")
@@ -51,21 +52,22 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
         eps = torch.randn(x0.shape, generator=draws)
         conditioning = captions.draw(index, draws)
 
-        size = stage.batch_size // stage.gradient_accumulation
-        parts = [slice(i, i + size) for i in range(0, stage.batch_size, size)]
+        parts = rt.micro_batches()
         given = ({name: value[part] for name, value in conditioning.items()} for part in parts)
         losses = (loss(stage, base, denoiser, x0[p], eps[p], t[p], c) for p, c in zip(parts, given, strict=True))
         with rt.autocast():
-            record = rt.backward(losses, parameters, optimizer)
-        ema_update_(average.values(), parameters, ema_decay(step, stage.ema_decay))
+            record = rt.backward(losses)
+        ema_update_(average.values(), trained.values(), ema_decay(step, stage.ema_decay))
 
         if rt.due(step, stage.log_every):
             rt.log(step, **record)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
-            save_samples(recipe, base, average, folder, step)
+            with rt.swapped(average):
+                save_samples(recipe, base, denoiser, folder, step)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
-    write_teacher(recipe, denoiser, average, folder / "teacher")
+    with rt.swapped(average):
+        rt.write(write_teacher, recipe, folder / "teacher")
 
 
 def new_denoiser(base: Base, stage: TrainTeacher, seed: int) -> nn.Module:
@@ -137,21 +139,22 @@ def loss(
     return error * ratio.clamp(max=stage.min_snr_gamma) / ratio
 
 
-def save_samples(recipe: Recipe, base: Base, average: dict[str, Tensor], folder: Path, step: int) -> None:
-    """The recipe's fixed prompts and seeds at 25 guided steps, by the averaged weights."""
+def save_samples(recipe: Recipe, base: Base, denoiser: nn.Module, folder: Path, step: int) -> None:
+    """The recipe's fixed prompts and seeds at 25 guided steps, by `denoiser` in the teacher's place."""
     prompts = recipe.samples.prompts
     conditioning, unconditional = base.encode_prompts(prompts), base.unconditional(len(prompts))
     noise = base.noise([generator(recipe.seed, "samples", i) for i in range(len(prompts))], len(prompts))
     times = time_grid(25, base.schedule.num_times)[:-1]
-    with adapters.swapped(base.denoiser, average):
-        x0 = sample_teacher(base, conditioning, unconditional, noise, times, recipe.teacher.guidance_scale)
+    teacher, base.denoiser = base.denoiser, denoiser
+    x0 = sample_teacher(base, conditioning, unconditional, noise, times, recipe.teacher.guidance_scale)
+    base.denoiser = teacher
     sheet = pictures.grid(base.decode(x0), num_columns=8)
-    pictures.save_png(sheet, pictures.samples_path(folder, step + 1))
+    by_first(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
 
 
-def write_teacher(recipe: Recipe, denoiser: nn.Module, average: dict[str, Tensor], folder: Path) -> None:
-    """The recipe's teacher with the averaged denoiser in half precision, files of at most 14 MB."""
+def write_teacher(denoiser: nn.Module, recipe: Recipe, folder: Path) -> None:
+    """The recipe's teacher with `denoiser` in half precision, files of at most 14 MB."""
     with checkpoint.replacing(folder) as temporary:
         shutil.copytree(recipe.teacher.path, temporary, ignore=shutil.ignore_patterns("unet"))
-        with adapters.swapped(denoiser, {name: value.half() for name, value in average.items()}):
+        with adapters.swapped(denoiser, {name: value.half() for name, value in denoiser.named_parameters()}):
             denoiser.save_pretrained(temporary / "unet", max_shard_size="14MB")

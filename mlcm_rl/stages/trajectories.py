@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import bases, runtime
+from .. import bases, distributed, runtime
 from ..bases import Base, Conditioning
 from ..checkpoint import sha256, teacher_hash
 from ..data import read_prompts
@@ -29,17 +29,21 @@ def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: P
     missing = writer.missing()
     done = writer.total - sum(map(len, missing))
     with runtime.progress(writer.total, "trajectories", done) as bar:
-        for shard in missing:
-            parts = []
-            for start in range(shard.start, shard.stop, stage.batch_size):
-                batch = range(start, min(start + stage.batch_size, shard.stop))
-                conditioning = base.encode_prompts([prompts[i % len(prompts)] for i in batch])
-                noise = base.noise([runtime.generator(recipe.seed, "trajectories", i) for i in batch], len(batch))
-                states, x0 = solve(base, conditioning, noise, writer.provenance.grid, recipe.teacher.guidance_scale)
-                parts.append({"states": states, "x0": x0, **conditioning})
-                bar.advance(len(batch))
-            whole = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
-            writer.write(shard, whole.pop("states"), whole.pop("x0"), whole)
+        for first in range(0, len(missing), distributed.count()):
+            shards = missing[first : first + distributed.count()]  # one for each process, then all are recorded
+            for shard in distributed.share(shards):
+                parts = []
+                for start in range(shard.start, shard.stop, stage.batch_size):
+                    batch = range(start, min(start + stage.batch_size, shard.stop))
+                    conditioning = base.encode_prompts([prompts[i % len(prompts)] for i in batch])
+                    noise = base.noise([runtime.generator(recipe.seed, "trajectories", i) for i in batch], len(batch))
+                    states, x0 = solve(base, conditioning, noise, writer.provenance.grid, recipe.teacher.guidance_scale)
+                    parts.append({"states": states, "x0": x0, **conditioning})
+                    bar.advance(len(batch))
+                whole = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+                writer.write(shard, whole.pop("states"), whole.pop("x0"), whole)
+            bar.advance(sum(map(len, shards[1:])))  # those of the other processes
+            writer.record_shards()
 
 
 def solve(

@@ -1,0 +1,155 @@
+"""Several processes of one run: who this one is, its part of a batch, and what all of them do together.
+
+Every process draws the whole batch of a step, since draws are a function of (seed, purpose, step), and takes its rows
+of it: the same batch, whatever the number of processes. One on its own runs the same code and waits for nobody.
+
+Whatever waits for the other processes says so: all of them must call it, in the same order.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather as accelerate_gather
+from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several (or as one that could have been)."""
+    return torch.distributed.is_torchelastic_launched()
+
+
+def rank() -> int:
+    """The number of this process among all: the first, 0, writes and prints."""
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+def count() -> int:
+    """How many processes run this recipe."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def uses_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
+def uses_fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+
+
+def start(device: torch.device) -> None:
+    """Join the other processes, once, on `device`: over gloo on a CPU, else over the accelerator's own backend.
+
+    Raises ValueError where DeepSpeed is asked for and cannot start, or where the processes do not find each other.
+    """
+    if not launched():
+        return
+    on_cpu = device.type == "cpu"
+    # Told of no backend, accelerate finds none for DeepSpeed on a CPU and takes every process for the only one.
+    settings = {"backend": "gloo"} if on_cpu and uses_deepspeed() else {"cpu": on_cpu}
+    try:
+        state = PartialState(**settings)
+    except (ImportError, subprocess.CalledProcessError) as error:
+        raise ValueError(
+            f"DeepSpeed cannot start ({error}): on a CPU it builds a part of itself with a C++ compiler and ninja; "
+            "install both and mlcm-rl[deepspeed], or launch with ddp.yaml, cpu2.yaml or fsdp2.yaml"
+        ) from error
+    if state.num_processes != count():
+        raise ValueError(f"{count()} processes were launched and {state.num_processes} found each other")
+
+
+def finish() -> None:
+    """Part from the other processes."""
+    if launched():
+        torch.distributed.destroy_process_group()
+
+
+# ---- a process's part ----
+
+
+def rows(size: int) -> slice:
+    """Which rows of a batch of `size` are this process's. Raises ValueError where the parts cannot be equal."""
+    if size % count():
+        raise ValueError(
+            f"{size} samples cannot be shared evenly by {count()} processes: choose batch_size and "
+            "gradient_accumulation so that every micro-batch is a multiple of the number of processes"
+        )
+    part = size // count()
+    return slice(rank() * part, (rank() + 1) * part)
+
+
+def share(items: Sequence[Item]) -> list[Item]:
+    """The items of this process: every so many-th one."""
+    return list(items[rank() :: count()])
+
+
+# ---- together ----
+
+
+def gather(part: Tensor) -> Tensor:
+    """The rows (B, ...) of all processes, in order, from each one's `part` (b, ...). Waits for all."""
+    return accelerate_gather(part.contiguous()) if count() > 1 else part
+
+
+def total(*values: float) -> list[float]:
+    """Each of `values`, summed over the processes. Waits for all."""
+    if count() == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64, device=PartialState().device)
+    torch.distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+def average_(tensors: Sequence[Tensor]) -> None:
+    """Put the mean over the processes into each of `tensors`, in one exchange a precision. Waits for all."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in alike])
+        torch.distributed.all_reduce(flat)
+        parts = flat.div_(count()).split([tensor.numel() for tensor in alike])
+        for tensor, part in zip(alike, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def wait() -> None:
+    """Go on when all processes are here."""
+    total(0.0)
+
+
+def agreed(value: Item) -> Item:
+    """`value` as the first process has it, for what must not depend on a device's last bits. Waits for all."""
+    return broadcast_object_list([value])[0] if count() > 1 else value
+
+
+def collected(value: Item) -> list[Item]:
+    """The `value` of every process, in order. Waits for all."""
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def by_first(function: Callable[..., Item], *arguments: Any) -> Item:
+    """What `function` returns, when all are here, in the first process: what it wrote is then there for all.
+
+    Where it raises, the first process goes on raising and the others leave: its message says why.
+    """
+    wait()
+    done, result = False, None
+    try:
+        if rank() == 0:
+            result = function(*arguments)
+        done = True
+    finally:
+        (succeeded,) = total(float(done))
+    if succeeded < count():
+        sys.exit(1)
+    return agreed(result)

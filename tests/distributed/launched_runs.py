@@ -1,0 +1,88 @@
+"""Runs of two processes on the CPU, through the command as a user starts it, and what is compared of them.
+
+Two processes sum in another order than one, and Adam's first steps are about the learning rate times the gradient's
+sign, so that single weights of nearly zero gradient may differ by a step: what must agree are losses, norms, and
+weights as a whole.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+from safetensors.torch import load_file
+
+import runs
+from mlcm_rl import pipeline
+from mlcm_rl.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHES = ROOT / "recipes" / "launch"
+SECONDS = 240  # a save that hangs must not hang the tests
+
+
+def launch(recipe: Recipe, folder: Path, mode: str, **environment: str) -> subprocess.CompletedProcess:
+    """`mlcm run RECIPE --launch MODE` in `folder`, one thread a process."""
+    file = folder / f"{recipe.name}.yaml"
+    YAML().dump(recipe.model_dump(mode="json"), file)
+    command = [sys.executable, "-m", "mlcm_rl", "run", file.name, "--launch", str(LAUNCHES / f"{mode}.yaml")]
+    place = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command, cwd=folder, env=os.environ | place | environment, capture_output=True, text=True, timeout=SECONDS
+    )
+
+
+def launched(recipe: Recipe, folder: Path, mode: str) -> None:
+    done = launch(recipe, folder, mode)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("done  ") == 1  # one process speaks
+
+
+def stage_folders(recipe: Recipe) -> list[Path]:
+    return sorted((Path(recipe.runs) / recipe.name).iterdir())
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.resolve().glob("student/**/*.safetensors"))
+    return {f"{file.name}:{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def records(folder: Path) -> list[dict]:
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Relative L2 distance of all weights together."""
+    assert one.keys() == other.keys()
+    squares = [((one[name] - other[name]).square().sum(), one[name].square().sum()) for name in one]
+    apart, size = (torch.stack(values).sum().sqrt().item() for values in zip(*squares, strict=True))
+    return apart / size
+
+
+def assert_alike(alone: Recipe, together: Recipe) -> None:
+    """Same fingerprints, logs and students, up to the order of sums."""
+    for one, other in zip(stage_folders(alone), stage_folders(together), strict=True):
+        assert one.resolve().name == other.resolve().name  # the launch is no part of the fingerprint
+        assert len(records(one)) == len(records(other))
+        for expected, found in zip(records(one), records(other), strict=True):
+            assert found["step"] == expected["step"]
+            assert found.keys() == expected.keys()
+            for name in {"loss", "grad_norm", "held_out_loss"} & expected.keys():
+                assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), (one.name, name)
+        if weights(one):
+            assert distance(weights(one), weights(other)) < 1e-4
+
+
+def whole_and_launched(teacher: Path, folder: Path, stages: list, mode: str) -> tuple[Recipe, Recipe]:
+    """One recipe, run in this process and in two."""
+    alone, together = (
+        runs.recipe(teacher, folder, stages, name="small", runs=str(folder / name)) for name in ("alone", "together")
+    )
+    pipeline.run(alone)
+    launched(together, folder, mode)
+    return alone, together

@@ -1,0 +1,92 @@
+"""Engines that hold a student in parts (ZeRO, FSDP2): the steps of one process, and checkpoints for any number of them.
+
+One launch of two processes a mode trains two steps, saves, reads that back and trains a third.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from accelerate.commands import launch
+from launched_runs import LAUNCHES, ROOT, SECONDS, distance, records, weights
+from safetensors.torch import load_file
+from train_twice import train
+
+import runs
+from mlcm_rl import adapters, bases, pipeline
+
+MODES = ["zero1", "zero2", "zero3", "fsdp2"]
+FULL = {"adapter": {"kind": "full"}, "target_ema": 0.5, "gradient_accumulation": 2}
+SETTINGS = {
+    "full": FULL,
+    "lora": {"condition_on_target": True},
+    "checkpointing": {**FULL, "gradient_checkpointing": True},
+}
+BUILDS = shutil.which("c++") is not None and shutil.which("ninja") is not None
+
+
+@pytest.fixture(scope="module")
+def store(tiny_sdxl, tmp_path_factory):
+    """A store of trajectories that every test here starts from."""
+    folder = tmp_path_factory.mktemp("store")
+    return pipeline.run(runs.recipe(tiny_sdxl, folder, [runs.trajectories(runs.write_prompts(folder))]))[0].folder
+
+
+def settings_of(name: str) -> dict:
+    return {"segments": [2], "target": "consistency", **SETTINGS[name]}
+
+
+def state(folder: Path) -> dict:
+    return load_file(sorted(folder.glob("checkpoints/*/state.safetensors"))[-1])
+
+
+def check_mode(mode: str, name: str, teacher: Path, store: Path, folder: Path) -> None:
+    """Train alone and in two processes under `mode`; compare; go on in one process from what the two have saved."""
+    if mode.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    if mode.startswith("zero") and not BUILDS:
+        pytest.skip("DeepSpeed needs a C++ compiler and ninja to start on a CPU")
+    settings = settings_of(name)
+    alone, together = folder / "alone", folder / "together"
+    for num_steps in (2, 3):
+        train(teacher, store, alone, num_steps, settings)
+    script = [str(ROOT / "tests" / "distributed" / "train_twice.py"), str(teacher), str(store), str(together)]
+    command = [sys.executable, launch.__file__, "--config_file", str(LAUNCHES / f"{mode}.yaml"), *script]
+    place = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*command, json.dumps(settings)], env=os.environ | place, capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    assert_same_training(alone, together)
+    base = bases.load(runs.recipe(teacher, folder, [runs.distill()]).teacher, "cpu")
+    assert adapters.load_student(base, together / "student").num_segments == 2
+    for one in (alone, together):
+        train(teacher, store, one, 4, settings)
+    assert_same_training(alone, together)
+
+
+def assert_same_training(alone: Path, together: Path) -> None:
+    """Same losses and gradient norms, and same weights, averages and moments by name in checkpoint and student."""
+    for expected, found in zip(records(alone), records(together), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+    assert distance(state(alone), state(together)) < 1e-4
+    assert distance(weights(alone), weights(together)) < 1e-4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_train_save_and_reload_as_one(mode, tiny_sdxl, store, tmp_path):
+    check_mode(mode, "full", tiny_sdxl, store, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "checkpointing"])
+@pytest.mark.parametrize("mode", [*MODES, "cpu2", "zero2_offload"])
+def test_every_kind_of_student_trains_under_every_engine(mode, name, tiny_sdxl, store, tmp_path):
+    check_mode(mode, name, tiny_sdxl, store, tmp_path)
