@@ -68,7 +68,7 @@ def test_a_trajectory_depends_on_seed_and_number_not_on_its_batch(tiny_sdxl, tmp
     every = torch.arange(8)
     for point in range(9):
         a, b = (store.states(every, torch.full((8,), point)) for store in folders)
-        assert torch.allclose(a, b, atol=1e-5)
+        assert (a - b).abs().max() < 1e-5 * a.abs().max()  # batches of another size are summed in another order
 
 
 def test_an_interrupted_store_is_finished_and_equals_an_uninterrupted_one(recipe, tmp_path, monkeypatch):
