@@ -64,10 +64,21 @@ def take_over(
 ) -> "Whole":
     """The engine that the launch file asks for, with `student` and `optimizer` in its hands."""
     if distributed.uses_deepspeed():
+        if accelerator.deepspeed_plugin.zero_stage == 3:
+            refuse_frozen(student)
         return Zero(accelerator, student, optimizer, stage)
     if distributed.uses_fsdp():
         return Sharded(accelerator, student, optimizer, stage)
     return Whole(student, optimizer, stage)
+
+
+def refuse_frozen(student: nn.Module) -> None:
+    """Raise ValueError for a student that is trained in part: under ZeRO-3 its processes were seen to lose step."""
+    if not all(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError(
+            "ZeRO-3 is for students trained in full (adapter: {kind: full}): launch an adapter with ddp.yaml, "
+            "zero2.yaml or fsdp2.yaml"
+        )
 
 
 class Whole:
