@@ -32,6 +32,7 @@ test: $(VENV)/installed lint
 	$(BIN)/python -m pytest -q -n 2
 
 test-all: $(VENV)/installed lint
+	$(PIP) install -q -c constraints.txt --only-binary :all: atheris || echo 'no atheris for this machine: its tests will be skipped'
 	$(BIN)/python -m pytest -q -m ''
 
 lint: $(VENV)/installed

@@ -14,6 +14,8 @@ is the reference of preference learning; `preference` comes on top and is all th
 
 import copy
 import json
+import math
+import reprlib
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -27,12 +29,23 @@ from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .bases import TARGET_TIME_WIDTH, Base
-from .checkpoint import read_json, replacing, write_json, write_tensors
+from .checkpoint import (
+    CheckpointError,
+    forget_origin,
+    misfits,
+    read_json,
+    read_shapes,
+    read_tensors,
+    replacing,
+    write_json,
+    write_tensors,
+)
+from .equations.segments import NUM_SEGMENTS
 from .recipe import Full, Lora
+from .untrusted import parse_json
 
 DISTILLED, PREFERENCE = "distilled", "preference"  # names of adapters
 PREFERENCE_FILE = "preference_lora_weights.safetensors"
@@ -40,6 +53,8 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks 
 CONDITIONING_FILE = "conditioning.safetensors"
 DESCRIPTION_FILE = "student.json"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' key for PEFT's configuration in a safetensors header
+# Of PEFT's configuration what says where an adapter came from, and changes nothing.
+DESCRIPTIVE = ("peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode")
 TARGET_TIME_KEY = "time_embedding.cond_proj.weight"
 
 
@@ -154,6 +169,7 @@ def save_student(denoiser: UNet2DConditionModel, folder: Path | str, description
         partial.mkdir()
         if settings is None:
             denoiser.save_pretrained(partial / "unet")
+            forget_origin(partial)
         else:
             _save_lora(denoiser, DISTILLED, partial / LORA_FILE)
         if settings is not None and conditioned:
@@ -189,11 +205,17 @@ def load_student(base: Base, folder: Path | str) -> Student:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """What student.json in `folder` says. Raises FileNotFoundError where there is none."""
+    """What student.json in `folder` says.
+
+    Raises FileNotFoundError where there is none, CheckpointError for one that is damaged.
+    """
     file = folder / DESCRIPTION_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no student: no {DESCRIPTION_FILE}; name a finished student's folder")
-    return read_json(file)
+    described = read_json(file, family=str, prediction_type=str, segments=int, conditioned=bool, adapter=dict)
+    if not 1 <= described["segments"] <= NUM_SEGMENTS:
+        raise CheckpointError(f"{file}: segments must be 1 to {NUM_SEGMENTS}, is {described['segments']}")
+    return described
 
 
 def load_published_lora(base: Base, path: Path | str, alpha: float = 8.0) -> UNet2DConditionModel:
@@ -202,9 +224,12 @@ def load_published_lora(base: Base, path: Path | str, alpha: float = 8.0) -> UNe
     Rank and modules are read from the tensors; `alpha` is PEFT's default of 8, which their code trains and loads with
     (diffusers would take alpha = rank, eight times too strong at rank 64).
     """
-    tensors = {key.removeprefix("base_model.model."): value for key, value in load_file(path).items()}
+    tensors = {key.removeprefix("base_model.model."): value for key, value in read_tensors(Path(path)).items()}
     modules = sorted({key.rpartition(".lora_")[0] for key in tensors})
-    rank = tensors[f"{modules[0]}.lora_A.weight"].shape[0]
+    first = tensors.get(f"{modules[0]}.lora_A.weight") if modules else None
+    if first is None or first.ndim < 2:
+        raise ValueError(f"{path}: its tensors are not a LoRA's, named as PEFT names them")
+    rank = first.shape[0]
     denoiser = _denoiser(base.denoiser, condition=False, shared=True)
     settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)
     return _fill_lora(_with_lora(denoiser, settings), DISTILLED, tensors, path)
@@ -247,14 +272,19 @@ def _load_denoiser(
 
 
 def _load_distilled(base: Base, folder: Path, described: dict[str, Any], condition: bool) -> UNet2DConditionModel:
-    if described["adapter"]["kind"] == "full":
+    if described["adapter"].get("kind") == "full":
+        for path in sorted((folder / "unet").glob("*.safetensors")):
+            read_shapes(path)  # a damaged file is told by its name
         loaded = UNet2DConditionModel.from_pretrained(
             folder / "unet", local_files_only=True, use_safetensors=True, dtype=torch.float32
         )
         return _denoiser(loaded.to(base.device), condition, shared=True).requires_grad_(True)
     denoiser = _denoiser(base.denoiser, condition, shared=True)
     if described["conditioned"]:
-        denoiser.load_state_dict(load_file(folder / CONDITIONING_FILE), strict=False)
+        projection = read_tensors(folder / CONDITIONING_FILE)
+        if misfits(projection, {TARGET_TIME_KEY: denoiser.time_embedding.cond_proj.weight}):
+            raise ValueError(f"{folder / CONDITIONING_FILE} is not the target time's projection of this teacher")
+        denoiser.load_state_dict(projection, strict=False)
     settings, tensors = read_lora(folder / LORA_FILE)
     return _fill_lora(_with_lora(denoiser, settings), DISTILLED, tensors, folder)
 
@@ -318,10 +348,8 @@ def _fill_lora(
 
     Raises ValueError unless `tensors` are the adapter's, and all of them.
     """
-    expected = set(get_peft_model_state_dict(denoiser, adapter_name=name))
-    if odd := expected ^ set(tensors):
-        example = sorted(odd)[0]
-        raise ValueError(f"{source}: {len(odd)} LoRA tensors do not fit the teacher's denoiser, for example {example}")
+    if odd := misfits(tensors, get_peft_model_state_dict(denoiser, adapter_name=name)):
+        raise ValueError(f"{source}: {len(odd)} LoRA tensors do not fit the teacher's denoiser, for example {odd[0]}")
     set_peft_model_state_dict(denoiser, tensors, adapter_name=name)
     return denoiser
 
@@ -345,8 +373,34 @@ def _save_lora(denoiser: UNet2DConditionModel, name: str, file: Path) -> None:
 
 
 def read_lora(path: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Configuration and tensors of a LoRA file as `save_student` and diffusers write it."""
+    """Configuration and tensors of a LoRA file as `save_student` and diffusers write it.
+
+    Raises CheckpointError for a file that is damaged, or whose header asks for what its tensors are not.
+    """
+    tensors = {key.removeprefix("unet."): value for key, value in read_tensors(path).items()}
     with safe_open(path, "pt") as file:
-        header = json.loads(file.metadata()[METADATA_KEY])
-    settings = LoraConfig(**{key.removeprefix("unet."): value for key, value in header.items()})
-    return settings, {key.removeprefix("unet."): value for key, value in load_file(path).items()}
+        header = (file.metadata() or {}).get(METADATA_KEY, "")
+    try:
+        stated = {key.removeprefix("unet."): value for key, value in dict(parse_json(header)).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its header holds no configuration of PEFT's: {error}") from error
+    settings = _settings_in(stated, path)
+    ranks = {value.shape[0] for key, value in tensors.items() if key.endswith(".lora_A.weight") and value.ndim}
+    if ranks != {settings.r}:
+        raise CheckpointError(f"{path}: r is {settings.r}, its tensors have rank {', '.join(map(str, sorted(ranks)))}")
+    return settings, tensors
+
+
+def _settings_in(stated: dict[str, Any], path: Path) -> LoraConfig:
+    """Rank, alpha and modules of a configuration; with anything else that is set, PEFT would import modules by name,
+    fetch weights or match regular expressions: it is refused."""
+    rank, alpha, modules = (stated.get(key) for key in ("r", "lora_alpha", "target_modules"))
+    usual = LoraConfig().to_dict() | {"r": rank, "lora_alpha": alpha, "target_modules": modules}
+    odd = sorted(key for key, value in stated.items() if key not in DESCRIPTIVE and value != usual.get(key))
+    if odd:
+        raise CheckpointError(f"{path}: its header sets {', '.join(odd)}; read are r, lora_alpha and target_modules")
+    if type(rank) is not int or type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise CheckpointError(f"{path}: r and lora_alpha must be numbers, are {rank!r} and {alpha!r}")
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise CheckpointError(f"{path}: target_modules must be a list of names, is {reprlib.repr(modules)}")
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)

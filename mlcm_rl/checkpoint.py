@@ -4,19 +4,22 @@ import errno
 import hashlib
 import json
 import os
+import reprlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .recipe import Teacher
+from .untrusted import held, parse_json, read_bytes
 
 FORMAT = 1  # of manifest.json; raised when its layout changes
 STATE_FORMAT = 2  # of checkpoints
@@ -86,17 +89,59 @@ def write_json(path: Path, value: object) -> None:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict:
-    """The object in `path`. Raises CheckpointError where it is missing or not JSON."""
+def read_json(path: Path, **kinds: type) -> dict[str, Any]:
+    """The object in `path`; `kinds` are keys that it must have, and what their values must be.
+
+    Raises CheckpointError where it is missing, not such an object, or longer than any that is written here.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not even text
+        found = parse_json(read_bytes(path).decode("utf-8"))
+    except ValueError as error:  # not UTF-8 too
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is damaged: it holds no JSON object")
+    for name, kind in kinds.items():
+        if type(found.get(name)) is not kind:  # True is no number here
+            raise CheckpointError(
+                f"{path} is damaged: {name} must be of type {kind.__name__}, is {reprlib.repr(found.get(name))}"
+            )
     return found
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises CheckpointError where it is missing or damaged."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def load_weights(network: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Give `network` the `tensors` of the file `path` for its own. Raises CheckpointError where they are another's."""
+    if odd := misfits(tensors, network.state_dict()):
+        raise CheckpointError(f"{path}: {len(odd)} tensors do not fit the network, for example {odd[0]}")
+    network.load_state_dict(tensors, assign=True)
+
+
+def misfits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """The names that only one of two sets of tensors has, or under which their shapes differ."""
+    shapes = [{name: value.shape for name, value in tensors.items()} for tensors in (found, expected)]
+    return sorted(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name))
+
+
+def read_shapes(path: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors in a safetensors file, from its header. Raises CheckpointError as `read_tensors`."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    try:
+        with safe_open(path, "pt") as file:  # compares the header with the file's size
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -153,6 +198,27 @@ def _hash_of_files(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> st
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
+# ---- what others may read ----
+
+
+def public(value: Any) -> Any:
+    """`value` for others to read: of paths that only this machine has, and that may name its user, the last part."""
+    if isinstance(value, dict):
+        return {key: public(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(one) for one in value]
+    path = Path(value) if isinstance(value, str) else Path()
+    return path.name if path.is_absolute() or ".." in path.parts else value
+
+
+def forget_origin(folder: Path) -> None:
+    """Take the place that diffusers loaded each part from out of the configurations under `folder`."""
+    for path in [*folder.rglob("model_index.json"), *folder.rglob("*config.json")]:
+        content = read_json(path)
+        if content.pop("_name_or_path", None) is not None:
+            write_json(path, content)
+
+
 # ---- finished stages ----
 
 # Not results, or checked elsewhere: store.json holds the checksums of a store's shards, and its reader compares them.
@@ -184,7 +250,7 @@ def verify(folder: Path) -> dict:
 
     Raises CheckpointError naming the first file that is missing or differs from what was written.
     """
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_json(folder / "manifest.json", files=dict)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder} was written in format {manifest.get('format')}, this version reads {FORMAT}: "
@@ -193,7 +259,7 @@ def verify(folder: Path) -> dict:
     if manifest.pop("seal", None) not in (None, _seal(manifest)):  # older ones have none
         raise CheckpointError(f"{folder}/manifest.json is damaged: delete {folder} to run the stage again")
     for name, expected in manifest["files"].items():
-        path = folder / name
+        path = held(folder, name, folder / "manifest.json")
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: delete {folder} to run the stage again")
         if sha256(path) != expected:
@@ -236,14 +302,14 @@ def load_state(folder: Path) -> tuple[int, dict[str, Tensor], dict] | None:
         whole = next((path for path in reversed(found[:-1]) if not damage(path)), None)
         instead = f"the one before it, {whole.name}" if whole else "the start of the stage, since no other is whole"
         raise CheckpointError(f"{found[-1]} is damaged ({wrong}): `mlcm run --skip-damaged` goes on from {instead}")
-    state = read_json(found[-1] / "state.json")
-    return state["step"], load_file(found[-1] / "state.safetensors"), state["record"]
+    state = read_json(found[-1] / "state.json", step=int, record=dict)
+    return state["step"], read_tensors(found[-1] / "state.safetensors"), state["record"]
 
 
 def damage(path: Path) -> str | None:
     """What is wrong with the checkpoint `path`; None where it is whole."""
     try:
-        state = read_json(path / "state.json")
+        state = read_json(path / "state.json", sha256=str)
     except CheckpointError as error:
         return str(error)
     seal = state.pop("seal", None)

@@ -1,15 +1,26 @@
 """Prompts and captioned pictures, read from plain files. Whatever is wrong is reported with its file and line."""
 
-import json
+import os
 import re
+import struct
+import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from .untrusted import held, parse_json, read_bytes
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # decoded in this process; Pillow has Ghostscript open others
+MAX_PICTURE_BYTES = 2**28
+MAX_PIXELS = 2**26  # 8192 x 8192; 200 MB as RGB
+# What Pillow's decoders raise for damaged files: UnidentifiedImageError is an OSError, a PNG's chunks SyntaxError.
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 
 
@@ -71,14 +82,38 @@ class CaptionedImages:
         return len(self.records)
 
     def _load(self, record: dict, where: str, resolution: int) -> torch.Tensor:
-        path = self.folder / record["file_name"]
-        if not path.is_file():
-            raise ValueError(f"{where}: there is no picture {path}")
-        try:
-            with Image.open(path) as image:
-                return square(image, resolution)
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{where}: {path} is not a readable picture ({error})") from error
+        path = picture_in(self.folder, record["file_name"], where)
+        return square(read_image(path, f"{where}: {path}"), resolution)
+
+
+def picture_in(folder: Path, name: str, where: str) -> Path:
+    """The picture that a record at `where` names. Raises ValueError where it is not a file in `folder`."""
+    path = held(folder, name, where)
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long for the file system
+        raise ValueError(f"{where}: there is no picture {path}")
+    return path
+
+
+def read_image(source: Path | bytes, what: str, upright: bool = False) -> Image.Image:
+    """A picture from a file or from its bytes, decoded; `upright` turns it as its EXIF says.
+
+    Raises ValueError that begins with `what` for one that cannot be read, of another format than FORMATS, of more than
+    MAX_PICTURE_BYTES or MAX_PIXELS: a file of a few bytes may ask for all the memory there is.
+    """
+    try:
+        data = source if isinstance(source, bytes) else read_bytes(source, MAX_PICTURE_BYTES)
+        with warnings.catch_warnings(
+            action="ignore", category=Image.DecompressionBombWarning
+        ):  # the limit here is lower
+            image = Image.open(BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS:,}")
+        image.load()
+        return ImageOps.exif_transpose(image) if upright else image
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{what} is not read: over {MAX_PIXELS:,} pixels") from error
+    except DECODING_ERRORS as error:
+        raise ValueError(f"{what} is not a readable picture ({error})") from error
 
 
 def square(image: Image.Image, resolution: int) -> torch.Tensor:
@@ -93,7 +128,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """("file:number", stripped text) of every line with something on it."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
         where = f"{path}:{number}"
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -107,9 +142,9 @@ def records_of(path: Path) -> Iterator[tuple[str, dict]]:
     """("file:number", object) of every line of a .jsonl file. ValueError with that place for what is not JSON."""
     for where, text in _lines(path):
         try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+            record = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected an object in braces, got {type(record).__name__}")
         yield where, record

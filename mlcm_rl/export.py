@@ -19,7 +19,7 @@ from diffusers import LCMScheduler, TCDScheduler
 from . import adapters, exported_pipeline
 from .adapters import LORA_FILE, Student
 from .bases import Base
-from .checkpoint import replacing
+from .checkpoint import forget_origin, public, replacing
 from .equations.segments import NUM_SEGMENTS, paper_times, sampling_times
 
 PAPER_NUM_TIMES = 1000  # the paper's grids are given for this many
@@ -55,6 +55,7 @@ def export(
         _write_pipeline(base, student, folder)
         for num_steps, source in sorted((snapshots or {}).items()):
             _write_snapshot(base, adapters.load_student(base, source), folder / f"steps-{num_steps}")
+        forget_origin(folder)
         for licence in sorted(Path(base.teacher.path).glob("LICENSE*")):
             shutil.copy(licence, folder)
         (folder / "README.md").write_text(_card(base, student, out.name, card_table, sorted(snapshots or {})))
@@ -123,7 +124,7 @@ def _write_snapshot(base: Base, student: Student, folder: Path) -> None:
 
 def _card(base: Base, student: Student, name: str, table: str | None, snapshots: list[int]) -> str:
     """README.md: what it is, code that runs, grids, measurements, licence."""
-    teacher = _teacher_name(base)
+    teacher = public(base.teacher.path)
     licence = _licence(Path(base.teacher.path))
     sections = [
         _front_matter(teacher, licence),
@@ -217,12 +218,6 @@ def _grids(student: Student, num_times: int) -> str:
         shown = [str(cell) if cell != default or i == 0 else "as default" for i, cell in enumerate(cells)]
         rows.append(f"| {num_steps} | {' | '.join(shown)} |")
     return "\n".join(rows)
-
-
-def _teacher_name(base: Base) -> str:
-    """As the recipe names it; of an absolute path the last part, which means something elsewhere too."""
-    path = Path(base.teacher.path)
-    return path.name if path.is_absolute() else base.teacher.path
 
 
 def _licence(teacher: Path) -> str | None:

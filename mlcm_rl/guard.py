@@ -16,7 +16,7 @@ from .checkpoint import CheckpointError, write_json
 from .data import read_prompts
 from .recipe import Reward, Tuning
 from .rewards import Combined, combine
-from .runtime import console
+from .runtime import console, tell_truncated
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Guard:
         self.rewards = {"trained": rewards, "held_out": combine(stage.guard.rewards, student.base.device, False)}
         path = stage.guard_prompts or stage.prompts
         prompts = tuning.spoken(read_prompts(path), stage.languages, path)[: stage.guard.num_prompts]
+        tell_truncated(student.base, [prompt.prompt for prompt in prompts], path)
         self.batches = [
             tuning.start(student.base, part, seed, stage.kind, "guard", i)
             for i, part in enumerate(tuning.split(prompts, stage.batch_size))

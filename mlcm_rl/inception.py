@@ -17,11 +17,10 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoint import write_tensors
+from .checkpoint import misfits, read_tensors, write_tensors
 
 SIDE = 299  # pixels
 NUM_FEATURES = 2048
@@ -180,7 +179,7 @@ def load(path: Path | str, device: torch.device | str) -> InceptionV3:
     """The network with the weights of a safetensors file, frozen. Raises ValueError for another network's."""
     with torch.device("meta"):
         network = InceptionV3()
-    network.load_state_dict(_checked(load_file(path), network, path), assign=True)
+    network.load_state_dict(_checked(read_tensors(Path(path)), network, path), assign=True)
     return network.to(device).eval().requires_grad_(False)
 
 
@@ -203,10 +202,7 @@ def convert(source: Path | str, out: Path | str) -> None:
 
 
 def _checked(weights: dict[str, Tensor], network: nn.Module, path: Path | str) -> dict[str, Tensor]:
-    expected = {name: value.shape for name, value in network.state_dict().items()}
-    found = {name: value.shape for name, value in weights.items()}
-    odd = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-    if odd:
+    if odd := misfits(weights, network.state_dict()):
         raise ValueError(
             f"{path}: {len(odd)} tensors are not those of FID's Inception, for example {odd[0]}; "
             "`python -m mlcm_rl.inception` converts the published weights"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import inception, judge, metrics, rewards
 from .checkpoint import sha256
-from .data import Prompt
+from .data import Prompt, read_image
 from .recipe import Evaluate
 
 NUM_SUBSETS = 10  # of the prompts, for the standard error of KID
@@ -142,9 +142,6 @@ def real_pictures(folder: Path, side: int, batch_size: int) -> Iterator[Tensor]:
 
 
 def _square(path: Path, side: int) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
-    except OSError as error:
-        raise ValueError(f"real_images: {path} is not a readable picture ({error})") from error
+    image = read_image(path, f"real_images: {path}")
+    square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
     return torch.from_numpy(numpy.asarray(square).copy()).permute(2, 0, 1)

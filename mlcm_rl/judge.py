@@ -4,13 +4,13 @@ It measures (retrieval, KID) and is never trained against: its features carry no
 D features, K concepts, S styles, N reference pictures.
 """
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .checkpoint import CheckpointError, load_weights, read_json, read_tensors
 
 # MobileNetV2 (Sandler et al., arXiv 1801.04381, table 2) up to its twelfth block of six-fold expansion: width, stride.
 BLOCKS = ((24, 2), (24, 1), (32, 2), (32, 1), (32, 1), (64, 2), (64, 1), (64, 1), (64, 1), (96, 1), (96, 1), (96, 1))
@@ -105,13 +105,16 @@ class Judge:
 def load(folder: str | Path, device: torch.device | str = "cpu") -> Judge:
     """Return the judge in `folder`: `config.json`, `judge.safetensors` (half precision), `references.safetensors`.
 
-    The references (K, S, D) hold one real picture per concept and style. Raises FileNotFoundError where a file is
-    missing.
+    The references (K, S, D) hold one real picture per concept and style. Raises CheckpointError where a file is missing
+    or is not a judge's.
     """
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    encoder = PictureEncoder(config["feature_width"])
-    weights = load_file(folder / "judge.safetensors")
-    encoder.load_state_dict({name: weight.float() for name, weight in weights.items()})
-    references = load_file(folder / "references.safetensors")["references"]
+    config = read_json(folder / "config.json", feature_width=int, concepts=list, styles=list)
+    with torch.device("meta"):  # the width is only what a file says: nothing is allocated for it
+        encoder = PictureEncoder(config["feature_width"])
+    weights = read_tensors(folder / "judge.safetensors")
+    load_weights(encoder, {name: weight.float() for name, weight in weights.items()}, folder / "judge.safetensors")
+    references = read_tensors(folder / "references.safetensors").get("references", torch.empty(0))
+    if references.shape != (len(config["concepts"]), len(config["styles"]), config["feature_width"]):
+        raise CheckpointError(f"{folder / 'references.safetensors'} does not hold a picture per concept and style")
     return Judge(encoder.to(device), references.to(device), config["concepts"], config["styles"])

@@ -7,23 +7,23 @@ from typing import Any
 import datasets
 import pyarrow.parquet
 import torch
-from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from .data import Prompt, guess_language, records_of, square
+from .data import Prompt, guess_language, picture_in, read_image, records_of, square
 
 COLUMNS = ("prompt", "chosen", "rejected")
 INDEX = "metadata.jsonl"
 READ_AT_A_TIME = 32
+MAX_TABLE_BYTES = 2**34  # of a Parquet file, unpacked: it is held in memory
 
 
 class PairTable:
     """The N pairs of a Parquet file or of a folder, their pictures read when they are asked for.
 
     A Parquet file (`Dataset.to_parquet` writes one, hubs keep them) has pictures in its columns `chosen` and
-    `rejected`. A folder has `metadata.jsonl`, one {"prompt": ..., "chosen": file, "rejected": file} a pair, beside the
-    pictures; `mlcm pairs` writes one. Both may have a column `language`, which is else guessed from the script; further
-    columns are left to whoever needs them.
+    `rejected`, or the names of files beside it. A folder has `metadata.jsonl`, one {"prompt": ..., "chosen": file,
+    "rejected": file} a pair, beside the pictures; `mlcm pairs` writes one. Both may have a column `language`, which is
+    else guessed from the script; further columns are left to whoever needs them.
 
     prompts: N of them, in the table's order.
     Raises ValueError with file and row for what cannot be read, FileNotFoundError where there is no such table.
@@ -31,6 +31,7 @@ class PairTable:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.folder = self.path if self.path.is_dir() else self.path.parent
         self.rows, self.places = _from_folder(self.path) if self.path.is_dir() else _from_parquet(self.path)
         if not len(self.rows):
             raise ValueError(f"{self.path}: holds no pairs")
@@ -54,12 +55,12 @@ class PairTable:
             yield torch.stack([self.pictures(i, resolution) for i in part]) / 255
 
     def _picture(self, stored: dict[str, Any] | None, name: str, index: int, resolution: int) -> Tensor:
+        """By the bytes in the table, else by a name beside it; what lies elsewhere is not opened."""
+        place = self.places[index]
         if stored is None:
-            raise ValueError(f"{self.places[index]}: there is no {name} picture")
-        try:
-            return square(datasets.Image().decode_example(stored), resolution)
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{self.places[index]}: {name} is not a readable picture ({error})") from error
+            raise ValueError(f"{place}: there is no {name} picture")
+        source = picture_in(self.folder, stored["path"], place) if stored["bytes"] is None else stored["bytes"]
+        return square(read_image(source, f"{place}: {name}", upright=True), resolution)
 
 
 def _from_folder(folder: Path) -> tuple[datasets.Dataset, list[str]]:
@@ -70,10 +71,10 @@ def _from_folder(folder: Path) -> tuple[datasets.Dataset, list[str]]:
         for name in COLUMNS:
             if not isinstance(record.get(name), str):
                 raise ValueError(f"{where}: {name} must be text, got {record.get(name)!r}")
+        _prompt(record["prompt"], record.get("language"), where)
         for name in COLUMNS[1:]:
-            if not (folder / record[name]).is_file():
-                raise ValueError(f"{where}: there is no picture {folder / record[name]}")
-            columns[name].append(str(folder / record[name]))
+            picture_in(folder, record[name], where)
+            columns[name].append(record[name])
         columns["prompt"].append(record["prompt"])
         columns["language"].append(record.get("language"))
         places.append(where)
@@ -85,15 +86,24 @@ def _from_parquet(path: Path) -> tuple[datasets.Dataset, list[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
     try:
-        rows = datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(path)))
-    except pyarrow.ArrowInvalid as error:
+        file = pyarrow.parquet.ParquetFile(path)
+        size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+        if size > MAX_TABLE_BYTES:
+            raise ValueError(f"it unpacks to {size:,} bytes, over {MAX_TABLE_BYTES:,}: split it into smaller tables")
+        names = file.schema_arrow.names
+        for name in COLUMNS:
+            if name not in names:
+                raise ValueError(f"there is no column {name}; it has {', '.join(names)}")
+        table = file.read([name for name in names if name in (*COLUMNS, "language")], use_threads=False)
+        table.validate(full=True)
+        rows = datasets.Dataset(datasets.table.InMemoryTable(table.replace_schema_metadata(None)))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path}: pairs are read from a Parquet file or a folder with {INDEX}: {error}") from error
-    for name in COLUMNS:
-        if name not in rows.column_names:
-            raise ValueError(f"{path}: there is no column {name}; it has {', '.join(rows.column_names)}")
     for name in COLUMNS[1:]:
         feature = rows.features[name]
-        if not isinstance(feature, datasets.Image) and feature != datasets.Value("binary"):
+        stored = feature.get("bytes") if isinstance(feature, dict) else feature
+        kinds = ("binary", "large_binary", *["null"] * isinstance(feature, dict))  # null where all are but named
+        if stored not in map(datasets.Value, kinds):
             raise ValueError(f"{path}: the column {name} holds {feature}, not pictures")
     return rows, [f"{path}: row {i}" for i in range(len(rows))]
 

@@ -3,14 +3,15 @@
 import platform
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import torch
+from pydantic import ValidationError
 
 from . import (
     __version__,
@@ -36,7 +37,8 @@ from .plan import PlannedStage, Sizes, network_evaluations, planned_stages
 from .recipe import Distill, Evaluate, Recipe, Reward, Stage, TrainTeacher, Tuning
 from .rewards import build, refuse_unread
 from .rows import tuned_from
-from .runtime import NonFiniteLoss, StoppedBeforeUpdate, commit, console, device_of, generator
+from .runtime import NonFiniteLoss, StoppedBeforeUpdate, commit, console, device_of, generator, tell_truncated
+from .untrusted import held, is_unicode
 
 __all__ = [
     "Located",
@@ -57,6 +59,15 @@ PEOPLES_ERRORS = (CheckpointError, NonFiniteLoss, OSError, ValueError)  # their 
 
 class RunError(Exception):
     """A run failed; the message says which stage, where and why, for people."""
+
+
+@contextmanager
+def _worded(command: str) -> Iterator[None]:
+    """What people can mend raises RunError that begins with `command`."""
+    try:
+        yield
+    except PEOPLES_ERRORS as error:
+        raise RunError(f"{command}: {said(error)}") from error
 
 
 def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
@@ -83,15 +94,13 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
     return done
 
 
+@_worded("plan")
 def plan(recipe: Recipe, memory: bool = False) -> list[PlannedStage]:
     """What `run` would do now, stage by stage, with the `memory` of what is to do where that is asked for.
 
     Raises RunError for files that are named and missing.
     """
-    try:
-        return planned_stages(recipe, device_of(recipe.device).type if memory else None)
-    except PEOPLES_ERRORS as error:
-        raise RunError(f"plan: {error}") from error
+    return planned_stages(recipe, device_of(recipe.device).type if memory else None)
 
 
 def said(error: Exception) -> str:
@@ -103,9 +112,10 @@ def said(error: Exception) -> str:
 
 def refuse_another(found: Located, manifest: dict) -> None:
     """Raise CheckpointError where a finished folder is of another stage than the one that it is named for."""
-    if manifest["fingerprint"] != found.fingerprint:
+    if manifest.get("fingerprint") != found.fingerprint:
+        other = f"{manifest.get('kind')}-{manifest.get('fingerprint')}"
         raise CheckpointError(
-            f"{found.folder} holds stage {manifest['kind']}-{manifest['fingerprint']}, which another teacher, recipe "
+            f"{found.folder} holds stage {other}, which another teacher, recipe "
             "or seed made: delete the folder to run the stage again"
         )
 
@@ -226,15 +236,17 @@ def _link(link: Path, folder: Path) -> None:
 def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
     """The latest finished stage of one of `kinds` in `run_folder`: a recipe's folder of links, or the stage itself.
 
-    Raises RunError where there is none.
+    Raises RunError where there is none, CheckpointError where its files are not what was written.
     """
     candidates = [run_folder, *sorted(run_folder.glob("[0-9]*-*"), reverse=True)]
     for folder in candidates:
-        if is_finished(folder) and read_json(folder / "manifest.json")["kind"] in kinds:
+        if is_finished(folder) and read_json(folder / "manifest.json", kind=str)["kind"] in kinds:
+            verify(folder)
             return folder.resolve()
     raise RunError(f"{run_folder} holds no finished {' or '.join(kinds)} stage; `mlcm run` the recipe first")
 
 
+@_worded("sample")
 def sample(
     run_folder: Path, prompts: list[str], num_steps: int, seed: int, gamma: float | None, out: Path
 ) -> list[Path]:
@@ -242,9 +254,12 @@ def sample(
 
     Without `gamma` they are drawn at what the student was tuned under, or what suits it.
     """
+    if not all(map(is_unicode, prompts)):
+        raise ValueError("a prompt holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
     folder = find_stage(run_folder, STUDENTS)
     recipe = _recipe_of(folder)
     base = bases.load(recipe.teacher, device_of(recipe.device))
+    tell_truncated(base, prompts, "--prompt")
     student = adapters.load_student(base, folder / "student")
     times = sampling_times(num_steps, 1 if student.conditioned else student.num_segments)
     generators = [generator(seed, "sample", i) for i in range(len(prompts))]
@@ -260,6 +275,7 @@ def sample(
     return [pictures.save_png(pictures.to_pil(image), out / name) for image, name in zip(images, names, strict=True)]
 
 
+@_worded("pairs")
 def pairs(
     run_folder: Path,
     prompts: Path,
@@ -275,20 +291,19 @@ def pairs(
     """Write a pair table of samples of a run's last student, ranked by a reward; returns pairs kept and prompts."""
     folder = find_stage(run_folder, STUDENTS)
     recipe = _recipe_of(folder)
-    student = read_json(folder / "manifest.json")["fingerprint"]
-    try:
-        read = read_prompts(prompts)[:num_prompts]
-        asked = ranking.Asked(student, sha256(prompts), reward, num_generations, num_steps, min_margin, seed)
-        device = device_of(recipe.device)
-        model = build(Reward(name=reward), device)
-        refuse_unread(model, reward, {prompt.language for prompt in read})
-        base = bases.load(recipe.teacher, device)
-        loaded = adapters.load_student(base, folder / "student")
-        return ranking.make_pairs(asked, base, loaded, model, read, out, batch_size), len(read)
-    except PEOPLES_ERRORS as error:
-        raise RunError(f"pairs: {error}") from error
+    student = read_json(folder / "manifest.json", fingerprint=str)["fingerprint"]
+    read = read_prompts(prompts)[:num_prompts]
+    asked = ranking.Asked(student, sha256(prompts), reward, num_generations, num_steps, min_margin, seed)
+    device = device_of(recipe.device)
+    model = build(Reward(name=reward), device)
+    refuse_unread(model, reward, {prompt.language for prompt in read})
+    base = bases.load(recipe.teacher, device)
+    tell_truncated(base, [prompt.prompt for prompt in read], str(prompts))
+    loaded = adapters.load_student(base, folder / "student")
+    return ranking.make_pairs(asked, base, loaded, model, read, out, batch_size), len(read)
 
 
+@_worded("pairs")
 def pairs_by_hand(
     run_folder: Path,
     prompts: Path,
@@ -311,21 +326,20 @@ def pairs_by_hand(
         ) from error
     folder = find_stage(run_folder, STUDENTS)
     recipe = _recipe_of(folder)
-    student = read_json(folder / "manifest.json")["fingerprint"]
-    try:
-        read = read_prompts(prompts)[:num_prompts]
-        asked = ranking.Asked(student, sha256(prompts), ranking.BY_HAND, 2, num_steps, 0.0, seed)
-        choices = labels.Choices(asked, read, out)
-        if labels.num_drawn(read, out) < len(read):
-            base = bases.load(recipe.teacher, device_of(recipe.device))
-            labels.draw(asked, base, adapters.load_student(base, folder / "student"), read, out, batch_size)
-        if len(choices.made()) < len(choices):
-            label_page.serve(choices, port)
-        return len(choices.rows()), len(read)
-    except PEOPLES_ERRORS as error:
-        raise RunError(f"pairs: {error}") from error
+    student = read_json(folder / "manifest.json", fingerprint=str)["fingerprint"]
+    read = read_prompts(prompts)[:num_prompts]
+    asked = ranking.Asked(student, sha256(prompts), ranking.BY_HAND, 2, num_steps, 0.0, seed)
+    choices = labels.Choices(asked, read, out)
+    if labels.num_drawn(read, out) < len(read):
+        base = bases.load(recipe.teacher, device_of(recipe.device))
+        tell_truncated(base, [prompt.prompt for prompt in read], str(prompts))
+        labels.draw(asked, base, adapters.load_student(base, folder / "student"), read, out, batch_size)
+    if len(choices.made()) < len(choices):
+        label_page.serve(choices, port)
+    return len(choices.rows()), len(read)
 
 
+@_worded("evaluate")
 def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[int] | None = None) -> Path:
     """Evaluate the student of a run as its recipe's own evaluate stage would, or with other prompts and steps.
 
@@ -340,21 +354,20 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
         )
     changes = {"num_prompts": num_prompts, "num_steps": num_steps, "students": "last"}
     stage = stages[-1].model_copy(update={name: value for name, value in changes.items() if value is not None})
-    distilled = read_json(folder / "manifest.json")["parents"].get("distill")  # of a tuned student, to compare with
-    folders = [folder.parent / distilled, folder] if distilled else [folder]
+    file = folder / "manifest.json"
+    distilled = read_json(file, parents=dict)["parents"].get("distill")  # of a tuned student, to compare with
+    folders = [held(folder.parent, distilled, file), folder] if distilled else [folder]
     if any(reward.is_of_this_recipe for reward in stage.reward_models):
         folders.append(find_stage(run_folder, ("train_reward",)))
-    manifests = [read_json(one / "manifest.json") for one in folders]
+    manifests = [read_json(one / "manifest.json", kind=str, fingerprint=str) for one in folders]
     done = [Located(kept["kind"], kept["fingerprint"], one) for kept, one in zip(manifests, folders, strict=True)]
-    try:
-        found = locate(stage, recipe, done)
-        if not is_finished(found.folder):
-            _run_stage(stage, recipe, done, found)
-    except PEOPLES_ERRORS as error:
-        raise RunError(f"evaluate: {error}") from error
+    found = locate(stage, recipe, done)
+    if not is_finished(found.folder):
+        _run_stage(stage, recipe, done, found)
     return found.folder
 
 
+@_worded("export")
 def export(run_folder: Path, out: Path) -> Path:
     """Write the student of a run as a folder that stock diffusers opens, with its phases' snapshots and a card."""
     folder = find_stage(run_folder, STUDENTS)
@@ -365,10 +378,7 @@ def export(run_folder: Path, out: Path) -> Path:
         described = adapters.describe(path)
         if not described["conditioned"] and described["segments"] > 1:
             snapshots[described["segments"]] = path
-    try:
-        return write_export(folder / "student", base, out, _card_table(run_folder), snapshots)
-    except PEOPLES_ERRORS as error:
-        raise RunError(f"export: {error}") from error
+    return write_export(folder / "student", base, out, _card_table(run_folder), snapshots)
 
 
 def _card_table(run_folder: Path) -> str | None:
@@ -379,4 +389,12 @@ def _card_table(run_folder: Path) -> str | None:
 
 def _recipe_of(folder: Path) -> Recipe:
     """The recipe that a finished stage was run with, as its manifest keeps it."""
-    return Recipe.model_validate(read_json(folder / "manifest.json")["recipe"])
+    file = folder / "manifest.json"
+    try:
+        return Recipe.model_validate(read_json(file, recipe=dict)["recipe"])
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(map(str, ("recipe", *wrong["loc"])))
+        raise CheckpointError(
+            f"{file} holds a recipe that this version does not read: {key}: {wrong['msg']}"
+        ) from error

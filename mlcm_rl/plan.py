@@ -4,15 +4,13 @@ Evaluations are forward passes of a denoiser on one sample; a guided pass counts
 the teacher's files; what a stage needs of memory is found in memory.py, which takes seconds a stage.
 """
 
-import json
-import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from .adapters import default_gamma
 from .bases import LORA_TARGETS
-from .checkpoint import CheckpointError, is_finished, read_json
+from .checkpoint import CheckpointError, is_finished, read_json, read_shapes
 from .fingerprint import STUDENTS, Located, locate
 from .memory import PARTS, Memory, of_stage
 from .recipe import (
@@ -152,8 +150,11 @@ class Sizes:
         if not self.folder.is_dir():
             raise CheckpointError(f"plan reads a teacher's headers: {self.folder} is not a local folder")
         self.parts = {part.name: shapes(part) for part in sorted(self.folder.iterdir()) if part.is_dir()}
-        unet = read_json(self.folder / "unet" / "config.json")
-        factor = 2 ** (len(read_json(self.folder / "vae" / "config.json")["block_out_channels"]) - 1)
+        unet = read_json(
+            self.folder / "unet" / "config.json", sample_size=int, in_channels=int, cross_attention_dim=int
+        )
+        vae = read_json(self.folder / "vae" / "config.json", block_out_channels=list)
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
         side = recipe.teacher.resolution // factor if recipe.teacher.resolution else unet["sample_size"]
         self.latent = unet["in_channels"] * side * side
         self.pixels = (side * factor) ** 2
@@ -177,7 +178,7 @@ class Sizes:
         others = sum(self.weights(part) for part in self.parts if part not in PARTS)
         needed = others * BYTES[self.recipe.teacher.dtype]
         if isinstance(stage, Evaluate):
-            measuring = shapes_in(Path(stage.inception)) if stage.inception else {}
+            measuring = read_shapes(Path(stage.inception)) if stage.inception else {}
             measuring |= shapes(Path(stage.clip)) if stage.clip else {}
             needed += 4 * sum(map(prod, measuring.values()))
         return of_stage(stage, self.recipe, needed, self.distilled(stage), kind)
@@ -190,7 +191,8 @@ class Sizes:
     def disk(self, stage: Stage) -> int:
         """Bytes of what the stage keeps, and of its newest checkpoints while it runs."""
         if isinstance(stage, Trajectories):
-            num_tokens = read_json(self.folder / "tokenizer" / "tokenizer_config.json")["model_max_length"]
+            tokenizer = self.folder / "tokenizer" / "tokenizer_config.json"
+            num_tokens = read_json(tokenizer, model_max_length=int)["model_max_length"]
             row = (stage.num_steps + 2) * self.latent + num_tokens * self.context_width
             return (stage.num_trajectories + stage.num_held_out) * row * BYTES[stage.dtype]
         if isinstance(stage, TrainTeacher):
@@ -214,13 +216,5 @@ def shapes(folder: Path) -> dict[str, list[int]]:
     """Shapes of the tensors in a folder's safetensors files, read off their headers."""
     found: dict[str, list[int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found |= shapes_in(path)
+        found |= read_shapes(path)
     return found
-
-
-def shapes_in(path: Path) -> dict[str, list[int]]:
-    """Shapes of the tensors in a safetensors file."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}

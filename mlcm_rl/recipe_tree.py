@@ -18,9 +18,13 @@ from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 from ruamel.yaml.nodes import Node as YamlNode
 from ruamel.yaml.reader import ReaderError
 
+from .untrusted import read_bytes
+
 Key = tuple[str | int, ...]
 
 MAX_DEPTH = 40
+MAX_NODES = 10_000  # the longest recipe of the tree has two hundred
+MAX_BYTES = 2**20
 _TAG = "tag:yaml.org,2002:"
 _READ_AS_TEXT = (_TAG + "str", _TAG + "timestamp", _TAG + "merge")
 _NUMBERS_AND_WORDS = (_TAG + "int", _TAG + "float", _TAG + "bool", _TAG + "null")
@@ -180,6 +184,7 @@ class _Converter:
     def __init__(self, yaml: YAML, file: str, override: str):
         self.yaml, self.file, self.override = yaml, file, override
         self.problems: list[Problem] = []
+        self.num_nodes = 0
 
     def convert(self, node: YamlNode, key: Key, parents: tuple[YamlNode, ...]) -> Node:
         place = self._place_of(node)
@@ -188,6 +193,11 @@ class _Converter:
             return Node(None, place)
         if len(parents) > MAX_DEPTH:
             self._complain(key, place, "nested too deeply to be a recipe")
+            return Node(None, place)
+        self.num_nodes += 1
+        if self.num_nodes > MAX_NODES:  # aliases of aliases grow a few lines to more than any memory holds
+            if self.num_nodes == MAX_NODES + 1:
+                self._complain(key, place, f"more than {MAX_NODES:,} values, aliases written out: no recipe is so long")
             return Node(None, place)
         if isinstance(node, MappingNode) and node.tag == _TAG + "map":
             return Node(self._mapping(node, key, (*parents, node)), place)
@@ -237,7 +247,9 @@ def _tag_name(node: YamlNode) -> str:
 
 def _text(path: Path) -> str:
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, MAX_BYTES)
+    except ValueError as error:  # too long, or a NUL in the name
+        raise RecipeError([Problem((), str(error), file=str(path))]) from error
     except FileNotFoundError as error:
         problem = Problem((), "no such file", nearest_file(path, "*.y*ml"), file=str(path))
         raise RecipeError([problem]) from error

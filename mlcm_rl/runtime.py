@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -17,10 +18,12 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import checkpoint, distributed, engines, replays, signals
+from .bases import Base
 from .recipe import Recipe, Training
 
 if not torch.cuda.is_available():
@@ -116,6 +119,25 @@ class Bar:
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
+
+
+@cache
+def say_once(text: str) -> None:
+    """A line that several stages of a run would repeat."""
+    console.print(Text(text), soft_wrap=True)
+
+
+def tell_truncated(base: Base, prompts: list[str], source: str) -> None:
+    """Say how many of the `prompts` in `source` are longer than the teacher reads, and which is the longest."""
+    counts = base.count_tokens(prompts)
+    num_longer = sum(count > base.num_tokens for count in counts)
+    if num_longer:
+        longest = counts.index(max(counts))
+        say_once(
+            f"{source}: {num_longer} of {len(prompts)} prompts are longer than the {base.num_tokens} tokens that the "
+            f"teacher reads; their ends are not seen. The longest is number {longest + 1}, "
+            f"of {counts[longest]} tokens: {prompts[longest][:40]!r}"
+        )
 
 
 # ---- devices ----

@@ -40,7 +40,8 @@ def of_student(folder: Path) -> TrainingCost:
     Raises CheckpointError where the stage's folder has no manifest: it is not finished.
     """
     snapshot = folder.parent.name == "snapshots"
-    manifest = read_json((folder.parent.parent if snapshot else folder.parent) / "manifest.json")
+    stage = folder.parent.parent if snapshot else folder.parent
+    manifest = read_json(stage / "manifest.json", recipe=dict, stage=dict, parents=dict)
     recipe = Recipe.model_validate(manifest["recipe"])
     num_phases = int(folder.name.split("-")[1]) + 1 if snapshot else None
     return of_stage(recipe, _position(recipe, manifest), num_phases)

@@ -5,17 +5,18 @@ time to index 0, `x0` (n, C, H, W), the last step's own estimate of the clean la
 the prompts' conditioning. `store.json` says how they were made and holds every shard's sha256.
 """
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
 from . import distributed
 from .bases import Conditioning
-from .checkpoint import CheckpointError, read_json, sha256, write_json, write_tensors
+from .checkpoint import CheckpointError, read_json, read_shapes, read_tensors, sha256, write_json, write_tensors
 
 FORMAT = 1  # of the files
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -32,8 +33,8 @@ class Provenance:
     grid: list[int]
     guidance_scale: float
     prompts_hash: str
-    num_trajectories: int
-    num_held_out: int
+    num_trajectories: NonNegativeInt
+    num_held_out: NonNegativeInt
     seed: int
     dtype: str
     maths: int
@@ -58,8 +59,7 @@ class Writer:
 
     def missing(self) -> list[range]:
         """The index ranges of the shards still to write."""
-        ranges = [range(i, min(i + self.shard_size, self.total)) for i in range(0, self.total, self.shard_size)]
-        return [indices for indices in ranges if not self._is_whole(indices)]
+        return [indices for indices in shard_ranges(self.total, self.shard_size) if not self._is_whole(indices)]
 
     def write(self, indices: range, states: Tensor, x0: Tensor, conditioning: Conditioning) -> None:
         """One shard: states (n, steps + 1, C, H, W), x0 (n, C, H, W), conditioning (n, ...). `record_shards` tells."""
@@ -92,26 +92,47 @@ class Store:
 
     def __init__(self, folder: Path, expected: Provenance | None = None):
         self.folder = folder
-        record = read_record(folder / "store.json")
+        path = folder / "store.json"
+        record = read_record(path)
         if expected is not None:
-            refuse_mismatch(folder / "store.json", record["provenance"], expected)
-        self.provenance = Provenance(**record["provenance"])
+            refuse_mismatch(path, record["provenance"], expected)
+        self.provenance = read_provenance(record["provenance"], path)
         if self.provenance.format != FORMAT:
             raise CheckpointError(f"{folder}: written in format {self.provenance.format}, this version reads {FORMAT}")
         self.grid = self.provenance.grid
         self.num_trajectories, self.num_held_out = self.provenance.num_trajectories, self.provenance.num_held_out
         self.shard_size = record["shard_size"]
-        for name, checksum in record["shards"].items():
-            if not (folder / name).is_file() or sha256(folder / name) != checksum:
+        self._names = self._verified(record["shards"])
+
+    def _verified(self, checksums: dict[str, str]) -> list[str]:
+        """The shards' names, in order; all must be there, unchanged, and hold what the store says."""
+        total = self.num_trajectories + self.num_held_out
+        if -(-total // self.shard_size) != len(checksums):  # before a range of as many as it says is gone through
+            raise CheckpointError(
+                f"{self.folder / 'store.json'} is damaged: {total} trajectories in shards of {self.shard_size} "
+                f"are not {len(checksums)} shards"
+            )
+        expected = None
+        ranges = shard_ranges(total, self.shard_size)
+        for indices in ranges:
+            path = self.folder / shard_name(indices)
+            if not path.is_file() or sha256(path) != checksums.get(path.name):
                 raise CheckpointError(
-                    f"{folder / name} is missing or damaged: delete it and {folder / 'manifest.json'}, and the same "
+                    f"{path} is missing or damaged: delete it and {self.folder / 'manifest.json'}, and the same "
                     "command makes it again"
                 )
-        self._names = sorted(record["shards"])
+            shapes = {name: tuple(shape) for name, shape in read_shapes(path).items()}
+            found = {name: shape[1:] for name, shape in shapes.items()}
+            expected = expected or found
+            num_rows = {shape[:1] for shape in shapes.values()}
+            whole = found.get("states", ())[:1] == (len(self.grid),) and "x0" in found
+            if not whole or found != expected or num_rows != {(len(indices),)}:
+                raise CheckpointError(f"{path} does not hold {len(indices)} trajectories of {len(self.grid)} states")
+        return [shard_name(indices) for indices in ranges]
 
     @cached_property
     def _shards(self) -> list[dict[str, Tensor]]:
-        return [load_file(self.folder / name) for name in self._names]
+        return [read_tensors(self.folder / name) for name in self._names]
 
     @cached_property
     def held_out(self) -> range:
@@ -138,16 +159,31 @@ class Store:
         return torch.stack(rows).float()
 
 
-def read_record(path: Path) -> dict:
-    """What store.json says. Raises CheckpointError where that is not what a store says of itself."""
-    record = read_json(path)
-    if not {"provenance", "shard_size", "shards"} <= record.keys():
-        raise CheckpointError(f"{path} is damaged: it describes no store; delete {path.parent} to make it again")
-    return record
+def shard_ranges(total: int, size: int) -> list[range]:
+    """The trajectories of every shard, `size` each but for the last."""
+    return [range(i, min(i + size, total)) for i in range(0, total, size)]
 
 
 def shard_name(indices: range) -> str:
     return f"shard-{indices.start:07d}.safetensors"
+
+
+def read_record(path: Path) -> dict:
+    """What store.json says. Raises CheckpointError where it is missing or damaged."""
+    record = read_json(path, provenance=dict, shard_size=int, shards=dict)
+    if record["shard_size"] < 1:
+        raise CheckpointError(f"{path} is damaged: shard_size is {record['shard_size']}")
+    return record
+
+
+def read_provenance(stated: dict, path: Path) -> Provenance:
+    """`stated` in the file `path` as a Provenance. Raises CheckpointError for a field that is missing or wrong."""
+    try:
+        return TypeAdapter(Provenance).validate_json(json.dumps(stated), strict=True)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(map(str, ("provenance", *wrong["loc"])))
+        raise CheckpointError(f"{path} is damaged: {key}: {wrong['msg']}") from error
 
 
 def refuse_mismatch(path: Path, found: dict, expected: Provenance) -> None:

@@ -15,7 +15,7 @@ from .bases import Base, Conditioning
 from .data import Prompt, read_prompts
 from .equations.segments import sampling_times
 from .recipe import Recipe, Tuning
-from .runtime import epoch_order, generator
+from .runtime import epoch_order, generator, tell_truncated
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,10 @@ class Scores:
 class Prompts:
     """The prompts of a stage, drawn pass by pass, or by the weights of their languages."""
 
-    def __init__(self, stage: Tuning, seed: int):
+    def __init__(self, stage: Tuning, base: Base, seed: int):
         self.stage, self.seed = stage, seed
         self.prompts = spoken(read_prompts(stage.prompts), stage.languages, stage.prompts)
+        tell_truncated(base, [prompt.prompt for prompt in self.prompts], stage.prompts)
 
     def starts(self, base: Base, step: int, count: int, size: int, copies: int = 1) -> Iterator["Start"]:
         """Starts for the `count` prompts of `step`, each prompt `copies` times in a row, in micro-batches of `size`: of

@@ -6,8 +6,10 @@ A `Conditioning` is what a prompt has become: "context" (B, L, D) and, in famili
 float32 and batch first, so that it can be indexed, concatenated and stored.
 """
 
+import logging
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +21,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
 
+from ..checkpoint import read_json, read_shapes
 from ..equations.prediction import x0_from_prediction
 from ..equations.schedule import Schedule, scaled_linear_betas, vp_schedule
 from ..equations.solver import guided
@@ -66,7 +69,7 @@ def skeleton(teacher: Teacher) -> "Base":
     Read from its configuration files alone: what passes take can be tried on it. Raises as `load` does.
     """
     family: type[Base] = import_module(f"{__name__}.{teacher.family}").Family
-    pipeline = _empty_pipeline(family.pipeline_class, Path(teacher.path))
+    pipeline = _empty_pipeline(family.pipeline_class, teacher)
     for part, dtype in ((pipeline.unet, getattr(torch, teacher.dtype)), (pipeline.vae, torch.float32)):
         torch.nn.Module.to(part, dtype).requires_grad_(False).eval()  # diffusers' own `to` warns without reason
     return family(teacher, torch.device("meta"), pipeline)
@@ -88,12 +91,28 @@ class Base(ABC):
         self.prediction_type: str = scheduler["prediction_type"]
         self.schedule = schedule_of(scheduler).to(device)
         self.resolution, self.latent_shape = _sizes(self.pipeline, teacher)
+        logging.getLogger(self.pipeline_class.__module__).setLevel(logging.ERROR)  # it warns of every long prompt
 
     # Prompts
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """What the family's stock pipeline makes of `prompts` (B of them), under no gradient."""
+
+    @property
+    def _tokenizers(self) -> list[Any]:
+        parts = self.pipeline.components.items()
+        return [part for name, part in parts if name.startswith("tokenizer") and part is not None]
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens of a prompt are read, marks of start and end too."""
+        return min(tokenizer.model_max_length for tokenizer in self._tokenizers)
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens each prompt is, marks of start and end too; what is beyond `num_tokens` is never seen."""
+        counts = [map(len, tokenizer(list(prompts))["input_ids"]) for tokenizer in self._tokenizers]
+        return [max(each) for each in zip(*counts, strict=True)]
 
     def unconditional(self, batch_size: int) -> Conditioning:
         """What the stock pipeline guides away from, `batch_size` times."""
@@ -212,36 +231,47 @@ def _load_pipeline(
     pipeline_class: type[DiffusionPipeline], teacher: Teacher, dtype: torch.dtype, device: torch.device
 ) -> DiffusionPipeline:
     """The frozen pipeline on `device`; its autoencoder in float32, since half precision overflows in SDXL's."""
-    source = {"revision": teacher.revision, "local_files_only": teacher.revision is None}
-    index = _pipeline_index(teacher, source)
-    if index["_class_name"] != pipeline_class.__name__:
+    index = _pipeline_index(teacher)
+    if index.get("_class_name") != pipeline_class.__name__:
         raise ValueError(
-            f"teacher {teacher.path}: its model_index.json is of a {index['_class_name']}, "
+            f"teacher {teacher.path}: its model_index.json is of a {index.get('_class_name')}, "
             f"and family {teacher.family} loads {pipeline_class.__name__}; set teacher.family to match"
         )
     unused = {name: None for name in ("safety_checker", "image_encoder", "feature_extractor") if name in index}
-    _check_components(Path(teacher.path), [name for name in index if name not in unused], index)
-    pipeline = pipeline_class.from_pretrained(
-        teacher.path, dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True, **unused, **source
-    ).to(device)
+    _check_components(teacher, {name: value for name, value in index.items() if name not in unused})
+    precision = {"default": dtype, "vae": torch.float32}
+    pipeline = _local_first(pipeline_class.from_pretrained, teacher, dtype=precision, use_safetensors=True, **unused)
+    pipeline = pipeline.to(device)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     return pipeline
 
 
-def _empty_pipeline(pipeline_class: type[DiffusionPipeline], folder: Path) -> DiffusionPipeline:
+def _empty_pipeline(pipeline_class: type[DiffusionPipeline], teacher: Teacher) -> DiffusionPipeline:
     """The pipeline of a local folder with a denoiser and an autoencoder without data, and nothing else."""
+    folder, index = Path(teacher.path), _pipeline_index(teacher)
+    _check_components(teacher, {name: value for name, value in index.items() if not name.startswith(OTHER_PARTS)})
     with torch.device("meta"):
         parts = {
             name: kind.from_config(kind.load_config(folder / name))
             for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
         }
-    others = {name: None for name in DiffusionPipeline.load_config(folder) if name.startswith(OTHER_PARTS)}
+    others = {name: None for name in index if name.startswith(OTHER_PARTS)}
     return pipeline_class.from_pretrained(folder, local_files_only=True, **parts, **others)
 
 
-def _pipeline_index(teacher: Teacher, source: dict[str, Any]) -> dict[str, Any]:
+def _local_first(read: Callable[..., Any], teacher: Teacher, **settings: Any) -> Any:
+    """`read` of the teacher's files on this machine; the hub is asked only for a pinned revision that is not here."""
+    try:
+        return read(teacher.path, revision=teacher.revision, local_files_only=True, **settings)
+    except OSError:
+        if teacher.revision is None:
+            raise
+    return read(teacher.path, revision=teacher.revision, **settings)
+
+
+def _pipeline_index(teacher: Teacher) -> dict[str, Any]:
     """What model_index.json says, from the folder or from the hub at the pinned revision."""
     folder = Path(teacher.path)
     if teacher.revision is None and not (folder / "model_index.json").is_file():
@@ -249,15 +279,30 @@ def _pipeline_index(teacher: Teacher, source: dict[str, Any]) -> dict[str, Any]:
             f"teacher {teacher.path}: no model_index.json in {folder.resolve()}; "
             "give a folder in diffusers format, or a hub name with a pinned revision"
         )
-    return dict(DiffusionPipeline.load_config(teacher.path, **source))
+    return dict(_local_first(DiffusionPipeline.load_config, teacher))
 
 
-def _check_components(folder: Path, names: list[str], index: dict[str, Any]) -> None:
-    """Raise FileNotFoundError for the parts that a local folder's index names and the folder lacks."""
-    parts = [name for name in names if isinstance(index[name], list) and index[name][0] is not None]
+def _check_components(teacher: Teacher, index: dict[str, Any]) -> None:
+    """Raise ValueError for a part that neither diffusers nor transformers defines: its module would be imported.
+
+    Raises FileNotFoundError for the parts that a local folder's index names and the folder lacks, ValueError for
+    weights that are listed outside it.
+    """
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and value[:1] != [None]}
+    for name, value in parts.items():
+        library, kind = [*map(str, value), "", ""][:2]
+        if library not in ("diffusers", "transformers") or re.match("Auto[A-Z]", kind):  # those run a folder's code
+            raise ValueError(f"teacher {teacher.path}: {name} is a {library}.{kind}; only known classes are loaded")
+    folder = Path(teacher.path)
     missing = [name for name in parts if not (folder / name).is_dir()]
     if folder.is_dir() and missing:
         raise FileNotFoundError(f"teacher {folder}: model_index.json names {', '.join(missing)}, not in the folder")
+    for path in sorted(folder.glob("*/*.safetensors")):
+        read_shapes(path)  # a damaged file is told by its name, before anything is built
+    for path in sorted(folder.glob("*/*.index.json")):
+        shards = read_json(path, weight_map=dict)["weight_map"].values()
+        if climbing := [name for name in shards if not isinstance(name, str) or Path(name).name != name]:
+            raise ValueError(f"{path}: {climbing[0]!r} is not a file beside it")
 
 
 def _sizes(pipeline: DiffusionPipeline, teacher: Teacher) -> tuple[int, tuple[int, int, int]]:

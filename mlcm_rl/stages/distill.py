@@ -14,7 +14,7 @@ from ..equations.averaging import ema_decay, ema_update_
 from ..equations.schedule import snr
 from ..equations.segments import phase_at
 from ..recipe import Distill, Recipe
-from ..runtime import Runtime, generator, rate_factor, set_rate
+from ..runtime import Runtime, generator, rate_factor, set_rate, tell_truncated
 from ..sources import Batch, NoisedData, OnLine, RenoisedSamples, Source, StoredStates
 from ..trajectories import Store
 
@@ -92,15 +92,23 @@ def make_source(
     """The source of points that `stage` names."""
     if stage.method == "inter_segment":
         store = Store(parents["trajectories"]) if stage.renoise == "stored" else None
-        prompts = None if store else [prompt.prompt for prompt in read_prompts(stage.prompts)]
+        prompts = None if store else read_texts(stage, base)
         return RenoisedSamples(stage, base, student, store, prompts, recipe.seed)
     if stage.source == "trajectories":
         return StoredStates(stage, base, Store(parents["trajectories"]), recipe.seed)
     if stage.source == "online":
-        return OnLine(stage, base, [prompt.prompt for prompt in read_prompts(stage.prompts)], recipe.seed)
+        return OnLine(stage, base, read_texts(stage, base), recipe.seed)
     folder = CaptionedImages(stage.images, base.resolution)
+    tell_truncated(base, [text for captions in folder.prompts for text in captions], stage.images)
     latents = [base.encode_images(chunk.to(base.device) / 255).cpu() for chunk in folder.images.split(64)]
     return NoisedData(stage, base, torch.cat(latents), folder.prompts, recipe.seed)
+
+
+def read_texts(stage: Distill, base: Base) -> list[str]:
+    """The prompts of a stage that has the teacher draw."""
+    texts = [prompt.prompt for prompt in read_prompts(stage.prompts)]
+    tell_truncated(base, texts, stage.prompts)
+    return texts
 
 
 def loss(
@@ -169,7 +177,7 @@ def save_student(
         "conditioned": stage.condition_on_target,
         "family": base.family,
         "prediction_type": base.prediction_type,
-        "teacher": recipe.teacher.path,
+        "teacher": checkpoint.public(recipe.teacher.path),
         "teacher_hash": checkpoint.teacher_hash(recipe.teacher),
     }
     adapters.save_student(student, folder, description)

@@ -20,7 +20,7 @@ from ..guard import Guard
 from ..pairs import PairTable
 from ..recipe import Dpo, Recipe
 from ..rewards import Combined, combine
-from ..runtime import Runtime, progress, rate_factor, set_rate
+from ..runtime import Runtime, progress, rate_factor, set_rate, tell_truncated
 
 
 def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
@@ -80,7 +80,7 @@ class OwnPairs:
 
     def __init__(self, stage: Dpo, student: tuning.Student, rewards: Combined, seed: int):
         self.stage, self.student, self.rewards = stage, student, rewards
-        self.prompts = tuning.Prompts(stage, seed)
+        self.prompts = tuning.Prompts(stage, student.base, seed)
 
     def texts(self, step: int) -> list[str]:
         """The prompts of `step`."""
@@ -104,6 +104,7 @@ class StoredPairs:
         self.stage, self.base, self.seed = stage, base, seed
         table = PairTable(stage.pairs)
         self.prompts = tuning.spoken(table.prompts, stage.languages, stage.pairs)
+        tell_truncated(base, [prompt.prompt for prompt in self.prompts], stage.pairs)
         kept = set(self.prompts)
         index = [i for i, prompt in enumerate(table.prompts) if prompt in kept]
         self.x0 = torch.cat([latents.cpu() for latents in self._encoded(table, index)], dim=1)

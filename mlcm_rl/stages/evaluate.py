@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import (
@@ -33,7 +32,7 @@ from .. import (
 )
 from ..adapters import Student
 from ..bases import Base, Conditioning
-from ..checkpoint import read_json, remove, write_json, write_tensors
+from ..checkpoint import read_json, read_tensors, remove, write_json, write_tensors
 from ..data import Prompt, read_prompts
 from ..recipe import Evaluate, Recipe
 from ..rows import Row, entries, student_rows, teacher_rows
@@ -116,6 +115,7 @@ def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
     if len(prompts) < stage.num_prompts:
         raise ValueError(f"{stage.prompts} holds {len(prompts)} prompts, num_prompts asks for {stage.num_prompts}")
     prompts = prompts[: stage.num_prompts]
+    runtime.tell_truncated(base, [prompt.prompt for prompt in prompts], stage.prompts)
     scene = Scene(
         base=base,
         prompts=prompts,
@@ -168,7 +168,7 @@ def finish_row(scene: Scene, row: Row, path: Path) -> None:
 
 def made(scene: Scene, row: Row) -> dict:
     """The record of `row`, by the readings of its batches."""
-    parts = [load_file(batch_path(scene, row, batch)) for batch in scene.batches()]
+    parts = [read_tensors(batch_path(scene, row, batch)) for batch in scene.batches()]
     readings = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     latencies = readings.pop("latency_ms").tolist()
     distances = readings.pop("distance").unflatten(0, (-1, scene.images_per_prompt)).mean(1)
@@ -189,8 +189,8 @@ def draw(scene: Scene, row: Row, student: Student | None, batch: list[Sample]) -
     and so are the reference's latents.
     """
     base = scene.base
-    encoded = [load_file(prompt_path(scene, i), device=str(base.device)) for i, _ in batch]
-    conditioning = {name: torch.stack([one[name] for one in encoded]) for name in encoded[0]}
+    encoded = [read_tensors(prompt_path(scene, i)) for i, _ in batch]
+    conditioning = {name: torch.stack([one[name] for one in encoded]).to(base.device) for name in encoded[0]}
     started = time.perf_counter()
     latents = sample(scene, row, student, batch, conditioning)
     images = base.decode(latents)
@@ -205,7 +205,7 @@ def draw(scene: Scene, row: Row, student: Student | None, batch: list[Sample]) -
     if row.id == scene.reference:
         for path, latent in zip(places, latents, strict=True):
             write_tensors(path, {"latent": latent})
-    reference = torch.stack([load_file(path)["latent"] for path in places])
+    reference = torch.stack([read_tensors(path)["latent"] for path in places])
     return {
         "distance": metrics.squared_distance(latents, reference),
         "latency_ms": torch.full((len(batch),), latency),

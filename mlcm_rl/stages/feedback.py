@@ -31,7 +31,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     rewards = combine(stage.rewards, rt.device, stage.normalise, gather)
     if not rewards.differentiable:
         raise ValueError("rewards: feedback needs rewards with a gradient; dpo and policy take any")
-    prompts = tuning.Prompts(stage, recipe.seed)
+    prompts = tuning.Prompts(stage, base, recipe.seed)
     source = stored_states(stage, base, parents, recipe.seed) if stage.consistency else None
     parameters = adapters.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
@@ -144,7 +144,7 @@ def step_kl(student: tuning.Student, start: tuning.Start, draws: torch.Generator
 
 def stored_states(stage: Feedback, base: Base, parents: dict[str, Path], seed: int) -> StoredStates:
     """The stored trajectories, drawn as the student's own distillation drew them."""
-    manifest = checkpoint.read_json(parents["distill"] / "manifest.json")
+    manifest = checkpoint.read_json(parents["distill"] / "manifest.json", stage=dict)
     distilled = Distill.model_validate(manifest["stage"]).model_copy(update={"batch_size": stage.batch_size})
     return StoredStates(distilled, base, Store(parents["trajectories"]), seed)
 

@@ -26,7 +26,7 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
     start = parents["distill"] / "student"
     student = tuning.load(stage, base, start, recipe.seed)
     rewards = combine(stage.rewards, rt.device, stage.normalise, gather)
-    prompts = tuning.Prompts(stage, recipe.seed)
+    prompts = tuning.Prompts(stage, base, recipe.seed)
     parameters = adapters.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student.denoiser, optimizer)

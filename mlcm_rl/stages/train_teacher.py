@@ -16,7 +16,7 @@ from ..equations.prediction import prediction_from_x0
 from ..equations.schedule import add_noise, snr
 from ..equations.segments import time_grid
 from ..recipe import Recipe, TrainTeacher
-from ..runtime import Runtime, epoch_order, generator, rate_factor, set_rate
+from ..runtime import Runtime, epoch_order, generator, rate_factor, set_rate, tell_truncated
 from ..sampler import sample_teacher
 
 ENCODED_AT_A_TIME = 256
@@ -37,6 +37,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
     trained = rt.prepare(denoiser, optimizer)
     average = {name: value.detach().clone() for name, value in trained.items()}
     captioned = CaptionedImages(stage.images, base.resolution)
+    tell_truncated(base, [text for captions in captioned.prompts for text in captions], stage.images)
     latents = encode_pictures(base, captioned)
     captions = Captions(base, captioned.prompts, stage.prompt_dropout)
 
@@ -158,3 +159,4 @@ def write_teacher(denoiser: nn.Module, recipe: Recipe, folder: Path) -> None:
         shutil.copytree(recipe.teacher.path, temporary, ignore=shutil.ignore_patterns("unet"))
         with adapters.swapped(denoiser, {name: value.half() for name, value in denoiser.named_parameters()}):
             denoiser.save_pretrained(temporary / "unet", max_shard_size="14MB")
+        checkpoint.forget_origin(temporary)

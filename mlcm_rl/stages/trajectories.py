@@ -25,6 +25,7 @@ def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: P
     device = runtime.device_of(recipe.device)
     base = bases.load(recipe.teacher, device)
     prompts = [prompt.prompt for prompt in read_prompts(stage.prompts)]
+    runtime.tell_truncated(base, prompts, stage.prompts)
     writer = Writer(folder, provenance(stage, recipe, base), stage.shard_size)
     missing = writer.missing()
     done = writer.total - sum(map(len, missing))

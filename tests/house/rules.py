@@ -83,20 +83,64 @@ def _why_not(module: str, name: str) -> str | None:
     return None
 
 
+UNPICKLERS = {
+    "_pickle",
+    "cPickle",
+    "cloudpickle",
+    "dill",
+    "jsonpickle",
+    "joblib",
+    "marshal",
+    "pickle",
+    "shelve",
+    "yaml",
+}
+# Calls that run what they read, by their dotted names.
+RUNNERS = {"eval", "exec", "__import__", "code.interact", "os.popen", "os.system", "shutil.unpack_archive"}
+RUNNERS |= {"torch.hub.load", "torch.jit.load", "torch.package.PackageImporter", "torch.utils.model_zoo.load_url"}
+EXTRACTORS = {"extract", "extractall"}  # of archives: a member may be named ../../anything
+
+
 def unsafe_loading(source: str) -> list[str]:
-    """`torch.load` without weights_only=True, pickle in any form."""
+    """What would run code that stands in data: pickles, eval, shells, code of a model's folder, archives unpacked."""
     wrong = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
-            keywords = {word.arg: word.value for word in node.keywords}
-            if ast.unparse(node.func) == "torch.load" and not _is_true(keywords.get("weights_only")):
-                wrong.append(f"line {node.lineno}: torch.load without weights_only=True")
-            if _is_true(keywords.get("allow_pickle")):
-                wrong.append(f"line {node.lineno}: allow_pickle=True")
+            wrong += [f"line {node.lineno}: {reason}" for reason in _unsafe_call(node)]
+        if isinstance(node, ast.Dict):  # settings handed on as **settings
+            pairs = zip(node.keys, node.values, strict=True)
+            wrong += [f"line {node.lineno}: {key.value}" for key, value in pairs if _trusting(key, value)]
+    unsafe = {name for name in RUNNERS | {"torch.load"} if "." in name}
     for line, name in imports(source, "any"):
-        if name.split(".")[0] in {"cloudpickle", "dill", "joblib", "pickle", "shelve"} or name == "torch.load":
+        if name.split(".")[0] in UNPICKLERS or name in unsafe:
             wrong.append(f"line {line}: imports {name}")
     return wrong
+
+
+def _unsafe_call(node: ast.Call) -> Iterator[str]:
+    name = ast.unparse(node.func)
+    keywords = {word.arg: word.value for word in node.keywords}
+    if name == "torch.load" and not _is_true(keywords.get("weights_only")):
+        yield "torch.load without weights_only=True"
+    if name in RUNNERS:
+        yield name
+    for keyword in ("allow_pickle", "shell", "trust_remote_code"):
+        if keyword in keywords and not _is_false(keywords[keyword]):
+            yield f"{keyword}={ast.unparse(keywords[keyword])}"
+    if "use_safetensors" in keywords and not _is_true(keywords["use_safetensors"]):
+        yield f"use_safetensors={ast.unparse(keywords['use_safetensors'])}"
+    filtered = isinstance(keywords.get("filter"), ast.Constant) and keywords["filter"].value == "data"
+    if isinstance(node.func, ast.Attribute) and node.func.attr in EXTRACTORS and not filtered:
+        yield f"{name} without filter='data'"
+
+
+def _trusting(key: ast.expr | None, value: ast.expr) -> bool:
+    named = isinstance(key, ast.Constant) and key.value in ("allow_pickle", "shell", "trust_remote_code")
+    return named and not _is_false(value)
+
+
+def _is_false(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
 
 
 def _is_true(node: ast.expr | None) -> bool:

@@ -62,14 +62,15 @@ def test_a_folder_is_read_in_its_order_and_pictures_come_at_the_size_that_is_ask
     assert torch.equal(rejected, torch.tensor([30, 20, 20], dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 8))
 
 
-def test_a_parquet_file_with_trls_columns_is_the_same_table(folder, tmp_path):
+def test_a_parquet_file_with_trls_columns_is_the_same_table(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where `datasets` looks for relative names as it writes
     rows = rows_of(folder)
     columns = {name: [row[name] for row in rows] for name in ("prompt", "chosen", "rejected")}
     for name in ("chosen", "rejected"):
-        columns[name] = [str(folder / file) for file in columns[name]]
+        columns[name] = [f"{folder.name}/{file}" for file in columns[name]]
     datasets.Dataset.from_dict(columns, features=FEATURES).to_parquet(str(tmp_path / "pairs.parquet"))
     bare = {"prompt": columns["prompt"]}  # as another program writes it: encoded pictures and no metadata
-    bare |= {name: [Path(path).read_bytes() for path in columns[name]] for name in ("chosen", "rejected")}
+    bare |= {name: [(tmp_path / path).read_bytes() for path in columns[name]] for name in ("chosen", "rejected")}
     pyarrow.parquet.write_table(pyarrow.table(bare), tmp_path / "bare.parquet")
     table = PairTable(folder)
     for file in ("pairs.parquet", "bare.parquet"):

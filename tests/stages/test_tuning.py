@@ -74,7 +74,8 @@ def student_of(distilled, **changes) -> tuning.Student:
 def test_a_fresh_preference_adapter_changes_nothing_and_the_reference_is_the_distilled_student(distilled):
     recipe, (_, folder) = distilled
     student = student_of(distilled)
-    begun = tuning.start(student.base, tuning.Prompts(runs.tuning("dpo", recipe.stages[0].prompts), 0).draw(0, 2), 0)
+    prompts = tuning.Prompts(runs.tuning("dpo", recipe.stages[0].prompts), student.base, 0)
+    begun = tuning.start(student.base, prompts.draw(0, 2), 0)
     alone = adapters.load_student(student.base, folder / "student")
     t, s = student.jump(0, 2)
     with torch.no_grad():
@@ -186,7 +187,7 @@ def test_the_chosen_samples_are_the_brighter_ones_and_become_more_likely(distill
     stage = runs.tuning("dpo", recipe.stages[0].prompts, num_generations=3, **VARIANTS[variant])
     student = tuning.load(stage, bases.load(recipe.teacher, "cpu"), folder / "student", seed=0)
     rewards = combine(stage.rewards, "cpu")
-    prompts = tuning.Prompts(stage, 0)
+    prompts = tuning.Prompts(stage, student.base, 0)
     (begun,) = prompts.starts(student.base, 0, 4, 12, copies=3)
     pairs = dpo.ranked(stage, student, rewards, begun, tuning.Scores())
     chosen, rejected = (student.base.decode(x0).mean((1, 2, 3)) for x0 in pairs.x0)

@@ -1,0 +1,59 @@
+"""Files that somebody else may have written: read within limits, and what they name is held inside their folder.
+
+Every function raises ValueError in words. Nothing here imports torch.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+MAX_TEXT_BYTES = 2**28  # of a recipe, a manifest, a prompt file: far above any real one, far below what fills a memory
+
+
+def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
+    """The content of the file `path`. Raises ValueError for one of more than `limit` bytes, FileNotFoundError."""
+    with path.open("rb") as file:
+        content = file.read(limit + 1)  # a size that is asked first may be another by now, and a device has none
+    if len(content) > limit:
+        raise ValueError(f"{path}: more than {limit:,} bytes, which no such file has")
+    return content
+
+
+def parse_json(text: str) -> Any:
+    """What `text` says. Raises ValueError for what is not JSON, nested too deeply, or no Unicode."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        raise ValueError(f"not JSON: {error.msg} at {line}column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("not JSON that is read here: nested too deeply") from error
+    except ValueError as error:  # digits by the thousand
+        raise ValueError(f"not JSON that is read here: {error}") from error
+    if "\\u" in text and not is_unicode(json.dumps(value, ensure_ascii=False)):
+        raise ValueError("not Unicode: it holds half a surrogate pair")
+    return value
+
+
+def is_unicode(text: str) -> bool:
+    """Whether `text` can be written as UTF-8: half a surrogate pair, which JSON and a shell let through, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def held(folder: Path, name: object, where: object) -> Path:
+    """The path of the file `name` of `folder`, where the name stands in data.
+
+    Raises ValueError that begins with `where` for a name that is none, or that leads out of the folder: absolute,
+    through `..`, or over a link.
+    """
+    if not isinstance(name, str) or not name or "\0" in name or not is_unicode(name):
+        raise ValueError(f"{where}: expected the name of a file, got {name!r}")
+    path = folder / name
+    if os.path.isabs(name) or not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{where}: {name!r} leads out of {folder}; what is read must lie in it")
+    return path
