@@ -42,6 +42,7 @@ lint: $(VENV)/installed
 
 benchmark: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/distillation.py
+	$(BIN)/python tests/benchmarks/preference.py
 
 study: $(VENV)/installed
 	$(BIN)/python recipes/emoji/study.py

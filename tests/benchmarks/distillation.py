@@ -4,7 +4,8 @@
 
 Every variant runs in a process of its own, one after another, so that peak memory is its own. Times are medians over
 steps, per sample: `teacher` makes the points (states read, or solved on line), `target` is the pass without gradient,
-`student` forward, backward and the optimiser. Ratios are to `data`, which is how LCM trains.
+`student` forward, backward and the optimiser. Ratios are to `data`, which is how LCM trains; `plain script` is the same
+as the field's scripts write it (plain_script.py), all of its step under `student`.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from plain_script import PlainScript
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -25,8 +27,8 @@ from rich.table import Table
 from mlcm_rl import adapters, bases, sampler
 from mlcm_rl.equations.segments import sampling_times, time_grid
 from mlcm_rl.plan import evaluations_per_phase
-from mlcm_rl.recipe import Distill, Recipe, Teacher, Trajectories
-from mlcm_rl.runtime import generator
+from mlcm_rl.recipe import Distill, Full, Recipe, Teacher, Trajectories
+from mlcm_rl.runtime import Runtime, generator
 from mlcm_rl.sources import NoisedData
 from mlcm_rl.stages import distill, trajectories
 
@@ -40,6 +42,7 @@ VARIANTS = {
     "stored, trajectory": {"target": "trajectory"},
     "stored, trajectory, LoRA": {"target": "trajectory", "adapter": LORA},
 }
+PLAIN = "plain script (LCM)"
 STORED = 64  # trajectories solved for the stored variants and for the store's own cost
 
 
@@ -63,13 +66,16 @@ def measure(name: str, num_steps: int, batch_size: int) -> dict[str, float]:
             if stage.source == "data"
             else distill.make_source(stage, recipe, base, student, {"trajectories": Path(place)})
         )
-        return found | time_steps(stage, base, student, source, num_steps) | costs(stage)
+        rt = Runtime(recipe, stage, Path(place))
+        return found | time_steps(rt, base, student, source, num_steps) | costs(stage)
 
 
-def time_steps(stage: Distill, base: bases.Base, student: torch.nn.Module, source, num_steps: int) -> dict[str, float]:
+def time_steps(rt: Runtime, base: bases.Base, student: torch.nn.Module, source, num_steps: int) -> dict[str, float]:
     """Median seconds per sample of a step's parts, after one step to warm up."""
+    stage: Distill = rt.stage
     parameters = adapters.trainable_parameters(student)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)  # as the stages do
+    rt.prepare(student, optimizer)
     settings = distill.PhaseSettings(stage, 0)
     seconds: dict[str, list[float]] = {"teacher": [], "target": [], "student": []}
     for step in range(num_steps + 1):
@@ -77,9 +83,9 @@ def time_steps(stage: Distill, base: bases.Base, student: torch.nn.Module, sourc
         batch = source.realise(source.draw(step, 1, "next", generator("benchmark", step)))
         marks.append(now())
         if settings.target == "consistency":
-            distill.no_grad_x0(base, student, {}, batch, None)
+            distill.no_grad_x0(rt, base, student, {}, batch, None)
         marks.append(now())
-        distill.loss(stage, settings, base, student, {}, batch).mean().backward()
+        distill.loss(rt, stage, settings, base, student, {}, batch).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         whole = now() - marks[2]
@@ -87,6 +93,20 @@ def time_steps(stage: Distill, base: bases.Base, student: torch.nn.Module, sourc
         for part, value in zip(seconds, spent, strict=True):
             seconds[part].append(value / stage.batch_size)
     return {part: statistics.median(values[1:]) for part, values in seconds.items()}
+
+
+def measure_plain(num_steps: int, batch_size: int) -> dict[str, float]:
+    """The same of the plain script: what it does besides a student's pass is not taken apart."""
+    base = bases.load(TEACHER, "cuda" if torch.cuda.is_available() else "cpu")
+    script = PlainScript(base, Full())
+    images = torch.rand(batch_size, 3, base.resolution, base.resolution, generator=generator("benchmark"))
+    seconds = []
+    for step in range(num_steps + 1):
+        started = now()
+        script.step(images.to(base.device), ["panda"] * batch_size, generator("benchmark", step))
+        seconds.append((now() - started) / batch_size)
+    spent = {"store": 0.0, "teacher": 0.0, "target": 0.0, "student": statistics.median(seconds[1:])}
+    return spent | {"evaluations": 4.0, "peak_mb": peak_mb()}
 
 
 def now() -> float:
@@ -98,11 +118,13 @@ def now() -> float:
 def costs(stage: Distill) -> dict[str, float]:
     """Evaluations per sample, and this process's peak memory in MB."""
     teacher, target, own = (value / stage.batch_size for value in evaluations_per_phase(stage, guided=2)[0])
-    peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else peak_resident()
-    return {"evaluations": teacher + target + own, "peak_mb": peak}
+    return {"evaluations": teacher + target + own, "peak_mb": peak_mb()}
 
 
-def peak_resident() -> float:
+def peak_mb() -> float:
+    """This process's peak: what torch allocated on a GPU, else the resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -134,16 +156,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--only", choices=list(VARIANTS), help="measure one variant and print it as JSON")
+    parser.add_argument("--only", choices=[PLAIN, *VARIANTS], help="measure one variant and print it as JSON")
     arguments = parser.parse_args()
     if arguments.only:
-        print(json.dumps(measure(arguments.only, arguments.steps, arguments.batch_size)))
+        sizes = (arguments.steps, arguments.batch_size)
+        print(json.dumps(measure_plain(*sizes) if arguments.only == PLAIN else measure(arguments.only, *sizes)))
         return
     table = Table("ms a sample", title=f"Distillation, batch {arguments.batch_size}", box=SIMPLE_HEAD)
     for head in ("store*", "teacher", "target", "student", "a step", "ratio", "evals", "peak MB"):
         table.add_column(head, justify="right", no_wrap=True)
     reference = None
-    for name in VARIANTS:
+    for name in (*VARIANTS, PLAIN):
         command = [sys.executable, __file__, "--only", name, "--steps", str(arguments.steps)]
         output = subprocess.run(
             [*command, "--batch-size", str(arguments.batch_size)], capture_output=True, text=True, check=True

@@ -60,9 +60,10 @@ SCHEDULER = {
 }
 
 
-def of(stage, teacher, distilled=None, kind="cuda", **changes) -> memory.Memory:
+def of(stage, folder, distilled=None, kind="cuda", teacher: Teacher | None = None) -> memory.Memory:
     """The memory of `stage` over the teacher in a folder; its text towers are left out."""
-    recipe = runs.recipe(teacher, teacher, [stage], **changes)
+    recipe = runs.recipe(folder, folder, [stage])
+    recipe = recipe.model_copy(update={"teacher": teacher or recipe.teacher})
     return memory.of_stage(stage, recipe, 0, distilled or Full(), kind)
 
 
@@ -173,6 +174,7 @@ def published(folder, unet, pipeline_class):
         "unet": ["diffusers", unet["_class_name"]],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    index |= {part: ["transformers", "unread"] for part in ("text_encoder", "tokenizer")}
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
     files = {"model_index.json": index, "unet/config.json": unet, "vae/config.json": VAE}
     for name, content in (files | {"scheduler/scheduler_config.json": SCHEDULER}).items():
@@ -193,8 +195,7 @@ def test_published_models_are_as_large_as_published_and_checkpointing_makes_room
     teacher = Teacher(path=str(folder), family=family, dtype="bfloat16")
     lora = {"adapter": Lora(rank=64, alpha=64.0), "precision": "bf16", "batch_size": 4}
     plain, checkpointed = (
-        of(runs.distill(gradient_checkpointing=flag, **lora), folder, family=family, teacher=teacher)
-        for flag in (False, True)
+        of(runs.distill(gradient_checkpointing=flag, **lora), folder, teacher=teacher) for flag in (False, True)
     )
     full = of(runs.distill(adapter=Full(), batch_size=1, gradient_checkpointing=True), folder, teacher=teacher)
     assert full.gradients == 4 * weights

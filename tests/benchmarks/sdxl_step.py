@@ -1,0 +1,343 @@
+"""Seconds and memory of training steps on one GPU, SDXL-shaped with random weights, against a plain script in one run.
+
+    python tests/benchmarks/sdxl_step.py [--steps 5] [--shape sdxl] [--device cuda] [--out FOLDER]
+
+1024-pixel latents, bfloat16. Distillation reads stored states; feedback goes through the autoencoder and a ViT of
+BLIP-large's size; the baseline (plain_script.py) encodes pixels and text, asks the teacher twice and keeps a target of
+its own. The share is of the rate that one large product reaches on the same device. Quality cannot be compared: there
+are no weights. The result goes to <out>/<device's name>.json with the versions. `--shape tiny --device cpu` takes the
+same code through a small shape, and its numbers mean nothing.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BlipVisionConfig, BlipVisionModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' own tokenizer
+
+from plain_script import PlainScript
+
+import tiny
+from mlcm_rl import adapters, sampler
+from mlcm_rl.bases import Base
+from mlcm_rl.bases.sdxl import Family
+from mlcm_rl.equations.segments import sampling_times
+from mlcm_rl.recipe import Distill, Dpo, Full, Lora, Recipe, Teacher
+from mlcm_rl.runtime import Runtime
+from mlcm_rl.sources import Batch
+from mlcm_rl.stages import distill, dpo
+from mlcm_rl.tuning import Scores, Student
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = {
+    "sdxl": {
+        "widths": [320, 640, 1280],
+        "layers": 2,
+        "heads": [5, 10, 20],
+        "transformers": [1, 2, 10],
+        "autoencoder": [128, 256, 512, 512],
+        "size": 128,
+        "norm_groups": 32,
+        "towers": ((768, 3072, 12, 12), (1280, 5120, 32, 20)),  # width, inner width, layers, heads
+        "reward": (1024, 4096, 24, 16, 224),
+        "time_width": 256,
+        "product": 8192,
+    },
+    "tiny": {
+        "widths": [16, 16, 32],
+        "layers": 1,
+        "heads": [2, 2, 2],
+        "transformers": [1, 1, 1],
+        "autoencoder": [8, 8, 8, 8],
+        "size": 8,
+        "norm_groups": 4,
+        "towers": ((16, 32, 1, 2), (24, 32, 1, 2)),
+        "reward": (16, 32, 1, 2, 32),
+        "time_width": 8,
+        "product": 256,
+    },
+}
+PROMPTS = {"prompts": "unused", "num_steps": 1, "rewards": [{"name": "brightness"}]}
+GUARD = {"guard": {"rewards": [{"name": "sharpness"}]}}
+
+
+def random_base(shape: dict, device: torch.device) -> Base:
+    """A pipeline of that shape with random weights, bfloat16 but for its autoencoder."""
+    towers = [_tower(*sizes) for sizes in shape["towers"]]
+    pooled = shape["towers"][1][0]
+    down = ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
+    with torch.device(device):
+        unet = UNet2DConditionModel(
+            sample_size=shape["size"],
+            down_block_types=down,
+            up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
+            block_out_channels=shape["widths"],
+            layers_per_block=shape["layers"],
+            attention_head_dim=shape["heads"],
+            norm_num_groups=shape["norm_groups"],
+            cross_attention_dim=sum(sizes[0] for sizes in shape["towers"]),
+            transformer_layers_per_block=shape["transformers"],
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=shape["time_width"],
+            projection_class_embeddings_input_dim=pooled + 6 * shape["time_width"],
+        )
+        vae = AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=shape["autoencoder"],
+            layers_per_block=shape["layers"],
+            latent_channels=4,
+            norm_num_groups=shape["norm_groups"],
+            scaling_factor=0.13025,
+        )
+        text = (CLIPTextModel(towers[0]), CLIPTextModelWithProjection(towers[1]))
+    for part in (unet, *text):
+        nn.Module.to(part, torch.bfloat16)
+    words = tiny.tokenizer()
+    scheduler = EulerDiscreteScheduler(**tiny.BETAS, prediction_type="epsilon")
+    pipeline = StableDiffusionXLPipeline(vae, *text, words, words, unet, scheduler, add_watermarker=False)
+    for part in (unet, vae, *text):
+        part.requires_grad_(False).eval()
+    teacher = Teacher(path="random", family="sdxl", guidance_scale=8.0, dtype="bfloat16")
+    return Family(teacher, device, pipeline)
+
+
+def _tower(width: int, inner: int, layers: int, heads: int) -> CLIPTextConfig:
+    words = tiny.tokenizer()
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=tiny.NUM_TOKENS,
+        projection_dim=width,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+
+
+class Reward(nn.Module):
+    """A vision transformer of BLIP's kind with a number at its end."""
+
+    def __init__(self, shape: dict, device: torch.device):
+        super().__init__()
+        width, inner, layers, heads, self.side = shape["reward"]
+        settings = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+        with torch.device(device):
+            self.vision = BlipVisionModel(
+                BlipVisionConfig(**settings, num_attention_heads=heads, image_size=self.side, patch_size=16)
+            ).bfloat16()
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """A score (B,) of `images` (B, 3, H, W)."""
+        pixels = nn.functional.interpolate(images.float(), (self.side, self.side), mode="bicubic", antialias=True)
+        return self.vision(pixels.bfloat16()).last_hidden_state[:, 0].float().mean(1)
+
+
+class Steps:
+    """What is timed: each method makes a function that takes one whole training step."""
+
+    def __init__(self, base: Base, shape: dict):
+        self.base, self.reward, self.kind = base, Reward(shape, base.device), base.device.type
+        self.place = tempfile.TemporaryDirectory()
+
+    def distil(self, adapter: Lora | Full, batch_size: int, checkpointing: bool) -> Callable[[], None]:
+        """A step on stored states, as stage distill takes it."""
+        stage = Distill(adapter=adapter, segments=[1], num_steps=1, batch_size=batch_size)
+        student, settings = self._student(adapter, checkpointing), distill.PhaseSettings(stage, 0)
+        x_t, t, conditioning = self._points(batch_size)
+        batch = Batch(x_t, x_t, x_t, t, t - 20, torch.zeros_like(t), conditioning)
+        recipe = Recipe(name="benchmark", teacher=self.base.teacher, stages=[stage], trackers=[], device=self.kind)
+        rt = Runtime(recipe, stage, Path(self.place.name))
+        return self._trained(student, lambda: distill.loss(rt, stage, settings, self.base, student, {}, batch).mean())
+
+    def plain(self, adapter: Lora | Full, batch_size: int, checkpointing: bool) -> Callable[[], None]:
+        """The plain script's step."""
+        script = PlainScript(self.base, adapter)
+        if checkpointing:
+            script.student.enable_gradient_checkpointing()
+        side, draws = self.base.resolution, torch.Generator().manual_seed(0)
+        images = torch.rand(batch_size, 3, side, side, generator=draws).to(self.base.device)
+
+        def step() -> None:
+            with torch.autocast(self.base.device.type, torch.bfloat16):
+                script.step(images, ["panda"] * batch_size, draws)
+
+        return step
+
+    def feedback(self, num_grad_steps: int, batch_size: int) -> Callable[[], None]:
+        """A reward's gradient through the autoencoder and the last of four steps; everything checkpointed."""
+        student = self._preferring()
+        noise, _, conditioning = self._points(batch_size)
+        times = sampling_times(4)
+
+        def loss() -> Tensor:
+            x0 = sampler.sample(self.base, student, conditioning, noise, times, 0.0, grad_steps=num_grad_steps)
+            return -self.reward(self.base.decode(x0)).mean()
+
+        return self._trained(student, loss)
+
+    def online_dpo(self, num_pairs: int) -> Callable[[], None]:
+        """Four samples a pair, drawn, decoded and scored; then the loss on best and worst at every time."""
+        stage = Dpo(batch_size=num_pairs, **PROMPTS, **GUARD)
+        student, times = self._preferring(), sampling_times(4)
+        tuned = Student(self.base, student, times, 0.0, False, 1)
+        noise, _, conditioning = self._points(num_pairs * stage.num_generations)
+        draws = torch.Generator().manual_seed(0)
+
+        def loss() -> Tensor:
+            with torch.no_grad():
+                x0 = sampler.sample(self.base, student, conditioning, noise, times, 0.0)
+                groups = torch.cat([self.reward(self.base.decode(part)) for part in x0.split(1)]).unflatten(
+                    0, (num_pairs, -1)
+                )
+            first = torch.arange(num_pairs, device=x0.device) * stage.num_generations
+            index = torch.stack([first + groups.argmax(1), first + groups.argmin(1)])
+            given = {name: value[first] for name, value in conditioning.items()}
+            pairs = dpo.Pairs(None, x0[index], given, torch.ones(num_pairs, device=x0.device))
+            return dpo.loss(stage, tuned, pairs, draws, Scores()).mean()
+
+        return self._trained(student, loss)
+
+    def _student(self, adapter: Lora | Full, checkpointing: bool) -> nn.Module:
+        student = adapters.student(self.base, adapter, seed=0)
+        if checkpointing:
+            student.enable_gradient_checkpointing()
+        return student
+
+    def _preferring(self) -> nn.Module:
+        student = adapters.preferring(self.base, self._student(Lora(), True), Lora(rank=16, alpha=16.0), seed=0)
+        self.base.vae.enable_gradient_checkpointing()
+        return student
+
+    def _points(self, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Random states, times and conditioning of `count` samples, as a store would give them."""
+        x_t = self.base.noise(torch.Generator().manual_seed(0), count)
+        return x_t, torch.full((count,), 999, device=self.base.device), self.base.encode_prompts(["panda"] * count)
+
+    def _trained(self, student: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+        parameters = adapters.trainable_parameters(student)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+
+        def step() -> None:
+            with torch.autocast(self.base.device.type, torch.bfloat16):
+                loss().backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+
+def measure(make: Callable[[], Callable[[], None]], samples: int, num_steps: int, rate: float, device: torch.device):
+    """One row: median seconds of a step after one to warm up, its share of `rate`, and peak memory on a GPU."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        step = make()
+        with FlopCounterMode(display=False) as counter:
+            step()
+        seconds = [timed(step, device) for _ in range(num_steps)]
+    except torch.cuda.OutOfMemoryError:
+        return {"out_of_memory": True}
+    median = statistics.median(seconds)
+    row = {"seconds": median, "samples_a_second": samples / median}
+    row["share_of_matrix_rate"] = counter.get_total_flops() / median / rate
+    if device.type == "cuda":
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return row
+
+
+def timed(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds of `step`, the device's work included."""
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def matrix_rate(size: int, device: torch.device) -> float:
+    """Operations a second of a product of two square bfloat16 matrices."""
+    matrix = torch.ones(size, size, dtype=torch.bfloat16, device=device)
+    for _ in range(3):
+        matrix @ matrix
+    return 2 * size**3 / min(timed(lambda: matrix @ matrix, device) for _ in range(10))
+
+
+def rows(steps: Steps, batches: list[int]) -> dict[str, tuple[Callable[[], Callable[[], None]], int]]:
+    """What makes each row's step, and its samples, by the row's name."""
+    made: dict[str, tuple[Callable[[], Callable[[], None]], int]] = {}
+    for adapter in (Lora(), Full()):
+        for checkpointing in (False, True):
+            for batch in batches:
+                settings, how = (
+                    (adapter, batch, checkpointing),
+                    "checkpointing" if checkpointing else "no checkpointing",
+                )
+                name = f"{adapter.kind}, {how}, batch {batch}"
+                made[f"plain script, {name}"] = (lambda s=settings: steps.plain(*s), batch)
+                made[f"distil, {name}"] = (lambda s=settings: steps.distil(*s), batch)
+    for grad_steps in (1, 2):
+        for batch in (1, 2):
+            name = f"feedback, K = {grad_steps}, batch {batch}"
+            made[name] = (lambda k=grad_steps, b=batch: steps.feedback(k, b), batch)
+    made["dpo online, 2 pairs"] = (lambda: steps.online_dpo(2), 2)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--shape", choices=list(SHAPES), default="sdxl")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA GPU and this machine has none; --shape tiny --device cpu tries its code")
+    device, shape = torch.device(asked.device), SHAPES[asked.shape]
+    hardware = torch.cuda.get_device_name() if asked.device == "cuda" else f"CPU {platform.machine()}"
+    rate = matrix_rate(shape["product"], device)
+    steps = Steps(random_base(shape, device), shape)
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "cuda": torch.version.cuda}
+    found = {
+        "hardware": hardware,
+        "shape": asked.shape,
+        "versions": versions | {"transformers": transformers.__version__, "python": platform.python_version()},
+        "matrix_rate_tflops": rate / 1e12,
+        "rows": {},
+    }
+    asked.out.mkdir(parents=True, exist_ok=True)
+    file = asked.out / f"{re.sub('[^a-z0-9]+', '-', hardware.lower()).strip('-')}-{asked.shape}.json"
+    for name, (make, samples) in rows(steps, asked.batches).items():
+        found["rows"][name] = measure(make, samples, asked.steps, rate, device)
+        print(name, json.dumps(found["rows"][name]), flush=True)
+        file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(file)
+
+
+if __name__ == "__main__":
+    main()
