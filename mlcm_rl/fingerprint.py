@@ -49,6 +49,7 @@ FILES = (
     "inception",
     "clip",
 )  # settings that name what a stage reads
+FOLDERS = ("small_decoder",)  # the same, of networks whose weights are hashed too
 INDEXES = ("metadata.jsonl", "config.json")  # what stands for a folder that is read
 
 
@@ -75,6 +76,7 @@ def locate(stage: Stage, recipe: Recipe, earlier: list[Located]) -> Located:
     """The folder of `stage`. Raises FileNotFoundError naming a file that it reads and that is not there."""
     parents = parents_of(stage, earlier)
     files = {name: file_hash(value) for name in FILES if (value := getattr(stage, name, None))}
+    files |= {name: network_hash(value) for name in FOLDERS if (value := getattr(stage, name, None))}
     identity = {
         "format": FORMAT,
         "kind": stage.kind,
@@ -115,6 +117,12 @@ def reward_files(stage: Stage) -> dict[str, dict[str, str]]:
     paths = {text: Path(text) for text in sorted(texts) if text and os.path.exists(text)}
     hashes = {text: folder_hash(path) if path.is_dir() else sha256(path) for text, path in paths.items()}
     return {"reward_files": hashes} if hashes else {}
+
+
+def network_hash(folder: str) -> str:
+    """One hash of what is in the folder of a network. Raises FileNotFoundError where it holds no config.json."""
+    file_hash(str(Path(folder) / "config.json"))
+    return folder_hash(Path(folder))
 
 
 def file_hash(path: str) -> str:

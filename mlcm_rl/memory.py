@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import adapters, bases, passes
+from . import adapters, bases, passes, tuning
 from .bases import Base
 from .checkpoint import read_json
 from .live_bytes import Kernels, Live
@@ -60,16 +60,21 @@ def of_stage(stage: Stage, recipe: Recipe, others: int, distilled: Lora | Full, 
     with live:
         base = bases.skeleton(recipe.teacher)
         student = _student(stage, base, distilled)
+        small = tuning.small_decoder(stage, base) if isinstance(stage, Tuning) else None
         parameters = live.now
         models, missing = _rewards(stage)
         rewards = live.now - parameters
         conditioned = student.config.time_cond_proj_dim is not None
-        roles = passes.Roles(base, student, conditioned, num_tokens(Path(recipe.teacher.path)), models, set())
+        roles = passes.Roles(base, student, conditioned, num_tokens(Path(recipe.teacher.path)), models, set(), small)
         trained = adapters.trainable_parameters(student) if isinstance(stage, Training) else []
         if isinstance(stage, Training) and stage.gradient_checkpointing:
             student.enable_gradient_checkpointing(kernels.checkpointed)
             if isinstance(stage, Tuning):
                 base.vae.enable_gradient_checkpointing(kernels.checkpointed)
+            if small is not None:
+                small.enable_gradient_checkpointing(kernels.checkpointed)
+        if isinstance(stage, Tuning) and stage.autoencoder_tiles:
+            base.use_tiles(stage.autoencoder_tiles, kernels.checkpointed)
         held = peak_of_passes(stage, recipe, roles, trained, live, kernels)
     size = sum(value.numel() for value in trained)
     return Memory(

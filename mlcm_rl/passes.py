@@ -30,6 +30,7 @@ class Roles:
     num_tokens: int
     rewards: dict[str, RewardModel]
     failed: set[str]  # rewards that could not be asked there; what they take is not known
+    small_decoder: nn.Module | None = None  # draws for the rewards trained on, where there is one
 
     def points(self, count: int) -> tuple[Tensor, Tensor, Conditioning]:
         """States (count, C, H, W), times (count,) and conditioning (count, ...)."""
@@ -58,9 +59,9 @@ class Roles:
         times = sampling_times(max(1, grad_steps))
         return sampler.sample(self.base, self.student, given, noise, times, 0.0, None, self.conditioned, grad_steps)
 
-    def scores(self, latents: Tensor, asked: list[Reward]) -> Tensor:
-        """The sum (count,) of what the rewards `asked` say of decoded `latents`."""
-        images = self.base.decode(latents)
+    def scores(self, latents: Tensor, asked: list[Reward], small: nn.Module | None = None) -> Tensor:
+        """The sum (count,) of what the rewards `asked` say of `latents`, decoded by a `small` decoder if given."""
+        images = self.base.decode(latents, small)
         total = images.mean((1, 2, 3))
         for one in asked:
             if one.name in self.rewards:
@@ -112,9 +113,9 @@ def _feedback(stage: Feedback, recipe: Recipe, roles: Roles) -> Tensor:
         x0 = roles.x0(size * stage.num_copies)
     else:
         x0 = roles.sample(size, stage.num_grad_steps if stage.gradient == "last" else 1)
-    loss = roles.scores(x0, stage.rewards).sum()
+    loss = roles.scores(x0, stage.rewards, roles.small_decoder).sum()
     if stage.shape == "mps_hinge":
-        loss = loss + roles.scores(x0, stage.rewards).sum()
+        loss = loss + roles.scores(x0, stage.rewards, roles.small_decoder).sum()
     if stage.anchor:
         with torch.no_grad(), adapters.as_reference(roles.student):
             roles.x0(len(x0))

@@ -202,6 +202,9 @@ class Tuning(Training):
     gamma: Fraction | None = Field(None, description="noise put back between its steps; default: what suits it")
     rewards: list[Reward] = Field(min_length=1, description="trained on; their weighted sum is the reward")
     normalise: bool = Field(True, description="put each reward on the scale of its running deviation before the sum")
+    autoencoder_tiles: PositiveInt | None = Field(
+        None, description="pixels a side of tiles that it works in, recomputed in the backward pass: less memory, seams"
+    )
     guard: Guard
 
     @model_validator(mode="after")
@@ -238,6 +241,10 @@ class Feedback(Tuning):
     anchor: NonNegativeFloat = Field(0.0, description="weight of the mean squared distance to the reference's last x0")
     kl: NonNegativeFloat = Field(0.0, description="weight of one stochastic step's KL to the reference, per element")
     consistency: NonNegativeFloat = Field(0.0, description="weight of the distillation loss on stored trajectories")
+    small_decoder: str | None = Field(
+        None,
+        description="folder of an AutoencoderTiny that draws for the rewards trained on; the guard sees the real one",
+    )
 
     @model_validator(mode="after")
     def _sampler_has_those_steps(self):

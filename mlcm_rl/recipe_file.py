@@ -89,6 +89,7 @@ READ = {
     "inception": None,
     "real_images": "",
     "clip": "config.json",
+    "small_decoder": "config.json",
 }
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import adapters, distributed, pictures, sampler
+from . import adapters, bases, distributed, pictures, sampler
 from .bases import Base, Conditioning
 from .data import Prompt, read_prompts
 from .equations.segments import sampling_times
-from .recipe import Recipe, Tuning
+from .recipe import Feedback, Recipe, Tuning
 from .runtime import epoch_order, generator, tell_truncated
 
 
@@ -28,6 +28,7 @@ class Student:
     gamma: float
     conditioned: bool
     num_segments: int
+    small_decoder: torch.nn.Module | None = None  # draws what the rewards trained on see, where there is one
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -88,7 +89,8 @@ class Student:
 def load(stage: Tuning, base: Base, start: Path, seed: int) -> Student:
     """The distilled student in folder `start`, ready to be tuned as `stage` says.
 
-    Raises ValueError where the stage needs a random sampler and the student's own, which it leaves it to, is not.
+    Raises ValueError where the stage needs a random sampler and the student's own, which it leaves it to, is not, and
+    for tiles or a small decoder that do not fit the teacher.
     """
     described = adapters.describe(start)
     conditioned, num_segments = described["conditioned"], described["segments"]
@@ -102,8 +104,21 @@ def load(stage: Tuning, base: Base, start: Path, seed: int) -> Student:
     if stage.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
         base.vae.enable_gradient_checkpointing()
+    if stage.autoencoder_tiles:
+        base.use_tiles(stage.autoencoder_tiles)
+    small = small_decoder(stage, base)
     times = sampling_times(stage.sampling_steps, 1 if conditioned else num_segments)
-    return Student(base, denoiser, times, gamma, conditioned, num_segments)
+    return Student(base, denoiser, times, gamma, conditioned, num_segments, small)
+
+
+def small_decoder(stage: Tuning, base: Base) -> torch.nn.Module | None:
+    """What draws for the rewards that `stage` trains on, where it names one. Raises as `bases.small_decoder` does."""
+    if not isinstance(stage, Feedback) or stage.small_decoder is None:
+        return None
+    small = bases.small_decoder(stage.small_decoder, base)
+    if stage.gradient_checkpointing:
+        small.enable_gradient_checkpointing()
+    return small
 
 
 @dataclass(frozen=True)

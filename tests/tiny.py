@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
@@ -96,6 +97,18 @@ def sd(folder: Path | str, prediction_type: str = "epsilon", latent_channels: in
             requires_safety_checker=False,
         )
     return _save(pipeline, Path(folder))
+
+
+def small_decoder(folder: Path | str, stages: int = 2, seed: int = 0, **changes: float) -> str:
+    """Write an AutoencoderTiny as small as the teachers' autoencoders, in TAESD's layout; returns `folder`."""
+    widths, blocks = {"block_out_channels": (6,) * stages}, {"blocks": (1,) * stages}
+    settings = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in widths.items()}
+    settings |= {f"num_{part}_{name}": value for part in ("encoder", "decoder") for name, value in blocks.items()}
+    with _seeded(seed):
+        small = AutoencoderTiny(**settings, **changes)
+        torch.nn.init.constant_(small.decoder.layers[-1].bias, 0.5)  # mid-grey: few pixels are cut off
+        small.save_pretrained(folder)
+    return str(folder)
 
 
 def _save(pipeline: DiffusionPipeline, folder: Path) -> Path:

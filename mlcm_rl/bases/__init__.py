@@ -10,16 +10,17 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint import read_json, read_shapes
 from ..equations.prediction import x0_from_prediction
@@ -168,10 +169,30 @@ class Base(ABC):
 
     # Pictures
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H', W') float32 in [0, 1] of clean latents (B, C, H, W), differentiable where grad is on."""
+    def decode(self, latents: Tensor, small: torch.nn.Module | None = None) -> Tensor:
+        """Pictures (B, 3, H', W') float32 in [0, 1] of clean latents (B, C, H, W), differentiable where grad is on.
+
+        By a `small` decoder where one is given, which reads latents as the denoiser has them.
+        """
         scale, mean = self._latent_scale
-        return (self.vae.decode(latents.float() * scale + mean).sample / 2 + 0.5).clamp(0, 1)
+        decoded = self.vae.decode(latents.float() * scale + mean) if small is None else small.decode(latents.float())
+        return (decoded.sample / 2 + 0.5).clamp(0, 1)
+
+    def use_tiles(self, size: int, recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False)) -> None:
+        """Let the autoencoder work in tiles of `size` pixels a side from now on: less memory, and seams are blended.
+
+        They overlap by a quarter. A tile is computed again in the backward pass, by `recompute`: all tiles kept would
+        be more than the whole picture. Raises ValueError for a size that is no whole number of quarters.
+        """
+        quarter = 4 * self.pipeline.vae_scale_factor
+        if size % quarter:
+            raise ValueError(
+                f"autoencoder_tiles: {size} is not a multiple of {quarter}: tiles of {self.teacher.path} overlap by a "
+                "quarter, which must be whole latents"
+            )
+        self.vae.enable_tiling()
+        self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = size, 4 * size // quarter
+        self.vae.decoder.forward = partial(recompute, self.vae.decoder.forward)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -199,6 +220,42 @@ class Base(ABC):
         if len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators for a batch of {batch_size}")
         return torch.stack([torch.randn(*self.latent_shape, generator=one) for one in generator]).to(self.device)
+
+
+def small_decoder(folder: str, base: Base) -> AutoencoderTiny:
+    """The AutoencoderTiny (TAESD's layout) in `folder`, frozen, on the device of `base`, whose latents it reads.
+
+    On the meta device it has no data.
+
+    Raises FileNotFoundError where it is not there, ValueError for another model or one made for other latents.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"small_decoder: no {path}; give a folder with an AutoencoderTiny in diffusers format")
+    if (kind := read_json(path).get("_class_name")) != "AutoencoderTiny":
+        raise ValueError(f"small_decoder: {path} is of a {kind}, and an AutoencoderTiny is needed")
+    with torch.device("meta"):
+        skeleton = AutoencoderTiny.from_config(AutoencoderTiny.load_config(folder))
+    settings = skeleton.config
+    has = {
+        "latent channels": settings.latent_channels,
+        "pixels a latent": settings.upsampling_scaling_factor ** (len(settings.decoder_block_out_channels) - 1),
+        "scaling_factor": settings.scaling_factor,
+        "shift_factor": settings.shift_factor,
+    }
+    needs = dict(zip(has, (base.latent_shape[0], base.pipeline.vae_scale_factor, 1.0, 0.0), strict=True))
+    for name, value in needs.items():
+        if has[name] != value:
+            raise ValueError(
+                f"small_decoder: {path} has {name} {has[name]}, and the denoiser of {base.teacher.path} makes latents "
+                f"that need {value}; take the one that was made for this teacher"
+            )
+    if base.device.type == "meta":
+        return skeleton.requires_grad_(False).eval()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        read_shapes(path)  # a damaged file is told by its name
+    small = AutoencoderTiny.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    return small.to(base.device).requires_grad_(False).eval()
 
 
 def schedule_of(scheduler: dict[str, Any]) -> Schedule:

@@ -78,7 +78,8 @@ def loss(
 ) -> Tensor:
     """The loss of a micro-batch, one value a sample (B,) float32; its raw scores go into `scores`."""
     x_t, x0, t, copies = graded_sample(stage, student, start, draws)
-    value = reward_loss(stage, rewards, student.base.decode(x0), start, copies, scores)
+    images = student.base.decode(x0, student.small_decoder)
+    value = reward_loss(stage, rewards, images, start, copies, scores)
     conditioning = start.repeated(copies)
     if stage.anchor:
         reference = student.reference_x0(x_t.detach(), t, torch.zeros_like(t), conditioning)

@@ -83,6 +83,14 @@ def test_a_pair_table_that_is_not_there_is_told(broken, root, path, told):
     assert told in problem.text
 
 
+def test_a_small_decoder_that_is_not_there_is_told(broken, root):
+    (root / "small").mkdir()
+    stage = FEEDBACK.replace("feedback", "feedback\n    small_decoder: small")
+    (problem,) = broken(("  - kind: evaluate\n", stage + "  - kind: evaluate\n"))
+    assert problem.key == ("stages", 2, "small_decoder")
+    assert problem.text == "the folder small holds no config.json"
+
+
 def test_a_tuning_stage_needs_a_distilled_student(broken):
     problems = broken(("  - kind: trajectories\n", FEEDBACK + "  - kind: trajectories\n"))
     assert any("feedback tunes a distilled student" in str(problem) for problem in problems)

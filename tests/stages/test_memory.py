@@ -1,12 +1,15 @@
 """The memory that is predicted of a stage: by hand where that can be done, else by what must be more than what."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import runs
+import tiny
 from mlcm_rl import memory, peak
 from mlcm_rl.live_bytes import Kernels, Live
 from mlcm_rl.plan import planned_stages
@@ -129,6 +132,23 @@ def test_checkpointing_and_fewer_steps_with_gradient_take_less(tiny_sdxl):
     usual = activations(batch_size=8)
     assert activations(batch_size=8, gradient_checkpointing=True) < 0.8 * usual
     assert activations(batch_size=8, num_grad_steps=2) > 1.1 * usual
+
+
+def test_tiles_take_less_and_a_small_decoder_is_counted_with_its_weights(tiny_sdxl, tmp_path):
+    large = Teacher(path=str(tiny_sdxl), family="sdxl", resolution=128)
+
+    def taken(**changes) -> memory.Memory:
+        stage = runs.tuning("feedback", "unused", batch_size=1, **changes)
+        recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
+        return memory.of_stage(stage, recipe.model_copy(update={"teacher": large}), 0, Full(), "cuda")
+
+    whole, tiles = taken(gradient_checkpointing=True), taken(gradient_checkpointing=True, autoencoder_tiles=32)
+    assert tiles.activations < 0.9 * whole.activations
+    assert tiles.parameters == whole.parameters
+    folder = Path(tiny.small_decoder(tmp_path))
+    small = taken(gradient_checkpointing=True, small_decoder=str(folder))
+    weights = load_file(next(folder.glob("*.safetensors")))
+    assert small.parameters - whole.parameters == 4 * sum(value.numel() for value in weights.values())
 
 
 def test_a_reward_is_counted_with_its_weights_and_an_absent_one_is_named(tiny_sdxl, monkeypatch, tmp_path):

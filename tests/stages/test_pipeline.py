@@ -118,6 +118,22 @@ def test_seed_guidance_prompts_and_weights_are_hashed(finished, tmp_path):
     assert fingerprints(change(recipe, 0, prompts=str(prompts)))[0] != before[0]
 
 
+def test_tiles_and_every_weight_of_a_small_decoder_are_hashed(finished, tmp_path):
+    recipe, _ = finished
+    prompts = recipe.stages[0].prompts
+
+    def tuned(**changes) -> str:
+        stages = [*recipe.stages, runs.tuning("feedback", prompts, **changes)]
+        return fingerprints(recipe.model_copy(update={"stages": stages}))[-1]
+
+    one, same, other = (tiny.small_decoder(tmp_path / str(i), seed=seed) for i, seed in enumerate((0, 0, 1)))
+    plain, tiled, first = tuned(), tuned(autoencoder_tiles=8), tuned(small_decoder=one)
+    assert len({plain, tiled, first, tuned(small_decoder=other)}) == 4
+    assert tuned(small_decoder=same) == first
+    with pytest.raises(RunError, match=r"config\.json"):
+        tuned(small_decoder=str(tmp_path))
+
+
 def test_distillation_that_reads_no_trajectories_does_not_depend_on_them(finished):
     recipe, _ = finished
     prompts = recipe.stages[0].prompts

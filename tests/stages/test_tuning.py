@@ -12,6 +12,7 @@ import runs
 import tiny
 from mlcm_rl import adapters, bases, pipeline, tuning
 from mlcm_rl.equations.preference import offline_pso_log_ratios
+from mlcm_rl.guard import Guard
 from mlcm_rl.recipe import Full, Lora
 from mlcm_rl.rewards import combine
 from mlcm_rl.runtime import Runtime
@@ -66,6 +67,15 @@ def student_of(distilled, **changes) -> tuning.Student:
     recipe, (_, student) = distilled
     stage = runs.tuning("feedback", recipe.stages[0].prompts, **changes)
     return tuning.load(stage, bases.load(recipe.teacher, "cpu"), student / "student", seed=0)
+
+
+def reference_scores(distilled, **changes) -> dict[str, torch.Tensor]:
+    """What a guard sees before the first step."""
+    student, stage = (
+        student_of(distilled, **changes),
+        runs.tuning("feedback", distilled[0].stages[0].prompts, **changes),
+    )
+    return Guard(stage, student, student.parameters, combine(stage.rewards, "cpu"), 0).reference_scores
 
 
 # ---- roles ----
@@ -170,6 +180,28 @@ def test_gradient_checkpointing_changes_no_gradient(distilled, tmp_path, variant
     norms = [[record["grad_norm"] for record in records(folder)] for folder in (plain, saved)]
     assert all(norm > 0 for norm in norms[0])
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_a_small_decoder_moves_the_gradient_and_never_what_the_guard_sees(distilled, tmp_path):
+    small = tiny.small_decoder(tmp_path / "decoder")
+    seen = [reference_scores(distilled, **changes) for changes in ({}, {"small_decoder": small})]
+    assert all(torch.equal(seen[0][name], seen[1][name]) for name in ("brightness", "colourfulness"))
+    real = tune(distilled, tmp_path / "real", "feedback", num_steps=1)
+    drawn = tune(distilled, tmp_path / "small", "feedback", num_steps=1, small_decoder=small)
+    norms = [[record["grad_norm"] for record in records(folder)] for folder in (real, drawn)]
+    assert min(norms[1]) > 0
+    assert norms[0] != pytest.approx(norms[1], rel=1e-2)
+
+
+def test_in_tiles_that_hold_the_picture_a_step_is_the_same_to_the_bit_and_in_smaller_ones_not(distilled, tmp_path):
+    sizes = {"whole": None, "one": 16, "many": 8}
+    folders = [tune(distilled, tmp_path / k, "feedback", num_steps=1, autoencoder_tiles=v) for k, v in sizes.items()]
+    whole, one, many = ({k: v for k, v in records(folder)[0].items() if "norm" in k} for folder in folders)
+    assert whole == one
+    assert many["grad_norm"] > 0
+    assert many != whole
+    weights = [adapter_of(folder) for folder in folders]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.parametrize("variant", ["feedback", "feedback-all-steps"])
