@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 from . import adapters, checkpoint, distributed
-from .recipe import Recipe, Training
+from .recipe import Recipe, Training, Tuning
 
 Weights = dict[str, Tensor]
 
@@ -49,7 +49,7 @@ def accelerator(recipe: Recipe, stage: Training, folder: Path, device: torch.dev
             "stage3_max_live_parameters": 0,  # gathered anew for every pass: parts change places with an average's
             "stage3_max_reuse_distance": 0,
         }
-    return Accelerator(
+    started = Accelerator(
         cpu=device.type == "cpu" and plugin is None,
         mixed_precision="no",
         gradient_accumulation_steps=stage.gradient_accumulation if plugin is not None else 1,
@@ -57,6 +57,18 @@ def accelerator(recipe: Recipe, stage: Training, folder: Path, device: torch.dev
         log_with=list(recipe.trackers) or None,
         project_dir=str(folder),
     )
+    if plugin is not None:
+        _keep_frozen_models_whole()
+    return started
+
+
+def _keep_frozen_models_whole() -> None:
+    """Let transformers forget ZeRO-3: it would split text encoders and rewards as it loads them. No engine puts those
+    together again, and diffusers loads a pipeline's parts in an order that differs from process to process, so that one
+    would wait for another part than its neighbour sends."""
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
 
 
 def take_over(
@@ -65,19 +77,19 @@ def take_over(
     """The engine that the launch file asks for, with `student` and `optimizer` in its hands."""
     if distributed.uses_deepspeed():
         if accelerator.deepspeed_plugin.zero_stage == 3:
-            refuse_frozen(student)
+            refuse_tuning(stage)
         return Zero(accelerator, student, optimizer, stage)
     if distributed.uses_fsdp():
         return Sharded(accelerator, student, optimizer, stage)
     return Whole(student, optimizer, stage)
 
 
-def refuse_frozen(student: nn.Module) -> None:
-    """Raise ValueError for a student that is trained in part: under ZeRO-3 its processes were seen to lose step."""
-    if not all(parameter.requires_grad for parameter in student.parameters()):
+def refuse_tuning(stage: Training) -> None:
+    """Raise ValueError for a stage of preference learning: under ZeRO-3 its processes were seen to wait for ever."""
+    if isinstance(stage, Tuning):
         raise ValueError(
-            "ZeRO-3 is for students trained in full (adapter: {kind: full}): launch an adapter with ddp.yaml, "
-            "zero2.yaml or fsdp2.yaml"
+            f"ZeRO-3 is for distillation: {stage.kind} trains a small adapter, launch it with ddp.yaml, zero2.yaml or "
+            "fsdp2.yaml (the distilled student is found again)"
         )
 
 

@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate.commands import launch
 from launched_runs import LAUNCHES, ROOT, SECONDS, distance, records, weights
 from safetensors.torch import load_file
@@ -86,18 +85,16 @@ def test_two_processes_train_save_and_reload_as_one(mode, tiny_sdxl, store, tmp_
     check_mode(mode, "full", tiny_sdxl, store, tmp_path)
 
 
-def test_zero3_refuses_a_student_that_is_trained_in_part():
-    layer = torch.nn.Linear(2, 2)
-    engines.refuse_frozen(layer)
-    layer.bias.requires_grad_(False)
-    with pytest.raises(ValueError, match="ZeRO-3 is for students trained in full"):
-        engines.refuse_frozen(layer)
+def test_zero3_refuses_preference_learning_in_words(tmp_path):
+    prompts = runs.write_prompts(tmp_path)
+    engines.refuse_tuning(runs.distill())
+    for kind in ("feedback", "dpo", "policy"):
+        with pytest.raises(ValueError, match=f"ZeRO-3 is for distillation: {kind} trains a small adapter"):
+            engines.refuse_tuning(runs.tuning(kind, prompts))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "checkpointing"])
 @pytest.mark.parametrize("mode", [*MODES, "cpu2", "zero2_offload"])
 def test_every_kind_of_student_trains_under_every_engine(mode, name, tiny_sdxl, store, tmp_path):
-    if (mode, name) == ("zero3", "lora"):
-        pytest.skip("ZeRO-3 refuses adapters")
     check_mode(mode, name, tiny_sdxl, store, tmp_path)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import runs
-from mlcm_rl import distributed
+from mlcm_rl import bases, distributed
 from mlcm_rl.stages import distill
 
 
@@ -23,4 +23,6 @@ if __name__ == "__main__":
     teacher, store, folder = map(Path, sys.argv[1:4])
     for num_steps in (2, 3):
         train(teacher, store, folder, num_steps, json.loads(sys.argv[4]))
+    base = bases.load(runs.recipe(teacher, folder, [runs.distill()]).teacher, "cpu")
+    base.encode_prompts(["a cat"])  # under ZeRO-3 too the text encoders are whole
     distributed.finish()
