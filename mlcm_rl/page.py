@@ -177,16 +177,15 @@ def tuned(result: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def before_and_after(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """A gallery for each distilled student: its pictures, and those of every student that was tuned from it."""
+    """A gallery for each distilled student and each sampler of those tuned from it: its pictures, then theirs."""
     rows = report.by_id(result)
+    tuned: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in result["tuned"]:
+        found = report_tuned.nearest(one)
+        if found is not None:
+            tuned.setdefault((one["reference"], found["reference"]), {})[one["name"]] = rows[found["row"]]
     galleries = []
-    for reference in dict.fromkeys(one["reference"] for one in result["tuned"]):
-        of_it = [one for one in result["tuned"] if one["reference"] == reference]
-        found = {one["name"]: report_tuned.nearest(one) for one in of_it}
-        after = {name: rows[one["row"]] for name, one in found.items() if one is not None}
-        if not after:
-            continue
-        (before,) = {one["reference"] for one in found.values() if one is not None}  # one sampler, so one row
+    for (reference, before), after in tuned.items():
         columns = {f"before: {reference}": rows[before]} | {f"after: {name}": row for name, row in after.items()}
         prompts = [
             {

@@ -229,3 +229,14 @@ def test_a_recipe_that_tunes_its_student_reports_it(tiny_sdxl, tmp_path):
     assert [step for step, _ in student["curves"]["reward/brightness"]] == [1, 2]
     assert set(student["comparisons"][0]["win_rates"]) >= {"reward/brightness", "reward/colourfulness"}
     assert "Tuned to preferences" in (done[-1].folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_students_compared_in_different_samplers_have_galleries_of_their_own(tmp_path):
+    rows = [{"id": name, "num_steps": 2} for name in ("gamma-0", "gamma-1", "feedback", "policy")]
+    compared = {"feedback": "gamma-0", "policy": "gamma-1"}
+    tuned = [
+        {"name": name, "reference": "student", "comparisons": [{"num_steps": 2, "row": name, "reference": row}]}
+        for name, row in compared.items()
+    ]
+    galleries = page.before_and_after({"rows": rows, "tuned": tuned, "prompts": []}, tmp_path)
+    assert [one["columns"] for one in galleries] == [["before: student", f"after: {name}"] for name in compared]
