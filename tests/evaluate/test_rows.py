@@ -72,7 +72,14 @@ def test_a_student_of_more_segments_lands_on_its_boundaries_and_goes_straight_by
 
 def write_stage(folder, kind, gamma=None):
     """What `entries` reads of a finished stage: its manifest and what its student says of itself."""
-    described = {"family": "sdxl", "prediction_type": "epsilon", "segments": 2, "conditioned": False}
+    adapter = {"kind": "lora", "rank": 2, "alpha": 2.0}
+    described = {
+        "family": "sdxl",
+        "prediction_type": "epsilon",
+        "segments": 2,
+        "conditioned": False,
+        "adapter": adapter,
+    }
     (folder / "student").mkdir(parents=True)
     (folder / "student" / "student.json").write_text(json.dumps(described))
     settings = runs.tuning(kind, "p.txt", gamma=gamma) if kind in runs.TUNING else runs.distill(segments=[2])

@@ -39,7 +39,9 @@ def with_stage(distilled, kind: str):
     return distilled.model_copy(update={"stages": stages})
 
 
-@pytest.mark.parametrize("kind", ["distill", "feedback", "policy", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["distill", "feedback", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dpo", "policy"))]
+)
 def test_a_step_is_repeated_to_the_last_bit_from_what_it_left(distilled, monkeypatch, kind):
     """The gradient of the third step is spoiled (of policy, that of its second update). Its losses come out again,
     which takes the weights, the moments and the rewards' statistics of before the step."""

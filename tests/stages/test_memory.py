@@ -125,6 +125,7 @@ def test_gradients_moments_and_averages_are_counted_by_the_trained_weight(tiny_s
     assert full.total == full.parameters + 16 * size + full.activations
 
 
+@pytest.mark.slow
 def test_checkpointing_and_fewer_steps_with_gradient_take_less(tiny_sdxl):
     def activations(**changes) -> int:
         return of(runs.tuning("feedback", "unused", **changes), tiny_sdxl).activations
@@ -134,6 +135,7 @@ def test_checkpointing_and_fewer_steps_with_gradient_take_less(tiny_sdxl):
     assert activations(batch_size=8, num_grad_steps=2) > 1.1 * usual
 
 
+@pytest.mark.slow
 def test_tiles_take_less_and_a_small_decoder_is_counted_with_its_weights(tiny_sdxl, tmp_path):
     large = Teacher(path=str(tiny_sdxl), family="sdxl", resolution=128)
 
