@@ -185,23 +185,21 @@ def _stage_module(stage: Stage) -> ModuleType:
     return import_module(f"mlcm_rl.stages.{stage.kind}")
 
 
+@_worded("replay")
 def replay(bundle: Path) -> tuple[dict, dict]:
     """Repeat the step that left `bundle`, from the checkpoint beside it: its figures then and now. Raises RunError.
 
     Nothing is written to the stage's folder.
     """
-    try:
-        figures, stage, recipe, parents = replays.read(bundle)
-        with TemporaryDirectory() as place:
-            folder = Path(place)
-            replays.prepare(figures, bundle, folder)
-            try:
-                _stage_module(stage).run(stage, recipe, parents, folder)
-            except StoppedBeforeUpdate as stopped:
-                return figures, stopped.figures
-        raise CheckpointError(f"{bundle}: the stage ended before step {figures['step'] + 1}")
-    except PEOPLES_ERRORS as error:
-        raise RunError(f"replay: {said(error)}") from error
+    figures, stage, recipe, parents = replays.read(bundle)
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        replays.prepare(figures, bundle, folder)
+        try:
+            _stage_module(stage).run(stage, recipe, parents, folder)
+        except StoppedBeforeUpdate as stopped:
+            return figures, stopped.figures
+    raise CheckpointError(f"{bundle}: the stage ended before step {figures['step'] + 1}")
 
 
 def with_teacher(recipe: Recipe, folder: Path) -> Recipe:

@@ -24,11 +24,18 @@ FLAGS = [
 PORT = 9533
 DIRECT = build_opener(ProxyHandler({})).open  # past any proxy: the driver is on this machine
 SIZES = {"phone": (390, 844, 3.0), "laptop": (1280, 800, 1.0)}
+WINDOWS = [(size, dark) for size in SIZES for dark in (False, True)]
 
 MARKS = [
     pytest.mark.slow,
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed"),
 ]
+
+
+def window_name(window: tuple[str, bool]) -> str:
+    """What a test calls one of WINDOWS."""
+    size, dark = window
+    return f"{size}-dark{dark}"
 
 
 class Browser:

@@ -21,9 +21,7 @@ def driver():
         yield
 
 
-@pytest.fixture(
-    params=[(size, dark) for size in browser.SIZES for dark in (False, True)], ids=lambda one: f"{one[0]}-dark{one[1]}"
-)
+@pytest.fixture(params=browser.WINDOWS, ids=browser.window_name)
 def window(request, driver, tmp_path, choices, served):
     choices.prompts = [replace(choices.prompts[0], prompt=HOSTILE), Prompt("红" * 150, "zh"), *choices.prompts[2:]]
     opened = browser.Browser(tmp_path / "user", *request.param)
