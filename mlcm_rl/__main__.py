@@ -23,8 +23,8 @@ from rich.text import Text
 from . import reward_commands, signals
 from .quantities import in_words
 from .recipe import Recipe, json_schema
-from .recipe_file import load
-from .recipe_tree import RecipeError, key_text
+from .recipe.file import load
+from .recipe.tree import RecipeError, key_text
 
 if TYPE_CHECKING:
     from .pipeline import PlannedStage
@@ -282,7 +282,7 @@ def main() -> None:
 
 def _launched(launch: Path, arguments: list[str]) -> int:
     """`mlcm run` with `arguments` in the processes that `launch` describes; its exit code, 2 where none can start."""
-    from . import launch as launcher
+    from .distributed import launch as launcher
 
     try:
         return launcher.run_under(launch, arguments)

@@ -13,30 +13,18 @@ from types import ModuleType
 import torch
 from pydantic import ValidationError
 
-from . import (
-    __version__,
-    adapters,
-    bases,
-    checkpoint,
-    distributed,
-    labels,
-    lock,
-    pictures,
-    ranking,
-    replays,
-    report,
-    sampler,
-)
+from . import __version__, adapters, bases, checkpoint, distributed, lock, pictures, replays, report, sampler
 from .checkpoint import CheckpointError, finish, is_finished, read_json, sha256, verify
 from .data import read_prompts
 from .equations.segments import sampling_times
+from .evaluation.rows import tuned_from
 from .export import export as write_export
 from .fingerprint import STUDENTS, Located, locate, parents_of, seed_of_stage
-from .peak import Meter, begin
+from .memory.peak import Meter, begin
+from .pairs import labels, ranking
 from .plan import PlannedStage, Sizes, network_evaluations, planned_stages
 from .recipe import Distill, Evaluate, Recipe, Reward, Stage, TrainTeacher, Tuning
 from .rewards import build, refuse_unread
-from .rows import tuned_from
 from .runtime import NonFiniteLoss, StoppedBeforeUpdate, commit, console, device_of, generator, tell_truncated
 from .untrusted import held, is_unicode
 
@@ -317,7 +305,7 @@ def pairs_by_hand(
     Draws what is not drawn yet, then shows the page until all are judged.
     """
     try:
-        from . import label_page
+        from .pairs import label_page
     except ModuleNotFoundError as error:
         raise RunError(
             f"pairs: the page needs {error.name}, which is not installed: pip install 'mlcm-rl[label]'"

@@ -1,7 +1,7 @@
 """What a recipe will do before it does it: network evaluations, disk and memory a stage. Loads no weights.
 
 Evaluations are forward passes of a denoiser on one sample; a guided pass counts two. Disk is read off the headers of
-the teacher's files; what a stage needs of memory is found in memory.py, which takes seconds a stage.
+the teacher's files; what a stage needs of memory is found in `memory`, which takes seconds a stage.
 """
 
 from dataclasses import dataclass

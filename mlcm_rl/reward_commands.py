@@ -14,13 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from .recipe import Reward
-from .recipe_file import reward_names
-from .recipe_tree import nearest
+from .recipe.file import reward_names
+from .recipe.tree import nearest
 
 if TYPE_CHECKING:
-    from .reward_folder import Scored
-    from .reward_weights import Weights
     from .rewards import RewardModel
+    from .rewards.folder import Scored
+    from .rewards.weights import Weights
 
 app = typer.Typer(help="Reward models: list them, fetch their weights, check what they declare.", no_args_is_help=True)
 console = Console(highlight=False)
@@ -98,7 +98,8 @@ def fetch_weights(
 ) -> None:
     """Fetch, check and convert the weights of a reward model; what is here already is left."""
     with _failing():
-        from . import reward_weights, rewards
+        from . import rewards
+        from .rewards import weights as reward_weights
 
         declared = rewards.weights_of(rewards.find(name))
         if not declared:
@@ -125,7 +126,8 @@ def check_reward(
 ) -> None:
     """Hold a reward model to its contract: repeatable, the same in any batch, gradient, range. Exit 1 if one fails."""
     with _failing():
-        from . import reward_check, reward_folder
+        from .rewards import check as reward_check
+        from .rewards import folder as reward_folder
 
         reward = _built(name, setting, device)
         if images is None:
@@ -169,7 +171,8 @@ def score(
     if out is not None and out.suffix not in (".jsonl", ".csv"):
         raise typer.BadParameter(f"{out}: must end in .jsonl or .csv", param_hint="--out")
     with _failing():
-        from . import data, reward_folder
+        from . import data
+        from .rewards import folder as reward_folder
 
         model = _built(reward, setting, device)
         if prompts is None and model.needs_prompt:
@@ -237,7 +240,8 @@ def _built(name: str, settings: list[str] | None, device: str) -> "RewardModel":
 
 def _texts(reward: "RewardModel", prompts: Path | None, count: int) -> list[str]:
     """`count` prompts that `reward` reads: those of a file over and over, or examples."""
-    from . import data, reward_check
+    from . import data
+    from .rewards import check as reward_check
 
     if prompts is None:
         return reward_check.example_prompts(reward, count)

@@ -22,8 +22,9 @@ from rich.text import Text
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import checkpoint, distributed, engines, replays, signals
+from . import checkpoint, distributed, replays, signals
 from .bases import Base
+from .distributed import engines
 from .recipe import Recipe, Training
 
 if not torch.cuda.is_available():

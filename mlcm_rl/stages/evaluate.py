@@ -16,26 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import (
-    adapters,
-    bases,
-    distributed,
-    instruments,
-    metrics,
-    page,
-    pictures,
-    report,
-    report_tuned,
-    runtime,
-    sampler,
-    undistilled,
-)
+from .. import adapters, bases, distributed, metrics, pictures, report, runtime, sampler
 from ..adapters import Student
 from ..bases import Base, Conditioning
 from ..checkpoint import read_json, read_tensors, remove, write_json, write_tensors
 from ..data import Prompt, read_prompts
+from ..evaluation import instruments, undistilled
+from ..evaluation.rows import Row, entries, student_rows, teacher_rows
 from ..recipe import Evaluate, Recipe
-from ..rows import Row, entries, student_rows, teacher_rows
+from ..report import page, tuned_students
 
 SHOWN_PER_LANGUAGE = 4  # prompts whose pictures are kept for the page
 
@@ -95,11 +84,11 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
                 records.append(read_json(kept))
     prompts = [asdict(prompt) | {"shown": i in scene.shown} for i, prompt in enumerate(scene.prompts)]
     curves = report.read_curves(parents.get("distill"))
-    tuned = report_tuned.read({student.name: student.folder for student in students})
+    tuned = tuned_students.read({student.name: student.folder for student in students})
     result = report.assemble(recipe, stage, prompts, records, base.device, curves, tuned, scene.instruments.networks)
     distributed.by_first(write_report, result, folder)
     runtime.console.print(report.table(result))
-    texts = [result["headline"]["text"], *map(report_tuned.sentence, result["tuned"])]
+    texts = [result["headline"]["text"], *map(tuned_students.sentence, result["tuned"])]
     runtime.console.print("\n".join([*texts, str((folder / "report.html").resolve())]), soft_wrap=True)
 
 

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from reward_models import trained
 
-from .. import checkpoint, reward_card
+from .. import checkpoint
 from ..distributed import by_first
 from ..equations.preference import bradley_terry_loss
 from ..pairs import PairTable
 from ..recipe import Recipe, TrainReward
-from ..reward_heads import FeatureScale, dropped, held_out_pairs, right_way
+from ..rewards import card as reward_card
+from ..rewards.heads import FeatureScale, dropped, held_out_pairs, right_way
 from ..runtime import Runtime, epoch_order, progress, rate_factor, set_rate
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
-from mlcm_rl import page, report
+from mlcm_rl import report
 from mlcm_rl.checkpoint import replacing
+from mlcm_rl.report import page
 
 SIZE, GAP, COLUMNS = 96, 6, 2  # pixels a picture, pixels between, prompts side by side
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, so that no installation is needed
 
-from mlcm_rl import judge, metrics, rewards
+from mlcm_rl import metrics, rewards
 from mlcm_rl.data import Prompt, read_prompts
+from mlcm_rl.evaluation import judge
 from mlcm_rl.trajectories import Store
 from sources import HERE, STYLES, write_text
 from train_rewards import PREFERENCE

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mlcm_rl import bases, judge, metrics, pictures, runtime, sampler
+from mlcm_rl import bases, metrics, pictures, runtime, sampler
 from mlcm_rl.bases import Base
 from mlcm_rl.data import Prompt, read_prompts
 from mlcm_rl.equations.segments import time_grid
+from mlcm_rl.evaluation import judge
 from mlcm_rl.recipe import Teacher
 from sources import HERE, write_text
 

@@ -58,7 +58,7 @@ def fold(weights: dict[str, Tensor], convolution: str, norm: str, depthwise: boo
 
 
 def trunk_weights(num_blocks: int) -> dict[str, Tensor]:
-    """Return the state dictionary of `mlcm_rl.judge.PictureEncoder` without its head."""
+    """Return the state dictionary of `mlcm_rl.evaluation.judge.PictureEncoder` without its head."""
     weights = read_weights()
     names = {"stem": ("Conv1", "bn_Conv1", False)}
     parts = {"first": "expanded_conv", **{f"blocks.{n - 1}": f"block_{n}" for n in range(1, num_blocks + 1)}}

@@ -20,7 +20,7 @@ from mlcm_rl import pipeline
 from mlcm_rl.data import read_prompts
 from mlcm_rl.fingerprint import TUNING
 from mlcm_rl.recipe import Dpo, Evaluate, Recipe, Tuning
-from mlcm_rl.recipe_file import load
+from mlcm_rl.recipe.file import load
 
 HERE = Path(__file__).parent
 STEPS = 4  # of the sampler that is tuned and measured

@@ -14,7 +14,7 @@ from rich.console import Console
 import study_summary
 from mlcm_rl import pipeline
 from mlcm_rl.recipe import Distill, Evaluate, Recipe
-from mlcm_rl.recipe_file import load
+from mlcm_rl.recipe.file import load
 
 HERE = Path(__file__).parent
 LORA = {"kind": "lora", "rank": 64, "alpha": 64}

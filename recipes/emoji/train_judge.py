@@ -22,7 +22,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, so that no installation is needed
 
 from captions import teacher_concepts
-from mlcm_rl.judge import BLOCKS, Judge, PictureEncoder
+from mlcm_rl.evaluation.judge import BLOCKS, Judge, PictureEncoder
 from mobilenet import trunk_weights
 from sources import HERE, STYLES, Pictures, load_pictures, progress_line, write_text
 

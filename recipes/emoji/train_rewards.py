@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, so that no i
 
 from captions import teacher_concepts
 from mlcm_rl.equations.preference import bradley_terry_loss
-from mlcm_rl.reward_heads import FeatureScale, dropped
-from mlcm_rl.reward_weights import fetch
+from mlcm_rl.rewards.heads import FeatureScale, dropped
+from mlcm_rl.rewards.weights import fetch
 from reward_models import _efficientnet_lite, emoji_style, emoji_style_judge
 from reward_models._efficientnet_lite import EFFICIENTNET_LITE0_WEIGHTS
 from reward_models._mobile_trunk import TappedTrunk

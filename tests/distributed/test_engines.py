@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from train_twice import train
 
 import runs
-from mlcm_rl import adapters, bases, engines, pipeline
+from mlcm_rl import adapters, bases, pipeline
+from mlcm_rl.distributed import engines
 
 MODES = ["zero1", "zero2", "zero3", "fsdp2"]
 FULL = {"adapter": {"kind": "full"}, "target_ema": 0.5, "gradient_accumulation": 2}

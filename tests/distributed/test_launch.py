@@ -7,7 +7,7 @@ from launched_runs import LAUNCHES, assert_alike, launch, launched, stage_folder
 
 import runs
 from mlcm_rl import distributed
-from mlcm_rl import launch as launcher
+from mlcm_rl.distributed import launch as launcher
 from mlcm_rl.recipe import Evaluate
 
 

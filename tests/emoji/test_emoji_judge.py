@@ -7,7 +7,8 @@ from torch.nn import functional as F
 import mobilenet
 import train_judge as program
 from captions import teacher_concepts
-from mlcm_rl import judge, metrics
+from mlcm_rl import metrics
+from mlcm_rl.evaluation import judge
 from sources import cache_folder
 
 NORM = ("gamma", "beta", "moving_mean", "moving_variance")

@@ -8,7 +8,7 @@ import preference_curves
 import preference_study
 import preference_summary
 from mlcm_rl.recipe import Dpo, Feedback, Policy
-from mlcm_rl.recipe_file import load
+from mlcm_rl.recipe.file import load
 
 KINDS = {"feedback": Feedback, "dpo": Dpo, "policy": Policy}
 METRICS = ("reward/emoji_style", "reward/emoji_style_judge", "reward/emoji_alignment", "r@1", "r@5", "distance")

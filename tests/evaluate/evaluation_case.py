@@ -11,8 +11,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 import runs
 import tiny
-from mlcm_rl import adapters, bases, judge
+from mlcm_rl import adapters, bases
 from mlcm_rl.checkpoint import write_tensors
+from mlcm_rl.evaluation import judge
 from mlcm_rl.recipe import Evaluate, Lora, Recipe, Teacher
 from mlcm_rl.stages import evaluate
 

@@ -16,10 +16,11 @@ from evaluation_case import (
 from PIL import Image
 from test_inception import random_weights
 
-from mlcm_rl import inception, instruments, metrics, pipeline
+from mlcm_rl import metrics, pipeline
 from mlcm_rl.checkpoint import write_tensors
-from mlcm_rl.recipe_file import load
-from mlcm_rl.recipe_tree import RecipeError, key_text
+from mlcm_rl.evaluation import inception, instruments
+from mlcm_rl.recipe.file import load
+from mlcm_rl.recipe.tree import RecipeError, key_text
 
 RECIPE = Path("recipes/sdxl_coco.yaml")
 NUM_REAL = 9

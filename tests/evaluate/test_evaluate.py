@@ -9,8 +9,8 @@ import pytest
 import torch
 from evaluation_case import CONCEPTS, PICTURES, PROMPTS, recipe, run
 
-from mlcm_rl import instruments
 from mlcm_rl.data import Prompt
+from mlcm_rl.evaluation import instruments
 from mlcm_rl.rewards import Member
 from mlcm_rl.stages import evaluate
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from mlcm_rl import inception
+from mlcm_rl.evaluation import inception
 
 
 def normal(*shape, seed=0):

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from evaluation_case import PROMPTS
 
-from mlcm_rl import page
+from mlcm_rl.report import page
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 

@@ -8,10 +8,10 @@ import pytest
 
 import runs
 from mlcm_rl.adapters import default_gamma
+from mlcm_rl.evaluation.rows import Entry, entries, student_folders, student_rows, teacher_rows
+from mlcm_rl.evaluation.training_cost import TrainingCost
 from mlcm_rl.plan import evaluations_per_row
 from mlcm_rl.recipe import Evaluate
-from mlcm_rl.rows import Entry, entries, student_folders, student_rows, teacher_rows
-from mlcm_rl.training_cost import TrainingCost
 
 
 def stage(**settings):

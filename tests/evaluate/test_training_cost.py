@@ -5,10 +5,10 @@ import json
 import pytest
 
 import runs
-from mlcm_rl import training_cost
+from mlcm_rl.evaluation import training_cost
+from mlcm_rl.evaluation.training_cost import TrainingCost, of_stage
 from mlcm_rl.plan import network_evaluations
 from mlcm_rl.recipe import Feedback, Policy
-from mlcm_rl.training_cost import TrainingCost, of_stage
 
 STORE = {"num_trajectories": 100, "num_held_out": 10, "num_steps": 48}
 

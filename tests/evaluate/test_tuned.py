@@ -9,8 +9,9 @@ import torch
 from evaluation_case import PICTURES, PROMPTS
 
 import runs
-from mlcm_rl import adapters, page, pipeline, report, report_tuned
+from mlcm_rl import adapters, pipeline, report
 from mlcm_rl.recipe import Evaluate
+from mlcm_rl.report import page, tuned_students
 
 LANGUAGES = ["en", "zh", "en", "zh"]
 
@@ -42,7 +43,7 @@ TUNED = {"reward_style": [2.0, 2.0, 5.0, 3.0], "reward_judge": [1.0, 1.0, 1.0, 1
 
 
 def test_differences_are_paired_and_a_tie_is_half_a_win():
-    (one,) = report_tuned.compared(planted_report(planted("student", **SCORES), planted("dpo", **TUNED)), entry())
+    (one,) = tuned_students.compared(planted_report(planted("student", **SCORES), planted("dpo", **TUNED)), entry())
     assert (one["row"], one["reference"], one["num_steps"]) == ("dpo-4-0", "student-4-0", 4)
     spread = math.sqrt((0.5**2 + 0.5**2 + 1.5**2 + 1.5**2) / 3)  # of 1, 0, 2, -1 around 0.5
     assert one["differences"]["reward/style"] == {"mean": 0.5, "se": pytest.approx(spread / 2, rel=1e-5), "n": 4}
@@ -60,7 +61,7 @@ def test_differences_are_paired_and_a_tie_is_half_a_win():
 def test_a_prompt_that_a_reward_does_not_read_is_no_win_and_no_loss():
     before, after = ([1.0, math.nan, 1.0, math.nan], [2.0, math.nan, 0.0, math.nan])
     rows = planted("student", reward_style=before), planted("dpo", reward_style=after)
-    (one,) = report_tuned.compared(planted_report(*rows), entry())
+    (one,) = tuned_students.compared(planted_report(*rows), entry())
     assert one["win_rates"]["reward/style"] == {"mean": 0.5, "se": 0.5, "n": 2}
     assert one["win_rates"]["reward/style/zh"] == {"mean": None, "se": None, "n": 0}
 
@@ -70,23 +71,23 @@ def test_a_win_is_a_pictures_and_not_that_of_a_prompts_mean():
     key = "reward/style"
     before = planted("student", reward_style=[0.0] * 4, samples={key: torch.tensor([[0.0, 0.0]] * 4)})
     after = planted("dpo", reward_style=[1.0] * 4, samples={key: torch.tensor([[3.0, -1.0]] * 4)})
-    assert report_tuned.wins(after, before, key).tolist() == [0.5] * 4
+    assert tuned_students.wins(after, before, key).tolist() == [0.5] * 4
 
 
 def test_every_default_row_is_compared_at_its_own_sampler():
     """The other gamma and the other grid of the reference are not what a default row stands against."""
     rows = [planted(name, n, **SCORES) for name in ("student", "dpo") for n in (1, 2, 8)]
     rows += [planted(name, 2, gamma=1.0, default=False, **SCORES) for name in ("student", "dpo")]
-    found = report_tuned.compared(planted_report(*rows), entry())
+    found = tuned_students.compared(planted_report(*rows), entry())
     assert [(one["row"], one["reference"]) for one in found] == [(f"dpo-{n}-0", f"student-{n}-0") for n in (1, 2, 8)]
-    assert report_tuned.nearest({"comparisons": found})["num_steps"] == 2
+    assert tuned_students.nearest({"comparisons": found})["num_steps"] == 2
 
 
 def test_a_student_tuned_at_another_gamma_is_compared_at_that_one_and_in_a_single_step_at_none():
     rows = [planted("student", 1, 0.0, **SCORES), planted("dpo", 1, 0.3, **SCORES)]
     rows += [planted("student", 2, 0.0, **SCORES), planted("student", 2, 0.3, default=False, **SCORES)]
     rows += [planted("dpo", 2, 0.3, **SCORES), planted("dpo", 2, 0.0, default=False, **SCORES)]
-    found = report_tuned.compared(planted_report(*rows), entry())
+    found = tuned_students.compared(planted_report(*rows), entry())
     assert [(one["row"], one["reference"]) for one in found] == [
         ("dpo-1-0.3", "student-1-0"),
         ("dpo-2-0.3", "student-2-0.3"),
@@ -96,19 +97,19 @@ def test_a_student_tuned_at_another_gamma_is_compared_at_that_one_and_in_a_singl
 def test_a_tuned_student_is_summed_up_in_a_line():
     student = entry()
     made = planted_report(planted("student", **SCORES), planted("dpo", **TUNED))
-    student["comparisons"] = report_tuned.compared(made, student)
-    assert report_tuned.sentence(student) == (
+    student["comparisons"] = tuned_students.compared(made, student)
+    assert tuned_students.sentence(student) == (
         "dpo at 4 steps: style win rate 0.62 \u00b1 0.24 (trained on), judge 1 (held out)"
     )
-    assert report_tuned.verdict(student) == (
+    assert tuned_students.verdict(student) == (
         "Trained on style, held out judge. By the held-out gain, kept is the student of step 40; "
         "the run went on to its end, step 60."
     )
     nothing = {"kept_step": 0, "warnings": [], "stopped": True}
-    assert "no look was better, so kept is the distilled student; it stopped" in report_tuned.verdict(
+    assert "no look was better, so kept is the distilled student; it stopped" in tuned_students.verdict(
         entry(guard=nothing)
     )
-    assert report_tuned.sentence(entry(comparisons=[])).startswith("dpo: no win rate")
+    assert tuned_students.sentence(entry(comparisons=[])).startswith("dpo: no win rate")
 
 
 # ---- from end to end ----
@@ -153,7 +154,7 @@ def test_it_is_compared_in_every_metric_at_every_number_of_steps(result, student
 
 def test_an_untuned_student_ties_with_itself(result):
     untuned = {"name": "student", "reference": "student", "rewards": {}}
-    for one in report_tuned.compared(result, untuned):
+    for one in tuned_students.compared(result, untuned):
         assert {rate["mean"] for rate in one["win_rates"].values()} == {0.5}
         assert {gap["mean"] for gap in one["differences"].values()} <= {0.0, None}
 
@@ -165,15 +166,15 @@ def test_the_headline_stays_about_distillation(result):
 
 def test_a_tuned_student_whose_reference_is_elsewhere_is_left_out(place):
     folders = {"tuned": place / "feedback" / "student"}
-    assert report_tuned.read(folders) == []
-    (found,) = report_tuned.read({**folders, "lcm": place / "same" / "student"})
+    assert tuned_students.read(folders) == []
+    (found,) = tuned_students.read({**folders, "lcm": place / "same" / "student"})
     assert (found["name"], found["reference"]) == ("tuned", "lcm")
     assert adapters.describe(folders["tuned"])["preference"]
 
 
 def test_the_written_report_has_a_line_a_table_and_the_warnings(tuned, result, student):
     text = (tuned / "report.md").read_text(encoding="utf-8")
-    assert f"- {report_tuned.sentence(student)}. Trained on brightness, held out colourfulness." in text
+    assert f"- {tuned_students.sentence(student)}. Trained on brightness, held out colourfulness." in text
     assert "  - Warning: step 30: the trained reward rose & the held-out one fell" in text
     lines = [line for line in text.splitlines() if line.startswith("| feedback | 4 |")]
     assert [line.split(" | ")[2:4] for line in lines[:3]] == [
@@ -192,7 +193,7 @@ def test_the_page_shows_before_and_after_and_the_guards_curves(tuned, result, st
     text = (tuned / "report.html").read_text(encoding="utf-8")
     assert page.render(result, tuned) == text
     section = text[text.index('<h2 id="tuned">') : text.index('<h2 id="quality">')]
-    assert report_tuned.sentence(student) in section
+    assert tuned_students.sentence(student) in section
     assert "<li>step 30: the trained reward rose &amp; the held-out one fell</li>" in section
     for alt in ("before: student", "after: feedback"):
         pictures = re.findall(f'<img src="data:image/webp;base64,([^"]+)" alt="{alt}">', section)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
-from mlcm_rl import undistilled
 from mlcm_rl.equations.schedule import scaled_linear_betas, vp_schedule
+from mlcm_rl.evaluation import undistilled
 
 # diffusers hands numpy a tensor in a way that numpy 2 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -17,12 +17,9 @@ MAY_IMPORT_HEAVY = {  # modules of mlcm_rl, without the package's name
     "bases",
     "checkpoint",
     "data",
-    "distributed",  # these three: several processes of one run
-    "engines",
+    "distributed",
     "export",
     "exported_pipeline",  # copied into an export, where it is all that stock diffusers finds
-    "judge",
-    "launch",
     "metrics",
     "pairs",
     "runtime",

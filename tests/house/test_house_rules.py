@@ -37,7 +37,7 @@ def report(wrong: list[str]) -> None:
 
 def test_the_tree_is_where_it_is_looked_for():
     assert len(EQUATIONS) >= 7
-    assert ROOT / "mlcm_rl" / "recipe.py" in LIBRARY
+    assert ROOT / "mlcm_rl" / "recipe" / "__init__.py" in LIBRARY
 
 
 def test_import_arrows_point_towards_the_equations():

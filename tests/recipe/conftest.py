@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mlcm_rl.recipe_file import load
-from mlcm_rl.recipe_tree import Problem, RecipeError
+from mlcm_rl.recipe.file import load
+from mlcm_rl.recipe.tree import Problem, RecipeError
 
 GOOD = Path(__file__).with_name("good.yaml")
 

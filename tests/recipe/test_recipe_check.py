@@ -3,8 +3,8 @@
 import pytest
 
 from mlcm_rl import rewards
-from mlcm_rl.recipe_file import check, load, reward_names
-from mlcm_rl.recipe_tree import key_text
+from mlcm_rl.recipe.file import check, load, reward_names
+from mlcm_rl.recipe.tree import key_text
 
 
 @pytest.mark.parametrize(

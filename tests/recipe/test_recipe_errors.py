@@ -3,8 +3,8 @@
 import pytest
 
 from mlcm_rl.recipe import Distill
-from mlcm_rl.recipe_file import load
-from mlcm_rl.recipe_tree import RecipeError, key_text
+from mlcm_rl.recipe.file import load
+from mlcm_rl.recipe.tree import RecipeError, key_text
 
 
 def told(problem) -> tuple[int, str, str]:

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlcm_rl.recipe import Recipe
-from mlcm_rl.recipe_file import load
-from mlcm_rl.recipe_tree import RecipeError
+from mlcm_rl.recipe.file import load
+from mlcm_rl.recipe.tree import RecipeError
 
 GOOD = Path(__file__).with_name("good.yaml").read_text("utf-8")
 WORDS = """

@@ -3,8 +3,8 @@
 import pytest
 
 from mlcm_rl.recipe import Distill, Lora, Trajectories
-from mlcm_rl.recipe_file import load
-from mlcm_rl.recipe_tree import key_text
+from mlcm_rl.recipe.file import load
+from mlcm_rl.recipe.tree import key_text
 
 
 def distill(root, *overrides: str) -> Distill:

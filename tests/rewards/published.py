@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from mlcm_rl.reward_weights import Weights, fetch
+from mlcm_rl.rewards.weights import Weights, fetch
 
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 SHOWN = {byte: chr(byte) for byte in PRINTABLE}  # how CLIP's vocabulary writes a byte

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mlcm_rl.recipe import Reward
-from mlcm_rl.reward_weights import MissingWeights
 from mlcm_rl.rewards import Combined, Member, RewardError, RunningNormaliser, build, combine, score_in_chunks
+from mlcm_rl.rewards.weights import MissingWeights
 
 
 class Mean:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mlcm_rl import reward_weights, rewards
-from mlcm_rl.reward_check import EXAMPLE_PROMPTS
-from mlcm_rl.reward_weights import MissingWeights
+from mlcm_rl import rewards
+from mlcm_rl.rewards import weights as reward_weights
+from mlcm_rl.rewards.check import EXAMPLE_PROMPTS
+from mlcm_rl.rewards.weights import MissingWeights
 from reward_models import imagenet_class
 from reward_models._efficientnet_lite import EFFICIENTNET_LITE0_WEIGHTS, EfficientNetLite0, efficientnet_pixels
 

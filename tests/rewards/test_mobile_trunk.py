@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from mlcm_rl import judge
-from mlcm_rl.reward_weights import MissingWeights
+from mlcm_rl.evaluation import judge
+from mlcm_rl.rewards.weights import MissingWeights
 from reward_models import _efficientnet_lite, emoji_style_judge
 from reward_models._efficientnet_lite import BATCH_NORM_EPSILON, EFFICIENTNET_LITE0_WEIGHTS, EfficientNetLite0
 from reward_models._mobile_trunk import EFFICIENTNET_LITE0, MOBILENET_V2, Block, TappedTrunk, Trunk, pad_same, resized

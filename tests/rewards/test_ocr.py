@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mlcm_rl import rewards
 from mlcm_rl.data import square
 from mlcm_rl.recipe import Reward
-from mlcm_rl.reward_weights import MissingWeights
+from mlcm_rl.rewards.weights import MissingWeights
 from reward_models import _onnx, ocr
 
 QUOTED = re.compile(ocr.QUOTED)

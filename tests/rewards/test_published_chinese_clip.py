@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import ChineseCLIPConfig, ChineseCLIPModel
 
-from mlcm_rl.reward_check import check
+from mlcm_rl.rewards.check import check
 from reward_models import chinese_clip
 from reward_models._published import normalised, resized, tokens
 from rewards.published import (

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
-from mlcm_rl.reward_check import check
+from mlcm_rl.rewards.check import check
 from reward_models import _clip, aesthetic, clip_score, pick_score
 from reward_models._published import covered, normalised
 from rewards.published import (

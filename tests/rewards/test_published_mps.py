@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
-from mlcm_rl.reward_check import check
+from mlcm_rl.rewards.check import check
 from reward_models import _clip, mps
 from reward_models._published import covered, normalised
 from rewards.published import (

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mlcm_rl.reward_check import CHECKS, check, drawn_images, example_prompts
 from mlcm_rl.rewards import find
+from mlcm_rl.rewards.check import CHECKS, check, drawn_images, example_prompts
 
 
 class Sound:

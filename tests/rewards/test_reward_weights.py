@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mlcm_rl import reward_weights
-from mlcm_rl.reward_weights import (
+from mlcm_rl.rewards import weights as reward_weights
+from mlcm_rl.rewards.weights import (
     GivenFile,
     HubFile,
     MissingWeights,

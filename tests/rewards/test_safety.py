@@ -5,7 +5,7 @@ import torch
 
 from mlcm_rl import rewards
 from mlcm_rl.recipe import Reward
-from mlcm_rl.reward_weights import MissingWeights
+from mlcm_rl.rewards.weights import MissingWeights
 from reward_models import safety
 
 

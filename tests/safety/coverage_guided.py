@@ -11,7 +11,8 @@ from collections.abc import Callable
 import atheris
 
 with atheris.instrument_imports(include=["mlcm_rl"]):
-    from mlcm_rl import adapters, data, recipe_file, recipe_tree, trajectories, untrusted  # noqa: F401
+    from mlcm_rl import adapters, data, trajectories, untrusted  # noqa: F401
+    from mlcm_rl.recipe import file as recipe_file
     from safety import test_fuzz
 
 

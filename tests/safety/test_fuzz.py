@@ -28,8 +28,8 @@ from mlcm_rl.adapters import METADATA_KEY, describe, read_lora
 from mlcm_rl.checkpoint import CheckpointError, load_state, read_shapes, read_tensors, save_state, sha256, verify
 from mlcm_rl.data import CaptionedImages, read_image, read_prompts
 from mlcm_rl.pairs import PairTable
-from mlcm_rl.recipe_tree import RecipeError
-from mlcm_rl.reward_weights import WeightsError, extract
+from mlcm_rl.recipe.tree import RecipeError
+from mlcm_rl.rewards.weights import WeightsError, extract
 from mlcm_rl.trajectories import Provenance, Store, Writer, shard_ranges
 from safety.mutations import damaged, damages, exchanged, exchanges, values
 

@@ -13,14 +13,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tiny
-from mlcm_rl import bases, checkpoint, data, pairs, recipe_tree, untrusted
+from mlcm_rl import bases, checkpoint, data, pairs, untrusted
 from mlcm_rl.adapters import METADATA_KEY, read_lora
 from mlcm_rl.checkpoint import CheckpointError, finish, read_json, verify
 from mlcm_rl.data import CaptionedImages, read_image
 from mlcm_rl.pairs import PairTable
 from mlcm_rl.recipe import Teacher
-from mlcm_rl.recipe_file import load
-from mlcm_rl.recipe_tree import RecipeError
+from mlcm_rl.recipe import tree as recipe_tree
+from mlcm_rl.recipe.file import load
+from mlcm_rl.recipe.tree import RecipeError
 from mlcm_rl.untrusted import held
 
 

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 import runs
 import tiny
-from mlcm_rl import memory, peak
-from mlcm_rl.live_bytes import Kernels, Live
+from mlcm_rl import memory
+from mlcm_rl.memory import peak
+from mlcm_rl.memory.live_bytes import Kernels, Live
 from mlcm_rl.plan import planned_stages
 from mlcm_rl.recipe import Full, Lora, Reward, Teacher
 from mlcm_rl.rewards import build

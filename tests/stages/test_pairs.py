@@ -15,13 +15,13 @@ import torch
 from typer.testing import CliRunner
 
 import runs
-from mlcm_rl import pictures, pipeline, plan, ranking, rewards
+from mlcm_rl import pictures, pipeline, plan, rewards
 from mlcm_rl.__main__ import app
 from mlcm_rl.data import Prompt
 from mlcm_rl.fingerprint import locate
-from mlcm_rl.pairs import PairTable
+from mlcm_rl.pairs import PairTable, ranking
 from mlcm_rl.recipe import Reward
-from mlcm_rl.reward_folder import read_picture
+from mlcm_rl.rewards.folder import read_picture
 
 FEATURES = datasets.Features(
     {"prompt": datasets.Value("string"), "chosen": datasets.Image(), "rejected": datasets.Image()}
@@ -269,7 +269,7 @@ def test_the_command_says_how_many_pairs_were_kept_and_where(run, tmp_path, monk
 
 def by_hand(run: Path, out: Path, judge, monkeypatch, **changes) -> tuple[int, int]:
     """The command, with `judge(choices)` as the person at the page."""
-    page = pytest.importorskip("mlcm_rl.label_page", reason="the extra `label` is not installed")
+    page = pytest.importorskip("mlcm_rl.pairs.label_page", reason="the extra `label` is not installed")
     monkeypatch.setattr(page, "serve", lambda choices, port: judge(choices))
     settings = {"num_prompts": 5, "num_steps": 2, "seed": 0, "batch_size": 4, "port": 0}
     return pipeline.pairs_by_hand(run, Path(runs.write_prompts(run)), out, **(settings | changes))
@@ -310,7 +310,7 @@ def test_choosing_goes_on_where_it_was_stopped_and_draws_nothing_again(run, tmp_
 
 
 def test_ctrl_c_ends_the_page_and_is_told_as_everywhere(run, tmp_path, monkeypatch):
-    page = pytest.importorskip("mlcm_rl.label_page", reason="the extra `label` is not installed")
+    page = pytest.importorskip("mlcm_rl.pairs.label_page", reason="the extra `label` is not installed")
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals reach the main thread only")
 
@@ -326,8 +326,8 @@ def test_ctrl_c_ends_the_page_and_is_told_as_everywhere(run, tmp_path, monkeypat
 
 def test_without_the_extra_the_command_says_what_to_install(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "mlcm_rl.label_page", raising=False)
-    monkeypatch.delattr("mlcm_rl.label_page", raising=False)
+    monkeypatch.delitem(sys.modules, "mlcm_rl.pairs.label_page", raising=False)
+    monkeypatch.delattr("mlcm_rl.pairs.label_page", raising=False)
     with pytest.raises(pipeline.RunError, match=r"the page needs uvicorn, .* pip install 'mlcm-rl\[label\]'"):
         pipeline.pairs_by_hand(run, Path(runs.write_prompts(run)), tmp_path / "out", None, 1, 0, 4, 0)
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from mlcm_rl.fingerprint import settings
 from mlcm_rl.pipeline import RunError
 from mlcm_rl.plan import network_evaluations
 from mlcm_rl.recipe import Evaluate, Full, Lora
-from mlcm_rl.recipe_file import load
+from mlcm_rl.recipe.file import load
 from mlcm_rl.trajectories import Store
 
 SHIPPED = sorted(Path("recipes").glob("*.yaml"))

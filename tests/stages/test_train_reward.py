@@ -9,14 +9,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import runs
-from mlcm_rl import pipeline, reward_card
+from mlcm_rl import pipeline
 from mlcm_rl.data import Prompt
 from mlcm_rl.fingerprint import locate
 from mlcm_rl.pairs import PairTable
 from mlcm_rl.recipe import Evaluate, Reward, TrainReward
-from mlcm_rl.reward_check import check
-from mlcm_rl.reward_heads import FeatureScale, dropped, held_out_pairs
 from mlcm_rl.rewards import RewardError, build
+from mlcm_rl.rewards import card as reward_card
+from mlcm_rl.rewards.check import check
+from mlcm_rl.rewards.heads import FeatureScale, dropped, held_out_pairs
 from mlcm_rl.runtime import Runtime
 from mlcm_rl.stages import train_reward
 

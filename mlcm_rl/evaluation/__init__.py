@@ -1,0 +1,1 @@
+"""What students are measured with and beside: instruments, the rows of a table, what a row cost."""

@@ -1,0 +1,116 @@
+"""Preference pairs as a table in TRL's columns: a prompt, the picture chosen, the picture rejected."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet
+import torch
+from torch import Tensor
+
+from ..data import Prompt, guess_language, picture_in, read_image, records_of, square
+
+COLUMNS = ("prompt", "chosen", "rejected")
+INDEX = "metadata.jsonl"
+READ_AT_A_TIME = 32
+MAX_TABLE_BYTES = 2**34  # of a Parquet file, unpacked: it is held in memory
+
+
+class PairTable:
+    """The N pairs of a Parquet file or of a folder, their pictures read when they are asked for.
+
+    A Parquet file (`Dataset.to_parquet` writes one, hubs keep them) has pictures in its columns `chosen` and
+    `rejected`, or the names of files beside it. A folder has `metadata.jsonl`, one {"prompt": ..., "chosen": file,
+    "rejected": file} a pair, beside the pictures; `mlcm pairs` writes one. Both may have a column `language`, which is
+    else guessed from the script; further columns are left to whoever needs them.
+
+    prompts: N of them, in the table's order.
+    Raises ValueError with file and row for what cannot be read, FileNotFoundError where there is no such table.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.folder = self.path if self.path.is_dir() else self.path.parent
+        self.rows, self.places = _from_folder(self.path) if self.path.is_dir() else _from_parquet(self.path)
+        if not len(self.rows):
+            raise ValueError(f"{self.path}: holds no pairs")
+        languages = self.rows["language"] if "language" in self.rows.column_names else [None] * len(self)
+        self.prompts = list(map(_prompt, self.rows["prompt"], languages, self.places))
+        for name in COLUMNS[1:]:  # undecoded, so that a picture that is none is told with its row
+            self.rows = self.rows.cast_column(name, datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def pictures(self, index: int, resolution: int) -> Tensor:
+        """Chosen and rejected (2, 3, H, W) uint8 of a pair: central squares, H = W = `resolution`, laid on white."""
+        row = self.rows[index]
+        return torch.stack([self._picture(row[name], name, index, resolution) for name in COLUMNS[1:]])
+
+    def batches(self, resolution: int) -> Iterator[Tensor]:
+        """All pairs in order, chosen and rejected (b, 2, 3, H, W) in [0, 1], a few at a time."""
+        for first in range(0, len(self), READ_AT_A_TIME):
+            part = range(first, min(first + READ_AT_A_TIME, len(self)))
+            yield torch.stack([self.pictures(i, resolution) for i in part]) / 255
+
+    def _picture(self, stored: dict[str, Any] | None, name: str, index: int, resolution: int) -> Tensor:
+        """By the bytes in the table, else by a name beside it; what lies elsewhere is not opened."""
+        place = self.places[index]
+        if stored is None:
+            raise ValueError(f"{place}: there is no {name} picture")
+        source = picture_in(self.folder, stored["path"], place) if stored["bytes"] is None else stored["bytes"]
+        return square(read_image(source, f"{place}: {name}", upright=True), resolution)
+
+
+def _from_folder(folder: Path) -> tuple[datasets.Dataset, list[str]]:
+    """One row a line of the index, pictures by path; and each row's "file:line"."""
+    columns: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, "language")}
+    places = []
+    for where, record in records_of(folder / INDEX):
+        for name in COLUMNS:
+            if not isinstance(record.get(name), str):
+                raise ValueError(f"{where}: {name} must be text, got {record.get(name)!r}")
+        _prompt(record["prompt"], record.get("language"), where)
+        for name in COLUMNS[1:]:
+            picture_in(folder, record[name], where)
+            columns[name].append(record[name])
+        columns["prompt"].append(record["prompt"])
+        columns["language"].append(record.get("language"))
+        places.append(where)
+    return datasets.Dataset.from_dict(columns), places
+
+
+def _from_parquet(path: Path) -> tuple[datasets.Dataset, list[str]]:
+    """The table of a file, undecoded; and each row's "file: row", counted from 0 as `datasets` does."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+        if size > MAX_TABLE_BYTES:
+            raise ValueError(f"it unpacks to {size:,} bytes, over {MAX_TABLE_BYTES:,}: split it into smaller tables")
+        names = file.schema_arrow.names
+        for name in COLUMNS:
+            if name not in names:
+                raise ValueError(f"there is no column {name}; it has {', '.join(names)}")
+        table = file.read([name for name in names if name in (*COLUMNS, "language")], use_threads=False)
+        table.validate(full=True)
+        rows = datasets.Dataset(datasets.table.InMemoryTable(table.replace_schema_metadata(None)))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path}: pairs are read from a Parquet file or a folder with {INDEX}: {error}") from error
+    for name in COLUMNS[1:]:
+        feature = rows.features[name]
+        stored = feature.get("bytes") if isinstance(feature, dict) else feature
+        kinds = ("binary", "large_binary", *["null"] * isinstance(feature, dict))  # null where all are but named
+        if stored not in map(datasets.Value, kinds):
+            raise ValueError(f"{path}: the column {name} holds {feature}, not pictures")
+    return rows, [f"{path}: row {i}" for i in range(len(rows))]
+
+
+def _prompt(text: object, language: object, where: str) -> Prompt:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: prompt must be text that is not empty, got {text!r}")
+    if language is not None and not isinstance(language, str):
+        raise ValueError(f"{where}: language must be text, got {language!r}")
+    return Prompt(text, language or guess_language(text))

@@ -1,0 +1,428 @@
+"""The recipe: every setting of a run as strict types, and nothing that needs torch.
+
+A recipe names a teacher and a list of stages. `kind` picks the stage; unknown keys are errors. A field marked with
+`presentation` cannot change a result (how often to log, where to put files) and stays out of the fingerprint.
+
+Only types stand here: `file.py` loads a file into them and says what is wrong with it. A validator's message
+begins with the name of the setting that it is about, so that the error points at that setting's line.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from .types import Fraction, Full, Lora, NonNegativeFloat, OneStage, Reward, Strict, Training, presentation
+
+NumSegments = Literal[8, 4, 2, 1]
+
+
+class Teacher(Strict):
+    """The model to distil: a folder in diffusers format (or a hub name with a pinned revision)."""
+
+    path: str = Field(description="folder in diffusers format, relative to the working directory, or a hub name")
+    revision: str | None = Field(None, description="pinned commit of a hub model")
+    family: Literal["sdxl", "sd"] = Field(description="file in mlcm_rl/bases that loads it")
+    guidance_scale: NonNegativeFloat = Field(8.0, description="classifier-free guidance of the teacher (1 = none)")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of the frozen weights")
+    resolution: PositiveInt | None = Field(None, description="pixels a side; default: the model's own")
+
+
+class TrainTeacher(Training):
+    """The denoiser's diffusion loss on a captioned image folder: trains the teacher itself."""
+
+    kind: Literal["train_teacher"] = "train_teacher"
+    images: str = Field(description="folder with metadata.jsonl ({file_name, prompts}) beside the pictures")
+    num_steps: PositiveInt
+    learning_rate: PositiveFloat = 4e-4
+    warmup_steps: int = Field(100, ge=0)
+    ema_decay: Fraction = 0.999
+    prompt_dropout: Fraction = Field(0.1, description="share of prompts dropped for classifier-free guidance")
+    min_snr_gamma: PositiveFloat | None = Field(None, description="loss weight min(SNR, gamma) / SNR, arXiv 2303.09556")
+    start: Literal["teacher", "random"] = Field("random", description="denoiser weights to begin from")
+
+
+class TrainReward(Training):
+    """A head over frozen picture features, by Bradley-Terry on a table of pairs: a taste made the reward `trained`."""
+
+    kind: Literal["train_reward"] = "train_reward"
+    pairs: str = Field(
+        description="pairs to learn, a .parquet file or a folder as `mlcm pairs` writes it, with columns prompt, "
+        "chosen, rejected"
+    )
+    backbone: Literal["efficientnet_lite0", "mobilenet_v2"] = Field(
+        "efficientnet_lite0", description="the shipped body whose features the head reads"
+    )
+    resolution: PositiveInt = Field(64, description="pixels a side that pictures are read at: what the student draws")
+    held_out: float = Field(0.2, gt=0, lt=1, description="share of the prompts whose pairs only measure the head")
+    num_steps: PositiveInt = 400
+    batch_size: PositiveInt = Field(64, description="pairs per optimiser step")
+    learning_rate: PositiveFloat = Field(2e-3, description="peak; decays to 0")
+    warmup_steps: int = Field(20, ge=0)
+    weight_decay: NonNegativeFloat = 0.05
+    dropout: float = Field(0.5, ge=0, lt=1, description="of the features")
+    contrary: float = Field(0.05, ge=0, lt=0.5, description="share of judgements taken to be wrong: bounds the scores")
+    held_out_every: PositiveInt = presentation(20, description="steps between measures on the held-out pairs")
+
+
+class Trajectories(OneStage):
+    """The teacher's guided DDIM trajectories from noise to data, every state kept."""
+
+    kind: Literal["trajectories"] = "trajectories"
+    prompts: str = Field(description=".txt (one a line) or .jsonl ({prompt, language, ...}) file")
+    num_trajectories: PositiveInt
+    num_held_out: int = Field(0, ge=0, description="trajectories of prompts after the first, for the held-out loss")
+    num_steps: PositiveInt = Field(48, description="solver steps: 8 segments of 6")
+    batch_size: PositiveInt = presentation(16, description="trajectories solved at a time")
+    dtype: Literal["float32", "float16"] = Field("float32", description="of the stored states; never bfloat16")
+    shard_size: PositiveInt = presentation(64, description="trajectories in a file")
+
+    @model_validator(mode="after")
+    def _steps_hold_milestones(self):
+        if self.num_steps % 8:
+            raise ValueError(
+                f"num_steps {self.num_steps} must be a multiple of 8 so that every milestone is on the grid"
+            )
+        return self
+
+
+class Distill(Training):
+    """Multistep consistency distillation. A list holds one entry a phase; a single value is meant for every phase."""
+
+    kind: Literal["distill"] = "distill"
+    method: Literal["segments", "inter_segment"] = Field(
+        "segments", description="segments: stage 1; inter_segment: stage 2"
+    )
+    source: Literal["trajectories", "online", "data"] = Field(
+        "trajectories", description="stored states; the paper's Algorithm 1; or real latents plus noise, as LCM"
+    )
+    images: str | None = Field(None, description="captioned image folder, for source: data")
+    prompts: str | None = Field(None, description="prompt file, for source: online and for inter_segment on samples")
+    adapter: Lora | Full = Field(default_factory=Lora, discriminator="kind")
+    segments: list[NumSegments] = Field([8, 4, 2, 1], min_length=1, description="number of segments, phase by phase")
+    num_steps: PositiveInt | list[PositiveInt] = Field(description="optimiser steps of each phase")
+    learning_rate: PositiveFloat | list[PositiveFloat] = Field(1e-4, description="peak; decays to 0 within each phase")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up at the start of each phase")
+    target: Literal["trajectory", "consistency"] | list[Literal["trajectory", "consistency"]] = Field(
+        "trajectory", description="stored milestone state, or the student's own jump from the pair's second point"
+    )
+    pair: Literal["next", "random"] | list[Literal["next", "random"]] = Field(
+        "next", description="second point of a consistency pair: one grid step down, or any stored point of the segment"
+    )
+    space: Literal["z", "x0"] | list[Literal["z", "x0"]] = Field(
+        "z", description="loss on the latents at the segment's start, or on x0 with weight SNR + 1"
+    )
+    distance: Literal["l2", "huber", "log_l2"] | list[Literal["l2", "huber", "log_l2"]] = Field(
+        "l2", description="squared; by Huber; or the logarithm of its mean, where near and far jumps weigh alike"
+    )
+    target_ema: Fraction = Field(0.0, description="decay of the target's averaged weights; 0 = the student's own")
+    optimizer_state: Literal["keep", "reset"] = Field("keep", description="what a new phase does with Adam's moments")
+    condition_on_target: bool = Field(
+        False, description="give the student the time it jumps to; one student for all steps"
+    )
+    budgets: list[Annotated[int, Field(ge=1, le=8)]] = Field(
+        [],
+        description="with condition_on_target: draw the jumps of samplers with these numbers of steps, and no others",
+    )
+    skip: PositiveInt = Field(20, description="times between a pair's points for source online and data")
+    num_teacher_steps: PositiveInt = Field(3, description="inter_segment: p, teacher steps from milestone to milestone")
+    num_student_steps: int = Field(4, ge=1, le=8, description="inter_segment: q, steps of the student's own sample")
+    renoise: Literal["student", "stored"] = Field(
+        "stored", description="inter_segment: what is re-noised to a milestone"
+    )
+
+    held_out_every: PositiveInt = presentation(50, description="steps between losses on the held-out trajectories")
+
+    @model_validator(mode="after")
+    def _phases_agree(self):
+        for name in ("num_steps", "learning_rate", "target", "pair", "space", "distance"):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != len(self.segments):
+                raise ValueError(f"{name} has {len(value)} entries for {len(self.segments)} phases ({self.segments})")
+        if list(self.segments) != sorted(self.segments, reverse=True):
+            raise ValueError(f"segments {self.segments} must not increase: phases merge segments")
+        if self.method == "inter_segment" and list(self.segments) != [1]:
+            raise ValueError("method: inter_segment is consistency over the whole time axis, so segments must be [1]")
+        if self.method == "inter_segment" and self.renoise == "student" and self.prompts is None:
+            raise ValueError("renoise: student needs prompts: a prompt file")
+        if self.budgets and not (self.condition_on_target and list(self.segments) == [1]):
+            raise ValueError("budgets are jumps across segments: they need condition_on_target: true and segments: [1]")
+        if self.budgets and (self.source != "trajectories" or "consistency" in self.per_phase("target")):
+            raise ValueError("budgets are jumps between stored states: they need those, and target: trajectory")
+        if self.source == "data" and self.images is None:
+            raise ValueError("source: data needs images: a captioned image folder")
+        if self.source == "online" and self.prompts is None:
+            raise ValueError("source: online needs prompts: a prompt file")
+        if self.source != "trajectories" and self.method == "segments" and "trajectory" in self.per_phase("target"):
+            raise ValueError(f"source: {self.source} stores no states, so target must be consistency")
+        return self
+
+    @property
+    def reads_trajectories(self) -> bool:
+        """Whether a store of trajectories is needed."""
+        return self.renoise == "stored" if self.method == "inter_segment" else self.source == "trajectories"
+
+    def per_phase(self, name: str) -> list:
+        """The value of `name` for each phase."""
+        value = getattr(self, name)
+        return list(value) if isinstance(value, list) else [value] * len(self.segments)
+
+
+class Guard(Strict):
+    """What stops a run that hacks its reward: rewards that it is not trained on, watched on fixed prompts and noise."""
+
+    rewards: list[Reward] = Field(min_length=1, description="held out: never trained on")
+    num_prompts: PositiveInt = 64
+    every: PositiveInt = Field(20, description="steps between looks")
+    patience: PositiveInt = Field(3, description="looks in a row without a better held-out reward that end the run")
+
+
+class Tuning(Training):
+    """What the stages of preference learning have in common: the student's sampler, the rewards, the guard."""
+
+    prompts: str = Field(description=".txt (one a line) or .jsonl ({prompt, language, ...}) file")
+    guard_prompts: str | None = Field(None, description="prompt file that the guard watches; default: the same")
+    languages: dict[str, NonNegativeFloat] = Field(
+        {}, description="weight of each language in the draw of prompts, others left out; default: as they come"
+    )
+    num_steps: PositiveInt
+    learning_rate: PositiveFloat = Field(1e-4, description="peak; decays to 0")
+    warmup_steps: int = Field(0, ge=0)
+    adapter: Lora = Field(Lora(rank=16, alpha=16.0), description="the preference adapter, over the distilled student")
+    sampling_steps: int = Field(4, ge=1, le=8, description="of the student's sampler, which is what is tuned")
+    gamma: Fraction | None = Field(None, description="noise put back between its steps; default: what suits it")
+    rewards: list[Reward] = Field(min_length=1, description="trained on; their weighted sum is the reward")
+    normalise: bool = Field(True, description="put each reward on the scale of its running deviation before the sum")
+    autoencoder_tiles: PositiveInt | None = Field(
+        None, description="pixels a side of tiles that it works in, recomputed in the backward pass: less memory, seams"
+    )
+    guard: Guard
+
+    @model_validator(mode="after")
+    def _held_out_is_not_trained_on(self):
+        both = {reward.name for reward in self.rewards} & {reward.name for reward in self.guard.rewards}
+        if both:
+            raise ValueError(f"guard.rewards: {', '.join(sorted(both))} is trained on; a guard needs another reward")
+        return self
+
+    @property
+    def reward_models(self) -> list[Reward]:
+        """Every reward model that the stage asks: those trained on, then those held out."""
+        return [*self.rewards, *self.guard.rewards]
+
+    @property
+    def needs_random_steps(self) -> bool:
+        """Whether the sampler must put noise back."""
+        return False
+
+
+class Feedback(Tuning):
+    """The gradient of a differentiable reward through the student's last sampling steps."""
+
+    kind: Literal["feedback"] = "feedback"
+    gradient: Literal["last", "random", "low_variance"] = Field(
+        "last", description="through the last steps (DRaFT-K), one random late one (ReFL), re-noised copies (DRaFT-LV)"
+    )
+    num_grad_steps: PositiveInt = Field(1, description="K of `last`; how many late steps `random` draws from")
+    num_copies: PositiveInt = Field(2, description="of `low_variance`: n re-noised copies of a sample")
+    shape: Literal["negative", "hinge", "mps_hinge"] = Field(
+        "negative", description="-r; relu(threshold - r); or that and relu of the reward under another's prompt"
+    )
+    threshold: float = Field(0.0, description="of the hinges, on the scale of the summed reward")
+    anchor: NonNegativeFloat = Field(0.0, description="weight of the mean squared distance to the reference's last x0")
+    kl: NonNegativeFloat = Field(0.0, description="weight of one stochastic step's KL to the reference, per element")
+    consistency: NonNegativeFloat = Field(0.0, description="weight of the distillation loss on stored trajectories")
+    small_decoder: str | None = Field(
+        None,
+        description="folder of an AutoencoderTiny that draws for the rewards trained on; the guard sees the real one",
+    )
+
+    @model_validator(mode="after")
+    def _sampler_has_those_steps(self):
+        if self.num_grad_steps > self.sampling_steps:
+            raise ValueError(f"num_grad_steps {self.num_grad_steps} is more than sampling_steps {self.sampling_steps}")
+        if self.kl and self.gamma == 0.0:
+            raise ValueError("kl needs gamma above 0: a deterministic step has no distribution; take anchor")
+        return self
+
+    @property
+    def reads_trajectories(self) -> bool:
+        """Whether a store of trajectories is needed."""
+        return self.consistency > 0
+
+    @property
+    def needs_random_steps(self) -> bool:
+        """Whether the sampler must put noise back."""
+        return self.kl > 0
+
+
+class Dpo(Tuning):
+    """Preference pairs: the student's own samples, ranked by the rewards, or a table; hyper-parameters as in TRL."""
+
+    kind: Literal["dpo"] = "dpo"
+    form: Literal["endpoint", "diffusion_dpo", "pso"] = Field(
+        "endpoint", description="log-ratio: errors at all times of the sampler, at one of them, or of its random steps"
+    )
+    pairs: str | None = Field(
+        None,
+        description="pairs to learn in place of the student's own samples, a .parquet file or a folder as `mlcm pairs` "
+        "writes it, with columns prompt, chosen, rejected; `prompts` and `rewards` are then only the guard's to watch",
+    )
+    num_generations: int = Field(4, ge=2, description="samples a prompt; the best is chosen, the worst rejected")
+    min_margin: NonNegativeFloat = Field(0.0, description="pairs nearer in reward than this are left out")
+    beta: PositiveFloat = Field(100.0, description="strength of the tie to the reference: lower is looser")
+    kappa: NonNegativeFloat = Field(
+        1.0, description="weight of the rejected log-ratio: below 1 the margin is not won by spoiling the rejected"
+    )
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "conservative"] = "sigmoid"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="of robust and conservative: share of wrong labels")
+    space: Literal["x0", "eps"] = Field("eps", description="of the errors: x0, or that weighted by SNR")
+
+    @model_validator(mode="after")
+    def _steps_are_random(self):
+        if self.form == "pso" and self.gamma == 0.0:
+            raise ValueError("form pso needs gamma above 0: a deterministic step has no probability")
+        if self.label_smoothing and self.loss_type not in ("robust", "conservative"):
+            raise ValueError(f"label_smoothing has no meaning for {self.loss_type}; take robust or conservative")
+        if self.kappa != 1.0 and self.form == "pso":
+            raise ValueError("kappa has no meaning for form pso; take endpoint or diffusion_dpo")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_stand_for_samples(self):
+        if self.pairs is None:
+            return self
+        if self.form == "pso":
+            raise ValueError("form pso learns the steps of the student's own samples, and pairs are finished pictures")
+        for name in ("num_generations", "min_margin"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is of the student's own samples; those of pairs are as the table has them")
+        return self
+
+    @property
+    def needs_random_steps(self) -> bool:
+        """Whether the sampler must put noise back."""
+        return self.form == "pso"
+
+
+class Policy(Tuning):
+    """Policy gradient on the stochastic few-step sampler, for any reward; names as in TRL's GRPOConfig."""
+
+    kind: Literal["policy"] = "policy"
+    num_generations: int = Field(4, ge=2, description="samples a prompt, whose rewards are compared with each other")
+    num_iterations: PositiveInt = Field(1, description="optimiser steps on the same samples")
+    epsilon: PositiveFloat = Field(1e-3, description="clip range of the probability ratio, per element")
+    beta: NonNegativeFloat = Field(0.0, description="weight of the exact KL to the reference, per element")
+    scale_rewards: Literal["group", "none"] = Field(
+        "group",
+        description="divide a prompt's advantages by its samples' deviation; none: prompts all alike count less",
+    )
+
+    @model_validator(mode="after")
+    def _groups_are_whole(self):
+        if (self.batch_size // self.gradient_accumulation) % self.num_generations:
+            raise ValueError(f"batch_size must hold whole groups of num_generations {self.num_generations}")
+        if self.gamma == 0.0 or self.sampling_steps < 2:
+            raise ValueError("gamma must be above 0 and sampling_steps 2 or more: no policy without random steps")
+        return self
+
+    @property
+    def needs_random_steps(self) -> bool:
+        """Whether the sampler must put noise back."""
+        return True
+
+
+class Evaluate(OneStage):
+    """Students beside their teacher on fixed prompts and seeds: report.json, report.html."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    prompts: str = Field(description="prompt file, disjoint from the one distilled on")
+    num_prompts: PositiveInt = 64
+    num_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 3, 4, 6, 8])
+    gammas: list[Fraction] = Field(
+        [0.0, 1.0], description="of every student; a tuned one, and what it is compared with, at its own too"
+    )
+    grids: list[Literal["milestones", "paper"]] = Field(["milestones"])
+    students: Literal["last", "snapshots"] = Field(
+        "last", description="the finished student, or the one after each phase too"
+    )
+    teacher_steps: list[PositiveInt] = Field(
+        [25, 50], description="guided steps of the reference rows; the last is the reference"
+    )
+    teacher_solvers: list[Literal["ddim", "dpmpp", "unipc"]] = Field(
+        ["ddim"], description="undistilled at equal evaluations"
+    )
+    also: list[str] = Field([], description="further finished stage folders to put in the same table")
+    judge: str | None = Field(None, description="folder of a judge, for retrieval and KID")
+    rewards: list[str | Reward] = Field([], description="names, or entries as in the tuning stages; no weights")
+    inception: str | None = Field(
+        None,
+        description=".safetensors file of FID's Inception, for FID and KID (mlcm_rl.evaluation.inception makes it)",
+    )
+    real_images: str | None = Field(None, description="folder of real pictures that FID and KID compare with")
+    clip: str | None = Field(None, description="folder of a CLIP in transformers' format, for the CLIP score")
+    images_per_prompt: PositiveInt = Field(1, description="more than one also measures diversity")
+    keep_pictures: bool = Field(False, description="keep every picture, samples/<row>/<index>.png, for other tools")
+    batch_size: PositiveInt = presentation(32)
+
+    @property
+    def reward_models(self) -> list[Reward]:
+        """Every reward model that measures, a name alone with its defaults."""
+        return [Reward(name=one) if isinstance(one, str) else one for one in self.rewards]
+
+    @model_validator(mode="after")
+    def _rewards_stand_alone(self):
+        names = [reward.name for reward in self.reward_models]
+        for reward in self.reward_models:
+            if names.count(reward.name) > 1:
+                raise ValueError(f"rewards: {reward.name} is named twice; a report has one column of a name")
+            if reward.weight != 1.0:
+                raise ValueError(f"rewards: {reward.name} has a weight, but a report sums none; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _inception_has_real_images(self):
+        if self.inception is not None and self.real_images is None:
+            raise ValueError("inception needs real_images: a folder of real pictures to compare with")
+        if self.real_images is not None and self.inception is None:
+            raise ValueError("real_images needs inception: the network that sees them")
+        if self.inception is not None and not self.inception.endswith(".safetensors"):
+            raise ValueError(
+                f"inception must be a .safetensors file, found {self.inception}; "
+                "`python -m mlcm_rl.evaluation.inception` converts the published weights"
+            )
+        return self
+
+
+Stage = Annotated[
+    TrainTeacher | TrainReward | Trajectories | Distill | Feedback | Dpo | Policy | Evaluate,
+    Field(discriminator="kind"),
+]
+
+
+class Samples(Strict):
+    """The fixed prompts and seeds of the grids that runs leave behind."""
+
+    prompts: list[str] = Field([], description="prompts of the sample grids, any language")
+    num_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 4, 8])
+
+
+class Recipe(Strict):
+    """One experiment, from a teacher to a report."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="folder of links under runs")
+    seed: int = Field(0, ge=0)
+    teacher: Teacher
+    stages: list[Stage] = Field(min_length=1)
+    samples: Samples = presentation(Samples())
+    runs: str = presentation("runs", description="folder that holds every run")
+    device: Literal["auto", "cpu", "cuda", "mps"] = presentation("auto")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = presentation(["tensorboard"])
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, for editors: descriptions, defaults and names come from the types."""
+    schema = Recipe.model_json_schema()
+    for definition in schema["$defs"].values():
+        if "kind" in definition["properties"]:  # has a default for Python, but a file must say it
+            definition["required"] = ["kind", *definition.get("required", [])]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,0 +1,167 @@
+"""From a YAML file to a `Recipe`, or to all that is wrong with it.
+
+`load` is the door. The file is read by `tree.py`, which knows the line of everything; the types of `recipe`
+judge it; what they refuse is worded by `errors.py`; `check` looks beyond the types. No torch on any of the way.
+"""
+
+import importlib.util
+import json
+import os
+import pkgutil
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from . import Distill, Evaluate, Feedback, Recipe, Stage, Teacher, Tuning, errors, json_schema
+from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
+from .types import TRAINED, Reward
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), root: Path | None = None) -> Recipe:
+    """The recipe in a YAML file, with settings of the command line (`stages.1.learning_rate=1e-4`) put over it.
+
+    With `root`, the folder that paths in the recipe are relative to, a recipe of the right types is put to `check` too.
+    Raises RecipeError, which carries every error at once.
+    """
+    tree, problems = read(Path(path))
+    for text in overrides:
+        try:
+            tree = override(tree, text, str(path))
+        except RecipeError as error:
+            problems += error.problems
+    try:
+        # JSON, because a list in a file may be meant for a tuple; strict, because "100" in quotes is no number.
+        recipe = Recipe.model_validate_json(json.dumps(tree.plain()), strict=True)
+    except ValidationError as error:
+        told = {problem.key for problem in problems}
+        refused = errors.problems(error.errors(), json_schema(), tree, str(path))
+        raise RecipeError(problems + [problem for problem in refused if problem.key not in told]) from error
+    if root is not None:
+        problems += [_placed(problem, tree, str(path)) for problem in check(recipe, root)]
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def check(recipe: Recipe, root: Path) -> list[Problem]:
+    """What is wrong with a recipe beyond its types, as far as can be told without opening weights.
+
+    Files and folders that it names must be there (relative ones under `root`; a teacher only when its path looks
+    local), rewards must exist, and each stage must find what it needs among the stages before it.
+    """
+    return [*_teacher_problems(recipe.teacher, root), *_file_problems(recipe, root), *_order_problems(recipe)]
+
+
+def reward_names() -> list[str]:
+    """The rewards that `mlcm_rl.rewards` would find, by name, without importing it or them (they need torch)."""
+    package = importlib.util.find_spec("reward_models")
+    folders = package.submodule_search_locations if package else None
+    found = {module.name for module in pkgutil.iter_modules(folders)} if folders else set()
+    files = {name for name in found if not name.startswith("_")}
+    return sorted(files | entry_points(group="mlcm_rl.reward_models").names)
+
+
+def _placed(problem: Problem, tree: Node, file: str) -> Problem:
+    return replace(problem, file=file, place=tree.nearest_place(problem.key))
+
+
+def _teacher_problems(teacher: Teacher, root: Path) -> Iterator[Problem]:
+    """A hub name is `owner/model`: one slash, and no folder `owner` here."""
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", teacher.path) and not os.path.isdir(
+        (root / teacher.path).parent
+    )
+    if teacher.revision is None and not is_hub_name:
+        yield from _absent(("teacher", "path"), teacher.path, root, holding="model_index.json")
+
+
+# Setting -> what a folder so named must hold; None for a file.
+READ = {
+    "prompts": None,
+    "guard_prompts": None,
+    "pairs": "metadata.jsonl",
+    "images": "metadata.jsonl",
+    "judge": "",
+    "inception": None,
+    "real_images": "",
+    "clip": "config.json",
+    "small_decoder": "config.json",
+}
+
+
+def _file_problems(recipe: Recipe, root: Path) -> Iterator[Problem]:
+    known = reward_names()
+    for i, stage in enumerate(recipe.stages):
+        settings = stage.model_dump(include={*READ, "also"})
+        for name in READ:
+            if path := settings.get(name):
+                is_table = name == "pairs" and Path(path).suffix == ".parquet"
+                yield from _absent(("stages", i, name), path, root, holding=None if is_table else READ[name])
+        for name in ("prompts", "guard_prompts"):
+            if (path := settings.get(name)) and Path(path).suffix not in (".txt", ".jsonl"):
+                yield Problem(("stages", i, name), f"expected a .txt or .jsonl file, found {path}")
+        for j, other in enumerate(settings.get("also", [])):
+            yield from _absent(("stages", i, "also", j), other, root, holding="manifest.json")
+        for key, reward in _rewards_named(("stages", i), stage):
+            if reward.name not in known:
+                message = f"no reward is called {reward.name}; known are {', '.join(known) or 'none'}"
+                yield Problem(key, message, nearest(reward.name, known))
+            folder = reward.settings.get("folder") if reward.name == TRAINED else None
+            if isinstance(folder, str):
+                yield from _absent((*key[:-1], "settings", "folder"), folder, root, holding="reward.json")
+
+
+def _rewards_named(key: Key, stage: Stage) -> Iterator[tuple[Key, Reward]]:
+    """(key of its name, reward) of every reward model that a stage names: names alone, or entries with a name."""
+    places: list[tuple[Key, Sequence[str | Reward]]] = []
+    if isinstance(stage, Tuning | Evaluate):
+        places.append((("rewards",), stage.rewards))
+    if isinstance(stage, Tuning):
+        places.append((("guard", "rewards"), stage.guard.rewards))
+    for place, rewards in places:
+        for j, one in enumerate(rewards):
+            named = (*key, *place, j)
+            yield (named, Reward(name=one)) if isinstance(one, str) else ((*named, "name"), one)
+
+
+def _absent(key: Key, name: str, root: Path, holding: str | None = None) -> Iterator[Problem]:
+    """A problem where `name` is no file, or with `holding`, no folder with that file in it."""
+    path = root / name
+    if holding is None:
+        if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long for the file system
+            yield Problem(key, f"no such file: {name}", _beside(name, root, "*"))
+    elif not os.path.isdir(path):
+        yield Problem(key, f"no such folder: {name}", _beside(name, root, "*/"))
+    elif not os.path.exists(path / holding):
+        yield Problem(key, f"the folder {name} holds no {holding}")
+
+
+def _beside(name: str, root: Path, pattern: str) -> str:
+    """The nearest name to one that is not there, relative to `root` where that is."""
+    found = nearest_file(root / name, pattern)
+    return str(Path(found).relative_to(root)) if found and not Path(name).is_absolute() else found
+
+
+def _order_problems(recipe: Recipe) -> Iterator[Problem]:
+    for i, stage in enumerate(recipe.stages):
+        before = {earlier.kind for earlier in recipe.stages[:i]}
+        if isinstance(stage, Distill) and "trajectories" not in before:
+            if stage.method == "segments" and stage.source == "trajectories":
+                yield Problem(("stages", i, "source"), "source: trajectories needs an earlier trajectories stage")
+            if stage.method == "inter_segment" and stage.renoise == "stored":
+                yield Problem(("stages", i, "renoise"), "renoise: stored needs an earlier trajectories stage")
+        if isinstance(stage, Tuning) and "distill" not in before:
+            yield Problem(("stages", i), f"{stage.kind} tunes a distilled student: it needs an earlier distill stage")
+        if "train_reward" not in before:
+            for key, reward in _rewards_named(("stages", i), stage):
+                if reward.is_of_this_recipe:
+                    message = f"{TRAINED} needs settings: {{folder: ...}}, or an earlier train_reward stage to read"
+                    yield Problem(key, message)
+        if isinstance(stage, Feedback) and stage.consistency and "trajectories" not in before:
+            yield Problem(("stages", i, "consistency"), "consistency needs an earlier trajectories stage")
+        if isinstance(stage, Evaluate) and "distill" not in before and not stage.also:
+            message = "nothing to evaluate: needs an earlier distill stage, or finished ones in also"
+            yield Problem(("stages", i), message)

@@ -1,0 +1,218 @@
+"""Plots of a report as inline SVG: transparent, with text in the page's own colour, for light and dark alike."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from io import StringIO
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+from . import metric
+
+INK = "#010203"  # stands for the page's text colour until the SVG is written
+COLOURS = (
+    "#2f7ed8",
+    "#d9702b",
+    "#1f9e77",
+    "#a05fd0",
+    "#d0447c",
+    "#8a8a1f",
+    "#16a3b8",
+    "#b5513c",
+    "#6b74e0",
+    "#5c9e2e",
+)  # legible on white and on near black
+GREYS = ("#7d8590", "#a38a6a", "#6a8fa3")  # for the undistilled teacher
+MANY = 4  # students
+SIZE = (4.4, 3.1)  # inches; a plot is scaled to its column, so that its text stays readable on a phone
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **{f"{name}.color": INK for name in ("text", "xtick", "ytick")},
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.titlesize": 11,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """The rows that one sampler of one network makes as its evaluations grow."""
+
+    label: str
+    colour: str
+    dash: str  # an SVG dash array, empty for a solid line
+    rows: list[dict]
+
+
+def lines(report: dict[str, Any]) -> list[Line]:
+    """One line a (student, sampler), then one a solver of the undistilled teacher; the legend is the page's.
+
+    More than MANY students are drawn at their default samplers only: the table has the rest.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    many = len({row["name"] for row in report["rows"] if row["role"] == "student"}) > MANY
+    for row in report["rows"]:
+        if row["role"] == "undistilled" or (row["role"] == "student" and (row["default"] or not many)):
+            groups.setdefault((row["role"] == "undistilled", row["name"], row["sampler"]), []).append(row)
+    names = list(dict.fromkeys(name for undistilled, name, _ in groups if not undistilled))
+    solvers = list(dict.fromkeys(row["solver"] for row in report["rows"] if row["role"] == "undistilled"))
+    found = []
+    for (undistilled, name, sampler), rows in sorted(groups.items(), key=lambda item: item[0][0]):
+        if undistilled:
+            colour = GREYS[solvers.index(rows[0]["solver"]) % len(GREYS)]
+            dash = "" if rows[0]["guidance_scale"] != 1.0 else "2 2"
+        else:
+            colour, dash = COLOURS[names.index(name) % len(COLOURS)], "" if rows[0]["default"] else "5 2"
+            dash = "1 2" if rows[0]["grid"] == "paper" else dash
+        found.append(Line(f"{name}, {sampler}", colour, dash, sorted(rows, key=lambda row: row["num_evaluations"])))
+    return found
+
+
+def quality(report: dict[str, Any], key: str) -> str:
+    """SVG of metric `key` against network evaluations, with its standard error; the references are horizontal."""
+    figure, axes = _figure(f"quality {key}")
+    for line in lines(report):
+        x = [row["num_evaluations"] for row in line.rows]
+        y = [row["metrics"][key]["mean"] for row in line.rows]
+        errors = [row["metrics"][key]["se"] or 0.0 for row in line.rows]
+        axes.plot(x, y, color=line.colour, ls=_dashes(line.dash), marker="o", ms=3.5, lw=1.6)
+        axes.errorbar(x, y, errors, color=line.colour, ls="none", lw=1.0, alpha=0.45)
+    references = [row for row in report["rows"] if row["role"] == "reference"]
+    for place, row in enumerate(references):
+        if key == "distance" and row["id"] == report["reference"]:
+            continue  # zero, and not to be had on a logarithmic axis
+        _horizontal(axes, row["metrics"][key]["mean"], f"teacher, {row['num_steps']} steps", below=place % 2 == 1)
+    if key == "distance":
+        _log(axes)
+    ticks = sorted({row["num_evaluations"] for row in report["rows"] if row["role"] != "reference"})
+    axes.set_xticks(ticks)
+    axes.set_xlabel("network evaluations")
+    better = "lower" if metric(key).lower_is_better else "higher"
+    axes.set_title(f"{metric(key).label} ({better} is better)", loc="left")
+    return _svg(figure, f"{metric(key).label} against network evaluations; the table below holds the same numbers")
+
+
+def loss(curve: dict[str, Any]) -> str:
+    """SVG of one phase's training and held-out loss against its optimiser steps."""
+    figure, axes = _figure(f"loss {curve['phase']}")
+    for name, colour, label in (("loss", COLOURS[0], "training"), ("held_out_loss", COLOURS[1], "held out")):
+        if curve[name]:
+            axes.plot(*zip(*curve[name], strict=True), color=colour, lw=1.6, label=label)
+    _log(axes)
+    axes.set_xlabel("optimiser step")
+    axes.set_title(f"Phase {curve['phase'] + 1}: K = {curve['num_segments']}", loc="left")
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    return _svg(figure, f"Loss of phase {curve['phase'] + 1}, K = {curve['num_segments']}, against optimiser steps")
+
+
+def gains(student: dict[str, Any]) -> str:
+    """SVG of what the guard saw of a tuned student: its gains against optimiser steps, the kept step upright."""
+    figure, axes = _figure(f"gains {student['name']}")
+    axes.axhline(0.0, color=INK, lw=0.9, alpha=0.5)
+    curves = [student["curves"][f"guard/{which}_gain"] for which in ("trained", "held_out")]
+    _learned(axes, student, curves, ("trained on", "held out"))
+    axes.set_title("Gain, in deviations of the reference", loc="left")
+    return _svg(figure, f"The guard's trained and held-out gain of {student['name']} against optimiser steps")
+
+
+def learned(student: dict[str, Any], name: str) -> str:
+    """SVG of one reward of a tuned student against optimiser steps: in its batches, and on the guard's prompts."""
+    figure, axes = _figure(f"reward {student['name']} {name}")
+    labels = {"reward/": "batches", "guard/reward/": "the guard's prompts"}
+    found = [(student["curves"].get(prefix + name, []), label) for prefix, label in labels.items()]
+    _learned(axes, student, *zip(*found, strict=True))
+    axes.set_title(f"{student['name']}: {name}, {student['rewards'][name]}", loc="left")
+    return _svg(figure, f"Reward {name} of {student['name']} against optimiser steps")
+
+
+def reward_training(log: list[dict[str, Any]]) -> Figure:
+    """A trained reward as it learnt, from its log: its losses, and the share of held-out pairs decided right."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(2 * SIZE[0], SIZE[1]), layout="constrained")
+        losses, accuracy = figure.subplots(1, 2)
+    for axes, keys, title in (
+        (losses, {"loss": "training", "held_out_loss": "held out"}, "Bradley-Terry loss"),
+        (accuracy, {"held_out_accuracy": "held out"}, "Pairs decided right"),
+    ):
+        for (key, label), colour in zip(keys.items(), COLOURS if axes is losses else COLOURS[1:], strict=False):
+            points = [(record["step"], record[key]) for record in log if key in record]
+            axes.plot(*zip(*points, strict=True), color=colour, lw=1.6, label=label)
+        axes.grid(color=INK, alpha=0.12, lw=0.7)
+        axes.set_xlabel("optimiser step")
+        axes.set_title(title, loc="left")
+        axes.legend(frameon=False, fontsize=9)
+    accuracy.axhline(0.5, color=INK, lw=0.9, ls=(0, (6, 3)), alpha=0.7)
+    accuracy.set_ylim(None, 1.02)
+    return figure
+
+
+def _learned(axes: Axes, student: dict[str, Any], curves: Sequence[list], labels: Sequence[str]) -> None:
+    """Those of `curves` [step, value] that have points, and the step that the guard kept."""
+    for colour, curve, label in zip(COLOURS, curves, labels, strict=False):
+        if curve:
+            few = {"marker": "o", "ms": 3.0} if len(curve) <= 30 else {}
+            axes.plot(*zip(*curve, strict=True), color=colour, lw=1.6, label=label, **few)
+    kept = student["guard"]["kept_step"]
+    axes.axvline(kept, color=INK, lw=1.0, ls=(0, (2, 2)), label=f"kept: step {kept}")
+    axes.set_xlabel("optimiser step")
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+
+
+def _horizontal(axes: Axes, value: float, text: str, below: bool) -> None:
+    """A dashed line at `value`, labelled at its right end above it, or at its left end below it."""
+    axes.axhline(value, color=INK, lw=0.9, ls=(0, (6, 3)), alpha=0.7)
+    place = {"ha": "left", "va": "top"} if below else {"ha": "right", "va": "bottom"}
+    xy, offset = (0.0 if below else 1.0, value), (2, -3) if below else (0, 2)
+    where = {"xycoords": ("axes fraction", "data"), "xytext": offset, "textcoords": "offset points"}
+    axes.annotate(text, xy, **where, **place, fontsize=8, color=INK)
+
+
+def _figure(salt: str) -> tuple[Figure, Axes]:
+    """An empty plot; `salt` keeps the ids of several plots on one page apart, and the same from run to run."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=SIZE)
+        figure.set_gid(re.sub(r"\W", "-", salt))
+        axes = figure.add_axes((0.13, 0.17, 0.85, 0.71))
+    axes.grid(color=INK, alpha=0.12, lw=0.7)
+    return figure, axes
+
+
+def _dashes(dash: str) -> str | tuple:
+    return (0, tuple(map(float, dash.split()))) if dash else "-"
+
+
+def _log(axes: Axes) -> None:
+    """A logarithmic axis with plain numbers, where every value is positive."""
+    low = min((value for line in axes.lines for value in line.get_ydata()), default=0.0)
+    if low > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def _svg(figure: Figure, description: str) -> str:
+    """`figure` as an <svg> element that fills its column, read out as `description`."""
+    text = StringIO()
+    with rc_context(STYLE | {"svg.hashsalt": figure.get_gid()}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    body = text.getvalue()
+    body = re.sub(r"<metadata>.*?</metadata>", "", body[body.index("<svg") :], flags=re.DOTALL)
+    head, _, rest = body.replace(INK, "currentColor").partition(">")
+    head = re.sub(r' (width|height|version|xmlns(:xlink)?)="[^"]*"', "", head)
+    return f'{head} role="img" aria-label="{escape(description)}">{_own_ids(rest, figure.get_gid())}'
+
+
+def _own_ids(body: str, prefix: str) -> str:
+    """`body` with the ids that something in it points to made its own, the rest dropped: a page holds several plots."""
+    pointed_to = set(re.findall(r"""(?:url\(#|href="#)([^")]+)""", body))
+    body = re.sub(r"""(url\(#|href="#)""", rf"\g<1>{prefix}-", body)
+    return re.sub(r' id="([^"]*)"', lambda found: f' id="{prefix}-{found[1]}"' if found[1] in pointed_to else "", body)

@@ -1,0 +1,161 @@
+"""What a trained reward is worth: measured on the pairs that it never saw, and written beside it as its card.
+
+N pairs, 0 the chosen picture, 1 the rejected one.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reward_models import trained
+
+from ..checkpoint import replacing, sha256, write_json
+from ..data import Prompt
+from ..metrics import mean_and_error
+from ..pairs import PairTable
+from ..recipe import Recipe, TrainReward
+from ..report import plots
+from ..report.figures import plus_minus, rounded
+from . import RewardModel, score
+from .heads import right_way
+
+TEMPLATE = Path(__file__).with_suffix(".md")
+NUM_CLIMBED, NUM_STEPS, STEP = 16, 10, 2 / 255  # pictures that are changed to please the reward, and how far
+
+
+def write(
+    stage: TrainReward, recipe: Recipe, table: PairTable, held_out: Tensor, reward: RewardModel, folder: Path
+) -> None:
+    """Write `card.md`, `measured.json` and `training.png` for `reward`, which `stage` has trained into `folder`.
+
+    `held_out` (N,) bool marks the pairs of `table` that it was not trained on.
+    """
+    device = torch.device(reward.device)
+    scores = torch.cat([_scores(reward, images.flatten(0, 1).to(device)) for images in table.batches(stage.resolution)])
+    scores = scores.unflatten(0, (-1, 2))
+    measured = {
+        "pairs": len(table),
+        "held_out_pairs": int(held_out.sum()),
+        "training": accuracy(scores[~held_out], _chosen(table.prompts, ~held_out)),
+        "held_out": accuracy(scores[held_out], _chosen(table.prompts, held_out)),
+        "range": value_range(scores, held_out),
+        "blanks": blanks(reward, stage.resolution, device),
+        "climb": climb(stage, table, held_out, reward, device),
+    }
+    write_json(folder / "measured.json", measured)
+    with replacing(folder / "card.md") as path:
+        path.write_text(card(stage, recipe, table, measured), encoding="utf-8")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    with replacing(folder / "training.png") as path:
+        plots.reward_training(log).savefig(path, format="png", dpi=160, facecolor="white")
+
+
+# ---- measured ----
+
+
+def accuracy(scores: Tensor, prompts: list[str]) -> dict[str, Any]:
+    """The share of pairs decided right by `scores` (N, 2), averaged prompt by prompt, with its standard error.
+
+    Pairs of one prompt are not independent, so that the error is over prompts. A tie is half right.
+    """
+    right = right_way(scores)
+    by_prompt: dict[str, list[float]] = {}
+    for prompt, value in zip(prompts, right.tolist(), strict=True):
+        by_prompt.setdefault(prompt, []).append(value)
+    means = torch.tensor([sum(values) / len(values) for values in by_prompt.values()])
+    mean, error = mean_and_error(means)
+    return {"mean": rounded(mean), "se": rounded(error), "num_prompts": len(means)}
+
+
+def value_range(scores: Tensor, held_out: Tensor) -> dict[str, float | None]:
+    """Of `scores` (N, 2): mean, deviation, where nine in ten lie; of held-out pairs the means of either side."""
+    low, high = scores.flatten().quantile(torch.tensor([0.05, 0.95])).tolist()
+    chosen, rejected = scores[held_out].mean(0).tolist()
+    found = {"mean": scores.mean().item(), "deviation": scores.std().item(), "low": low, "high": high}
+    return {name: rounded(value) for name, value in (found | {"chosen": chosen, "rejected": rejected}).items()}
+
+
+def blanks(reward: RewardModel, side: int, device: torch.device) -> dict[str, float | None]:
+    """Scores of pictures with nothing on them."""
+    greys = torch.tensor([1.0, 0.0, 0.5]).view(3, 1, 1, 1).expand(3, 3, side, side)
+    noise = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    scores = _scores(reward, torch.cat([greys, noise]).to(device)).tolist()
+    return {name: rounded(value) for name, value in zip(("white", "black", "grey", "noise"), scores, strict=True)}
+
+
+def climb(
+    stage: TrainReward, table: PairTable, held_out: Tensor, reward: RewardModel, device: torch.device
+) -> dict[str, float | None]:
+    """What NUM_STEPS signed gradient steps of STEP in the pixels of rejected held-out pictures do to their scores.
+
+    "rise" is the mean; "overtaken" the share of them that then score above the picture that was preferred to them.
+    """
+    index = held_out.nonzero().flatten()[:NUM_CLIMBED].tolist()
+    pairs = torch.stack([table.pictures(i, stage.resolution) for i in index]).to(device) / 255
+    chosen, images = pairs.unbind(1)
+    before = _scores(reward, images)
+    for _ in range(NUM_STEPS):
+        images = images.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(score(reward, "trained", images, [""] * len(images)).sum(), images)
+        images = (images + STEP * gradient.sign()).clamp(0, 1)
+    after = _scores(reward, images.detach())
+    overtaken = (after > _scores(reward, chosen)).float().mean().item()
+    return {"rise": rounded((after - before).mean().item()), "overtaken": rounded(overtaken)}
+
+
+@torch.no_grad()
+def _scores(reward: RewardModel, images: Tensor) -> Tensor:
+    return score(reward, "trained", images, [""] * len(images)).cpu()
+
+
+def _chosen(prompts: list[Prompt], which: Tensor) -> list[str]:
+    return [prompt.prompt for prompt, wanted in zip(prompts, which.tolist(), strict=True) if wanted]
+
+
+# ---- said ----
+
+
+def card(stage: TrainReward, recipe: Recipe, table: PairTable, measured: dict[str, Any]) -> str:
+    """The card of the reward that `stage` has made of `table`, in Markdown."""
+    held_out, training, climbed = (measured[name] for name in ("held_out", "training", "climb"))
+    spoken = [prompt.language for prompt in table.prompts]
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        name=recipe.name,
+        head=trained.HEAD_FILE,
+        source=trained.BACKBONES[stage.backbone].source,
+        num_trained=measured["pairs"] - measured["held_out_pairs"],
+        num_trained_prompts=training["num_prompts"],
+        num_held_out=measured["held_out_pairs"],
+        num_held_out_prompts=held_out["num_prompts"],
+        languages=", ".join(f"{spoken.count(one)} pairs in {one}" for one in sorted(set(spoken))),
+        pairs=f"`{Path(stage.pairs).name}` (sha256 {_identity(stage.pairs)})",
+        held_out=plus_minus(held_out["mean"], held_out["se"]),
+        training=plus_minus(training["mean"], training["se"]),
+        doubt=doubt(held_out),
+        blanks=", ".join(f"{name} {value:.3g}" for name, value in measured["blanks"].items()),
+        num_climb_steps=NUM_STEPS,
+        rise=climbed["rise"],
+        overtaken=climbed["overtaken"],
+        deviations=climbed["rise"] / measured["range"]["deviation"],
+        **measured["range"],
+        **{name: getattr(stage, name) for name in ("num_steps", "dropout", "weight_decay", "contrary", "resolution")},
+    )
+
+
+def doubt(held_out: dict[str, Any]) -> str:
+    """What must be said of a held-out accuracy that says little."""
+    mean, error, count = held_out["mean"], held_out["se"], held_out["num_prompts"]
+    if mean == 1.0:
+        return f". None was wrong, which {count} prompts allow while up to {min(1.0, 3 / count):.0%} of all are"
+    if error is None or mean - 2 * error < 0.5:
+        return f". **Not told from a coin by {count} prompts: do not tune by it; label more pairs**"
+    return ""
+
+
+def _identity(pairs: str) -> str:
+    """The first digits of the hash of a table's file, or of its folder's index."""
+    path = Path(pairs)
+    return sha256(path / "metadata.jsonl" if path.is_dir() else path)[:12]
