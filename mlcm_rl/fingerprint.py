@@ -74,21 +74,33 @@ def parents_of(stage: Stage, earlier: list[Located]) -> dict[str, Located]:
 
 def locate(stage: Stage, recipe: Recipe, earlier: list[Located]) -> Located:
     """The folder of `stage`. Raises FileNotFoundError naming a file that it reads and that is not there."""
-    parents = parents_of(stage, earlier)
+    parents = {kind: parent.fingerprint for kind, parent in parents_of(stage, earlier).items()}
+    fingerprint = hashed(identity(stage, recipe, parents))
+    return Located(stage.kind, fingerprint, Path(recipe.runs) / "stages" / f"{stage.kind}-{fingerprint}")
+
+
+def identity(stage: Stage, recipe: Recipe, parents: dict[str, str]) -> dict:
+    """All that can change the result of `stage`; `parents` are the names of the results that it starts from, by kind.
+
+    Raises FileNotFoundError naming a file that it reads and that is not there.
+    """
     files = {name: file_hash(value) for name in FILES if (value := getattr(stage, name, None))}
     files |= {name: network_hash(value) for name in FOLDERS if (value := getattr(stage, name, None))}
-    identity = {
+    return {
         "format": FORMAT,
         "kind": stage.kind,
         "maths": MATHS[stage.kind],
         "stage": settings(stage) | files,  # files by content, not by name
         **reward_files(stage),
         "teacher": settings(recipe.teacher) | {"path": teacher_hash(recipe.teacher)},
-        "parents": {kind: parent.fingerprint for kind, parent in sorted(parents.items())},
+        "parents": parents,
         "seed": seed_of_stage(stage, recipe),
     }
-    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return Located(stage.kind, fingerprint, Path(recipe.runs) / "stages" / f"{stage.kind}-{fingerprint}")
+
+
+def hashed(described: dict) -> str:
+    """A short name for a thing so described, whatever the order of the keys."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def seed_of_stage(stage: Stage, recipe: Recipe) -> int:

@@ -5,7 +5,7 @@ from the same noise in every row, so that rows can be compared prompt by prompt.
 
 Nothing in memory grows with the number of pictures but a row's readings: a batch is drawn, read, put on disk (`rows/`,
 deleted at the end) and forgotten; so are encoded prompts and the reference's latents. A stage that is resumed goes on
-after its last whole batch.
+after its last whole batch, and a row that any evaluation of these runs has measured is not drawn again (`row_store`).
 """
 
 import statistics
@@ -22,6 +22,7 @@ from ..bases import Base, Conditioning
 from ..checkpoint import read_json, read_tensors, remove, write_json, write_tensors
 from ..data import Prompt, read_prompts
 from ..evaluation import instruments, undistilled
+from ..evaluation.row_store import RowStore, open_store, record_path, reference_folder
 from ..evaluation.rows import Row, entries, student_rows, teacher_rows
 from ..recipe import Evaluate, Recipe
 from ..report import page, tuned_students
@@ -65,7 +66,9 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
     base = bases.load(recipe.teacher, runtime.device_of(recipe.device))
     students = entries(stage, parents, base)
     scene = prepare(stage, recipe, base, folder)
-    table = [(None, teacher_rows(stage, recipe.teacher.guidance_scale))]
+    teachers = teacher_rows(stage, recipe.teacher.guidance_scale)
+    store = open_store(stage, recipe, parents, teachers[0], base.device.type)
+    table = [(None, teachers)]
     table += [(student, student_rows(stage, index, student)) for index, student in enumerate(students)]
     total = len(scene.batches()) * sum(row.num_evaluations for _, rows in table for row in rows)
     records = []
@@ -73,15 +76,15 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
         for entry, rows in table:
             student = None  # one at a time: the last one's weights are let go before the next one's are read
             for row in rows:
-                kept = folder / "rows" / f"{row.id}.json"  # a row done is not done again when the stage is resumed
-                if not kept.is_file():
+                place = entry.folder if entry is not None else None
+                if not distributed.by_first(is_measured, stage, scene, store, row, place):
                     if entry is not None and student is None:
                         student = adapters.load_student(base, entry.folder)
                     draw_batches(scene, row, student, bar)
-                    distributed.by_first(finish_row, scene, row, kept)
+                    distributed.by_first(finish_row, scene, store, row, place)
                 else:
                     bar.advance(row.num_evaluations * len(scene.batches()), row.id)
-                records.append(read_json(kept))
+                records.append(read_json(record_path(folder, row)))
     prompts = [asdict(prompt) | {"shown": i in scene.shown} for i, prompt in enumerate(scene.prompts)]
     curves = report.read_curves(parents.get("distill"))
     tuned = tuned_students.read({student.name: student.folder for student in students})
@@ -149,9 +152,18 @@ def draw_batches(scene: Scene, row: Row, student: Student | None, bar: runtime.B
     distributed.wait()
 
 
-def finish_row(scene: Scene, row: Row, path: Path) -> None:
-    """Write the record of a row whose batches are all there to `path`."""
-    write_json(path, made(scene, row))
+def is_measured(stage: Evaluate, scene: Scene, store: RowStore, row: Row, student: Path | None) -> bool:
+    """Whether the record of `row` is there: of before an interruption, or brought from the store, which has no
+    pictures for `keep_pictures`."""
+    if record_path(scene.folder, row).is_file():
+        return True
+    return not stage.keep_pictures and store.bring(row, student, scene.folder)
+
+
+def finish_row(scene: Scene, store: RowStore, row: Row, student: Path | None) -> None:
+    """Write the record of a row whose batches are all there, and keep it for other evaluations."""
+    write_json(record_path(scene.folder, row), made(scene, row))
+    store.keep(row, student, scene.folder)
     remove(batch_folder(scene, row))
 
 
@@ -246,7 +258,7 @@ def prompt_path(scene: Scene, prompt: int) -> Path:
 
 def reference_path(scene: Scene, sample: Sample) -> Path:
     """Where the reference's latents of `sample` are: a file each, so that other rows may come in other batches."""
-    return scene.folder / "rows" / "reference" / f"{scene.index(sample):07d}.safetensors"
+    return reference_folder(scene.folder) / f"{scene.index(sample):07d}.safetensors"
 
 
 def kept_picture_path(folder: Path, row: str, index: int) -> Path:

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 import runs
 import tiny
 from mlcm_rl import adapters, bases
-from mlcm_rl.checkpoint import write_tensors
+from mlcm_rl.checkpoint import write_json, write_tensors
 from mlcm_rl.evaluation import judge
 from mlcm_rl.recipe import Evaluate, Lora, Recipe, Teacher
 from mlcm_rl.stages import evaluate
@@ -34,6 +34,7 @@ MEAN, DEVIATION = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]  # of CLIP's pictures
 def write_place(root: Path) -> Path:
     """Fill `root` with a teacher, prompts and distill stages `same` (untrained) and `other`; returns it."""
     tiny.sdxl(root / "teacher")
+    write_json(root / "judge" / "config.json", {"planted": True})
     records = [
         {"prompt": text, "language": language, "concept": concept}
         for (text, language), concept in zip(PROMPTS, CONCEPTS, strict=False)
@@ -140,8 +141,8 @@ class PlantedJudge:
         return normalize((thumbnails - thumbnails.mean(1, keepdim=True)) @ self.projection, dim=1)
 
 
-def recipe(place: Path, **settings) -> Recipe:
-    """The evaluation of `same` beside `other`."""
+def recipe(place: Path, runs: Path, seed: int = 3, **settings) -> Recipe:
+    """The evaluation of `same` beside `other`, among the runs in a folder."""
     stage = {
         "prompts": str(place / "prompts.jsonl"),
         "num_prompts": len(PROMPTS),
@@ -149,20 +150,23 @@ def recipe(place: Path, **settings) -> Recipe:
         "teacher_steps": [2, 3],
         "teacher_solvers": ["ddim", "unipc"],
         "also": [str(place / "other")],
-        "judge": "planted",
+        "judge": str(place / "judge"),
         "rewards": ["colourfulness"],
         "images_per_prompt": PICTURES,
         "batch_size": 12,
         **settings,
     }
     teacher = Teacher(path=str(place / "teacher"), family="sdxl", guidance_scale=3.0)
-    return Recipe(name="tiny", seed=3, device="cpu", teacher=teacher, stages=[Evaluate(**stage)])
+    return Recipe(name="tiny", seed=seed, device="cpu", runs=str(runs), teacher=teacher, stages=[Evaluate(**stage)])
 
 
-def run(place: Path, folder: Path, kinds: tuple[str, ...] = ("distill",), **settings) -> dict:
-    """report.json of an evaluation of `same`, and of `feedback` where `kinds` has it, written into `folder`."""
+def run(place: Path, folder: Path, kinds: tuple[str, ...] = ("distill",), runs: Path | None = None, **settings) -> dict:
+    """report.json of an evaluation of `same`, and of `feedback` where `kinds` has it, written into `folder`.
+
+    It is among the runs in `runs`; without, it is alone.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    made = recipe(place, **settings)
+    made = recipe(place, runs or folder, **settings)
     with patch.object(judge, "load", lambda path, device: PlantedJudge()):
         parents = {"distill": place / "same", "feedback": place / "feedback"}
         evaluate.run(made.stages[0], made, {kind: parents[kind] for kind in kinds}, folder)

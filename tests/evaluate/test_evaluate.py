@@ -128,6 +128,59 @@ def test_a_resumed_evaluation_may_have_another_batch_size(place, tmp_path, drawn
         assert values == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
+FEW = {"num_steps": [2], "teacher_steps": [2], "num_prompts": 3, "batch_size": 6}
+
+
+def test_a_row_measured_once_is_found_again_by_another_evaluation(place, tmp_path, drawn):
+    """Another table of the same runs draws what is new in it, and says of the rest what was said before."""
+    batches, _ = drawn
+    first = run(place, tmp_path / "first", runs=tmp_path, **FEW, also=[])
+    assert len(batches) == len(first["rows"])
+    batches.clear()
+    second = run(place, tmp_path / "second", runs=tmp_path, **FEW | {"num_steps": [2, 4]}, gammas=[0.0])
+    known = {one["id"]: one for one in first["rows"]}
+    same = {"ddim-guided-4"}  # two guided steps are the reference, drawn as "teacher-2"
+    assert {row for row, _ in batches} == {one["id"] for one in second["rows"]} - set(known) - same
+    assert known["student0-2-gamma0-milestones"] in second["rows"]
+    alone = run(place, tmp_path / "alone", **FEW | {"num_steps": [2, 4]}, gammas=[0.0])
+    for one, again in zip(alone["rows"], second["rows"], strict=True):
+        assert one["metrics"] == again["metrics"]  # distances too: to the reference's latents of the first
+    for path in (tmp_path / "alone" / "pictures").rglob("*.png"):
+        assert (tmp_path / "second" / path.relative_to(tmp_path / "alone")).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 4}, {"num_prompts": 2}, {"rewards": ["brightness"]}, {"images_per_prompt": 1}, {"teacher_steps": [2, 3]}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_row_of_other_noise_prompts_or_instruments_is_another(place, tmp_path, drawn, change):
+    few = FEW | {"also": [], "judge": None, "teacher_solvers": ["ddim"]}
+    run(place, tmp_path / "first", runs=tmp_path, **few)
+    drawn[0].clear()
+    changed = run(place, tmp_path / "second", runs=tmp_path, **few | change)
+    assert len({row for row, _ in drawn[0]}) == len(changed["rows"])
+
+
+def test_a_student_with_other_weights_is_drawn_though_its_folder_has_the_same_name(place, tmp_path, drawn):
+    few = FEW | {"judge": None, "teacher_solvers": ["ddim"]}
+    moved = shutil.copytree(place / "same", tmp_path / "moved")
+    run(place, tmp_path / "first", runs=tmp_path, **few, also=[str(moved)])
+    drawn[0].clear()
+    shutil.rmtree(moved / "student")
+    shutil.copytree(place / "other" / "student", moved / "student")
+    run(place, tmp_path / "second", runs=tmp_path, **few, also=[str(moved)])
+    assert {row for row, _ in drawn[0]} == {"student1-2-gamma0-milestones", "student1-2-gamma1-milestones"}
+
+
+def test_rows_found_again_have_no_pictures_to_keep_so_keep_pictures_draws_them(place, tmp_path, drawn):
+    few = FEW | {"judge": None, "also": []}
+    run(place, tmp_path / "first", runs=tmp_path, **few)
+    drawn[0].clear()
+    kept = run(place, tmp_path / "second", runs=tmp_path, **few, keep_pictures=True)
+    assert len(drawn[0]) == len(kept["rows"])
+
+
 def test_every_picture_is_kept_where_it_is_asked_for(place, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.page, "write", lambda *_: None)
     few = {"num_steps": [2], "teacher_steps": [2], "also": [], "judge": None, "num_prompts": 3, "batch_size": 4}
@@ -165,7 +218,7 @@ def test_one_student_is_in_memory_at_a_time(place, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.page, "write", lambda *_: None)
     monkeypatch.setattr(evaluate.adapters, "load_student", watched)
     few = {"num_steps": [2], "teacher_steps": [2], "judge": None, "rewards": [], "num_prompts": 2, "batch_size": 4}
-    run(place, tmp_path, **few, also=[str(place / "other"), str(place / "same")])
+    run(place, tmp_path, **few, also=[str(place / "other"), str(place / "feedback")])
     assert len(alive) == 3
 
 
@@ -197,7 +250,7 @@ def test_pictures_are_kept_for_the_page_of_every_row(finished, report):
 
 
 def test_a_teacher_alone_is_a_table_too(place, tmp_path):
-    made = recipe(place, also=[], num_steps=[2], teacher_solvers=["ddim"], judge=None, rewards=[])
+    made = recipe(place, tmp_path, also=[], num_steps=[2], teacher_solvers=["ddim"], judge=None, rewards=[])
     evaluate.run(made.stages[0], made, {}, tmp_path)
     found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert [one["role"] for one in found["rows"]] == ["reference"] * 2 + ["undistilled"] * 2
