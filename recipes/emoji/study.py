@@ -1,9 +1,11 @@
-"""The study behind the README's table: every variant on one teacher, over several seeds, in one report.
+"""The study behind the README's table: every variant on one teacher, over several seeds, in one table.
 
     python recipes/emoji/study.py [--seeds 3] [--prompts 1000] [--steps 2000] [--rows progressive,...] [KEY=VALUE ...]
 
 Each row is the recipe `recipes/emoji_mlcm.yaml` with other distill settings; all train on the same number of samples.
-Interrupted, it goes on where it was: finished stages are found again.
+What a student measured is kept, prompt by prompt, in a file of its own (`--results`), and a student that has one is
+done: the study may be cut off, go on elsewhere, or be shared among machines (`--seeds 1 --first-seed 2`), and the
+table is of all files that are there. Finished stages are found again too.
 """
 
 import argparse
@@ -11,8 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+import study_results
 import study_summary
 from mlcm_rl import pipeline
+from mlcm_rl.fingerprint import locate
 from mlcm_rl.recipe import Distill, Evaluate, Recipe
 from mlcm_rl.recipe.file import load
 
@@ -44,32 +48,52 @@ ROWS = {
 }
 LONGER = {"budgets_long": 4}  # as long as the dedicated students that it stands for are together
 SECOND_STAGE = {"progressive_second_stage": "progressive"}  # row -> the row whose student it starts from
+NUM_STEPS = [2, 3, 4, 6, 8]  # of the samplers measured
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=1280, help="a fifth picks samplers, the rest measures")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--prompts", type=int, default=1000, help="a fifth picks samplers, the rest measures")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rows", default=",".join([*ROWS, *SECOND_STAGE]))
+    parser.add_argument("--results", type=Path, help="folder of the files [recipes/emoji/study-<steps>]")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
     arguments = parser.parse_args()
     base = load(HERE.parent / "emoji_mlcm.yaml", arguments.overrides)
-    students = [
-        pipeline.run(recipe_of(base, row, seed, arguments.steps))[-1].folder
-        for seed in range(arguments.seeds)
-        for row in arguments.rows.split(",")
-    ]
-    evaluate = next(stage for stage in base.stages if isinstance(stage, Evaluate))
-    changes = {"num_prompts": arguments.prompts, "students": "snapshots", "also": [str(path) for path in students]}
-    stages = [evaluate.model_copy(update=changes)]
-    folder = pipeline.run(base.model_copy(update={"name": "study", "stages": stages}))[-1].folder
-    study_summary.main(folder)
-    Console().print(str(folder / "report.html"), soft_wrap=True)
+    results = arguments.results or HERE / f"study-{arguments.steps}"
+    keep(teacher_recipe(base, arguments.prompts), results / f"{study_results.TEACHER}.safetensors")
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+        for row in arguments.rows.split(","):
+            recipe = recipe_of(base, row, seed, arguments.steps, arguments.prompts)
+            keep(recipe, results / f"{row}-{seed}.safetensors")
+    study_summary.main(results)
 
 
-def recipe_of(base: Recipe, row: str, seed: int, num_steps: int) -> Recipe:
-    """The recipe of one row: the base's trajectories, then its distillation, and for a second stage one more.
+def keep(recipe: Recipe, path: Path) -> None:
+    """Leave at `path` what the evaluation at the end of `recipe` says, unless it is there.
+
+    Raises ValueError where the file there is of another recipe.
+    """
+    done = []
+    for stage in recipe.stages:
+        done.append(locate(stage, recipe, done))
+    if not study_results.is_kept(path, done[-1].fingerprint):
+        folder = pipeline.run(recipe)[-1].folder
+        study_results.write(path, folder / "report.json", len(recipe.stages) == 1, done[-1].fingerprint)
+    Console().print(str(path), soft_wrap=True)
+
+
+def teacher_recipe(base: Recipe, num_prompts: int) -> Recipe:
+    """The rows without a student; the reference is found again by the students' evaluations."""
+    return base.model_copy(
+        update={"name": study_results.TEACHER, "stages": [evaluate_stage(base, num_prompts, solvers=["ddim"])]}
+    )
+
+
+def recipe_of(base: Recipe, row: str, seed: int, num_steps: int, num_prompts: int) -> Recipe:
+    """The recipe of one row: the base's trajectories, its distillation, for a second stage one more, its measures.
 
     The seed is that of the training alone: all students learn from the same trajectories.
     """
@@ -78,6 +102,8 @@ def recipe_of(base: Recipe, row: str, seed: int, num_steps: int) -> Recipe:
     if row in SECOND_STAGE:
         second = {"method": "inter_segment", "segments": [1], "space": "x0", "num_steps": num_steps // 5, "seed": seed}
         stages.append(Distill(**second, **shared_settings(given), learning_rate=given.learning_rate))
+    gammas = [0.0, 1.0] if stages[-1].segments[-1] == 1 and not stages[-1].condition_on_target else [0.0]
+    stages.append(evaluate_stage(base, num_prompts, gammas=gammas))
     return base.model_copy(update={"name": f"{row.replace('_', '-')}-{seed}", "stages": stages})
 
 
@@ -99,6 +125,14 @@ def shared_settings(given: Distill) -> dict:
         "adapter": given.adapter.model_dump(),
         "sample_every": 500,
     }
+
+
+def evaluate_stage(base: Recipe, num_prompts: int, gammas: list[float] = (), solvers: list[str] = ()) -> Evaluate:
+    """The base's evaluation of what the study compares: a student under `gammas`, or the teacher's `solvers`."""
+    given = next(stage for stage in base.stages if isinstance(stage, Evaluate))
+    chosen = {"num_steps": NUM_STEPS, "gammas": list(gammas) or [0.0], "grids": ["milestones"], "teacher_steps": [50]}
+    kept = {"num_prompts": num_prompts, "students": "snapshots", "teacher_solvers": list(solvers)}
+    return given.model_copy(update=chosen | kept)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""What a study says: every (student, sampler) over its seeds, and whether the targets are met, from report.json.
+"""What a study says: every (student, sampler) over its seeds, and whether the targets are met, from its results.
 
-    python recipes/emoji/study_summary.py runs/study/00-evaluate
+    python recipes/emoji/study_summary.py recipes/emoji/study-2000
 
 Pairs are picked on the first fifth of the prompts and measured on the rest. A student of several seeds is the mean of
 their values prompt by prompt, so that errors are over prompts and differences are paired.
 """
 
-import json
-import math
 import re
 import sys
 from collections import defaultdict
@@ -17,45 +15,75 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+import study_results
 from mlcm_rl.metrics import mean_and_error, paired_difference
 
 PICKING_SHARE = 5  # one prompt in so many
 BUDGETS = (2, 4, 8)  # evaluations at which students are set against the undistilled teacher and LCM
 SINGLE_BUDGETS = (2, 3, 4, 6, 8)  # at which one student is set against the dedicated ones
-DEDICATED = ("fixed-8", "fixed-8-trajectory", "fixed-4-trajectory", "fixed-2-trajectory")
-LONGER = ("budgets-long",)  # trained for more than LCM is
-SINGLE = ("budgets", "budgets-long", "budgets-lora", "conditioned")
-NAME = re.compile(r"(?P<row>.+)-(?P<seed>\d+)(?P<phase>(?: phase-\d+-K\d+)?)")
+RECALL_AT, RECALL_KEPT = 4, 0.95  # evaluations, and of the reference's R@5
+REFERENCE = ("teacher", "DDIM, guided", 100)
+DEDICATED = ("fixed_8", "fixed_8_trajectory", "fixed_4_trajectory", "fixed_2_trajectory")
+LONGER = ("budgets_long",)  # trained for more than LCM is
+SINGLE = ("budgets", "budgets_long", "budgets_lora", "conditioned")
+NAME = re.compile(r"(?P<row>.+)-(?P<seed>\d+)")
 
 Pair = tuple[str, str]  # a student and its sampler
 Values = dict[Pair, dict[int, Tensor]]  # pair -> evaluations -> (P,) mean over seeds
 
 
 def main(folder: Path) -> None:
-    Console().print(text(json.loads((folder / "report.json").read_text(encoding="utf-8"))), soft_wrap=True)
+    Console().print(text(folder), soft_wrap=True)
 
 
-def text(report: dict, metric: str = "distance") -> str:
-    """The table and the targets in words, as Markdown."""
-    students, teachers = values(report, "student", metric), values(report, "undistilled", metric)
+def text(folder: Path) -> str:
+    """The table of distances and the targets in words, as Markdown, of all results in `folder`."""
+    students, seeds = read(folder, "distance")
+    teachers = of_teacher(folder, "distance")
     budgets = sorted({n for row in students.values() for n in row})
-    lines = [f"| student, sampler | {' | '.join(map(str, budgets))} |", f"|---{'|--:' * len(budgets)}|"]
+    lines = [f"| student, sampler | seeds | {' | '.join(map(str, budgets))} |", f"|---|--:{'|--:' * len(budgets)}|"]
     for (name, sampler), row in [*students.items(), *teachers.items()]:
         cells = [said(measured(row[n])) if n in row else "-" for n in budgets]
-        lines.append(f"| {name}, {sampler} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *targets(students, teachers)])
+        lines.append(f"| {name}, {sampler} | {seeds.get(name, '-')} | {' | '.join(cells)} |")
+    recalls = read(folder, "r@5")[0], of_teacher(folder, "r@5", None)
+    return "\n".join([*lines, "", *targets(students, teachers), *recall_target(students, *recalls)])
 
 
-def values(report: dict, role: str, metric: str) -> Values:
-    """Every pair of `role` in `report`, its seeds averaged."""
-    seeds: dict[Pair, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-    for row in report["rows"]:
-        if row["role"] == role:
-            found = NAME.fullmatch(row["name"])
-            name = found["row"] + found["phase"] if found else row["name"]
-            kept = [math.nan if value is None else value for value in row["metrics"][metric]["values"]]
-            seeds[name, row["sampler"]][row["num_evaluations"]].append(torch.tensor(kept, dtype=torch.float64))
-    return {pair: {n: torch.stack(found).mean(0) for n, found in row.items()} for pair, row in seeds.items()}
+def read(folder: Path, metric: str) -> tuple[Values, dict[str, int]]:
+    """Every pair's `metric`, its seeds averaged; and of each student how many seeds there are."""
+    found: dict[Pair, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted(folder.glob("*.safetensors")):
+        named = NAME.fullmatch(path.stem)
+        for (name, sampler, n, which), values in study_results.read(path).items() if named else ():
+            if which == metric:
+                found[name.replace("student", named["row"]), sampler][n].append(values)
+    means = {pair: {n: torch.stack(seeds).mean(0) for n, seeds in sorted(row.items())} for pair, row in found.items()}
+    return means, {name: len(next(iter(row.values()))) for (name, _), row in found.items()}
+
+
+def of_teacher(folder: Path, metric: str, most: int | None = max(SINGLE_BUDGETS)) -> Values:
+    """The teacher's rows of at most so many evaluations."""
+    found: Values = defaultdict(dict)
+    for (name, sampler, n, which), values in study_results.read(
+        folder / f"{study_results.TEACHER}.safetensors"
+    ).items():
+        if which == metric and (most is None or n <= most):
+            found[name, sampler][n] = values
+    return dict(found)
+
+
+def recall_target(distances: Values, students: Values, teachers: Values) -> list[str]:
+    """A line on the share of the reference's R@5 that the student has which is best by distance."""
+    best = picked(distances, RECALL_AT)
+    if best is None:
+        return []
+    own, reference = measured(students[best][RECALL_AT]), measured(teachers[REFERENCE[:2]][REFERENCE[2]])
+    kept = (own.nanmean() / reference.nanmean()).item()
+    verdict = "met" if kept >= RECALL_KEPT else "missed"
+    return [
+        f"- {RECALL_AT} evaluations, {', '.join(best)}: R@5 {said(own)}, {kept:.3f} of the {said(reference)} of the "
+        f"teacher's {REFERENCE[2] // 2} guided steps: {verdict}"
+    ]
 
 
 def targets(students: Values, teachers: Values) -> list[str]:

@@ -1,37 +1,119 @@
 """The study's summary: seeds averaged prompt by prompt, pairs picked on other prompts than they are measured on."""
 
+import json
+import math
+
 import pytest
+import torch
 
+import study
+import study_results
 import study_summary
+from mlcm_rl.recipe.file import load
+
+UNDISTILLED = ("teacher", "DDIM, guided")
 
 
-def row(name: str, values: list[float], n: int = 4, role: str = "student", sampler: str = "gamma 0") -> dict:
-    metrics = {"distance": {"values": values}}
-    return {"role": role, "name": name, "sampler": sampler, "num_evaluations": n, "metrics": metrics}
+def keep(folder, file: str, *rows, of_teacher: bool = False) -> None:
+    """Results of `rows`, each (name, sampler, evaluations, distances, r@5) of one report."""
+    made = [
+        {
+            "role": "undistilled" if of_teacher else "student",
+            **dict(zip(("name", "sampler", "num_evaluations"), row, strict=False)),
+            "metrics": {"distance": {"values": row[3]}, "r@1": {"values": row[4]}, "r@5": {"values": row[4]}},
+        }
+        for row in rows
+    ]
+    (folder / "report.json").write_text(json.dumps({"rows": made}), encoding="utf-8")
+    study_results.write(folder / f"{file}.safetensors", folder / "report.json", of_teacher, "0123")
 
 
-def test_seeds_are_averaged_and_phases_are_students_of_their_own():
-    rows = [row("a-b-0", [1.0] * 5), row("a-b-1", [3.0] * 5), row("a-b-1 phase-0-K8", [7.0] * 5)]
-    found = study_summary.values({"rows": rows}, "student", "distance")
-    assert found["a-b", "gamma 0"][4].tolist() == [2.0] * 5
-    assert found["a-b phase-0-K8", "gamma 0"][4].tolist() == [7.0] * 5
+def row(values: list[float], n: int = 4, name: str = "student", sampler: str = "gamma 0", hits: float = 1.0) -> tuple:
+    return name, sampler, n, values, [hits] * len(values)
 
 
-def test_pairs_are_picked_on_the_first_fifth_and_measured_on_the_rest():
+@pytest.fixture
+def results(tmp_path):
+    """A folder with the teacher's results alone: at 4 evaluations, and the reference's 100."""
+    teacher = [row([5.0, 5.0, 5.1, 5.2, 5.3], 4, *UNDISTILLED), row([0.0] * 5, 100, *UNDISTILLED)]
+    keep(tmp_path, "teacher", *teacher, of_teacher=True)
+    return tmp_path
+
+
+def test_seeds_are_averaged_and_phases_are_students_of_their_own(results):
+    keep(results, "a_b-0", row([1.0] * 5))
+    keep(results, "a_b-1", row([3.0] * 5), row([7.0] * 5, name="student phase-0-K8"))
+    found, seeds = study_summary.read(results, "distance")
+    assert found["a_b", "gamma 0"][4].tolist() == [2.0] * 5
+    assert found["a_b phase-0-K8", "gamma 0"][4].tolist() == [7.0] * 5
+    assert seeds == {"a_b": 2, "a_b phase-0-K8": 1}
+
+
+def test_pairs_are_picked_on_the_first_fifth_and_measured_on_the_rest(results):
     """The lucky one is best on the one picking prompt and worse on all others; it is picked all the same."""
-    rows = [row("lucky-0", [0.0, 9.0, 9.1, 9.2, 9.3]), row("steady-0", [1.0, 2.0, 2.1, 2.2, 2.3])]
-    rows += [row("teacher", [5.0, 5.0, 5.1, 5.2, 5.3], role="undistilled", sampler="DDIM")]
-    text = study_summary.text({"rows": rows})
-    assert (
-        "4 evaluations, lucky, gamma 0 against the undistilled teacher (teacher, DDIM): 4.0000 +- 0.0000, missed"
-        in text
-    )
-    assert "| steady, gamma 0 | 2.1500 +- 0.0645 |" in text
+    keep(results, "lucky-0", row([0.0, 9.0, 9.125, 9.25, 9.375]))
+    keep(results, "steady-0", row([1.0, 2.0, 2.125, 2.25, 2.375]))
+    text = study_summary.text(results)
+    assert "4 evaluations, lucky, gamma 0 against the undistilled teacher (teacher, DDIM, guided): 4.0" in text
+    assert "missed" in text
+    assert "| steady, gamma 0 | 1 | 2.1875 +- 0.0807 |" in text
 
 
-@pytest.mark.parametrize(("single", "verdict"), [(1.05, "met"), (1.2, "missed")])
-def test_one_student_is_set_against_the_best_dedicated_one_at_every_budget(single, verdict):
-    rows = [row(name, [value] * 10, n) for n in (2, 3, 4, 6, 8) for name, value in
-            (("fixed-8-0", 2.0), ("fixed-4-trajectory-0", 1.0), ("budgets-0", single))]  # fmt: skip
-    assert f"budgets over the best dedicated student: {single:.2f} at 2" in study_summary.text({"rows": rows})
-    assert study_summary.text({"rows": rows}).endswith(f"within 10 % {verdict}")
+@pytest.mark.parametrize(("single", "verdict"), [(1.046875, "met"), (1.203125, "missed")])
+def test_one_student_is_set_against_the_best_dedicated_one_at_every_budget(results, single, verdict):
+    for name, value in (("fixed_8-0", 2.0), ("fixed_4_trajectory-0", 1.0), ("budgets-0", single)):
+        keep(results, name, *(row([value] * 10, n) for n in (2, 3, 4, 6, 8)))
+    keep(results, "teacher", *(row([3.0] * 10, n, *UNDISTILLED) for n in (4, 100)), of_teacher=True)
+    text = study_summary.text(results)
+    assert f"budgets over the best dedicated student: {single:.2f} at 2" in text
+    assert f"within 10 % {verdict}" in text
+
+
+@pytest.mark.parametrize(("hits", "verdict"), [(0.96, "met"), (0.94, "missed")])
+def test_the_best_students_recall_is_held_to_the_references(results, hits, verdict):
+    keep(results, "near-0", row([1.0] * 5, hits=hits))
+    keep(results, "far-0", row([2.0] * 5, hits=1.0))
+    (line,) = [line for line in study_summary.text(results).splitlines() if "R@5" in line]
+    assert "near" in line
+    assert line.endswith(verdict)
+
+
+def test_what_is_kept_is_the_report_to_half_precision_and_knows_what_made_it(results):
+    keep(results, "one-0", row([0.03125, None, 0.1, 0.2, 0.3]))
+    found = study_results.read(results / "one-0.safetensors")
+    values = found["student", "gamma 0", 4, "distance"].tolist()
+    assert values[0] == 0.03125
+    assert math.isnan(values[1])
+    assert values[2:] == pytest.approx([0.1, 0.2, 0.3], rel=2**-11)
+    assert study_results.is_kept(results / "one-0.safetensors", "0123")
+    assert not study_results.is_kept(results / "two-0.safetensors", "0123")
+    with pytest.raises(ValueError, match="holds what evaluation 0123 measured, and this is 4567"):
+        study_results.is_kept(results / "one-0.safetensors", "4567")
+
+
+def test_a_student_with_results_is_not_trained_again_and_one_without_is(results, monkeypatch):
+    base, ran = load(study.HERE.parent / "emoji_mlcm.yaml"), []
+    recipe = study.recipe_of(base, "budgets", 0, 400, 1000)
+    path = results / "budgets-0.safetensors"
+
+    class Finished:
+        folder = results
+
+    monkeypatch.setattr(study.pipeline, "run", lambda recipe: ran.append(recipe) or [Finished()])
+    keep(results, "other-0", row([1.0] * 5))  # leaves a report.json
+    study.keep(recipe, path)
+    study.keep(recipe, path)
+    assert ran == [recipe]
+    assert torch.equal(*(study_results.read(results / f"{name}-0.safetensors")["student", "gamma 0", 4, "distance"]
+                         for name in ("budgets", "other")))  # fmt: skip
+    with pytest.raises(ValueError, match="of other settings or code"):
+        study.keep(study.recipe_of(base, "budgets", 0, 800, 1000), path)
+
+
+@pytest.mark.parametrize("name", [*study.ROWS, *study.SECOND_STAGE])
+def test_every_row_is_a_recipe_whose_students_are_measured_under_the_samplers_that_suit_them(name):
+    recipe = study.recipe_of(load(study.HERE.parent / "emoji_mlcm.yaml"), name, 1, 400, 1000)
+    last, evaluate = recipe.stages[-2:]
+    assert last.seed == 1
+    renoised = last.segments[-1] == 1 and not last.condition_on_target
+    assert evaluate.gammas == ([0.0, 1.0] if renoised else [0.0])
