@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 from .. import adapters, checkpoint, distributed
-from ..recipe import Recipe, Training, Tuning
+from ..recipe import Recipe, Training
 
 Weights = dict[str, Tensor]
 
@@ -76,21 +76,10 @@ def take_over(
 ) -> "Whole":
     """The engine that the launch file asks for, with `student` and `optimizer` in its hands."""
     if distributed.uses_deepspeed():
-        if accelerator.deepspeed_plugin.zero_stage == 3:
-            refuse_tuning(stage)
         return Zero(accelerator, student, optimizer, stage)
     if distributed.uses_fsdp():
         return Sharded(accelerator, student, optimizer, stage)
     return Whole(student, optimizer, stage)
-
-
-def refuse_tuning(stage: Training) -> None:
-    """Raise ValueError for a stage of preference learning: under ZeRO-3 its processes were seen to wait for ever."""
-    if isinstance(stage, Tuning):
-        raise ValueError(
-            f"ZeRO-3 is for distillation: {stage.kind} trains a small adapter, launch it with ddp.yaml, zero2.yaml or "
-            "fsdp2.yaml (the distilled student is found again)"
-        )
 
 
 class Whole:

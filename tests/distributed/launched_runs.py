@@ -22,7 +22,7 @@ from mlcm_rl.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHES = ROOT / "recipes" / "launch"
-SECONDS = 240  # a save that hangs must not hang the tests
+SECONDS = 900  # a save that hangs must not hang the tests; ZeRO-3 on busy cores takes minutes
 
 
 def launch(recipe: Recipe, folder: Path, mode: str, **environment: str) -> subprocess.CompletedProcess:

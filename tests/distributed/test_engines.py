@@ -19,7 +19,6 @@ from train_twice import train
 
 import runs
 from mlcm_rl import adapters, bases, pipeline
-from mlcm_rl.distributed import engines
 
 MODES = ["zero1", "zero2", "zero3", "fsdp2"]
 FULL = {"adapter": {"kind": "full"}, "target_ema": 0.5, "gradient_accumulation": 2}
@@ -28,17 +27,22 @@ SETTINGS = {
     "lora": {"condition_on_target": True},
     "checkpointing": {**FULL, "gradient_checkpointing": True},
 }
+TUNING = {
+    "feedback": {"gradient_accumulation": 2, "num_grad_steps": 2, "anchor": 1.0, "consistency": 1.0},
+    "dpo": {"gamma": 1.0},
+    "policy": {"num_iterations": 2},
+}
 BUILDS = shutil.which("c++") is not None and shutil.which("ninja") is not None
 
 
 @pytest.fixture(scope="module")
 def store(tiny_sdxl, tmp_path_factory):
-    """A store of trajectories that every test here starts from."""
+    """A store of trajectories that every test of distillation here starts from."""
     folder = tmp_path_factory.mktemp("store")
     return pipeline.run(runs.recipe(tiny_sdxl, folder, [runs.trajectories(runs.write_prompts(folder))]))[0].folder
 
 
-def settings_of(name: str) -> dict:
+def distillation(name: str) -> dict:
     return {"segments": [2], "target": "consistency", **SETTINGS[name]}
 
 
@@ -46,18 +50,18 @@ def state(folder: Path) -> dict:
     return load_file(sorted(folder.glob("checkpoints/*/state.safetensors"))[-1])
 
 
-def check_mode(mode: str, name: str, teacher: Path, store: Path, folder: Path) -> None:
+def check_mode(mode: str, teacher: Path, folder: Path, kind: str, parents: dict[str, Path], settings: dict) -> None:
     """Train alone and in two processes under `mode`; compare; go on in one process from what the two have saved."""
     if mode.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     if mode.startswith("zero") and not BUILDS:
         pytest.skip("DeepSpeed needs a C++ compiler and ninja to start on a CPU")
-    settings = settings_of(name)
     alone, together = folder / "alone", folder / "together"
     for num_steps in (2, 3):
-        train(teacher, store, alone, num_steps, settings)
-    script = [str(ROOT / "tests" / "distributed" / "train_twice.py"), str(teacher), str(store), str(together)]
-    command = [sys.executable, launch.__file__, "--config_file", str(LAUNCHES / f"{mode}.yaml"), *script]
+        train(teacher, alone, kind, parents, num_steps, settings)
+    script = [str(ROOT / "tests" / "distributed" / "train_twice.py"), str(teacher), str(together), kind]
+    places = json.dumps({name: str(path) for name, path in parents.items()})
+    command = [sys.executable, launch.__file__, "--config_file", str(LAUNCHES / f"{mode}.yaml"), *script, places]
     place = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [*command, json.dumps(settings)], env=os.environ | place, capture_output=True, text=True, timeout=SECONDS
@@ -68,7 +72,7 @@ def check_mode(mode: str, name: str, teacher: Path, store: Path, folder: Path) -
     base = bases.load(runs.recipe(teacher, folder, [runs.distill()]).teacher, "cpu")
     assert adapters.load_student(base, together / "student").num_segments == 2
     for one in (alone, together):
-        train(teacher, store, one, 4, settings)
+        train(teacher, one, kind, parents, 4, settings)
     assert_same_training(alone, together)
 
 
@@ -83,19 +87,24 @@ def assert_same_training(alone: Path, together: Path) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_train_save_and_reload_as_one(mode, tiny_sdxl, store, tmp_path):
-    check_mode(mode, "full", tiny_sdxl, store, tmp_path)
-
-
-def test_zero3_refuses_preference_learning_in_words(tmp_path):
-    prompts = runs.write_prompts(tmp_path)
-    engines.refuse_tuning(runs.distill())
-    for kind in ("feedback", "dpo", "policy"):
-        with pytest.raises(ValueError, match=f"ZeRO-3 is for distillation: {kind} trains a small adapter"):
-            engines.refuse_tuning(runs.tuning(kind, prompts))
+    check_mode(mode, tiny_sdxl, tmp_path, "distill", {"trajectories": store}, distillation("full"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "checkpointing"])
 @pytest.mark.parametrize("mode", [*MODES, "cpu2", "zero2_offload"])
 def test_every_kind_of_student_trains_under_every_engine(mode, name, tiny_sdxl, store, tmp_path):
-    check_mode(mode, name, tiny_sdxl, store, tmp_path)
+    check_mode(mode, tiny_sdxl, tmp_path, "distill", {"trajectories": store}, distillation(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "distilled", [{"kind": "lora", "rank": 2, "alpha": 2.0}, {"kind": "full"}], ids=lambda one: one["kind"]
+)
+@pytest.mark.parametrize("kind", TUNING)
+def test_preference_learning_under_zero3_trains_saves_and_reloads_as_one_process(kind, distilled, tiny_sdxl, tmp_path):
+    prompts = runs.write_prompts(tmp_path)
+    stages = [runs.trajectories(prompts), runs.distill(segments=[2], adapter=distilled)]
+    found = pipeline.run(runs.recipe(tiny_sdxl, tmp_path, stages))
+    parents = {"trajectories": found[0].folder, "distill": found[1].folder}
+    check_mode("zero3", tiny_sdxl, tmp_path, kind, parents, {"prompts": prompts, **TUNING[kind]})

@@ -23,7 +23,7 @@ def test_two_processes_make_what_one_makes(tiny_sdxl, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["cpu2", "zero2", "fsdp2"])
+@pytest.mark.parametrize("mode", ["cpu2", "zero2", "zero3", "fsdp2"])
 def test_every_stage_runs_in_two_processes(tiny_sdxl, tmp_path, mode):
     prompts = runs.write_prompts(tmp_path)
     stages = [
