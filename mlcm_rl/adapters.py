@@ -278,7 +278,8 @@ def _load_distilled(base: Base, folder: Path, described: dict[str, Any], conditi
         loaded = UNet2DConditionModel.from_pretrained(
             folder / "unet", local_files_only=True, use_safetensors=True, dtype=torch.float32
         )
-        return _denoiser(loaded.to(base.device), condition, shared=True).requires_grad_(True)
+        nn.Module.to(loaded, base.device, memory_format=base.memory_format)
+        return _denoiser(loaded, condition, shared=True).requires_grad_(True)
     denoiser = _denoiser(base.denoiser, condition, shared=True)
     if described["conditioned"]:
         projection = read_tensors(folder / CONDITIONING_FILE)

@@ -365,6 +365,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
         shapes = {value.shape for value in entry.values() if value.ndim}
         if index >= len(parameters) or shapes - {parameters[index].shape}:
             raise ValueError(f"the optimiser's state number {index} is of another parameter")
+        for name, value in entry.items():  # fused AdamW reads a moment in its parameter's own order of memory
+            if value.ndim:
+                entry[name] = torch.empty_like(parameters[index], dtype=value.dtype, device=value.device).copy_(value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -30,6 +30,8 @@ from ..recipe import Teacher
 
 Conditioning = dict[str, Tensor]
 
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
 TARGET_TIME_WIDTH = 256  # sinusoids that a student conditioned on its target time is given
 
 OTHER_PARTS = ("text_encoder", "tokenizer", "safety_checker", "image_encoder", "feature_extractor")
@@ -86,6 +88,7 @@ class Base(ABC):
     def __init__(self, teacher: Teacher, device: torch.device, pipeline: DiffusionPipeline):
         self.teacher, self.device, self.dtype = teacher, device, getattr(torch, teacher.dtype)
         self.pipeline = pipeline
+        self.memory_format = MEMORY_FORMATS[teacher.memory_format]
         self.denoiser: UNet2DConditionModel = self.pipeline.unet
         self.vae = self.pipeline.vae
         scheduler = self.pipeline.scheduler.config
@@ -302,6 +305,8 @@ def _load_pipeline(
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
+    for part in (pipeline.unet, pipeline.vae):
+        torch.nn.Module.to(part, memory_format=MEMORY_FORMATS[teacher.memory_format])
     return pipeline
 
 

@@ -25,6 +25,9 @@ class Teacher(Strict):
     guidance_scale: NonNegativeFloat = Field(8.0, description="classifier-free guidance of the teacher (1 = none)")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of the frozen weights")
     resolution: PositiveInt | None = Field(None, description="pixels a side; default: the model's own")
+    memory_format: Literal["contiguous", "channels_last"] = Field(
+        "contiguous", description="layout of the convolutions' weights; channels_last draws faster on most hardware"
+    )
 
 
 class TrainTeacher(Training):

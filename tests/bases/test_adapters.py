@@ -105,6 +105,24 @@ def test_adapter_over_a_half_precision_teacher_is_float32_and_trains(teachers):
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.kind)
+def test_a_student_of_a_channels_last_teacher_keeps_the_layout_and_computes_the_same(teachers, adapter, tmp_path):
+    path = str(teachers["sdxl"])
+    usual, other = (
+        bases.load(recipe.Teacher(path=path, family="sdxl", memory_format=one), "cpu")
+        for one in ("contiguous", "channels_last")
+    )
+    x_t, t, conditioning = inputs(usual)
+    expected = usual.predict(usual.denoiser, x_t, t, conditioning)
+    start = adapters.student(other, adapter, 0)
+    adapters.save_student(start, tmp_path / "student", description(other))
+    for denoiser in (other.denoiser, start, adapters.load_student(other, tmp_path / "student").denoiser):
+        weights = [value for name, value in denoiser.named_parameters() if value.ndim == 4 and "lora" not in name]
+        assert all(value.is_contiguous(memory_format=torch.channels_last) for value in weights)
+        torch.testing.assert_close(other.predict(denoiser, x_t, t, conditioning), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other.decode(x_t), usual.decode(x_t), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.kind)
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_saved_student_loads_and_goes_on_bit_for_bit(either, adapter, conditioned, tmp_path):
     x_t, t, conditioning = inputs(either)

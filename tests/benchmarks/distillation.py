@@ -35,12 +35,14 @@ from mlcm_rl.stages import distill, trajectories
 PROMPTS = "recipes/emoji/prompts/train.jsonl"
 TEACHER = Teacher(path="recipes/emoji/teacher", family="sdxl", guidance_scale=4.0)
 LORA = {"kind": "lora", "rank": 64, "alpha": 64}
+CHANNELS_LAST = "stored, trajectory, channels-last"
 VARIANTS = {
     "data (LCM)": {"source": "data", "images": "unused", "target": "consistency"},
     "online (Algorithm 1)": {"source": "online", "prompts": PROMPTS, "target": "consistency"},
     "stored, consistency": {"target": "consistency"},
     "stored, trajectory": {"target": "trajectory"},
     "stored, trajectory, LoRA": {"target": "trajectory", "adapter": LORA},
+    CHANNELS_LAST: {"target": "trajectory"},
 }
 PLAIN = "plain script (LCM)"
 STORED = 64  # trajectories solved for the stored variants and for the store's own cost
@@ -52,8 +54,10 @@ def measure(name: str, num_steps: int, batch_size: int) -> dict[str, float]:
         **({"segments": [1], "num_steps": 1, "batch_size": batch_size, "adapter": {"kind": "full"}} | VARIANTS[name])
     )
     store = Trajectories(prompts=PROMPTS, num_trajectories=STORED, batch_size=batch_size)
-    recipe = Recipe(name="benchmark", teacher=TEACHER, stages=[store, stage], trackers=[])
-    base = bases.load(TEACHER, "cuda" if torch.cuda.is_available() else "cpu")
+    layout = "channels_last" if name == CHANNELS_LAST else "contiguous"
+    teacher = TEACHER.model_copy(update={"memory_format": layout})
+    recipe = Recipe(name="benchmark", teacher=teacher, stages=[store, stage], trackers=[])
+    base = bases.load(teacher, "cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as place:
         found = {"store": 0.0}
         if stage.reads_trajectories:

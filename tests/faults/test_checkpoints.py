@@ -108,6 +108,26 @@ def test_what_cannot_be_put_back_is_an_error(tmp_path):
         checkpoint.read_training(tmp_path, {"student": shapes})
 
 
+def test_moments_are_put_back_in_their_parameters_own_order_of_memory(tmp_path):
+    """Fused AdamW takes a parameter and its moments for the same memory layout, and says nothing where they differ."""
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(4, 3, 3, 3, generator=generator) for _ in range(5))
+
+    def steps(resumed_after: int | None) -> torch.Tensor:
+        parameter = torch.nn.Parameter(start.clone(memory_format=torch.channels_last))
+        optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+        for i, gradient in enumerate(gradients):
+            parameter.grad = gradient.clone(memory_format=torch.channels_last)
+            optimizer.step()
+            if i == resumed_after:
+                checkpoint.save_state(tmp_path, i, checkpoint.optimizer_tensors(optimizer))
+                optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+                checkpoint.load_optimizer(optimizer, checkpoint.load_state(tmp_path)[1])
+        return parameter.detach()
+
+    assert torch.equal(steps(resumed_after=1), steps(resumed_after=None))
+
+
 def test_the_state_of_another_guard_or_normaliser_is_an_error():
     with pytest.raises(CheckpointError, match="remembers kept_step"):
         Guard.load_state(object.__new__(Guard), {"kept_step": 3})
