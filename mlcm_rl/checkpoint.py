@@ -25,6 +25,8 @@ FORMAT = 1  # of manifest.json; raised when its layout changes
 STATE_FORMAT = 2  # of checkpoints
 PARTIAL = ".part"  # ends the names of what is not whole yet
 SPARE_BYTES = 2**20  # of a disk, left free for logs and for the next small file
+UMASK = os.umask(0)  # which can only be read by setting it
+os.umask(UMASK)
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # of a disk to be written
 
 
@@ -46,6 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(temporary)
         yield temporary
+        share(temporary)
         sync(temporary)
         if path.is_dir():
             remove(path)
@@ -58,6 +61,13 @@ def replacing(path: Path) -> Iterator[Path]:
         raise CheckpointError(f"{path} could not be written ({reason}); what was there before is as it was") from error
     finally:
         remove(temporary)
+
+
+def share(path: Path) -> None:
+    """Give tensor files, `path` or under it, the mode of any new file: safetensors lets none but their owner read."""
+    for one in [path, *path.rglob("*.safetensors")]:
+        if one.is_file():
+            one.chmod(0o666 & ~UMASK)
 
 
 def sync(path: Path, inside: bool = True) -> None:

@@ -108,6 +108,16 @@ def test_what_cannot_be_put_back_is_an_error(tmp_path):
         checkpoint.read_training(tmp_path, {"student": shapes})
 
 
+def test_what_is_written_others_may_read_as_far_as_this_account_lets_them(tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    checkpoint.write_tensors(tmp_path / "one.safetensors", {"x": torch.ones(1)})
+    checkpoint.save_state(tmp_path, 1, {"x": torch.ones(1)}, {})
+    written = [tmp_path / "one.safetensors", *tmp_path.glob("checkpoints/*/*")]
+    assert len(written) > 2
+    assert {path.stat().st_mode for path in written} == {plain.stat().st_mode}
+
+
 def test_moments_are_put_back_in_their_parameters_own_order_of_memory(tmp_path):
     """Fused AdamW takes a parameter and its moments for the same memory layout, and says nothing where they differ."""
     generator = torch.Generator().manual_seed(0)
