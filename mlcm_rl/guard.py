@@ -13,7 +13,6 @@ from torch import Tensor
 
 from . import adapters, distributed, tuning
 from .checkpoint import CheckpointError, write_json
-from .data import read_prompts
 from .recipe import Reward, Tuning
 from .rewards import Combined, combine
 from .runtime import console, tell_truncated
@@ -38,9 +37,8 @@ class Guard:
     ):
         self.stage, self.student, self.weights = stage, student, weights
         self.rewards = {"trained": rewards, "held_out": combine(stage.guard.rewards, student.base.device, False)}
-        path = stage.guard_prompts or stage.prompts
-        prompts = tuning.spoken(read_prompts(path), stage.languages, path)[: stage.guard.num_prompts]
-        tell_truncated(student.base, [prompt.prompt for prompt in prompts], path)
+        prompts = tuning.watched_prompts(stage)
+        tell_truncated(student.base, [prompt.prompt for prompt in prompts], stage.guard_prompts or stage.prompts)
         self.batches = [
             tuning.start(student.base, part, seed, stage.kind, "guard", i)
             for i, part in enumerate(tuning.split(prompts, stage.batch_size))

@@ -3,7 +3,7 @@
 Letters beside those of `bases`: N steps of the sampler.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,6 +182,20 @@ class Prompts:
     def draw(self, step: int, count: int) -> list[Prompt]:
         """The `count` prompts of `step`."""
         return [self.prompts[i] for i in drawn(self.prompts, self.stage, self.seed, step, count).tolist()]
+
+
+def encode_ahead(stage: Tuning, recipe: Recipe, base: Base, texts: Callable[[int], list[str]]) -> None:
+    """Encode what the stage asks for, the prompts `texts` of every step, the guard's and those of the sample grid, and
+    let the text encoders leave memory."""
+    watched = [prompt.prompt for prompt in watched_prompts(stage)]
+    steps = (text for step in range(stage.num_steps) for text in texts(step))
+    base.encode_ahead([*recipe.samples.prompts, *watched, *steps])
+
+
+def watched_prompts(stage: Tuning) -> list[Prompt]:
+    """The prompts that the guard draws at every look."""
+    path = stage.guard_prompts or stage.prompts
+    return spoken(read_prompts(path), stage.languages, path)[: stage.guard.num_prompts]
 
 
 def drawn(prompts: list[Prompt], stage: Tuning, seed: int, step: int, count: int) -> Tensor:

@@ -9,7 +9,7 @@ float32 and batch first, so that it can be indexed, concatenated and stored.
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
@@ -31,7 +31,7 @@ from ..recipe import Teacher
 Conditioning = dict[str, Tensor]
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
+ENCODED_TOGETHER = 32  # prompts, where all are encoded ahead
 TARGET_TIME_WIDTH = 256  # sinusoids that a student conditioned on its target time is given
 
 OTHER_PARTS = ("text_encoder", "tokenizer", "safety_checker", "image_encoder", "feature_extractor")
@@ -89,6 +89,7 @@ class Base(ABC):
         self.teacher, self.device, self.dtype = teacher, device, getattr(torch, teacher.dtype)
         self.pipeline = pipeline
         self.memory_format = MEMORY_FORMATS[teacher.memory_format]
+        self._ahead: dict[str, Conditioning] | None = None  # (L, D) and (P,) a prompt, once text encoders are gone
         self.denoiser: UNet2DConditionModel = self.pipeline.unet
         self.vae = self.pipeline.vae
         scheduler = self.pipeline.scheduler.config
@@ -99,9 +100,33 @@ class Base(ABC):
 
     # Prompts
 
-    @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """What the family's stock pipeline makes of `prompts` (B of them), under no gradient."""
+        """What the family's stock pipeline makes of `prompts` (B of them), under no gradient.
+
+        Once prompts have been encoded ahead, those alone are known.
+        """
+        if self._ahead is None:
+            return self._encode(prompts)
+        rows = [self._ahead[prompt] for prompt in prompts]
+        return {name: torch.stack([row[name] for row in rows]).to(self.device).float() for name in rows[0]}
+
+    def encode_ahead(self, prompts: Iterable[str]) -> None:
+        """Encode all `prompts` that will be asked for, each once, and let the text encoders leave memory.
+
+        What became of them is kept on the CPU, in the teacher's precision, which is the text encoders' own.
+        """
+        texts, kept = list(dict.fromkeys(prompts)), {}
+        for part in (texts[i : i + ENCODED_TOGETHER] for i in range(0, len(texts), ENCODED_TOGETHER)):
+            encoded = {name: value.to("cpu", self.dtype) for name, value in self._encode(part).items()}
+            kept |= {text: {name: value[i] for name, value in encoded.items()} for i, text in enumerate(part)}
+        for name in self.pipeline.components:
+            if name.startswith("text_encoder"):
+                setattr(self.pipeline, name, None)
+        self._ahead = kept
+
+    @abstractmethod
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        """What the text encoders make of `prompts`."""
 
     @property
     def _tokenizers(self) -> list[Any]:

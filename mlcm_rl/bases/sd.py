@@ -15,7 +15,7 @@ class Family(Base):
     pipeline_class = StableDiffusionPipeline
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+    def _encode(self, prompts: list[str]) -> Conditioning:
         """The tower's last states (B, L, D), after its final norm."""
         context, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
         return {"context": context.float()}
@@ -24,4 +24,4 @@ class Family(Base):
     @torch.no_grad()
     def _dropped_prompt(self) -> Conditioning:
         """The empty prompt."""
-        return self.encode_prompts([""])
+        return self._encode([""])

@@ -16,7 +16,7 @@ class Family(Base):
     pipeline_class = StableDiffusionXLPipeline
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+    def _encode(self, prompts: list[str]) -> Conditioning:
         """The towers' penultimate states side by side (B, L, D) and the last tower's pooled vector (B, P)."""
         encoded = self.pipeline.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
         context, _, pooled, _ = encoded

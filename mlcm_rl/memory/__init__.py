@@ -4,7 +4,7 @@ Weights are counted as they are kept, and what passes hold is found by taking th
 `live_bytes`). Rewards are built there too, which reads their files once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,8 +53,9 @@ class Memory:
 def of_stage(stage: Stage, recipe: Recipe, others: int, distilled: Lora | Full, device: str) -> Memory:
     """What `stage` takes on a device of the kind `device` ("cuda", "cpu").
 
-    `others`: bytes of the networks that no pass here needs, text encoders and an evaluation's own. `distilled`: the
-    adapter of the student that it starts from.
+    `others`: bytes of the networks that no pass here needs, text encoders and an evaluation's own. Where the stage
+    encodes its prompts ahead they are gone when gradients come: what counts is how much they are more than what comes
+    after them. `distilled`: the adapter of the student that it starts from.
     """
     live = Live()
     kernels = Kernels(device, isinstance(stage, Training) and stage.precision == "bf16")
@@ -78,8 +79,8 @@ def of_stage(stage: Stage, recipe: Recipe, others: int, distilled: Lora | Full, 
             base.use_tiles(stage.autoencoder_tiles, kernels.checkpointed)
         held = peak_of_passes(stage, recipe, roles, trained, live, kernels)
     size = sum(value.numel() for value in trained)
-    return Memory(
-        parameters=parameters + others,
+    found = Memory(
+        parameters=parameters,
         gradients=4 * size,
         optimiser=ADAM_BYTES * size,
         averages=4 * size * _keeps_average(stage),
@@ -87,6 +88,8 @@ def of_stage(stage: Stage, recipe: Recipe, others: int, distilled: Lora | Full, 
         rewards=rewards,
         uncounted=tuple(sorted(missing | roles.failed)),
     )
+    later = found.total - parameters - rewards if _encodes_ahead(stage) else 0
+    return replace(found, parameters=parameters + max(0, others - later))
 
 
 def peak_of_passes(
@@ -133,6 +136,11 @@ def _rewards(stage: Stage) -> tuple[dict[str, RewardModel], set[str]]:
         except (RewardError, WeightsError):
             missing.add(one.name)
     return built, missing
+
+
+def _encodes_ahead(stage: Stage) -> bool:
+    """Whether text encoders have left memory when the first step comes."""
+    return isinstance(stage, Tuning) or (isinstance(stage, Distill) and stage.encodes_ahead)
 
 
 def _keeps_average(stage: Stage) -> bool:

@@ -164,6 +164,11 @@ class Distill(Training):
         """Whether a store of trajectories is needed."""
         return self.renoise == "stored" if self.method == "inter_segment" else self.source == "trajectories"
 
+    @property
+    def encodes_ahead(self) -> bool:
+        """Whether no step encodes a prompt or asks the teacher, so that text encoders can leave before the first."""
+        return self.method == "segments" and self.source == "trajectories"
+
     def per_phase(self, name: str) -> list:
         """The value of `name` for each phase."""
         value = getattr(self, name)

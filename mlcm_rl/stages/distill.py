@@ -38,6 +38,8 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     trained = rt.prepare(student, optimizer)
     average = {name: value.detach().clone() for name, value in trained.items()} if stage.target_ema else trained
     source = make_source(stage, recipe, base, student, parents)
+    if stage.encodes_ahead:
+        base.encode_ahead(recipe.samples.prompts)  # the store has all others
     lengths = stage.per_phase("num_steps")
 
     weights = {"student": trained} | ({"average": average} if stage.target_ema else {})

@@ -36,6 +36,7 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
     rewards = combine(stage.rewards, rt.device, stage.normalise, gather)
     source: StoredPairs | OwnPairs
     source = StoredPairs(stage, base, recipe.seed) if stage.pairs else OwnPairs(stage, student, rewards, recipe.seed)
+    tuning.encode_ahead(stage, recipe, base, source.texts)
     parameters = adapters.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student.denoiser, optimizer)

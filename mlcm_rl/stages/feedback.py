@@ -33,6 +33,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
         raise ValueError("rewards: feedback needs rewards with a gradient; dpo and policy take any")
     prompts = tuning.Prompts(stage, base, recipe.seed)
     source = stored_states(stage, base, parents, recipe.seed) if stage.consistency else None
+    tuning.encode_ahead(stage, recipe, base, lambda step: prompts.texts(step, stage.batch_size))
     parameters = adapters.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student.denoiser, optimizer)

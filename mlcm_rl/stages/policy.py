@@ -26,7 +26,8 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
     start = parents["distill"] / "student"
     student = tuning.load(stage, base, start, recipe.seed)
     rewards = combine(stage.rewards, rt.device, stage.normalise, gather)
-    prompts = tuning.Prompts(stage, base, recipe.seed)
+    prompts, copies = tuning.Prompts(stage, base, recipe.seed), stage.num_generations
+    tuning.encode_ahead(stage, recipe, base, lambda step: prompts.texts(step, stage.batch_size // copies))
     parameters = adapters.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student.denoiser, optimizer)
@@ -37,7 +38,7 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
     for step in rt.steps(first, stage.num_steps, "policy", lambda: guard.stopped):
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
         set_rate(optimizer, rate)
-        scores, copies = tuning.Scores(), stage.num_generations
+        scores = tuning.Scores()
         rt.samples = prompts.texts(step, stage.batch_size // copies)
         with rt.autocast():
             starts = prompts.starts(base, step, stage.batch_size // copies, stage.micro_batch, copies)

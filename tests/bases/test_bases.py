@@ -1,7 +1,9 @@
 """Loading a teacher, its schedule, its two passes, its pictures, its noise."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -226,3 +228,21 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch(base):
     assert torch.equal(alone, randn_tensor((2, *base.latent_shape), generator=torch.Generator().manual_seed(5)))
     with pytest.raises(ValueError, match="2 generators for a batch of 3"):
         base.noise(generators(1, 2), 3)
+
+
+# Prompts encoded ahead
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("sdxl", "float32"), ("sd15", "bfloat16")])
+def test_prompts_encoded_ahead_are_the_same_and_the_text_encoders_leave(teachers, name, dtype):
+    base = load(teachers[name], "sdxl" if name == "sdxl" else "sd", dtype=dtype)
+    prompts = ["a cat", "红苹果", "a dog"]
+    expected, encoder = base.encode_prompts(prompts), weakref.ref(base.pipeline.text_encoder)
+    base.encode_ahead([*prompts, "a cat"])
+    found = base.encode_prompts([prompts[2], prompts[0]])
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name][[2, 0]]) for name in found)
+    gc.collect()
+    assert encoder() is None
+    with pytest.raises(KeyError, match="a snowman"):
+        base.encode_prompts(["a snowman"])

@@ -187,6 +187,18 @@ def test_a_plan_has_the_memory_of_what_is_to_do_where_it_is_asked_for(tiny_sdxl,
     assert given.memory.gradients == 0
 
 
+def test_text_encoders_that_leave_count_for_what_they_are_more_than_what_comes_after(tiny_sdxl):
+    def total(stage, others: int) -> int:
+        return memory.of_stage(stage, runs.recipe(tiny_sdxl, tiny_sdxl, [stage]), others, Full(), "cuda").total
+
+    gone, kept = runs.distill(adapter=Full()), runs.distill(source="data", images="unused", target="consistency")
+    without = total(gone, 0)
+    parameters = memory.of_stage(gone, runs.recipe(tiny_sdxl, tiny_sdxl, [gone]), 0, Full(), "cuda").parameters
+    assert total(gone, 1000) == without
+    assert total(gone, 2 * without) == parameters + 2 * without
+    assert total(kept, 1000) == total(kept, 0) + 1000
+
+
 # ---- published shapes ----
 
 
