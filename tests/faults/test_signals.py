@@ -16,19 +16,16 @@ from mlcm_rl.stages import evaluate, trajectories
 CODES = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
 
-@pytest.mark.parametrize(("number", "code"), CODES)
-def test_a_signal_outside_a_training_loop_ends_with_its_code_and_what_is_whole_stays(
-    tiny_sdxl, tmp_path, monkeypatch, number, code
-):
+def test_a_signal_outside_a_training_loop_ends_with_its_code_and_what_is_whole_stays(tiny_sdxl, tmp_path, monkeypatch):
     prompts = runs.write_prompts(tmp_path)
-    report = Evaluate(prompts=prompts, num_prompts=4, num_steps=[1], teacher_steps=[2], batch_size=2)
-    stages = [runs.trajectories(prompts), runs.distill(segments=[1], num_steps=1), report]
-    recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
+    report = Evaluate(prompts=prompts, num_prompts=4, num_steps=[1], teacher_steps=[2], batch_size=1)
+    store = runs.trajectories(prompts, batch_size=2, shard_size=2)
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [store, runs.distill(segments=[1], num_steps=1), report])
     path = tmp_path / "small.yaml"
     path.write_text(recipe.model_dump_json())
     monkeypatch.chdir(tmp_path)
 
-    def run_signalled(module, name: str):
+    def run_signalled(module, name: str, number: int, code: int):
         original, calls = getattr(module, name), []
 
         def signalled(*arguments):
@@ -43,12 +40,15 @@ def test_a_signal_outside_a_training_loop_ends_with_its_code_and_what_is_whole_s
         assert result.exit_code == code, result.output
         assert "The same command takes the run up where it was saved." in result.stderr
 
-    run_signalled(trajectories, "solve")
-    (store,) = (tmp_path / "runs" / "stages").glob("trajectories-*")
-    assert [shard.name for shard in store.glob("*shard*")] == ["shard-0000000.safetensors"]
-    run_signalled(evaluate, "draw")
+    for count, (number, code) in enumerate(CODES, start=1):
+        run_signalled(trajectories, "solve", number, code)
+        (folder,) = (tmp_path / "runs" / "stages").glob("trajectories-*")
+        whole = [f"shard-{2 * i:07d}.safetensors" for i in range(count)]
+        assert sorted(shard.name for shard in folder.glob("*shard*")) == whole
+    for number, code in CODES:
+        run_signalled(evaluate, "draw", number, code)
     assert CliRunner().invoke(app, ["run", str(path)]).exit_code == 0
-    assert checkpoint.is_finished(store)
+    assert checkpoint.is_finished(folder)
 
 
 @pytest.mark.parametrize(("number", "code"), CODES)
