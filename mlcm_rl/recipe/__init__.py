@@ -60,10 +60,8 @@ class TrainReward(Training):
     num_steps: PositiveInt = 400
     batch_size: PositiveInt = Field(64, description="pairs per optimiser step")
     learning_rate: PositiveFloat = Field(2e-3, description="peak; decays to 0")
-    warmup_steps: int = Field(20, ge=0)
     weight_decay: NonNegativeFloat = 0.05
     dropout: float = Field(0.5, ge=0, lt=1, description="of the features")
-    contrary: float = Field(0.05, ge=0, lt=0.5, description="share of judgements taken to be wrong: bounds the scores")
     held_out_every: PositiveInt = presentation(20, description="steps between measures on the held-out pairs")
 
 

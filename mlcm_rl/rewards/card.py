@@ -20,7 +20,7 @@ from ..recipe import Recipe, TrainReward
 from ..report import plots
 from ..report.figures import plus_minus, rounded
 from . import RewardModel, score
-from .heads import right_way
+from .heads import CONTRARY, right_way
 
 TEMPLATE = Path(__file__).with_suffix(".md")
 NUM_CLIMBED, NUM_STEPS, STEP = 16, 10, 2 / 255  # pictures that are changed to please the reward, and how far
@@ -141,7 +141,8 @@ def card(stage: TrainReward, recipe: Recipe, table: PairTable, measured: dict[st
         overtaken=climbed["overtaken"],
         deviations=climbed["rise"] / measured["range"]["deviation"],
         **measured["range"],
-        **{name: getattr(stage, name) for name in ("num_steps", "dropout", "weight_decay", "contrary", "resolution")},
+        **{name: getattr(stage, name) for name in ("num_steps", "dropout", "weight_decay", "resolution")},
+        contrary=CONTRARY,
     )
 
 

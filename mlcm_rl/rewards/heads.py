@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..data import Prompt
 from ..runtime import generator
 
+CONTRARY = 0.05  # share of judgements that are taken to be wrong: bounds the scores
+
 
 @dataclass(frozen=True)
 class FeatureScale:

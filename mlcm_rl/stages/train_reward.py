@@ -15,8 +15,10 @@ from ..equations.preference import bradley_terry_loss
 from ..pairs import PairTable
 from ..recipe import Recipe, TrainReward
 from ..rewards import card as reward_card
-from ..rewards.heads import FeatureScale, dropped, held_out_pairs, right_way
+from ..rewards.heads import CONTRARY, FeatureScale, dropped, held_out_pairs, right_way
 from ..runtime import Runtime, epoch_order, progress, rate_factor, set_rate
+
+WARMUP_STEPS = 20  # no knob, nor is CONTRARY: docs/log.md has what others make
 
 
 def run(stage: TrainReward, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
@@ -36,17 +38,17 @@ def run(stage: TrainReward, recipe: Recipe, parents: dict[str, Path], folder: Pa
 
     first = rt.resume({"head": rt.prepare(head, optimizer)})
     for step in rt.steps(first, stage.num_steps, "train_reward"):
-        set_rate(optimizer, stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps))
+        set_rate(optimizer, stage.learning_rate * rate_factor(step, stage.num_steps, WARMUP_STEPS))
         index = epoch_order(len(pairs.training), stage.batch_size, step, recipe.seed, "train_reward")
         rt.samples = index.tolist()
         inputs = dropped(pairs.training[index], stage.dropout, rt.generator("dropout", step))
-        losses = (loss(stage, head, inputs[part]) for part in rt.micro_batches())
+        losses = (loss(head, inputs[part]) for part in rt.micro_batches())
         with rt.autocast():
             logged = rt.backward(losses)
 
         looking = rt.due(step, stage.held_out_every, stage.num_steps)
         if looking:
-            logged |= look(stage, head, pairs.held_out)
+            logged |= look(head, pairs.held_out)
         if looking or rt.due(step, stage.log_every):
             rt.log(step, **logged)
         if rt.stopping or rt.due(step, stage.save_every):
@@ -97,14 +99,14 @@ def new_head(width: int, seed: int) -> nn.Sequential:
         return trained.untrained_head(width)
 
 
-def loss(stage: TrainReward, head: nn.Module, pairs: Tensor) -> Tensor:
+def loss(head: nn.Module, pairs: Tensor) -> Tensor:
     """The Bradley-Terry loss (B,) float32 of pairs (B, 2, D)."""
     chosen, rejected = head(pairs).float().squeeze(-1).unbind(1)
-    return bradley_terry_loss(chosen, rejected, stage.contrary)
+    return bradley_terry_loss(chosen, rejected, CONTRARY)
 
 
 @torch.no_grad()
-def look(stage: TrainReward, head: nn.Module, pairs: Tensor) -> dict[str, float]:
+def look(head: nn.Module, pairs: Tensor) -> dict[str, float]:
     """Loss on held-out pairs (M, 2, D), and the share of them decided right."""
     right = right_way(head(pairs).squeeze(-1))
-    return {"held_out_loss": loss(stage, head, pairs).mean().item(), "held_out_accuracy": right.mean().item()}
+    return {"held_out_loss": loss(head, pairs).mean().item(), "held_out_accuracy": right.mean().item()}
