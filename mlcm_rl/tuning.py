@@ -186,7 +186,9 @@ class Prompts:
 
 def encode_ahead(stage: Tuning, recipe: Recipe, base: Base, texts: Callable[[int], list[str]]) -> None:
     """Encode what the stage asks for, the prompts `texts` of every step, the guard's and those of the sample grid, and
-    let the text encoders leave memory."""
+    let the text encoders leave memory; nothing where that would be too many prompts to keep."""
+    if not stage.encodes_ahead:
+        return
     watched = [prompt.prompt for prompt in watched_prompts(stage)]
     steps = (text for step in range(stage.num_steps) for text in texts(step))
     base.encode_ahead([*recipe.samples.prompts, *watched, *steps])

@@ -140,7 +140,7 @@ def _rewards(stage: Stage) -> tuple[dict[str, RewardModel], set[str]]:
 
 def _encodes_ahead(stage: Stage) -> bool:
     """Whether text encoders have left memory when the first step comes."""
-    return isinstance(stage, Tuning) or (isinstance(stage, Distill) and stage.encodes_ahead)
+    return isinstance(stage, Distill | Tuning) and stage.encodes_ahead
 
 
 def _keeps_average(stage: Stage) -> bool:

@@ -14,6 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from .types import Fraction, Full, Lora, NonNegativeFloat, OneStage, Reward, Strict, Training, presentation
 
 NumSegments = Literal[8, 4, 2, 1]
+MOST_ENCODED_AHEAD = 8192  # prompts of a stage's steps that are kept encoded
 
 
 class Teacher(Strict):
@@ -209,6 +210,14 @@ class Tuning(Training):
         if both:
             raise ValueError(f"guard.rewards: {', '.join(sorted(both))} is trained on; a guard needs another reward")
         return self
+
+    @property
+    def encodes_ahead(self) -> bool:
+        """Whether all prompts are encoded before the first step, so that text encoders can leave memory.
+
+        Of a long run they are not: each would be kept in every process's own memory, 0.3 MB of SDXL's.
+        """
+        return self.num_steps * self.batch_size <= MOST_ENCODED_AHEAD
 
     @property
     def reward_models(self) -> list[Reward]:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import runs
 import tiny
-from mlcm_rl import memory
+from mlcm_rl import memory, tuning
 from mlcm_rl.memory import peak
 from mlcm_rl.memory.live_bytes import Kernels, Live
 from mlcm_rl.plan import planned_stages
@@ -197,6 +197,16 @@ def test_text_encoders_that_leave_count_for_what_they_are_more_than_what_comes_a
     assert total(gone, 1000) == without
     assert total(gone, 2 * without) == parameters + 2 * without
     assert total(kept, 1000) == total(kept, 0) + 1000
+
+
+def test_a_long_stage_of_preference_learning_keeps_the_text_encoders_and_encodes_as_it_goes(tiny_sdxl, tmp_path):
+    """Ahead, its prompts would fill the memory of every process; nothing is asked of the base here, which is None."""
+    short, long = (
+        runs.tuning("feedback", runs.write_prompts(tmp_path), num_steps=count, batch_size=8) for count in (1024, 1025)
+    )
+    assert short.encodes_ahead
+    assert not long.encodes_ahead
+    tuning.encode_ahead(long, runs.recipe(tiny_sdxl, tmp_path, [long]), None, lambda step: [])
 
 
 # ---- published shapes ----
