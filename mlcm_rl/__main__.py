@@ -20,14 +20,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import reward_commands, signals
-from .quantities import in_words
+from . import plan_table, reward_commands, signals
+from .devices import DEVICES, THIS
 from .recipe import Recipe, json_schema
 from .recipe.file import load
 from .recipe.tree import RecipeError, key_text
 
 if TYPE_CHECKING:
-    from .pipeline import PlannedStage
+    from .memory.launches import Launch
 
 app = typer.Typer(
     name="mlcm",
@@ -68,6 +68,13 @@ RunFolder = Annotated[
     Path,
     typer.Argument(metavar="RUN", callback=_existing, show_default=False, help="runs/<recipe>, or a stage's folder"),
 ]
+
+
+def _known_device(name: str | None) -> str | None:
+    """A name that is known, in lower case without spaces; else the names that are."""
+    if name is None or (short := name.lower().replace(" ", "")) in (*DEVICES, THIS):
+        return None if name is None else short
+    raise typer.BadParameter(f"no device {name!r}: {', '.join(DEVICES)}, or {THIS} for the one here")
 
 
 @app.command()
@@ -123,16 +130,40 @@ def validate(
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print it as JSON, sizes in bytes")] = False,
+    launch: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            help="memory of each process under a file of recipes/launch",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            callback=_known_device,
+            show_default=False,
+            help=f"hours, and whether memory suffices, on {', '.join(DEVICES)}, or {THIS} (measured here)",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print it as JSON, sizes in bytes, times in seconds")] = False,
 ) -> None:
-    """Show what a run would do: stages done and to do, network evaluations, disk, memory."""
+    """Show what a run would do: stages done and to do, network evaluations, disk, memory, hours.
+
+    The teacher's JSON files in a folder are enough: no weights are loaded.
+    """
     loaded = _load(recipe, overrides)
     with _pipeline() as pipeline:
-        stages = pipeline.plan(loaded, True)
+        asked = _read_launch(launch)
+        found = pipeline.device_here(loaded) if device == THIS else DEVICES[device] if device else None
+        stages = pipeline.plan(loaded, True, asked, found)
     if as_json:
-        typer.echo(json.dumps([asdict(stage) | {"folder": str(stage.folder)} for stage in stages], indent=2))
+        described = [asdict(stage) | {"folder": str(stage.folder)} for stage in stages]
+        on = asdict(found) | {"share": found.share} if found else None
+        typer.echo(json.dumps({"launch": asdict(asked), "device": on, "stages": described}, indent=2))
     else:
-        _print_plan(loaded, stages)
+        plan_table.show(console, loaded, stages, asked, found)
 
 
 @app.command()
@@ -291,6 +322,16 @@ def _launched(launch: Path, arguments: list[str]) -> int:
         return 2
 
 
+def _read_launch(path: Path | None) -> "Launch":
+    """The launch that the file at `path` describes, one process without one; exit 2 where it is not known."""
+    from .memory import launches
+
+    try:
+        return launches.Launch() if path is None else launches.read_launch(path)
+    except launches.LaunchError as error:
+        raise typer.BadParameter(str(error), param_hint="--launch") from None
+
+
 def _load(path: Path, overrides: list[str] | None) -> Recipe:
     """The recipe, checked against the files under the working directory; exit 2 with all its errors."""
     try:
@@ -336,48 +377,6 @@ def _print_problems(to: Console, path: Path, error: RecipeError) -> None:
             to.print(Text(textwrap.indent(lines, " " * 6)), soft_wrap=True)
         else:
             to.print(Text(str(problem)), soft_wrap=True)
-
-
-def _print_plan(recipe: Recipe, stages: "list[PlannedStage]") -> None:
-    table = Table("stage", "", box=None, pad_edge=False, header_style="bold")
-    for name in ("evaluations", "disk", "memory"):
-        table.add_column(name, justify="right")
-    for stage in stages:
-        state = Text("done", style="green") if stage.done else Text("to do", style="yellow")
-        figures = (f"{stage.network_evaluations:,}", in_words(stage.disk_bytes))
-        memory = in_words(stage.memory.total) if stage.memory else ""
-        table.add_row(Text(stage.folder.name, no_wrap=True), state, *figures, memory)
-    ahead = [stage for stage in stages if not stage.done]
-    evaluations = f"{sum(stage.network_evaluations for stage in ahead):,}"
-    disk = sum(stage.disk_bytes for stage in ahead)
-    memory = max((stage.memory.total for stage in ahead if stage.memory), default=0)
-    table.add_section()
-    table.add_row("still to do", "", evaluations, in_words(disk), in_words(memory), style="bold")
-    console.print(table, crop=False)
-    if any(stage.memory for stage in ahead):
-        _print_memory(ahead)
-    _line(
-        Text(f"\nOne evaluation is one pass of the denoiser for one sample.\nStages are kept in {recipe.runs}/stages.")
-    )
-
-
-def _print_memory(stages: "list[PlannedStage]") -> None:
-    """What the memory of the stages ahead is made of, a row a stage."""
-    parts = ("parameters", "gradients", "optimiser", "averages", "activations", "rewards")
-    table = Table("memory of", *parts, box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for stage in stages:
-        if stage.memory:
-            sizes = (getattr(stage.memory, part) for part in parts)
-            table.add_row(stage.kind, *(in_words(size) if size else "" for size in sizes))
-    console.print()
-    console.print(table, crop=False)
-    for stage in stages:
-        for name in stage.memory.uncounted if stage.memory else ():
-            _line(
-                Text(f"not counted for {stage.kind}: {name}, whose weights are not here or which needs real pictures")
-            )
 
 
 def _line(text: Text) -> None:

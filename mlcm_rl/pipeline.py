@@ -16,11 +16,15 @@ from pydantic import ValidationError
 from . import __version__, adapters, bases, checkpoint, distributed, lock, pictures, replays, report, sampler
 from .checkpoint import CheckpointError, finish, is_finished, read_json, sha256, verify
 from .data import read_prompts
+from .devices import Device
 from .equations.segments import sampling_times
 from .evaluation.rows import tuned_from
 from .export import export as write_export
 from .fingerprint import STUDENTS, Located, locate, parents_of, seed_of_stage
+from .memory import launches
+from .memory.launches import Launch
 from .memory.peak import Meter, begin
+from .operations import this_device
 from .pairs import labels, ranking
 from .plan import PlannedStage, Sizes, network_evaluations, planned_stages
 from .recipe import Distill, Evaluate, Recipe, Reward, Stage, TrainTeacher, Tuning
@@ -32,6 +36,7 @@ __all__ = [
     "Located",
     "PlannedStage",
     "RunError",
+    "device_here",
     "evaluate",
     "export",
     "pairs",
@@ -83,12 +88,21 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
 
 
 @_worded("plan")
-def plan(recipe: Recipe, memory: bool = False) -> list[PlannedStage]:
+def plan(
+    recipe: Recipe, memory: bool = False, launch: Launch | None = None, device: Device | None = None
+) -> list[PlannedStage]:
     """What `run` would do now, stage by stage, with the `memory` of what is to do where that is asked for.
 
-    Raises RunError for files that are named and missing.
+    Memory is that of each process of `launch`; on a `device` the time is told too. Raises RunError for files that are
+    named and missing, and where the processes cannot share a batch.
     """
-    return planned_stages(recipe, device_of(recipe.device).type if memory else None)
+    kind = device.kind if device is not None else device_of(recipe.device).type
+    return planned_stages(recipe, kind if memory else None, launch, device)
+
+
+def device_here(recipe: Recipe) -> Device:
+    """The device that `recipe` would run on here, measured."""
+    return this_device(device_of(recipe.device))
 
 
 def said(error: Exception) -> str:
@@ -166,7 +180,7 @@ def _memory_meter(stage: Stage, recipe: Recipe) -> Meter | None:
     if not isinstance(stage, TrainTeacher | Distill | Tuning) or not Path(recipe.teacher.path).is_dir():
         return None
     device = device_of(recipe.device)
-    return begin(device, Sizes(recipe).memory(stage, device.type))
+    return begin(device, Sizes(recipe).memory(stage, device.type, launches.of_this_process()))
 
 
 def _stage_module(stage: Stage) -> ModuleType:

@@ -1,18 +1,23 @@
-"""What a recipe will do before it does it: network evaluations, disk and memory a stage. Loads no weights.
+"""What a recipe will do before it does it: network evaluations, disk, memory and time a stage. Loads no weights.
 
-Evaluations are forward passes of a denoiser on one sample; a guided pass counts two. Disk is read off the headers of
-the teacher's files; what a stage needs of memory is found in `memory`, which takes seconds a stage.
+Evaluations are forward passes of a denoiser on one sample; a guided pass counts two. Sizes are read off the headers of
+the teacher's files, or off its configuration where there are no weights yet; what a stage needs of memory is found in
+`memory`, how long a device is at it in `operations`; both take seconds a stage.
 """
 
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from . import bases, operations
 from .adapters import default_gamma
 from .bases import LORA_TARGETS
 from .checkpoint import CheckpointError, is_finished, read_json, read_shapes
+from .devices import Device
 from .fingerprint import STUDENTS, Located, locate
 from .memory import PARTS, Memory, of_stage
+from .memory.launches import Launch
+from .operations import Passes, Work
 from .recipe import (
     Distill,
     Dpo,
@@ -36,7 +41,7 @@ MEAN_ONLINE_STEPS = 4.5  # of Algorithm 1: 1 to 8 steps, segments drawn evenly
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage of a plan."""
+    """One stage of a plan; memory is that of one process."""
 
     kind: str
     fingerprint: str
@@ -45,13 +50,19 @@ class PlannedStage:
     network_evaluations: int
     disk_bytes: int
     memory: Memory | None = None  # where it was asked for and the stage is still to do
+    operations: float | None = None  # floating-point, of all processes; where a device was named
+    seconds: float | None = None
 
 
-def planned_stages(recipe: Recipe, kind: str | None = None) -> list[PlannedStage]:
+def planned_stages(
+    recipe: Recipe, kind: str | None = None, launch: Launch | None = None, device: Device | None = None
+) -> list[PlannedStage]:
     """What `run` would do now, with its memory where a `kind` of device ("cuda", "cpu") is given.
 
-    Raises FileNotFoundError for files that are named and missing.
+    Under `launch` (default: one process) memory is that of each process; on a `device` the time is told too. Raises
+    FileNotFoundError for files that are named and missing, ValueError where processes cannot share a batch.
     """
+    launch = launch or Launch()
     sizes = Sizes(recipe)
     earlier: list[Located] = []
     planned = []
@@ -59,29 +70,59 @@ def planned_stages(recipe: Recipe, kind: str | None = None) -> list[PlannedStage
         found = locate(stage, recipe, earlier)
         done = is_finished(found.folder)
         costs = (network_evaluations(stage, recipe), sizes.disk(stage))
-        asked = kind is not None and not done and not isinstance(stage, TrainReward)  # a head of a megabyte or two
-        needed = sizes.memory(stage, kind) if asked else None
-        planned.append(PlannedStage(stage.kind, found.fingerprint, found.folder, done, *costs, needed))
+        asked = not done and not isinstance(stage, TrainReward)  # a head of a megabyte or two
+        needed = sizes.memory(stage, kind, launch) if asked and kind is not None else None
+        work = sizes.work(stage) if asked and device is not None else None
+        total = sum(one.count * one.each.total for one in work) if work is not None else None
+        time = operations.seconds(work, device, launch) if work is not None and device is not None else None
+        planned.append(PlannedStage(stage.kind, found.fingerprint, found.folder, done, *costs, needed, total, time))
         earlier.append(found)
     return planned
 
 
 def network_evaluations(stage: Stage, recipe: Recipe) -> int:
     """Forward passes of a denoiser that `stage` takes, samples times passes."""
+    taken = passes_of(stage, recipe)
+    return round(taken.teacher + taken.student + taken.trained)
+
+
+def passes_of(stage: Stage, recipe: Recipe) -> Passes:
+    """How often `stage` takes each kind of pass."""
     guided = 1 if recipe.teacher.guidance_scale == 1.0 else 2
     if isinstance(stage, TrainReward):
-        return 0
+        return Passes()
     if isinstance(stage, TrainTeacher):
-        return stage.num_steps * stage.batch_size
+        return Passes(trained=stage.num_steps * stage.batch_size)
     if isinstance(stage, Trajectories):
-        return (stage.num_trajectories + stage.num_held_out) * stage.num_steps * guided
+        return Passes(teacher=(stage.num_trajectories + stage.num_held_out) * stage.num_steps * guided)
     if isinstance(stage, Distill):
-        return round(sum(map(sum, evaluations_per_phase(stage, guided))))
+        teacher, target, student = map(sum, zip(*evaluations_per_phase(stage, guided), strict=True))
+        return Passes(teacher=teacher, student=target, trained=student)
     if isinstance(stage, Feedback | Dpo | Policy):
-        looks = -(-stage.num_steps // stage.guard.every) + 1  # and one at the reference
-        watched = looks * stage.guard.num_prompts * stage.sampling_steps
-        return round(stage.num_steps * stage.batch_size * evaluations_per_sample(stage)) + watched
-    return stage.num_prompts * stage.images_per_prompt * sum(evaluations_per_row(stage, recipe))
+        return _passes_of_tuning(stage)
+    num_pictures = stage.num_prompts * stage.images_per_prompt
+    by_teacher, by_students = rows_of_teacher(stage, recipe), rows_of_students(stage, recipe)
+    return Passes(
+        teacher=num_pictures * sum(by_teacher),
+        student=num_pictures * sum(by_students),
+        decoded=num_pictures * (len(by_teacher) + len(by_students)),
+    )
+
+
+def _passes_of_tuning(stage: Feedback | Dpo | Policy) -> Passes:
+    samples = stage.num_steps * stage.batch_size
+    looks = -(-stage.num_steps // stage.guard.every) + 1  # and one at the reference
+    watched = looks * stage.guard.num_prompts
+    trained = samples * evaluations_with_gradient(stage)
+    evaluations = round(samples * evaluations_per_sample(stage)) + watched * stage.sampling_steps
+    scored = graded = 0
+    if isinstance(stage, Feedback):
+        graded = samples * (stage.num_copies if stage.gradient == "low_variance" else 1)
+    elif isinstance(stage, Policy):
+        scored = samples
+    elif not stage.pairs:
+        scored = samples * stage.num_generations
+    return Passes(student=evaluations - trained, trained=trained, scored=scored, graded=graded, watched=watched)
 
 
 def evaluations_per_phase(stage: Distill, guided: int) -> list[tuple[float, float, float]]:
@@ -118,20 +159,40 @@ def evaluations_per_sample(stage: Feedback | Dpo | Policy) -> float:
     return sampled + copies * (stage.anchor > 0) + (steps + 2) * (stage.kl > 0) + (stage.consistency > 0)
 
 
+def evaluations_with_gradient(stage: Feedback | Dpo | Policy) -> int:
+    """Evaluations of those that carry gradient to what is trained."""
+    steps = stage.sampling_steps
+    if isinstance(stage, Dpo):
+        return 2 * {"endpoint": steps, "diffusion_dpo": 1, "pso": steps - 1}[stage.form]
+    if isinstance(stage, Policy):
+        return (steps - 1) * stage.num_iterations
+    of_sample = {"last": stage.num_grad_steps, "random": 1, "low_variance": stage.num_copies}[stage.gradient]
+    return of_sample + (stage.kl > 0) + (stage.consistency > 0)
+
+
 def evaluations_per_row(stage: Evaluate, recipe: Recipe) -> list[int]:
     """Evaluations that a picture of each row takes, at most: rows that would be equal are drawn once.
 
     Students are those of `also` and the recipe's own; with `students: snapshots` each is counted once all the same.
     """
+    return rows_of_teacher(stage, recipe) + rows_of_students(stage, recipe)
+
+
+def rows_of_teacher(stage: Evaluate, recipe: Recipe) -> list[int]:
+    """Evaluations a picture of the references' rows and of the undistilled teacher's."""
     guided = 1 if recipe.teacher.guidance_scale == 1.0 else 2
     references = [guided * n for n in stage.teacher_steps]
     undistilled = [n for n in stage.num_steps for _ in range(2 if guided == 2 and n % 2 == 0 else 1)]
+    return references + undistilled * len(stage.teacher_solvers)
+
+
+def rows_of_students(stage: Evaluate, recipe: Recipe) -> list[int]:
+    """Evaluations a picture of the students' rows."""
     num_students = len(stage.also) + len({one.kind for one in recipe.stages} & set(STUDENTS))
     students = stage.num_steps * len(stage.gammas) * len(stage.grids) * num_students
     tuned = {one.kind: tuned_gamma(one, recipe) for one in recipe.stages if isinstance(one, Tuning)}
     unlisted = [gamma for gamma in tuned.values() if gamma not in stage.gammas]
-    students += stage.num_steps * len(stage.grids) * (len(unlisted) + len(set(unlisted)))  # and the distilled one at it
-    return references + undistilled * len(stage.teacher_solvers) + students
+    return students + stage.num_steps * len(stage.grids) * (len(unlisted) + len(set(unlisted)))  # the distilled one too
 
 
 def tuned_gamma(stage: Tuning, recipe: Recipe) -> float:
@@ -148,8 +209,13 @@ class Sizes:
     def __init__(self, recipe: Recipe):
         self.recipe, self.folder = recipe, Path(recipe.teacher.path)
         if not self.folder.is_dir():
-            raise CheckpointError(f"plan reads a teacher's headers: {self.folder} is not a local folder")
-        self.parts = {part.name: shapes(part) for part in sorted(self.folder.iterdir()) if part.is_dir()}
+            raise CheckpointError(
+                f"plan reads a teacher's shapes off its files: {self.folder} is not a local folder. Its JSON files are "
+                "enough, a few kB: download these alone into a folder and say teacher.path=FOLDER"
+            )
+        self.parts = {name: shapes(self.folder / name) for name in bases.parts_with_weights(recipe.teacher)}
+        if empty := [name for name, found in self.parts.items() if not found]:
+            self.parts |= bases.shapes_from_configuration(recipe.teacher, empty)
         unet = read_json(
             self.folder / "unet" / "config.json", sample_size=int, in_channels=int, cross_attention_dim=int
         )
@@ -173,15 +239,19 @@ class Sizes:
                 total += rank * (prod(shape[1:]) + shape[0])
         return total
 
-    def memory(self, stage: Stage, kind: str) -> Memory:
-        """What the stage takes in one process on a device of this `kind`."""
+    def work(self, stage: Stage) -> list[Work]:
+        """What the stage computes."""
+        return operations.of_stage(stage, self.recipe, passes_of(stage, self.recipe), self.distilled(stage))
+
+    def memory(self, stage: Stage, kind: str, launch: Launch | None = None) -> Memory:
+        """What the stage takes in one process of `launch` (default: the only one) on a device of this `kind`."""
         others = sum(self.weights(part) for part in self.parts if part not in PARTS)
         needed = others * BYTES[self.recipe.teacher.dtype]
         if isinstance(stage, Evaluate):
             measuring = read_shapes(Path(stage.inception)) if stage.inception else {}
             measuring |= shapes(Path(stage.clip)) if stage.clip else {}
             needed += 4 * sum(map(prod, measuring.values()))
-        return of_stage(stage, self.recipe, needed, self.distilled(stage), kind)
+        return of_stage(stage, self.recipe, needed, self.distilled(stage), kind, launch)
 
     def distilled(self, stage: Stage) -> Lora | Full:
         """The adapter of the student that `stage` starts from or draws with: the last one distilled before it."""

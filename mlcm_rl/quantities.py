@@ -9,3 +9,12 @@ def in_words(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def time_in_words(seconds: float) -> str:
+    """5400 -> "1.5 h"; what is shorter in minutes or seconds."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= size:
+            count = seconds / size
+            return f"{count:,.0f} {unit}" if count >= 100 else f"{count:.1f} {unit}"
+    return f"{seconds:.1f} s"

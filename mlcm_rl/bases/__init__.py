@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
@@ -76,6 +77,34 @@ def skeleton(teacher: Teacher) -> "Base":
     for part, dtype in ((pipeline.unet, getattr(torch, teacher.dtype)), (pipeline.vae, torch.float32)):
         torch.nn.Module.to(part, dtype).requires_grad_(False).eval()  # diffusers' own `to` warns without reason
     return family(teacher, torch.device("meta"), pipeline)
+
+
+def parts_with_weights(teacher: Teacher) -> list[str]:
+    """The parts of the teacher in a local folder that are loaded and have weights, by name."""
+    index = _pipeline_index(teacher)
+    named = [name for name, value in index.items() if isinstance(value, list) and value[:1] != [None]]
+    return [name for name in named if name in ("unet", "vae") or name.startswith("text_encoder")]
+
+
+def shapes_from_configuration(teacher: Teacher, parts: Sequence[str]) -> dict[str, dict[str, list[int]]]:
+    """Shapes of the weights of `parts` by name, where there are configuration files and no weights yet.
+
+    Raises as `load` does.
+    """
+    index, folder = _pipeline_index(teacher), Path(teacher.path)
+    _check_components(teacher, {name: index[name] for name in parts})
+    found = {}
+    for name in parts:
+        library, kind = index[name]
+        with torch.device("meta"):
+            if library == "diffusers":
+                denoiser_or_autoencoder = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[name]
+                part = denoiser_or_autoencoder.from_config(denoiser_or_autoencoder.load_config(folder / name))
+            else:
+                text_encoder = getattr(transformers, kind)
+                part = text_encoder(text_encoder.config_class.from_pretrained(folder / name, local_files_only=True))
+        found[name] = {key: list(value.shape) for key, value in part.state_dict().items()}
+    return found
 
 
 class Base(ABC):

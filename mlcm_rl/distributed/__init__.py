@@ -74,15 +74,20 @@ def finish() -> None:
 # ---- a process's part ----
 
 
-def rows(size: int) -> slice:
-    """Which rows of a batch of `size` are this process's. Raises ValueError where the parts cannot be equal."""
-    if size % count():
+def part(size: int, processes: int) -> int:
+    """How many of `size` samples are one process's. Raises ValueError where the parts cannot be equal."""
+    if size % processes:
         raise ValueError(
-            f"{size} samples cannot be shared evenly by {count()} processes: choose batch_size and "
+            f"{size} samples cannot be shared evenly by {processes} processes: choose batch_size and "
             "gradient_accumulation so that every micro-batch is a multiple of the number of processes"
         )
-    part = size // count()
-    return slice(rank() * part, (rank() + 1) * part)
+    return size // processes
+
+
+def rows(size: int) -> slice:
+    """Which rows of a batch of `size` are this process's. Raises ValueError where the parts cannot be equal."""
+    own = part(size, count())
+    return slice(rank() * own, (rank() + 1) * own)
 
 
 def share(items: Sequence[Item]) -> list[Item]:

@@ -1,39 +1,43 @@
-"""What a stage needs of memory, in one process, before it is run: every part of it from shapes, with no weights loaded.
+"""What a stage needs of memory, in each process, before it is run: every part from shapes, with no weights loaded.
 
 Weights are counted as they are kept, and what passes hold is found by taking them on the meta device (`passes`,
-`live_bytes`). Rewards are built there too, which reads their files once.
+`live_bytes`). Rewards are built there too, which reads their files once. What several processes share is in `launches`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import adapters, bases, tuning
+from .. import adapters, bases, distributed, tuning
 from ..bases import Base
 from ..checkpoint import read_json
 from ..recipe import Distill, Full, Lora, Recipe, Stage, Training, TrainTeacher, Tuning
 from ..rewards import RewardError, RewardModel, build
 from ..rewards.weights import WeightsError
-from . import passes
+from . import launches, passes
+from .launches import Launch
 from .live_bytes import Kernels, Live
 
 PARTS = ("unet", "vae")  # of a teacher, that passes here go through
-ADAM_BYTES = 8  # two float32 moments a trained weight
 NUM_TOKENS = 77  # of CLIP's text towers, where no tokenizer says otherwise
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process at a stage's peak; they add up to it.
+    """Bytes of one process at a stage's peak; all but `host` add up to it.
 
     parameters    every network as it is kept, frozen or trained, but for rewards
     gradients     of the trained weights
-    optimiser     Adam's moments
+    optimiser     Adam's moments, and the copy of the weights that DeepSpeed updates
     averages      the target's averaged weights, or the best ones that the guard keeps
-    activations   what passes hold at the peak on top of whole gradients
+    activations   what passes hold at the peak on top of gradients, autocast's copies of trained weights too
+    exchange      what processes exchange through, and weights gathered from their parts
     rewards       their weights, of those trained on and those held out
+    host          of the optimiser, where a launch keeps it in the memory of the CPU instead
     uncounted     rewards that could not be built or asked: their weights are not here, and what they hold is left out
     """
 
@@ -42,69 +46,113 @@ class Memory:
     optimiser: int = 0
     averages: int = 0
     activations: int = 0
+    exchange: int = 0
     rewards: int = 0
+    host: int = 0
     uncounted: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimiser + self.averages + self.activations + self.rewards
+        of_training = self.gradients + self.optimiser + self.averages + self.activations + self.exchange
+        return self.parameters + self.rewards + of_training
 
 
-def of_stage(stage: Stage, recipe: Recipe, others: int, distilled: Lora | Full, device: str) -> Memory:
-    """What `stage` takes on a device of the kind `device` ("cuda", "cpu").
+def of_stage(
+    stage: Stage, recipe: Recipe, others: int, distilled: Lora | Full, device: str, launch: Launch | None = None
+) -> Memory:
+    """What `stage` takes in one process of `launch` (default: the only one), on a device of the kind `device` ("cuda",
+    "cpu").
 
     `others`: bytes of the networks that no pass here needs, text encoders and an evaluation's own. Where the stage
     encodes its prompts ahead they are gone when gradients come: what counts is how much they are more than what comes
-    after them. `distilled`: the adapter of the student that it starts from.
+    after them. `distilled`: the adapter of the student that it starts from. Raises ValueError where a micro-batch cannot
+    be shared evenly.
     """
+    launch = launch if launch is not None and isinstance(stage, Training) else Launch()
     live = Live()
     kernels = Kernels(device, isinstance(stage, Training) and stage.precision == "bf16")
     with live:
-        base = bases.skeleton(recipe.teacher)
-        student = _student(stage, base, distilled)
-        small = tuning.small_decoder(stage, base) if isinstance(stage, Tuning) else None
-        parameters = live.now
-        models, missing = _rewards(stage)
-        rewards = live.now - parameters
-        conditioned = student.config.time_cond_proj_dim is not None
-        roles = passes.Roles(base, student, conditioned, num_tokens(Path(recipe.teacher.path)), models, set(), small)
-        trained = adapters.trainable_parameters(student) if isinstance(stage, Training) else []
-        if isinstance(stage, Training) and stage.gradient_checkpointing:
-            student.enable_gradient_checkpointing(kernels.checkpointed)
-            if isinstance(stage, Tuning):
-                base.vae.enable_gradient_checkpointing(kernels.checkpointed)
-            if small is not None:
-                small.enable_gradient_checkpointing(kernels.checkpointed)
-        if isinstance(stage, Tuning) and stage.autoencoder_tiles:
-            base.use_tiles(stage.autoencoder_tiles, kernels.checkpointed)
-        held = peak_of_passes(stage, recipe, roles, trained, live, kernels)
-    size = sum(value.numel() for value in trained)
+        models, missing = rewards_of(stage)
+        rewards = live.now
+        roles = roles_of(stage, recipe, distilled, models, kernels.checkpointed)
+        parameters = live.now - rewards
+        trained = adapters.trainable_parameters(roles.student) if isinstance(stage, Training) else []
+        outline = launches.outline(roles.student, roles.base.denoiser, launch.blocks)
+        highest = peak_of_passes(stage, recipe, roles, trained, live, kernels, launch)
+    uncounted = tuple(sorted(missing | roles.failed))
+    if not trained:
+        return Memory(parameters + others, activations=highest, rewards=rewards, uncounted=uncounted)
+    whole = 0 if launch.level > 1 else launches.FLOAT * outline.trained
+    activations = max(0, highest - whole)
+    held = launches.held(outline, launch, activations)
     found = Memory(
-        parameters=parameters,
-        gradients=4 * size,
-        optimiser=ADAM_BYTES * size,
-        averages=4 * size * _keeps_average(stage),
-        activations=max(0, held - 4 * size),
+        parameters=parameters - held.saved,
+        gradients=held.gradients,
+        optimiser=held.optimiser,
+        averages=held.averaged * _keeps_average(stage),
+        activations=activations,
+        exchange=held.exchange,
         rewards=rewards,
-        uncounted=tuple(sorted(missing | roles.failed)),
+        host=held.host,
+        uncounted=uncounted,
     )
-    later = found.total - parameters - rewards if _encodes_ahead(stage) else 0
-    return replace(found, parameters=parameters + max(0, others - later))
+    later = found.total - found.parameters - rewards if _encodes_ahead(stage) else 0
+    return replace(found, parameters=found.parameters + max(0, others - later))
 
 
 def peak_of_passes(
-    stage: Stage, recipe: Recipe, roles: passes.Roles, trained: list[Tensor], live: Live, kernels: Kernels
+    stage: Stage,
+    recipe: Recipe,
+    roles: passes.Roles,
+    trained: list[Tensor],
+    live: Live,
+    kernels: Kernels,
+    launch: Launch,
 ) -> int:
-    """The most bytes that passes and gradients hold at once, in a step or between steps."""
+    """The most bytes that passes and gradients hold at once, in a step or between steps.
+
+    Where gradients are kept in parts they are let go of as they come, and are not in it.
+    """
     start, live.peak = live.now, live.now
     passes.between_steps(stage, recipe, roles)
     if isinstance(stage, Training):
-        if stage.gradient_accumulation > 1:  # gradients of the micro-batches before this one
+        part = distributed.part(stage.micro_batch, launch.processes) * stage.gradient_accumulation
+        if launch.level > 1:
+            for value in trained:
+                value.register_post_accumulate_grad_hook(_let_go)
+        elif stage.gradient_accumulation > 1:  # gradients of the micro-batches before this one
             for value in trained:
                 value.grad = torch.empty_like(value)
         with kernels:
-            passes.step(stage, recipe, roles).backward()
+            passes.step(stage.model_copy(update={"batch_size": part}), recipe, roles).backward()
     return live.peak - start
+
+
+def _let_go(value: Tensor) -> None:
+    value.grad = None
+
+
+def roles_of(
+    stage: Stage,
+    recipe: Recipe,
+    distilled: Lora | Full,
+    rewards: dict[str, RewardModel],
+    recompute: Callable[..., Any],
+) -> passes.Roles:
+    """Teacher and student of `stage` on the meta device, set up as the stage does; `recompute` checkpoints."""
+    base = bases.skeleton(recipe.teacher)
+    student = _student(stage, base, distilled)
+    small = tuning.small_decoder(stage, base) if isinstance(stage, Tuning) else None
+    conditioned = student.config.time_cond_proj_dim is not None
+    if isinstance(stage, Training) and stage.gradient_checkpointing:
+        student.enable_gradient_checkpointing(recompute)
+        if isinstance(stage, Tuning):
+            base.vae.enable_gradient_checkpointing(recompute)
+        if small is not None:
+            small.enable_gradient_checkpointing(recompute)
+    if isinstance(stage, Tuning) and stage.autoencoder_tiles:
+        base.use_tiles(stage.autoencoder_tiles, recompute)
+    return passes.Roles(base, student, conditioned, num_tokens(Path(recipe.teacher.path)), rewards, set(), small)
 
 
 def num_tokens(folder: Path) -> int:
@@ -125,7 +173,7 @@ def _student(stage: Stage, base: Base, distilled: Lora | Full) -> nn.Module:
         return adapters.preferring(base, student, stage.adapter, seed=0) if isinstance(stage, Tuning) else student
 
 
-def _rewards(stage: Stage) -> tuple[dict[str, RewardModel], set[str]]:
+def rewards_of(stage: Stage) -> tuple[dict[str, RewardModel], set[str]]:
     """The rewards that `stage` keeps in memory, by name, and the names of those that cannot be built now."""
     asked = [*stage.rewards, *stage.guard.rewards] if isinstance(stage, Tuning) else []
     built: dict[str, RewardModel] = {}

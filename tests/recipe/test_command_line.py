@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +12,9 @@ from typer.testing import CliRunner
 
 import mlcm_rl
 from mlcm_rl.__main__ import app
+from mlcm_rl.devices import DEVICES
 from mlcm_rl.memory import Memory
+from mlcm_rl.memory.launches import Launch
 from mlcm_rl.plan import PlannedStage
 from mlcm_rl.recipe import Recipe, json_schema
 
@@ -117,14 +120,15 @@ PLANNED = [
         False,
         12_000,
         1_500_000,
-        Memory(2_000_000_000, 500, 1000, 0, 1_000_000_000, 0, ("taste",)),
+        Memory(2_000_000_000, 500, 1000, activations=1_000_000_000, uncounted=("taste",)),
     ),
     PlannedStage("evaluate", "2c", STAGES / "evaluate-2c", False, 400, 999, Memory(1_000_000_000)),
 ]
+LAUNCHES = Path(__file__).resolve().parents[2] / "recipes" / "launch"
 
 
 def test_plan_lists_stages_and_sums_what_is_still_to_do(mlcm, pipeline):
-    pipeline.plan = lambda recipe, memory: PLANNED
+    pipeline.plan = lambda recipe, memory, launch, device: PLANNED
     result = mlcm("plan", "good.yaml")
     rows = [line.split() for line in result.stdout.splitlines()]
     assert result.exit_code == 0
@@ -142,11 +146,52 @@ def test_plan_lists_stages_and_sums_what_is_still_to_do(mlcm, pipeline):
     assert max(map(len, result.stdout.splitlines()[:9])) <= 80
 
 
-def test_plan_as_json_has_every_figure_in_bytes(mlcm, pipeline):
-    pipeline.plan = lambda recipe, memory: PLANNED
-    done, distill, _ = json.loads(mlcm("plan", "good.yaml", "--json").stdout)
+def test_plan_under_a_launch_on_a_device_tells_time_and_what_does_not_fit_in_a_hundred_columns(
+    mlcm, pipeline, monkeypatch
+):
+    gigabyte = 10**9
+    held = Memory(*([24 * gigabyte] * 5), exchange=2 * gigabyte, rewards=999_000_000, host=24 * gigabyte)
+    stages = [replace(PLANNED[0], kind="train_teacher", folder=STAGES / "train_teacher-0123456789abcdef", done=False)]
+    stages = [replace(stages[0], memory=held, operations=3.6e18, seconds=9000.0), replace(PLANNED[2], seconds=90.0)]
+    given = []
+    pipeline.plan = lambda *arguments: given.append(arguments[2:]) or stages
+    monkeypatch.setenv("COLUMNS", "100")
+    launch = ("--launch", str(LAUNCHES / "zero2_offload.yaml"))
+    result = mlcm("plan", "good.yaml", *launch, "--device", "RTX 4090")
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0
+    assert given == [(Launch("zero2", 2, offload=True), DEVICES["rtx4090"])]
+    assert lines[0].split() == ["stage", "evaluations", "disk", "memory", "time"]
+    assert [line.split()[-2:] for line in lines[1:4]] == [["2.5", "h"], ["1.5", "min"], ["2.5", "h"]]
+    assert lines[5].split()[-3:] == ["exchange", "rewards", "host"]
+    assert max(map(len, lines[:8])) <= 100
+    assert "too large  train_teacher needs 123 GB and RTX 4090 has 24.0 GB: smaller micro-batches" in result.stdout
+    assert "Memory is that of each of 2 processes (ZeRO-2)." in result.stdout
+    assert "Time is at 40% of the matrix rate of RTX 4090: an assumption, no GPU was measured." in result.stdout
+    assert "What stands under host is in the memory of the CPU" in result.stdout
+
+
+def test_plan_refuses_a_device_and_a_launch_that_it_does_not_know(mlcm, pipeline, root):
+    unknown = mlcm("plan", "good.yaml", "--device", "abacus")
+    assert unknown.exit_code == 2
+    assert "no device 'abacus': h100, h200" in unknown.stderr
+    (root / "launch.yaml").write_text("distributed_type: TPU\n", encoding="utf-8")
+    refused = mlcm("plan", "good.yaml", "--launch", "launch.yaml")
+    assert refused.exit_code == 2
+    assert "does not know" in refused.stderr
+
+
+def test_plan_as_json_has_every_figure_in_bytes_and_seconds(mlcm, pipeline):
+    pipeline.plan = lambda recipe, memory, launch, device: [PLANNED[0], replace(PLANNED[1], seconds=7.5)]
+    launch = ("--launch", str(LAUNCHES / "fsdp2.yaml"))
+    found = json.loads(mlcm("plan", "good.yaml", "--json", *launch, "--device", "h100").stdout)
+    done, distill = found["stages"]
     assert (done["memory"], done["folder"], done["disk_bytes"]) == (None, "runs/stages/trajectories-0a", 9_000_000)
-    assert distill["memory"]["activations"] == 1_000_000_000
+    assert (distill["memory"]["activations"], distill["seconds"]) == (1_000_000_000, 7.5)
+    assert {"exchange", "host", "gradients"} < distill["memory"].keys()
+    assert (found["launch"]["engine"], found["launch"]["processes"]) == ("fsdp2", 2)
+    assert (found["device"]["name"], found["device"]["share"]) == ("H100 SXM", 0.4)
+    assert json.loads(mlcm("plan", "good.yaml", "--json").stdout)["device"] is None
 
 
 def test_sample_evaluate_and_export_hand_their_arguments_on(mlcm, pipeline):
@@ -191,6 +236,7 @@ def test_schema_prints_or_writes_the_schema(mlcm, root):
 def test_help_and_validate_start_without_torch(root, arguments):
     program = f"""
 import sys
+from dataclasses import replace
 from mlcm_rl.__main__ import main
 sys.argv = ["mlcm", *{arguments}]
 try:

@@ -1,0 +1,101 @@
+"""A plan in a terminal of 100 columns: a row a stage, what memory is made of, and what stands behind the figures."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .devices import Device
+from .quantities import in_words, time_in_words
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .memory.launches import Launch
+    from .plan import PlannedStage
+
+PARTS = ("parameters", "gradients", "optimiser", "averages", "activations", "exchange", "rewards", "host")
+ENGINES = {"whole": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
+
+
+def show(
+    console: Console, recipe: Recipe, stages: "list[PlannedStage]", launch: "Launch", device: Device | None
+) -> None:
+    """Print the plan of `recipe`."""
+    ahead = [stage for stage in stages if not stage.done]
+    console.print(_summary(stages, ahead, device), crop=False)
+    if any(stage.memory for stage in ahead):
+        console.print()
+        console.print(_memory(ahead), crop=False)
+    for text in [*_warnings(ahead, launch, device), *_left_out(ahead)]:
+        console.print(text, soft_wrap=True)
+    console.print()
+    for line in _assumptions(recipe, ahead, launch, device):
+        console.print(Text(line), soft_wrap=True)
+
+
+def _summary(stages: "list[PlannedStage]", ahead: "list[PlannedStage]", device: Device | None) -> Table:
+    table = Table("stage", "", box=None, pad_edge=False, header_style="bold")
+    for name in ("evaluations", "disk", "memory", *(["time"] if device else [])):
+        table.add_column(name, justify="right")
+    for stage in stages:
+        state = Text("done", style="green") if stage.done else Text("to do", style="yellow")
+        figures = [f"{stage.network_evaluations:,}", in_words(stage.disk_bytes)]
+        figures.append(in_words(stage.memory.total) if stage.memory else "")
+        figures += [time_in_words(stage.seconds) if stage.seconds is not None else ""] if device else []
+        table.add_row(Text(stage.folder.name, no_wrap=True), state, *figures)
+    total = [f"{sum(stage.network_evaluations for stage in ahead):,}", in_words(sum(one.disk_bytes for one in ahead))]
+    total.append(in_words(max((stage.memory.total for stage in ahead if stage.memory), default=0)))
+    total += [time_in_words(sum(stage.seconds or 0 for stage in ahead))] if device else []
+    table.add_section()
+    table.add_row("still to do", "", *total, style="bold")
+    return table
+
+
+def _memory(ahead: "list[PlannedStage]") -> Table:
+    """A row a stage ahead; a column for what any of them has, and always for what most have."""
+    found = [(stage.kind, stage.memory) for stage in ahead if stage.memory]
+    parts = [part for part in PARTS if part not in ("exchange", "host") or any(getattr(one, part) for _, one in found)]
+    table = Table("memory of", *parts, box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for kind, memory in found:
+        sizes = (getattr(memory, part) for part in parts)
+        table.add_row(kind, *(in_words(size) if size else "" for size in sizes))
+    return table
+
+
+def _warnings(ahead: "list[PlannedStage]", launch: "Launch", device: Device | None) -> list[Text]:
+    """The stages that do not fit the device."""
+    together = launch.processes if device is not None and device.is_shared else 1
+    return [
+        Text.assemble(
+            ("too large", "bold red"),
+            f"  {stage.kind} needs {in_words(together * stage.memory.total)} and {device.name} has "
+            f"{in_words(device.memory)}: smaller micro-batches (gradient_accumulation), gradient_checkpointing, "
+            "or another --launch",
+        )
+        for stage in ahead
+        if device is not None and stage.memory and together * stage.memory.total > device.memory
+    ]
+
+
+def _left_out(ahead: "list[PlannedStage]") -> list[Text]:
+    return [
+        Text(f"not counted for {stage.kind}: {name}, whose weights are not here or which needs real pictures")
+        for stage in ahead
+        for name in (stage.memory.uncounted if stage.memory else ())
+    ]
+
+
+def _assumptions(recipe: Recipe, ahead: "list[PlannedStage]", launch: "Launch", device: Device | None) -> list[str]:
+    """What stands behind the figures, a sentence a line."""
+    lines = ["One evaluation is one pass of the denoiser for one sample."]
+    if launch.processes > 1:
+        lines.append(f"Memory is that of each of {launch.processes} processes ({ENGINES[launch.engine]}).")
+    if any(stage.memory and stage.memory.host for stage in ahead):
+        lines.append("What stands under host is in the memory of the CPU, for each process, and not in the sum.")
+    if device is not None:
+        seen = "measured on a CPU" if device.kind == "cpu" else "an assumption, no GPU was measured"
+        lines.append(f"Time is at {device.share:.0%} of the matrix rate of {device.name}: {seen}.")
+    return [*lines, f"Stages are kept in {recipe.runs}/stages."]

@@ -1,0 +1,48 @@
+"""What is predicted that an engine holds is what its tensors add up to, in each of two processes on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from accelerate.commands import launch
+from launched_runs import LAUNCHES, ROOT, SECONDS
+from test_engines import BUILDS
+
+import runs
+from mlcm_rl import adapters, bases
+from mlcm_rl.memory.launches import held, outline, read_launch
+from mlcm_rl.recipe import Distill
+
+
+def measured(mode: str, teacher: Path, folder: Path, settings: dict) -> list[dict[str, int]]:
+    """The bytes that each process found, under the launch file `mode`."""
+    script = [str(ROOT / "tests" / "distributed" / "held_bytes.py"), str(teacher), str(folder), json.dumps(settings)]
+    command = [sys.executable, launch.__file__, "--config_file", str(LAUNCHES / f"{mode}.yaml"), *script]
+    place = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=os.environ | place, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("mode", ["cpu2", "zero1", "zero2", "zero3", "fsdp2"])
+def test_tensors_of_an_engine_add_up_to_what_is_predicted(mode, adapter, tiny_sdxl, tmp_path):
+    if mode.startswith("zero") and (find_spec("deepspeed") is None or not BUILDS):
+        pytest.skip("DeepSpeed is not installed, or lacks a C++ compiler or ninja")
+    stage: Distill = runs.distill(adapter={"kind": adapter})
+    base = bases.skeleton(runs.recipe(tiny_sdxl, tmp_path, [stage]).teacher)
+    student = adapters.student(base, stage.adapter, 0)
+    asked = read_launch(LAUNCHES / f"{mode}.yaml")
+    sizes = outline(student, base.denoiser, asked.blocks)
+    expected = held(sizes, asked, activations=0)
+    for found in measured(mode, tiny_sdxl, tmp_path, stage.model_dump(mode="json")):
+        assert found["gradients"] == pytest.approx(expected.gradients, rel=0.02)
+        assert found["optimiser"] == pytest.approx(expected.optimiser, rel=0.02)
+        assert found["parameters"] == pytest.approx(sizes.weights / (2 if asked.level == 3 else 1), rel=0.02)
+        if mode.startswith("zero"):
+            assert found["exchange"] == pytest.approx(expected.exchange, rel=0.02)  # as large whatever the student
