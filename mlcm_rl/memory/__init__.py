@@ -65,8 +65,8 @@ def of_stage(
 
     `others`: bytes of the networks that no pass here needs, text encoders and an evaluation's own. Where the stage
     encodes its prompts ahead they are gone when gradients come: what counts is how much they are more than what comes
-    after them. `distilled`: the adapter of the student that it starts from. Raises ValueError where a micro-batch cannot
-    be shared evenly.
+    after them. `distilled`: the adapter of the student that it starts from. Raises ValueError where processes cannot
+    share a micro-batch evenly.
     """
     launch = launch if launch is not None and isinstance(stage, Training) else Launch()
     live = Live()

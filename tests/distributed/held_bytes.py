@@ -29,24 +29,33 @@ class Seen:
     """Bytes when the gradients of a step have come together, and what its update has left."""
 
     def __init__(self, rt: Runtime, student: torch.nn.Module):
-        self.rt, self.student, self.bytes = rt, student, {"exchange": 0}
+        self.rt, self.student, self.bytes = rt, student, {"exchange": 0, "gradients": 0}
         self.zero = getattr(rt.engine, "zero", None)
         if hasattr(self.zero, "setup_buckets"):
             self.set_up, self.zero.setup_buckets = self.zero.setup_buckets, self.buckets
+            self.reduce, self.zero.reduce_gradients = self.zero.reduce_gradients, self.reduced
         self.step, rt.engine.step = rt.engine.step, self.before
 
     def buckets(self) -> None:
         self.set_up()
         self.bytes["exchange"] = self.exchange()
 
+    def reduced(self, **settings: bool) -> None:
+        """ZeRO-1 keeps all gradients until the last micro-batch, and its own part of them from here on."""
+        self.bytes["gradients"] = self.gradients()
+        self.reduce(**settings)
+
+    def gradients(self) -> int:
+        own = [value.grad for value in self.student.parameters() if value.grad is not None]
+        together = getattr(self.zero, "averaged_gradients", {})
+        return max(size(own), size(one for group in together.values() for one in group or []))
+
     def exchange(self) -> int:
         buffers = [one.buffer for one in self.zero.ipg_buckets.values()]
         return size(part for one in buffers for part in (one if isinstance(one, list) else [one]))
 
     def before(self, wanted: bool) -> float:
-        own = [value.grad for value in self.student.parameters() if value.grad is not None]
-        together = getattr(self.zero, "averaged_gradients", {})
-        self.bytes["gradients"] = max(size(own), size(one for group in together.values() for one in group or []))
+        self.bytes["gradients"] = max(self.bytes["gradients"], self.gradients())
         if self.rt.engine.__dict__.get("weights_in_parts"):
             self.bytes["exchange"] = self.exchange()
         return self.step(wanted)
