@@ -7,7 +7,7 @@ from the makers' data sheets (with sparsity they print twice as much).
 from dataclasses import dataclass
 
 GPU_SHARE = 0.4  # of the matrix rate: an assumption, no GPU has been measured
-CPU_SHARE = 0.6  # measured over the stages of recipes/emoji_demo.yaml, see docs/log.md
+CPU_SHARE = 0.6  # measured over trajectories and distillation of recipes/emoji_demo.yaml, see docs/log.md
 THIS = "this"
 
 

@@ -2,8 +2,9 @@
 
 The arithmetic is ZeRO's (Rajbhandari et al. 2020, section 3): of W weights a process keeps parameters, gradients and
 optimiser states, and each level leaves it one more of them only in part. What our engines keep (`distributed.engines`)
-is float32 throughout: 4 bytes of weights and of gradients, 8 of moments, and for ZeRO-1 and ZeRO-2 4 more of a copy
-that DeepSpeed updates. The bfloat16 copies of autocast are the passes' own and whole in every engine.
+is float32 throughout: 4 bytes of weights and of gradients, 8 of moments, and under DeepSpeed 4 more of a copy of its
+part that it updates, though the weights are float32 already. The bfloat16 copies of autocast are the passes' own and
+whole in every engine.
 """
 
 import os
@@ -148,7 +149,7 @@ def outline(student: nn.Module, teacher: nn.Module, blocks: Iterable[str]) -> Ou
 def held(student: Outline, launch: Launch, activations: int) -> Held:
     """What one process holds of `student` under `launch`, beside `activations` bytes that its passes hold."""
     size, level, processes = student.trained, launch.level, launch.processes
-    copy = FLOAT if launch.engine in ("zero1", "zero2") else 0
+    copy = FLOAT if launch.engine in ("zero1", "zero2", "zero3") else 0
     _, gradients, optimiser = zero_bytes(size, processes, level, optimiser=ADAM + copy)
     saved = student.own - part(student.weights, processes) if level == 3 else 0
     averaged = part(FLOAT * size, processes) if level == 3 else FLOAT * size
