@@ -11,6 +11,7 @@ from .quantities import in_words, time_in_words
 from .recipe import Recipe
 
 if TYPE_CHECKING:
+    from .memory import Memory
     from .memory.launches import Launch
     from .plan import PlannedStage
 
@@ -72,12 +73,18 @@ def _warnings(ahead: "list[PlannedStage]", launch: "Launch", device: Device | No
         Text.assemble(
             ("too large", "bold red"),
             f"  {stage.kind} needs {in_words(together * stage.memory.total)} and {device.name} has "
-            f"{in_words(device.memory)}: smaller micro-batches (gradient_accumulation), gradient_checkpointing, "
-            "or another --launch",
+            f"{in_words(device.memory)}: {_way_out(stage.memory)}",
         )
         for stage in ahead
         if device is not None and stage.memory and together * stage.memory.total > device.memory
     ]
+
+
+def _way_out(memory: "Memory") -> str:
+    """What makes a stage smaller."""
+    if memory.gradients or memory.host:
+        return "smaller micro-batches (gradient_accumulation), gradient_checkpointing, or another --launch"
+    return "a smaller batch_size"
 
 
 def _left_out(ahead: "list[PlannedStage]") -> list[Text]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import adapters, bases, distributed, tuning
 from ..bases import Base
 from ..checkpoint import read_json
-from ..recipe import Distill, Full, Lora, Recipe, Stage, Training, TrainTeacher, Tuning
+from ..recipe import Distill, Full, Lora, Recipe, Stage, Training, TrainTeacher, Trajectories, Tuning
 from ..rewards import RewardError, RewardModel, build
 from ..rewards.weights import WeightsError
 from . import launches, passes
@@ -114,7 +114,8 @@ def peak_of_passes(
     Where gradients are kept in parts they are let go of as they come, and are not in it.
     """
     start, live.peak = live.now, live.now
-    passes.between_steps(stage, recipe, roles)
+    with Kernels(kernels.kind, autocast=False):
+        passes.between_steps(stage, recipe, roles)
     if isinstance(stage, Training):
         part = distributed.part(stage.micro_batch, launch.processes) * stage.gradient_accumulation
         if launch.level > 1:
@@ -164,6 +165,8 @@ def num_tokens(folder: Path) -> int:
 
 def _student(stage: Stage, base: Base, distilled: Lora | Full) -> nn.Module:
     """The denoiser that `stage` trains or draws with, shaped as the stage itself would make it."""
+    if isinstance(stage, Trajectories):
+        return base.denoiser
     with torch.device("meta"):
         if isinstance(stage, TrainTeacher):
             return adapters.student(base, Full(), seed=0)

@@ -185,9 +185,10 @@ def test_each_process_takes_its_rows_and_a_batch_that_cannot_be_shared_is_an_err
         of(3, 2)
 
 
-def test_a_stage_that_does_not_train_is_as_large_in_every_launch(tiny_sdxl, tmp_path):
+def test_a_stage_of_the_teacher_alone_holds_no_student_and_is_as_large_in_every_launch(tiny_sdxl, tmp_path):
     stage = runs.trajectories(runs.write_prompts(tmp_path))
     sizes = Sizes(runs.recipe(tiny_sdxl, tmp_path, [stage]))
+    assert sizes.memory(stage, "cuda").parameters == pytest.approx(4 * sum(map(sizes.weights, sizes.parts)), rel=0.01)
     assert sizes.memory(stage, "cuda", FILES["zero3"]) == sizes.memory(stage, "cuda")
 
 

@@ -209,6 +209,14 @@ def test_a_long_stage_of_preference_learning_keeps_the_text_encoders_and_encodes
     tuning.encode_ahead(long, runs.recipe(tiny_sdxl, tmp_path, [long]), None, lambda step: [])
 
 
+def test_scores_of_attention_are_not_held_between_steps_either(tiny_sdxl, tmp_path):
+    """At 128 x 128 latents the scores of one sample's heads would be as large as this alone."""
+    stage = runs.trajectories("unused", batch_size=1)
+    large = Teacher(path=str(tiny_sdxl), family="sdxl", resolution=256, guidance_scale=1.0)
+    heads, queries = 28 // 4, (128 // 2) ** 2
+    assert of(stage, tiny_sdxl, teacher=large).activations < 4 * heads * queries**2
+
+
 # ---- published shapes ----
 
 
