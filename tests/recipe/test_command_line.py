@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import mlcm_rl
@@ -155,7 +156,7 @@ def test_plan_under_a_launch_on_a_device_tells_time_and_what_does_not_fit_in_a_h
     stages = [replace(stages[0], memory=held, operations=3.6e18, seconds=9000.0), replace(PLANNED[2], seconds=90.0)]
     given = []
     pipeline.plan = lambda *arguments: given.append(arguments[2:]) or stages
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("mlcm_rl.__main__.console", Console(width=100, height=40, highlight=False))
     launch = ("--launch", str(LAUNCHES / "zero2_offload.yaml"))
     result = mlcm("plan", "good.yaml", *launch, "--device", "RTX 4090")
     lines = result.stdout.splitlines()
