@@ -28,6 +28,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -331,15 +332,19 @@ def _with_preference(denoiser: UNet2DConditionModel, settings: LoraConfig) -> UN
 
 
 def _activate(denoiser: UNet2DConditionModel, names: list[str]) -> None:
-    """Make exactly the adapters `names` active. PEFT's switches also turn gradients on and off: those stay as set."""
-    asked = {name: parameter.requires_grad for name, parameter in denoiser.named_parameters()}
-    if names:
-        denoiser.enable_adapters()
-        denoiser.set_adapter(names)
-    else:
-        denoiser.disable_adapters()
-    for name, parameter in denoiser.named_parameters():
-        parameter.requires_grad_(asked[name])
+    """Make exactly the adapters `names` active, layer by layer; what asks for gradients stays as set.
+
+    PEFT's switches turn gradients on and off as well, and walk all modules for each: half a second a step on SDXL.
+    """
+    for layer in denoiser.modules():
+        if isinstance(layer, BaseTunerLayer):
+            asked = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+            if layer.disable_adapters == bool(names):
+                layer.enable_adapters(bool(names))
+            if names:
+                layer.set_adapter(names)
+            for parameter, asks in asked:
+                parameter.requires_grad_(asks)
 
 
 def _fill_lora(

@@ -1,6 +1,7 @@
 """What most tests need: no hub, one thread, a tiny teacher on disk."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import runs
 import tiny
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,7 +7,6 @@ Whatever waits for the other processes says so: all of them must call it, in the
 """
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -47,22 +46,32 @@ def uses_fsdp() -> bool:
 def start(device: torch.device) -> None:
     """Join the other processes, once, on `device`: over gloo on a CPU, else over the accelerator's own backend.
 
-    Raises ValueError where DeepSpeed is asked for and cannot start, or where the processes do not find each other.
+    Raises ValueError where DeepSpeed is asked for and not installed, or where the processes do not find each other.
     """
     if not launched():
         return
     on_cpu = device.type == "cpu"
-    # Told of no backend, accelerate finds none for DeepSpeed on a CPU and takes every process for the only one.
-    settings = {"backend": "gloo"} if on_cpu and uses_deepspeed() else {"cpu": on_cpu}
+    settings: dict[str, Any] = {"cpu": on_cpu}
+    if on_cpu and uses_deepspeed():
+        # Told of no backend, accelerate finds none for DeepSpeed on a CPU and takes every process for the only one.
+        settings = {"backend": "gloo"}
+        _compile_nothing()
     try:
         state = PartialState(**settings)
-    except (ImportError, subprocess.CalledProcessError) as error:
-        raise ValueError(
-            f"DeepSpeed cannot start ({error}): on a CPU it builds a part of itself with a C++ compiler and ninja; "
-            "install both and mlcm-rl[deepspeed], or launch with ddp.yaml, cpu2.yaml or fsdp2.yaml"
-        ) from error
+    except ImportError as error:
+        raise ValueError(f"DeepSpeed cannot start: {error}") from error
     if state.num_processes != count():
         raise ValueError(f"{count()} processes were launched and {state.num_processes} found each other")
+
+
+def _compile_nothing() -> None:
+    """Keep DeepSpeed from building, at its start on a CPU, the all-reduce of its inference, which is not called here.
+
+    That takes a C++ compiler, ninja and a minute, and waits for ever where an earlier build was killed.
+    """
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def finish() -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,8 +28,8 @@ def run_under(launch: Path, arguments: list[str]) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     settings = read(launch)
-    if settings.get("distributed_type") == "DEEPSPEED":
-        check_deepspeed()
+    if settings.get("distributed_type") == "DEEPSPEED" and find_spec("deepspeed") is None:
+        raise LaunchError("DeepSpeed is not installed: pip install 'mlcm-rl[deepspeed]', or launch with fsdp2.yaml")
     if settings.get("use_cpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # `device: auto` then takes the CPU
     processes = int(settings.get("num_processes", 1))
@@ -56,16 +55,3 @@ def read(launch: Path) -> dict:
     if not isinstance(settings, dict) or "distributed_type" not in settings:
         raise LaunchError(f"{launch} is no accelerate configuration (no distributed_type): take one of recipes/launch")
     return settings
-
-
-def check_deepspeed() -> None:
-    """Raises LaunchError where DeepSpeed, or what it needs to build its CPU part, is not there."""
-    if find_spec("deepspeed") is None:
-        raise LaunchError("DeepSpeed is not installed: pip install 'mlcm-rl[deepspeed]', or launch with fsdp2.yaml")
-    needed = {"a C++ compiler": os.environ.get("CXX", "c++"), "ninja": "ninja"}
-    missing = [f"{what} ({name})" for what, name in needed.items() if shutil.which(name) is None]
-    if missing and not torch.cuda.is_available():
-        raise LaunchError(
-            f"DeepSpeed builds a part of itself on a CPU and does not find {' and '.join(missing)}: install it, "
-            "or launch with ddp.yaml, cpu2.yaml or fsdp2.yaml"
-        )

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,7 +33,6 @@ TUNING = {
     "dpo": {"gamma": 1.0},
     "policy": {"num_iterations": 2},
 }
-BUILDS = shutil.which("c++") is not None and shutil.which("ninja") is not None
 
 
 @pytest.fixture(scope="module")
@@ -50,30 +50,57 @@ def state(folder: Path) -> dict:
     return load_file(sorted(folder.glob("checkpoints/*/state.safetensors"))[-1])
 
 
-def check_mode(mode: str, teacher: Path, folder: Path, kind: str, parents: dict[str, Path], settings: dict) -> None:
-    """Train alone and in two processes under `mode`; compare; go on in one process from what the two have saved."""
+def train_alone(teacher: Path, folder: Path, kind: str, parents: dict[str, Path], settings: dict) -> tuple[Path, Path]:
+    """One process's three steps, with a save after two; and the same folder once it has gone on to a fourth."""
+    three, four = folder / "three", folder / "four"
+    for num_steps in (2, 3):
+        train(teacher, three, kind, parents, num_steps, settings)
+    shutil.copytree(three, four)
+    train(teacher, four, kind, parents, 4, settings)
+    return three, four
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_sdxl, store, tmp_path_factory):
+    """What one process makes of a distillation's settings, once for all engines."""
+
+    @cache
+    def of(name: str) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp(f"alone-{name}")
+        return train_alone(tiny_sdxl, folder, "distill", {"trajectories": store}, distillation(name))
+
+    return of
+
+
+def check_mode(
+    mode: str,
+    teacher: Path,
+    together: Path,
+    kind: str,
+    parents: dict[str, Path],
+    settings: dict,
+    alone: tuple[Path, Path],
+) -> None:
+    """Train in two processes under `mode`, go on in one from what they have saved, and compare with one process."""
     if mode.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
-    if mode.startswith("zero") and not BUILDS:
-        pytest.skip("DeepSpeed needs a C++ compiler and ninja to start on a CPU")
-    alone, together = folder / "alone", folder / "together"
-    for num_steps in (2, 3):
-        train(teacher, alone, kind, parents, num_steps, settings)
     script = [str(ROOT / "tests" / "distributed" / "train_twice.py"), str(teacher), str(together), kind]
     places = json.dumps({name: str(path) for name, path in parents.items()})
     command = [sys.executable, launch.__file__, "--config_file", str(LAUNCHES / f"{mode}.yaml"), *script, places]
+    builds = together / "builds"
     place = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    place["TORCH_EXTENSIONS_DIR"] = str(builds)
     done = subprocess.run(
         [*command, json.dumps(settings)], env=os.environ | place, capture_output=True, text=True, timeout=SECONDS
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not builds.exists()  # nothing was compiled
 
-    assert_same_training(alone, together)
-    base = bases.load(runs.recipe(teacher, folder, [runs.distill()]).teacher, "cpu")
+    assert_same_training(alone[0], together)
+    base = bases.load(runs.recipe(teacher, together, [runs.distill()]).teacher, "cpu")
     assert adapters.load_student(base, together / "student").num_segments == 2
-    for one in (alone, together):
-        train(teacher, one, kind, parents, 4, settings)
-    assert_same_training(alone, together)
+    train(teacher, together, kind, parents, 4, settings)
+    assert_same_training(alone[1], together)
 
 
 def assert_same_training(alone: Path, together: Path) -> None:
@@ -86,15 +113,15 @@ def assert_same_training(alone: Path, together: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_two_processes_train_save_and_reload_as_one(mode, tiny_sdxl, store, tmp_path):
-    check_mode(mode, tiny_sdxl, tmp_path, "distill", {"trajectories": store}, distillation("full"))
+def test_two_processes_train_save_and_reload_as_one(mode, tiny_sdxl, store, alone, tmp_path):
+    check_mode(mode, tiny_sdxl, tmp_path, "distill", {"trajectories": store}, distillation("full"), alone("full"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "checkpointing"])
 @pytest.mark.parametrize("mode", [*MODES, "cpu2", "zero2_offload"])
-def test_every_kind_of_student_trains_under_every_engine(mode, name, tiny_sdxl, store, tmp_path):
-    check_mode(mode, tiny_sdxl, tmp_path, "distill", {"trajectories": store}, distillation(name))
+def test_every_kind_of_student_trains_under_every_engine(mode, name, tiny_sdxl, store, alone, tmp_path):
+    check_mode(mode, tiny_sdxl, tmp_path, "distill", {"trajectories": store}, distillation(name), alone(name))
 
 
 @pytest.mark.slow
@@ -107,4 +134,6 @@ def test_preference_learning_under_zero3_trains_saves_and_reloads_as_one_process
     stages = [runs.trajectories(prompts), runs.distill(segments=[2], adapter=distilled)]
     found = pipeline.run(runs.recipe(tiny_sdxl, tmp_path, stages))
     parents = {"trajectories": found[0].folder, "distill": found[1].folder}
-    check_mode("zero3", tiny_sdxl, tmp_path, kind, parents, {"prompts": prompts, **TUNING[kind]})
+    settings = {"prompts": prompts, **TUNING[kind]}
+    alone = train_alone(tiny_sdxl, tmp_path / "alone", kind, parents, settings)
+    check_mode("zero3", tiny_sdxl, tmp_path / "together", kind, parents, settings, alone)

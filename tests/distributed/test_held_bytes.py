@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from accelerate.commands import launch
 from launched_runs import LAUNCHES, ROOT, SECONDS
-from test_engines import BUILDS
 
 import runs
 from mlcm_rl import adapters, bases
@@ -32,8 +31,8 @@ def measured(mode: str, teacher: Path, folder: Path, settings: dict) -> list[dic
 @pytest.mark.parametrize("adapter", ["full", "lora"])
 @pytest.mark.parametrize("mode", ["cpu2", "zero1", "zero2", "zero3", "fsdp2"])
 def test_tensors_of_an_engine_add_up_to_what_is_predicted(mode, adapter, tiny_sdxl, tmp_path):
-    if mode.startswith("zero") and (find_spec("deepspeed") is None or not BUILDS):
-        pytest.skip("DeepSpeed is not installed, or lacks a C++ compiler or ninja")
+    if mode.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
     stage: Distill = runs.distill(adapter={"kind": adapter})
     base = bases.skeleton(runs.recipe(tiny_sdxl, tmp_path, [stage]).teacher)
     student = adapters.student(base, stage.adapter, 0)

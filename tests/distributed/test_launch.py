@@ -1,7 +1,5 @@
 """Several processes of one recipe make what one process makes; what cannot be launched is said in words."""
 
-import shutil
-
 import pytest
 from launched_runs import LAUNCHES, assert_alike, launch, launched, stage_folders, whole_and_launched
 
@@ -67,15 +65,9 @@ def test_launch_files_are_configurations_of_accelerate(path):
     assert launcher.read(path)["num_processes"] == (1 if path.stem == "one_gpu" else 2)
 
 
-def test_deepspeed_or_its_compiler_missing_is_an_error_in_words(monkeypatch):
+def test_deepspeed_missing_is_an_error_in_words(monkeypatch):
     monkeypatch.setattr(launcher, "find_spec", lambda name: None)
     with pytest.raises(launcher.LaunchError, match="DeepSpeed is not installed: pip install"):
-        launcher.run_under(LAUNCHES / "zero2.yaml", ["recipe.yaml"])
-    monkeypatch.setattr(launcher, "find_spec", lambda name: name)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(launcher.torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(launcher.LaunchError, match=r"does not find a C\+\+ compiler \(c\+\+\) and ninja"):
         launcher.run_under(LAUNCHES / "zero2.yaml", ["recipe.yaml"])
 
 
