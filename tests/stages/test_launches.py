@@ -143,7 +143,7 @@ def teachers(tiny_sdxl, tmp_path_factory) -> dict[str, Path]:
     return {"sdxl_mlcm": tiny_sdxl, "sd15_mlcm": small, "emoji_mlcm": ROOT / "recipes" / "emoji" / "teacher"}
 
 
-@pytest.mark.parametrize("adapter", [Full(), Lora(rank=4)], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", [Full(), pytest.param(Lora(rank=4), marks=pytest.mark.slow)], ids=["full", "lora"])
 @pytest.mark.parametrize(
     "name", ["sdxl_mlcm", *(pytest.param(one, marks=pytest.mark.slow) for one in ("sd15_mlcm", "emoji_mlcm"))]
 )

@@ -1,6 +1,7 @@
 """Preference learning: roles over one set of weights, the three objectives, exact resumption, the guard."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ AT_THE_END = {
 }
 
 
-@pytest.fixture(scope="module", params=["lora", "full"])
+@pytest.fixture(scope="module", params=["lora", pytest.param("full", marks=pytest.mark.slow)])
 def distilled(request, tiny_sdxl, tmp_path_factory):
     """A recipe with a store and a distilled student, and their folders: an adapter, or weights of its own."""
     folder = tmp_path_factory.mktemp(f"distilled-{request.param}")
@@ -49,6 +50,12 @@ def distilled(request, tiny_sdxl, tmp_path_factory):
     stages = [runs.trajectories(runs.write_prompts(folder)), runs.distill(segments=[2], adapter=adapter)]
     recipe = runs.recipe(tiny_sdxl, folder, stages)
     return recipe, [stage.folder for stage in pipeline.run(recipe)]
+
+
+def over_both(variants: Iterable[str], *over_full: str) -> list:
+    """(distilled, variant): all over an adapter, and over full weights, where those not in `over_full` are slow."""
+    slow = [pytest.param("full", one, marks=pytest.mark.slow) for one in variants if one not in over_full]
+    return [*(("lora", one) for one in variants), *(("full", one) for one in over_full), *slow]
 
 
 def tune(distilled, folder: Path, variant: str, **changes) -> Path:
@@ -118,7 +125,9 @@ def test_only_the_preference_adapter_asks_for_gradients_also_after_every_switch(
             assert [name for name, value in student.denoiser.named_parameters() if value.requires_grad] == asking
 
 
-@pytest.mark.parametrize("variant", ["feedback", "dpo", "policy"])
+@pytest.mark.parametrize(
+    ("distilled", "variant"), over_both(["feedback", "dpo", "policy"], "dpo"), indirect=["distilled"]
+)
 def test_training_leaves_the_distilled_student_and_the_teacher_as_they_were(distilled, tmp_path, monkeypatch, variant):
     seen = {}
     original = tuning.load
@@ -157,7 +166,9 @@ def test_a_tuned_student_is_read_back_with_both_adapters(distilled, tmp_path):
 # ---- the loops ----
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("distilled", "variant"), over_both(VARIANTS, "feedback", "dpo", "policy"), indirect=["distilled"]
+)
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(distilled, tmp_path, monkeypatch, variant):
     whole = tune(distilled, tmp_path / "whole", variant, num_steps=3)
     calls = iter(range(100))
@@ -311,7 +322,7 @@ def test_the_chosen_pictures_of_a_table_become_more_likely_than_the_rejected(sto
 
 
 def test_policy_gradient_raises_the_reward(distilled, tmp_path):
-    settings = {"num_steps": 60, "learning_rate": 1e-2, "batch_size": 8, "num_generations": 4, "epsilon": 0.1}
+    settings = {"num_steps": 40, "learning_rate": 1e-2, "batch_size": 8, "num_generations": 4, "epsilon": 0.1}
     folder = tune(distilled, tmp_path, "policy", **settings, **AT_THE_END)
     assert records(folder)[-1]["guard/trained_gain"] > 0.1
 
