@@ -101,6 +101,7 @@ def load(stage: Tuning, base: Base, start: Path, seed: int) -> Student:
             "needs random steps; set gamma, for example 0.3"
         )
     denoiser = adapters.for_preference(base, stage.adapter, seed, start)
+    base.forget_denoiser()  # the reference is the student
     if stage.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
         base.vae.enable_gradient_checkpointing()

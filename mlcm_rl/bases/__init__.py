@@ -187,6 +187,14 @@ class Base(ABC):
 
     # Denoising
 
+    def forget_denoiser(self) -> None:
+        """Let the teacher's denoiser go where no step will ask it; its configuration stays.
+
+        What an adapter shares with it stays with the student, and an engine may then hold that in parts too.
+        """
+        for parameter in self.denoiser.parameters():
+            parameter.data = parameter.data.new_empty(0)
+
     def predict(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
     ) -> Tensor:

@@ -143,6 +143,8 @@ def roles_of(
     """Teacher and student of `stage` on the meta device, set up as the stage does; `recompute` checkpoints."""
     base = bases.skeleton(recipe.teacher)
     student = _student(stage, base, distilled)
+    if isinstance(stage, Tuning) or (isinstance(stage, Distill) and not stage.asks_teacher):
+        base.forget_denoiser()
     small = tuning.small_decoder(stage, base) if isinstance(stage, Tuning) else None
     conditioned = student.config.time_cond_proj_dim is not None
     if isinstance(stage, Training) and stage.gradient_checkpointing:
@@ -191,7 +193,9 @@ def rewards_of(stage: Stage) -> tuple[dict[str, RewardModel], set[str]]:
 
 def _encodes_ahead(stage: Stage) -> bool:
     """Whether text encoders have left memory when the first step comes."""
-    return isinstance(stage, Distill | Tuning) and stage.encodes_ahead
+    if isinstance(stage, Distill):
+        return not stage.asks_teacher
+    return isinstance(stage, Tuning) and stage.encodes_ahead
 
 
 def _keeps_average(stage: Stage) -> bool:

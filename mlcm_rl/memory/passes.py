@@ -98,7 +98,7 @@ def _train_teacher(stage: TrainTeacher, recipe: Recipe, roles: Roles) -> Tensor:
 
 def _distill(stage: Distill, recipe: Recipe, roles: Roles) -> Tensor:
     size = stage.micro_batch
-    if stage.method == "inter_segment" or stage.source != "trajectories":
+    if stage.asks_teacher:
         roles.teacher_x0(size, recipe.teacher.guidance_scale)
     loss = roles.x0(size).square().mean()
     if stage.method == "inter_segment" or "consistency" in stage.per_phase("target"):

@@ -164,9 +164,9 @@ class Distill(Training):
         return self.renoise == "stored" if self.method == "inter_segment" else self.source == "trajectories"
 
     @property
-    def encodes_ahead(self) -> bool:
-        """Whether no step encodes a prompt or asks the teacher, so that text encoders can leave before the first."""
-        return self.method == "segments" and self.source == "trajectories"
+    def asks_teacher(self) -> bool:
+        """Whether steps encode prompts and ask the teacher; its networks can leave before the first where none does."""
+        return self.method == "inter_segment" or self.source != "trajectories"
 
     def per_phase(self, name: str) -> list:
         """The value of `name` for each phase."""

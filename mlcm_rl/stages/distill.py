@@ -31,6 +31,8 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     base = bases.load(recipe.teacher, rt.device)
     start = parents["distill"] / "student" if "distill" in parents else None
     student = adapters.student(base, stage.adapter, recipe.seed, stage.condition_on_target, start)
+    if not stage.asks_teacher:
+        base.forget_denoiser()
     if stage.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     parameters = adapters.trainable_parameters(student)
@@ -38,7 +40,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     trained = rt.prepare(student, optimizer)
     average = {name: value.detach().clone() for name, value in trained.items()} if stage.target_ema else trained
     source = make_source(stage, recipe, base, student, parents)
-    if stage.encodes_ahead:
+    if not stage.asks_teacher:
         base.encode_ahead(recipe.samples.prompts)  # the store has all others
     lengths = stage.per_phase("num_steps")
 

@@ -5,6 +5,7 @@ held_bytes.py TEACHER FOLDER SETTINGS          (SETTINGS of the distill stage, a
 
 import json
 import sys
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -75,6 +76,8 @@ def main(teacher: Path, folder: Path, settings: dict) -> None:
     rt = Runtime(recipe, stage, folder)
     base = bases.load(recipe.teacher, rt.device)
     student = adapters.student(base, stage.adapter, 0)
+    base.forget_denoiser()
+    whole = [weakref.ref(value.untyped_storage()) for value in student.parameters()]
     optimizer = torch.optim.AdamW(adapters.trainable_parameters(student), lr=1e-3, fused=True)
     rt.prepare(student, optimizer)
     seen = Seen(rt, student)
@@ -83,7 +86,8 @@ def main(teacher: Path, folder: Path, settings: dict) -> None:
     given = base.encode_prompts(["a cat"] * own)
     x_t, t = torch.zeros(own, *base.latent_shape), torch.full((own,), 500)
     rt.backward(base.x0(student, x_t, t, given).square().mean((1, 2, 3)) for _ in range(stage.gradient_accumulation))
-    (folder / f"{distributed.rank()}.json").write_text(json.dumps(seen.after()))
+    kept = sum(storage.nbytes() for one in whole if (storage := one()) is not None)
+    (folder / f"{distributed.rank()}.json").write_text(json.dumps(seen.after() | {"kept": kept}))
     distributed.finish()
 
 

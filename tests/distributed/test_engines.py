@@ -104,9 +104,12 @@ def check_mode(
 
 
 def assert_same_training(alone: Path, together: Path) -> None:
-    """Same losses and gradient norms, and same weights, averages and moments by name in checkpoint and student."""
+    """Same losses and gradient norms, and same weights, averages and moments by name in checkpoint and student.
+
+    A policy's loss is what is left of terms near one that cancel: their rounding is its absolute tolerance.
+    """
     for expected, found in zip(records(alone), records(together), strict=True):
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4, abs=1e-5)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
     assert distance(state(alone), state(together)) < 1e-4
     assert distance(weights(alone), weights(together)) < 1e-4

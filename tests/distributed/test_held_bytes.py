@@ -43,5 +43,7 @@ def test_tensors_of_an_engine_add_up_to_what_is_predicted(mode, adapter, tiny_sd
         assert found["gradients"] == pytest.approx(expected.gradients, rel=0.02)
         assert found["optimiser"] == pytest.approx(expected.optimiser, rel=0.02)
         assert found["parameters"] == pytest.approx(sizes.weights / (2 if asked.level == 3 else 1), rel=0.02)
+        if asked.level == 3:
+            assert found["kept"] == 0  # of the weights as they were loaded, frozen ones too
         if mode.startswith("zero"):
             assert found["exchange"] == pytest.approx(expected.exchange, rel=0.02)  # as large whatever the student

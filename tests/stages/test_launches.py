@@ -168,7 +168,7 @@ def test_a_recipe_is_predicted_under_every_launch_file(name, adapter, teachers, 
         part(4 * size, 2) + part(12 * size, 2),
     )
     assert found["zero3"].parameters == found["fsdp2"].parameters
-    assert (found["zero3"].parameters < one.parameters) == isinstance(adapter, Full)
+    assert found["zero3"].parameters < one.parameters
     for memory_of_one in found.values():
         assert 0 < memory_of_one.activations < memory_of_one.total
 

@@ -122,7 +122,9 @@ def test_gradients_moments_and_averages_are_counted_by_the_trained_weight(tiny_s
     assert (full.optimiser, full.averages) == (8 * size, 4 * size)
     assert lora.averages == 0
     assert 0 < lora.gradients < full.gradients / 5
-    assert full.parameters - lora.parameters == 4 * size - lora.gradients  # a student of its own, or an adapter
+    assert lora.parameters - full.parameters == lora.gradients  # an adapter on top: the teacher's own weights are gone
+    asked = of(runs.distill(adapter=Full(), source="data", images="unused", target="consistency"), tiny_sdxl)
+    assert asked.parameters - full.parameters == 4 * size
     assert full.total == full.parameters + 16 * size + full.activations
 
 
