@@ -1,6 +1,6 @@
 """Engines that hold a student in parts (ZeRO, FSDP2): the steps of one process, and checkpoints for any number of them.
 
-One launch of two processes a mode trains two steps, saves, reads that back and trains a third.
+One launch of two processes a mode trains a step, saves, reads that back and trains another.
 """
 
 import json
@@ -51,13 +51,13 @@ def state(folder: Path) -> dict:
 
 
 def train_alone(teacher: Path, folder: Path, kind: str, parents: dict[str, Path], settings: dict) -> tuple[Path, Path]:
-    """One process's three steps, with a save after two; and the same folder once it has gone on to a fourth."""
-    three, four = folder / "three", folder / "four"
-    for num_steps in (2, 3):
-        train(teacher, three, kind, parents, num_steps, settings)
-    shutil.copytree(three, four)
-    train(teacher, four, kind, parents, 4, settings)
-    return three, four
+    """One process's two steps, with a save after the first; and the same folder once it has gone on to a third."""
+    two, three = folder / "two", folder / "three"
+    for num_steps in (1, 2):
+        train(teacher, two, kind, parents, num_steps, settings)
+    shutil.copytree(two, three)
+    train(teacher, three, kind, parents, 3, settings)
+    return two, three
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def check_mode(
     assert_same_training(alone[0], together)
     base = bases.load(runs.recipe(teacher, together, [runs.distill()]).teacher, "cpu")
     assert adapters.load_student(base, together / "student").num_segments == 2
-    train(teacher, together, kind, parents, 4, settings)
+    train(teacher, together, kind, parents, 3, settings)
     assert_same_training(alone[1], together)
 
 
