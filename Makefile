@@ -31,9 +31,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest -q -n 2
 
-test-all: $(VENV)/installed lint
+test-all: test
 	$(PIP) install -q -c constraints.txt --only-binary :all: atheris || echo 'no atheris for this machine: its tests will be skipped'
-	$(BIN)/python -m pytest -q -m ''
+	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
