@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from . import bases, operations
+from . import operations
 from .adapters import default_gamma
-from .bases import LORA_TARGETS
+from .bases import LORA_TARGETS, files
 from .checkpoint import CheckpointError, is_finished, read_json, read_shapes
 from .devices import Device
 from .fingerprint import STUDENTS, Located, locate
@@ -213,9 +213,9 @@ class Sizes:
                 f"plan reads a teacher's shapes off its files: {self.folder} is not a local folder. Its JSON files are "
                 "enough, a few kB: download these alone into a folder and say teacher.path=FOLDER"
             )
-        self.parts = {name: shapes(self.folder / name) for name in bases.parts_with_weights(recipe.teacher)}
+        self.parts = {name: shapes(self.folder / name) for name in files.parts_with_weights(recipe.teacher)}
         if empty := [name for name, found in self.parts.items() if not found]:
-            self.parts |= bases.shapes_from_configuration(recipe.teacher, empty)
+            self.parts |= files.shapes_from_configuration(recipe.teacher, empty)
         unet = read_json(
             self.folder / "unet" / "config.json", sample_size=int, in_channels=int, cross_attention_dim=int
         )

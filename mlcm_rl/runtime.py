@@ -22,7 +22,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import checkpoint, distributed, replays, signals
+from . import checkpoint, distributed, precision, replays, signals
 from .bases import Base
 from .distributed import engines
 from .recipe import Recipe, Training
@@ -205,8 +205,13 @@ class Runtime:
         return self.all_stop if distributed.count() > 1 else self.pending.number is not None
 
     def prepare(self, student: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Give the student to the launch file's engine; what is trained of it by name, this process's part of it."""
+        """Give the student to the launch file's engine; what is trained of it by name, this process's part of it.
+
+        Its frozen weights are taken in the precision of the stage's passes.
+        """
         self.optimizer = optimizer
+        if self.stage.precision == "bf16":
+            precision.frozen_in_bfloat16(student)
         self.engine = engines.take_over(self.accelerator, student, optimizer, self.stage)
         return self.engine.parts()
 
@@ -290,7 +295,8 @@ class Runtime:
         """
         own, count, each = 0.0, self.stage.batch_size, []
         for loss in losses:
-            self.engine.backward(loss.sum() * distributed.count() / count)
+            with precision.own(self.device):  # the gradient of an operation has the precision that it was taken in
+                self.engine.backward(loss.sum() * distributed.count() / count)
             own += loss.detach().sum().item()
             each.append(loss.detach().tolist())
         total, stopping = distributed.total(own, float(self.pending.number is not None))

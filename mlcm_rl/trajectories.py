@@ -156,7 +156,7 @@ class Store:
         rows = [self._shards[i // self.shard_size][name][i % self.shard_size] for i in indices.tolist()]
         if points is not None:
             rows = [row[point] for row, point in zip(rows, points.tolist(), strict=True)]
-        return torch.stack(rows).float()
+        return torch.stack([row.float() for row in rows])
 
 
 def shard_ranges(total: int, size: int) -> list[range]:

@@ -23,19 +23,18 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .. import precision
 from ..checkpoint import read_json, read_shapes
 from ..equations.prediction import x0_from_prediction
 from ..equations.schedule import Schedule, scaled_linear_betas, vp_schedule
 from ..equations.solver import guided
 from ..recipe import Teacher
+from .files import MEMORY_FORMATS, empty_pipeline, load_pipeline
 
 Conditioning = dict[str, Tensor]
 
-MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 ENCODED_TOGETHER = 32  # prompts, where all are encoded ahead
 TARGET_TIME_WIDTH = 256  # sinusoids that a student conditioned on its target time is given
-
-OTHER_PARTS = ("text_encoder", "tokenizer", "safety_checker", "image_encoder", "feature_extractor")
 
 # The modules that the published TLCM adapter changes (its inference code; the list of LCM-LoRA).
 LORA_TARGETS = [
@@ -64,7 +63,7 @@ def load(teacher: Teacher, device: torch.device | str) -> "Base":
     """
     family: type[Base] = import_module(f"{__name__}.{teacher.family}").Family
     where = torch.device(device)
-    return family(teacher, where, _load_pipeline(family.pipeline_class, teacher, getattr(torch, teacher.dtype), where))
+    return family(teacher, where, load_pipeline(family.pipeline_class, teacher, getattr(torch, teacher.dtype), where))
 
 
 def skeleton(teacher: Teacher) -> "Base":
@@ -73,38 +72,10 @@ def skeleton(teacher: Teacher) -> "Base":
     Read from its configuration files alone: what passes take can be tried on it. Raises as `load` does.
     """
     family: type[Base] = import_module(f"{__name__}.{teacher.family}").Family
-    pipeline = _empty_pipeline(family.pipeline_class, teacher)
+    pipeline = empty_pipeline(family.pipeline_class, teacher)
     for part, dtype in ((pipeline.unet, getattr(torch, teacher.dtype)), (pipeline.vae, torch.float32)):
         torch.nn.Module.to(part, dtype).requires_grad_(False).eval()  # diffusers' own `to` warns without reason
     return family(teacher, torch.device("meta"), pipeline)
-
-
-def parts_with_weights(teacher: Teacher) -> list[str]:
-    """The parts of the teacher in a local folder that are loaded and have weights, by name."""
-    index = _pipeline_index(teacher)
-    named = [name for name, value in index.items() if isinstance(value, list) and value[:1] != [None]]
-    return [name for name in named if name in ("unet", "vae") or name.startswith("text_encoder")]
-
-
-def shapes_from_configuration(teacher: Teacher, parts: Sequence[str]) -> dict[str, dict[str, list[int]]]:
-    """Shapes of the weights of `parts` by name, where there are configuration files and no weights yet.
-
-    Raises as `load` does.
-    """
-    index, folder = _pipeline_index(teacher), Path(teacher.path)
-    _check_components(teacher, {name: index[name] for name in parts})
-    found = {}
-    for name in parts:
-        library, kind = index[name]
-        with torch.device("meta"):
-            if library == "diffusers":
-                denoiser_or_autoencoder = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[name]
-                part = denoiser_or_autoencoder.from_config(denoiser_or_autoencoder.load_config(folder / name))
-            else:
-                text_encoder = getattr(transformers, kind)
-                part = text_encoder(text_encoder.config_class.from_pretrained(folder / name, local_files_only=True))
-        found[name] = {key: list(value.shape) for key, value in part.state_dict().items()}
-    return found
 
 
 class Base(ABC):
@@ -134,10 +105,11 @@ class Base(ABC):
 
         Once prompts have been encoded ahead, those alone are known.
         """
-        if self._ahead is None:
-            return self._encode(prompts)
-        rows = [self._ahead[prompt] for prompt in prompts]
-        return {name: torch.stack([row[name] for row in rows]).to(self.device).float() for name in rows[0]}
+        with precision.own(self.device):
+            if self._ahead is None:
+                return self._encode(prompts)
+            rows = [self._ahead[prompt] for prompt in prompts]
+            return {name: torch.stack([row[name] for row in rows]).to(self.device).float() for name in rows[0]}
 
     def encode_ahead(self, prompts: Iterable[str]) -> None:
         """Encode all `prompts` that will be asked for, each once, and let the text encoders leave memory.
@@ -174,7 +146,9 @@ class Base(ABC):
 
     def unconditional(self, batch_size: int) -> Conditioning:
         """What the stock pipeline guides away from, `batch_size` times."""
-        return {name: value.repeat(batch_size, *[1] * (value.ndim - 1)) for name, value in self._dropped_prompt.items()}
+        with precision.own(self.device):
+            dropped = self._dropped_prompt
+        return {name: value.repeat(batch_size, *[1] * (value.ndim - 1)) for name, value in dropped.items()}
 
     @property
     @abstractmethod
@@ -224,12 +198,16 @@ class Base(ABC):
     def guided_x0(
         self, x_t: Tensor, t: Tensor, conditional: Conditioning, unconditional: Conditioning, guidance_scale: float
     ) -> Tensor:
-        """The teacher's x0 (B, C, H, W) under classifier-free guidance: both passes in one batch, or one at scale 1."""
-        if guidance_scale == 1.0:
-            return self.x0(self.denoiser, x_t, t, conditional)
-        both = {name: torch.cat([unconditional[name], conditional[name]]) for name in conditional}
-        without, given = self.predict(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        prediction = guided(given, without, guidance_scale)
+        """The teacher's x0 (B, C, H, W) under classifier-free guidance: both passes in one batch, or one at scale 1.
+
+        In the teacher's own precision, under autocast too.
+        """
+        with precision.own(self.device):
+            if guidance_scale == 1.0:
+                return self.x0(self.denoiser, x_t, t, conditional)
+            both = {name: torch.cat([unconditional[name], conditional[name]]) for name in conditional}
+            without, given = self.predict(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+            prediction = guided(given, without, guidance_scale)
         return x0_from_prediction(prediction, x_t, t, self.schedule, self.prediction_type)
 
     # Pictures
@@ -241,7 +219,7 @@ class Base(ABC):
         """
         scale, mean = self._latent_scale
         decoded = self.vae.decode(latents.float() * scale + mean) if small is None else small.decode(latents.float())
-        return (decoded.sample / 2 + 0.5).clamp(0, 1)
+        return (decoded.sample.float() / 2 + 0.5).clamp(0, 1)
 
     def use_tiles(self, size: int, recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False)) -> None:
         """Let the autoencoder work in tiles of `size` pixels a side from now on: less memory, and seams are blended.
@@ -347,86 +325,6 @@ def schedule_of(scheduler: dict[str, Any]) -> Schedule:
             )
         betas = rescale_zero_terminal_snr(betas)
     return vp_schedule(betas)
-
-
-def _load_pipeline(
-    pipeline_class: type[DiffusionPipeline], teacher: Teacher, dtype: torch.dtype, device: torch.device
-) -> DiffusionPipeline:
-    """The frozen pipeline on `device`; its autoencoder in float32, since half precision overflows in SDXL's."""
-    index = _pipeline_index(teacher)
-    if index.get("_class_name") != pipeline_class.__name__:
-        raise ValueError(
-            f"teacher {teacher.path}: its model_index.json is of a {index.get('_class_name')}, "
-            f"and family {teacher.family} loads {pipeline_class.__name__}; set teacher.family to match"
-        )
-    unused = {name: None for name in ("safety_checker", "image_encoder", "feature_extractor") if name in index}
-    _check_components(teacher, {name: value for name, value in index.items() if name not in unused})
-    precision = {"default": dtype, "vae": torch.float32}
-    pipeline = _local_first(pipeline_class.from_pretrained, teacher, dtype=precision, use_safetensors=True, **unused)
-    pipeline = pipeline.to(device)
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False).eval()
-    for part in (pipeline.unet, pipeline.vae):
-        torch.nn.Module.to(part, memory_format=MEMORY_FORMATS[teacher.memory_format])
-    return pipeline
-
-
-def _empty_pipeline(pipeline_class: type[DiffusionPipeline], teacher: Teacher) -> DiffusionPipeline:
-    """The pipeline of a local folder with a denoiser and an autoencoder without data, and nothing else."""
-    folder, index = Path(teacher.path), _pipeline_index(teacher)
-    _check_components(teacher, {name: value for name, value in index.items() if not name.startswith(OTHER_PARTS)})
-    with torch.device("meta"):
-        parts = {
-            name: kind.from_config(kind.load_config(folder / name))
-            for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
-        }
-    others = {name: None for name in index if name.startswith(OTHER_PARTS)}
-    return pipeline_class.from_pretrained(folder, local_files_only=True, **parts, **others)
-
-
-def _local_first(read: Callable[..., Any], teacher: Teacher, **settings: Any) -> Any:
-    """`read` of the teacher's files on this machine; the hub is asked only for a pinned revision that is not here."""
-    try:
-        return read(teacher.path, revision=teacher.revision, local_files_only=True, **settings)
-    except OSError:
-        if teacher.revision is None:
-            raise
-    return read(teacher.path, revision=teacher.revision, **settings)
-
-
-def _pipeline_index(teacher: Teacher) -> dict[str, Any]:
-    """What model_index.json says, from the folder or from the hub at the pinned revision."""
-    folder = Path(teacher.path)
-    if teacher.revision is None and not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"teacher {teacher.path}: no model_index.json in {folder.resolve()}; "
-            "give a folder in diffusers format, or a hub name with a pinned revision"
-        )
-    return dict(_local_first(DiffusionPipeline.load_config, teacher))
-
-
-def _check_components(teacher: Teacher, index: dict[str, Any]) -> None:
-    """Raise ValueError for a part that neither diffusers nor transformers defines: its module would be imported.
-
-    Raises FileNotFoundError for the parts that a local folder's index names and the folder lacks, ValueError for
-    weights that are listed outside it.
-    """
-    parts = {name: value for name, value in index.items() if isinstance(value, list) and value[:1] != [None]}
-    for name, value in parts.items():
-        library, kind = [*map(str, value), "", ""][:2]
-        if library not in ("diffusers", "transformers") or re.match("Auto[A-Z]", kind):  # those run a folder's code
-            raise ValueError(f"teacher {teacher.path}: {name} is a {library}.{kind}; only known classes are loaded")
-    folder = Path(teacher.path)
-    missing = [name for name in parts if not (folder / name).is_dir()]
-    if folder.is_dir() and missing:
-        raise FileNotFoundError(f"teacher {folder}: model_index.json names {', '.join(missing)}, not in the folder")
-    for path in sorted(folder.glob("*/*.safetensors")):
-        read_shapes(path)  # a damaged file is told by its name, before anything is built
-    for path in sorted(folder.glob("*/*.index.json")):
-        shards = read_json(path, weight_map=dict)["weight_map"].values()
-        if climbing := [name for name in shards if not isinstance(name, str) or Path(name).name != name]:
-            raise ValueError(f"{path}: {climbing[0]!r} is not a file beside it")
 
 
 def _sizes(pipeline: DiffusionPipeline, teacher: Teacher) -> tuple[int, tuple[int, int, int]]:

@@ -5,6 +5,7 @@ Weights are counted as they are kept, and what passes hold is found by taking th
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import adapters, bases, distributed, tuning
+from .. import adapters, bases, distributed, precision, tuning
 from ..bases import Base
 from ..checkpoint import read_json
 from ..recipe import Distill, Full, Lora, Recipe, Stage, Training, TrainTeacher, Trajectories, Tuning
@@ -74,7 +75,7 @@ def of_stage(
     with live:
         models, missing = rewards_of(stage)
         rewards = live.now
-        roles = roles_of(stage, recipe, distilled, models, kernels.checkpointed)
+        roles = roles_of(stage, recipe, distilled, models, kernels.checkpointed, kernels.own_precision)
         parameters = live.now - rewards
         trained = adapters.trainable_parameters(roles.student) if isinstance(stage, Training) else []
         outline = launches.outline(roles.student, roles.base.denoiser, launch.blocks)
@@ -139,12 +140,16 @@ def roles_of(
     distilled: Lora | Full,
     rewards: dict[str, RewardModel],
     recompute: Callable[..., Any],
+    own_precision: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> passes.Roles:
-    """Teacher and student of `stage` on the meta device, set up as the stage does; `recompute` checkpoints."""
+    """Teacher and student of `stage` on the meta device, set up as the stage does; `recompute` checkpoints, and what is
+    frozen computes in `own_precision`."""
     base = bases.skeleton(recipe.teacher)
     student = _student(stage, base, distilled)
     if isinstance(stage, Tuning) or (isinstance(stage, Distill) and not stage.asks_teacher):
         base.forget_denoiser()
+    if isinstance(stage, Training) and stage.precision == "bf16":
+        precision.frozen_in_bfloat16(student)
     small = tuning.small_decoder(stage, base) if isinstance(stage, Tuning) else None
     conditioned = student.config.time_cond_proj_dim is not None
     if isinstance(stage, Training) and stage.gradient_checkpointing:
@@ -155,7 +160,8 @@ def roles_of(
             small.enable_gradient_checkpointing(recompute)
     if isinstance(stage, Tuning) and stage.autoencoder_tiles:
         base.use_tiles(stage.autoencoder_tiles, recompute)
-    return passes.Roles(base, student, conditioned, num_tokens(Path(recipe.teacher.path)), rewards, set(), small)
+    tokens = num_tokens(Path(recipe.teacher.path))
+    return passes.Roles(base, student, conditioned, tokens, rewards, set(), own_precision, small)
 
 
 def num_tokens(folder: Path) -> int:

@@ -5,8 +5,8 @@ compute in another way: attention in one piece, and autocast, which the meta dev
 """
 
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -89,6 +89,15 @@ class Kernels(TorchFunctionMode):
     def checkpointed(self, module: Callable, *args: Any) -> Any:
         """`module` of `args`, computed again in the backward pass, by these kernels too; for diffusers' models."""
         return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self))
+
+    @contextmanager
+    def own_precision(self) -> Iterator[None]:
+        """Autocast is off inside, as for a teacher or a reward."""
+        kept, self.autocast = self.autocast, False
+        try:
+            yield
+        finally:
+            self.autocast = kept
 
     def _low(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():

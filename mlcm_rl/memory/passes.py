@@ -5,6 +5,7 @@ passes that hold less than another one of their step are left out. The numbers t
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ class Roles:
     num_tokens: int
     rewards: dict[str, RewardModel]
     failed: set[str]  # rewards that could not be asked there; what they take is not known
+    own_precision: Callable[[], AbstractContextManager[None]]  # what is frozen computes in it
     small_decoder: nn.Module | None = None  # draws for the rewards trained on, where there is one
 
     def points(self, count: int) -> tuple[Tensor, Tensor, Conditioning]:
@@ -51,7 +53,8 @@ class Roles:
     def teacher_x0(self, count: int, guidance_scale: float) -> Tensor:
         """The guided teacher's x0 (count, C, H, W)."""
         x_t, t, conditioning = self.points(count)
-        return self.base.guided_x0(x_t, t, conditioning, conditioning, guidance_scale)
+        with self.own_precision():
+            return self.base.guided_x0(x_t, t, conditioning, conditioning, guidance_scale)
 
     def sample(self, count: int, grad_steps: int = 0) -> Tensor:
         """The student's samples (count, C, H, W); steps before those with gradient hold less and are left out."""
@@ -72,7 +75,8 @@ class Roles:
         """One reward's scores (count,), or zeros where it cannot be asked without data."""
         reward = self.rewards[asked.name]
         try:
-            parts = [reward(part, [PROMPT] * len(part)) for part in images.split(asked.chunk_size or len(images))]
+            with self.own_precision():
+                parts = [reward(part, [PROMPT] * len(part)) for part in images.split(asked.chunk_size or len(images))]
         except Exception:  # another's code may look at values, which are not there
             self.failed.add(asked.name)
             return images.new_zeros(len(images))

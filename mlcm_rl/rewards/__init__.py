@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .. import precision
 from ..data import guess_language
 from ..recipe import Reward
 from .weights import GivenFile, HubFile, MissingWeights, PipFile, Weights, WeightsError, read_checkpoint
@@ -164,7 +165,8 @@ def score(reward: RewardModel, name: str, images: Tensor, prompts: list[str]) ->
             f"reward {name}: images must be (B, 3, H, W) with B prompts, got {tuple(images.shape)} and {len(prompts)}"
         )
     try:
-        scores = reward(images, prompts)
+        with precision.own(images.device):
+            scores = reward(images, prompts)
     except Exception as error:  # whatever another's code raises; a run with five rewards must say which
         raise RewardError(f"reward {name} failed: {_said(error)}") from error
     if not isinstance(scores, Tensor) or scores.dtype != torch.float32:

@@ -109,6 +109,23 @@ def test_half_precision_teacher_answers_in_float32_and_decodes_in_float32(teache
     assert torch.equal(half.decode(x_t), full.decode(x_t))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("family", ["sdxl", "sd"])
+def test_a_teacher_encodes_and_denoises_in_its_own_precision_under_autocast_too(teachers, family, dtype):
+    teacher = load(teachers[{"sdxl": "sdxl", "sd": "sd15"}[family]], family, dtype=dtype)
+
+    def drawn() -> list[torch.Tensor]:
+        x_t, t, conditioning = inputs(teacher)
+        unconditional = teacher.unconditional(2)
+        x0 = [teacher.guided_x0(x_t, t, conditioning, unconditional, scale) for scale in (1.0, 3.0)]
+        return [*x0, *conditioning.values(), *unconditional.values()]
+
+    expected = drawn()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = drawn()
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
 # The schedule
 
 

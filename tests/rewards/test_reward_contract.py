@@ -147,3 +147,16 @@ def test_images_that_do_not_fit_are_refused_before_the_model_is_asked(shape):
 def test_a_good_answer_is_passed_on():
     answer = torch.tensor([1.0, 2.0])
     assert score(model(answer), "planted", torch.zeros(2, 3, 4, 4), ["a", "b"]) is answer
+
+
+def test_a_reward_computes_in_its_own_precision_under_autocast_too():
+    weight = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).half()
+
+    def product(images, prompts):
+        rows = images.half().mean((2, 3))
+        return torch.cat([rows, rows @ weight], dim=1).float().sum(1)  # autocast to bfloat16 refuses to join float16
+
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected = score(product, "product", images, ["", ""])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(score(product, "product", images, ["", ""]), expected)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import tiny
 from mlcm_rl import bases, checkpoint, data, pairs, untrusted
 from mlcm_rl.adapters import METADATA_KEY, read_lora
+from mlcm_rl.bases import files
 from mlcm_rl.checkpoint import CheckpointError, finish, read_json, verify
 from mlcm_rl.data import CaptionedImages, read_image
 from mlcm_rl.pairs import PairTable
@@ -217,11 +218,11 @@ def test_the_hub_is_asked_only_for_a_pinned_revision_that_is_not_here():
 
     pinned = Teacher(path="owner/model", revision="0" * 40, family="sdxl")
     here = True
-    assert bases._local_first(read, pinned) == "owner/model"
+    assert files.local_first(read, pinned) == "owner/model"
     assert asked == [True]
     here = False
-    assert bases._local_first(read, pinned) == "owner/model"
+    assert files.local_first(read, pinned) == "owner/model"
     assert asked == [True, True, False]
     with pytest.raises(FileNotFoundError):
-        bases._local_first(read, pinned.model_copy(update={"revision": None}))
+        files.local_first(read, pinned.model_copy(update={"revision": None}))
     assert asked == [True, True, False, True]

@@ -203,12 +203,11 @@ def test_a_missing_teacher_is_one_sentence(finished, tmp_path):
 
 @pytest.mark.parametrize("name", ["sdxl_mlcm", "sd15_mlcm"])
 def test_the_papers_recipes_run_end_to_end_on_a_tiny_checkpoint(name, tmp_path):
-    """As shipped but for what size forces: the teacher's folder, counts and batch sizes."""
+    """As shipped, float16 beside bfloat16 too, but for what size forces: the teacher, counts and batch sizes."""
     family = "sdxl" if name.startswith("sdxl") else "sd"
     teacher = getattr(tiny, family)(tmp_path / "teacher")
     small = [
         f"teacher.path={teacher}",
-        "teacher.dtype=float32",
         f"runs={tmp_path / 'runs'}",
         "device=cpu",
         "samples.prompts=[a cat]",
@@ -218,11 +217,9 @@ def test_the_papers_recipes_run_end_to_end_on_a_tiny_checkpoint(name, tmp_path):
         "stages.1.num_steps=[1, 1, 1, 1]",
         "stages.1.batch_size=4",
         "stages.1.gradient_accumulation=2",
-        "stages.1.precision=no",
         "stages.2.num_steps=1",
         "stages.2.batch_size=2",
         "stages.2.gradient_accumulation=1",
-        "stages.2.precision=no",
         "stages.3.num_prompts=2",
         "stages.3.teacher_steps=[2]",
     ]

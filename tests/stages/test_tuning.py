@@ -370,6 +370,19 @@ def test_a_recipe_goes_from_trajectories_to_a_tuned_student_that_is_sampled_eval
         torch.testing.assert_close(base.predict(stock.unet, x_t, t, conditioning), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("variant", ["feedback", "dpo", "policy"])
+def test_frozen_weights_in_float16_are_tuned_over_in_bfloat16(distilled, tmp_path, variant):
+    recipe, folders = distilled
+    teacher = recipe.teacher.model_copy(update={"dtype": "float16"})
+    half = recipe.model_copy(update={"teacher": teacher}), folders
+    reward = {"name": "brightness", "dtype": "float16"}
+    changes = {"precision": "bf16", "anchor": 0.5} if variant == "feedback" else {"precision": "bf16"}
+    found = records(tune(half, tmp_path / "half", variant, rewards=[reward], **changes))
+    expected = records(tune(distilled, tmp_path / "full", variant, **(changes | {"precision": "no"})))
+    assert all(record["grad_norm"] > 0 for record in found)
+    assert found[0]["guard/reward/brightness"] == pytest.approx(expected[0]["guard/reward/brightness"], rel=0.02)
+
+
 # ---- what cannot be tuned ----
 
 

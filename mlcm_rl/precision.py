@@ -1,0 +1,26 @@
+"""Precisions beside one another: autocast is for the student's passes, and what is frozen computes in its own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def own(device: torch.device) -> Iterator[None]:
+    """Autocast is off inside, for a text encoder, a teacher or a reward: weights say what it computes in."""
+    if device.type == "meta":  # has no autocast
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+def frozen_in_bfloat16(student: torch.nn.Module) -> None:
+    """Take frozen float16 weights in bfloat16, for passes that are.
+
+    Autocast to bfloat16 refuses some operations on float16, and for the others copies a frozen weight at every use.
+    """
+    for parameter in student.parameters():
+        if parameter.dtype == torch.float16 and not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
