@@ -7,7 +7,6 @@ float32 and batch first, so that it can be indexed, concatenated and stored.
 """
 
 import logging
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
@@ -16,8 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import transformers
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
