@@ -29,7 +29,7 @@ demo: $(VENV)/installed
 	$(BIN)/python recipes/emoji/check_demo.py runs/emoji_demo
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-all: test
 	$(PIP) install -q -c constraints.txt --only-binary :all: atheris || echo 'no atheris for this machine: its tests will be skipped'
