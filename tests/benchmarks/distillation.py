@@ -189,7 +189,7 @@ def main() -> None:
             f"{found['evaluations']:g}",
             f"{found['peak_mb']:.0f}",
         )
-    console = Console()
+    console = Console(width=110)
     console.print(table)
     console.print("* once a trajectory (96 evaluations), shared by all samples drawn from it; ratios are to data (LCM)")
     console.print(sampling())
