@@ -131,14 +131,14 @@ def _graded(roles: Roles, asked: list[Reward]) -> None:
 
 
 def _precisions(stage: Stage, recipe: Recipe, distilled: Lora | Full) -> dict[str, str]:
-    """What each kind of pass is taken in: autocast's precision inside a step, else that of the weights it reads."""
+    """What each kind of pass is taken in: autocast's precision inside a student's step, else that of the weights."""
     adapter = stage.adapter if isinstance(stage, Distill) else Full() if isinstance(stage, TrainTeacher) else distilled
     own = "float32" if isinstance(adapter, Full) and isinstance(stage, Training) else recipe.teacher.dtype
     teacher, pictures = recipe.teacher.dtype, "float32"
     if isinstance(stage, Training) and stage.precision == "bf16":
         inside = "bfloat16"
-        found = dict.fromkeys(("teacher", "student", "trained", "decoded", "scored", "graded"), inside)
-        return found | {"watched": pictures}
+        found = dict.fromkeys(("student", "trained", "decoded", "scored", "graded"), inside)
+        return found | {"teacher": teacher, "watched": pictures}
     found = {"teacher": teacher, "student": own, "trained": own}
     return found | dict.fromkeys(("decoded", "scored", "graded", "watched"), pictures)
 
