@@ -173,7 +173,7 @@ def evaluations_with_gradient(stage: Feedback | Dpo | Policy) -> int:
 def evaluations_per_row(stage: Evaluate, recipe: Recipe) -> list[int]:
     """Evaluations that a picture of each row takes, at most: rows that would be equal are drawn once.
 
-    Students are those of `also` and the recipe's own; with `students: snapshots` each is counted once all the same.
+    Students are those of `also` and the recipe's own; the snapshots of `also` are not known before it is read.
     """
     return rows_of_teacher(stage, recipe) + rows_of_students(stage, recipe)
 
@@ -192,7 +192,11 @@ def rows_of_students(stage: Evaluate, recipe: Recipe) -> list[int]:
     students = stage.num_steps * len(stage.gammas) * len(stage.grids) * num_students
     tuned = {one.kind: tuned_gamma(one, recipe) for one in recipe.stages if isinstance(one, Tuning)}
     unlisted = [gamma for gamma in tuned.values() if gamma not in stage.gammas]
-    return students + stage.num_steps * len(stage.grids) * (len(unlisted) + len(set(unlisted)))  # the distilled one too
+    at_own_gamma = len(unlisted) + len(set(unlisted))  # tuned ones, and the distilled one beside them
+    distilled = [one for one in recipe.stages if isinstance(one, Distill)]
+    if stage.students == "snapshots" and distilled:
+        at_own_gamma += len(distilled[-1].segments) - 1
+    return students + stage.num_steps * len(stage.grids) * at_own_gamma
 
 
 def tuned_gamma(stage: Tuning, recipe: Recipe) -> float:

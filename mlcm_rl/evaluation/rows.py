@@ -44,7 +44,7 @@ class Entry:
     conditioned: bool
     training: training_cost.TrainingCost
     own_gamma: float  # what suits it, or what it was tuned under
-    gammas: tuple[float, ...] = ()  # to measure beside the recipe's: its own where it is tuned, those of its tuned ones
+    gammas: tuple[float, ...]  # to measure; its own first, if that is one
 
 
 def entries(stage: Evaluate, parents: dict[str, Path], base: Base) -> list[Entry]:
@@ -59,8 +59,12 @@ def entries(stage: Evaluate, parents: dict[str, Path], base: Base) -> list[Entry
                 raise ValueError(f"{folder}: the student's {key} is {described[key]}, the teacher's {expected}")
         cost = training_cost.of_student(folder)
         shape = (described["segments"], described["conditioned"])
-        gammas = [gamma for one, (distilled, gamma) in tuned.items() if name == one or is_student_of(folder, distilled)]
         own_gamma = tuned[name][1] if name in tuned else default_gamma(*shape)
+        compared = [
+            gamma for one, (distilled, gamma) in tuned.items() if name == one or is_student_of(folder, distilled)
+        ]
+        gammas = [own_gamma] if training_cost.is_snapshot(folder) else [*stage.gammas, *compared]
+        gammas.sort(key=lambda gamma: gamma != own_gamma)
         found.append(Entry(name, folder, *shape, cost, own_gamma, tuple(dict.fromkeys(gammas))))
     return found
 
@@ -131,13 +135,12 @@ def teacher_rows(stage: Evaluate, guidance_scale: float) -> list[Row]:
 def student_rows(stage: Evaluate, index: int, student: Entry) -> list[Row]:
     """`student` at each number of steps, gamma (its own too) and grid; what would be equal pictures is one row.
 
-    (With one step gamma changes nothing, and grids may agree.) The student's own gamma comes first. A student told its
+    (With one step gamma changes nothing, and grids may agree.) A student told its
     target may stop anywhere, so it takes the even grid; the others take one that holds their K boundaries.
     """
     rows = {}
     num_segments = 1 if student.conditioned else student.num_segments
-    own_gamma = student.own_gamma
-    for gamma in sorted(dict.fromkeys([*stage.gammas, *student.gammas]), key=lambda gamma: gamma != own_gamma):
+    for gamma in student.gammas:
         for grid in sorted(stage.grids):  # milestones, paper
             for n in stage.num_steps:
                 times = tuple(paper_times(n) if grid == "paper" else sampling_times(n, num_segments))
@@ -155,7 +158,7 @@ def student_rows(stage: Evaluate, index: int, student: Entry) -> list[Row]:
                         grid=grid,
                         num_segments=student.num_segments,
                         conditioned=student.conditioned,
-                        default=gamma == own_gamma and grid == "milestones",
+                        default=gamma == student.own_gamma and grid == "milestones",
                         training=student.training.record(),
                     ),
                 )

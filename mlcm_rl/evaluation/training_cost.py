@@ -39,12 +39,17 @@ def of_student(folder: Path) -> TrainingCost:
     A snapshot has cost its own stage's steps up to the end of its phase, and all that came before them.
     Raises CheckpointError where the stage's folder has no manifest: it is not finished.
     """
-    snapshot = folder.parent.name == "snapshots"
+    snapshot = is_snapshot(folder)
     stage = folder.parent.parent if snapshot else folder.parent
     manifest = read_json(stage / "manifest.json", recipe=dict, stage=dict, parents=dict)
     recipe = Recipe.model_validate(manifest["recipe"])
     num_phases = int(folder.name.split("-")[1]) + 1 if snapshot else None
     return of_stage(recipe, _position(recipe, manifest), num_phases)
+
+
+def is_snapshot(folder: Path) -> bool:
+    """Whether the student in `folder` is one that a distill stage kept at the end of a phase."""
+    return folder.parent.name == "snapshots"
 
 
 def of_stage(recipe: Recipe, position: int, num_phases: int | None = None) -> TrainingCost:

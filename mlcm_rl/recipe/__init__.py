@@ -354,7 +354,9 @@ class Evaluate(OneStage):
     num_prompts: PositiveInt = 64
     num_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 3, 4, 6, 8])
     gammas: list[Fraction] = Field(
-        [0.0, 1.0], description="of every student; a tuned one, and what it is compared with, at its own too"
+        [0.0, 1.0],
+        description="of every student; a tuned one, and what it is compared with, at its own too; a snapshot of an "
+        "earlier phase at its own alone",
     )
     grids: list[Literal["milestones", "paper"]] = Field(["milestones"])
     students: Literal["last", "snapshots"] = Field(

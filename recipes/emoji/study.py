@@ -48,6 +48,7 @@ ROWS = {
 }
 LONGER = {"budgets_long": 4}  # as long as the dedicated students that it stands for are together
 SECOND_STAGE = {"progressive_second_stage": "progressive"}  # row -> the row whose student it starts from
+UNASKED = ("conditioned", "online")  # rows of whose earlier phases nothing is asked
 NUM_STEPS = [2, 3, 4, 6, 8]  # of the samplers measured
 
 
@@ -103,7 +104,8 @@ def recipe_of(base: Recipe, row: str, seed: int, num_steps: int, num_prompts: in
         second = {"method": "inter_segment", "segments": [1], "space": "x0", "num_steps": num_steps // 5, "seed": seed}
         stages.append(Distill(**second, **shared_settings(given), learning_rate=given.learning_rate))
     gammas = [0.0, 1.0] if stages[-1].segments[-1] == 1 and not stages[-1].condition_on_target else [0.0]
-    stages.append(evaluate_stage(base, num_prompts, gammas=gammas))
+    students = "last" if row in UNASKED else "snapshots"
+    stages.append(evaluate_stage(base, num_prompts, students, gammas))
     return base.model_copy(update={"name": f"{row.replace('_', '-')}-{seed}", "stages": stages})
 
 
@@ -127,11 +129,11 @@ def shared_settings(given: Distill) -> dict:
     }
 
 
-def evaluate_stage(base: Recipe, num_prompts: int, gammas: list[float] = (), solvers: list[str] = ()) -> Evaluate:
-    """The base's evaluation of what the study compares: a student under `gammas`, or the teacher's `solvers`."""
+def evaluate_stage(base: Recipe, num_prompts: int, students="snapshots", gammas=(), solvers=()) -> Evaluate:
+    """The base's evaluation of what the study compares: `students` under `gammas`, or the teacher's `solvers`."""
     given = next(stage for stage in base.stages if isinstance(stage, Evaluate))
     chosen = {"num_steps": NUM_STEPS, "gammas": list(gammas) or [0.0], "grids": ["milestones"], "teacher_steps": [50]}
-    kept = {"num_prompts": num_prompts, "students": "snapshots", "teacher_solvers": list(solvers)}
+    kept = {"num_prompts": num_prompts, "students": students, "teacher_solvers": list(solvers)}
     return given.model_copy(update=chosen | kept)
 
 

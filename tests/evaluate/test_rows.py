@@ -1,6 +1,7 @@
 """Which rows an evaluation has, and what each costs."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,8 @@ def stage(**settings):
 
 def student(num_segments, conditioned=False):
     own_gamma = default_gamma(num_segments, conditioned)
-    return Entry("student", Path("student"), num_segments, conditioned, TrainingCost(10, 40, 0, 20), own_gamma)
+    cost, gammas = TrainingCost(10, 40, 0, 20), (own_gamma, 1.0 - own_gamma)
+    return Entry("student", Path("student"), num_segments, conditioned, cost, own_gamma, gammas)
 
 
 def test_the_reference_comes_first_and_costs_two_evaluations_a_guided_step():
@@ -109,6 +111,32 @@ def test_a_tuned_student_is_measured_at_the_gamma_it_was_tuned_under_and_so_is_w
     assert measured[1] == {(1, own), (2, 0.0), (2, own)}
     assert measured[2] == {(1, 0.0), (2, 0.0)}
     assert {row.gamma for row in student_rows(asked, 0, tuned) if row.default} == {own}
+
+
+def test_a_snapshot_is_measured_at_its_own_gamma_and_the_student_at_all_that_are_asked_for(tmp_path):
+    distilled = write_stage(tmp_path / "distill", "distill")
+    shutil.copytree(distilled / "student", distilled / "snapshots" / "phase-0-K2")
+    shutil.copytree(distilled / "student", distilled / "snapshots" / "phase-1-K2")  # the last, which is the student
+    asked = stage(num_steps=[2, 4], gammas=[0.3, 1.0], students="snapshots")
+    finished, snapshot = entries(
+        asked, {"distill": distilled}, SimpleNamespace(family="sdxl", prediction_type="epsilon")
+    )
+    assert [(row.num_steps, row.gamma) for row in student_rows(asked, 0, finished)] == [
+        (2, 0.3),
+        (4, 0.3),
+        (2, 1.0),
+        (4, 1.0),
+    ]
+    assert [(row.num_steps, row.gamma) for row in student_rows(asked, 1, snapshot)] == [(2, 0.0), (4, 0.0)]
+
+
+def test_a_plan_counts_the_snapshots_of_the_recipes_phases():
+    def planned(students):
+        asked = stage(num_steps=[2, 4], teacher_steps=[2], gammas=[0.0, 1.0], students=students)
+        stages = [runs.distill(segments=[8, 4, 1]), asked]
+        return sum(evaluations_per_row(asked, runs.recipe(Path("teacher"), Path("runs"), stages)))
+
+    assert planned("snapshots") == planned("last") + 2 * (2 + 4)
 
 
 def test_a_plan_counts_the_rows_at_a_tuned_students_own_gamma():
