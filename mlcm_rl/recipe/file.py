@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from . import Distill, Evaluate, Feedback, Recipe, Stage, Teacher, Tuning, errors, json_schema
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
-from .types import TRAINED, Reward
+from .types import TRAINED, Lora, Reward
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), root: Path | None = None) -> Recipe:
@@ -51,9 +51,15 @@ def check(recipe: Recipe, root: Path) -> list[Problem]:
     """What is wrong with a recipe beyond its types, as far as can be told without opening weights.
 
     Files and folders that it names must be there (relative ones under `root`; a teacher only when its path looks
-    local), rewards must exist, and each stage must find what it needs among the stages before it.
+    local), rewards must exist, each stage must find what it needs among the stages before it, and train in a precision
+    that small gradients survive.
     """
-    return [*_teacher_problems(recipe.teacher, root), *_file_problems(recipe, root), *_order_problems(recipe)]
+    return [
+        *_teacher_problems(recipe.teacher, root),
+        *_file_problems(recipe, root),
+        *_order_problems(recipe),
+        *_precision_problems(recipe),
+    ]
 
 
 def reward_names() -> list[str]:
@@ -165,3 +171,17 @@ def _order_problems(recipe: Recipe) -> Iterator[Problem]:
         if isinstance(stage, Evaluate) and "distill" not in before and not stage.also:
             message = "nothing to evaluate: needs an earlier distill stage, or finished ones in also"
             yield Problem(("stages", i), message)
+
+
+def _precision_problems(recipe: Recipe) -> Iterator[Problem]:
+    """An adapter beside a teacher's float16 weights, without autocast, would be trained in float16, where small
+    gradients are zeros."""
+    if recipe.teacher.dtype != "float16":
+        return
+    adapter = None
+    for i, stage in enumerate(recipe.stages):
+        if isinstance(stage, Distill):
+            adapter = stage.adapter
+        if isinstance(stage, Distill | Tuning) and isinstance(adapter, Lora) and stage.precision == "no":
+            message = "no would train in the float16 of teacher.dtype, where small gradients are lost: write bf16, or "
+            yield Problem(("stages", i, "precision"), message + "teacher.dtype: float32")

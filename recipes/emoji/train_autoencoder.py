@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
+from mlcm_rl.runtime import cpu_has_bfloat16
 from sources import cache_folder, load_pictures, progress_line, write_text
 
 
@@ -87,7 +88,9 @@ def train(
     settings: AutoencoderSettings,
     on_step: Callable[[int, float, AutoencoderKL], None] = lambda step, loss, averaged: None,
 ) -> AutoencoderKL:
-    """Train `model` in place on `pixels`, uint8 (N, H, W, 3), in bfloat16 autocast; return its running average.
+    """Train `model` in place on `pixels`, uint8 (N, H, W, 3); return its running average.
+
+    Under bfloat16 autocast where the CPU has such arithmetic.
 
     `on_step(step, loss, averaged)` is called after every step, counted from 1.
     """
@@ -101,7 +104,7 @@ def train(
     batches = index_batches(len(pixels), settings.batch_size, generator)
     for step in range(1, settings.num_steps + 1):
         images = augment(as_images(pixels[next(batches)]), settings.shift, generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16()):
             posterior = model.encode(images).latent_dist
             decoded = model.decode(posterior.sample(generator)).sample
         values = posterior.mean.numel() / len(images)
@@ -166,11 +169,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=AutoencoderSettings.num_steps)
     parser.add_argument("--latent-channels", type=int, default=AutoencoderSettings.latent_channels)
+    parser.add_argument("--factor", type=int, default=8, choices=(4, 8), help="by which each side shrinks")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--name", default="autoencoder", help="folder in the cache to write")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    settings = AutoencoderSettings(num_steps=arguments.steps, latent_channels=arguments.latent_channels)
+    widths = AutoencoderSettings.widths[: arguments.factor.bit_length()]
+    settings = AutoencoderSettings(widths, arguments.latent_channels, arguments.steps)
     pictures = load_pictures(64)
     held_out = np.array([is_held_out(codepoint) for codepoint in pictures.codepoints])
     seen, unseen = (torch.from_numpy(pictures.pixels[mask]) for mask in (~held_out, held_out))

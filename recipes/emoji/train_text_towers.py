@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from captions import LANGUAGES, captions_of, label_and_tags, split_of, teacher_concepts
 from e5 import encode_texts
+from mlcm_rl.runtime import cpu_has_bfloat16
 from sources import STYLES, Concept, cache_folder, list_concepts, progress_line, write_text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -195,7 +196,10 @@ def train(
     settings: TowerSettings,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Sequence[Heads]:
-    """Train the towers in place, in bfloat16 autocast; return their heads. `on_step(step, loss)` counts from 1."""
+    """Train the towers in place, in bfloat16 where the CPU has it; return their heads.
+
+    `on_step(step, loss)` counts from 1.
+    """
     torch.manual_seed(settings.seed)
     heads = [Heads(tower.config.hidden_size, tower.config.projection_dim, targets.shape[1]) for tower in towers]
     parameters = [p for module in (*towers, *heads) for p in module.parameters()]
@@ -205,7 +209,7 @@ def train(
     )
     for step in range(1, settings.num_steps + 1):
         ids, concepts, styles = batches.draw()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16()):
             loss = towers_loss(towers, heads, ids, targets[concepts], styles, settings.temperature)
         optimizer.zero_grad()
         loss.backward()

@@ -108,3 +108,20 @@ def test_evaluation_needs_a_student_of_this_recipe_or_another(broken, root):
 
 def test_the_rewards_known_without_torch_are_those_that_would_be_found():
     assert reward_names() == rewards.names()
+
+
+def test_an_adapter_is_not_trained_in_float16(broken, root):
+    half = "teacher.dtype=float16"
+    (problem,) = broken(overrides=(half,))
+    assert (problem.place.line, key_text(problem.key)) == (16, "stages[1].precision")
+    assert problem.nearest == ""
+    assert "write bf16, or teacher.dtype: float32" in problem.text
+    tuned = "  - kind: feedback\n    prompts: data/prompts.txt\n    num_steps: 4\n    batch_size: 2\n"
+    tuned += (
+        "    learning_rate: 1e-4\n    rewards: [{name: colourfulness}]\n    guard: {rewards: [{name: brightness}]}\n"
+    )
+    both = broken(("  - kind: evaluate\n", tuned + "  - kind: evaluate\n"), overrides=(half,))
+    assert [key_text(problem.key) for problem in both] == ["stages[1].precision", "stages[2].precision"]
+    # A full student has weights of its own, in float32.
+    for changes in ("stages.distill.precision=bf16",), ("stages.distill.adapter={kind: full}",):
+        assert load(root / "good.yaml", [half, *changes], root).teacher.dtype == "float16"
