@@ -22,6 +22,7 @@ from .bases import Base
 from .checkpoint import forget_origin, public, replacing
 from .equations.segments import NUM_SEGMENTS, paper_times, sampling_times
 
+STOCK_GAMMAS = (0.0, 1.0)
 PAPER_NUM_TIMES = 1000  # the paper's grids are given for this many
 
 SCHEDULE_KEYS = (
@@ -41,24 +42,30 @@ def export(
     out: Path | str,
     card_table: str | None = None,
     snapshots: Mapping[int, Path] | None = None,
+    gamma: float | None = None,
 ) -> Path:
     """Write the student in `student_folder` to the new folder `out`, in one rename; returns `out`.
 
     `card_table` is Markdown for the card; `snapshots` are students to ship beside it, by the number of steps that each
-    is for. Raises FileExistsError where `out` is taken, ValueError for a snapshot that stock diffusers cannot sample.
+    is for; `gamma` is what the student was tuned under, by default what suits it. One between 0 and 1, for which there
+    is no stock scheduler, is said in the card.
+    Raises FileExistsError where `out` is taken, ValueError for a snapshot that stock diffusers cannot sample.
     """
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} is there already; name a new folder to export to")
     student = adapters.load_student(base, student_folder)
+    tuned_under = student.default_gamma if gamma is None else gamma
+    stock_gamma = tuned_under if tuned_under in STOCK_GAMMAS else student.default_gamma
     with replacing(out) as folder:
-        _write_pipeline(base, student, folder)
+        _write_pipeline(base, student, stock_gamma, folder)
         for num_steps, source in sorted((snapshots or {}).items()):
             _write_snapshot(base, adapters.load_student(base, source), folder / f"steps-{num_steps}")
         forget_origin(folder)
         for licence in sorted(Path(base.teacher.path).glob("LICENSE*")):
             shutil.copy(licence, folder)
-        (folder / "README.md").write_text(_card(base, student, out.name, card_table, sorted(snapshots or {})))
+        card = _card(base, student, out.name, tuned_under, card_table, sorted(snapshots or {}))
+        (folder / "README.md").write_text(card)
     return out
 
 
@@ -68,7 +75,7 @@ def stock_scheduler(base: Base, gamma: float) -> LCMScheduler | TCDScheduler:
     TCD's last step ends at index 0, not at x0. Raises ValueError for any other gamma, and where the teacher's number of
     times puts the milestones elsewhere than these schedulers can.
     """
-    if gamma not in (0.0, 1.0):
+    if gamma not in STOCK_GAMMAS:
         raise ValueError(f"gamma is {gamma}; stock pipelines sample with 0 (TCDScheduler) or 1 (LCMScheduler)")
     teacher = base.pipeline.scheduler.config
     settings = {key: teacher[key] for key in SCHEDULE_KEYS if key in teacher}
@@ -83,12 +90,12 @@ def stock_scheduler(base: Base, gamma: float) -> LCMScheduler | TCDScheduler:
     return scheduler
 
 
-def _write_pipeline(base: Base, student: Student, folder: Path) -> None:
+def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) -> None:
     """The whole pipeline; a conditioned student's index names a class of its own: no stock one is to open it."""
     pipeline = copy.copy(base.pipeline)  # the teacher's keeps its own denoiser and scheduler
     pipeline.unet = adapters.merged(student, base.dtype)
     pipeline.unet.register_to_config(sample_size=base.latent_shape[-1])  # the resolution it was distilled at
-    pipeline.scheduler = stock_scheduler(base, student.default_gamma)
+    pipeline.scheduler = stock_scheduler(base, gamma)
     pipeline.save_pretrained(folder)
     for config in folder.glob("text_encoder*/config.json"):
         # transformers loads in the stated precision and diffusers in float32: stated so, a half teacher opens in one
@@ -122,7 +129,7 @@ def _write_snapshot(base: Base, student: Student, folder: Path) -> None:
 # The card
 
 
-def _card(base: Base, student: Student, name: str, table: str | None, snapshots: list[int]) -> str:
+def _card(base: Base, student: Student, name: str, tuned_under: float, table: str | None, snapshots: list[int]) -> str:
     """README.md: what it is, code that runs, grids, measurements, licence."""
     teacher = public(base.teacher.path)
     licence = _licence(Path(base.teacher.path))
@@ -130,7 +137,7 @@ def _card(base: Base, student: Student, name: str, table: str | None, snapshots:
         _front_matter(teacher, licence),
         f"# {name}\n\nA student of `{teacher}` for 1 to {NUM_SEGMENTS} steps, made by multistep consistency "
         f"distillation with `mlcm-rl` (guidance {base.teacher.guidance_scale:g} is inside: sample with "
-        f"`guidance_scale=0`). {_kind(student)}",
+        f"`guidance_scale=0`). {_kind(student, tuned_under)}",
         "## Use\n\n" + _usage(student, name),
     ]
     if not (student.conditioned or student.tuned) and (student.folder / LORA_FILE).is_file():
@@ -157,8 +164,13 @@ def _front_matter(teacher: str, licence: str | None) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _kind(student: Student) -> str:
+def _kind(student: Student, tuned_under: float) -> str:
     tuned = " It was then tuned to preferences; both are in its weights." if student.tuned else ""
+    if tuned_under not in STOCK_GAMMAS:
+        tuned += (
+            f" It was tuned under gamma {tuned_under:g}, which no stock scheduler samples with: this folder's takes "
+            f"{student.default_gamma:g}."
+        )
     return _distilled_kind(student) + tuned
 
 

@@ -1,13 +1,14 @@
 """diffusers pipeline of a student that is told where each of its jumps ends; exported beside it as pipeline.py.
 
 It needs diffusers alone. What it changes in the stock pipeline: the denoiser's `timestep_cond`, which there embeds a
-guidance scale, is the next time of the scheduler's grid (0 after the last).
+guidance scale, is the next time of the scheduler's grid (0 after the last, and of LCMScheduler, which goes to the clean
+latents and puts noise back).
 """
 
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import LCMScheduler, StableDiffusionXLPipeline
 from diffusers.models.embeddings import get_timestep_embedding
 
 
@@ -26,6 +27,7 @@ class TargetTimePipeline(StableDiffusionXLPipeline):
     def _tell_target_time(self, unet: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         sample, t = args
         times = self.scheduler.timesteps.tolist()
-        target = [*times[1:], 0][times.index(int(t))]
+        renoises = isinstance(self.scheduler, LCMScheduler)
+        target = 0 if renoises else [*times[1:], 0][times.index(int(t))]
         sinusoids = get_timestep_embedding(torch.tensor([target]), unet.config.time_cond_proj_dim)
         return args, {**kwargs, "timestep_cond": sinusoids.expand(len(sample), -1).to(sample.device, sample.dtype)}

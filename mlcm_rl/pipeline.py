@@ -18,7 +18,7 @@ from .checkpoint import CheckpointError, finish, is_finished, read_json, sha256,
 from .data import read_prompts
 from .devices import Device
 from .equations.segments import sampling_times
-from .evaluation.rows import tuned_from
+from .evaluation.rows import own_gamma
 from .export import export as write_export
 from .fingerprint import STUDENTS, Located, locate, parents_of, seed_of_stage
 from .memory import launches
@@ -69,6 +69,7 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
     With `skip_damaged` a stage goes on from its newest whole checkpoint; without, a damaged one above it is an error.
     """
     done: list[Located] = []
+    links = Path(recipe.runs) / recipe.name
     for number, stage in enumerate(recipe.stages):
         try:
             distributed.start(device_of(recipe.device))
@@ -77,12 +78,13 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
                 refuse_another(found, verify(found.folder))
                 console.print(f"[dim]{stage.kind}[/] {found.folder} is done", soft_wrap=True)
             else:
+                distributed.by_first(_unlink, links, range(number, sys.maxsize))  # until they are of this recipe
                 _run_stage(stage, recipe, done, found, skip_damaged)
-            link = Path(recipe.runs) / recipe.name / f"{number:02d}-{stage.kind}"
-            distributed.by_first(_link, link, found.folder)
+            distributed.by_first(_link, links, number, found)
         except PEOPLES_ERRORS as error:
             raise RunError(f"stages[{number}] ({stage.kind}): {said(error)}") from error
         done.append(found)
+    distributed.by_first(_unlink, links, range(len(done), sys.maxsize))
     distributed.finish()
     return done
 
@@ -224,10 +226,18 @@ def _from_folder(rewards: Sequence[str | Reward], folder: Path) -> list[Reward]:
     return [one.from_folder(str(folder)) for one in named]
 
 
-def _link(link: Path, folder: Path) -> None:
-    link.parent.mkdir(parents=True, exist_ok=True)
-    link.unlink(missing_ok=True)
-    link.symlink_to(Path("..") / "stages" / folder.name)
+def _link(links: Path, number: int, found: Located) -> None:
+    """Make link `number` in the folder `links` lead to a finished stage."""
+    links.mkdir(parents=True, exist_ok=True)
+    _unlink(links, range(number, number + 1))
+    (links / f"{number:02d}-{found.kind}").symlink_to(Path("..") / "stages" / found.folder.name)
+
+
+def _unlink(links: Path, numbers: range) -> None:
+    """Remove the links of these numbers: what stands behind them is of another version of the recipe."""
+    for link in links.glob("[0-9]*-*"):
+        if link.is_symlink() and int(link.name.split("-")[0]) in numbers:
+            link.unlink()
 
 
 # ---- what is done with a finished run ----
@@ -264,9 +274,7 @@ def sample(
     times = sampling_times(num_steps, 1 if student.conditioned else student.num_segments)
     generators = [generator(seed, "sample", i) for i in range(len(prompts))]
     noise = base.noise(generators, len(prompts))
-    tuned = tuned_from(folder / "student")
-    own_gamma = tuned[1] if tuned else student.default_gamma
-    gamma = own_gamma if gamma is None else gamma
+    gamma = own_gamma(folder / "student") if gamma is None else gamma
     with torch.no_grad():
         conditioning = base.encode_prompts(prompts)
         x0 = sampler.sample(base, student.denoiser, conditioning, noise, times, gamma, generators, student.conditioned)
@@ -293,7 +301,8 @@ def pairs(
     recipe = _recipe_of(folder)
     student = read_json(folder / "manifest.json", fingerprint=str)["fingerprint"]
     read = read_prompts(prompts)[:num_prompts]
-    asked = ranking.Asked(student, sha256(prompts), reward, num_generations, num_steps, min_margin, seed)
+    gamma = own_gamma(folder / "student")
+    asked = ranking.Asked(student, sha256(prompts), reward, num_generations, num_steps, gamma, min_margin, seed)
     device = device_of(recipe.device)
     model = build(Reward(name=reward), device)
     refuse_unread(model, reward, {prompt.language for prompt in read})
@@ -328,7 +337,9 @@ def pairs_by_hand(
     recipe = _recipe_of(folder)
     student = read_json(folder / "manifest.json", fingerprint=str)["fingerprint"]
     read = read_prompts(prompts)[:num_prompts]
-    asked = ranking.Asked(student, sha256(prompts), ranking.BY_HAND, 2, num_steps, 0.0, seed)
+    asked = ranking.Asked(
+        student, sha256(prompts), ranking.BY_HAND, 2, num_steps, own_gamma(folder / "student"), 0.0, seed
+    )
     choices = labels.Choices(asked, read, out)
     if labels.num_drawn(read, out) < len(read):
         base = bases.load(recipe.teacher, device_of(recipe.device))
@@ -378,7 +389,8 @@ def export(run_folder: Path, out: Path) -> Path:
         described = adapters.describe(path)
         if not described["conditioned"] and described["segments"] > 1:
             snapshots[described["segments"]] = path
-    return write_export(folder / "student", base, out, _card_table(run_folder), snapshots)
+    gamma = own_gamma(folder / "student")
+    return write_export(folder / "student", base, out, _card_table(run_folder), snapshots, gamma)
 
 
 def _card_table(run_folder: Path) -> str | None:

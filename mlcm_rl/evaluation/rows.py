@@ -84,6 +84,15 @@ def tuned_from(folder: Path) -> tuple[str, float] | None:
     return kept["parents"]["distill"], gamma
 
 
+def own_gamma(folder: Path) -> float:
+    """The gamma that the student in `folder` was tuned under, or what suits it."""
+    tuned = tuned_from(folder)
+    if tuned is not None:
+        return tuned[1]
+    described = describe(folder)
+    return default_gamma(described["segments"], described["conditioned"])
+
+
 def is_student_of(folder: Path, stage: str) -> bool:
     """Whether `folder` is what the stage in the folder named `stage` has finished with."""
     return folder.name == "student" and folder.resolve().parent.name == stage

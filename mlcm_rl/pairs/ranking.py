@@ -33,6 +33,7 @@ class Asked:
     reward: str  # its name, or BY_HAND
     num_generations: int
     num_steps: int
+    gamma: float
     min_margin: float
     seed: int
 
@@ -122,7 +123,7 @@ def samples(asked: Asked, base: Base, student: Student, prompts: list[Prompt], f
         base.encode_prompts(repeated),
         base.noise(generators, len(repeated)),
         times,
-        student.default_gamma,
+        asked.gamma,
         generators,
         student.conditioned,
     )

@@ -9,7 +9,7 @@ import pytest
 
 import runs
 from mlcm_rl.adapters import default_gamma
-from mlcm_rl.evaluation.rows import Entry, entries, student_folders, student_rows, teacher_rows
+from mlcm_rl.evaluation.rows import Entry, entries, own_gamma, student_folders, student_rows, teacher_rows
 from mlcm_rl.evaluation.training_cost import TrainingCost
 from mlcm_rl.plan import evaluations_per_row
 from mlcm_rl.recipe import Evaluate
@@ -20,9 +20,9 @@ def stage(**settings):
 
 
 def student(num_segments, conditioned=False):
-    own_gamma = default_gamma(num_segments, conditioned)
-    cost, gammas = TrainingCost(10, 40, 0, 20), (own_gamma, 1.0 - own_gamma)
-    return Entry("student", Path("student"), num_segments, conditioned, cost, own_gamma, gammas)
+    own = default_gamma(num_segments, conditioned)
+    cost = TrainingCost(10, 40, 0, 20)
+    return Entry("student", Path("student"), num_segments, conditioned, cost, own, (own, 1.0 - own))
 
 
 def test_the_reference_comes_first_and_costs_two_evaluations_a_guided_step():
@@ -104,6 +104,7 @@ def test_a_tuned_student_is_measured_at_the_gamma_it_was_tuned_under_and_so_is_w
     asked = stage(num_steps=[1, 2], gammas=[0.0], also=[str(other)])
     distilled, tuned, another = entries(asked, parents, base)
     assert (distilled.own_gamma, tuned.own_gamma, another.own_gamma) == (0.0, own, 0.0)
+    assert [own_gamma(folder / "student") for folder in (*parents.values(), other)] == [0.0, own, 0.0]
     measured = [
         {(row.num_steps, row.gamma) for row in student_rows(asked, 0, one)} for one in (distilled, tuned, another)
     ]

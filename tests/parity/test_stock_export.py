@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 import tiny
@@ -40,8 +40,12 @@ class Case:
     job: dict = field(default_factory=dict)  # of stock_samples.py; {teacher} and {out} stand for the folders
     of: str | None = None  # the case whose export this one opens, its own by default
 
+    tuned_under: float | None = None
+
     @property
     def gamma(self) -> float:
+        if self.tuned_under is not None:
+            return self.tuned_under
         return 1.0 if self.segments == 1 and not self.conditioned else 0.0
 
 
@@ -55,6 +59,8 @@ CASES = [
     Case("renoising-sd21", "sd21", Full(), 1, SOME_STEPS),
     Case("deterministic-full", "sdxl", Full(), 4, SOME_STEPS),
     Case("conditioned", "sdxl", LORA, 1, ALL_STEPS, conditioned=True, job={"trust": True}),
+    Case("conditioned-renoising", "sdxl", LORA, 1, SOME_STEPS, conditioned=True, job={"trust": True}, tuned_under=1.0),
+    Case("renoising-tuned-deterministic", "sdxl", LORA, 1, SOME_STEPS, tuned_under=0.0),
     Case("conditioned-sd15", "sd15", Full(), 1, SOME_STEPS, conditioned=True, job={"trust": True}),
 ]  # fmt: skip
 
@@ -96,7 +102,8 @@ def _export(base: Base, case: Case, found: Exported) -> None:
     adapters.save_student(denoiser, found.student(case), description)
     told = case.name == "conditioned"
     snapshots = {steps: found.student(one) for steps, one in SNAPSHOTS.items()} if told else None
-    export(found.student(case), base, found.out(case), "| steps | R@5 |\n|---|---|\n| 4 | 0.9 |", snapshots)
+    table = "| steps | R@5 |\n|---|---|\n| 4 | 0.9 |"
+    export(found.student(case), base, found.out(case), table, snapshots, case.tuned_under)
 
 
 def _job(base: Base, case: Case, found: Exported) -> dict:
@@ -167,7 +174,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_stock_pipeline_samples_an_export_as_our_sampler_does(case, loaded, exported):
     base = loaded[case.teacher]
     student = adapters.load_student(base, exported.student(case))
-    assert student.default_gamma == case.gamma
+    assert student.default_gamma == case.gamma or case.tuned_under is not None
     for i, call in enumerate(case.calls):
         assert_close(exported.latents[case.name][str(i)], _ours(base, case, student, call))
 
@@ -213,6 +220,16 @@ def test_card_names_teacher_licence_grids_and_measurements(loaded, teachers, tmp
     assert (out / "LICENSE.md").read_text() == "You may."
     with pytest.raises(FileExistsError, match="out is there already"):
         export(tmp_path / "student", base, out)
+
+
+def test_card_says_where_no_stock_scheduler_samples_as_the_student_was_tuned(loaded, tmp_path):
+    base = loaded["sdxl"]
+    description = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
+    adapters.save_student(adapters.student(base, LORA, 0), tmp_path / "student", description)
+    out = export(tmp_path / "student", base, tmp_path / "out", gamma=0.3)
+    told = "tuned under gamma 0.3, which no stock scheduler samples with: this folder's takes 1."
+    assert told in (out / "README.md").read_text()
+    assert isinstance(DiffusionPipeline.from_pretrained(out).scheduler, LCMScheduler)
 
 
 def test_export_is_whole_or_absent_and_refuses_a_conditioned_snapshot(loaded, tmp_path):

@@ -169,7 +169,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_best_of_a_prompts_samples_is_chosen_and_the_worst_rejected(tmp_path):
     images = torch.tensor([0.0, 0.2, 0.4, 0.6]).view(4, 1, 1, 1).expand(4, 3, 8, 8)
-    asked = ranking.Asked("", "", "taste", num_generations=4, num_steps=1, min_margin=0.75, seed=0)
+    asked = ranking.Asked("", "", "taste", num_generations=4, num_steps=1, gamma=1.0, min_margin=0.75, seed=0)
     scores = torch.tensor([0.25, 1.0, 0.0, 0.5])
     row = ranking.write_pair(asked, Prompt("a cat", "en"), images, scores, 7, tmp_path)
     assert row == {

@@ -9,6 +9,7 @@ import pytest
 import runs
 import tiny
 from mlcm_rl import pipeline
+from mlcm_rl.checkpoint import finish
 from mlcm_rl.fingerprint import settings
 from mlcm_rl.pipeline import RunError
 from mlcm_rl.plan import network_evaluations
@@ -47,6 +48,32 @@ def test_a_training_stage_says_what_memory_was_predicted_and_what_was_measured(f
     assert memory["predicted"]["gradients"] > 0
     assert memory["measured"] is None or memory["measured"] >= 0
     assert json.loads((store.folder / "manifest.json").read_text())["memory"] is None
+
+
+def test_links_lead_to_nothing_of_an_earlier_version_of_the_recipe(tiny_sdxl, tmp_path, monkeypatch):
+    stopped_at = []
+
+    def run_stage(stage, recipe, done, found, skip_damaged):
+        if stage.kind in stopped_at:
+            raise ValueError("stopped")
+        found.folder.mkdir(parents=True)
+        finish(found.folder, {"kind": stage.kind, "fingerprint": found.fingerprint})
+
+    monkeypatch.setattr(pipeline, "_run_stage", run_stage)
+    recipe = runs.whole(tiny_sdxl, tmp_path, segments=[1])
+    links = Path(recipe.runs, recipe.name)
+    pipeline.run(recipe)
+    stopped_at.append("evaluate")
+    changed = change(recipe, 1, learning_rate=2e-3)
+    with pytest.raises(RunError, match="stopped"):
+        pipeline.run(changed)
+    assert sorted(link.name for link in links.iterdir()) == ["00-trajectories", "01-distill"]
+    with pytest.raises(RunError, match="holds no finished evaluate"):
+        pipeline.find_stage(links, ("evaluate",))
+    pipeline.run(recipe)  # all of it is there
+    assert len(list(links.iterdir())) == 3
+    done = pipeline.run(recipe.model_copy(update={"stages": recipe.stages[:2]}))
+    assert [link.resolve() for link in sorted(links.iterdir())] == [stage.folder.resolve() for stage in done]
 
 
 def test_a_second_run_does_nothing(finished, capsys):
