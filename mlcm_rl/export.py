@@ -22,7 +22,6 @@ from .bases import Base
 from .checkpoint import forget_origin, public, replacing
 from .equations.segments import NUM_SEGMENTS, paper_times, sampling_times
 
-STOCK_GAMMAS = (0.0, 1.0)
 PAPER_NUM_TIMES = 1000  # the paper's grids are given for this many
 
 SCHEDULE_KEYS = (
@@ -47,39 +46,36 @@ def export(
     """Write the student in `student_folder` to the new folder `out`, in one rename; returns `out`.
 
     `card_table` is Markdown for the card; `snapshots` are students to ship beside it, by the number of steps that each
-    is for; `gamma` is what the student was tuned under, by default what suits it. One between 0 and 1, for which there
-    is no stock scheduler, is said in the card.
+    is for; `gamma` is what the student was tuned under, by default what suits it. One between 0 and 1 is the `eta` that
+    the card's code passes.
     Raises FileExistsError where `out` is taken, ValueError for a snapshot that stock diffusers cannot sample.
     """
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} is there already; name a new folder to export to")
     student = adapters.load_student(base, student_folder)
-    tuned_under = student.default_gamma if gamma is None else gamma
-    stock_gamma = tuned_under if tuned_under in STOCK_GAMMAS else student.default_gamma
+    gamma = student.default_gamma if gamma is None else gamma
     with replacing(out) as folder:
-        _write_pipeline(base, student, stock_gamma, folder)
+        _write_pipeline(base, student, gamma, folder)
         for num_steps, source in sorted((snapshots or {}).items()):
             _write_snapshot(base, adapters.load_student(base, source), folder / f"steps-{num_steps}")
         forget_origin(folder)
         for licence in sorted(Path(base.teacher.path).glob("LICENSE*")):
             shutil.copy(licence, folder)
-        card = _card(base, student, out.name, tuned_under, card_table, sorted(snapshots or {}))
+        card = _card(base, student, out.name, gamma, card_table, sorted(snapshots or {}))
         (folder / "README.md").write_text(card)
     return out
 
 
 def stock_scheduler(base: Base, gamma: float) -> LCMScheduler | TCDScheduler:
-    """diffusers' scheduler that walks our default grid: LCM's for gamma 1; TCD's for gamma 0 (pipelines pass it eta 0).
+    """diffusers' scheduler that walks our default grid: LCM's for gamma 1, else TCD's, whose `eta` is gamma.
 
-    TCD's last step ends at index 0, not at x0. Raises ValueError for any other gamma, and where the teacher's number of
-    times puts the milestones elsewhere than these schedulers can.
+    Pipelines pass it eta 0 unless they are told another. TCD's last step ends at index 0, not at x0. Raises ValueError
+    where the teacher's number of times puts the milestones elsewhere than these schedulers can.
     """
-    if gamma not in STOCK_GAMMAS:
-        raise ValueError(f"gamma is {gamma}; stock pipelines sample with 0 (TCDScheduler) or 1 (LCMScheduler)")
     teacher = base.pipeline.scheduler.config
     settings = {key: teacher[key] for key in SCHEDULE_KEYS if key in teacher}
-    scheduler = (LCMScheduler if gamma else TCDScheduler)(**settings, original_inference_steps=NUM_SEGMENTS)
+    scheduler = (LCMScheduler if gamma == 1.0 else TCDScheduler)(**settings, original_inference_steps=NUM_SEGMENTS)
     scheduler.set_timesteps(NUM_SEGMENTS)
     expected = sampling_times(NUM_SEGMENTS, num_times=base.schedule.num_times)
     if scheduler.timesteps.tolist() != expected:
@@ -129,7 +125,7 @@ def _write_snapshot(base: Base, student: Student, folder: Path) -> None:
 # The card
 
 
-def _card(base: Base, student: Student, name: str, tuned_under: float, table: str | None, snapshots: list[int]) -> str:
+def _card(base: Base, student: Student, name: str, gamma: float, table: str | None, snapshots: list[int]) -> str:
     """README.md: what it is, code that runs, grids, measurements, licence."""
     teacher = public(base.teacher.path)
     licence = _licence(Path(base.teacher.path))
@@ -137,8 +133,8 @@ def _card(base: Base, student: Student, name: str, tuned_under: float, table: st
         _front_matter(teacher, licence),
         f"# {name}\n\nA student of `{teacher}` for 1 to {NUM_SEGMENTS} steps, made by multistep consistency "
         f"distillation with `mlcm-rl` (guidance {base.teacher.guidance_scale:g} is inside: sample with "
-        f"`guidance_scale=0`). {_kind(student, tuned_under)}",
-        "## Use\n\n" + _usage(student, name),
+        f"`guidance_scale=0`). {_kind(student)}",
+        "## Use\n\n" + _usage(student, name, gamma),
     ]
     if not (student.conditioned or student.tuned) and (student.folder / LORA_FILE).is_file():
         sections.append("Or the adapter alone, over its teacher:\n\n" + _lora_usage(student, teacher, name))
@@ -164,13 +160,8 @@ def _front_matter(teacher: str, licence: str | None) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _kind(student: Student, tuned_under: float) -> str:
+def _kind(student: Student) -> str:
     tuned = " It was then tuned to preferences; both are in its weights." if student.tuned else ""
-    if tuned_under not in STOCK_GAMMAS:
-        tuned += (
-            f" It was tuned under gamma {tuned_under:g}, which no stock scheduler samples with: this folder's takes "
-            f"{student.default_gamma:g}."
-        )
     return _distilled_kind(student) + tuned
 
 
@@ -180,7 +171,8 @@ def _distilled_kind(student: Student) -> str:
     return f"Segments at the end of its training: {student.num_segments}."
 
 
-def _usage(student: Student, name: str) -> str:
+def _usage(student: Student, name: str, gamma: float) -> str:
+    eta = f", eta={gamma:g}" if 0.0 < gamma < 1.0 else ""
     trust = ", trust_remote_code=True" if student.conditioned else ""
     return f"""```python
 import torch
@@ -188,7 +180,7 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{name}"{trust})
 seed = torch.Generator().manual_seed(0)
-image = pipe("a red apple", num_inference_steps=4, guidance_scale=0, generator=seed).images[0]
+image = pipe("a red apple", num_inference_steps=4, guidance_scale=0{eta}, generator=seed).images[0]
 image.save("sample.png")
 ```"""
 

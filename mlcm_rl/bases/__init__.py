@@ -25,6 +25,7 @@ from .. import precision
 from ..checkpoint import read_json, read_shapes
 from ..equations.prediction import x0_from_prediction
 from ..equations.schedule import Schedule, scaled_linear_betas, vp_schedule
+from ..equations.segments import NUM_TIMES
 from ..equations.solver import guided
 from ..recipe import Teacher
 from .files import MEMORY_FORMATS, empty_pipeline, load_pipeline
@@ -93,6 +94,11 @@ class Base(ABC):
         scheduler = self.pipeline.scheduler.config
         self.prediction_type: str = scheduler["prediction_type"]
         self.schedule = schedule_of(scheduler).to(device)
+        if self.schedule.num_times != NUM_TIMES:
+            raise ValueError(
+                f"teacher {teacher.path}: its scheduler has {self.schedule.num_times} times; only one of {NUM_TIMES}, "
+                "on which segments and samplers stand, can be distilled"
+            )
         self.resolution, self.latent_shape = _sizes(self.pipeline, teacher)
         logging.getLogger(self.pipeline_class.__module__).setLevel(logging.ERROR)  # it warns of every long prompt
 

@@ -73,7 +73,7 @@ class Trajectories(OneStage):
     prompts: str = Field(description=".txt (one a line) or .jsonl ({prompt, language, ...}) file")
     num_trajectories: PositiveInt
     num_held_out: int = Field(0, ge=0, description="trajectories of prompts after the first, for the held-out loss")
-    num_steps: PositiveInt = Field(48, description="solver steps: 8 segments of 6")
+    num_steps: int = Field(48, ge=8, le=992, description="solver steps: 8 segments of 6")
     batch_size: PositiveInt = presentation(16, description="trajectories solved at a time")
     dtype: Literal["float32", "float16"] = Field("float32", description="of the stored states; never bfloat16")
     shard_size: PositiveInt = presentation(64, description="trajectories in a file")
@@ -100,7 +100,7 @@ class Distill(Training):
     images: str | None = Field(None, description="captioned image folder, for source: data")
     prompts: str | None = Field(None, description="prompt file, for source: online and for inter_segment on samples")
     adapter: Lora | Full = Field(default_factory=Lora, discriminator="kind")
-    segments: list[NumSegments] = Field([8, 4, 2, 1], min_length=1, description="number of segments, phase by phase")
+    segments: list[NumSegments] = Field([8, 4, 2, 1], min_length=1, max_length=10, description="of each phase")
     num_steps: PositiveInt | list[PositiveInt] = Field(description="optimiser steps of each phase")
     learning_rate: PositiveFloat | list[PositiveFloat] = Field(1e-4, description="peak; decays to 0 within each phase")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up at the start of each phase")
@@ -150,6 +150,11 @@ class Distill(Training):
             raise ValueError("budgets are jumps across segments: they need condition_on_target: true and segments: [1]")
         if self.budgets and (self.source != "trajectories" or "consistency" in self.per_phase("target")):
             raise ValueError("budgets are jumps between stored states: they need those, and target: trajectory")
+        pairs = zip(self.per_phase("space"), self.per_phase("distance"), strict=True)
+        if ("x0", "log_l2") in pairs:
+            raise ValueError(
+                "distance: log_l2 weighs all jumps alike and space: x0 does not; with log_l2 take space: z"
+            )
         if self.source == "data" and self.images is None:
             raise ValueError("source: data needs images: a captioned image folder")
         if self.source == "online" and self.prompts is None:
@@ -362,7 +367,7 @@ class Evaluate(OneStage):
     students: Literal["last", "snapshots"] = Field(
         "last", description="the finished student, or the one after each phase too"
     )
-    teacher_steps: list[PositiveInt] = Field(
+    teacher_steps: list[Annotated[int, Field(ge=1, le=999)]] = Field(
         [25, 50], description="guided steps of the reference rows; the last is the reference"
     )
     teacher_solvers: list[Literal["ddim", "dpmpp", "unipc"]] = Field(

@@ -5,6 +5,7 @@ judge it; what they refuse is worded by `errors.py`; `check` looks beyond the ty
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import pkgutil
@@ -59,6 +60,7 @@ def check(recipe: Recipe, root: Path) -> list[Problem]:
         *_file_problems(recipe, root),
         *_order_problems(recipe),
         *_precision_problems(recipe),
+        *_resume_problems(recipe),
     ]
 
 
@@ -185,3 +187,15 @@ def _precision_problems(recipe: Recipe) -> Iterator[Problem]:
         if isinstance(stage, Distill | Tuning) and isinstance(adapter, Lora) and stage.precision == "no":
             message = "no would train in the float16 of teacher.dtype, where small gradients are lost: write bf16, or "
             yield Problem(("stages", i, "precision"), message + "teacher.dtype: float32")
+
+
+def _resume_problems(recipe: Recipe) -> Iterator[Problem]:
+    """A distill stage goes on with the student of the one before it, which has the adapter and the input it has."""
+    stages = [(i, stage) for i, stage in enumerate(recipe.stages) if isinstance(stage, Distill)]
+    for (j, before), (i, stage) in itertools.pairwise(stages):
+        if stage.adapter != before.adapter:
+            message = f"adapter must be that of stages[{j}], whose student this stage goes on with: "
+            yield Problem(("stages", i, "adapter"), message + str(before.adapter.model_dump()))
+        if before.condition_on_target and not stage.condition_on_target:
+            message = f"condition_on_target must be true: the student of stages[{j}] is told its target time"
+            yield Problem(("stages", i, "condition_on_target"), message)

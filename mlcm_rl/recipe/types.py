@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 TRAINED = "trained"  # the reward model that reads what a `train_reward` stage has made
 
 
@@ -53,7 +54,7 @@ class Training(OneStage):
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
     precision: Literal["no", "bf16"] = Field("no", description="autocast of the student's passes")
     weight_decay: NonNegativeFloat = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     max_grad_norm: PositiveFloat = 1.0
     log_every: PositiveInt = presentation(10)
     save_every: PositiveInt = presentation(200, description="steps between checkpoints to resume from")

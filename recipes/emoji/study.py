@@ -2,7 +2,8 @@
 
     python recipes/emoji/study.py [--seeds 3] [--prompts 1000] [--steps 2000] [--rows progressive,...] [KEY=VALUE ...]
 
-Each row is the recipe `recipes/emoji_mlcm.yaml` with other distill settings; all train on the same number of samples.
+Each row is the recipe `recipes/emoji_mlcm.yaml` with other distill settings. All train on the same number of samples,
+but for `budgets_long` (four times as many) and `progressive_second_stage` (a fifth more).
 What a student measured is kept, prompt by prompt, in a file of its own (`--results`), and a student that has one is
 done: the study may be cut off, go on elsewhere, or be shared among machines (`--seeds 1 --first-seed 2`), and the
 table is of all files that are there. Finished stages are found again too.

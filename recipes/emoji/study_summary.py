@@ -24,7 +24,7 @@ SINGLE_BUDGETS = (2, 3, 4, 6, 8)  # at which one student is set against the dedi
 RECALL_AT, RECALL_KEPT = 4, 0.95  # evaluations, and of the reference's R@5
 REFERENCE = ("teacher", "DDIM, guided", 100)
 DEDICATED = ("fixed_8", "fixed_8_trajectory", "fixed_4_trajectory", "fixed_2_trajectory")
-LONGER = ("budgets_long",)  # trained for more than LCM is
+DEARER = ("budgets_long", "progressive_second_stage", "online")  # trained on more samples, or evaluations, than LCM
 SINGLE = ("budgets", "budgets_long", "budgets_lora", "conditioned")
 NAME = re.compile(r"(?P<row>.+)-(?P<seed>\d+)")
 
@@ -91,7 +91,7 @@ def targets(students: Values, teachers: Values) -> list[str]:
     against the dedicated ones."""
     lcm = {pair: row for pair, row in students.items() if pair[0] == "lcm"}
     lines = []
-    at_equal_cost = {pair: row for pair, row in students.items() if pair[0] not in LONGER}
+    at_equal_cost = {pair: row for pair, row in students.items() if pair[0] not in DEARER}
     for n in BUDGETS:
         for name, rows, others in (("the undistilled teacher", students, teachers), ("LCM", at_equal_cost, lcm)):
             best, other = picked(rows, n), picked(others, n)

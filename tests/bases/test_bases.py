@@ -109,6 +109,14 @@ def test_half_precision_teacher_answers_in_float32_and_decodes_in_float32(teache
     assert torch.equal(half.decode(x_t), full.decode(x_t))
 
 
+def test_a_teacher_of_another_number_of_times_is_refused(tiny_sdxl, tmp_path):
+    folder = shutil.copytree(tiny_sdxl, tmp_path / "short")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_train_timesteps": 500}))
+    with pytest.raises(ValueError, match="its scheduler has 500 times; only one of 1000"):
+        bases.load(recipe.Teacher(path=str(folder), family="sdxl"), "cpu")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("family", ["sdxl", "sd"])
 def test_a_teacher_encodes_and_denoises_in_its_own_precision_under_autocast_too(teachers, family, dtype):

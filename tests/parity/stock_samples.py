@@ -1,7 +1,8 @@
 """Sample exported folders with diffusers and nothing of ours: a program, `stock_samples.py JOBS.json [CODE.py ...]`.
 
-A job is {"folder", "out", "prompts", "seed", "calls": [{"steps"} or {"timesteps"}]} and optionally "lora" and "unet"
-(parts to put over the folder's own), "scheduler" (whose to take instead) and "trust" (run the folder's pipeline.py).
+A job is {"folder", "out", "prompts", "seed", "calls": [{"steps"} or {"timesteps"}, "eta"]} and optionally "lora" and
+"unet" (parts to put over the folder's own), "scheduler" (whose to take instead) and "trust" (run the folder's own
+pipeline.py).
 Written to "out": the latents of each call by its number. Then each CODE.py is run, as a reader of a card would run it.
 """
 
@@ -28,6 +29,7 @@ def sample(job: dict) -> None:
     latents = {}
     for i, call in enumerate(job["calls"]):
         times = {"timesteps": call["timesteps"]} if "timesteps" in call else {"num_inference_steps": call["steps"]}
+        times |= {"eta": call["eta"]} if "eta" in call else {}
         generator = torch.Generator().manual_seed(job["seed"])
         found = pipe(job["prompts"], guidance_scale=0, generator=generator, output_type="latent", **times)
         latents[str(i)] = found.images.contiguous()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 import tiny
@@ -17,13 +17,14 @@ from mlcm_rl import adapters, bases, recipe, sampler
 from mlcm_rl.adapters import Student
 from mlcm_rl.bases import Base
 from mlcm_rl.equations.segments import paper_times, sampling_times
-from mlcm_rl.equations.solver import ddim_step, gamma_step
+from mlcm_rl.equations.solver import ddim_step, gamma_step, time_before_noise
 from mlcm_rl.export import export, stock_scheduler
 from mlcm_rl.recipe import Full, Lora
 
 PROMPTS, SEED = ["a red apple", "红苹果"], 7
 ALL_STEPS = [{"steps": steps} for steps in range(1, 9)]
 SOME_STEPS = [{"steps": steps} for steps in (1, 2, 4, 8)]
+WITH_ETA = [{"steps": steps, "eta": 0.3} for steps in (1, 2, 4)]
 PAPER = [{"timesteps": list(paper_times(4))}]
 
 
@@ -60,6 +61,8 @@ CASES = [
     Case("deterministic-full", "sdxl", Full(), 4, SOME_STEPS),
     Case("conditioned", "sdxl", LORA, 1, ALL_STEPS, conditioned=True, job={"trust": True}),
     Case("conditioned-renoising", "sdxl", LORA, 1, SOME_STEPS, conditioned=True, job={"trust": True}, tuned_under=1.0),
+    Case("tuned-between", "sdxl", LORA, 1, WITH_ETA, tuned_under=0.3),
+    Case("conditioned-between", "sdxl", LORA, 1, WITH_ETA, conditioned=True, job={"trust": True}, tuned_under=0.3),
     Case("renoising-tuned-deterministic", "sdxl", LORA, 1, SOME_STEPS, tuned_under=0.0),
     Case("conditioned-sd15", "sd15", Full(), 1, SOME_STEPS, conditioned=True, job={"trust": True}),
 ]  # fmt: skip
@@ -144,24 +147,31 @@ def _run_stock(root: Path, jobs: list[dict], card: Path) -> None:
 def _ours(base: Base, case: Case, student: Student, call: dict) -> torch.Tensor:
     """Our sampler's latents, noise drawn as the pipelines do: one generator for the start and every step.
 
-    For gamma 0 they are carried from the last x0 on to index 0, where TCDScheduler ends.
+    For gamma below 1 they are carried from the last x0 on to index 0, where TCDScheduler ends.
     """
     times = call.get("timesteps") or sampling_times(call["steps"])
     generator = torch.Generator().manual_seed(SEED)
     noise, conditioning = base.noise(generator, len(PROMPTS)), base.encode_prompts(PROMPTS)
     options = {"gamma": case.gamma, "generators": generator, "conditioned": case.conditioned}
     x0 = sampler.sample(base, student.denoiser, conditioning, noise, times, **options)
-    return x0 if case.gamma else _to_index_0(base, student, conditioning, noise, times, x0)
+    if case.gamma == 1.0:
+        return x0
+    generator.manual_seed(SEED)
+    base.noise(generator, len(PROMPTS))
+    return _to_index_0(base, student, conditioning, noise, times, x0, case.gamma, generator)
 
 
 @torch.no_grad()
-def _to_index_0(base, student, conditioning, noise, times, x0):
+def _to_index_0(base, student, conditioning, noise, times, x0, gamma, generator):
     """DDIM from the sampler's last state, walked to again, to index 0."""
     x_t = noise
     for t, s in zip(times, [*times[1:], 0], strict=True):
         t, s = torch.full((2,), t), torch.full((2,), s)
-        seen = base.x0(student.denoiser, x_t, t, conditioning, s if student.conditioned else None)
-        last, x_t = (x_t, t), gamma_step(x_t, seen, t, s, noise, 0.0, base.schedule)
+        told = time_before_noise(s, gamma) if student.conditioned else None
+        seen, last = base.x0(student.denoiser, x_t, t, conditioning, told), (x_t, t)
+        if s[0]:
+            fresh = base.noise(generator, len(noise)) if gamma else noise
+            x_t = gamma_step(x_t, seen, t, s, fresh, gamma, base.schedule)
     assert torch.equal(seen, x0)
     return ddim_step(last[0], x0, last[1], s, base.schedule)
 
@@ -220,16 +230,6 @@ def test_card_names_teacher_licence_grids_and_measurements(loaded, teachers, tmp
     assert (out / "LICENSE.md").read_text() == "You may."
     with pytest.raises(FileExistsError, match="out is there already"):
         export(tmp_path / "student", base, out)
-
-
-def test_card_says_where_no_stock_scheduler_samples_as_the_student_was_tuned(loaded, tmp_path):
-    base = loaded["sdxl"]
-    description = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
-    adapters.save_student(adapters.student(base, LORA, 0), tmp_path / "student", description)
-    out = export(tmp_path / "student", base, tmp_path / "out", gamma=0.3)
-    told = "tuned under gamma 0.3, which no stock scheduler samples with: this folder's takes 1."
-    assert told in (out / "README.md").read_text()
-    assert isinstance(DiffusionPipeline.from_pretrained(out).scheduler, LCMScheduler)
 
 
 def test_export_is_whole_or_absent_and_refuses_a_conditioned_snapshot(loaded, tmp_path):

@@ -125,3 +125,39 @@ def test_an_adapter_is_not_trained_in_float16(broken, root):
     # A full student has weights of its own, in float32.
     for changes in ("stages.distill.precision=bf16",), ("stages.distill.adapter={kind: full}",):
         assert load(root / "good.yaml", [half, *changes], root).teacher.dtype == "float16"
+
+
+AGAIN = "  - kind: distill\n    method: inter_segment\n    segments: [1]\n    batch_size: 16\n    num_steps: 10\n"
+
+
+def test_a_distill_stage_goes_on_with_the_adapter_and_the_input_of_the_one_before_it(broken, root):
+    change = ("  - kind: evaluate\n", AGAIN + "  - kind: evaluate\n")
+    (problem,) = broken(change)  # its adapter is the default one
+    assert key_text(problem.key) == "stages[2].adapter"
+    assert "adapter must be that of stages[1]" in problem.text
+    found = broken(change, overrides=("stages.1.condition_on_target=true", "stages.1.target=trajectory"))
+    assert [key_text(problem.key) for problem in found] == ["stages[2].adapter", "stages[2].condition_on_target"]
+    text = (root / "good.yaml").read_text("utf-8").replace(*change)
+    (root / "good.yaml").write_text(text, "utf-8")
+    assert len(load(root / "good.yaml", ["stages.2.adapter={kind: lora, rank: 8}"], root).stages) == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "text"),
+    [
+        ("stages.trajectories.num_steps=1000", "stages[0].num_steps", "from 8 to 992"),
+        ("stages.distill.betas=[0.9, 1.0]", "stages[1].betas[1]", "a number"),
+        ("stages.evaluate.teacher_steps=[1000]", "stages[2].teacher_steps[0]", "from 1 to 999"),
+        ("stages.distill.segments=[8,8,8,8,8,4,4,4,2,2,1]", "stages[1].segments", "list"),
+    ],
+)
+def test_what_would_fail_hours_later_is_refused_at_once(broken, override, key, text):
+    (problem,) = broken(overrides=(override,))
+    assert key_text(problem.key) == key
+    assert text in problem.text
+
+
+def test_the_logarithm_is_not_weighed_once_more(broken):
+    problems = broken(overrides=("stages.distill.space=x0", "stages.distill.distance=log_l2"))
+    assert [key_text(problem.key) for problem in problems] == ["stages[1].distance"]
+    assert "with log_l2 take space: z" in problems[0].text
