@@ -197,15 +197,28 @@ def folder_hash(folder: Path) -> str:
     A stage's manifest is left out: it says when and where the same files were made.
     """
     found = [path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".json", ".txt")]
-    files = [path for path in found if path != folder / "manifest.json"]
-    return _hash_of_files(folder, tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+    return _hash_of_files(folder, [path for path in found if path != folder / "manifest.json"])
+
+
+def contents_hash(folder: Path) -> str:
+    """Identity of all that a folder holds: one sha256 over the names and bytes of every file."""
+    return _hash_of_files(folder, [path for path in sorted(folder.rglob("*")) if path.is_file()])
+
+
+def _hash_of_files(folder: Path, files: list[Path]) -> str:
+    found = {path.relative_to(folder).as_posix(): sha256_once(path) for path in files}
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """sha256 of a file, cached by size and time of change: gigabytes are read once a process."""
+    found = path.stat()
+    return _sha256_at(path.absolute(), found.st_size, found.st_mtime_ns)
 
 
 @cache
-def _hash_of_files(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Cached by size and time of change: gigabytes are read once a process."""
-    found = {path.relative_to(folder).as_posix(): sha256(path) for path, _, _ in files}
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+def _sha256_at(path: Path, size: int, changed: int) -> str:
+    return sha256(path)
 
 
 # ---- what others may read ----

@@ -1,9 +1,11 @@
 """Where a stage's folder is: found by a hash of everything that can change its result, and of nothing else.
 
-Hashed: the stage's settings but for those marked `presentation`, the content of the files it reads, the teacher's
-weights, the seed, the stages it starts from, and a maths number per stage that is raised by hand. Not hashed: the
-commit, names, where runs live, and settings at their defaults, so that a new setting does not orphan finished stages
-(whoever changes a default raises the maths number).
+Hashed: the stage's settings but for those marked `presentation`, the content of the files and folders it reads, the
+source and weights of the rewards it asks (rewards/source.py), the teacher's weights, the seed, the stages it starts
+from, and a maths number per stage that is raised by hand. Not hashed: the commit, names, where runs live, and settings
+at their defaults, so that a new setting does not orphan finished stages (whoever changes a default raises the maths
+number). By hand it is raised, too, for our own code outside `reward_models`. Never seen: other people's packages that a
+reward imports, and pictures that a Parquet table of pairs only names.
 """
 
 import hashlib
@@ -12,8 +14,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import FORMAT, folder_hash, sha256, teacher_hash
-from .recipe import Distill, Feedback, Recipe, Stage, Strict
+from .checkpoint import FORMAT, contents_hash, folder_hash, read_json, sha256, teacher_hash
+from .recipe import Distill, Evaluate, Feedback, Recipe, Stage, Strict
+from .rewards.source import source_hashes
 
 # A stage's maths number: raised when its results would come out differently for the same settings.
 MATHS = {
@@ -40,17 +43,17 @@ PARENTS = {
     "policy": ("train_teacher", "train_reward", "distill"),
     "evaluate": ("train_teacher", "train_reward", *STUDENTS),
 }
-FILES = (
-    "prompts",
-    "guard_prompts",
-    "pairs",
-    "images",
-    "judge",
-    "inception",
-    "clip",
-)  # settings that name what a stage reads
-FOLDERS = ("small_decoder",)  # the same, of networks whose weights are hashed too
-INDEXES = ("metadata.jsonl", "config.json")  # what stands for a folder that is read
+# Settings that name what a stage reads, and how that is hashed: the bytes of a file, or all that a folder holds; with
+# a name, a folder must hold it.
+FILES = {
+    "prompts": None,
+    "guard_prompts": None,
+    "pairs": "metadata.jsonl",
+    "images": "metadata.jsonl",
+    "inception": None,
+    "real_images": None,
+}
+NETWORKS = ("judge", "clip", "small_decoder")  # the same, of folders with weights and configuration
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,16 @@ def identity(stage: Stage, recipe: Recipe, parents: dict[str, str]) -> dict:
 
     Raises FileNotFoundError naming a file that it reads and that is not there.
     """
-    files = {name: file_hash(value) for name in FILES if (value := getattr(stage, name, None))}
-    files |= {name: network_hash(value) for name in FOLDERS if (value := getattr(stage, name, None))}
+    read = {name: content_hash(value, FILES[name]) for name in FILES if (value := getattr(stage, name, None))}
+    read |= {name: network_hash(value) for name in NETWORKS if (value := getattr(stage, name, None))}
+    also = {"also": list(map(student_hash, stage.also))} if isinstance(stage, Evaluate) and stage.also else {}
     return {
         "format": FORMAT,
         "kind": stage.kind,
         "maths": MATHS[stage.kind],
-        "stage": settings(stage) | files,  # files by content, not by name
+        "stage": settings(stage) | read | also,  # by content, not by name
         **reward_files(stage),
+        **reward_sources(stage),
         "teacher": settings(recipe.teacher) | {"path": teacher_hash(recipe.teacher)},
         "parents": parents,
         "seed": seed_of_stage(stage, recipe),
@@ -131,18 +136,40 @@ def reward_files(stage: Stage) -> dict[str, dict[str, str]]:
     return {"reward_files": hashes} if hashes else {}
 
 
+def reward_sources(stage: Stage) -> dict[str, dict[str, dict[str, str]]]:
+    """Hashes of what each of the stage's rewards is made of, under one key; none for none."""
+    hashes = {reward.name: source_hashes(reward.name) for reward in stage.reward_models}
+    return {"reward_sources": hashes} if hashes else {}
+
+
 def network_hash(folder: str) -> str:
     """One hash of what is in the folder of a network. Raises FileNotFoundError where it holds no config.json."""
-    file_hash(str(Path(folder) / "config.json"))
+    sha256(Path(folder) / "config.json")
     return folder_hash(Path(folder))
 
 
-def file_hash(path: str) -> str:
-    """sha256 of a file, or of the index of a folder. Raises FileNotFoundError naming what is missing."""
+def content_hash(path: str, holding: str | None) -> str:
+    """sha256 of a file, or one of all that a folder holds.
+
+    Raises FileNotFoundError naming what is missing: the file or folder, or the file `holding` in it.
+    """
     place = Path(path)
-    if place.is_dir():
-        found = [place / name for name in INDEXES if (place / name).is_file()]
-        if not found:
-            raise FileNotFoundError(f"{path} holds none of {', '.join(INDEXES)}")
-        place = found[0]
-    return sha256(place)
+    if not place.is_dir():
+        return sha256(place)
+    if holding is not None and not (place / holding).is_file():
+        raise FileNotFoundError(f"{path} holds no {holding}")
+    return contents_hash(place)
+
+
+def student_hash(folder: str) -> str:
+    """The fingerprint of the finished stage that `folder` is now, often by a link; its student's hash without one.
+
+    Raises FileNotFoundError where it holds neither.
+    """
+    place = Path(folder)
+    manifest = read_json(place / "manifest.json") if (place / "manifest.json").is_file() else {}
+    if isinstance(said := manifest.get("fingerprint"), str):
+        return said
+    if not (place / "student").is_dir():
+        raise FileNotFoundError(f"also: {folder} holds no student; name the folder of a finished distill stage")
+    return folder_hash(place / "student")

@@ -51,7 +51,9 @@ class Training(OneStage):
     gradient_accumulation: PositiveInt = Field(
         1, description="micro-batches a step is split into; must divide batch_size"
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
+    gradient_checkpointing: bool = presentation(
+        False, description="recompute activations in the backward pass: less memory, the same gradients"
+    )
     precision: Literal["no", "bf16"] = Field("no", description="autocast of the student's passes")
     weight_decay: NonNegativeFloat = 0.0
     betas: tuple[Decay, Decay] = (0.9, 0.999)

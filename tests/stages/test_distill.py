@@ -107,7 +107,9 @@ def test_micro_batches_give_the_step_of_the_whole_batch(tiny_sdxl, store, tmp_pa
 def test_gradient_checkpointing_changes_no_gradient(tiny_sdxl, store, tmp_path):
     plain = train(tiny_sdxl, store, tmp_path / "plain", num_steps=2, segments=[2])
     saved = train(tiny_sdxl, store, tmp_path / "saved", num_steps=2, segments=[2], gradient_checkpointing=True)
-    assert [r["grad_norm"] for r in records(plain)] == pytest.approx([r["grad_norm"] for r in records(saved)], rel=1e-5)
+    assert [r["grad_norm"] for r in records(plain)] == [
+        r["grad_norm"] for r in records(saved)
+    ]  # not hashed: the same bits
 
 
 @pytest.mark.parametrize(

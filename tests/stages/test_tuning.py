@@ -198,7 +198,7 @@ def test_gradient_checkpointing_changes_no_gradient(distilled, tmp_path, variant
     saved = tune(distilled, tmp_path / "saved", variant, gradient_checkpointing=True)
     norms = [[record["grad_norm"] for record in records(folder)] for folder in (plain, saved)]
     assert all(norm > 0 for norm in norms[0])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert norms[0] == norms[1]  # not hashed: the same bits
 
 
 def test_a_small_decoder_moves_the_gradient_and_never_what_the_guard_sees(distilled, tmp_path):
