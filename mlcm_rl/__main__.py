@@ -9,7 +9,7 @@ import json
 import os
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -290,7 +290,9 @@ def replay(
 
 @app.command()
 def schema(
-    out: Annotated[Path | None, typer.Option(help="file to write; default: print it", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="file to write; default: print it", show_default=False)
+    ] = None,
 ) -> None:
     """Print the JSON schema of recipes, from which editors complete and check them."""
     text = json.dumps(json_schema(), indent=2) + "\n"
@@ -298,8 +300,14 @@ def schema(
         typer.echo(text, nl=False)
         return
     temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, out)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, out)
+    except OSError as error:
+        with suppress(OSError):  # it may not be there, nor its folder
+            temporary.unlink()
+        reason = (error.strerror or str(error)).lower()
+        raise typer.BadParameter(f"{out} could not be written: {reason}", param_hint="--out") from None
 
 
 app.command()(reward_commands.score)

@@ -27,6 +27,7 @@ from .memory.peak import Meter, begin
 from .operations import this_device
 from .pairs import labels, ranking
 from .plan import PlannedStage, Sizes, network_evaluations, planned_stages
+from .plan_table import way_out
 from .recipe import Distill, Evaluate, Recipe, Reward, Stage, TrainTeacher, Tuning
 from .rewards import build, refuse_unread
 from .runtime import NonFiniteLoss, StoppedBeforeUpdate, commit, console, device_of, generator, tell_truncated
@@ -68,11 +69,15 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
 
     With `skip_damaged` a stage goes on from its newest whole checkpoint; without, a damaged one above it is an error.
     """
+    try:
+        device = device_of(recipe.device)
+    except ValueError as error:
+        raise RunError(str(error)) from error
     done: list[Located] = []
     links = Path(recipe.runs) / recipe.name
     for number, stage in enumerate(recipe.stages):
         try:
-            distributed.start(device_of(recipe.device))
+            distributed.start(device)
             found = locate(stage, recipe, done)
             if distributed.agreed(is_finished(found.folder)):
                 refuse_another(found, verify(found.folder))
@@ -83,6 +88,12 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
             distributed.by_first(_link, links, number, found)
         except PEOPLES_ERRORS as error:
             raise RunError(f"stages[{number}] ({stage.kind}): {said(error)}") from error
+        except torch.OutOfMemoryError as error:
+            trains = isinstance(stage, TrainTeacher | Distill | Tuning)
+            raise RunError(
+                f"stages[{number}] ({stage.kind}): memory of the device does not suffice: {way_out(trains)}; "
+                "`mlcm plan` says what a stage needs. Finished stages and checkpoints are as they were"
+            ) from error
         done.append(found)
     distributed.by_first(_unlink, links, range(len(done), sys.maxsize))
     distributed.finish()
@@ -98,12 +109,14 @@ def plan(
     Memory is that of each process of `launch`; on a `device` the time is told too. Raises RunError for files that are
     named and missing, and where the processes cannot share a batch.
     """
-    kind = device.kind if device is not None else device_of(recipe.device).type
+    asked = device.kind if device is not None else recipe.device  # which need not be here
+    kind = device_of("auto").type if asked == "auto" else asked
     return planned_stages(recipe, kind if memory else None, launch, device)
 
 
+@_worded("plan")
 def device_here(recipe: Recipe) -> Device:
-    """The device that `recipe` would run on here, measured."""
+    """The device that `recipe` would run on here, measured. Raises RunError where it is not here."""
     return this_device(device_of(recipe.device))
 
 

@@ -11,7 +11,6 @@ from .quantities import in_words, time_in_words
 from .recipe import Recipe
 
 if TYPE_CHECKING:
-    from .memory import Memory
     from .memory.launches import Launch
     from .plan import PlannedStage
 
@@ -73,16 +72,16 @@ def _warnings(ahead: "list[PlannedStage]", launch: "Launch", device: Device | No
         Text.assemble(
             ("too large", "bold red"),
             f"  {stage.kind} needs {in_words(together * stage.memory.total)} and {device.name} has "
-            f"{in_words(device.memory)}: {_way_out(stage.memory)}",
+            f"{in_words(device.memory)}: {way_out(bool(stage.memory.gradients or stage.memory.host))}",
         )
         for stage in ahead
         if device is not None and stage.memory and together * stage.memory.total > device.memory
     ]
 
 
-def _way_out(memory: "Memory") -> str:
-    """What makes a stage smaller."""
-    if memory.gradients or memory.host:
+def way_out(trains: bool) -> str:
+    """What makes a stage smaller, one that trains a denoiser or one that does not."""
+    if trains:
         return "smaller micro-batches (gradient_accumulation), gradient_checkpointing, or another --launch"
     return "a smaller batch_size"
 

@@ -145,12 +145,13 @@ def tell_truncated(base: Base, prompts: list[str], source: str) -> None:
 
 
 def device_of(name: str) -> torch.device:
-    """The device a recipe asks for; `auto` takes CUDA, then MPS, then the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """The device a recipe asks for; `auto` takes CUDA, then MPS, then the CPU. Raises ValueError for one not here."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, available in here.items() if available))
+    if not here[name]:
+        raise ValueError(f"device: {name} is not available here: write device: auto or cpu")
+    return torch.device(name)
 
 
 def cpu_has_bfloat16() -> bool:

@@ -20,12 +20,7 @@ def load_pipeline(
     pipeline_class: type[DiffusionPipeline], teacher: Teacher, dtype: torch.dtype, device: torch.device
 ) -> DiffusionPipeline:
     """The frozen pipeline on `device`; its autoencoder in float32, since half precision overflows in SDXL's."""
-    index = pipeline_index(teacher)
-    if index.get("_class_name") != pipeline_class.__name__:
-        raise ValueError(
-            f"teacher {teacher.path}: its model_index.json is of a {index.get('_class_name')}, "
-            f"and family {teacher.family} loads {pipeline_class.__name__}; set teacher.family to match"
-        )
+    index = index_of(pipeline_class, teacher)
     unused = {name: None for name in ("safety_checker", "image_encoder", "feature_extractor") if name in index}
     check_components(teacher, {name: value for name, value in index.items() if name not in unused})
     precision = {"default": dtype, "vae": torch.float32}
@@ -41,7 +36,7 @@ def load_pipeline(
 
 def empty_pipeline(pipeline_class: type[DiffusionPipeline], teacher: Teacher) -> DiffusionPipeline:
     """The pipeline of a local folder with a denoiser and an autoencoder without data, and nothing else."""
-    folder, index = Path(teacher.path), pipeline_index(teacher)
+    folder, index = Path(teacher.path), index_of(pipeline_class, teacher)
     check_components(teacher, {name: value for name, value in index.items() if not name.startswith(OTHER_PARTS)})
     with torch.device("meta"):
         parts = {
@@ -71,6 +66,17 @@ def pipeline_index(teacher: Teacher) -> dict[str, Any]:
             "give a folder in diffusers format, or a hub name with a pinned revision"
         )
     return dict(local_first(DiffusionPipeline.load_config, teacher))
+
+
+def index_of(pipeline_class: type[DiffusionPipeline], teacher: Teacher) -> dict[str, Any]:
+    """The same for a teacher that `pipeline_class` loads. Raises ValueError for one of another family."""
+    index = pipeline_index(teacher)
+    if index.get("_class_name") != pipeline_class.__name__:
+        raise ValueError(
+            f"teacher {teacher.path}: its model_index.json is of a {index.get('_class_name')}, "
+            f"and family {teacher.family} loads {pipeline_class.__name__}; set teacher.family to match"
+        )
+    return index
 
 
 def check_components(teacher: Teacher, index: dict[str, Any]) -> None:

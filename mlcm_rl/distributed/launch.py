@@ -1,15 +1,31 @@
-"""A recipe in several processes: `mlcm run` once more, under `accelerate launch` with a file of recipes/launch."""
+"""A recipe in the processes of a launch file: `mlcm run` once more, under `accelerate launch`."""
 
 import logging
 import os
+import reprlib
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from ..recipe.tree import nearest
+
+ALONE = ("NO", "MULTI_CPU")  # accelerate starts one process, whatever the number says
+CHOICES = {
+    "distributed_type": (*ALONE, "MULTI_GPU", "DEEPSPEED", "FSDP"),  # what `engines` can train under
+    "compute_environment": ("LOCAL_MACHINE",),
+    "mixed_precision": ("no", "fp16", "bf16", "fp8"),
+}
+LEAST = {"num_processes": 1, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}
+SWITCHES = ("use_cpu", "debug", "same_network", "enable_cpu_affinity")
+MAY_BE_EMPTY = ("mixed_precision", "main_process_port", "gpu_ids")
+OLD_KEYS = ("fp16", "dynamo_backend")  # that accelerate still reads
 
 
 class LaunchError(Exception):
@@ -19,7 +35,8 @@ class LaunchError(Exception):
 def run_under(launch: Path, arguments: list[str]) -> int:
     """`mlcm run` with `arguments` in the processes that the accelerate configuration `launch` describes.
 
-    Returns the exit code: of the first process that failed, or 128 and the number of the signal that ended them all.
+    One process takes the place of this one: signals reach it, and its exit code is its own. Of several, returns the
+    exit code: of the first that failed, or 128 and the number of the signal that ended them all.
 
     Raises LaunchError for a file that is no such configuration, and for DeepSpeed where it is not installed.
     """
@@ -28,30 +45,94 @@ def run_under(launch: Path, arguments: list[str]) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     settings = read(launch)
-    if settings.get("distributed_type") == "DEEPSPEED" and find_spec("deepspeed") is None:
+    if settings["distributed_type"] == "DEEPSPEED" and find_spec("deepspeed") is None:
         raise LaunchError("DeepSpeed is not installed: pip install 'mlcm-rl[deepspeed]', or launch with fsdp2.yaml")
     if settings.get("use_cpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # `device: auto` then takes the CPU
-    processes = int(settings.get("num_processes", 1))
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = max(1, (os.cpu_count() or 1) // settings["num_processes"])
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     logging.disable(logging.ERROR)  # torchrun's account of a failure: the process that failed has said why
-    command = ["--config_file", str(launch), "--module", "mlcm_rl", "run", *arguments]
+    processes = ["--num_processes", str(settings["num_processes"])]
+    command = ["--config_file", str(launch), *processes, "--module", "mlcm_rl", "run", *arguments]
+    asked = launch_command_parser().parse_args(command)
     try:
-        launch_command(launch_command_parser().parse_args(command))
+        if settings["distributed_type"] in ALONE:
+            _become(asked)
+        launch_command(asked)
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
     except SignalException as stop:
         return 128 + stop.sigval
+    except ValueError as error:  # of accelerate, for keys that do not go together
+        raise LaunchError(f"{launch}: {error}") from error
     return 0
 
 
-def read(launch: Path) -> dict:
-    """What the configuration file `launch` says."""
+def _become(asked: Any) -> None:
+    """Let the one process that accelerate would start and wait for take the place of this one. Does not return.
+
+    Its launcher dies of a signal and leaves its child behind, and ends in a traceback where the child fails.
+    """
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    filled, _, _ = launch._validate_launch_command(asked)
+    command, environment = prepare_simple_launcher_cmd_env(filled)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execvpe(command[0], command, environment)
+
+
+def read(launch: Path) -> dict[str, Any]:
+    """What the configuration file `launch` says, `num_processes` always among it.
+
+    Raises LaunchError, with the key and what it should be, for what accelerate or this package cannot start.
+    """
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    reader = YAML(typ="safe", pure=True)
+    reader.version = (1, 1)  # as accelerate reads it: no without quotes is false
     try:
-        settings = YAML(typ="safe").load(launch.read_text(encoding="utf-8"))
-    except YAMLError as error:
+        settings = reader.load(launch.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise LaunchError(f"{launch} is not UTF-8: {error.reason} at byte {error.start}") from error
+    except (YAMLError, ValueError) as error:  # a date that is none, say
         raise LaunchError(f"{launch} is not YAML: {error}") from error
     if not isinstance(settings, dict) or "distributed_type" not in settings:
         raise LaunchError(f"{launch} is no accelerate configuration (no distributed_type): take one of recipes/launch")
+    if settings["distributed_type"] is False:
+        settings["distributed_type"] = "NO"
+    if settings["distributed_type"] == "NO":
+        settings.setdefault("num_processes", 1)
+    known = (*ClusterConfig.__dataclass_fields__, *OLD_KEYS)
+    for key, value in ({"distributed_type": None, "num_processes": None} | settings).items():
+        if key not in known:
+            near = nearest(str(key), known)
+            raise LaunchError(f"{launch}: {key}: unknown key" + (f"; did you mean {near}?" if near else ""))
+        if (expected := _expected(key, value)) is not None:
+            raise LaunchError(f"{launch}: {key}: expected {expected}, found {reprlib.repr(value)}")
+    if settings["distributed_type"] in ALONE and (settings["num_processes"], settings.get("num_machines", 1)) != (1, 1):
+        raise LaunchError(
+            f"{launch}: num_processes: expected 1 on one machine with distributed_type {settings['distributed_type']}; "
+            "several processes are MULTI_GPU, on the CPU too (recipes/launch/cpu2.yaml)"
+        )
     return settings
+
+
+def _expected(key: str, value: object) -> str | None:
+    """What the value of a known `key` should be, in words; None where `value` may stand there."""
+    if value is None and (key in MAY_BE_EMPTY or key.endswith("_config")):
+        return None
+    if key in CHOICES:
+        words = ", ".join('"no" (in quotes)' if one == "no" else one for one in CHOICES[key])
+        fits, expected = value in CHOICES[key], f"one of {words}" if len(CHOICES[key]) > 1 else words
+    elif key in LEAST:
+        fits = type(value) is int and value >= LEAST[key]  # True is no number here
+        expected = f"a whole number from {LEAST[key]}"
+    elif key in SWITCHES:
+        fits, expected = isinstance(value, bool), "true or false"
+    elif key == "gpu_ids":
+        fits, expected = isinstance(value, str), 'numbers in quotes, such as "0,1"'
+    else:
+        fits, expected = isinstance(value, dict) or not key.endswith("_config"), "settings with names"
+    return None if fits else expected

@@ -59,7 +59,7 @@ class Choices:
 
     def made(self) -> list[int | None]:
         """Of every pair judged so far the sample preferred, 0 or 1; None for neither."""
-        return ranking.progress_of(self.asked, self.out).get("choices", [])
+        return ranking.progress_of(self.asked, self.out, "choices")
 
     def choose(self, number: int, side: str) -> None:
         """Prefer the picture on `side` of a pair, or NEITHER. Raises ValueError for a pair whose turn it is not."""

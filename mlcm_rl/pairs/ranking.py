@@ -79,16 +79,19 @@ def write_table(rows: list[dict], out: Path) -> None:
 
 def finished(asked: Asked, out: Path) -> list[dict | None]:
     """What the first prompts have come to: a row of the table, or None for those that gave no pair."""
-    return progress_of(asked, out).get("rows", [])
+    return progress_of(asked, out, "rows")
 
 
-def progress_of(asked: Asked, out: Path) -> dict:
-    """What the progress file in `out` holds; nothing for a new folder. Raises ValueError for that of another table."""
+def progress_of(asked: Asked, out: Path, part: str) -> list:
+    """What the progress file in `out` holds under `part`; nothing for a new folder.
+
+    Raises ValueError for that of another table, CheckpointError for a damaged one.
+    """
     if not (out / PROGRESS_FILE).is_file():
         if (out / INDEX).exists():
             raise ValueError(f"{out}: holds a table that was not made by this command; take another folder")
-        return {}
-    kept = read_json(out / PROGRESS_FILE)
+        return []
+    kept = read_json(out / PROGRESS_FILE, asked=dict)
     other = [
         f"{name} {kept['asked'].get(name)}, not {value}"
         for name, value in asdict(asked).items()
@@ -96,7 +99,7 @@ def progress_of(asked: Asked, out: Path) -> dict:
     ]
     if other:
         raise ValueError(f"{out}: holds a table of {'; '.join(other)}: take another folder")
-    return kept
+    return read_json(out / PROGRESS_FILE, **{part: list})[part]
 
 
 @torch.no_grad()

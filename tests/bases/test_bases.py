@@ -44,6 +44,8 @@ def test_missing_teacher_is_refused_with_its_path(tmp_path):
 def test_teacher_of_another_family_is_refused_with_both_names(teachers):
     with pytest.raises(ValueError, match=r"StableDiffusionPipeline.*family sdxl loads StableDiffusionXLPipeline"):
         load(teachers["sd15"], "sdxl")
+    with pytest.raises(ValueError, match=r"XLPipeline, and family sd loads StableDiffusionPipeline; set"):
+        bases.skeleton(recipe.Teacher(path=str(teachers["sdxl"]), family="sd"))  # as `plan` does
 
 
 def test_missing_component_is_named(teachers, tmp_path):

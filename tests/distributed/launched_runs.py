@@ -25,15 +25,22 @@ LAUNCHES = ROOT / "recipes" / "launch"
 SECONDS = 900  # a save that hangs must not hang the tests; ZeRO-3 on busy cores takes minutes
 
 
-def launch(recipe: Recipe, folder: Path, mode: str, **environment: str) -> subprocess.CompletedProcess:
-    """`mlcm run RECIPE --launch MODE` in `folder`, one thread a process."""
+def command_of(recipe: Recipe, folder: Path, mode: str) -> list[str]:
+    """`mlcm run RECIPE --launch MODE`, to be called in `folder`, where the recipe is written."""
     file = folder / f"{recipe.name}.yaml"
     YAML().dump(recipe.model_dump(mode="json"), file)
-    command = [sys.executable, "-m", "mlcm_rl", "run", file.name, "--launch", str(LAUNCHES / f"{mode}.yaml")]
-    place = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        command, cwd=folder, env=os.environ | place | environment, capture_output=True, text=True, timeout=SECONDS
-    )
+    return [sys.executable, "-m", "mlcm_rl", "run", file.name, "--launch", str(LAUNCHES / f"{mode}.yaml")]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's, with one thread and without the hub."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | changes
+
+
+def launch(recipe: Recipe, folder: Path, mode: str, **changes: str) -> subprocess.CompletedProcess:
+    """`mlcm run RECIPE --launch MODE` in `folder`, one thread a process."""
+    command, place = command_of(recipe, folder, mode), environment(**changes)
+    return subprocess.run(command, cwd=folder, env=place, capture_output=True, text=True, timeout=SECONDS)
 
 
 def launched(recipe: Recipe, folder: Path, mode: str) -> None:

@@ -1,10 +1,28 @@
 """Several processes of one recipe make what one process makes; what cannot be launched is said in words."""
 
+import os
+import re
+import signal
+import subprocess
+import time
+
 import pytest
-from launched_runs import LAUNCHES, assert_alike, launch, launched, stage_folders, whole_and_launched
+from launched_runs import (
+    LAUNCHES,
+    SECONDS,
+    assert_alike,
+    command_of,
+    environment,
+    launch,
+    launched,
+    stage_folders,
+    whole_and_launched,
+)
+from typer.testing import CliRunner
 
 import runs
-from mlcm_rl import distributed
+from mlcm_rl import checkpoint, distributed, lock, pipeline
+from mlcm_rl.__main__ import app
 from mlcm_rl.distributed import launch as launcher
 from mlcm_rl.recipe import Evaluate
 
@@ -71,8 +89,110 @@ def test_deepspeed_missing_is_an_error_in_words(monkeypatch):
         launcher.run_under(LAUNCHES / "zero2.yaml", ["recipe.yaml"])
 
 
-def test_a_file_that_is_no_launch_file_is_an_error_in_words(tmp_path):
-    for text, problem in (("a: [", "is not YAML"), ("a: 1", "is no accelerate configuration")):
-        (tmp_path / "launch.yaml").write_text(text, encoding="utf-8")
-        with pytest.raises(launcher.LaunchError, match=problem):
-            launcher.read(tmp_path / "launch.yaml")
+ONE = "distributed_type: 'NO'\n"
+TWO = "distributed_type: MULTI_GPU\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b"a: [", "is not YAML"),
+        (b"a: 1", "is no accelerate configuration"),
+        (b"distributed_type: 'NO' # \xe9", "is not UTF-8: .* at byte 25"),
+        (
+            "distributed_type: FOO",
+            "distributed_type: expected one of NO, MULTI_CPU, MULTI_GPU, DEEPSPEED, FSDP, found 'FOO'",
+        ),
+        ("compute_environment: CLOUD\n" + ONE, "compute_environment: expected LOCAL_MACHINE, found 'CLOUD'"),
+        ("mixed_precision: no\n" + ONE, 'mixed_precision: expected one of "no" .in quotes., .* found False'),
+        (TWO, "num_processes: expected a whole number from 1, found None"),
+        (TWO + "num_processes: two", "num_processes: expected a whole number from 1, found 'two'"),
+        (TWO + "num_processes: 0", "num_processes: expected a whole number from 1, found 0"),
+        (ONE + "num_processes: true", "num_processes: expected a whole number from 1, found True"),
+        (ONE + "num_processes: 2", "num_processes: expected 1 on one machine with distributed_type NO"),
+        (ONE + "num_proceses: 1", "num_proceses: unknown key; did you mean num_processes"),
+        (ONE + "use_cpu: maybe", "use_cpu: expected true or false, found 'maybe'"),
+        (ONE + "gpu_ids: 0", "gpu_ids: expected numbers in quotes, .* found 0"),
+        (ONE + "fsdp_config: 2", "fsdp_config: expected settings with names, found 2"),
+    ],
+)
+def test_a_launch_file_that_is_wrong_is_an_error_that_names_file_and_key_in_run_and_in_plan(
+    tmp_path, monkeypatch, text, problem
+):
+    monkeypatch.setattr(pipeline, "plan", lambda *_: pytest.fail("the launch file was taken"))
+    file = tmp_path / "launch.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(
+        runs.recipe(tmp_path, tmp_path, [runs.trajectories(runs.write_prompts(tmp_path))]).model_dump_json()
+    )
+    (tmp_path / "model_index.json").write_text("{}")
+    for command in ("run", "plan"):
+        result = CliRunner().invoke(app, [command, str(recipe), "--launch", str(file)], env={"COLUMNS": "1000"})
+        assert result.exit_code == 2, result.output
+        assert re.search(rf"launch\.yaml:? {problem}", result.stderr), result.stderr
+
+
+def test_what_accelerate_refuses_is_told_with_the_file(tmp_path):
+    (tmp_path / "launch.yaml").write_text(TWO + "num_processes: 2\ngpu_ids: '0'\n")
+    with pytest.raises(launcher.LaunchError, match=r"launch\.yaml: Less than two GPU ids"):
+        launcher.run_under(tmp_path / "launch.yaml", ["recipe.yaml"])
+
+
+def test_the_words_that_people_leave_unquoted_are_read_as_accelerate_reads_them(tmp_path):
+    (tmp_path / "launch.yaml").write_text("distributed_type: NO\nmain_process_port:\nfsdp_config:\n")
+    found = launcher.read(tmp_path / "launch.yaml")
+    assert (found["distributed_type"], found["num_processes"]) == ("NO", 1)
+
+
+# ---- one process ----
+
+
+def started(recipe, folder, mode: str) -> subprocess.Popen:
+    """`mlcm run RECIPE --launch MODE` in a group of its own, as a terminal starts a command."""
+    return subprocess.Popen(
+        command_of(recipe, folder, mode),
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("send", "number", "code"),
+    [(os.kill, signal.SIGTERM, 143), (os.killpg, signal.SIGINT, 130)],
+    ids=["sigterm", "ctrl_c"],
+)
+def test_a_signal_to_a_launch_of_one_process_ends_the_training_after_a_step_that_is_saved(
+    tiny_sdxl, tmp_path, send, number, code
+):
+    stages = [runs.trajectories(runs.write_prompts(tmp_path)), runs.distill(num_steps=100_000, save_every=100_000)]
+    recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
+    process = started(recipe, tmp_path, "one_gpu")
+    try:
+        deadline = time.monotonic() + SECONDS
+        while not (logs := list(tmp_path.glob("runs/stages/distill-*/log.jsonl"))) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        send(process.pid, number)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, output + errors
+    assert "Interrupted. The same command takes the run up where it was saved." in errors
+    assert "Traceback" not in errors
+    (folder,) = (log.parent for log in logs)
+    assert checkpoint.checkpoints(folder)
+    with lock.held(folder):  # nobody is left behind who holds it
+        pass
+
+
+def test_a_launch_of_one_process_that_fails_ends_with_its_code_and_its_message_alone(tiny_sdxl, tmp_path):
+    stages = [runs.trajectories(runs.write_prompts(tmp_path))]
+    failed = launch(runs.recipe(tiny_sdxl, tmp_path, stages, family="sd"), tmp_path, "one_gpu")
+    assert failed.returncode == 1, failed.stderr
+    assert failed.stderr.startswith("failed  stages[0] (trajectories): teacher ")
+    assert "Traceback" not in failed.stderr

@@ -179,7 +179,7 @@ def test_plan_refuses_a_device_and_a_launch_that_it_does_not_know(mlcm, pipeline
     (root / "launch.yaml").write_text("distributed_type: TPU\n", encoding="utf-8")
     refused = mlcm("plan", "good.yaml", "--launch", "launch.yaml")
     assert refused.exit_code == 2
-    assert "does not know" in refused.stderr
+    assert "distributed_type: expected one of" in " ".join(refused.stderr.replace("│", " ").split())
 
 
 def test_plan_as_json_has_every_figure_in_bytes_and_seconds(mlcm, pipeline):
@@ -231,6 +231,23 @@ def test_schema_prints_or_writes_the_schema(mlcm, root):
     assert json.loads(mlcm("schema").stdout) == json_schema()
     assert mlcm("schema", "--out", "schema.json").exit_code == 0
     assert json.loads((root / "schema.json").read_text("utf-8")) == json_schema()
+
+
+@pytest.mark.parametrize(
+    ("out", "told"),
+    [
+        ("nodir/x.json", "nodir/x.json could not be written: no such file or directory"),
+        ("good.yaml/x.json", "good.yaml/x.json could not be written: not a directory"),
+        ("folder", "'folder' is a directory"),
+    ],
+)
+def test_a_schema_that_cannot_be_written_is_an_error_of_the_argument_and_leaves_nothing(mlcm, root, out, told):
+    (root / "folder").mkdir()
+    before = sorted(root.rglob("*"))
+    result = mlcm("schema", "--out", out)
+    assert result.exit_code == 2
+    assert told in " ".join(result.stderr.replace("│", " ").split())
+    assert sorted(root.rglob("*")) == before
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["pairs", "--help"], ["validate", "good.yaml"]])

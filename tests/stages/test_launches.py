@@ -51,7 +51,6 @@ def test_launch_files_say_who_holds_what():
         ("zero3", {"offload_param_device": "cpu"}),
         ("fsdp2", {"fsdp_version": 1}),
         ("fsdp2", {"fsdp_reshard_after_forward": False}),
-        ("ddp", {"distributed_type": "TPU"}),
     ],
 )
 def test_a_launch_that_is_not_predicted_is_refused_in_words(name, change, tmp_path):
@@ -59,7 +58,7 @@ def test_a_launch_that_is_not_predicted_is_refused_in_words(name, change, tmp_pa
     inside = next((settings[key] for key in ("deepspeed_config", "fsdp_config") if key in settings), settings)
     inside |= change
     YAML().dump(settings, tmp_path / "launch.yaml")
-    with pytest.raises(LaunchError, match=r"launch\.yaml: plan (knows|does not know)"):
+    with pytest.raises(LaunchError, match=r"launch\.yaml: plan knows"):
         read_launch(tmp_path / "launch.yaml")
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -15,11 +16,11 @@ import torch
 from typer.testing import CliRunner
 
 import runs
-from mlcm_rl import pictures, pipeline, plan, rewards
+from mlcm_rl import checkpoint, pictures, pipeline, plan, rewards
 from mlcm_rl.__main__ import app
 from mlcm_rl.data import Prompt
 from mlcm_rl.fingerprint import locate
-from mlcm_rl.pairs import PairTable, ranking
+from mlcm_rl.pairs import PairTable, labels, ranking
 from mlcm_rl.recipe import Reward
 from mlcm_rl.rewards.folder import read_picture
 
@@ -307,6 +308,26 @@ def test_choosing_goes_on_where_it_was_stopped_and_draws_nothing_again(run, tmp_
     assert by_hand(run, tmp_path, prefer_left, monkeypatch, num_prompts=6) == (5, 6)
     with pytest.raises(pipeline.RunError, match=r"holds a table of reward by hand, not brightness; .*take another"):
         make(run, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kept", "told"),
+    [
+        ({}, "asked must be of type dict, is None"),
+        ({"asked": 3}, "asked must be of type dict, is 3"),
+        ({"asked": "ours"}, "rows must be of type list, is None"),
+        ({"asked": "ours", "rows": {}}, "rows must be of type list, is {}"),
+    ],
+)
+def test_a_damaged_progress_file_is_told_with_its_key(tmp_path, kept, told):
+    asked = ranking.Asked("student", "prompts", "brightness", 2, 1, 0.0, 0)
+    content = kept | {"asked": asdict(asked)} if kept.get("asked") == "ours" else kept
+    (tmp_path / "progress.json").write_text(json.dumps(content))
+    with pytest.raises(checkpoint.CheckpointError, match=rf"progress\.json is damaged: {told}"):
+        ranking.finished(asked, tmp_path)
+    (tmp_path / "progress.json").write_text(json.dumps(content | {"choices": 3}))
+    with pytest.raises(checkpoint.CheckpointError, match=r"progress\.json is damaged: (asked|choices) must be"):
+        labels.Choices(asked, [], tmp_path)
 
 
 def test_ctrl_c_ends_the_page_and_is_told_as_everywhere(run, tmp_path, monkeypatch):

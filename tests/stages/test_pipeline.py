@@ -5,16 +5,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
 import runs
 import tiny
-from mlcm_rl import pipeline
+from mlcm_rl import checkpoint, pipeline
+from mlcm_rl.__main__ import app
 from mlcm_rl.checkpoint import finish
 from mlcm_rl.fingerprint import settings
 from mlcm_rl.pipeline import RunError
 from mlcm_rl.plan import network_evaluations
 from mlcm_rl.recipe import Evaluate, Full, Lora
 from mlcm_rl.recipe.file import load
+from mlcm_rl.runtime import Runtime
 from mlcm_rl.trajectories import Store
 
 SHIPPED = sorted(Path("recipes").glob("*.yaml"))
@@ -81,6 +85,47 @@ def test_a_second_run_does_nothing(finished, capsys):
     before = {stage.folder: (stage.folder / "manifest.json").stat().st_mtime_ns for stage in stages}
     assert pipeline.run(recipe) == stages
     assert {folder: (folder / "manifest.json").stat().st_mtime_ns for folder in before} == before
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_here_is_told_before_any_stage_and_can_be_planned_for(
+    tiny_sdxl, tmp_path, monkeypatch, device
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    stages = [runs.trajectories(runs.write_prompts(tmp_path))]
+    recipe = runs.recipe(tiny_sdxl, tmp_path, stages, device=device)
+    with pytest.raises(RunError, match=f"^device: {device} is not available here: write device: auto or cpu$"):
+        pipeline.run(recipe)
+    assert not Path(recipe.runs).exists()
+    with pytest.raises(RunError, match=f"plan: device: {device} is not available here"):
+        pipeline.device_here(recipe)
+    assert [stage.kind for stage in pipeline.plan(recipe)] == ["trajectories"]
+
+
+def test_memory_that_does_not_suffice_names_the_stage_and_the_ways_out_and_loses_nothing(
+    tiny_sdxl, tmp_path, monkeypatch
+):
+    path = tmp_path / "small.yaml"
+    stages = [runs.trajectories(runs.write_prompts(tmp_path)), runs.distill(segments=[1], num_steps=3)]
+    recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
+    path.write_text(recipe.model_dump_json())
+    original, calls = Runtime.backward, []
+
+    def backward(self, losses):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(self, losses)
+
+    monkeypatch.setattr(Runtime, "backward", backward)
+    failed = CliRunner().invoke(app, ["run", str(path)])
+    assert (failed.exit_code, type(failed.exception)) == (1, SystemExit)
+    assert "stages[1] (distill): memory of the device does not suffice: smaller micro-batches" in failed.stderr
+    (folder,) = Path(recipe.runs).glob("stages/distill-*")
+    assert checkpoint.checkpoints(folder)[-1].name.endswith("2")
+    assert CliRunner().invoke(app, ["run", str(path)]).exit_code == 0
+    assert len(calls) == 4  # the step that failed, and no other again
 
 
 def change(recipe, number, **changes):
