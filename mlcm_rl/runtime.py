@@ -303,6 +303,7 @@ class Runtime:
         self.last_loss = total / count
         replaying = self.replayed == (self.step, self.update)
         norm = self.engine.step(math.isfinite(self.last_loss) and not replaying)
+        precision.forget_copies()
         if not (math.isfinite(self.last_loss) and math.isfinite(norm)):
             self._save_before()
             text = (
