@@ -183,7 +183,7 @@ class Runtime:
         self.recipe, self.stage, self.folder = recipe, stage, folder
         device = device_of(recipe.device)
         distributed.start(device)
-        self.rows = distributed.rows(stage.micro_batch)  # of a micro-batch, those of this process
+        self.rows = distributed.rows(stage.micro_batch, stage.samples_together)  # of a micro-batch, its own
         self.accelerator = engines.accelerator(recipe, stage, folder, device)
         self.device = self.accelerator.device
         self.pending = signals.Pending()

@@ -120,15 +120,16 @@ def peak_of_passes(
     with Kernels(kernels.kind, autocast=False):
         passes.between_steps(stage, recipe, roles)
     if isinstance(stage, Training):
-        part = distributed.part(stage.micro_batch, launch.processes) * stage.gradient_accumulation
+        part = distributed.part(stage.micro_batch, launch.processes, stage.samples_together)
         if launch.level > 1:
             for value in trained:
                 value.register_post_accumulate_grad_hook(_let_go)
         elif stage.gradient_accumulation > 1:  # gradients of the micro-batches before this one
             for value in trained:
                 value.grad = torch.empty_like(value)
+        own = stage.model_copy(update={"batch_size": part * stage.gradient_accumulation})
         with kernels:
-            passes.step(stage.model_copy(update={"batch_size": part}), recipe, roles).backward()
+            passes.step(own, recipe, roles).backward()
     return live.peak - start
 
 
