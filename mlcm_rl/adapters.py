@@ -32,6 +32,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from . import precision
 from .bases import TARGET_TIME_WIDTH, Base
 from .checkpoint import (
     CheckpointError,
@@ -90,16 +91,20 @@ def default_gamma(num_segments: int, conditioned: bool) -> float:
 @contextmanager
 def swapped(denoiser: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
     """`denoiser` with `weights` in place of its parameters of those names, for as long as the block lasts."""
-    held = {name: parameter.data for name, parameter in denoiser.named_parameters() if name in weights}
+    own = {name: parameter for name, parameter in denoiser.named_parameters() if name in weights}
+    if all(weights[name] is parameter for name, parameter in own.items()):
+        yield
+        return
+    held = {name: parameter.data for name, parameter in own.items()}
+    precision.forget_copies()
     try:
-        for name, parameter in denoiser.named_parameters():
-            if name in weights:
-                parameter.data = weights[name].data
+        for name, parameter in own.items():
+            parameter.data = weights[name].data
         yield
     finally:
-        for name, parameter in denoiser.named_parameters():
-            if name in held:
-                parameter.data = held[name]
+        for name, parameter in own.items():
+            parameter.data = held[name]
+        precision.forget_copies()
 
 
 def student(

@@ -16,6 +16,14 @@ def own(device: torch.device) -> Iterator[None]:
         yield
 
 
+def forget_copies() -> None:
+    """Autocast casts trained weights anew, for when they have changed or changed places.
+
+    It keeps its copies until the outermost block ends, by tensor and not by what is in it.
+    """
+    torch.clear_autocast_cache()
+
+
 def frozen_in_bfloat16(student: torch.nn.Module) -> None:
     """Take frozen float16 weights in bfloat16, for passes that are.
 

@@ -184,7 +184,7 @@ class Runtime:
         self.recipe, self.stage, self.folder = recipe, stage, folder
         device = device_of(recipe.device)
         distributed.start(device)
-        self.rows = distributed.rows(stage.micro_batch)  # of a micro-batch, those of this process
+        self.rows = distributed.rows(stage.micro_batch, stage.samples_together)  # of a micro-batch, its own
         self.accelerator = engines.accelerator(recipe, stage, folder, device)
         self.device = self.accelerator.device
         self.pending = signals.Pending()
@@ -304,6 +304,7 @@ class Runtime:
         self.last_loss = total / count
         replaying = self.replayed == (self.step, self.update)
         norm = self.engine.step(math.isfinite(self.last_loss) and not replaying)
+        precision.forget_copies()
         if not (math.isfinite(self.last_loss) and math.isfinite(norm)):
             self._save_before()
             text = (

@@ -83,19 +83,28 @@ def finish() -> None:
 # ---- a process's part ----
 
 
-def part(size: int, processes: int) -> int:
-    """How many of `size` samples are one process's. Raises ValueError where the parts cannot be equal."""
-    if size % processes:
+def part(size: int, processes: int, together: int = 1) -> int:
+    """How many of `size` samples are one process's, groups of `together` in one piece.
+
+    Raises ValueError where the parts cannot be equal.
+    """
+    if size % (processes * together):
+        what, whole = f"{size} samples", "is a multiple of the number of processes"
+        if together > 1:
+            what, whole = f"{size // together} groups of {together} samples", "holds as many groups for each process"
         raise ValueError(
-            f"{size} samples cannot be shared evenly by {processes} processes: choose batch_size and "
-            "gradient_accumulation so that every micro-batch is a multiple of the number of processes"
+            f"{what} cannot be shared evenly by {processes} processes: choose batch_size and "
+            f"gradient_accumulation so that every micro-batch {whole}"
         )
     return size // processes
 
 
-def rows(size: int) -> slice:
-    """Which rows of a batch of `size` are this process's. Raises ValueError where the parts cannot be equal."""
-    own = part(size, count())
+def rows(size: int, together: int = 1) -> slice:
+    """Which rows of a batch of `size` are this process's, groups of `together` in one piece.
+
+    Raises ValueError where the parts cannot be equal.
+    """
+    own = part(size, count(), together)
     return slice(rank() * own, (rank() + 1) * own)
 
 

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import fully_shard
 
-from .. import adapters, checkpoint, distributed
+from .. import adapters, checkpoint, distributed, precision
 from ..recipe import Recipe, Training
 
 Weights = dict[str, Tensor]
@@ -160,10 +160,12 @@ class _InParts(Whole):
             yield
             return
         _exchange(own.values(), parts.values())
+        precision.forget_copies()
         try:
             yield
         finally:
             _exchange(own.values(), parts.values())
+            precision.forget_copies()
 
     def whole_student(self) -> nn.Module:
         self._outline.load_state_dict(self.full(), strict=False, assign=True)

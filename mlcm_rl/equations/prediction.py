@@ -10,7 +10,7 @@
 
 from torch import Tensor
 
-from .schedule import Schedule
+from .schedule import Schedule, snr
 
 KINDS = ("epsilon", "v_prediction", "sample", "flow")
 
@@ -41,6 +41,26 @@ def prediction_from_x0(x0: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, k
         return x0
     if kind == "flow":
         return eps - x0
+    raise ValueError(f"prediction type {kind!r} is none of {', '.join(KINDS)}")
+
+
+def min_snr_weight(t: Tensor, schedule: Schedule, kind: str, gamma: float) -> Tensor:
+    """Weight (B,) of the squared error of a prediction of this `kind`: that of x0 counts min(SNR_t, gamma).
+
+    Min-SNR (arXiv 2303.09556): over SNR_t for epsilon, 1 where SNR_t is 0, and over SNR_t + 1 for
+    v_prediction; an error of flow's is `sigma / (alpha + sigma)` times as large in x0. Raises ValueError for an unknown
+    `kind`.
+    """
+    ratio = snr(t, schedule)
+    weight = ratio.clamp(max=gamma)
+    if kind == "epsilon":
+        return (gamma / ratio).clamp(max=1.0)
+    if kind == "v_prediction":
+        return weight / (ratio + 1.0)
+    if kind == "sample":
+        return weight
+    if kind == "flow":
+        return weight * (schedule.sigma[t] / (schedule.alpha[t] + schedule.sigma[t])) ** 2
     raise ValueError(f"prediction type {kind!r} is none of {', '.join(KINDS)}")
 
 

@@ -75,7 +75,9 @@ def of_stage(
     with live:
         models, missing = rewards_of(stage)
         rewards = live.now
-        roles = roles_of(stage, recipe, distilled, models, kernels.checkpointed, kernels.own_precision)
+        roles = roles_of(
+            stage, recipe, distilled, models, kernels.checkpointed, kernels.own_precision, kernels.forget_copies
+        )
         parameters = live.now - rewards
         trained = adapters.trainable_parameters(roles.student) if isinstance(stage, Training) else []
         outline = launches.outline(roles.student, roles.base.denoiser, launch.blocks)
@@ -118,15 +120,16 @@ def peak_of_passes(
     with Kernels(kernels.kind, autocast=False):
         passes.between_steps(stage, recipe, roles)
     if isinstance(stage, Training):
-        part = distributed.part(stage.micro_batch, launch.processes) * stage.gradient_accumulation
+        part = distributed.part(stage.micro_batch, launch.processes, stage.samples_together)
         if launch.level > 1:
             for value in trained:
                 value.register_post_accumulate_grad_hook(_let_go)
         elif stage.gradient_accumulation > 1:  # gradients of the micro-batches before this one
             for value in trained:
                 value.grad = torch.empty_like(value)
+        own = stage.model_copy(update={"batch_size": part * stage.gradient_accumulation})
         with kernels:
-            passes.step(stage.model_copy(update={"batch_size": part}), recipe, roles).backward()
+            passes.step(own, recipe, roles).backward()
     return live.peak - start
 
 
@@ -141,9 +144,10 @@ def roles_of(
     rewards: dict[str, RewardModel],
     recompute: Callable[..., Any],
     own_precision: Callable[[], AbstractContextManager[None]] = nullcontext,
+    forget_copies: Callable[[], None] = lambda: None,
 ) -> passes.Roles:
-    """Teacher and student of `stage` on the meta device, set up as the stage does; `recompute` checkpoints, and what is
-    frozen computes in `own_precision`."""
+    """Teacher and student of `stage` on the meta device, set up as the stage does; `recompute` checkpoints, what is
+    frozen computes in `own_precision`, and `forget_copies` says that trained weights change places."""
     base = bases.skeleton(recipe.teacher)
     student = _student(stage, base, distilled)
     if isinstance(stage, Tuning) or (isinstance(stage, Distill) and not stage.asks_teacher):
@@ -161,7 +165,7 @@ def roles_of(
     if isinstance(stage, Tuning) and stage.autoencoder_tiles:
         base.use_tiles(stage.autoencoder_tiles, recompute)
     tokens = num_tokens(Path(recipe.teacher.path))
-    return passes.Roles(base, student, conditioned, tokens, rewards, set(), own_precision, small)
+    return passes.Roles(base, student, conditioned, tokens, rewards, set(), own_precision, forget_copies, small)
 
 
 def num_tokens(folder: Path) -> int:

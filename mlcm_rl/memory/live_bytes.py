@@ -73,7 +73,7 @@ class Kernels(TorchFunctionMode):
     def __init__(self, kind: str, autocast: bool):
         super().__init__()
         self.kind, self.autocast = kind, autocast
-        self.lowered: dict[int, Tensor] = {}  # autocast keeps the copies of trained weights as long as it lasts
+        self.lowered: dict[int, Tensor] = {}  # autocast keeps the copies of trained weights until it is told to forget
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -98,6 +98,10 @@ class Kernels(TorchFunctionMode):
             yield
         finally:
             self.autocast = kept
+
+    def forget_copies(self) -> None:
+        """Trained weights are cast anew, as after they have changed places."""
+        self.lowered.clear()
 
     def _low(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():

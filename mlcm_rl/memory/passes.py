@@ -32,6 +32,7 @@ class Roles:
     rewards: dict[str, RewardModel]
     failed: set[str]  # rewards that could not be asked there; what they take is not known
     own_precision: Callable[[], AbstractContextManager[None]]  # what is frozen computes in it
+    forget_copies: Callable[[], None]  # trained weights change places
     small_decoder: nn.Module | None = None  # draws for the rewards trained on, where there is one
 
     def points(self, count: int) -> tuple[Tensor, Tensor, Conditioning]:
@@ -106,8 +107,12 @@ def _distill(stage: Distill, recipe: Recipe, roles: Roles) -> Tensor:
         roles.teacher_x0(size, recipe.teacher.guidance_scale)
     loss = roles.x0(size).square().mean()
     if stage.method == "inter_segment" or "consistency" in stage.per_phase("target"):
+        if stage.target_ema:
+            roles.forget_copies()
         with torch.no_grad():
             roles.x0(size)
+        if stage.target_ema:
+            roles.forget_copies()
     return loss
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from .types import Fraction, Full, Lora, NonNegativeFloat, OneStage, Reward, Strict, Training, presentation
+from .types import Fraction, Full, Guard, Lora, NonNegativeFloat, OneStage, Reward, Strict, Training, presentation
 
 NumSegments = Literal[8, 4, 2, 1]
 MOST_ENCODED_AHEAD = 8192  # prompts of a stage's steps that are kept encoded
@@ -41,7 +41,7 @@ class TrainTeacher(Training):
     warmup_steps: int = Field(100, ge=0)
     ema_decay: Fraction = 0.999
     prompt_dropout: Fraction = Field(0.1, description="share of prompts dropped for classifier-free guidance")
-    min_snr_gamma: PositiveFloat | None = Field(None, description="loss weight min(SNR, gamma) / SNR, arXiv 2303.09556")
+    min_snr_gamma: PositiveFloat | None = Field(None, description="most an error of x0 weighs, arXiv 2303.09556")
     start: Literal["teacher", "random"] = Field("random", description="denoiser weights to begin from")
 
 
@@ -179,15 +179,6 @@ class Distill(Training):
         return list(value) if isinstance(value, list) else [value] * len(self.segments)
 
 
-class Guard(Strict):
-    """What stops a run that hacks its reward: rewards that it is not trained on, watched on fixed prompts and noise."""
-
-    rewards: list[Reward] = Field(min_length=1, description="held out: never trained on")
-    num_prompts: PositiveInt = 64
-    every: PositiveInt = Field(20, description="steps between looks")
-    patience: PositiveInt = Field(3, description="looks in a row without a better held-out reward that end the run")
-
-
 class Tuning(Training):
     """What the stages of preference learning have in common: the student's sampler, the rewards, the guard."""
 
@@ -262,6 +253,10 @@ class Feedback(Tuning):
             raise ValueError(f"num_grad_steps {self.num_grad_steps} is more than sampling_steps {self.sampling_steps}")
         if self.kl and self.gamma == 0.0:
             raise ValueError("kl needs gamma above 0: a deterministic step has no distribution; take anchor")
+        if self.kl and self.sampling_steps < 2:
+            raise ValueError("kl needs sampling_steps 2 or more: the last step puts no noise back; take anchor")
+        if self.shape == "mps_hinge" and self.batch_size == 1:
+            raise ValueError("shape: mps_hinge needs batch_size 2 or more: an irrelevant prompt is another of the step")
         return self
 
     @property
@@ -301,6 +296,8 @@ class Dpo(Tuning):
     def _steps_are_random(self):
         if self.form == "pso" and self.gamma == 0.0:
             raise ValueError("form pso needs gamma above 0: a deterministic step has no probability")
+        if self.form == "pso" and self.sampling_steps < 2:
+            raise ValueError("form pso needs sampling_steps 2 or more: the last step puts no noise back")
         if self.label_smoothing and self.loss_type not in ("robust", "conservative"):
             raise ValueError(f"label_smoothing has no meaning for {self.loss_type}; take robust or conservative")
         if self.kappa != 1.0 and self.form == "pso":
@@ -349,6 +346,11 @@ class Policy(Tuning):
     def needs_random_steps(self) -> bool:
         """Whether the sampler must put noise back."""
         return True
+
+    @property
+    def samples_together(self) -> int:
+        """Samples that one process must have together: a prompt's group."""
+        return self.num_generations
 
 
 class Evaluate(OneStage):

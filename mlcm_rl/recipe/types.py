@@ -76,6 +76,11 @@ class Training(OneStage):
         """Samples that are in memory at a time."""
         return self.batch_size // self.gradient_accumulation
 
+    @property
+    def samples_together(self) -> int:
+        """Samples that one process must have together."""
+        return 1
+
 
 class Reward(Strict):
     """A reward model, and what it weighs in a sum of several."""
@@ -97,3 +102,12 @@ class Reward(Strict):
         return (
             self.model_copy(update={"settings": self.settings | {"folder": folder}}) if self.is_of_this_recipe else self
         )
+
+
+class Guard(Strict):
+    """What stops a run that hacks its reward: rewards that it is not trained on, watched on fixed prompts and noise."""
+
+    rewards: list[Reward] = Field(min_length=1, description="held out: never trained on")
+    num_prompts: int = Field(64, ge=2, description="watched; gains are in units of the deviation over them")
+    every: PositiveInt = Field(20, description="steps between looks")
+    patience: PositiveInt = Field(3, description="looks in a row without a better held-out reward that end the run")

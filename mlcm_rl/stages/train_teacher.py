@@ -12,8 +12,8 @@ from ..data import CaptionedImages
 from ..distributed import by_first
 from ..equations.averaging import ema_decay, ema_update_
 from ..equations.consistency import squared_l2
-from ..equations.prediction import prediction_from_x0
-from ..equations.schedule import add_noise, snr
+from ..equations.prediction import min_snr_weight, prediction_from_x0
+from ..equations.schedule import add_noise
 from ..equations.segments import time_grid
 from ..recipe import Recipe, TrainTeacher
 from ..runtime import Runtime, epoch_order, generator, rate_factor, set_rate, tell_truncated
@@ -136,8 +136,7 @@ def loss(
     error = squared_l2(given, wanted)
     if stage.min_snr_gamma is None:
         return error
-    ratio = snr(t, base.schedule)
-    return error * ratio.clamp(max=stage.min_snr_gamma) / ratio
+    return error * min_snr_weight(t, base.schedule, base.prediction_type, stage.min_snr_gamma)
 
 
 def save_samples(recipe: Recipe, base: Base, denoiser: nn.Module, folder: Path, step: int) -> None:

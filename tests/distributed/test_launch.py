@@ -78,6 +78,14 @@ def test_a_process_takes_its_rows_and_its_items(monkeypatch):
         distributed.rows(5)
 
 
+def test_a_group_of_samples_stays_in_one_process(monkeypatch):
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert distributed.rows(8, together=4) == slice(4, 8)
+    with pytest.raises(ValueError, match="3 groups of 2 samples cannot be shared evenly by 2 processes"):
+        distributed.rows(6, together=2)
+
+
 @pytest.mark.parametrize("path", sorted(LAUNCHES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_launch_files_are_configurations_of_accelerate(path):
     assert launcher.read(path)["num_processes"] == (1 if path.stem == "one_gpu" else 2)

@@ -4,8 +4,8 @@ from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlcm_rl.equations.prediction import KINDS, eps_from_x0, prediction_from_x0, x0_from_prediction
-from mlcm_rl.equations.schedule import Schedule, add_noise, flow_schedule, scaled_linear_betas, vp_schedule
+from mlcm_rl.equations.prediction import KINDS, eps_from_x0, min_snr_weight, prediction_from_x0, x0_from_prediction
+from mlcm_rl.equations.schedule import Schedule, add_noise, flow_schedule, scaled_linear_betas, snr, vp_schedule
 
 VP = vp_schedule(scaled_linear_betas())
 FLOW = flow_schedule(shift=3.0)
@@ -101,3 +101,38 @@ def test_an_unknown_kind_is_refused_by_name():
     for convert in (x0_from_prediction, prediction_from_x0):
         with pytest.raises(ValueError, match=r"'velocity'.*epsilon, v_prediction, sample, flow"):
             convert(zero, zero, t, VP, "velocity")
+
+
+@pytest.mark.parametrize(
+    ("kind", "gamma", "expected"),
+    [
+        ("epsilon", 1.0, [9 / 16, 1.0]),
+        ("epsilon", 5.0, [1.0, 1.0]),
+        ("v_prediction", 1.0, [9 / 25, 0.0]),
+        ("v_prediction", 5.0, [16 / 25, 0.0]),
+        ("sample", 1.0, [1.0, 0.0]),
+        ("sample", 5.0, [16 / 9, 0.0]),
+        ("flow", 1.0, [9 / 49, 0.0]),
+    ],
+)
+def test_min_snr_weights_by_hand_also_where_there_is_no_signal(kind, gamma, expected):
+    """SNR 16/9, and 0 at the last time."""
+    schedule = Schedule(torch.tensor([0.8, 0.0]), torch.tensor([0.6, 1.0]))
+    weight = min_snr_weight(torch.tensor([0, 1]), schedule, kind, gamma)
+    torch.testing.assert_close(weight, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_min_snr_weighs_the_error_of_x0_alike_whatever_is_predicted(kind):
+    schedule = FLOW if kind == "flow" else VP
+    t = torch.tensor([1, 300, 600, 990])
+    x_t, said, other = torch.randn(3, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    errors = x0_from_prediction(said, x_t, t, schedule, kind) - x0_from_prediction(other, x_t, t, schedule, kind)
+    expected = snr(t, schedule).clamp(max=5.0) * errors.square().mean(1)
+    found = min_snr_weight(t, schedule, kind, 5.0) * (said - other).square().mean(1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_a_min_snr_weight_of_an_unknown_prediction_is_refused():
+    with pytest.raises(ValueError, match="'score' is none of epsilon"):
+        min_snr_weight(torch.tensor([0]), BY_HAND, "score", 5.0)

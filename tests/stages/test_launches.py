@@ -9,7 +9,7 @@ from torch import nn
 
 import runs
 import tiny
-from mlcm_rl import memory
+from mlcm_rl import distributed, memory, runtime
 from mlcm_rl.bases import TARGET_TIME_WIDTH
 from mlcm_rl.checkpoint import CheckpointError
 from mlcm_rl.distributed.launch import LaunchError
@@ -182,6 +182,19 @@ def test_each_process_takes_its_rows_and_a_batch_that_cannot_be_shared_is_an_err
     assert of(8, 2).activations == of(4, 1).activations
     with pytest.raises(ValueError, match="3 samples cannot be shared evenly by 2 processes"):
         of(3, 2)
+
+
+def test_groups_that_processes_cannot_share_are_an_error_of_the_plan_and_before_the_first_step(
+    tiny_sdxl, tmp_path, monkeypatch
+):
+    stage = runs.tuning("policy", "unused", batch_size=8, num_generations=4)
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
+    told = "2 groups of 4 samples cannot be shared evenly by 4 processes"
+    with pytest.raises(ValueError, match=told):
+        memory.of_stage(stage, recipe, 0, Lora(rank=2, alpha=2.0), "cuda", Launch("whole", 4))
+    monkeypatch.setattr(distributed, "count", lambda: 4)
+    with pytest.raises(ValueError, match=told):
+        runtime.Runtime(recipe, stage, tmp_path)
 
 
 def test_a_stage_of_the_teacher_alone_holds_no_student_and_is_as_large_in_every_launch(tiny_sdxl, tmp_path):

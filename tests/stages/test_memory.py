@@ -129,6 +129,12 @@ def test_gradients_moments_and_averages_are_counted_by_the_trained_weight(tiny_s
 
 
 @pytest.mark.slow
+def test_an_averaged_target_in_bfloat16_has_half_precision_copies_of_its_own(tiny_sdxl):
+    settings = {"adapter": Full(), "source": "data", "images": "unused", "target": "consistency", "precision": "bf16"}
+    own, averaged = (of(runs.distill(**settings, target_ema=decay), tiny_sdxl) for decay in (0.0, 0.9))
+    assert 0 < averaged.activations - own.activations <= 2 * own.gradients // 4
+
+
 def test_checkpointing_and_fewer_steps_with_gradient_take_less(tiny_sdxl):
     def activations(**changes) -> int:
         return of(runs.tuning("feedback", "unused", **changes), tiny_sdxl).activations

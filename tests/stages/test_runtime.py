@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import runs
-from mlcm_rl import runtime
+import tiny
+from mlcm_rl import adapters, bases, runtime
+from mlcm_rl.recipe import Lora
 
 
 @pytest.mark.parametrize(
@@ -26,3 +28,26 @@ def test_every_stage_of_a_process_has_its_own_precision(tmp_path):
         with rt.autocast():
             product = torch.ones(2, 2) @ torch.ones(2, 2)
         assert product.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def test_weights_swapped_in_bfloat16_are_the_ones_that_a_pass_takes(tiny_sdxl, tmp_path):
+    """Autocast has kept copies of the student's own, made in the same block."""
+    stage = runs.distill(precision="bf16", target_ema=0.9, adapter=Lora(rank=2, alpha=2.0))
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
+    rt, base = runtime.Runtime(recipe, stage, tmp_path), bases.load(recipe.teacher, "cpu")
+    student = adapters.student(base, stage.adapter, 0)
+    trained = rt.prepare(student, torch.optim.AdamW(adapters.trainable_parameters(student)))
+    tiny.perturb(list(trained.values()))
+    average = {name: value.detach().clone() for name, value in trained.items()}
+    tiny.perturb(list(average.values()), seed=1)
+    x_t, t, conditioning = torch.randn(2, *base.latent_shape), torch.tensor([999, 499]), base.unconditional(2)
+    with rt.autocast(), rt.swapped(average), torch.no_grad():
+        expected = base.x0(student, x_t, t, conditioning)
+    with rt.autocast():
+        own = base.x0(student, x_t, t, conditioning)
+        with rt.swapped(average), torch.no_grad():
+            found = base.x0(student, x_t, t, conditioning)
+        again = base.x0(student, x_t, t, conditioning)
+    assert torch.equal(found, expected)
+    assert torch.equal(own, again)
+    assert not torch.equal(own, found)

@@ -383,6 +383,20 @@ def test_frozen_weights_in_float16_are_tuned_over_in_bfloat16(distilled, tmp_pat
     assert found[0]["guard/reward/brightness"] == pytest.approx(expected[0]["guard/reward/brightness"], rel=0.02)
 
 
+def test_iterations_in_bfloat16_see_the_updates_before_them(distilled, tmp_path, monkeypatch):
+    norms, original = [], Runtime.backward
+
+    def backward(self, *arguments):
+        found = original(self, *arguments)
+        norms.append(found["grad_norm"])
+        return found
+
+    monkeypatch.setattr(Runtime, "backward", backward)
+    changes = {"precision": "bf16", "num_iterations": 3, "num_steps": 1, "epsilon": 10.0, "learning_rate": 1e-1}
+    tune(distilled, tmp_path, "policy", **changes)
+    assert len(set(norms)) == 3
+
+
 # ---- what cannot be tuned ----
 
 
