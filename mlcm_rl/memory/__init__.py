@@ -116,7 +116,7 @@ def peak_of_passes(
     """
     start, live.peak = live.now, live.now
     with Kernels(kernels.kind, autocast=False):
-        passes.between_steps(stage, recipe, roles)
+        passes.between_steps(stage, recipe, roles, launch.processes)
     if isinstance(stage, Training):
         part = distributed.part(stage.micro_batch, launch.processes) * stage.gradient_accumulation
         if launch.level > 1:
