@@ -9,6 +9,11 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 TRAINED = "trained"  # the reward model that reads what a `train_reward` stage has made
 
 
+def default_gamma(num_segments: int, conditioned: bool) -> float:
+    """The sampler's gamma that suits a student: 1 (re-noise) for one segment, else 0, as when told where jumps end."""
+    return 1.0 if num_segments == 1 and not conditioned else 0.0
+
+
 def presentation(default: Any, **settings: Any) -> Any:
     """A field that cannot change a stage's result and is therefore not hashed into its fingerprint."""
     return Field(default, json_schema_extra={"presentation": True}, **settings)
