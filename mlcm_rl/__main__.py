@@ -385,6 +385,8 @@ def _print_problems(to: Console, path: Path, error: RecipeError) -> None:
             to.print(Text(textwrap.indent(lines, " " * 6)), soft_wrap=True)
         else:
             to.print(Text(str(problem)), soft_wrap=True)
+    if error.note:
+        to.print(Text(error.note), soft_wrap=True)
 
 
 def _line(text: Text) -> None:

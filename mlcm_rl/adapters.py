@@ -47,6 +47,7 @@ from .checkpoint import (
 )
 from .equations.segments import NUM_SEGMENTS
 from .recipe import Full, Lora
+from .recipe.types import default_gamma
 from .untrusted import parse_json
 
 DISTILLED, PREFERENCE = "distilled", "preference"  # names of adapters
@@ -81,11 +82,6 @@ class Student:
     def default_gamma(self) -> float:
         """1 (re-noise) for one segment; 0 (deterministic) for more, and for a student told where its jumps end."""
         return default_gamma(self.num_segments, self.conditioned)
-
-
-def default_gamma(num_segments: int, conditioned: bool) -> float:
-    """The sampler's gamma that suits a student: 1 (re-noise) for one segment, else 0, as when told where jumps end."""
-    return 1.0 if num_segments == 1 and not conditioned else 0.0
 
 
 @contextmanager

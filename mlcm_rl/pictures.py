@@ -1,4 +1,4 @@
-"""Pictures on disk: tensors to PNG, and grids of prompts down the rows, steps across the columns."""
+"""Pictures: from 8 bits to latents, from tensors to PNG, and grids: prompts down the rows, steps across."""
 
 from pathlib import Path
 
@@ -12,6 +12,11 @@ from .checkpoint import replacing
 from .equations.segments import sampling_times
 from .recipe import Samples
 from .runtime import generator
+
+
+def encode(base: Base, images: Tensor, size: int) -> Tensor:
+    """Latents (N, C, H, W) on the CPU of 8-bit pictures (N, 3, H', W'), encoded `size` at a time."""
+    return torch.cat([base.encode_images(part.to(base.device) / 255).cpu() for part in images.split(size)])
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -10,7 +10,6 @@ from math import prod
 from pathlib import Path
 
 from . import operations
-from .adapters import default_gamma
 from .bases import LORA_TARGETS, files
 from .checkpoint import CheckpointError, is_finished, read_json, read_shapes
 from .devices import Device
@@ -33,6 +32,7 @@ from .recipe import (
     Trajectories,
     Tuning,
 )
+from .recipe.types import default_gamma
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KEPT_BYTES = 12  # a trained float32 weight and its two moments, in a checkpoint

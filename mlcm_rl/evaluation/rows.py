@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapters import DESCRIPTION_FILE, default_gamma, describe
+from ..adapters import DESCRIPTION_FILE, describe
 from ..bases import Base
 from ..checkpoint import read_json
 from ..equations.segments import paper_times, sampling_times
 from ..fingerprint import STUDENTS, TUNING
 from ..recipe import Evaluate
+from ..recipe.types import default_gamma
 from . import training_cost
 from .undistilled import LABELS
 

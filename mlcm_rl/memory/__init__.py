@@ -118,7 +118,7 @@ def peak_of_passes(
     """
     start, live.peak = live.now, live.now
     with Kernels(kernels.kind, autocast=False):
-        passes.between_steps(stage, recipe, roles)
+        passes.between_steps(stage, recipe, roles, launch.processes)
     if isinstance(stage, Training):
         part = distributed.part(stage.micro_batch, launch.processes, stage.samples_together)
         if launch.level > 1:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import adapters, sampler
+from .. import adapters, distributed, sampler
 from ..bases import Base, Conditioning
 from ..equations.segments import sampling_times
 from ..recipe import Distill, Dpo, Evaluate, Feedback, Policy, Recipe, Reward, Stage, TrainTeacher, Trajectories, Tuning
@@ -62,6 +62,11 @@ class Roles:
         noise, _, given = self.points(count)
         times = sampling_times(max(1, grad_steps))
         return sampler.sample(self.base, self.student, given, noise, times, 0.0, None, self.conditioned, grad_steps)
+
+    def encode(self, count: int) -> Tensor:
+        """Latents (count, C, H, W) of as many pictures."""
+        side = self.base.resolution
+        return self.base.encode_images(torch.empty(count, 3, side, side, device=self.base.device))
 
     def scores(self, latents: Tensor, asked: list[Reward], small: nn.Module | None = None) -> Tensor:
         """The sum (count,) of what the rewards `asked` say of `latents`, decoded by a `small` decoder if given."""
@@ -158,14 +163,20 @@ def _together(roles: Roles, count: int, passes: int) -> Tensor:
 
 
 @torch.no_grad()
-def between_steps(stage: Stage, recipe: Recipe, roles: Roles) -> None:
-    """What is drawn and measured outside the steps: sample grids, the guard's look, a stage without gradients."""
+def between_steps(stage: Stage, recipe: Recipe, roles: Roles, processes: int = 1) -> None:
+    """What is encoded, drawn and measured outside the steps: pictures that a stage reads, sample grids, the guard's
+    look, a stage without gradients."""
     guidance_scale = recipe.teacher.guidance_scale
     if isinstance(stage, Trajectories | Evaluate):
         x0 = roles.teacher_x0(stage.batch_size, guidance_scale)
         if isinstance(stage, Evaluate):
             roles.base.decode(x0)
         return
+    of_data = isinstance(stage, Distill) and stage.method == "segments" and stage.source == "data"
+    if isinstance(stage, TrainTeacher) or of_data:
+        roles.encode(stage.micro_batch)
+    if isinstance(stage, Dpo) and stage.pairs:
+        roles.encode(distributed.part(stage.micro_batch, processes))
     if isinstance(stage, Tuning):
         latents = roles.sample(min(stage.batch_size, stage.guard.num_prompts))
         roles.scores(latents, [*stage.rewards, *stage.guard.rewards])

@@ -11,24 +11,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from .types import Fraction, Full, Guard, Lora, NonNegativeFloat, OneStage, Reward, Strict, Training, presentation
+from .types import (
+    Fraction,
+    Full,
+    Guard,
+    Lora,
+    NonNegativeFloat,
+    OneStage,
+    Reward,
+    Strict,
+    Teacher,
+    Training,
+    presentation,
+)
 
 NumSegments = Literal[8, 4, 2, 1]
 MOST_ENCODED_AHEAD = 8192  # prompts of a stage's steps that are kept encoded
-
-
-class Teacher(Strict):
-    """The model to distil: a folder in diffusers format (or a hub name with a pinned revision)."""
-
-    path: str = Field(description="folder in diffusers format, relative to the working directory, or a hub name")
-    revision: str | None = Field(None, description="pinned commit of a hub model")
-    family: Literal["sdxl", "sd"] = Field(description="file in mlcm_rl/bases that loads it")
-    guidance_scale: NonNegativeFloat = Field(8.0, description="classifier-free guidance of the teacher (1 = none)")
-    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of the frozen weights")
-    resolution: PositiveInt | None = Field(None, description="pixels a side; default: the model's own")
-    memory_format: Literal["contiguous", "channels_last"] = Field(
-        "contiguous", description="layout of the convolutions' weights; channels_last draws faster on most hardware"
-    )
 
 
 class TrainTeacher(Training):
@@ -359,18 +357,18 @@ class Evaluate(OneStage):
     kind: Literal["evaluate"] = "evaluate"
     prompts: str = Field(description="prompt file, disjoint from the one distilled on")
     num_prompts: PositiveInt = 64
-    num_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 3, 4, 6, 8])
+    num_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 3, 4, 6, 8], min_length=1)
     gammas: list[Fraction] = Field(
         [0.0, 1.0],
         description="of every student; a tuned one, and what it is compared with, at its own too; a snapshot of an "
         "earlier phase at its own alone",
     )
-    grids: list[Literal["milestones", "paper"]] = Field(["milestones"])
+    grids: list[Literal["milestones", "paper"]] = Field(["milestones"], min_length=1)
     students: Literal["last", "snapshots"] = Field(
         "last", description="the finished student, or the one after each phase too"
     )
     teacher_steps: list[Annotated[int, Field(ge=1, le=999)]] = Field(
-        [25, 50], description="guided steps of the reference rows; the last is the reference"
+        [25, 50], min_length=1, description="guided steps of the reference rows; the last is the reference"
     )
     teacher_solvers: list[Literal["ddim", "dpmpp", "unipc"]] = Field(
         ["ddim"], description="undistilled at equal evaluations"
@@ -427,7 +425,7 @@ class Samples(Strict):
     """The fixed prompts and seeds of the grids that runs leave behind."""
 
     prompts: list[str] = Field([], description="prompts of the sample grids, any language")
-    num_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 4, 8])
+    num_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 4, 8], min_length=1)
 
 
 class Recipe(Strict):

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from . import Distill, Evaluate, Feedback, Recipe, Stage, Teacher, Tuning, errors, json_schema
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
-from .types import TRAINED, Lora, Reward
+from .types import TRAINED, Lora, Reward, default_gamma
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), root: Path | None = None) -> Recipe:
@@ -52,13 +52,14 @@ def check(recipe: Recipe, root: Path) -> list[Problem]:
     """What is wrong with a recipe beyond its types, as far as can be told without opening weights.
 
     Files and folders that it names must be there (relative ones under `root`; a teacher only when its path looks
-    local), rewards must exist, each stage must find what it needs among the stages before it, and train in a precision
-    that small gradients survive.
+    local), rewards must exist, each stage must find what it needs among the stages before it, draw what it can
+    learn from, and train in a precision that small gradients survive.
     """
     return [
         *_teacher_problems(recipe.teacher, root),
         *_file_problems(recipe, root),
         *_order_problems(recipe),
+        *_tuning_problems(recipe),
         *_precision_problems(recipe),
         *_resume_problems(recipe),
     ]
@@ -78,11 +79,13 @@ def _placed(problem: Problem, tree: Node, file: str) -> Problem:
 
 
 def _teacher_problems(teacher: Teacher, root: Path) -> Iterator[Problem]:
-    """A hub name is `owner/model`: one slash, and no folder `owner` here."""
-    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", teacher.path) and not os.path.isdir(
-        (root / teacher.path).parent
-    )
-    if teacher.revision is None and not is_hub_name:
+    """A hub name is `owner/model`: one slash, and no folder `owner` here; with a revision, `model` alone too."""
+    name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", teacher.path)
+    is_hub_name = name and name[1] and not os.path.isdir((root / teacher.path).parent)
+    if teacher.revision is None and is_hub_name:
+        message = f"missing: {teacher.path} is no folder here, and a hub name needs its commit, 40 hexadecimal digits"
+        yield Problem(("teacher", "revision"), message, looked_in=str(root))
+    elif teacher.revision is None or not name:
         yield from _absent(("teacher", "path"), teacher.path, root, holding="model_index.json")
 
 
@@ -137,12 +140,16 @@ def _rewards_named(key: Key, stage: Stage) -> Iterator[tuple[Key, Reward]]:
 
 def _absent(key: Key, name: str, root: Path, holding: str | None = None) -> Iterator[Problem]:
     """A problem where `name` is no file, or with `holding`, no folder with that file in it."""
-    path = root / name
+    path, looked_in = root / name, "" if Path(name).is_absolute() else str(root)
     if holding is None:
-        if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long for the file system
-            yield Problem(key, f"no such file: {name}", _beside(name, root, "*"))
+        if os.path.isdir(path):  # unlike Path.is_dir, False for a name too long for the file system
+            yield Problem(key, f"expected a file, found the folder {name}")
+        elif not os.path.isfile(path):
+            yield Problem(key, f"no such file: {name}", _beside(name, root, "*"), looked_in=looked_in)
+    elif os.path.isfile(path):
+        yield Problem(key, f"expected a folder, found the file {name}")
     elif not os.path.isdir(path):
-        yield Problem(key, f"no such folder: {name}", _beside(name, root, "*/"))
+        yield Problem(key, f"no such folder: {name}", _beside(name, root, "*/"), looked_in=looked_in)
     elif not os.path.exists(path / holding):
         yield Problem(key, f"the folder {name} holds no {holding}")
 
@@ -173,6 +180,27 @@ def _order_problems(recipe: Recipe) -> Iterator[Problem]:
         if isinstance(stage, Evaluate) and "distill" not in before and not stage.also:
             message = "nothing to evaluate: needs an earlier distill stage, or finished ones in also"
             yield Problem(("stages", i), message)
+
+
+def _tuning_problems(recipe: Recipe) -> Iterator[Problem]:
+    """What stages of preference learning would otherwise stop at, hours later, when the student is there."""
+    gamma = None  # that suits the student distilled last
+    for i, stage in enumerate(recipe.stages):
+        if isinstance(stage, Distill):
+            gamma = default_gamma(stage.segments[-1], stage.condition_on_target)
+        if not isinstance(stage, Tuning):
+            continue
+        if stage.needs_random_steps and stage.gamma is None and gamma == 0.0:
+            message = f"{stage.kind} needs random steps here, and the student distilled before it samples without noise"
+            yield Problem(("stages", i, "gamma"), f"{message} (gamma 0) unless told otherwise: set gamma, such as 0.3")
+        if stage.languages and not sum(stage.languages.values()):
+            yield Problem(("stages", i, "languages"), "all weights are 0, so that no prompt can be drawn")
+        told = set()
+        for key, reward in _rewards_named(("stages", i), stage):
+            named = (*key[:-2], reward.name)
+            if named in told:
+                yield Problem(key, f"{reward.name} is named twice; a sum has one weight for each reward")
+            told.add(named)
 
 
 def _precision_problems(recipe: Recipe) -> Iterator[Problem]:

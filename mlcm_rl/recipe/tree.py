@@ -48,6 +48,7 @@ class Problem:
     nearest: str = ""
     file: str = ""
     place: Place | None = None
+    looked_in: str = ""  # of a path that is not there: the folder that it is relative to
 
     @property
     def where(self) -> str:
@@ -68,11 +69,16 @@ class Problem:
 
 
 class RecipeError(Exception):
-    """A recipe that cannot be used; `problems` holds all its errors in the order of the file, overrides last."""
+    """A recipe that cannot be used; `problems` holds all its errors in the order of the file, overrides last.
+
+    `note` says, where paths of it are not there, what they are relative to.
+    """
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = sorted(dict.fromkeys(problems), key=_order)
-        super().__init__("\n".join(map(str, self.problems)))
+        folders = {problem.looked_in for problem in self.problems} - {""}
+        self.note = "\n".join(f"paths are relative to the working directory, here {one}" for one in sorted(folders))
+        super().__init__("\n".join(filter(None, (*map(str, self.problems), self.note))))
 
 
 @dataclass(frozen=True)

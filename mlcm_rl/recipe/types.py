@@ -1,4 +1,4 @@
-"""What the types of several stages are made of: strictness, settings that change no result, training, rewards."""
+"""What a recipe's types are made of: strictness, settings that change no result, the teacher, training, rewards."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,6 +10,11 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 TRAINED = "trained"  # the reward model that reads what a `train_reward` stage has made
 
 
+def default_gamma(num_segments: int, conditioned: bool) -> float:
+    """The sampler's gamma that suits a student: 1 (re-noise) for one segment, else 0, as when told where jumps end."""
+    return 1.0 if num_segments == 1 and not conditioned else 0.0
+
+
 def presentation(default: Any, **settings: Any) -> Any:
     """A field that cannot change a stage's result and is therefore not hashed into its fingerprint."""
     return Field(default, json_schema_extra={"presentation": True}, **settings)
@@ -17,6 +22,20 @@ def presentation(default: Any, **settings: Any) -> Any:
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Teacher(Strict):
+    """The model to distil: a folder in diffusers format (or a hub name with a pinned revision)."""
+
+    path: str = Field(description="folder in diffusers format, relative to the working directory, or a hub name")
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description="pinned commit of a hub model")
+    family: Literal["sdxl", "sd"] = Field(description="file in mlcm_rl/bases that loads it")
+    guidance_scale: NonNegativeFloat = Field(8.0, description="classifier-free guidance of the teacher (1 = none)")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of the frozen weights")
+    resolution: PositiveInt | None = Field(None, description="pixels a side; default: the model's own")
+    memory_format: Literal["contiguous", "channels_last"] = Field(
+        "contiguous", description="layout of the convolutions' weights; channels_last draws faster on most hardware"
+    )
 
 
 class Lora(Strict):

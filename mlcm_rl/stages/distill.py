@@ -104,8 +104,8 @@ def make_source(
         return OnLine(stage, base, read_texts(stage, base), recipe.seed)
     folder = CaptionedImages(stage.images, base.resolution)
     tell_truncated(base, [text for captions in folder.prompts for text in captions], stage.images)
-    latents = [base.encode_images(chunk.to(base.device) / 255).cpu() for chunk in folder.images.split(64)]
-    return NoisedData(stage, base, torch.cat(latents), folder.prompts, recipe.seed)
+    latents = pictures.encode(base, folder.images, stage.micro_batch)
+    return NoisedData(stage, base, latents, folder.prompts, recipe.seed)
 
 
 def read_texts(stage: Distill, base: Base) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import adapters, bases, distributed, tuning
+from .. import adapters, bases, distributed, pictures, tuning
 from ..bases import Base, Conditioning
 from ..distributed import by_first, gather
 from ..equations import preference
@@ -108,7 +108,7 @@ class StoredPairs:
         tell_truncated(base, [prompt.prompt for prompt in self.prompts], stage.pairs)
         kept = set(self.prompts)
         index = [i for i, prompt in enumerate(table.prompts) if prompt in kept]
-        self.x0 = torch.cat([latents.cpu() for latents in self._encoded(table, index)], dim=1)
+        self.x0 = torch.cat(list(self._encoded(table, index)), dim=1)
 
     def texts(self, step: int) -> list[str]:
         """The prompts of `step`."""
@@ -126,13 +126,12 @@ class StoredPairs:
         return tuning.drawn(self.prompts, self.stage, self.seed, step, self.stage.batch_size)
 
     def _encoded(self, table: PairTable, index: list[int]) -> Iterator[Tensor]:
-        """Latents (2, b, C, H, W) of the pairs `index`, so many at a time as a step has."""
-        size = self.stage.micro_batch
+        """Latents (2, b, C, H, W) of the pairs `index`, as many pictures at a time as a process has pairs in a step."""
+        size = distributed.part(self.stage.micro_batch, distributed.count())
         with progress(len(index), "encode pairs") as bar:
             for part in (index[i : i + size] for i in range(0, len(index), size)):
                 images = torch.stack([table.pictures(i, self.base.resolution) for i in part], dim=1)
-                latents = self.base.encode_images(images.flatten(0, 1).to(self.base.device) / 255)
-                yield latents.unflatten(0, (2, -1))
+                yield pictures.encode(self.base, images.flatten(0, 1), size).unflatten(0, (2, -1))
                 bar.advance(len(part))
 
 

@@ -19,7 +19,6 @@ from ..recipe import Recipe, TrainTeacher
 from ..runtime import Runtime, epoch_order, generator, rate_factor, set_rate, tell_truncated
 from ..sampler import sample_teacher
 
-ENCODED_AT_A_TIME = 256
 KEPT_CAPTIONS = 40_000
 
 
@@ -38,7 +37,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
     average = {name: value.detach().clone() for name, value in trained.items()}
     captioned = CaptionedImages(stage.images, base.resolution)
     tell_truncated(base, [text for captions in captioned.prompts for text in captions], stage.images)
-    latents = encode_pictures(base, captioned)
+    latents = pictures.encode(base, captioned.images, stage.micro_batch)
     captions = Captions(base, captioned.prompts, stage.prompt_dropout)
 
     weights = {"denoiser": trained, "average": average}
@@ -81,12 +80,6 @@ def new_denoiser(base: Base, stage: TrainTeacher, seed: int) -> nn.Module:
     if stage.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     return denoiser.to(base.device).train()
-
-
-def encode_pictures(base: Base, captioned: CaptionedImages) -> Tensor:
-    """Latents (N, C, H, W) of the pictures on the CPU, encoded once."""
-    chunks = captioned.images.split(ENCODED_AT_A_TIME)
-    return torch.cat([base.encode_images(chunk.to(base.device) / 255).cpu() for chunk in chunks])
 
 
 class Captions:

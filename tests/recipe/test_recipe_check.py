@@ -4,7 +4,9 @@ import pytest
 
 from mlcm_rl import rewards
 from mlcm_rl.recipe.file import check, load, reward_names
-from mlcm_rl.recipe.tree import key_text
+from mlcm_rl.recipe.tree import RecipeError, key_text
+
+REVISION = f"teacher.revision='{40 * '0'}'"
 
 
 @pytest.mark.parametrize(
@@ -42,12 +44,48 @@ def test_only_a_folder_is_proposed_for_a_folder(broken, root):
 
 
 @pytest.mark.parametrize("path", ["stabilityai/sdxl-turbo", "runwayml/stable-diffusion-v1-5"])
-def test_a_hub_name_is_not_looked_for_on_disk(root, path):
-    assert load(root / "good.yaml", [f"teacher.path={path}"], root).teacher.path == path
+def test_a_hub_name_is_not_looked_for_on_disk_and_needs_a_revision(broken, root, path):
+    assert load(root / "good.yaml", [f"teacher.path={path}", REVISION], root).teacher.path == path
+    (problem,) = broken(overrides=(f"teacher.path={path}",))
+    assert key_text(problem.key) == "teacher.revision"
+    assert f"{path} is no folder here, and a hub name needs its commit" in problem.text
+
+
+@pytest.mark.parametrize("revision", ["main", "0" * 39, "0" * 41, "g" * 40])
+def test_a_revision_is_a_commit(broken, revision):
+    (problem,) = broken(overrides=("teacher.path=gpt2", f"teacher.revision='{revision}'"))
+    assert key_text(problem.key) == "teacher.revision"
+    assert "expected text that matches ^[0-9a-f]{40}$" in problem.text
+
+
+def test_a_path_that_is_no_hub_name_is_looked_for_whatever_the_revision(broken):
+    (problem,) = broken(overrides=("teacher.path=some/where/else", REVISION))
+    assert problem.text == "no such folder: some/where/else"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("data/prompts.txt", "teacher", "expected a file, found the folder teacher"),
+        ("judge: judge", "judge: data/eval.jsonl", "expected a folder, found the file data/eval.jsonl"),
+    ],
+)
+def test_a_folder_in_place_of_a_file_is_called_one(broken, old, new, told):
+    assert broken((old, new))[0].text == told
+
+
+def test_what_paths_are_relative_to_is_said_once(root):
+    with pytest.raises(RecipeError) as raised:
+        load(root / "good.yaml", ["teacher.path=nowhere", "stages.2.judge=nowhere"], root)
+    assert raised.value.note == f"paths are relative to the working directory, here {root}"
+    assert str(raised.value).count("paths are relative") == 1
+    with pytest.raises(RecipeError) as raised:
+        load(root / "good.yaml", [f"teacher.path={root / 'nowhere'}"], root)
+    assert raised.value.note == ""
 
 
 def test_a_pinned_revision_makes_any_teacher_a_hub_name(root):
-    assert load(root / "good.yaml", ["teacher.path=gpt2", "teacher.revision=main"], root).teacher.revision == "main"
+    assert load(root / "good.yaml", ["teacher.path=gpt2", REVISION], root).teacher.path == "gpt2"
 
 
 def test_nothing_is_looked_for_on_disk_when_only_the_types_are_asked_for(root):

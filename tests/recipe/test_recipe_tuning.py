@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 import runs
 from mlcm_rl.recipe import Distill
+from mlcm_rl.recipe.file import load
 
 
 @pytest.mark.parametrize(
@@ -108,3 +109,51 @@ def test_an_underscore_file_is_no_reward(broken):
     stage = FEEDBACK.replace("brightness", "_clip")
     (problem,) = broken(("  - kind: evaluate\n", stage + "  - kind: evaluate\n"))
     assert problem.key == ("stages", 2, "rewards", 0, "name")
+
+
+POLICY = FEEDBACK.replace("feedback", "policy").replace("batch_size: 1", "batch_size: 4")
+
+
+def with_stage(stage: str) -> tuple[str, str]:
+    return "  - kind: evaluate\n", stage + "  - kind: evaluate\n"
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        POLICY,
+        FEEDBACK.replace("feedback", "dpo\n    form: pso"),
+        FEEDBACK.replace("feedback", "feedback\n    kl: 0.1"),
+    ],
+)
+@pytest.mark.parametrize("student", ["segments: [8, 4, 2, 2]", "condition_on_target: true"])
+def test_random_steps_of_a_student_that_samples_without_noise_need_a_gamma(broken, root, stage, student):
+    (problem,) = broken(with_stage(stage), ("precision: no", student))
+    assert problem.key == ("stages", 2, "gamma")
+    assert "samples without noise (gamma 0)" in problem.text
+    text = (root / "recipe.yaml").read_text("utf-8")
+    for old, new in ((stage, stage + "    gamma: 0.3\n"), (student, "precision: no")):
+        (root / "good.yaml").write_text(text.replace(old, new), "utf-8")
+        load(root / "good.yaml", root=root)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("[{name: brightness}]", "[{name: brightness}, {name: brightness}]", ("rewards", 1, "name")),
+        ("[{name: colourfulness}]", "[{name: colourfulness}, {name: colourfulness}]", ("guard", "rewards", 1, "name")),
+        ("num_steps: 1", "num_steps: 1\n    languages: {en: 0, zh: 0.0}", ("languages",)),
+    ],
+)
+def test_rewards_named_twice_and_languages_of_no_weight_are_refused(broken, old, new, key):
+    (problem,) = broken(with_stage(FEEDBACK.replace(old, new)))
+    assert problem.key == ("stages", 2, *key)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["stages.2.teacher_steps=[]", "stages.2.num_steps=[]", "stages.2.grids=[]", "samples.num_steps=[]"],
+)
+def test_an_empty_list_is_refused_where_something_must_be_drawn(broken, override):
+    (problem,) = broken(overrides=(override,))
+    assert "found an empty list" in problem.text
