@@ -139,6 +139,8 @@ def _bounds(schema: Schema) -> str:
     low, high, above = schema.get("minimum"), schema.get("maximum"), schema.get("exclusiveMinimum")
     if low is not None and high is not None:
         return f" from {low} to {high}"
+    if low is not None and "exclusiveMaximum" in schema:
+        return f" from {low} to below {schema['exclusiveMaximum']}"
     return f" above {above}" if above is not None else f" of at least {low}" if low is not None else ""
 
 

@@ -184,7 +184,7 @@ def test_a_distill_stage_goes_on_with_the_adapter_and_the_input_of_the_one_befor
     ("override", "key", "text"),
     [
         ("stages.trajectories.num_steps=1000", "stages[0].num_steps", "from 8 to 992"),
-        ("stages.distill.betas=[0.9, 1.0]", "stages[1].betas[1]", "a number"),
+        ("stages.distill.betas=[0.9, 1.0]", "stages[1].betas[1]", "from 0 to below 1"),
         ("stages.evaluate.teacher_steps=[1000]", "stages[2].teacher_steps[0]", "from 1 to 999"),
         ("stages.distill.segments=[8,8,8,8,8,4,4,4,2,2,1]", "stages[1].segments", "list"),
     ],

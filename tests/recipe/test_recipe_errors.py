@@ -123,13 +123,19 @@ def test_a_good_recipe_means_what_a_person_reads_in_it(root):
         ),
         ("[40, 30, 20, 10]", "[40, 30]", 14, "stages[1].num_steps", "num_steps has 2 entries for 4 phases"),
         ("[40, 30, 20, 10]", "{a: 1}", 14, "stages[1].num_steps", "found a mapping"),
-        ("betas: [0.9, 0.99]", "betas: [0.9]", 17, "stages[1].betas[1]", "missing: expected a number from 0 to 1"),
         (
             "betas: [0.9, 0.99]",
-            "betas: [1, 2]",
+            "betas: [0.9]",
             17,
             "stages[1].betas[1]",
-            "expected a number from 0 to 1, found the number 2",
+            "missing: expected a number from 0 to below 1",
+        ),
+        (
+            "betas: [0.9, 0.99]",
+            "betas: [0.5, 2]",
+            17,
+            "stages[1].betas[1]",
+            "expected a number from 0 to below 1, found the number 2",
         ),
         (
             "betas: [0.9, 0.99]",
