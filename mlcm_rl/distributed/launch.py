@@ -24,6 +24,7 @@ CHOICES = {
 }
 LEAST = {"num_processes": 1, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}
 SWITCHES = ("use_cpu", "debug", "same_network", "enable_cpu_affinity")
+UNQUOTED = {"distributed_type": "NO", "mixed_precision": "no"}  # what false was, before a reader of YAML 1.1
 MAY_BE_EMPTY = ("mixed_precision", "main_process_port", "gpu_ids")
 OLD_KEYS = ("fp16", "dynamo_backend")  # that accelerate still reads
 
@@ -52,8 +53,10 @@ def run_under(launch: Path, arguments: list[str]) -> int:
     threads = max(1, (os.cpu_count() or 1) // settings["num_processes"])
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     logging.disable(logging.ERROR)  # torchrun's account of a failure: the process that failed has said why
-    processes = ["--num_processes", str(settings["num_processes"])]
-    command = ["--config_file", str(launch), *processes, "--module", "mlcm_rl", "run", *arguments]
+    said = ["--num_processes", str(settings["num_processes"])]
+    if settings.get("mixed_precision") == "no":
+        said += ["--mixed_precision", "no"]  # accelerate cannot read it without quotes
+    command = ["--config_file", str(launch), *said, "--module", "mlcm_rl", "run", *arguments]
     asked = launch_command_parser().parse_args(command)
     try:
         if settings["distributed_type"] in ALONE:
@@ -100,8 +103,7 @@ def read(launch: Path) -> dict[str, Any]:
         raise LaunchError(f"{launch} is not YAML: {error}") from error
     if not isinstance(settings, dict) or "distributed_type" not in settings:
         raise LaunchError(f"{launch} is no accelerate configuration (no distributed_type): take one of recipes/launch")
-    if settings["distributed_type"] is False:
-        settings["distributed_type"] = "NO"
+    settings |= {key: word for key, word in UNQUOTED.items() if settings.get(key) is False}
     if settings["distributed_type"] == "NO":
         settings.setdefault("num_processes", 1)
     known = (*ClusterConfig.__dataclass_fields__, *OLD_KEYS)
@@ -124,7 +126,7 @@ def _expected(key: str, value: object) -> str | None:
     if value is None and (key in MAY_BE_EMPTY or key.endswith("_config")):
         return None
     if key in CHOICES:
-        words = ", ".join('"no" (in quotes)' if one == "no" else one for one in CHOICES[key])
+        words = ", ".join(CHOICES[key])
         fits, expected = value in CHOICES[key], f"one of {words}" if len(CHOICES[key]) > 1 else words
     elif key in LEAST:
         fits = type(value) is int and value >= LEAST[key]  # True is no number here

@@ -112,7 +112,7 @@ TWO = "distributed_type: MULTI_GPU\n"
             "distributed_type: expected one of NO, MULTI_CPU, MULTI_GPU, DEEPSPEED, FSDP, found 'FOO'",
         ),
         ("compute_environment: CLOUD\n" + ONE, "compute_environment: expected LOCAL_MACHINE, found 'CLOUD'"),
-        ("mixed_precision: no\n" + ONE, 'mixed_precision: expected one of "no" .in quotes., .* found False'),
+        ("mixed_precision: half\n" + ONE, "mixed_precision: expected one of no, fp16, bf16, fp8, found 'half'"),
         (TWO, "num_processes: expected a whole number from 1, found None"),
         (TWO + "num_processes: two", "num_processes: expected a whole number from 1, found 'two'"),
         (TWO + "num_processes: 0", "num_processes: expected a whole number from 1, found 0"),
@@ -148,9 +148,11 @@ def test_what_accelerate_refuses_is_told_with_the_file(tmp_path):
 
 
 def test_the_words_that_people_leave_unquoted_are_read_as_accelerate_reads_them(tmp_path):
-    (tmp_path / "launch.yaml").write_text("distributed_type: NO\nmain_process_port:\nfsdp_config:\n")
+    (tmp_path / "launch.yaml").write_text(
+        "distributed_type: NO\nmixed_precision: no\nmain_process_port:\nfsdp_config:\n"
+    )
     found = launcher.read(tmp_path / "launch.yaml")
-    assert (found["distributed_type"], found["num_processes"]) == ("NO", 1)
+    assert (found["distributed_type"], found["mixed_precision"], found["num_processes"]) == ("NO", "no", 1)
 
 
 # ---- one process ----
