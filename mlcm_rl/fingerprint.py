@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import FORMAT, contents_hash, folder_hash, read_json, sha256, teacher_hash
-from .recipe import Distill, Evaluate, Feedback, Recipe, Stage, Strict
+from .recipe import Distill, Evaluate, Feedback, Policy, Recipe, Stage, Strict, TrainTeacher
 from .rewards.source import source_hashes
 
 # A stage's maths number: raised when its results would come out differently for the same settings.
@@ -93,7 +93,7 @@ def identity(stage: Stage, recipe: Recipe, parents: dict[str, str]) -> dict:
     return {
         "format": FORMAT,
         "kind": stage.kind,
-        "maths": MATHS[stage.kind],
+        "maths": MATHS[stage.kind] + was_corrected(stage),
         "stage": settings(stage) | read | also,  # by content, not by name
         **reward_files(stage),
         **reward_sources(stage),
@@ -101,6 +101,24 @@ def identity(stage: Stage, recipe: Recipe, parents: dict[str, str]) -> dict:
         "parents": parents,
         "seed": seed_of_stage(stage, recipe),
     }
+
+
+def was_corrected(stage: Stage) -> bool:
+    """Whether `stage` is set so that it came out wrongly before a correction, which left all others as they were.
+
+    Its maths number is then one higher: raising that of the kind would orphan their finished folders.
+    """
+    match stage:
+        case TrainTeacher():  # the weight was epsilon's, whatever the teacher predicts
+            return stage.min_snr_gamma is not None
+        case Distill():  # the average was not seen
+            targets = stage.method == "inter_segment" or "consistency" in stage.per_phase("target")
+            return stage.precision == "bf16" and stage.target_ema > 0 and targets
+        case Feedback():  # an irrelevant prompt could be a sample's own
+            return stage.shape == "mps_hinge"
+        case Policy():  # updates were not seen
+            return stage.precision == "bf16" and stage.num_iterations > 1
+    return False
 
 
 def hashed(described: dict) -> str:

@@ -38,6 +38,8 @@ class Guard:
         self.stage, self.student, self.weights = stage, student, weights
         self.rewards = {"trained": rewards, "held_out": combine(stage.guard.rewards, student.base.device, False)}
         prompts = tuning.watched_prompts(stage)
+        for one in self.rewards.values():
+            one.refuse_unread(prompt.language for prompt in prompts)
         tell_truncated(student.base, [prompt.prompt for prompt in prompts], stage.guard_prompts or stage.prompts)
         self.batches = [
             tuning.start(student.base, part, seed, stage.kind, "guard", i)

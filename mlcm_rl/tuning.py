@@ -5,6 +5,7 @@ Letters beside those of `bases`: N steps of the sampler.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -131,7 +132,7 @@ class Start:
     conditioning: Conditioning
     noise: Tensor  # (B, C, H, W)
     generators: list[torch.Generator]
-    next_prompts: list[str]  # of the sample after each one, the first after the last: prompts that are not its own
+    next_prompts: list[str]  # of the next sample of the step with another one, the first after the last
     next_languages: list[str]
 
     def repeated(self, copies: int) -> Conditioning:
@@ -170,11 +171,19 @@ class Prompts:
     def starts(self, base: Base, step: int, count: int, size: int, copies: int = 1) -> Iterator["Start"]:
         """Starts for the `count` prompts of `step`, each prompt `copies` times in a row, in micro-batches of `size`: of
         each the rows of this process, all copies of a prompt in one."""
-        repeated = [prompt for prompt in self.draw(step, count) for _ in range(copies)]
-        for i, part in enumerate(split(repeated, size)):
-            own = distributed.rows(len(part) // copies)
-            rows = slice(own.start * copies, own.stop * copies)
-            yield start(base, part, self.seed, self.stage.kind, "start", step, i, rows=rows)
+        whole = self.draw(step, count)
+        repeated, after = (
+            split([prompt for prompt in prompts for _ in range(copies)], size)
+            for prompts in (whole, others(whole, self.prompts))
+        )
+        for i, (part, following) in enumerate(zip(repeated, after, strict=True)):
+            rows = distributed.rows(len(part), copies)
+            yield start(base, part, self.seed, self.stage.kind, "start", step, i, rows=rows, after=following)
+
+    @property
+    def languages(self) -> set[str]:
+        """The languages of all of them."""
+        return {prompt.language for prompt in self.prompts}
 
     def texts(self, step: int, count: int) -> list[str]:
         """The `count` prompts of `step`, as they are written."""
@@ -196,9 +205,12 @@ def encode_ahead(stage: Tuning, recipe: Recipe, base: Base, texts: Callable[[int
 
 
 def watched_prompts(stage: Tuning) -> list[Prompt]:
-    """The prompts that the guard draws at every look."""
+    """The prompts that the guard draws at every look. ValueError for one alone: its deviation is no number."""
     path = stage.guard_prompts or stage.prompts
-    return spoken(read_prompts(path), stage.languages, path)[: stage.guard.num_prompts]
+    found = spoken(read_prompts(path), stage.languages, path)[: stage.guard.num_prompts]
+    if len(found) < 2:
+        raise ValueError(f"guard: {path} holds 1 prompt to watch; a gain is in deviations over 2 prompts or more")
+    return found
 
 
 def drawn(prompts: list[Prompt], stage: Tuning, seed: int, step: int, count: int) -> Tensor:
@@ -219,13 +231,39 @@ def spoken(prompts: list[Prompt], languages: dict[str, float], path: str) -> lis
     return kept
 
 
-def start(base: Base, prompts: list[Prompt], *seed: object, rows: slice = slice(None)) -> Start:
-    """A start for each of the `rows` of `prompts`, its noise a function of `seed` and of its place alone."""
+def others(prompts: list[Prompt], more: Sequence[Prompt] = ()) -> list[Prompt]:
+    """For each of `prompts` the next one of another text, the first after the last; where they are all alike, that of
+    `more`, and itself where there is none."""
+    return [
+        next((one for one in chain(prompts[i + 1 :], prompts[:i], more) if one.prompt != own.prompt), own)
+        for i, own in enumerate(prompts)
+    ]
+
+
+def start(
+    base: Base,
+    prompts: list[Prompt],
+    *seed: object,
+    rows: slice = slice(None),
+    after: list[Prompt] | None = None,
+) -> Start:
+    """A start for each of the `rows` of `prompts`, its noise a function of `seed` and of its place alone.
+
+    `after` holds for each a prompt that is not its own, here those of `prompts` where there is no other.
+    """
     generators = [generator(*seed, i) for i in range(len(prompts))][rows]
     texts, languages = [prompt.prompt for prompt in prompts], [prompt.language for prompt in prompts]
-    after = [(words[1:] + words[:1])[rows] for words in (texts, languages)]
+    following = (others(prompts) if after is None else after)[rows]
     noise = base.noise(generators, len(generators))
-    return Start(texts[rows], languages[rows], base.encode_prompts(texts[rows]), noise, generators, *after)
+    return Start(
+        texts[rows],
+        languages[rows],
+        base.encode_prompts(texts[rows]),
+        noise,
+        generators,
+        [prompt.prompt for prompt in following],
+        [prompt.language for prompt in following],
+    )
 
 
 def split(prompts: list[Prompt], size: int) -> list[list[Prompt]]:

@@ -260,15 +260,24 @@ class Combined:
         """Whether gradients come from every reward."""
         return all(member.model.differentiable for member in self.members.values())
 
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether every reward depends on the prompt."""
+        return all(member.model.needs_prompt for member in self.members.values())
+
+    def refuse_unread(self, languages: Iterable[str]) -> None:
+        """Raises RewardError for a reward that depends on prompts and does not read one of their `languages`."""
+        asked = set(languages)
+        for name, member in self.members.items():
+            refuse_unread(member.model, name, asked)
+
     def raw(self, images: Tensor, prompts: list[str], languages: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Every reward's scores (B,) on the device of `images`, as they are, with gradient; no statistics change.
 
         `languages` are the prompts' own, guessed from their script where not given. Raises what `score` raises, and
         RewardError for a prompt in a language that a reward does not read: in training every sample needs every score.
         """
-        languages = languages or [guess_language(prompt) for prompt in prompts]
-        for name, member in self.members.items():
-            refuse_unread(member.model, name, languages)
+        self.refuse_unread(languages or [guess_language(prompt) for prompt in prompts])
         return {
             name: score_in_chunks(member.model, name, images, prompts, member.chunk_size)
             for name, member in self.members.items()

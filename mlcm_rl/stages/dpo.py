@@ -82,6 +82,7 @@ class OwnPairs:
     def __init__(self, stage: Dpo, student: tuning.Student, rewards: Combined, seed: int):
         self.stage, self.student, self.rewards = stage, student, rewards
         self.prompts = tuning.Prompts(stage, student.base, seed)
+        rewards.refuse_unread(self.prompts.languages)
 
     def texts(self, step: int) -> list[str]:
         """The prompts of `step`."""

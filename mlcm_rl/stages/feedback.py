@@ -22,7 +22,8 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     """Tune the distilled student into `folder`: `student/`, `guard.json`, `log.jsonl`, `samples/`.
 
     Interrupted at any step and run again, it ends with the same bits. The student left is the one that the guard kept.
-    Raises ValueError for a reward without gradient, NonFiniteLoss before an update that would not be a number.
+    Raises ValueError for rewards that it cannot use or that do not read the prompts, NonFiniteLoss before an update
+    that would not be a number.
     """
     rt = Runtime(recipe, stage, folder)
     base = bases.load(recipe.teacher, rt.device)
@@ -32,6 +33,9 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     if not rewards.differentiable:
         raise ValueError("rewards: feedback needs rewards with a gradient; dpo and policy take any")
     prompts = tuning.Prompts(stage, base, recipe.seed)
+    rewards.refuse_unread(prompts.languages)
+    if stage.shape == "mps_hinge":
+        refuse_without_irrelevant(rewards, prompts)
     source = stored_states(stage, base, parents, recipe.seed) if stage.consistency else None
     tuning.encode_ahead(stage, recipe, base, lambda step: prompts.texts(step, stage.batch_size))
     parameters = adapters.trainable_parameters(student.denoiser)
@@ -66,6 +70,14 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     with rt.swapped(guard.best):
         rt.write(adapters.save_tuned, start, folder / "student")
     by_first(guard.finish, folder)
+
+
+def refuse_without_irrelevant(rewards: Combined, prompts: tuning.Prompts) -> None:
+    """Raises ValueError where no prompt can be irrelevant to another, or a reward does not ask for any."""
+    if not rewards.needs_prompt:
+        raise ValueError("rewards: shape mps_hinge needs rewards that depend on the prompt; take hinge")
+    if len({prompt.prompt for prompt in prompts.prompts}) < 2:
+        raise ValueError(f"prompts: shape mps_hinge needs two different ones, {prompts.stage.prompts} holds one")
 
 
 def loss(

@@ -27,6 +27,7 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
     student = tuning.load(stage, base, start, recipe.seed)
     rewards = combine(stage.rewards, rt.device, stage.normalise, gather)
     prompts, copies = tuning.Prompts(stage, base, recipe.seed), stage.num_generations
+    rewards.refuse_unread(prompts.languages)
     tuning.encode_ahead(stage, recipe, base, lambda step: prompts.texts(step, stage.batch_size // copies))
     parameters = adapters.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)

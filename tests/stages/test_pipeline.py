@@ -13,7 +13,7 @@ import tiny
 from mlcm_rl import checkpoint, pipeline
 from mlcm_rl.__main__ import app
 from mlcm_rl.checkpoint import finish
-from mlcm_rl.fingerprint import settings
+from mlcm_rl.fingerprint import settings, was_corrected
 from mlcm_rl.pipeline import RunError
 from mlcm_rl.plan import network_evaluations
 from mlcm_rl.recipe import Evaluate, Full, Lora
@@ -163,6 +163,17 @@ def test_a_setting_at_its_default_is_not_hashed_so_that_new_ones_do_not_orphan_f
     assert settings(recipe.stages[1].model_copy(update={"skip": 7}))["skip"] == 7
     kinds = [settings(recipe.stages[1].model_copy(update={"adapter": one})) for one in (Lora(), Full(), Lora(rank=2))]
     assert kinds[0] != kinds[1] != kinds[2]
+
+
+def test_a_correction_moves_the_folders_of_the_stages_that_it_changes_and_no_others():
+    averaged = {"target": "consistency", "target_ema": 0.9}
+    assert was_corrected(runs.distill(**averaged, precision="bf16"))
+    assert not was_corrected(runs.distill(**averaged))
+    assert not was_corrected(runs.distill(target="consistency", precision="bf16"))
+    assert was_corrected(runs.tuning("policy", "unused", precision="bf16", num_iterations=2))
+    assert not was_corrected(runs.tuning("policy", "unused", precision="bf16"))
+    assert was_corrected(runs.tuning("feedback", "unused", shape="mps_hinge"))
+    assert not was_corrected(runs.tuning("feedback", "unused"))
 
 
 def test_a_stage_of_its_own_seed_leaves_the_others_where_they_are(finished):

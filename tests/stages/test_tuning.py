@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 import runs
 import tiny
 from mlcm_rl import adapters, bases, pipeline, tuning
+from mlcm_rl.data import Prompt
 from mlcm_rl.equations.preference import offline_pso_log_ratios
 from mlcm_rl.guard import Guard
 from mlcm_rl.recipe import Full, Lora
-from mlcm_rl.rewards import combine
+from mlcm_rl.rewards import RewardError, combine
 from mlcm_rl.runtime import Runtime
 from mlcm_rl.stages import dpo, feedback, policy
 
@@ -24,7 +25,7 @@ VARIANTS = {
     "feedback": {},
     "feedback-all-steps": {"num_grad_steps": 2, "anchor": 0.5, "shape": "hinge", "threshold": 5.0},
     "feedback-refl": {"gradient": "random", "num_grad_steps": 2, "gamma": 1.0, "kl": 0.5},
-    "feedback-low-variance": {"gradient": "low_variance", "anchor": 0.5, "shape": "mps_hinge", "threshold": 2.0},
+    "feedback-low-variance": {"gradient": "low_variance", "anchor": 0.5, "shape": "hinge", "threshold": 2.0},
     "feedback-consistency": {"consistency": 0.5},
     "dpo": {},
     "dpo-ipo": {"form": "diffusion_dpo", "loss_type": "ipo", "space": "x0"},
@@ -334,6 +335,43 @@ def test_equal_rewards_make_no_pair(distilled, tmp_path):
     assert [record["grad_norm"] for record in records(folder)] == [0.0, 0.0]
 
 
+def scored_by_length(monkeypatch, languages: tuple[str, ...] = ("en", "zh")) -> None:
+    """Let brightness depend on its prompt: longer ones count more."""
+
+    def scores(self, images, prompts):
+        return images.mean((1, 2, 3)) * torch.tensor([0.1 * len(prompt) for prompt in prompts])
+
+    monkeypatch.setattr("reward_models.brightness.Brightness.__call__", scores)
+    monkeypatch.setattr("reward_models.brightness.Brightness.needs_prompt", True)
+    monkeypatch.setattr("reward_models.brightness.Brightness.languages", languages)
+
+
+def test_an_irrelevant_prompt_is_the_next_one_of_another_text():
+    texts = {text: Prompt(text, "en") for text in "abc"}
+    a, b, c = texts.values()
+    assert tuning.others([a, b, c]) == [b, c, a]
+    assert tuning.others([a, a, b, a]) == [b, b, a, b]
+    assert tuning.others([a, a], [a, c, b]) == [c, c]
+    assert tuning.others([a, a]) == [a, a]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_irrelevant_prompts_are_those_of_the_whole_step_however_it_is_split(distilled, size):
+    student, stage = student_of(distilled), runs.tuning("feedback", distilled[0].stages[0].prompts)
+    prompts = tuning.Prompts(stage, student.base, 0)
+    texts = prompts.texts(0, 4)  # of one pass over the prompts: all different
+    found = [text for one in prompts.starts(student.base, 0, 4, size) for text in one.next_prompts]
+    assert found == [texts[1], texts[2], texts[3], texts[0]]
+
+
+def test_a_micro_batch_of_one_has_an_irrelevant_prompt_too(distilled, tmp_path, monkeypatch):
+    """Under its own prompt the two hinges would cancel each other."""
+    scored_by_length(monkeypatch)
+    changes = {"shape": "mps_hinge", "threshold": 5.0, "normalise": False, "gradient_accumulation": 4}
+    folder = tune(distilled, tmp_path, "feedback", **changes)
+    assert all(record["grad_norm"] > 0 for record in records(folder))
+
+
 # ---- a whole recipe ----
 
 
@@ -404,6 +442,27 @@ def test_a_reward_without_gradient_is_refused_by_feedback(distilled, tmp_path, m
     monkeypatch.setattr("reward_models.brightness.Brightness.differentiable", False)
     with pytest.raises(ValueError, match="rewards with a gradient"):
         tune(distilled, tmp_path, "feedback")
+
+
+def test_a_reward_that_needs_no_prompt_is_refused_by_the_hinge_that_asks_for_another(distilled, tmp_path):
+    with pytest.raises(ValueError, match="rewards that depend on the prompt"):
+        tune(distilled, tmp_path, "feedback", shape="mps_hinge")
+
+
+@pytest.mark.parametrize("variant", ["feedback", "dpo", "policy"])
+def test_a_prompt_that_a_reward_does_not_read_is_refused_before_the_first_step(
+    distilled, tmp_path, monkeypatch, variant
+):
+    scored_by_length(monkeypatch, languages=("en",))
+    monkeypatch.setattr(Runtime, "prepare", lambda *_: pytest.fail("the stage has begun"))
+    with pytest.raises(RewardError, match="reward brightness reads prompts in en, not in zh"):
+        tune(distilled, tmp_path, variant)
+
+
+def test_one_watched_prompt_is_refused_in_words(distilled, tmp_path):
+    (tmp_path / "one.txt").write_text("a cat\n")
+    with pytest.raises(ValueError, match=r"one\.txt holds 1 prompt to watch"):
+        tune(distilled, tmp_path, "feedback", guard_prompts=str(tmp_path / "one.txt"))
 
 
 def test_a_sampler_without_noise_is_refused_by_policy_gradient(distilled, tmp_path):
