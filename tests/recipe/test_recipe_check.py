@@ -78,7 +78,7 @@ def test_what_paths_are_relative_to_is_said_once(root):
     with pytest.raises(RecipeError) as raised:
         load(root / "good.yaml", ["teacher.path=nowhere", "stages.2.judge=nowhere"], root)
     assert raised.value.note == f"paths are relative to the working directory, here {root}"
-    assert str(raised.value).count("relative") == 1
+    assert str(raised.value).count("paths are relative") == 1
     with pytest.raises(RecipeError) as raised:
         load(root / "good.yaml", [f"teacher.path={root / 'nowhere'}"], root)
     assert raised.value.note == ""
