@@ -257,7 +257,10 @@ def evaluate(
 def export(
     run: RunFolder, out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write", show_default=False)]
 ) -> None:
-    """Write a run's student as a folder that diffusers opens without this package."""
+    """Write a run's student as a folder that diffusers opens without this package.
+
+    A student told the time it jumps to has its pipeline's class in the folder: open it with trust_remote_code=True.
+    """
     with _pipeline() as pipeline:
         folder = pipeline.export(run, out)
     _line(Text(str(folder)))

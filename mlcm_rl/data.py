@@ -58,6 +58,14 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
+def first_prompts(path: str | Path, count: int) -> list[Prompt]:
+    """The first `count` prompts of a file. Raises what `read_prompts` raises, and ValueError where it holds fewer."""
+    prompts = read_prompts(path)
+    if len(prompts) < count:
+        raise ValueError(f"{path} holds {len(prompts)} prompts, num_prompts asks for {count}")
+    return prompts[:count]
+
+
 class CaptionedImages:
     """A folder of pictures with their captions, held in memory.
 

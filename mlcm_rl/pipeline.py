@@ -4,7 +4,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from pydantic import ValidationError
 
-from . import __version__, adapters, bases, checkpoint, distributed, lock, pictures, replays, report, sampler
+from . import __version__, adapters, bases, checkpoint, distributed, lock, needs, pictures, replays, report, sampler
 from .checkpoint import CheckpointError, finish, is_finished, read_json, sha256, verify
 from .data import read_prompts
 from .devices import Device
@@ -68,11 +68,13 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
     """Run every stage of `recipe` that is not done yet, and link them under `runs/<name>`. Raises RunError.
 
     With `skip_damaged` a stage goes on from its newest whole checkpoint; without, a damaged one above it is an error.
+    What later stages need and have not is told before the first one runs.
     """
     try:
         device = device_of(recipe.device)
     except ValueError as error:
         raise RunError(str(error)) from error
+    refuse_unready(recipe)
     done: list[Located] = []
     links = Path(recipe.runs) / recipe.name
     for number, stage in enumerate(recipe.stages):
@@ -98,6 +100,24 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
     distributed.by_first(_unlink, links, range(len(done), sys.maxsize))
     distributed.finish()
     return done
+
+
+def refuse_unready(recipe: Recipe) -> None:
+    """Raise RunError for rewards and prompts that stages still to do would stop at, a line each."""
+    refused = {number: found for number, stage in enumerate(recipe.stages) if (found := list(needs.refused(stage)))}
+    earlier: list[Located] = []
+    with suppress(*PEOPLES_ERRORS):  # a stage that cannot be found is still to do
+        for number, stage in enumerate(recipe.stages[: max(refused, default=-1) + 1]):
+            earlier.append(locate(stage, recipe, earlier))
+            if is_finished(earlier[-1].folder):
+                refused.pop(number, None)
+    lines = [
+        f"stages[{number}] ({recipe.stages[number].kind}): {key}: {said(error)}"
+        for number, found in refused.items()
+        for key, error in found
+    ]
+    if lines:
+        raise RunError("\n".join(lines))
 
 
 @_worded("plan")

@@ -18,7 +18,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
@@ -48,9 +48,12 @@ __all__ = [
     "read_checkpoint",
     "refuse_settings",
     "refuse_unread",
+    "refuse_without_gradient",
+    "refuse_without_weights",
     "score",
     "score_in_chunks",
     "settings_of",
+    "usable",
     "weights_of",
 ]
 
@@ -121,12 +124,7 @@ def build(asked: Reward, device: torch.device | str) -> RewardModel:
     Raises RewardError that begins with its name, for one that cannot be found or imported, an unknown or a missing
     setting, and whatever its constructor raises; MissingWeights where its weights must be fetched.
     """
-    try:
-        reward = find(asked.name)
-    except Exception as error:  # an import of another's module may raise anything
-        raise RewardError(f"reward {asked.name} cannot be used: {error}") from error
-    refuse_settings(asked.name, reward, asked.settings)
-    constructor: Any = reward
+    constructor: Any = usable(asked)
     try:
         where = torch.device(asked.device or device)
         model: RewardModel = constructor(where, getattr(torch, asked.dtype), **asked.settings)
@@ -135,6 +133,38 @@ def build(asked: Reward, device: torch.device | str) -> RewardModel:
     except Exception as error:  # whatever another's code raises; the name of the reward is what people need
         raise RewardError(f"reward {asked.name} cannot be built: {_said(error)}") from error
     return model
+
+
+def usable(asked: Reward) -> type[RewardModel]:
+    """The class of the reward model that a recipe asks for, which takes its settings; nothing is built.
+
+    Raises RewardError that begins with its name, for one that cannot be found or imported and for its settings.
+    """
+    try:
+        reward = find(asked.name)
+    except Exception as error:  # an import of another's module may raise anything
+        raise RewardError(f"reward {asked.name} cannot be used: {error}") from error
+    refuse_settings(asked.name, reward, asked.settings)
+    return reward
+
+
+def refuse_without_weights(asked: Reward, reward: type[RewardModel]) -> None:
+    """Raises MissingWeights where weights that `reward` opens must be fetched: of those it declares it may need one."""
+    if not all(weights.is_present() for weights in weights_of(reward)):
+        try:
+            build(asked.model_copy(update={"device": None}), "meta")
+        except MissingWeights:
+            raise
+        except RewardError:  # it cannot be built without data; that is no fault of its weights
+            return
+
+
+def refuse_without_gradient(rewards: Mapping[str, RewardModel | type[RewardModel]]) -> None:
+    """Raises RewardError for those of `rewards`, by name, from which no gradient comes."""
+    if opaque := [name for name, reward in rewards.items() if not reward.differentiable]:
+        raise RewardError(
+            f"feedback needs rewards with a gradient, which {', '.join(opaque)} has not; dpo and policy take any"
+        )
 
 
 def refuse_settings(name: str, reward: type[RewardModel], settings: Collection[str]) -> None:

@@ -20,7 +20,7 @@ from .. import adapters, bases, distributed, metrics, pictures, report, runtime,
 from ..adapters import Student
 from ..bases import Base, Conditioning
 from ..checkpoint import read_json, read_tensors, remove, write_json, write_tensors
-from ..data import Prompt, read_prompts
+from ..data import Prompt, first_prompts
 from ..evaluation import instruments, undistilled
 from ..evaluation.row_store import RowStore, open_store, record_path, reference_folder
 from ..evaluation.rows import Row, entries, student_rows, teacher_rows
@@ -103,10 +103,7 @@ def write_report(result: dict, folder: Path) -> None:
 
 def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
     """The scene of `stage`: its first prompts, encoded once onto disk; its instruments, loaded."""
-    prompts = read_prompts(stage.prompts)
-    if len(prompts) < stage.num_prompts:
-        raise ValueError(f"{stage.prompts} holds {len(prompts)} prompts, num_prompts asks for {stage.num_prompts}")
-    prompts = prompts[: stage.num_prompts]
+    prompts = first_prompts(stage.prompts, stage.num_prompts)
     runtime.tell_truncated(base, [prompt.prompt for prompt in prompts], stage.prompts)
     scene = Scene(
         base=base,

@@ -12,7 +12,7 @@ from ..equations import consistency
 from ..equations import feedback as equations
 from ..guard import Guard
 from ..recipe import Distill, Feedback, Recipe
-from ..rewards import Combined, combine
+from ..rewards import Combined, combine, refuse_without_gradient
 from ..runtime import Runtime, rate_factor, set_rate
 from ..sources import Batch, StoredStates
 from ..trajectories import Store
@@ -30,8 +30,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     start = parents["distill"] / "student"
     student = tuning.load(stage, base, start, recipe.seed)
     rewards = combine(stage.rewards, rt.device, stage.normalise, gather)
-    if not rewards.differentiable:
-        raise ValueError("rewards: feedback needs rewards with a gradient; dpo and policy take any")
+    refuse_without_gradient({name: member.model for name, member in rewards.members.items()})
     prompts = tuning.Prompts(stage, base, recipe.seed)
     rewards.refuse_unread(prompts.languages)
     if stage.shape == "mps_hinge":

@@ -320,7 +320,7 @@ def test_choosing_goes_on_where_it_was_stopped_and_draws_nothing_again(run, tmp_
     ],
 )
 def test_a_damaged_progress_file_is_told_with_its_key(tmp_path, kept, told):
-    asked = ranking.Asked("student", "prompts", "brightness", 2, 1, 0.0, 0)
+    asked = ranking.Asked("student", "prompts", "brightness", 2, 1, 1.0, 0.0, 0)
     content = kept | {"asked": asdict(asked)} if kept.get("asked") == "ours" else kept
     (tmp_path / "progress.json").write_text(json.dumps(content))
     with pytest.raises(checkpoint.CheckpointError, match=rf"progress\.json is damaged: {told}"):
