@@ -8,7 +8,7 @@ evaluation's own networks, sample grids, held-out losses, reading and writing, w
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,9 @@ class Operations:
     def total(self) -> float:
         return self.convolutions + self.products
 
+    def __sub__(self, other: "Operations") -> "Operations":
+        return Operations(self.convolutions - other.convolutions, self.products - other.products)
+
     def seconds(self, device: Device, precision: str) -> float:
         """How long `device` is at them, at the share of its rate that a step reaches."""
         convolving = "tf32" if precision == "float32" else precision
@@ -87,7 +90,37 @@ def of_stage(stage: Stage, recipe: Recipe, passes: Passes, distilled: Lora | Ful
     taken = _one_of_each(stage, roles)
     precisions = _precisions(stage, recipe, distilled)
     counts = {field.name: getattr(passes, field.name) for field in fields(passes)}
-    return [Work(kind, n, counted(taken[kind]), precisions[kind]) for kind, n in counts.items() if n]
+    work = [Work(kind, n, counted(taken[kind]), precisions[kind]) for kind, n in counts.items() if n]
+    return [part for one in work for part in _split(one, stage, recipe, roles, distilled)]
+
+
+def _split(work: Work, stage: Stage, recipe: Recipe, roles: Roles, distilled: Lora | Full) -> list[Work]:
+    """`work` of a stage of preference learning in parts of one precision each: the guard's samples are drawn outside
+    autocast, and a reward computes in its own precision."""
+    if not isinstance(stage, Tuning):
+        return [work]
+    if work.kind == "student":
+        looks = -(-stage.num_steps // stage.guard.every) + 1
+        outside = looks * stage.guard.num_prompts * stage.sampling_steps
+        own = _precisions(stage.model_copy(update={"precision": "no"}), recipe, distilled)["student"]
+        if stage.precision == "bf16" and own == "float16":
+            own = "bfloat16"  # as its frozen weights are taken then
+        parts = [replace(work, count=work.count - outside), replace(work, count=outside, precision=own)]
+        return [part for part in parts if part.count]
+    if work.kind not in ("scored", "graded", "watched"):
+        return [work]
+    drawn = counted(_of_pictures(work.kind, roles, []))
+    asked = stage.reward_models if work.kind == "watched" else stage.rewards
+    return [replace(work, each=drawn)] + [
+        replace(work, each=counted(_of_pictures(work.kind, roles, [one])) - drawn, precision=one.dtype) for one in asked
+    ]
+
+
+def _of_pictures(kind: str, roles: Roles, asked: list[Reward]) -> Callable[[], Any]:
+    """One picture drawn and put to the rewards `asked`."""
+    if kind == "graded":
+        return lambda: _graded(roles, asked)
+    return torch.no_grad()(lambda: roles.scores(_latents(roles), asked))
 
 
 def seconds(work: list[Work], device: Device, launch: Launch) -> float:

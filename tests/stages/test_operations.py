@@ -119,3 +119,18 @@ def test_a_plan_tells_time_where_a_device_is_named(tiny_sdxl, tmp_path):
     assert all(one.seconds > 0 and one.operations > 0 for one in told)
     halved = planned_stages(recipe, launch=Launch("whole", 2), device=DEVICES["h100"])
     assert [one.seconds * 2 for one in halved] == pytest.approx([one.seconds for one in told])
+
+
+def test_rewards_compute_in_their_own_precision_and_the_guard_draws_outside_autocast(tiny_sdxl, tmp_path):
+    rewards = [{"name": "emoji_style"}]
+    for kind, drawn in (("policy", "scored"), ("feedback", "graded")):
+        stage = runs.tuning(kind, runs.write_prompts(tmp_path), precision="bf16", rewards=rewards)
+        recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
+        work = of_stage(stage, recipe, passes_of(stage, recipe), Lora(rank=2))
+        found = [(one.kind, one.precision) for one in work]
+        assert {("student", "bfloat16"), ("student", "float32"), (drawn, "bfloat16"), (drawn, "float32")} <= set(found)
+        assert {precision for one, precision in found if one == "watched"} == {"float32"}
+        (reward,) = (one for one in work if (one.kind, one.precision) == (drawn, "float32"))
+        assert reward.each.total > 0
+        outside = sum(one.count for one in work if (one.kind, one.precision) == ("student", "float32"))
+        assert outside == (2 + 1) * 4 * 2  # looks, prompts, steps
