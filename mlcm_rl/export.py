@@ -22,8 +22,6 @@ from .bases import Base
 from .checkpoint import forget_origin, public, replacing
 from .equations.segments import NUM_SEGMENTS, paper_times, sampling_times
 
-PAPER_NUM_TIMES = 1000  # the paper's grids are given for this many
-
 SCHEDULE_KEYS = (
     "num_train_timesteps",
     "beta_start",
@@ -140,7 +138,7 @@ def _card(base: Base, student: Student, name: str, gamma: float, table: str | No
         sections.append("Or the adapter alone, over its teacher:\n\n" + _lora_usage(student, teacher, name))
     if snapshots:
         sections.append(_snapshot_usage(teacher, snapshots))
-    sections.append("## Grids\n\n" + _grids(student, base.schedule.num_times))
+    sections.append("## Grids\n\n" + _grids(student))
     if table:
         sections.append("## Measured\n\n" + _under_a_heading(table))
     sections.append("## Licence\n\n" + (f"As its teacher's: {licence}." if licence else "That of its teacher."))
@@ -205,7 +203,7 @@ def _snapshot_usage(teacher: str, snapshots: list[int]) -> str:
     )
 
 
-def _grids(student: Student, num_times: int) -> str:
+def _grids(student: Student) -> str:
     """The times that N steps visit, and what to pass as `timesteps` for the paper's grid or the K segments' own."""
     num_segments = 1 if student.conditioned else student.num_segments
     rows = [
@@ -215,10 +213,8 @@ def _grids(student: Student, num_times: int) -> str:
         "|---|---|---|---|",
     ]
     for num_steps in range(1, NUM_SEGMENTS + 1):
-        default = sampling_times(num_steps, num_times=num_times)
-        own = sampling_times(num_steps, num_segments, num_times)
-        paper = paper_times(num_steps) if num_times == PAPER_NUM_TIMES else default
-        cells = [default, paper, own]
+        default = sampling_times(num_steps)
+        cells = [default, paper_times(num_steps), sampling_times(num_steps, num_segments)]
         shown = [str(cell) if cell != default or i == 0 else "as default" for i, cell in enumerate(cells)]
         rows.append(f"| {num_steps} | {' | '.join(shown)} |")
     return "\n".join(rows)

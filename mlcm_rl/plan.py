@@ -32,7 +32,6 @@ from .recipe import (
     Trajectories,
     Tuning,
 )
-from .recipe.types import default_gamma
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KEPT_BYTES = 12  # a trained float32 weight and its two moments, in a checkpoint
@@ -204,7 +203,7 @@ def tuned_gamma(stage: Tuning, recipe: Recipe) -> float:
     if stage.gamma is not None:
         return stage.gamma
     distilled = [one for one in recipe.stages if isinstance(one, Distill)][-1]
-    return default_gamma(distilled.segments[-1], distilled.condition_on_target)
+    return distilled.default_gamma
 
 
 class Sizes:

@@ -60,13 +60,11 @@ def entries(stage: Evaluate, parents: dict[str, Path], base: Base) -> list[Entry
                 raise ValueError(f"{folder}: the student's {key} is {described[key]}, the teacher's {expected}")
         cost = training_cost.of_student(folder)
         shape = (described["segments"], described["conditioned"])
-        own_gamma = tuned[name][1] if name in tuned else default_gamma(*shape)
-        compared = [
-            gamma for one, (distilled, gamma) in tuned.items() if name == one or is_student_of(folder, distilled)
-        ]
-        gammas = [own_gamma] if training_cost.is_snapshot(folder) else [*stage.gammas, *compared]
-        gammas.sort(key=lambda gamma: gamma != own_gamma)
-        found.append(Entry(name, folder, *shape, cost, own_gamma, tuple(dict.fromkeys(gammas))))
+        own = own_gamma(folder)
+        beside = [gamma for one, (distilled, gamma) in tuned.items() if name == one or is_student_of(folder, distilled)]
+        gammas = [own] if training_cost.is_snapshot(folder) else [*stage.gammas, *beside]
+        gammas.sort(key=lambda gamma: gamma != own)
+        found.append(Entry(name, folder, *shape, cost, own, tuple(dict.fromkeys(gammas))))
     return found
 
 
@@ -79,17 +77,18 @@ def tuned_from(folder: Path) -> tuple[str, float] | None:
     kept = read_json(manifest) if manifest.is_file() else {"kind": None}
     if kept["kind"] not in TUNING:
         return None
-    gamma, described = kept["stage"]["gamma"], describe(folder)
-    if gamma is None:
-        gamma = default_gamma(described["segments"], described["conditioned"])
-    return kept["parents"]["distill"], gamma
+    gamma = kept["stage"]["gamma"]
+    return kept["parents"]["distill"], suited_gamma(folder) if gamma is None else gamma
 
 
 def own_gamma(folder: Path) -> float:
     """The gamma that the student in `folder` was tuned under, or what suits it."""
     tuned = tuned_from(folder)
-    if tuned is not None:
-        return tuned[1]
+    return suited_gamma(folder) if tuned is None else tuned[1]
+
+
+def suited_gamma(folder: Path) -> float:
+    """The gamma that suits the student in `folder`, by what it says of itself."""
     described = describe(folder)
     return default_gamma(described["segments"], described["conditioned"])
 
@@ -145,8 +144,8 @@ def teacher_rows(stage: Evaluate, guidance_scale: float) -> list[Row]:
 def student_rows(stage: Evaluate, index: int, student: Entry) -> list[Row]:
     """`student` at each number of steps, gamma (its own too) and grid; what would be equal pictures is one row.
 
-    (With one step gamma changes nothing, and grids may agree.) A student told its
-    target may stop anywhere, so it takes the even grid; the others take one that holds their K boundaries.
+    (With one step gamma changes nothing, and grids may agree.) A student told its target may stop anywhere, so it takes
+    the even grid; the others take one that holds their K boundaries.
     """
     rows = {}
     num_segments = 1 if student.conditioned else student.num_segments

@@ -19,9 +19,11 @@ from .types import (
     NonNegativeFloat,
     OneStage,
     Reward,
+    Samples,
     Strict,
     Teacher,
     Training,
+    default_gamma,
     presentation,
 )
 
@@ -170,6 +172,11 @@ class Distill(Training):
     def asks_teacher(self) -> bool:
         """Whether steps encode prompts and ask the teacher; its networks can leave before the first where none does."""
         return self.method == "inter_segment" or self.source != "trajectories"
+
+    @property
+    def default_gamma(self) -> float:
+        """The sampler's gamma that suits the finished student."""
+        return default_gamma(self.segments[-1], self.condition_on_target)
 
     def per_phase(self, name: str) -> list:
         """The value of `name` for each phase."""
@@ -419,13 +426,6 @@ Stage = Annotated[
     TrainTeacher | TrainReward | Trajectories | Distill | Feedback | Dpo | Policy | Evaluate,
     Field(discriminator="kind"),
 ]
-
-
-class Samples(Strict):
-    """The fixed prompts and seeds of the grids that runs leave behind."""
-
-    prompts: list[str] = Field([], description="prompts of the sample grids, any language")
-    num_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 4, 8], min_length=1)
 
 
 class Recipe(Strict):

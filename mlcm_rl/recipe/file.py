@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from . import Distill, Evaluate, Feedback, Recipe, Stage, Teacher, Tuning, errors, json_schema
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
-from .types import TRAINED, Lora, Reward, default_gamma
+from .types import TRAINED, Lora, Reward
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), root: Path | None = None) -> Recipe:
@@ -187,7 +187,7 @@ def _tuning_problems(recipe: Recipe) -> Iterator[Problem]:
     gamma = None  # that suits the student distilled last
     for i, stage in enumerate(recipe.stages):
         if isinstance(stage, Distill):
-            gamma = default_gamma(stage.segments[-1], stage.condition_on_target)
+            gamma = stage.default_gamma
         if not isinstance(stage, Tuning):
             continue
         if stage.needs_random_steps and stage.gamma is None and gamma == 0.0:

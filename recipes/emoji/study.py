@@ -104,7 +104,7 @@ def recipe_of(base: Recipe, row: str, seed: int, num_steps: int, num_prompts: in
     if row in SECOND_STAGE:
         second = {"method": "inter_segment", "segments": [1], "space": "x0", "num_steps": num_steps // 5, "seed": seed}
         stages.append(Distill(**second, **shared_settings(given), learning_rate=given.learning_rate))
-    gammas = [0.0, 1.0] if stages[-1].segments[-1] == 1 and not stages[-1].condition_on_target else [0.0]
+    gammas = [0.0, 1.0] if stages[-1].default_gamma == 1.0 else [0.0]
     students = "last" if row in UNASKED else "snapshots"
     stages.append(evaluate_stage(base, num_prompts, students, gammas))
     return base.model_copy(update={"name": f"{row.replace('_', '-')}-{seed}", "stages": stages})
