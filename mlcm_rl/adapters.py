@@ -77,6 +77,7 @@ class Student:
     conditioned: bool
     folder: Path
     tuned: bool = False  # to preferences, by an adapter over the distilled student
+    budgets: tuple[int, ...] = ()  # the numbers of steps whose jumps alone it learned; none: every number
 
     @property
     def default_gamma(self) -> float:
@@ -203,7 +204,8 @@ def load_student(base: Base, folder: Path | str) -> Student:
         if described[name] != expected:
             raise ValueError(f"{folder}: the student's {name} is {described[name]}, the teacher's {expected}")
     denoiser = _load_denoiser(base, folder, described)
-    return Student(denoiser, described["segments"], described["conditioned"], folder, "preference" in described)
+    tuned, budgets = "preference" in described, tuple(described["budgets"])
+    return Student(denoiser, described["segments"], described["conditioned"], folder, tuned, budgets)
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -217,6 +219,9 @@ def describe(folder: Path) -> dict[str, Any]:
     described = read_json(file, family=str, prediction_type=str, segments=int, conditioned=bool, adapter=dict)
     if not 1 <= described["segments"] <= NUM_SEGMENTS:
         raise CheckpointError(f"{file}: segments must be 1 to {NUM_SEGMENTS}, is {described['segments']}")
+    budgets = described.setdefault("budgets", [])  # older folders do not say
+    if type(budgets) is not list or not all(type(n) is int and 1 <= n <= NUM_SEGMENTS for n in budgets):
+        raise CheckpointError(f"{file}: budgets must be numbers from 1 to {NUM_SEGMENTS}, are {reprlib.repr(budgets)}")
     return described
 
 

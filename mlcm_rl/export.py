@@ -129,7 +129,7 @@ def _card(base: Base, student: Student, name: str, gamma: float, table: str | No
     licence = _licence(Path(base.teacher.path))
     sections = [
         _front_matter(teacher, licence),
-        f"# {name}\n\nA student of `{teacher}` for 1 to {NUM_SEGMENTS} steps, made by multistep consistency "
+        f"# {name}\n\nA student of `{teacher}` for {_budgets(student)} steps, made by multistep consistency "
         f"distillation with `mlcm-rl` (guidance {base.teacher.guidance_scale:g} is inside: sample with "
         f"`guidance_scale=0`). {_kind(student)}",
         "## Use\n\n" + _usage(student, name, gamma),
@@ -158,6 +158,14 @@ def _front_matter(teacher: str, licence: str | None) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
+def _budgets(student: Student) -> str:
+    """The numbers of steps that it learned, in words: `2, 3, 4, 6 and 8`."""
+    if not student.budgets:
+        return f"1 to {NUM_SEGMENTS}"
+    *others, last = map(str, sorted(set(student.budgets)))
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def _kind(student: Student) -> str:
     tuned = " It was then tuned to preferences; both are in its weights." if student.tuned else ""
     return _distilled_kind(student) + tuned
@@ -165,7 +173,7 @@ def _kind(student: Student) -> str:
 
 def _distilled_kind(student: Student) -> str:
     if student.conditioned:
-        return "It is told the time that each step ends at, so one student serves every number of steps."
+        return "It is told the time that each step ends at, so one student serves all of these numbers of steps."
     return f"Segments at the end of its training: {student.num_segments}."
 
 
@@ -212,7 +220,7 @@ def _grids(student: Student) -> str:
         "| steps | default | paper: `timesteps=` | own segments: `timesteps=` |",
         "|---|---|---|---|",
     ]
-    for num_steps in range(1, NUM_SEGMENTS + 1):
+    for num_steps in sorted(set(student.budgets)) or range(1, NUM_SEGMENTS + 1):
         default = sampling_times(num_steps)
         cells = [default, paper_times(num_steps), sampling_times(num_steps, num_segments)]
         shown = [str(cell) if cell != default or i == 0 else "as default" for i, cell in enumerate(cells)]

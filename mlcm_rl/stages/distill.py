@@ -178,6 +178,7 @@ def save_student(
     """The student as it is now, with what a sampler and an export need to know of it."""
     description = {
         "segments": num_segments,
+        "budgets": stage.budgets,
         "conditioned": stage.condition_on_target,
         "family": base.family,
         "prediction_type": base.prediction_type,

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from mlcm_rl import adapters, bases, recipe
 from mlcm_rl.bases import LORA_TARGETS
+from mlcm_rl.checkpoint import CheckpointError
 from mlcm_rl.recipe import Full, Lora
 
 ADAPTERS = [Lora(rank=4, alpha=8.0), Full()]
@@ -187,6 +188,18 @@ def test_student_of_another_teacher_kind_is_refused(sdxl, teachers, tmp_path):
         adapters.load_student(sdxl, tmp_path)
     with pytest.raises(ValueError, match="lacks prediction_type, segments"):
         adapters.save_student(sdxl.denoiser, tmp_path / "other", {"family": "sdxl"})
+
+
+@pytest.mark.parametrize("wrong", [[9], [True], ["2"], [[2]], {"2": 1}, 4])
+def test_budgets_are_kept_and_a_damaged_list_of_them_is_refused(sdxl, tmp_path, wrong):
+    denoiser = trained(sdxl, ADAPTERS[0], True)
+    adapters.save_student(denoiser, tmp_path / "student", description(sdxl))
+    assert adapters.load_student(sdxl, tmp_path / "student").budgets == ()
+    adapters.save_student(denoiser, tmp_path / "student", description(sdxl) | {"budgets": [2, 4]})
+    assert adapters.load_student(sdxl, tmp_path / "student").budgets == (2, 4)
+    adapters.save_student(denoiser, tmp_path / "student", description(sdxl) | {"budgets": wrong})
+    with pytest.raises(CheckpointError, match=r"student\.json: budgets must be numbers from 1 to 8, are"):
+        adapters.load_student(sdxl, tmp_path / "student")
 
 
 @pytest.mark.parametrize(

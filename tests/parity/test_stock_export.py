@@ -232,6 +232,18 @@ def test_card_names_teacher_licence_grids_and_measurements(loaded, teachers, tmp
         export(tmp_path / "student", base, out)
 
 
+@pytest.mark.parametrize(
+    ("budgets", "said", "grids"), [([], "1 to 8", 8), ([8, 2, 4], "2, 4 and 8", 3), ([4], "4", 1)], ids=str
+)
+def test_card_claims_the_numbers_of_steps_that_were_learned_and_no_other(loaded, tmp_path, budgets, said, grids):
+    base = loaded["sdxl"]
+    description = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon", "budgets": budgets}
+    adapters.save_student(adapters.student(base, LORA, 0, True), tmp_path / "student", description)
+    card = (export(tmp_path / "student", base, tmp_path / "out") / "README.md").read_text()
+    assert f"for {said} steps, made by" in card
+    assert len([line for line in card.splitlines() if "| [999" in line]) == grids
+
+
 def test_export_is_whole_or_absent_and_refuses_a_conditioned_snapshot(loaded, tmp_path):
     base = loaded["sdxl"]
     description = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
