@@ -1,4 +1,4 @@
-"""Reward feedback: losses on a differentiable reward, the steps its gradient passes, the anchor to a reference."""
+"""Reward feedback: losses on a differentiable reward, the step its gradient enters at, the anchor to a reference."""
 
 import torch
 from torch import Tensor
@@ -26,22 +26,14 @@ def mps_hinge(positive: Tensor, negative: Tensor, threshold: float = 16.0) -> Te
     return torch.relu(threshold - positive) + torch.relu(negative)
 
 
-def last_steps(num_steps: int, num_grad_steps: int) -> range:
-    """The steps of 0 .. num_steps - 1 that carry gradient: the last K = `num_grad_steps` (DRaFT-K, arXiv 2309.17400).
-
-    K = num_steps is the whole chain, K = 1 the last network evaluation alone. Raises ValueError unless 1 <= K <= N.
-    """
-    _require_within(num_grad_steps, num_steps, "num_grad_steps")
-    return range(num_steps - num_grad_steps, num_steps)
-
-
 def random_late_step(num_steps: int, num_late_steps: int, generator: torch.Generator) -> int:
     """The one step that carries gradient, uniform over the last `num_late_steps` of 0 .. num_steps - 1.
 
     The sampler stops there and its x0 at that step is what is scored (ReFL, arXiv 2304.05977, algorithm 1: the last 10
     of 40). Raises ValueError unless 1 <= num_late_steps <= num_steps.
     """
-    _require_within(num_late_steps, num_steps, "num_late_steps")
+    if not 1 <= num_late_steps <= num_steps:
+        raise ValueError(f"num_late_steps is {num_late_steps}; of {num_steps} sampling steps it takes 1 to {num_steps}")
     late = torch.randint(num_late_steps, (), generator=generator, device=generator.device)
     return num_steps - num_late_steps + int(late)
 
@@ -68,8 +60,3 @@ def step_kl(x0: Tensor, reference_x0: Tensor, t: Tensor, s: Tensor, gamma: float
     mean, std = step_gaussian(anywhere, x0, t, s, gamma, schedule)
     reference_mean, _ = step_gaussian(anywhere, reference_x0, t, s, gamma, schedule)
     return gaussian_kl(mean, reference_mean, std)
-
-
-def _require_within(count: int, num_steps: int, name: str) -> None:
-    if not 1 <= count <= num_steps:
-        raise ValueError(f"{name} is {count}; of {num_steps} sampling steps it takes 1 to {num_steps}")

@@ -48,16 +48,6 @@ def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
     return 0.5 * ((mean - reference_mean) / std).square().flatten(1).sum(1)
 
 
-def k3_kl(log_prob: Tensor, reference_log_prob: Tensor) -> Tensor:
-    """p_ref / p - log(p_ref / p) - 1 (B,): GRPO's estimate of KL(p || p_ref), never negative (arXiv 2402.03300, eq. 4).
-
-    Unbiased over samples of p only for whole log-densities: `gaussian_log_prob` times d. On means over d elements it
-    estimates about KL / d^2. Where both means are at hand `gaussian_kl` says it exactly.
-    """
-    log_ratio = reference_log_prob - log_prob
-    return torch.expm1(log_ratio) - log_ratio
-
-
 def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-4) -> Tensor:
     """(r - mean) / (std + eps) within each prompt's group (P, n), for `rewards` (P, n): n samples of each of P prompts.
 

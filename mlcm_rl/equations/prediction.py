@@ -1,4 +1,4 @@
-"""What a network predicts, turned into x0 and eps, through the one form x_t = alpha x0 + sigma eps.
+"""What a network predicts, turned into x0 and back, through the one form x_t = alpha x0 + sigma eps.
 
 `kind` is the network's own parameterisation:
 
@@ -62,8 +62,3 @@ def min_snr_weight(t: Tensor, schedule: Schedule, kind: str, gamma: float) -> Te
     if kind == "flow":
         return weight * (schedule.sigma[t] / (schedule.alpha[t] + schedule.sigma[t])) ** 2
     raise ValueError(f"prediction type {kind!r} is none of {', '.join(KINDS)}")
-
-
-def eps_from_x0(x0: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """eps (B, ...) with x_t = alpha_t x0 + sigma_t eps."""
-    return prediction_from_x0(x0, x_t, t, schedule, "epsilon")

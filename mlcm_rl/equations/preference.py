@@ -11,8 +11,6 @@ so that h = beta (chosen - rejected) is the implicit reward margin that the loss
 its own margin takes the place of h: `bradley_terry_loss` trains one.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -64,11 +62,6 @@ def online_pso_log_ratio(x_s: Tensor, mean: Tensor, reference_mean: Tensor, std:
     """
     midpoint = 0.5 * (mean + reference_mean)
     return ((mean - reference_mean) * (x_s - midpoint) / std.square()).flatten(1).mean(1)
-
-
-def clamp_log_ratio(log_ratio: Tensor, clip_range: float) -> Tensor:
-    """log clamp(ratio, 1 - c, 1 + c) (B,): D3PO's guard, c = 0.1 there. Outside the range the gradient is zero."""
-    return log_ratio.clamp(math.log1p(-clip_range), math.log1p(clip_range))
 
 
 def endpoint_log_ratio(errors: Tensor, reference_errors: Tensor) -> Tensor:

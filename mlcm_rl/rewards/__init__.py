@@ -286,11 +286,6 @@ class Combined:
         self.gather = gather
 
     @property
-    def differentiable(self) -> bool:
-        """Whether gradients come from every reward."""
-        return all(member.model.differentiable for member in self.members.values())
-
-    @property
     def needs_prompt(self) -> bool:
         """Whether every reward depends on the prompt."""
         return all(member.model.needs_prompt for member in self.members.values())

@@ -22,7 +22,7 @@ from sources import cache_folder, load_pictures, progress_line, write_text
 
 @dataclass(frozen=True)
 class AutoencoderSettings:
-    """Sizes and schedule. `kl_weight` multiplies the mean KL per latent value; `shift` is in pixels."""
+    """Sizes and schedule. `kl_weight` multiplies the mean KL per latent value; `shift` and `crop` are in pixels."""
 
     widths: tuple[int, ...] = (16, 48, 80, 96)
     latent_channels: int = 8
@@ -32,6 +32,7 @@ class AutoencoderSettings:
     kl_weight: float = 2e-3
     ema_decay: float = 0.998
     shift: int = 3
+    crop: int | None = None
     seed: int = 0
 
 
@@ -64,11 +65,14 @@ def as_images(pixels: np.ndarray | Tensor) -> Tensor:
     return torch.as_tensor(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def augment(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
-    """Return the pictures (B, 3, H, W) moved by up to `shift` pixels on white, one half of them mirrored."""
-    size = images.shape[-1]
+def augment(images: Tensor, shift: int, generator: torch.Generator, crop: int | None = None) -> Tensor:
+    """Return the pictures (B, 3, H, H) moved by up to `shift` pixels on white, one half of them mirrored.
+
+    With `crop` it is a random square of so many pixels a side of each, (B, 3, crop, crop).
+    """
+    size = crop or images.shape[-1]
     padded = F.pad(images, (shift,) * 4, value=1.0)
-    offsets = torch.randint(0, 2 * shift + 1, (len(images), 2), generator=generator).tolist()
+    offsets = torch.randint(0, padded.shape[-1] - size + 1, (len(images), 2), generator=generator).tolist()
     mirrored = (torch.rand(len(images), generator=generator) < 0.5).tolist()
     rows = [image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, offsets, strict=True)]
     return torch.stack([row.flip(-1) if flip else row for row, flip in zip(rows, mirrored, strict=True)])
@@ -103,7 +107,7 @@ def train(
     )
     batches = index_batches(len(pixels), settings.batch_size, generator)
     for step in range(1, settings.num_steps + 1):
-        images = augment(as_images(pixels[next(batches)]), settings.shift, generator)
+        images = augment(as_images(pixels[next(batches)]), settings.shift, generator, settings.crop)
         with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16()):
             posterior = model.encode(images).latent_dist
             decoded = model.decode(posterior.sample(generator)).sample
@@ -170,12 +174,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=AutoencoderSettings.num_steps)
     parser.add_argument("--latent-channels", type=int, default=AutoencoderSettings.latent_channels)
     parser.add_argument("--factor", type=int, default=8, choices=(4, 8), help="by which each side shrinks")
+    parser.add_argument("--crop", type=int, help="pixels a side of what a step sees [all]")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--name", default="autoencoder", help="folder in the cache to write")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     widths = AutoencoderSettings.widths[: arguments.factor.bit_length()]
-    settings = AutoencoderSettings(widths, arguments.latent_channels, arguments.steps)
+    settings = AutoencoderSettings(widths, arguments.latent_channels, arguments.steps, crop=arguments.crop)
     pictures = load_pictures(64)
     held_out = np.array([is_held_out(codepoint) for codepoint in pictures.codepoints])
     seen, unseen = (torch.from_numpy(pictures.pixels[mask]) for mask in (~held_out, held_out))

@@ -46,6 +46,17 @@ def test_augmentation_without_shift_gives_the_picture_or_its_mirror_image(discs)
     assert any(mirrored)
 
 
+def test_a_crop_is_a_square_of_the_picture(discs):
+    images = torch.arange(64.0).reshape(1, 1, 8, 8).expand(5, 3, 8, 8)
+    found = program.augment(images, 0, torch.Generator().manual_seed(1), crop=3)
+    assert found.shape == (5, 3, 3, 3)
+    corners = [min(row[0, 0, 0].item(), row[0, 0, -1].item()) for row in found]  # mirrored or not
+    for row, corner in zip(found, corners, strict=True):
+        wanted = corner + torch.arange(3.0) + 8 * torch.arange(3.0)[:, None]
+        assert torch.equal(row[0], wanted) or torch.equal(row[0], wanted.flip(-1))
+    assert len(set(corners)) > 1
+
+
 def test_the_reconstruction_loss_agrees_with_hand_arithmetic():
     wanted, found = torch.zeros(1, 1, 2, 2), torch.tensor([[[[0.0, 1.0], [0.0, 3.0]]]])
     values = (0 + 1 + 0 + 3) / 4

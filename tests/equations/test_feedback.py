@@ -5,7 +5,6 @@ from torch.distributions import Normal, kl_divergence
 
 from mlcm_rl.equations.feedback import (
     hinge,
-    last_steps,
     mps_hinge,
     negative,
     random_late_step,
@@ -49,15 +48,6 @@ def test_a_satisfied_hinge_asks_for_nothing():
 
 
 # --- which steps carry gradient ----------------------------------------------------------------------------------
-
-
-def test_last_steps_by_hand():
-    assert list(last_steps(4, 1)) == [3]
-    assert list(last_steps(4, 3)) == [1, 2, 3]
-    assert list(last_steps(4, 4)) == [0, 1, 2, 3]
-    for wrong in (0, 5):
-        with pytest.raises(ValueError, match=rf"num_grad_steps is {wrong}; of 4 sampling steps"):
-            last_steps(4, wrong)
 
 
 def test_random_late_steps_are_even_and_the_seeds():

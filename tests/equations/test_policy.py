@@ -10,7 +10,6 @@ from mlcm_rl.equations.policy import (
     gaussian_kl,
     gaussian_log_prob,
     group_advantages,
-    k3_kl,
     step_gaussian,
 )
 from mlcm_rl.equations.schedule import flow_schedule, scaled_linear_betas, vp_schedule
@@ -99,30 +98,6 @@ def test_half_precision_states_give_float32_log_probs():
     mean, std = step_gaussian(x_t, x0, T, S, 0.3, VP)
     value = gaussian_log_prob(x_s, mean, std)
     assert (mean.dtype, std.dtype, value.dtype, value.shape) == (*[torch.float32] * 3, (3,))
-
-
-def test_k3_by_hand():
-    log_prob, reference = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.0, math.log(2), 0.0])
-    expected = torch.tensor([0.0, 1 - math.log(2), math.exp(-1)])
-    torch.testing.assert_close(k3_kl(log_prob, reference), expected)
-
-
-def test_k3_is_never_negative_and_has_the_gradient_of_its_formula():
-    log_prob, reference = 3 * normal(2, 50)
-    assert k3_kl(log_prob, reference).min() >= 0
-    assert gradcheck(lambda p: k3_kl(p, reference), log_prob.requires_grad_())
-
-
-def test_k3_averages_to_the_kl_for_whole_densities_only():
-    """On 8 elements, 0.1 std apart each, KL = 0.04; of means over elements k3 makes about KL / 8^2 instead."""
-    d, shift = 8, 0.1
-    x_s = (standard_quantiles(4001) / d**0.5)[:, None].expand(-1, d)  # only a sample's mean tells the two apart
-    std = torch.ones(1, 1, dtype=torch.float64)
-    log_prob, reference = (gaussian_log_prob(x_s, std * m, std) for m in (0.0, shift))
-    assert k3_kl(d * log_prob, d * reference).mean().item() == pytest.approx(d * shift**2 / 2, rel=1e-3)
-    by_formula = math.expm1(-(shift**2) / 2 * (1 - 1 / d)) + shift**2 / 2
-    assert k3_kl(log_prob, reference).mean().item() == pytest.approx(by_formula, rel=1e-3)
-    assert by_formula == pytest.approx(d * shift**2 / 2 / d**2, rel=0.03)
 
 
 # --- advantages and the clipped objective ------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlcm_rl.equations.prediction import KINDS, eps_from_x0, min_snr_weight, prediction_from_x0, x0_from_prediction
+from mlcm_rl.equations.prediction import KINDS, min_snr_weight, prediction_from_x0, x0_from_prediction
 from mlcm_rl.equations.schedule import Schedule, add_noise, flow_schedule, scaled_linear_betas, snr, vp_schedule
 
 VP = vp_schedule(scaled_linear_betas())
@@ -40,7 +40,7 @@ def test_all_kinds_tell_of_the_same_point(kind, x0, eps, t):
     said = prediction_from_x0(x0, x_t, t, VP, kind)
     found = x0_from_prediction(said, x_t, t, VP, kind)
     torch.testing.assert_close(found, x0, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(eps_from_x0(found, x_t, t, VP), eps, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(prediction_from_x0(found, x_t, t, VP, "epsilon"), eps, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,6 @@ from mlcm_rl.equations.policy import (
     gaussian_kl,
     gaussian_log_prob,
     group_advantages,
-    k3_kl,
     step_gaussian,
 )
 from mlcm_rl.equations.preference import (
@@ -139,17 +138,6 @@ def test_policy_gradient_with_kl(gamma):
         step, lambda r: r - r.mean(), lambda _, mean, __: gaussian_kl(mean, step.reference_mean, step.std)
     )
     assert step.trained_mean(loss) == pytest.approx(step.tuned_mean(WEIGHT), abs=1e-6)
-
-
-def test_policy_gradient_with_k3():
-    """The gradient of k3 on samples of p is that of KL(p_ref || p), for equal stds the same function of the means."""
-    step = Step(quantiles(4001), 1.0)
-    loss = policy_loss(
-        step,
-        lambda r: r - r.mean(),
-        lambda x_s, _, log_prob: k3_kl(log_prob, gaussian_log_prob(x_s, step.reference_mean, step.std)),
-    )
-    assert step.trained_mean(loss, num_steps=60) == pytest.approx(step.tuned_mean(WEIGHT), abs=2e-3)
 
 
 def test_policy_gradient_with_group_relative_advantages():

@@ -247,11 +247,3 @@ def test_a_prompt_in_a_language_that_a_reward_does_not_read_is_refused():
 def test_a_reward_named_twice_is_refused():
     with pytest.raises(ValueError, match="named twice: mean, mean"):
         Combined([Member("mean", Mean()), Member("mean", Square())])
-
-
-def test_a_sum_is_differentiable_when_every_reward_is():
-    class Opaque(Mean):
-        differentiable = False
-
-    assert combined().differentiable
-    assert not Combined([Member("mean", Mean()), Member("opaque", Opaque())]).differentiable
