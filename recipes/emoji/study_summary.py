@@ -3,7 +3,8 @@
     python recipes/emoji/study_summary.py recipes/emoji/study-2000
 
 Pairs are picked on the first fifth of the prompts and measured on the rest. A student of several seeds is the mean of
-their values prompt by prompt, so that errors are over prompts and differences are paired.
+their values prompt by prompt, so that errors are over prompts and differences are paired; how far the seeds lie apart
+is said beside it: the standard deviation of their own means, in percent of the mean, at the budget where it is largest.
 """
 
 import re
@@ -29,7 +30,7 @@ SINGLE = ("budgets", "budgets_long", "budgets_lora", "conditioned")
 NAME = re.compile(r"(?P<row>.+)-(?P<seed>\d+)")
 
 Pair = tuple[str, str]  # a student and its sampler
-Values = dict[Pair, dict[int, Tensor]]  # pair -> evaluations -> (P,) mean over seeds
+Values = dict[Pair, dict[int, Tensor]]  # pair -> evaluations -> (P,) mean over seeds, or (S, P) of each seed
 
 
 def main(folder: Path) -> None:
@@ -38,27 +39,44 @@ def main(folder: Path) -> None:
 
 def text(folder: Path) -> str:
     """The table of distances and the targets in words, as Markdown, of all results in `folder`."""
-    students, seeds = read(folder, "distance")
+    seeds = read(folder, "distance")
+    students = averaged(seeds)
     teachers = of_teacher(folder, "distance")
     budgets = sorted({n for row in students.values() for n in row})
-    lines = [f"| student, sampler | seeds | {' | '.join(map(str, budgets))} |", f"|---|--:{'|--:' * len(budgets)}|"]
+    lines = [
+        f"| student, sampler | seeds | apart | {' | '.join(map(str, budgets))} |",
+        f"|---|--:|--:{'|--:' * len(budgets)}|",
+    ]
     for (name, sampler), row in [*students.items(), *teachers.items()]:
         cells = [said(measured(row[n])) if n in row else "-" for n in budgets]
-        lines.append(f"| {name}, {sampler} | {seeds.get(name, '-')} | {' | '.join(cells)} |")
-    recalls = read(folder, "r@5")[0], of_teacher(folder, "r@5", None)
+        how_many = spread(seeds[name, sampler]) if (name, sampler) in seeds else "- | -"
+        lines.append(f"| {name}, {sampler} | {how_many} | {' | '.join(cells)} |")
+    recalls = averaged(read(folder, "r@5")), of_teacher(folder, "r@5", None)
     return "\n".join([*lines, "", *targets(students, teachers), *recall_target(students, *recalls)])
 
 
-def read(folder: Path, metric: str) -> tuple[Values, dict[str, int]]:
-    """Every pair's `metric`, its seeds averaged; and of each student how many seeds there are."""
+def read(folder: Path, metric: str) -> Values:
+    """Every pair's `metric`, (S, P): of each seed, prompt by prompt."""
     found: dict[Pair, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for path in sorted(folder.glob("*.safetensors")):
         named = NAME.fullmatch(path.stem)
         for (name, sampler, n, which), values in study_results.read(path).items() if named else ():
             if which == metric:
                 found[name.replace("student", named["row"]), sampler][n].append(values)
-    means = {pair: {n: torch.stack(seeds).mean(0) for n, seeds in sorted(row.items())} for pair, row in found.items()}
-    return means, {name: len(next(iter(row.values()))) for (name, _), row in found.items()}
+    return {pair: {n: torch.stack(seeds) for n, seeds in sorted(row.items())} for pair, row in found.items()}
+
+
+def averaged(seeds: Values) -> Values:
+    """The mean over the seeds, (P,), of every pair's values (S, P)."""
+    return {pair: {n: values.mean(0) for n, values in row.items()} for pair, row in seeds.items()}
+
+
+def spread(row: dict[int, Tensor]) -> str:
+    """How many seeds, and how far they lie apart, as two cells."""
+    means = [torch.stack([measured(seed).nanmean() for seed in values]) for values in row.values()]
+    if len(means[0]) == 1:
+        return "1 | -"
+    return f"{len(means[0])} | {max((one.std() / one.mean()).item() for one in means):.0%}"
 
 
 def of_teacher(folder: Path, metric: str, most: int | None = max(SINGLE_BUDGETS)) -> Values:

@@ -43,10 +43,17 @@ def results(tmp_path):
 def test_seeds_are_averaged_and_phases_are_students_of_their_own(results):
     keep(results, "a_b-0", row([1.0] * 5))
     keep(results, "a_b-1", row([3.0] * 5), row([7.0] * 5, name="student phase-0-K8"))
-    found, seeds = study_summary.read(results, "distance")
+    seeds = study_summary.read(results, "distance")
+    assert {pair: len(row[4]) for pair, row in seeds.items()} == {
+        ("a_b", "gamma 0"): 2,
+        ("a_b phase-0-K8", "gamma 0"): 1,
+    }
+    found = study_summary.averaged(seeds)
     assert found["a_b", "gamma 0"][4].tolist() == [2.0] * 5
     assert found["a_b phase-0-K8", "gamma 0"][4].tolist() == [7.0] * 5
-    assert seeds == {"a_b": 2, "a_b phase-0-K8": 1}
+    text = study_summary.text(results)
+    assert "| a_b, gamma 0 | 2 | 71% | 2.0000 +- 0.0000 |" in text  # 1 and 3: sqrt(2) of 2
+    assert "| a_b phase-0-K8, gamma 0 | 1 | - | 7.0000" in text
 
 
 def test_pairs_are_picked_on_the_first_fifth_and_measured_on_the_rest(results):
@@ -56,7 +63,7 @@ def test_pairs_are_picked_on_the_first_fifth_and_measured_on_the_rest(results):
     text = study_summary.text(results)
     assert "4 evaluations, lucky, gamma 0 against the undistilled teacher (teacher, DDIM, guided): 4.0" in text
     assert "missed" in text
-    assert "| steady, gamma 0 | 1 | 2.1875 +- 0.0807 |" in text
+    assert "| steady, gamma 0 | 1 | - | 2.1875 +- 0.0807 |" in text
 
 
 @pytest.mark.parametrize(("single", "verdict"), [(1.046875, "met"), (1.203125, "missed")])
