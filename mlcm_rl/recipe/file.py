@@ -112,7 +112,8 @@ def _file_problems(recipe: Recipe, root: Path) -> Iterator[Problem]:
                 is_table = name == "pairs" and Path(path).suffix == ".parquet"
                 yield from _absent(("stages", i, name), path, root, holding=None if is_table else READ[name])
         for name in ("prompts", "guard_prompts"):
-            if (path := settings.get(name)) and Path(path).suffix not in (".txt", ".jsonl"):
+            path = settings.get(name)
+            if path and Path(path).suffix not in (".txt", ".jsonl") and not os.path.isdir(root / path):
                 yield Problem(("stages", i, name), f"expected a .txt or .jsonl file, found {path}")
         for j, other in enumerate(settings.get("also", [])):
             yield from _absent(("stages", i, "also", j), other, root, holding="manifest.json")
