@@ -3,7 +3,7 @@
     python recipes/emoji/study.py [--seeds 3] [--prompts 1000] [--steps 2000] [--rows progressive,...] [KEY=VALUE ...]
 
 Each row is the recipe `recipes/emoji_mlcm.yaml` with other distill settings. All train on the same number of samples,
-but for `budgets_long` (four times as many) and `progressive_second_stage` (a fifth more).
+but for `budgets_long` and `lcm_long` (four times as many and more) and `progressive_second_stage` (a fifth more).
 What a student measured is kept, prompt by prompt, in a file of its own (`--results`), and a student that has one is
 done: the study may be cut off, go on elsewhere, or be shared among machines (`--seeds 1 --first-seed 2`), and the
 table is of all files that are there. Finished stages are found again too.
@@ -27,10 +27,12 @@ PROGRESSIVE = {"segments": [8, 4, 2, 1], "space": ["z", "z", "z", "x0"]}
 ONE = {"segments": [1], "space": "x0"}
 CONDITIONED = {"target": "trajectory", "condition_on_target": True}
 BUDGETS = CONDITIONED | {"segments": [1], "distance": "log_l2", "budgets": [2, 3, 4, 6, 8]}
+LCM = ONE | {"source": "data", "images": "data/emoji_64", "target": "consistency", "target_ema": 0.95}
 
 # Row -> distill settings beside batch size, rate and steps, which all share.
 ROWS = {
-    "lcm": ONE | {"source": "data", "images": "data/emoji_64", "target": "consistency", "target_ema": 0.95},
+    "lcm": LCM,
+    "lcm_long": LCM,
     "fixed_8": {"segments": [8], "target": "consistency"},
     "fixed_8_trajectory": {"segments": [8], "target": "trajectory"},
     "fixed_4_trajectory": {"segments": [4], "target": "trajectory"},
@@ -47,7 +49,9 @@ ROWS = {
     "online": PROGRESSIVE
     | {"source": "online", "prompts": "recipes/emoji/prompts/train.jsonl", "target": "consistency"},
 }
-LONGER = {"budgets_long": 4}  # as long as the dedicated students that it stands for are together
+# `budgets_long`: as long as the dedicated students that it stands for are together; `lcm_long`: at 400 steps of 32 as
+# many network evaluations as a student of stored states, the store's 96 a trajectory among them.
+LONGER = {"budgets_long": 4, "lcm_long": 4.25}
 SECOND_STAGE = {"progressive_second_stage": "progressive"}  # row -> the row whose student it starts from
 UNASKED = ("conditioned", "online")  # rows of whose earlier phases nothing is asked
 NUM_STEPS = [2, 3, 4, 6, 8]  # of the samplers measured
@@ -90,7 +94,7 @@ def keep(recipe: Recipe, path: Path) -> None:
 def teacher_recipe(base: Recipe, num_prompts: int) -> Recipe:
     """The rows without a student; the reference is found again by the students' evaluations."""
     return base.model_copy(
-        update={"name": study_results.TEACHER, "stages": [evaluate_stage(base, num_prompts, solvers=["ddim"])]}
+        update={"name": study_results.TEACHER, "stages": [evaluate_stage(base, num_prompts, solvers=["ddim", "dpmpp", "unipc"])]}
     )
 
 
@@ -115,7 +119,7 @@ def distill_stage(given: Distill, row: str, num_steps: int, seed: int) -> Distil
     settings = ROWS[row]
     return Distill(
         seed=seed,
-        num_steps=num_steps * LONGER.get(row, 1) // len(settings["segments"]),
+        num_steps=int(num_steps * LONGER.get(row, 1)) // len(settings["segments"]),
         learning_rate=given.learning_rate,
         **(shared_settings(given) | settings),
     )

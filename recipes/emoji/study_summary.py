@@ -25,6 +25,7 @@ SINGLE_BUDGETS = (2, 3, 4, 6, 8)  # at which one student is set against the dedi
 RECALL_AT, RECALL_KEPT = 4, 0.95  # evaluations, and of the reference's R@5
 REFERENCE = ("teacher", "DDIM, guided", 100)
 DEDICATED = ("fixed_8", "fixed_8_trajectory", "fixed_4_trajectory", "fixed_2_trajectory")
+LCM = ("lcm", "lcm_long")  # of fewer evaluations than a student of stored states and its store, and of a few more
 DEARER = ("budgets_long", "progressive_second_stage", "online")  # trained on more samples, or evaluations, than LCM
 SINGLE = ("budgets", "budgets_long", "budgets_lora", "conditioned")
 NAME = re.compile(r"(?P<row>.+)-(?P<seed>\d+)")
@@ -107,7 +108,7 @@ def recall_target(distances: Values, students: Values, teachers: Values) -> list
 def targets(students: Values, teachers: Values) -> list[str]:
     """A line for each target: the best student against the teacher, and against LCM at equal training cost; one student
     against the dedicated ones."""
-    lcm = {pair: row for pair, row in students.items() if pair[0] == "lcm"}
+    lcm = {pair: row for pair, row in students.items() if pair[0] in LCM}
     lines = []
     at_equal_cost = {pair: row for pair, row in students.items() if pair[0] not in DEARER}
     for n in BUDGETS:
