@@ -371,15 +371,17 @@ def _lora_settings(denoiser: UNet2DConditionModel, name: str = DISTILLED) -> Lor
 
 
 def _save_lora(denoiser: UNet2DConditionModel, name: str, file: Path) -> None:
-    """The adapter `name` in the layout that `load_lora_weights` reads, PEFT's configuration in the header.
+    write_lora(_lora_settings(denoiser, name), get_peft_model_state_dict(denoiser, adapter_name=name), file)
+
+
+def write_lora(settings: LoraConfig, tensors: dict[str, Tensor], file: Path) -> None:
+    """An adapter in the layout that `load_lora_weights` reads, PEFT's configuration in the header.
 
     As diffusers' own save, less its second header key: safetensors orders keys at random, and the same student is to be
     the same bytes.
     """
-    settings = _lora_settings(denoiser, name)
     stated = {**settings.to_dict(), "target_modules": sorted(settings.target_modules)}
     header = json.dumps({f"unet.{key}": value for key, value in stated.items()}, indent=2, sort_keys=True)
-    tensors = get_peft_model_state_dict(denoiser, adapter_name=name)
     tensors = {f"unet.{key}": value for key, value in tensors.items()}
     write_tensors(file, tensors, {METADATA_KEY: header})
 

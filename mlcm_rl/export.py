@@ -4,7 +4,8 @@ The folder is a whole pipeline with the student's weights folded in. Beside them
 
 - `pytorch_lora_weights.safetensors`: a LoRA student once more, to load over its teacher;
 - `pipeline.py`: for a student conditioned on its target time, which no stock pipeline samples;
-- `steps-<N>/`: snapshots for N steps, an adapter or a denoiser each, and its scheduler.
+- `steps-<N>/`: for stock pipelines at N steps, an adapter or a denoiser each, and its scheduler: the snapshots of a
+  training in phases, or what a conditioned student does when it is told the times of N steps.
 """
 
 import copy
@@ -14,14 +15,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import LCMScheduler, TCDScheduler
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import adapters, exported_pipeline
 from .adapters import LORA_FILE, Student
-from .bases import Base
+from .bases import TARGET_TIME_WIDTH, Base
 from .checkpoint import forget_origin, public, replacing
 from .equations.segments import NUM_SEGMENTS, paper_times, sampling_times
+from .equations.solver import time_before_noise
 
+STOCK_STEPS = (2, 3, 4, 6, 8)  # for which a conditioned student without budgets of its own is written
 SCHEDULE_KEYS = (
     "num_train_timesteps",
     "beta_start",
@@ -44,23 +51,28 @@ def export(
     """Write the student in `student_folder` to the new folder `out`, in one rename; returns `out`.
 
     `card_table` is Markdown for the card; `snapshots` are students to ship beside it, by the number of steps that each
-    is for; `gamma` is what the student was tuned under, by default what suits it. One between 0 and 1 is the `eta` that
-    the card's code passes.
-    Raises FileExistsError where `out` is taken, ValueError for a snapshot that stock diffusers cannot sample.
+    is for (a conditioned student has its own); `gamma` is what the student was tuned under, by default what suits it.
+    One between 0 and 1 is the `eta` that the card's code passes.
+    Raises FileExistsError where `out` is taken, ValueError for a snapshot that is conditioned, or of a student that is.
     """
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} is there already; name a new folder to export to")
     student = adapters.load_student(base, student_folder)
     gamma = student.default_gamma if gamma is None else gamma
+    beside = {n: adapters.load_student(base, source) for n, source in (snapshots or {}).items()}
+    if beside and any(one.conditioned for one in (student, *beside.values())):
+        raise ValueError(f"{student.folder} and its snapshots: one is conditioned on its target time, it serves alone")
     with replacing(out) as folder:
         _write_pipeline(base, student, gamma, folder)
-        for num_steps, source in sorted((snapshots or {}).items()):
-            _write_snapshot(base, adapters.load_student(base, source), folder / f"steps-{num_steps}")
+        for num_steps, snapshot in sorted(beside.items()):
+            _write_snapshot(base, snapshot, folder / f"steps-{num_steps}")
+        for num_steps in stock_steps(student):
+            _write_told(base, student, num_steps, gamma, folder / f"steps-{num_steps}")
         forget_origin(folder)
         for licence in sorted(Path(base.teacher.path).glob("LICENSE*")):
             shutil.copy(licence, folder)
-        card = _card(base, student, out.name, gamma, card_table, sorted(snapshots or {}))
+        card = _card(base, student, out.name, gamma, card_table, sorted(beside))
         (folder / "README.md").write_text(card)
     return out
 
@@ -110,14 +122,59 @@ def _edit(file: Path, **settings: Any) -> None:
 
 def _write_snapshot(base: Base, student: Student, folder: Path) -> None:
     """Adapter or denoiser, and the scheduler to sample it with."""
-    if student.conditioned:
-        raise ValueError(f"{student.folder} is conditioned on its target time: stock diffusers cannot sample it")
     stock_scheduler(base, student.default_gamma).save_pretrained(folder / "scheduler")
     lora = student.folder / LORA_FILE
     if lora.is_file():
         shutil.copy(lora, folder)
     else:
         adapters.merged(student, base.dtype).save_pretrained(folder / "unet")
+
+
+def stock_steps(student: Student) -> list[int]:
+    """The numbers of steps at which a conditioned student is written for stock pipelines too; none for others."""
+    return sorted(set(student.budgets or STOCK_STEPS)) if student.conditioned else []
+
+
+def _write_told(base: Base, student: Student, num_steps: int, gamma: float, folder: Path) -> None:
+    """A conditioned student for N steps alone, as one that is told nothing: a stock denoiser or adapter of its own."""
+    stock_scheduler(base, gamma).save_pretrained(folder / "scheduler")
+    up, down = told_update(student, num_steps, gamma)
+    lora = student.folder / LORA_FILE
+    settings, tensors = adapters.read_lora(lora) if lora.is_file() and not student.tuned else (None, {})
+    if settings and settings.r >= num_steps:
+        layer, spare = "time_embedding.linear_1", settings.r - num_steps
+        settings.target_modules = {*settings.target_modules, layer}
+        tensors[f"{layer}.lora_A.weight"] = F.pad(down, (0, 0, 0, spare))
+        tensors[f"{layer}.lora_B.weight"] = F.pad(up, (0, spare)) * (settings.r / settings.lora_alpha)
+        adapters.write_lora(settings, tensors, folder / LORA_FILE)
+        return
+    denoiser = adapters.merged(student, torch.float32)
+    denoiser.time_embedding.linear_1.weight.data += up @ down
+    denoiser.time_embedding.cond_proj = None
+    denoiser.register_to_config(time_cond_proj_dim=None)
+    nn.Module.to(denoiser, base.dtype).save_pretrained(folder / "unet")
+
+
+@torch.no_grad()
+def told_update(student: Student, num_steps: int, gamma: float) -> tuple[Tensor, Tensor]:
+    """up (width, N) and down (N, D): what the first layer over t's sinusoids gains where the target times are known.
+
+    Over N steps the target is a function of t, and the layer L is linear: with e_i (D,) the sinusoids of the i-th time
+    and p_i (D,) the projected ones of its target, L (e_i + p_i) = (L + up down) e_i for every i, where up holds the
+    L p_i and down is the pseudo-inverse of e. Exact, as the sinusoids of distinct times are independent while N <= D.
+    Raises ValueError where they are not.
+    """
+    times = torch.tensor(sampling_times(num_steps))
+    targets = time_before_noise(torch.cat([times[1:], torch.zeros(1, dtype=times.dtype)]), gamma)
+    embedding = student.denoiser.time_embedding
+    device = embedding.linear_1.weight.device
+    seen = student.denoiser.time_proj(times.to(device)).double()
+    if torch.linalg.matrix_rank(seen) < num_steps:
+        raise ValueError(f"{student.folder}: {seen.shape[1]} sinusoids do not tell {num_steps} times apart")
+    told = get_timestep_embedding(targets.to(device), TARGET_TIME_WIDTH).double()
+    projected = told @ embedding.cond_proj.weight.double().T
+    up = embedding.linear_1.weight.double() @ projected.T
+    return up.float().contiguous(), torch.linalg.pinv(seen).T.float().contiguous()
 
 
 # The card
@@ -136,8 +193,8 @@ def _card(base: Base, student: Student, name: str, gamma: float, table: str | No
     ]
     if not (student.conditioned or student.tuned) and (student.folder / LORA_FILE).is_file():
         sections.append("Or the adapter alone, over its teacher:\n\n" + _lora_usage(student, teacher, name))
-    if snapshots:
-        sections.append(_snapshot_usage(teacher, snapshots))
+    if beside := snapshots or stock_steps(student):
+        sections.append(_snapshot_usage(student, teacher, beside))
     sections.append("## Grids\n\n" + _grids(student))
     if table:
         sections.append("## Measured\n\n" + _under_a_heading(table))
@@ -202,12 +259,17 @@ pipe.scheduler = {scheduler}.from_pretrained("{name}", subfolder="scheduler")
 ```"""
 
 
-def _snapshot_usage(teacher: str, snapshots: list[int]) -> str:
-    listed = ", ".join(f"`steps-{num_steps}`" for num_steps in snapshots)
+def _snapshot_usage(student: Student, teacher: str, steps: list[int]) -> str:
+    listed = ", ".join(f"`steps-{num_steps}`" for num_steps in steps)
+    what = (
+        "For stock pipelines, without the class in this folder: the same student, to be sampled at that number of "
+        "steps and no other"
+        if student.conditioned
+        else "Snapshots of its training for stock pipelines, each best at its own number of steps"
+    )
     return (
-        f"Snapshots of its training for stock pipelines, each best at its own number of steps: {listed}. Over the "
-        f"teacher `{teacher}`, load `pytorch_lora_weights.safetensors` of that folder (`load_lora_weights`) or its "
-        "`unet`, and take its `scheduler`."
+        f"{what}: {listed}. Over the teacher `{teacher}`, load `{LORA_FILE}` of that folder (`load_lora_weights`) or "
+        "its `unet`, and take its `scheduler`."
     )
 
 

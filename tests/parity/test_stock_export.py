@@ -18,7 +18,7 @@ from mlcm_rl.adapters import Student
 from mlcm_rl.bases import Base
 from mlcm_rl.equations.segments import paper_times, sampling_times
 from mlcm_rl.equations.solver import ddim_step, gamma_step, time_before_noise
-from mlcm_rl.export import export, stock_scheduler
+from mlcm_rl.export import STOCK_STEPS, export, stock_scheduler
 from mlcm_rl.recipe import Full, Lora
 
 PROMPTS, SEED = ["a red apple", "红苹果"], 7
@@ -67,7 +67,9 @@ CASES = [
     Case("conditioned-sd15", "sd15", Full(), 1, SOME_STEPS, conditioned=True, job={"trust": True}),
 ]  # fmt: skip
 
-SNAPSHOTS = {2: CASES[0], 4: CASES[5]}  # beside the conditioned student: an adapter, and full weights
+SNAPSHOTS = {2: CASES[0], 4: CASES[5]}  # beside `deterministic-full`: an adapter, and full weights
+TOLD = [("conditioned", steps) for steps in STOCK_STEPS]
+TOLD += [(case.name, steps) for case in CASES[7:] if case.conditioned for steps in (2, 8)]
 
 
 @dataclass
@@ -91,7 +93,9 @@ def exported(loaded, tmp_path_factory) -> Exported:
         if case.of is None:
             _export(loaded[case.teacher], case, found)
     jobs = [_job(loaded[case.teacher], case, found) for case in CASES]
-    jobs += [_snapshot_job(loaded["sdxl"], found, steps) for steps in SNAPSHOTS]
+    jobs += [_snapshot_job(loaded["sdxl"], found, "deterministic-full", steps) for steps in SNAPSHOTS]
+    cases = {case.name: case for case in CASES}
+    jobs += [_snapshot_job(loaded[cases[name].teacher], found, name, steps, cases[name]) for name, steps in TOLD]
     card = _code_of_card(found.out(CASES[0]))
     _run_stock(found.root, jobs, card)
     found.latents = {Path(job["out"]).stem: load_file(job["out"]) for job in jobs}
@@ -103,8 +107,8 @@ def _export(base: Base, case: Case, found: Exported) -> None:
     tiny.perturb(adapters.trainable_parameters(denoiser), seed=1)
     description = {"segments": case.segments, "family": base.family, "prediction_type": base.prediction_type}
     adapters.save_student(denoiser, found.student(case), description)
-    told = case.name == "conditioned"
-    snapshots = {steps: found.student(one) for steps, one in SNAPSHOTS.items()} if told else None
+    has_snapshots = case.name == "deterministic-full"
+    snapshots = {steps: found.student(one) for steps, one in SNAPSHOTS.items()} if has_snapshots else None
     table = "| steps | R@5 |\n|---|---|\n| 4 | 0.9 |"
     export(found.student(case), base, found.out(case), table, snapshots, case.tuned_under)
 
@@ -116,13 +120,17 @@ def _job(base: Base, case: Case, found: Exported) -> dict:
     return job | {"out": str(found.root / f"{case.name}.safetensors")}
 
 
-def _snapshot_job(base: Base, found: Exported, steps: int) -> dict:
-    """Stock use over the teacher of the snapshot for so many steps that lies beside the conditioned export."""
-    folder = found.root / "exports" / "conditioned" / f"steps-{steps}"
+def _snapshot_job(base: Base, found: Exported, name: str, steps: int, case: Case | None = None) -> dict:
+    """Stock use, over the teacher, of what lies beside the export `name` for so many steps."""
+    folder = found.root / "exports" / name / f"steps-{steps}"
     part = {"unet": str(folder / "unet")} if (folder / "unet").is_dir() else {"lora": str(folder)}
-    job = part | {"scheduler": str(folder / "scheduler"), "calls": [{"steps": steps}]}
+    job = part | {"scheduler": str(folder / "scheduler"), "calls": [_call(case, steps)]}
     job |= {"folder": base.teacher.path, "prompts": PROMPTS, "seed": SEED}
-    return job | {"out": str(found.root / f"snapshot-{steps}.safetensors")}
+    return job | {"out": str(found.root / f"{name}-steps-{steps}.safetensors")}
+
+
+def _call(case: Case | None, steps: int) -> dict:
+    return {"steps": steps} | ({"eta": case.gamma} if case and 0.0 < case.gamma < 1.0 else {})
 
 
 def _code_of_card(folder: Path) -> Path:
@@ -190,10 +198,25 @@ def test_stock_pipeline_samples_an_export_as_our_sampler_does(case, loaded, expo
 
 
 @pytest.mark.parametrize("steps", SNAPSHOTS)
-def test_snapshot_beside_a_conditioned_export_is_sampled_over_the_teacher(steps, loaded, exported):
+def test_snapshot_beside_an_export_is_sampled_over_the_teacher(steps, loaded, exported):
     base, case = loaded["sdxl"], SNAPSHOTS[steps]
     expected = _ours(base, case, adapters.load_student(base, exported.student(case)), {"steps": steps})
-    assert_close(exported.latents[f"snapshot-{steps}"]["0"], expected)
+    assert_close(exported.latents[f"deterministic-full-steps-{steps}"]["0"], expected)
+
+
+@pytest.mark.parametrize(("name", "steps"), TOLD)
+def test_a_conditioned_student_is_written_for_stock_pipelines_at_each_number_of_steps(name, steps, loaded, exported):
+    (case,) = (case for case in CASES if case.name == name)
+    base = loaded[case.teacher]
+    expected = _ours(base, case, adapters.load_student(base, exported.student(case)), {"steps": steps})
+    assert_close(exported.latents[f"{name}-steps-{steps}"]["0"], expected)
+
+
+def test_an_adapter_holds_a_conditioned_student_for_as_many_steps_as_its_rank(exported):
+    """Of rank 4 here; beyond it the denoiser is written whole."""
+    files = {steps: exported.root / "exports" / "conditioned" / f"steps-{steps}" for steps in STOCK_STEPS}
+    assert [steps for steps, folder in files.items() if (folder / adapters.LORA_FILE).is_file()] == [2, 3, 4]
+    assert [steps for steps, folder in files.items() if (folder / "unet").is_dir()] == [6, 8]
 
 
 def test_code_of_the_card_runs_and_leaves_a_picture(exported):
@@ -248,7 +271,7 @@ def test_export_is_whole_or_absent_and_refuses_a_conditioned_snapshot(loaded, tm
     base = loaded["sdxl"]
     description = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
     adapters.save_student(adapters.student(base, LORA, 0, True), tmp_path / "told", description)
-    with pytest.raises(ValueError, match="stock diffusers cannot sample it"):
+    with pytest.raises(ValueError, match="conditioned on its target time"):
         export(tmp_path / "told", base, tmp_path / "out", snapshots={4: tmp_path / "told"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["told"]
 
