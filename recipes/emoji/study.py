@@ -141,7 +141,7 @@ def evaluate_stage(base: Recipe, num_prompts: int, students="snapshots", gammas=
     """The base's evaluation of what the study compares: `students` under `gammas`, or the teacher's `solvers`."""
     given = next(stage for stage in base.stages if isinstance(stage, Evaluate))
     chosen = {"num_steps": NUM_STEPS, "gammas": list(gammas) or [0.0], "grids": ["milestones"], "teacher_steps": [50]}
-    kept = {"num_prompts": num_prompts, "students": students, "teacher_solvers": list(solvers)}
+    kept = {"num_prompts": num_prompts, "images_per_prompt": 1, "students": students, "teacher_solvers": list(solvers)}
     return given.model_copy(update=chosen | kept)
 
 
