@@ -170,7 +170,7 @@ def plan(
 def sample(
     run: RunFolder,
     prompt: Annotated[list[str], typer.Option(help="what to draw; may be repeated", show_default=False)],
-    out: Annotated[Path, typer.Option(help="folder for the pictures", show_default=False)],
+    out: Annotated[Path, typer.Option(file_okay=False, help="folder for the pictures", show_default=False)],
     steps: Annotated[int, typer.Option(min=1, max=8, help="network evaluations a picture")] = 4,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     gamma: Annotated[

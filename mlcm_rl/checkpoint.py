@@ -27,7 +27,10 @@ PARTIAL = ".part"  # ends the names of what is not whole yet
 SPARE_BYTES = 2**20  # of a disk, left free for logs and for the next small file
 UMASK = os.umask(0)  # which can only be read by setting it
 os.umask(UMASK)
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # of a disk to be written
+REFUSALS = (  # of a disk, or of what is there, to be written
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.EISDIR, errno.ENOTDIR),
+)
 
 
 class CheckpointError(Exception):
@@ -50,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         share(temporary)
         sync(temporary)
-        if path.is_dir():
+        if path.is_dir() and temporary.is_dir():  # a file takes no folder's place: the rename is refused then
             remove(path)
         temporary.replace(path)
         sync(path.parent, inside=False)

@@ -279,13 +279,15 @@ def _unlink(links: Path, numbers: range) -> None:
 def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
     """The latest finished stage of one of `kinds` in `run_folder`: a recipe's folder of links, or the stage itself.
 
-    Raises RunError where there is none, CheckpointError where its files are not what was written.
+    Raises RunError where there is none, or where the latest is gone: an earlier one would be another student;
+    CheckpointError where its files are not what was written.
     """
-    candidates = [run_folder, *sorted(run_folder.glob("[0-9]*-*"), reverse=True)]
-    for folder in candidates:
+    for folder in [run_folder, *sorted(run_folder.glob("[0-9]*-*"), reverse=True)]:
         if is_finished(folder) and read_json(folder / "manifest.json", kind=str)["kind"] in kinds:
             verify(folder)
             return folder.resolve()
+        if folder != run_folder and folder.name.endswith(tuple(f"-{kind}" for kind in kinds)):
+            raise RunError(f"{folder} leads to a stage that is gone or unfinished; `mlcm run` the recipe again")
     raise RunError(f"{run_folder} holds no finished {' or '.join(kinds)} stage; `mlcm run` the recipe first")
 
 
@@ -299,6 +301,9 @@ def sample(
     """
     if not all(map(is_unicode, prompts)):
         raise ValueError("a prompt holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
+    files = [out / f"{i:03d}-seed{seed}-steps{num_steps}.png" for i in range(len(prompts))]
+    if there := next((file for file in files if file.exists()), None):
+        raise FileExistsError(f"{there} is there already; name another folder to draw to")
     folder = find_stage(run_folder, STUDENTS)
     recipe = _recipe_of(folder)
     base = bases.load(recipe.teacher, device_of(recipe.device))
@@ -312,8 +317,7 @@ def sample(
         conditioning = base.encode_prompts(prompts)
         x0 = sampler.sample(base, student.denoiser, conditioning, noise, times, gamma, generators, student.conditioned)
         images = base.decode(x0)
-    names = [f"{i:03d}-seed{seed}-steps{num_steps}.png" for i in range(len(prompts))]
-    return [pictures.save_png(pictures.to_pil(image), out / name) for image, name in zip(images, names, strict=True)]
+    return [pictures.save_png(pictures.to_pil(image), file) for image, file in zip(images, files, strict=True)]
 
 
 @_worded("pairs")

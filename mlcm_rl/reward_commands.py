@@ -161,7 +161,10 @@ def score(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(show_default=False, help=".jsonl or .csv to write; default: JSON lines are printed")
+        Path | None,
+        typer.Option(
+            dir_okay=False, show_default=False, help=".jsonl or .csv to write; default: JSON lines are printed"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures asked at once")] = 16,
     setting: Settings = None,

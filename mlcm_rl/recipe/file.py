@@ -58,6 +58,7 @@ def check(recipe: Recipe, root: Path) -> list[Problem]:
     return [
         *_teacher_problems(recipe.teacher, root),
         *_file_problems(recipe, root),
+        *_runs_problems(recipe, root),
         *_order_problems(recipe),
         *_tuning_problems(recipe),
         *_precision_problems(recipe),
@@ -108,7 +109,7 @@ def _file_problems(recipe: Recipe, root: Path) -> Iterator[Problem]:
     for i, stage in enumerate(recipe.stages):
         settings = stage.model_dump(include={*READ, "also"})
         for name in READ:
-            if path := settings.get(name):
+            if (path := settings.get(name)) is not None:
                 is_table = name == "pairs" and Path(path).suffix == ".parquet"
                 yield from _absent(("stages", i, name), path, root, holding=None if is_table else READ[name])
         for name in ("prompts", "guard_prompts"):
@@ -124,6 +125,12 @@ def _file_problems(recipe: Recipe, root: Path) -> Iterator[Problem]:
             folder = reward.settings.get("folder") if reward.name == TRAINED else None
             if isinstance(folder, str):
                 yield from _absent((*key[:-1], "settings", "folder"), folder, root, holding="reward.json")
+
+
+def _runs_problems(recipe: Recipe, root: Path) -> Iterator[Problem]:
+    if not recipe.runs or os.path.isfile(root / recipe.runs):
+        found = f"the file {recipe.runs}" if recipe.runs else "empty text"
+        yield Problem(("runs",), f"expected a folder, which need not be there yet, found {found}")
 
 
 def _rewards_named(key: Key, stage: Stage) -> Iterator[tuple[Key, Reward]]:
@@ -142,7 +149,9 @@ def _rewards_named(key: Key, stage: Stage) -> Iterator[tuple[Key, Reward]]:
 def _absent(key: Key, name: str, root: Path, holding: str | None = None) -> Iterator[Problem]:
     """A problem where `name` is no file, or with `holding`, no folder with that file in it."""
     path, looked_in = root / name, "" if Path(name).is_absolute() else str(root)
-    if holding is None:
+    if not name:
+        yield Problem(key, "expected a path, found empty text")
+    elif holding is None:
         if os.path.isdir(path):  # unlike Path.is_dir, False for a name too long for the file system
             yield Problem(key, f"expected a file, found the folder {name}")
         elif not os.path.isfile(path):

@@ -78,6 +78,15 @@ def test_so_many_checkpoints_stay_as_are_asked_for(tmp_path):
     assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["2", "3", "4"]
 
 
+def test_a_file_never_takes_a_folders_place(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "notes.txt").write_text("precious")
+    with pytest.raises(CheckpointError, match="kept could not be written .is a directory"):
+        checkpoint.write_json(tmp_path / "kept", {})
+    assert (tmp_path / "kept" / "notes.txt").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept"]
+
+
 def test_too_full_a_disk_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     save(tmp_path, 1)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: Usage(2**30, 2**30 - 1000, 1000))

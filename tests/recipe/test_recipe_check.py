@@ -28,6 +28,8 @@ REVISION = f"teacher.revision='{40 * '0'}'"
         ("[colourfulness]", "[colorfulness]", 25, "stages[2].rewards[0]", "did you mean colourfulness?"),
         ("judge: judge", "also: [runs/x]", 24, "stages[2].also[0]", "no such folder: runs/x"),
         ("judge: judge", "also: [data]", 24, "stages[2].also[0]", "the folder data holds no manifest.json"),
+        ("data/prompts.txt", '""', 10, "stages[0].prompts", "expected a path, found empty text"),
+        ("path: teacher", 'path: ""', 5, "teacher.path", "expected a path, found empty text"),
         ("precision: no", "images: data", 16, "stages[1].images", "the folder data holds no metadata.jsonl"),
     ],
 )
@@ -72,6 +74,13 @@ def test_a_path_that_is_no_hub_name_is_looked_for_whatever_the_revision(broken):
 )
 def test_a_folder_in_place_of_a_file_is_called_one(broken, old, new, told):
     assert {problem.text for problem in broken((old, new))} == {told}
+
+
+@pytest.mark.parametrize(("runs", "found"), [("", "empty text"), ("good.yaml", "the file good.yaml")])
+def test_runs_are_kept_in_a_folder(broken, runs, found):
+    (problem,) = broken(overrides=(f"runs='{runs}'",))
+    assert key_text(problem.key) == "runs"
+    assert problem.text == f"expected a folder, which need not be there yet, found {found}"
 
 
 def test_what_paths_are_relative_to_is_said_once(root):

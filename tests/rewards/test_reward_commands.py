@@ -209,6 +209,14 @@ def test_score_writes_prompts_and_scores_in_the_order_of_the_names(mlcm, install
     ]
 
 
+def test_score_writes_over_no_folder(mlcm, folder, tmp_path):
+    kept = tmp_path / "kept.csv"
+    kept.mkdir()
+    result = mlcm("score", "--reward", "brightness", "--images", folder, "--out", kept)
+    assert result.exit_code == 2
+    assert kept.is_dir()
+
+
 def test_one_prompt_is_for_all_pictures_and_the_batch_changes_nothing(mlcm, installed, folder, tmp_path):
     installed("wordy", LENGTH)
     prompts = prompt_file(tmp_path, "four")

@@ -76,6 +76,10 @@ def test_links_lead_to_nothing_of_an_earlier_version_of_the_recipe(tiny_sdxl, tm
         pipeline.find_stage(links, ("evaluate",))
     pipeline.run(recipe)  # all of it is there
     assert len(list(links.iterdir())) == 3
+    (links / "02-evaluate" / "manifest.json").unlink()
+    with pytest.raises(RunError, match="02-evaluate leads to a stage that is gone or unfinished"):
+        pipeline.find_stage(links, ("distill", "evaluate"))
+    assert pipeline.find_stage(links, ("distill",)).name.startswith("distill-")
     done = pipeline.run(recipe.model_copy(update={"stages": recipe.stages[:2]}))
     assert [link.resolve() for link in sorted(links.iterdir())] == [stage.folder.resolve() for stage in done]
 
@@ -259,6 +263,8 @@ def test_sample_is_the_same_picture_whatever_else_is_asked_for(finished, tmp_pat
     two = pipeline.sample(run, ["a cat", "熊猫"], 2, 7, None, tmp_path / "two")
     assert len(two) == 2
     assert one[0].read_bytes() == two[0].read_bytes()
+    with pytest.raises(RunError, match="000-seed7-steps2.png is there already; name another folder"):
+        pipeline.sample(run, ["a dog"], 2, 7, None, tmp_path / "one")
 
 
 def test_evaluate_and_export_of_a_finished_run(finished, tmp_path):
