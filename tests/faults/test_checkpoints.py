@@ -81,7 +81,7 @@ def test_so_many_checkpoints_stay_as_are_asked_for(tmp_path):
 def test_a_file_never_takes_a_folders_place(tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "notes.txt").write_text("precious")
-    with pytest.raises(CheckpointError, match="kept could not be written .is a directory"):
+    with pytest.raises(CheckpointError, match=r"kept could not be written .is a directory"):
         checkpoint.write_json(tmp_path / "kept", {})
     assert (tmp_path / "kept" / "notes.txt").read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept"]

@@ -263,7 +263,7 @@ def test_sample_is_the_same_picture_whatever_else_is_asked_for(finished, tmp_pat
     two = pipeline.sample(run, ["a cat", "熊猫"], 2, 7, None, tmp_path / "two")
     assert len(two) == 2
     assert one[0].read_bytes() == two[0].read_bytes()
-    with pytest.raises(RunError, match="000-seed7-steps2.png is there already; name another folder"):
+    with pytest.raises(RunError, match=r"000-seed7-steps2\.png is there already; name another folder"):
         pipeline.sample(run, ["a dog"], 2, 7, None, tmp_path / "one")
 
 
