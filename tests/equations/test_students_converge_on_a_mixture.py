@@ -54,8 +54,9 @@ def errors(student: Denoiser, line: Line, num_segments: int) -> tuple[float, flo
     return toy.chain_error(student, line.held_out, num_segments, num_segments), max(upper, default=0.0)
 
 
-# For the chain and for its upper jumps. Measured, the worse of both targets: (.027, .0038), (.032, .0086), (.056, .016),
-# (.052, 0), and (.039, .0059) at K = 8 from two other seeds. The least of the mistakes below: (.042, .0094) at K = 8.
+# For the chain and for its upper jumps. Measured, the worse of both targets: (.027, .0038), (.032, .0086),
+# (.056, .016), (.052, 0), and (.039, .0059) at K = 8 from two other seeds. The least of the mistakes below:
+# (.042, .0094) at K = 8.
 BOUNDS = {8: (0.06, 0.008), 4: (0.06, 0.014), 2: (0.07, 0.03), 1: (0.09, 0.0)}
 
 
