@@ -1,58 +1,83 @@
-"""A whole distillation in miniature: exact teacher, stored trajectories, a small network, and only our equations.
+"""A whole distillation in miniature: our own stages, store and sampler, an exact teacher, a small network.
 
-The student predicts eps, as the paper's does, starts as a copy of the teacher (here: regressed on its eps), and is
-trained and sampled with the same functions as a real one.
+A latent (D, 1, 1) is a point of a mixture of Gaussians. `Network` stands in for diffusers' UNet and `base_of` for the
+pipeline that one is loaded in; everything done with them is the product's. The student predicts eps, as the paper's
+does, and starts as a copy of the teacher (here: regressed on its eps).
 """
 
+import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
+from diffusers import ConfigMixin, ModelMixin, StableDiffusionPipeline
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
 from equations.gaussian import Mixture
-from mlcm_rl.equations.consistency import DISTANCES, LOSSES, transfer
-from mlcm_rl.equations.prediction import x0_from_prediction
+from mlcm_rl import adapters, bases
+from mlcm_rl.adapters import Student
+from mlcm_rl.bases import Base, Conditioning
+from mlcm_rl.equations.consistency import transfer
+from mlcm_rl.equations.prediction import prediction_from_x0
 from mlcm_rl.equations.schedule import add_noise, scaled_linear_betas, vp_schedule
 from mlcm_rl.equations.segments import milestones, sampling_times, segment_start, time_grid
-from mlcm_rl.equations.solver import ddim_step, gamma_step, inverse_ddim_step, time_before_noise
+from mlcm_rl.equations.solver import ddim_step, inverse_ddim_step
+from mlcm_rl.recipe import Distill, Recipe, Teacher, Trajectories
+from mlcm_rl.runtime import rate_factor, set_rate
+from mlcm_rl.sampler import rollout
+from mlcm_rl.stages import distill, trajectories
+from mlcm_rl.trajectories import Store
+from tiny import BETAS
 
 SCHEDULE = vp_schedule(scaled_linear_betas())
 GRID = torch.tensor(time_grid(48))
 NUM_FREQUENCIES = 6
+TEACHER = Teacher(path="mixture", revision="0" * 40, family="sd", guidance_scale=1.0)
 
-Sampler = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, s) to f (B, D): a network, or a perfect student
+Denoiser = nn.Module  # a Network, or what says the same exactly
 
 
-class Student(nn.Module):
-    """eps (B, D) from (x_t, t), and from the target time s too where `conditioned` (a zero-initialised input)."""
+class Network(ModelMixin, ConfigMixin):
+    """eps (B, D, 1, 1), called, configured and saved as diffusers' UNet2DConditionModel is."""
 
-    def __init__(self, dim: int, width: int, conditioned: bool, generator: torch.Generator):
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        block_out_channels: tuple[int, ...],
+        sample_size: int = 1,
+        time_cond_proj_dim: int | None = None,
+    ):
         super().__init__()
-        self.first = nn.Linear(dim + 2 * NUM_FREQUENCIES + 1, width)
+        width = block_out_channels[0]
+        self.first = nn.Linear(in_channels, width)
+        self.time_embedding = TimestepEmbedding(2 * NUM_FREQUENCIES + 1, width, cond_proj_dim=time_cond_proj_dim)
         self.second = nn.Linear(width, width)
         self.third = nn.Linear(width, width)
-        self.last = nn.Linear(width, dim)
-        for layer in (self.first, self.second, self.third, self.last):
-            nn.init.xavier_uniform_(layer.weight, generator=generator)
-            nn.init.zeros_(layer.bias)
-        self.target = nn.Linear(2 * NUM_FREQUENCIES + 1, width, bias=False) if conditioned else None
-        if self.target is not None:
-            nn.init.zeros_(self.target.weight)
+        self.last = nn.Linear(width, out_channels)
 
-    def forward(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        hidden = self.first(torch.cat([x_t, embed(t)], 1))
-        if self.target is not None:
-            hidden = hidden + self.target(embed(s))
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        added_cond_kwargs: None = None,
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        hidden = self.first(sample.flatten(1)) + self.time_embedding(embed(timestep), timestep_cond)
         for layer in (self.second, self.third):
             hidden = layer(nn.functional.silu(hidden))
-        return self.last(nn.functional.silu(hidden))
-
-    def x0(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """f (B, D)."""
-        return x0_from_prediction(self(x_t, t, s), x_t, t, SCHEDULE, "epsilon")
+        return (self.last(nn.functional.silu(hidden)).view_as(sample),)
 
 
 def embed(t: Tensor) -> Tensor:
@@ -62,147 +87,173 @@ def embed(t: Tensor) -> Tensor:
     return torch.cat([log_snr, angle.cos(), angle.sin()], 1)
 
 
-@dataclass(frozen=True)
-class Phase:
-    """One phase of training, in the words of the recipe.
+class Exact(nn.Module):
+    """The eps of a known f (x_t (B, D), t (B,)) -> x0 (B, D), called as a Network is."""
 
-    `num_segments` None is for a conditioned student: s is drawn from all milestones below t, not only the nearest.
-    """
+    def __init__(self, f: Callable[[Tensor, Tensor], Tensor], dim: int):
+        super().__init__()
+        self.f, self.config = f, Network(in_channels=dim, out_channels=dim, block_out_channels=(1,)).config
+        self.precision = nn.Parameter(torch.empty(0))  # a base asks in that of its denoiser's weights
 
-    num_segments: int | None
-    num_steps: int
-    target: str = "trajectory"  # trajectory | consistency
-    pair: str = "next"  # next | random
-    space: str = "z"
-    distance: str = "l2"
+    def forward(self, x_t: Tensor, t: Tensor, **_: object) -> tuple[Tensor]:
+        x0 = self.f(x_t.flatten(1).double(), t).view_as(x_t)
+        return (prediction_from_x0(x0, x_t.double(), t, SCHEDULE, "epsilon"),)
 
 
-def solve(teacher: Mixture, noise: Tensor, grid: Tensor) -> Tensor:
-    """Every state of the exact teacher's DDIM trajectory from `noise` (N, D): (N, steps + 1, D) float32."""
-    states = [noise.double()]
-    for t, s in pairwise(grid):
-        t, s = t.expand(len(noise)), s.expand(len(noise))
-        states.append(ddim_step(states[-1], teacher.posterior_mean(states[-1], t, SCHEDULE), t, s, SCHEDULE))
-    return torch.stack(states, 1).float()
+class MixtureBase(Base):
+    """A teacher whose prompts say nothing."""
+
+    family = "sd"
+    pipeline_class = StableDiffusionPipeline
+
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        return {"context": torch.zeros(len(prompts), 1, 1)}
+
+    @property
+    def _dropped_prompt(self) -> Conditioning:
+        return self._encode([""])
 
 
-def student_like(
-    teacher: Mixture, *, width: int, num_steps: int, seed: int, conditioned: bool = False, batch_size: int = 192
-) -> Student:
-    """A student that starts as the teacher: regressed on its exact eps at noised data."""
-    generator = torch.Generator().manual_seed(seed)
-    student = Student(teacher.means.shape[1], width, conditioned, generator)
-    for _ in optimised(student, num_steps, rate=3e-3):
+def base_of(denoiser: Denoiser) -> MixtureBase:
+    """A base whose teacher is `denoiser`, as `bases.load` would give it."""
+    latents = SimpleNamespace(latent_channels=denoiser.config.in_channels)
+    pipeline = SimpleNamespace(
+        unet=denoiser,
+        vae=SimpleNamespace(config=latents),
+        vae_scale_factor=1,
+        scheduler=SimpleNamespace(config=BETAS | {"prediction_type": "epsilon"}),
+        components={},
+    )
+    return MixtureBase(TEACHER, torch.device("cpu"), pipeline)
+
+
+@contextmanager
+def standing_in(denoiser: Denoiser) -> Iterator[None]:
+    """Inside, stages load `denoiser` for their teacher, and students are Networks."""
+    load = patch.object(bases, "load", lambda *_: base_of(copy.deepcopy(denoiser)))
+    with load, patch.object(adapters, "UNet2DConditionModel", Network):
+        yield
+
+
+def recipe(stage: Trajectories | Distill) -> Recipe:
+    return Recipe(name="mixture", teacher=TEACHER, stages=[stage], device="cpu", trackers=[])
+
+
+def store_of(teacher: Mixture, num_trajectories: int, num_held_out: int, folder: Path) -> Path:
+    """The stage `trajectories`, run in `folder` with the exact teacher."""
+    (folder / "prompts.txt").write_text("a mixture\n", encoding="utf-8")
+    stage = Trajectories(
+        prompts=str(folder / "prompts.txt"),
+        num_trajectories=num_trajectories,
+        num_held_out=num_held_out,
+        batch_size=1024,
+        shard_size=1024,
+    )
+    with standing_in(exact(teacher)):
+        trajectories.run(stage, recipe(stage), {}, folder)
+    return folder
+
+
+def held_out(store: Path) -> Tensor:
+    """Every state (N, 49, D, 1, 1) of the trajectories that are never trained on."""
+    read = Store(store)
+    every = torch.tensor(read.held_out)
+    return torch.stack([read.states(every, torch.full_like(every, point)) for point in range(len(GRID))], 1)
+
+
+def distilled(start: Network, store: Path, folder: Path, **settings: object) -> list[Student]:
+    """The stage `distill`, run in `folder` with the `settings` of a recipe: the student after each phase."""
+    usual = {"adapter": {"kind": "full"}, "batch_size": 64, "learning_rate": 1e-3, "optimizer_state": "reset"}
+    quiet = {"log_every": 500, "save_every": 10**6, "sample_every": 10**6, "held_out_every": 10**6}
+    stage = Distill(**(usual | quiet | settings))
+    with standing_in(start):
+        distill.run(stage, recipe(stage), {"trajectories": store}, folder)
+        phases = sorted((folder / "snapshots").iterdir())
+        return [adapters.load_student(base_of(start), phase) for phase in phases]
+
+
+def network_like(
+    teacher: Mixture, *, width: int, num_steps: int, seed: int, batch_size: int = 192, rate: float = 3e-3
+) -> Network:
+    """A network that starts as the teacher: regressed on its exact eps at noised data."""
+    generator, dim = torch.Generator().manual_seed(seed), teacher.means.shape[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        network = Network(in_channels=dim, out_channels=dim, block_out_channels=(width,))
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
+    for step in range(num_steps):
+        set_rate(optimizer, rate * rate_factor(step, num_steps, warmup_steps=0))
         x0 = teacher.sample(batch_size, generator)
         t = GRID[torch.randint(len(GRID), (batch_size,), generator=generator)]
         x_t = add_noise(x0, torch.randn(x0.shape, generator=generator, dtype=torch.float64), t, SCHEDULE)
         eps = teacher.eps(x_t, t, SCHEDULE).float()
-        (student(x_t.float(), t, torch.zeros_like(t)) - eps).square().mean().backward()
-    return student
-
-
-def train(student: Student, states: Tensor, phase: Phase, *, seed: int, batch_size: int = 192) -> None:
-    """One phase of multistep consistency distillation on stored `states` (N, 49, D), in place."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in optimised(student, phase.num_steps, rate=1e-3):
-        row = torch.randint(len(states), (batch_size,), generator=generator)
-        here = torch.randint(len(GRID) - 1, (batch_size,), generator=generator)
-        x_t, t = states[row, here], GRID[here]
-        s = starts(t, phase.num_segments, generator)
-        end = grid_index(s)
-        if phase.target == "trajectory":
-            target = states[row, end]
-        else:
-            there = second_points(here, end, phase.pair, generator)
-            x_r, r = states[row, there], GRID[there]
-            with torch.no_grad():
-                target = transfer(x_r, student.x0(x_r, r, s), r, s, SCHEDULE)
-        loss = LOSSES[phase.space](student.x0(x_t, t, s), x_t, t, target, s, SCHEDULE, DISTANCES[phase.distance])
-        loss.mean().backward()
-
-
-def optimised(student: Student, num_steps: int, rate: float):
-    """Yields `num_steps` times, each followed by one Adam step whose rate falls to 0 along a cosine."""
-    optimizer = torch.optim.Adam(student.parameters(), lr=rate, fused=True)
-    for step in range(num_steps):
         optimizer.zero_grad()
-        yield step
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (1 + math.cos(math.pi * step / num_steps)) / 2
+        (network(x_t.float()[..., None, None], t)[0].flatten(1) - eps).square().mean().backward()
         optimizer.step()
+    return network
 
 
-def starts(t: Tensor, num_segments: int | None, generator: torch.Generator) -> Tensor:
-    """The time (B,) that the jump from t ends at."""
-    if num_segments is not None:
-        return segment_start(t, num_segments)
-    ends = milestones(8)
-    num_below = torch.searchsorted(ends, t)
-    return ends[(torch.rand(len(t), generator=generator) * num_below).long()]
+def exact(teacher: Mixture) -> Exact:
+    """The teacher itself."""
+    return Exact(partial(teacher.posterior_mean, schedule=SCHEDULE), teacher.means.shape[1])
 
 
-def second_points(here: Tensor, end: Tensor, pair: str, generator: torch.Generator) -> Tensor:
-    """Grid indices (B,) of a pair's second point: the next one, or any down to the segment's start."""
-    if pair == "next":
-        return here + 1
-    return here + 1 + (torch.rand(len(here), generator=generator) * (end - here)).long()
+def perfect(teacher: Mixture, num_segments: int) -> Exact:
+    """A student that makes no error: its x0 is that whose one jump lands where the teacher's grid steps do."""
+
+    def f(x_t: Tensor, t: Tensor) -> Tensor:
+        s = segment_start(t, num_segments)
+        state = x_t
+        for here, after in pairwise(GRID):
+            now, then = here.expand(len(x_t)), after.expand(len(x_t))
+            stepped = ddim_step(state, teacher.posterior_mean(state, now, SCHEDULE), now, then, SCHEDULE)
+            state = torch.where(((here <= t) & (after >= s))[:, None], stepped, state)
+        return inverse_ddim_step(x_t, state, t, s, SCHEDULE)
+
+    return Exact(f, teacher.means.shape[1])
 
 
-def grid_index(t: Tensor) -> Tensor:
-    """Where on the descending grid the time t (B,) stands."""
-    return len(GRID) - 1 - torch.searchsorted(GRID.flip(0), t)
-
-
-@torch.no_grad()
-def sample(f: Sampler, noise: Tensor, times: list[int], gamma: float, generator: torch.Generator) -> Tensor:
-    """The state at index 0 (N, D) from `noise` at `times`, then 0: deterministic for gamma 0, re-noised for 1."""
-    x_t = noise
-    for time, after in zip(times, [*times[1:], 0], strict=True):
-        t, s = torch.full((len(noise),), time), torch.full((len(noise),), after)
-        x0 = f(x_t, t, time_before_noise(s, gamma))
-        if after == 0:
-            return transfer(x_t, x0, t, s, SCHEDULE)
-        fresh = torch.randn(noise.shape, generator=generator, dtype=noise.dtype)
-        x_t = gamma_step(x_t, x0, t, s, fresh, gamma, SCHEDULE)
-    raise ValueError("no times to sample at")
+def ends(
+    denoiser: Denoiser, noise: Tensor, times: list[int], gamma: float = 0.0, seed: int = 0, conditioned: bool = False
+) -> Tensor:
+    """The states at index 0 (N, D, 1, 1) that our sampler comes to from `noise` in a step from each of `times`."""
+    generator = torch.Generator().manual_seed(seed)
+    states, x0 = rollout(base_of(denoiser), denoiser, context(noise), noise, times, gamma, generator, conditioned)
+    t, s = (torch.full((len(noise),), time) for time in (times[-1], 0))
+    return transfer(states[-1], x0, t, s, SCHEDULE)
 
 
 @torch.no_grad()
-def jump_errors(f: Sampler, states: Tensor, num_segments: int) -> list[float]:
+def jump_errors(denoiser: Denoiser, states: Tensor, num_segments: int) -> list[float]:
     """Mean distance between a jump from each milestone's stored state and the next stored milestone, top first."""
-    ends = milestones(num_segments).flip(0)
     errors = []
-    for t, s in pairwise(ends):
-        x_t, goal = states[:, int(grid_index(t[None]))], states[:, int(grid_index(s[None]))]
-        t, s = t.expand(len(x_t)), s.expand(len(x_t))
-        errors.append(distance(transfer(x_t, f(x_t, t, s), t, s, SCHEDULE), goal))
+    for start, end in pairwise(milestones(num_segments).flip(0).tolist()):
+        x_t, goal = (states[:, GRID.tolist().index(time)] for time in (start, end))
+        t, s = (torch.full((len(x_t),), time) for time in (start, end))
+        x0 = base_of(denoiser).x0(denoiser, x_t, t, context(x_t))
+        errors.append(distance(transfer(x_t, x0, t, s, SCHEDULE), goal))
     return errors
 
 
-def chain_error(f: Sampler, states: Tensor, num_steps: int, num_segments: int) -> float:
+def chain_error(
+    denoiser: Denoiser, states: Tensor, num_steps: int, num_segments: int, conditioned: bool = False
+) -> float:
     """Mean distance of the deterministic sampler's end to the stored end from the same noise."""
     times = sampling_times(num_steps, num_segments)
-    return distance(sample(f, states[:, 0], times, 0.0, torch.Generator().manual_seed(0)), states[:, -1])
+    return distance(ends(denoiser, states[:, 0], times, conditioned=conditioned), states[:, -1])
+
+
+def context(x_t: Tensor) -> Conditioning:
+    return {"context": x_t.new_zeros(len(x_t), 1, 1)}
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    return (a - b).norm(dim=1).mean().item()
-
-
-def perfect(teacher: Mixture, num_segments: int) -> Sampler:
-    """f of a student that makes no error: the x0 whose one jump lands where the teacher's grid steps do."""
-
-    def f(x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        end = segment_start(t[:1], num_segments)
-        grid = GRID[(end <= GRID) & (t[0] >= GRID)]
-        return inverse_ddim_step(x_t, solve(teacher, x_t, grid)[:, -1], t, end.expand(len(t)), SCHEDULE)
-
-    return f
+    return (a - b).flatten(1).norm(dim=1).mean().item()
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, num_directions: int = 64) -> float:
-    """Mean over directions of the Wasserstein-1 distance between two equally large samples (N, D)."""
+    """Mean over directions of the Wasserstein-1 distance between two equally large samples (N, 2, ...)."""
     angle = torch.arange(num_directions) * math.pi / num_directions
-    directions = torch.stack([angle.cos(), angle.sin()]) if a.shape[1] == 2 else torch.ones(1, 1)
-    sorted_a, sorted_b = ((x.float() @ directions).sort(0).values for x in (a, b))
+    directions = torch.stack([angle.cos(), angle.sin()])
+    sorted_a, sorted_b = ((x.flatten(1) @ directions).sort(0).values for x in (a, b))
     return (sorted_a - sorted_b).abs().mean().item()
