@@ -94,7 +94,10 @@ def keep(recipe: Recipe, path: Path) -> None:
 def teacher_recipe(base: Recipe, num_prompts: int) -> Recipe:
     """The rows without a student; the reference is found again by the students' evaluations."""
     return base.model_copy(
-        update={"name": study_results.TEACHER, "stages": [evaluate_stage(base, num_prompts, solvers=["ddim", "dpmpp", "unipc"])]}
+        update={
+            "name": study_results.TEACHER,
+            "stages": [evaluate_stage(base, num_prompts, solvers=["ddim", "dpmpp", "unipc"])],
+        }
     )
 
 

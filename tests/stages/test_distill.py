@@ -103,9 +103,9 @@ def test_each_phase_says_whether_it_starts_with_fresh_moments(tiny_sdxl, store, 
     settings = {"segments": [8, 2, 1], "num_steps": 1, "optimizer_state": optimizer_state}
     folder = train(tiny_sdxl, store, tmp_path, **settings)
     state = load_file(sorted(folder.glob("checkpoints/*/state.safetensors"))[-1])
-    assert {int(value) for name, value in state.items() if name.startswith("optimizer.") and name.endswith(".step")} == {
-        updates
-    }, "Adam counts its updates since its moments were last fresh"
+    assert {
+        int(value) for name, value in state.items() if name.startswith("optimizer.") and name.endswith(".step")
+    } == {updates}, "Adam counts its updates since its moments were last fresh"
 
 
 def test_micro_batches_give_the_step_of_the_whole_batch(tiny_sdxl, store, tmp_path):
