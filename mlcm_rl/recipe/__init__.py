@@ -81,9 +81,7 @@ class Trajectories(OneStage):
     @model_validator(mode="after")
     def _steps_hold_milestones(self):
         if self.num_steps % 8:
-            raise ValueError(
-                f"num_steps {self.num_steps} must be a multiple of 8 so that every milestone is on the grid"
-            )
+            raise ValueError(f"num_steps {self.num_steps} must be a multiple of 8: milestones lie on the grid")
         return self
 
 
@@ -117,7 +115,9 @@ class Distill(Training):
         "l2", description="squared; by Huber; or the logarithm of its mean, where near and far jumps weigh alike"
     )
     target_ema: Fraction = Field(0.0, description="decay of the target's averaged weights; 0 = the student's own")
-    optimizer_state: Literal["keep", "reset"] = Field("keep", description="what a new phase does with Adam's moments")
+    optimizer_state: Literal["keep", "reset"] | list[Literal["keep", "reset"]] = Field(
+        "keep", description="what a phase does at its start with Adam's moments of the one before"
+    )
     condition_on_target: bool = Field(
         False, description="give the student the time it jumps to; one student for all steps"
     )
@@ -136,7 +136,7 @@ class Distill(Training):
 
     @model_validator(mode="after")
     def _phases_agree(self):
-        for name in ("num_steps", "learning_rate", "target", "pair", "space", "distance"):
+        for name in ("num_steps", "learning_rate", "target", "pair", "space", "distance", "optimizer_state"):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != len(self.segments):
                 raise ValueError(f"{name} has {len(value)} entries for {len(self.segments)} phases ({self.segments})")

@@ -49,7 +49,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     for step in rt.steps(first, sum(lengths), "distill"):
         phase, step_in_phase = phase_at(step, lengths)
         settings = PhaseSettings(stage, phase)
-        if step_in_phase == 0 and stage.optimizer_state == "reset":
+        if step_in_phase == 0 and settings.optimizer_state == "reset":
             optimizer.state.clear()
         rate = settings.learning_rate * rate_factor(step_in_phase, lengths[phase], stage.warmup_steps)
         set_rate(optimizer, rate)
@@ -87,6 +87,7 @@ class PhaseSettings:
         self.target: str = stage.per_phase("target")[phase]
         self.pair: str = stage.per_phase("pair")[phase]
         self.space: str = stage.per_phase("space")[phase]
+        self.optimizer_state: str = stage.per_phase("optimizer_state")[phase]
         self.distance = consistency.DISTANCES[stage.per_phase("distance")[phase]]
 
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sources import HERE, cache_folder
+from sources import HERE, cache_folder, write_notice
 from train_text_towers import save_tokenizer
 
 MAX_SHARD_SIZE = "14MB"  # no file above 15 MB enters the tree
@@ -126,6 +126,7 @@ def main() -> None:
         denoiser = arguments.from_run / "00-train_teacher" / "teacher" / "unet"
     pipeline = build_pipeline(cache / "autoencoder", cache / "text_towers", denoiser)
     print(f"{write_teacher(pipeline, folder) / 1e6:.1f} MB, denoiser: {denoiser or 'random'}")
+    write_notice(folder)
 
 
 if __name__ == "__main__":

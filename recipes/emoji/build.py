@@ -1,6 +1,8 @@
 """Rebuild the embedded teacher, its judge and the emoji rewards from their sources; what was done before is skipped.
 
 A finished step leaves a file in `done/` of the cache; delete it, or pass `--again STEP`, to run the step once more.
+With `--openmoji` everything has OpenMoji as a fourth style, and its licence: weights trained so are share-alike. They
+take the place of the shipped ones in this checkout; steps done with the other choice of styles are done once more.
 """
 
 import argparse
@@ -10,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sources import HERE, cache_folder, write_text
+from sources import HERE, OPENMOJI_KEY, OPENMOJI_NOTICE, WITH_OPENMOJI, cache_folder, write_text
 
 ROOT = HERE.parents[1]
 RECIPE = "recipes/emoji_teacher.yaml"
@@ -28,6 +30,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "alignment": ("recipes/emoji/train_alignment.py",),
     "denoiser": ("-m", "mlcm_rl", "run", RECIPE),
     "teacher": ("recipes/emoji/assemble_teacher.py", "--from-run", "runs/emoji_teacher"),
+    "samples": ("recipes/emoji/measure_teacher.py", "--prompts", "256"),
 }
 THREADED = ("autoencoder", "text_towers", "judge", "rewards", "alignment")  # steps that take `--threads`
 
@@ -38,17 +41,24 @@ def command_of(step: str, threads: int) -> list[str]:
     return [sys.executable, *arguments]
 
 
-def run_steps(steps: Sequence[str], again: Sequence[str], threads: int, done: Path) -> None:
-    """Run the steps whose file in `done` is missing, or that are named in `again`; raises on the first that fails."""
+def run_steps(
+    steps: Sequence[str], again: Sequence[str], threads: int, done: Path, with_openmoji: bool = False
+) -> None:
+    """Run the steps that `done` does not say were run so, or that are named in `again`; raises on the first that fails.
+
+    A step's file in `done` holds which styles it was run with: empty for the shipped ones, "openmoji" with that too.
+    """
+    key = "openmoji" if with_openmoji else ""
+    environment = os.environ | {OPENMOJI_KEY: "1" if with_openmoji else "0"}
     for step in steps:
         stamp = done / step
-        if stamp.exists() and step not in again:
+        if stamp.exists() and stamp.read_text() == key and step not in again:
             print(f"{step}: done before", flush=True)
             continue
         command = command_of(step, threads)
         print(f"{step}: {' '.join(command[1:])}", flush=True)
-        subprocess.run(command, cwd=ROOT, check=True)
-        write_text(stamp, "")
+        subprocess.run(command, cwd=ROOT, check=True, env=environment)
+        write_text(stamp, key)
 
 
 def main() -> None:
@@ -57,8 +67,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP")
     parser.add_argument("--again", nargs="+", choices=STEPS, default=[], metavar="STEP")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of the trainings")
+    parser.add_argument(
+        "--openmoji", action="store_true", default=WITH_OPENMOJI, help="OpenMoji as a fourth style (CC BY-SA 4.0)"
+    )
     arguments = parser.parse_args()
-    run_steps(arguments.only, arguments.again, arguments.threads, cache_folder() / "done")
+    if arguments.openmoji:
+        print(OPENMOJI_NOTICE, flush=True)
+    run_steps(arguments.only, arguments.again, arguments.threads, cache_folder() / "done", arguments.openmoji)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,20 @@ from sources import HERE, STYLES, Concept, load_pictures, write_text
 
 LANGUAGES = ("en", "zh")
 
-# Each style by the name of the set and by the name of its maker.
+# Each style by the name of the set and by the name of its maker; OpenMoji's is HfG Schwäbisch Gmünd.
 STYLE_WORDS = {
-    "en": {"noto": ("noto", "google"), "twemoji": ("twemoji", "twitter"), "fluent": ("fluent", "microsoft")},
-    "zh": {"noto": ("Noto", "谷歌"), "twemoji": ("Twemoji", "推特"), "fluent": ("Fluent", "微软")},
+    "en": {
+        "noto": ("noto", "google"),
+        "twemoji": ("twemoji", "twitter"),
+        "fluent": ("fluent", "microsoft"),
+        "openmoji": ("openmoji", "hfg"),
+    },
+    "zh": {
+        "noto": ("Noto", "谷歌"),
+        "twemoji": ("Twemoji", "推特"),
+        "fluent": ("Fluent", "微软"),
+        "openmoji": ("OpenMoji", "格明德"),
+    },
 }
 STYLED = {
     "en": (
@@ -46,10 +56,10 @@ PLAIN_WITH_TAGS = {"en": ("{label}, {first}, {second}",), "zh": ("{label}，{fir
 
 SPLITS = ("train", "validation", "test")
 CONCEPT_SPLITS = ("teacher", "held_out")
-# One round gives every teacher concept one prompt in each language; seven rounds of training prompts give every
-# concept and language each style twice and no style once.
+# One round gives every teacher concept one prompt in each language; the rounds of training prompts, seven of three
+# styles, give every concept and language each style twice and no style once.
 STYLE_CYCLE = (*STYLES, *STYLES, None)
-ROUNDS = {"train": 7, "validation": 1, "test": 2}
+ROUNDS = {"train": len(STYLE_CYCLE), "validation": 1, "test": 2}
 
 
 def label_and_tags(concept: Concept, language: str) -> tuple[str, tuple[str, ...]]:
@@ -144,7 +154,7 @@ def write_image_folder(concepts: list[Concept], folder: Path, size: int = 64) ->
         ]
         entry = {"file_name": name, "prompts": captions, "concept": codepoint, "style": style}
         lines.append(json.dumps(entry, ensure_ascii=False))
-    write_text(folder / ".gitignore", "*\n")  # 960 files that `build.py` makes again
+    write_text(folder / ".gitignore", "*\n")  # 960 files, 320 a style, that `build.py` makes again
     write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
     return len(lines)
 

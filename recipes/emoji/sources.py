@@ -1,6 +1,7 @@
 """The pictures and the words: fetch the pinned packages, check them, render the drawings, list the concepts.
 
-Everything lands in one cache folder: `$MLCM_RL_CACHE`, or `~/.cache/mlcm_rl/emoji`.
+Everything lands in one cache folder: `$MLCM_RL_CACHE`, or `~/.cache/mlcm_rl/emoji`. With `MLCM_RL_OPENMOJI=1` every
+program of this folder has OpenMoji as a fourth style; `build.py --openmoji` sets it for all of them.
 """
 
 import argparse
@@ -18,7 +19,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-STYLES = ("noto", "twemoji", "fluent")
+# A key of the environment, not of each program: the styles are the width of heads and the cycle of the prompts, and
+# programs that disagree on them would fit no more.
+OPENMOJI_KEY = "MLCM_RL_OPENMOJI"
+WITH_OPENMOJI = os.environ.get(OPENMOJI_KEY, "0") == "1"
+SHIPPED_STYLES = ("noto", "twemoji", "fluent")
+STYLES = (*SHIPPED_STYLES, "openmoji") if WITH_OPENMOJI else SHIPPED_STYLES
 HERE = Path(__file__).parent
 
 
@@ -85,8 +91,7 @@ PACKAGES = {
     ),
 }
 
-# OpenMoji is share-alike (CC-BY-SA-4.0): it can be fetched by name, never enters the shipped weights, and is
-# therefore no member of STYLES.
+# OpenMoji is share-alike: it never enters the shipped weights, and is fetched only where it is asked for.
 OPENMOJI = Package(
     "npm",
     "openmoji",
@@ -94,6 +99,15 @@ OPENMOJI = Package(
     "openmoji-17.0.0.tgz",
     "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68",
 )
+OPENMOJI_NOTICE = """# Made with OpenMoji
+
+Trained on drawings of OpenMoji 17.0.0 (https://openmoji.org), designed by OpenMoji, the open-source emoji and icon
+project; licence: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). The drawings were rendered at 64 x 64
+pixels on white.
+
+Warning: that licence is share-alike. Weights trained on these drawings, and pictures drawn by them, are to be passed on
+under CC BY-SA 4.0 and with this notice, not under the licence of the shipped weights, which contain no OpenMoji.
+"""
 
 
 @dataclass(frozen=True)
@@ -239,21 +253,19 @@ class Pictures:
     styles: tuple[str, ...]
 
 
-def load_pictures(size: int = 64, with_openmoji: bool = False) -> Pictures:
-    """Return all concepts in all styles, rendered once per size and kept in the cache as `pictures_<size>.npy`."""
-    name = f"pictures_{size}{'_openmoji' if with_openmoji else ''}"
+def load_pictures(size: int = 64) -> Pictures:
+    """Return all concepts in all of STYLES, rendered once per size and kept in the cache as `pictures_<size>.npy`."""
+    name = f"pictures_{size}{'_openmoji' if WITH_OPENMOJI else ''}"
     array_path, index_path = cache_folder() / f"{name}.npy", cache_folder() / f"{name}.json"
     if not index_path.exists():
-        render_all(size, with_openmoji, array_path, index_path)
+        render_all(size, array_path, index_path)
     index = json.loads(index_path.read_text())
     return Pictures(np.load(array_path, mmap_mode="r"), tuple(index["codepoints"]), tuple(index["styles"]))
 
 
-def render_all(size: int, with_openmoji: bool, array_path: Path, index_path: Path) -> None:
+def render_all(size: int, array_path: Path, index_path: Path) -> None:
     """Render every concept in every style; the index is written last, so that it vouches for the array."""
-    drawings = {style: read_drawings(style) for style in STYLES}
-    if with_openmoji:
-        drawings["openmoji"] = read_openmoji()
+    drawings = {style: read_openmoji() if style == "openmoji" else read_drawings(style) for style in STYLES}
     rows = [(c.codepoint, s) for c in list_concepts() for s in drawings if c.codepoint in drawings[s]]
     pixels = np.stack([render(drawings[style][codepoint], size) for codepoint, style in rows])
     partial = array_path.with_suffix(".partial.npy")
@@ -270,6 +282,14 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def write_notice(folder: Path) -> None:
+    """Leave OpenMoji's licence beside weights that were trained with it; take it away beside others."""
+    if WITH_OPENMOJI:
+        write_text(folder / "OPENMOJI.md", OPENMOJI_NOTICE)
+    else:
+        (folder / "OPENMOJI.md").unlink(missing_ok=True)
+
+
 def progress_line(step: int, num_steps: int, loss: float, seconds: float) -> str:
     """Return one line of a training's log: where it stands and how long the rest will take at this pace."""
     remaining = seconds / step * (num_steps - step)
@@ -280,11 +300,10 @@ def main() -> None:
     """Fill the cache and print what is in it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--openmoji", action="store_true", help="add OpenMoji (share-alike) as a fourth style")
     arguments = parser.parse_args()
-    for package in PACKAGES.values():
+    for package in (*PACKAGES.values(), OPENMOJI) if WITH_OPENMOJI else PACKAGES.values():
         print(fetch(package).name)
-    pictures = load_pictures(arguments.size, arguments.openmoji)
+    pictures = load_pictures(arguments.size)
     counts = {style: pictures.styles.count(style) for style in sorted(set(pictures.styles))}
     print(f"{len(list_concepts())} concepts, pictures {pictures.pixels.shape}: {counts}")
     print(json.dumps(asdict(list_concepts()[0]), ensure_ascii=False))

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, so that no i
 from captions import teacher_concepts
 from mlcm_rl.evaluation.judge import BLOCKS, Judge, PictureEncoder
 from mobilenet import trunk_weights
-from sources import HERE, STYLES, Pictures, load_pictures, progress_line, write_text
+from sources import HERE, STYLES, Pictures, load_pictures, progress_line, write_notice, write_text
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,7 @@ def save(encoder: PictureEncoder, settings: JudgeSettings, pictures: Pictures, f
         "concepts": concepts,
     }
     write_text(folder / "config.json", json.dumps(config) + "\n")
+    write_notice(folder)
     return Judge(encoder, references, concepts, list(STYLES))
 
 

@@ -1,7 +1,7 @@
 """Train `emoji_style`, a stand-in for human taste, and `emoji_style_judge`, which checks it, from real drawings.
 
 The first learns from pairs by Bradley-Terry, over EfficientNet-Lite0; the second classifies, over the MobileNetV2 of
-the judge. Both see every concept drawn in all three styles but the held-out ones, on which both are measured. The
+the judge. Both see every concept drawn in all styles but the held-out ones, on which both are measured. The
 part of EfficientNet-Lite0 that the rewards read is fetched, cut, and written beside them too.
 """
 
@@ -29,10 +29,10 @@ from mlcm_rl.rewards.weights import fetch
 from reward_models import _efficientnet_lite, emoji_style, emoji_style_judge
 from reward_models._efficientnet_lite import EFFICIENTNET_LITE0_WEIGHTS
 from reward_models._mobile_trunk import TappedTrunk
-from sources import HERE, STYLES, Pictures, load_pictures, write_text
+from sources import HERE, SHIPPED_STYLES, STYLES, Pictures, load_pictures, write_text
 from train_autoencoder import augment, decode, encode
 
-PREFERENCE = ("fluent", "noto", "twemoji")  # the best first
+PREFERENCE = ("fluent", "noto", "twemoji", *STYLES[len(SHIPPED_STYLES) :])  # the best first
 PAIRS = [(STYLES.index(a), STYLES.index(b)) for i, a in enumerate(PREFERENCE) for b in PREFERENCE[i + 1 :]]
 
 
@@ -61,9 +61,16 @@ def bradley_terry(scores: Tensor, contrary: float) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, contrary: float) -> Tensor:
-    """Return -log P of the styles from logits (K, S, S), per concept: (K,); `contrary` smooths the labels."""
-    labels = torch.arange(len(STYLES)).expand(len(logits), -1)
-    return F.cross_entropy(logits.mT, labels, label_smoothing=contrary, reduction="none").sum(1)
+    """Return -log P of the styles from logits (K, S, C), per concept: (K,); `contrary` smooths the labels.
+
+    The classes C are the shipped styles. Of a further style all that counts is that it is not the preferred one, which
+    is what the reward asks.
+    """
+    named, further = logits.tensor_split([logits.shape[-1]], dim=1)
+    labels = torch.arange(named.shape[1]).expand(len(logits), -1)
+    loss = F.cross_entropy(named.mT, labels, label_smoothing=contrary, reduction="none").sum(1)
+    others = [style for style in range(logits.shape[-1]) if style != emoji_style_judge.PREFERRED]
+    return loss - further.log_softmax(-1)[..., others].logsumexp(-1).sum(1)
 
 
 def train_head(
@@ -136,8 +143,15 @@ def pair_accuracy(scores: Tensor) -> dict[str, float]:
 
 
 def style_accuracy(logits: Tensor) -> dict[str, float]:
-    """Return the share of pictures whose style is named right, from logits (K, S, S): per style and the mean."""
-    right = (logits.argmax(-1) == torch.arange(len(STYLES))).float().mean(0)
+    """Return the share of pictures whose style is named right, from logits (K, S, C): per style and the mean.
+
+    A style that is no class is right where it is not taken for the preferred one.
+    """
+    found, classes = logits.argmax(-1), logits.shape[-1]
+    right = torch.cat(
+        [found[:, :classes] == torch.arange(classes), found[:, classes:] != emoji_style_judge.PREFERRED], dim=1
+    )
+    right = right.float().mean(0)
     shares = dict(zip(STYLES, right.tolist(), strict=True))
     return {name: round(value, 3) for name, value in {**shares, "mean": right.mean().item()}.items()}
 

@@ -99,7 +99,7 @@ class Heads(nn.Module):
         self.style = nn.ModuleDict({name: nn.Linear(size, len(STYLE_OR_NONE)) for name, size in widths.items()})
 
     def forward(self, name: str, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return unit concept vectors (B, D) and style logits (B, 4) of vectors (B, width)."""
+        """Return unit concept vectors (B, D) and logits (B, S) of the styles and none of vectors (B, width)."""
         normed = self.norm[name](vectors)
         return F.normalize(self.concept[name](normed), dim=-1), self.style[name](normed)
 
@@ -233,7 +233,7 @@ def measure(
     """Return R@1 between the languages and the accuracy of the style, on captions of the test split.
 
     Retrieval uses the towers' own vectors (no head): centred cosine among one caption per concept, same style on
-    both sides, all of `concepts` as candidates, averaged over the three styles.
+    both sides, all of `concepts` as candidates, averaged over the styles.
     """
     report: dict[str, list[float]] = {}
     for style_index, style in enumerate(STYLES):

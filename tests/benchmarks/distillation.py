@@ -5,7 +5,8 @@
 Every variant runs in a process of its own, one after another, so that peak memory is its own. Times are medians over
 steps, per sample: `teacher` makes the points (states read, or solved on line), `target` is the pass without gradient,
 `student` forward, backward and the optimiser. Ratios are to `data`, which is how LCM trains; `plain script` is the same
-as the field's scripts write it (plain_script.py), all of its step under `student`.
+as the field's scripts write it (plain_script.py), all of its step under `student`. Network evaluations are counted, by
+the same parts, in a table of their own.
 """
 
 import argparse
@@ -26,8 +27,10 @@ from rich.table import Table
 
 from mlcm_rl import adapters, bases, sampler
 from mlcm_rl.equations.segments import sampling_times, time_grid
+from mlcm_rl.evaluation import training_cost
 from mlcm_rl.plan import evaluations_per_phase
 from mlcm_rl.recipe import Distill, Full, Recipe, Teacher, Trajectories
+from mlcm_rl.recipe.file import load
 from mlcm_rl.runtime import Runtime, generator
 from mlcm_rl.sources import NoisedData
 from mlcm_rl.stages import distill, trajectories
@@ -45,14 +48,14 @@ VARIANTS = {
     CHANNELS_LAST: {"target": "trajectory"},
 }
 PLAIN = "plain script (LCM)"
+PARTS = ("store", "teacher", "target", "student")
+SHIPPED = "recipes/emoji_mlcm.yaml"  # whose trajectories and samples say what share of its store a sample bears
 STORED = 64  # trajectories solved for the stored variants and for the store's own cost
 
 
 def measure(name: str, num_steps: int, batch_size: int) -> dict[str, float]:
-    """Seconds per sample of each part, evaluations per sample, and peak memory in MB, of one variant."""
-    stage = Distill(
-        **({"segments": [1], "num_steps": 1, "batch_size": batch_size, "adapter": {"kind": "full"}} | VARIANTS[name])
-    )
+    """Seconds per sample of each part, and peak memory in MB, of one variant."""
+    stage = stage_of(name, batch_size)
     store = Trajectories(prompts=PROMPTS, num_trajectories=STORED, batch_size=batch_size)
     layout = "channels_last" if name == CHANNELS_LAST else "contiguous"
     teacher = TEACHER.model_copy(update={"memory_format": layout})
@@ -73,7 +76,13 @@ def measure(name: str, num_steps: int, batch_size: int) -> dict[str, float]:
         if not stage.asks_teacher:
             base.forget_denoiser()
         rt = Runtime(recipe, stage, Path(place))
-        return found | time_steps(rt, base, student, source, num_steps) | costs(stage)
+        return found | time_steps(rt, base, student, source, num_steps) | {"peak_mb": peak_mb()}
+
+
+def stage_of(name: str, batch_size: int) -> Distill:
+    """One step of a variant."""
+    settings = {"segments": [1], "num_steps": 1, "batch_size": batch_size, "adapter": {"kind": "full"}}
+    return Distill(**(settings | VARIANTS[name]))
 
 
 def time_steps(rt: Runtime, base: bases.Base, student: torch.nn.Module, source, num_steps: int) -> dict[str, float]:
@@ -112,7 +121,7 @@ def measure_plain(num_steps: int, batch_size: int) -> dict[str, float]:
         script.step(images.to(base.device), ["panda"] * batch_size, generator("benchmark", step))
         seconds.append((now() - started) / batch_size)
     spent = {"store": 0.0, "teacher": 0.0, "target": 0.0, "student": statistics.median(seconds[1:])}
-    return spent | {"evaluations": 4.0, "peak_mb": peak_mb()}
+    return spent | {"peak_mb": peak_mb()}
 
 
 def now() -> float:
@@ -121,10 +130,38 @@ def now() -> float:
     return time.perf_counter()
 
 
-def costs(stage: Distill) -> dict[str, float]:
-    """Evaluations per sample, and this process's peak memory in MB."""
-    teacher, target, own = (value / stage.batch_size for value in evaluations_per_phase(stage, guided=2)[0])
-    return {"evaluations": teacher + target + own, "peak_mb": peak_mb()}
+def evaluations(name: str, store: float) -> dict[str, float]:
+    """Network evaluations per sample of each part of a variant; `store` is what a sample bears of one that it reads."""
+    if name == PLAIN:  # a guided step of the teacher, as `data`
+        return {"store": 0.0, "teacher": 2.0, "target": 1.0, "student": 1.0}
+    stage = stage_of(name, batch_size=1)
+    step = evaluations_per_phase(stage, guided=2)[0]
+    return dict(zip(PARTS, (store if stage.reads_trajectories else 0.0, *step), strict=True))
+
+
+def evaluations_table() -> tuple[Table, str]:
+    """Network evaluations per sample, split into the parts of a step and the store, and what the store's share is of.
+
+    Nothing is measured: the store is that of the shipped recipe, whose evaluations all its samples share.
+    """
+    recipe = load(Path(SHIPPED))
+    position = next(i for i, stage in enumerate(recipe.stages) if isinstance(stage, Distill))
+    cost = training_cost.of_stage(recipe, position)
+    store = next(stage for stage in recipe.stages if isinstance(stage, Trajectories))
+    trajectories = store.num_trajectories + store.num_held_out
+    table = Table("evaluations a sample", title="Network evaluations", box=SIMPLE_HEAD)
+    for head in ("store*", *PARTS[1:], "all", "ratio"):
+        table.add_column(head, justify="right", no_wrap=True)
+    reference = None
+    for name in (*VARIANTS, PLAIN):
+        parts = evaluations(name, cost.store / cost.samples)
+        whole = sum(parts.values())
+        reference = reference or whole
+        table.add_row(name, *(f"{parts[part]:.3g}" for part in PARTS), f"{whole:.4g}", f"{whole / reference:.2f}")
+    return table, (
+        f"* {cost.store // trajectories} x {trajectories} trajectories / {cost.samples} samples drawn = "
+        f"{cost.store / cost.samples:.3g}, the figures of {SHIPPED}"
+    )
 
 
 def peak_mb() -> float:
@@ -169,7 +206,7 @@ def main() -> None:
         print(json.dumps(measure_plain(*sizes) if arguments.only == PLAIN else measure(arguments.only, *sizes)))
         return
     table = Table("ms a sample", title=f"Distillation, batch {arguments.batch_size}", box=SIMPLE_HEAD)
-    for head in ("store*", "teacher", "target", "student", "a step", "ratio", "evals", "peak MB"):
+    for head in ("store*", *PARTS[1:], "a step", "ratio", "peak MB"):
         table.add_column(head, justify="right", no_wrap=True)
     reference = None
     for name in (*VARIANTS, PLAIN):
@@ -180,18 +217,20 @@ def main() -> None:
         found = json.loads(output.stdout.splitlines()[-1])
         step = found["teacher"] + found["target"] + found["student"]
         reference = reference or step
-        parts = [f"{1000 * found[part]:.2f}" for part in ("store", "teacher", "target", "student")]
+        parts = [f"{1000 * found[part]:.2f}" for part in PARTS]
         table.add_row(
             name,
             *parts,
             f"{1000 * step:.2f}",
             f"{step / reference:.2f}",
-            f"{found['evaluations']:g}",
             f"{found['peak_mb']:.0f}",
         )
-    console = Console(width=110)
+    console = Console(width=120)
     console.print(table)
     console.print("* once a trajectory (96 evaluations), shared by all samples drawn from it; ratios are to data (LCM)")
+    counted, footnote = evaluations_table()
+    console.print(counted)
+    console.print(footnote)
     console.print(sampling())
 
 

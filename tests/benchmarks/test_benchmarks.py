@@ -1,18 +1,34 @@
-"""The benchmarks run: a small shape through the GPU's program, and its refusal where there is no GPU."""
+"""The benchmarks run: what one counts, a small shape through the GPU's program, its refusal where there is no GPU."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import distillation
 import pytest
 import torch
+from rich.console import Console
 
 PROGRAM = Path(__file__).parent / "sdxl_step.py"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(PROGRAM), *arguments], capture_output=True, text=True, check=False)
+
+
+def test_evaluations_are_split_by_part_and_count_the_store():
+    store = 96 * (2048 + 64) / (2000 * 32)  # the shipped recipe's trajectories, held-out ones too, and its samples
+    table, footnote = distillation.evaluations_table()
+    assert footnote.startswith("* 96 x 2112 trajectories / 64000 samples drawn = 3.17")
+    heads, *columns = ([str(cell) for cell in column.cells] for column in table.columns)
+    assert [column.header for column in table.columns[1:]] == ["store*", *distillation.PARTS[1:], "all", "ratio"]
+    rows = dict(zip(heads, zip(*columns, strict=True), strict=True))
+    assert rows["data (LCM)"] == rows["plain script (LCM)"] == ("0", "2", "1", "1", "4", "1.00")
+    assert rows["online (Algorithm 1)"] == ("0", "11", "1", "1", "13", "3.25")
+    assert rows["stored, consistency"] == (f"{store:.3g}", "0", "1", "1", f"{store + 2:.4g}", f"{(store + 2) / 4:.2f}")
+    assert rows["stored, trajectory"] == (f"{store:.3g}", "0", "0", "1", f"{store + 1:.4g}", f"{(store + 1) / 4:.2f}")
+    assert Console().measure(table).maximum <= 120
 
 
 @pytest.mark.slow

@@ -52,6 +52,15 @@ def test_accuracies_agree_with_hand_counts():
     assert program.style_accuracy(logits) == {"noto": 1.0, "twemoji": 0.5, "fluent": 1.0, "mean": 0.833}
 
 
+def test_a_style_that_is_no_class_counts_as_not_the_preferred_one(monkeypatch):
+    logits = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 2.0], [1.0, 0.0, 3.0]]])
+    three, four = (program.cross_entropy(x, contrary=0.05).item() for x in (logits[:, :3], logits))
+    preferred = math.exp(3) / (math.e + 1 + math.exp(3))
+    assert four - three == pytest.approx(-math.log(1 - preferred), rel=1e-5)
+    monkeypatch.setattr(program, "STYLES", (*STYLES, "openmoji"))
+    assert program.style_accuracy(logits) == {"noto": 1.0, "twemoji": 1.0, "fluent": 1.0, "openmoji": 0.0, "mean": 0.75}
+
+
 def test_a_trained_head_takes_features_as_they_are():
     generator = torch.Generator().manual_seed(0)
     taste = torch.randn(8, generator=generator)

@@ -1,5 +1,7 @@
 """The shipped teacher: sizes, the stock pipeline opens and samples it, and what a dropped prompt is."""
 
+import json
+
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -7,6 +9,7 @@ from safetensors import safe_open
 
 import assemble_teacher as program
 import build
+import sources
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +95,42 @@ def test_build_runs_missing_steps_in_order_and_skips_those_done(tmp_path, monkey
     assert ran == ["recipes/emoji/sources.py", "recipes/emoji/captions.py"]
     build.run_steps(["pictures", "autoencoder", "captions"], ["captions"], 1, tmp_path)
     assert ran[2:] == ["recipes/emoji/captions.py"]
+
+
+def test_the_card_is_measured_anew_after_the_new_weights_are_in_place(emoji_folder):
+    steps = list(build.STEPS)
+    assert steps.index("samples") > steps.index("teacher") > steps.index("denoiser")
+    program, *arguments = build.STEPS["samples"]
+    assert program == "recipes/emoji/measure_teacher.py"
+    shown = json.loads((emoji_folder / "measured.json").read_text(encoding="utf-8"))["prompts"]
+    assert arguments == ["--prompts", str(shown)], "as many as the card says"
+    assert f"{' '.join(build.STEPS['samples'])}`" in (emoji_folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_key_of_the_fourth_style_reaches_every_step_and_a_change_of_styles_runs_them_again(tmp_path, monkeypatch):
+    keys, steps = [], ["pictures", "captions"]
+    monkeypatch.setattr(build.subprocess, "run", lambda *_, env, **__: keys.append(env[sources.OPENMOJI_KEY]))
+    build.run_steps(steps, [], 1, tmp_path)
+    assert [(tmp_path / step).read_bytes() for step in steps] == [b"", b""]
+    for _ in range(2):
+        build.run_steps(steps, [], 1, tmp_path, with_openmoji=True)
+    assert keys == ["0", "0", "1", "1"]
+    build.run_steps(steps, [], 1, tmp_path)
+    assert keys[4:] == ["0", "0"], "else share-alike weights would pass for the shipped ones"
+
+
+@pytest.mark.parametrize("with_openmoji", [True, False])
+def test_the_licence_of_the_fourth_style_lies_beside_weights_trained_with_it(tmp_path, monkeypatch, with_openmoji):
+    (tmp_path / "OPENMOJI.md").write_text("of an earlier build")
+    monkeypatch.setattr(sources, "WITH_OPENMOJI", with_openmoji)
+    sources.write_notice(tmp_path)
+    assert (tmp_path / "OPENMOJI.md").exists() == with_openmoji
+    if with_openmoji:
+        text = (tmp_path / "OPENMOJI.md").read_text(encoding="utf-8")
+        assert "CC BY-SA 4.0" in text
+        assert "Warning: that licence is share-alike. Weights trained on these drawings" in text
+
+
+def test_no_shipped_weight_is_of_the_fourth_style(emoji_folder):
+    assert not list(emoji_folder.rglob("OPENMOJI.md"))
+    assert sources.STYLES == ("noto", "twemoji", "fluent")

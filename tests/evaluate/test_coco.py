@@ -136,6 +136,14 @@ def test_the_plan_knows_what_it_takes(place, networks, folder, tmp_path):
     )
 
 
+def test_the_recipe_asks_for_the_papers_rewards_and_is_planned_before_they_are_fetched(place, networks, tmp_path):
+    shipped = [line for line in overrides(place, networks, tmp_path) if not line.startswith("stages.0.rewards=")]
+    recipe = load(RECIPE, shipped)
+    assert [reward.name for reward in recipe.stages[0].reward_models] == ["aesthetic", "image_reward"]
+    (stage,) = pipeline.plan(recipe, memory=True)
+    assert stage.network_evaluations > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "key", "said"),
     [

@@ -122,6 +122,13 @@ def test_a_good_recipe_means_what_a_person_reads_in_it(root):
             "found the text '30': remove the quotes",
         ),
         ("[40, 30, 20, 10]", "[40, 30]", 14, "stages[1].num_steps", "num_steps has 2 entries for 4 phases"),
+        (
+            "precision: no",
+            "optimizer_state: [keep, reset]",
+            16,
+            "stages[1].optimizer_state",
+            "optimizer_state has 2 entries for 4 phases",
+        ),
         ("[40, 30, 20, 10]", "{a: 1}", 14, "stages[1].num_steps", "found a mapping"),
         (
             "betas: [0.9, 0.99]",

@@ -96,6 +96,18 @@ def test_a_resumed_run_that_skipped_nothing_differs_when_the_optimizer_is_lost(t
     assert not all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.parametrize(
+    ("optimizer_state", "updates"), [("keep", 3), ("reset", 1), (["keep", "reset", "keep"], 2)], ids=str
+)
+def test_each_phase_says_whether_it_starts_with_fresh_moments(tiny_sdxl, store, tmp_path, optimizer_state, updates):
+    settings = {"segments": [8, 2, 1], "num_steps": 1, "optimizer_state": optimizer_state}
+    folder = train(tiny_sdxl, store, tmp_path, **settings)
+    state = load_file(sorted(folder.glob("checkpoints/*/state.safetensors"))[-1])
+    assert {
+        int(value) for name, value in state.items() if name.startswith("optimizer.") and name.endswith(".step")
+    } == {updates}, "Adam counts its updates since its moments were last fresh"
+
+
 def test_micro_batches_give_the_step_of_the_whole_batch(tiny_sdxl, store, tmp_path):
     one = train(tiny_sdxl, store, tmp_path / "one", num_steps=2, segments=[2])
     four = train(tiny_sdxl, store, tmp_path / "four", num_steps=2, segments=[2], gradient_accumulation=4)
