@@ -15,16 +15,18 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import __version__
-from ..checkpoint import public, replacing
+from ..checkpoint import CheckpointError, public, read_json, replacing
 from ..metrics import paired_difference
 from ..recipe import Evaluate, Recipe
 from ..runtime import commit
+from ..untrusted import held
 from . import tuned_students
 from .definitions import TRAINING, metric
 from .figures import binned, kept, listed, number, plus_minus, rounded, summary
 
-# Of report.json, raised when its layout changes. Still read: 1 has no "training", no "networks", 1 and 2 no "tuned".
-FORMAT = 3
+# Of report.json, raised when its layout changes. Still read: 1 has no "training", no "networks", 1 and 2 no "tuned",
+# 1 to 3 the curves of the last distill stage only, without "stage", and no "latency_ms_se".
+FORMAT = 4
 BUDGETS = (2, 4, 8)  # network evaluations at which student and teacher are compared
 HEADLINE_BUDGET = 4
 NUM_ERRORS = 2.0  # standard errors that the headline asks for
@@ -118,12 +120,39 @@ def processor() -> str:
 
 
 def read_curves(folder: Path | None) -> list[dict[str, Any]]:
+    """The loss curves of a distill stage and of those before it that it goes on from, in the order that they ran.
+
+    "stage" counts them from 1. Empty without a folder; a stage whose folder or log is gone has none.
+    """
+    stages = distill_stages(folder) if folder is not None else []
+    return [{"stage": number, **curve} for number, stage in enumerate(stages, 1) for curve in curves_of_stage(stage)]
+
+
+def distill_stages(folder: Path) -> list[Path]:
+    """The distill stages that the one in `folder` goes on from, the first one first, and then itself.
+
+    They are known by their manifests; the earliest named may be gone. Raises CheckpointError for a name that leads
+    outside, or round.
+    """
+    stages = [folder.resolve()]
+    while (file := stages[0] / "manifest.json").is_file():
+        name = read_json(file, parents=dict)["parents"].get("distill")
+        if name is None:
+            break
+        earlier = held(stages[0].parent, name, file).resolve()
+        if earlier in stages:
+            raise CheckpointError(f"{file} is damaged: the stage goes on from itself")
+        stages.insert(0, earlier)
+    return stages
+
+
+def curves_of_stage(folder: Path) -> list[dict[str, Any]]:
     """The loss curves of a distill stage's `log.jsonl`, one a phase: points (step, loss), binned where there are many.
 
-    Empty without a folder, or where it holds no log.
+    Empty where the folder holds no log.
     """
-    log = folder / "log.jsonl" if folder is not None else None
-    if log is None or not log.is_file():
+    log = folder / "log.jsonl"
+    if not log.is_file():
         return []
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     return [

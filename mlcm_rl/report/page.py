@@ -44,7 +44,7 @@ def render(result: dict[str, Any], folder: Path) -> str:
         legend=plots.lines(result),
         quality=[plots.quality(result, key) for key in report.main_metrics(result)],
         tuned=tuned(result, folder) if result.get("tuned") else None,
-        curves=[plots.loss(curve) for curve in result["curves"]],
+        curves=losses(result["curves"]),
         learned=[plots.learned(one, name) for one in result.get("tuned", []) for name in one["rewards"]],
         heads=report.heads(result),
         groups=groups(result),
@@ -52,6 +52,12 @@ def render(result: dict[str, Any], folder: Path) -> str:
         definitions=definitions(result),
         settings={**{f"teacher.{key}": value for key, value in result["teacher"].items()}, **result["settings"]},
     )
+
+
+def losses(curves: list[dict[str, Any]]) -> list[str]:
+    """The plots of a report's loss curves, told apart by stage where there is more than one."""
+    several = any(curve.get("stage", 1) > 1 for curve in curves)
+    return [plots.loss(curve, several) for curve in curves]
 
 
 def definitions(result: dict[str, Any]) -> list[tuple[str, str]]:
