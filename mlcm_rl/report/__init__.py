@@ -21,7 +21,7 @@ from ..recipe import Evaluate, Recipe
 from ..runtime import commit
 from ..untrusted import held
 from . import tuned_students
-from .definitions import TRAINING, metric
+from .definitions import LATENCY, TRAINING, metric
 from .figures import binned, kept, listed, number, plus_minus, rounded, summary
 
 # Of report.json, raised when its layout changes. Still read: 1 has no "training", no "networks", 1 and 2 no "tuned",
@@ -43,12 +43,14 @@ def record(
     values: dict[str, Tensor],
     languages: list[str],
     latency_ms: float,
+    latency_ms_se: float,
     samples: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """A row of report.json: what it is, its latency, and of each metric mean, standard error and the values (P,).
 
-    R@k is also given for each of the prompts' `languages`, without repeating the values. Of the metrics in `samples`
-    the values of every picture (P, I) are kept too.
+    Latency is the median over batches with the standard error of that, nan of a single batch. R@k is also given
+    for each of the prompts' `languages`, without repeating the values. Of the metrics in `samples` the values of every
+    picture (P, I) are kept too.
     """
     summaries = {key: summary(one) | {"values": listed(one)} for key, one in values.items()}
     for key, by_picture in (samples or {}).items():
@@ -58,7 +60,8 @@ def record(
             for language in dict.fromkeys(languages):
                 chosen = torch.tensor([spoken == language for spoken in languages])
                 summaries[f"{key}/{language}"] = summary(values[key][chosen])
-    return row | {"latency_ms": rounded(latency_ms), "metrics": summaries}
+    timed = {"latency_ms": rounded(latency_ms), "latency_ms_se": rounded(latency_ms_se)}
+    return row | timed | {"metrics": summaries}
 
 
 def assemble(
@@ -303,7 +306,13 @@ def cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
     """The numbers of a row of the table, after its label."""
     values = [number(row["metrics"][key]) for key in columns(report)]
     cost = [training(row.get("training"))] if has_training(report) else []
-    return [str(row["num_evaluations"]), f"{row['latency_ms']:.3g}", *cost, *values]
+    return [str(row["num_evaluations"]), latency(row), *cost, *values]
+
+
+def latency(row: dict[str, Any]) -> str:
+    """A row's milliseconds a picture, without an error where it has one batch or was kept by an earlier version."""
+    error = row.get("latency_ms_se")
+    return plus_minus(row["latency_ms"], error) if error else f"{row['latency_ms']:.3g}"
 
 
 def heads(report: dict[str, Any]) -> list[str]:
@@ -362,7 +371,12 @@ def markdown(report: dict[str, Any]) -> str:
     for name, rows in groups(report).items():
         lines.append(f"| **{name}** {'| ' * (len(head) - 1)}|")
         lines += [f"| {' | '.join([label(row), *cells(report, row)])} |" for row in rows]
-    lines += ["", f"{len(report['prompts'])} prompts; \u00b1 is one standard error over prompts.", ""]
+    lines += [
+        "",
+        f"{len(report['prompts'])} prompts; \u00b1 is one standard error over prompts.",
+        "",
+        f"- **ms**: {LATENCY}",
+    ]
     lines += [f"- **Training evals**: {TRAINING}"] * has_training(report)
     lines += [f"- **{metric(key).label}**: {metric(key).definition}" for key in dict.fromkeys(columns(report))]
     lines += [f"- Network `{name}`: {text}" for name, text in network_texts(report)]

@@ -11,7 +11,7 @@ from PIL import Image
 from .. import report
 from ..checkpoint import replacing
 from . import plots, tuned_students
-from .definitions import GAIN, WIN_RATE
+from .definitions import GAIN, LATENCY, WIN_RATE
 
 THUMBNAIL = 256  # pixels a side at most; smaller pictures stay lossless
 LANGUAGES = {"en": "English", "zh": "Chinese"}
@@ -49,6 +49,7 @@ def render(result: dict[str, Any], folder: Path) -> str:
         heads=report.heads(result),
         groups=groups(result),
         comparisons=[compared(result, one) for one in result["comparisons"]],
+        latency=LATENCY,
         definitions=definitions(result),
         settings={**{f"teacher.{key}": value for key, value in result["teacher"].items()}, **result["settings"]},
     )

@@ -25,7 +25,7 @@ def planted(name, role, num_evaluations, distance, hits, **settings):
         "default": False, "solver": "ddim", "guidance_scale": 8.0, "grid": None, **settings,
     }  # fmt: skip
     values = {"distance": torch.tensor(distance), "r@5": torch.tensor(hits)}
-    return report.record(description, values, LANGUAGES, latency_ms=12.3456789)
+    return report.record(description, values, LANGUAGES, latency_ms=12.3456789, latency_ms_se=math.nan)
 
 
 def rows(student=(0.1, 0.2, 0.1, 0.2), hits=(1.0, 1.0, 1.0, 1.0)):
@@ -221,6 +221,17 @@ def test_what_training_cost_stands_beside_every_student_and_is_explained():
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(report.table(result))
     assert console.export_text().count("1.23M") == 2
+
+
+def test_latency_is_shown_with_its_error_where_it_has_one():
+    timed = [row | {"latency_ms_se": 0.4567} for row in rows()]
+    assert all(report.cells(made(timed), row)[1] == "12.35 \u00b1 0.46" for row in timed)
+    of_one_batch = rows()
+    assert of_one_batch[0]["latency_ms_se"] is None
+    kept_before = [{key: value for key, value in row.items() if key != "latency_ms_se"} for row in of_one_batch]
+    for old in (of_one_batch, kept_before):
+        assert all(report.cells(made(old), row)[1] == "12.3" for row in old)
+    assert "- **ms**: Milliseconds a picture" in report.markdown(made(kept_before))
 
 
 def test_a_report_of_format_1_is_still_read():
