@@ -17,6 +17,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from .evaluation.inception import InceptionV3
 
+NUM_RESAMPLES = 1000
 KERNEL_ROWS = 1024  # rows of a kernel matrix held at a time: 5,000 x 5,000 in float64 would be 200 MB
 
 
@@ -92,6 +93,20 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
         return math.nan, math.nan
     error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return values.mean().item(), error
+
+
+def median_and_error(values: Tensor) -> tuple[float, float]:
+    """Median of `values` (N,) and the standard error of it by the bootstrap, from NUM_RESAMPLES fixed draws.
+
+    The median's, since a first batch that compiles or waits is far off and would be most of a mean's error. The error
+    is nan for a single value.
+    """
+    values = values.double()
+    if len(values) == 1:
+        return values.item(), math.nan
+    generator = torch.Generator().manual_seed(0)
+    drawn = values[torch.randint(len(values), (NUM_RESAMPLES, len(values)), generator=generator)]
+    return values.quantile(0.5).item(), drawn.quantile(0.5, dim=1).std().item()
 
 
 def paired_difference(values: Tensor, others: Tensor) -> tuple[float, float]:

@@ -6,17 +6,29 @@ the prompts' conditioning. `store.json` says how they were made and holds every 
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
 from . import distributed
-from .bases import Conditioning
-from .checkpoint import CheckpointError, read_json, read_shapes, read_tensors, sha256, write_json, write_tensors
+from .bases import Base, Conditioning
+from .checkpoint import (
+    CheckpointError,
+    read_json,
+    read_shapes,
+    read_tensors,
+    sha256,
+    teacher_hash,
+    write_json,
+    write_tensors,
+)
+from .recipe import Teacher
 
 FORMAT = 1  # of the files
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -24,7 +36,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class Provenance:
-    """Everything that decides what the states are. A store is only used by a run that expects just this."""
+    """Everything that decides what the states are."""
 
     teacher_hash: str
     scheduler: dict
@@ -41,6 +53,19 @@ class Provenance:
     format: int = FORMAT
 
 
+def expected_of(teacher: Teacher, base: Base) -> dict[str, Any]:
+    """What the store of a stage that trains by `teacher` must say of itself.
+
+    Seed, prompts, grid and precision are the trajectories stage's own. The weights are known by content: where they
+    are does not matter.
+    """
+    return {
+        "teacher_hash": teacher_hash(teacher),
+        "prediction_type": base.prediction_type,
+        "guidance_scale": teacher.guidance_scale,
+    }
+
+
 class Writer:
     """Writes a store resumably: shards that are there and whole are kept, the rest are asked for.
 
@@ -54,7 +79,7 @@ class Writer:
         path = folder / "store.json"
         if path.is_file():
             self.record = read_record(path)
-            refuse_mismatch(path, self.record["provenance"], provenance)
+            refuse_mismatch(path, self.record["provenance"], vars(provenance))
             self.shard_size = self.record["shard_size"]
 
     def missing(self) -> list[range]:
@@ -87,10 +112,11 @@ class Writer:
 class Store:
     """A finished store, read lazily: only the states asked for leave the disk.
 
-    Raises CheckpointError where a shard is missing or damaged, or where `expected` differs from what was stored.
+    Raises CheckpointError where a shard is missing or damaged, or where a field of `expected` (names of Provenance) is
+    another in what was stored; without it the store is taken for whatever it is.
     """
 
-    def __init__(self, folder: Path, expected: Provenance | None = None):
+    def __init__(self, folder: Path, expected: Mapping[str, Any] | None = None):
         self.folder = folder
         path = folder / "store.json"
         record = read_record(path)
@@ -186,13 +212,12 @@ def read_provenance(stated: dict, path: Path) -> Provenance:
         raise CheckpointError(f"{path} is damaged: {key}: {wrong['msg']}") from error
 
 
-def refuse_mismatch(path: Path, found: dict, expected: Provenance) -> None:
+def refuse_mismatch(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raise CheckpointError naming every field in which a store differs from what the run expects."""
-    wanted = vars(expected)
     differences = [
-        f"{name} is {found.get(name)!r}, expected {wanted[name]!r}"
-        for name in wanted
-        if found.get(name) != wanted[name]
+        f"{name} is {found.get(name)!r}, expected {wanted!r}"
+        for name, wanted in expected.items()
+        if found.get(name) != wanted
     ]
     if differences:
         raise CheckpointError(f"{path} does not belong to this run: " + "; ".join(differences))

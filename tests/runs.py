@@ -153,6 +153,7 @@ def results(recipe: Recipe) -> dict[str, object]:
         found[str(path.relative_to(stages))] = path.read_text().replace(recipe.runs, "")
     for path in stages.glob("*/report.json"):
         report = json.loads(path.read_text())
-        rows = [{name: value for name, value in row.items() if name != "latency_ms"} for row in report["rows"]]
+        timed = ("latency_ms", "latency_ms_se")
+        rows = [{name: value for name, value in row.items() if name not in timed} for row in report["rows"]]
         found[str(path.relative_to(stages))] = [rows, report["curves"], report["comparisons"], report["tuned"]]
     return found

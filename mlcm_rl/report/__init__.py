@@ -15,16 +15,18 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import __version__
-from ..checkpoint import public, replacing
+from ..checkpoint import CheckpointError, public, read_json, replacing
 from ..metrics import paired_difference
 from ..recipe import Evaluate, Recipe
 from ..runtime import commit
+from ..untrusted import held
 from . import tuned_students
-from .definitions import TRAINING, metric
+from .definitions import LATENCY, TRAINING, metric
 from .figures import binned, kept, listed, number, plus_minus, rounded, summary
 
-# Of report.json, raised when its layout changes. Still read: 1 has no "training", no "networks", 1 and 2 no "tuned".
-FORMAT = 3
+# Of report.json, raised when its layout changes. Still read: 1 has no "training", no "networks", 1 and 2 no "tuned",
+# 1 to 3 the curves of the last distill stage only, without "stage", and no "latency_ms_se".
+FORMAT = 4
 BUDGETS = (2, 4, 8)  # network evaluations at which student and teacher are compared
 HEADLINE_BUDGET = 4
 NUM_ERRORS = 2.0  # standard errors that the headline asks for
@@ -41,12 +43,14 @@ def record(
     values: dict[str, Tensor],
     languages: list[str],
     latency_ms: float,
+    latency_ms_se: float,
     samples: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """A row of report.json: what it is, its latency, and of each metric mean, standard error and the values (P,).
 
-    R@k is also given for each of the prompts' `languages`, without repeating the values. Of the metrics in `samples`
-    the values of every picture (P, I) are kept too.
+    Latency is the median over batches with the standard error of that, nan of a single batch. R@k is also given
+    for each of the prompts' `languages`, without repeating the values. Of the metrics in `samples` the values of every
+    picture (P, I) are kept too.
     """
     summaries = {key: summary(one) | {"values": listed(one)} for key, one in values.items()}
     for key, by_picture in (samples or {}).items():
@@ -56,7 +60,8 @@ def record(
             for language in dict.fromkeys(languages):
                 chosen = torch.tensor([spoken == language for spoken in languages])
                 summaries[f"{key}/{language}"] = summary(values[key][chosen])
-    return row | {"latency_ms": rounded(latency_ms), "metrics": summaries}
+    timed = {"latency_ms": rounded(latency_ms), "latency_ms_se": rounded(latency_ms_se)}
+    return row | timed | {"metrics": summaries}
 
 
 def assemble(
@@ -118,12 +123,39 @@ def processor() -> str:
 
 
 def read_curves(folder: Path | None) -> list[dict[str, Any]]:
+    """The loss curves of a distill stage and of those before it that it goes on from, in the order that they ran.
+
+    "stage" counts them from 1. Empty without a folder; a stage whose folder or log is gone has none.
+    """
+    stages = distill_stages(folder) if folder is not None else []
+    return [{"stage": number, **curve} for number, stage in enumerate(stages, 1) for curve in curves_of_stage(stage)]
+
+
+def distill_stages(folder: Path) -> list[Path]:
+    """The distill stages that the one in `folder` goes on from, the first one first, and then itself.
+
+    They are known by their manifests; the earliest named may be gone. Raises CheckpointError for a name that leads
+    outside, or round.
+    """
+    stages = [folder.resolve()]
+    while (file := stages[0] / "manifest.json").is_file():
+        name = read_json(file, parents=dict)["parents"].get("distill")
+        if name is None:
+            break
+        earlier = held(stages[0].parent, name, file).resolve()
+        if earlier in stages:
+            raise CheckpointError(f"{file} is damaged: the stage goes on from itself")
+        stages.insert(0, earlier)
+    return stages
+
+
+def curves_of_stage(folder: Path) -> list[dict[str, Any]]:
     """The loss curves of a distill stage's `log.jsonl`, one a phase: points (step, loss), binned where there are many.
 
-    Empty without a folder, or where it holds no log.
+    Empty where the folder holds no log.
     """
-    log = folder / "log.jsonl" if folder is not None else None
-    if log is None or not log.is_file():
+    log = folder / "log.jsonl"
+    if not log.is_file():
         return []
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     return [
@@ -274,7 +306,13 @@ def cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
     """The numbers of a row of the table, after its label."""
     values = [number(row["metrics"][key]) for key in columns(report)]
     cost = [training(row.get("training"))] if has_training(report) else []
-    return [str(row["num_evaluations"]), f"{row['latency_ms']:.3g}", *cost, *values]
+    return [str(row["num_evaluations"]), latency(row), *cost, *values]
+
+
+def latency(row: dict[str, Any]) -> str:
+    """A row's milliseconds a picture, without an error where it has one batch or was kept by an earlier version."""
+    error = row.get("latency_ms_se")
+    return plus_minus(row["latency_ms"], error) if error else f"{row['latency_ms']:.3g}"
 
 
 def heads(report: dict[str, Any]) -> list[str]:
@@ -333,7 +371,12 @@ def markdown(report: dict[str, Any]) -> str:
     for name, rows in groups(report).items():
         lines.append(f"| **{name}** {'| ' * (len(head) - 1)}|")
         lines += [f"| {' | '.join([label(row), *cells(report, row)])} |" for row in rows]
-    lines += ["", f"{len(report['prompts'])} prompts; \u00b1 is one standard error over prompts.", ""]
+    lines += [
+        "",
+        f"{len(report['prompts'])} prompts; \u00b1 is one standard error over prompts.",
+        "",
+        f"- **ms**: {LATENCY}",
+    ]
     lines += [f"- **Training evals**: {TRAINING}"] * has_training(report)
     lines += [f"- **{metric(key).label}**: {metric(key).definition}" for key in dict.fromkeys(columns(report))]
     lines += [f"- Network `{name}`: {text}" for name, text in network_texts(report)]

@@ -64,6 +64,10 @@ METRICS = {
         "100 max(cos, 0) of picture and prompt (Hessel et al.) by the CLIP that the recipe names, higher is better.",
     ),
 }
+LATENCY = (
+    "Milliseconds a picture: sampling and decoding, the prompt already encoded; median over batches, \u00b1 the "
+    "standard error of that median by resampling the batches (none where there is one batch)."
+)
 TRAINING = (
     "Network evaluations that the student's training took in all: forward passes of a denoiser for one sample, a "
     "guided one counting two. In parentheses, for each training sample drawn: the teacher's (its stored trajectories, "

@@ -11,7 +11,7 @@ from PIL import Image
 from .. import report
 from ..checkpoint import replacing
 from . import plots, tuned_students
-from .definitions import GAIN, WIN_RATE
+from .definitions import GAIN, LATENCY, WIN_RATE
 
 THUMBNAIL = 256  # pixels a side at most; smaller pictures stay lossless
 LANGUAGES = {"en": "English", "zh": "Chinese"}
@@ -44,14 +44,21 @@ def render(result: dict[str, Any], folder: Path) -> str:
         legend=plots.lines(result),
         quality=[plots.quality(result, key) for key in report.main_metrics(result)],
         tuned=tuned(result, folder) if result.get("tuned") else None,
-        curves=[plots.loss(curve) for curve in result["curves"]],
+        curves=losses(result["curves"]),
         learned=[plots.learned(one, name) for one in result.get("tuned", []) for name in one["rewards"]],
         heads=report.heads(result),
         groups=groups(result),
         comparisons=[compared(result, one) for one in result["comparisons"]],
+        latency=LATENCY,
         definitions=definitions(result),
         settings={**{f"teacher.{key}": value for key, value in result["teacher"].items()}, **result["settings"]},
     )
+
+
+def losses(curves: list[dict[str, Any]]) -> list[str]:
+    """The plots of a report's loss curves, told apart by stage where there is more than one."""
+    several = any(curve.get("stage", 1) > 1 for curve in curves)
+    return [plots.loss(curve, several) for curve in curves]
 
 
 def definitions(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -101,17 +101,22 @@ def quality(report: dict[str, Any], key: str) -> str:
     return _svg(figure, f"{metric(key).label} against network evaluations; the table below holds the same numbers")
 
 
-def loss(curve: dict[str, Any]) -> str:
-    """SVG of one phase's training and held-out loss against its optimiser steps."""
-    figure, axes = _figure(f"loss {curve['phase']}")
-    for name, colour, label in (("loss", COLOURS[0], "training"), ("held_out_loss", COLOURS[1], "held out")):
-        if curve[name]:
-            axes.plot(*zip(*curve[name], strict=True), color=colour, lw=1.6, label=label)
+def loss(curve: dict[str, Any], several: bool) -> str:
+    """SVG of one phase's training and held-out loss against its optimiser steps; of `several` stages it names its own.
+
+    Reports of before format 4 have the last stage's curves alone, without a number.
+    """
+    phase = f"phase {curve['phase'] + 1}"
+    name = f"distill stage {curve['stage']}, {phase}" if several else phase
+    figure, axes = _figure(f"loss {name}")
+    for key, colour, label in (("loss", COLOURS[0], "training"), ("held_out_loss", COLOURS[1], "held out")):
+        if curve[key]:
+            axes.plot(*zip(*curve[key], strict=True), color=colour, lw=1.6, label=label)
     _log(axes)
     axes.set_xlabel("optimiser step")
-    axes.set_title(f"Phase {curve['phase'] + 1}: K = {curve['num_segments']}", loc="left")
+    axes.set_title(f"{name.capitalize()}: K = {curve['num_segments']}", loc="left")
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-    return _svg(figure, f"Loss of phase {curve['phase'] + 1}, K = {curve['num_segments']}, against optimiser steps")
+    return _svg(figure, f"Loss of {name}, K = {curve['num_segments']}, against optimiser steps")
 
 
 def gains(student: dict[str, Any]) -> str:

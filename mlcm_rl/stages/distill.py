@@ -16,7 +16,7 @@ from ..equations.segments import phase_at
 from ..recipe import Distill, Recipe
 from ..runtime import Runtime, generator, rate_factor, set_rate, tell_truncated
 from ..sources import Batch, NoisedData, OnLine, RenoisedSamples, Source, StoredStates
-from ..trajectories import Store
+from ..trajectories import Store, expected_of
 
 Weights = dict[str, Tensor]  # the trained parameters by name, or their average
 
@@ -94,13 +94,14 @@ class PhaseSettings:
 def make_source(
     stage: Distill, recipe: Recipe, base: Base, student: torch.nn.Module, parents: dict[str, Path]
 ) -> Source:
-    """The source of points that `stage` names."""
+    """The source of points that `stage` names. Raises CheckpointError for a store of another teacher."""
+    expected = expected_of(recipe.teacher, base)
+    store = Store(parents["trajectories"], expected) if stage.reads_trajectories else None
     if stage.method == "inter_segment":
-        store = Store(parents["trajectories"]) if stage.renoise == "stored" else None
         prompts = None if store else read_texts(stage, base)
         return RenoisedSamples(stage, base, student, store, prompts, recipe.seed)
-    if stage.source == "trajectories":
-        return StoredStates(stage, base, Store(parents["trajectories"]), recipe.seed)
+    if store is not None:
+        return StoredStates(stage, base, store, recipe.seed)
     if stage.source == "online":
         return OnLine(stage, base, read_texts(stage, base), recipe.seed)
     folder = CaptionedImages(stage.images, base.resolution)

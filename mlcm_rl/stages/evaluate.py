@@ -8,7 +8,6 @@ deleted at the end) and forgotten; so are encoded prompts and the reference's la
 after its last whole batch, and a row that any evaluation of these runs has measured is not drawn again (`row_store`).
 """
 
-import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,6 +64,7 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
     """
     base = bases.load(recipe.teacher, runtime.device_of(recipe.device))
     students = entries(stage, parents, base)
+    curves = report.read_curves(parents.get("distill"))
     scene = prepare(stage, recipe, base, folder)
     teachers = teacher_rows(stage, recipe.teacher.guidance_scale)
     store = open_store(stage, recipe, parents, teachers[0], base.device.type)
@@ -86,7 +86,6 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
                     bar.advance(row.num_evaluations * len(scene.batches()), row.id)
                 records.append(read_json(record_path(folder, row)))
     prompts = [asdict(prompt) | {"shown": i in scene.shown} for i, prompt in enumerate(scene.prompts)]
-    curves = report.read_curves(parents.get("distill"))
     tuned = tuned_students.read({student.name: student.folder for student in students})
     result = report.assemble(recipe, stage, prompts, records, base.device, curves, tuned, scene.instruments.networks)
     distributed.by_first(write_report, result, folder)
@@ -168,7 +167,8 @@ def made(scene: Scene, row: Row) -> dict:
     """The record of `row`, by the readings of its batches."""
     parts = [read_tensors(batch_path(scene, row, batch)) for batch in scene.batches()]
     readings = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    latencies = readings.pop("latency_ms").tolist()
+    del readings["latency_ms"]  # one of all pictures of a batch: batches are what it varies over
+    latency = metrics.median_and_error(torch.stack([part["latency_ms"][0] for part in parts]))
     distances = readings.pop("distance").unflatten(0, (-1, scene.images_per_prompt)).mean(1)
     values = {"distance": distances, **scene.instruments.values(readings, scene.images_per_prompt)}
     languages = [prompt.language for prompt in scene.prompts]
@@ -176,7 +176,7 @@ def made(scene: Scene, row: Row) -> dict:
     if row.role == "student" and scene.images_per_prompt > 1:  # a win is a picture's, not the mean's
         rewards = [name for name in readings if name.startswith("reward/")]
         samples = {name: readings[name].unflatten(0, (-1, scene.images_per_prompt)) for name in rewards}
-    return report.record(asdict(row), values, languages, statistics.median(latencies), samples)
+    return report.record(asdict(row), values, languages, *latency, samples)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from ..recipe import Distill, Feedback, Recipe
 from ..rewards import Combined, combine, refuse_without_gradient
 from ..runtime import Runtime, rate_factor, set_rate
 from ..sources import Batch, StoredStates
-from ..trajectories import Store
+from ..trajectories import Store, expected_of
 
 
 def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
@@ -35,7 +35,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     rewards.refuse_unread(prompts.languages)
     if stage.shape == "mps_hinge":
         refuse_without_irrelevant(rewards, prompts)
-    source = stored_states(stage, base, parents, recipe.seed) if stage.consistency else None
+    source = stored_states(stage, recipe, base, parents) if stage.consistency else None
     tuning.encode_ahead(stage, recipe, base, lambda step: prompts.texts(step, stage.batch_size))
     parameters = adapters.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
@@ -155,11 +155,15 @@ def step_kl(student: tuning.Student, start: tuning.Start, draws: torch.Generator
     return kl / x0[0].numel()
 
 
-def stored_states(stage: Feedback, base: Base, parents: dict[str, Path], seed: int) -> StoredStates:
-    """The stored trajectories, drawn as the student's own distillation drew them."""
+def stored_states(stage: Feedback, recipe: Recipe, base: Base, parents: dict[str, Path]) -> StoredStates:
+    """The stored trajectories, drawn as the student's own distillation drew them.
+
+    Raises CheckpointError for a store of another teacher.
+    """
     manifest = checkpoint.read_json(parents["distill"] / "manifest.json", stage=dict)
     distilled = Distill.model_validate(manifest["stage"]).model_copy(update={"batch_size": stage.batch_size})
-    return StoredStates(distilled, base, Store(parents["trajectories"]), seed)
+    store = Store(parents["trajectories"], expected_of(recipe.teacher, base))
+    return StoredStates(distilled, base, store, recipe.seed)
 
 
 def stored_loss(student: tuning.Student, batch: Batch) -> Tensor:

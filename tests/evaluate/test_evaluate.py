@@ -38,6 +38,7 @@ def test_every_row_has_every_metric(report):
     for one in report["rows"]:
         assert set(one["metrics"]) == keys
         assert one["latency_ms"] > 0
+        assert one["latency_ms_se"] is None  # one batch
         assert len(one["metrics"]["distance"]["values"]) == len(PROMPTS)
         assert one["metrics"]["r@5"]["values"][-1] is None  # the prompt without a concept
         assert one["metrics"]["r@5"]["n"] == len(PROMPTS) - 1
@@ -78,6 +79,7 @@ def test_values_do_not_depend_on_the_batch_size_and_repeat_bit_for_bit(place, re
     first, second = (run(place, tmp_path / str(i), **few, num_prompts=3, batch_size=4) for i in range(2))
     for one, again in zip(first["rows"], second["rows"], strict=True):
         assert one["metrics"] == again["metrics"]
+        assert one["latency_ms_se"] > 0  # two batches
         whole = row(report, id=one["id"])["metrics"]["distance"]["values"]  # of all prompts, in batches of 12
         assert one["metrics"]["distance"]["values"] == pytest.approx(whole[:3], rel=1e-3, abs=1e-9)
 
@@ -147,6 +149,19 @@ def test_a_row_measured_once_is_found_again_by_another_evaluation(place, tmp_pat
         assert one["metrics"] == again["metrics"]  # distances too: to the reference's latents of the first
     for path in (tmp_path / "alone" / "pictures").rglob("*.png"):
         assert (tmp_path / "second" / path.relative_to(tmp_path / "alone")).read_bytes() == path.read_bytes()
+
+
+def test_rows_kept_before_latency_had_an_error_are_read(place, tmp_path):
+    few = FEW | {"also": [], "judge": None, "batch_size": 3}
+    first = run(place, tmp_path / "first", runs=tmp_path, **few)
+    for path in (tmp_path / "rows").glob("*/record.json"):
+        record = json.loads(path.read_text())
+        assert record.pop("latency_ms_se") > 0
+        path.write_text(json.dumps(record))
+    second = run(place, tmp_path / "second", runs=tmp_path, **few)
+    without = [{name: value for name, value in one.items() if name != "latency_ms_se"} for one in first["rows"]]
+    assert second["rows"] == without
+    assert (tmp_path / "second" / "report.html").is_file()
 
 
 @pytest.mark.parametrize(

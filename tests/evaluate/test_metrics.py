@@ -101,3 +101,17 @@ def test_paired_error_drops_what_both_rows_share():
     assert (mean, error) == (1.5, pytest.approx(math.sqrt(1 / 3) / 2))  # sd of 1, 2, 1, 2 is sqrt(1/3)
     assert error < metrics.mean_and_error(hard)[1] / 10
     assert metrics.paired_difference(ours, torch.tensor([math.nan, 10.0, 20.0, 30.0]))[0] == pytest.approx(5 / 3)
+
+
+def test_the_medians_error_is_that_of_medians_of_new_samples_and_an_outlier_does_not_make_it():
+    values = normal(101)
+    median, error = metrics.median_and_error(values)
+    assert median == values.sort().values[50].item()
+    assert error == pytest.approx(normal(2000, 101, seed=1).quantile(0.5, dim=1).std().item(), rel=0.3)
+    first = torch.cat([torch.tensor([1000.0]), values[1:]])
+    assert metrics.median_and_error(first)[1] == pytest.approx(error, rel=0.3)
+    assert metrics.median_and_error(values) == (median, error)
+    assert metrics.median_and_error(torch.full((3,), 2.0)) == (2.0, 0.0)
+    single = metrics.median_and_error(torch.tensor([2.0]))
+    assert single[0] == 2.0
+    assert math.isnan(single[1])

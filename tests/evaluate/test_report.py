@@ -2,13 +2,17 @@
 
 import json
 import math
+import re
+import shutil
 
 import pytest
 import torch
 from rich.console import Console
 
 from mlcm_rl import report
+from mlcm_rl.checkpoint import CheckpointError
 from mlcm_rl.export import _under_a_heading
+from mlcm_rl.report import page
 
 LANGUAGES = ["en", "zh", "en", "zh"]
 
@@ -21,7 +25,7 @@ def planted(name, role, num_evaluations, distance, hits, **settings):
         "default": False, "solver": "ddim", "guidance_scale": 8.0, "grid": None, **settings,
     }  # fmt: skip
     values = {"distance": torch.tensor(distance), "r@5": torch.tensor(hits)}
-    return report.record(description, values, LANGUAGES, latency_ms=12.3456789)
+    return report.record(description, values, LANGUAGES, latency_ms=12.3456789, latency_ms_se=math.nan)
 
 
 def rows(student=(0.1, 0.2, 0.1, 0.2), hits=(1.0, 1.0, 1.0, 1.0)):
@@ -158,6 +162,52 @@ def test_loss_curves_are_read_phase_by_phase_and_averaged_in_bins(tmp_path):
     assert report.read_curves(None) == report.read_curves(tmp_path / "nowhere") == []
 
 
+def write_distill(folder, num_segments, after=None):
+    """What a distill stage of two steps leaves that `read_curves` reads; it goes on from the one in `after`."""
+    folder.mkdir()
+    parents = {"trajectories": "store"} | ({"distill": after.name} if after else {})
+    (folder / "manifest.json").write_text(json.dumps({"kind": "distill", "parents": parents}))
+    entries = [{"step": i, "phase": i, "num_segments": k, "loss": 1.0} for i, k in enumerate(num_segments)]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    return folder
+
+
+def test_loss_curves_are_those_of_every_distill_stage_of_the_chain_in_order(tmp_path):
+    first = write_distill(tmp_path / "z-first", [8, 4, 2, 1])
+    second = write_distill(tmp_path / "a-second", [1], after=first)
+    curves = report.read_curves(second)
+    assert [(one["stage"], one["phase"], one["num_segments"]) for one in curves] == [
+        *((1, phase, k) for phase, k in enumerate([8, 4, 2, 1])),
+        (2, 0, 1),
+    ]
+    link = tmp_path / "run" / "02-distill"
+    link.parent.mkdir()
+    link.symlink_to(second)
+    assert report.read_curves(link) == curves
+    plots = page.losses(curves)
+    names = ["distill stage 1, phase 1, K = 8", "distill stage 1, phase 4, K = 1", "distill stage 2, phase 1, K = 1"]
+    for plot, name in zip((plots[0], plots[3], plots[4]), names, strict=True):
+        assert f'aria-label="Loss of {name}, against optimiser steps"' in plot
+    ids = [re.findall(r' id="([^"]*)"', plot) for plot in plots]
+    assert len({one for found in ids for one in found}) == sum(map(len, ids))
+    shutil.rmtree(first)  # the number is still the stage's own
+    assert [one["stage"] for one in report.read_curves(second)] == [2]
+    assert "distill stage 2, phase 1" in page.losses(report.read_curves(second))[0]
+
+
+def test_curves_of_one_stage_and_of_older_reports_are_named_for_their_phase_alone(tmp_path):
+    curves = report.read_curves(write_distill(tmp_path / "first", [8, 1]))
+    older = [{key: value for key, value in curve.items() if key != "stage"} for curve in curves]
+    assert page.losses(curves) == page.losses(older)
+    assert 'aria-label="Loss of phase 2, K = 1, against optimiser steps"' in page.losses(curves)[1]
+
+
+def test_a_distill_stage_that_goes_on_from_itself_is_damaged(tmp_path):
+    first = write_distill(tmp_path / "first", [8], after=tmp_path / "second")
+    with pytest.raises(CheckpointError, match="goes on from itself"):
+        report.read_curves(write_distill(tmp_path / "second", [8], after=first))
+
+
 COST = {"total": 1_234_567, "teacher_per_sample": 96 * 544 / 9600, "student_per_sample": 1.0}
 
 
@@ -171,6 +221,17 @@ def test_what_training_cost_stands_beside_every_student_and_is_explained():
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(report.table(result))
     assert console.export_text().count("1.23M") == 2
+
+
+def test_latency_is_shown_with_its_error_where_it_has_one():
+    timed = [row | {"latency_ms_se": 0.4567} for row in rows()]
+    assert all(report.cells(made(timed), row)[1] == "12.35 \u00b1 0.46" for row in timed)
+    of_one_batch = rows()
+    assert of_one_batch[0]["latency_ms_se"] is None
+    kept_before = [{key: value for key, value in row.items() if key != "latency_ms_se"} for row in of_one_batch]
+    for old in (of_one_batch, kept_before):
+        assert all(report.cells(made(old), row)[1] == "12.3" for row in old)
+    assert "- **ms**: Milliseconds a picture" in report.markdown(made(kept_before))
 
 
 def test_a_report_of_format_1_is_still_read():

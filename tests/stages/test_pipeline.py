@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import runs
 import tiny
-from mlcm_rl import checkpoint, pipeline
+from mlcm_rl import adapters, checkpoint, pipeline
 from mlcm_rl.__main__ import app
 from mlcm_rl.checkpoint import finish
 from mlcm_rl.fingerprint import settings, was_corrected
@@ -290,11 +290,14 @@ def test_a_missing_teacher_is_one_sentence(finished, tmp_path):
         pipeline.run(recipe.model_copy(update={"teacher": gone}))
 
 
-@pytest.mark.parametrize("name", ["sdxl_mlcm", "sd15_mlcm"])
-def test_the_papers_recipes_run_end_to_end_on_a_tiny_checkpoint(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "prediction_type"),
+    [("sdxl_mlcm", "epsilon"), ("sd15_mlcm", "epsilon"), ("sd15_mlcm", "v_prediction")],  # the last as SD 2.1
+)
+def test_the_papers_recipes_run_end_to_end_on_a_tiny_checkpoint(name, prediction_type, tmp_path):
     """As shipped, float16 beside bfloat16 too, but for what size forces: the teacher, counts and batch sizes."""
     family = "sdxl" if name.startswith("sdxl") else "sd"
-    teacher = getattr(tiny, family)(tmp_path / "teacher")
+    teacher = getattr(tiny, family)(tmp_path / "teacher", prediction_type)
     small = [
         f"teacher.path={teacher}",
         f"runs={tmp_path / 'runs'}",
@@ -304,9 +307,11 @@ def test_the_papers_recipes_run_end_to_end_on_a_tiny_checkpoint(name, tmp_path):
         "stages.0.num_held_out=2",
         "stages.0.num_steps=8",
         "stages.1.num_steps=[1, 1, 1, 1]",
+        "stages.1.log_every=1",
         "stages.1.batch_size=4",
         "stages.1.gradient_accumulation=2",
         "stages.2.num_steps=1",
+        "stages.2.log_every=1",
         "stages.2.batch_size=2",
         "stages.2.gradient_accumulation=1",
         "stages.3.num_prompts=2",
@@ -317,6 +322,11 @@ def test_the_papers_recipes_run_end_to_end_on_a_tiny_checkpoint(name, tmp_path):
     assert [stage.kind for stage in stages] == ["trajectories", "distill", "distill", "evaluate"]
     assert (stages[-1].folder / "report.html").is_file()
     assert all(stage.done for stage in pipeline.plan(recipe))
+    assert Store(stages[0].folder).provenance.prediction_type == prediction_type
+    assert adapters.describe(stages[2].folder / "student")["prediction_type"] == prediction_type
+    curves = json.loads((stages[-1].folder / "report.json").read_text())["curves"]
+    of_first = [(1, phase, num_segments) for phase, num_segments in enumerate((8, 4, 2, 1))]
+    assert [(one["stage"], one["phase"], one["num_segments"]) for one in curves] == [*of_first, (2, 0, 1)]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

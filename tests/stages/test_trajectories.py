@@ -1,6 +1,8 @@
 """The store: what is written is the teacher's own trajectory, resumably, and nothing else is ever read in its place."""
 
-from dataclasses import replace
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +10,10 @@ from diffusers import DDIMScheduler
 
 import runs
 from mlcm_rl import bases, pipeline
-from mlcm_rl.checkpoint import CheckpointError
+from mlcm_rl.checkpoint import CheckpointError, write_json
 from mlcm_rl.equations.segments import time_grid
 from mlcm_rl.runtime import generator
-from mlcm_rl.stages import trajectories
+from mlcm_rl.stages import distill, feedback, trajectories
 from mlcm_rl.trajectories import Store
 
 
@@ -105,7 +107,39 @@ def test_a_store_that_differs_in_anything_is_refused_with_the_field(store):
         "maths": 99,
     }.items():
         with pytest.raises(CheckpointError, match=name):
-            Store(store.folder, expected=replace(store.provenance, **{name: value}))
+            Store(store.folder, expected=vars(store.provenance) | {name: value})
+
+
+def sources_over(store: Path, recipe, folder: Path):
+    """What every stage that reads a store makes of it: its states in segments, for re-noising, for `feedback`."""
+    base = bases.load(recipe.teacher, "cpu")
+    stages = [runs.distill(segments=[1]), runs.distill(segments=[1], method="inter_segment")]
+    for stage in stages:
+        yield lambda stage=stage: distill.make_source(stage, recipe, base, base.denoiser, {"trajectories": store})
+    write_json(folder / "distill" / "manifest.json", {"stage": stages[0].model_dump(mode="json")})
+    tuning = runs.tuning("feedback", recipe.stages[0].prompts, consistency=0.5)
+    parents = {"trajectories": store, "distill": folder / "distill"}
+    yield lambda: feedback.stored_states(tuning, recipe, base, parents)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("teacher_hash", "0"), ("prediction_type", "v_prediction"), ("guidance_scale", 7.0)]
+)
+def test_every_stage_refuses_a_store_of_another_teacher_with_the_field(store, recipe, tmp_path, name, value):
+    record = json.loads((store.folder / "store.json").read_text())
+    record["provenance"][name] = value
+    write_json(store.folder / "store.json", record)
+    for read in sources_over(store.folder, recipe, tmp_path):
+        with pytest.raises(CheckpointError, match=f"store.json does not belong to this run: {name} is {value!r}, exp"):
+            read()
+
+
+def test_a_store_is_one_of_the_same_teacher_wherever_that_is_and_whatever_the_seed(store, recipe, tmp_path):
+    moved = shutil.copytree(recipe.teacher.path, tmp_path / "moved")
+    teacher = recipe.teacher.model_copy(update={"path": str(moved)})
+    other = recipe.model_copy(update={"teacher": teacher, "seed": 5})
+    for read in sources_over(store.folder, other, tmp_path):
+        assert read().store.provenance == store.provenance
 
 
 def test_one_changed_byte_in_a_shard_is_refused_by_name(store):
