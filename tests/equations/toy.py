@@ -127,6 +127,12 @@ def base_of(denoiser: Denoiser) -> MixtureBase:
     return MixtureBase(TEACHER, torch.device("cpu"), pipeline)
 
 
+def base_under(student: Denoiser) -> MixtureBase:
+    """A base to sample `student` with, whose own denoiser is none that is told its target: a teacher never is."""
+    dim = student.config.in_channels
+    return base_of(Network(in_channels=dim, out_channels=dim, block_out_channels=(1,)))
+
+
 @contextmanager
 def standing_in(denoiser: Denoiser) -> Iterator[None]:
     """Inside, stages load `denoiser` for their teacher, and students are Networks."""
@@ -218,7 +224,7 @@ def ends(
 ) -> Tensor:
     """The states at index 0 (N, D, 1, 1) that our sampler comes to from `noise` in a step from each of `times`."""
     generator = torch.Generator().manual_seed(seed)
-    states, x0 = rollout(base_of(denoiser), denoiser, context(noise), noise, times, gamma, generator, conditioned)
+    states, x0 = rollout(base_under(denoiser), denoiser, context(noise), noise, times, gamma, generator, conditioned)
     t, s = (torch.full((len(noise),), time) for time in (times[-1], 0))
     return transfer(states[-1], x0, t, s, SCHEDULE)
 
@@ -230,7 +236,7 @@ def jump_errors(denoiser: Denoiser, states: Tensor, num_segments: int) -> list[f
     for start, end in pairwise(milestones(num_segments).flip(0).tolist()):
         x_t, goal = (states[:, GRID.tolist().index(time)] for time in (start, end))
         t, s = (torch.full((len(x_t),), time) for time in (start, end))
-        x0 = base_of(denoiser).x0(denoiser, x_t, t, context(x_t))
+        x0 = base_under(denoiser).x0(denoiser, x_t, t, context(x_t))
         errors.append(distance(transfer(x_t, x0, t, s, SCHEDULE), goal))
     return errors
 
