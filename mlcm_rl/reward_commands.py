@@ -67,10 +67,10 @@ def list_rewards() -> None:
     notes: list[Text] = []
     for name in rewards.names():
         try:
-            reward = rewards.find(name)
-        except Exception as error:  # another's module may raise anything; the rest of the list stands
+            reward = rewards.found(name)
+        except rewards.RewardError as error:  # the rest of the list stands
             table.add_row(name, "", "", Text("cannot be used", "red"), "")
-            notes.append(Text(f"{name} cannot be used: {error}"))
+            notes.append(Text(str(error)))
             continue
         gradient = "yes" if reward.differentiable else "no"
         prompts = ", ".join(reward.languages) if reward.needs_prompt else "not used"
@@ -101,7 +101,7 @@ def fetch_weights(
         from . import rewards
         from .rewards import weights as reward_weights
 
-        declared = rewards.weights_of(rewards.find(name))
+        declared = rewards.weights_of(rewards.found(name))
         if not declared:
             _line(Text(f"{name} needs no weights"))
         for weights in _meant(name, declared, given, only):
@@ -231,8 +231,9 @@ def _built(name: str, settings: list[str] | None, device: str) -> "RewardModel":
     from . import rewards
 
     given = dict(_setting(text) for text in settings or [])
+    model = rewards.found(name)  # no fault of a setting's
     with _argument("--setting"):
-        rewards.refuse_settings(name, rewards.find(name), given)
+        rewards.refuse_settings(name, model, given)
     with _argument("--device"):
         where = torch.device(device)
     return rewards.build(Reward(name=name, settings=given), where)
