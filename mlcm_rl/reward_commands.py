@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from .devices import device_of
 from .recipe import Reward
 from .recipe.file import reward_names
 from .recipe.tree import nearest
@@ -55,7 +56,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--setting", metavar="KEY=VALUE", show_default=False, help="a setting of the reward; repeatable"),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes the best that is here")]
 
 
 @app.command("list")
@@ -226,8 +227,6 @@ def _meant(name: str, declared: "tuple[Weights, ...]", given: Path | None, only:
 
 
 def _built(name: str, settings: list[str] | None, device: str) -> "RewardModel":
-    import torch
-
     from . import rewards
 
     given = dict(_setting(text) for text in settings or [])
@@ -235,7 +234,7 @@ def _built(name: str, settings: list[str] | None, device: str) -> "RewardModel":
     with _argument("--setting"):
         rewards.refuse_settings(name, model, given)
     with _argument("--device"):
-        where = torch.device(device)
+        where = device_of(device)
     return rewards.build(Reward(name=name, settings=given), where)
 
 
@@ -274,7 +273,7 @@ def _argument(option: str) -> Iterator[None]:
     """What an argument's value is refused for ends the command: exit 2."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:  # torch says RuntimeError to a device that it does not know
+    except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=option) from None
 
 

@@ -285,7 +285,10 @@ def test_transparent_pictures_are_scored_on_white(mlcm, tmp_path):
         (("--out", "scores.txt"), 2, "must end in .jsonl or .csv"),
         (("--setting", "factor"), 2, "expected KEY=VALUE, found 'factor'"),
         (("--setting", "facto=2"), 2, "unknown setting 'facto'; did you mean factor?"),
-        (("--device", "abacus"), 2, "abacus"),
+        (("--device", "abacus"), 2, "device: abacus is not available here: write device: auto or cpu"),
+        (("--device", "meta"), 2, "device: meta is not available here: write device: auto or cpu"),
+        (("--device", "cuda:99"), 2, "device: cuda:99 is not available here: write device: auto or cpu"),
+        (("--device", "cpu:x"), 2, "device: cpu:x is not available here: write device: auto or cpu"),
         ((), 2, "wordy depends on prompts"),
         (("--prompts", "two.txt"), 2, "2 prompts for 3 pictures"),
         (("--prompts", "one.txt", "--setting", "bad=true"), 1, "reward wordy: returned inf for prompt 'one'"),
@@ -310,7 +313,7 @@ def test_a_file_that_is_no_picture_and_a_folder_without_any_are_said(mlcm, folde
     (folder / "d.png").write_text("text")
     result = mlcm("score", "--reward", "brightness", "--images", folder)
     assert result.exit_code == 1
-    assert "d.png is not a readable picture" in result.stderr
+    assert "d.png is not a readable picture (none of PNG, JPEG, WEBP, GIF, BMP, or damaged)\n" in result.stderr
     (tmp_path / "empty").mkdir()
     result = mlcm("score", "--reward", "brightness", "--images", tmp_path / "empty")
     assert result.exit_code == 2
