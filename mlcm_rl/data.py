@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .untrusted import held, parse_json, read_bytes
 
@@ -120,6 +120,8 @@ def read_image(source: Path | bytes, what: str, upright: bool = False) -> Image.
         return ImageOps.exif_transpose(image) if upright else image
     except Image.DecompressionBombError as error:
         raise ValueError(f"{what} is not read: over {MAX_PIXELS:,} pixels") from error
+    except UnidentifiedImageError as error:  # its own words are the address of an object
+        raise ValueError(f"{what} is not a readable picture (none of {', '.join(FORMATS)}, or damaged)") from error
     except DECODING_ERRORS as error:
         raise ValueError(f"{what} is not a readable picture ({error})") from error
 

@@ -1,10 +1,15 @@
-"""Devices by name, and how much of its matrix rate a step is taken to reach on each. Imports no torch.
+"""Devices by name, and how much of its matrix rate a step is taken to reach on each. torch is imported only to ask
+what is here.
 
 Rates are 10^12 operations a second of dense matrix products with float32 sums, memory in bytes of 10^9 to the GB, both
 from the makers' data sheets (with sparsity they print twice as much).
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 GPU_SHARE = 0.4  # of the matrix rate: an assumption, no GPU has been measured
 CPU_SHARE = 0.6  # measured over trajectories and distillation of recipes/emoji_demo.yaml, see docs/log.md
@@ -44,3 +49,18 @@ DEVICES = {
     "rtx4090": _gpu("RTX 4090", 24, 82.6, 82.6, 165.2),
     "rtx3090": _gpu("RTX 3090", 24, 35.6, 35.6, 71.0),
 }
+
+
+def device_of(name: str) -> "torch.device":
+    """The device that is asked for; `auto` takes CUDA, then MPS, then the CPU. Raises ValueError for one not here."""
+    import torch
+
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = {"cuda": num_gpus, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if name == "auto":
+        return torch.device(next(kind for kind, count in here.items() if count))
+    kind, colon, index = name.partition(":")
+    number = index if colon else "0"
+    if not number.isdecimal() or int(number) >= here.get(kind, 0):
+        raise ValueError(f"device: {name} is not available here: write device: auto or cpu")
+    return torch.device(kind, int(number)) if colon else torch.device(kind)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from . import __version__, adapters, bases, checkpoint, distributed, lock, needs, pictures, replays, report, sampler
 from .checkpoint import CheckpointError, finish, is_finished, read_json, sha256, verify
 from .data import read_prompts
-from .devices import Device
+from .devices import Device, device_of
 from .equations.segments import sampling_times
 from .evaluation.rows import own_gamma
 from .export import export as write_export
@@ -30,7 +30,7 @@ from .plan import PlannedStage, Sizes, network_evaluations, planned_stages
 from .plan_table import way_out
 from .recipe import Distill, Evaluate, Recipe, Reward, Stage, TrainTeacher, Tuning
 from .rewards import build, refuse_unread
-from .runtime import NonFiniteLoss, StoppedBeforeUpdate, commit, console, device_of, generator, tell_truncated
+from .runtime import NonFiniteLoss, StoppedBeforeUpdate, commit, console, generator, tell_truncated
 from .untrusted import held, is_unicode
 
 __all__ = [

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from .devices import device_of
 from .recipe import Reward
 from .recipe.file import reward_names
 from .recipe.tree import nearest
@@ -55,7 +56,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--setting", metavar="KEY=VALUE", show_default=False, help="a setting of the reward; repeatable"),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes the best that is here")]
 
 
 @app.command("list")
@@ -67,10 +68,10 @@ def list_rewards() -> None:
     notes: list[Text] = []
     for name in rewards.names():
         try:
-            reward = rewards.find(name)
-        except Exception as error:  # another's module may raise anything; the rest of the list stands
+            reward = rewards.found(name)
+        except rewards.RewardError as error:  # the rest of the list stands
             table.add_row(name, "", "", Text("cannot be used", "red"), "")
-            notes.append(Text(f"{name} cannot be used: {error}"))
+            notes.append(Text(str(error)))
             continue
         gradient = "yes" if reward.differentiable else "no"
         prompts = ", ".join(reward.languages) if reward.needs_prompt else "not used"
@@ -101,7 +102,7 @@ def fetch_weights(
         from . import rewards
         from .rewards import weights as reward_weights
 
-        declared = rewards.weights_of(rewards.find(name))
+        declared = rewards.weights_of(rewards.found(name))
         if not declared:
             _line(Text(f"{name} needs no weights"))
         for weights in _meant(name, declared, given, only):
@@ -229,15 +230,14 @@ def _meant(name: str, declared: "tuple[Weights, ...]", given: Path | None, only:
 
 
 def _built(name: str, settings: list[str] | None, device: str) -> "RewardModel":
-    import torch
-
     from . import rewards
 
     given = dict(_setting(text) for text in settings or [])
+    model = rewards.found(name)  # no fault of a setting's
     with _argument("--setting"):
-        rewards.refuse_settings(name, rewards.find(name), given)
+        rewards.refuse_settings(name, model, given)
     with _argument("--device"):
-        where = torch.device(device)
+        where = device_of(device)
     return rewards.build(Reward(name=name, settings=given), where)
 
 
@@ -276,7 +276,7 @@ def _argument(option: str) -> Iterator[None]:
     """What an argument's value is refused for ends the command: exit 2."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:  # torch says RuntimeError to a device that it does not know
+    except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=option) from None
 
 

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import checkpoint, distributed, precision, replays, signals
 from .bases import Base
+from .devices import device_of
 from .distributed import engines
 from .recipe import Recipe, Training
 
@@ -141,17 +142,7 @@ def tell_truncated(base: Base, prompts: list[str], source: str) -> None:
         )
 
 
-# ---- devices ----
-
-
-def device_of(name: str) -> torch.device:
-    """The device a recipe asks for; `auto` takes CUDA, then MPS, then the CPU. Raises ValueError for one not here."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, available in here.items() if available))
-    if not here[name]:
-        raise ValueError(f"device: {name} is not available here: write device: auto or cpu")
-    return torch.device(name)
+# ---- where it runs ----
 
 
 def cpu_has_bfloat16() -> bool:

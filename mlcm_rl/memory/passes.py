@@ -83,7 +83,7 @@ class Roles:
         try:
             with self.own_precision():
                 parts = [reward(part, [PROMPT] * len(part)) for part in images.split(asked.chunk_size or len(images))]
-        except Exception:  # another's code may look at values, which are not there
+        except (Exception, SystemExit):  # another's code may look at values, which are not there
             self.failed.add(asked.name)
             return images.new_zeros(len(images))
         return torch.cat(parts)

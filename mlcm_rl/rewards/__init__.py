@@ -16,11 +16,14 @@ when it is named, and the entry-point group `mlcm_rl.reward_models` of other peo
 
 import difflib
 import importlib
+import importlib.metadata
 import inspect
 import pkgutil
+import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +47,7 @@ __all__ = [
     "build",
     "combine",
     "find",
+    "found",
     "names",
     "read_checkpoint",
     "refuse_settings",
@@ -92,9 +96,7 @@ def find(name: str) -> type[RewardModel]:
     file and an entry point or by two distributions; TypeError when what is found does not keep the contract.
     """
     points = [point for point in entry_points(group=ENTRY_POINTS) if point.name == name]
-    claims = [f"the entry point of {_origin(point)}" for point in points]
-    if name in _files():
-        claims.insert(0, f"{FOLDER}/{name}.py")
+    claims = _claims(name)
     if not claims:
         known = names()
         nearest = difflib.get_close_matches(name, known, n=3) or known
@@ -102,6 +104,17 @@ def find(name: str) -> type[RewardModel]:
     if len(claims) > 1:
         raise LookupError(f"reward model {name!r} is claimed twice, by {' and by '.join(claims)}: rename one of them")
     return _kept(points[0].load() if points else _only_class(name), claims[0])
+
+
+def found(name: str) -> type[RewardModel]:
+    """`find`, for people: whatever is raised is a RewardError that names the reward, its file and the line in it."""
+    try:
+        return find(name)
+    except (Exception, SystemExit) as error:  # an import of another's module may raise anything, and call sys.exit
+        place = _place(name, error)
+        is_plain = isinstance(error, ImportError) or not place  # a sentence already, of Python's or of `find`'s own
+        what = str(error) if is_plain and not isinstance(error, SystemExit) else _said(error)
+        raise RewardError(f"reward {name} cannot be used: {what}{place}") from error
 
 
 def weights_of(reward: type[RewardModel]) -> tuple[Weights, ...]:
@@ -130,7 +143,7 @@ def build(asked: Reward, device: torch.device | str) -> RewardModel:
         model: RewardModel = constructor(where, getattr(torch, asked.dtype), **asked.settings)
     except MissingWeights as error:
         raise MissingWeights(f"reward {asked.name}: {error.what}", asked.name) from error
-    except Exception as error:  # whatever another's code raises; the name of the reward is what people need
+    except (Exception, SystemExit) as error:  # whatever another's code raises; people need the name of the reward
         raise RewardError(f"reward {asked.name} cannot be built: {_said(error)}") from error
     return model
 
@@ -140,10 +153,7 @@ def usable(asked: Reward) -> type[RewardModel]:
 
     Raises RewardError that begins with its name, for one that cannot be found or imported and for its settings.
     """
-    try:
-        reward = find(asked.name)
-    except Exception as error:  # an import of another's module may raise anything
-        raise RewardError(f"reward {asked.name} cannot be used: {error}") from error
+    reward = found(asked.name)
     refuse_settings(asked.name, reward, asked.settings)
     return reward
 
@@ -197,7 +207,7 @@ def score(reward: RewardModel, name: str, images: Tensor, prompts: list[str]) ->
     try:
         with precision.own(images.device):
             scores = reward(images, prompts)
-    except Exception as error:  # whatever another's code raises; a run with five rewards must say which
+    except (Exception, SystemExit) as error:  # whatever another's code raises; a run of five rewards must say which
         raise RewardError(f"reward {name} failed: {_said(error)}") from error
     if not isinstance(scores, Tensor) or scores.dtype != torch.float32:
         found = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
@@ -362,9 +372,31 @@ def refuse_unread(reward: RewardModel, name: str, languages: Iterable[str]) -> N
         )
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """What went wrong, in one piece: people's errors as they are, other ones with their type."""
+    if isinstance(error, SystemExit):
+        return f"it would end the program: {error!r}"
+    if isinstance(error, SyntaxError):  # as text it ends with a place, of which the folder is left out
+        return f"{type(error).__name__}: {error.msg}"
     return str(error) if isinstance(error, WeightsError) else f"{type(error).__name__}: {error}"
+
+
+def _place(name: str, error: BaseException) -> str:
+    """Where the import of the reward model `name` failed, in brackets; "" for what `find` itself raises."""
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_file():
+        return f" ({error.filename}, line {error.lineno})" if error.lineno else f" ({error.filename})"
+    of_import = (__file__, importlib.__file__, importlib.metadata.__file__)
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename not in of_import and not frame.filename.startswith("<frozen importlib"):
+            return f" ({frame.filename}, line {frame.lineno})"
+    return f" ({_claims(name)[0]})" if isinstance(error, SyntaxError) else ""
+
+
+def _claims(name: str) -> list[str]:
+    """Where a reward model of this name would come from, in words; more than one is an error."""
+    points = [point for point in entry_points(group=ENTRY_POINTS) if point.name == name]
+    files = [f"{FOLDER}/{name}.py"] if name in _files() else []
+    return files + [f"the entry point of {_origin(point)}" for point in points]
 
 
 def _files() -> set[str]:

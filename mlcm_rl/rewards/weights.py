@@ -272,6 +272,6 @@ def _converted(convert: str, fetched: Path) -> dict[str, Tensor]:
     module, function = convert.split(":")
     try:
         tensors: dict[str, Tensor] = getattr(importlib.import_module(module), function)(fetched)
-    except Exception as error:  # a damaged or unsafe file fails in as many ways as there are formats
+    except (Exception, SystemExit) as error:  # a damaged or unsafe file fails in as many ways as there are formats
         raise WeightsError(f"{convert} could not convert {fetched.name}: {type(error).__name__}: {error}") from error
     return tensors

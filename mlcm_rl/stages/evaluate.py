@@ -20,6 +20,7 @@ from ..adapters import Student
 from ..bases import Base, Conditioning
 from ..checkpoint import read_json, read_tensors, remove, write_json, write_tensors
 from ..data import Prompt, first_prompts
+from ..devices import device_of
 from ..evaluation import instruments, undistilled
 from ..evaluation.row_store import RowStore, open_store, record_path, reference_folder
 from ..evaluation.rows import Row, entries, student_rows, teacher_rows
@@ -62,7 +63,7 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
     `parents` maps a kind of stage to its latest finished folder. Without "distill" only `also` brings students, and
     without either the table is the teacher's. Raises ValueError for prompts that the file or the judge does not have.
     """
-    base = bases.load(recipe.teacher, runtime.device_of(recipe.device))
+    base = bases.load(recipe.teacher, device_of(recipe.device))
     students = entries(stage, parents, base)
     curves = report.read_curves(parents.get("distill"))
     scene = prepare(stage, recipe, base, folder)

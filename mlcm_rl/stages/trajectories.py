@@ -9,6 +9,7 @@ from .. import bases, distributed, runtime
 from ..bases import Base, Conditioning
 from ..checkpoint import sha256, teacher_hash
 from ..data import read_prompts
+from ..devices import device_of
 from ..equations.segments import milestones, time_grid
 from ..equations.solver import ddim_step
 from ..fingerprint import MATHS
@@ -22,7 +23,7 @@ def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: P
     Trajectory i takes prompt i (the prompts are gone round when there are more trajectories) and noise that is a
     function of (seed, i) alone.
     """
-    device = runtime.device_of(recipe.device)
+    device = device_of(recipe.device)
     base = bases.load(recipe.teacher, device)
     prompts = [prompt.prompt for prompt in read_prompts(stage.prompts)]
     runtime.tell_truncated(base, prompts, stage.prompts)

@@ -13,7 +13,7 @@ def installed(tmp_path, monkeypatch):
 
     def install(name, source):
         site.mkdir(exist_ok=True)
-        (site / f"{name}_reward.py").write_text(source)
+        (site / f"{name}_reward.py").write_bytes(source if isinstance(source, bytes) else source.encode())
         info = site / f"{name}_reward-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-reward\nVersion: 1.0\n")

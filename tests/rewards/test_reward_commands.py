@@ -144,6 +144,57 @@ def test_an_unknown_reward_is_a_bad_argument_with_the_nearest_name(mlcm, folder)
         assert "no reward model is called brightnes; did you mean brightness?" in flat(result.stderr)
 
 
+@pytest.mark.parametrize(
+    ("source", "said", "line"),
+    [
+        ("x = 1\nundefined\n", "NameError: name 'undefined' is not defined", 2),
+        ("x = 1\nx = = 2\n", "SyntaxError: invalid syntax", 2),
+        (b"x = 1\ny = '\xff'\n", "SyntaxError: (unicode error) 'utf-8' codec can't decode byte 0xff", 2),
+        ("raise RuntimeError('needs cuda')\n", "RuntimeError: needs cuda", 1),
+        ("import a_package_that_nobody_has\n", "No module named 'a_package_that_nobody_has'", 1),
+        ("import sys\n\nsys.exit()\n", "it would end the program: SystemExit()", 3),
+    ],
+)
+def test_a_reward_that_does_not_import_is_named_with_its_file_and_line(
+    mlcm, installed, folder, tmp_path, source, said, line
+):
+    installed("odd", source)
+    for arguments in (
+        ("rewards", "check", "odd"),
+        ("rewards", "fetch", "odd"),
+        ("score", "--reward", "odd", "--images", folder),
+    ):
+        result = mlcm(*arguments)
+        assert result.exit_code == 1
+        assert result.stderr.startswith(f"failed  reward odd cannot be used: {said}"), result.stderr
+        assert result.stderr.endswith(f" ({tmp_path / 'site' / 'odd_reward.py'}, line {line})\n")
+    result = mlcm("rewards", "list")
+    assert result.exit_code == 0
+    assert f"reward odd cannot be used: {said}" in result.stdout
+    assert any(row.split()[:1] == ["brightness"] for row in result.stdout.splitlines())
+
+
+def test_a_file_with_a_null_byte_is_named(mlcm, installed):
+    installed("odd", "x = 1\0\n")
+    result = mlcm("rewards", "fetch", "odd")
+    assert result.exit_code == 1
+    assert "reward odd cannot be used: SyntaxError: source code" in result.stderr
+    assert "odd_reward.py" in result.stderr or "odd-reward" in result.stderr  # Python 3.11 does not say the file
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("        scores = images", "reward wordy failed: it would end the program: SystemExit(0)"),
+        ("        self.factor,", "reward wordy cannot be built: it would end the program: SystemExit(0)"),
+    ],
+)
+def test_a_reward_that_would_end_the_program_is_an_error(mlcm, installed, folder, tmp_path, place, said):
+    installed("wordy", LENGTH.replace(place, f"        raise SystemExit(0)\n{place}"))
+    result = mlcm("score", "--reward", "wordy", "--images", folder, "--prompts", prompt_file(tmp_path, "a"))
+    assert (result.exit_code, said in flat(result.stderr)) == (1, True), result.stderr
+
+
 # ---- check ----
 
 
@@ -242,7 +293,10 @@ def test_transparent_pictures_are_scored_on_white(mlcm, tmp_path):
         (("--out", "scores.txt"), 2, "must end in .jsonl or .csv"),
         (("--setting", "factor"), 2, "expected KEY=VALUE, found 'factor'"),
         (("--setting", "facto=2"), 2, "unknown setting 'facto'; did you mean factor?"),
-        (("--device", "abacus"), 2, "abacus"),
+        (("--device", "abacus"), 2, "device: abacus is not available here: write device: auto or cpu"),
+        (("--device", "meta"), 2, "device: meta is not available here: write device: auto or cpu"),
+        (("--device", "cuda:99"), 2, "device: cuda:99 is not available here: write device: auto or cpu"),
+        (("--device", "cpu:x"), 2, "device: cpu:x is not available here: write device: auto or cpu"),
         ((), 2, "wordy depends on prompts"),
         (("--prompts", "two.txt"), 2, "2 prompts for 3 pictures"),
         (("--prompts", "one.txt", "--setting", "bad=true"), 1, "reward wordy: returned inf for prompt 'one'"),
@@ -267,7 +321,7 @@ def test_a_file_that_is_no_picture_and_a_folder_without_any_are_said(mlcm, folde
     (folder / "d.png").write_text("text")
     result = mlcm("score", "--reward", "brightness", "--images", folder)
     assert result.exit_code == 1
-    assert "d.png is not a readable picture" in result.stderr
+    assert "d.png is not a readable picture (none of PNG, JPEG, WEBP, GIF, BMP, or damaged)\n" in result.stderr
     (tmp_path / "empty").mkdir()
     result = mlcm("score", "--reward", "brightness", "--images", tmp_path / "empty")
     assert result.exit_code == 2
