@@ -77,7 +77,7 @@ class Student:
     conditioned: bool
     folder: Path
     tuned: bool = False  # to preferences, by an adapter over the distilled student
-    budgets: tuple[int, ...] = ()  # the numbers of steps whose jumps alone it learned; none: every number
+    budgets: tuple[int, ...] = ()  # steps whose jumps alone it learned, ascending; none: every number
 
     @property
     def default_gamma(self) -> float:
@@ -204,7 +204,7 @@ def load_student(base: Base, folder: Path | str) -> Student:
         if described[name] != expected:
             raise ValueError(f"{folder}: the student's {name} is {described[name]}, the teacher's {expected}")
     denoiser = _load_denoiser(base, folder, described)
-    tuned, budgets = "preference" in described, tuple(described["budgets"])
+    tuned, budgets = "preference" in described, tuple(sorted(set(described["budgets"])))
     return Student(denoiser, described["segments"], described["conditioned"], folder, tuned, budgets)
 
 

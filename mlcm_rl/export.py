@@ -60,19 +60,19 @@ def export(
         raise FileExistsError(f"{out} is there already; name a new folder to export to")
     student = adapters.load_student(base, student_folder)
     gamma = student.default_gamma if gamma is None else gamma
-    beside = {n: adapters.load_student(base, source) for n, source in (snapshots or {}).items()}
-    if beside and any(one.conditioned for one in (student, *beside.values())):
+    beside = dict(sorted((snapshots or {}).items()))
+    if beside and (student.conditioned or any(adapters.describe(source)["conditioned"] for source in beside.values())):
         raise ValueError(f"{student.folder} and its snapshots: one is conditioned on its target time, it serves alone")
     with replacing(out) as folder:
         _write_pipeline(base, student, gamma, folder)
-        for num_steps, snapshot in sorted(beside.items()):
-            _write_snapshot(base, snapshot, folder / f"steps-{num_steps}")
+        for num_steps, source in beside.items():  # one is in memory at a time
+            _write_snapshot(base, adapters.load_student(base, source), folder / f"steps-{num_steps}")
         for num_steps in stock_steps(student):
             _write_told(base, student, num_steps, gamma, folder / f"steps-{num_steps}")
         forget_origin(folder)
         for licence in sorted(Path(base.teacher.path).glob("LICENSE*")):
             shutil.copy(licence, folder)
-        card = _card(base, student, out.name, gamma, card_table, sorted(beside))
+        card = _card(base, student, out.name, gamma, card_table, list(beside))
         (folder / "README.md").write_text(card)
     return out
 
@@ -132,7 +132,7 @@ def _write_snapshot(base: Base, student: Student, folder: Path) -> None:
 
 def stock_steps(student: Student) -> list[int]:
     """The numbers of steps at which a conditioned student is written for stock pipelines too; none for others."""
-    return sorted(set(student.budgets or STOCK_STEPS)) if student.conditioned else []
+    return list(student.budgets or STOCK_STEPS) if student.conditioned else []
 
 
 def _write_told(base: Base, student: Student, num_steps: int, gamma: float, folder: Path) -> None:
@@ -219,7 +219,7 @@ def _budgets(student: Student) -> str:
     """The numbers of steps that it learned, in words: `2, 3, 4, 6 and 8`."""
     if not student.budgets:
         return f"1 to {NUM_SEGMENTS}"
-    *others, last = map(str, sorted(set(student.budgets)))
+    *others, last = map(str, student.budgets)
     return f"{', '.join(others)} and {last}" if others else last
 
 
@@ -282,7 +282,7 @@ def _grids(student: Student) -> str:
         "| steps | default | paper: `timesteps=` | own segments: `timesteps=` |",
         "|---|---|---|---|",
     ]
-    for num_steps in sorted(set(student.budgets)) or range(1, NUM_SEGMENTS + 1):
+    for num_steps in student.budgets or range(1, NUM_SEGMENTS + 1):
         default = sampling_times(num_steps)
         cells = [default, paper_times(num_steps), sampling_times(num_steps, num_segments)]
         shown = [str(cell) if cell != default or i == 0 else "as default" for i, cell in enumerate(cells)]

@@ -95,8 +95,9 @@ def make_source(
     stage: Distill, recipe: Recipe, base: Base, student: torch.nn.Module, parents: dict[str, Path]
 ) -> Source:
     """The source of points that `stage` names. Raises CheckpointError for a store of another teacher."""
-    expected = expected_of(recipe.teacher, base)
-    store = Store(parents["trajectories"], expected) if stage.reads_trajectories else None
+    store = None
+    if stage.reads_trajectories:
+        store = Store(parents["trajectories"], expected_of(recipe.teacher, base))
     if stage.method == "inter_segment":
         prompts = None if store else read_texts(stage, base)
         return RenoisedSamples(stage, base, student, store, prompts, recipe.seed)
