@@ -1,7 +1,7 @@
 """The `mlcm` command: reads the arguments, calls the function that does the work, prints what came of it.
 
 Exit codes: 0; 1 for a run that failed; 2 for a bad recipe or argument; 130 after Ctrl-C, 143 after SIGTERM. torch is
-imported only by the commands that need it, inside `_pipeline`: `--help`, `validate` and `schema` answer at once.
+imported only by the commands that need it, by `_imported`: `--help`, `validate` and `schema` answer at once.
 """
 
 import difflib
@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
@@ -103,7 +104,9 @@ def run(
     if launch is not None:
         flags = ["--skip-damaged"] if skip_damaged else []
         raise typer.Exit(_launched(launch, [str(recipe), *(overrides or []), *flags]))
-    with _pipeline(interrupted="Interrupted. The same command takes the run up where it was saved.") as pipeline:
+    with _imported(
+        "pipeline", interrupted="Interrupted. The same command takes the run up where it was saved."
+    ) as pipeline:
         finished = pipeline.run(loaded, skip_damaged)
     _line(Text.assemble(("done", "green"), f"  {len(finished)} stages in {Path(loaded.runs) / loaded.name}"))
 
@@ -154,7 +157,7 @@ def plan(
     The teacher's JSON files in a folder are enough: no weights are loaded.
     """
     loaded = _load(recipe, overrides)
-    with _pipeline() as pipeline:
+    with _imported("pipeline") as pipeline:
         asked = _read_launch(launch)
         found = pipeline.device_here(loaded) if device == THIS else DEVICES[device] if device else None
         stages = pipeline.plan(loaded, True, asked, found)
@@ -179,8 +182,8 @@ def sample(
     ] = None,
 ) -> None:
     """Draw pictures with a run's student."""
-    with _pipeline() as pipeline:
-        pictures = pipeline.sample(run, prompt, steps, seed, gamma, out)
+    with _imported("finished_runs") as finished_runs:
+        pictures = finished_runs.sample(run, prompt, steps, seed, gamma, out)
     for picture in pictures:
         _line(Text(str(picture)))
 
@@ -228,12 +231,16 @@ def pairs(
         raise typer.BadParameter("say who chooses: --reward NAME, or --by-hand for yourself")
     else:
         _refuse("--reward", **{"--port": port})
-    with _pipeline(interrupted="Interrupted. The same command goes on where it was stopped.") as pipeline:
+    with _imported(
+        "finished_runs", interrupted="Interrupted. The same command goes on where it was stopped."
+    ) as finished_runs:
         if by_hand:
-            kept, asked = pipeline.pairs_by_hand(run, prompts, out, num_prompts, steps, seed, batch_size, port or 0)
+            kept, asked = finished_runs.pairs_by_hand(
+                run, prompts, out, num_prompts, steps, seed, batch_size, port or 0
+            )
         else:
             samples, margin = num_generations or 4, min_margin or 0.0
-            kept, asked = pipeline.pairs(
+            kept, asked = finished_runs.pairs(
                 run, prompts, reward, out, num_prompts, samples, steps, margin, seed, batch_size
             )
     _line(Text(f"{out}  {kept} pairs of {asked} prompts"))
@@ -248,8 +255,8 @@ def evaluate(
     num_prompts: Annotated[int | None, typer.Option(min=1, help="prompts to draw", show_default=False)] = None,
 ) -> None:
     """Measure a run's student beside its teacher and write the report."""
-    with _pipeline() as pipeline:
-        report = pipeline.evaluate(run, num_prompts, steps or None)
+    with _imported("finished_runs") as finished_runs:
+        report = finished_runs.evaluate(run, num_prompts, steps or None)
     _line(Text(str(report)))
 
 
@@ -261,8 +268,8 @@ def export(
 
     A student told the time it jumps to has its pipeline's class in the folder: open it with trust_remote_code=True.
     """
-    with _pipeline() as pipeline:
-        folder = pipeline.export(run, out)
+    with _imported("finished_runs") as finished_runs:
+        folder = finished_runs.export(run, out)
     _line(Text(str(folder)))
 
 
@@ -274,7 +281,7 @@ def replay(
     ],
 ) -> None:
     """Repeat the step whose loss or gradient was no number: its figures then and now. Exit code 1 where they differ."""
-    with _pipeline() as pipeline:
+    with _imported("pipeline") as pipeline:
         then, now = pipeline.replay(bundle)
     table = Table("sample", box=None, pad_edge=False, header_style="bold")
     for name in ("loss then", "now"):
@@ -360,15 +367,14 @@ def _refuse(way: str, **options: object) -> None:
 
 
 @contextmanager
-def _pipeline(interrupted: str = "Interrupted.") -> Iterator[ModuleType]:
-    """`mlcm_rl.pipeline`, imported only here. A failed run ends with its message, a signal with one line."""
+def _imported(name: str, interrupted: str = "Interrupted.") -> Iterator[ModuleType]:
+    """The module mlcm_rl.`name`, imported only here. A failed run ends with its message, a signal with one line."""
     try:
         with signals.raised():
-            from . import pipeline
-
+            module = import_module(f".{name}", __package__)
             try:
-                yield pipeline
-            except pipeline.RunError as error:
+                yield module
+            except module.RunError as error:
                 error_console.print(Text.assemble(("failed", "bold red"), f"  {error}"), soft_wrap=True)
                 raise typer.Exit(1) from None
     except KeyboardInterrupt as stop:

@@ -1,4 +1,4 @@
-"""Run a recipe: a for-loop over its stages, each found again by its fingerprint. And what is done with runs."""
+"""Run a recipe: a for-loop over its stages, each found again by its fingerprint."""
 
 import platform
 import sys
@@ -11,41 +11,28 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import torch
-from pydantic import ValidationError
 
-from . import __version__, adapters, bases, checkpoint, distributed, lock, needs, pictures, replays, report, sampler
-from .checkpoint import CheckpointError, finish, is_finished, read_json, sha256, verify
-from .data import read_prompts
+from . import __version__, checkpoint, distributed, lock, needs, replays
+from .checkpoint import CheckpointError, finish, is_finished, verify
 from .devices import Device, device_of
-from .equations.segments import sampling_times
-from .evaluation.rows import own_gamma
-from .export import export as write_export
-from .fingerprint import STUDENTS, Located, locate, parents_of, seed_of_stage
+from .fingerprint import Located, locate, parents_of, seed_of_stage
 from .memory import launches
 from .memory.launches import Launch
 from .memory.peak import Meter, begin
 from .operations import this_device
-from .pairs import labels, ranking
 from .plan import PlannedStage, Sizes, network_evaluations, planned_stages
 from .plan_table import way_out
-from .recipe import Distill, Evaluate, Recipe, Reward, Stage, TrainTeacher, Tuning
-from .rewards import build, refuse_unread
-from .runtime import NonFiniteLoss, StoppedBeforeUpdate, commit, console, generator, tell_truncated
-from .untrusted import held, is_unicode
+from .recipe import Distill, Recipe, Reward, Stage, TrainTeacher, Tuning
+from .runtime import NonFiniteLoss, StoppedBeforeUpdate, commit, console
 
 __all__ = [
     "Located",
     "PlannedStage",
     "RunError",
     "device_here",
-    "evaluate",
-    "export",
-    "pairs",
-    "pairs_by_hand",
     "plan",
     "replay",
     "run",
-    "sample",
 ]
 
 PEOPLES_ERRORS = (CheckpointError, NonFiniteLoss, OSError, ValueError)  # their messages say what to do
@@ -56,7 +43,7 @@ class RunError(Exception):
 
 
 @contextmanager
-def _worded(command: str) -> Iterator[None]:
+def worded(command: str) -> Iterator[None]:
     """What people can mend raises RunError that begins with `command`."""
     try:
         yield
@@ -86,7 +73,7 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
                 console.print(f"[dim]{stage.kind}[/] {found.folder} is done", soft_wrap=True)
             else:
                 distributed.by_first(_unlink, links, range(number, sys.maxsize))  # until they are of this recipe
-                _run_stage(stage, recipe, done, found, skip_damaged)
+                run_stage(stage, recipe, done, found, skip_damaged)
             distributed.by_first(_link, links, number, found)
         except PEOPLES_ERRORS as error:
             raise RunError(f"stages[{number}] ({stage.kind}): {said(error)}") from error
@@ -120,7 +107,7 @@ def refuse_unready(recipe: Recipe) -> None:
         raise RunError("\n".join(lines))
 
 
-@_worded("plan")
+@worded("plan")
 def plan(
     recipe: Recipe, memory: bool = False, launch: Launch | None = None, device: Device | None = None
 ) -> list[PlannedStage]:
@@ -134,7 +121,7 @@ def plan(
     return planned_stages(recipe, kind if memory else None, launch, device)
 
 
-@_worded("plan")
+@worded("plan")
 def device_here(recipe: Recipe) -> Device:
     """The device that `recipe` would run on here, measured. Raises RunError where it is not here."""
     return this_device(device_of(recipe.device))
@@ -157,7 +144,7 @@ def refuse_another(found: Located, manifest: dict) -> None:
         )
 
 
-def _run_stage(stage: Stage, recipe: Recipe, done: list[Located], found: Located, skip_damaged: bool = False) -> None:
+def run_stage(stage: Stage, recipe: Recipe, done: list[Located], found: Located, skip_damaged: bool = False) -> None:
     """What is left of a stage, while no other run writes to its folder."""
     found.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as locked:
@@ -222,7 +209,7 @@ def _stage_module(stage: Stage) -> ModuleType:
     return import_module(f"mlcm_rl.stages.{stage.kind}")
 
 
-@_worded("replay")
+@worded("replay")
 def replay(bundle: Path) -> tuple[dict, dict]:
     """Repeat the step that left `bundle`, from the checkpoint beside it: its figures then and now. Raises RunError.
 
@@ -271,179 +258,3 @@ def _unlink(links: Path, numbers: range) -> None:
     for link in links.glob("[0-9]*-*"):
         if link.is_symlink() and int(link.name.split("-")[0]) in numbers:
             link.unlink()
-
-
-# ---- what is done with a finished run ----
-
-
-def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
-    """The latest finished stage of one of `kinds` in `run_folder`: a recipe's folder of links, or the stage itself.
-
-    Raises RunError where there is none, or where the latest is gone: an earlier one would be another student;
-    CheckpointError where its files are not what was written.
-    """
-    for folder in [run_folder, *sorted(run_folder.glob("[0-9]*-*"), reverse=True)]:
-        if is_finished(folder) and read_json(folder / "manifest.json", kind=str)["kind"] in kinds:
-            verify(folder)
-            return folder.resolve()
-        if folder != run_folder and folder.name.endswith(tuple(f"-{kind}" for kind in kinds)):
-            raise RunError(f"{folder} leads to a stage that is gone or unfinished; `mlcm run` the recipe again")
-    raise RunError(f"{run_folder} holds no finished {' or '.join(kinds)} stage; `mlcm run` the recipe first")
-
-
-@_worded("sample")
-def sample(
-    run_folder: Path, prompts: list[str], num_steps: int, seed: int, gamma: float | None, out: Path
-) -> list[Path]:
-    """Pictures of `prompts` by a run's last student, as PNG files in `out`. Picture i depends on (seed, i) alone.
-
-    Without `gamma` they are drawn at what the student was tuned under, or what suits it.
-    """
-    if not all(map(is_unicode, prompts)):
-        raise ValueError("a prompt holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
-    files = [out / f"{i:03d}-seed{seed}-steps{num_steps}.png" for i in range(len(prompts))]
-    if there := next((file for file in files if file.exists()), None):
-        raise FileExistsError(f"{there} is there already; name another folder to draw to")
-    folder = find_stage(run_folder, STUDENTS)
-    recipe = _recipe_of(folder)
-    base = bases.load(recipe.teacher, device_of(recipe.device))
-    tell_truncated(base, prompts, "--prompt")
-    student = adapters.load_student(base, folder / "student")
-    times = sampling_times(num_steps, 1 if student.conditioned else student.num_segments)
-    generators = [generator(seed, "sample", i) for i in range(len(prompts))]
-    noise = base.noise(generators, len(prompts))
-    gamma = own_gamma(folder / "student") if gamma is None else gamma
-    with torch.no_grad():
-        conditioning = base.encode_prompts(prompts)
-        x0 = sampler.sample(base, student.denoiser, conditioning, noise, times, gamma, generators, student.conditioned)
-        images = base.decode(x0)
-    return [pictures.save_png(pictures.to_pil(image), file) for image, file in zip(images, files, strict=True)]
-
-
-@_worded("pairs")
-def pairs(
-    run_folder: Path,
-    prompts: Path,
-    reward: str,
-    out: Path,
-    num_prompts: int | None,
-    num_generations: int,
-    num_steps: int,
-    min_margin: float,
-    seed: int,
-    batch_size: int,
-) -> tuple[int, int]:
-    """Write a pair table of samples of a run's last student, ranked by a reward; returns pairs kept and prompts."""
-    folder = find_stage(run_folder, STUDENTS)
-    recipe = _recipe_of(folder)
-    student = read_json(folder / "manifest.json", fingerprint=str)["fingerprint"]
-    read = read_prompts(prompts)[:num_prompts]
-    gamma = own_gamma(folder / "student")
-    asked = ranking.Asked(student, sha256(prompts), reward, num_generations, num_steps, gamma, min_margin, seed)
-    device = device_of(recipe.device)
-    model = build(Reward(name=reward), device)
-    refuse_unread(model, reward, {prompt.language for prompt in read})
-    base = bases.load(recipe.teacher, device)
-    tell_truncated(base, [prompt.prompt for prompt in read], str(prompts))
-    loaded = adapters.load_student(base, folder / "student")
-    return ranking.make_pairs(asked, base, loaded, model, read, out, batch_size), len(read)
-
-
-@_worded("pairs")
-def pairs_by_hand(
-    run_folder: Path,
-    prompts: Path,
-    out: Path,
-    num_prompts: int | None,
-    num_steps: int,
-    seed: int,
-    batch_size: int,
-    port: int,
-) -> tuple[int, int]:
-    """Write a pair table of a person's choices between two samples of a prompt; returns pairs kept and prompts.
-
-    Draws what is not drawn yet, then shows the page until all are judged.
-    """
-    try:
-        from .pairs import label_page
-    except ModuleNotFoundError as error:
-        raise RunError(
-            f"pairs: the page needs {error.name}, which is not installed: pip install 'mlcm-rl[label]'"
-        ) from error
-    folder = find_stage(run_folder, STUDENTS)
-    recipe = _recipe_of(folder)
-    student = read_json(folder / "manifest.json", fingerprint=str)["fingerprint"]
-    read = read_prompts(prompts)[:num_prompts]
-    asked = ranking.Asked(
-        student, sha256(prompts), ranking.BY_HAND, 2, num_steps, own_gamma(folder / "student"), 0.0, seed
-    )
-    choices = labels.Choices(asked, read, out)
-    if labels.num_drawn(read, out) < len(read):
-        base = bases.load(recipe.teacher, device_of(recipe.device))
-        tell_truncated(base, [prompt.prompt for prompt in read], str(prompts))
-        labels.draw(asked, base, adapters.load_student(base, folder / "student"), read, out, batch_size)
-    if len(choices.made()) < len(choices):
-        label_page.serve(choices, port)
-    return len(choices.rows()), len(read)
-
-
-@_worded("evaluate")
-def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[int] | None = None) -> Path:
-    """Evaluate the student of a run as its recipe's own evaluate stage would, or with other prompts and steps.
-
-    Returns the folder of the new report.
-    """
-    folder = find_stage(run_folder, STUDENTS)
-    recipe = _recipe_of(folder)
-    stages = [stage for stage in recipe.stages if isinstance(stage, Evaluate)]
-    if not stages:
-        raise RunError(
-            f"the recipe of {run_folder} has no evaluate stage to take prompts from; add one and run it again"
-        )
-    changes = {"num_prompts": num_prompts, "num_steps": num_steps, "students": "last"}
-    stage = stages[-1].model_copy(update={name: value for name, value in changes.items() if value is not None})
-    file = folder / "manifest.json"
-    distilled = read_json(file, parents=dict)["parents"].get("distill")  # of a tuned student, to compare with
-    folders = [held(folder.parent, distilled, file), folder] if distilled else [folder]
-    if any(reward.is_of_this_recipe for reward in stage.reward_models):
-        folders.append(find_stage(run_folder, ("train_reward",)))
-    manifests = [read_json(one / "manifest.json", kind=str, fingerprint=str) for one in folders]
-    done = [Located(kept["kind"], kept["fingerprint"], one) for kept, one in zip(manifests, folders, strict=True)]
-    found = locate(stage, recipe, done)
-    if not is_finished(found.folder):
-        _run_stage(stage, recipe, done, found)
-    return found.folder
-
-
-@_worded("export")
-def export(run_folder: Path, out: Path) -> Path:
-    """Write the student of a run as a folder that stock diffusers opens, with its phases' snapshots and a card."""
-    folder = find_stage(run_folder, STUDENTS)
-    recipe = _recipe_of(folder)
-    base = bases.load(recipe.teacher, device_of(recipe.device))
-    snapshots = {}
-    for path in sorted((folder / "snapshots").glob("phase-*")):
-        described = adapters.describe(path)
-        if not described["conditioned"] and described["segments"] > 1:
-            snapshots[described["segments"]] = path
-    gamma = own_gamma(folder / "student")
-    return write_export(folder / "student", base, out, _card_table(run_folder), snapshots, gamma)
-
-
-def _card_table(run_folder: Path) -> str | None:
-    """The table of the run's latest report, as Markdown; None for a run that was not evaluated."""
-    reports = sorted(run_folder.glob("[0-9]*-evaluate/report.json"))
-    return report.markdown(read_json(reports[-1])) if reports else None
-
-
-def _recipe_of(folder: Path) -> Recipe:
-    """The recipe that a finished stage was run with, as its manifest keeps it."""
-    file = folder / "manifest.json"
-    try:
-        return Recipe.model_validate(read_json(file, recipe=dict)["recipe"])
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        key = ".".join(map(str, ("recipe", *wrong["loc"])))
-        raise CheckpointError(
-            f"{file} holds a recipe that this version does not read: {key}: {wrong['msg']}"
-        ) from error

@@ -6,7 +6,8 @@ the prompts' conditioning. `store.json` says how they were made and holds every 
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from .checkpoint import (
     read_json,
     read_shapes,
     read_tensors,
+    require_space,
     sha256,
     teacher_hash,
     write_json,
@@ -85,6 +87,11 @@ class Writer:
     def missing(self) -> list[range]:
         """The index ranges of the shards still to write."""
         return [indices for indices in shard_ranges(self.total, self.shard_size) if not self._is_whole(indices)]
+
+    def require_room(self, missing: Sequence[range], latent_shape: Sequence[int]) -> None:
+        """Raise CheckpointError where the disk has no room for the states (each of `latent_shape`) of `missing`."""
+        count = sum(map(len, missing)) * (len(self.provenance.grid) + 1)  # and x0
+        require_space(self.folder, count * math.prod(latent_shape) * DTYPES[self.provenance.dtype].itemsize)
 
     def write(self, indices: range, states: Tensor, x0: Tensor, conditioning: Conditioning) -> None:
         """One shard: states (n, steps + 1, C, H, W), x0 (n, C, H, W), conditioning (n, ...). `record_shards` tells."""

@@ -29,6 +29,7 @@ def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: P
     runtime.tell_truncated(base, prompts, stage.prompts)
     writer = Writer(folder, provenance(stage, recipe, base), stage.shard_size)
     missing = writer.missing()
+    writer.require_room(missing, base.latent_shape)
     done = writer.total - sum(map(len, missing))
     with runtime.progress(writer.total, "trajectories", done) as bar:
         for first in range(0, len(missing), distributed.count()):

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import preference_curves
 import preference_summary
-from mlcm_rl import pipeline
+from mlcm_rl import finished_runs, pipeline
 from mlcm_rl.data import read_prompts
 from mlcm_rl.fingerprint import TUNING
 from mlcm_rl.recipe import Dpo, Evaluate, Recipe, Tuning
@@ -85,7 +85,7 @@ def pair_table(base: Recipe) -> Path:
     given = next(stage for stage in base.stages if isinstance(stage, Dpo))
     out = Path(base.runs) / "preference-pairs"
     settings = {"num_steps": STEPS, "min_margin": 0.0, "seed": 0, "batch_size": 64, **PAIRS}
-    pipeline.pairs(student, Path(given.prompts), given.rewards[0].name, out, **settings)
+    finished_runs.pairs(student, Path(given.prompts), given.rewards[0].name, out, **settings)
     return out
 
 

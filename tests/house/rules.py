@@ -24,7 +24,7 @@ MAY_IMPORT_HEAVY = {  # modules of mlcm_rl, without the package's name
     "pairs",
     "runtime",
 }
-ABOVE = {"__main__", "pipeline", "stages"}  # what drives the rest, so nothing below may import it
+ABOVE = {"__main__", "finished_runs", "pipeline", "stages"}  # what drives the rest, so nothing below may import it
 VAGUE = {"common", "helper", "helpers", "manager", "util", "utils"}
 BANNED_WORD = "c" + "fg"
 DEVICES = re.compile(r"(cpu|cuda|mps|xpu|hip)(:\d+)?")

@@ -28,11 +28,20 @@ class RunError(Exception):
 
 @pytest.fixture
 def pipeline(monkeypatch) -> ModuleType:
-    """Stands for mlcm_rl.pipeline; a test gives it the functions that it calls."""
-    module = ModuleType("mlcm_rl.pipeline")
+    return stand_in(monkeypatch, "pipeline")
+
+
+@pytest.fixture
+def finished_runs(monkeypatch) -> ModuleType:
+    return stand_in(monkeypatch, "finished_runs")
+
+
+def stand_in(monkeypatch, name: str) -> ModuleType:
+    """Stands for mlcm_rl.`name`; a test gives it the functions that it calls."""
+    module = ModuleType(f"mlcm_rl.{name}")
     module.RunError = RunError
-    monkeypatch.setitem(sys.modules, "mlcm_rl.pipeline", module)
-    monkeypatch.setattr(mlcm_rl, "pipeline", module, raising=False)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(mlcm_rl, name, module, raising=False)
     return module
 
 
@@ -195,12 +204,12 @@ def test_plan_as_json_has_every_figure_in_bytes_and_seconds(mlcm, pipeline):
     assert json.loads(mlcm("plan", "good.yaml", "--json").stdout)["device"] is None
 
 
-def test_sample_evaluate_and_export_hand_their_arguments_on(mlcm, pipeline):
+def test_sample_evaluate_and_export_hand_their_arguments_on(mlcm, finished_runs):
     Path("runs/good").mkdir(parents=True)
     calls: list[tuple] = []
-    pipeline.sample = lambda *given: calls.append(given) or [Path("out/0.png"), Path("out/1.png")]
-    pipeline.evaluate = lambda *given: calls.append(given) or Path("report.html")
-    pipeline.export = lambda *given: calls.append(given) or Path("out")
+    finished_runs.sample = lambda *given: calls.append(given) or [Path("out/0.png"), Path("out/1.png")]
+    finished_runs.evaluate = lambda *given: calls.append(given) or Path("report.html")
+    finished_runs.export = lambda *given: calls.append(given) or Path("out")
     sampled = mlcm("sample", "runs/good", "--prompt", "a cat", "--prompt", "猫", "--out", "out", "--gamma", "0.5")
     evaluated = mlcm("evaluate", "runs/good", "--steps", "2", "--steps", "4")
     exported = mlcm("export", "runs/good", "out")

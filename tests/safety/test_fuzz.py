@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import save
 
 import runs
-from mlcm_rl import pipeline, replays
+from mlcm_rl import finished_runs, pipeline, replays
 from mlcm_rl.adapters import METADATA_KEY, describe, read_lora
 from mlcm_rl.checkpoint import CheckpointError, load_state, read_shapes, read_tensors, save_state, sha256, verify
 from mlcm_rl.data import CaptionedImages, read_image, read_prompts
@@ -170,7 +170,7 @@ def try_store(folder: Path, changes: list) -> None:
 def try_manifest(finished: tuple[Path, dict], changes: list) -> None:
     folder, manifest = finished
     (folder / "manifest.json").write_text(json.dumps(exchanged(copy.deepcopy(manifest), changes)))
-    for read in (verify, pipeline._recipe_of, lambda at: pipeline.find_stage(at, ("distill",))):
+    for read in (verify, finished_runs.recipe_of, lambda at: finished_runs.find_stage(at, ("distill",))):
         reads_or_refuses(read, folder)
 
 

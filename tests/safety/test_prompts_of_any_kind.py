@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import runs
-from mlcm_rl import bases, pipeline, runtime
+from mlcm_rl import bases, finished_runs, pipeline, runtime
 from mlcm_rl.data import read_prompts
 from mlcm_rl.pipeline import RunError
 from mlcm_rl.recipe import Evaluate
@@ -60,7 +60,7 @@ def run(tiny_sdxl, tmp_path_factory, heard) -> Path:
         patched.setattr(runtime, "console", Console(file=heard, width=200))
         runtime.say_once.cache_clear()
         pipeline.run(recipe)
-        pipeline.export(Path(recipe.runs, recipe.name), folder / "exported")
+        finished_runs.export(Path(recipe.runs, recipe.name), folder / "exported")
     return Path(recipe.runs, recipe.name)
 
 
@@ -91,11 +91,11 @@ def test_what_is_shared_names_neither_a_folder_nor_a_token_of_this_machine(run):
 
 def test_any_prompt_is_sampled_into_a_file_of_its_number(run, tmp_path):
     texts = ["", *ODD[:4], LONG]
-    made = pipeline.sample(run, texts, 1, 0, None, tmp_path / "out")
+    made = finished_runs.sample(run, texts, 1, 0, None, tmp_path / "out")
     assert [path.name for path in made] == [f"{i:03d}-seed0-steps1.png" for i in range(len(texts))]
     assert sorted((tmp_path / "out").iterdir()) == made
     with pytest.raises(RunError, match="sample: a prompt holds bytes that are not UTF-8"):
-        pipeline.sample(run, [b"\xff".decode("utf-8", "surrogateescape")], 1, 0, None, tmp_path / "out")
+        finished_runs.sample(run, [b"\xff".decode("utf-8", "surrogateescape")], 1, 0, None, tmp_path / "out")
 
 
 def test_half_a_surrogate_pair_is_refused_at_the_door_with_its_line(tmp_path):
@@ -106,7 +106,7 @@ def test_half_a_surrogate_pair_is_refused_at_the_door_with_its_line(tmp_path):
 
 
 def test_a_long_prompt_is_what_its_first_tokens_are(run):
-    base = bases.load(pipeline._recipe_of(pipeline.find_stage(run, ("distill",))).teacher, "cpu")
+    base = bases.load(finished_runs.recipe_of(finished_runs.find_stage(run, ("distill",))).teacher, "cpu")
     long, short = base.encode_prompts([LONG])["context"], base.encode_prompts([LONG[:60]])["context"]
     assert torch.equal(long, short)
     assert base.count_tokens(["", "ab"]) == [2, 4]

@@ -19,7 +19,7 @@ def started(monkeypatch) -> list[str]:
         found.folder.mkdir(parents=True)
         finish(found.folder, {"kind": stage.kind, "fingerprint": found.fingerprint})
 
-    monkeypatch.setattr(pipeline, "_run_stage", run_stage)
+    monkeypatch.setattr(pipeline, "run_stage", run_stage)
     return kinds
 
 

@@ -16,7 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 import runs
-from mlcm_rl import checkpoint, pictures, pipeline, plan, rewards
+from mlcm_rl import checkpoint, finished_runs, pictures, pipeline, plan, rewards
 from mlcm_rl.__main__ import app
 from mlcm_rl.data import Prompt
 from mlcm_rl.fingerprint import locate
@@ -161,7 +161,7 @@ def test_a_stage_is_found_by_the_content_of_its_table_and_takes_no_samples(tiny_
 def make(run: Path, out: Path, **changes) -> tuple[int, int]:
     prompts = runs.write_prompts(run)
     settings = {"num_prompts": 5, "num_generations": 3, "num_steps": 2, "min_margin": 0.0, "seed": 0, "batch_size": 6}
-    return pipeline.pairs(run, Path(prompts), out=out, **({"reward": "brightness"} | settings | changes))
+    return finished_runs.pairs(run, Path(prompts), out=out, **({"reward": "brightness"} | settings | changes))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -273,7 +273,7 @@ def by_hand(run: Path, out: Path, judge, monkeypatch, **changes) -> tuple[int, i
     page = pytest.importorskip("mlcm_rl.pairs.label_page", reason="the extra `label` is not installed")
     monkeypatch.setattr(page, "serve", lambda choices, port: judge(choices))
     settings = {"num_prompts": 5, "num_steps": 2, "seed": 0, "batch_size": 4, "port": 0}
-    return pipeline.pairs_by_hand(run, Path(runs.write_prompts(run)), out, **(settings | changes))
+    return finished_runs.pairs_by_hand(run, Path(runs.write_prompts(run)), out, **(settings | changes))
 
 
 def prefer_left(choices) -> None:
@@ -350,7 +350,7 @@ def test_without_the_extra_the_command_says_what_to_install(run, tmp_path, monke
     monkeypatch.delitem(sys.modules, "mlcm_rl.pairs.label_page", raising=False)
     monkeypatch.delattr("mlcm_rl.pairs.label_page", raising=False)
     with pytest.raises(pipeline.RunError, match=r"the page needs uvicorn, .* pip install 'mlcm-rl\[label\]'"):
-        pipeline.pairs_by_hand(run, Path(runs.write_prompts(run)), tmp_path / "out", None, 1, 0, 4, 0)
+        finished_runs.pairs_by_hand(run, Path(runs.write_prompts(run)), tmp_path / "out", None, 1, 0, 4, 0)
     assert not (tmp_path / "out").exists()
 
 
@@ -374,7 +374,7 @@ def test_who_chooses_is_said_once(tmp_path, monkeypatch, arguments, told):
 
 def test_a_made_table_trains_a_student(run, tmp_path):
     make(run, tmp_path / "pairs")
-    recipe = pipeline._recipe_of(pipeline.find_stage(run, ("distill",)))
+    recipe = finished_runs.recipe_of(finished_runs.find_stage(run, ("distill",)))
     stage = runs.tuning("dpo", recipe.stages[0].prompts, pairs=str(tmp_path / "pairs"))
     *_, tuned = pipeline.run(recipe.model_copy(update={"stages": [*recipe.stages, stage]}))
     log = [json.loads(line) for line in (tuned.folder / "log.jsonl").read_text().splitlines()]

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import runs
 import tiny
-from mlcm_rl import adapters, checkpoint, pipeline
+from mlcm_rl import adapters, checkpoint, finished_runs, pipeline
 from mlcm_rl.__main__ import app
 from mlcm_rl.checkpoint import finish
 from mlcm_rl.fingerprint import settings, was_corrected
@@ -63,7 +63,7 @@ def test_links_lead_to_nothing_of_an_earlier_version_of_the_recipe(tiny_sdxl, tm
         found.folder.mkdir(parents=True)
         finish(found.folder, {"kind": stage.kind, "fingerprint": found.fingerprint})
 
-    monkeypatch.setattr(pipeline, "_run_stage", run_stage)
+    monkeypatch.setattr(pipeline, "run_stage", run_stage)
     recipe = runs.whole(tiny_sdxl, tmp_path, segments=[1])
     links = Path(recipe.runs, recipe.name)
     pipeline.run(recipe)
@@ -73,13 +73,13 @@ def test_links_lead_to_nothing_of_an_earlier_version_of_the_recipe(tiny_sdxl, tm
         pipeline.run(changed)
     assert sorted(link.name for link in links.iterdir()) == ["00-trajectories", "01-distill"]
     with pytest.raises(RunError, match="holds no finished evaluate"):
-        pipeline.find_stage(links, ("evaluate",))
+        finished_runs.find_stage(links, ("evaluate",))
     pipeline.run(recipe)  # all of it is there
     assert len(list(links.iterdir())) == 3
     (links / "02-evaluate" / "manifest.json").unlink()
     with pytest.raises(RunError, match="02-evaluate leads to a stage that is gone or unfinished"):
-        pipeline.find_stage(links, ("distill", "evaluate"))
-    assert pipeline.find_stage(links, ("distill",)).name.startswith("distill-")
+        finished_runs.find_stage(links, ("distill", "evaluate"))
+    assert finished_runs.find_stage(links, ("distill",)).name.startswith("distill-")
     done = pipeline.run(recipe.model_copy(update={"stages": recipe.stages[:2]}))
     assert [link.resolve() for link in sorted(links.iterdir())] == [stage.folder.resolve() for stage in done]
 
@@ -259,28 +259,43 @@ def test_each_source_costs_what_its_docstring_says(finished):
 def test_sample_is_the_same_picture_whatever_else_is_asked_for(finished, tmp_path):
     recipe, _ = finished
     run = Path(recipe.runs, recipe.name)
-    one = pipeline.sample(run, ["a cat"], 2, 7, None, tmp_path / "one")
-    two = pipeline.sample(run, ["a cat", "熊猫"], 2, 7, None, tmp_path / "two")
+    one = finished_runs.sample(run, ["a cat"], 2, 7, None, tmp_path / "one")
+    two = finished_runs.sample(run, ["a cat", "熊猫"], 2, 7, None, tmp_path / "two")
     assert len(two) == 2
     assert one[0].read_bytes() == two[0].read_bytes()
     with pytest.raises(RunError, match=r"000-seed7-steps2\.png is there already; name another folder"):
-        pipeline.sample(run, ["a dog"], 2, 7, None, tmp_path / "one")
+        finished_runs.sample(run, ["a dog"], 2, 7, None, tmp_path / "one")
 
 
 def test_evaluate_and_export_of_a_finished_run(finished, tmp_path):
     recipe, stages = finished
     run = Path(recipe.runs, recipe.name)
-    folder = pipeline.evaluate(run, num_prompts=3, num_steps=[1])
+    folder = finished_runs.evaluate(run, num_prompts=3, num_steps=[1])
     report = json.loads((folder / "report.json").read_text())
     assert {row["num_steps"] for row in report["rows"] if row["role"] == "student"} == {1}
-    out = pipeline.export(run, tmp_path / "out")
+    out = finished_runs.export(run, tmp_path / "out")
     assert (out / "model_index.json").is_file()
     assert "|" in (out / "README.md").read_text()  # the measured table
     with pytest.raises(RunError, match="is there already"):
-        pipeline.export(run, out)
-    assert pipeline.find_stage(stages[1].folder, ("distill",)) == stages[1].folder.resolve()
+        finished_runs.export(run, out)
+    assert finished_runs.find_stage(stages[1].folder, ("distill",)) == stages[1].folder.resolve()
     with pytest.raises(RunError, match="holds no finished evaluate"):
-        pipeline.find_stage(stages[1].folder, ("evaluate",))
+        finished_runs.find_stage(stages[1].folder, ("evaluate",))
+
+
+def test_a_student_is_not_used_over_a_teacher_that_has_changed(finished, tmp_path):
+    recipe, _ = finished
+    run, file = Path(recipe.runs, recipe.name), next(Path(recipe.teacher.path, "vae").glob("*.safetensors"))
+    made_with = file.read_bytes()
+    file.write_bytes(made_with[:-1] + bytes([made_with[-1] ^ 1]))
+    try:
+        with pytest.raises(RunError, match=r"sample: teacher .* has changed since distill-\w+ was made with it"):
+            finished_runs.sample(run, ["a cat"], 2, 7, None, tmp_path / "drawn")
+        with pytest.raises(RunError, match=r"export: teacher .* has changed"):
+            finished_runs.export(run, tmp_path / "exported")
+    finally:
+        file.write_bytes(made_with)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_teacher_is_one_sentence(finished, tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import runs
-from mlcm_rl import pipeline
+from mlcm_rl import finished_runs, pipeline
 from mlcm_rl.data import Prompt
 from mlcm_rl.fingerprint import locate
 from mlcm_rl.pairs import PairTable
@@ -281,5 +281,5 @@ def test_a_taste_is_trained_once_and_tuning_by_it_raises_its_rule(taste, tiny_sd
     planned = pipeline.plan(again)
     assert [one.done for one in planned] == [False, True, True, False, False]
     assert planned[0].network_evaluations == 0
-    other = pipeline.evaluate(tmp_path / "runs" / "small", num_prompts=1)
+    other = finished_runs.evaluate(tmp_path / "runs" / "small", num_prompts=1)
     assert json.loads((other / "manifest.json").read_text())["parents"]["train_reward"] == head.folder.name

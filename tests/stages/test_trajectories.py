@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 from diffusers import DDIMScheduler
 
 import runs
-from mlcm_rl import bases, pipeline
+from mlcm_rl import bases, checkpoint, pipeline
 from mlcm_rl.checkpoint import CheckpointError, write_json
 from mlcm_rl.equations.segments import time_grid
 from mlcm_rl.runtime import generator
 from mlcm_rl.stages import distill, feedback, trajectories
 from mlcm_rl.trajectories import Store
+
+Usage = namedtuple("Usage", ["total", "used", "free"])
 
 
 @pytest.fixture
@@ -94,6 +97,17 @@ def test_an_interrupted_store_is_finished_and_equals_an_uninterrupted_one(recipe
     assert names == sorted(path.name for path in (tmp_path / "cut").iterdir())
     for name in names:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+def test_a_disk_too_small_for_the_whole_store_is_told_before_the_first_shard(recipe, tmp_path, monkeypatch):
+    (stage,) = recipe.stages
+    trajectories.run(stage, recipe, {}, tmp_path / "enough")
+    size = sum(path.stat().st_size for path in (tmp_path / "enough").glob("shard-*"))
+    free = checkpoint.SPARE_BYTES + size // 2  # room for one shard of two
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: Usage(2**40, 2**40 - free, free))
+    with pytest.raises(CheckpointError, match=r"small needs .* and its disk has .* left: make room"):
+        trajectories.run(stage, recipe, {}, tmp_path / "small")
+    assert not list((tmp_path / "small").glob("shard-*"))
 
 
 def test_a_store_that_differs_in_anything_is_refused_with_the_field(store):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import runs
 import tiny
-from mlcm_rl import adapters, bases, pipeline, tuning
+from mlcm_rl import adapters, bases, finished_runs, pipeline, tuning
 from mlcm_rl.data import Prompt
 from mlcm_rl.equations.preference import offline_pso_log_ratios
 from mlcm_rl.guard import Guard
@@ -389,14 +389,14 @@ def test_a_recipe_goes_from_trajectories_to_a_tuned_student_that_is_sampled_eval
     assert sorted(path.name for path in (feedback_stage.folder / "samples").glob("*.png")) == ["step-000003.png"]
 
     run = Path(recipe.runs, recipe.name)
-    before = pipeline.sample(student_folder := run / "01-distill", ["a cat"], 2, 0, None, tmp_path / "before")
-    after = pipeline.sample(run, ["a cat"], 2, 0, None, tmp_path / "after")
+    before = finished_runs.sample(student_folder := run / "01-distill", ["a cat"], 2, 0, None, tmp_path / "before")
+    after = finished_runs.sample(run, ["a cat"], 2, 0, None, tmp_path / "after")
     assert before[0].read_bytes() != after[0].read_bytes()  # a run's student is its last one
-    assert pipeline.find_stage(student_folder, ("distill",)).is_dir()
-    again = json.loads((pipeline.evaluate(run, num_prompts=2) / "report.json").read_text())
+    assert finished_runs.find_stage(student_folder, ("distill",)).is_dir()
+    again = json.loads((finished_runs.evaluate(run, num_prompts=2) / "report.json").read_text())
     assert {row["name"] for row in again["rows"]} == {"teacher", "student", "feedback"}
 
-    exported = pipeline.export(run, tmp_path / "exported")
+    exported = finished_runs.export(run, tmp_path / "exported")
     assert "tuned to preferences" in (exported / "README.md").read_text()
     stock = StableDiffusionXLPipeline.from_pretrained(exported)
     base = bases.load(recipe.teacher, "cpu")

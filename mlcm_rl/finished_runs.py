@@ -1,0 +1,207 @@
+"""What is done with a finished run: pictures, pair tables, a report, a folder to publish."""
+
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from . import adapters, bases, pictures, report, sampler
+from .bases import Base
+from .checkpoint import CheckpointError, is_finished, read_json, sha256, teacher_hash, verify
+from .data import read_prompts
+from .devices import device_of
+from .equations.segments import sampling_times
+from .evaluation.rows import own_gamma
+from .export import export as write_export
+from .fingerprint import STUDENTS, Located, locate
+from .pairs import labels, ranking
+from .pipeline import RunError, run_stage, worded
+from .recipe import Evaluate, Recipe, Reward
+from .rewards import build, refuse_unread
+from .runtime import generator, tell_truncated
+from .untrusted import held, is_unicode
+
+
+def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
+    """The latest finished stage of one of `kinds` in `run_folder`: a recipe's folder of links, or the stage itself.
+
+    Raises RunError where there is none, or where the latest is gone: an earlier one would be another student;
+    CheckpointError where its files are not what was written.
+    """
+    for folder in [run_folder, *sorted(run_folder.glob("[0-9]*-*"), reverse=True)]:
+        if is_finished(folder) and read_json(folder / "manifest.json", kind=str)["kind"] in kinds:
+            verify(folder)
+            return folder.resolve()
+        if folder != run_folder and folder.name.endswith(tuple(f"-{kind}" for kind in kinds)):
+            raise RunError(f"{folder} leads to a stage that is gone or unfinished; `mlcm run` the recipe again")
+    raise RunError(f"{run_folder} holds no finished {' or '.join(kinds)} stage; `mlcm run` the recipe first")
+
+
+@worded("sample")
+def sample(
+    run_folder: Path, prompts: list[str], num_steps: int, seed: int, gamma: float | None, out: Path
+) -> list[Path]:
+    """Pictures of `prompts` by a run's last student, as PNG files in `out`. Picture i depends on (seed, i) alone.
+
+    Without `gamma` they are drawn at what the student was tuned under, or what suits it.
+    """
+    if not all(map(is_unicode, prompts)):
+        raise ValueError("a prompt holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
+    files = [out / f"{i:03d}-seed{seed}-steps{num_steps}.png" for i in range(len(prompts))]
+    if there := next((file for file in files if file.exists()), None):
+        raise FileExistsError(f"{there} is there already; name another folder to draw to")
+    folder = find_stage(run_folder, STUDENTS)
+    base = teacher_of(folder)
+    tell_truncated(base, prompts, "--prompt")
+    student = adapters.load_student(base, folder / "student")
+    times = sampling_times(num_steps, 1 if student.conditioned else student.num_segments)
+    generators = [generator(seed, "sample", i) for i in range(len(prompts))]
+    noise = base.noise(generators, len(prompts))
+    gamma = own_gamma(folder / "student") if gamma is None else gamma
+    with torch.no_grad():
+        conditioning = base.encode_prompts(prompts)
+        x0 = sampler.sample(base, student.denoiser, conditioning, noise, times, gamma, generators, student.conditioned)
+        images = base.decode(x0)
+    return [pictures.save_png(pictures.to_pil(image), file) for image, file in zip(images, files, strict=True)]
+
+
+@worded("pairs")
+def pairs(
+    run_folder: Path,
+    prompts: Path,
+    reward: str,
+    out: Path,
+    num_prompts: int | None,
+    num_generations: int,
+    num_steps: int,
+    min_margin: float,
+    seed: int,
+    batch_size: int,
+) -> tuple[int, int]:
+    """Write a pair table of samples of a run's last student, ranked by a reward; returns pairs kept and prompts."""
+    folder = find_stage(run_folder, STUDENTS)
+    student = read_json(folder / "manifest.json", fingerprint=str)["fingerprint"]
+    read = read_prompts(prompts)[:num_prompts]
+    gamma = own_gamma(folder / "student")
+    asked = ranking.Asked(student, sha256(prompts), reward, num_generations, num_steps, gamma, min_margin, seed)
+    model = build(Reward(name=reward), device_of(recipe_of(folder).device))
+    refuse_unread(model, reward, {prompt.language for prompt in read})
+    base = teacher_of(folder)
+    tell_truncated(base, [prompt.prompt for prompt in read], str(prompts))
+    loaded = adapters.load_student(base, folder / "student")
+    return ranking.make_pairs(asked, base, loaded, model, read, out, batch_size), len(read)
+
+
+@worded("pairs")
+def pairs_by_hand(
+    run_folder: Path,
+    prompts: Path,
+    out: Path,
+    num_prompts: int | None,
+    num_steps: int,
+    seed: int,
+    batch_size: int,
+    port: int,
+) -> tuple[int, int]:
+    """Write a pair table of a person's choices between two samples of a prompt; returns pairs kept and prompts.
+
+    Draws what is not drawn yet, then shows the page until all are judged.
+    """
+    try:
+        from .pairs import label_page
+    except ModuleNotFoundError as error:
+        raise RunError(
+            f"pairs: the page needs {error.name}, which is not installed: pip install 'mlcm-rl[label]'"
+        ) from error
+    folder = find_stage(run_folder, STUDENTS)
+    student = read_json(folder / "manifest.json", fingerprint=str)["fingerprint"]
+    read = read_prompts(prompts)[:num_prompts]
+    asked = ranking.Asked(
+        student, sha256(prompts), ranking.BY_HAND, 2, num_steps, own_gamma(folder / "student"), 0.0, seed
+    )
+    choices = labels.Choices(asked, read, out)
+    if labels.num_drawn(read, out) < len(read):
+        base = teacher_of(folder)
+        tell_truncated(base, [prompt.prompt for prompt in read], str(prompts))
+        labels.draw(asked, base, adapters.load_student(base, folder / "student"), read, out, batch_size)
+    if len(choices.made()) < len(choices):
+        label_page.serve(choices, port)
+    return len(choices.rows()), len(read)
+
+
+@worded("evaluate")
+def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[int] | None = None) -> Path:
+    """Evaluate the student of a run as its recipe's own evaluate stage would, or with other prompts and steps.
+
+    Returns the folder of the new report.
+    """
+    folder = find_stage(run_folder, STUDENTS)
+    recipe = recipe_of(folder)
+    stages = [stage for stage in recipe.stages if isinstance(stage, Evaluate)]
+    if not stages:
+        raise RunError(
+            f"the recipe of {run_folder} has no evaluate stage to take prompts from; add one and run it again"
+        )
+    changes = {"num_prompts": num_prompts, "num_steps": num_steps, "students": "last"}
+    stage = stages[-1].model_copy(update={name: value for name, value in changes.items() if value is not None})
+    file = folder / "manifest.json"
+    distilled = read_json(file, parents=dict)["parents"].get("distill")  # of a tuned student, to compare with
+    folders = [held(folder.parent, distilled, file), folder] if distilled else [folder]
+    if any(reward.is_of_this_recipe for reward in stage.reward_models):
+        folders.append(find_stage(run_folder, ("train_reward",)))
+    manifests = [read_json(one / "manifest.json", kind=str, fingerprint=str) for one in folders]
+    done = [Located(kept["kind"], kept["fingerprint"], one) for kept, one in zip(manifests, folders, strict=True)]
+    found = locate(stage, recipe, done)
+    if not is_finished(found.folder):
+        run_stage(stage, recipe, done, found)
+    return found.folder
+
+
+@worded("export")
+def export(run_folder: Path, out: Path) -> Path:
+    """Write the student of a run as a folder that stock diffusers opens, with its phases' snapshots and a card."""
+    folder = find_stage(run_folder, STUDENTS)
+    base = teacher_of(folder)
+    snapshots = {}
+    for path in sorted((folder / "snapshots").glob("phase-*")):
+        described = adapters.describe(path)
+        if not described["conditioned"] and described["segments"] > 1:
+            snapshots[described["segments"]] = path
+    gamma = own_gamma(folder / "student")
+    return write_export(folder / "student", base, out, _card_table(run_folder), snapshots, gamma)
+
+
+def _card_table(run_folder: Path) -> str | None:
+    """The table of the run's latest report, as Markdown; None for a run that was not evaluated."""
+    reports = sorted(run_folder.glob("[0-9]*-evaluate/report.json"))
+    return report.markdown(read_json(reports[-1])) if reports else None
+
+
+def teacher_of(folder: Path) -> Base:
+    """The teacher of the student in a finished stage, where the recipe says.
+
+    Raises CheckpointError where other files are there by now: the student, an adapter over them, would draw something
+    else. Raises as `bases.load` does.
+    """
+    recipe = recipe_of(folder)
+    base = bases.load(recipe.teacher, device_of(recipe.device))
+    made_with = adapters.describe(folder / "student").get("teacher_hash")  # older folders do not say
+    if made_with not in (None, teacher_hash(recipe.teacher)):
+        raise CheckpointError(
+            f"teacher {recipe.teacher.path} has changed since {folder.name} was made with it: put its files back, or "
+            "`mlcm run` the recipe again"
+        )
+    return base
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe that a finished stage was run with, as its manifest keeps it."""
+    file = folder / "manifest.json"
+    try:
+        return Recipe.model_validate(read_json(file, recipe=dict)["recipe"])
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(map(str, ("recipe", *wrong["loc"])))
+        raise CheckpointError(
+            f"{file} holds a recipe that this version does not read: {key}: {wrong['msg']}"
+        ) from error
