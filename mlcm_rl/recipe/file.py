@@ -11,6 +11,7 @@ import os
 import pkgutil
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -20,6 +21,8 @@ from pydantic import ValidationError
 from . import Distill, Evaluate, Feedback, Recipe, Stage, Teacher, Tuning, errors, json_schema
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
 from .types import TRAINED, Lora, Reward
+
+FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd"}  # by their pipelines in diffusers
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), root: Path | None = None) -> Recipe:
@@ -88,6 +91,17 @@ def _teacher_problems(teacher: Teacher, root: Path) -> Iterator[Problem]:
         yield Problem(("teacher", "revision"), message, looked_in=str(root))
     elif teacher.revision is None or not name:
         yield from _absent(("teacher", "path"), teacher.path, root, holding="model_index.json")
+        yield from _family_problems(teacher, root)
+
+
+def _family_problems(teacher: Teacher, root: Path) -> Iterator[Problem]:
+    """The folder's pipeline is of another family. An index that is not there or damaged is told elsewhere."""
+    with suppress(OSError, ValueError):
+        index = json.loads((root / teacher.path / "model_index.json").read_text("utf-8"))
+        found = index.get("_class_name") if isinstance(index, dict) else None
+        if isinstance(found, str) and FAMILIES.get(found) != teacher.family:
+            message = f"{teacher.family} does not load the {found} that is in {teacher.path}"
+            yield Problem(("teacher", "family"), message, FAMILIES.get(found, ""))
 
 
 # Setting -> what a folder so named must hold; None for a file.

@@ -1,9 +1,13 @@
 """What is wrong with a recipe beyond its types: files that are not there, stages that do not find what they need."""
 
+from importlib import import_module
+from typing import get_args
+
 import pytest
 
 from mlcm_rl import rewards
-from mlcm_rl.recipe.file import check, load, reward_names
+from mlcm_rl.recipe import Teacher
+from mlcm_rl.recipe.file import FAMILIES, check, load, reward_names
 from mlcm_rl.recipe.tree import RecipeError, key_text
 
 REVISION = f"teacher.revision='{40 * '0'}'"
@@ -43,6 +47,28 @@ def test_only_a_folder_is_proposed_for_a_folder(broken, root):
     (root / "juge.txt").touch()
     (problem,) = broken(("judge: judge", "judge: juge"))
     assert problem.nearest == "judge"
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (
+            "StableDiffusionPipeline",
+            "sdxl does not load the StableDiffusionPipeline that is in teacher; did you mean sd?",
+        ),
+        ("FluxPipeline", "sdxl does not load the FluxPipeline that is in teacher"),
+    ],
+)
+def test_a_teacher_of_another_family_is_told_when_the_recipe_is_read(broken, root, found, told):
+    (root / "teacher" / "model_index.json").write_text(f'{{"_class_name": "{found}"}}')
+    (problem,) = broken(overrides=("seed=1",))
+    assert (key_text(problem.key), problem.text) == ("teacher.family", told)
+
+
+def test_every_family_is_known_by_its_pipeline():
+    families = {name: import_module(f"mlcm_rl.bases.{name}").Family for name in FAMILIES.values()}
+    assert {family.pipeline_class.__name__: name for name, family in families.items()} == FAMILIES
+    assert set(families) == set(get_args(Teacher.model_fields["family"].annotation))
 
 
 @pytest.mark.parametrize("path", ["stabilityai/sdxl-turbo", "runwayml/stable-diffusion-v1-5"])
