@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -201,8 +202,10 @@ def test_a_signal_to_a_launch_of_one_process_ends_the_training_after_a_step_that
 
 
 def test_a_launch_of_one_process_that_fails_ends_with_its_code_and_its_message_alone(tiny_sdxl, tmp_path):
+    teacher = shutil.copytree(tiny_sdxl, tmp_path / "without_vae")
+    shutil.rmtree(teacher / "vae")
     stages = [runs.trajectories(runs.write_prompts(tmp_path))]
-    failed = launch(runs.recipe(tiny_sdxl, tmp_path, stages, family="sd"), tmp_path, "one_gpu")
+    failed = launch(runs.recipe(teacher, tmp_path, stages), tmp_path, "one_gpu")
     assert failed.returncode == 1, failed.stderr
     assert failed.stderr.startswith("failed  stages[0] (trajectories): teacher ")
     assert "Traceback" not in failed.stderr

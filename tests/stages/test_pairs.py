@@ -301,7 +301,7 @@ def test_choosing_goes_on_where_it_was_stopped_and_draws_nothing_again(run, tmp_
     before = contents(tmp_path / "pictures")
     assert len(rows_of(tmp_path)) == 1
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline.bases, "load", None)  # the student is not even loaded
+        patched.setattr(finished_runs.bases, "load", None)  # the student is not even loaded
         assert by_hand(run, tmp_path, prefer_left, patched) == (4, 5)
         assert by_hand(run, tmp_path, None, patched) == (4, 5)  # all are judged: no page
     assert contents(tmp_path / "pictures") == before
