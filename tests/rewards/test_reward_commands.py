@@ -133,12 +133,13 @@ def test_a_reward_without_weights_has_nothing_to_fetch(mlcm):
     assert mlcm("rewards", "fetch", "brightness").stdout == "brightness needs no weights\n"
 
 
+def commands_of(name: str, folder) -> list[tuple]:
+    """Every command that takes a reward's name."""
+    return [("rewards", "check", name), ("rewards", "fetch", name), ("score", "--reward", name, "--images", folder)]
+
+
 def test_an_unknown_reward_is_a_bad_argument_with_the_nearest_name(mlcm, folder):
-    for arguments in (
-        ("rewards", "fetch", "brightnes"),
-        ("rewards", "check", "brightnes"),
-        ("score", "--reward", "brightnes", "--images", folder),
-    ):
+    for arguments in commands_of("brightnes", folder):
         result = mlcm(*arguments)
         assert result.exit_code == 2
         assert "no reward model is called brightnes; did you mean brightness?" in flat(result.stderr)
@@ -159,11 +160,7 @@ def test_a_reward_that_does_not_import_is_named_with_its_file_and_line(
     mlcm, installed, folder, tmp_path, source, said, line
 ):
     installed("odd", source)
-    for arguments in (
-        ("rewards", "check", "odd"),
-        ("rewards", "fetch", "odd"),
-        ("score", "--reward", "odd", "--images", folder),
-    ):
+    for arguments in commands_of("odd", folder):
         result = mlcm(*arguments)
         assert result.exit_code == 1
         assert result.stderr.startswith(f"failed  reward odd cannot be used: {said}"), result.stderr
