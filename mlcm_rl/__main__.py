@@ -368,15 +368,16 @@ def _refuse(way: str, **options: object) -> None:
 
 @contextmanager
 def _imported(name: str, interrupted: str = "Interrupted.") -> Iterator[ModuleType]:
-    """The module mlcm_rl.`name`, imported only here. A failed run ends with its message, a signal with one line."""
+    """The module mlcm_rl.`name`, imported only here. What fails ends with its message, a signal with one line."""
     try:
         with signals.raised():
             module = import_module(f".{name}", __package__)
             try:
                 yield module
             except module.RunError as error:
-                error_console.print(Text.assemble(("failed", "bold red"), f"  {error}"), soft_wrap=True)
-                raise typer.Exit(1) from None
+                label = "failed" if error.exit_code == 1 else "bad"
+                error_console.print(Text.assemble((label, "bold red"), f"  {error}"), soft_wrap=True)
+                raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt as stop:
         error_console.print(Text(f"\n{interrupted}"), soft_wrap=True)
         raise typer.Exit(stop.code if isinstance(stop, signals.Stopped) else 130) from None

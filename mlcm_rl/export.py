@@ -56,8 +56,7 @@ def export(
     Raises FileExistsError where `out` is taken, ValueError for a snapshot that is conditioned, or of a student that is.
     """
     out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} is there already; name a new folder to export to")
+    refuse_taken(out)
     student = adapters.load_student(base, student_folder)
     gamma = student.default_gamma if gamma is None else gamma
     beside = dict(sorted((snapshots or {}).items()))
@@ -75,6 +74,12 @@ def export(
         card = _card(base, student, out.name, gamma, card_table, list(beside))
         (folder / "README.md").write_text(card)
     return out
+
+
+def refuse_taken(out: Path) -> None:
+    """Raise FileExistsError where something is at `out`: an export makes its folder."""
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; name a new folder to export to")
 
 
 def stock_scheduler(base: Base, gamma: float) -> LCMScheduler | TCDScheduler:

@@ -1,5 +1,7 @@
 """What is done with a finished run: pictures, pair tables, a report, a folder to publish."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -8,18 +10,28 @@ from pydantic import ValidationError
 from . import adapters, bases, pictures, report, sampler
 from .bases import Base
 from .checkpoint import CheckpointError, is_finished, read_json, sha256, teacher_hash, verify
-from .data import read_prompts
+from .data import first_prompts, read_prompts
 from .devices import device_of
 from .equations.segments import sampling_times
 from .evaluation.rows import own_gamma
 from .export import export as write_export
+from .export import refuse_taken
 from .fingerprint import STUDENTS, Located, locate
 from .pairs import labels, ranking
-from .pipeline import RunError, run_stage, worded
+from .pipeline import BadArgument, RunError, run_stage, said, worded
 from .recipe import Evaluate, Recipe, Reward
 from .rewards import build, refuse_unread
 from .runtime import generator, tell_truncated
 from .untrusted import held, is_unicode
+
+
+@contextmanager
+def argument(name: str) -> Iterator[None]:
+    """What is wrong with an argument raises BadArgument that begins with its `name`."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise BadArgument(f"{name}: {said(error)}") from error
 
 
 def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
@@ -46,10 +58,10 @@ def sample(
     Without `gamma` they are drawn at what the student was tuned under, or what suits it.
     """
     if not all(map(is_unicode, prompts)):
-        raise ValueError("a prompt holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
+        raise BadArgument("--prompt: holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
     files = [out / f"{i:03d}-seed{seed}-steps{num_steps}.png" for i in range(len(prompts))]
     if there := next((file for file in files if file.exists()), None):
-        raise FileExistsError(f"{there} is there already; name another folder to draw to")
+        raise BadArgument(f"--out: {there} is there already; name another folder to draw to")
     folder = find_stage(run_folder, STUDENTS)
     base = teacher_of(folder)
     tell_truncated(base, prompts, "--prompt")
@@ -79,9 +91,10 @@ def pairs(
     batch_size: int,
 ) -> tuple[int, int]:
     """Write a pair table of samples of a run's last student, ranked by a reward; returns pairs kept and prompts."""
+    with argument("--prompts"):
+        read = read_prompts(prompts)[:num_prompts]
     folder = find_stage(run_folder, STUDENTS)
     student = read_json(folder / "manifest.json", fingerprint=str)["fingerprint"]
-    read = read_prompts(prompts)[:num_prompts]
     gamma = own_gamma(folder / "student")
     asked = ranking.Asked(student, sha256(prompts), reward, num_generations, num_steps, gamma, min_margin, seed)
     model = build(Reward(name=reward), device_of(recipe_of(folder).device))
@@ -113,9 +126,10 @@ def pairs_by_hand(
         raise RunError(
             f"pairs: the page needs {error.name}, which is not installed: pip install 'mlcm-rl[label]'"
         ) from error
+    with argument("--prompts"):
+        read = read_prompts(prompts)[:num_prompts]
     folder = find_stage(run_folder, STUDENTS)
     student = read_json(folder / "manifest.json", fingerprint=str)["fingerprint"]
-    read = read_prompts(prompts)[:num_prompts]
     asked = ranking.Asked(
         student, sha256(prompts), ranking.BY_HAND, 2, num_steps, own_gamma(folder / "student"), 0.0, seed
     )
@@ -144,6 +158,9 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
         )
     changes = {"num_prompts": num_prompts, "num_steps": num_steps, "students": "last"}
     stage = stages[-1].model_copy(update={name: value for name, value in changes.items() if value is not None})
+    if num_prompts is not None:
+        with argument("--num-prompts"):
+            first_prompts(stage.prompts, num_prompts)
     file = folder / "manifest.json"
     distilled = read_json(file, parents=dict)["parents"].get("distill")  # of a tuned student, to compare with
     folders = [held(folder.parent, distilled, file), folder] if distilled else [folder]
@@ -160,6 +177,8 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
 @worded("export")
 def export(run_folder: Path, out: Path) -> Path:
     """Write the student of a run as a folder that stock diffusers opens, with its phases' snapshots and a card."""
+    with argument("OUT"):
+        refuse_taken(out)
     folder = find_stage(run_folder, STUDENTS)
     base = teacher_of(folder)
     snapshots = {}

@@ -26,6 +26,7 @@ from .recipe import Distill, Recipe, Reward, Stage, TrainTeacher, Tuning
 from .runtime import NonFiniteLoss, StoppedBeforeUpdate, commit, console
 
 __all__ = [
+    "BadArgument",
     "Located",
     "PlannedStage",
     "RunError",
@@ -40,6 +41,14 @@ PEOPLES_ERRORS = (CheckpointError, NonFiniteLoss, OSError, ValueError)  # their 
 
 class RunError(Exception):
     """A run failed; the message says which stage, where and why, for people."""
+
+    exit_code = 1
+
+
+class BadArgument(RunError):
+    """What a command was asked for cannot be: nothing was loaded, nothing written."""
+
+    exit_code = 2
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, overri
 from .types import TRAINED, Lora, Reward
 
 FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd"}  # by their pipelines in diffusers
+HALVING = ("vae", "unet")  # each halves a picture once less often than it has blocks
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), root: Path | None = None) -> Recipe:
@@ -92,6 +93,7 @@ def _teacher_problems(teacher: Teacher, root: Path) -> Iterator[Problem]:
     elif teacher.revision is None or not name:
         yield from _absent(("teacher", "path"), teacher.path, root, holding="model_index.json")
         yield from _family_problems(teacher, root)
+        yield from _resolution_problems(teacher, root)
 
 
 def _family_problems(teacher: Teacher, root: Path) -> Iterator[Problem]:
@@ -102,6 +104,18 @@ def _family_problems(teacher: Teacher, root: Path) -> Iterator[Problem]:
         if isinstance(found, str) and FAMILIES.get(found) != teacher.family:
             message = f"{teacher.family} does not load the {found} that is in {teacher.path}"
             yield Problem(("teacher", "family"), message, FAMILIES.get(found, ""))
+
+
+def _resolution_problems(teacher: Teacher, root: Path) -> Iterator[Problem]:
+    """A side that autoencoder and denoiser cannot halve as often as they do. Damaged files are told elsewhere."""
+    if teacher.resolution is None:
+        return
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        configs = [json.loads((root / teacher.path / part / "config.json").read_text("utf-8")) for part in HALVING]
+        smallest = 2 ** sum(len(config["block_out_channels"]) - 1 for config in configs)
+        if teacher.resolution % smallest:
+            message = f"expected a multiple of {smallest}, as {teacher.path} needs, found {teacher.resolution}"
+            yield Problem(("teacher", "resolution"), message)
 
 
 # Setting -> what a folder so named must hold; None for a file.

@@ -23,6 +23,7 @@ import torch
 from plain_script import PlainScript
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from mlcm_rl import adapters, bases, sampler
@@ -209,7 +210,7 @@ def main() -> None:
     for head in ("store*", *PARTS[1:], "a step", "ratio", "peak MB"):
         table.add_column(head, justify="right", no_wrap=True)
     reference = None
-    for name in (*VARIANTS, PLAIN):
+    for name in track((*VARIANTS, PLAIN), "variants", console=Console(stderr=True)):
         command = [sys.executable, __file__, "--only", name, "--steps", str(arguments.steps)]
         output = subprocess.run(
             [*command, "--batch-size", str(arguments.batch_size)], capture_output=True, text=True, check=True

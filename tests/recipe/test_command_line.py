@@ -23,7 +23,11 @@ HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "datasets",
 
 
 class RunError(Exception):
-    pass
+    exit_code = 1
+
+
+class BadArgument(RunError):
+    exit_code = 2
 
 
 @pytest.fixture
@@ -105,6 +109,13 @@ def test_a_failed_run_ends_with_1_and_its_message_without_a_traceback(mlcm, pipe
     result = mlcm("run", "good.yaml")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "failed  stage 1 (distill): the loss is not finite [step 12]\n"
+
+
+def test_a_bad_argument_ends_with_2_and_its_message(mlcm, finished_runs):
+    finished_runs.export = raises(BadArgument("export: OUT: x is there already"))
+    result = mlcm("export", ".", "x")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "bad  export: OUT: x is there already\n"
 
 
 def test_another_exception_is_a_bug_and_is_not_hidden(mlcm, pipeline):

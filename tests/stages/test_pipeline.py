@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 import runs
 import tiny
-from mlcm_rl import adapters, checkpoint, finished_runs, pipeline
+from mlcm_rl import adapters, bases, checkpoint, finished_runs, pipeline
 from mlcm_rl.__main__ import app
 from mlcm_rl.checkpoint import finish
 from mlcm_rl.fingerprint import settings, was_corrected
-from mlcm_rl.pipeline import RunError
+from mlcm_rl.pipeline import BadArgument, RunError
 from mlcm_rl.plan import network_evaluations
 from mlcm_rl.recipe import Evaluate, Full, Lora
 from mlcm_rl.recipe.file import load
@@ -263,7 +263,7 @@ def test_sample_is_the_same_picture_whatever_else_is_asked_for(finished, tmp_pat
     two = finished_runs.sample(run, ["a cat", "熊猫"], 2, 7, None, tmp_path / "two")
     assert len(two) == 2
     assert one[0].read_bytes() == two[0].read_bytes()
-    with pytest.raises(RunError, match=r"000-seed7-steps2\.png is there already; name another folder"):
+    with pytest.raises(BadArgument, match=r"--out: .*000-seed7-steps2\.png is there already; name another folder"):
         finished_runs.sample(run, ["a dog"], 2, 7, None, tmp_path / "one")
 
 
@@ -276,11 +276,27 @@ def test_evaluate_and_export_of_a_finished_run(finished, tmp_path):
     out = finished_runs.export(run, tmp_path / "out")
     assert (out / "model_index.json").is_file()
     assert "|" in (out / "README.md").read_text()  # the measured table
-    with pytest.raises(RunError, match="is there already"):
-        finished_runs.export(run, out)
     assert finished_runs.find_stage(stages[1].folder, ("distill",)) == stages[1].folder.resolve()
     with pytest.raises(RunError, match="holds no finished evaluate"):
         finished_runs.find_stage(stages[1].folder, ("evaluate",))
+
+
+def test_arguments_that_cannot_be_are_told_before_the_teacher_is_loaded(finished, tmp_path, monkeypatch):
+    recipe, _ = finished
+    run, empty = Path(recipe.runs, recipe.name), tmp_path / "empty.txt"
+    empty.touch()
+    monkeypatch.setattr(bases, "load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(BadArgument, match=r"OUT: .* is there already; name a new folder"):
+        finished_runs.export(run, tmp_path)
+    with pytest.raises(BadArgument, match=r"--num-prompts: .* holds \d+ prompts, num_prompts asks for 999"):
+        finished_runs.evaluate(run, num_prompts=999)
+    with pytest.raises(BadArgument, match=r"--prompts: .*empty\.txt: holds no prompts"):
+        finished_runs.pairs(run, empty, "colourfulness", tmp_path / "out", None, 2, 2, 0.0, 0, 4)
+    with pytest.raises(BadArgument, match=r"--prompts: .*empty\.txt: holds no prompts"):
+        finished_runs.pairs_by_hand(run, empty, tmp_path / "out", None, 2, 0, 4, 0)
+    with pytest.raises(BadArgument, match="--prompt: holds bytes that are not UTF-8"):
+        finished_runs.sample(run, ["\udcff"], 2, 7, None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [empty]
 
 
 def test_a_student_is_not_used_over_a_teacher_that_has_changed(finished, tmp_path):
