@@ -19,6 +19,7 @@ import torch
 from distillation import PROMPTS, TEACHER, now, peak_mb
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from mlcm_rl import adapters, bases, tuning
@@ -96,7 +97,7 @@ def main() -> None:
     for head in ("s a step", "ratio", "a second", "peak MB"):
         table.add_column(head, justify="right", no_wrap=True)
     reference = None
-    for name in VARIANTS:
+    for name in track(VARIANTS, "variants", console=Console(stderr=True)):
         sizes = ("--steps", str(arguments.steps), "--batch-size", str(arguments.batch_size))
         command = [sys.executable, __file__, "--only", name, *sizes]
         output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
