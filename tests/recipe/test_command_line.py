@@ -112,10 +112,10 @@ def test_a_failed_run_ends_with_1_and_its_message_without_a_traceback(mlcm, pipe
 
 
 def test_a_bad_argument_ends_with_2_and_its_message(mlcm, finished_runs):
-    finished_runs.export = raises(BadArgument("export: OUT: x is there already"))
+    finished_runs.export = raises(BadArgument("OUT: x is there already"))
     result = mlcm("export", ".", "x")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "bad  export: OUT: x is there already\n"
+    assert result.stderr == "bad  OUT: x is there already\n"
 
 
 def test_another_exception_is_a_bug_and_is_not_hidden(mlcm, pipeline):
