@@ -1,7 +1,5 @@
 """What is done with a finished run: pictures, pair tables, a report, a folder to publish."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,20 +16,11 @@ from .export import export as write_export
 from .export import refuse_taken
 from .fingerprint import STUDENTS, Located, locate
 from .pairs import labels, ranking
-from .pipeline import BadArgument, RunError, run_stage, said, worded
+from .pipeline import BadArgument, RunError, run_stage, worded
 from .recipe import Evaluate, Recipe, Reward
 from .rewards import build, refuse_unread
 from .runtime import generator, tell_truncated
 from .untrusted import held, is_unicode
-
-
-@contextmanager
-def argument(name: str) -> Iterator[None]:
-    """What is wrong with an argument raises BadArgument that begins with its `name`."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise BadArgument(f"{name}: {said(error)}") from error
 
 
 def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
@@ -91,7 +80,7 @@ def pairs(
     batch_size: int,
 ) -> tuple[int, int]:
     """Write a pair table of samples of a run's last student, ranked by a reward; returns pairs kept and prompts."""
-    with argument("--prompts"):
+    with worded("--prompts", BadArgument):
         read = read_prompts(prompts)[:num_prompts]
     folder = find_stage(run_folder, STUDENTS)
     student = read_json(folder / "manifest.json", fingerprint=str)["fingerprint"]
@@ -126,7 +115,7 @@ def pairs_by_hand(
         raise RunError(
             f"pairs: the page needs {error.name}, which is not installed: pip install 'mlcm-rl[label]'"
         ) from error
-    with argument("--prompts"):
+    with worded("--prompts", BadArgument):
         read = read_prompts(prompts)[:num_prompts]
     folder = find_stage(run_folder, STUDENTS)
     student = read_json(folder / "manifest.json", fingerprint=str)["fingerprint"]
@@ -159,7 +148,7 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
     changes = {"num_prompts": num_prompts, "num_steps": num_steps, "students": "last"}
     stage = stages[-1].model_copy(update={name: value for name, value in changes.items() if value is not None})
     if num_prompts is not None:
-        with argument("--num-prompts"):
+        with worded("--num-prompts", BadArgument):
             first_prompts(stage.prompts, num_prompts)
     file = folder / "manifest.json"
     distilled = read_json(file, parents=dict)["parents"].get("distill")  # of a tuned student, to compare with
@@ -177,7 +166,7 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
 @worded("export")
 def export(run_folder: Path, out: Path) -> Path:
     """Write the student of a run as a folder that stock diffusers opens, with its phases' snapshots and a card."""
-    with argument("OUT"):
+    with worded("OUT", BadArgument):
         refuse_taken(out)
     folder = find_stage(run_folder, STUDENTS)
     base = teacher_of(folder)

@@ -52,12 +52,12 @@ class BadArgument(RunError):
 
 
 @contextmanager
-def worded(command: str) -> Iterator[None]:
-    """What people can mend raises RunError that begins with `command`."""
+def worded(what: str, kind: type[RunError] = RunError) -> Iterator[None]:
+    """What people can mend raises an error of this `kind` that begins with `what`, a command or an argument."""
     try:
         yield
     except PEOPLES_ERRORS as error:
-        raise RunError(f"{command}: {said(error)}") from error
+        raise kind(f"{what}: {said(error)}") from error
 
 
 def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
