@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler, TCDScheduler
-from diffusers.models.embeddings import get_timestep_embedding
+from diffusers import LCMScheduler, TCDScheduler, UNet2DConditionModel
+from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import adapters, exported_pipeline, model_card
+from . import adapters, model_card
 from .adapters import LORA_FILE, Student
 from .bases import TARGET_TIME_WIDTH, Base
 from .checkpoint import forget_origin, replacing
 from .equations.segments import NUM_SEGMENTS, sampling_times
 from .equations.solver import time_before_noise
+from .exported_pipeline import TargetTimePipeline
 
 STOCK_STEPS = (2, 3, 4, 6, 8)  # for which a conditioned student without budgets of its own is written
 SCHEDULE_KEYS = (
@@ -107,6 +108,10 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) ->
     pipeline.unet = adapters.merged(student, base.dtype)
     pipeline.unet.register_to_config(sample_size=base.latent_shape[-1])  # the resolution it was distilled at
     pipeline.scheduler = stock_scheduler(base, gamma)
+    if student.conditioned:
+        _refuse_untold(pipeline.unet)
+    if "requires_safety_checker" in pipeline.config:  # it is not loaded, so it is not exported
+        pipeline.register_to_config(requires_safety_checker=False)
     pipeline.save_pretrained(folder)
     for config in folder.glob("text_encoder*/config.json"):
         # transformers loads in the stated precision and diffusers in float32: stated so, a half teacher opens in one
@@ -114,11 +119,32 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) ->
     shutil.copy(student.folder / adapters.DESCRIPTION_FILE, folder)
     lora = student.folder / LORA_FILE
     if student.conditioned:
-        code = Path(exported_pipeline.__file__).read_text()
-        (folder / "pipeline.py").write_text(code.replace("StableDiffusionXLPipeline", type(pipeline).__name__))
+        (folder / "pipeline.py").write_text(_pipeline_code(student, gamma, type(pipeline).__name__), encoding="utf-8")
         _edit(folder / "model_index.json", _class_name=["pipeline", "TargetTimePipeline"])
     elif lora.is_file() and not student.tuned:
         shutil.copy(lora, folder)
+
+
+def _refuse_untold(denoiser: UNet2DConditionModel) -> None:
+    """Give `denoiser` an embedding of classes that is all zeros: with `class_labels` it computes what it did before.
+
+    Without, diffusers raises ValueError. So does every tool that tells models by their weights: none knows one like it.
+    A pipeline that does not say where its jumps end would otherwise run this one, and draw something else in silence.
+    """
+    first = denoiser.time_embedding.linear_1
+    embedding = TimestepEmbedding(first.in_features, first.out_features).requires_grad_(False)
+    for parameter in embedding.parameters():
+        parameter.zero_()
+    denoiser.class_embedding = embedding.to(first.weight.device, first.weight.dtype)
+    denoiser.register_to_config(class_embed_type="timestep")
+
+
+def _pipeline_code(student: Student, gamma: float, stock_class: str) -> str:
+    """Return the code of the pipeline that tells a conditioned student its target times, as a subclass of its own."""
+    code, learned = TargetTimePipeline.code, TargetTimePipeline.budgets
+    code = code.replace("StableDiffusionXLPipeline", stock_class)
+    code = code.replace(f"budgets = {learned}", f"budgets = {student.budgets or learned}")
+    return code.replace("eta = 0.0", f"eta = {gamma if gamma < 1.0 else 0.0}")
 
 
 def _edit(file: Path, **settings: Any) -> None:
