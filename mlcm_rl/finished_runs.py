@@ -29,6 +29,11 @@ def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
     Raises RunError where there is none, or where the latest is gone: an earlier one would be another student;
     CheckpointError where its files are not what was written.
     """
+    if (run_folder / "model_index.json").is_file():
+        raise RunError(
+            f"{run_folder} is a model for diffusers, as `mlcm export` writes them, and no run: its README.md has the "
+            "code that draws with it; `mlcm sample`, `evaluate`, `export` and `pairs` take the run that it was made by"
+        )
     for folder in [run_folder, *sorted(run_folder.glob("[0-9]*-*"), reverse=True)]:
         if is_finished(folder) and read_json(folder / "manifest.json", kind=str)["kind"] in kinds:
             verify(folder)

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -23,6 +24,7 @@ from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, overri
 from .types import TRAINED, Lora, Reward
 
 FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd"}  # by their pipelines in diffusers
+OF_STUDENTS = ("LCMScheduler", "TCDScheduler")  # schedulers that only models of a few steps are published with
 HALVING = ("vae", "unet")  # each halves a picture once less often than it has blocks
 
 
@@ -96,11 +98,33 @@ def _teacher_problems(teacher: Teacher, root: Path) -> Iterator[Problem]:
         yield from _resolution_problems(teacher, root)
 
 
+def refuse_student(path: str, folder: Path, index: dict[str, Any]) -> None:
+    """Raise ValueError where the model `path` is a student already, by its model_index.json or by what is in `folder`.
+
+    It would be taken for the teacher: its few steps would be imitated as if they were the many of the real one.
+    """
+    scheduler = [*index["scheduler"], "", ""][1] if isinstance(index.get("scheduler"), list) else ""
+    if (folder / "student.json").is_file():
+        reason = "`mlcm export` wrote it (student.json lies in it)"
+    elif scheduler in OF_STUDENTS:
+        reason = f"its model_index.json names {scheduler}"
+    else:
+        return
+    raise ValueError(f"{path} is a student, for a few steps, already: {reason}; name the teacher that it was made from")
+
+
 def _family_problems(teacher: Teacher, root: Path) -> Iterator[Problem]:
-    """The folder's pipeline is of another family. An index that is not there or damaged is told elsewhere."""
+    """The folder holds a student, or another family's. An index that is not there or damaged is told elsewhere."""
     with suppress(OSError, ValueError):
         index = json.loads((root / teacher.path / "model_index.json").read_text("utf-8"))
-        found = index.get("_class_name") if isinstance(index, dict) else None
+        if not isinstance(index, dict):
+            return
+        try:
+            refuse_student(teacher.path, root / teacher.path, index)
+        except ValueError as error:
+            yield Problem(("teacher", "path"), str(error))
+            return
+        found = index.get("_class_name")
         if isinstance(found, str) and FAMILIES.get(found) != teacher.family:
             message = f"{teacher.family} does not load the {found} that is in {teacher.path}"
             yield Problem(("teacher", "family"), message, FAMILIES.get(found, ""))
