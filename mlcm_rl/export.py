@@ -2,10 +2,11 @@
 
 The folder is a whole pipeline with the student's weights folded in. Beside them:
 
-- `pytorch_lora_weights.safetensors`: a LoRA student once more, to load over its teacher;
+- `pytorch_lora_weights.safetensors`: a LoRA student once more, to load over its teacher with diffusers; a tuned one
+  is one adapter too. `kohya_lora_weights.safetensors` is the same for ComfyUI and other tools;
 - `pipeline.py`: for a student conditioned on its target time, which no stock pipeline samples;
-- `steps-<N>/`: for stock pipelines at N steps, an adapter or a denoiser each, and its scheduler: the snapshots of a
-  training in phases, or what a conditioned student does when it is told the times of N steps.
+- `steps-<N>/`: for stock pipelines at N steps, an adapter (in both files) or a denoiser each, and its scheduler: the
+  snapshots of a training in phases, or what a conditioned student does when it is told the times of N steps.
 """
 
 import copy
@@ -22,12 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import adapters, model_card
-from .adapters import LORA_FILE, Student
+from .adapters import Student
 from .bases import TARGET_TIME_WIDTH, Base
 from .checkpoint import forget_origin, replacing
 from .equations.segments import NUM_SEGMENTS, sampling_times
 from .equations.solver import time_before_noise
 from .exported_pipeline import TargetTimePipeline
+from .lora_files import KOHYA_FILE, LORA_FILE, Adapter, write_kohya, write_lora
+from .text_parts import write_for_transformers_4
 
 STOCK_STEPS = (2, 3, 4, 6, 8)  # for which a conditioned student without budgets of its own is written
 SCHEDULE_KEYS = (
@@ -113,16 +116,16 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) ->
     if "requires_safety_checker" in pipeline.config:  # it is not loaded, so it is not exported
         pipeline.register_to_config(requires_safety_checker=False)
     pipeline.save_pretrained(folder)
+    write_for_transformers_4(pipeline, folder)
     for config in folder.glob("text_encoder*/config.json"):
         # transformers loads in the stated precision and diffusers in float32: stated so, a half teacher opens in one
         _edit(config, dtype="float32")
     shutil.copy(student.folder / adapters.DESCRIPTION_FILE, folder)
-    lora = student.folder / LORA_FILE
     if student.conditioned:
         (folder / "pipeline.py").write_text(_pipeline_code(student, gamma, type(pipeline).__name__), encoding="utf-8")
         _edit(folder / "model_index.json", _class_name=["pipeline", "TargetTimePipeline"])
-    elif lora.is_file() and not student.tuned:
-        shutil.copy(lora, folder)
+    elif lora := adapters.as_one_lora(student):
+        _write_adapter(base, lora, folder)
 
 
 def _refuse_untold(denoiser: UNet2DConditionModel) -> None:
@@ -154,11 +157,16 @@ def _edit(file: Path, **settings: Any) -> None:
 def _write_snapshot(base: Base, student: Student, folder: Path) -> None:
     """Adapter or denoiser, and the scheduler to sample it with."""
     stock_scheduler(base, student.default_gamma).save_pretrained(folder / "scheduler")
-    lora = student.folder / LORA_FILE
-    if lora.is_file():
-        shutil.copy(lora, folder)
+    if lora := adapters.as_one_lora(student):
+        _write_adapter(base, lora, folder)
     else:
         adapters.merged(student, base.dtype).save_pretrained(folder / "unet")
+
+
+def _write_adapter(base: Base, lora: Adapter, folder: Path) -> None:
+    """For diffusers, and for the tools that read kohya's layout."""
+    write_lora(*lora, folder / LORA_FILE)
+    write_kohya(*lora, base, folder / KOHYA_FILE)
 
 
 def stock_steps(student: Student) -> list[int]:
@@ -170,14 +178,14 @@ def _write_told(base: Base, student: Student, num_steps: int, gamma: float, fold
     """A conditioned student for N steps alone, as one that is told nothing: a stock denoiser or adapter of its own."""
     stock_scheduler(base, gamma).save_pretrained(folder / "scheduler")
     up, down = told_update(student, num_steps, gamma)
-    lora = student.folder / LORA_FILE
-    settings, tensors = adapters.read_lora(lora) if lora.is_file() and not student.tuned else (None, {})
-    if settings and settings.r >= num_steps:
+    lora = adapters.as_one_lora(student)
+    if lora and lora[0].r >= num_steps:
+        settings, tensors = lora
         layer, spare = "time_embedding.linear_1", settings.r - num_steps
         settings.target_modules = {*settings.target_modules, layer}
         tensors[f"{layer}.lora_A.weight"] = F.pad(down, (0, 0, 0, spare))
-        tensors[f"{layer}.lora_B.weight"] = F.pad(up, (0, spare)) * (settings.r / settings.lora_alpha)
-        adapters.write_lora(settings, tensors, folder / LORA_FILE)
+        tensors[f"{layer}.lora_B.weight"] = F.pad(up, (0, spare))
+        _write_adapter(base, lora, folder)
         return
     denoiser = adapters.merged(student, torch.float32)
     denoiser.time_embedding.linear_1.weight.data += up @ down

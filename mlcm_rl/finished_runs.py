@@ -17,7 +17,7 @@ from .export import refuse_taken
 from .fingerprint import STUDENTS, Located, locate
 from .pairs import labels, ranking
 from .pipeline import BadArgument, RunError, run_stage, worded
-from .recipe import Evaluate, Recipe, Reward
+from .recipe import Evaluate, Recipe, Reward, paths
 from .rewards import build, refuse_unread
 from .runtime import generator, tell_truncated
 from .untrusted import held, is_unicode
@@ -208,10 +208,10 @@ def teacher_of(folder: Path) -> Base:
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """The recipe that a finished stage was run with, as its manifest keeps it."""
+    """The recipe that a finished stage was run with, as its manifest keeps it, with paths as this process sees them."""
     file = folder / "manifest.json"
     try:
-        return Recipe.model_validate(read_json(file, recipe=dict)["recipe"])
+        return paths.recorded(read_json(file, recipe=dict), folder)
     except ValidationError as error:
         wrong = error.errors()[0]
         key = ".".join(map(str, ("recipe", *wrong["loc"])))

@@ -66,8 +66,8 @@ def pipeline_index(teacher: Teacher) -> dict[str, Any]:
     folder = Path(teacher.path)
     if teacher.revision is None and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"teacher {teacher.path}: no model_index.json in {folder.resolve()}; give a folder in diffusers format, "
-            "seen from the working directory, or a hub name with a pinned revision"
+            f"teacher {teacher.path}: no model_index.json in {folder.resolve()}; give a folder in diffusers format "
+            "or a hub name with a pinned revision"
         )
     index = dict(local_first(DiffusionPipeline.load_config, teacher))
     refuse_student(f"teacher {teacher.path}", folder, index)

@@ -9,6 +9,7 @@ import pytest
 from mlcm_rl import rewards
 from mlcm_rl.recipe import Teacher
 from mlcm_rl.recipe.file import FAMILIES, check, load, reward_names
+from mlcm_rl.recipe.paths import Folders
 from mlcm_rl.recipe.tree import RecipeError, key_text
 
 REVISION = f"teacher.revision='{40 * '0'}'"
@@ -151,8 +152,8 @@ def test_runs_are_kept_in_a_folder(broken, runs, found):
 def test_what_paths_are_relative_to_is_said_once(root):
     with pytest.raises(RecipeError) as raised:
         load(root / "good.yaml", ["teacher.path=nowhere", "stages.2.judge=nowhere"], root)
-    assert raised.value.note == f"paths are relative to the working directory, here {root}"
-    assert str(raised.value).count("paths are relative") == 1
+    assert raised.value.note == f"paths on the command line are relative to the working directory, here {root}"
+    assert str(raised.value).count("are relative to the working") == 1
     with pytest.raises(RecipeError) as raised:
         load(root / "good.yaml", [f"teacher.path={root / 'nowhere'}"], root)
     assert raised.value.note == ""
@@ -168,7 +169,7 @@ def test_nothing_is_looked_for_on_disk_when_only_the_types_are_asked_for(root):
 
 def test_check_alone_gives_the_same_problems_without_places(root):
     recipe = load(root / "good.yaml", ["teacher.path=nowhere", "stages.2.judge=nowhere"])
-    assert [(key_text(problem.key), problem.place) for problem in check(recipe, root)] == [
+    assert [(key_text(problem.key), problem.place) for problem in check(recipe, Folders(root, root))] == [
         ("teacher.path", None),
         ("stages[2].judge", None),
     ]
