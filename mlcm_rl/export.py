@@ -72,7 +72,7 @@ def export(
         for licence in sorted(Path(base.teacher.path).glob("LICENSE*")):
             shutil.copy(licence, folder)
         card = _card(base, student, out.name, gamma, card_table, list(beside))
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return out
 
 
@@ -114,15 +114,17 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) ->
     shutil.copy(student.folder / adapters.DESCRIPTION_FILE, folder)
     lora = student.folder / LORA_FILE
     if student.conditioned:
-        code = Path(exported_pipeline.__file__).read_text()
-        (folder / "pipeline.py").write_text(code.replace("StableDiffusionXLPipeline", type(pipeline).__name__))
+        code = Path(exported_pipeline.__file__).read_text(encoding="utf-8")
+        code = code.replace("StableDiffusionXLPipeline", type(pipeline).__name__)
+        (folder / "pipeline.py").write_text(code, encoding="utf-8")
         _edit(folder / "model_index.json", _class_name=["pipeline", "TargetTimePipeline"])
     elif lora.is_file() and not student.tuned:
         shutil.copy(lora, folder)
 
 
 def _edit(file: Path, **settings: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings, indent=2) + "\n")
+    known = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(known | settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_snapshot(base: Base, student: Student, folder: Path) -> None:
@@ -298,5 +300,6 @@ def _grids(student: Student) -> str:
 def _licence(teacher: Path) -> str | None:
     """What the front matter of the teacher's card says, where there is one."""
     card = teacher / "README.md"
-    lines = card.read_text().split("---")[1].splitlines() if card.is_file() and "---" in card.read_text() else []
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---") if card.is_file() else []
+    lines = parts[1].splitlines() if len(parts) > 1 else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("license:")), None)
