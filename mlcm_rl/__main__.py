@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import plan_table, reward_commands, signals
+from . import console_text, plan_table, reward_commands, signals
 from .devices import DEVICES, THIS
 from .recipe import Recipe, json_schema
 from .recipe.file import load
@@ -326,6 +326,7 @@ app.add_typer(reward_commands.app, name="rewards")
 
 def main() -> None:
     """The console command."""
+    console_text.write_anything()
     app(prog_name="mlcm")
 
 

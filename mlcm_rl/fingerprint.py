@@ -94,7 +94,7 @@ def identity(stage: Stage, recipe: Recipe, parents: dict[str, str]) -> dict:
     return {
         "format": FORMAT,
         "kind": stage.kind,
-        "maths": MATHS[stage.kind] + was_corrected(stage),
+        "maths": MATHS[stage.kind] + was_corrected(stage) + reads_pictures(stage),
         "stage": as_written(settings(stage), recipe) | read | also,  # by content, not by name
         **as_written(reward_files(stage), recipe),
         **reward_sources(stage),
@@ -120,6 +120,14 @@ def was_corrected(stage: Stage) -> bool:
         case Policy():  # updates were not seen
             return stage.precision == "bf16" and stage.num_iterations > 1
     return False
+
+
+def reads_pictures(stage: Stage) -> bool:
+    """Whether `stage` reads pictures from files. Its maths number is one higher since they are all read alike.
+
+    16-bit greys were white, and some readers left out the turn that EXIF asks for, or what transparency is laid on.
+    """
+    return any(getattr(stage, name, None) for name in ("images", "real_images", "pairs"))
 
 
 def hashed(described: dict) -> str:

@@ -13,7 +13,7 @@ import tiny
 from mlcm_rl import adapters, bases, checkpoint, finished_runs, pipeline
 from mlcm_rl.__main__ import app
 from mlcm_rl.checkpoint import finish
-from mlcm_rl.fingerprint import settings, was_corrected
+from mlcm_rl.fingerprint import identity, settings, was_corrected
 from mlcm_rl.pipeline import BadArgument, RunError
 from mlcm_rl.plan import network_evaluations
 from mlcm_rl.recipe import Evaluate, Full, Lora
@@ -178,6 +178,13 @@ def test_a_correction_moves_the_folders_of_the_stages_that_it_changes_and_no_oth
     assert not was_corrected(runs.tuning("policy", "unused", precision="bf16"))
     assert was_corrected(runs.tuning("feedback", "unused", shape="mps_hinge"))
     assert not was_corrected(runs.tuning("feedback", "unused"))
+
+
+def test_stages_that_read_pictures_are_run_again_since_all_are_read_alike(tiny_sdxl, tmp_path):
+    dpo = runs.tuning("dpo", runs.write_prompts(tmp_path))
+    pairs = dpo.model_copy(update={"pairs": runs.write_pairs(tmp_path / "pairs")})
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [dpo, pairs])
+    assert [identity(stage, recipe, {})["maths"] for stage in recipe.stages] == [1, 2]
 
 
 def test_a_stage_of_its_own_seed_leaves_the_others_where_they_are(finished):
