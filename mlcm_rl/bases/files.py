@@ -58,6 +58,12 @@ def local_first(read: Callable[..., Any], teacher: Teacher, **settings: Any) -> 
     return read(teacher.path, revision=teacher.revision, **settings)
 
 
+def folder_of(teacher: Teacher) -> Path:
+    """Return the folder with the teacher's files: its own, or where a pinned revision of the hub was fetched to."""
+    folder = Path(teacher.path)
+    return folder if folder.is_dir() else Path(local_first(DiffusionPipeline.download, teacher, use_safetensors=True))
+
+
 def pipeline_index(teacher: Teacher) -> dict[str, Any]:
     """What model_index.json says, from the folder or from the hub at the pinned revision.
 

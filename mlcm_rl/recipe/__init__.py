@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 
+from . import hinges
 from .types import (
     Fraction,
     Full,
@@ -240,16 +241,16 @@ class Feedback(Tuning):
     num_grad_steps: PositiveInt = Field(1, description="K of `last`; how many late steps `random` draws from")
     num_copies: PositiveInt = Field(2, description="of `low_variance`: n re-noised copies of a sample")
     shape: Literal["negative", "hinge", "mps_hinge"] = Field(
-        "negative", description="-r; relu(threshold - r); or that and relu of the reward under another's prompt"
+        "negative", description="-r; relu(threshold - r); or that and relu of r under another's prompt, of raw scores"
     )
-    threshold: float = Field(0.0, description="of the hinges, on the scale of the summed reward")
+    threshold: float = Field(0.0, description="of the hinges, on the summed reward's scale; 16 for mps_hinge of mps")
     anchor: NonNegativeFloat = Field(0.0, description="weight of the mean squared distance to the reference's last x0")
     kl: NonNegativeFloat = Field(0.0, description="weight of one stochastic step's KL to the reference, per element")
     consistency: NonNegativeFloat = Field(0.0, description="weight of the distillation loss on stored trajectories")
     small_decoder: str | None = Field(
-        None,
-        description="folder of an AutoencoderTiny that draws for the rewards trained on; the guard sees the real one",
+        None, description="folder of an AutoencoderTiny that draws for the rewards trained on, never for the guard"
     )
+    _hinge_is_settled = model_validator(mode="after")(hinges.settle)
 
     @model_validator(mode="after")
     def _sampler_has_those_steps(self):
@@ -259,8 +260,6 @@ class Feedback(Tuning):
             raise ValueError("kl needs gamma above 0: a deterministic step has no distribution; take anchor")
         if self.kl and self.sampling_steps < 2:
             raise ValueError("kl needs sampling_steps 2 or more: the last step puts no noise back; take anchor")
-        if self.shape == "mps_hinge" and self.batch_size == 1:
-            raise ValueError("shape: mps_hinge needs batch_size 2 or more: an irrelevant prompt is another of the step")
         return self
 
     @property
