@@ -18,7 +18,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from . import Distill, Evaluate, Feedback, Recipe, Stage, Teacher, Tuning, errors, json_schema
+from ..untrusted import regular
+from . import Distill, Evaluate, Feedback, Recipe, Stage, Teacher, Tuning, errors
+from .schema import json_schema
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
 from .types import TRAINED, Lora, Reward
 
@@ -150,9 +152,20 @@ def _file_problems(recipe: Recipe, root: Path) -> Iterator[Problem]:
             if reward.name not in known:
                 message = f"no reward is called {reward.name}; known are {', '.join(known) or 'none'}"
                 yield Problem(key, message, nearest(reward.name, known))
+            yield from _endless((*key[:-1], "settings"), reward, root)
             folder = reward.settings.get("folder") if reward.name == TRAINED else None
             if isinstance(folder, str):
                 yield from _absent((*key[:-1], "settings", "folder"), folder, root, holding="reward.json")
+
+
+def _endless(key: Key, reward: Reward, root: Path) -> Iterator[Problem]:
+    """Settings of a reward that name what is there and is neither a file nor a folder."""
+    for name, text in reward.settings.items():
+        if isinstance(text, str) and os.path.exists(root / text):
+            try:
+                regular(root / text)
+            except ValueError as error:
+                yield Problem((*key, name), str(error))
 
 
 def _runs_problems(recipe: Recipe, root: Path) -> Iterator[Problem]:
