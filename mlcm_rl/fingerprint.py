@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import FORMAT, contents_hash, folder_hash, read_json, sha256, teacher_hash
+from .checkpoint import FORMAT, read_json, teacher_hash
+from .hashing import contents_hash, folder_hash, sha256
 from .recipe import Distill, Evaluate, Feedback, Recipe, Stage, Strict, TrainTeacher
 from .rewards.source import source_hashes
 

@@ -25,12 +25,10 @@ SHIPPED = sorted(Path("recipes").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_sdxl, tmp_path_factory, memory_meter):
+def finished(tiny_sdxl, tmp_path_factory):
     """A whole run, its memory predicted and measured: recipe and stages."""
     recipe = runs.whole(tiny_sdxl, tmp_path_factory.mktemp("whole"), segments=[8, 1], held_out_every=1, sample_every=1)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(pipeline, "_memory_meter", memory_meter)
-        return recipe, pipeline.run(recipe)
+    return recipe, pipeline.run(recipe)
 
 
 def test_a_run_leaves_a_student_snapshots_pictures_a_log_and_a_report(finished):
