@@ -151,7 +151,8 @@ def _pipeline_code(student: Student, gamma: float, stock_class: str) -> str:
 
 
 def _edit(file: Path, **settings: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings, indent=2) + "\n")
+    known = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(known | settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_snapshot(base: Base, student: Student, folder: Path) -> None:

@@ -18,7 +18,8 @@ from .fingerprint import STUDENTS, Located, locate
 from .pairs import labels, ranking
 from .pipeline import BadArgument, RunError, run_stage, worded
 from .recipe import Evaluate, Recipe, Reward, paths
-from .rewards import build, refuse_unread
+from .rewards import build
+from .rewards.prompts import refuse_prompts
 from .runtime import generator, tell_truncated
 from .untrusted import held, is_unicode
 
@@ -92,7 +93,7 @@ def pairs(
     gamma = own_gamma(folder / "student")
     asked = ranking.Asked(student, sha256(prompts), reward, num_generations, num_steps, gamma, min_margin, seed)
     model = build(Reward(name=reward), device_of(recipe_of(folder).device))
-    refuse_unread(model, reward, {prompt.language for prompt in read})
+    refuse_prompts(model, reward, read, prompts)
     base = teacher_of(folder)
     tell_truncated(base, [prompt.prompt for prompt in read], str(prompts))
     loaded = adapters.load_student(base, folder / "student")

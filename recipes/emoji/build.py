@@ -53,7 +53,7 @@ def run_steps(
     environment = os.environ | {OPENMOJI_KEY: "1" if with_openmoji else "0"}
     for step in steps:
         stamp = done / step
-        if stamp.exists() and stamp.read_text() == key and step not in again:
+        if stamp.exists() and stamp.read_text(encoding="utf-8") == key and step not in again:
             print(f"{step}: done before", flush=True)
             continue
         command = command_of(step, threads)
