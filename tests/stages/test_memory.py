@@ -16,36 +16,8 @@ from mlcm_rl.memory.live_bytes import Kernels, Live
 from mlcm_rl.plan import planned_stages
 from mlcm_rl.recipe import Full, Lora, Reward, Teacher
 from mlcm_rl.rewards import build
+from published_shapes import SD15, SDXL
 
-SD15 = {
-    "_class_name": "UNet2DConditionModel",
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-}
-SDXL = {
-    "_class_name": "UNet2DConditionModel",
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
-    "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
-    "block_out_channels": [320, 640, 1280],
-    "layers_per_block": 2,
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "transformer_layers_per_block": [1, 2, 10],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 VAE = {
     "_class_name": "AutoencoderKL",
     "latent_channels": 4,
