@@ -1,11 +1,12 @@
 """LoRA students of every kind, and their exports: what tests of other tools open."""
 
+import json
 from pathlib import Path
 
 from torch import Tensor
 
 import tiny
-from mlcm_rl import adapters
+from mlcm_rl import adapters, published
 from mlcm_rl.bases import Base
 from mlcm_rl.export import export
 from mlcm_rl.lora_files import read_lora
@@ -14,6 +15,15 @@ from mlcm_rl.recipe import Lora
 LORA, PREFERENCE = Lora(rank=8, alpha=2.0), Lora(rank=2, alpha=8.0)  # a scale that is lost or doubled shows
 WHOLE, CONDITIONED = ["plain", "tuned"], ["conditioned", "conditioned-tuned"]
 SEED = 1
+
+
+def published_unet(name: str) -> dict:
+    """The configuration of a published teacher's denoiser."""
+    return json.loads((Path(published.__file__).parent / name / "unet" / "config.json").read_text())
+
+
+SDXL, SD15 = published_unet("stable-diffusion-xl-base-1.0"), published_unet("stable-diffusion-v1-5")
+SD21 = SD15 | {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True}
 
 
 def description(base: Base) -> dict:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from lora_students import CONDITIONED, LORA, PREFERENCE, WHOLE, description, relative, updates_in
+from lora_students import CONDITIONED, LORA, PREFERENCE, SD15, SD21, SDXL, WHOLE, description, relative, updates_in
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -26,7 +26,6 @@ from mlcm_rl.bases import LORA_TARGETS, Base
 from mlcm_rl.export import export, told_update
 from mlcm_rl.lora_files import KOHYA_FILE, LORA_FILE, combined, kohya_names, read_lora, write_kohya
 from mlcm_rl.recipe import Full
-from published_shapes import SD15, SD21, SDXL
 
 # ---- the rule of the tools ----
 

@@ -15,7 +15,7 @@ import lora_students
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from lora_students import relative, updates_in
+from lora_students import SD15, SD21, SDXL, relative, updates_in
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
@@ -24,7 +24,6 @@ from mlcm_rl import bases
 from mlcm_rl.bases import LORA_TARGETS
 from mlcm_rl.lora_files import KOHYA_FILE, LORA_FILE, kohya_names, write_kohya
 from mlcm_rl.recipe import Teacher
-from published_shapes import SD15, SD21, SDXL
 
 pytestmark = pytest.mark.slow
 
