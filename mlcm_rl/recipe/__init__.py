@@ -75,7 +75,7 @@ class Trajectories(OneStage):
     num_trajectories: PositiveInt
     num_held_out: int = Field(0, ge=0, description="trajectories of prompts after the first, for the held-out loss")
     num_steps: int = Field(48, ge=8, le=992, description="solver steps: 8 segments of 6")
-    batch_size: PositiveInt = presentation(16, description="trajectories solved at a time")
+    batch_size: PositiveInt = presentation(16, description="solved at a time; another moves states in their last bits")
     dtype: Literal["float32", "float16"] = Field("float32", description="of the stored states; never bfloat16")
     shard_size: PositiveInt = presentation(64, description="trajectories in a file")
 
