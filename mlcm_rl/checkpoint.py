@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .hashing import folder_hash, sha256
 from .recipe import Teacher
 from .untrusted import held, parse_json, read_bytes
 
@@ -158,10 +158,25 @@ def read_shapes(path: Path) -> dict[str, list[int]]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Save `tensors` as safetensors, on the CPU and contiguous. Raises CheckpointError where the disk is too full."""
+    """Save `tensors` as safetensors, on the CPU and contiguous. Raises CheckpointError where the disk is too full.
+
+    The same tensors and metadata are the same bytes.
+    """
     with replacing(path) as temporary:
         require_space(path, sum(value.numel() * value.element_size() for value in tensors.values()))
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
+        if metadata and len(metadata) > 1:
+            _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, in place: the library writes it in one drawn at random."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 def require_space(path: Path, size: int) -> None:
@@ -173,11 +188,6 @@ def require_space(path: Path, size: int) -> None:
             f"{path} needs {needed} and its disk has {left} left: make room, and the same command goes on from what "
             "was saved before"
         )
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksums(folder: Path, skip: tuple[str, ...] = ()) -> dict[str, str]:
@@ -192,36 +202,6 @@ def teacher_hash(teacher: Teacher) -> str:
     if not folder.is_dir():
         return f"{teacher.path}@{teacher.revision}"
     return folder_hash(folder)
-
-
-def folder_hash(folder: Path) -> str:
-    """Identity of the weights and configuration in a folder: one sha256 over every file's.
-
-    A stage's manifest is left out: it says when and where the same files were made.
-    """
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".json", ".txt")]
-    return _hash_of_files(folder, [path for path in found if path != folder / "manifest.json"])
-
-
-def contents_hash(folder: Path) -> str:
-    """Identity of all that a folder holds: one sha256 over the names and bytes of every file."""
-    return _hash_of_files(folder, [path for path in sorted(folder.rglob("*")) if path.is_file()])
-
-
-def _hash_of_files(folder: Path, files: list[Path]) -> str:
-    found = {path.relative_to(folder).as_posix(): sha256_once(path) for path in files}
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
-
-
-def sha256_once(path: Path) -> str:
-    """sha256 of a file, cached by size and time of change: gigabytes are read once a process."""
-    found = path.stat()
-    return _sha256_at(path.absolute(), found.st_size, found.st_mtime_ns)
-
-
-@cache
-def _sha256_at(path: Path, size: int, changed: int) -> str:
-    return sha256(path)
 
 
 # ---- what others may read ----

@@ -13,8 +13,10 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .checkpoint import FORMAT, contents_hash, folder_hash, read_json, sha256, teacher_hash
+from .checkpoint import FORMAT, read_json, teacher_hash
+from .hashing import contents_hash, folder_hash, sha256
 from .recipe import Distill, Evaluate, Feedback, Recipe, Stage, Strict, TrainTeacher
 from .rewards.source import source_hashes
 
@@ -93,9 +95,9 @@ def identity(stage: Stage, recipe: Recipe, parents: dict[str, str]) -> dict:
     return {
         "format": FORMAT,
         "kind": stage.kind,
-        "maths": MATHS[stage.kind] + corrections(stage),
-        "stage": settings(stage) | read | also,  # by content, not by name
-        **reward_files(stage),
+        "maths": MATHS[stage.kind] + corrections(stage) + reads_pictures(stage),
+        "stage": as_written(settings(stage), recipe) | read | also,  # by content, not by name
+        **as_written(reward_files(stage), recipe),
         **reward_sources(stage),
         "teacher": settings(recipe.teacher) | {"path": teacher_hash(recipe.teacher)},
         "parents": parents,
@@ -118,6 +120,14 @@ def corrections(stage: Stage) -> int:
     return 0
 
 
+def reads_pictures(stage: Stage) -> bool:
+    """Whether `stage` reads pictures from files. Its maths number is one higher since they are all read alike.
+
+    16-bit greys were white, and some readers left out the turn that EXIF asks for, or what transparency is laid on.
+    """
+    return any(getattr(stage, name, None) for name in ("images", "real_images", "pairs"))
+
+
 def hashed(described: dict) -> str:
     """A short name for a thing so described, whatever the order of the keys."""
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
@@ -138,6 +148,15 @@ def settings(model: Strict) -> dict:
         and not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("presentation"))
         and getattr(model, name) != field.get_default(call_default_factory=True)
     }
+
+
+def as_written(value: Any, recipe: Recipe) -> Any:
+    """`value` with the paths of rewards' settings as the recipe's file says them: they differ by where it is read."""
+    if isinstance(value, dict):
+        return {as_written(key, recipe): as_written(one, recipe) for key, one in value.items()}
+    if isinstance(value, list):
+        return [as_written(one, recipe) for one in value]
+    return recipe._written.get(value, value) if isinstance(value, str) else value
 
 
 def reward_files(stage: Stage) -> dict[str, dict[str, str]]:

@@ -8,7 +8,9 @@ what it can do:
     needs_prompt     bool: the score depends on the prompt
     languages        tuple of language codes that its prompts may be in; () where it needs no prompt
 
-and a fourth, `weights`, which it may leave out, names the files that must be fetched first (weights.py).
+and a fourth, `weights`, which it may leave out, names the files that must be fetched first (weights.py). A reward that
+not every prompt suits has a method `refuse_prompt(prompt, aspect)` as well, which raises ValueError for one that no
+picture of that width / height can be scored for: all prompts are then checked before the first step (prompts.py).
 
 `find` looks in two places: the file `reward_models/<name>.py`, which defines one public class and is imported only
 when it is named, and the entry-point group `mlcm_rl.reward_models` of other people's distributions.
@@ -32,6 +34,7 @@ from torch import Tensor
 from .. import precision
 from ..data import guess_language
 from ..recipe import Reward
+from ..untrusted import shown
 from .weights import GivenFile, HubFile, MissingWeights, PipFile, Weights, WeightsError, read_checkpoint
 
 __all__ = [
@@ -216,7 +219,7 @@ def score(reward: RewardModel, name: str, images: Tensor, prompts: list[str]) ->
         raise RewardError(f"reward {name}: must return shape ({len(images)},), returned {tuple(scores.shape)}")
     if not scores.isfinite().all():
         index = int((~scores.isfinite()).nonzero()[0])
-        raise RewardError(f"reward {name}: returned {scores[index].item()} for prompt {prompts[index]!r}")
+        raise RewardError(f"reward {name}: returned {scores[index].item()} for prompt {shown(prompts[index])}")
     return scores
 
 

@@ -536,7 +536,7 @@ def test_the_guard_keeps_the_step_that_was_best(distilled, tmp_path):
 
 
 def test_undivided_advantages_reach_the_policys_loss(distilled, tmp_path):
-    """Adam hides a scale that all prompts share; the norm of the first gradient, of nothing clipped, does not."""
+    """Adam hides a scale that all prompts share; the first iteration's gradient norm, unclipped, does not."""
     norms = [
         records(tune(distilled, tmp_path / scale, "policy", scale_rewards=scale, num_iterations=1))[0]["grad_norm"]
         for scale in ("group", "none")
