@@ -18,7 +18,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ..untrusted import regular
+from .. import teacher_check
+from ..untrusted import read_bytes, regular
 from . import Distill, Evaluate, Feedback, Recipe, Stage, Teacher, Tuning, errors
 from .schema import json_schema
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
@@ -94,14 +95,17 @@ def _teacher_problems(teacher: Teacher, root: Path) -> Iterator[Problem]:
         yield Problem(("teacher", "revision"), message, looked_in=str(root))
     elif teacher.revision is None or not name:
         yield from _absent(("teacher", "path"), teacher.path, root, holding="model_index.json")
-        yield from _family_problems(teacher, root)
+        yield from (wrong := list(_family_problems(teacher, root)))
         yield from _resolution_problems(teacher, root)
+        if not wrong and os.path.exists(root / teacher.path / "model_index.json"):
+            for one in teacher_check.problems(root / teacher.path, teacher.family, teacher.variant):
+                yield Problem(("teacher", "path"), f"{teacher.path}: {one}")
 
 
 def _family_problems(teacher: Teacher, root: Path) -> Iterator[Problem]:
     """The folder's pipeline is of another family. An index that is not there or damaged is told elsewhere."""
-    with suppress(OSError, ValueError):
-        index = json.loads((root / teacher.path / "model_index.json").read_text("utf-8"))
+    with suppress(OSError, ValueError, RecursionError):
+        index = json.loads(read_bytes(root / teacher.path / "model_index.json"))
         found = index.get("_class_name") if isinstance(index, dict) else None
         if isinstance(found, str) and FAMILIES.get(found) != teacher.family:
             message = f"{teacher.family} does not load the {found} that is in {teacher.path}"
@@ -112,8 +116,8 @@ def _resolution_problems(teacher: Teacher, root: Path) -> Iterator[Problem]:
     """A side that autoencoder and denoiser cannot halve as often as they do. Damaged files are told elsewhere."""
     if teacher.resolution is None:
         return
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        configs = [json.loads((root / teacher.path / part / "config.json").read_text("utf-8")) for part in HALVING]
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        configs = [json.loads(read_bytes(root / teacher.path / part / "config.json")) for part in HALVING]
         smallest = 2 ** sum(len(config["block_out_channels"]) - 1 for config in configs)
         if teacher.resolution % smallest:
             message = f"expected a multiple of {smallest}, as {teacher.path} needs, found {teacher.resolution}"

@@ -1,6 +1,5 @@
 """What is wrong with a recipe beyond its types: files that are not there, stages that do not find what they need."""
 
-import json
 from importlib import import_module
 from typing import get_args
 
@@ -67,13 +66,10 @@ def test_a_teacher_of_another_family_is_told_when_the_recipe_is_read(broken, roo
 
 
 def test_a_side_that_the_teacher_cannot_halve_is_told_when_the_recipe_is_read(broken, root):
-    for part, channels in (("vae", [8, 8]), ("unet", [8, 8, 8])):  # one halving and two
-        (root / "teacher" / part).mkdir()
-        (root / "teacher" / part / "config.json").write_text(json.dumps({"block_out_channels": channels}))
-    (problem,) = broken(overrides=("teacher.resolution=36",))
+    (problem,) = broken(overrides=("teacher.resolution=1000",))  # SDXL halves a side three times, then twice
     assert key_text(problem.key) == "teacher.resolution"
-    assert problem.text == "expected a multiple of 8, as teacher needs, found 36"
-    assert load(root / "good.yaml", ("teacher.resolution=40",), root).teacher.resolution == 40
+    assert problem.text == "expected a multiple of 32, as teacher needs, found 1000"
+    assert load(root / "good.yaml", ("teacher.resolution=992",), root).teacher.resolution == 992
 
 
 def test_every_family_is_known_by_its_pipeline():
