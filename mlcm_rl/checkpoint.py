@@ -24,6 +24,7 @@ from .untrusted import held, parse_json, read_bytes
 FORMAT = 1  # of manifest.json; raised when its layout changes
 STATE_FORMAT = 2  # of checkpoints
 PARTIAL = ".part"  # ends the names of what is not whole yet
+MAX_HEADER = 10**8  # bytes, of a safetensors file: the format's own limit
 SPARE_BYTES = 2**20  # of a disk, left free for logs and for the next small file
 UMASK = os.umask(0)  # which can only be read by setting it
 os.umask(UMASK)
@@ -128,9 +129,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
+        refuse_twice(path)
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def refuse_twice(path: Path) -> None:
+    """Raise ValueError for a safetensors header that is no JSON or has a name twice, of which readers take either."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, MAX_HEADER))
+    parse_json(header.decode("utf-8"))
 
 
 def load_weights(network: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
@@ -151,9 +161,10 @@ def read_shapes(path: Path) -> dict[str, list[int]]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
+        refuse_twice(path)
         with safe_open(path, "pt") as file:  # compares the header with the file's size
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
