@@ -100,7 +100,7 @@ def run(
     Ctrl-C and SIGTERM end it within 30 seconds, in training after a whole step that is saved; a second one ends it at
     once. The exit code is 130 after Ctrl-C and 143 after SIGTERM, 1 for a run that failed, 2 for a bad recipe.
     """
-    loaded = _load(recipe, overrides)
+    loaded = _load(recipe, overrides, quiet=launch is not None)  # the first of the processes tells
     if launch is not None:
         flags = ["--skip-damaged"] if skip_damaged else []
         raise typer.Exit(_launched(launch, [str(recipe), *(overrides or []), *flags]))
@@ -119,7 +119,7 @@ def validate(
     bad = 0
     for path in recipes:
         try:
-            load(path, root=Path.cwd())
+            load(path, root=Path.cwd(), tell=_tell_path)
         except RecipeError as error:
             bad += 1
             _print_problems(console, path, error)
@@ -351,13 +351,19 @@ def _read_launch(path: Path | None) -> "Launch":
         raise typer.BadParameter(str(error), param_hint="--launch") from None
 
 
-def _load(path: Path, overrides: list[str] | None) -> Recipe:
-    """The recipe, checked against the files under the working directory; exit 2 with all its errors."""
+def _load(path: Path, overrides: list[str] | None, quiet: bool = False) -> Recipe:
+    """The recipe, checked against the files that it names; exit 2 with all its errors."""
     try:
-        return load(path, overrides or [], root=Path.cwd())
+        return load(path, overrides or [], Path.cwd(), tell=(lambda note: None) if quiet else _tell_path)
     except RecipeError as error:
         _print_problems(error_console, path, error)
         raise typer.Exit(2) from None
+
+
+def _tell_path(note: str) -> None:
+    """One line on a path that could have been meant otherwise."""
+    if not console.quiet:
+        error_console.print(Text.assemble(("path", "yellow"), f"  {note}"), soft_wrap=True)
 
 
 def _refuse(way: str, **options: object) -> None:

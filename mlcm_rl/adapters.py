@@ -13,8 +13,6 @@ is the reference of preference learning; `preference` comes on top and is all th
 """
 
 import copy
-import json
-import math
 import reprlib
 import shutil
 import warnings
@@ -29,7 +27,6 @@ from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from . import precision
@@ -46,18 +43,14 @@ from .checkpoint import (
     write_tensors,
 )
 from .equations.segments import NUM_SEGMENTS
+from .lora_files import LORA_FILE, Adapter, combined, read_lora, write_lora
 from .recipe import Full, Lora
 from .recipe.types import default_gamma
-from .untrusted import parse_json
 
 DISTILLED, PREFERENCE = "distilled", "preference"  # names of adapters
 PREFERENCE_FILE = "preference_lora_weights.safetensors"
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 CONDITIONING_FILE = "conditioning.safetensors"
 DESCRIPTION_FILE = "student.json"
-METADATA_KEY = "lora_adapter_metadata"  # diffusers' key for PEFT's configuration in a safetensors header
-# Of PEFT's configuration what says where an adapter came from, and changes nothing.
-DESCRIPTIVE = ("peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode")
 TARGET_TIME_KEY = "time_embedding.cond_proj.weight"
 
 
@@ -242,6 +235,17 @@ def load_published_lora(base: Base, path: Path | str, alpha: float = 8.0) -> UNe
     return _fill_lora(_with_lora(denoiser, settings), DISTILLED, tensors, path)
 
 
+def as_one_lora(student: Student) -> Adapter | None:
+    """Return the adapter that makes the teacher this student, with the preference adapter of a tuned one in it.
+
+    None where its weights are its own. A target time's projection is not in it. Every scale is inside B (alpha = rank).
+    """
+    if not (student.folder / LORA_FILE).is_file():
+        return None
+    files = [LORA_FILE, PREFERENCE_FILE] if student.tuned else [LORA_FILE]
+    return combined([read_lora(student.folder / file) for file in files])
+
+
 def merged(student: Student, dtype: torch.dtype) -> UNet2DConditionModel:
     """A plain denoiser with weights of its own in `dtype` that computes what the student does."""
     denoiser = copy.deepcopy(student.denoiser)
@@ -372,49 +376,3 @@ def _lora_settings(denoiser: UNet2DConditionModel, name: str = DISTILLED) -> Lor
 
 def _save_lora(denoiser: UNet2DConditionModel, name: str, file: Path) -> None:
     write_lora(_lora_settings(denoiser, name), get_peft_model_state_dict(denoiser, adapter_name=name), file)
-
-
-def write_lora(settings: LoraConfig, tensors: dict[str, Tensor], file: Path) -> None:
-    """An adapter in the layout that `load_lora_weights` reads, PEFT's configuration in the header.
-
-    As diffusers' own save, less its second header key: safetensors orders keys at random, and the same student is to be
-    the same bytes.
-    """
-    stated = {**settings.to_dict(), "target_modules": sorted(settings.target_modules)}
-    header = json.dumps({f"unet.{key}": value for key, value in stated.items()}, indent=2, sort_keys=True)
-    tensors = {f"unet.{key}": value for key, value in tensors.items()}
-    write_tensors(file, tensors, {METADATA_KEY: header})
-
-
-def read_lora(path: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Configuration and tensors of a LoRA file as `save_student` and diffusers write it.
-
-    Raises CheckpointError for a file that is damaged, or whose header asks for what its tensors are not.
-    """
-    tensors = {key.removeprefix("unet."): value for key, value in read_tensors(path).items()}
-    with safe_open(path, "pt") as file:
-        header = (file.metadata() or {}).get(METADATA_KEY, "")
-    try:
-        stated = {key.removeprefix("unet."): value for key, value in dict(parse_json(header)).items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its header holds no configuration of PEFT's: {error}") from error
-    settings = _settings_in(stated, path)
-    ranks = {value.shape[0] for key, value in tensors.items() if key.endswith(".lora_A.weight") and value.ndim}
-    if ranks != {settings.r}:
-        raise CheckpointError(f"{path}: r is {settings.r}, its tensors have rank {', '.join(map(str, sorted(ranks)))}")
-    return settings, tensors
-
-
-def _settings_in(stated: dict[str, Any], path: Path) -> LoraConfig:
-    """Rank, alpha and modules of a configuration; with anything else that is set, PEFT would import modules by name,
-    fetch weights or match regular expressions: it is refused."""
-    rank, alpha, modules = (stated.get(key) for key in ("r", "lora_alpha", "target_modules"))
-    usual = LoraConfig().to_dict() | {"r": rank, "lora_alpha": alpha, "target_modules": modules}
-    odd = sorted(key for key, value in stated.items() if key not in DESCRIPTIVE and value != usual.get(key))
-    if odd:
-        raise CheckpointError(f"{path}: its header sets {', '.join(odd)}; read are r, lora_alpha and target_modules")
-    if type(rank) is not int or type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise CheckpointError(f"{path}: r and lora_alpha must be numbers, are {rank!r} and {alpha!r}")
-    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
-        raise CheckpointError(f"{path}: target_modules must be a list of names, is {reprlib.repr(modules)}")
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)

@@ -158,10 +158,25 @@ def read_shapes(path: Path) -> dict[str, list[int]]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Save `tensors` as safetensors, on the CPU and contiguous. Raises CheckpointError where the disk is too full."""
+    """Save `tensors` as safetensors, on the CPU and contiguous. Raises CheckpointError where the disk is too full.
+
+    The same tensors and metadata are the same bytes.
+    """
     with replacing(path) as temporary:
         require_space(path, sum(value.numel() * value.element_size() for value in tensors.values()))
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
+        if metadata and len(metadata) > 1:
+            _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, in place: the library writes it in one drawn at random."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 def require_space(path: Path, size: int) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import FORMAT, contents_hash, folder_hash, read_json, sha256, teacher_hash
 from .recipe import Distill, Evaluate, Feedback, Policy, Recipe, Stage, Strict, TrainTeacher
@@ -94,8 +95,8 @@ def identity(stage: Stage, recipe: Recipe, parents: dict[str, str]) -> dict:
         "format": FORMAT,
         "kind": stage.kind,
         "maths": MATHS[stage.kind] + was_corrected(stage) + reads_pictures(stage),
-        "stage": settings(stage) | read | also,  # by content, not by name
-        **reward_files(stage),
+        "stage": as_written(settings(stage), recipe) | read | also,  # by content, not by name
+        **as_written(reward_files(stage), recipe),
         **reward_sources(stage),
         "teacher": settings(recipe.teacher) | {"path": teacher_hash(recipe.teacher)},
         "parents": parents,
@@ -149,6 +150,15 @@ def settings(model: Strict) -> dict:
         and not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("presentation"))
         and getattr(model, name) != field.get_default(call_default_factory=True)
     }
+
+
+def as_written(value: Any, recipe: Recipe) -> Any:
+    """`value` with the paths of rewards' settings as the recipe's file says them: they differ by where it is read."""
+    if isinstance(value, dict):
+        return {as_written(key, recipe): as_written(one, recipe) for key, one in value.items()}
+    if isinstance(value, list):
+        return [as_written(one, recipe) for one in value]
+    return recipe._written.get(value, value) if isinstance(value, str) else value
 
 
 def reward_files(stage: Stage) -> dict[str, dict[str, str]]:

@@ -17,7 +17,7 @@ from .export import refuse_taken
 from .fingerprint import STUDENTS, Located, locate
 from .pairs import labels, ranking
 from .pipeline import BadArgument, RunError, run_stage, worded
-from .recipe import Evaluate, Recipe, Reward
+from .recipe import Evaluate, Recipe, Reward, paths
 from .rewards import build
 from .rewards.prompts import refuse_prompts
 from .runtime import generator, tell_truncated
@@ -30,6 +30,11 @@ def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
     Raises RunError where there is none, or where the latest is gone: an earlier one would be another student;
     CheckpointError where its files are not what was written.
     """
+    if (run_folder / "model_index.json").is_file():
+        raise RunError(
+            f"{run_folder} is a model for diffusers, as `mlcm export` writes them, and no run: its README.md has the "
+            "code that draws with it; `mlcm sample`, `evaluate`, `export` and `pairs` take the run that it was made by"
+        )
     for folder in [run_folder, *sorted(run_folder.glob("[0-9]*-*"), reverse=True)]:
         if is_finished(folder) and read_json(folder / "manifest.json", kind=str)["kind"] in kinds:
             verify(folder)
@@ -204,10 +209,10 @@ def teacher_of(folder: Path) -> Base:
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """The recipe that a finished stage was run with, as its manifest keeps it."""
+    """The recipe that a finished stage was run with, as its manifest keeps it, with paths as this process sees them."""
     file = folder / "manifest.json"
     try:
-        return Recipe.model_validate(read_json(file, recipe=dict)["recipe"])
+        return paths.recorded(read_json(file, recipe=dict), folder)
     except ValidationError as error:
         wrong = error.errors()[0]
         key = ".".join(map(str, ("recipe", *wrong["loc"])))

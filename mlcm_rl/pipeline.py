@@ -22,7 +22,7 @@ from .memory.peak import Meter, begin
 from .operations import this_device
 from .plan import PlannedStage, Sizes, network_evaluations, planned_stages
 from .plan_table import way_out
-from .recipe import Distill, Recipe, Reward, Stage, TrainTeacher, Tuning
+from .recipe import Distill, Recipe, Reward, Stage, TrainTeacher, Tuning, paths
 from .runtime import NonFiniteLoss, StoppedBeforeUpdate, commit, console
 
 __all__ = [
@@ -191,6 +191,7 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
         "fingerprint": found.fingerprint,
         "stage": stage.model_dump(mode="json"),
         "recipe": recipe.model_dump(mode="json"),
+        **paths.record(recipe, found.folder),
         "parents": {kind: str(parent.folder.name) for kind, parent in parents.items()},
         "network_evaluations": network_evaluations(stage, recipe),
         "seconds": round(time.monotonic() - started, 1),

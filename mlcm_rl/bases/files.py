@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 
 from ..checkpoint import read_json, read_shapes
 from ..recipe import Teacher
+from ..recipe.file import refuse_student
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 OTHER_PARTS = ("text_encoder", "tokenizer", "safety_checker", "image_encoder", "feature_extractor")
@@ -58,14 +59,19 @@ def local_first(read: Callable[..., Any], teacher: Teacher, **settings: Any) -> 
 
 
 def pipeline_index(teacher: Teacher) -> dict[str, Any]:
-    """What model_index.json says, from the folder or from the hub at the pinned revision."""
+    """What model_index.json says, from the folder or from the hub at the pinned revision.
+
+    Raises FileNotFoundError where there is none, ValueError for a student's.
+    """
     folder = Path(teacher.path)
     if teacher.revision is None and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"teacher {teacher.path}: no model_index.json in {folder.resolve()}; give a folder in diffusers format, "
-            "seen from the working directory, or a hub name with a pinned revision"
+            f"teacher {teacher.path}: no model_index.json in {folder.resolve()}; give a folder in diffusers format "
+            "or a hub name with a pinned revision"
         )
-    return dict(local_first(DiffusionPipeline.load_config, teacher))
+    index = dict(local_first(DiffusionPipeline.load_config, teacher))
+    refuse_student(f"teacher {teacher.path}", folder, index)
+    return index
 
 
 def index_of(pipeline_class: type[DiffusionPipeline], teacher: Teacher) -> dict[str, Any]:

@@ -9,7 +9,7 @@ begins with the name of the setting that it is about, so that the error points a
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 
 from .types import (
     Fraction,
@@ -131,7 +131,6 @@ class Distill(Training):
     renoise: Literal["student", "stored"] = Field(
         "stored", description="inter_segment: what is re-noised to a milestone"
     )
-
     held_out_every: PositiveInt = presentation(50, description="steps between losses on the held-out trajectories")
 
     @model_validator(mode="after")
@@ -439,6 +438,7 @@ class Recipe(Strict):
     runs: str = presentation("runs", description="folder that holds every run")
     device: Literal["auto", "cpu", "cuda", "mps"] = presentation("auto")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = presentation(["tensorboard"])
+    _written: dict[str, str] = PrivateAttr(default_factory=dict)  # paths in rewards' settings -> the file's text
 
 
 def json_schema() -> dict[str, Any]:

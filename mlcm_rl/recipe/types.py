@@ -27,7 +27,7 @@ class Strict(BaseModel):
 class Teacher(Strict):
     """The model to distil: a folder in diffusers format (or a hub name with a pinned revision)."""
 
-    path: str = Field(description="folder in diffusers format, relative to the working directory, or a hub name")
+    path: str = Field(description="folder in diffusers format, relative to the recipe's file, or a hub name")
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description="pinned commit of a hub model")
     family: Literal["sdxl", "sd"] = Field(description="file in mlcm_rl/bases that loads it")
     guidance_scale: NonNegativeFloat = Field(8.0, description="classifier-free guidance of the teacher (1 = none)")

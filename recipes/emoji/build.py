@@ -31,6 +31,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "denoiser": ("-m", "mlcm_rl", "run", RECIPE),
     "teacher": ("recipes/emoji/assemble_teacher.py", "--from-run", "runs/emoji_teacher"),
     "samples": ("recipes/emoji/measure_teacher.py", "--prompts", "256"),
+    "wordings": ("recipes/emoji/measure_wordings.py",),
 }
 THREADED = ("autoencoder", "text_towers", "judge", "rewards", "alignment")  # steps that take `--threads`
 

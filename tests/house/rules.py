@@ -20,9 +20,11 @@ MAY_IMPORT_HEAVY = {  # modules of mlcm_rl, without the package's name
     "distributed",
     "export",
     "exported_pipeline",  # copied into an export, where it is all that stock diffusers finds
+    "lora_files",
     "metrics",
     "pairs",
     "runtime",
+    "text_parts",
 }
 ABOVE = {"__main__", "finished_runs", "pipeline", "stages"}  # what drives the rest, so nothing below may import it
 VAGUE = {"common", "helper", "helpers", "manager", "util", "utils"}

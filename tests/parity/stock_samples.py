@@ -1,8 +1,8 @@
 """Sample exported folders with diffusers and nothing of ours: a program, `stock_samples.py JOBS.json [CODE.py ...]`.
 
 A job is {"folder", "out", "prompts", "seed", "calls": [{"steps"} or {"timesteps"}, "eta"]} and optionally "lora" and
-"unet" (parts to put over the folder's own), "scheduler" (whose to take instead) and "trust" (run the folder's own
-pipeline.py).
+"unet" (parts to put over the folder's own), "scheduler" (whose to take instead), "trust" (run the folder's own
+pipeline.py) and "again" (a folder to save the pipeline to, and to open it from).
 Written to "out": the latents of each call by its number. Then each CODE.py is run, as a reader of a card would run it.
 """
 
@@ -18,6 +18,9 @@ from safetensors.torch import save_file
 
 def sample(job: dict) -> None:
     pipe = DiffusionPipeline.from_pretrained(job["folder"], trust_remote_code=job.get("trust", False))
+    if "again" in job:
+        pipe.save_pretrained(job["again"])
+        pipe = DiffusionPipeline.from_pretrained(job["again"], trust_remote_code=job["trust"])
     pipe.set_progress_bar_config(disable=True)
     if "lora" in job:
         pipe.load_lora_weights(job["lora"], weight_name="pytorch_lora_weights.safetensors")

@@ -52,6 +52,7 @@ class Case:
 
 LORA = Lora(rank=4, alpha=8.0)
 OVER_TEACHER = {"folder": "{teacher}", "lora": "{out}", "scheduler": "{out}/scheduler"}
+AGAIN = {"trust": True, "again": "{out}/../../saved-again"}
 CASES = [
     Case("renoising", "sdxl", LORA, 1, ALL_STEPS + PAPER),
     Case("renoising-lora-over-its-teacher", "sdxl", LORA, 1, SOME_STEPS, of="renoising", job=OVER_TEACHER),
@@ -60,6 +61,7 @@ CASES = [
     Case("renoising-sd21", "sd21", Full(), 1, SOME_STEPS),
     Case("deterministic-full", "sdxl", Full(), 4, SOME_STEPS),
     Case("conditioned", "sdxl", LORA, 1, ALL_STEPS, conditioned=True, job={"trust": True}),
+    Case("conditioned-saved-again", "sdxl", LORA, 1, SOME_STEPS, True, AGAIN, "conditioned"),
     Case("conditioned-renoising", "sdxl", LORA, 1, SOME_STEPS, conditioned=True, job={"trust": True}, tuned_under=1.0),
     Case("tuned-between", "sdxl", LORA, 1, WITH_ETA, tuned_under=0.3),
     Case("conditioned-between", "sdxl", LORA, 1, WITH_ETA, conditioned=True, job={"trust": True}, tuned_under=0.3),
@@ -69,7 +71,7 @@ CASES = [
 
 SNAPSHOTS = {2: CASES[0], 4: CASES[5]}  # beside `deterministic-full`: an adapter, and full weights
 TOLD = [("conditioned", steps) for steps in STOCK_STEPS]
-TOLD += [(case.name, steps) for case in CASES[7:] if case.conditioned for steps in (2, 8)]
+TOLD += [(case.name, steps) for case in CASES[7:] if case.conditioned and not case.of for steps in (2, 8)]
 
 
 @dataclass

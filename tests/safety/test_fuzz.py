@@ -24,9 +24,10 @@ from safetensors.torch import save
 
 import runs
 from mlcm_rl import finished_runs, pipeline, replays
-from mlcm_rl.adapters import METADATA_KEY, describe, read_lora
+from mlcm_rl.adapters import describe
 from mlcm_rl.checkpoint import CheckpointError, load_state, read_shapes, read_tensors, save_state, sha256, verify
 from mlcm_rl.data import CaptionedImages, read_prompts
+from mlcm_rl.lora_files import METADATA_KEY, read_lora
 from mlcm_rl.pairs import PairTable
 from mlcm_rl.picture_files import read_picture
 from mlcm_rl.recipe.tree import RecipeError

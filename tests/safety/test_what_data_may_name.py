@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 import tiny
 from mlcm_rl import bases, checkpoint, data, pairs, picture_files, untrusted
-from mlcm_rl.adapters import METADATA_KEY, read_lora
 from mlcm_rl.bases import files
 from mlcm_rl.checkpoint import CheckpointError, finish, read_json, verify
 from mlcm_rl.data import CaptionedImages
+from mlcm_rl.lora_files import METADATA_KEY, read_lora
 from mlcm_rl.pairs import PairTable
 from mlcm_rl.picture_files import read_picture
 from mlcm_rl.recipe import Teacher

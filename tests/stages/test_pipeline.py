@@ -281,6 +281,13 @@ def test_evaluate_and_export_of_a_finished_run(finished, tmp_path):
     report = json.loads((folder / "report.json").read_text())
     assert {row["num_steps"] for row in report["rows"] if row["role"] == "student"} == {1}
     out = finished_runs.export(run, tmp_path / "out")
+    for again in (
+        lambda: finished_runs.export(out, tmp_path / "again"),
+        lambda: finished_runs.evaluate(out),
+        lambda: finished_runs.sample(out, ["red"], 4, 0, None, tmp_path / "pictures"),
+    ):
+        with pytest.raises(RunError, match=r"out is a model for diffusers.*README\.md has the code"):
+            again()
     assert (out / "model_index.json").is_file()
     assert "|" in (out / "README.md").read_text()  # the measured table
     assert finished_runs.find_stage(stages[1].folder, ("distill",)) == stages[1].folder.resolve()
