@@ -23,8 +23,9 @@ from rich.text import Text
 
 from . import console_text, plan_table, reward_commands, signals
 from .devices import DEVICES, THIS
-from .recipe import Recipe, json_schema
+from .recipe import Recipe
 from .recipe.file import load
+from .recipe.schema import json_schema
 from .recipe.tree import RecipeError, key_text
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ Every function raises ValueError in words. Nothing here imports torch.
 import json
 import os
 import reprlib
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,9 +50,20 @@ class Faults:
             raise ValueError(first_few(self.texts))
 
 
+def regular(path: Path) -> Path:
+    """Return `path`, whose bytes come to an end.
+
+    Raise ValueError for a pipe, a socket or a device, which would be waited for or read for ever; FileNotFoundError.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError(f"{path}: a pipe, a socket or a device, where a file or a folder is expected")
+    return path
+
+
 def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
     """The content of the file `path`. Raises ValueError for one of more than `limit` bytes, FileNotFoundError."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         content = file.read(limit + 1)  # a size that is asked first may be another by now, and a device has none
     if len(content) > limit:
         raise ValueError(f"{path}: more than {limit:,} bytes, which no such file has")
@@ -59,19 +71,29 @@ def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
 
 
 def parse_json(text: str) -> Any:
-    """What `text` says. Raises ValueError for what is not JSON, nested too deeply, or no Unicode."""
+    """What `text` says. Raises ValueError for what is not JSON, nested too deeply, no Unicode, or a key given twice."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text else ""
         raise ValueError(f"not JSON: {error.msg} at {line}column {error.colno}") from error
     except RecursionError as error:
         raise ValueError("not JSON that is read here: nested too deeply") from error
-    except ValueError as error:  # digits by the thousand
+    except ValueError as error:  # digits by the thousand, a key given twice
         raise ValueError(f"not JSON that is read here: {error}") from error
     if "\\u" in text and not is_unicode(json.dumps(value, ensure_ascii=False)):
         raise ValueError("not Unicode: it holds half a surrogate pair")
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that it has twice: readers differ in which one counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:40]!r} is given twice")
+    return found
 
 
 def is_unicode(text: str) -> bool:

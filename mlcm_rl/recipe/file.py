@@ -21,10 +21,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from . import Distill, Evaluate, Feedback, Recipe, Teacher, Tuning, errors, json_schema
+from ..untrusted import regular
+from . import Distill, Evaluate, Feedback, Recipe, Teacher, Tuning, errors
 from .paths import READ, Folders, resolved, rewards_named
+from .schema import json_schema
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
-from .types import TRAINED, Lora
+from .types import TRAINED, Lora, Reward
 
 FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd"}  # by their pipelines in diffusers
 OF_STUDENTS = ("LCMScheduler", "TCDScheduler")  # schedulers that only models of a few steps are published with
@@ -174,9 +176,21 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
             if reward.name not in known:
                 message = f"no reward is called {reward.name}; known are {', '.join(known) or 'none'}"
                 yield Problem(key, message, nearest(reward.name, known))
+            yield from _endless((*key[:-1], "settings"), reward, folders)
             folder = reward.settings.get("folder") if reward.name == TRAINED else None
             if isinstance(folder, str):
                 yield from _absent((*key[:-1], "settings", "folder"), folder, folders, holding="reward.json")
+
+
+def _endless(key: Key, reward: Reward, folders: Folders) -> Iterator[Problem]:
+    """Settings of a reward that name what is there and is neither a file nor a folder."""
+    for name, text in reward.settings.items():
+        place = folders.place((*key, name), text) if isinstance(text, str) else None
+        if place is not None and os.path.exists(place):
+            try:
+                regular(place)
+            except ValueError as error:
+                yield Problem((*key, name), str(error))
 
 
 def _runs_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
