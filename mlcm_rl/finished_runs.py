@@ -16,7 +16,7 @@ from .export import export as write_export
 from .export import refuse_taken
 from .fingerprint import STUDENTS, Located, locate
 from .pairs import labels, ranking
-from .pipeline import BadArgument, RunError, run_stage, worded
+from .pipeline import BadArgument, RunError, run_stage, sweep, worded
 from .recipe import Evaluate, Recipe, Reward
 from .rewards import build, refuse_unread
 from .runtime import generator, tell_truncated
@@ -160,6 +160,7 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
     found = locate(stage, recipe, done)
     if not is_finished(found.folder):
         run_stage(stage, recipe, done, found)
+    sweep(found.folder)
     return found.folder
 
 

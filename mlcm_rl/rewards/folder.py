@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..checkpoint import replacing
+from ..atomic import remove_partial_of, replacing
 from ..data import Prompt, read_image
 from . import RewardModel, score
 
@@ -98,6 +98,7 @@ def _batches(files: list[Path], batch_size: int) -> Iterator[list[tuple[int, Ten
 
 def write_scores(path: Path, rows: list[Scored]) -> None:
     """Write `rows` as .jsonl or .csv, by the suffix of `path`; a score that is None is null, or an empty field."""
+    remove_partial_of(path)
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
             writer = csv.DictWriter(file, [field.name for field in fields(Scored)])

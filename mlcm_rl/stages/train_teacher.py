@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import adapters, bases, checkpoint, pictures
+from .. import adapters, bases, checkpoint, finite, pictures
 from ..bases import Base, Conditioning
 from ..data import CaptionedImages
 from ..distributed import by_first
@@ -109,6 +109,7 @@ class Captions:
             self.encoded.clear()
         if texts:
             rows = {name: value.cpu() for name, value in self.base.encode_prompts(texts).items()}
+            finite.refuse_encoded(rows, texts, self.base.dtype)
             self.encoded |= {text: {name: value[i] for name, value in rows.items()} for i, text in enumerate(texts)}
 
 
@@ -149,6 +150,8 @@ def write_teacher(denoiser: nn.Module, recipe: Recipe, folder: Path) -> None:
     """The recipe's teacher with `denoiser` in half precision, files of at most 14 MB."""
     with checkpoint.replacing(folder) as temporary:
         shutil.copytree(recipe.teacher.path, temporary, ignore=shutil.ignore_patterns("unet"))
-        with adapters.swapped(denoiser, {name: value.half() for name, value in denoiser.named_parameters()}):
+        halves = {name: value.half() for name, value in denoiser.named_parameters()}
+        finite.refuse_weights(halves, "the trained teacher")
+        with adapters.swapped(denoiser, halves):
             denoiser.save_pretrained(temporary / "unet", max_shard_size="14MB")
         checkpoint.forget_origin(temporary)

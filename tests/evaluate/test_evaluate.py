@@ -9,6 +9,7 @@ import pytest
 import torch
 from evaluation_case import CONCEPTS, PICTURES, PROMPTS, recipe, run
 
+from mlcm_rl import checkpoint
 from mlcm_rl.data import Prompt
 from mlcm_rl.evaluation import instruments
 from mlcm_rl.rewards import Member
@@ -115,6 +116,7 @@ def test_an_interrupted_evaluation_goes_on_after_its_last_batch(place, tmp_path,
     assert [one["metrics"] for one in resumed["rows"]] == [one["metrics"] for one in whole["rows"]]
     assert len(kept) == 4 * 2
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    checkpoint.finish(tmp_path / "cut", {})
     assert not (tmp_path / "cut" / "rows").exists()
 
 
