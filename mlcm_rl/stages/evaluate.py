@@ -199,12 +199,7 @@ def draw(scene: Scene, row: Row, student: Student | None, batch: list[Sample]) -
     if base.device.type != "cpu":
         torch.accelerator.synchronize()
     latency = 1e3 * (time.perf_counter() - started) / len(batch)
-    if (bad := finite.first_bad_row(torch.cat([latents.flatten(1), images.flatten(1)], dim=1))) is not None:
-        drawn_by = "the teacher" if student is None else f"the student in {student.folder}"
-        raise ValueError(
-            f"row {row.id}: {drawn_by} draws what is not made of finite numbers for the prompt "
-            f"{scene.prompts[batch[bad][0]].prompt!r}; {finite.way_out(base.dtype)}"
-        )
+    refuse_nonfinite(scene, row, student, batch, torch.cat([latents.flatten(1), images.flatten(1)], dim=1))
     save_pictures(scene, row, batch, images)
     latents = latents.cpu()
     places = [reference_path(scene, one) for one in batch]
@@ -217,6 +212,19 @@ def draw(scene: Scene, row: Row, student: Student | None, batch: list[Sample]) -
         "latency_ms": torch.full((len(batch),), latency),
         **scene.instruments.read(images, [scene.prompts[i] for i, _ in batch]),
     }
+
+
+def refuse_nonfinite(scene: Scene, row: Row, student: Student | None, batch: list[Sample], drawn: Tensor) -> None:
+    """Raise ValueError for the first sample of `batch` (B) of which `drawn` (B, ...) holds NaN or infinity."""
+    if (place := finite.first_bad_row(drawn)) is None:
+        return
+    prompt = scene.prompts[batch[place][0]].prompt
+    who, remedy = "the teacher", finite.way_out(scene.base.dtype)
+    if student is not None:
+        who, remedy = f"the student in {student.folder}", "its training has diverged: lower learning_rate"
+    raise ValueError(
+        f"row {row.id}: {who} draws what is not made of finite numbers for the prompt {prompt!r}; {remedy}"
+    )
 
 
 def sample(scene: Scene, row: Row, student: Student | None, batch: list[Sample], conditioning: Conditioning) -> Tensor:

@@ -277,7 +277,10 @@ def test_a_teacher_alone_is_a_table_too(place, tmp_path):
 
 def test_samples_that_are_not_numbers_stop_the_evaluation(place, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "sample", lambda scene, *_: torch.full((1, *scene.base.latent_shape), math.nan))
-    with pytest.raises(ValueError, match="row teacher-3: its samples are not finite"):
+    with pytest.raises(
+        ValueError,
+        match="row teacher-3: the teacher draws what is not made of finite numbers for the prompt 'a red apple'",
+    ):
         run(place, tmp_path / "run")
 
 
