@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import adapters, distributed, tuning
-from .checkpoint import CheckpointError, write_json
+from .checkpoint import CheckpointError, read_json, write_json
 from .recipe import Reward, Tuning
 from .rewards import Combined, combine
 from .runtime import console, tell_truncated
@@ -129,6 +129,19 @@ class Guard:
                 for name, values in rewards.raw(images, batch.prompts, batch.languages).items():
                     scores.setdefault(name, []).append(values.cpu())
         return torch.cat(latents), {name: torch.cat(values) for name, values in scores.items()}
+
+
+def ending(folder: Path) -> str:
+    """Which student the guard of the finished stage in `folder` kept, in words, and whether it stopped the run."""
+    found = read_json(folder / "guard.json", kept_step=int, stopped=bool)
+    num_steps = read_json(folder / "manifest.json", stage=dict)["stage"]["num_steps"]
+    stopped = ", and stopped the run" if found["stopped"] else ""
+    if found["kept_step"]:
+        return f"kept step {found['kept_step']} of {num_steps}{stopped}"
+    return (
+        f"kept step 0 of {num_steps}{stopped}: by the held-out reward no look was better, so that this is the student "
+        "as it was distilled"
+    )
 
 
 def history(folder: Path) -> list[dict]:

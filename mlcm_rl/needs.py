@@ -1,4 +1,4 @@
-"""What a stage needs that can be looked at before any stage runs: rewards that fit it, weights, prompts enough.
+"""What a stage needs that can be looked at before any stage runs: rewards, weights, prompts, a batch to share.
 
 Each check is the one that the stage itself makes, hours later.
 """
@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from . import tuning
+from . import distributed, tuning
 from .data import first_prompts, read_prompts
-from .recipe import Evaluate, Feedback, Reward, Stage, Trajectories, Tuning
+from .recipe import Evaluate, Feedback, Reward, Stage, Training, Trajectories, Tuning
 from .rewards import refuse_without_gradient, refuse_without_weights, usable
 
 Check = Callable[[], Any]
@@ -29,6 +29,8 @@ def _checks(stage: Stage) -> Iterator[tuple[str, Check]]:
     for i, reward in enumerate(stage.reward_models):
         key = f"rewards[{i}]" if i < trained_on else f"guard.rewards[{i - trained_on}]"
         yield key, partial(_reward, reward.from_folder(""), isinstance(stage, Feedback) and i < trained_on)
+    if isinstance(stage, Training):
+        yield "batch_size", partial(distributed.part, stage.micro_batch, distributed.count(), stage.samples_together)
     if isinstance(stage, Tuning):
         yield "prompts", lambda: tuning.spoken(read_prompts(stage.prompts), stage.languages, stage.prompts)
         if stage.guard_prompts:

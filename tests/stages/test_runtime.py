@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 
 import runs
 import tiny
@@ -19,6 +20,23 @@ def test_bfloat16_that_the_cpu_emulates_is_said_before_the_run(
     stage = runs.distill(precision=precision)
     runtime.Runtime(runs.recipe(tmp_path, tmp_path, [stage]), stage, tmp_path)
     assert ("set precision: no" in capsys.readouterr().out) is warned
+
+
+def test_trackers_are_given_the_recipe_without_a_path_of_this_machine(tmp_path):
+    stage = runs.distill()
+    runtime.Runtime(runs.recipe(tmp_path / "teacher", tmp_path, [stage], trackers=["tensorboard"]), stage, tmp_path)
+    (file,) = tmp_path.glob("tensorboard/*/hparams.yml")
+    kept = YAML(typ="safe").load(file)
+    assert (kept["stages.0.kind"], kept["stages.0.learning_rate"], kept["seed"]) == ("distill", 1e-3, 0)
+    assert (kept["teacher.path"], kept["teacher.revision"]) == ("teacher", "None")
+    assert str(tmp_path) not in file.read_text()
+
+
+def test_a_tracker_that_is_not_installed_is_no_silence(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlcm_rl.recipe.find_spec", lambda name: None)
+    stage = runs.distill()
+    with pytest.raises(ValueError, match="trackers: tensorboard is not installed"):
+        runtime.Runtime(runs.recipe(tmp_path, tmp_path, [stage], trackers=["tensorboard"]), stage, tmp_path)
 
 
 def test_every_stage_of_a_process_has_its_own_precision(tmp_path):
