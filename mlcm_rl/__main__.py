@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import plan_table, reward_commands, signals
+from . import console_text, plan_table, reward_commands, signals
 from .devices import DEVICES, THIS
-from .recipe import Recipe, json_schema
+from .recipe import Recipe
 from .recipe.file import load
+from .recipe.schema import json_schema
 from .recipe.tree import RecipeError, key_text
 
 if TYPE_CHECKING:
@@ -338,6 +339,7 @@ app.add_typer(reward_commands.app, name="rewards")
 
 def main() -> None:
     """The console command."""
+    console_text.write_anything()
     app(prog_name="mlcm")
 
 

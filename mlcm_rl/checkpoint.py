@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .hashing import folder_hash, sha256
 from .recipe import Teacher
 from .untrusted import held, parse_json, read_bytes
 
@@ -190,11 +190,6 @@ def require_space(path: Path, size: int) -> None:
         )
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def checksums(folder: Path, skip: tuple[str, ...] = ()) -> dict[str, str]:
     """sha256 of every file under `folder`, by relative path, but for those that match a pattern of `skip`."""
     names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -207,36 +202,6 @@ def teacher_hash(teacher: Teacher) -> str:
     if not folder.is_dir():
         return f"{teacher.path}@{teacher.revision}"
     return folder_hash(folder)
-
-
-def folder_hash(folder: Path) -> str:
-    """Identity of the weights and configuration in a folder: one sha256 over every file's.
-
-    A stage's manifest is left out: it says when and where the same files were made.
-    """
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".json", ".txt")]
-    return _hash_of_files(folder, [path for path in found if path != folder / "manifest.json"])
-
-
-def contents_hash(folder: Path) -> str:
-    """Identity of all that a folder holds: one sha256 over the names and bytes of every file."""
-    return _hash_of_files(folder, [path for path in sorted(folder.rglob("*")) if path.is_file()])
-
-
-def _hash_of_files(folder: Path, files: list[Path]) -> str:
-    found = {path.relative_to(folder).as_posix(): sha256_once(path) for path in files}
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
-
-
-def sha256_once(path: Path) -> str:
-    """sha256 of a file, cached by size and time of change: gigabytes are read once a process."""
-    found = path.stat()
-    return _sha256_at(path.absolute(), found.st_size, found.st_mtime_ns)
-
-
-@cache
-def _sha256_at(path: Path, size: int, changed: int) -> str:
-    return sha256(path)
 
 
 # ---- what others may read ----

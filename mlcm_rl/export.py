@@ -76,7 +76,8 @@ def export(
         for licence in sorted(Path(base.teacher.path).glob("LICENSE*")):
             shutil.copy(licence, folder)
         steps = list(beside) or stock_steps(student)
-        (folder / "README.md").write_text(model_card.card(base, student, out.name, gamma, card_table, steps))
+        card = model_card.card(base, student, out.name, gamma, card_table, steps)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return out
 
 
@@ -151,7 +152,8 @@ def _pipeline_code(student: Student, gamma: float, stock_class: str) -> str:
 
 
 def _edit(file: Path, **settings: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings, indent=2) + "\n")
+    known = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(known | settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_snapshot(base: Base, student: Student, folder: Path) -> None:

@@ -20,7 +20,8 @@ from .fingerprint import STUDENTS, Located, locate
 from .pairs import labels, ranking
 from .pipeline import BadArgument, RunError, run_stage, worded
 from .recipe import Evaluate, Recipe, Reward, paths
-from .rewards import build, refuse_unread
+from .rewards import build
+from .rewards.prompts import refuse_prompts
 from .runtime import console, generator, tell_truncated
 from .untrusted import held, is_unicode
 
@@ -31,6 +32,11 @@ def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
     Raises RunError where there is none, or where the latest is gone: an earlier one would be another student;
     CheckpointError where its files are not what was written.
     """
+    if (run_folder / "model_index.json").is_file():
+        raise RunError(
+            f"{run_folder} is a model for diffusers, as `mlcm export` writes them, and no run: its README.md has the "
+            "code that draws with it; `mlcm sample`, `evaluate`, `export` and `pairs` take the run that it was made by"
+        )
     for folder in [run_folder, *sorted(run_folder.glob("[0-9]*-*"), reverse=True)]:
         if is_finished(folder) and read_json(folder / "manifest.json", kind=str)["kind"] in kinds:
             verify(folder)
@@ -123,7 +129,7 @@ def pairs(
     gamma = own_gamma(folder / "student")
     asked = ranking.Asked(student, sha256(prompts), reward, num_generations, num_steps, gamma, min_margin, seed)
     model = build(Reward(name=reward), device_of(recipe_of(folder).device))
-    refuse_unread(model, reward, {prompt.language for prompt in read})
+    refuse_prompts(model, reward, read, prompts)
     base = teacher_of(folder)
     tell_truncated(base, [prompt.prompt for prompt in read], str(prompts))
     loaded = adapters.load_student(base, folder / "student")

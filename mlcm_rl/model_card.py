@@ -124,5 +124,6 @@ def _grids(student: Student) -> str:
 def _licence(teacher: Path) -> str | None:
     """What the front matter of the teacher's card says, where there is one."""
     card = teacher / "README.md"
-    lines = card.read_text().split("---")[1].splitlines() if card.is_file() and "---" in card.read_text() else []
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---") if card.is_file() else []
+    lines = parts[1].splitlines() if len(parts) > 1 else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("license:")), None)

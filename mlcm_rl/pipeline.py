@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import torch
+from rich.markup import escape
 
 from . import __version__, checkpoint, distributed, guard, lock, needs, replays
 from .adapters import tuned_steps
@@ -21,7 +22,7 @@ from .memory import launches
 from .memory.launches import Launch
 from .memory.peak import Meter, begin
 from .operations import this_device
-from .plan import PlannedStage, Sizes, network_evaluations, planned_stages
+from .plan import PlannedStage, Sizes, in_a_line, network_evaluations, planned_stages
 from .plan_table import way_out
 from .recipe import Distill, Recipe, Reward, Stage, TrainTeacher, Tuning, paths
 from .runtime import NonFiniteLoss, StoppedBeforeUpdate, commit, console
@@ -212,11 +213,16 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
 
 
 def _memory_meter(stage: Stage, recipe: Recipe) -> Meter | None:
-    """What compares a training stage's memory with its prediction; only a teacher in a folder can be predicted."""
-    if not isinstance(stage, TrainTeacher | Distill | Tuning) or not Path(recipe.teacher.path).is_dir():
+    """Return what compares a training stage's memory with its prediction, which is said where it fails."""
+    if not isinstance(stage, TrainTeacher | Distill | Tuning):
         return None
     device = device_of(recipe.device)
-    return begin(device, Sizes(recipe).memory(stage, device.type, launches.of_this_process()))
+    try:
+        predicted = Sizes(recipe).memory(stage, device.type, launches.of_this_process())
+    except Exception as error:  # an estimate stands in no run's way; what is really wrong, the stage says
+        console.print(f"[yellow]memory could not be predicted[/]: {escape(in_a_line(error))}", soft_wrap=True)
+        predicted = None
+    return begin(device, predicted)
 
 
 def _stage_module(stage: Stage) -> ModuleType:

@@ -153,7 +153,7 @@ def cpu_has_bfloat16() -> bool:
 def commit() -> str | None:
     """The commit of this checkout, for the record; None outside one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     return found.stdout.strip() or None
 
 

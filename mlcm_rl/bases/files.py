@@ -2,15 +2,20 @@
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 
 from ..checkpoint import read_json, read_shapes
+from ..published import shipped
 from ..recipe import Teacher
+from ..recipe.file import refuse_student
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 OTHER_PARTS = ("text_encoder", "tokenizer", "safety_checker", "image_encoder", "feature_extractor")
@@ -47,6 +52,26 @@ def empty_pipeline(pipeline_class: type[DiffusionPipeline], teacher: Teacher) ->
     return pipeline_class.from_pretrained(folder, local_files_only=True, **parts, **others)
 
 
+def shapes_folder(teacher: Teacher) -> Path:
+    """Return a folder with the configurations of `teacher`: its own, one that is shipped, or a few kB of the hub.
+
+    Raise FileNotFoundError where there is none.
+    """
+    if Path(teacher.path).is_dir():
+        return Path(teacher.path)
+    if (folder := shipped(teacher)) is not None:
+        return folder
+    asked = {"revision": teacher.revision, "allow_patterns": ["model_index.json", "*/*config.json"]}
+    for local in (True, False):
+        with suppress(OSError, ValueError, HfHubHTTPError):
+            if teacher.revision is not None:
+                return Path(snapshot_download(teacher.path, local_files_only=local, **asked))
+    raise FileNotFoundError(
+        f"plan reads a teacher's shapes off its files: {teacher.path} is not a local folder and its JSON files could "
+        "not be fetched. They are enough, a few kB: download these alone into a folder and say teacher.path=FOLDER"
+    )
+
+
 def local_first(read: Callable[..., Any], teacher: Teacher, **settings: Any) -> Any:
     """`read` of the teacher's files on this machine; the hub is asked only for a pinned revision that is not here."""
     try:
@@ -57,15 +82,26 @@ def local_first(read: Callable[..., Any], teacher: Teacher, **settings: Any) -> 
     return read(teacher.path, revision=teacher.revision, **settings)
 
 
+def folder_of(teacher: Teacher) -> Path:
+    """Return the folder with the teacher's files: its own, or where a pinned revision of the hub was fetched to."""
+    folder = Path(teacher.path)
+    return folder if folder.is_dir() else Path(local_first(DiffusionPipeline.download, teacher, use_safetensors=True))
+
+
 def pipeline_index(teacher: Teacher) -> dict[str, Any]:
-    """What model_index.json says, from the folder or from the hub at the pinned revision."""
+    """What model_index.json says, from the folder or from the hub at the pinned revision.
+
+    Raises FileNotFoundError where there is none, ValueError for a student's.
+    """
     folder = Path(teacher.path)
     if teacher.revision is None and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
             f"teacher {teacher.path}: no model_index.json in {folder.resolve()}; give a folder in diffusers format "
             "or a hub name with a pinned revision"
         )
-    return dict(local_first(DiffusionPipeline.load_config, teacher))
+    index = dict(local_first(DiffusionPipeline.load_config, teacher))
+    refuse_student(f"teacher {teacher.path}", folder, index)
+    return index
 
 
 def index_of(pipeline_class: type[DiffusionPipeline], teacher: Teacher) -> dict[str, Any]:

@@ -8,7 +8,7 @@ Whatever waits for the other processes says so: all of them must call it, in the
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -106,6 +106,16 @@ def rows(size: int, together: int = 1) -> slice:
     """
     own = part(size, count(), together)
     return slice(rank() * own, (rank() + 1) * own)
+
+
+def micro_batches(total: int, size: int, together: int = 1) -> Iterator[range]:
+    """Of each `size` of `total` samples, the numbers of this process's, groups of `together` in one piece.
+
+    Raises ValueError where the parts cannot be equal.
+    """
+    for first in range(0, total, size):
+        own = rows(min(size, total - first), together)
+        yield range(first + own.start, first + own.stop)
 
 
 def share(items: Sequence[Item]) -> list[Item]:

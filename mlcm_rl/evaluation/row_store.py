@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import folder_hash, read_json, replacing, write_json
+from ..checkpoint import read_json, replacing, write_json
 from ..fingerprint import hashed, identity
+from ..hashing import folder_hash
 from ..recipe import Evaluate, Recipe
 from ..report.page import picture_path
 from .rows import Row

@@ -10,10 +10,11 @@ begins with the name of the setting that it is about, so that the error points a
 from collections.abc import Iterator
 from copy import deepcopy
 from importlib.util import find_spec
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr, model_validator
+from pydantic import Field, PositiveFloat, PrivateAttr, model_validator
 
+from . import hinges
 from .evaluation import Evaluate
 from .types import (
     Fraction,
@@ -22,6 +23,7 @@ from .types import (
     Lora,
     NonNegativeFloat,
     OneStage,
+    PositiveInt,
     Reward,
     RewardEntry,
     Samples,
@@ -51,7 +53,7 @@ class TrainTeacher(Training):
     images: str = Field(description="folder with metadata.jsonl ({file_name, prompts}) beside the pictures")
     num_steps: PositiveInt
     learning_rate: PositiveFloat = 4e-4
-    warmup_steps: int = Field(100, ge=0)
+    warmup_steps: int = Field(100, ge=0, le=1_000_000_000)
     ema_decay: Fraction = 0.999
     prompt_dropout: Fraction = Field(0.1, description="share of prompts dropped for classifier-free guidance")
     min_snr_gamma: PositiveFloat | None = Field(None, description="most an error of x0 weighs, arXiv 2303.09556")
@@ -69,10 +71,10 @@ class TrainReward(Training):
     backbone: Literal["efficientnet_lite0", "mobilenet_v2"] = Field(
         "efficientnet_lite0", description="the shipped body whose features the head reads"
     )
-    resolution: PositiveInt = Field(64, description="pixels a side that pictures are read at: what the student draws")
+    resolution: int = Field(64, gt=0, le=16_384, description="pixels a side that pictures are read at, as drawn")
     held_out: float = Field(0.2, gt=0, lt=1, description="share of the prompts whose pairs only measure the head")
     num_steps: PositiveInt = 400
-    batch_size: PositiveInt = Field(64, description="pairs per optimiser step")
+    batch_size: int = Field(64, gt=0, le=65_536, description="pairs per optimiser step")
     learning_rate: PositiveFloat = Field(2e-3, description="peak; decays to 0")
     weight_decay: NonNegativeFloat = 0.05
     dropout: float = Field(0.5, ge=0, lt=1, description="of the features")
@@ -84,10 +86,10 @@ class Trajectories(OneStage):
 
     kind: Literal["trajectories"] = "trajectories"
     prompts: str = Field(description=".txt (one a line) or .jsonl ({prompt, language, ...}) file")
-    num_trajectories: PositiveInt
-    num_held_out: int = Field(0, ge=0, description="trajectories of prompts after the first, for the held-out loss")
+    num_trajectories: int = Field(gt=0, le=10_000_000)
+    num_held_out: int = Field(0, ge=0, le=10_000_000, description="trajectories after those, for the held-out loss")
     num_steps: int = Field(48, ge=8, le=992, description="solver steps: 8 segments of 6")
-    batch_size: PositiveInt = presentation(16, description="trajectories solved at a time")
+    batch_size: int = presentation(16, gt=0, le=65_536, description="trajectories solved at a time")
     dtype: Literal["float32", "float16"] = Field("float32", description="of the stored states; never bfloat16")
     shard_size: PositiveInt = presentation(64, description="trajectories in a file")
 
@@ -95,6 +97,8 @@ class Trajectories(OneStage):
     def _steps_hold_milestones(self):
         if self.num_steps % 8:
             raise ValueError(f"num_steps {self.num_steps} must be a multiple of 8: milestones lie on the grid")
+        if (self.num_trajectories + self.num_held_out) > 1_000_000 * self.shard_size:
+            raise ValueError(f"shard_size {self.shard_size} would make more than a million files: make it larger")
         return self
 
 
@@ -119,7 +123,7 @@ class Distill(Training):
     )
     num_steps: PositiveInt | list[PositiveInt] = Field(description="optimiser steps of each phase")
     learning_rate: PositiveFloat | list[PositiveFloat] = Field(1e-4, description="peak; decays to 0 within each phase")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up at the start of each phase")
+    warmup_steps: int = Field(0, ge=0, le=1_000_000_000, description="linear warm-up at the start of each phase")
     target: Literal["trajectory", "consistency"] | list[Literal["trajectory", "consistency"]] = Field(
         "trajectory", description="stored milestone state, or the student's own jump from the pair's second point"
     )
@@ -147,8 +151,8 @@ class Distill(Training):
         description="with condition_on_target: draw the jumps of samplers with these numbers of steps, and no others; "
         "[2, 3, 4, 6, 8] where the form is left open",
     )
-    skip: PositiveInt = Field(20, description="times between a pair's points for source online and data")
-    num_teacher_steps: PositiveInt = Field(3, description="inter_segment: p, teacher steps from milestone to milestone")
+    skip: int = Field(20, gt=0, le=999, description="times between a pair's points for source online and data")
+    num_teacher_steps: int = Field(3, gt=0, le=125, description="inter_segment: p, teacher steps between milestones")
     num_student_steps: int = Field(4, ge=1, le=8, description="inter_segment: q, steps of the student's own sample")
     renoise: Literal["student", "stored"] = Field(
         "stored", description="inter_segment: what is re-noised to a milestone"
@@ -224,7 +228,7 @@ class Tuning(Training):
     )
     num_steps: PositiveInt
     learning_rate: PositiveFloat = Field(1e-4, description="peak; decays to 0")
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=1_000_000_000)
     adapter: Lora = Field(Lora(rank=16, alpha=16.0), description="the preference adapter, over the distilled student")
     sampling_steps: int = Field(4, ge=1, le=8, description="of the student's sampler, which is what is tuned")
     gamma: Fraction | None = Field(None, description="noise put back between its steps; default: what suits it")
@@ -232,7 +236,7 @@ class Tuning(Training):
         min_length=1, description="trained on, names or entries; their weighted sum is the reward"
     )
     normalise: bool = Field(True, description="put each reward on the scale of its running deviation before the sum")
-    autoencoder_tiles: PositiveInt | None = Field(
+    autoencoder_tiles: Annotated[int, Field(gt=0, le=16_384)] | None = Field(
         None, description="pixels a side of tiles that it works in, recomputed in the backward pass: less memory, seams"
     )
     guard: Guard
@@ -271,18 +275,18 @@ class Feedback(Tuning):
         "last", description="through the last steps (DRaFT-K), one random late one (ReFL), re-noised copies (DRaFT-LV)"
     )
     num_grad_steps: PositiveInt = Field(1, description="K of `last`; how many late steps `random` draws from")
-    num_copies: PositiveInt = Field(2, description="of `low_variance`: n re-noised copies of a sample")
+    num_copies: int = Field(2, gt=0, le=1024, description="of `low_variance`: n re-noised copies of a sample")
     shape: Literal["negative", "hinge", "mps_hinge"] = Field(
-        "negative", description="-r; relu(threshold - r); or that and relu of the reward under another's prompt"
+        "negative", description="-r; relu(threshold - r); or that and relu of r under another's prompt, of raw scores"
     )
-    threshold: float = Field(0.0, description="of the hinges, on the scale of the summed reward")
+    threshold: float = Field(0.0, description="of the hinges, on the summed reward's scale; 16 for mps_hinge of mps")
     anchor: NonNegativeFloat = Field(0.0, description="weight of the mean squared distance to the reference's last x0")
     kl: NonNegativeFloat = Field(0.0, description="weight of one stochastic step's KL to the reference, per element")
     consistency: NonNegativeFloat = Field(0.0, description="weight of the distillation loss on stored trajectories")
     small_decoder: str | None = Field(
-        None,
-        description="folder of an AutoencoderTiny that draws for the rewards trained on; the guard sees the real one",
+        None, description="folder of an AutoencoderTiny that draws for the rewards trained on, never for the guard"
     )
+    _hinge_is_settled = model_validator(mode="after")(hinges.settle)
 
     @model_validator(mode="after")
     def _sampler_has_those_steps(self):
@@ -292,8 +296,6 @@ class Feedback(Tuning):
             raise ValueError("kl needs gamma above 0: a deterministic step has no distribution; take anchor")
         if self.kl and self.sampling_steps < 2:
             raise ValueError("kl needs sampling_steps 2 or more: the last step puts no noise back; take anchor")
-        if self.shape == "mps_hinge" and self.batch_size == 1:
-            raise ValueError("shape: mps_hinge needs batch_size 2 or more: an irrelevant prompt is another of the step")
         return self
 
     @property
@@ -319,7 +321,7 @@ class Dpo(Tuning):
         description="pairs to learn in place of the student's own samples, a .parquet file or a folder as `mlcm pairs` "
         "writes it, with columns prompt, chosen, rejected; `prompts` and `rewards` are then only the guard's to watch",
     )
-    num_generations: int = Field(4, ge=2, description="samples a prompt; the best is chosen, the worst rejected")
+    num_generations: int = Field(4, ge=2, le=1024, description="samples a prompt, of which the best and the worst")
     min_margin: NonNegativeFloat = Field(0.0, description="pairs nearer in reward than this are left out")
     beta: PositiveFloat = Field(100.0, description="strength of the tie to the reference: lower is looser")
     kappa: NonNegativeFloat = Field(
@@ -362,7 +364,7 @@ class Policy(Tuning):
     """Policy gradient on the stochastic few-step sampler, for any reward; names as in TRL's GRPOConfig."""
 
     kind: Literal["policy"] = "policy"
-    num_generations: int = Field(4, ge=2, description="samples a prompt, whose rewards are compared with each other")
+    num_generations: int = Field(4, ge=2, le=1024, description="samples a prompt, compared with each other")
     num_iterations: PositiveInt = Field(1, description="optimiser steps on the same samples")
     epsilon: PositiveFloat = Field(1e-3, description="clip range of the probability ratio, per element")
     beta: NonNegativeFloat = Field(0.0, description="weight of the exact KL to the reference, per element")
@@ -421,12 +423,3 @@ def missing_trackers(recipe: Recipe) -> Iterator[tuple[int, str]]:
     for i, name in enumerate(recipe.trackers):
         if find_spec(name) is None:
             yield i, f"{name} is not installed: pip install 'mlcm-rl[{name}]', or take it out of trackers"
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe, for editors: descriptions, defaults and names come from the types."""
-    schema = Recipe.model_json_schema()
-    for definition in schema["$defs"].values():
-        if "kind" in definition["properties"]:  # has a default for Python, but a file must say it
-            definition["required"] = ["kind", *definition.get("required", [])]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -145,10 +145,11 @@ def _is_number(text: str) -> bool:
 def _bounds(schema: Schema) -> str:
     low, high, above = schema.get("minimum"), schema.get("maximum"), schema.get("exclusiveMinimum")
     if low is not None and high is not None:
-        return f" from {low} to {high}"
+        return f" from {low} to {high:,}"
     if low is not None and "exclusiveMaximum" in schema:
         return f" from {low} to below {schema['exclusiveMaximum']}"
-    return f" above {above}" if above is not None else f" of at least {low}" if low is not None else ""
+    least = f" above {above}" if above is not None else f" of at least {low}" if low is not None else ""
+    return f"{least} and at most {high:,}" if least and high is not None else least
 
 
 def _names(schema: Schema) -> list[str]:

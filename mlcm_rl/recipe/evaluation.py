@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from .types import Fraction, OneStage, Reward, presentation
+from .types import Fraction, OneStage, PositiveInt, Reward, presentation
 
 
 class Evaluate(OneStage):
@@ -38,9 +38,9 @@ class Evaluate(OneStage):
     )
     real_images: str | None = Field(None, description="folder of real pictures that FID and KID compare with")
     clip: str | None = Field(None, description="folder of a CLIP in transformers' format, for the CLIP score")
-    images_per_prompt: PositiveInt = Field(1, description="more than one also measures diversity")
+    images_per_prompt: int = Field(1, gt=0, le=10_000, description="more than one also measures diversity")
     keep_pictures: bool = Field(False, description="keep every picture, samples/<row>/<index>.png, for other tools")
-    batch_size: PositiveInt = presentation(32)
+    batch_size: int = presentation(32, gt=0, le=65_536)
 
     @property
     def reward_models(self) -> list[Reward]:

@@ -15,16 +15,20 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from .. import reward_package
-from . import Distill, Evaluate, Feedback, Recipe, Teacher, Tuning, errors, json_schema, missing_trackers
+from ..untrusted import regular
+from . import Distill, Evaluate, Feedback, Recipe, Teacher, Tuning, errors, missing_trackers
 from .paths import READ, Folders, resolved, rewards_named
+from .schema import json_schema
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
-from .types import TRAINED, Lora
+from .types import TRAINED, Lora, Reward
 
 FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd"}  # by their pipelines in diffusers
+OF_STUDENTS = ("LCMScheduler", "TCDScheduler")  # schedulers that only models of a few steps are published with
 HALVING = ("vae", "unet")  # each halves a picture once less often than it has blocks
 
 
@@ -107,11 +111,33 @@ def _teacher_problems(teacher: Teacher, folders: Folders) -> Iterator[Problem]:
         yield from _resolution_problems(teacher, folders.place(key, teacher.path))
 
 
+def refuse_student(path: str, folder: Path, index: dict[str, Any]) -> None:
+    """Raise ValueError where the model `path` is a student already, by its model_index.json or by what is in `folder`.
+
+    It would be taken for the teacher: its few steps would be imitated as if they were the many of the real one.
+    """
+    scheduler = [*index["scheduler"], "", ""][1] if isinstance(index.get("scheduler"), list) else ""
+    if (folder / "student.json").is_file():
+        reason = "`mlcm export` wrote it (student.json lies in it)"
+    elif scheduler in OF_STUDENTS:
+        reason = f"its model_index.json names {scheduler}"
+    else:
+        return
+    raise ValueError(f"{path} is a student, for a few steps, already: {reason}; name the teacher that it was made from")
+
+
 def _family_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
-    """The folder's pipeline is of another family. An index that is not there or damaged is told elsewhere."""
+    """The folder holds a student, or another family's. An index that is not there or damaged is told elsewhere."""
     with suppress(OSError, ValueError):
         index = json.loads((folder / "model_index.json").read_text("utf-8"))
-        found = index.get("_class_name") if isinstance(index, dict) else None
+        if not isinstance(index, dict):
+            return
+        try:
+            refuse_student(teacher.path, folder, index)
+        except ValueError as error:
+            yield Problem(("teacher", "path"), str(error))
+            return
+        found = index.get("_class_name")
         if isinstance(found, str) and FAMILIES.get(found) != teacher.family:
             message = f"{teacher.family} does not load the {found} that is in {teacher.path}"
             yield Problem(("teacher", "family"), message, FAMILIES.get(found, ""))
@@ -149,9 +175,21 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
             if reward.name not in known:
                 message = f"no reward is called {reward.name}; known are {', '.join(known) or 'none'}"
                 yield Problem(key, message, nearest(reward.name, known))
+            yield from _endless((*key[:-1], "settings"), reward, folders)
             folder = reward.settings.get("folder") if reward.name == TRAINED else None
             if isinstance(folder, str):
                 yield from _absent((*key[:-1], "settings", "folder"), folder, folders, holding="reward.json")
+
+
+def _endless(key: Key, reward: Reward, folders: Folders) -> Iterator[Problem]:
+    """Settings of a reward that name what is there and is neither a file nor a folder."""
+    for name, text in reward.settings.items():
+        place = folders.place((*key, name), text) if isinstance(text, str) else None
+        if place is not None and os.path.exists(place):
+            try:
+                regular(place)
+            except ValueError as error:
+                yield Problem((*key, name), str(error))
 
 
 def _runs_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:

@@ -11,14 +11,16 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 from ruamel.yaml.nodes import Node as YamlNode
 from ruamel.yaml.reader import ReaderError
 
-from ..untrusted import read_bytes
+from ..untrusted import read_bytes, shown
 
 Key = tuple[str | int, ...]
 
@@ -146,7 +148,7 @@ def read(path: Path) -> tuple[Node, list[Problem]]:
 
 def parse(text: str, file: str, override: str = "") -> tuple[Node, list[Problem]]:
     """As `read`, for text, which may be empty. With `override` every place is that override of the command line."""
-    yaml = YAML(typ="safe", pure=True)
+    yaml = _Yaml(typ="safe", pure=True)
     yaml.composer.warn_double_anchors = False  # they are legal; the last one before an alias counts
     try:
         root = yaml.compose(text)
@@ -157,9 +159,10 @@ def parse(text: str, file: str, override: str = "") -> tuple[Node, list[Problem]
         place = _place(before.count("\n"), len(before) - before.rfind("\n") - 1, override)
         message = f"the character U+{error.character:04X} is not allowed in YAML"
         raise RecipeError([Problem((), message, file=file, place=place)]) from error
-    except RecursionError as error:
+    except (RecursionError, _TooLong) as error:
         place = _place(0, 0, override)
-        raise RecipeError([Problem((), "nested too deeply to be a recipe", file=file, place=place)]) from error
+        message = str(error) if isinstance(error, _TooLong) else "nested too deeply to be a recipe"
+        raise RecipeError([Problem((), message, file=file, place=place)]) from error
     if root is None:
         return Node(None, _place(0, 0, override)), []
     converter = _Converter(yaml, file, override)
@@ -181,6 +184,32 @@ def override(tree: Node, text: str, file: str) -> Node:
     if problems:
         raise RecipeError(problems)
     return _with(tree, re.findall(r"[^.\[\]]+", path), node, (), file)
+
+
+class _TooLong(ValueError):
+    """A file of more values than a recipe has."""
+
+
+class _ShortComposer(Composer):
+    """ruamel's composer, which takes a millisecond for ten values and stops after MAX_NODES."""
+
+    def __init__(self, loader: YAML) -> None:
+        super().__init__(loader)
+        self.num_nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.num_nodes += 1
+        if self.num_nodes > 2 * MAX_NODES:  # a value and its key
+            raise _TooLong(f"more than {MAX_NODES:,} values: no recipe is so long")
+        return super().compose_node(parent, index)
+
+
+class _Yaml(YAML):
+    """ruamel's reader with that composer."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.Composer: type[Composer] = _ShortComposer
 
 
 class _Converter:
@@ -303,7 +332,7 @@ def _with(node: Node, parts: list[str], value: Node, key: Key, file: str) -> Nod
         children = node.content or {}
         changed = _with(children.get(first, Node({}, value.place)), rest, value, (*key, first), file)
         return replace(node, content=children | {first: changed})
-    message = f"holds the single value {node.content!r}, which has no key {first}"
+    message = f"holds the single value {shown(node.content)}, which has no key {first}"
     raise RecipeError([Problem(key, message, file=file, place=value.place)])
 
 

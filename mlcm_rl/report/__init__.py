@@ -127,7 +127,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def processor() -> str:
     """The CPU's own name where the system tells it."""
     file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 

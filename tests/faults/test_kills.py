@@ -19,7 +19,6 @@ from mlcm_rl.recipe import Recipe
 def run(recipe: str) -> None:
     """Run a recipe (JSON) in this process."""
     torch.set_num_threads(1)
-    pipeline._memory_meter = runs.no_meter
     pipeline.run(Recipe.model_validate_json(recipe))
 
 

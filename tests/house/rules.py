@@ -160,6 +160,29 @@ def too_long(source: str, file_lines: int = 450, function_lines: int = 120) -> l
     return wrong
 
 
+def locale_bound(source: str) -> list[str]:
+    """Text that is read or written in whatever encoding the machine's locale names."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and _is_text(node) and "encoding" not in {word.arg for word in node.keywords}:
+            wrong.append(f"line {node.lineno}: {ast.unparse(node.func)} without encoding=")
+    return wrong
+
+
+def _is_text(node: ast.Call) -> bool:
+    """Whether a call reads or writes text, its encoding given by no position."""
+    if any(word.arg in ("text", "universal_newlines") and _is_true(word.value) for word in node.keywords):
+        return True
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    if name == "open":
+        place = isinstance(node.func, ast.Name)  # of the mode; other libraries' open() takes no such word
+        mode = next((word.value for word in node.keywords if word.arg == "mode"), None)
+        mode = mode or (node.args[place] if len(node.args) > place else ast.Constant("r"))
+        return isinstance(mode, ast.Constant) and set(str(mode.value)) <= set("rwxat+")
+    places = {"read_text": 0, "write_text": 1}
+    return isinstance(node.func, ast.Attribute) and name in places and len(node.args) <= places[name]
+
+
 def words(name: str) -> set[str]:
     """The lower-case words of a snake_case, CamelCase or kebab-case name."""
     return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)}

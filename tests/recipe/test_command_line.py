@@ -17,7 +17,8 @@ from mlcm_rl.devices import DEVICES
 from mlcm_rl.memory import Memory
 from mlcm_rl.memory.launches import Launch
 from mlcm_rl.plan import PlannedStage
-from mlcm_rl.recipe import Recipe, json_schema
+from mlcm_rl.recipe import Recipe
+from mlcm_rl.recipe.schema import json_schema
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "datasets", "numpy")
 

@@ -67,6 +67,34 @@ def test_a_teacher_of_another_family_is_told_when_the_recipe_is_read(broken, roo
     assert (key_text(problem.key), problem.text) == ("teacher.family", told)
 
 
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", ["pipeline", "TargetTimePipeline"]], ids=str)
+@pytest.mark.parametrize(
+    ("scheduler", "described", "reason"),
+    [
+        ("LCMScheduler", False, "its model_index.json names LCMScheduler"),
+        ("TCDScheduler", False, "its model_index.json names TCDScheduler"),
+        ("DDIMScheduler", True, "`mlcm export` wrote it (student.json lies in it)"),
+    ],
+)
+def test_a_student_in_the_teachers_place_is_told_when_the_recipe_is_read(
+    broken, root, name, scheduler, described, reason
+):
+    index = {"_class_name": name, "scheduler": ["diffusers", scheduler]}
+    (root / "teacher" / "model_index.json").write_text(json.dumps(index))
+    if described:
+        (root / "teacher" / "student.json").write_text("{}")
+    (problem,) = broken(overrides=("seed=1",))
+    assert key_text(problem.key) == "teacher.path"
+    assert problem.text.startswith(f"teacher is a student, for a few steps, already: {reason}")
+
+
+@pytest.mark.parametrize("scheduler", [[], ["diffusers"], "LCMScheduler", None, ["diffusers", ["LCMScheduler"]]])
+def test_an_index_that_names_no_scheduler_is_no_students(broken, root, scheduler):
+    index = {"_class_name": "StableDiffusionXLPipeline", "scheduler": scheduler}
+    (root / "teacher" / "model_index.json").write_text(json.dumps(index))
+    load(root / "good.yaml", root=root)
+
+
 def test_a_side_that_the_teacher_cannot_halve_is_told_when_the_recipe_is_read(broken, root):
     for part, channels in (("vae", [8, 8]), ("unet", [8, 8, 8])):  # one halving and two
         (root / "teacher" / part).mkdir()

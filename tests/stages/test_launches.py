@@ -11,7 +11,6 @@ import runs
 import tiny
 from mlcm_rl import distributed, memory, runtime
 from mlcm_rl.bases import TARGET_TIME_WIDTH
-from mlcm_rl.checkpoint import CheckpointError
 from mlcm_rl.distributed.launch import LaunchError
 from mlcm_rl.memory.launches import Held, Launch, held, of_this_process, outline, part, read_launch, zero_bytes
 from mlcm_rl.plan import Sizes
@@ -223,5 +222,5 @@ def test_a_teachers_json_files_are_enough(make, tmp_path):
 
 
 def test_a_teacher_that_is_not_here_is_an_error_that_says_what_is_needed(tmp_path):
-    with pytest.raises(CheckpointError, match="Its JSON files are enough, a few kB: download these alone"):
+    with pytest.raises(FileNotFoundError, match="They are enough, a few kB: download these alone"):
         Sizes(runs.recipe(Path("someone/a-model"), tmp_path, [runs.distill()]))

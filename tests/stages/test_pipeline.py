@@ -14,7 +14,7 @@ import tiny
 from mlcm_rl import adapters, bases, checkpoint, finished_runs, pipeline
 from mlcm_rl.__main__ import app
 from mlcm_rl.checkpoint import finish
-from mlcm_rl.fingerprint import settings, was_corrected
+from mlcm_rl.fingerprint import MATHS, corrections, identity, settings
 from mlcm_rl.pipeline import BadArgument, RunError
 from mlcm_rl.plan import network_evaluations
 from mlcm_rl.recipe import Distill, Evaluate, Full, Lora
@@ -26,12 +26,10 @@ SHIPPED = sorted(Path("recipes").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_sdxl, tmp_path_factory, memory_meter):
+def finished(tiny_sdxl, tmp_path_factory):
     """A whole run, its memory predicted and measured: recipe and stages."""
     recipe = runs.whole(tiny_sdxl, tmp_path_factory.mktemp("whole"), segments=[8, 1], held_out_every=1, sample_every=1)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(pipeline, "_memory_meter", memory_meter)
-        return recipe, pipeline.run(recipe)
+    return recipe, pipeline.run(recipe)
 
 
 def test_a_run_leaves_a_student_snapshots_pictures_a_log_and_a_report(finished):
@@ -172,13 +170,20 @@ def test_a_setting_at_its_default_is_not_hashed_so_that_new_ones_do_not_orphan_f
 
 def test_a_correction_moves_the_folders_of_the_stages_that_it_changes_and_no_others():
     averaged = {"target": "consistency", "target_ema": 0.9}
-    assert was_corrected(runs.distill(**averaged, precision="bf16"))
-    assert not was_corrected(runs.distill(**averaged))
-    assert not was_corrected(runs.distill(target="consistency", precision="bf16"))
-    assert was_corrected(runs.tuning("policy", "unused", precision="bf16", num_iterations=2))
-    assert not was_corrected(runs.tuning("policy", "unused", precision="bf16"))
-    assert was_corrected(runs.tuning("feedback", "unused", shape="mps_hinge"))
-    assert not was_corrected(runs.tuning("feedback", "unused"))
+    noised = {"source": "data", "images": "unused"}
+    assert corrections(runs.distill(**averaged, precision="bf16")) == 1
+    assert corrections(runs.distill(**averaged)) == 0
+    assert corrections(runs.distill(target="consistency", precision="bf16")) == 0
+    assert corrections(runs.distill(target="consistency", **noised)) == 1
+    assert corrections(runs.distill(**averaged, **noised, precision="bf16")) == 2
+    assert corrections(runs.distill(method="inter_segment", segments=[1], **noised)) == 0
+
+
+def test_stages_that_read_pictures_are_run_again_since_all_are_read_alike(tiny_sdxl, tmp_path):
+    dpo = runs.tuning("dpo", runs.write_prompts(tmp_path))
+    pairs = dpo.model_copy(update={"pairs": runs.write_pairs(tmp_path / "pairs")})
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [dpo, pairs])
+    assert [identity(stage, recipe, {})["maths"] for stage in recipe.stages] == [MATHS["dpo"], MATHS["dpo"] + 1]
 
 
 def test_a_stage_of_its_own_seed_leaves_the_others_where_they_are(finished):
@@ -313,6 +318,13 @@ def test_evaluate_and_export_of_a_finished_run(finished, tmp_path):
     report = json.loads((folder / "report.json").read_text())
     assert {row["num_steps"] for row in report["rows"] if row["role"] == "student"} == {1}
     out = finished_runs.export(run, tmp_path / "out")
+    for again in (
+        lambda: finished_runs.export(out, tmp_path / "again"),
+        lambda: finished_runs.evaluate(out),
+        lambda: finished_runs.sample(out, ["red"], 4, 0, None, tmp_path / "pictures"),
+    ):
+        with pytest.raises(RunError, match=r"out is a model for diffusers.*README\.md has the code"):
+            again()
     assert (out / "model_index.json").is_file()
     assert "|" in (out / "README.md").read_text()  # the measured table
     assert finished_runs.find_stage(stages[1].folder, ("distill",)) == stages[1].folder.resolve()
