@@ -119,13 +119,24 @@ def run(
 
 @app.command()
 def validate(
-    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE", show_default=False, help="recipes' YAML files")],
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE... [KEY=VALUE]...",
+            show_default=False,
+            help="recipes' YAML files, and settings put over those of each, as in run",
+        ),
+    ],
 ) -> None:
     """Check recipes, every error at once, without loading anything."""
+    overrides = [text for text in recipes if "=" in text and not Path(text).exists()]
+    paths = [Path(text) for text in recipes if text not in overrides]
+    if not paths:
+        raise typer.BadParameter("name a recipe's YAML file before the settings that are put over it")
     bad = 0
-    for path in recipes:
+    for path in paths:
         try:
-            load(path, root=Path.cwd(), tell=_tell_path)
+            load(path, overrides, Path.cwd(), tell=_tell_path)
         except RecipeError as error:
             bad += 1
             _print_problems(console, path, error)
@@ -186,10 +197,11 @@ def sample(
         float | None,
         typer.Option(min=0, max=1, help="noise put back between steps: 0 none, 1 all; default: what suits the student"),
     ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="pictures drawn at once")] = 16,
 ) -> None:
     """Draw pictures with a run's student."""
     with _imported("finished_runs") as finished_runs:
-        pictures = finished_runs.sample(run, prompt, steps, seed, gamma, out)
+        pictures = finished_runs.sample(run, prompt, steps, seed, gamma, out, batch_size)
     for picture in pictures:
         _line(Text(str(picture)))
 

@@ -175,14 +175,18 @@ def save_student(denoiser: UNet2DConditionModel, folder: Path | str, description
         write_json(partial / DESCRIPTION_FILE, described)
 
 
-def save_tuned(denoiser: UNet2DConditionModel, start: Path, folder: Path) -> None:
-    """Write a tuned student's folder in one rename: the distilled student in `start`, and the adapter over it."""
+def save_tuned(denoiser: UNet2DConditionModel, start: Path, folder: Path, tuned_steps: int) -> None:
+    """Write a tuned student's folder in one rename: the distilled student in `start`, and the adapter over it.
+
+    `tuned_steps` is the step that the guard kept, 0 where the student is as it was distilled.
+    """
     settings = _lora_settings(denoiser, PREFERENCE)
     preference = Lora(rank=settings.r, alpha=settings.lora_alpha).model_dump()
     with replacing(folder) as partial:
         shutil.copytree(start, partial)
         _save_lora(denoiser, PREFERENCE, partial / PREFERENCE_FILE)
-        write_json(partial / DESCRIPTION_FILE, {**describe(start), "preference": preference})
+        described = {**describe(start), "preference": preference, "tuned_steps": tuned_steps}
+        write_json(partial / DESCRIPTION_FILE, described)
 
 
 def load_student(base: Base, folder: Path | str) -> Student:
@@ -213,10 +217,22 @@ def describe(folder: Path) -> dict[str, Any]:
     described = read_json(file, family=str, prediction_type=str, segments=int, conditioned=bool, adapter=dict)
     if not 1 <= described["segments"] <= NUM_SEGMENTS:
         raise CheckpointError(f"{file}: segments must be 1 to {NUM_SEGMENTS}, is {described['segments']}")
-    budgets = described.setdefault("budgets", [])  # older folders do not say
+    tuned_steps = described.get("tuned_steps", 0)  # older folders do not say
+    if type(tuned_steps) is not int or tuned_steps < 0:
+        raise CheckpointError(f"{file}: tuned_steps must be a whole number from 0, is {reprlib.repr(tuned_steps)}")
+    budgets = described.setdefault("budgets", [])  # nor do they
     if type(budgets) is not list or not all(type(n) is int and 1 <= n <= NUM_SEGMENTS for n in budgets):
         raise CheckpointError(f"{file}: budgets must be numbers from 1 to {NUM_SEGMENTS}, are {reprlib.repr(budgets)}")
     return described
+
+
+def tuned_steps(folder: Path) -> int | None:
+    """The steps of preference learning that the student in `folder` has taken; None where it is not tuned, or says not.
+
+    0 is a student that its guard found no better than the distilled one, which it then is.
+    """
+    described = describe(folder)
+    return described.get("tuned_steps") if "preference" in described else None
 
 
 def load_published_lora(base: Base, path: Path | str, alpha: float = 8.0) -> UNet2DConditionModel:

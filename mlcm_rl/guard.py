@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import adapters, distributed, tuning
-from .checkpoint import CheckpointError, write_json
+from .checkpoint import CheckpointError, read_json, write_json
 from .equations import consistency
 from .recipe import Reward, Tuning
 from .rewards import Combined, combine
@@ -181,6 +181,19 @@ def own_parts(total: int, size: int) -> list[list[int]]:
     first, at_a_time = distributed.rank() * share, max(1, size // distributed.count())
     own = [min(number, total - 1) for number in range(first, first + share)]
     return [own[i : i + at_a_time] for i in range(0, share, at_a_time)]
+
+
+def ending(folder: Path) -> str:
+    """Which student the guard of the finished stage in `folder` kept, in words, and whether it stopped the run."""
+    found = read_json(folder / "guard.json", kept_step=int, stopped=bool)
+    num_steps = read_json(folder / "manifest.json", stage=dict)["stage"]["num_steps"]
+    stopped = ", and stopped the run" if found["stopped"] else ""
+    if found["kept_step"]:
+        return f"kept step {found['kept_step']} of {num_steps}{stopped}"
+    return (
+        f"kept step 0 of {num_steps}{stopped}: by the held-out reward no look was better, so that this is the student "
+        "as it was distilled"
+    )
 
 
 def history(folder: Path) -> list[dict]:

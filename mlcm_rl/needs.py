@@ -1,4 +1,4 @@
-"""What a stage needs that can be looked at before any stage runs: rewards that fit it, weights, prompts, pair tables.
+"""What a stage needs that can be looked at before any stage runs: rewards, weights, prompts, pairs, a batch to share.
 
 Each check is the one that the stage itself makes, hours later.
 """
@@ -6,10 +6,10 @@ Each check is the one that the stage itself makes, hours later.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from . import tuning
+from . import distributed, tuning
 from .data import Prompt, first_prompts, read_prompts
 from .pairs import PairTable
-from .recipe import Distill, Dpo, Evaluate, Feedback, Reward, Stage, TrainReward, Trajectories, Tuning
+from .recipe import Distill, Dpo, Evaluate, Feedback, Reward, Stage, Training, TrainReward, Trajectories, Tuning
 from .rewards import build, refuse_without_gradient, refuse_without_weights, usable
 from .rewards.prompts import refuse_prompts
 
@@ -28,6 +28,9 @@ def refused(stage: Stage) -> list[tuple[str, Exception]]:
             if str(error) not in [str(other) for _, other in found]:  # two settings may name one file
                 found.append((key, error))
 
+    if isinstance(stage, Training):
+        with collect("batch_size"):
+            distributed.part(stage.micro_batch, distributed.count(), stage.samples_together)
     lists: dict[str, PromptList] = {}
     for key, path in _prompt_files(stage):
         with collect(key):

@@ -13,7 +13,8 @@ from types import ModuleType
 import torch
 from rich.markup import escape
 
-from . import __version__, checkpoint, distributed, lock, needs, replays
+from . import __version__, checkpoint, distributed, guard, lock, needs, replays
+from .adapters import tuned_steps
 from .checkpoint import CheckpointError, finish, is_finished, verify
 from .devices import Device, device_of
 from .fingerprint import Located, locate, parents_of, seed_of_stage
@@ -79,7 +80,7 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
         distributed.start(device)
     except ValueError as error:
         raise RunError(str(error)) from error
-    refuse_unready(recipe)
+    distributed.by_first(refuse_unready, recipe)  # told once, not by every process
     try:
         distributed.refuse_unshared(Path(recipe.runs))
     except PEOPLES_ERRORS as error:
@@ -125,7 +126,7 @@ def _without_others(folder: Path) -> str:
 
 
 def refuse_unready(recipe: Recipe) -> None:
-    """Raise RunError for rewards and prompts that stages still to do would stop at, a line each."""
+    """Raise RunError for what stages still to do would stop at, a line each."""
     refused = {number: found for number, stage in enumerate(recipe.stages) if (found := list(needs.refused(stage)))}
     earlier: list[Located] = []
     with suppress(*PEOPLES_ERRORS):  # a stage that cannot be found is still to do
@@ -229,6 +230,7 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
         "network_evaluations": network_evaluations(stage, recipe),
         "seconds": round(time.monotonic() - started, 1),
         "memory": meter.record() if meter else None,
+        **({"tuned_steps": tuned_steps(found.folder / "student")} if isinstance(stage, Tuning) else {}),
         "version": __version__,
         "commit": commit(),
         "python": sys.version.split()[0],
@@ -238,6 +240,8 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
     distributed.by_first(finish, found.folder, manifest)
     if meter:
         console.print(f"[dim]memory[/] {meter}", soft_wrap=True)
+    if isinstance(stage, Tuning):
+        console.print(f"[bold]guard[/] {guard.ending(found.folder)}", soft_wrap=True)
 
 
 def _memory_meter(stage: Stage, recipe: Recipe) -> Meter | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import diffusers
 import torch
@@ -193,7 +193,8 @@ class Runtime:
                 "slower than float32: set precision: no",
                 soft_wrap=True,
             )
-        self.accelerator.init_trackers("tensorboard" if recipe.trackers == ["tensorboard"] else recipe.name)
+        name = "tensorboard" if recipe.trackers == ["tensorboard"] else recipe.name
+        self.accelerator.init_trackers(name, config=flat(checkpoint.public(recipe.model_dump(mode="json"))))
 
     @property
     def stopping(self) -> bool:
@@ -242,6 +243,7 @@ class Runtime:
             raise checkpoint.CheckpointError(f"{place}: {error}: delete checkpoints/") from error
         for name, part in parts.items():
             part.load_state(record[name])
+        console.print(f"[dim]{self.stage.kind}[/] goes on from step {steps}, where it was saved", soft_wrap=True)
         return steps
 
     def save(self, steps: int) -> None:
@@ -378,6 +380,15 @@ class Runtime:
             kept = "".join(line for line in whole if json.loads(line)["step"] <= first)
             with checkpoint.replacing(path) as temporary:
                 temporary.write_text(kept, encoding="utf-8")
+
+
+def flat(settings: Any, name: str = "") -> dict[str, Any]:
+    """`settings` for a tracker: one level, `stages.1.learning_rate`, with what is not a number or a word as text."""
+    if isinstance(settings, dict | list):
+        named = settings.items() if isinstance(settings, dict) else enumerate(settings)
+        parts = [flat(value, f"{name}.{key}".removeprefix(".")) for key, value in named]
+        return {key: value for part in parts for key, value in part.items()}
+    return {name: settings if isinstance(settings, bool | int | float | str) else str(settings)}
 
 
 def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:

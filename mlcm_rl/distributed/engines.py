@@ -28,14 +28,17 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 from .. import adapters, checkpoint, distributed, precision
-from ..recipe import Recipe, Training
+from ..recipe import Recipe, Training, missing_trackers
 
 Weights = dict[str, Tensor]
 
 
 def accelerator(recipe: Recipe, stage: Training, folder: Path, device: torch.device) -> Accelerator:
     """The stage's accelerator, under the launch file's engine. Precision is the loop's own autocast, not accelerate's:
-    weights, moments and sums over processes stay float32 in every engine."""
+    weights, moments and sums over processes stay float32 in every engine. Raises ValueError for a tracker that is not
+    installed."""
+    for _, missing in missing_trackers(recipe):  # accelerate would leave it out in silence
+        raise ValueError(f"trackers: {missing}")
     AcceleratorState._reset_state()  # accelerate keeps the first stage's settings for the whole process otherwise
     plugin = DeepSpeedPlugin() if distributed.uses_deepspeed() else None
     if plugin is not None:

@@ -4,11 +4,9 @@
 judge it; what they refuse is worded by `errors.py`; `check` looks beyond the types. No torch on any of the way.
 """
 
-import importlib.util
 import itertools
 import json
 import os
-import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +18,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from .. import teacher_check
+from .. import reward_package, teacher_check
 from ..untrusted import read_bytes, regular
-from . import Distill, Evaluate, Feedback, Recipe, Teacher, Tuning, errors
+from . import Distill, Evaluate, Feedback, Recipe, Teacher, Tuning, errors, missing_trackers
 from .paths import READ, Folders, resolved, rewards_named
 from .schema import json_schema
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
@@ -79,6 +77,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
         *_teacher_problems(recipe.teacher, folders),
         *_file_problems(recipe, folders),
         *_runs_problems(recipe, folders),
+        *(Problem(("trackers", i), message) for i, message in missing_trackers(recipe)),
         *_order_problems(recipe),
         *_tuning_problems(recipe),
         *_precision_problems(recipe),
@@ -88,10 +87,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
 
 def reward_names() -> list[str]:
     """The rewards that `mlcm_rl.rewards` would find, by name, without importing it or them (they need torch)."""
-    package = importlib.util.find_spec("reward_models")
-    folders = package.submodule_search_locations if package else None
-    found = {module.name for module in pkgutil.iter_modules(folders)} if folders else set()
-    files = {name for name in found if not name.startswith("_")}
+    files = reward_package.names(list(reward_package.package().__path__))
     return sorted(files | entry_points(group="mlcm_rl.reward_models").names)
 
 
@@ -158,6 +154,8 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
             path, named = settings.get(name), ("stages", i, name)
             if path and Path(path).suffix not in (".txt", ".jsonl") and not os.path.isdir(folders.place(named, path)):
                 yield Problem(named, f"expected a .txt or .jsonl file, found {path}")
+            elif path and _is_blank(folders.place(named, path)):
+                yield Problem(named, f"{path} holds no prompt: write one a line")
         for j, other in enumerate(settings.get("also", [])):
             yield from _absent(("stages", i, "also", j), other, folders, holding="manifest.json")
         for key, reward in rewards_named(("stages", i), stage):
@@ -203,6 +201,15 @@ def _absent(key: Key, name: str, folders: Folders, holding: str | None = None) -
         yield Problem(key, f"no such folder: {name}", _beside(key, name, folders, "*/"), looked_in=looked_in)
     elif not os.path.exists(path / holding):
         yield Problem(key, f"the folder {name} holds no {holding}")
+
+
+def _is_blank(path: Path) -> bool:
+    """Whether the file `path` holds nothing but white space; a file that is not there is told elsewhere."""
+    if not os.path.isfile(path):
+        return False
+    with suppress(OSError), path.open("rb") as file:
+        return not any(map(bytes.strip, file))
+    return False
 
 
 def _beside(key: Key, name: str, folders: Folders, pattern: str) -> str:

@@ -12,15 +12,15 @@ and a fourth, `weights`, which it may leave out, names the files that must be fe
 not every prompt suits has a method `refuse_prompt(prompt, aspect)` as well, which raises ValueError for one that no
 picture of that width / height can be scored for: all prompts are then checked before the first step (prompts.py).
 
-`find` looks in two places: the file `reward_models/<name>.py`, which defines one public class and is imported only
-when it is named, and the entry-point group `mlcm_rl.reward_models` of other people's distributions.
+`find` looks in three places: our file `reward_models/<name>.py`, which defines one public class and is imported only
+when it is named; such a file in the folder `reward_models` of the working directory; and the entry-point group
+`mlcm_rl.reward_models` of other people's distributions. One name in two places is refused.
 """
 
 import difflib
 import importlib
 import importlib.metadata
 import inspect
-import pkgutil
 import traceback
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +31,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import precision
+from .. import precision, reward_package
 from ..data import guess_language
 from ..recipe import Reward
 from ..untrusted import brief
@@ -64,7 +64,7 @@ __all__ = [
     "weights_of",
 ]
 
-FOLDER = "reward_models"
+FOLDER = reward_package.package().__name__  # bound to ours, whatever the working directory holds
 ENTRY_POINTS = "mlcm_rl.reward_models"
 ATTRIBUTES = {"differentiable": bool, "needs_prompt": bool, "languages": tuple}
 STD_FLOOR = 1e-4  # of the running deviation: a reward that hardly varies is not blown up without bound
@@ -393,13 +393,14 @@ def _place(name: str, error: BaseException) -> str:
 def _claims(name: str) -> list[str]:
     """Where a reward model of this name would come from, in words; more than one is an error."""
     points = [point for point in entry_points(group=ENTRY_POINTS) if point.name == name]
-    files = [f"{FOLDER}/{name}.py"] if name in _files() else []
+    paths = [Path(folder) / f"{name}.py" for folder in reward_package.package().__path__]
+    ours = {reward_package.OURS: Path(FOLDER)}  # told without the place of this machine
+    files = [str(ours.get(path.parent, path.parent) / path.name) for path in paths if path.is_file()]
     return files + [f"the entry point of {_origin(point)}" for point in points]
 
 
 def _files() -> set[str]:
-    folder = importlib.import_module(FOLDER)
-    return {module.name for module in pkgutil.iter_modules(folder.__path__) if not module.name.startswith("_")}
+    return reward_package.names(list(reward_package.package().__path__))
 
 
 def _origin(point: EntryPoint) -> str:

@@ -74,7 +74,7 @@ def test_a_path_of_the_working_directory_is_still_read_and_the_new_form_told(roo
 
 def test_of_two_meanings_the_recipes_folder_wins_and_that_is_said(root, read, told):
     (root / "mine" / "data").mkdir(parents=True)
-    (root / "mine" / "data" / "prompts.txt").touch()
+    (root / "mine" / "data" / "prompts.txt").write_text("a dog")
     assert read().stages[0].prompts == "mine/data/prompts.txt"
     (line,) = [line for line in told if "stages[0].prompts" in line]
     assert f"data/prompts.txt is beside the recipe and in the working directory; {root / 'mine'}" in line
@@ -82,8 +82,8 @@ def test_of_two_meanings_the_recipes_folder_wins_and_that_is_said(root, read, to
 
 def test_an_override_is_relative_to_the_working_directory(root, read, told):
     (root / "mine").mkdir()
-    (root / "mine" / "other.txt").touch()
-    (root / "other.txt").touch()
+    (root / "mine" / "other.txt").write_text("a dog")
+    (root / "other.txt").write_text("a dog")
     assert read("stages.0.prompts=other.txt").stages[0].prompts == "other.txt"
     assert not any("other.txt" in line for line in told)
     (root / "other.txt").unlink()
@@ -102,7 +102,7 @@ def test_a_path_that_is_nowhere_is_told_as_written_with_both_folders(root, read)
 
 def test_a_link_before_dots_is_followed_as_the_system_does(root, read, told):
     (root / "far" / "deep").mkdir(parents=True)
-    (root / "far" / "other.txt").touch()
+    (root / "far" / "other.txt").write_text("a dog")
     (root / "mine").mkdir()
     (root / "mine" / "link").symlink_to(root / "far" / "deep")
     text = (root / "good.yaml").read_text("utf-8").replace("data/prompts.txt", "link/../other.txt")

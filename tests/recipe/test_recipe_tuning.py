@@ -93,6 +93,17 @@ FEEDBACK = """  - kind: feedback
 """
 
 
+def test_a_reward_is_named_alone_or_by_an_entry_in_every_stage(root):
+    text = (root / "good.yaml").read_text("utf-8")
+    names = FEEDBACK.replace("{name: brightness}", "brightness").replace("{name: colourfulness}", "colourfulness")
+    recipes = []
+    for stage in (FEEDBACK, names):
+        (root / "tuned.yaml").write_text(text.replace("  - kind: evaluate\n", stage + "  - kind: evaluate\n"))
+        recipes.append(load(root / "tuned.yaml", root=root))
+    assert recipes[0] == recipes[1]  # the fingerprint too, which hashes what is loaded
+    assert recipes[0].stages[2].model_dump() == recipes[1].stages[2].model_dump()
+
+
 def test_a_reward_that_does_not_exist_is_refused_by_name_and_place(broken):
     stage = FEEDBACK.replace("brightness", "brightnes").replace("colourfulness", "taste")
     problem, other = broken(("  - kind: evaluate\n", stage + "  - kind: evaluate\n"))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 from torch import nn
 
 import runs
@@ -41,6 +42,23 @@ def test_the_commit_is_that_of_a_checkout_of_this_package_alone(tmp_path, monkey
     assert found is None or len(found) == 40
     monkeypatch.setattr(runtime, "__file__", str(Path(runtime.__file__).parents[1] / "venv" / "mlcm_rl" / "runtime.py"))
     assert runtime.commit() is None
+
+
+def test_trackers_are_given_the_recipe_without_a_path_of_this_machine(tmp_path):
+    stage = runs.distill()
+    runtime.Runtime(runs.recipe(tmp_path / "teacher", tmp_path, [stage], trackers=["tensorboard"]), stage, tmp_path)
+    (file,) = tmp_path.glob("tensorboard/*/hparams.yml")
+    kept = YAML(typ="safe").load(file)
+    assert (kept["stages.0.kind"], kept["stages.0.learning_rate"], kept["seed"]) == ("distill", 1e-3, 0)
+    assert (kept["teacher.path"], kept["teacher.revision"]) == ("teacher", "None")
+    assert str(tmp_path) not in file.read_text()
+
+
+def test_a_tracker_that_is_not_installed_is_no_silence(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlcm_rl.recipe.find_spec", lambda name: None)
+    stage = runs.distill()
+    with pytest.raises(ValueError, match="trackers: tensorboard is not installed"):
+        runtime.Runtime(runs.recipe(tmp_path, tmp_path, [stage], trackers=["tensorboard"]), stage, tmp_path)
 
 
 def test_every_stage_of_a_process_has_its_own_precision(tmp_path):

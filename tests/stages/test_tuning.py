@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 import runs
 import tiny
-from mlcm_rl import adapters, bases, finished_runs, pipeline, tuning
+from mlcm_rl import adapters, bases, checkpoint, finished_runs, pipeline, tuning
+from mlcm_rl.checkpoint import CheckpointError
 from mlcm_rl.data import Prompt
 from mlcm_rl.equations.preference import offline_pso_log_ratios
 from mlcm_rl.guard import Guard
-from mlcm_rl.recipe import Full, Lora
+from mlcm_rl.recipe import Evaluate, Full, Lora
 from mlcm_rl.rewards import Combined, Member, RewardError, combine
 from mlcm_rl.runtime import Runtime, generator
 from mlcm_rl.stages import dpo, feedback, policy
@@ -154,7 +156,7 @@ def test_a_tuned_student_is_read_back_with_both_adapters(distilled, tmp_path):
     recipe, (_, folder) = distilled
     student = student_of(distilled)
     tiny.perturb(list(student.parameters.values()))
-    adapters.save_tuned(student.denoiser, folder / "student", tmp_path / "tuned")
+    adapters.save_tuned(student.denoiser, folder / "student", tmp_path / "tuned", 1)
     again = adapters.load_student(bases.load(recipe.teacher, "cpu"), tmp_path / "tuned")
     assert again.tuned
     x_t, t = torch.randn(2, *student.base.latent_shape), torch.tensor([999, 499])
@@ -399,6 +401,49 @@ def test_a_micro_batch_of_one_has_an_irrelevant_prompt_too(distilled, tmp_path, 
 # ---- a whole recipe ----
 
 
+def test_a_guard_that_keeps_step_0_is_told_wherever_its_student_goes(tiny_sdxl, tmp_path, capsys):
+    prompts = runs.write_prompts(tmp_path)
+    guard = {"rewards": [{"name": "colourfulness", "weight": 0.0}], "num_prompts": 2, "every": 1}  # no look is better
+    tuned = runs.tuning("feedback", prompts, guard=guard)
+    evaluate = Evaluate(
+        prompts=prompts, num_prompts=2, num_steps=[4], gammas=[0.0], teacher_steps=[2], rewards=["brightness"]
+    )
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(prompts), runs.distill(segments=[2]), tuned, evaluate])
+    found = pipeline.run(recipe)[2].folder
+    lines = capsys.readouterr().out.splitlines()
+    last = next(i for i, line in enumerate(lines) if line.startswith("evaluate ->")) - 1
+    assert lines[last].startswith("guard kept step 0 of 2: by the held-out reward no look was better")
+    assert checkpoint.read_json(found / "manifest.json")["tuned_steps"] == 0
+    assert checkpoint.read_json(found / "student" / "student.json")["tuned_steps"] == 0
+    run = Path(recipe.runs, recipe.name)
+    report = (run / "03-evaluate" / "report.md").read_text()
+    assert "It is the student as it was distilled: the guard of feedback kept step 0." in report
+    (drawn,) = finished_runs.sample(run, ["a cat"], 2, 0, None, tmp_path / "tuned")
+    assert "its guard kept step 0: this is the student as it was distilled" in capsys.readouterr().out
+    (other,) = finished_runs.sample(run / "01-distill", ["a cat"], 2, 0, None, tmp_path / "distilled")
+    assert Image.open(drawn).tobytes() == Image.open(other).tobytes()
+    assert "kept step 0" not in capsys.readouterr().out
+
+
+def test_the_step_that_a_guard_kept_is_told_and_recorded(tiny_sdxl, tmp_path, capsys):
+    prompts = runs.write_prompts(tmp_path)
+    guard = {"rewards": [{"name": "colourfulness", "weight": -1.0}], "num_prompts": 2, "every": 1}
+    tuned = runs.tuning("feedback", prompts, num_steps=3, learning_rate=1e-2, guard=guard)
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(prompts), runs.distill(segments=[2]), tuned])
+    found = pipeline.run(recipe)[2].folder
+    kept = checkpoint.read_json(found / "guard.json")["kept_step"]
+    assert kept > 0
+    assert f"guard kept step {kept} of 3" in capsys.readouterr().out
+    assert adapters.tuned_steps(found / "student") == kept
+    older = checkpoint.read_json(found / "student" / "student.json")
+    del older["tuned_steps"]
+    checkpoint.write_json(found / "student" / "student.json", older)
+    assert adapters.tuned_steps(found / "student") is None
+    checkpoint.write_json(found / "student" / "student.json", older | {"tuned_steps": -1})
+    with pytest.raises(CheckpointError, match="tuned_steps must be a whole number from 0, is -1"):
+        adapters.describe(found / "student")
+
+
 def test_a_recipe_goes_from_trajectories_to_a_tuned_student_that_is_sampled_evaluated_and_exported(tiny_sdxl, tmp_path):
     prompts = runs.write_prompts(tmp_path)
     recipe = runs.whole(tiny_sdxl, tmp_path, segments=[2])
@@ -415,7 +460,7 @@ def test_a_recipe_goes_from_trajectories_to_a_tuned_student_that_is_sampled_eval
     run = Path(recipe.runs, recipe.name)
     before = finished_runs.sample(student_folder := run / "01-distill", ["a cat"], 2, 0, None, tmp_path / "before")
     after = finished_runs.sample(run, ["a cat"], 2, 0, None, tmp_path / "after")
-    assert before[0].read_bytes() != after[0].read_bytes()  # a run's student is its last one
+    assert Image.open(before[0]).tobytes() != Image.open(after[0]).tobytes()  # a run's student is its last one
     assert finished_runs.find_stage(student_folder, ("distill",)).is_dir()
     again = json.loads((finished_runs.evaluate(run, num_prompts=2) / "report.json").read_text())
     assert {row["name"] for row in again["rows"]} == {"teacher", "student", "feedback"}
