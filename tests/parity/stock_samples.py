@@ -3,11 +3,13 @@
 A job is {"folder", "out", "prompts", "seed", "calls": [{"steps"} or {"timesteps"}, "eta"]} and optionally "lora" and
 "unet" (parts to put over the folder's own), "scheduler" (whose to take instead), "trust" (run the folder's own
 pipeline.py) and "again" (a folder to save the pipeline to, and to open it from).
-Written to "out": the latents of each call by its number. Then each CODE.py is run, as a reader of a card would run it.
+Written to "out": the latents of each call by its number. Then each CODE.py is run where it lies, as a reader of a card
+would run it.
 """
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -43,6 +45,7 @@ if __name__ == "__main__":
     for job in json.loads(Path(sys.argv[1]).read_text()):
         sample(job)
     for code in sys.argv[2:]:
+        os.chdir(Path(code).parent)
         exec(compile(Path(code).read_text(), code, "exec"), {})
     if "mlcm_rl" in sys.modules:
         raise SystemExit("mlcm_rl was imported: an export must not need it")
