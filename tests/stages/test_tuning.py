@@ -18,6 +18,7 @@ from mlcm_rl.checkpoint import CheckpointError
 from mlcm_rl.data import Prompt
 from mlcm_rl.equations.preference import offline_pso_log_ratios
 from mlcm_rl.guard import Guard
+from mlcm_rl.lora_files import KOHYA_FILE, LORA_FILE
 from mlcm_rl.recipe import Evaluate, Full, Lora
 from mlcm_rl.rewards import Combined, Member, RewardError, combine
 from mlcm_rl.runtime import Runtime, generator
@@ -475,6 +476,10 @@ def test_a_recipe_goes_from_trajectories_to_a_tuned_student_that_is_sampled_eval
     with torch.no_grad():
         expected = base.predict(student.denoiser, x_t, t, conditioning)
         torch.testing.assert_close(base.predict(stock.unet, x_t, t, conditioning), expected, rtol=0, atol=1e-4)
+        for file in (LORA_FILE, KOHYA_FILE):  # both adapters as one, over the teacher
+            stock = StableDiffusionXLPipeline.from_pretrained(recipe.teacher.path)
+            stock.load_lora_weights(exported, weight_name=file)
+            torch.testing.assert_close(base.predict(stock.unet, x_t, t, conditioning), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", ["feedback", "dpo", "policy"])
