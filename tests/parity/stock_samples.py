@@ -24,10 +24,10 @@ def sample(job: dict) -> None:
         pipe.save_pretrained(job["again"])
         pipe = DiffusionPipeline.from_pretrained(job["again"], trust_remote_code=job["trust"])
     pipe.set_progress_bar_config(disable=True)
-    if "lora" in job:
-        pipe.load_lora_weights(job["lora"], weight_name="pytorch_lora_weights.safetensors")
     if "unet" in job:
         pipe.unet = UNet2DConditionModel.from_pretrained(job["unet"])
+    if "lora" in job:
+        pipe.load_lora_weights(job["lora"], weight_name="pytorch_lora_weights.safetensors")
     if "scheduler" in job:
         name = json.loads(Path(job["scheduler"], "scheduler_config.json").read_text())["_class_name"]
         pipe.scheduler = getattr(importlib.import_module("diffusers"), name).from_pretrained(job["scheduler"])
