@@ -12,7 +12,7 @@ The folder is a whole pipeline with the student's weights folded in. Beside them
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,13 @@ def export(
     card_table: str | None = None,
     snapshots: Mapping[int, Path] | None = None,
     gamma: float | None = None,
+    languages: Sequence[str] = (),
 ) -> Path:
     """Write the student in `student_folder` to the new folder `out`, in one rename; returns `out`.
 
     `card_table` is Markdown for the card; `snapshots` are students to ship beside it, by the number of steps that each
     is for (a conditioned student has its own); `gamma` is what the student was tuned under, by default what suits it.
-    One between 0 and 1 is the `eta` that the card's code passes.
+    One between 0 and 1 is the `eta` that the card's code passes. `languages` are those that it was measured in.
     Raises FileExistsError where `out` is taken, ValueError for a snapshot that is conditioned, or of a student that is.
     """
     out = Path(out)
@@ -77,7 +78,7 @@ def export(
         forget_origin(folder)
         for licence in sorted(Path(base.teacher.path).glob("LICENSE*")):
             shutil.copy(licence, folder)
-        card = model_card.card(base, student, out.name, gamma, card_table, folder)
+        card = model_card.card(base, student, out.name, gamma, card_table, folder, languages)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return out
 

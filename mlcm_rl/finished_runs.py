@@ -218,14 +218,17 @@ def export(run_folder: Path, out: Path) -> Path:
         described = adapters.describe(path)
         if not described["conditioned"] and described["segments"] > 1:
             snapshots[described["segments"]] = path
-    gamma = own_gamma(folder / "student")
-    return write_export(folder / "student", base, out, _card_table(run_folder), snapshots, gamma)
+    table, languages = _measured(run_folder)
+    return write_export(folder / "student", base, out, table, snapshots, own_gamma(folder / "student"), languages)
 
 
-def _card_table(run_folder: Path) -> str | None:
-    """The table of the run's latest report, as Markdown; None for a run that was not evaluated."""
+def _measured(run_folder: Path) -> tuple[str | None, list[str]]:
+    """The table of the run's latest report as Markdown, and its prompts' languages; nothing where it has none."""
     reports = sorted(run_folder.glob("[0-9]*-evaluate/report.json"))
-    return report.markdown(read_json(reports[-1])) if reports else None
+    if not reports:
+        return None, []
+    latest = read_json(reports[-1], prompts=list)
+    return report.markdown(latest), list(dict.fromkeys(prompt["language"] for prompt in latest["prompts"]))
 
 
 def teacher_of(folder: Path) -> Base:

@@ -1,6 +1,7 @@
 """The card of an exported student: README.md, as the hub's pages read it. Its code runs where the folder lies."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import adapters
@@ -47,12 +48,24 @@ another scheduler or number of steps it goes through times that the student did 
 alone: other tools apply it in part, or not at all."""
 
 
-def card(base: Base, student: Student, name: str, gamma: float, table: str | None, folder: Path) -> str:
+def card(
+    base: Base,
+    student: Student,
+    name: str,
+    gamma: float,
+    table: str | None,
+    folder: Path,
+    languages: Sequence[str] = (),
+) -> str:
     """Return the README.md of the export in `folder`, which is to be called `name`.
 
     What it is, code that runs, what goes wrong without it, other tools, grids, the `table` of measurements, licence.
+    `languages` are the prompts', for the metadata of a teacher that says none.
     """
     stated = _stated(Path(base.teacher.path) / "README.md")
+    if not any(line.startswith("language:") for line in stated):
+        codes = [f"- {language}" for language in languages if re.fullmatch("[a-z]{2,3}", language)]
+        stated += ["language:", *codes] if codes else []
     sections = [
         _front_matter(base, stated, folder),
         f"# {name}\n\nA student of `{public(base.teacher.path)}` for {_budgets(student)} steps, made by multistep "

@@ -92,6 +92,15 @@ def test_licence_and_languages_are_taken_over_from_a_card_in_any_encoding(encodi
     assert "## Licence\n\nAs its teacher's: other." in text
 
 
+def test_languages_of_the_measured_prompts_stand_in_for_those_that_the_teacher_does_not_state(lora, tmp_path):
+    base, student, out = lora
+    measured = model_card.card(base, student, "out", 1.0, None, out, ["zh", "en", "Old\nNorse"])
+    assert metadata(measured)["language"] == ["zh", "en"]
+    (tmp_path / "README.md").write_text(CARD)
+    stating = of_teacher(base, path=str(tmp_path))
+    assert metadata(model_card.card(stating, student, "out", 1.0, None, out, ["de"]))["language"] == ["en", "zh"]
+
+
 @pytest.mark.parametrize(
     "content",
     [

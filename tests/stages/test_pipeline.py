@@ -326,7 +326,9 @@ def test_evaluate_and_export_of_a_finished_run(finished, tmp_path):
         with pytest.raises(RunError, match=r"out is a model for diffusers.*README\.md has the code"):
             again()
     assert (out / "model_index.json").is_file()
-    assert "|" in (out / "README.md").read_text()  # the measured table
+    card = (out / "README.md").read_text()
+    assert "## Measured\n\n" in card
+    assert "\nlanguage:\n- en\n" in card
     assert finished_runs.find_stage(stages[1].folder, ("distill",)) == stages[1].folder.resolve()
     with pytest.raises(RunError, match="holds no finished evaluate"):
         finished_runs.find_stage(stages[1].folder, ("evaluate",))
