@@ -1,6 +1,7 @@
 """The `mlcm` command: reads the arguments, calls the function that does the work, prints what came of it.
 
-Exit codes: 0; 1 for a run that failed; 2 for a bad recipe or argument; 130 after Ctrl-C, 143 after SIGTERM. torch is
+Exit codes: 0; 1 for a run that failed; 2 for a bad recipe or argument; 3 where one of several processes was lost; 130
+after Ctrl-C, 143 after SIGTERM. torch is
 imported only by the commands that need it, by `_imported`: `--help`, `validate` and `schema` answer at once.
 """
 
@@ -35,7 +36,8 @@ app = typer.Typer(
     name="mlcm",
     help="Distil a latent text-to-image diffusion model into a 2-8-step student.",
     epilog="Begin with `mlcm plan recipes/emoji_mlcm.yaml`; every command has a `--help` of its own. "
-    "Exit codes: 0 done, 1 failed, 2 bad recipe or argument, 130 after Ctrl-C, 143 after SIGTERM.",
+    "Exit codes: 0 done, 1 failed, 2 bad recipe or argument, 3 one of several processes lost, 130 after Ctrl-C, 143 "
+    "after SIGTERM.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -99,7 +101,10 @@ def run(
     """Run a recipe, or what is not yet done of it. The same command takes up an interrupted run.
 
     Ctrl-C and SIGTERM end it within 30 seconds, in training after a whole step that is saved; a second one ends it at
-    once. The exit code is 130 after Ctrl-C and 143 after SIGTERM, 1 for a run that failed, 2 for a bad recipe.
+    once. The exit code is 130 after Ctrl-C and 143 after SIGTERM, 1 for a run that failed, 2 for a bad recipe, 3 where
+    one of several processes was killed: the same command goes on from what was saved.
+
+    In several processes it runs under --launch, or under torchrun: `torchrun --nproc_per_node 8 -m mlcm_rl run RECIPE`.
     """
     loaded = _load(recipe, overrides, quiet=launch is not None)  # the first of the processes tells
     if launch is not None:
@@ -267,7 +272,8 @@ def export(
 ) -> None:
     """Write a run's student as a folder that diffusers opens without this package.
 
-    A student told the time it jumps to has its pipeline's class in the folder: open it with trust_remote_code=True.
+    A student told the time it jumps to has its pipeline's class in the folder: open it with trust_remote_code=True. For
+    stock pipelines (image to image, ControlNet) it is in the folders steps-N. The card in README.md has the code.
     """
     with _imported("finished_runs") as finished_runs:
         folder = finished_runs.export(run, out)
@@ -340,6 +346,9 @@ def _launched(launch: Path, arguments: list[str]) -> int:
     except launcher.LaunchError as error:
         error_console.print(Text.assemble(("bad", "bold red"), f"  --launch: {error}"), soft_wrap=True)
         return 2
+    except launcher.Killed as error:
+        error_console.print(Text.assemble(("failed", "bold red"), f"  {error}"), soft_wrap=True)
+        return launcher.LOST
 
 
 def _read_launch(path: Path | None) -> "Launch":
@@ -383,7 +392,7 @@ def _imported(name: str, interrupted: str = "Interrupted.") -> Iterator[ModuleTy
             try:
                 yield module
             except module.RunError as error:
-                label = "failed" if error.exit_code == 1 else "bad"
+                label = "bad" if error.exit_code == 2 else "failed"
                 error_console.print(Text.assemble((label, "bold red"), f"  {error}"), soft_wrap=True)
                 raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt as stop:

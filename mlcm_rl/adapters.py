@@ -29,7 +29,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from . import precision
+from . import finite, precision
 from .bases import TARGET_TIME_WIDTH, Base
 from .checkpoint import (
     CheckpointError,
@@ -164,6 +164,7 @@ def save_student(denoiser: UNet2DConditionModel, folder: Path | str, description
     with replacing(Path(folder)) as partial:
         partial.mkdir()
         if settings is None:
+            finite.refuse_weights(denoiser.state_dict(), "the student")
             denoiser.save_pretrained(partial / "unet")
             forget_origin(partial)
         else:
@@ -247,12 +248,17 @@ def as_one_lora(student: Student) -> Adapter | None:
 
 
 def merged(student: Student, dtype: torch.dtype) -> UNet2DConditionModel:
-    """A plain denoiser with weights of its own in `dtype` that computes what the student does."""
+    """A plain denoiser with weights of its own in `dtype` that computes what the student does.
+
+    Raises ValueError where they do not fit `dtype`.
+    """
     denoiser = copy.deepcopy(student.denoiser)
     if adapters := list(denoiser.__dict__.get("peft_config", {})):
         denoiser.fuse_lora(adapter_names=adapters)
         denoiser.unload_lora()
-    return nn.Module.to(denoiser, dtype)  # diffusers' own `to` warns of float32 modules that a UNet has not
+    nn.Module.to(denoiser, dtype)  # diffusers' own `to` warns of float32 modules that a UNet has not
+    finite.refuse_weights(denoiser.state_dict(), "the student folded into the teacher")
+    return denoiser
 
 
 def _resume(base: Base, adapter: Lora | Full, condition_on_target: bool, folder: Path) -> UNet2DConditionModel:

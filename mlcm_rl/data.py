@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .picture_files import picture_in, read_picture, square
-from .untrusted import Faults, parse_json, read_bytes, shown
+from .untrusted import Faults, brief, parse_json, read_bytes
 
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 
@@ -36,10 +36,10 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     optional. A language not given is guessed from the script; empty lines are passed over.
     Raises ValueError with file and line for what cannot be read, and for a file without prompts.
     """
-    return [prompt for _, prompt in placed_prompts(path)]
+    return [prompt for _, prompt in prompts_with_lines(path)]
 
 
-def placed_prompts(path: str | Path) -> list[tuple[str, Prompt]]:
+def prompts_with_lines(path: str | Path) -> list[tuple[str, Prompt]]:
     """Return ("file:number", prompt) of every prompt of a file. Raise what `read_prompts` raises."""
     path = Path(path)
     if path.suffix == ".txt":
@@ -87,10 +87,10 @@ class CaptionedImages:
     def _load(self, lines: list[tuple[str, dict]], resolution: int) -> list[torch.Tensor]:
         images, faults = [], Faults()
         for where, record in lines:
-            with faults.noted():
+            with faults.collect():
                 path = picture_in(self.folder, record["file_name"], where)
                 images.append(square(read_picture(path, f"{where}: {path}"), resolution))
-        faults.refuse()
+        faults.raise_all()
         return images
 
 
@@ -137,7 +137,7 @@ def _prompt(record: dict, where: str) -> Prompt:
     fields = ("prompt", "language", "concept", "style")
     for name, value in record.items():
         if name not in fields:
-            raise ValueError(f"{where}: unknown key {shown(name)}; a prompt has {', '.join(fields)}")
+            raise ValueError(f"{where}: unknown key {brief(name)}; a prompt has {', '.join(fields)}")
         if value is None and name != "prompt":
             continue
         refuse_no_text(value, f"{where}: {name}")
@@ -149,10 +149,10 @@ def _prompt(record: dict, where: str) -> Prompt:
 def _captions(record: dict, where: str) -> list[str]:
     """The captions of a picture; also checks its `file_name`."""
     if not isinstance(record.get("file_name"), str):
-        raise ValueError(f"{where}: file_name must be text, got {shown(record.get('file_name'))}")
+        raise ValueError(f"{where}: file_name must be text, got {brief(record.get('file_name'))}")
     prompts = record.get("prompts")
     if not isinstance(prompts, list) or not prompts:
-        raise ValueError(f"{where}: prompts must be a list of at least one caption, got {shown(prompts)}")
+        raise ValueError(f"{where}: prompts must be a list of at least one caption, got {brief(prompts)}")
     for text in prompts:
         refuse_no_text(text, f"{where}: each of prompts")
     return prompts
@@ -161,6 +161,6 @@ def _captions(record: dict, where: str) -> list[str]:
 def refuse_no_text(value: object, what: str) -> None:
     """Raise ValueError that begins with `what` unless `value` is text to draw from: not blank, and without NUL."""
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{what} must be text that is not empty, got {shown(value)}")
+        raise ValueError(f"{what} must be text that is not empty, got {brief(value)}")
     if "\0" in value:
-        raise ValueError(f"{what} holds the character NUL, which no text has: {shown(value)}")
+        raise ValueError(f"{what} holds the character NUL, which no text has: {brief(value)}")

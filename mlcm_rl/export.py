@@ -22,10 +22,11 @@ from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embeddin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import adapters, model_card
+from . import adapters, finite, model_card
 from .adapters import Student
+from .atomic import remove_partial_of, replacing
 from .bases import TARGET_TIME_WIDTH, Base
-from .checkpoint import forget_origin, replacing
+from .checkpoint import forget_origin
 from .equations.segments import NUM_SEGMENTS, sampling_times
 from .equations.solver import time_before_noise
 from .exported_pipeline import TargetTimePipeline
@@ -66,6 +67,7 @@ def export(
     beside = dict(sorted((snapshots or {}).items()))
     if beside and (student.conditioned or any(adapters.describe(source)["conditioned"] for source in beside.values())):
         raise ValueError(f"{student.folder} and its snapshots: one is conditioned on its target time, it serves alone")
+    remove_partial_of(out)
     with replacing(out) as folder:
         _write_pipeline(base, student, gamma, folder)
         for num_steps, source in beside.items():  # one is in memory at a time
@@ -75,8 +77,7 @@ def export(
         forget_origin(folder)
         for licence in sorted(Path(base.teacher.path).glob("LICENSE*")):
             shutil.copy(licence, folder)
-        steps = list(beside) or stock_steps(student)
-        card = model_card.card(base, student, out.name, gamma, card_table, steps)
+        card = model_card.card(base, student, out.name, gamma, card_table, folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return out
 
@@ -193,7 +194,9 @@ def _write_told(base: Base, student: Student, num_steps: int, gamma: float, fold
     denoiser.time_embedding.linear_1.weight.data += up @ down
     denoiser.time_embedding.cond_proj = None
     denoiser.register_to_config(time_cond_proj_dim=None)
-    nn.Module.to(denoiser, base.dtype).save_pretrained(folder / "unet")
+    nn.Module.to(denoiser, base.dtype)
+    finite.refuse_weights(denoiser.state_dict(), f"the student for {num_steps} steps")
+    denoiser.save_pretrained(folder / "unet")
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from .export import export as write_export
 from .export import refuse_taken
 from .fingerprint import STUDENTS, Located, locate
 from .pairs import labels, ranking
-from .pipeline import BadArgument, RunError, run_stage, worded
+from .pipeline import BadArgument, RunError, run_stage, sweep, worded
 from .recipe import Evaluate, Recipe, Reward, paths
 from .rewards import build
 from .rewards.prompts import refuse_prompts
@@ -166,6 +166,7 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
     found = locate(stage, recipe, done)
     if not is_finished(found.folder):
         run_stage(stage, recipe, done, found)
+    sweep(found.folder)
     return found.folder
 
 

@@ -21,7 +21,7 @@ def refused(stage: Stage) -> list[tuple[str, Exception]]:
     found: list[tuple[str, Exception]] = []
 
     @contextmanager
-    def noted(key: str) -> Iterator[None]:
+    def collect(key: str) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:
@@ -30,16 +30,16 @@ def refused(stage: Stage) -> list[tuple[str, Exception]]:
 
     lists: dict[str, PromptList] = {}
     for key, path in _prompt_files(stage):
-        with noted(key):
+        with collect(key):
             lists[key] = (path, _read(stage, key, path))
     if isinstance(stage, TrainReward | Dpo) and stage.pairs:
-        with noted("pairs"):
+        with collect("pairs"):
             PairTable(stage.pairs)
     trained_on = len(stage.rewards) if isinstance(stage, Tuning) else len(stage.reward_models)
     for i, reward in enumerate(stage.reward_models):
         is_trained_on = i < trained_on
-        with noted(f"rewards[{i}]" if is_trained_on else f"guard.rewards[{i - trained_on}]"):
-            _refuse_reward(stage, reward.from_folder(""), is_trained_on, _asked(stage, lists, is_trained_on))
+        with collect(f"rewards[{i}]" if is_trained_on else f"guard.rewards[{i - trained_on}]"):
+            _refuse_reward(stage, reward.from_folder(""), is_trained_on, _lists_for(stage, lists, is_trained_on))
     return found
 
 
@@ -62,7 +62,7 @@ def _read(stage: Stage, key: str, path: str) -> list[Prompt]:
     return tuning.spoken(read_prompts(path), stage.languages, path)
 
 
-def _asked(stage: Stage, lists: dict[str, PromptList], is_trained_on: bool) -> list[PromptList]:
+def _lists_for(stage: Stage, lists: dict[str, PromptList], is_trained_on: bool) -> list[PromptList]:
     """Return the lists whose pictures a reward is asked for; a guard watches those trained on beside its own."""
     names = ["guard_prompts"] if isinstance(stage, Tuning) else ["prompts"]
     if isinstance(stage, Tuning) and is_trained_on and not (isinstance(stage, Dpo) and stage.pairs):

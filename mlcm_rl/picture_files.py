@@ -76,8 +76,11 @@ def square(image: Image.Image, side: int) -> Tensor:
 
 def _on_white(image: Image.Image) -> Image.Image:
     """Return a decoded image of any mode as RGB."""
+    clear = image.info.get("transparency")
     if image.mode.startswith("I"):
         image = _eight_bits(image)
+    elif isinstance(clear, tuple) and max(clear) > 255:  # a colour of 16 bits a channel, where the pixels have 8
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import sampler
+from . import finite, sampler
 from .bases import Base
 from .checkpoint import replacing
 from .equations.segments import sampling_times
@@ -15,12 +15,25 @@ from .runtime import generator
 
 
 def encode(base: Base, images: Tensor, size: int) -> Tensor:
-    """Latents (N, C, H, W) on the CPU of 8-bit pictures (N, 3, H', W'), encoded `size` at a time."""
-    return torch.cat([base.encode_images(part.to(base.device) / 255).cpu() for part in images.split(size)])
+    """Latents (N, C, H, W) on the CPU of 8-bit pictures (N, 3, H', W'), encoded `size` at a time.
+
+    Raises ValueError for a picture whose latents hold NaN or infinity.
+    """
+    latents = torch.cat([base.encode_images(part.to(base.device) / 255).cpu() for part in images.split(size)])
+    if (place := finite.first_bad_row(latents)) is not None:
+        raise ValueError(
+            f"picture {place + 1} of {len(images)}: its latents by the autoencoder of {base.teacher.path} are not "
+            "finite: its weights are damaged; fetch them again"
+        )
+    return latents
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """A picture (3, H, W) in [0, 1] as an 8-bit RGB image."""
+    """A picture (3, H, W) in [0, 1] as an 8-bit RGB image. Raises ValueError for one that holds NaN."""
+    if not finite.is_finite(image):
+        raise ValueError(
+            "a picture that was drawn is not made of finite numbers: the student or its teacher is damaged"
+        )
     return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "BadArgument",
     "Located",
     "PlannedStage",
+    "ProcessLost",
     "RunError",
     "device_here",
     "plan",
@@ -44,6 +45,12 @@ class RunError(Exception):
     """A run failed; the message says which stage, where and why, for people."""
 
     exit_code = 1
+
+
+class ProcessLost(RunError):
+    """Another process of the run has ended, and this one cannot go on without it."""
+
+    exit_code = 3
 
 
 class BadArgument(RunError):
@@ -69,17 +76,22 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
     """
     try:
         device = device_of(recipe.device)
+        distributed.start(device)
     except ValueError as error:
         raise RunError(str(error)) from error
     refuse_unready(recipe)
+    try:
+        distributed.refuse_unshared(Path(recipe.runs))
+    except PEOPLES_ERRORS as error:
+        raise RunError(said(error)) from error
     done: list[Located] = []
     links = Path(recipe.runs) / recipe.name
     for number, stage in enumerate(recipe.stages):
         try:
-            distributed.start(device)
             found = locate(stage, recipe, done)
             if distributed.agreed(is_finished(found.folder)):
                 refuse_another(found, verify(found.folder))
+                distributed.by_first(sweep, found.folder)
                 console.print(f"[dim]{stage.kind}[/] {found.folder} is done", soft_wrap=True)
             else:
                 distributed.by_first(_unlink, links, range(number, sys.maxsize))  # until they are of this recipe
@@ -93,10 +105,23 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
                 f"stages[{number}] ({stage.kind}): memory of the device does not suffice: {way_out(trains)}; "
                 "`mlcm plan` says what a stage needs. Finished stages and checkpoints are as they were"
             ) from error
+        except RuntimeError as error:
+            if distributed.is_loss(error):
+                raise ProcessLost(f"stages[{number}] ({stage.kind}): {_without_others(found.folder)}") from error
+            raise
         done.append(found)
     distributed.by_first(_unlink, links, range(len(done), sys.maxsize))
     distributed.finish()
     return done
+
+
+def _without_others(folder: Path) -> str:
+    """Say that another process of a stage in `folder` is gone, and what it goes on from."""
+    newest = checkpoint.checkpoints(folder)[-1:]
+    saved = f"{newest[0]} is whole" if newest else "what was finished is as it was"
+    return (
+        f"another process of this run has ended, and this one stops: {saved}, and the same command goes on from there"
+    )
 
 
 def refuse_unready(recipe: Recipe) -> None:
@@ -156,7 +181,7 @@ def refuse_another(found: Located, manifest: dict) -> None:
 
 def run_stage(stage: Stage, recipe: Recipe, done: list[Located], found: Located, skip_damaged: bool = False) -> None:
     """What is left of a stage, while no other run writes to its folder."""
-    found.folder.mkdir(parents=True, exist_ok=True)
+    found.folder.mkdir(parents=True, exist_ok=True)  # in every process: on a shared folder too
     with ExitStack() as locked:
         distributed.by_first(locked.enter_context, lock.held(found.folder))  # for all processes of this run
         if distributed.agreed(is_finished(found.folder)):  # by the run that held it until now
@@ -170,6 +195,13 @@ def _clear(folder: Path, skip_damaged: bool) -> None:
     checkpoint.remove_partial(folder)
     for skipped in checkpoint.skip_damaged(folder) if skip_damaged else []:
         console.print(f"[yellow]skipped[/] {skipped}", soft_wrap=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a finished stage would have gone on from, where its process was killed before it could."""
+    if checkpoint.unswept(folder):
+        with lock.held(folder):
+            checkpoint.sweep(folder)
 
 
 def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Located) -> None:

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from . import estimates, operations
+from . import estimates, operations, teacher_check
 from .bases import LORA_TARGETS, files
 from .checkpoint import CheckpointError, is_finished, read_json, read_shapes
 from .devices import Device
@@ -234,7 +234,8 @@ class Sizes:
         self.folder = files.shapes_folder(recipe.teacher)
         here = recipe.teacher.model_copy(update={"path": str(self.folder), "revision": None})
         self.recipe = recipe = recipe.model_copy(update={"teacher": here})
-        self.parts = {name: shapes(self.folder / name) for name in files.parts_with_weights(recipe.teacher)}
+        teacher_check.refuse(self.folder, here.family, here.variant)
+        self.parts = {name: files.shapes(self.folder / name, here.variant) for name in files.parts_with_weights(here)}
         if empty := [name for name, found in self.parts.items() if not found]:
             self.parts |= files.shapes_from_configuration(recipe.teacher, empty)
         unet = read_json(
@@ -280,7 +281,7 @@ class Sizes:
         needed = others * BYTES[self.recipe.teacher.dtype]
         if isinstance(stage, Evaluate):
             measuring = read_shapes(Path(stage.inception)) if stage.inception else {}
-            measuring |= shapes(Path(stage.clip)) if stage.clip else {}
+            measuring |= files.shapes(Path(stage.clip)) if stage.clip else {}
             needed += 4 * sum(map(prod, measuring.values()))
         distilled = self.distilled(stage)
         described = {"memory": kind, "others": needed, "distilled": distilled.model_dump()}
@@ -319,11 +320,3 @@ class Sizes:
 def is_lora_target(name: str) -> bool:
     """Whether the weight `name` of a UNet is of a module that the published adapter changes."""
     return any(name.removesuffix(".weight").endswith(f".{target}") for target in LORA_TARGETS)
-
-
-def shapes(folder: Path) -> dict[str, list[int]]:
-    """Shapes of the tensors in a folder's safetensors files, read off their headers."""
-    found: dict[str, list[int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= read_shapes(path)
-    return found

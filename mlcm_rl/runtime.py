@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -151,8 +152,11 @@ def cpu_has_bfloat16() -> bool:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, for the record; None outside one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """Return the commit of this checkout, for the record; None outside one, and where git is not to be had."""
+    git, checkout = shutil.which("git"), Path(__file__).parents[1]
+    if git is None or not (checkout / ".git").exists():  # an installed package may lie within another checkout
+        return None
+    command = [git, "-C", str(checkout), "rev-parse", "HEAD"]
     found = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     return found.stdout.strip() or None
 

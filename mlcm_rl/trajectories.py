@@ -17,7 +17,7 @@ import torch
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
-from . import distributed
+from . import distributed, finite
 from .bases import Base, Conditioning
 from .checkpoint import (
     CheckpointError,
@@ -101,7 +101,13 @@ class Writer:
         path = self.folder / shard_name(indices)
         dtype = DTYPES[self.provenance.dtype]
         kept = {f"conditioning.{name}": value.to(dtype) for name, value in conditioning.items()}
-        write_tensors(path, {"states": states.to(dtype), "x0": x0.to(dtype), **kept})
+        kept |= {"states": states.to(dtype), "x0": x0.to(dtype)}
+        if (name := finite.first_nonfinite(kept)) is not None:
+            raise ValueError(
+                f"trajectories {indices.start} to {indices.stop - 1}: their {name} do not fit {self.provenance.dtype}, "
+                f"whose largest is {finite.LARGEST[dtype]}: set dtype: float32 in the trajectories stage"
+            )
+        write_tensors(path, kept)
         self.record["shards"][path.name] = sha256(path)
         sizes = self.record.get("batch_sizes", [])
         self.record["batch_sizes"] = sorted({*sizes, self.batch_size})

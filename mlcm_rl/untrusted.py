@@ -20,7 +20,7 @@ _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80  # other: bytes too
 
 
-def shown(value: object) -> str:
+def brief(value: object) -> str:
     """Return `value` as Python writes it, shortened in its middle: a file may hold megabytes where a word belongs."""
     return _REPR.repr(value)
 
@@ -38,14 +38,14 @@ class Faults:
         self.texts: list[str] = []
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Note a ValueError that is raised inside, and go on."""
+    def collect(self) -> Iterator[None]:
+        """Collect a ValueError that is raised inside, and go on."""
         try:
             yield
         except ValueError as error:
             self.texts.append(str(error))
 
-    def refuse(self) -> None:
+    def raise_all(self) -> None:
         """Raise ValueError with the first few faults and how many more there are, if there are any."""
         if self.texts:
             raise ValueError(first_few(self.texts))
@@ -112,8 +112,8 @@ def held(folder: Path, name: object, where: object) -> Path:
     through `..`, or over a link.
     """
     if not isinstance(name, str) or not name or "\0" in name or not is_unicode(name):
-        raise ValueError(f"{where}: expected the name of a file, got {shown(name)}")
+        raise ValueError(f"{where}: expected the name of a file, got {brief(name)}")
     path = folder / name
     if os.path.isabs(name) or not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{where}: {shown(name)} leads out of {folder}; what is read must lie in it")
+        raise ValueError(f"{where}: {brief(name)} leads out of {folder}; what is read must lie in it")
     return path

@@ -19,7 +19,7 @@ from ..data import Prompt
 from ..picture_files import pictures_of, read_picture, square
 from ..recipe import Evaluate
 from ..rewards.prompts import refuse_prompts
-from ..untrusted import Faults, shown
+from ..untrusted import Faults, brief
 from . import inception, judge
 
 NUM_SUBSETS = 10  # of the prompts, for the standard error of KID
@@ -117,7 +117,7 @@ def concept_indices(prompts: list[Prompt], concepts: list[str], path: str) -> Te
     unknown = sorted({prompt.concept for prompt in prompts if prompt.concept is not None} - set(places))
     if concepts and unknown:
         raise ValueError(
-            f"{path}: the judge has no prototype of {len(unknown)} concepts, for example {shown(unknown[0])}"
+            f"{path}: the judge has no prototype of {len(unknown)} concepts, for example {brief(unknown[0])}"
         )
     return torch.tensor([places.get(prompt.concept, -1) for prompt in prompts])
 
@@ -146,8 +146,8 @@ def real_pictures(folder: Path, side: int, batch_size: int) -> Iterator[Tensor]:
     for first in range(0, len(paths), batch_size):
         batch = []
         for path in paths[first : first + batch_size]:
-            with faults.noted():
+            with faults.collect():
                 batch.append(square(read_picture(path, f"real_images: {path}"), side))
         if not faults.texts:
             yield torch.stack(batch)
-    faults.refuse()
+    faults.raise_all()

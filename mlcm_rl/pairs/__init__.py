@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data import Prompt, guess_language, records_of, refuse_no_text
 from ..picture_files import picture_in, read_picture, square
 from ..runtime import say_once
-from ..untrusted import Faults, first_few, shown
+from ..untrusted import Faults, brief, first_few
 
 COLUMNS = ("prompt", "chosen", "rejected")
 INDEX = "metadata.jsonl"
@@ -64,20 +64,20 @@ class PairTable:
 
     def _leave_out_ties(self) -> None:
         """Leave out the rows whose two pictures are the same bytes. Raise ValueError for pictures that are missing."""
-        faults, kept, ties = Faults(), [], []
+        faults, different, ties = Faults(), [], []
         for i, row in enumerate(self.rows):
-            with faults.noted():
+            with faults.collect():
                 chosen, rejected = (self._source(row[name], name, i) for name in COLUMNS[1:])
-                (ties if _same(chosen, rejected) else kept).append(i)
-        faults.refuse()
+                (ties if _same(chosen, rejected) else different).append(i)
+        faults.raise_all()
         if not ties:
             return
         told = f"the picture chosen is the one rejected: {first_few([self.places[i] for i in ties])}"
-        if not kept:
+        if not different:
             raise ValueError(f"{self.path}: holds no pairs of two pictures; {told}")
         say_once(f"{len(ties)} of {len(self.rows)} pairs are left out, where {told}")
-        self.rows = self.rows.select(kept)
-        self.prompts, self.places = ([values[i] for i in kept] for values in (self.prompts, self.places))
+        self.rows = self.rows.select(different)
+        self.prompts, self.places = ([values[i] for i in different] for values in (self.prompts, self.places))
 
     def _source(self, stored: dict[str, Any] | None, name: str, index: int) -> Path | bytes:
         """The bytes in the table, else the path of a file beside it; what lies elsewhere is not opened."""
@@ -105,7 +105,7 @@ def _from_folder(folder: Path) -> tuple[datasets.Dataset, list[str]]:
     for where, record in records_of(folder / INDEX):
         for name in COLUMNS:
             if not isinstance(record.get(name), str):
-                raise ValueError(f"{where}: {name} must be text, got {shown(record.get(name))}")
+                raise ValueError(f"{where}: {name} must be text, got {brief(record.get(name))}")
         _prompt(record["prompt"], record.get("language"), where)
         for name, values in columns.items():
             values.append(record.get(name))
@@ -143,5 +143,5 @@ def _from_parquet(path: Path) -> tuple[datasets.Dataset, list[str]]:
 def _prompt(text: object, language: object, where: str) -> Prompt:
     refuse_no_text(text, f"{where}: prompt")
     if language is not None and not isinstance(language, str):
-        raise ValueError(f"{where}: language must be text, got {shown(language)}")
+        raise ValueError(f"{where}: language must be text, got {brief(language)}")
     return Prompt(text, language or guess_language(text))

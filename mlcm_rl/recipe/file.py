@@ -17,11 +17,11 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
-from ..untrusted import regular
+from .. import teacher_check
+from ..untrusted import read_bytes, regular
 from . import Distill, Evaluate, Feedback, Recipe, Teacher, Tuning, errors
 from .paths import READ, Folders, resolved, rewards_named
 from .schema import json_schema
@@ -29,7 +29,6 @@ from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, overri
 from .types import TRAINED, Lora, Reward
 
 FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd"}  # by their pipelines in diffusers
-OF_STUDENTS = ("LCMScheduler", "TCDScheduler")  # schedulers that only models of a few steps are published with
 HALVING = ("vae", "unet")  # each halves a picture once less often than it has blocks
 
 
@@ -109,34 +108,23 @@ def _teacher_problems(teacher: Teacher, folders: Folders) -> Iterator[Problem]:
         message = f"missing: {teacher.path} is no folder here, and a hub name needs its commit, 40 hexadecimal digits"
         yield Problem(("teacher", "revision"), message, looked_in=folders.looked_in(key, teacher.path))
     elif teacher.revision is None or not name:
+        folder = folders.place(key, teacher.path)
         yield from _absent(key, teacher.path, folders, holding="model_index.json")
-        yield from _family_problems(teacher, folders.place(key, teacher.path))
-        yield from _resolution_problems(teacher, folders.place(key, teacher.path))
-
-
-def refuse_student(path: str, folder: Path, index: dict[str, Any]) -> None:
-    """Raise ValueError where the model `path` is a student already, by its model_index.json or by what is in `folder`.
-
-    It would be taken for the teacher: its few steps would be imitated as if they were the many of the real one.
-    """
-    scheduler = [*index["scheduler"], "", ""][1] if isinstance(index.get("scheduler"), list) else ""
-    if (folder / "student.json").is_file():
-        reason = "`mlcm export` wrote it (student.json lies in it)"
-    elif scheduler in OF_STUDENTS:
-        reason = f"its model_index.json names {scheduler}"
-    else:
-        return
-    raise ValueError(f"{path} is a student, for a few steps, already: {reason}; name the teacher that it was made from")
+        yield from (wrong := list(_family_problems(teacher, folder)))
+        yield from _resolution_problems(teacher, folder)
+        if not wrong and os.path.exists(folder / "model_index.json"):
+            for one in teacher_check.problems(folder, teacher.family, teacher.variant):
+                yield Problem(key, f"{teacher.path}: {one}")
 
 
 def _family_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
     """The folder holds a student, or another family's. An index that is not there or damaged is told elsewhere."""
-    with suppress(OSError, ValueError):
-        index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    with suppress(OSError, ValueError, RecursionError):
+        index = json.loads(read_bytes(folder / "model_index.json"))
         if not isinstance(index, dict):
             return
         try:
-            refuse_student(teacher.path, folder, index)
+            teacher_check.refuse_student(teacher.path, folder, index)
         except ValueError as error:
             yield Problem(("teacher", "path"), str(error))
             return
@@ -150,8 +138,8 @@ def _resolution_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
     """A side that autoencoder and denoiser cannot halve as often as they do. Damaged files are told elsewhere."""
     if teacher.resolution is None:
         return
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        configs = [json.loads((folder / part / "config.json").read_text("utf-8")) for part in HALVING]
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        configs = [json.loads(read_bytes(folder / part / "config.json")) for part in HALVING]
         smallest = 2 ** sum(len(config["block_out_channels"]) - 1 for config in configs)
         if teacher.resolution % smallest:
             message = f"expected a multiple of {smallest}, as {teacher.path} needs, found {teacher.resolution}"

@@ -20,7 +20,7 @@ from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 from ruamel.yaml.nodes import Node as YamlNode
 from ruamel.yaml.reader import ReaderError
 
-from ..untrusted import read_bytes, shown
+from ..untrusted import brief, read_bytes
 
 Key = tuple[str | int, ...]
 
@@ -332,7 +332,7 @@ def _with(node: Node, parts: list[str], value: Node, key: Key, file: str) -> Nod
         children = node.content or {}
         changed = _with(children.get(first, Node({}, value.place)), rest, value, (*key, first), file)
         return replace(node, content=children | {first: changed})
-    message = f"holds the single value {shown(node.content)}, which has no key {first}"
+    message = f"holds the single value {brief(node.content)}, which has no key {first}"
     raise RecipeError([Problem(key, message, file=file, place=value.place)])
 
 

@@ -35,6 +35,9 @@ class Teacher(Strict):
     guidance_scale: NonNegativeFloat = Field(8.0, description="classifier-free guidance of the teacher (1 = none)")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of the frozen weights")
     resolution: int | None = Field(None, gt=0, le=16_384, description="pixels a side; default: the model's own")
+    variant: str | None = Field(
+        None, pattern=r"^[a-z0-9_]+$", description="of its weight files, fp16 for model.fp16.safetensors; default: none"
+    )
     memory_format: Literal["contiguous", "channels_last"] = Field(
         "contiguous", description="layout of the convolutions' weights; channels_last draws faster on most hardware"
     )

@@ -34,7 +34,7 @@ from torch import Tensor
 from .. import precision
 from ..data import guess_language
 from ..recipe import Reward
-from ..untrusted import shown
+from ..untrusted import brief
 from .weights import GivenFile, HubFile, MissingWeights, PipFile, Weights, WeightsError, read_checkpoint
 
 __all__ = [
@@ -219,7 +219,7 @@ def score(reward: RewardModel, name: str, images: Tensor, prompts: list[str]) ->
         raise RewardError(f"reward {name}: must return shape ({len(images)},), returned {tuple(scores.shape)}")
     if not scores.isfinite().all():
         index = int((~scores.isfinite()).nonzero()[0])
-        raise RewardError(f"reward {name}: returned {scores[index].item()} for prompt {shown(prompts[index])}")
+        raise RewardError(f"reward {name}: returned {scores[index].item()} for prompt {brief(prompts[index])}")
     return scores
 
 

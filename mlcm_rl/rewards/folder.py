@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import replacing
+from ..atomic import remove_partial_of, replacing
 from ..data import Prompt
 from ..picture_files import SUFFIXES, pictures_of, pixels, read_picture, square
 from . import RewardError, RewardModel, score
@@ -125,6 +125,7 @@ def _answers(reward: RewardModel, name: str, batch: list[Entry]) -> list[Scored 
 
 def write_scores(path: Path, rows: list[Scored]) -> None:
     """Write `rows` as .jsonl or .csv, by the suffix of `path`; a score that is None is null, or an empty field."""
+    remove_partial_of(path)
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
             writer = csv.DictWriter(file, [field.name for field in fields(Scored)])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..data import Prompt
 from ..runtime import generator
-from ..untrusted import shown
+from ..untrusted import brief
 
 CONTRARY = 0.05  # share of judgements that are taken to be wrong: bounds the scores
 
@@ -54,7 +54,7 @@ def held_out_pairs(prompts: list[Prompt], share: float, seed: int) -> Tensor:
     texts = sorted({prompt.prompt for prompt in prompts})
     if len(texts) < 2:
         raise ValueError(
-            f"all pairs are of one prompt, {shown(texts[0])}; those held out are of other prompts than those "
+            f"all pairs are of one prompt, {brief(texts[0])}; those held out are of other prompts than those "
             "trained on, so there must be two prompts or more"
         )
     count = min(max(1, round(share * len(texts))), len(texts) - 1)

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from ..data import Prompt, placed_prompts
+from ..data import Prompt, prompts_with_lines
 from ..untrusted import first_few
 from . import RewardError, RewardModel
 
@@ -25,7 +25,7 @@ def refuse_prompts(
     reasons = {prompt: why for prompt in prompts if (why := _why_not(reward, name, prompt, aspect, may_skip))}
     if not reasons:
         return
-    places = [f"{where}: {reasons[prompt]}" for where, prompt in placed_prompts(path) if prompt in reasons]
+    places = [f"{where}: {reasons[prompt]}" for where, prompt in prompts_with_lines(path) if prompt in reasons]
     raise RewardError(
         f"reward {name} cannot score {len(places)} of the prompts: {first_few(places)}. Mend these lines or leave them "
         "out, or take another reward"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import adapters, bases, checkpoint, pictures
+from .. import adapters, bases, checkpoint, finite, pictures
 from ..bases import Base, Conditioning
 from ..bases.files import folder_of
 from ..data import CaptionedImages
@@ -113,6 +113,7 @@ class Captions:
             self.encoded.clear()
         if texts:
             rows = {name: value.cpu() for name, value in self.base.encode_prompts(texts).items()}
+            finite.refuse_encoded(rows, texts, self.base.dtype)
             self.encoded |= {text: {name: value[i] for name, value in rows.items()} for i, text in enumerate(texts)}
 
 
@@ -163,6 +164,8 @@ def write_teacher(denoiser: nn.Module, source: Path, folder: Path) -> None:
     with checkpoint.replacing(folder) as temporary:
         shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("unet"))
         own = dict(denoiser.named_parameters())
-        with adapters.swapped(own, {name: value.half() for name, value in own.items()}):
+        halves = {name: value.half() for name, value in own.items()}
+        finite.refuse_weights(halves, "the trained teacher")
+        with adapters.swapped(own, halves):
             denoiser.save_pretrained(temporary / "unet")
         checkpoint.forget_origin(temporary)

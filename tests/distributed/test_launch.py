@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from launched_runs import (
@@ -19,6 +20,7 @@ from launched_runs import (
     stage_folders,
     whole_and_launched,
 )
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from typer.testing import CliRunner
 
 import runs
@@ -209,3 +211,47 @@ def test_a_launch_of_one_process_that_fails_ends_with_its_code_and_its_message_a
     assert failed.returncode == 1, failed.stderr
     assert failed.stderr.startswith("failed  stages[0] (trajectories): teacher ")
     assert "Traceback" not in failed.stderr
+
+
+# ---- several processes, of which one is lost ----
+
+
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_process_that_is_killed_ends_the_launch_in_words_that_say_what_is_saved(tiny_sdxl, tmp_path, lost):
+    stages = [runs.trajectories(runs.write_prompts(tmp_path)), runs.distill(num_steps=100_000, save_every=3)]
+    recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
+    process = started(recipe, tmp_path, "cpu2")
+    try:
+        deadline = time.monotonic() + SECONDS
+        while not list(tmp_path.glob("runs/stages/distill-*/checkpoints/step-*")) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(children(process.pid)[lost], signal.SIGKILL)
+        output, errors = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
+    assert process.returncode == 3, output + errors
+    assert re.search(
+        r"failed  stages\[1\] \(distill\): another process .* has ended, and this one stops: .*/step-\d+ is whole, and "
+        "the same command goes on",
+        errors,
+    ), errors
+    assert f"process {lost} of 2 was ended by SIGKILL (the system does that where memory runs out)" in errors
+    assert "Traceback" not in errors
+
+
+def test_the_code_of_a_launch_is_that_of_the_process_that_failed_and_not_of_those_that_lost_it():
+    def failed(*codes: int) -> ChildFailedError:
+        failures = {rank: ProcessFailure(rank, 1, code, "") for rank, code in enumerate(codes)}
+        return ChildFailedError("mlcm", failures)
+
+    assert launcher.exit_code(failed(3, 1)) == 1
+    assert launcher.exit_code(failed(2, 3)) == 2
+    assert launcher.exit_code(failed(3, 3)) == 3
+    launcher.refuse_killed(failed(3, 1, -signal.SIGTERM), 3)
+    with pytest.raises(launcher.Killed, match=r"process 1 of 2 was ended by SIGSEGV: the others were stopped"):
+        launcher.refuse_killed(failed(3, -signal.SIGSEGV), 2)

@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 
 from mlcm_rl.data import CaptionedImages, Prompt, guess_language, read_prompts
+from mlcm_rl.evaluation import instruments
+from mlcm_rl.recipe import Evaluate
 
 
 def jsonl(path, *records):
@@ -95,6 +97,18 @@ def test_files_without_prompts_and_of_other_kinds_are_refused(tmp_path):
         read_prompts(tmp_path / "prompts.csv")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
         read_prompts(tmp_path / "nowhere.txt")
+
+
+def test_an_evaluation_names_prompts_that_a_reward_cannot_score_before_it_draws(tmp_path, monkeypatch):
+    def refuse_prompt(self, prompt, aspect):
+        raise ValueError(f"no {prompt}")
+
+    monkeypatch.setattr("reward_models.brightness.Brightness.refuse_prompt", refuse_prompt, raising=False)
+    path = tmp_path / "p.txt"
+    path.write_text("cat\n\ndog\n")
+    stage = Evaluate(prompts=str(path), num_prompts=2, rewards=["brightness"])
+    with pytest.raises(ValueError, match=r"cannot score 2 of the prompts: .*p\.txt:1: no cat; .*p\.txt:3: no dog\."):
+        instruments.load(stage, read_prompts(path), 8, torch.device("cpu"))
 
 
 def test_pictures_are_squared_about_their_centre_and_laid_on_white(tmp_path):

@@ -203,3 +203,9 @@ def test_hanzi_are_read_and_their_neighbours_are_not(fetched):
     wrong = fetched(images, ["「天」", '"大"', "「本」"])
     assert (right > -0.2).all()
     assert (wrong < right - 2).all()
+
+
+@pytest.mark.parametrize("width", [48, 320, 400, 640])
+def test_the_recognisers_frames_are_as_many_as_prompts_are_checked_for(fetched, width):
+    frames = fetched.read(torch.rand(1, 3, 48, width)).shape[1]
+    assert frames == ocr.line_width(width / 48) / ocr.FRAME

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from mlcm_rl import reward_commands
 from mlcm_rl.__main__ import app
 from mlcm_rl.data import Prompt
 from mlcm_rl.rewards import folder as reward_folder
@@ -389,6 +390,15 @@ def test_prompts_that_a_reward_cannot_score_are_named_before_the_first_picture(m
         assert result.exit_code == 2
         assert "reward wordy cannot score 1 of the prompts:" in flat(result.stderr)
         assert "prompts.txt:2: has a b." in flat(result.stderr)
+
+
+def test_rewards_run_on_the_best_device_that_is_here(mlcm, folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(reward_commands, "device_of", lambda name: asked.append(name) or torch.device("cpu"))
+    assert mlcm("score", "--reward", "brightness", "--images", folder).exit_code == 0
+    assert mlcm("rewards", "check", "brightness").exit_code == 0
+    assert mlcm("rewards", "check", "brightness", "--device", "cpu").exit_code == 0
+    assert asked == ["auto", "auto", "cpu"]
 
 
 def test_help_of_the_reward_commands_imports_no_torch():

@@ -63,6 +63,10 @@ ONE_COLOUR = {  # the file, and the colour that it shows
     "16-bit grey, another clear": (png(0, 16, GREY_16, (b"tRNS", b"\x40\x41")), (64, 64, 64)),
     "16-bit grey and alpha": (png(4, 16, b"\x00\x00\x80\x00"), (127, 127, 127)),
     "16-bit RGB": (png(2, 16, b"\x80\x00\x10\x00\x00\x00"), (128, 16, 0)),
+    "16-bit RGB, one clear": (
+        png(2, 16, b"\x80\x00\x10\x00\x00\x00", (b"tRNS", b"\x80\x00\x10\x00\x00\x00")),
+        (255, 255, 255),
+    ),
     "16-bit RGBA": (png(6, 16, b"\x00\x00" * 3 + b"\x00\x00"), (255, 255, 255)),
     "grey": (encoded(PLAIN.convert("L")), (124, 124, 124)),
     "grey and alpha": (encoded(Image.new("LA", (SIDE, SIDE), (0, 0))), (255, 255, 255)),

@@ -1,6 +1,7 @@
 """What surrounds a training loop: its precision, and what is said before it begins."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,8 @@ from torch import nn
 
 import runs
 import tiny
-from mlcm_rl import adapters, bases, distributed, runtime
-from mlcm_rl.recipe import Lora
+from mlcm_rl import adapters, bases, checkpoint, distributed, pipeline, runtime
+from mlcm_rl.recipe import Evaluate, Lora
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,23 @@ def test_bfloat16_that_the_cpu_emulates_is_said_before_the_run(
     stage = runs.distill(precision=precision)
     runtime.Runtime(runs.recipe(tmp_path, tmp_path, [stage]), stage, tmp_path)
     assert ("set precision: no" in capsys.readouterr().out) is warned
+
+
+def test_without_git_a_run_ends_as_with_it_and_records_no_commit(tiny_sdxl, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    prompts = runs.write_prompts(tmp_path)
+    report = Evaluate(prompts=prompts, num_prompts=2, num_steps=[1], teacher_steps=[2])
+    for stage in pipeline.run(runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(prompts), report])):
+        assert checkpoint.verify(stage.folder)["commit"] is None
+    assert checkpoint.read_json(stage.folder / "report.json")["environment"]["commit"] is None
+
+
+def test_the_commit_is_that_of_a_checkout_of_this_package_alone(tmp_path, monkeypatch):
+    """Installed into an environment that lies within another checkout, it has none."""
+    found = runtime.commit()
+    assert found is None or len(found) == 40
+    monkeypatch.setattr(runtime, "__file__", str(Path(runtime.__file__).parents[1] / "venv" / "mlcm_rl" / "runtime.py"))
+    assert runtime.commit() is None
 
 
 def test_every_stage_of_a_process_has_its_own_precision(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 
 import runs
-from mlcm_rl import bases, checkpoint, pipeline
+from mlcm_rl import atomic, bases, pipeline
 from mlcm_rl.checkpoint import CheckpointError, write_json
 from mlcm_rl.equations.segments import time_grid
 from mlcm_rl.runtime import generator
@@ -128,8 +128,8 @@ def test_a_disk_too_small_for_the_whole_store_is_told_before_the_first_shard(rec
     (stage,) = recipe.stages
     trajectories.run(stage, recipe, {}, tmp_path / "enough")
     size = sum(path.stat().st_size for path in (tmp_path / "enough").glob("shard-*"))
-    free = checkpoint.SPARE_BYTES + size // 2  # room for one shard of two
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: Usage(2**40, 2**40 - free, free))
+    free = atomic.SPARE_BYTES + size // 2  # room for one shard of two
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: Usage(2**40, 2**40 - free, free))
     with pytest.raises(CheckpointError, match=r"small needs .* and its disk has .* left: make room"):
         trajectories.run(stage, recipe, {}, tmp_path / "small")
     assert not list((tmp_path / "small").glob("shard-*"))
