@@ -179,7 +179,7 @@ class Runtime:
         self.recipe, self.stage, self.folder = recipe, stage, folder
         device = device_of(recipe.device)
         distributed.start(device)
-        self.rows = distributed.rows(stage.micro_batch, stage.samples_together)  # of a micro-batch, its own
+        distributed.rows(stage.micro_batch, stage.samples_together)  # raises where processes cannot share it
         self.accelerator = engines.accelerator(recipe, stage, folder, device)
         self.device = self.accelerator.device
         self.pending = signals.Pending()
@@ -214,8 +214,9 @@ class Runtime:
 
     def micro_batches(self) -> list[slice]:
         """Of each micro-batch of a step, the rows of this process."""
-        starts = range(0, self.stage.batch_size, self.stage.micro_batch)
-        return [slice(start + self.rows.start, start + self.rows.stop) for start in starts]
+        stage = self.stage
+        own = distributed.micro_batches(stage.batch_size, stage.micro_batch, stage.samples_together)
+        return [slice(rows.start, rows.stop) for rows in own]
 
     def generator(self, purpose: str, step: int) -> torch.Generator:
         self.seeds[purpose] = seed_of(self.recipe.seed, self.stage.kind, purpose, step)

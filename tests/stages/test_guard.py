@@ -59,7 +59,7 @@ def test_what_is_watched_does_not_depend_on_the_micro_batch(distilled):
         torch.testing.assert_close(parts.reference_scores[name], scores, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("processes", [2, 3, 8])
+@pytest.mark.parametrize("processes", [2, 3, 4])
 def test_processes_draw_a_share_each_and_together_what_one_draws(distilled, monkeypatch, decoded, processes):
     alone = guard_of(distilled)
     decoded.clear()

@@ -48,8 +48,8 @@ def tuned(distilled, folder: Path, kind: str, **settings) -> tuple[list[dict], t
     stage = runs.tuning(kind, recipe.stages[0].prompts, **settings)
     folder.mkdir(parents=True)
     STAGES[kind].run(stage, recipe, {"trajectories": store, "distill": student}, folder)
-    (file,) = folder.glob("checkpoints/*2/state.safetensors")
-    weights = {name: value for name, value in load_file(file).items() if name.startswith("student.")}
+    newest = sorted(folder.glob("checkpoints/*/state.safetensors"))[-1]
+    weights = {name: value for name, value in load_file(newest).items() if name.startswith("student.")}
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return records, torch.cat([weights[name].flatten() for name in sorted(weights)])
 
