@@ -146,6 +146,10 @@ def _misfits(family: str, found: dict[str, Configuration]) -> Iterator[str]:
                 f"{name}/tokenizer_config.json: model_max_length: expected at most {tower.max_position_embeddings}, "
                 f"which the text encoder reads, found {one.model_max_length}"
             )
+    lengths = {name: one.model_max_length for name, one in found.items() if isinstance(one, Tokenizer)}
+    if len(set(lengths.values())) > 1:
+        named = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        yield f"tokenizer/tokenizer_config.json: model_max_length: expected one length of all tokenizers, found {named}"
     if family == "sd" and unet.addition_embed_type is not None:
         yield f"unet/config.json: addition_embed_type: expected none, found {unet.addition_embed_type}"
     if family == "sdxl":
