@@ -302,6 +302,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-*"))
 
 
+def step_of(path: Path) -> int:
+    """Return the number of steps after which the checkpoint `path` was written."""
+    return int(path.name.removeprefix("step-"))
+
+
 def _seal(state: dict) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 

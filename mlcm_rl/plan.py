@@ -5,6 +5,7 @@ the teacher's files, or off its configuration where there are no weights yet; wh
 `memory`, how long a device is at it in `operations`; both take seconds a stage, once (`estimates`).
 """
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import Any
 
 from . import estimates, operations, teacher_check
 from .bases import LORA_TARGETS, files
-from .checkpoint import CheckpointError, is_finished, read_json, read_shapes
+from .checkpoint import CheckpointError, checkpoints, is_finished, read_json, read_shapes, step_of
 from .devices import Device
 from .fingerprint import STUDENTS, Located, locate
-from .memory import PARTS, Memory, of_stage
+from .memory import PARTS, Memory, num_tokens, of_stage
 from .memory.launches import Launch
 from .operations import Operations, Passes, Work
 from .recipe import (
@@ -28,14 +29,17 @@ from .recipe import (
     Policy,
     Recipe,
     Stage,
+    Training,
     TrainReward,
     TrainTeacher,
     Trajectories,
     Tuning,
 )
+from .trajectories import read_record
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KEPT_BYTES = 12  # a trained float32 weight and its two moments, in a checkpoint
+MOST_SHOWN = 8  # pictures of a row that a page shows, where prompts are of two languages
 MEAN_ONLINE_STEPS = 4.5  # of Algorithm 1: 1 to 8 steps, segments drawn evenly
 
 
@@ -53,6 +57,7 @@ class PlannedStage:
     operations: float | None = None  # floating-point, of all processes; where a device was named
     seconds: float | None = None
     unknown: str | None = None  # why memory or time could not be predicted
+    share_done: float = 0.0  # of a stage that was begun, in samples or steps that are saved
 
 
 def planned_stages(
@@ -72,7 +77,8 @@ def planned_stages(
         done = is_finished(found.folder)
         costs = (network_evaluations(stage, recipe), sizes.disk(stage))
         asked = not done and not isinstance(stage, TrainReward)  # a head of a megabyte or two
-        one = PlannedStage(stage.kind, found.fingerprint, found.folder, done, *costs)
+        share = 1.0 if done else share_done(stage, found.folder)
+        one = PlannedStage(stage.kind, found.fingerprint, found.folder, done, *costs, share_done=share)
         planned.append(_predicted(one, stage, sizes, kind, launch, device) if asked else one)
         earlier.append(found)
     return planned
@@ -92,6 +98,19 @@ def _predicted(
     total = sum(part.count * part.each.total for part in work) if work is not None else None
     time = operations.seconds(work, device, launch) if work is not None and device is not None else None
     return replace(one, memory=needed, operations=total, seconds=time)
+
+
+def share_done(stage: Stage, folder: Path) -> float:
+    """Return how much of `stage` is saved in its folder, from 0 to 1; what is damaged there counts as nothing."""
+    if isinstance(stage, Trajectories):
+        with suppress(CheckpointError):
+            record = read_record(folder / "store.json")
+            total = stage.num_trajectories + stage.num_held_out
+            return min(1.0, len(record["shards"]) * record["shard_size"] / total)
+    if isinstance(stage, Training) and (saved := checkpoints(folder)):
+        steps = sum(stage.per_phase("num_steps")) if isinstance(stage, Distill) else stage.num_steps
+        return min(1.0, step_of(saved[-1]) / steps)
+    return 0.0
 
 
 def in_a_line(error: Exception) -> str:
@@ -301,9 +320,7 @@ class Sizes:
     def disk(self, stage: Stage) -> int:
         """Bytes of what the stage keeps, and of its newest checkpoints while it runs."""
         if isinstance(stage, Trajectories):
-            tokenizer = self.folder / "tokenizer" / "tokenizer_config.json"
-            num_tokens = read_json(tokenizer, model_max_length=int)["model_max_length"]
-            row = (stage.num_steps + 2) * self.latent + num_tokens * self.context_width
+            row = (stage.num_steps + 2) * self.latent + num_tokens(self.folder) * self.context_width
             return (stage.num_trajectories + stage.num_held_out) * row * BYTES[stage.dtype]
         if isinstance(stage, TrainTeacher):
             return self.weights("unet") * (2 + stage.keep_checkpoints * 16)
@@ -311,10 +328,18 @@ class Sizes:
             return self.trained(stage) * (4 * (1 + len(stage.segments)) + stage.keep_checkpoints * KEPT_BYTES)
         if isinstance(stage, Tuning):  # the distilled student once more, at most all of it, and the adapter
             return 4 * self.weights("unet") + self.trained(stage) * (4 + stage.keep_checkpoints * (4 + KEPT_BYTES))
-        if isinstance(stage, Evaluate) and stage.keep_pictures:  # before PNG makes them smaller
-            num_pictures = stage.num_prompts * stage.images_per_prompt * len(evaluations_per_row(stage, self.recipe))
-            return 3 * self.pixels * num_pictures
-        return 0  # a page and a few pictures
+        return self.disk_of_evaluation(stage) if isinstance(stage, Evaluate) else 0
+
+    def disk_of_evaluation(self, stage: Evaluate) -> int:
+        """Bytes of encoded prompts and the reference's latents, and of pictures before PNG makes them smaller.
+
+        Those that the page shows and the reference are kept a second time, for later evaluations.
+        """
+        rows = len(evaluations_per_row(stage, self.recipe))
+        samples = stage.num_prompts * stage.images_per_prompt
+        encoded = stage.num_prompts * num_tokens(self.folder) * self.context_width
+        pictures = samples * rows * stage.keep_pictures + 2 * rows * min(stage.num_prompts, MOST_SHOWN)
+        return 4 * (encoded + 2 * samples * self.latent) + 3 * self.pixels * pictures
 
 
 def is_lora_target(name: str) -> bool:

@@ -40,15 +40,17 @@ def _summary(stages: "list[PlannedStage]", ahead: "list[PlannedStage]", device: 
     for name in ("evaluations", "disk", "memory", *(["time"] if device else [])):
         table.add_column(name, justify="right")
     for stage in stages:
-        state = Text("done", style="green") if stage.done else Text("to do", style="yellow")
+        begun = f"{stage.share_done:.0%} done" if stage.share_done else "to do"
+        state = Text("done", style="green") if stage.done else Text(begun, style="yellow")
         figures = [f"{stage.network_evaluations:,}", in_words(stage.disk_bytes)]
         missing = "?" if stage.unknown else ""
         figures.append(in_words(stage.memory.total) if stage.memory else missing)
         figures += [time_in_words(stage.seconds) if stage.seconds is not None else missing] if device else []
         table.add_row(Text(stage.folder.name, no_wrap=True), state, *figures)
-    total = [f"{sum(stage.network_evaluations for stage in ahead):,}", in_words(sum(one.disk_bytes for one in ahead))]
+    evaluations = sum(round(stage.network_evaluations * (1 - stage.share_done)) for stage in ahead)
+    total = [f"{evaluations:,}", in_words(sum(one.disk_bytes for one in ahead))]
     total.append(in_words(max((stage.memory.total for stage in ahead if stage.memory), default=0)))
-    total += [time_in_words(sum(stage.seconds or 0 for stage in ahead))] if device else []
+    total += [time_in_words(sum((stage.seconds or 0) * (1 - stage.share_done) for stage in ahead))] if device else []
     table.add_section()
     table.add_row("still to do", "", *total, style="bold")
     return table
@@ -105,6 +107,11 @@ def _assumptions(recipe: Recipe, ahead: "list[PlannedStage]", launch: "Launch", 
     lines = ["One evaluation is one pass of the denoiser for one sample."]
     if shipped(recipe.teacher):
         lines.append(f"Shapes of {recipe.teacher.path} are those published, which come with this package.")
+    if any(stage.memory for stage in ahead):
+        lines.append(
+            "Memory is that of tensors. Beside them a process has its libraries, about 0.5 GB (on a GPU also there), "
+            "and its allocator keeps more: 0.2 to 0.6 of the figure was measured on a CPU."
+        )
     if launch.processes > 1:
         lines.append(f"Memory is that of each of {launch.processes} processes ({ENGINES[launch.engine]}).")
     if any(stage.memory and stage.memory.host for stage in ahead):
