@@ -279,7 +279,8 @@ def export(
 ) -> None:
     """Write a run's student as a folder that diffusers opens without this package.
 
-    A student told the time it jumps to has its pipeline's class in the folder: open it with trust_remote_code=True.
+    A student told the time it jumps to has its pipeline's class in the folder: open it with trust_remote_code=True. For
+    stock pipelines (image to image, ControlNet) it is in the folders steps-N. The card in README.md has the code.
     """
     with _imported("finished_runs") as finished_runs:
         folder = finished_runs.export(run, out)

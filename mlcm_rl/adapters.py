@@ -16,7 +16,7 @@ import copy
 import reprlib
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +79,9 @@ class Student:
 
 
 @contextmanager
-def swapped(denoiser: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """`denoiser` with `weights` in place of its parameters of those names, for as long as the block lasts."""
-    own = {name: parameter for name, parameter in denoiser.named_parameters() if name in weights}
+def swapped(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """The `weights` in place of those of `parameters` that have their names, for as long as the block lasts."""
+    own = {name: parameters[name] for name in weights}
     if all(weights[name] is parameter for name, parameter in own.items()):
         yield
         return

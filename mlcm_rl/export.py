@@ -75,8 +75,7 @@ def export(
         forget_origin(folder)
         for licence in sorted(Path(base.teacher.path).glob("LICENSE*")):
             shutil.copy(licence, folder)
-        steps = list(beside) or stock_steps(student)
-        card = model_card.card(base, student, out.name, gamma, card_table, steps)
+        card = model_card.card(base, student, out.name, gamma, card_table, folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return out
 

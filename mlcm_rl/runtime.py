@@ -169,7 +169,7 @@ class Stateful(Protocol):
 
 
 class Runtime:
-    """One training stage's surroundings: `steps` yields step numbers, `step` updates, `log` records."""
+    """One training stage's surroundings: `steps` yields step numbers, `backward` makes the update, `log` records."""
 
     def __init__(self, recipe: Recipe, stage: Training, folder: Path):
         self.recipe, self.stage, self.folder = recipe, stage, folder
@@ -287,16 +287,18 @@ class Runtime:
         gradients are averaged. Returns loss and gradient norm. Raises NonFiniteLoss, in every process, before anything
         is updated; the state before the step is then saved, to repeat it from.
         """
-        own, count, each = 0.0, self.stage.batch_size, []
+        count, each, sums = self.stage.batch_size, [], []
         for loss in losses:
+            total = loss.sum()
             with precision.own(self.device):  # the gradient of an operation has the precision that it was taken in
-                self.engine.backward(loss.sum() * distributed.count() / count)
-            own += loss.detach().sum().item()
-            each.append(loss.detach().tolist())
-        total, stopping = distributed.total(own, float(self.pending.number is not None))
-        self.last_loss = total / count
+                self.engine.backward(total * distributed.count() / count)
+            sums.append(total.detach())
+            each.append(loss.detach())
+        # Nothing is read before all of it is under way: a GPU would stand still while each figure is waited for.
+        figures = torch.stack([*sums, sums[0].new_full((), self.pending.number is not None)])
         replaying = self.replayed == (self.step, self.update)
-        norm = self.engine.step(math.isfinite(self.last_loss) and not replaying)
+        (*totals, stopping), norm = self.engine.step(distributed.summed(figures), not replaying)
+        self.last_loss = sum(totals) / count
         precision.forget_copies()
         if not (math.isfinite(self.last_loss) and math.isfinite(norm)):
             self._save_before()
@@ -319,10 +321,11 @@ class Runtime:
         if intact and not distributed.agreed(checkpoint.state_path(self.folder, self.step).exists()):
             self._save(self.step, self.before)
 
-    def _figures(self, each: list[list[float]], norm: float) -> dict:
-        """What there is to say of the step; `each` holds this process's losses, a list a micro-batch."""
+    def _figures(self, each: list[Tensor], norm: float) -> dict:
+        """What there is to say of the step; `each` holds this process's losses (b,), one tensor a micro-batch."""
         loss, norm = replays.plain([self.last_loss, norm])
-        together = zip(*distributed.collected(each), strict=True)  # a micro-batch's, process by process
+        own = [losses.tolist() for losses in each]
+        together = zip(*distributed.collected(own), strict=True)  # a micro-batch's, process by process
         return {
             "step": self.step,
             "update": self.update,

@@ -6,18 +6,25 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from .checkpoint import read_json
+from .checkpoint import read_json, write_json
 
 PREFIX = "text_model."  # before a CLIPTextModel's weights in every published file; transformers 5 has none in memory
+# Another name of the same class in transformers 5. In 4 the other class reads no tokenizer.json, and without ftfy it
+# cuts Chinese at every character: the prompt becomes another one, in silence.
+FAST_TOKENIZER = "CLIPTokenizerFast"
 
 
 def write_for_transformers_4(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Add to a saved `pipeline` in `folder` what transformers 4 needs; 5 loads the same as without it."""
+    index = read_json(folder / "model_index.json")
     for name, part in pipeline.components.items():
-        if name.startswith("text_encoder") and type(part).__name__ == "CLIPTextModel":
+        kind = type(part).__name__
+        if kind == "CLIPTextModel":
             _write_prefixed(part, folder / name)
-    for file in sorted(folder.glob("tokenizer*/tokenizer.json")):
-        _write_vocabulary(file)
+        if kind == "CLIPTokenizer":
+            _write_vocabulary(folder / name / "tokenizer.json")
+            index[name] = ["transformers", FAST_TOKENIZER]
+    write_json(folder / "model_index.json", index)
 
 
 def _write_prefixed(encoder: torch.nn.Module, folder: Path) -> None:
@@ -28,14 +35,12 @@ def _write_prefixed(encoder: torch.nn.Module, folder: Path) -> None:
 
 
 def _write_vocabulary(file: Path) -> None:
-    """Write vocab.json and merges.txt of a byte pair tokenizer beside its tokenizer.json.
+    """Write vocab.json and merges.txt beside tokenizer.json, for tools that take transformers 4's other tokenizer.
 
     Words that were added later are in the vocabulary too, under their own numbers.
     """
     described = read_json(file, model=dict, added_tokens=list)
     model = described["model"]
-    if model.get("type") != "BPE":
-        return
     words = model["vocab"] | {token["content"]: token["id"] for token in described["added_tokens"]}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     file.with_name("vocab.json").write_text(json.dumps(words, ensure_ascii=False), encoding="utf-8")

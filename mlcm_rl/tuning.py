@@ -78,7 +78,9 @@ class Student:
 
     def jump(self, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
         """Start and end (B,) of the sampler's step number `step`; the last one ends at 0."""
-        return self.jumps(torch.full((batch_size,), step))
+        t, s = ([*self.times, 0][i] for i in (step, step + 1))
+        shape = {"dtype": torch.int64, "device": self.base.device}
+        return torch.full((batch_size,), t, **shape), torch.full((batch_size,), s, **shape)
 
     def jumps(self, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Start and end (B,) of the sampler's steps number `steps` (B,), one for each sample."""

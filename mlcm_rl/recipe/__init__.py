@@ -89,7 +89,9 @@ class Trajectories(OneStage):
     num_trajectories: int = Field(gt=0, le=10_000_000)
     num_held_out: int = Field(0, ge=0, le=10_000_000, description="trajectories after those, for the held-out loss")
     num_steps: int = Field(48, ge=8, le=992, description="solver steps: 8 segments of 6")
-    batch_size: int = presentation(16, gt=0, le=65_536, description="trajectories solved at a time")
+    batch_size: int = presentation(
+        16, gt=0, le=65_536, description="solved at a time; another number moves the states in their last bits"
+    )
     dtype: Literal["float32", "float16"] = Field("float32", description="of the stored states; never bfloat16")
     shard_size: PositiveInt = presentation(64, description="trajectories in a file")
 

@@ -162,6 +162,7 @@ def write_teacher(denoiser: nn.Module, source: Path, folder: Path) -> None:
     """Write the pipeline in `source`, with `denoiser` in half precision in place of its own, to `folder`."""
     with checkpoint.replacing(folder) as temporary:
         shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("unet"))
-        with adapters.swapped(denoiser, {name: value.half() for name, value in denoiser.named_parameters()}):
+        own = dict(denoiser.named_parameters())
+        with adapters.swapped(own, {name: value.half() for name, value in own.items()}):
             denoiser.save_pretrained(temporary / "unet")
         checkpoint.forget_origin(temporary)

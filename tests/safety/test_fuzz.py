@@ -99,7 +99,7 @@ def provenance() -> Provenance:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("store")
-    writer = Writer(folder, provenance(), shard_size=2)
+    writer = Writer(folder, provenance(), shard_size=2, batch_size=2)
     for indices in shard_ranges(4, 2):
         writer.write(indices, torch.ones(2, 3, 1, 2, 2), torch.ones(2, 1, 2, 2), {"context": torch.ones(2, 4)})
     writer.record_shards()
