@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import plan_table, reward_commands, signals
+from . import console_text, plan_table, reward_commands, signals
 from .devices import DEVICES, THIS
-from .recipe import Recipe, json_schema
+from .recipe import Recipe
 from .recipe.file import load
+from .recipe.schema import json_schema
 from .recipe.tree import RecipeError, key_text
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def run(
 
     In several processes it runs under --launch, or under torchrun: `torchrun --nproc_per_node 8 -m mlcm_rl run RECIPE`.
     """
-    loaded = _load(recipe, overrides)
+    loaded = _load(recipe, overrides, quiet=launch is not None)  # the first of the processes tells
     if launch is not None:
         flags = ["--skip-damaged"] if skip_damaged else []
         raise typer.Exit(_launched(launch, [str(recipe), *(overrides or []), *flags]))
@@ -118,13 +119,24 @@ def run(
 
 @app.command()
 def validate(
-    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE", show_default=False, help="recipes' YAML files")],
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE... [KEY=VALUE]...",
+            show_default=False,
+            help="recipes' YAML files, and settings put over those of each, as in run",
+        ),
+    ],
 ) -> None:
     """Check recipes, every error at once, without loading anything."""
+    overrides = [text for text in recipes if "=" in text and not Path(text).exists()]
+    paths = [Path(text) for text in recipes if text not in overrides]
+    if not paths:
+        raise typer.BadParameter("name a recipe's YAML file before the settings that are put over it")
     bad = 0
-    for path in recipes:
+    for path in paths:
         try:
-            load(path, root=Path.cwd())
+            load(path, overrides, Path.cwd(), tell=_tell_path)
         except RecipeError as error:
             bad += 1
             _print_problems(console, path, error)
@@ -185,10 +197,11 @@ def sample(
         float | None,
         typer.Option(min=0, max=1, help="noise put back between steps: 0 none, 1 all; default: what suits the student"),
     ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="pictures drawn at once")] = 16,
 ) -> None:
     """Draw pictures with a run's student."""
     with _imported("finished_runs") as finished_runs:
-        pictures = finished_runs.sample(run, prompt, steps, seed, gamma, out)
+        pictures = finished_runs.sample(run, prompt, steps, seed, gamma, out, batch_size)
     for picture in pictures:
         _line(Text(str(picture)))
 
@@ -271,7 +284,8 @@ def export(
 ) -> None:
     """Write a run's student as a folder that diffusers opens without this package.
 
-    A student told the time it jumps to has its pipeline's class in the folder: open it with trust_remote_code=True.
+    A student told the time it jumps to has its pipeline's class in the folder: open it with trust_remote_code=True. For
+    stock pipelines (image to image, ControlNet) it is in the folders steps-N. The card in README.md has the code.
     """
     with _imported("finished_runs") as finished_runs:
         folder = finished_runs.export(run, out)
@@ -331,6 +345,7 @@ app.add_typer(reward_commands.app, name="rewards")
 
 def main() -> None:
     """The console command."""
+    console_text.write_anything()
     app(prog_name="mlcm")
 
 
@@ -358,13 +373,19 @@ def _read_launch(path: Path | None) -> "Launch":
         raise typer.BadParameter(str(error), param_hint="--launch") from None
 
 
-def _load(path: Path, overrides: list[str] | None) -> Recipe:
-    """The recipe, checked against the files under the working directory; exit 2 with all its errors."""
+def _load(path: Path, overrides: list[str] | None, quiet: bool = False) -> Recipe:
+    """The recipe, checked against the files that it names; exit 2 with all its errors."""
     try:
-        return load(path, overrides or [], root=Path.cwd())
+        return load(path, overrides or [], Path.cwd(), tell=(lambda note: None) if quiet else _tell_path)
     except RecipeError as error:
         _print_problems(error_console, path, error)
         raise typer.Exit(2) from None
+
+
+def _tell_path(note: str) -> None:
+    """One line on a path that could have been meant otherwise."""
+    if not console.quiet:
+        error_console.print(Text.assemble(("path", "yellow"), f"  {note}"), soft_wrap=True)
 
 
 def _refuse(way: str, **options: object) -> None:

@@ -5,7 +5,6 @@ import json
 import reprlib
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,13 @@ from torch import Tensor
 
 from . import finite
 from .atomic import PARTIAL, CheckpointError, remove, remove_partial, replacing, require_space
+from .hashing import folder_hash, sha256
 from .recipe import Teacher
 from .untrusted import held, parse_json, read_bytes
 
 FORMAT = 1  # of manifest.json; raised when its layout changes
 STATE_FORMAT = 2  # of checkpoints
+MAX_HEADER = 10**8  # bytes, of a safetensors file: the format's own limit
 
 
 # ---- files ----
@@ -61,9 +62,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
+        refuse_twice(path)
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def refuse_twice(path: Path) -> None:
+    """Raise ValueError for a safetensors header that is no JSON or has a name twice, of which readers take either."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, MAX_HEADER))
+    parse_json(header.decode("utf-8"))
 
 
 def load_weights(network: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
@@ -84,9 +94,10 @@ def read_shapes(path: Path) -> dict[str, list[int]]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
+        refuse_twice(path)
         with safe_open(path, "pt") as file:  # compares the header with the file's size
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
@@ -95,18 +106,26 @@ def write_tensors(
 ) -> None:
     """Save `tensors` as safetensors, on the CPU and contiguous; with `may_lack` NaN may stand where there is no value.
 
-    Raises CheckpointError where the disk is too full, and for NaN or infinity.
+    The same tensors and metadata are the same bytes. Raises CheckpointError where the disk is too full, and for NaN or
+    infinity.
     """
     if not may_lack and (name := finite.first_nonfinite(tensors)) is not None:
         raise CheckpointError(f"{path} was not written: {name} is not made of finite numbers")
     with replacing(path) as temporary:
         require_space(path, sum(value.numel() * value.element_size() for value in tensors.values()))
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
+        if metadata and len(metadata) > 1:
+            _sort_metadata(temporary)
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, in place: the library writes it in one drawn at random."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 def checksums(folder: Path, skip: tuple[str, ...] = ()) -> dict[str, str]:
@@ -121,36 +140,6 @@ def teacher_hash(teacher: Teacher) -> str:
     if not folder.is_dir():
         return f"{teacher.path}@{teacher.revision}"
     return folder_hash(folder)
-
-
-def folder_hash(folder: Path) -> str:
-    """Identity of the weights and configuration in a folder: one sha256 over every file's.
-
-    A stage's manifest is left out: it says when and where the same files were made.
-    """
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".json", ".txt")]
-    return _hash_of_files(folder, [path for path in found if path != folder / "manifest.json"])
-
-
-def contents_hash(folder: Path) -> str:
-    """Identity of all that a folder holds: one sha256 over the names and bytes of every file."""
-    return _hash_of_files(folder, [path for path in sorted(folder.rglob("*")) if path.is_file()])
-
-
-def _hash_of_files(folder: Path, files: list[Path]) -> str:
-    found = {path.relative_to(folder).as_posix(): sha256_once(path) for path in files}
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
-
-
-def sha256_once(path: Path) -> str:
-    """sha256 of a file, cached by size and time of change: gigabytes are read once a process."""
-    found = path.stat()
-    return _sha256_at(path.absolute(), found.st_size, found.st_mtime_ns)
-
-
-@cache
-def _sha256_at(path: Path, size: int, changed: int) -> str:
-    return sha256(path)
 
 
 # ---- what others may read ----

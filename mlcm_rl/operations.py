@@ -7,6 +7,7 @@ evaluation's own networks, sample grids, held-out losses, reading and writing, w
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -15,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from . import memory
 from .devices import THIS, Device
 from .memory.launches import Launch
 from .memory.passes import Roles
+from .memory.shapes import Shapes
 from .recipe import Distill, Full, Lora, Recipe, Reward, Stage, Training, TrainTeacher, Tuning
 
 CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
@@ -76,17 +78,31 @@ class Work:
 
 def counted(function: Callable[[], Any]) -> Operations:
     """What calling `function` takes."""
-    with FlopCounterMode(display=False) as counter:
+    with _Counter() as counter:
         function()
-    found = counter.get_flop_counts()["Global"]
-    convolutions = sum(count for kind, count in found.items() if kind in CONVOLUTIONS)
-    return Operations(convolutions, sum(found.values()) - convolutions)
+    convolutions = sum(counter.found[kind] for kind in CONVOLUTIONS)
+    return Operations(convolutions, counter.found.total() - convolutions)
+
+
+class _Counter(Shapes):
+    """Counts by torch's own formulas, kind by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(function, types, args, kwargs)
+        if formula := flop_registry.get(function.overloadpacket):
+            self.found[function.overloadpacket] += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def of_stage(stage: Stage, recipe: Recipe, passes: Passes, distilled: Lora | Full) -> list[Work]:
     """The work of `stage`, a kind of pass after another; `distilled` as in `memory.of_stage`."""
-    models, _ = memory.rewards_of(stage)
-    roles = memory.roles_of(stage, recipe, distilled, models, partial(checkpoint, use_reentrant=False))
+    with Shapes():
+        models, _ = memory.rewards_of(stage)
+        roles = memory.roles_of(stage, recipe, distilled, models, partial(checkpoint, use_reentrant=False))
     taken = _one_of_each(stage, roles)
     precisions = _precisions(stage, recipe, distilled)
     counts = {field.name: getattr(passes, field.name) for field in fields(passes)}

@@ -1,9 +1,11 @@
 """Pictures: from 8 bits to latents, from tensors to PNG, and grids: prompts down the rows, steps across."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from . import finite, sampler
@@ -48,9 +50,13 @@ def grid(images: Tensor, num_columns: int, gap: int = 4) -> Image.Image:
     return sheet
 
 
-def save_png(image: Image.Image, path: Path) -> Path:
+def save_png(image: Image.Image, path: Path, said: Mapping[str, object] | None = None) -> Path:
+    """Write `image` to `path`, with what is `said` of it as PNG text, and return the path."""
+    text = PngInfo()
+    for key, value in (said or {}).items():
+        text.add_itxt(key, str(value))
     with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=text)
     return path
 
 

@@ -11,8 +11,10 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import torch
+from rich.markup import escape
 
-from . import __version__, checkpoint, distributed, lock, needs, replays
+from . import __version__, checkpoint, distributed, guard, lock, needs, replays
+from .adapters import tuned_steps
 from .checkpoint import CheckpointError, finish, is_finished, verify
 from .devices import Device, device_of
 from .fingerprint import Located, locate, parents_of, seed_of_stage
@@ -20,9 +22,9 @@ from .memory import launches
 from .memory.launches import Launch
 from .memory.peak import Meter, begin
 from .operations import this_device
-from .plan import PlannedStage, Sizes, network_evaluations, planned_stages
+from .plan import PlannedStage, Sizes, in_a_line, network_evaluations, planned_stages
 from .plan_table import way_out
-from .recipe import Distill, Recipe, Reward, Stage, TrainTeacher, Tuning
+from .recipe import Distill, Recipe, Reward, Stage, TrainTeacher, Tuning, paths
 from .runtime import NonFiniteLoss, StoppedBeforeUpdate, commit, console
 
 __all__ = [
@@ -78,7 +80,7 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
         distributed.start(device)
     except ValueError as error:
         raise RunError(str(error)) from error
-    refuse_unready(recipe)
+    distributed.by_first(refuse_unready, recipe)  # told once, not by every process
     try:
         distributed.refuse_unshared(Path(recipe.runs))
     except PEOPLES_ERRORS as error:
@@ -124,7 +126,7 @@ def _without_others(folder: Path) -> str:
 
 
 def refuse_unready(recipe: Recipe) -> None:
-    """Raise RunError for rewards and prompts that stages still to do would stop at, a line each."""
+    """Raise RunError for what stages still to do would stop at, a line each."""
     refused = {number: found for number, stage in enumerate(recipe.stages) if (found := list(needs.refused(stage)))}
     earlier: list[Located] = []
     with suppress(*PEOPLES_ERRORS):  # a stage that cannot be found is still to do
@@ -223,10 +225,12 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
         "fingerprint": found.fingerprint,
         "stage": stage.model_dump(mode="json"),
         "recipe": recipe.model_dump(mode="json"),
+        **paths.record(recipe, found.folder),
         "parents": {kind: str(parent.folder.name) for kind, parent in parents.items()},
         "network_evaluations": network_evaluations(stage, recipe),
         "seconds": round(time.monotonic() - started, 1),
         "memory": meter.record() if meter else None,
+        **({"tuned_steps": tuned_steps(found.folder / "student")} if isinstance(stage, Tuning) else {}),
         "version": __version__,
         "commit": commit(),
         "python": sys.version.split()[0],
@@ -236,14 +240,21 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
     distributed.by_first(finish, found.folder, manifest)
     if meter:
         console.print(f"[dim]memory[/] {meter}", soft_wrap=True)
+    if isinstance(stage, Tuning):
+        console.print(f"[bold]guard[/] {guard.ending(found.folder)}", soft_wrap=True)
 
 
 def _memory_meter(stage: Stage, recipe: Recipe) -> Meter | None:
-    """What compares a training stage's memory with its prediction; only a teacher in a folder can be predicted."""
-    if not isinstance(stage, TrainTeacher | Distill | Tuning) or not Path(recipe.teacher.path).is_dir():
+    """Return what compares a training stage's memory with its prediction, which is said where it fails."""
+    if not isinstance(stage, TrainTeacher | Distill | Tuning):
         return None
     device = device_of(recipe.device)
-    return begin(device, Sizes(recipe).memory(stage, device.type, launches.of_this_process()))
+    try:
+        predicted = Sizes(recipe).memory(stage, device.type, launches.of_this_process())
+    except Exception as error:  # an estimate stands in no run's way; what is really wrong, the stage says
+        console.print(f"[yellow]memory could not be predicted[/]: {escape(in_a_line(error))}", soft_wrap=True)
+        predicted = None
+    return begin(device, predicted)
 
 
 def _stage_module(stage: Stage) -> ModuleType:

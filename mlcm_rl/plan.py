@@ -2,21 +2,22 @@
 
 Evaluations are forward passes of a denoiser on one sample; a guided pass counts two. Sizes are read off the headers of
 the teacher's files, or off its configuration where there are no weights yet; what a stage needs of memory is found in
-`memory`, how long a device is at it in `operations`; both take seconds a stage.
+`memory`, how long a device is at it in `operations`; both take seconds a stage, once (`estimates`).
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
-from . import operations
+from . import estimates, operations, teacher_check
 from .bases import LORA_TARGETS, files
 from .checkpoint import CheckpointError, is_finished, read_json, read_shapes
 from .devices import Device
 from .fingerprint import STUDENTS, Located, locate
 from .memory import PARTS, Memory, of_stage
 from .memory.launches import Launch
-from .operations import Passes, Work
+from .operations import Operations, Passes, Work
 from .recipe import (
     Distill,
     Dpo,
@@ -51,6 +52,7 @@ class PlannedStage:
     memory: Memory | None = None  # where it was asked for and the stage is still to do
     operations: float | None = None  # floating-point, of all processes; where a device was named
     seconds: float | None = None
+    unknown: str | None = None  # why memory or time could not be predicted
 
 
 def planned_stages(
@@ -70,13 +72,32 @@ def planned_stages(
         done = is_finished(found.folder)
         costs = (network_evaluations(stage, recipe), sizes.disk(stage))
         asked = not done and not isinstance(stage, TrainReward)  # a head of a megabyte or two
-        needed = sizes.memory(stage, kind, launch) if asked and kind is not None else None
-        work = sizes.work(stage) if asked and device is not None else None
-        total = sum(one.count * one.each.total for one in work) if work is not None else None
-        time = operations.seconds(work, device, launch) if work is not None and device is not None else None
-        planned.append(PlannedStage(stage.kind, found.fingerprint, found.folder, done, *costs, needed, total, time))
+        one = PlannedStage(stage.kind, found.fingerprint, found.folder, done, *costs)
+        planned.append(_predicted(one, stage, sizes, kind, launch, device) if asked else one)
         earlier.append(found)
     return planned
+
+
+def _predicted(
+    one: PlannedStage, stage: Stage, sizes: "Sizes", kind: str | None, launch: Launch, device: Device | None
+) -> PlannedStage:
+    """Return `one` with its memory on a device of this `kind`, and its time on a `device`, where each is given."""
+    try:
+        needed = sizes.memory(stage, kind, launch) if kind is not None else None
+        work = sizes.work(stage) if device is not None else None
+    except (CheckpointError, OSError, ValueError):  # what people can mend, and a run would stop at too
+        raise
+    except Exception as error:  # a network that cannot be tried without data can still be run
+        return replace(one, unknown=in_a_line(error))
+    total = sum(part.count * part.each.total for part in work) if work is not None else None
+    time = operations.seconds(work, device, launch) if work is not None and device is not None else None
+    return replace(one, memory=needed, operations=total, seconds=time)
+
+
+def in_a_line(error: Exception) -> str:
+    """Return what is wrong where an estimate fails."""
+    first, *_ = [*str(error).strip().splitlines(), ""]
+    return f"{type(error).__name__}: {first}"
 
 
 def network_evaluations(stage: Stage, recipe: Recipe) -> int:
@@ -210,13 +231,11 @@ class Sizes:
     """Bytes of a recipe's stages, from configuration files and the headers of weight files."""
 
     def __init__(self, recipe: Recipe):
-        self.recipe, self.folder = recipe, Path(recipe.teacher.path)
-        if not self.folder.is_dir():
-            raise CheckpointError(
-                f"plan reads a teacher's shapes off its files: {self.folder} is not a local folder. Its JSON files are "
-                "enough, a few kB: download these alone into a folder and say teacher.path=FOLDER"
-            )
-        self.parts = {name: shapes(self.folder / name) for name in files.parts_with_weights(recipe.teacher)}
+        self.folder = files.shapes_folder(recipe.teacher)
+        here = recipe.teacher.model_copy(update={"path": str(self.folder), "revision": None})
+        self.recipe = recipe = recipe.model_copy(update={"teacher": here})
+        teacher_check.refuse(self.folder, here.family, here.variant)
+        self.parts = {name: files.shapes(self.folder / name, here.variant) for name in files.parts_with_weights(here)}
         if empty := [name for name, found in self.parts.items() if not found]:
             self.parts |= files.shapes_from_configuration(recipe.teacher, empty)
         unet = read_json(
@@ -243,18 +262,36 @@ class Sizes:
         return total
 
     def work(self, stage: Stage) -> list[Work]:
-        """What the stage computes."""
-        return operations.of_stage(stage, self.recipe, passes_of(stage, self.recipe), self.distilled(stage))
+        """Return what the stage computes. What was worked out before is not worked out again."""
+        taken, distilled = passes_of(stage, self.recipe), self.distilled(stage)
+        described = {"work": asdict(taken), "distilled": distilled.model_dump()}
+
+        def found() -> dict[str, Any]:
+            return {"work": [asdict(one) for one in operations.of_stage(stage, self.recipe, taken, distilled)]}
+
+        kept = estimates.remembered(estimates.described(stage, self.recipe, self.folder, **described), found)["work"]
+        return [Work(**one | {"each": Operations(**one["each"])}) for one in kept]
 
     def memory(self, stage: Stage, kind: str, launch: Launch | None = None) -> Memory:
-        """What the stage takes in one process of `launch` (default: the only one) on a device of this `kind`."""
+        """Return what the stage takes in one process of `launch` (default: the only one) on a device of this `kind`.
+
+        What was worked out before is not worked out again.
+        """
         others = sum(self.weights(part) for part in self.parts if part not in PARTS)
         needed = others * BYTES[self.recipe.teacher.dtype]
         if isinstance(stage, Evaluate):
             measuring = read_shapes(Path(stage.inception)) if stage.inception else {}
-            measuring |= shapes(Path(stage.clip)) if stage.clip else {}
+            measuring |= files.shapes(Path(stage.clip)) if stage.clip else {}
             needed += 4 * sum(map(prod, measuring.values()))
-        return of_stage(stage, self.recipe, needed, self.distilled(stage), kind, launch)
+        distilled = self.distilled(stage)
+        described = {"memory": kind, "others": needed, "distilled": distilled.model_dump()}
+        described["launch"] = asdict(launch or Launch())
+
+        def found() -> dict[str, Any]:
+            return asdict(of_stage(stage, self.recipe, needed, distilled, kind, launch))
+
+        kept = estimates.remembered(estimates.described(stage, self.recipe, self.folder, **described), found)
+        return Memory(**kept | {"uncounted": tuple(kept["uncounted"])})
 
     def distilled(self, stage: Stage) -> Lora | Full:
         """The adapter of the student that `stage` starts from or draws with: the last one distilled before it."""
@@ -283,11 +320,3 @@ class Sizes:
 def is_lora_target(name: str) -> bool:
     """Whether the weight `name` of a UNet is of a module that the published adapter changes."""
     return any(name.removesuffix(".weight").endswith(f".{target}") for target in LORA_TARGETS)
-
-
-def shapes(folder: Path) -> dict[str, list[int]]:
-    """Shapes of the tensors in a folder's safetensors files, read off their headers."""
-    found: dict[str, list[int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= read_shapes(path)
-    return found

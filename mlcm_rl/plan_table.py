@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .devices import Device
+from .published import shipped
 from .quantities import in_words, time_in_words
 from .recipe import Recipe
 
@@ -41,8 +42,9 @@ def _summary(stages: "list[PlannedStage]", ahead: "list[PlannedStage]", device: 
     for stage in stages:
         state = Text("done", style="green") if stage.done else Text("to do", style="yellow")
         figures = [f"{stage.network_evaluations:,}", in_words(stage.disk_bytes)]
-        figures.append(in_words(stage.memory.total) if stage.memory else "")
-        figures += [time_in_words(stage.seconds) if stage.seconds is not None else ""] if device else []
+        missing = "?" if stage.unknown else ""
+        figures.append(in_words(stage.memory.total) if stage.memory else missing)
+        figures += [time_in_words(stage.seconds) if stage.seconds is not None else missing] if device else []
         table.add_row(Text(stage.folder.name, no_wrap=True), state, *figures)
     total = [f"{sum(stage.network_evaluations for stage in ahead):,}", in_words(sum(one.disk_bytes for one in ahead))]
     total.append(in_words(max((stage.memory.total for stage in ahead if stage.memory), default=0)))
@@ -88,6 +90,10 @@ def way_out(trains: bool) -> str:
 
 def _left_out(ahead: "list[PlannedStage]") -> list[Text]:
     return [
+        Text(f"memory and time of {stage.kind} could not be predicted: {stage.unknown}")
+        for stage in ahead
+        if stage.unknown
+    ] + [
         Text(f"not counted for {stage.kind}: {name}, whose weights are not here or which needs real pictures")
         for stage in ahead
         for name in (stage.memory.uncounted if stage.memory else ())
@@ -97,6 +103,8 @@ def _left_out(ahead: "list[PlannedStage]") -> list[Text]:
 def _assumptions(recipe: Recipe, ahead: "list[PlannedStage]", launch: "Launch", device: Device | None) -> list[str]:
     """What stands behind the figures, a sentence a line."""
     lines = ["One evaluation is one pass of the denoiser for one sample."]
+    if shipped(recipe.teacher):
+        lines.append(f"Shapes of {recipe.teacher.path} are those published, which come with this package.")
     if launch.processes > 1:
         lines.append(f"Memory is that of each of {launch.processes} processes ({ENGINES[launch.engine]}).")
     if any(stage.memory and stage.memory.host for stage in ahead):

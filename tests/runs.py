@@ -15,7 +15,6 @@ from mlcm_rl.recipe import (
     Policy,
     Recipe,
     Samples,
-    Stage,
     Teacher,
     TrainTeacher,
     Trajectories,
@@ -63,6 +62,7 @@ def trajectories(prompts: str, **changes: Any) -> Trajectories:
 
 def distill(**changes: Any) -> Distill:
     settings = {
+        "segments": [8, 4, 2, 1],
         "batch_size": 4,
         "num_steps": 2,
         "log_every": 1,
@@ -86,10 +86,6 @@ def whole(teacher: Path, folder: Path, family: str = "sdxl", **changes: Any) -> 
     stages = [trajectories(prompts), distill(**changes), evaluate]
     samples = Samples(prompts=["a cat", "熊猫"], num_steps=[1, 2])
     return recipe(teacher, folder, stages, family, samples=samples)
-
-
-def no_meter(stage: Stage, recipe: Recipe) -> None:
-    """Stands for the pipeline's memory meter, whose prediction takes longer than a stage does on a tiny teacher."""
 
 
 TUNING = {"feedback": Feedback, "dpo": Dpo, "policy": Policy}

@@ -83,6 +83,7 @@ class Base(ABC):
     family: ClassVar[str]
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     lora_targets: ClassVar[list[str]] = LORA_TARGETS
+    in_stability_blocks: ClassVar[bool] = False  # other tools know its blocks by Stability AI's names, not diffusers'
 
     def __init__(self, teacher: Teacher, device: torch.device, pipeline: DiffusionPipeline):
         self.teacher, self.device, self.dtype = teacher, device, getattr(torch, teacher.dtype)
@@ -101,6 +102,11 @@ class Base(ABC):
             )
         self.resolution, self.latent_shape = _sizes(self.pipeline, teacher)
         logging.getLogger(self.pipeline_class.__module__).setLevel(logging.ERROR)  # it warns of every long prompt
+
+    @property
+    @abstractmethod
+    def kohya_version(self) -> str:
+        """What kohya's sd-scripts calls models of this shape, in the header of a LoRA file."""
 
     # Prompts
 

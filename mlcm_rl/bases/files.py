@@ -1,15 +1,20 @@
 """A teacher's files: what its folder, or a pinned revision of the hub, holds and lacks, read as a pipeline."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 
-from ..checkpoint import read_json, read_shapes
+from .. import teacher_check
+from ..checkpoint import CheckpointError, read_json, read_shapes
+from ..published import shipped
 from ..recipe import Teacher
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -23,8 +28,13 @@ def load_pipeline(
     index = index_of(pipeline_class, teacher)
     unused = {name: None for name in ("safety_checker", "image_encoder", "feature_extractor") if name in index}
     check_components(teacher, {name: value for name, value in index.items() if name not in unused})
-    precision = {"default": dtype, "vae": torch.float32}
-    pipeline = local_first(pipeline_class.from_pretrained, teacher, dtype=precision, use_safetensors=True, **unused)
+    if Path(teacher.path).is_dir():
+        teacher_check.refuse(Path(teacher.path), teacher.family, teacher.variant)
+        refuse_other_weights(teacher)
+    settings = {"dtype": {"default": dtype, "vae": torch.float32}, "variant": teacher.variant, **unused}
+    with in_words(teacher):
+        pipeline = local_first(pipeline_class.from_pretrained, teacher, use_safetensors=True, **settings)
+    refuse_unknown_tokens(pipeline, teacher)
     pipeline = pipeline.to(device)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
@@ -38,13 +48,101 @@ def empty_pipeline(pipeline_class: type[DiffusionPipeline], teacher: Teacher) ->
     """The pipeline of a local folder with a denoiser and an autoencoder without data, and nothing else."""
     folder, index = Path(teacher.path), index_of(pipeline_class, teacher)
     check_components(teacher, {name: value for name, value in index.items() if not name.startswith(OTHER_PARTS)})
-    with torch.device("meta"):
-        parts = {
-            name: kind.from_config(kind.load_config(folder / name))
-            for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
-        }
-    others = {name: None for name in index if name.startswith(OTHER_PARTS)}
-    return pipeline_class.from_pretrained(folder, local_files_only=True, **parts, **others)
+    teacher_check.refuse(folder, teacher.family, teacher.variant)
+    with in_words(teacher):
+        with torch.device("meta"):
+            parts = {
+                name: kind.from_config(kind.load_config(folder / name))
+                for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
+            }
+        others = {name: None for name in index if name.startswith(OTHER_PARTS)}
+        return pipeline_class.from_pretrained(folder, local_files_only=True, **parts, **others)
+
+
+@contextmanager
+def in_words(teacher: Teacher) -> Iterator[None]:
+    """Raise ValueError for whatever else diffusers and transformers raise of files that they make nothing of."""
+    try:
+        yield
+    except (OSError, ValueError, CheckpointError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"teacher {teacher.path}: its files make no network: {type(error).__name__}: {first}"
+        ) from error
+
+
+def refuse_unknown_tokens(pipeline: DiffusionPipeline, teacher: Teacher) -> None:
+    """Raise ValueError where a tokenizer makes tokens that its text encoder does not know."""
+    for name, tokenizer in pipeline.components.items():
+        tower = pipeline.components.get(name.replace("tokenizer", "text_encoder"))
+        if name.startswith("tokenizer") and tokenizer is not None and len(tokenizer) > tower.config.vocab_size:
+            raise ValueError(
+                f"teacher {teacher.path}: {name} makes {len(tokenizer)} tokens and its text encoder knows "
+                f"{tower.config.vocab_size} (vocab_size): one of its special tokens is not in its vocabulary"
+            )
+
+
+def refuse_other_weights(teacher: Teacher) -> None:
+    """Raise ValueError where a local teacher's weights, by their headers, are not those that its configurations say."""
+    folder, parts = Path(teacher.path), parts_with_weights(teacher)
+    expected = shapes_from_configuration(teacher, parts)
+    lines = []
+    for name in parts:
+        found = {_current(key): shape for key, shape in shapes(folder / name, teacher.variant).items()}
+        wanted = {_current(key): shape for key, shape in expected[name].items()}
+        odd = sorted(key for key in found | wanted if found.get(key) != wanted.get(key) and "position_ids" not in key)
+        if odd:
+            was, is_to_be = (kind.get(odd[0], "absent") for kind in (found, wanted))
+            lines.append(
+                f"teacher {folder}: {name}: {len(odd)} tensors are not those of config.json, for example {odd[0]}: "
+                f"{was} in the files, {is_to_be} by the configuration"
+            )
+    if lines:
+        raise ValueError("\n".join(lines))
+
+
+def shapes(folder: Path, variant: str | None = None) -> dict[str, list[int]]:
+    """Return the shapes of the tensors in a folder's safetensors files, read off their headers.
+
+    Of several forms of the same weights those of `variant` count where there are any, else those without one.
+    """
+    paths = {path: path.name.split(".")[1].split("-")[0] for path in sorted(folder.glob("*.safetensors"))}
+    chosen = [path for path, form in paths.items() if variant is not None and form == variant]
+    chosen = chosen or [path for path in paths if "." not in path.stem] or list(paths)
+    found: dict[str, list[int]] = {}
+    for path in chosen:
+        found |= read_shapes(path)
+    return found
+
+
+def _current(key: str) -> str:
+    """Return today's name of a tensor that older files have under another."""
+    key = key.removeprefix("text_model.")
+    for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
+        key = re.sub(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.", key)
+    return key
+
+
+def shapes_folder(teacher: Teacher) -> Path:
+    """Return a folder with the configurations of `teacher`: its own, one that is shipped, or a few kB of the hub.
+
+    Raise FileNotFoundError where there is none.
+    """
+    if Path(teacher.path).is_dir():
+        return Path(teacher.path)
+    if (folder := shipped(teacher)) is not None:
+        return folder
+    asked = {"revision": teacher.revision, "allow_patterns": ["model_index.json", "*/*config.json"]}
+    for local in (True, False):
+        with suppress(OSError, ValueError, HfHubHTTPError):
+            if teacher.revision is not None:
+                return Path(snapshot_download(teacher.path, local_files_only=local, **asked))
+    raise FileNotFoundError(
+        f"plan reads a teacher's shapes off its files: {teacher.path} is not a local folder and its JSON files could "
+        "not be fetched. They are enough, a few kB: download these alone into a folder and say teacher.path=FOLDER"
+    )
 
 
 def local_first(read: Callable[..., Any], teacher: Teacher, **settings: Any) -> Any:
@@ -57,15 +155,28 @@ def local_first(read: Callable[..., Any], teacher: Teacher, **settings: Any) -> 
     return read(teacher.path, revision=teacher.revision, **settings)
 
 
+def folder_of(teacher: Teacher) -> Path:
+    """Return the folder with the teacher's files: its own, or where a pinned revision of the hub was fetched to."""
+    folder = Path(teacher.path)
+    return folder if folder.is_dir() else Path(local_first(DiffusionPipeline.download, teacher, use_safetensors=True))
+
+
 def pipeline_index(teacher: Teacher) -> dict[str, Any]:
-    """What model_index.json says, from the folder or from the hub at the pinned revision."""
+    """What model_index.json says, from the folder or from the hub at the pinned revision.
+
+    Raises FileNotFoundError where there is none, ValueError for a student's.
+    """
     folder = Path(teacher.path)
     if teacher.revision is None and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"teacher {teacher.path}: no model_index.json in {folder.resolve()}; give a folder in diffusers format, "
-            "seen from the working directory, or a hub name with a pinned revision"
+            f"teacher {teacher.path}: no model_index.json in {folder.resolve()}; give a folder in diffusers format "
+            "or a hub name with a pinned revision"
         )
-    return dict(local_first(DiffusionPipeline.load_config, teacher))
+    has_index = (folder / "model_index.json").is_file()
+    found = read_json(folder / "model_index.json") if has_index else local_first(DiffusionPipeline.load_config, teacher)
+    index = dict(found)
+    teacher_check.refuse_student(f"teacher {teacher.path}", folder, index)
+    return index
 
 
 def index_of(pipeline_class: type[DiffusionPipeline], teacher: Teacher) -> dict[str, Any]:
@@ -119,7 +230,7 @@ def shapes_from_configuration(teacher: Teacher, parts: Sequence[str]) -> dict[st
     found = {}
     for name in parts:
         library, kind = index[name]
-        with torch.device("meta"):
+        with in_words(teacher), torch.device("meta"):
             if library == "diffusers":
                 denoiser_or_autoencoder = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[name]
                 part = denoiser_or_autoencoder.from_config(denoiser_or_autoencoder.load_config(folder / name))

@@ -10,7 +10,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -148,6 +148,16 @@ def rows(size: int, together: int = 1) -> slice:
     return slice(rank() * own, (rank() + 1) * own)
 
 
+def micro_batches(total: int, size: int, together: int = 1) -> Iterator[range]:
+    """Of each `size` of `total` samples, the numbers of this process's, groups of `together` in one piece.
+
+    Raises ValueError where the parts cannot be equal.
+    """
+    for first in range(0, total, size):
+        own = rows(min(size, total - first), together)
+        yield range(first + own.start, first + own.stop)
+
+
 def share(items: Sequence[Item]) -> list[Item]:
     """The items of this process: every so many-th one."""
     return list(items[rank() :: count()])
@@ -170,15 +180,18 @@ def total(*values: float) -> list[float]:
     return sums.tolist()
 
 
+def summed(figures: Tensor) -> Tensor:
+    """`figures` (n,) summed over the processes, where they are and on their device. Waits for all."""
+    if count() > 1:
+        torch.distributed.all_reduce(figures)
+    return figures
+
+
 def average_(tensors: Sequence[Tensor]) -> None:
-    """Put the mean over the processes into each of `tensors`, in one exchange a precision. Waits for all."""
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.flatten() for tensor in alike])
-        torch.distributed.all_reduce(flat)
-        parts = flat.div_(count()).split([tensor.numel() for tensor in alike])
-        for tensor, part in zip(alike, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
+    """Put the mean over the processes into each of `tensors`, where it is: no copy of them is made. Waits for all."""
+    for exchange in [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
+        exchange.wait()
+    torch._foreach_div_(list(tensors), count())
 
 
 def wait() -> None:

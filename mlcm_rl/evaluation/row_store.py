@@ -12,8 +12,9 @@ from typing import Any
 
 from .. import lock
 from ..atomic import remove_partial, replacing
-from ..checkpoint import folder_hash, read_json, write_json
+from ..checkpoint import read_json, write_json
 from ..fingerprint import hashed, identity
+from ..hashing import folder_hash
 from ..recipe import Evaluate, Recipe
 from ..report.page import picture_path
 from .rows import Row

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from .shapes import computed
+
 LOWERED = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}
 RAISED_ON_CUDA = {F.group_norm, F.layer_norm}  # autocast computes these in float32 there, and in bfloat16 on a CPU
 
@@ -30,7 +32,7 @@ class Live(TorchDispatchMode):
         self.counted: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
+        out = computed(function, args, kwargs or {})
         for value in tree_leaves(out):
             if isinstance(value, Tensor) and value.is_meta:
                 self._count(value.untyped_storage())
@@ -64,6 +66,11 @@ class Attention(torch.autograd.Function):
         return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
 
 
+def attended(query: Tensor, key: Tensor, value: Tensor, *settings: Any, **named: Any) -> Tensor:
+    """`F.scaled_dot_product_attention`, by place or by name, in one kernel; masks and the like change no size."""
+    return Attention.apply(query, key, value)
+
+
 class Kernels(TorchFunctionMode):
     """Functions as the device `kind` ("cuda", "cpu", ...) computes them, under autocast to bfloat16 where `autocast`.
 
@@ -83,7 +90,7 @@ class Kernels(TorchFunctionMode):
             args = [one.float() if isinstance(one, Tensor) else one for one in args]
         written_out = self.kind == "cpu" and self.autocast  # as the runtime asks there
         if function is F.scaled_dot_product_attention and not written_out:
-            return Attention.apply(*args[:3]) if len(args) > 2 else Attention.apply(*kwargs.values())
+            return attended(*args, **kwargs)
         return function(*args, **kwargs)
 
     def checkpointed(self, module: Callable, *args: Any) -> Any:

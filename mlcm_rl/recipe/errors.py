@@ -7,9 +7,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from . import NAME
 from .tree import Key, Node, Problem, nearest
+from .types import COMMIT
 
 Schema = dict[str, Any]
+
+PATTERNS = {
+    NAME: "small letters a to z, digits, - and _, a letter or a digit first, such as my-run",
+    COMMIT: "the 40 hexadecimal digits of a commit",
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def expected(schema: Schema) -> str:
         case "number":
             return "a number" + _bounds(schema)
         case "string":
-            return f"text that matches {schema['pattern']}" if "pattern" in schema else "text"
+            return PATTERNS[schema["pattern"]] if "pattern" in schema else "text"
         case "array":
             least, most = schema.get("minItems", 0), schema.get("maxItems")
             size = f" of {least}" if least == most else f" of {least} or more" if least else ""
@@ -138,10 +145,11 @@ def _is_number(text: str) -> bool:
 def _bounds(schema: Schema) -> str:
     low, high, above = schema.get("minimum"), schema.get("maximum"), schema.get("exclusiveMinimum")
     if low is not None and high is not None:
-        return f" from {low} to {high}"
+        return f" from {low} to {high:,}"
     if low is not None and "exclusiveMaximum" in schema:
         return f" from {low} to below {schema['exclusiveMaximum']}"
-    return f" above {above}" if above is not None else f" of at least {low}" if low is not None else ""
+    least = f" above {above}" if above is not None else f" of at least {low}" if low is not None else ""
+    return f"{least} and at most {high:,}" if least and high is not None else least
 
 
 def _names(schema: Schema) -> list[str]:

@@ -11,14 +11,16 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 from ruamel.yaml.nodes import Node as YamlNode
 from ruamel.yaml.reader import ReaderError
 
-from ..untrusted import read_bytes
+from ..untrusted import brief, read_bytes
 
 Key = tuple[str | int, ...]
 
@@ -48,7 +50,7 @@ class Problem:
     nearest: str = ""
     file: str = ""
     place: Place | None = None
-    looked_in: str = ""  # of a path that is not there: the folder that it is relative to
+    looked_in: str = ""  # of a path that is not there: a sentence on where it was looked for
 
     @property
     def where(self) -> str:
@@ -71,13 +73,12 @@ class Problem:
 class RecipeError(Exception):
     """A recipe that cannot be used; `problems` holds all its errors in the order of the file, overrides last.
 
-    `note` says, where paths of it are not there, what they are relative to.
+    `note` says, where paths of it are not there, where they were looked for.
     """
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = sorted(dict.fromkeys(problems), key=_order)
-        folders = {problem.looked_in for problem in self.problems} - {""}
-        self.note = "\n".join(f"paths are relative to the working directory, here {one}" for one in sorted(folders))
+        self.note = "\n".join(sorted({problem.looked_in for problem in self.problems} - {""}))
         super().__init__("\n".join(filter(None, (*map(str, self.problems), self.note))))
 
 
@@ -147,7 +148,7 @@ def read(path: Path) -> tuple[Node, list[Problem]]:
 
 def parse(text: str, file: str, override: str = "") -> tuple[Node, list[Problem]]:
     """As `read`, for text, which may be empty. With `override` every place is that override of the command line."""
-    yaml = YAML(typ="safe", pure=True)
+    yaml = _Yaml(typ="safe", pure=True)
     yaml.composer.warn_double_anchors = False  # they are legal; the last one before an alias counts
     try:
         root = yaml.compose(text)
@@ -158,9 +159,10 @@ def parse(text: str, file: str, override: str = "") -> tuple[Node, list[Problem]
         place = _place(before.count("\n"), len(before) - before.rfind("\n") - 1, override)
         message = f"the character U+{error.character:04X} is not allowed in YAML"
         raise RecipeError([Problem((), message, file=file, place=place)]) from error
-    except RecursionError as error:
+    except (RecursionError, _TooLong) as error:
         place = _place(0, 0, override)
-        raise RecipeError([Problem((), "nested too deeply to be a recipe", file=file, place=place)]) from error
+        message = str(error) if isinstance(error, _TooLong) else "nested too deeply to be a recipe"
+        raise RecipeError([Problem((), message, file=file, place=place)]) from error
     if root is None:
         return Node(None, _place(0, 0, override)), []
     converter = _Converter(yaml, file, override)
@@ -182,6 +184,32 @@ def override(tree: Node, text: str, file: str) -> Node:
     if problems:
         raise RecipeError(problems)
     return _with(tree, re.findall(r"[^.\[\]]+", path), node, (), file)
+
+
+class _TooLong(ValueError):
+    """A file of more values than a recipe has."""
+
+
+class _ShortComposer(Composer):
+    """ruamel's composer, which takes a millisecond for ten values and stops after MAX_NODES."""
+
+    def __init__(self, loader: YAML) -> None:
+        super().__init__(loader)
+        self.num_nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.num_nodes += 1
+        if self.num_nodes > 2 * MAX_NODES:  # a value and its key
+            raise _TooLong(f"more than {MAX_NODES:,} values: no recipe is so long")
+        return super().compose_node(parent, index)
+
+
+class _Yaml(YAML):
+    """ruamel's reader with that composer."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.Composer: type[Composer] = _ShortComposer
 
 
 class _Converter:
@@ -304,7 +332,7 @@ def _with(node: Node, parts: list[str], value: Node, key: Key, file: str) -> Nod
         children = node.content or {}
         changed = _with(children.get(first, Node({}, value.place)), rest, value, (*key, first), file)
         return replace(node, content=children | {first: changed})
-    message = f"holds the single value {node.content!r}, which has no key {first}"
+    message = f"holds the single value {brief(node.content)}, which has no key {first}"
     raise RecipeError([Problem(key, message, file=file, place=value.place)])
 
 

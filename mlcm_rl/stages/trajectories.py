@@ -21,16 +21,18 @@ def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: P
     """Write the store of `num_trajectories` + `num_held_out` trajectories to `folder`, resuming what is there.
 
     Trajectory i takes prompt i (the prompts are gone round when there are more trajectories) and noise that is a
-    function of (seed, i) alone.
+    function of (seed, i) alone. States are those of any other batch size but for their last bits.
     """
     device = device_of(recipe.device)
     base = bases.load(recipe.teacher, device)
     prompts = [prompt.prompt for prompt in read_prompts(stage.prompts)]
     runtime.tell_truncated(base, prompts, stage.prompts)
-    writer = Writer(folder, provenance(stage, recipe, base), stage.shard_size)
+    writer = Writer(folder, provenance(stage, recipe, base), stage.shard_size, stage.batch_size)
     missing = writer.missing()
     writer.require_room(missing, base.latent_shape)
     done = writer.total - sum(map(len, missing))
+    if done:
+        runtime.console.print(f"[dim]trajectories[/] goes on after {done} that were saved", soft_wrap=True)
     with runtime.progress(writer.total, "trajectories", done) as bar:
         for first in range(0, len(missing), distributed.count()):
             shards = missing[first : first + distributed.count()]  # one for each process, then all are recorded

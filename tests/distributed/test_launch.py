@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from launched_runs import (
     LAUNCHES,
+    ROOT,
     SECONDS,
     assert_alike,
     command_of,
@@ -24,10 +25,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from typer.testing import CliRunner
 
 import runs
-from mlcm_rl import checkpoint, distributed, lock, pipeline
+from mlcm_rl import checkpoint, distributed, lock, needs, pipeline
 from mlcm_rl.__main__ import app
 from mlcm_rl.distributed import launch as launcher
-from mlcm_rl.recipe import Evaluate
+from mlcm_rl.recipe import Evaluate, Training
+from mlcm_rl.recipe.file import load
 
 
 def test_two_processes_make_what_one_makes(tiny_sdxl, tmp_path):
@@ -60,16 +62,27 @@ def test_every_stage_runs_in_two_processes(tiny_sdxl, tmp_path, mode):
     assert all("DDIM" in table.read_text(encoding="utf-8") for table in tables)
 
 
-@pytest.mark.slow
-def test_an_error_in_every_process_is_said_without_a_traceback(tiny_sdxl, tmp_path):
+def test_processes_that_cannot_share_a_batch_are_told_once_before_any_stage(tiny_sdxl, tmp_path):
     stages = [
         runs.trajectories(runs.write_prompts(tmp_path)),
         runs.distill(segments=[1], batch_size=3, num_steps=1),
     ]
-    failed = launch(runs.recipe(tiny_sdxl, tmp_path, stages), tmp_path, "cpu2")
+    recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
+    failed = launch(recipe, tmp_path, "cpu2")
     assert failed.returncode == 1
-    assert "stages[1] (distill): 3 samples cannot be shared evenly by 2 processes" in failed.stderr
+    told = "stages[1] (distill): batch_size: 3 samples cannot be shared evenly by 2 processes"
+    assert failed.stderr.count(told) == 1
     assert "Traceback" not in failed.stderr
+    assert not Path(recipe.runs).exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_runs_on_up_to_eight_processes(path, processes, monkeypatch):
+    monkeypatch.setattr(distributed, "count", lambda: processes)
+    for stage in load(path).stages:
+        if isinstance(stage, Training):
+            assert dict(needs.refused(stage)).get("batch_size") is None
 
 
 def test_a_process_takes_its_rows_and_its_items(monkeypatch):

@@ -16,9 +16,8 @@ FORKS.set_forkserver_preload(["forked", *(f"mlcm_rl.stages.{kind}" for kind in (
 
 
 def prepare() -> None:
-    """Make this process like that of a test, one thread and no memory meter; no plots are drawn: they take longest."""
+    """Make this process like that of a test, of one thread; no plots are drawn: they take longest."""
     torch.set_num_threads(1)
-    pipeline._memory_meter = runs.no_meter
     page.render = lambda result, folder: json.dumps(result["headline"])
 
 

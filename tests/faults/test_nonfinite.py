@@ -76,7 +76,7 @@ def test_a_prompt_that_is_encoded_to_no_number_is_told(tiny_sdxl, tmp_path):
 
 def test_states_that_the_stores_precision_does_not_hold_are_told(tmp_path):
     provenance = Provenance("", {}, "epsilon", "ddim", [999, 0], 1.0, "", 2, 0, 0, "float16", 1)
-    writer = Writer(tmp_path, provenance, 2)
+    writer = Writer(tmp_path, provenance, 2, batch_size=2)
     with pytest.raises(ValueError, match=r"trajectories 0 to 1: their states do not fit float16, .*set dtype: float32"):
         writer.write(range(2), torch.full((2, 2, 1, 1, 1), 1e6), torch.zeros(2, 1, 1, 1), {})
     assert not list(tmp_path.iterdir())

@@ -1,13 +1,16 @@
 """A good recipe in a folder that holds all it names, and what becomes of it when its text is changed."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from mlcm_rl import published
 from mlcm_rl.recipe.file import load
 from mlcm_rl.recipe.tree import Problem, RecipeError
 
+PUBLISHED = Path(published.__file__).parent / "stable-diffusion-xl-base-1.0"
 GOOD = Path(__file__).with_name("good.yaml")
 
 Broken = Callable[..., list[Problem]]
@@ -15,10 +18,11 @@ Broken = Callable[..., list[Problem]]
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    for folder in ("teacher", "data", "judge"):
+    shutil.copytree(PUBLISHED, tmp_path / "teacher")
+    for folder in ("data", "judge"):
         (tmp_path / folder).mkdir()
-    for file in ("teacher/model_index.json", "data/prompts.txt", "data/eval.jsonl"):
-        (tmp_path / file).touch()
+    for file in ("data/prompts.txt", "data/eval.jsonl"):
+        (tmp_path / file).write_text("a cat")
     (tmp_path / "good.yaml").write_text(GOOD.read_text("utf-8"), "utf-8")
     return tmp_path
 

@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 from ruamel.yaml import YAML
 
-from mlcm_rl.recipe import json_schema
+from mlcm_rl.recipe.schema import json_schema
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 GOOD = Path(__file__).with_name("good.yaml")

@@ -1,6 +1,5 @@
 """The memory that is predicted of a stage: by hand where that can be done, else by what must be more than what."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -17,51 +16,7 @@ from mlcm_rl.plan import planned_stages
 from mlcm_rl.recipe import Full, Lora, Reward, Teacher
 from mlcm_rl.rewards import build
 
-SD15 = {
-    "_class_name": "UNet2DConditionModel",
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-}
-SDXL = {
-    "_class_name": "UNet2DConditionModel",
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
-    "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
-    "block_out_channels": [320, 640, 1280],
-    "layers_per_block": 2,
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "transformer_layers_per_block": [1, 2, 10],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-VAE = {
-    "_class_name": "AutoencoderKL",
-    "latent_channels": 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-}
-SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-}
+PUBLISHED = Path(memory.__file__).parents[1] / "published"
 
 
 def of(stage, folder, distilled=None, kind="cuda", teacher: Teacher | None = None) -> memory.Memory:
@@ -228,31 +183,13 @@ def test_scores_of_attention_are_not_held_between_steps_either(tiny_sdxl, tmp_pa
 # ---- published shapes ----
 
 
-def published(folder, unet, pipeline_class):
-    """A teacher's folder with configurations and no weights."""
-    index = {
-        "_class_name": pipeline_class,
-        "unet": ["diffusers", unet["_class_name"]],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    index |= {part: ["transformers", "unread"] for part in ("text_encoder", "tokenizer")}
-    index["scheduler"] = ["diffusers", "DDIMScheduler"]
-    files = {"model_index.json": index, "unet/config.json": unet, "vae/config.json": VAE}
-    for name, content in (files | {"scheduler/scheduler_config.json": SCHEDULER}).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(content))
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "unet", "pipeline_class", "weights"),
-    [("sd", SD15, "StableDiffusionPipeline", 859_520_964), ("sdxl", SDXL, "StableDiffusionXLPipeline", 2_567_463_684)],
+    ("family", "name", "weights"),
+    [("sd", "stable-diffusion-v1-5", 859_520_964), ("sdxl", "stable-diffusion-xl-base-1.0", 2_567_463_684)],
 )
-def test_published_models_are_as_large_as_published_and_checkpointing_makes_room(
-    tmp_path, family, unet, pipeline_class, weights
-):
-    folder = published(tmp_path, unet, pipeline_class)
+def test_published_models_are_as_large_as_published_and_checkpointing_makes_room(family, name, weights):
+    folder = PUBLISHED / name
     teacher = Teacher(path=str(folder), family=family, dtype="bfloat16")
     lora = {"adapter": Lora(rank=64, alpha=64.0), "precision": "bf16", "batch_size": 4}
     plain, checkpointed = (

@@ -1,0 +1,291 @@
+"""What the configuration files of a teacher may say: what our families feed to its networks, in sizes that exist.
+
+A type a file. Keys that change nothing here are let through where they are well formed; keys that ask for an input that
+no family gives must be as diffusers leaves them out.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+Width = Annotated[int, Field(gt=0, le=65_536)]
+Layers = Annotated[int, Field(gt=0, le=256)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Small = Annotated[float, Field(gt=0, lt=1)]
+Scale = Annotated[float, Field(gt=0, le=1_000)]
+Flag = Annotated[int, Field(ge=0, le=1)]
+Kernel = Annotated[int, Field(ge=1, le=7)]
+Beta = Annotated[float, Field(gt=0, lt=1)]
+Activation = Literal["silu", "swish", "mish", "gelu", "relu"]
+Token = str | dict[str, JsonValue] | None
+LEAST_SIGNAL = 1e-8  # of the last time's alpha^2: below, x0 is a quotient of rounding errors
+
+
+class Configuration(BaseModel):
+    """A JSON file of a component. A validator's message begins with the key that it is about."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
+    __pydantic_extra__: dict[str, JsonValue]
+
+
+class _Blocks(Configuration):
+    """What denoiser and autoencoder have in common."""
+
+    block_out_channels: list[Width] = Field(min_length=1, max_length=8)
+    norm_num_groups: Width = 32
+    act_fn: Activation = "silu"
+
+    @model_validator(mode="after")
+    def _widths_are_in_groups(self):
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise ValueError(f"norm_num_groups {self.norm_num_groups} does not divide block_out_channels {width}")
+        return self
+
+    def fits(self, key: str, entries: object) -> None:
+        """Raise ValueError where a list has not an entry for each block."""
+        if isinstance(entries, list) and len(entries) != len(self.block_out_channels):
+            raise ValueError(f"{key} has {len(entries)} entries for {len(self.block_out_channels)} block_out_channels")
+
+
+class Denoiser(_Blocks):
+    """unet/config.json: a UNet2DConditionModel on latents, a time and the states of a prompt."""
+
+    sample_size: Annotated[int, Field(gt=0, le=4_096)]
+    in_channels: Annotated[int, Field(gt=0, le=1_024)] = 4
+    out_channels: Annotated[int, Field(gt=0, le=1_024)] = 4
+    center_input_sample: bool = False
+    flip_sin_to_cos: bool = True
+    freq_shift: Flag = 0
+    down_block_types: list[Literal["DownBlock2D", "CrossAttnDownBlock2D"]]
+    mid_block_type: Literal["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"] | None = "UNetMidBlock2DCrossAttn"
+    up_block_types: list[Literal["UpBlock2D", "CrossAttnUpBlock2D"]]
+    only_cross_attention: bool | list[bool] = False
+    layers_per_block: Layers | list[Layers] = 2
+    downsample_padding: Flag = 1
+    mid_block_scale_factor: Scale = 1
+    dropout: Share = 0.0
+    norm_eps: Small = 1e-5
+    cross_attention_dim: Width
+    transformer_layers_per_block: Layers | list[Layers | list[Layers]] = 1
+    reverse_transformer_layers_per_block: list[Layers | list[Layers]] | None = None
+    attention_head_dim: Width | list[Width] = 8
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    addition_embed_type: Literal["text_time"] | None = None
+    addition_time_embed_dim: Width | None = None
+    projection_class_embeddings_input_dim: Width | None = None
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    resnet_skip_time_act: bool = False
+    resnet_out_scale_factor: Scale = 1.0
+    time_embedding_type: Literal["positional"] = "positional"
+    time_embedding_dim: Annotated[int, Field(gt=0, le=65_536, multiple_of=2)] | None = None
+    time_embedding_act_fn: Activation | None = None
+    timestep_post_act: Activation | None = None
+    time_cond_proj_dim: Width | None = None
+    conv_in_kernel: Kernel = 3
+    conv_out_kernel: Kernel = 3
+    mid_block_only_cross_attention: bool | None = None
+    addition_embed_type_num_heads: Width = 64
+    # Inputs that no family gives, and forms that diffusers does not build.
+    num_attention_heads: None = None
+    dual_cross_attention: Literal[False] = False
+    class_embed_type: None = None
+    num_class_embeds: None = None
+    encoder_hid_dim: None = None
+    encoder_hid_dim_type: None = None
+    attention_type: Literal["default"] = "default"
+    class_embeddings_concat: Literal[False] = False
+    cross_attention_norm: None = None
+
+    @model_validator(mode="after")
+    def _blocks_agree(self):
+        per_block = ("down_block_types", "up_block_types", "only_cross_attention", "layers_per_block")
+        per_block += ("attention_head_dim", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
+        for key in per_block:
+            self.fits(key, getattr(self, key))
+        for key in ("conv_in_kernel", "conv_out_kernel"):
+            if getattr(self, key) % 2 == 0:
+                raise ValueError(f"{key} {getattr(self, key)} is even: pictures would shrink")
+        heads = self.attention_head_dim  # of the published models, this key is their number
+        heads = heads if isinstance(heads, list) else [heads] * len(self.block_out_channels)
+        attend = [kind.startswith("CrossAttn") for kind in self.down_block_types]
+        attend[-1] = attend[-1] or self.mid_block_type == "UNetMidBlock2DCrossAttn"
+        for number, width, attends in zip(heads, self.block_out_channels, attend, strict=True):
+            if attends and width % number:
+                raise ValueError(f"attention_head_dim {number} does not divide block_out_channels {width}")
+        return self
+
+    @model_validator(mode="after")
+    def _is_no_student(self):
+        if self.time_cond_proj_dim is not None:
+            raise ValueError(
+                f"time_cond_proj_dim {self.time_cond_proj_dim} is an embedding of the guidance scale: the denoiser is "
+                "distilled already; name the model that it was made from"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_are_embedded(self):
+        for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+            if self.addition_embed_type is not None and getattr(self, key) is None:
+                raise ValueError(f"{key} is missing, which addition_embed_type {self.addition_embed_type} needs")
+        return self
+
+
+class Autoencoder(_Blocks):
+    """vae/config.json: an AutoencoderKL of pictures in three colours."""
+
+    in_channels: Literal[3] = 3
+    out_channels: Literal[3] = 3
+    down_block_types: list[Literal["DownEncoderBlock2D"]] = ["DownEncoderBlock2D"]
+    up_block_types: list[Literal["UpDecoderBlock2D"]] = ["UpDecoderBlock2D"]
+    layers_per_block: Layers = 1
+    latent_channels: Annotated[int, Field(gt=0, le=1_024)] = 4
+    sample_size: Annotated[int, Field(gt=0, le=65_536)] = 32
+    scaling_factor: Scale = 0.18215
+    shift_factor: Literal[0] | None = None  # decoding here adds none
+    latents_mean: list[float] | None = None
+    latents_std: list[Scale] | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    @model_validator(mode="after")
+    def _blocks_agree(self):
+        self.fits("down_block_types", self.down_block_types)
+        self.fits("up_block_types", self.up_block_types)
+        for key in ("latents_mean", "latents_std"):
+            if (found := getattr(self, key)) is not None and len(found) != self.latent_channels:
+                raise ValueError(f"{key} has {len(found)} entries for {self.latent_channels} latent_channels")
+        return self
+
+
+class TextEncoder(Configuration):
+    """text_encoder/config.json: a CLIP text tower, with what transformers asks of any configuration."""
+
+    vocab_size: Annotated[int, Field(gt=0, le=10_000_000)]
+    hidden_size: Width
+    intermediate_size: Width
+    projection_dim: Width = 512
+    num_hidden_layers: Layers
+    num_attention_heads: Width
+    max_position_embeddings: Width = 77
+    hidden_act: Literal["quick_gelu", "gelu", "gelu_new", "relu", "silu"] = "quick_gelu"
+    layer_norm_eps: Small = 1e-5
+    attention_dropout: Share = 0.0
+    dropout: Share = 0.0
+    initializer_range: Scale = 0.02
+    initializer_factor: Scale = 1.0
+    pad_token_id: Annotated[int, Field(ge=0)] | None = None
+    bos_token_id: Annotated[int, Field(ge=0)] | None = None
+    eos_token_id: Annotated[int, Field(ge=0)] = 49407
+    model_type: Literal["clip_text_model"] = "clip_text_model"
+    architectures: list[str] | None = None
+    transformers_version: str | None = None
+    id2label: dict[str, str] | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    output_hidden_states: Literal[False] = False
+    output_attentions: Literal[False] = False
+    return_dict: Literal[True] = True
+    use_return_dict: Literal[True] = True
+    chunk_size_feed_forward: Literal[0] = 0
+    is_encoder_decoder: Literal[False] = False
+
+    @model_validator(mode="after")
+    def _sizes_agree(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} does not divide hidden_size")
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if (token := getattr(self, key)) is not None and token >= self.vocab_size:
+                raise ValueError(f"{key} {token} is none of {self.vocab_size} in vocab_size")
+        return self
+
+
+class Tokenizer(Configuration):
+    """tokenizer/tokenizer_config.json."""
+
+    model_max_length: Annotated[int, Field(ge=3, le=65_536)]
+    tokenizer_class: str | None = None
+    backend: str | None = None
+    bos_token: Token = None
+    eos_token: Token = None
+    unk_token: Token = None
+    pad_token: Token = None
+
+
+class Scheduler(Configuration):
+    """scheduler/scheduler_config.json: a variance-preserving schedule of a thousand times."""
+
+    class_name: str = Field("", alias="_class_name")
+    num_train_timesteps: Literal[1000] = 1000
+    beta_start: Beta = 0.0001
+    beta_end: Beta = 0.02
+    beta_schedule: Literal["scaled_linear", "linear"] | None = "linear"
+    trained_betas: list[Beta] | None = None
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    rescale_betas_zero_snr: bool = False
+    timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
+    steps_offset: Annotated[int, Field(ge=0, lt=1000)] = 0
+    set_alpha_to_one: bool = False
+    clip_sample: bool = False
+    skip_prk_steps: bool = False
+    thresholding: Literal[False] = False
+    interpolation_type: Literal["linear", "log_linear"] = "linear"
+    timestep_type: Literal["discrete"] = "discrete"
+    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    use_karras_sigmas: bool | None = False
+    use_exponential_sigmas: bool | None = False
+    use_beta_sigmas: bool | None = False
+
+    @model_validator(mode="after")
+    def _preserves_variance(self):
+        if self.class_name.startswith(("Flow", "EDM")):
+            raise ValueError(f"_class_name {self.class_name} preserves no variance: it has no family yet")
+        return self
+
+    @model_validator(mode="after")
+    def _noise_grows_to_an_end(self):
+        if self.trained_betas is not None:
+            betas: Sequence[float] = self.trained_betas
+            if len(betas) != self.num_train_timesteps:
+                raise ValueError(f"trained_betas has {len(betas)} entries for {self.num_train_timesteps} times")
+        elif self.beta_start > self.beta_end:
+            raise ValueError(f"beta_start {self.beta_start} is above beta_end {self.beta_end}: noise would shrink")
+        else:
+            power = 2 if self.beta_schedule == "scaled_linear" else 1
+            start, end = (beta ** (1 / power) for beta in (self.beta_start, self.beta_end))
+            steps = self.num_train_timesteps - 1
+            betas = [(start + (end - start) * t / steps) ** power for t in range(steps + 1)]
+        if sum(math.log1p(-beta) for beta in betas) < math.log(LEAST_SIGNAL):
+            key = "trained_betas" if self.trained_betas is not None else "beta_end"
+            raise ValueError(f"{key}: so much noise leaves no signal at the last time")
+        return self
+
+    @model_validator(mode="after")
+    def _the_last_time_says_something(self):
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "rescale_betas_zero_snr with prediction_type epsilon leaves no signal at the last time, so its x0 is "
+                "0 / 0; use a v_prediction teacher or switch the rescaling off"
+            )
+        return self
+
+
+class Index(Configuration):
+    """model_index.json: the pipeline's class, and library and class of every component."""
+
+    class_name: str = Field(alias="_class_name")
+    force_zeros_for_empty_prompt: bool = True
+    requires_aesthetics_score: Literal[False] = False
+
+    def component(self, name: str) -> list[Any] | None:
+        """Return [library, class] of a component that the pipeline has."""
+        entry = (self.__pydantic_extra__ or {}).get(name)
+        return entry if isinstance(entry, list) and entry[:1] not in ([], [None]) else None
