@@ -67,13 +67,13 @@ def free_port() -> int:
 
 
 def joined(recipe: Recipe, folders: list[Path]) -> list[subprocess.CompletedProcess]:
-    """`mlcm run` in one process for each of `folders`, in it, told of the others as any cluster can."""
+    """`mlcm run` in one process for each of `folders`, each with the recipe, told of the others as a cluster can."""
     port, processes = str(free_port()), []
-    (folders[0].parent / "small.yaml").write_text(recipe.model_dump_json())
     for rank, folder in enumerate(folders):
         places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(folders))}
         place = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **places)
-        command = [sys.executable, "-m", "mlcm_rl", "run", str(folders[0].parent / "small.yaml")]
+        (folder / "small.yaml").write_text(recipe.model_dump_json())
+        command = [sys.executable, "-m", "mlcm_rl", "run", "small.yaml"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, cwd=folder, env=place, **pipes))
     said = [process.communicate(timeout=SECONDS) for process in processes]

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -141,16 +140,15 @@ TWO = "distributed_type: MULTI_GPU\n"
     ],
 )
 def test_a_launch_file_that_is_wrong_is_an_error_that_names_file_and_key_in_run_and_in_plan(
-    tmp_path, monkeypatch, text, problem
+    tiny_sdxl, tmp_path, monkeypatch, text, problem
 ):
     monkeypatch.setattr(pipeline, "plan", lambda *_: pytest.fail("the launch file was taken"))
     file = tmp_path / "launch.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
-        runs.recipe(tmp_path, tmp_path, [runs.trajectories(runs.write_prompts(tmp_path))]).model_dump_json()
+        runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(runs.write_prompts(tmp_path))]).model_dump_json()
     )
-    (tmp_path / "model_index.json").write_text("{}")
     for command in ("run", "plan"):
         result = CliRunner().invoke(app, [command, str(recipe), "--launch", str(file)], env={"COLUMNS": "1000"})
         assert result.exit_code == 2, result.output
@@ -217,12 +215,12 @@ def test_a_signal_to_a_launch_of_one_process_ends_the_training_after_a_step_that
 
 
 def test_a_launch_of_one_process_that_fails_ends_with_its_code_and_its_message_alone(tiny_sdxl, tmp_path):
-    teacher = shutil.copytree(tiny_sdxl, tmp_path / "without_vae")
-    shutil.rmtree(teacher / "vae")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "stages").write_text("in the way")
     stages = [runs.trajectories(runs.write_prompts(tmp_path))]
-    failed = launch(runs.recipe(teacher, tmp_path, stages), tmp_path, "one_gpu")
+    failed = launch(runs.recipe(tiny_sdxl, tmp_path, stages), tmp_path, "one_gpu")
     assert failed.returncode == 1, failed.stderr
-    assert failed.stderr.startswith("failed  stages[0] (trajectories): teacher ")
+    assert failed.stderr.startswith("failed  stages[0] (trajectories): ")
     assert "Traceback" not in failed.stderr
 
 
