@@ -1,6 +1,7 @@
 """The `mlcm` command: reads the arguments, calls the function that does the work, prints what came of it.
 
-Exit codes: 0; 1 for a run that failed; 2 for a bad recipe or argument; 130 after Ctrl-C, 143 after SIGTERM. torch is
+Exit codes: 0; 1 for a run that failed; 2 for a bad recipe or argument; 3 where one of several processes was lost; 130
+after Ctrl-C, 143 after SIGTERM. torch is
 imported only by the commands that need it, by `_imported`: `--help`, `validate` and `schema` answer at once.
 """
 
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import plan_table, reward_commands, signals
+from . import console_text, plan_table, reward_commands, signals
 from .devices import DEVICES, THIS
 from .recipe import Recipe
 from .recipe.file import load
@@ -35,7 +36,8 @@ app = typer.Typer(
     name="mlcm",
     help="Distil a latent text-to-image diffusion model into a 2-8-step student.",
     epilog="Begin with `mlcm plan recipes/emoji_mlcm.yaml`; every command has a `--help` of its own. "
-    "Exit codes: 0 done, 1 failed, 2 bad recipe or argument, 130 after Ctrl-C, 143 after SIGTERM.",
+    "Exit codes: 0 done, 1 failed, 2 bad recipe or argument, 3 one of several processes lost, 130 after Ctrl-C, 143 "
+    "after SIGTERM.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -99,9 +101,12 @@ def run(
     """Run a recipe, or what is not yet done of it. The same command takes up an interrupted run.
 
     Ctrl-C and SIGTERM end it within 30 seconds, in training after a whole step that is saved; a second one ends it at
-    once. The exit code is 130 after Ctrl-C and 143 after SIGTERM, 1 for a run that failed, 2 for a bad recipe.
+    once. The exit code is 130 after Ctrl-C and 143 after SIGTERM, 1 for a run that failed, 2 for a bad recipe, 3 where
+    one of several processes was killed: the same command goes on from what was saved.
+
+    In several processes it runs under --launch, or under torchrun: `torchrun --nproc_per_node 8 -m mlcm_rl run RECIPE`.
     """
-    loaded = _load(recipe, overrides)
+    loaded = _load(recipe, overrides, quiet=launch is not None)  # the first of the processes tells
     if launch is not None:
         flags = ["--skip-damaged"] if skip_damaged else []
         raise typer.Exit(_launched(launch, [str(recipe), *(overrides or []), *flags]))
@@ -114,13 +119,24 @@ def run(
 
 @app.command()
 def validate(
-    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE", show_default=False, help="recipes' YAML files")],
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE... [KEY=VALUE]...",
+            show_default=False,
+            help="recipes' YAML files, and settings put over those of each, as in run",
+        ),
+    ],
 ) -> None:
     """Check recipes, every error at once, without loading anything."""
+    overrides = [text for text in recipes if "=" in text and not Path(text).exists()]
+    paths = [Path(text) for text in recipes if text not in overrides]
+    if not paths:
+        raise typer.BadParameter("name a recipe's YAML file before the settings that are put over it")
     bad = 0
-    for path in recipes:
+    for path in paths:
         try:
-            load(path, root=Path.cwd())
+            load(path, overrides, Path.cwd(), tell=_tell_path)
         except RecipeError as error:
             bad += 1
             _print_problems(console, path, error)
@@ -181,10 +197,11 @@ def sample(
         float | None,
         typer.Option(min=0, max=1, help="noise put back between steps: 0 none, 1 all; default: what suits the student"),
     ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="pictures drawn at once")] = 16,
 ) -> None:
     """Draw pictures with a run's student."""
     with _imported("finished_runs") as finished_runs:
-        pictures = finished_runs.sample(run, prompt, steps, seed, gamma, out)
+        pictures = finished_runs.sample(run, prompt, steps, seed, gamma, out, batch_size)
     for picture in pictures:
         _line(Text(str(picture)))
 
@@ -267,7 +284,8 @@ def export(
 ) -> None:
     """Write a run's student as a folder that diffusers opens without this package.
 
-    A student told the time it jumps to has its pipeline's class in the folder: open it with trust_remote_code=True.
+    A student told the time it jumps to has its pipeline's class in the folder: open it with trust_remote_code=True. For
+    stock pipelines (image to image, ControlNet) it is in the folders steps-N. The card in README.md has the code.
     """
     with _imported("finished_runs") as finished_runs:
         folder = finished_runs.export(run, out)
@@ -327,6 +345,7 @@ app.add_typer(reward_commands.app, name="rewards")
 
 def main() -> None:
     """The console command."""
+    console_text.write_anything()
     app(prog_name="mlcm")
 
 
@@ -339,6 +358,9 @@ def _launched(launch: Path, arguments: list[str]) -> int:
     except launcher.LaunchError as error:
         error_console.print(Text.assemble(("bad", "bold red"), f"  --launch: {error}"), soft_wrap=True)
         return 2
+    except launcher.Killed as error:
+        error_console.print(Text.assemble(("failed", "bold red"), f"  {error}"), soft_wrap=True)
+        return launcher.LOST
 
 
 def _read_launch(path: Path | None) -> "Launch":
@@ -351,13 +373,19 @@ def _read_launch(path: Path | None) -> "Launch":
         raise typer.BadParameter(str(error), param_hint="--launch") from None
 
 
-def _load(path: Path, overrides: list[str] | None) -> Recipe:
-    """The recipe, checked against the files under the working directory; exit 2 with all its errors."""
+def _load(path: Path, overrides: list[str] | None, quiet: bool = False) -> Recipe:
+    """The recipe, checked against the files that it names; exit 2 with all its errors."""
     try:
-        return load(path, overrides or [], root=Path.cwd())
+        return load(path, overrides or [], Path.cwd(), tell=(lambda note: None) if quiet else _tell_path)
     except RecipeError as error:
         _print_problems(error_console, path, error)
         raise typer.Exit(2) from None
+
+
+def _tell_path(note: str) -> None:
+    """One line on a path that could have been meant otherwise."""
+    if not console.quiet:
+        error_console.print(Text.assemble(("path", "yellow"), f"  {note}"), soft_wrap=True)
 
 
 def _refuse(way: str, **options: object) -> None:
@@ -376,7 +404,7 @@ def _imported(name: str, interrupted: str = "Interrupted.") -> Iterator[ModuleTy
             try:
                 yield module
             except module.RunError as error:
-                label = "failed" if error.exit_code == 1 else "bad"
+                label = "bad" if error.exit_code == 2 else "failed"
                 error_console.print(Text.assemble((label, "bold red"), f"  {error}"), soft_wrap=True)
                 raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt as stop:

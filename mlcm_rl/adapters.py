@@ -13,12 +13,10 @@ is the reference of preference learning; `preference` comes on top and is all th
 """
 
 import copy
-import json
-import math
 import reprlib
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +27,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from . import precision
+from . import finite, precision
 from .bases import TARGET_TIME_WIDTH, Base
 from .checkpoint import (
     CheckpointError,
@@ -46,18 +43,14 @@ from .checkpoint import (
     write_tensors,
 )
 from .equations.segments import NUM_SEGMENTS
+from .lora_files import LORA_FILE, Adapter, combined, read_lora, write_lora
 from .recipe import Full, Lora
 from .recipe.types import default_gamma
-from .untrusted import parse_json
 
 DISTILLED, PREFERENCE = "distilled", "preference"  # names of adapters
 PREFERENCE_FILE = "preference_lora_weights.safetensors"
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 CONDITIONING_FILE = "conditioning.safetensors"
 DESCRIPTION_FILE = "student.json"
-METADATA_KEY = "lora_adapter_metadata"  # diffusers' key for PEFT's configuration in a safetensors header
-# Of PEFT's configuration what says where an adapter came from, and changes nothing.
-DESCRIPTIVE = ("peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode")
 TARGET_TIME_KEY = "time_embedding.cond_proj.weight"
 
 
@@ -86,9 +79,9 @@ class Student:
 
 
 @contextmanager
-def swapped(denoiser: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """`denoiser` with `weights` in place of its parameters of those names, for as long as the block lasts."""
-    own = {name: parameter for name, parameter in denoiser.named_parameters() if name in weights}
+def swapped(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """The `weights` in place of those of `parameters` that have their names, for as long as the block lasts."""
+    own = {name: parameters[name] for name in weights}
     if all(weights[name] is parameter for name, parameter in own.items()):
         yield
         return
@@ -171,6 +164,7 @@ def save_student(denoiser: UNet2DConditionModel, folder: Path | str, description
     with replacing(Path(folder)) as partial:
         partial.mkdir()
         if settings is None:
+            finite.refuse_weights(denoiser.state_dict(), "the student")
             denoiser.save_pretrained(partial / "unet")
             forget_origin(partial)
         else:
@@ -181,14 +175,18 @@ def save_student(denoiser: UNet2DConditionModel, folder: Path | str, description
         write_json(partial / DESCRIPTION_FILE, described)
 
 
-def save_tuned(denoiser: UNet2DConditionModel, start: Path, folder: Path) -> None:
-    """Write a tuned student's folder in one rename: the distilled student in `start`, and the adapter over it."""
+def save_tuned(denoiser: UNet2DConditionModel, start: Path, folder: Path, tuned_steps: int) -> None:
+    """Write a tuned student's folder in one rename: the distilled student in `start`, and the adapter over it.
+
+    `tuned_steps` is the step that the guard kept, 0 where the student is as it was distilled.
+    """
     settings = _lora_settings(denoiser, PREFERENCE)
     preference = Lora(rank=settings.r, alpha=settings.lora_alpha).model_dump()
     with replacing(folder) as partial:
         shutil.copytree(start, partial)
         _save_lora(denoiser, PREFERENCE, partial / PREFERENCE_FILE)
-        write_json(partial / DESCRIPTION_FILE, {**describe(start), "preference": preference})
+        described = {**describe(start), "preference": preference, "tuned_steps": tuned_steps}
+        write_json(partial / DESCRIPTION_FILE, described)
 
 
 def load_student(base: Base, folder: Path | str) -> Student:
@@ -219,10 +217,22 @@ def describe(folder: Path) -> dict[str, Any]:
     described = read_json(file, family=str, prediction_type=str, segments=int, conditioned=bool, adapter=dict)
     if not 1 <= described["segments"] <= NUM_SEGMENTS:
         raise CheckpointError(f"{file}: segments must be 1 to {NUM_SEGMENTS}, is {described['segments']}")
-    budgets = described.setdefault("budgets", [])  # older folders do not say
+    tuned_steps = described.get("tuned_steps", 0)  # older folders do not say
+    if type(tuned_steps) is not int or tuned_steps < 0:
+        raise CheckpointError(f"{file}: tuned_steps must be a whole number from 0, is {reprlib.repr(tuned_steps)}")
+    budgets = described.setdefault("budgets", [])  # nor do they
     if type(budgets) is not list or not all(type(n) is int and 1 <= n <= NUM_SEGMENTS for n in budgets):
         raise CheckpointError(f"{file}: budgets must be numbers from 1 to {NUM_SEGMENTS}, are {reprlib.repr(budgets)}")
     return described
+
+
+def tuned_steps(folder: Path) -> int | None:
+    """The steps of preference learning that the student in `folder` has taken; None where it is not tuned, or says not.
+
+    0 is a student that its guard found no better than the distilled one, which it then is.
+    """
+    described = describe(folder)
+    return described.get("tuned_steps") if "preference" in described else None
 
 
 def load_published_lora(base: Base, path: Path | str, alpha: float = 8.0) -> UNet2DConditionModel:
@@ -242,13 +252,29 @@ def load_published_lora(base: Base, path: Path | str, alpha: float = 8.0) -> UNe
     return _fill_lora(_with_lora(denoiser, settings), DISTILLED, tensors, path)
 
 
+def as_one_lora(student: Student) -> Adapter | None:
+    """Return the adapter that makes the teacher this student, with the preference adapter of a tuned one in it.
+
+    None where its weights are its own. A target time's projection is not in it. Every scale is inside B (alpha = rank).
+    """
+    if not (student.folder / LORA_FILE).is_file():
+        return None
+    files = [LORA_FILE, PREFERENCE_FILE] if student.tuned else [LORA_FILE]
+    return combined([read_lora(student.folder / file) for file in files])
+
+
 def merged(student: Student, dtype: torch.dtype) -> UNet2DConditionModel:
-    """A plain denoiser with weights of its own in `dtype` that computes what the student does."""
+    """A plain denoiser with weights of its own in `dtype` that computes what the student does.
+
+    Raises ValueError where they do not fit `dtype`.
+    """
     denoiser = copy.deepcopy(student.denoiser)
     if adapters := list(denoiser.__dict__.get("peft_config", {})):
         denoiser.fuse_lora(adapter_names=adapters)
         denoiser.unload_lora()
-    return nn.Module.to(denoiser, dtype)  # diffusers' own `to` warns of float32 modules that a UNet has not
+    nn.Module.to(denoiser, dtype)  # diffusers' own `to` warns of float32 modules that a UNet has not
+    finite.refuse_weights(denoiser.state_dict(), "the student folded into the teacher")
+    return denoiser
 
 
 def _resume(base: Base, adapter: Lora | Full, condition_on_target: bool, folder: Path) -> UNet2DConditionModel:
@@ -372,49 +398,3 @@ def _lora_settings(denoiser: UNet2DConditionModel, name: str = DISTILLED) -> Lor
 
 def _save_lora(denoiser: UNet2DConditionModel, name: str, file: Path) -> None:
     write_lora(_lora_settings(denoiser, name), get_peft_model_state_dict(denoiser, adapter_name=name), file)
-
-
-def write_lora(settings: LoraConfig, tensors: dict[str, Tensor], file: Path) -> None:
-    """An adapter in the layout that `load_lora_weights` reads, PEFT's configuration in the header.
-
-    As diffusers' own save, less its second header key: safetensors orders keys at random, and the same student is to be
-    the same bytes.
-    """
-    stated = {**settings.to_dict(), "target_modules": sorted(settings.target_modules)}
-    header = json.dumps({f"unet.{key}": value for key, value in stated.items()}, indent=2, sort_keys=True)
-    tensors = {f"unet.{key}": value for key, value in tensors.items()}
-    write_tensors(file, tensors, {METADATA_KEY: header})
-
-
-def read_lora(path: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Configuration and tensors of a LoRA file as `save_student` and diffusers write it.
-
-    Raises CheckpointError for a file that is damaged, or whose header asks for what its tensors are not.
-    """
-    tensors = {key.removeprefix("unet."): value for key, value in read_tensors(path).items()}
-    with safe_open(path, "pt") as file:
-        header = (file.metadata() or {}).get(METADATA_KEY, "")
-    try:
-        stated = {key.removeprefix("unet."): value for key, value in dict(parse_json(header)).items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its header holds no configuration of PEFT's: {error}") from error
-    settings = _settings_in(stated, path)
-    ranks = {value.shape[0] for key, value in tensors.items() if key.endswith(".lora_A.weight") and value.ndim}
-    if ranks != {settings.r}:
-        raise CheckpointError(f"{path}: r is {settings.r}, its tensors have rank {', '.join(map(str, sorted(ranks)))}")
-    return settings, tensors
-
-
-def _settings_in(stated: dict[str, Any], path: Path) -> LoraConfig:
-    """Rank, alpha and modules of a configuration; with anything else that is set, PEFT would import modules by name,
-    fetch weights or match regular expressions: it is refused."""
-    rank, alpha, modules = (stated.get(key) for key in ("r", "lora_alpha", "target_modules"))
-    usual = LoraConfig().to_dict() | {"r": rank, "lora_alpha": alpha, "target_modules": modules}
-    odd = sorted(key for key, value in stated.items() if key not in DESCRIPTIVE and value != usual.get(key))
-    if odd:
-        raise CheckpointError(f"{path}: its header sets {', '.join(odd)}; read are r, lora_alpha and target_modules")
-    if type(rank) is not int or type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise CheckpointError(f"{path}: r and lora_alpha must be numbers, are {rank!r} and {alpha!r}")
-    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
-        raise CheckpointError(f"{path}: target_modules must be a list of names, is {reprlib.repr(modules)}")
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)

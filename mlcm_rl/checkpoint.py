@@ -1,13 +1,9 @@
 """What a stage leaves on disk: files that appear by rename, a manifest written last, and checkpoints to resume from."""
 
-import errno
 import hashlib
 import json
-import os
 import reprlib
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -17,90 +13,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import finite
+from .atomic import PARTIAL, CheckpointError, remove, remove_partial, replacing, require_space
 from .hashing import folder_hash, sha256
 from .recipe import Teacher
 from .untrusted import held, parse_json, read_bytes
 
 FORMAT = 1  # of manifest.json; raised when its layout changes
 STATE_FORMAT = 2  # of checkpoints
-PARTIAL = ".part"  # ends the names of what is not whole yet
 MAX_HEADER = 10**8  # bytes, of a safetensors file: the format's own limit
-SPARE_BYTES = 2**20  # of a disk, left free for logs and for the next small file
-UMASK = os.umask(0)  # which can only be read by setting it
-os.umask(UMASK)
-REFUSALS = (  # of a disk, or of what is there, to be written
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
-    *(errno.EISDIR, errno.ENOTDIR),
-)
 
 
-class CheckpointError(Exception):
-    """A file that a run needs is missing, damaged, or of another format; the message names it."""
-
-
-# ---- files that are whole or absent ----
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write a file or folder to; it becomes `path` by rename when the block ends.
-
-    It has reached the disk by then. Raises CheckpointError where the disk refuses; what was at `path` is still there.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)
-        yield temporary
-        share(temporary)
-        sync(temporary)
-        if path.is_dir() and temporary.is_dir():  # a file takes no folder's place: the rename is refused then
-            remove(path)
-        temporary.replace(path)
-        sync(path.parent, inside=False)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in REFUSALS:
-            raise
-        reason = error.strerror.lower() if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path} could not be written ({reason}); what was there before is as it was") from error
-    finally:
-        remove(temporary)
-
-
-def share(path: Path) -> None:
-    """Give tensor files, `path` or under it, the mode of any new file: safetensors lets none but their owner read."""
-    for one in [path, *path.rglob("*.safetensors")]:
-        if one.is_file():
-            one.chmod(0o666 & ~UMASK)
-
-
-def sync(path: Path, inside: bool = True) -> None:
-    """Wait until a file, or a folder and, with `inside`, all that it holds, has reached the disk."""
-    for one in [path, *(path.rglob("*") if inside else ())]:
-        descriptor = os.open(one, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def remove_partial(folder: Path) -> None:
-    """Delete what a process that was killed had not finished writing under `folder`."""
-    for path in folder.rglob(f".*{PARTIAL}"):
-        remove(path)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+# ---- files ----
 
 
 def write_json(path: Path, value: object) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        try:
+            text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+        except ValueError as error:
+            raise CheckpointError(f"{path} was not written: it would hold NaN or infinity") from error
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, **kinds: type) -> dict[str, Any]:
@@ -168,22 +101,31 @@ def read_shapes(path: Path) -> dict[str, list[int]]:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Save `tensors` as safetensors, on the CPU and contiguous. Raises CheckpointError where the disk is too full."""
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, may_lack: bool = False
+) -> None:
+    """Save `tensors` as safetensors, on the CPU and contiguous; with `may_lack` NaN may stand where there is no value.
+
+    The same tensors and metadata are the same bytes. Raises CheckpointError where the disk is too full, and for NaN or
+    infinity.
+    """
+    if not may_lack and (name := finite.first_nonfinite(tensors)) is not None:
+        raise CheckpointError(f"{path} was not written: {name} is not made of finite numbers")
     with replacing(path) as temporary:
         require_space(path, sum(value.numel() * value.element_size() for value in tensors.values()))
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
+        if metadata and len(metadata) > 1:
+            _sort_metadata(temporary)
 
 
-def require_space(path: Path, size: int) -> None:
-    """Raise CheckpointError where the disk of `path` has no room for `size` bytes more."""
-    free = shutil.disk_usage(path.parent).free
-    if size + SPARE_BYTES > free:
-        needed, left = (f"{count / 1e6:,.1f} MB" for count in (size, free))
-        raise CheckpointError(
-            f"{path} needs {needed} and its disk has {left} left: make room, and the same command goes on from what "
-            "was saved before"
-        )
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, in place: the library writes it in one drawn at random."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 def checksums(folder: Path, skip: tuple[str, ...] = ()) -> dict[str, str]:
@@ -223,11 +165,13 @@ def forget_origin(folder: Path) -> None:
 
 # ---- finished stages ----
 
+RESUMED_FROM = ("checkpoints", "rows")  # the second an evaluation's
 # Not results, or checked elsewhere: store.json holds the checksums of a store's shards, and its reader compares them.
 UNHASHED = (
     "manifest.json",
     ".lock",
     "checkpoints/*",
+    "rows/*",
     "tensorboard/*",
     "log.jsonl",
     "samples/*",
@@ -240,7 +184,19 @@ def finish(folder: Path, manifest: dict) -> None:
     """Mark a stage's folder as finished: its manifest, with the checksum of every result, is the last file written."""
     manifest = {"format": FORMAT, **manifest, "files": checksums(folder, skip=UNHASHED)}
     write_json(folder / "manifest.json", manifest | {"seal": _seal(manifest)})
-    remove(folder / "checkpoints")  # not before: a stage killed here would begin again
+    sweep(folder)  # not before: a stage killed here would begin again
+
+
+def unswept(folder: Path) -> bool:
+    """Return whether a finished stage's folder still holds what `sweep` removes: its process was killed before that."""
+    return any((folder / name).exists() for name in RESUMED_FROM) or any(folder.rglob(f".*{PARTIAL}"))
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a finished stage would have gone on from."""
+    remove_partial(folder)
+    for name in RESUMED_FROM:
+        remove(folder / name)
 
 
 def is_finished(folder: Path) -> bool:

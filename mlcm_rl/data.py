@@ -1,26 +1,16 @@
 """Prompts and captioned pictures, read from plain files. Whatever is wrong is reported with its file and line."""
 
-import os
+import codecs
 import re
-import struct
-import warnings
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
-import numpy
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .untrusted import held, parse_json, read_bytes
+from .picture_files import picture_in, read_picture, square
+from .untrusted import Faults, brief, parse_json, read_bytes
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # decoded in this process; Pillow has Ghostscript open others
-MAX_PICTURE_BYTES = 2**28
-MAX_PIXELS = 2**26  # 8192 x 8192; 200 MB as RGB
-# What Pillow's decoders raise for damaged files: UnidentifiedImageError is an OSError, a PNG's chunks SyntaxError.
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 
 
@@ -46,11 +36,16 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     optional. A language not given is guessed from the script; empty lines are passed over.
     Raises ValueError with file and line for what cannot be read, and for a file without prompts.
     """
+    return [prompt for _, prompt in prompts_with_lines(path)]
+
+
+def prompts_with_lines(path: str | Path) -> list[tuple[str, Prompt]]:
+    """Return ("file:number", prompt) of every prompt of a file. Raise what `read_prompts` raises."""
     path = Path(path)
     if path.suffix == ".txt":
-        prompts = [Prompt(line, guess_language(line)) for _, line in _lines(path)]
+        prompts = [(where, Prompt(line, guess_language(line))) for where, line in _lines(path)]
     elif path.suffix == ".jsonl":
-        prompts = [_prompt(record, where) for where, record in records_of(path)]
+        prompts = [(where, _prompt(record, where)) for where, record in records_of(path)]
     else:
         raise ValueError(f"{path}: prompts are read from a .txt or a .jsonl file, not {path.suffix or 'a bare name'!r}")
     if not prompts:
@@ -84,68 +79,46 @@ class CaptionedImages:
             raise ValueError(f"{self.folder / 'metadata.jsonl'}: holds no pictures")
         self.records = [record for _, record in lines]
         self.prompts = [_captions(record, where) for where, record in lines]
-        self.images = torch.stack([self._load(record, where, resolution) for where, record in lines])
+        self.images = torch.stack(self._load(lines, resolution))
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def _load(self, record: dict, where: str, resolution: int) -> torch.Tensor:
-        path = picture_in(self.folder, record["file_name"], where)
-        return square(read_image(path, f"{where}: {path}"), resolution)
-
-
-def picture_in(folder: Path, name: str, where: str) -> Path:
-    """The picture that a record at `where` names. Raises ValueError where it is not a file in `folder`."""
-    path = held(folder, name, where)
-    if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long for the file system
-        raise ValueError(f"{where}: there is no picture {path}")
-    return path
-
-
-def read_image(source: Path | bytes, what: str, upright: bool = False) -> Image.Image:
-    """A picture from a file or from its bytes, decoded; `upright` turns it as its EXIF says.
-
-    Raises ValueError that begins with `what` for one that cannot be read, of another format than FORMATS, of more than
-    MAX_PICTURE_BYTES or MAX_PIXELS: a file of a few bytes may ask for all the memory there is.
-    """
-    try:
-        data = source if isinstance(source, bytes) else read_bytes(source, MAX_PICTURE_BYTES)
-        with warnings.catch_warnings(
-            action="ignore", category=Image.DecompressionBombWarning
-        ):  # the limit here is lower
-            image = Image.open(BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS:,}")
-        image.load()
-        return ImageOps.exif_transpose(image) if upright else image
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{what} is not read: over {MAX_PIXELS:,} pixels") from error
-    except UnidentifiedImageError as error:  # its own words are the address of an object
-        raise ValueError(f"{what} is not a readable picture (none of {', '.join(FORMATS)}, or damaged)") from error
-    except DECODING_ERRORS as error:
-        raise ValueError(f"{what} is not a readable picture ({error})") from error
-
-
-def square(image: Image.Image, resolution: int) -> torch.Tensor:
-    """`image` as (3, H, W) uint8, H = W = `resolution`."""
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = ImageOps.fit(image.convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS)
-    return torch.from_numpy(numpy.asarray(image).copy()).permute(2, 0, 1)
+    def _load(self, lines: list[tuple[str, dict]], resolution: int) -> list[torch.Tensor]:
+        images, faults = [], Faults()
+        for where, record in lines:
+            with faults.collect():
+                path = picture_in(self.folder, record["file_name"], where)
+                images.append(square(read_picture(path, f"{where}: {path}"), resolution))
+        faults.raise_all()
+        return images
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """("file:number", stripped text) of every line with something on it."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
+    for number, line in enumerate(_as_utf8(path).splitlines(), start=1):
         where = f"{path}:{number}"
+        if b"\0" in line:
+            raise ValueError(f"{where}: a NUL byte, so that it is no UTF-8 text (UTF-16, perhaps): save it as UTF-8")
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
         if text:
             yield where, text
+
+
+def _as_utf8(path: Path) -> bytes:
+    """Return the content of a text file; what begins with the mark of UTF-16, as Windows writes it, is converted."""
+    content = read_bytes(path)
+    if not content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content
+    try:
+        return content.decode("utf-16").encode()
+    except UnicodeError as error:
+        raise ValueError(f"{path}: begins with the mark of UTF-16, which it is not: save it as UTF-8") from error
 
 
 def records_of(path: Path) -> Iterator[tuple[str, dict]]:
@@ -164,11 +137,10 @@ def _prompt(record: dict, where: str) -> Prompt:
     fields = ("prompt", "language", "concept", "style")
     for name, value in record.items():
         if name not in fields:
-            raise ValueError(f"{where}: unknown key {name!r}; a prompt has {', '.join(fields)}")
+            raise ValueError(f"{where}: unknown key {brief(name)}; a prompt has {', '.join(fields)}")
         if value is None and name != "prompt":
             continue
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{where}: {name} must be text that is not empty, got {value!r}")
+        refuse_no_text(value, f"{where}: {name}")
     if "prompt" not in record:
         raise ValueError(f"{where}: there is no key 'prompt'")
     return Prompt(**{**record, "language": record.get("language") or guess_language(record["prompt"])})
@@ -177,12 +149,18 @@ def _prompt(record: dict, where: str) -> Prompt:
 def _captions(record: dict, where: str) -> list[str]:
     """The captions of a picture; also checks its `file_name`."""
     if not isinstance(record.get("file_name"), str):
-        raise ValueError(f"{where}: file_name must be text, got {record.get('file_name')!r}")
+        raise ValueError(f"{where}: file_name must be text, got {brief(record.get('file_name'))}")
     prompts = record.get("prompts")
-    if (
-        not isinstance(prompts, list)
-        or not prompts
-        or not all(isinstance(text, str) and text.strip() for text in prompts)
-    ):
-        raise ValueError(f"{where}: prompts must be a list of at least one caption, got {prompts!r}")
+    if not isinstance(prompts, list) or not prompts:
+        raise ValueError(f"{where}: prompts must be a list of at least one caption, got {brief(prompts)}")
+    for text in prompts:
+        refuse_no_text(text, f"{where}: each of prompts")
     return prompts
+
+
+def refuse_no_text(value: object, what: str) -> None:
+    """Raise ValueError that begins with `what` unless `value` is text to draw from: not blank, and without NUL."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{what} must be text that is not empty, got {brief(value)}")
+    if "\0" in value:
+        raise ValueError(f"{what} holds the character NUL, which no text has: {brief(value)}")

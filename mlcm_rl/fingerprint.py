@@ -13,10 +13,11 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import FORMAT, read_json, teacher_hash
 from .hashing import contents_hash, folder_hash, sha256
-from .recipe import Distill, Evaluate, Feedback, Policy, Recipe, Stage, Strict, TrainTeacher
+from .recipe import Distill, Evaluate, Feedback, Recipe, Stage, Strict, TrainTeacher
 from .rewards.source import source_hashes
 
 # A stage's maths number: raised when its results would come out differently for the same settings.
@@ -25,9 +26,9 @@ MATHS = {
     "train_reward": 1,
     "trajectories": 1,
     "distill": 1,
-    "feedback": 1,
-    "dpo": 1,
-    "policy": 1,
+    "feedback": 3,  # noise by sample, the rewards' scale by the steps before
+    "dpo": 2,  # the same
+    "policy": 3,  # the same
     "evaluate": 2,  # tuned students at the gamma that they were tuned under
 }
 TUNING = ("feedback", "dpo", "policy")  # each starts from the distilled student, so that one recipe can compare them
@@ -94,9 +95,9 @@ def identity(stage: Stage, recipe: Recipe, parents: dict[str, str]) -> dict:
     return {
         "format": FORMAT,
         "kind": stage.kind,
-        "maths": MATHS[stage.kind] + was_corrected(stage),
-        "stage": settings(stage) | read | also,  # by content, not by name
-        **reward_files(stage),
+        "maths": MATHS[stage.kind] + corrections(stage) + reads_pictures(stage),
+        "stage": as_written(settings(stage), recipe) | read | also,  # by content, not by name
+        **as_written(reward_files(stage), recipe),
         **reward_sources(stage),
         "teacher": settings(recipe.teacher) | {"path": teacher_hash(recipe.teacher)},
         "parents": parents,
@@ -104,22 +105,27 @@ def identity(stage: Stage, recipe: Recipe, parents: dict[str, str]) -> dict:
     }
 
 
-def was_corrected(stage: Stage) -> bool:
-    """Whether `stage` is set so that it came out wrongly before a correction, which left all others as they were.
+def corrections(stage: Stage) -> int:
+    """Before how many corrections `stage`, as it is set, came out wrongly; they left all other settings as they were.
 
-    Its maths number is then one higher: raising that of the kind would orphan their finished folders.
+    Its maths number is higher by as much: raising that of the kind would orphan the folders of the others.
     """
     match stage:
         case TrainTeacher():  # the weight was epsilon's, whatever the teacher predicts
-            return stage.min_snr_gamma is not None
-        case Distill():  # the average was not seen
+            return int(stage.min_snr_gamma is not None)
+        case Distill():  # the average was not seen; a picture's caption was tied to the time
             targets = stage.method == "inter_segment" or "consistency" in stage.per_phase("target")
-            return stage.precision == "bf16" and stage.target_ema > 0 and targets
-        case Feedback():  # an irrelevant prompt could be a sample's own
-            return stage.shape == "mps_hinge"
-        case Policy():  # updates were not seen
-            return stage.precision == "bf16" and stage.num_iterations > 1
-    return False
+            unseen = stage.precision == "bf16" and stage.target_ema > 0 and targets
+            return unseen + (stage.method == "segments" and stage.source == "data")
+    return 0
+
+
+def reads_pictures(stage: Stage) -> bool:
+    """Whether `stage` reads pictures from files. Its maths number is one higher since they are all read alike.
+
+    16-bit greys were white, and some readers left out the turn that EXIF asks for, or what transparency is laid on.
+    """
+    return any(getattr(stage, name, None) for name in ("images", "real_images", "pairs"))
 
 
 def hashed(described: dict) -> str:
@@ -142,6 +148,15 @@ def settings(model: Strict) -> dict:
         and not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("presentation"))
         and getattr(model, name) != field.get_default(call_default_factory=True)
     }
+
+
+def as_written(value: Any, recipe: Recipe) -> Any:
+    """`value` with the paths of rewards' settings as the recipe's file says them: they differ by where it is read."""
+    if isinstance(value, dict):
+        return {as_written(key, recipe): as_written(one, recipe) for key, one in value.items()}
+    if isinstance(value, list):
+        return [as_written(one, recipe) for one in value]
+    return recipe._written.get(value, value) if isinstance(value, str) else value
 
 
 def reward_files(stage: Stage) -> dict[str, dict[str, str]]:

@@ -1,9 +1,11 @@
 """What is done with a finished run: pictures, pair tables, a report, a folder to publish."""
 
+import re
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from . import adapters, bases, pictures, report, sampler
 from .bases import Base
@@ -16,10 +18,11 @@ from .export import export as write_export
 from .export import refuse_taken
 from .fingerprint import STUDENTS, Located, locate
 from .pairs import labels, ranking
-from .pipeline import BadArgument, RunError, run_stage, worded
-from .recipe import Evaluate, Recipe, Reward
-from .rewards import build, refuse_unread
-from .runtime import generator, tell_truncated
+from .pipeline import BadArgument, RunError, run_stage, sweep, worded
+from .recipe import Evaluate, Recipe, Reward, paths
+from .rewards import build
+from .rewards.prompts import refuse_prompts
+from .runtime import console, generator, tell_truncated
 from .untrusted import held, is_unicode
 
 
@@ -29,6 +32,11 @@ def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
     Raises RunError where there is none, or where the latest is gone: an earlier one would be another student;
     CheckpointError where its files are not what was written.
     """
+    if (run_folder / "model_index.json").is_file():
+        raise RunError(
+            f"{run_folder} is a model for diffusers, as `mlcm export` writes them, and no run: its README.md has the "
+            "code that draws with it; `mlcm sample`, `evaluate`, `export` and `pairs` take the run that it was made by"
+        )
     for folder in [run_folder, *sorted(run_folder.glob("[0-9]*-*"), reverse=True)]:
         if is_finished(folder) and read_json(folder / "manifest.json", kind=str)["kind"] in kinds:
             verify(folder)
@@ -40,30 +48,64 @@ def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
 
 @worded("sample")
 def sample(
-    run_folder: Path, prompts: list[str], num_steps: int, seed: int, gamma: float | None, out: Path
+    run_folder: Path,
+    prompts: list[str],
+    num_steps: int,
+    seed: int,
+    gamma: float | None,
+    out: Path,
+    batch_size: int = 16,
 ) -> list[Path]:
-    """Pictures of `prompts` by a run's last student, as PNG files in `out`. Picture i depends on (seed, i) alone.
+    """Write pictures of `prompts` by a run's last student as PNG files in `out`, `batch_size` at a time; their paths.
 
-    Without `gamma` they are drawn at what the student was tuned under, or what suits it.
+    The noise of picture i depends on (seed, i) alone. Files go on from the numbers that are there. Without `gamma` they
+    are drawn at what the student was tuned under, or what suits it.
     """
     if not all(map(is_unicode, prompts)):
         raise BadArgument("--prompt: holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
-    files = [out / f"{i:03d}-seed{seed}-steps{num_steps}.png" for i in range(len(prompts))]
-    if there := next((file for file in files if file.exists()), None):
-        raise BadArgument(f"--out: {there} is there already; name another folder to draw to")
     folder = find_stage(run_folder, STUDENTS)
     base = teacher_of(folder)
     tell_truncated(base, prompts, "--prompt")
     student = adapters.load_student(base, folder / "student")
+    tell_unlike(student, folder, num_steps)
     times = sampling_times(num_steps, 1 if student.conditioned else student.num_segments)
-    generators = [generator(seed, "sample", i) for i in range(len(prompts))]
-    noise = base.noise(generators, len(prompts))
     gamma = own_gamma(folder / "student") if gamma is None else gamma
-    with torch.no_grad():
-        conditioning = base.encode_prompts(prompts)
-        x0 = sampler.sample(base, student.denoiser, conditioning, noise, times, gamma, generators, student.conditioned)
-        images = base.decode(x0)
-    return [pictures.save_png(pictures.to_pil(image), file) for image, file in zip(images, files, strict=True)]
+    common = {"seed": seed, "steps": num_steps, "gamma": gamma, "student": folder.name}
+    first, files = _next_number(out), []
+    for start in range(0, len(prompts), batch_size):
+        indices = range(start, min(start + batch_size, len(prompts)))
+        images = _drawn(base, student, [prompts[i] for i in indices], seed, indices, times, gamma)
+        for i, image in zip(indices, images, strict=True):
+            file = out / f"{first + i:03d}-seed{seed}-steps{num_steps}.png"
+            said = {"prompt": prompts[i], "number": i, **common}
+            files.append(pictures.save_png(pictures.to_pil(image), file, said))
+    return files
+
+
+@torch.no_grad()
+def _drawn(
+    base: Base, student: adapters.Student, prompts: list[str], seed: int, indices: range, times: list[int], gamma: float
+) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] of B `prompts`, the noise of each a function of `seed` and its index."""
+    generators = [generator(seed, "sample", i) for i in indices]
+    noise, conditioning = base.noise(generators, len(prompts)), base.encode_prompts(prompts)
+    x0 = sampler.sample(base, student.denoiser, conditioning, noise, times, gamma, generators, student.conditioned)
+    return base.decode(x0)
+
+
+def tell_unlike(student: adapters.Student, folder: Path, num_steps: int) -> None:
+    """Say of a student in a stage's `folder` that it was not tuned after all, or is not for so many steps."""
+    if adapters.tuned_steps(folder / "student") == 0:
+        console.print(f"{folder.name}: its guard kept step 0: this is the student as it was distilled", soft_wrap=True)
+    if student.budgets and num_steps not in student.budgets:
+        budgets = ", ".join(map(str, student.budgets))
+        console.print(f"--steps {num_steps}: this student learned to draw in {budgets} steps alone", soft_wrap=True)
+
+
+def _next_number(out: Path) -> int:
+    """The number after those of the pictures in `out`, so that nothing there is written over."""
+    found = [re.match(r"(\d+)-seed", path.name) for path in out.glob("*.png")]
+    return max((int(one[1]) for one in found if one), default=-1) + 1
 
 
 @worded("pairs")
@@ -87,7 +129,7 @@ def pairs(
     gamma = own_gamma(folder / "student")
     asked = ranking.Asked(student, sha256(prompts), reward, num_generations, num_steps, gamma, min_margin, seed)
     model = build(Reward(name=reward), device_of(recipe_of(folder).device))
-    refuse_unread(model, reward, {prompt.language for prompt in read})
+    refuse_prompts(model, reward, read, prompts)
     base = teacher_of(folder)
     tell_truncated(base, [prompt.prompt for prompt in read], str(prompts))
     loaded = adapters.load_student(base, folder / "student")
@@ -160,6 +202,7 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
     found = locate(stage, recipe, done)
     if not is_finished(found.folder):
         run_stage(stage, recipe, done, found)
+    sweep(found.folder)
     return found.folder
 
 
@@ -175,14 +218,17 @@ def export(run_folder: Path, out: Path) -> Path:
         described = adapters.describe(path)
         if not described["conditioned"] and described["segments"] > 1:
             snapshots[described["segments"]] = path
-    gamma = own_gamma(folder / "student")
-    return write_export(folder / "student", base, out, _card_table(run_folder), snapshots, gamma)
+    table, languages = _measured(run_folder)
+    return write_export(folder / "student", base, out, table, snapshots, own_gamma(folder / "student"), languages)
 
 
-def _card_table(run_folder: Path) -> str | None:
-    """The table of the run's latest report, as Markdown; None for a run that was not evaluated."""
+def _measured(run_folder: Path) -> tuple[str | None, list[str]]:
+    """The table of the run's latest report as Markdown, and its prompts' languages; nothing where it has none."""
     reports = sorted(run_folder.glob("[0-9]*-evaluate/report.json"))
-    return report.markdown(read_json(reports[-1])) if reports else None
+    if not reports:
+        return None, []
+    latest = read_json(reports[-1], prompts=list)
+    return report.markdown(latest), list(dict.fromkeys(prompt["language"] for prompt in latest["prompts"]))
 
 
 def teacher_of(folder: Path) -> Base:
@@ -203,10 +249,10 @@ def teacher_of(folder: Path) -> Base:
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """The recipe that a finished stage was run with, as its manifest keeps it."""
+    """The recipe that a finished stage was run with, as its manifest keeps it, with paths as this process sees them."""
     file = folder / "manifest.json"
     try:
-        return Recipe.model_validate(read_json(file, recipe=dict)["recipe"])
+        return paths.recorded(read_json(file, recipe=dict), folder)
     except ValidationError as error:
         wrong = error.errors()[0]
         key = ".".join(map(str, ("recipe", *wrong["loc"])))

@@ -2,6 +2,8 @@
 
 A gain is (mean score - the reference's mean) / the reference's deviation over the watched prompts: rewards of all
 scales then have one unit, and 0 is the student as it was distilled.
+
+The watched samples are drawn in micro-batches like a step's, each process a share of them.
 """
 
 import json
@@ -12,10 +14,16 @@ import torch
 from torch import Tensor
 
 from . import adapters, distributed, tuning
-from .checkpoint import CheckpointError, write_json
+from .checkpoint import CheckpointError, read_json, write_json
+from .equations import consistency
 from .recipe import Reward, Tuning
 from .rewards import Combined, combine
-from .runtime import console, tell_truncated
+from .runtime import console, generator, tell_truncated
+
+# Of a reward's largest score at the reference, the least that counts as its deviation. A reward that says nearly the
+# same of every picture (safety, at its cap) would otherwise be divided by its rounding errors and decide alone; left
+# out, it could not object when the student leaves the cap. The floor is in the scale of its scores: it has no other.
+LEAST_DEVIATION = 0.01
 
 
 @dataclass
@@ -41,14 +49,17 @@ class Guard:
         for one in self.rewards.values():
             one.refuse_unread(prompt.language for prompt in prompts)
         tell_truncated(student.base, [prompt.prompt for prompt in prompts], stage.guard_prompts or stage.prompts)
+        self.num_watched = len(prompts)
         self.batches = [
-            tuning.start(student.base, part, seed, stage.kind, "guard", i)
-            for i, part in enumerate(tuning.split(prompts, stage.batch_size))
+            tuning.start(
+                student.base, [prompts[i] for i in part], [generator(seed, stage.kind, "guard", i) for i in part]
+            )
+            for part in own_parts(len(prompts), stage.micro_batch)
         ]
         self.noise_states = [[one.get_state() for one in batch.generators] for batch in self.batches]
         with adapters.as_reference(student.denoiser):
             self.reference_latents, self.reference_scores = self._samples()
-        self.verdict = Verdict()
+        self.verdict = Verdict(warnings=self._unmeasured())
         self.best = {name: value.detach().clone() for name, value in weights.items()}
 
     @property
@@ -63,7 +74,8 @@ class Guard:
         trained on has risen: the reward is being hacked.
         """
         latents, scores = self._samples()
-        record = {"guard/distance": (latents - self.reference_latents).square().mean().item()}
+        distances = consistency.squared_l2(latents, self.reference_latents).to(self.student.base.device)
+        record = {"guard/distance": self._whole(distances).mean().item()}
         for name, values in scores.items():
             record[f"guard/reward/{name}"] = values.mean().item()
             record[f"guard/win_rate/{name}"] = (values > self.reference_scores[name]).float().mean().item()
@@ -105,18 +117,41 @@ class Guard:
             kept.warnings.append(warning)
             console.print(f"[yellow]guard[/] {warning}", soft_wrap=True)
 
+    def _unmeasured(self) -> list[str]:
+        """Warnings, said too, of rewards without any deviation to measure gains in: `_gain` leaves them out.
+
+        Raises ValueError where no held-out reward is left.
+        """
+        silent = [name for name, scores in self.reference_scores.items() if not deviation(scores)]
+        if not {reward.name for reward in self.stage.guard.rewards} - set(silent):
+            raise ValueError(
+                f"guard.rewards: {', '.join(silent)} gives every watched sample of the distilled student 0, so that "
+                "no gain can be measured: name a reward that tells them apart, or other guard_prompts"
+            )
+        warnings = [
+            f"{name} gives every watched sample of the distilled student 0: its gain cannot be measured and is left out"
+            for name in silent
+        ]
+        for warning in warnings:
+            console.print(f"[yellow]guard[/] {warning}", soft_wrap=True)
+        return warnings
+
     def _gain(self, rewards: list[Reward], scores: dict[str, Tensor]) -> float:
         """Weighted sum over `rewards` of their gains."""
         total = 0.0
         for reward in rewards:
             reference = self.reference_scores[reward.name]
-            spread = reference.std().clamp(min=1e-6)
-            total += reward.weight * ((scores[reward.name].mean() - reference.mean()) / spread).item()
+            if unit := deviation(reference):
+                total += reward.weight * (scores[reward.name].mean() - reference.mean()).item() / unit
         return total
+
+    def _whole(self, part: Tensor) -> Tensor:
+        """The values (P,) of all watched prompts on the CPU, from this process's on the device. Waits for all."""
+        return distributed.gather(part)[: self.num_watched].cpu()
 
     @torch.no_grad()
     def _samples(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's samples (P, C, H, W) of the watched prompts, and their scores (P,) under every reward."""
+        """This process's samples (p, C, H, W) of the watched prompts, and all scores (P,) under every reward."""
         latents: list[Tensor] = []
         scores: dict[str, list[Tensor]] = {}
         for batch, states in zip(self.batches, self.noise_states, strict=True):
@@ -127,8 +162,38 @@ class Guard:
             latents.append(x0.cpu())
             for rewards in self.rewards.values():
                 for name, values in rewards.raw(images, batch.prompts, batch.languages).items():
-                    scores.setdefault(name, []).append(values.cpu())
-        return torch.cat(latents), {name: torch.cat(values) for name, values in scores.items()}
+                    scores.setdefault(name, []).append(values)
+        return torch.cat(latents), {name: self._whole(torch.cat(values)) for name, values in scores.items()}
+
+
+def deviation(scores: Tensor) -> float:
+    """The unit of a reward's gains, from the reference's `scores` (P,); 0 where all of them are 0."""
+    return max(scores.std().item(), LEAST_DEVIATION * scores.abs().max().item())
+
+
+def own_parts(total: int, size: int) -> list[list[int]]:
+    """Numbers of the `total` watched prompts that this process draws, its part of `size` samples at a time.
+
+    Every process draws as many, for weights in parts are gathered in every pass: where they cannot be shared evenly the
+    last prompt is drawn again, beyond the end of what is gathered.
+    """
+    share = -(-total // distributed.count())
+    first, at_a_time = distributed.rank() * share, max(1, size // distributed.count())
+    own = [min(number, total - 1) for number in range(first, first + share)]
+    return [own[i : i + at_a_time] for i in range(0, share, at_a_time)]
+
+
+def ending(folder: Path) -> str:
+    """Which student the guard of the finished stage in `folder` kept, in words, and whether it stopped the run."""
+    found = read_json(folder / "guard.json", kept_step=int, stopped=bool)
+    num_steps = read_json(folder / "manifest.json", stage=dict)["stage"]["num_steps"]
+    stopped = ", and stopped the run" if found["stopped"] else ""
+    if found["kept_step"]:
+        return f"kept step {found['kept_step']} of {num_steps}{stopped}"
+    return (
+        f"kept step 0 of {num_steps}{stopped}: by the held-out reward no look was better, so that this is the student "
+        "as it was distilled"
+    )
 
 
 def history(folder: Path) -> list[dict]:

@@ -14,15 +14,16 @@ FILE = ".lock"  # stays behind, empty: deleting it would let two processes lock 
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, wait: bool = False) -> Iterator[None]:
     """Keep other processes out of `folder` for as long as the block runs.
 
     The system lets go of the lock when the process ends, however it ends. Raises CheckpointError that names the process
-    which has it.
+    which has it; with `wait` its end is waited for instead.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / FILE).open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             owner = file.read() or "another process"

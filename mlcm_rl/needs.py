@@ -1,46 +1,83 @@
-"""What a stage needs that can be looked at before any stage runs: rewards that fit it, weights, prompts enough.
+"""What a stage needs that can be looked at before any stage runs: rewards, weights, prompts, pairs, a batch to share.
 
 Each check is the one that the stage itself makes, hours later.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from . import tuning
-from .data import first_prompts, read_prompts
-from .recipe import Evaluate, Feedback, Reward, Stage, Trajectories, Tuning
-from .rewards import refuse_without_gradient, refuse_without_weights, usable
+from . import distributed, tuning
+from .data import Prompt, first_prompts, read_prompts
+from .pairs import PairTable
+from .recipe import Distill, Dpo, Evaluate, Feedback, Reward, Stage, Training, TrainReward, Trajectories, Tuning
+from .rewards import build, refuse_without_gradient, refuse_without_weights, usable
+from .rewards.prompts import refuse_prompts
 
-Check = Callable[[], Any]
+PromptList = tuple[str, list[Prompt]]  # a file and those of its prompts that are drawn
 
 
-def refused(stage: Stage) -> Iterator[tuple[str, Exception]]:
-    """(setting, what is raised for it) of every check that `stage` does not pass."""
-    for key, check in _checks(stage):
+def refused(stage: Stage) -> list[tuple[str, Exception]]:
+    """Return (setting, what is raised for it) of every check that `stage` does not pass."""
+    found: list[tuple[str, Exception]] = []
+
+    @contextmanager
+    def collect(key: str) -> Iterator[None]:
         try:
-            check()
+            yield
         except (OSError, ValueError) as error:
-            yield key, error
+            if str(error) not in [str(other) for _, other in found]:  # two settings may name one file
+                found.append((key, error))
 
-
-def _checks(stage: Stage) -> Iterator[tuple[str, Check]]:
+    if isinstance(stage, Training):
+        with collect("batch_size"):
+            distributed.part(stage.micro_batch, distributed.count(), stage.samples_together)
+    lists: dict[str, PromptList] = {}
+    for key, path in _prompt_files(stage):
+        with collect(key):
+            lists[key] = (path, _read(stage, key, path))
+    if isinstance(stage, TrainReward | Dpo) and stage.pairs:
+        with collect("pairs"):
+            PairTable(stage.pairs)
     trained_on = len(stage.rewards) if isinstance(stage, Tuning) else len(stage.reward_models)
     for i, reward in enumerate(stage.reward_models):
-        key = f"rewards[{i}]" if i < trained_on else f"guard.rewards[{i - trained_on}]"
-        yield key, partial(_reward, reward.from_folder(""), isinstance(stage, Feedback) and i < trained_on)
+        is_trained_on = i < trained_on
+        with collect(f"rewards[{i}]" if is_trained_on else f"guard.rewards[{i - trained_on}]"):
+            _refuse_reward(stage, reward.from_folder(""), is_trained_on, _lists_for(stage, lists, is_trained_on))
+    return found
+
+
+def _prompt_files(stage: Stage) -> Iterator[tuple[str, str]]:
+    """Yield (setting, path) of the prompt files that `stage` reads."""
+    if isinstance(stage, Trajectories | Distill | Tuning | Evaluate) and stage.prompts:
+        yield "prompts", stage.prompts
     if isinstance(stage, Tuning):
-        yield "prompts", lambda: tuning.spoken(read_prompts(stage.prompts), stage.languages, stage.prompts)
-        if stage.guard_prompts:
-            yield "guard_prompts", lambda: tuning.watched_prompts(stage)
-    if isinstance(stage, Trajectories):
-        yield "prompts", lambda: read_prompts(stage.prompts)
+        yield "guard_prompts", stage.guard_prompts or stage.prompts
+
+
+def _read(stage: Stage, key: str, path: str) -> list[Prompt]:
+    """Return the prompts that `stage` draws from the file of the setting `key`."""
     if isinstance(stage, Evaluate):
-        yield "prompts", lambda: first_prompts(stage.prompts, stage.num_prompts)
+        return first_prompts(path, stage.num_prompts)
+    if not isinstance(stage, Tuning):
+        return read_prompts(path)
+    if key == "guard_prompts":
+        return tuning.watched_prompts(stage)
+    return tuning.spoken(read_prompts(path), stage.languages, path)
 
 
-def _reward(asked: Reward, is_learned_from: bool) -> None:
+def _lists_for(stage: Stage, lists: dict[str, PromptList], is_trained_on: bool) -> list[PromptList]:
+    """Return the lists whose pictures a reward is asked for; a guard watches those trained on beside its own."""
+    names = ["guard_prompts"] if isinstance(stage, Tuning) else ["prompts"]
+    if isinstance(stage, Tuning) and is_trained_on and not (isinstance(stage, Dpo) and stage.pairs):
+        names.insert(0, "prompts")
+    return [lists[name] for name in names if name in lists]
+
+
+def _refuse_reward(stage: Stage, asked: Reward, is_trained_on: bool, lists: list[PromptList]) -> None:
     model = usable(asked)
-    if is_learned_from:
+    if isinstance(stage, Feedback) and is_trained_on:
         refuse_without_gradient({asked.name: model})
     refuse_without_weights(asked, model)
+    reward = build(asked.model_copy(update={"device": None}), "cpu") if hasattr(model, "refuse_prompt") else model
+    for path, prompts in lists:
+        refuse_prompts(reward, asked.name, prompts, path, may_skip=isinstance(stage, Evaluate))

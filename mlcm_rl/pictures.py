@@ -1,12 +1,14 @@
 """Pictures: from 8 bits to latents, from tensors to PNG, and grids: prompts down the rows, steps across."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from . import sampler
+from . import finite, sampler
 from .bases import Base
 from .checkpoint import replacing
 from .equations.segments import sampling_times
@@ -15,12 +17,25 @@ from .runtime import generator
 
 
 def encode(base: Base, images: Tensor, size: int) -> Tensor:
-    """Latents (N, C, H, W) on the CPU of 8-bit pictures (N, 3, H', W'), encoded `size` at a time."""
-    return torch.cat([base.encode_images(part.to(base.device) / 255).cpu() for part in images.split(size)])
+    """Latents (N, C, H, W) on the CPU of 8-bit pictures (N, 3, H', W'), encoded `size` at a time.
+
+    Raises ValueError for a picture whose latents hold NaN or infinity.
+    """
+    latents = torch.cat([base.encode_images(part.to(base.device) / 255).cpu() for part in images.split(size)])
+    if (place := finite.first_bad_row(latents)) is not None:
+        raise ValueError(
+            f"picture {place + 1} of {len(images)}: its latents by the autoencoder of {base.teacher.path} are not "
+            "finite: its weights are damaged; fetch them again"
+        )
+    return latents
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """A picture (3, H, W) in [0, 1] as an 8-bit RGB image."""
+    """A picture (3, H, W) in [0, 1] as an 8-bit RGB image. Raises ValueError for one that holds NaN."""
+    if not finite.is_finite(image):
+        raise ValueError(
+            "a picture that was drawn is not made of finite numbers: the student or its teacher is damaged"
+        )
     return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
@@ -35,9 +50,13 @@ def grid(images: Tensor, num_columns: int, gap: int = 4) -> Image.Image:
     return sheet
 
 
-def save_png(image: Image.Image, path: Path) -> Path:
+def save_png(image: Image.Image, path: Path, said: Mapping[str, object] | None = None) -> Path:
+    """Write `image` to `path`, with what is `said` of it as PNG text, and return the path."""
+    text = PngInfo()
+    for key, value in (said or {}).items():
+        text.add_itxt(key, str(value))
     with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=text)
     return path
 
 

@@ -13,7 +13,8 @@ from types import ModuleType
 import torch
 from rich.markup import escape
 
-from . import __version__, checkpoint, distributed, lock, needs, replays
+from . import __version__, checkpoint, distributed, guard, lock, needs, replays
+from .adapters import tuned_steps
 from .checkpoint import CheckpointError, finish, is_finished, verify
 from .devices import Device, device_of
 from .fingerprint import Located, locate, parents_of, seed_of_stage
@@ -23,13 +24,14 @@ from .memory.peak import Meter, begin
 from .operations import this_device
 from .plan import PlannedStage, Sizes, in_a_line, network_evaluations, planned_stages
 from .plan_table import way_out
-from .recipe import Distill, Recipe, Reward, Stage, TrainTeacher, Tuning
+from .recipe import Distill, Recipe, Reward, Stage, TrainTeacher, Tuning, paths
 from .runtime import NonFiniteLoss, StoppedBeforeUpdate, commit, console
 
 __all__ = [
     "BadArgument",
     "Located",
     "PlannedStage",
+    "ProcessLost",
     "RunError",
     "device_here",
     "plan",
@@ -44,6 +46,12 @@ class RunError(Exception):
     """A run failed; the message says which stage, where and why, for people."""
 
     exit_code = 1
+
+
+class ProcessLost(RunError):
+    """Another process of the run has ended, and this one cannot go on without it."""
+
+    exit_code = 3
 
 
 class BadArgument(RunError):
@@ -69,17 +77,22 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
     """
     try:
         device = device_of(recipe.device)
+        distributed.start(device)
     except ValueError as error:
         raise RunError(str(error)) from error
-    refuse_unready(recipe)
+    distributed.by_first(refuse_unready, recipe)  # told once, not by every process
+    try:
+        distributed.refuse_unshared(Path(recipe.runs))
+    except PEOPLES_ERRORS as error:
+        raise RunError(said(error)) from error
     done: list[Located] = []
     links = Path(recipe.runs) / recipe.name
     for number, stage in enumerate(recipe.stages):
         try:
-            distributed.start(device)
             found = locate(stage, recipe, done)
             if distributed.agreed(is_finished(found.folder)):
                 refuse_another(found, verify(found.folder))
+                distributed.by_first(sweep, found.folder)
                 console.print(f"[dim]{stage.kind}[/] {found.folder} is done", soft_wrap=True)
             else:
                 distributed.by_first(_unlink, links, range(number, sys.maxsize))  # until they are of this recipe
@@ -93,14 +106,27 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
                 f"stages[{number}] ({stage.kind}): memory of the device does not suffice: {way_out(trains)}; "
                 "`mlcm plan` says what a stage needs. Finished stages and checkpoints are as they were"
             ) from error
+        except RuntimeError as error:
+            if distributed.is_loss(error):
+                raise ProcessLost(f"stages[{number}] ({stage.kind}): {_without_others(found.folder)}") from error
+            raise
         done.append(found)
     distributed.by_first(_unlink, links, range(len(done), sys.maxsize))
     distributed.finish()
     return done
 
 
+def _without_others(folder: Path) -> str:
+    """Say that another process of a stage in `folder` is gone, and what it goes on from."""
+    newest = checkpoint.checkpoints(folder)[-1:]
+    saved = f"{newest[0]} is whole" if newest else "what was finished is as it was"
+    return (
+        f"another process of this run has ended, and this one stops: {saved}, and the same command goes on from there"
+    )
+
+
 def refuse_unready(recipe: Recipe) -> None:
-    """Raise RunError for rewards and prompts that stages still to do would stop at, a line each."""
+    """Raise RunError for what stages still to do would stop at, a line each."""
     refused = {number: found for number, stage in enumerate(recipe.stages) if (found := list(needs.refused(stage)))}
     earlier: list[Located] = []
     with suppress(*PEOPLES_ERRORS):  # a stage that cannot be found is still to do
@@ -156,7 +182,7 @@ def refuse_another(found: Located, manifest: dict) -> None:
 
 def run_stage(stage: Stage, recipe: Recipe, done: list[Located], found: Located, skip_damaged: bool = False) -> None:
     """What is left of a stage, while no other run writes to its folder."""
-    found.folder.mkdir(parents=True, exist_ok=True)
+    found.folder.mkdir(parents=True, exist_ok=True)  # in every process: on a shared folder too
     with ExitStack() as locked:
         distributed.by_first(locked.enter_context, lock.held(found.folder))  # for all processes of this run
         if distributed.agreed(is_finished(found.folder)):  # by the run that held it until now
@@ -170,6 +196,13 @@ def _clear(folder: Path, skip_damaged: bool) -> None:
     checkpoint.remove_partial(folder)
     for skipped in checkpoint.skip_damaged(folder) if skip_damaged else []:
         console.print(f"[yellow]skipped[/] {skipped}", soft_wrap=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a finished stage would have gone on from, where its process was killed before it could."""
+    if checkpoint.unswept(folder):
+        with lock.held(folder):
+            checkpoint.sweep(folder)
 
 
 def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Located) -> None:
@@ -192,10 +225,12 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
         "fingerprint": found.fingerprint,
         "stage": stage.model_dump(mode="json"),
         "recipe": recipe.model_dump(mode="json"),
+        **paths.record(recipe, found.folder),
         "parents": {kind: str(parent.folder.name) for kind, parent in parents.items()},
         "network_evaluations": network_evaluations(stage, recipe),
         "seconds": round(time.monotonic() - started, 1),
         "memory": meter.record() if meter else None,
+        **({"tuned_steps": tuned_steps(found.folder / "student")} if isinstance(stage, Tuning) else {}),
         "version": __version__,
         "commit": commit(),
         "python": sys.version.split()[0],
@@ -205,6 +240,8 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
     distributed.by_first(finish, found.folder, manifest)
     if meter:
         console.print(f"[dim]memory[/] {meter}", soft_wrap=True)
+    if isinstance(stage, Tuning):
+        console.print(f"[bold]guard[/] {guard.ending(found.folder)}", soft_wrap=True)
 
 
 def _memory_meter(stage: Stage, recipe: Recipe) -> Meter | None:

@@ -7,10 +7,10 @@ need: the bundle beside it says which step of which stage it was, and what came 
 import math
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from .checkpoint import CheckpointError, checkpoints, read_json, write_json
-from .recipe import Recipe, Stage
+from .recipe import Recipe, Stage, paths
 from .untrusted import held
 
 FORMAT = 1  # of a bundle
@@ -43,8 +43,9 @@ def read(path: Path) -> tuple[dict, Stage, Recipe, dict[str, Path]]:
         )
     bundle = read_json(path, figures=dict, stage=dict, recipe=dict, parents=dict)
     try:
-        stage = TypeAdapter(Stage).validate_python(bundle["stage"])
-        recipe = Recipe.model_validate(bundle["recipe"] | {"trackers": []})
+        recipe = paths.recorded(bundle | {"recipe": bundle["recipe"] | {"trackers": []}}, path.parent)
+        alone = bundle["recipe"] | {"stages": [bundle["stage"]]}
+        (stage,) = paths.recorded(bundle | {"recipe": alone}, path.parent).stages
     except ValidationError as error:
         raise CheckpointError(f"{path} is of another version: {error.error_count()} settings are not known") from error
     parents = {kind: held(path.parent.parent, name, path) for kind, name in bundle["parents"].items()}

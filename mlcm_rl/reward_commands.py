@@ -1,7 +1,9 @@
 """`mlcm rewards list | fetch | check` and `mlcm score`: parsing and printing. torch is imported inside the commands."""
 
 import json
+import math
 import statistics
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from .console_text import is_utf8
 from .devices import device_of
 from .recipe import Reward
 from .recipe.file import reward_names
@@ -20,12 +23,13 @@ from .recipe.tree import nearest
 
 if TYPE_CHECKING:
     from .rewards import RewardModel
-    from .rewards.folder import Scored
+    from .rewards.folder import Scored, Unscored
     from .rewards.weights import Weights
 
 app = typer.Typer(help="Reward models: list them, fetch their weights, check what they declare.", no_args_is_help=True)
 console = Console(highlight=False)
 error_console = Console(highlight=False, stderr=True)
+NUM_REASONS = 20  # of pictures without a score that are told one by one
 
 
 def known_reward(name: str | None) -> str | None:
@@ -106,7 +110,7 @@ def fetch_weights(
         if not declared:
             _line(Text(f"{name} needs no weights"))
         for weights in _meant(name, declared, given, only):
-            with error_console.status(f"{weights.name} from {given or weights.source}"):
+            with error_console.status(f"{weights.name} from {given or weights.source}", spinner="line"):
                 path = reward_weights.fetch(weights, given)
             _line(Text.assemble(("ok", "green"), f"  {path}"))
 
@@ -123,7 +127,7 @@ def check_reward(
     ] = None,
     num_images: Annotated[int, typer.Option(min=2, help="pictures taken from the folder")] = 16,
     setting: Settings = None,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Hold a reward model to its contract: repeatable, the same in any batch, gradient, range. Exit 1 if one fails."""
     with _failing():
@@ -138,7 +142,7 @@ def check_reward(
                 files = reward_folder.picture_files(images, at_least=2)[:num_images]
             pictures, source = reward_folder.read_pictures(files, size=256), f"pictures of {images}, 256 x 256"
         with _argument("--prompts"):
-            texts = _texts(reward, prompts, len(pictures))
+            texts = _texts(reward, name, prompts, len(pictures))
         checks = reward_check.check(reward, name, pictures, texts)
     table = Table("check", "", "what was found", box=None, header_style="bold")
     for one in checks:
@@ -169,14 +173,18 @@ def score(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures asked at once")] = 16,
     setting: Settings = None,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
-    """Score pictures by a reward model: file, prompt and score a picture, and a summary."""
+    """Score pictures by a reward model: file, prompt and score a picture, and a summary.
+
+    A damaged picture costs no other its score: it is named, and the exit code is 1.
+    """
     if out is not None and out.suffix not in (".jsonl", ".csv"):
         raise typer.BadParameter(f"{out}: must end in .jsonl or .csv", param_hint="--out")
     with _failing():
         from . import data
         from .rewards import folder as reward_folder
+        from .rewards import prompts as reward_prompts
 
         model = _built(reward, setting, device)
         if prompts is None and model.needs_prompt:
@@ -185,16 +193,29 @@ def score(
             files = reward_folder.picture_files(images)
         with _argument("--prompts"):
             texts = data.read_prompts(prompts) if prompts else [data.Prompt("", "")]
+            if prompts:
+                reward_prompts.refuse_prompts(model, reward, texts, prompts, aspect=math.inf, may_skip=True)
             texts = reward_folder.paired(files, texts)
-        scored = reward_folder.score_files(model, reward, files, texts, batch_size)
-        rows = list(_counted(scored, len(files)))
-        if out is not None:
+        answers = list(_counted(reward_folder.score_files(model, reward, files, texts, batch_size), len(files)))
+        rows = [answer for answer in answers if isinstance(answer, reward_folder.Scored)]
+        if out is None:
+            for row in rows:
+                typer.echo(reward_folder.json_line(row, ascii_only=not is_utf8(sys.stdout)))
+        elif rows:
             reward_folder.write_scores(out, rows)
             _line(Text(str(out)))
-        else:
-            for row in rows:
-                typer.echo(reward_folder.json_line(row))
     error_console.print(Text(_summary(reward, rows)), soft_wrap=True)
+    _refuse_unscored([answer.why for answer in answers if isinstance(answer, reward_folder.Unscored)], len(files))
+
+
+def _refuse_unscored(reasons: list[str], total: int) -> None:
+    """Exit 1 where pictures have no score, after the first of them and how many they are."""
+    if not reasons:
+        return
+    for why in reasons[:NUM_REASONS]:
+        error_console.print(Text.assemble(("failed", "bold red"), f"  {why}"), soft_wrap=True)
+    error_console.print(Text(f"{len(reasons)} of {total} pictures have no score"), soft_wrap=True)
+    raise typer.Exit(1)
 
 
 def _whereabouts(weights: "tuple[Weights, ...]") -> Text:
@@ -241,20 +262,23 @@ def _built(name: str, settings: list[str] | None, device: str) -> "RewardModel":
     return rewards.build(Reward(name=name, settings=given), where)
 
 
-def _texts(reward: "RewardModel", prompts: Path | None, count: int) -> list[str]:
+def _texts(reward: "RewardModel", name: str, prompts: Path | None, count: int) -> list[str]:
     """`count` prompts that `reward` reads: those of a file over and over, or examples."""
     from . import data
     from .rewards import check as reward_check
+    from .rewards import prompts as reward_prompts
 
     if prompts is None:
         return reward_check.example_prompts(reward, count)
-    read = [prompt.prompt for prompt in data.read_prompts(prompts) if prompt.language in reward.languages]
+    known = data.read_prompts(prompts)
+    reward_prompts.refuse_prompts(reward, name, known, prompts, may_skip=True)
+    read = [prompt.prompt for prompt in known if prompt.language in reward.languages]
     if reward.needs_prompt and not read:
         raise ValueError(f"{prompts}: holds no prompt in {', '.join(reward.languages)}")
     return [(read or [""])[i % max(len(read), 1)] for i in range(count)]
 
 
-def _counted(rows: "Iterator[Scored]", total: int) -> "Iterator[Scored]":
+def _counted(rows: "Iterator[Scored | Unscored]", total: int) -> "Iterator[Scored | Unscored]":
     """`rows` under a progress bar, on the terminal only."""
     columns = (TextColumn("score"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=error_console, transient=True) as progress:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import diffusers
 import torch
@@ -151,9 +152,12 @@ def cpu_has_bfloat16() -> bool:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, for the record; None outside one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    """Return the commit of this checkout, for the record; None outside one, and where git is not to be had."""
+    git, checkout = shutil.which("git"), Path(__file__).parents[1]
+    if git is None or not (checkout / ".git").exists():  # an installed package may lie within another checkout
+        return None
+    command = [git, "-C", str(checkout), "rev-parse", "HEAD"]
+    found = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     return found.stdout.strip() or None
 
 
@@ -169,13 +173,13 @@ class Stateful(Protocol):
 
 
 class Runtime:
-    """One training stage's surroundings: `steps` yields step numbers, `step` updates, `log` records."""
+    """One training stage's surroundings: `steps` yields step numbers, `backward` makes the update, `log` records."""
 
     def __init__(self, recipe: Recipe, stage: Training, folder: Path):
         self.recipe, self.stage, self.folder = recipe, stage, folder
         device = device_of(recipe.device)
         distributed.start(device)
-        self.rows = distributed.rows(stage.micro_batch, stage.samples_together)  # of a micro-batch, its own
+        distributed.rows(stage.micro_batch, stage.samples_together)  # raises where processes cannot share it
         self.accelerator = engines.accelerator(recipe, stage, folder, device)
         self.device = self.accelerator.device
         self.pending = signals.Pending()
@@ -189,7 +193,8 @@ class Runtime:
                 "slower than float32: set precision: no",
                 soft_wrap=True,
             )
-        self.accelerator.init_trackers("tensorboard" if recipe.trackers == ["tensorboard"] else recipe.name)
+        name = "tensorboard" if recipe.trackers == ["tensorboard"] else recipe.name
+        self.accelerator.init_trackers(name, config=flat(checkpoint.public(recipe.model_dump(mode="json"))))
 
     @property
     def stopping(self) -> bool:
@@ -209,8 +214,9 @@ class Runtime:
 
     def micro_batches(self) -> list[slice]:
         """Of each micro-batch of a step, the rows of this process."""
-        starts = range(0, self.stage.batch_size, self.stage.micro_batch)
-        return [slice(start + self.rows.start, start + self.rows.stop) for start in starts]
+        stage = self.stage
+        own = distributed.micro_batches(stage.batch_size, stage.micro_batch, stage.samples_together)
+        return [slice(rows.start, rows.stop) for rows in own]
 
     def generator(self, purpose: str, step: int) -> torch.Generator:
         self.seeds[purpose] = seed_of(self.recipe.seed, self.stage.kind, purpose, step)
@@ -238,6 +244,7 @@ class Runtime:
             raise checkpoint.CheckpointError(f"{place}: {error}: delete checkpoints/") from error
         for name, part in parts.items():
             part.load_state(record[name])
+        console.print(f"[dim]{self.stage.kind}[/] goes on from step {steps}, where it was saved", soft_wrap=True)
         return steps
 
     def save(self, steps: int) -> None:
@@ -285,16 +292,18 @@ class Runtime:
         gradients are averaged. Returns loss and gradient norm. Raises NonFiniteLoss, in every process, before anything
         is updated; the state before the step is then saved, to repeat it from.
         """
-        own, count, each = 0.0, self.stage.batch_size, []
+        count, each, sums = self.stage.batch_size, [], []
         for loss in losses:
+            total = loss.sum()
             with precision.own(self.device):  # the gradient of an operation has the precision that it was taken in
-                self.engine.backward(loss.sum() * distributed.count() / count)
-            own += loss.detach().sum().item()
-            each.append(loss.detach().tolist())
-        total, stopping = distributed.total(own, float(self.pending.number is not None))
-        self.last_loss = total / count
+                self.engine.backward(total * distributed.count() / count)
+            sums.append(total.detach())
+            each.append(loss.detach())
+        # Nothing is read before all of it is under way: a GPU would stand still while each figure is waited for.
+        figures = torch.stack([*sums, sums[0].new_full((), self.pending.number is not None)])
         replaying = self.replayed == (self.step, self.update)
-        norm = self.engine.step(math.isfinite(self.last_loss) and not replaying)
+        (*totals, stopping), norm = self.engine.step(distributed.summed(figures), not replaying)
+        self.last_loss = sum(totals) / count
         precision.forget_copies()
         if not (math.isfinite(self.last_loss) and math.isfinite(norm)):
             self._save_before()
@@ -317,10 +326,11 @@ class Runtime:
         if intact and not distributed.agreed(checkpoint.state_path(self.folder, self.step).exists()):
             self._save(self.step, self.before)
 
-    def _figures(self, each: list[list[float]], norm: float) -> dict:
-        """What there is to say of the step; `each` holds this process's losses, a list a micro-batch."""
+    def _figures(self, each: list[Tensor], norm: float) -> dict:
+        """What there is to say of the step; `each` holds this process's losses (b,), one tensor a micro-batch."""
         loss, norm = replays.plain([self.last_loss, norm])
-        together = zip(*distributed.collected(each), strict=True)  # a micro-batch's, process by process
+        own = [losses.tolist() for losses in each]
+        together = zip(*distributed.collected(own), strict=True)  # a micro-batch's, process by process
         return {
             "step": self.step,
             "update": self.update,
@@ -371,6 +381,15 @@ class Runtime:
             kept = "".join(line for line in whole if json.loads(line)["step"] <= first)
             with checkpoint.replacing(path) as temporary:
                 temporary.write_text(kept, encoding="utf-8")
+
+
+def flat(settings: Any, name: str = "") -> dict[str, Any]:
+    """`settings` for a tracker: one level, `stages.1.learning_rate`, with what is not a number or a word as text."""
+    if isinstance(settings, dict | list):
+        named = settings.items() if isinstance(settings, dict) else enumerate(settings)
+        parts = [flat(value, f"{name}.{key}".removeprefix(".")) for key, value in named]
+        return {key: value for part in parts for key, value in part.items()}
+    return {name: settings if isinstance(settings, bool | int | float | str) else str(settings)}
 
 
 def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:

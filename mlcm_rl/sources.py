@@ -4,7 +4,7 @@ A source draws times and noise for a whole step (`draw`), then makes the states 
 step is the same however it is split into micro-batches.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Draw:
     s: Tensor  # (B,)
     noise: Tensor | None = None  # (B, C, H, W), on the CPU
     seed: Tensor | None = None  # (B,) for sources that draw more noise as they go
+    caption: Tensor | None = None  # (B,) in [0, 1): which of a picture's captions
 
     def split(self, size: int) -> list["Draw"]:
         """Parts of `size` samples."""
@@ -133,15 +134,14 @@ class NoisedData:
 
     def draw(self, step: int, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
         index = epoch_order(len(self.latents), self.stage.batch_size, step, self.seed, "distill")
-        return _draw_between_milestones(self.base, self.stage, index, num_segments, pair, generator)
+        draw = _draw_between_milestones(self.base, self.stage, index, num_segments, pair, generator)
+        return replace(draw, caption=torch.rand(index.shape, generator=generator))
 
     def realise(self, draw: Draw) -> Batch:
         base = self.base
-        chosen = (self.captions[i] for i in draw.index.tolist())
-        spread = draw.t.tolist()  # which of a picture's captions: any function of the draw will do
-        conditioning = base.encode_prompts(
-            [texts[time % len(texts)] for texts, time in zip(chosen, spread, strict=True)]
-        )
+        captions = (self.captions[i] for i in draw.index.tolist())
+        texts = [each[int(part * len(each))] for each, part in zip(captions, draw.caption.tolist(), strict=True)]
+        conditioning = base.encode_prompts(texts)
         t, r = draw.t.to(base.device), draw.r.to(base.device)
         x_t = add_noise(self.latents[draw.index].to(base.device), draw.noise.to(base.device), t, base.schedule)
         x_r = _guided_step(base, x_t, t, r, conditioning, base.teacher.guidance_scale)

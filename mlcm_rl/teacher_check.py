@@ -6,7 +6,7 @@ agree with each other, that files are files, and that weights are there in a for
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -24,6 +24,7 @@ TEXT = {  # by family: text encoders and tokenizers that must be there, and that
     "sd": (["text_encoder", "tokenizer"], []),
     "sdxl": (["text_encoder_2", "tokenizer_2"], ["text_encoder", "tokenizer"]),
 }
+OF_STUDENTS = ("LCMScheduler", "TCDScheduler")  # schedulers that only models of a few steps are published with
 Read = TypeVar("Read", bound=Configuration)
 
 
@@ -35,6 +36,21 @@ def refuse(folder: Path, family: str, variant: str | None = None) -> None:
     """Raise ValueError with all that is wrong with the teacher in `folder`, a line each."""
     if found := problems(folder, family, variant):
         raise ValueError("\n".join(f"teacher {folder}: {one}" for one in found))
+
+
+def refuse_student(path: str, folder: Path, index: dict[str, Any]) -> None:
+    """Raise ValueError where the model `path` is a student already, by its model_index.json or by what is in `folder`.
+
+    It would be taken for the teacher: its few steps would be imitated as if they were the many of the real one.
+    """
+    scheduler = [*index["scheduler"], "", ""][1] if isinstance(index.get("scheduler"), list) else ""
+    if (folder / "student.json").is_file():
+        reason = "`mlcm export` wrote it (student.json lies in it)"
+    elif scheduler in OF_STUDENTS:
+        reason = f"its model_index.json names {scheduler}"
+    else:
+        return
+    raise ValueError(f"{path} is a student, for a few steps, already: {reason}; name the teacher that it was made from")
 
 
 def problems(folder: Path, family: str, variant: str | None = None) -> list[str]:
@@ -148,8 +164,10 @@ def _misfits(family: str, found: dict[str, Configuration]) -> Iterator[str]:
             )
     lengths = {name: one.model_max_length for name, one in found.items() if isinstance(one, Tokenizer)}
     if len(set(lengths.values())) > 1:
-        named = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        yield f"tokenizer/tokenizer_config.json: model_max_length: expected one length of all tokenizers, found {named}"
+        yield (
+            f"tokenizer/tokenizer_config.json: model_max_length: expected {lengths['tokenizer_2']} as in tokenizer_2, "
+            f"since both towers' tokens are joined, found {lengths['tokenizer']}"
+        )
     if family == "sd" and unet.addition_embed_type is not None:
         yield f"unet/config.json: addition_embed_type: expected none, found {unet.addition_embed_type}"
     if family == "sdxl":

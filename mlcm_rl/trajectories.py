@@ -17,7 +17,7 @@ import torch
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
-from . import distributed
+from . import distributed, finite
 from .bases import Base, Conditioning
 from .checkpoint import (
     CheckpointError,
@@ -71,11 +71,14 @@ def expected_of(teacher: Teacher, base: Base) -> dict[str, Any]:
 class Writer:
     """Writes a store resumably: shards that are there and whole are kept, the rest are asked for.
 
-    Raises CheckpointError where what is there is damaged, or was made by another teacher or from another seed.
+    The sizes of the batches that states were solved in stand in store.json: of another size they agree to about 1e-5 of
+    the largest, since a device sums in another order. That is no part of the provenance, so that memory that does not
+    suffice is no reason to begin anew. Raises CheckpointError where what is there is damaged, or was made by another
+    teacher or from another seed.
     """
 
-    def __init__(self, folder: Path, provenance: Provenance, shard_size: int):
-        self.folder, self.provenance, self.shard_size = folder, provenance, shard_size
+    def __init__(self, folder: Path, provenance: Provenance, shard_size: int, batch_size: int):
+        self.folder, self.provenance, self.shard_size, self.batch_size = folder, provenance, shard_size, batch_size
         self.total = provenance.num_trajectories + provenance.num_held_out
         self.record = {"provenance": vars(provenance), "shard_size": shard_size, "shards": {}}
         path = folder / "store.json"
@@ -98,8 +101,16 @@ class Writer:
         path = self.folder / shard_name(indices)
         dtype = DTYPES[self.provenance.dtype]
         kept = {f"conditioning.{name}": value.to(dtype) for name, value in conditioning.items()}
-        write_tensors(path, {"states": states.to(dtype), "x0": x0.to(dtype), **kept})
+        kept |= {"states": states.to(dtype), "x0": x0.to(dtype)}
+        if (name := finite.first_nonfinite(kept)) is not None:
+            raise ValueError(
+                f"trajectories {indices.start} to {indices.stop - 1}: their {name} do not fit {self.provenance.dtype}, "
+                f"whose largest is {finite.LARGEST[dtype]}: set dtype: float32 in the trajectories stage"
+            )
+        write_tensors(path, kept)
         self.record["shards"][path.name] = sha256(path)
+        sizes = self.record.get("batch_sizes", [])
+        self.record["batch_sizes"] = sorted({*sizes, self.batch_size})
 
     def record_shards(self) -> None:
         """Say in store.json which shards are whole, those of every process. Waits for all."""

@@ -3,7 +3,8 @@
 Letters beside those of `bases`: N steps of the sampler.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,6 +18,8 @@ from .data import Prompt, read_prompts
 from .equations.segments import sampling_times
 from .recipe import Feedback, Recipe, Tuning
 from .runtime import epoch_order, generator, tell_truncated
+
+REWARD = "reward/"  # before a reward's name in a log
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,11 @@ class Student:
         t, s = ([*self.times, 0][i] for i in (step, step + 1))
         shape = {"dtype": torch.int64, "device": self.base.device}
         return torch.full((batch_size,), t, **shape), torch.full((batch_size,), s, **shape)
+
+    def jumps(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Start and end (B,) of the sampler's steps number `steps` (B,), one for each sample."""
+        times = torch.tensor([*self.times, 0])
+        return times[steps].to(self.base.device), times[steps + 1].to(self.base.device)
 
     def save_samples(self, recipe: Recipe, folder: Path, step: int) -> None:
         """The grid of the recipe's fixed prompts and seeds, as the student is now."""
@@ -151,12 +159,19 @@ class Scores:
             self.values.setdefault(name, []).append(value.detach().float())
 
     def add_rewards(self, raw: dict[str, Tensor]) -> None:
-        self.add({f"reward/{name}": value for name, value in raw.items()})
+        self.add({f"{REWARD}{name}": value for name, value in raw.items()})
+
+    def rewards(self) -> dict[str, Tensor]:
+        """The raw scores (B,) of the whole step by reward, of all processes. Waits for all."""
+        own = {name.removeprefix(REWARD): parts for name, parts in self.values.items() if name.startswith(REWARD)}
+        return {name: distributed.gather(torch.cat(parts)) for name, parts in own.items()}
 
     def means(self) -> dict[str, float]:
         """What a log holds of them, over all processes. Waits for all."""
-        means = [torch.cat(scores).mean().item() for scores in self.values.values()]
-        sums = distributed.total(*means)
+        if not self.values:
+            return {}
+        means = torch.stack([torch.cat(scores).mean() for scores in self.values.values()])
+        sums = distributed.total(*means.tolist())  # read at once: each reading waits for the device
         return {name: value / distributed.count() for name, value in zip(self.values, sums, strict=True)}
 
 
@@ -166,19 +181,17 @@ class Prompts:
     def __init__(self, stage: Tuning, base: Base, seed: int):
         self.stage, self.seed = stage, seed
         self.prompts = spoken(read_prompts(stage.prompts), stage.languages, stage.prompts)
+        self.order = Order(self.prompts, stage, seed)
         tell_truncated(base, [prompt.prompt for prompt in self.prompts], stage.prompts)
 
     def starts(self, base: Base, step: int, count: int, size: int, copies: int = 1) -> Iterator["Start"]:
         """Starts for the `count` prompts of `step`, each prompt `copies` times in a row, in micro-batches of `size`: of
         each the rows of this process, all copies of a prompt in one."""
-        whole = self.draw(step, count)
-        repeated, after = (
-            split([prompt for prompt in prompts for _ in range(copies)], size)
-            for prompts in (whole, others(whole, self.prompts))
-        )
-        for i, (part, following) in enumerate(zip(repeated, after, strict=True)):
-            rows = distributed.rows(len(part), copies)
-            yield start(base, part, self.seed, self.stage.kind, "start", step, i, rows=rows, after=following)
+        prompts = self.draw(step, count)
+        own, after = ([one for one in each for _ in range(copies)] for each in (prompts, others(prompts, self.prompts)))
+        for rows in distributed.micro_batches(len(own), size, copies):
+            generators = sample_generators(self.seed, self.stage, step, rows)
+            yield start(base, [own[i] for i in rows], generators, [after[i] for i in rows])
 
     @property
     def languages(self) -> set[str]:
@@ -191,7 +204,7 @@ class Prompts:
 
     def draw(self, step: int, count: int) -> list[Prompt]:
         """The `count` prompts of `step`."""
-        return [self.prompts[i] for i in drawn(self.prompts, self.stage, self.seed, step, count).tolist()]
+        return [self.prompts[i] for i in self.order.draw(step, count).tolist()]
 
 
 def encode_ahead(stage: Tuning, recipe: Recipe, base: Base, texts: Callable[[int], list[str]]) -> None:
@@ -213,14 +226,38 @@ def watched_prompts(stage: Tuning) -> list[Prompt]:
     return found
 
 
-def drawn(prompts: list[Prompt], stage: Tuning, seed: int, step: int, count: int) -> Tensor:
-    """Which `count` (count,) of `prompts` are the ones of `step`."""
-    if not stage.languages:
-        return epoch_order(len(prompts), count, step, seed, stage.kind, "prompts")
-    languages = [prompt.language for prompt in prompts]
-    weights = torch.tensor([stage.languages[one] / languages.count(one) for one in languages])
-    draws = generator(seed, stage.kind, "prompts", step)
-    return torch.multinomial(weights, count, replacement=True, generator=draws)
+class Order:
+    """Which of `prompts` are the ones of a step: pass by pass, or by the weights of their languages.
+
+    A language's weight is shared evenly by its prompts, which are counted once.
+    """
+
+    def __init__(self, prompts: list[Prompt], stage: Tuning, seed: int):
+        self.size, self.parts, self.weights = len(prompts), (seed, stage.kind, "prompts"), None
+        if stage.languages:
+            languages = [prompt.language for prompt in prompts]
+            counts = Counter(languages)
+            self.weights = torch.tensor([stage.languages[one] / counts[one] for one in languages])
+
+    def draw(self, step: int, count: int) -> Tensor:
+        """The numbers (count,) of the prompts of `step`."""
+        if self.weights is None:
+            return epoch_order(self.size, count, step, *self.parts)
+        draws = generator(*self.parts, step)
+        return torch.multinomial(self.weights, count, replacement=True, generator=draws)
+
+
+def sample_generators(seed: int, stage: Tuning, step: int, numbers: Iterable[int]) -> list[torch.Generator]:
+    """One generator for each of the samples `numbers` of `step`, for all the noise that the sample needs.
+
+    A function of the sample's number in the step, so that a step is the same however it is split.
+    """
+    return [generator(seed, stage.kind, "sample", step, number) for number in numbers]
+
+
+def draw_steps(num_steps: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """For each sample the number of one of `num_steps` steps (B,), drawn by its own generator."""
+    return torch.tensor([int(torch.randint(num_steps, (), generator=one)) for one in generators])
 
 
 def spoken(prompts: list[Prompt], languages: dict[str, float], path: str) -> list[Prompt]:
@@ -241,31 +278,20 @@ def others(prompts: list[Prompt], more: Sequence[Prompt] = ()) -> list[Prompt]:
 
 
 def start(
-    base: Base,
-    prompts: list[Prompt],
-    *seed: object,
-    rows: slice = slice(None),
-    after: list[Prompt] | None = None,
+    base: Base, prompts: list[Prompt], generators: list[torch.Generator], after: list[Prompt] | None = None
 ) -> Start:
-    """A start for each of the `rows` of `prompts`, its noise a function of `seed` and of its place alone.
+    """A start for each of `prompts`, its noise drawn by its own one of `generators`.
 
-    `after` holds for each a prompt that is not its own, here those of `prompts` where there is no other.
+    `after` holds for each a prompt that is not its own; by default the next one here of another text.
     """
-    generators = [generator(*seed, i) for i in range(len(prompts))][rows]
     texts, languages = [prompt.prompt for prompt in prompts], [prompt.language for prompt in prompts]
-    following = (others(prompts) if after is None else after)[rows]
-    noise = base.noise(generators, len(generators))
+    following = others(prompts) if after is None else after
     return Start(
-        texts[rows],
-        languages[rows],
-        base.encode_prompts(texts[rows]),
-        noise,
+        texts,
+        languages,
+        base.encode_prompts(texts),
+        base.noise(generators, len(generators)),
         generators,
         [prompt.prompt for prompt in following],
         [prompt.language for prompt in following],
     )
-
-
-def split(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
-    """Micro-batches of `size` prompts."""
-    return [prompts[i : i + size] for i in range(0, len(prompts), size)]

@@ -5,11 +5,50 @@ Every function raises ValueError in words. Nothing here imports torch.
 
 import json
 import os
+import reprlib
 import stat
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 MAX_TEXT_BYTES = 2**28  # of a recipe, a manifest, a prompt file: far above any real one, far below what fills a memory
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80  # other: bytes too
+
+
+def brief(value: object) -> str:
+    """Return `value` as Python writes it, shortened in its middle: a file may hold megabytes where a word belongs."""
+    return _REPR.repr(value)
+
+
+def first_few(texts: Sequence[str], count: int = 5) -> str:
+    """Return the first `count` of `texts` in one line, and how many more there are."""
+    more = [f"and {len(texts) - count} more"] if len(texts) > count else []
+    return "; ".join([*texts[:count], *more])
+
+
+class Faults:
+    """What is wrong with the parts of a whole, so that all of it is told at once."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Collect a ValueError that is raised inside, and go on."""
+        try:
+            yield
+        except ValueError as error:
+            self.texts.append(str(error))
+
+    def raise_all(self) -> None:
+        """Raise ValueError with the first few faults and how many more there are, if there are any."""
+        if self.texts:
+            raise ValueError(first_few(self.texts))
 
 
 def regular(path: Path) -> Path:
@@ -52,8 +91,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Raises ValueError for a key that it has twice: readers differ in which one counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, number in Counter(name for name, _ in pairs).items() if number > 1)
         raise ValueError(f"the key {twice[:40]!r} is given twice")
     return found
 
@@ -74,8 +112,8 @@ def held(folder: Path, name: object, where: object) -> Path:
     through `..`, or over a link.
     """
     if not isinstance(name, str) or not name or "\0" in name or not is_unicode(name):
-        raise ValueError(f"{where}: expected the name of a file, got {name!r}")
+        raise ValueError(f"{where}: expected the name of a file, got {brief(name)}")
     path = folder / name
     if os.path.isabs(name) or not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{where}: {name!r} leads out of {folder}; what is read must lie in it")
+        raise ValueError(f"{where}: {brief(name)} leads out of {folder}; what is read must lie in it")
     return path

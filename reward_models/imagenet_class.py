@@ -2,6 +2,7 @@
 
 import json
 import re
+import reprlib
 from pathlib import Path
 from typing import ClassVar
 
@@ -32,6 +33,10 @@ class ImagenetClass:
         self.classifier = classifier.eval().requires_grad_(False).to(self.device, dtype)
         self.class_of = _ClassFinder()
 
+    def refuse_prompt(self, prompt: str, aspect: float) -> None:
+        """Raise ValueError for a `prompt` that names no class."""
+        self.class_of(prompt)
+
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """log p (B,) float32, at most 0, of `images` (B, 3, H, W) in [0, 1].
 
@@ -60,6 +65,8 @@ class _ClassFinder:
         text = text.lower()
         found = [match.group() for match in self.english.finditer(text)] or self.chinese.findall(text)
         if not found:
-            raise ValueError(f"the prompt {text!r} names no class of ImageNet; {NAMES.name} lists those that are known")
+            raise ValueError(
+                f"the prompt {reprlib.repr(text)} names no class of ImageNet; {NAMES.name} lists those that are known"
+            )
         longest = max(found, key=len)
         return self.classes[longest if longest in self.classes else longest[:-1]]

@@ -1,6 +1,7 @@
 """How near the ink of a picture is to the colour that its prompt names: a closed formula, no weights."""
 
 import re
+import reprlib
 
 import torch
 from torch import Tensor
@@ -37,6 +38,10 @@ class NamedColour:
     def __init__(self, device: torch.device | str, dtype: torch.dtype):
         self.device, self.dtype = torch.device(device), dtype
 
+    def refuse_prompt(self, prompt: str, aspect: float) -> None:
+        """Raise ValueError for a `prompt` that names no known colour."""
+        named_colour(prompt)
+
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Score (B,) float32, at most 0, of `images` (B, 3, H, W) in [0, 1].
 
@@ -54,5 +59,7 @@ def named_colour(prompt: str) -> tuple[int, int, int]:
     found = NAMED.search(prompt)
     if found is None:
         known = ", ".join(english for english, _ in COLOURS)
-        raise ValueError(f"the prompt {prompt!r} names no colour; known are {known}, and their Chinese names")
+        raise ValueError(
+            f"the prompt {reprlib.repr(prompt)} names no colour; known are {known}, and their Chinese names"
+        )
     return RGB_OF[found.group().lower()]

@@ -1,6 +1,7 @@
 """How surely PP-OCRv4 reads the text that a prompt asks for: its CTC log-probability per character."""
 
 import re
+import reprlib
 from typing import ClassVar
 
 import torch
@@ -19,6 +20,7 @@ PP_OCRV4_WEIGHTS = Weights(
 )
 QUOTED = r"""「([^「」]+)」|『([^『』]+)』|“([^“”]+)”|"([^"]+)"|＂([^＂]+)＂"""
 HEIGHT, MIN_WIDTH = 48, 320  # pixels, of a line of text as the recogniser was trained on
+FRAME = 8  # pixels, of a line to a frame of the recogniser
 FLOOR = 1e-12  # of a probability: where the network is sure of something else, its logarithm stays a number
 
 
@@ -54,8 +56,16 @@ class Ocr:
         for text, label in zip(texts, labels, strict=True):
             if frames_needed(label) > log_probs.shape[1]:
                 shape = f"{images.shape[3]} x {images.shape[2]}"
-                raise ValueError(f"the text {text!r} is too long to be read in one line of a picture of {shape} pixels")
+                raise ValueError(
+                    f"the text {reprlib.repr(text)} is too long to be read in one line of a picture of {shape} pixels"
+                )
         return (ctc_log_prob(log_probs, labels) / torch.tensor([len(label) for label in labels])).to(images.device)
+
+    def refuse_prompt(self, prompt: str, aspect: float) -> None:
+        """Raise ValueError for a `prompt` that no picture of this width / height can be scored for."""
+        text = asked_text(prompt, self.text_pattern)
+        if frames_needed(self._labels(text)) > line_width(aspect) / FRAME:
+            raise ValueError(f"the text {reprlib.repr(text)} is too long to be read in one line of a picture")
 
     def read(self, images: Tensor) -> Tensor:
         """Log-probabilities (B, T, L) of the blank and the characters, in T frames from left to right, on the CPU."""
@@ -64,7 +74,9 @@ class Ocr:
     def _labels(self, text: str) -> list[int]:
         unknown = sorted(set(text) - self.label_of.keys())
         if unknown:
-            raise ValueError(f"the text {text!r} has characters that PP-OCRv4 does not know: {' '.join(unknown)}")
+            raise ValueError(
+                f"the text {reprlib.repr(text)} has characters that PP-OCRv4 does not know: {' '.join(unknown[:20])}"
+            )
         return [self.label_of[character] for character in text]
 
 
@@ -74,10 +86,15 @@ def asked_text(prompt: str, pattern: re.Pattern[str]) -> str:
     text = "".join(group for found in groups for group in found if group).strip()
     if not text:
         raise ValueError(
-            f'the prompt {prompt!r} asks for no text: put it in quotation marks, 「」 『』 “” "", '
+            f'the prompt {reprlib.repr(prompt)} asks for no text: put it in quotation marks, 「」 『』 “” "", '
             "or say by the setting `text_pattern` where it stands"
         )
     return text
+
+
+def line_width(aspect: float) -> float:
+    """The width of a line of text in pictures of this width / height, as the recogniser reads it."""
+    return max(MIN_WIDTH, HEIGHT * aspect)
 
 
 def frames_needed(labels: list[int]) -> int:

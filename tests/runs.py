@@ -62,6 +62,7 @@ def trajectories(prompts: str, **changes: Any) -> Trajectories:
 
 def distill(**changes: Any) -> Distill:
     settings = {
+        "segments": [8, 4, 2, 1],
         "batch_size": 4,
         "num_steps": 2,
         "log_every": 1,

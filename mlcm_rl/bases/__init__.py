@@ -21,7 +21,7 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .. import precision
+from .. import finite, precision
 from ..checkpoint import read_json, read_shapes
 from ..equations.prediction import x0_from_prediction
 from ..equations.schedule import Schedule, scaled_linear_betas, vp_schedule
@@ -83,6 +83,7 @@ class Base(ABC):
     family: ClassVar[str]
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     lora_targets: ClassVar[list[str]] = LORA_TARGETS
+    in_stability_blocks: ClassVar[bool] = False  # other tools know its blocks by Stability AI's names, not diffusers'
 
     def __init__(self, teacher: Teacher, device: torch.device, pipeline: DiffusionPipeline):
         self.teacher, self.device, self.dtype = teacher, device, getattr(torch, teacher.dtype)
@@ -101,6 +102,11 @@ class Base(ABC):
             )
         self.resolution, self.latent_shape = _sizes(self.pipeline, teacher)
         logging.getLogger(self.pipeline_class.__module__).setLevel(logging.ERROR)  # it warns of every long prompt
+
+    @property
+    @abstractmethod
+    def kohya_version(self) -> str:
+        """What kohya's sd-scripts calls models of this shape, in the header of a LoRA file."""
 
     # Prompts
 
@@ -123,6 +129,7 @@ class Base(ABC):
         texts, kept = list(dict.fromkeys(prompts)), {}
         for part in (texts[i : i + ENCODED_TOGETHER] for i in range(0, len(texts), ENCODED_TOGETHER)):
             encoded = {name: value.to("cpu", self.dtype) for name, value in self._encode(part).items()}
+            finite.refuse_encoded(encoded, part, self.dtype)
             kept |= {text: {name: value[i] for name, value in encoded.items()} for i, text in enumerate(part)}
         for name in self.pipeline.components:
             if name.startswith("text_encoder"):

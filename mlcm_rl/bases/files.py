@@ -155,17 +155,28 @@ def local_first(read: Callable[..., Any], teacher: Teacher, **settings: Any) -> 
     return read(teacher.path, revision=teacher.revision, **settings)
 
 
+def folder_of(teacher: Teacher) -> Path:
+    """Return the folder with the teacher's files: its own, or where a pinned revision of the hub was fetched to."""
+    folder = Path(teacher.path)
+    return folder if folder.is_dir() else Path(local_first(DiffusionPipeline.download, teacher, use_safetensors=True))
+
+
 def pipeline_index(teacher: Teacher) -> dict[str, Any]:
-    """What model_index.json says, from the folder or from the hub at the pinned revision."""
+    """What model_index.json says, from the folder or from the hub at the pinned revision.
+
+    Raises FileNotFoundError where there is none, ValueError for a student's.
+    """
     folder = Path(teacher.path)
     if teacher.revision is None and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"teacher {teacher.path}: no model_index.json in {folder.resolve()}; give a folder in diffusers format, "
-            "seen from the working directory, or a hub name with a pinned revision"
+            f"teacher {teacher.path}: no model_index.json in {folder.resolve()}; give a folder in diffusers format "
+            "or a hub name with a pinned revision"
         )
-    if (folder / "model_index.json").is_file():
-        return read_json(folder / "model_index.json")
-    return dict(local_first(DiffusionPipeline.load_config, teacher))
+    has_index = (folder / "model_index.json").is_file()
+    found = read_json(folder / "model_index.json") if has_index else local_first(DiffusionPipeline.load_config, teacher)
+    index = dict(found)
+    teacher_check.refuse_student(f"teacher {teacher.path}", folder, index)
+    return index
 
 
 def index_of(pipeline_class: type[DiffusionPipeline], teacher: Teacher) -> dict[str, Any]:

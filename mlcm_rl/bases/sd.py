@@ -14,6 +14,12 @@ class Family(Base):
     family = "sd"
     pipeline_class = StableDiffusionPipeline
 
+    @property
+    def kohya_version(self) -> str:
+        """`sd_v1` or `sd_v2`, which projects linearly, and `_v` where it predicts v."""
+        version = "sd_v2" if self.denoiser.config.use_linear_projection else "sd_v1"
+        return f"{version}_v" if self.prediction_type == "v_prediction" else version
+
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:
         """The tower's last states (B, L, D), after its final norm."""

@@ -14,6 +14,8 @@ class Family(Base):
 
     family = "sdxl"
     pipeline_class = StableDiffusionXLPipeline
+    in_stability_blocks = True
+    kohya_version = "sdxl_base_v1-0"
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:

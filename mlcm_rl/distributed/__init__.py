@@ -7,8 +7,11 @@ Whatever waits for the other processes says so: all of them must call it, in the
 """
 
 import os
+import secrets
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,12 +20,11 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils import gather as accelerate_gather
 from torch import Tensor
 
+from ..checkpoint import write_json
+from .joining import launched, refuse_strangers
+
 Item = TypeVar("Item")
-
-
-def launched() -> bool:
-    """Whether a launcher started this process as one of several (or as one that could have been)."""
-    return torch.distributed.is_torchelastic_launched()
+LOOKS, LOOK_SECONDS = 20, 0.5  # for a file that another machine wrote: a shared folder may show it late
 
 
 def rank() -> int:
@@ -48,6 +50,7 @@ def start(device: torch.device) -> None:
 
     Raises ValueError where DeepSpeed is asked for and not installed, or where the processes do not find each other.
     """
+    refuse_strangers()
     if not launched():
         return
     on_cpu = device.type == "cpu"
@@ -60,6 +63,9 @@ def start(device: torch.device) -> None:
         state = PartialState(**settings)
     except ImportError as error:
         raise ValueError(f"DeepSpeed cannot start: {error}") from error
+    except torch.distributed.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(f"the {count()} processes of this run did not find each other at {place}: {error}") from error
     if state.num_processes != count():
         raise ValueError(f"{count()} processes were launched and {state.num_processes} found each other")
 
@@ -78,6 +84,40 @@ def finish() -> None:
     """Part from the other processes."""
     if launched():
         torch.distributed.destroy_process_group()
+
+
+def refuse_unshared(folder: Path) -> None:
+    """Raise ValueError, in every process, where one of them does not see in `folder` what the first writes there.
+
+    Waits for all of them; a process on its own is asked nothing.
+    """
+    if count() == 1:
+        return
+    check = folder / f".seen-{agreed(secrets.token_hex(8))}.json"
+    by_first(write_json, check, {"processes": count()})
+    blind = [str(number) for number, sees in enumerate(collected(_appears(check))) if not sees]
+    by_first(check.unlink)
+    if blind:
+        raise ValueError(
+            f"runs: process {', '.join(blind)} of {count()} does not see in {folder.resolve()} what process 0 wrote "
+            "there: every machine needs the same folder, on a disk that they share; set runs: to one that is"
+        )
+
+
+def _appears(path: Path) -> bool:
+    for _ in range(LOOKS):
+        if path.is_file():
+            return True
+        time.sleep(LOOK_SECONDS)
+    return False
+
+
+def is_loss(error: Exception) -> bool:
+    """Return whether `error` is how a process learns, in the midst of an exchange, that another one is gone."""
+    if count() == 1 or not isinstance(error, RuntimeError):
+        return False
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)
 
 
 # ---- a process's part ----
@@ -108,6 +148,16 @@ def rows(size: int, together: int = 1) -> slice:
     return slice(rank() * own, (rank() + 1) * own)
 
 
+def micro_batches(total: int, size: int, together: int = 1) -> Iterator[range]:
+    """Of each `size` of `total` samples, the numbers of this process's, groups of `together` in one piece.
+
+    Raises ValueError where the parts cannot be equal.
+    """
+    for first in range(0, total, size):
+        own = rows(min(size, total - first), together)
+        yield range(first + own.start, first + own.stop)
+
+
 def share(items: Sequence[Item]) -> list[Item]:
     """The items of this process: every so many-th one."""
     return list(items[rank() :: count()])
@@ -130,15 +180,18 @@ def total(*values: float) -> list[float]:
     return sums.tolist()
 
 
+def summed(figures: Tensor) -> Tensor:
+    """`figures` (n,) summed over the processes, where they are and on their device. Waits for all."""
+    if count() > 1:
+        torch.distributed.all_reduce(figures)
+    return figures
+
+
 def average_(tensors: Sequence[Tensor]) -> None:
-    """Put the mean over the processes into each of `tensors`, in one exchange a precision. Waits for all."""
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.flatten() for tensor in alike])
-        torch.distributed.all_reduce(flat)
-        parts = flat.div_(count()).split([tensor.numel() for tensor in alike])
-        for tensor, part in zip(alike, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
+    """Put the mean over the processes into each of `tensors`, where it is: no copy of them is made. Waits for all."""
+    for exchange in [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
+        exchange.wait()
+    torch._foreach_div_(list(tensors), count())
 
 
 def wait() -> None:

@@ -7,6 +7,7 @@ written from, whatever the engine.
 """
 
 import copy
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -27,14 +28,17 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 from .. import adapters, checkpoint, distributed, precision
-from ..recipe import Recipe, Training
+from ..recipe import Recipe, Training, missing_trackers
 
 Weights = dict[str, Tensor]
 
 
 def accelerator(recipe: Recipe, stage: Training, folder: Path, device: torch.device) -> Accelerator:
     """The stage's accelerator, under the launch file's engine. Precision is the loop's own autocast, not accelerate's:
-    weights, moments and sums over processes stay float32 in every engine."""
+    weights, moments and sums over processes stay float32 in every engine. Raises ValueError for a tracker that is not
+    installed."""
+    for _, missing in missing_trackers(recipe):  # accelerate would leave it out in silence
+        raise ValueError(f"trackers: {missing}")
     AcceleratorState._reset_state()  # accelerate keeps the first stage's settings for the whole process otherwise
     plugin = DeepSpeedPlugin() if distributed.uses_deepspeed() else None
     if plugin is not None:
@@ -87,12 +91,8 @@ class Whole:
 
     def __init__(self, student: nn.Module, optimizer: torch.optim.Optimizer, stage: Training):
         self.student, self.optimizer, self.stage = student, optimizer, stage
+        self.trained = trained_of(student)  # found once: a large student has thousands of parameters
         self.shapes = {name: value.shape for name, value in self.trained.items()}  # whole, whoever holds them
-
-    @property
-    def trained(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name."""
-        return {name: value for name, value in self.student.named_parameters() if value.requires_grad}
 
     def parts(self) -> Weights:
         """This process's part of what is trained; it changes with the weights."""
@@ -118,7 +118,7 @@ class Whole:
     @contextmanager
     def swapped(self, parts: Weights) -> Iterator[None]:
         """The student with `parts` in place of its own, for as long as the block lasts."""
-        with adapters.swapped(self.student, parts):
+        with adapters.swapped(self.trained, parts):
             yield
 
     def whole_student(self) -> nn.Module:
@@ -129,14 +129,20 @@ class Whole:
         """Add the gradients of `loss`, a micro-batch's share of the step's."""
         loss.backward()
 
-    def step(self, wanted: bool) -> float:
-        """Clip and, where an update is `wanted`, make it if the gradients are numbers; their norm before clipping."""
-        gradients = [value.grad for value in self.trained.values() if value.grad is not None]
+    def step(self, figures: Tensor, wanted: bool) -> tuple[list[float], float]:
+        """Clip and, where an update is `wanted`, make it if `figures` (n,) and the gradients are finite.
+
+        Returns the figures and the gradients' norm before clipping, read together: each reading waits for the device.
+        """
+        *found, norm = torch.cat([figures, self._clip().reshape(1)]).tolist()
+        self._update(wanted and math.isfinite(sum(found)) and norm < float("inf"))
+        return found, norm
+
+    def _clip(self) -> Tensor:
+        """The norm () of the gradients of all processes before clipping, on the device."""
         if distributed.count() > 1:
-            distributed.average_(gradients)
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.stage.max_grad_norm).item()
-        self._update(wanted and norm < float("inf"))
-        return norm
+            distributed.average_([value.grad for value in self.trained.values() if value.grad is not None])
+        return nn.utils.clip_grad_norm_(self.trained.values(), self.stage.max_grad_norm)
 
     def _update(self, wanted: bool) -> None:
         if wanted:
@@ -183,7 +189,8 @@ class Sharded(_InParts):
         blocks = [one for one in student.modules() if type(one).__name__ in plugin.transformer_cls_names_to_wrap]
         for block in [*reversed(blocks), student]:
             fully_shard(block, **settings)
-        optimizer.param_groups[0]["params"] = list(self.trained.values())  # they are new ones: parts
+        self.trained = trained_of(student)  # they are new ones: parts
+        optimizer.param_groups[0]["params"] = list(self.trained.values())
         self._whole = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
 
     def parts(self) -> Weights:
@@ -215,10 +222,8 @@ class Sharded(_InParts):
             }
         set_optimizer_state_dict(self.student, self.optimizer, found, options=self._whole)
 
-    def step(self, wanted: bool) -> float:
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.stage.max_grad_norm).full_tensor().item()
-        self._update(wanted and norm < float("inf"))
-        return norm
+    def _clip(self) -> Tensor:
+        return nn.utils.clip_grad_norm_(self.trained.values(), self.stage.max_grad_norm).full_tensor()
 
 
 class Zero(_InParts):
@@ -290,12 +295,14 @@ class Zero(_InParts):
         self.zero.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, wanted: bool) -> float:
+    def step(self, figures: Tensor, wanted: bool) -> tuple[list[float], float]:
+        """As above, but that DeepSpeed clips and updates at once, so that the figures are read before."""
         self.micro_batches = 0
-        if not wanted:
-            return float("nan")
+        found = figures.tolist()
+        if not (wanted and math.isfinite(sum(found))):
+            return found, float("nan")
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())  # infinite where it has updated nothing
+        return found, float(self.engine.get_global_grad_norm())  # infinite where it has updated nothing
 
     def _flats(self) -> list[Tensor]:
         """This process's parts of the float32 weights, one a group, as the optimiser inside knows them."""
@@ -327,6 +334,11 @@ class Zero(_InParts):
 
         with zero.GatheredParameters([parameter], modifier_rank=modifier_rank):
             yield
+
+
+def trained_of(student: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained of `student`, by name."""
+    return {name: value for name, value in student.named_parameters() if value.requires_grad}
 
 
 def _empty(parameter: nn.Parameter) -> nn.Parameter:

@@ -3,6 +3,7 @@
 import logging
 import os
 import reprlib
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,8 +30,15 @@ MAY_BE_EMPTY = ("mixed_precision", "main_process_port", "gpu_ids")
 OLD_KEYS = ("fp16", "dynamo_backend")  # that accelerate still reads
 
 
+LOST = 3  # the exit code where one of several processes was killed
+
+
 class LaunchError(Exception):
     """The processes cannot be started; the message says what is missing, for people."""
+
+
+class Killed(Exception):
+    """One of several processes was killed; the message says which and how, for people."""
 
 
 def run_under(launch: Path, arguments: list[str]) -> int:
@@ -39,7 +47,8 @@ def run_under(launch: Path, arguments: list[str]) -> int:
     One process takes the place of this one: signals reach it, and its exit code is its own. Of several, returns the
     exit code: of the first that failed, or 128 and the number of the signal that ended them all.
 
-    Raises LaunchError for a file that is no such configuration, and for DeepSpeed where it is not installed.
+    Raises LaunchError for a file that is no such configuration, and for DeepSpeed where it is not installed; Killed
+    where one process of several was.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for one and warn, here and below
@@ -63,12 +72,33 @@ def run_under(launch: Path, arguments: list[str]) -> int:
             _become(asked)
         launch_command(asked)
     except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode
+        refuse_killed(error, settings["num_processes"])
+        return exit_code(error)
     except SignalException as stop:
         return 128 + stop.sigval
     except ValueError as error:  # of accelerate, for keys that do not go together
         raise LaunchError(f"{launch}: {error}") from error
     return 0
+
+
+def exit_code(error: ChildFailedError) -> int:
+    """Return the exit code of the first process that failed of itself; those that lost it say LOST."""
+    failures = sorted(error.failures.values(), key=lambda one: one.timestamp)
+    return next((one.exitcode for one in failures if one.exitcode != LOST), LOST)
+
+
+def refuse_killed(error: ChildFailedError, count: int) -> None:
+    """Raise Killed where one of the `count` processes that failed was ended by a signal of its own; the launcher ends
+    the others by SIGTERM."""
+    signals = {rank: -one.exitcode for rank, one in error.failures.items() if one.exitcode < 0}
+    own = {rank: number for rank, number in signals.items() if number != signal.SIGTERM}
+    for rank, number in own.items():
+        raise Killed(
+            f"process {rank} of {count} was ended by {signal.Signals(number).name}"
+            + (" (the system does that where memory runs out)" if number == signal.SIGKILL else "")
+            + ": the others were stopped. Finished stages and checkpoints are as they were, and the same command goes "
+            "on from there"
+        ) from error
 
 
 def _become(asked: Any) -> None:

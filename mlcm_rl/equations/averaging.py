@@ -13,6 +13,6 @@ def ema_decay(step: int, decay: float) -> float:
 
 @torch.no_grad()
 def ema_update_(average: Iterable[Tensor], current: Iterable[Tensor], decay: float) -> None:
-    """average <- decay average + (1 - decay) current, in place, parameter by parameter."""
-    for mean, value in zip(average, current, strict=True):
-        mean.lerp_(value.to(mean.dtype), 1.0 - decay)
+    """average <- decay average + (1 - decay) current, in place, all parameters in one call."""
+    pairs = list(zip(average, current, strict=True))
+    torch._foreach_lerp_([mean for mean, _ in pairs], [value.to(mean.dtype) for mean, value in pairs], 1.0 - decay)

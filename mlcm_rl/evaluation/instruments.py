@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from .. import metrics, rewards
 from ..checkpoint import sha256
-from ..data import Prompt, read_image
+from ..data import Prompt
+from ..picture_files import pictures_of, read_picture, square
 from ..recipe import Evaluate
+from ..rewards.prompts import refuse_prompts
+from ..untrusted import Faults, brief
 from . import inception, judge
 
 NUM_SUBSETS = 10  # of the prompts, for the standard error of KID
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class Instruments:
 def load(stage: Evaluate, prompts: list[Prompt], resolution: int, device: torch.device) -> Instruments:
     """What `stage` names, on `device`; `prompts` are those of the evaluation, `resolution` is of its pictures.
 
-    Raises ValueError for prompts that the judge does not have, and for a folder without real pictures.
+    Raises ValueError for prompts that the judge does not have or a reward cannot score, and for a folder without real
+    pictures.
     """
     found = judge.load(Path(stage.judge), device) if stage.judge else None
     concepts = concept_indices(prompts, found.concepts if found else [], stage.prompts)
@@ -96,6 +97,8 @@ def load(stage: Evaluate, prompts: list[Prompt], resolution: int, device: torch.
         clip = metrics.ClipScore(stage.clip, device)
         networks["clip"] = files_of(*sorted(Path(stage.clip).glob("*.safetensors")))
     asked = [(one, rewards.build(one, device)) for one in stage.reward_models]
+    for one, model in asked:
+        refuse_prompts(model, one.name, prompts, stage.prompts, may_skip=True)
     members = {one.name: rewards.Member(one.name, model, chunk_size=one.chunk_size) for one, model in asked}
     return Instruments(found, concepts, distances, clip, members, networks)
 
@@ -113,7 +116,9 @@ def concept_indices(prompts: list[Prompt], concepts: list[str], path: str) -> Te
     places = {concept: i for i, concept in enumerate(concepts)}
     unknown = sorted({prompt.concept for prompt in prompts if prompt.concept is not None} - set(places))
     if concepts and unknown:
-        raise ValueError(f"{path}: the judge has no prototype of {len(unknown)} concepts, for example {unknown[0]!r}")
+        raise ValueError(
+            f"{path}: the judge has no prototype of {len(unknown)} concepts, for example {brief(unknown[0])}"
+        )
     return torch.tensor([places.get(prompt.concept, -1) for prompt in prompts])
 
 
@@ -132,17 +137,17 @@ def score(reward: rewards.Member, images: Tensor, prompts: list[Prompt]) -> Tens
 def real_pictures(folder: Path, side: int, batch_size: int) -> Iterator[Tensor]:
     """The pictures in `folder`, by name, in batches (B, 3, side, side) uint8: central squares, resized (Lanczos).
 
-    So they meet the drawn ones at one size. Raises FileNotFoundError for a folder without two pictures, ValueError
-    for a picture that cannot be read.
+    So they meet the drawn ones at one size. Raises FileNotFoundError for a folder without two pictures, and ValueError
+    after the last that names those that cannot be read.
     """
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    paths, faults = pictures_of(folder), Faults()
     if len(paths) < 2:
         raise FileNotFoundError(f"real_images: {folder} holds {len(paths)} pictures; FID and KID need two or more")
     for first in range(0, len(paths), batch_size):
-        yield torch.stack([_square(path, side) for path in paths[first : first + batch_size]])
-
-
-def _square(path: Path, side: int) -> Tensor:
-    image = read_image(path, f"real_images: {path}")
-    square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
-    return torch.from_numpy(numpy.asarray(square).copy()).permute(2, 0, 1)
+        batch = []
+        for path in paths[first : first + batch_size]:
+            with faults.collect():
+                batch.append(square(read_picture(path, f"real_images: {path}"), side))
+        if not faults.texts:
+            yield torch.stack(batch)
+    faults.raise_all()

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import read_json, replacing, write_json
+from .. import lock
+from ..atomic import remove_partial, replacing
+from ..checkpoint import read_json, write_json
 from ..fingerprint import hashed, identity
 from ..hashing import folder_hash
 from ..recipe import Evaluate, Recipe
@@ -35,14 +37,26 @@ class RowStore:
             self.measured | {"row": drawn_by(row), "student": folder_hash(student) if student else None}
         )
 
-    def keep(self, row: Row, student: Path | None, evaluation: Path) -> None:
-        """Put the finished `row` of the stage in `evaluation` here, for others; nothing where it is already."""
+    def sweep(self) -> None:
+        """Delete what an evaluation that was killed left unfinished here."""
+        with lock.held(self.folder, wait=True):
+            remove_partial(self.folder)
+
+    def keep(self, row: Row, student: Path | None, record: dict[str, Any], evaluation: Path) -> None:
+        """Put `row` of the stage in `evaluation`, whose `record` is all there is to it now, here for others.
+
+        Does nothing where it is here already, and waits for other evaluations that put something here.
+        """
         path = self.path(row, student)
-        if path.exists():
-            return
+        with lock.held(self.folder, wait=True):
+            if path.exists():
+                return
+            self._write(row, record, evaluation, path)
+
+    def _write(self, row: Row, record: dict[str, Any], evaluation: Path, path: Path) -> None:
         with replacing(path) as temporary:
             temporary.mkdir(parents=True)
-            shutil.copy(record_path(evaluation, row), temporary / "record.json")
+            write_json(temporary / "record.json", record)
             shutil.copytree(picture_path(evaluation, row.id, 0).parent, temporary / "pictures")
             if row.id == self.reference:
                 shutil.copytree(reference_folder(evaluation), temporary / "reference")

@@ -87,7 +87,7 @@ def of_stage(
         return Memory(parameters + others, activations=highest, rewards=rewards, uncounted=uncounted)
     whole = 0 if launch.level > 1 else launches.FLOAT * outline.trained
     activations = max(0, highest - whole)
-    held = launches.held(outline, launch, activations)
+    held = launches.held(outline, launch)
     found = Memory(
         parameters=parameters - held.saved,
         gradients=held.gradients,

@@ -144,15 +144,15 @@ def outline(student: nn.Module, teacher: nn.Module, blocks: Iterable[str]) -> Ou
     )
 
 
-def held(student: Outline, launch: Launch, activations: int) -> Held:
-    """What one process holds of `student` under `launch`, beside `activations` bytes that its passes hold."""
+def held(student: Outline, launch: Launch) -> Held:
+    """What one process holds of `student` under `launch`, beside what its passes hold."""
     size, level, processes = student.trained, launch.level, launch.processes
     copy = FLOAT if launch.engine in ("zero1", "zero2", "zero3") else 0
     _, gradients, optimiser = zero_bytes(size, processes, level, optimiser=ADAM + copy)
     saved = student.own - part(student.weights, processes) if level == 3 else 0
     averaged = part(FLOAT * size, processes) if level == 3 else FLOAT * size
     exchange = {
-        "whole": max(0, FLOAT * size - activations) if processes > 1 else 0,  # all gradients in one piece, after them
+        "whole": 0,  # gradients are exchanged where they are
         "zero1": FLOAT * BUCKET,
         "zero2": FLOAT * BUCKET,
         "zero3": FLOAT * BUCKET + student.largest,

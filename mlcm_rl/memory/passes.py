@@ -178,7 +178,7 @@ def between_steps(stage: Stage, recipe: Recipe, roles: Roles, processes: int = 1
     if isinstance(stage, Dpo) and stage.pairs:
         roles.encode(distributed.part(stage.micro_batch, processes))
     if isinstance(stage, Tuning):
-        latents = roles.sample(min(stage.batch_size, stage.guard.num_prompts))
+        latents = roles.sample(min(max(1, stage.micro_batch // processes), stage.guard.num_prompts))
         roles.scores(latents, [*stage.rewards, *stage.guard.rewards])
     if num_grid := len(recipe.samples.prompts):
         teacher = isinstance(stage, TrainTeacher)

@@ -58,7 +58,7 @@ def begin(device: torch.device, predicted: Memory | None) -> Meter:
     if (give_back := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # of the GNU library
         give_back(0)
     if RESET.exists():
-        RESET.write_text(FORGET_THE_PEAK)
+        RESET.write_text(FORGET_THE_PEAK, encoding="utf-8")
     return Meter(device, predicted, _of_process("VmRSS"))
 
 
@@ -66,5 +66,5 @@ def _of_process(name: str) -> int | None:
     """A size that Linux gives of this process, in bytes; None elsewhere."""
     if not STATUS.is_file():
         return None
-    lines = (line.split() for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+    lines = (line.split() for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(f"{name}:"))
     return next((1024 * int(value) for _, value, _ in lines), None)

@@ -1,5 +1,6 @@
 """Preference pairs as a table in TRL's columns: a prompt, the picture chosen, the picture rejected."""
 
+import filecmp
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
-from ..data import Prompt, guess_language, picture_in, read_image, records_of, square
+from ..data import Prompt, guess_language, records_of, refuse_no_text
+from ..picture_files import picture_in, read_picture, square
+from ..runtime import say_once
+from ..untrusted import Faults, brief, first_few
 
 COLUMNS = ("prompt", "chosen", "rejected")
 INDEX = "metadata.jsonl"
@@ -25,8 +29,11 @@ class PairTable:
     "rejected": file} a pair, beside the pictures; `mlcm pairs` writes one. Both may have a column `language`, which is
     else guessed from the script; further columns are left to whoever needs them.
 
+    Pairs whose two pictures are one and the same say nothing: they are left out, and it is said which.
+
     prompts: N of them, in the table's order.
-    Raises ValueError with file and row for what cannot be read, FileNotFoundError where there is no such table.
+    Raises ValueError with file and row for what cannot be read or is not there, FileNotFoundError where there is no
+    such table.
     """
 
     def __init__(self, path: str | Path):
@@ -39,6 +46,7 @@ class PairTable:
         self.prompts = list(map(_prompt, self.rows["prompt"], languages, self.places))
         for name in COLUMNS[1:]:  # undecoded, so that a picture that is none is told with its row
             self.rows = self.rows.cast_column(name, datasets.Image(decode=False))
+        self._leave_out_ties()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,13 +62,40 @@ class PairTable:
             part = range(first, min(first + READ_AT_A_TIME, len(self)))
             yield torch.stack([self.pictures(i, resolution) for i in part]) / 255
 
-    def _picture(self, stored: dict[str, Any] | None, name: str, index: int, resolution: int) -> Tensor:
-        """By the bytes in the table, else by a name beside it; what lies elsewhere is not opened."""
+    def _leave_out_ties(self) -> None:
+        """Leave out the rows whose two pictures are the same bytes. Raise ValueError for pictures that are missing."""
+        faults, different, ties = Faults(), [], []
+        for i, row in enumerate(self.rows):
+            with faults.collect():
+                chosen, rejected = (self._source(row[name], name, i) for name in COLUMNS[1:])
+                (ties if _same(chosen, rejected) else different).append(i)
+        faults.raise_all()
+        if not ties:
+            return
+        told = f"the picture chosen is the one rejected: {first_few([self.places[i] for i in ties])}"
+        if not different:
+            raise ValueError(f"{self.path}: holds no pairs of two pictures; {told}")
+        say_once(f"{len(ties)} of {len(self.rows)} pairs are left out, where {told}")
+        self.rows = self.rows.select(different)
+        self.prompts, self.places = ([values[i] for i in different] for values in (self.prompts, self.places))
+
+    def _source(self, stored: dict[str, Any] | None, name: str, index: int) -> Path | bytes:
+        """The bytes in the table, else the path of a file beside it; what lies elsewhere is not opened."""
         place = self.places[index]
         if stored is None:
             raise ValueError(f"{place}: there is no {name} picture")
-        source = picture_in(self.folder, stored["path"], place) if stored["bytes"] is None else stored["bytes"]
-        return square(read_image(source, f"{place}: {name}", upright=True), resolution)
+        return picture_in(self.folder, stored["path"], place) if stored["bytes"] is None else stored["bytes"]
+
+    def _picture(self, stored: dict[str, Any] | None, name: str, index: int, resolution: int) -> Tensor:
+        source = self._source(stored, name, index)
+        return square(read_picture(source, f"{self.places[index]}: {name}"), resolution)
+
+
+def _same(one: Path | bytes, other: Path | bytes) -> bool:
+    """Whether two pictures are the same bytes."""
+    if isinstance(one, Path) and isinstance(other, Path):
+        return filecmp.cmp(one, other, shallow=False)
+    return one == other
 
 
 def _from_folder(folder: Path) -> tuple[datasets.Dataset, list[str]]:
@@ -70,13 +105,10 @@ def _from_folder(folder: Path) -> tuple[datasets.Dataset, list[str]]:
     for where, record in records_of(folder / INDEX):
         for name in COLUMNS:
             if not isinstance(record.get(name), str):
-                raise ValueError(f"{where}: {name} must be text, got {record.get(name)!r}")
+                raise ValueError(f"{where}: {name} must be text, got {brief(record.get(name))}")
         _prompt(record["prompt"], record.get("language"), where)
-        for name in COLUMNS[1:]:
-            picture_in(folder, record[name], where)
-            columns[name].append(record[name])
-        columns["prompt"].append(record["prompt"])
-        columns["language"].append(record.get("language"))
+        for name, values in columns.items():
+            values.append(record.get(name))
         places.append(where)
     return datasets.Dataset.from_dict(columns), places
 
@@ -109,8 +141,7 @@ def _from_parquet(path: Path) -> tuple[datasets.Dataset, list[str]]:
 
 
 def _prompt(text: object, language: object, where: str) -> Prompt:
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: prompt must be text that is not empty, got {text!r}")
+    refuse_no_text(text, f"{where}: prompt")
     if language is not None and not isinstance(language, str):
-        raise ValueError(f"{where}: language must be text, got {language!r}")
+        raise ValueError(f"{where}: language must be text, got {brief(language)}")
     return Prompt(text, language or guess_language(text))

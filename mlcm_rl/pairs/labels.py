@@ -32,6 +32,7 @@ def num_drawn(prompts: list[Prompt], out: Path) -> int:
 
 def draw(asked: Asked, base: Base, student: Student, prompts: list[Prompt], out: Path, batch_size: int) -> None:
     """Draw the two samples of each of `prompts` that has none in `out` yet; `batch_size` pictures at a time."""
+    ranking.sweep(out)
     done, size = num_drawn(prompts, out), max(1, batch_size // asked.num_generations)
     with progress(len(prompts), "samples", done) as bar:
         for first in range(done, len(prompts), size):

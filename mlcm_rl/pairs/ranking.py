@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .. import pictures, sampler
 from ..adapters import Student
+from ..atomic import remove_partial, remove_partial_of, replacing
 from ..bases import Base
-from ..checkpoint import read_json, replacing, write_json
+from ..checkpoint import read_json, write_json
 from ..data import Prompt
 from ..equations.segments import sampling_times
 from ..rewards import RewardModel, score
@@ -55,6 +56,7 @@ def make_pairs(
     Raises ValueError where `out` holds another table.
     """
     rows = finished(asked, out)
+    sweep(out)
     todo = range(len(rows), len(prompts))
     size = max(1, batch_size // asked.num_generations)
     with progress(len(prompts), "pairs", min(len(rows), len(prompts))) as bar:
@@ -68,6 +70,13 @@ def make_pairs(
     kept = [row for row in rows[: len(prompts)] if row is not None]
     write_table(kept, out)
     return len(kept)
+
+
+def sweep(out: Path) -> None:
+    """Delete what a command that was killed had not finished writing to the table in `out`."""
+    remove_partial(out / "pictures")
+    for name in (INDEX, PROGRESS_FILE):
+        remove_partial_of(out / name)
 
 
 def write_table(rows: list[dict], out: Path) -> None:

@@ -7,10 +7,15 @@ Only types stand here: `file.py` loads a file into them and says what is wrong w
 begins with the name of the setting that it is about, so that the error points at that setting's line.
 """
 
+from collections.abc import Iterator
+from copy import deepcopy
+from importlib.util import find_spec
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, PrivateAttr, model_validator
 
+from . import hinges
+from .evaluation import Evaluate
 from .types import (
     Fraction,
     Full,
@@ -20,6 +25,7 @@ from .types import (
     OneStage,
     PositiveInt,
     Reward,
+    RewardEntry,
     Samples,
     Strict,
     Teacher,
@@ -28,7 +34,15 @@ from .types import (
     presentation,
 )
 
+NAME = r"^[a-z0-9][a-z0-9_-]*$"
+RESERVED = ("stages", "rows")  # folders under runs that hold all runs' results
 NumSegments = Literal[8, 4, 2, 1]
+# What a distill stage is that leaves its form open: the one that the study found best. It leaves it open where it names
+# none of OWN_FORM, no list of phases, and nothing but OPEN of what is not for this form.
+RECOMMENDED = {"condition_on_target": True, "segments": [1], "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"}
+OWN_FORM = ("condition_on_target", "segments", "budgets")
+PER_PHASE = ("num_steps", "learning_rate", "target", "pair", "space", "distance", "optimizer_state")
+OPEN = {"method": "segments", "source": "trajectories", "target": "trajectory", "space": "z"}
 MOST_ENCODED_AHEAD = 8192  # prompts of a stage's steps that are kept encoded
 
 
@@ -75,7 +89,9 @@ class Trajectories(OneStage):
     num_trajectories: int = Field(gt=0, le=10_000_000)
     num_held_out: int = Field(0, ge=0, le=10_000_000, description="trajectories after those, for the held-out loss")
     num_steps: int = Field(48, ge=8, le=992, description="solver steps: 8 segments of 6")
-    batch_size: int = presentation(16, gt=0, le=65_536, description="trajectories solved at a time")
+    batch_size: int = presentation(
+        16, gt=0, le=65_536, description="solved at a time; another number moves the states in their last bits"
+    )
     dtype: Literal["float32", "float16"] = Field("float32", description="of the stored states; never bfloat16")
     shard_size: PositiveInt = presentation(64, description="trajectories in a file")
 
@@ -89,7 +105,10 @@ class Trajectories(OneStage):
 
 
 class Distill(Training):
-    """Multistep consistency distillation. A list holds one entry a phase; a single value is meant for every phase."""
+    """Multistep consistency distillation. A list holds one entry a phase; a single value is meant for every phase.
+
+    A stage that leaves its form open is the recommended one: told its target, one student for budgets [2, 3, 4, 6, 8].
+    """
 
     kind: Literal["distill"] = "distill"
     method: Literal["segments", "inter_segment"] = Field(
@@ -101,7 +120,9 @@ class Distill(Training):
     images: str | None = Field(None, description="captioned image folder, for source: data")
     prompts: str | None = Field(None, description="prompt file, for source: online and for inter_segment on samples")
     adapter: Lora | Full = Field(default_factory=Lora, discriminator="kind")
-    segments: list[NumSegments] = Field([8, 4, 2, 1], min_length=1, max_length=10, description="of each phase")
+    segments: list[NumSegments] = Field(
+        [8, 4, 2, 1], min_length=1, max_length=10, description="of each phase; [1] where the form is left open"
+    )
     num_steps: PositiveInt | list[PositiveInt] = Field(description="optimiser steps of each phase")
     learning_rate: PositiveFloat | list[PositiveFloat] = Field(1e-4, description="peak; decays to 0 within each phase")
     warmup_steps: int = Field(0, ge=0, le=1_000_000_000, description="linear warm-up at the start of each phase")
@@ -115,18 +136,22 @@ class Distill(Training):
         "z", description="loss on the latents at the segment's start, or on x0 with weight SNR + 1"
     )
     distance: Literal["l2", "huber", "log_l2"] | list[Literal["l2", "huber", "log_l2"]] = Field(
-        "l2", description="squared; by Huber; or the logarithm of its mean, where near and far jumps weigh alike"
+        "l2",
+        description="squared; by Huber; or the logarithm of its mean, where near and far jumps weigh alike, as "
+        "where the form is left open",
     )
     target_ema: Fraction = Field(0.0, description="decay of the target's averaged weights; 0 = the student's own")
     optimizer_state: Literal["keep", "reset"] | list[Literal["keep", "reset"]] = Field(
         "keep", description="what a phase does at its start with Adam's moments of the one before"
     )
     condition_on_target: bool = Field(
-        False, description="give the student the time it jumps to; one student for all steps"
+        False,
+        description="give the student the time it jumps to: one for all steps; true where the form is left open",
     )
     budgets: list[Annotated[int, Field(ge=1, le=8)]] = Field(
         [],
-        description="with condition_on_target: draw the jumps of samplers with these numbers of steps, and no others",
+        description="with condition_on_target: draw the jumps of samplers with these numbers of steps, and no others; "
+        "[2, 3, 4, 6, 8] where the form is left open",
     )
     skip: int = Field(20, gt=0, le=999, description="times between a pair's points for source online and data")
     num_teacher_steps: int = Field(3, gt=0, le=125, description="inter_segment: p, teacher steps between milestones")
@@ -137,8 +162,17 @@ class Distill(Training):
     held_out_every: PositiveInt = presentation(50, description="steps between losses on the held-out trajectories")
 
     @model_validator(mode="after")
+    def _open_form_is_the_recommended(self):
+        said = self.model_fields_set
+        has_phases = any(isinstance(getattr(self, name), list) for name in PER_PHASE)
+        is_open = all(getattr(self, name) == value for name, value in OPEN.items())
+        if is_open and not has_phases and not said & set(OWN_FORM):
+            self.__dict__.update({name: value for name, value in deepcopy(RECOMMENDED).items() if name not in said})
+        return self
+
+    @model_validator(mode="after")
     def _phases_agree(self):
-        for name in ("num_steps", "learning_rate", "target", "pair", "space", "distance", "optimizer_state"):
+        for name in PER_PHASE:
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != len(self.segments):
                 raise ValueError(f"{name} has {len(value)} entries for {len(self.segments)} phases ({self.segments})")
@@ -200,7 +234,9 @@ class Tuning(Training):
     adapter: Lora = Field(Lora(rank=16, alpha=16.0), description="the preference adapter, over the distilled student")
     sampling_steps: int = Field(4, ge=1, le=8, description="of the student's sampler, which is what is tuned")
     gamma: Fraction | None = Field(None, description="noise put back between its steps; default: what suits it")
-    rewards: list[Reward] = Field(min_length=1, description="trained on; their weighted sum is the reward")
+    rewards: list[RewardEntry] = Field(
+        min_length=1, description="trained on, names or entries; their weighted sum is the reward"
+    )
     normalise: bool = Field(True, description="put each reward on the scale of its running deviation before the sum")
     autoencoder_tiles: Annotated[int, Field(gt=0, le=16_384)] | None = Field(
         None, description="pixels a side of tiles that it works in, recomputed in the backward pass: less memory, seams"
@@ -243,16 +279,16 @@ class Feedback(Tuning):
     num_grad_steps: PositiveInt = Field(1, description="K of `last`; how many late steps `random` draws from")
     num_copies: int = Field(2, gt=0, le=1024, description="of `low_variance`: n re-noised copies of a sample")
     shape: Literal["negative", "hinge", "mps_hinge"] = Field(
-        "negative", description="-r; relu(threshold - r); or that and relu of the reward under another's prompt"
+        "negative", description="-r; relu(threshold - r); or that and relu of r under another's prompt, of raw scores"
     )
-    threshold: float = Field(0.0, description="of the hinges, on the scale of the summed reward")
+    threshold: float = Field(0.0, description="of the hinges, on the summed reward's scale; 16 for mps_hinge of mps")
     anchor: NonNegativeFloat = Field(0.0, description="weight of the mean squared distance to the reference's last x0")
     kl: NonNegativeFloat = Field(0.0, description="weight of one stochastic step's KL to the reference, per element")
     consistency: NonNegativeFloat = Field(0.0, description="weight of the distillation loss on stored trajectories")
     small_decoder: str | None = Field(
-        None,
-        description="folder of an AutoencoderTiny that draws for the rewards trained on; the guard sees the real one",
+        None, description="folder of an AutoencoderTiny that draws for the rewards trained on, never for the guard"
     )
+    _hinge_is_settled = model_validator(mode="after")(hinges.settle)
 
     @model_validator(mode="after")
     def _sampler_has_those_steps(self):
@@ -262,8 +298,6 @@ class Feedback(Tuning):
             raise ValueError("kl needs gamma above 0: a deterministic step has no distribution; take anchor")
         if self.kl and self.sampling_steps < 2:
             raise ValueError("kl needs sampling_steps 2 or more: the last step puts no noise back; take anchor")
-        if self.shape == "mps_hinge" and self.batch_size == 1:
-            raise ValueError("shape: mps_hinge needs batch_size 2 or more: an irrelevant prompt is another of the step")
         return self
 
     @property
@@ -360,70 +394,6 @@ class Policy(Tuning):
         return self.num_generations
 
 
-class Evaluate(OneStage):
-    """Students beside their teacher on fixed prompts and seeds: report.json, report.html."""
-
-    kind: Literal["evaluate"] = "evaluate"
-    prompts: str = Field(description="prompt file, disjoint from the one distilled on")
-    num_prompts: PositiveInt = 64
-    num_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 3, 4, 6, 8], min_length=1)
-    gammas: list[Fraction] = Field(
-        [0.0, 1.0],
-        description="of every student; a tuned one, and what it is compared with, at its own too; a snapshot of an "
-        "earlier phase at its own alone",
-    )
-    grids: list[Literal["milestones", "paper"]] = Field(["milestones"], min_length=1)
-    students: Literal["last", "snapshots"] = Field(
-        "last", description="the finished student, or the one after each phase too"
-    )
-    teacher_steps: list[Annotated[int, Field(ge=1, le=999)]] = Field(
-        [25, 50], min_length=1, description="guided steps of the reference rows; the last is the reference"
-    )
-    teacher_solvers: list[Literal["ddim", "dpmpp", "unipc"]] = Field(
-        ["ddim"], description="undistilled at equal evaluations"
-    )
-    also: list[str] = Field([], description="further finished stage folders to put in the same table")
-    judge: str | None = Field(None, description="folder of a judge, for retrieval and KID")
-    rewards: list[str | Reward] = Field([], description="names, or entries as in the tuning stages; no weights")
-    inception: str | None = Field(
-        None,
-        description=".safetensors file of FID's Inception, for FID and KID (mlcm_rl.evaluation.inception makes it)",
-    )
-    real_images: str | None = Field(None, description="folder of real pictures that FID and KID compare with")
-    clip: str | None = Field(None, description="folder of a CLIP in transformers' format, for the CLIP score")
-    images_per_prompt: int = Field(1, gt=0, le=10_000, description="more than one also measures diversity")
-    keep_pictures: bool = Field(False, description="keep every picture, samples/<row>/<index>.png, for other tools")
-    batch_size: int = presentation(32, gt=0, le=65_536)
-
-    @property
-    def reward_models(self) -> list[Reward]:
-        """Every reward model that measures, a name alone with its defaults."""
-        return [Reward(name=one) if isinstance(one, str) else one for one in self.rewards]
-
-    @model_validator(mode="after")
-    def _rewards_stand_alone(self):
-        names = [reward.name for reward in self.reward_models]
-        for reward in self.reward_models:
-            if names.count(reward.name) > 1:
-                raise ValueError(f"rewards: {reward.name} is named twice; a report has one column of a name")
-            if reward.weight != 1.0:
-                raise ValueError(f"rewards: {reward.name} has a weight, but a report sums none; leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _inception_has_real_images(self):
-        if self.inception is not None and self.real_images is None:
-            raise ValueError("inception needs real_images: a folder of real pictures to compare with")
-        if self.real_images is not None and self.inception is None:
-            raise ValueError("real_images needs inception: the network that sees them")
-        if self.inception is not None and not self.inception.endswith(".safetensors"):
-            raise ValueError(
-                f"inception must be a .safetensors file, found {self.inception}; "
-                "`python -m mlcm_rl.evaluation.inception` converts the published weights"
-            )
-        return self
-
-
 Stage = Annotated[
     TrainTeacher | TrainReward | Trajectories | Distill | Feedback | Dpo | Policy | Evaluate,
     Field(discriminator="kind"),
@@ -433,7 +403,7 @@ Stage = Annotated[
 class Recipe(Strict):
     """One experiment, from a teacher to a report."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="folder of links under runs")
+    name: str = Field(pattern=NAME, description="folder of links under runs")
     seed: int = Field(0, ge=0)
     teacher: Teacher
     stages: list[Stage] = Field(min_length=1)
@@ -441,3 +411,17 @@ class Recipe(Strict):
     runs: str = presentation("runs", description="folder that holds every run")
     device: Literal["auto", "cpu", "cuda", "mps"] = presentation("auto")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = presentation(["tensorboard"])
+    _written: dict[str, str] = PrivateAttr(default_factory=dict)  # paths in rewards' settings -> the file's text
+
+    @model_validator(mode="after")
+    def _name_is_free(self):
+        if self.name in RESERVED:
+            raise ValueError(f"name: {self.name} is a folder under runs that is every run's; take another name")
+        return self
+
+
+def missing_trackers(recipe: Recipe) -> Iterator[tuple[int, str]]:
+    """Yield (its place in `trackers`, what to do) of every tracker of `recipe` that is not installed."""
+    for i, name in enumerate(recipe.trackers):
+        if find_spec(name) is None:
+            yield i, f"{name} is not installed: pip install 'mlcm-rl[{name}]', or take it out of trackers"

@@ -7,9 +7,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from . import NAME
 from .tree import Key, Node, Problem, nearest
+from .types import COMMIT
 
 Schema = dict[str, Any]
+
+PATTERNS = {
+    NAME: "small letters a to z, digits, - and _, a letter or a digit first, such as my-run",
+    COMMIT: "the 40 hexadecimal digits of a commit",
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def expected(schema: Schema) -> str:
         case "number":
             return "a number" + _bounds(schema)
         case "string":
-            return f"text that matches {schema['pattern']}" if "pattern" in schema else "text"
+            return PATTERNS[schema["pattern"]] if "pattern" in schema else "text"
         case "array":
             least, most = schema.get("minItems", 0), schema.get("maxItems")
             size = f" of {least}" if least == most else f" of {least} or more" if least else ""

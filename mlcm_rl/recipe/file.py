@@ -4,23 +4,24 @@
 judge it; what they refuse is worded by `errors.py`; `check` looks beyond the types. No torch on any of the way.
 """
 
-import importlib.util
 import itertools
 import json
 import os
-import pkgutil
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from .. import teacher_check
+from .. import reward_package, teacher_check
 from ..untrusted import read_bytes, regular
-from . import Distill, Evaluate, Feedback, Recipe, Stage, Teacher, Tuning, errors
+from . import Distill, Evaluate, Feedback, Recipe, Teacher, Tuning, errors, missing_trackers
+from .paths import READ, Folders, resolved, rewards_named
 from .schema import json_schema
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
 from .types import TRAINED, Lora, Reward
@@ -29,11 +30,17 @@ FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd"
 HALVING = ("vae", "unet")  # each halves a picture once less often than it has blocks
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), root: Path | None = None) -> Recipe:
+def load(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    root: Path | None = None,
+    tell: Callable[[str], object] = partial(print, file=sys.stderr),
+) -> Recipe:
     """The recipe in a YAML file, with settings of the command line (`stages.1.learning_rate=1e-4`) put over it.
 
-    With `root`, the folder that paths in the recipe are relative to, a recipe of the right types is put to `check` too.
-    Raises RecipeError, which carries every error at once.
+    Its paths are as this process sees them (`paths.py`); those that may be meant otherwise are told, a line each. With
+    `root`, the working directory, a recipe of the right types is put to `check` too. Raises RecipeError, which carries
+    every error at once.
     """
     tree, problems = read(Path(path))
     for text in overrides:
@@ -48,24 +55,29 @@ def load(path: str | Path, overrides: Sequence[str] = (), root: Path | None = No
         told = {problem.key for problem in problems}
         refused = errors.problems(error.errors(), json_schema(), tree, str(path))
         raise RecipeError(problems + [problem for problem in refused if problem.key not in told]) from error
+    folders = Folders(Path(path).parent, root or Path.cwd(), lambda key: bool(tree.nearest_place(key).override))
     if root is not None:
-        problems += [_placed(problem, tree, str(path)) for problem in check(recipe, root)]
+        problems += [_placed(problem, tree, str(path)) for problem in check(recipe, folders)]
     if problems:
         raise RecipeError(problems)
+    recipe, notes = resolved(recipe, folders)
+    for note in notes:
+        tell(f"{path}: {note}")
     return recipe
 
 
-def check(recipe: Recipe, root: Path) -> list[Problem]:
+def check(recipe: Recipe, folders: Folders) -> list[Problem]:
     """What is wrong with a recipe beyond its types, as far as can be told without opening weights.
 
-    Files and folders that it names must be there (relative ones under `root`; a teacher only when its path looks
+    Files and folders that it names must be there (relative ones in `folders`; a teacher only when its path looks
     local), rewards must exist, each stage must find what it needs among the stages before it, draw what it can
     learn from, and train in a precision that small gradients survive.
     """
     return [
-        *_teacher_problems(recipe.teacher, root),
-        *_file_problems(recipe, root),
-        *_runs_problems(recipe, root),
+        *_teacher_problems(recipe.teacher, folders),
+        *_file_problems(recipe, folders),
+        *_runs_problems(recipe, folders),
+        *(Problem(("trackers", i), message) for i, message in missing_trackers(recipe)),
         *_order_problems(recipe),
         *_tuning_problems(recipe),
         *_precision_problems(recipe),
@@ -75,10 +87,7 @@ def check(recipe: Recipe, root: Path) -> list[Problem]:
 
 def reward_names() -> list[str]:
     """The rewards that `mlcm_rl.rewards` would find, by name, without importing it or them (they need torch)."""
-    package = importlib.util.find_spec("reward_models")
-    folders = package.submodule_search_locations if package else None
-    found = {module.name for module in pkgutil.iter_modules(folders)} if folders else set()
-    files = {name for name in found if not name.startswith("_")}
+    files = reward_package.names(list(reward_package.package().__path__))
     return sorted(files | entry_points(group="mlcm_rl.reward_models").names)
 
 
@@ -86,133 +95,129 @@ def _placed(problem: Problem, tree: Node, file: str) -> Problem:
     return replace(problem, file=file, place=tree.nearest_place(problem.key))
 
 
-def _teacher_problems(teacher: Teacher, root: Path) -> Iterator[Problem]:
+def _teacher_problems(teacher: Teacher, folders: Folders) -> Iterator[Problem]:
     """A hub name is `owner/model`: one slash, and no folder `owner` here; with a revision, `model` alone too."""
+    key = ("teacher", "path")
     name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", teacher.path)
-    is_hub_name = name and name[1] and not os.path.isdir((root / teacher.path).parent)
+    is_hub_name = name and name[1] and not any(os.path.isdir((one / teacher.path).parent) for one in folders.of(key))
     if teacher.revision is None and is_hub_name:
         message = f"missing: {teacher.path} is no folder here, and a hub name needs its commit, 40 hexadecimal digits"
-        yield Problem(("teacher", "revision"), message, looked_in=str(root))
+        yield Problem(("teacher", "revision"), message, looked_in=folders.looked_in(key, teacher.path))
     elif teacher.revision is None or not name:
-        yield from _absent(("teacher", "path"), teacher.path, root, holding="model_index.json")
-        yield from (wrong := list(_family_problems(teacher, root)))
-        yield from _resolution_problems(teacher, root)
-        if not wrong and os.path.exists(root / teacher.path / "model_index.json"):
-            for one in teacher_check.problems(root / teacher.path, teacher.family, teacher.variant):
-                yield Problem(("teacher", "path"), f"{teacher.path}: {one}")
+        folder = folders.place(key, teacher.path)
+        yield from _absent(key, teacher.path, folders, holding="model_index.json")
+        yield from (wrong := list(_family_problems(teacher, folder)))
+        yield from _resolution_problems(teacher, folder)
+        if not wrong and os.path.exists(folder / "model_index.json"):
+            for one in teacher_check.problems(folder, teacher.family, teacher.variant):
+                yield Problem(key, f"{teacher.path}: {one}")
 
 
-def _family_problems(teacher: Teacher, root: Path) -> Iterator[Problem]:
-    """The folder's pipeline is of another family. An index that is not there or damaged is told elsewhere."""
+def _family_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
+    """The folder holds a student, or another family's. An index that is not there or damaged is told elsewhere."""
     with suppress(OSError, ValueError, RecursionError):
-        index = json.loads(read_bytes(root / teacher.path / "model_index.json"))
-        found = index.get("_class_name") if isinstance(index, dict) else None
+        index = json.loads(read_bytes(folder / "model_index.json"))
+        if not isinstance(index, dict):
+            return
+        try:
+            teacher_check.refuse_student(teacher.path, folder, index)
+        except ValueError as error:
+            yield Problem(("teacher", "path"), str(error))
+            return
+        found = index.get("_class_name")
         if isinstance(found, str) and FAMILIES.get(found) != teacher.family:
             message = f"{teacher.family} does not load the {found} that is in {teacher.path}"
             yield Problem(("teacher", "family"), message, FAMILIES.get(found, ""))
 
 
-def _resolution_problems(teacher: Teacher, root: Path) -> Iterator[Problem]:
+def _resolution_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
     """A side that autoencoder and denoiser cannot halve as often as they do. Damaged files are told elsewhere."""
     if teacher.resolution is None:
         return
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        configs = [json.loads(read_bytes(root / teacher.path / part / "config.json")) for part in HALVING]
+        configs = [json.loads(read_bytes(folder / part / "config.json")) for part in HALVING]
         smallest = 2 ** sum(len(config["block_out_channels"]) - 1 for config in configs)
         if teacher.resolution % smallest:
             message = f"expected a multiple of {smallest}, as {teacher.path} needs, found {teacher.resolution}"
             yield Problem(("teacher", "resolution"), message)
 
 
-# Setting -> what a folder so named must hold; None for a file.
-READ = {
-    "prompts": None,
-    "guard_prompts": None,
-    "pairs": "metadata.jsonl",
-    "images": "metadata.jsonl",
-    "judge": "",
-    "inception": None,
-    "real_images": "",
-    "clip": "config.json",
-    "small_decoder": "config.json",
-}
-
-
-def _file_problems(recipe: Recipe, root: Path) -> Iterator[Problem]:
+def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
     known = reward_names()
     for i, stage in enumerate(recipe.stages):
         settings = stage.model_dump(include={*READ, "also"})
         for name in READ:
             if (path := settings.get(name)) is not None:
                 is_table = name == "pairs" and Path(path).suffix == ".parquet"
-                yield from _absent(("stages", i, name), path, root, holding=None if is_table else READ[name])
+                yield from _absent(("stages", i, name), path, folders, holding=None if is_table else READ[name])
         for name in ("prompts", "guard_prompts"):
-            path = settings.get(name)
-            if path and Path(path).suffix not in (".txt", ".jsonl") and not os.path.isdir(root / path):
-                yield Problem(("stages", i, name), f"expected a .txt or .jsonl file, found {path}")
+            path, named = settings.get(name), ("stages", i, name)
+            if path and Path(path).suffix not in (".txt", ".jsonl") and not os.path.isdir(folders.place(named, path)):
+                yield Problem(named, f"expected a .txt or .jsonl file, found {path}")
+            elif path and _is_blank(folders.place(named, path)):
+                yield Problem(named, f"{path} holds no prompt: write one a line")
         for j, other in enumerate(settings.get("also", [])):
-            yield from _absent(("stages", i, "also", j), other, root, holding="manifest.json")
-        for key, reward in _rewards_named(("stages", i), stage):
+            yield from _absent(("stages", i, "also", j), other, folders, holding="manifest.json")
+        for key, reward in rewards_named(("stages", i), stage):
             if reward.name not in known:
                 message = f"no reward is called {reward.name}; known are {', '.join(known) or 'none'}"
                 yield Problem(key, message, nearest(reward.name, known))
-            yield from _endless((*key[:-1], "settings"), reward, root)
+            yield from _endless((*key[:-1], "settings"), reward, folders)
             folder = reward.settings.get("folder") if reward.name == TRAINED else None
             if isinstance(folder, str):
-                yield from _absent((*key[:-1], "settings", "folder"), folder, root, holding="reward.json")
+                yield from _absent((*key[:-1], "settings", "folder"), folder, folders, holding="reward.json")
 
 
-def _endless(key: Key, reward: Reward, root: Path) -> Iterator[Problem]:
+def _endless(key: Key, reward: Reward, folders: Folders) -> Iterator[Problem]:
     """Settings of a reward that name what is there and is neither a file nor a folder."""
     for name, text in reward.settings.items():
-        if isinstance(text, str) and os.path.exists(root / text):
+        place = folders.place((*key, name), text) if isinstance(text, str) else None
+        if place is not None and os.path.exists(place):
             try:
-                regular(root / text)
+                regular(place)
             except ValueError as error:
                 yield Problem((*key, name), str(error))
 
 
-def _runs_problems(recipe: Recipe, root: Path) -> Iterator[Problem]:
-    if not recipe.runs or os.path.isfile(root / recipe.runs):
+def _runs_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
+    if not recipe.runs or os.path.isfile(folders.working / recipe.runs):
         found = f"the file {recipe.runs}" if recipe.runs else "empty text"
         yield Problem(("runs",), f"expected a folder, which need not be there yet, found {found}")
 
 
-def _rewards_named(key: Key, stage: Stage) -> Iterator[tuple[Key, Reward]]:
-    """(key of its name, reward) of every reward model that a stage names: names alone, or entries with a name."""
-    places: list[tuple[Key, Sequence[str | Reward]]] = []
-    if isinstance(stage, Tuning | Evaluate):
-        places.append((("rewards",), stage.rewards))
-    if isinstance(stage, Tuning):
-        places.append((("guard", "rewards"), stage.guard.rewards))
-    for place, rewards in places:
-        for j, one in enumerate(rewards):
-            named = (*key, *place, j)
-            yield (named, Reward(name=one)) if isinstance(one, str) else ((*named, "name"), one)
-
-
-def _absent(key: Key, name: str, root: Path, holding: str | None = None) -> Iterator[Problem]:
+def _absent(key: Key, name: str, folders: Folders, holding: str | None = None) -> Iterator[Problem]:
     """A problem where `name` is no file, or with `holding`, no folder with that file in it."""
-    path, looked_in = root / name, "" if Path(name).is_absolute() else str(root)
+    path, looked_in = folders.place(key, name), folders.looked_in(key, name)
     if not name:
         yield Problem(key, "expected a path, found empty text")
     elif holding is None:
         if os.path.isdir(path):  # unlike Path.is_dir, False for a name too long for the file system
             yield Problem(key, f"expected a file, found the folder {name}")
         elif not os.path.isfile(path):
-            yield Problem(key, f"no such file: {name}", _beside(name, root, "*"), looked_in=looked_in)
+            yield Problem(key, f"no such file: {name}", _beside(key, name, folders, "*"), looked_in=looked_in)
     elif os.path.isfile(path):
         yield Problem(key, f"expected a folder, found the file {name}")
     elif not os.path.isdir(path):
-        yield Problem(key, f"no such folder: {name}", _beside(name, root, "*/"), looked_in=looked_in)
+        yield Problem(key, f"no such folder: {name}", _beside(key, name, folders, "*/"), looked_in=looked_in)
     elif not os.path.exists(path / holding):
         yield Problem(key, f"the folder {name} holds no {holding}")
 
 
-def _beside(name: str, root: Path, pattern: str) -> str:
-    """The nearest name to one that is not there, relative to `root` where that is."""
-    found = nearest_file(root / name, pattern)
-    return str(Path(found).relative_to(root)) if found and not Path(name).is_absolute() else found
+def _is_blank(path: Path) -> bool:
+    """Whether the file `path` holds nothing but white space; a file that is not there is told elsewhere."""
+    if not os.path.isfile(path):
+        return False
+    with suppress(OSError), path.open("rb") as file:
+        return not any(map(bytes.strip, file))
+    return False
+
+
+def _beside(key: Key, name: str, folders: Folders, pattern: str) -> str:
+    """The nearest name to one that is not there, relative to the folder that it is found in where that is."""
+    for folder in folders.of(key):
+        if found := nearest_file(folder / name, pattern):
+            return found if Path(name).is_absolute() else os.path.relpath(found, folder)
+    return ""
 
 
 def _order_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -226,7 +231,7 @@ def _order_problems(recipe: Recipe) -> Iterator[Problem]:
         if isinstance(stage, Tuning) and "distill" not in before:
             yield Problem(("stages", i), f"{stage.kind} tunes a distilled student: it needs an earlier distill stage")
         if "train_reward" not in before:
-            for key, reward in _rewards_named(("stages", i), stage):
+            for key, reward in rewards_named(("stages", i), stage):
                 if reward.is_of_this_recipe:
                     message = f"{TRAINED} needs settings: {{folder: ...}}, or an earlier train_reward stage to read"
                     yield Problem(key, message)
@@ -251,7 +256,7 @@ def _tuning_problems(recipe: Recipe) -> Iterator[Problem]:
         if stage.languages and not sum(stage.languages.values()):
             yield Problem(("stages", i, "languages"), "all weights are 0, so that no prompt can be drawn")
         told = set()
-        for key, reward in _rewards_named(("stages", i), stage):
+        for key, reward in rewards_named(("stages", i), stage):
             named = (*key[:-2], reward.name)
             if named in told:
                 yield Problem(key, f"{reward.name} is named twice; a sum has one weight for each reward")

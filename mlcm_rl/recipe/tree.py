@@ -20,7 +20,7 @@ from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 from ruamel.yaml.nodes import Node as YamlNode
 from ruamel.yaml.reader import ReaderError
 
-from ..untrusted import read_bytes
+from ..untrusted import brief, read_bytes
 
 Key = tuple[str | int, ...]
 
@@ -50,7 +50,7 @@ class Problem:
     nearest: str = ""
     file: str = ""
     place: Place | None = None
-    looked_in: str = ""  # of a path that is not there: the folder that it is relative to
+    looked_in: str = ""  # of a path that is not there: a sentence on where it was looked for
 
     @property
     def where(self) -> str:
@@ -73,13 +73,12 @@ class Problem:
 class RecipeError(Exception):
     """A recipe that cannot be used; `problems` holds all its errors in the order of the file, overrides last.
 
-    `note` says, where paths of it are not there, what they are relative to.
+    `note` says, where paths of it are not there, where they were looked for.
     """
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = sorted(dict.fromkeys(problems), key=_order)
-        folders = {problem.looked_in for problem in self.problems} - {""}
-        self.note = "\n".join(f"paths are relative to the working directory, here {one}" for one in sorted(folders))
+        self.note = "\n".join(sorted({problem.looked_in for problem in self.problems} - {""}))
         super().__init__("\n".join(filter(None, (*map(str, self.problems), self.note))))
 
 
@@ -333,7 +332,7 @@ def _with(node: Node, parts: list[str], value: Node, key: Key, file: str) -> Nod
         children = node.content or {}
         changed = _with(children.get(first, Node({}, value.place)), rest, value, (*key, first), file)
         return replace(node, content=children | {first: changed})
-    message = f"holds the single value {node.content!r}, which has no key {first}"
+    message = f"holds the single value {brief(node.content)}, which has no key {first}"
     raise RecipeError([Problem(key, message, file=file, place=value.place)])
 
 

@@ -1,12 +1,13 @@
 """What a recipe's types are made of: strictness, settings that change no result, the teacher, training, rewards."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+COMMIT = r"^[0-9a-f]{40}$"
 # Counts end somewhere: beyond, a number is a slip, and what is made of so many fills any memory before it is refused.
 PositiveInt = Annotated[int, Field(gt=0, le=1_000_000_000)]
 TRAINED = "trained"  # the reward model that reads what a `train_reward` stage has made
@@ -29,8 +30,8 @@ class Strict(BaseModel):
 class Teacher(Strict):
     """The model to distil: a folder in diffusers format (or a hub name with a pinned revision)."""
 
-    path: str = Field(description="folder in diffusers format, relative to the working directory, or a hub name")
-    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description="pinned commit of a hub model")
+    path: str = Field(description="folder in diffusers format, relative to the recipe's file, or a hub name")
+    revision: str | None = Field(None, pattern=COMMIT, description="pinned commit of a hub model")
     family: Literal["sdxl", "sd"] = Field(description="file in mlcm_rl/bases that loads it")
     guidance_scale: NonNegativeFloat = Field(8.0, description="classifier-free guidance of the teacher (1 = none)")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of the frozen weights")
@@ -135,10 +136,20 @@ class Reward(Strict):
         )
 
 
+def _named(one: str | Reward) -> Reward:
+    return Reward(name=one) if isinstance(one, str) else one
+
+
+if TYPE_CHECKING:
+    RewardEntry = Reward
+else:  # in a file a name alone stands for an entry with that name
+    RewardEntry = Annotated[str | Reward, AfterValidator(_named)]
+
+
 class Guard(Strict):
     """What stops a run that hacks its reward: rewards that it is not trained on, watched on fixed prompts and noise."""
 
-    rewards: list[Reward] = Field(min_length=1, description="held out: never trained on")
+    rewards: list[RewardEntry] = Field(min_length=1, description="held out: never trained on; names, or entries")
     num_prompts: int = Field(
         64, ge=2, le=1_000_000_000, description="watched; gains are in units of the deviation over them"
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..checkpoint import CheckpointError, public, read_json, replacing
+from ..fingerprint import STUDENTS
 from ..metrics import paired_difference
 from ..recipe import Evaluate, Recipe
 from ..runtime import commit
@@ -23,13 +24,13 @@ from ..untrusted import held
 from . import tuned_students
 from .definitions import LATENCY, TRAINING, metric
 from .figures import binned, kept, listed, number, plus_minus, rounded, summary
+from .tuned_students import NUM_ERRORS
 
 # Of report.json, raised when its layout changes. Still read: 1 has no "training", no "networks", 1 and 2 no "tuned",
 # 1 to 3 the curves of the last distill stage only, without "stage", and no "latency_ms_se".
 FORMAT = 4
 BUDGETS = (2, 4, 8)  # network evaluations at which student and teacher are compared
 HEADLINE_BUDGET = 4
-NUM_ERRORS = 2.0  # standard errors that the headline asks for
 MANY_METRICS = 5  # in the terminal table
 COMPARED = ("distance", "r@5", "clip")
 MAIN_METRICS = ("distance", "kid", "r@5", "fid", "clip")  # beside the rewards
@@ -93,7 +94,16 @@ def assemble(
         "curves": curves,
     }
     compared = [student | {"comparisons": tuned_students.compared(report, student)} for student in tuned]
-    return report | {"comparisons": comparisons(report), "headline": headline(report), "tuned": compared}
+    report |= {"comparisons": comparisons(report), "product": product(recipe, report), "tuned": compared}
+    return report | {"headline": headline(report)}
+
+
+def product(recipe: Recipe, report: dict[str, Any]) -> str | None:
+    """The name of the student that `recipe` makes, its last one, or else the first of the report; None without any."""
+    made = [stage.kind for stage in recipe.stages if stage.kind in STUDENTS] or STUDENTS
+    names = [row["name"] for row in report["rows"] if row["role"] == "student"]
+    own = [name for kind in made if (name := "student" if kind == "distill" else kind) in names]
+    return own[-1] if own else names[0] if names else None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -117,7 +127,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def processor() -> str:
     """The CPU's own name where the system tells it."""
     file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -206,25 +216,31 @@ def compare(student: dict, teacher: dict, key: str) -> dict[str, Any]:
     }
 
 
-def headline(report: dict[str, Any]) -> dict[str, Any]:
-    """Whether the student, at its default sampler, beats the undistilled teacher at four evaluations, and in words.
+def headline(report: dict[str, Any], name: str | None = None) -> dict[str, Any]:
+    """Whether the student `name`, at its default sampler, beats the undistilled teacher at four evaluations, in words.
 
-    In every metric of COMPARED that was measured, the student's row at 4 is set against the best undistilled row at 4,
-    paired. "passed" needs the distance ahead and nothing behind, each by two standard errors: retrieval can be at its
-    ceiling on both sides.
+    Without a name it is what the run made: the tuned student where there is one. In every metric of COMPARED that was
+    measured, the student's row at 4 is set against the best undistilled row at 4, paired. "passed" needs the distance
+    ahead, nothing behind, and of a tuned student no reward lost to the one that it was tuned from, each by two standard
+    errors: retrieval can be at its ceiling on both sides.
     """
     students = [row for row in rows_at(report, "student", HEADLINE_BUDGET) if row["default"]]
+    name = name or report.get("product") or (students[0]["name"] if students else None)  # older reports do not say
+    own = [row for row in students if row["name"] == name]
     teachers = rows_at(report, "undistilled", HEADLINE_BUDGET)
-    if not students or not teachers:
+    if not own or not teachers:
         text = f"No student's default row and undistilled row at {HEADLINE_BUDGET} evaluations to compare."
         return {"num_evaluations": HEADLINE_BUDGET, "passed": False, "checks": [], "text": text}
-    checks = [compare(students[0], best(teachers, key), key) for key in measured(report, COMPARED)]
-    text = " ".join(sentence(report, check) for check in checks)
+    checks = [compare(own[0], best(teachers, key), key) for key in measured(report, COMPARED)]
+    tuned = next((one for one in report.get("tuned", []) if one["name"] == name), None)
+    lost = tuned_students.lost(tuned) if tuned else []
+    said = [sentence(report, check) for check in checks] + ([tuned_students.outcome(tuned)] if tuned else [])
+    verdicts = [check["verdict"] for check in checks]
     return {
         "num_evaluations": HEADLINE_BUDGET,
-        "passed": checks[0]["verdict"] == "ahead" and all(check["verdict"] != "behind" for check in checks),
+        "passed": verdicts[0] == "ahead" and "behind" not in verdicts and not lost,
         "checks": checks,
-        "text": f"At {HEADLINE_BUDGET} network evaluations: {text}",
+        "text": f"At {HEADLINE_BUDGET} network evaluations: {' '.join(said)}",
     }
 
 
@@ -350,7 +366,7 @@ def table(report: dict[str, Any]) -> Table:
     cost = has_training(report) and len(keys) <= MANY_METRICS  # 80 columns hold no more
     heads = [metric(key).label.partition(" (")[0].replace("_", " ") for key in keys]
     for head in ("Evals", *["Train"] * cost, *heads):
-        shown.add_column("\n".join(textwrap.wrap(head, 8)), justify="right", no_wrap=True)
+        shown.add_column("\n".join(textwrap.wrap(head, 8, break_long_words=False)), justify="right", no_wrap=True)
     for name, rows in groups(report).items():
         shown.add_row(name, style="bold")
         for row in rows:

@@ -37,9 +37,12 @@ def render(result: dict[str, Any], folder: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made = next((one for one in result.get("tuned", []) if one["name"] == result.get("product")), None)
     return environment.get_template("report.html").render(
         report=result,
         headline=headline(result),
+        made=f"the student tuned by {made['name']}" if made else "the student",
+        outcome=tuned_students.outcome(made) if made else "",
         gallery=gallery(result, folder),
         legend=plots.lines(result),
         quality=[plots.quality(result, key) for key in report.main_metrics(result)],
@@ -122,12 +125,13 @@ def compared(result: dict[str, Any], comparison: dict[str, Any]) -> dict[str, An
 
 
 def gallery(result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The shown prompts down, evaluations across: the first student at its default beside the undistilled teacher.
+    """The shown prompts down, evaluations across: what the run made at its default beside the undistilled teacher.
 
     The teacher's row at each number of evaluations is the one nearest to the reference.
     """
     rows = result["rows"]
     students = [row for row in rows if row["role"] == "student" and row["default"]]
+    students.sort(key=lambda row: row["name"] != result.get("product"))  # what the run made comes first
     of_student = {row["num_evaluations"]: row for row in students if row["name"] == students[0]["name"]}
     budgets = sorted({row["num_evaluations"] for row in rows if row["role"] != "reference"})
     of_teacher = {n: report.best(report.rows_at(result, "undistilled", n), "distance") for n in budgets}

@@ -17,6 +17,7 @@ from ..fingerprint import TUNING
 from .definitions import WIN_RATE, metric
 from .figures import binned, kept, kept_samples, number, summary
 
+NUM_ERRORS = 2.0  # standard errors that ahead and behind ask for
 SPOKEN_OF = 4  # steps at which a tuned student is summed up, or the nearest number that was measured
 GAINS = ("guard/trained_gain", "guard/held_out_gain")
 
@@ -153,6 +154,45 @@ def sentence(student: dict[str, Any]) -> str:
     ]
     num_steps = comparison["num_steps"]
     return f"{student['name']} at {num_steps} step{'s' * (num_steps > 1)}: {', '.join(rates)}"
+
+
+def _against_reference(student: dict[str, Any]) -> dict[str, list[str]]:
+    """The rewards in which a tuned student is "ahead" of or "behind" the one that it was tuned from, with win rates.
+
+    At SPOKEN_OF steps, or the nearest number; a lead counts from NUM_ERRORS standard errors.
+    """
+    comparison = nearest(student)
+    found: dict[str, list[str]] = {"ahead": [], "behind": []}
+    for key, name, _ in rewards(student, comparison) if comparison else []:
+        rate = comparison["win_rates"][key]
+        if (side := _side(rate["mean"], rate["se"], 0.5)) is not None:
+            found[side].append(f"{name} (win rate {number(rate)})")
+    return found
+
+
+def _side(mean: float | None, error: float | None, level: float) -> str | None:
+    """Whether a `mean` is "ahead" of `level` or "behind" it by NUM_ERRORS standard errors; None where neither."""
+    if mean is None or abs(mean - level) <= NUM_ERRORS * (error or 0.0):
+        return None
+    return "ahead" if mean > level else "behind"
+
+
+def lost(student: dict[str, Any]) -> list[str]:
+    """The rewards, with their win rates, in which a tuned student is behind the one that it was tuned from."""
+    return _against_reference(student)["behind"]
+
+
+def outcome(student: dict[str, Any]) -> str:
+    """What tuning has won and lost, in a sentence; that the guard kept step 0, where it did."""
+    name = student["name"]
+    if not student["guard"]["kept_step"]:
+        return f"It is the student as it was distilled: the guard of {name} kept step 0."
+    comparison = nearest(student)
+    if comparison is None or not comparison["win_rates"]:
+        return f"Tuned by {name}, it was measured by no reward beside the student that it was tuned from."
+    found = {side: ", ".join(names) for side, names in _against_reference(student).items() if names}
+    said = " and ".join(f"{side} in {names}" for side, names in found.items())
+    return f"Tuned by {name}, it is {said or 'level in every reward'} beside the student that it was tuned from."
 
 
 def verdict(student: dict[str, Any]) -> str:

@@ -8,19 +8,21 @@ what it can do:
     needs_prompt     bool: the score depends on the prompt
     languages        tuple of language codes that its prompts may be in; () where it needs no prompt
 
-and a fourth, `weights`, which it may leave out, names the files that must be fetched first (weights.py).
+and a fourth, `weights`, which it may leave out, names the files that must be fetched first (weights.py). A reward that
+not every prompt suits has a method `refuse_prompt(prompt, aspect)` as well, which raises ValueError for one that no
+picture of that width / height can be scored for: all prompts are then checked before the first step (prompts.py).
 
-`find` looks in two places: the file `reward_models/<name>.py`, which defines one public class and is imported only
-when it is named, and the entry-point group `mlcm_rl.reward_models` of other people's distributions.
+`find` looks in three places: our file `reward_models/<name>.py`, which defines one public class and is imported only
+when it is named; such a file in the folder `reward_models` of the working directory; and the entry-point group
+`mlcm_rl.reward_models` of other people's distributions. One name in two places is refused.
 """
 
 import difflib
 import importlib
 import importlib.metadata
 import inspect
-import pkgutil
 import traceback
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -29,9 +31,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import precision
+from .. import precision, reward_package
 from ..data import guess_language
 from ..recipe import Reward
+from ..untrusted import brief
 from .weights import GivenFile, HubFile, MissingWeights, PipFile, Weights, WeightsError, read_checkpoint
 
 __all__ = [
@@ -61,7 +64,7 @@ __all__ = [
     "weights_of",
 ]
 
-FOLDER = "reward_models"
+FOLDER = reward_package.package().__name__  # bound to ours, whatever the working directory holds
 ENTRY_POINTS = "mlcm_rl.reward_models"
 ATTRIBUTES = {"differentiable": bool, "needs_prompt": bool, "languages": tuple}
 STD_FLOOR = 1e-4  # of the running deviation: a reward that hardly varies is not blown up without bound
@@ -216,7 +219,7 @@ def score(reward: RewardModel, name: str, images: Tensor, prompts: list[str]) ->
         raise RewardError(f"reward {name}: must return shape ({len(images)},), returned {tuple(scores.shape)}")
     if not scores.isfinite().all():
         index = int((~scores.isfinite()).nonzero()[0])
-        raise RewardError(f"reward {name}: returned {scores[index].item()} for prompt {prompts[index]!r}")
+        raise RewardError(f"reward {name}: returned {scores[index].item()} for prompt {brief(prompts[index])}")
     return scores
 
 
@@ -248,7 +251,7 @@ class RunningNormaliser:
 
     def update(self, scores: Tensor) -> None:
         """Take in `scores` (B,)."""
-        seen = scores.detach().double()
+        seen = scores.detach().cpu().double()  # moved once: each figure read from a device waits for it
         count, mean = self.count + len(seen), seen.mean().item()
         step = mean - self.mean
         self.squares += (seen - mean).square().sum().item() + step**2 * self.count * len(seen) / count
@@ -278,22 +281,15 @@ class Member:
 class Combined:
     """A weighted sum of rewards, each put on one scale by its running mean and deviation.
 
-    A batch is taken into the statistics first and then normalised by them, so that the very first one is on its scale
-    too; `normalised` of the same batch, asked afterwards, therefore gives the terms of its total. Scores are taken in
-    as `gather` returns them: give the one that collects over all processes, and they all keep the same statistics.
+    The statistics change by `take_in` alone: a step asks by those of the steps before it, and gives all its scores
+    when it ends, so that nothing depends on how it was split. Before the first step they are those of the reference.
     """
 
-    def __init__(
-        self,
-        members: Sequence[Member],
-        normalise: bool = True,
-        gather: Callable[[Tensor], Tensor] = lambda scores: scores,
-    ):
+    def __init__(self, members: Sequence[Member], normalise: bool = True):
         self.members = {member.name: member for member in members}
         if len(self.members) != len(members):
             raise ValueError(f"a reward is named twice: {', '.join(member.name for member in members)}")
         self.normalisers = {name: RunningNormaliser() for name in self.members} if normalise else {}
-        self.gather = gather
 
     @property
     def needs_prompt(self) -> bool:
@@ -321,11 +317,14 @@ class Combined:
     def __call__(
         self, images: Tensor, prompts: list[str], languages: Sequence[str] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(sum of weight * normalised score (B,), raw scores (B,) by name); takes the scores into the statistics."""
+        """(sum of weight * normalised score (B,), raw scores (B,) by name); no statistics change."""
         raw = self.raw(images, prompts, languages)
-        for name, normaliser in self.normalisers.items():
-            normaliser.update(self.gather(raw[name].detach()))
         return self.total(raw), raw
+
+    def take_in(self, raw: Mapping[str, Tensor]) -> None:
+        """Add raw scores (B,) by name, those of all processes, to the statistics; names of others are passed over."""
+        for name in self.normalisers.keys() & raw.keys():
+            self.normalisers[name].update(raw[name])
 
     def total(self, raw: dict[str, Tensor]) -> Tensor:
         """The weighted sum (B,) of `raw` on the present scale; no statistics change."""
@@ -355,11 +354,10 @@ def combine(
     asked: Iterable[Reward],
     device: torch.device | str,
     normalise: bool = True,
-    gather: Callable[[Tensor], Tensor] = lambda scores: scores,
 ) -> Combined:
     """The rewards of a recipe, built and combined. Raises what `build` raises."""
     members = [Member(one.name, build(one, device), one.weight, one.chunk_size) for one in asked]
-    return Combined(members, normalise, gather)
+    return Combined(members, normalise)
 
 
 def refuse_unread(reward: RewardModel, name: str, languages: Iterable[str]) -> None:
@@ -395,13 +393,14 @@ def _place(name: str, error: BaseException) -> str:
 def _claims(name: str) -> list[str]:
     """Where a reward model of this name would come from, in words; more than one is an error."""
     points = [point for point in entry_points(group=ENTRY_POINTS) if point.name == name]
-    files = [f"{FOLDER}/{name}.py"] if name in _files() else []
+    paths = [Path(folder) / f"{name}.py" for folder in reward_package.package().__path__]
+    ours = {reward_package.OURS: Path(FOLDER)}  # told without the place of this machine
+    files = [str(ours.get(path.parent, path.parent) / path.name) for path in paths if path.is_file()]
     return files + [f"the entry point of {_origin(point)}" for point in points]
 
 
 def _files() -> set[str]:
-    folder = importlib.import_module(FOLDER)
-    return {module.name for module in pkgutil.iter_modules(folder.__path__) if not module.name.startswith("_")}
+    return reward_package.names(list(reward_package.package().__path__))
 
 
 def _origin(point: EntryPoint) -> str:

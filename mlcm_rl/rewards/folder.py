@@ -2,20 +2,19 @@
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import numpy
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..checkpoint import replacing
-from ..data import Prompt, read_image
-from . import RewardModel, score
+from ..atomic import remove_partial_of, replacing
+from ..data import Prompt
+from ..picture_files import SUFFIXES, pictures_of, pixels, read_picture, square
+from . import RewardError, RewardModel, score
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_BATCH_PIXELS = 2**22  # pictures of a batch together: 4 megapixels are 50 MB as floats; a larger one goes alone
 
 
 @dataclass(frozen=True)
@@ -27,31 +26,35 @@ class Scored:
     score: float | None
 
 
+@dataclass(frozen=True)
+class Unscored:
+    """A picture that has no score, damaged or refused by the reward, and why."""
+
+    file: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One picture of a batch: its pixels (3, H, W) uint8, or what is known without asking the reward."""
+
+    file: str
+    prompt: str
+    pixels: Tensor | None = None
+    known: Scored | Unscored | None = None
+
+
 def picture_files(folder: Path, at_least: int = 1) -> list[Path]:
     """The pictures in `folder`, by name. Raises ValueError where there are fewer than `at_least`."""
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = pictures_of(folder)
     if len(files) < at_least:
         raise ValueError(f"{folder}: holds {len(files)} pictures ({', '.join(SUFFIXES)}), needed are {at_least}")
     return files
 
 
-def read_picture(path: Path, size: int | None = None) -> Tensor:
-    """A picture (3, H, W) float32 in [0, 1], transparent ones laid on white; `size` crops and resizes to a square.
-
-    Raises ValueError for a file that is not a picture.
-    """
-    image = read_image(path, str(path), upright=True)
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert("RGB")
-    if size:
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(numpy.array(image)).permute(2, 0, 1).float() / 255
-
-
 def read_pictures(files: list[Path], size: int) -> Tensor:
     """Pictures (N, 3, size, size) float32 in [0, 1]. Raises ValueError for a file that is not a picture."""
-    return torch.stack([read_picture(path, size) for path in files])
+    return torch.stack([square(read_picture(path, str(path)), size) for path in files]) / 255
 
 
 def paired(files: list[Path], prompts: list[Prompt]) -> list[Prompt]:
@@ -69,35 +72,60 @@ def paired(files: list[Path], prompts: list[Prompt]) -> list[Prompt]:
 @torch.no_grad()
 def score_files(
     reward: RewardModel, name: str, files: list[Path], prompts: list[Prompt], batch_size: int
-) -> Iterator[Scored]:
-    """`reward` of every picture in its own size, in order; neighbours of one size are asked together."""
-    for batch in _batches(files, batch_size):
-        texts = prompts[batch[0][0] : batch[-1][0] + 1]
-        read = [not reward.needs_prompt or prompt.language in reward.languages for prompt in texts]
-        asked = [(image, prompt.prompt) for (_, image), prompt, can in zip(batch, texts, read, strict=True) if can]
-        scores = iter(
-            score(reward, name, torch.stack([image for image, _ in asked]), [text for _, text in asked]).tolist()
-            if asked
-            else []
-        )
-        for (i, _), prompt, can in zip(batch, texts, read, strict=True):
-            yield Scored(files[i].name, prompt.prompt, next(scores) if can else None)
+) -> Iterator[Scored | Unscored]:
+    """Yield what came of every picture, in order: `reward` of it in its own size, or why there is none.
+
+    Pictures are read one by one; neighbours of one size are asked together, up to MAX_BATCH_PIXELS.
+    """
+    for batch in _batches((_entry(reward, *one) for one in zip(files, prompts, strict=True)), batch_size):
+        answers = iter(_answers(reward, name, [one for one in batch if one.known is None]))
+        yield from (one.known or next(answers) for one in batch)
 
 
-def _batches(files: list[Path], batch_size: int) -> Iterator[list[tuple[int, Tensor]]]:
-    """Consecutive pictures of one size with their numbers."""
-    batch: list[tuple[int, Tensor]] = []
-    for i, path in enumerate(files):
-        image = read_picture(path)
-        if batch and (len(batch) == batch_size or batch[0][1].shape != image.shape):
+def _entry(reward: RewardModel, path: Path, prompt: Prompt) -> Entry:
+    if reward.needs_prompt and prompt.language not in reward.languages:
+        return Entry(path.name, prompt.prompt, known=Scored(path.name, prompt.prompt, None))
+    try:
+        return Entry(path.name, prompt.prompt, pixels(read_picture(path, str(path))))
+    except ValueError as error:
+        return Entry(path.name, prompt.prompt, known=Unscored(path.name, str(error)))
+
+
+def _batches(entries: Iterable[Entry], batch_size: int) -> Iterator[list[Entry]]:
+    """Yield neighbours of which those with pixels are of one size."""
+    batch: list[Entry] = []
+    for entry in entries:
+        if len(batch) == batch_size or not _fits(entry, [one.pixels for one in batch if one.pixels is not None]):
             yield batch
             batch = []
-        batch.append((i, image))
+        batch.append(entry)
     yield batch
+
+
+def _fits(entry: Entry, others: list[Tensor]) -> bool:
+    if entry.pixels is None or not others:
+        return True
+    num_pixels = (len(others) + 1) * entry.pixels[0].numel()
+    return entry.pixels.shape == others[0].shape and num_pixels <= MAX_BATCH_PIXELS
+
+
+def _answers(reward: RewardModel, name: str, batch: list[Entry]) -> list[Scored | Unscored]:
+    """Return what `reward` says of each picture; where it fails for several at once, they are asked one by one."""
+    if not batch:
+        return []
+    try:
+        images = torch.stack([one.pixels for one in batch]).float().div_(255)
+        scores = score(reward, name, images, [one.prompt for one in batch]).tolist()
+    except RewardError as error:
+        if len(batch) == 1:
+            return [Unscored(batch[0].file, f"{batch[0].file}: {error}")]
+        return [answer for one in batch for answer in _answers(reward, name, [one])]
+    return [Scored(one.file, one.prompt, value) for one, value in zip(batch, scores, strict=True)]
 
 
 def write_scores(path: Path, rows: list[Scored]) -> None:
     """Write `rows` as .jsonl or .csv, by the suffix of `path`; a score that is None is null, or an empty field."""
+    remove_partial_of(path)
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
             writer = csv.DictWriter(file, [field.name for field in fields(Scored)])
@@ -107,5 +135,6 @@ def write_scores(path: Path, rows: list[Scored]) -> None:
             file.writelines(json_line(row) + "\n" for row in rows)
 
 
-def json_line(row: Scored) -> str:
-    return json.dumps(asdict(row), ensure_ascii=False)
+def json_line(row: Scored, ascii_only: bool = False) -> str:
+    """Return `row` as a line of JSON, other characters than ASCII escaped with `ascii_only`."""
+    return json.dumps(asdict(row), ensure_ascii=ascii_only)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data import Prompt
 from ..runtime import generator
+from ..untrusted import brief
 
 CONTRARY = 0.05  # share of judgements that are taken to be wrong: bounds the scores
 
@@ -53,8 +54,8 @@ def held_out_pairs(prompts: list[Prompt], share: float, seed: int) -> Tensor:
     texts = sorted({prompt.prompt for prompt in prompts})
     if len(texts) < 2:
         raise ValueError(
-            f"all pairs are of one prompt, {texts[0]!r}; those held out are of other prompts than those trained on, so "
-            "there must be two prompts or more"
+            f"all pairs are of one prompt, {brief(texts[0])}; those held out are of other prompts than those "
+            "trained on, so there must be two prompts or more"
         )
     count = min(max(1, round(share * len(texts))), len(texts) - 1)
     order = torch.randperm(len(texts), generator=generator(seed, "train_reward", "held_out")).tolist()

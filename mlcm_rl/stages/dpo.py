@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import adapters, bases, distributed, pictures, tuning
 from ..bases import Base, Conditioning
-from ..distributed import by_first, gather
+from ..distributed import by_first
 from ..equations import preference
 from ..equations.policy import step_gaussian
 from ..equations.schedule import add_noise
@@ -33,7 +33,7 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
     base = bases.load(recipe.teacher, rt.device)
     start = parents["distill"] / "student"
     student = tuning.load(stage, base, start, recipe.seed)
-    rewards = combine(stage.rewards, rt.device, stage.normalise, gather)
+    rewards = combine(stage.rewards, rt.device, stage.normalise)
     source: StoredPairs | OwnPairs
     source = StoredPairs(stage, base, recipe.seed) if stage.pairs else OwnPairs(stage, student, rewards, recipe.seed)
     tuning.encode_ahead(stage, recipe, base, source.texts)
@@ -41,17 +41,19 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student.denoiser, optimizer)
     guard = Guard(stage, student, trained, rewards, recipe.seed)
+    rewards.take_in(guard.reference_scores)  # their scale in the first step
 
     weights = {"student": trained, "best": guard.best}
     first = rt.resume(weights, rewards=rewards, guard=guard)
     for step in rt.steps(first, stage.num_steps, "dpo", lambda: guard.stopped):
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
         set_rate(optimizer, rate)
-        draws, scores = rt.generator("draws", step), tuning.Scores()
+        scores = tuning.Scores()
         rt.samples = source.texts(step)
-        losses = (loss(stage, student, pairs, draws, scores) for pairs in source.batches(step, scores))
+        losses = (loss(stage, student, pairs, scores) for pairs in source.batches(step, scores))
         with rt.autocast():
             logged = rt.backward(losses) | scores.means()
+        rewards.take_in(scores.rewards())
 
         if rt.due(step, stage.guard.every, stage.num_steps):
             logged |= guard.look(step + 1)
@@ -62,7 +64,7 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
     with rt.swapped(guard.best):
-        rt.write(adapters.save_tuned, start, folder / "student")
+        rt.write(adapters.save_tuned, start, folder / "student", guard.verdict.kept_step)
     by_first(guard.finish, folder)
 
 
@@ -74,6 +76,7 @@ class Pairs:
     x0: Tensor  # (2, B, C, H, W) where it ended
     conditioning: Conditioning  # (B, ...)
     kept: Tensor  # (B,) 1 where the two differ enough in reward, else 0
+    generators: list[torch.Generator]  # B, of the noise that each pair is learned with
 
 
 class OwnPairs:
@@ -109,22 +112,22 @@ class StoredPairs:
         tell_truncated(base, [prompt.prompt for prompt in self.prompts], stage.pairs)
         kept = set(self.prompts)
         index = [i for i, prompt in enumerate(table.prompts) if prompt in kept]
+        self.order = tuning.Order(self.prompts, stage, seed)
         self.x0 = torch.cat(list(self._encoded(table, index)), dim=1)
 
     def texts(self, step: int) -> list[str]:
         """The prompts of `step`."""
-        return [self.prompts[i].prompt for i in self._index(step).tolist()]
+        return [self.prompts[i].prompt for i in self.order.draw(step, self.stage.batch_size).tolist()]
 
     def batches(self, step: int, scores: tuning.Scores) -> Iterator[Pairs]:
         """The micro-batches of `step`."""
-        for whole in self._index(step).split(self.stage.micro_batch):
-            part = whole[distributed.rows(len(whole))]
+        index = self.order.draw(step, self.stage.batch_size)
+        for rows in distributed.micro_batches(len(index), self.stage.micro_batch):
+            part = index[rows.start : rows.stop]
             conditioning = self.base.encode_prompts([self.prompts[i].prompt for i in part.tolist()])
             x0 = self.x0[:, part].to(self.base.device)
-            yield Pairs(None, x0, conditioning, torch.ones(len(part), device=x0.device))
-
-    def _index(self, step: int) -> Tensor:
-        return tuning.drawn(self.prompts, self.stage, self.seed, step, self.stage.batch_size)
+            generators = tuning.sample_generators(self.seed, self.stage, step, rows)
+            yield Pairs(None, x0, conditioning, torch.ones(len(part), device=x0.device), generators)
 
     def _encoded(self, table: PairTable, index: list[int]) -> Iterator[Tensor]:
         """Latents (2, b, C, H, W) of the pairs `index`, as many pictures at a time as a process has pairs in a step."""
@@ -148,12 +151,13 @@ def ranked(stage: Dpo, student: tuning.Student, rewards: Combined, start: tuning
     index = torch.stack([first + best, first + worst])  # (2, B)
     margin = (groups.amax(1) - groups.amin(1)) > stage.min_margin  # equal rewards say nothing
     conditioning = {name: value[first] for name, value in start.conditioning.items()}
-    return Pairs(states[:, index].transpose(0, 1), x0[index], conditioning, margin.float())
+    generators = start.generators[:: stage.num_generations]
+    return Pairs(states[:, index].transpose(0, 1), x0[index], conditioning, margin.float(), generators)
 
 
-def loss(stage: Dpo, student: tuning.Student, pairs: Pairs, draws: torch.Generator, scores: tuning.Scores) -> Tensor:
+def loss(stage: Dpo, student: tuning.Student, pairs: Pairs, scores: tuning.Scores) -> Tensor:
     """The preference loss (B,) float32; a pair that is left out counts 0."""
-    chosen, rejected = log_ratios(stage, student, pairs, draws)
+    chosen, rejected = log_ratios(stage, student, pairs)
     weight = pairs.kept
     scores.add({"pairs_kept": weight})
     if chosen.ndim == 2:  # a loss a step: every random step of the two rollouts is a pair of its own
@@ -170,22 +174,21 @@ def loss(stage: Dpo, student: tuning.Student, pairs: Pairs, draws: torch.Generat
     return value.mean(0) if chosen.ndim == 2 else value
 
 
-def log_ratios(stage: Dpo, student: tuning.Student, pairs: Pairs, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+def log_ratios(stage: Dpo, student: tuning.Student, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """log pi / pi_ref of chosen and rejected: (B,) each, or (N - 1, B) of the random steps for form pso.
 
     `kappa` weighs the rejected one as in `preference.offline_pso_log_ratios`, of which form diffusion_dpo is half:
     offline PSO's beta of 200 is 400 there.
     """
-    num_steps = len(student.times)
+    num_steps, size = len(student.times), len(pairs.generators)
     if stage.form == "pso":
         found = torch.stack([step_log_ratio(student, pairs, step) for step in range(num_steps - 1)])
         return found[:, 0], found[:, 1]
-    steps = range(num_steps)
+    steps = [torch.full((size,), step) for step in range(num_steps)]
     if stage.form == "diffusion_dpo":
-        steps = [int(torch.randint(num_steps, (), generator=draws))]
-    size = pairs.x0.shape[1] * distributed.count()  # of the whole micro-batch, of which this process has its rows
-    eps = student.base.noise(draws, size)[distributed.rows(size)]  # for chosen and rejected, student and reference
-    errors = [denoising_errors(stage, student, pairs, step, eps) for step in steps]
+        steps = [tuning.draw_steps(num_steps, pairs.generators)]
+    eps = student.base.noise(pairs.generators, size)  # for chosen and rejected, student and reference
+    errors = [denoising_errors(stage, student, pairs, each, eps) for each in steps]
     own, reference = (torch.stack(values) for values in zip(*errors, strict=True))  # (N or 1, 2, B) each
     if stage.form == "diffusion_dpo":
         ratio = preference.diffusion_dpo_log_ratio(own[0], reference[0])
@@ -195,11 +198,11 @@ def log_ratios(stage: Dpo, student: tuning.Student, pairs: Pairs, draws: torch.G
 
 
 def denoising_errors(
-    stage: Dpo, student: tuning.Student, pairs: Pairs, step: int, eps: Tensor
+    stage: Dpo, student: tuning.Student, pairs: Pairs, steps: Tensor, eps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Errors (2, B) of student and reference on the samples noised to the time of the sampler's step `step`."""
+    """Errors (2, B) of student and reference on the samples noised to the times of the sampler's `steps` (B,)."""
     x0, conditioning = pairs.x0.flatten(0, 1), both(pairs.conditioning)
-    t, s = student.jump(step, len(x0))
+    t, s = student.jumps(steps.repeat(2))
     x_t = add_noise(x0, eps.repeat(2, 1, 1, 1), t, student.base.schedule)
     seen = (student.reference_x0(x_t, t, s, conditioning), student.x0(x_t, t, s, conditioning))
     reference, own = (

@@ -4,8 +4,8 @@ The guided teacher at its most steps is drawn first: distances are taken to its 
 from the same noise in every row, so that rows can be compared prompt by prompt.
 
 Nothing in memory grows with the number of pictures but a row's readings: a batch is drawn, read, put on disk (`rows/`,
-deleted at the end) and forgotten; so are encoded prompts and the reference's latents. A stage that is resumed goes on
-after its last whole batch, and a row that any evaluation of these runs has measured is not drawn again (`row_store`).
+deleted when the stage is done) and forgotten; so are encoded prompts and the reference's latents. A resumed stage goes
+on after its last whole batch; a row that any evaluation of these runs has measured is not drawn again (`row_store`).
 """
 
 import time
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import adapters, bases, distributed, metrics, pictures, report, runtime, sampler
+from .. import adapters, bases, distributed, finite, metrics, pictures, report, runtime, sampler
 from ..adapters import Student
 from ..bases import Base, Conditioning
 from ..checkpoint import read_json, read_tensors, remove, write_json, write_tensors
@@ -69,6 +69,7 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
     scene = prepare(stage, recipe, base, folder)
     teachers = teacher_rows(stage, recipe.teacher.guidance_scale)
     store = open_store(stage, recipe, parents, teachers[0], base.device.type)
+    distributed.by_first(store.sweep)
     table = [(None, teachers)]
     table += [(student, student_rows(stage, index, student)) for index, student in enumerate(students)]
     total = len(scene.batches()) * sum(row.num_evaluations for _, rows in table for row in rows)
@@ -98,7 +99,6 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
 def write_report(result: dict, folder: Path) -> None:
     report.write(result, folder)
     page.write(result, folder)
-    remove(folder / "rows")
 
 
 def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
@@ -121,7 +121,9 @@ def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
         batch = prompts[first : first + stage.batch_size]
         paths = [prompt_path(scene, i) for i in range(first, first + len(batch))]
         if not all(path.is_file() for path in paths):
-            encoded = base.encode_prompts([prompt.prompt for prompt in batch])
+            texts = [prompt.prompt for prompt in batch]
+            encoded = base.encode_prompts(texts)
+            finite.refuse_encoded(encoded, texts, base.dtype)
             for place, path in enumerate(paths):
                 write_tensors(path, {name: value[place] for name, value in encoded.items()})
     distributed.wait()
@@ -143,7 +145,7 @@ def draw_batches(scene: Scene, row: Row, student: Student | None, bar: runtime.B
     for batch in distributed.share(scene.batches()):
         kept = batch_path(scene, row, batch)
         if not kept.is_file():
-            write_tensors(kept, draw(scene, row, student, batch))
+            write_tensors(kept, draw(scene, row, student, batch), may_lack=True)
         bar.advance(row.num_evaluations, row.id)
     bar.advance(row.num_evaluations * (len(scene.batches()) - len(distributed.share(scene.batches()))), row.id)
     distributed.wait()
@@ -158,9 +160,10 @@ def is_measured(stage: Evaluate, scene: Scene, store: RowStore, row: Row, studen
 
 
 def finish_row(scene: Scene, store: RowStore, row: Row, student: Path | None) -> None:
-    """Write the record of a row whose batches are all there, and keep it for other evaluations."""
-    write_json(record_path(scene.folder, row), made(scene, row))
-    store.keep(row, student, scene.folder)
+    """Keep the record of a row whose batches are all there for other evaluations, and write it: it is then done."""
+    record = made(scene, row)
+    store.keep(row, student, record, scene.folder)
+    write_json(record_path(scene.folder, row), record)
     remove(batch_folder(scene, row))
 
 
@@ -196,8 +199,7 @@ def draw(scene: Scene, row: Row, student: Student | None, batch: list[Sample]) -
     if base.device.type != "cpu":
         torch.accelerator.synchronize()
     latency = 1e3 * (time.perf_counter() - started) / len(batch)
-    if not latents.isfinite().all():
-        raise ValueError(f"row {row.id}: its samples are not finite numbers, so that nothing can be said of them")
+    refuse_nonfinite(scene, row, student, batch, torch.cat([latents.flatten(1), images.flatten(1)], dim=1))
     save_pictures(scene, row, batch, images)
     latents = latents.cpu()
     places = [reference_path(scene, one) for one in batch]
@@ -210,6 +212,19 @@ def draw(scene: Scene, row: Row, student: Student | None, batch: list[Sample]) -
         "latency_ms": torch.full((len(batch),), latency),
         **scene.instruments.read(images, [scene.prompts[i] for i, _ in batch]),
     }
+
+
+def refuse_nonfinite(scene: Scene, row: Row, student: Student | None, batch: list[Sample], drawn: Tensor) -> None:
+    """Raise ValueError for the first sample of `batch` (B) of which `drawn` (B, ...) holds NaN or infinity."""
+    if (place := finite.first_bad_row(drawn)) is None:
+        return
+    prompt = scene.prompts[batch[place][0]].prompt
+    who, remedy = "the teacher", finite.way_out(scene.base.dtype)
+    if student is not None:
+        who, remedy = f"the student in {student.folder}", "its training has diverged: lower learning_rate"
+    raise ValueError(
+        f"row {row.id}: {who} draws what is not made of finite numbers for the prompt {prompt!r}; {remedy}"
+    )
 
 
 def sample(scene: Scene, row: Row, student: Student | None, batch: list[Sample], conditioning: Conditioning) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import adapters, bases, checkpoint, tuning
 from ..bases import Base
-from ..distributed import by_first, gather
+from ..distributed import by_first
 from ..equations import consistency
 from ..equations import feedback as equations
 from ..guard import Guard
@@ -29,7 +29,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     base = bases.load(recipe.teacher, rt.device)
     start = parents["distill"] / "student"
     student = tuning.load(stage, base, start, recipe.seed)
-    rewards = combine(stage.rewards, rt.device, stage.normalise, gather)
+    rewards = combine(stage.rewards, rt.device, stage.normalise)
     refuse_without_gradient({name: member.model for name, member in rewards.members.items()})
     prompts = tuning.Prompts(stage, base, recipe.seed)
     rewards.refuse_unread(prompts.languages)
@@ -41,6 +41,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student.denoiser, optimizer)
     guard = Guard(stage, student, trained, rewards, recipe.seed)
+    rewards.take_in(guard.reference_scores)  # their scale in the first step
 
     weights = {"student": trained, "best": guard.best}
     first = rt.resume(weights, rewards=rewards, guard=guard)
@@ -51,12 +52,14 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
         rt.samples = prompts.texts(step, stage.batch_size)
         drawn = source.draw(step, student.num_segments, "next", draws) if source else None
         stored = [drawn.rows(part) for part in rt.micro_batches()] if source else []
+        last = last_step(stage, len(student.times), draws)
         losses = (
-            loss(stage, student, rewards, begun, source.realise(stored[i]) if source else None, draws, scores)
+            loss(stage, student, rewards, begun, source.realise(stored[i]) if source else None, last, scores)
             for i, begun in enumerate(prompts.starts(base, step, stage.batch_size, stage.micro_batch))
         )
         with rt.autocast():
             logged = rt.backward(losses) | scores.means()
+        rewards.take_in(scores.rewards())
 
         if rt.due(step, stage.guard.every, stage.num_steps):
             logged |= guard.look(step + 1)
@@ -67,7 +70,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
     with rt.swapped(guard.best):
-        rt.write(adapters.save_tuned, start, folder / "student")
+        rt.write(adapters.save_tuned, start, folder / "student", guard.verdict.kept_step)
     by_first(guard.finish, folder)
 
 
@@ -85,11 +88,11 @@ def loss(
     rewards: Combined,
     start: tuning.Start,
     stored: Batch | None,
-    draws: torch.Generator,
+    last: int,
     scores: tuning.Scores,
 ) -> Tensor:
     """The loss of a micro-batch, one value a sample (B,) float32; its raw scores go into `scores`."""
-    x_t, x0, t, copies = graded_sample(stage, student, start, draws)
+    x_t, x0, t, copies = graded_sample(stage, student, start, last)
     images = student.base.decode(x0, student.small_decoder)
     value = reward_loss(stage, rewards, images, start, copies, scores)
     conditioning = start.repeated(copies)
@@ -98,31 +101,35 @@ def loss(
         value = value + stage.anchor * consistency.squared_l2(x0, reference)
     value = value.unflatten(0, (copies, -1)).mean(0)
     if stage.kl:
-        value = value + stage.kl * step_kl(student, start, draws)
+        value = value + stage.kl * step_kl(student, start)
     if stored is not None:
         value = value + stage.consistency * stored_loss(student, stored)
     return value
 
 
+def last_step(stage: Feedback, num_steps: int, draws: torch.Generator) -> int:
+    """The sampler's step that scored samples end with: its last, or for `random` one late step for all of them."""
+    if stage.gradient == "random":
+        return equations.random_late_step(num_steps, stage.num_grad_steps, draws)
+    return num_steps - 1
+
+
 def graded_sample(
-    stage: Feedback, student: tuning.Student, start: tuning.Start, draws: torch.Generator
+    stage: Feedback, student: tuning.Student, start: tuning.Start, last: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The sample that is scored, with the gradient that `stage.gradient` gives it.
+    """The sample of steps 0 .. `last` that is scored, with the gradient that `stage.gradient` gives it.
 
     Returns the last state that was visited and its x0, (n B, C, H, W) each; its t (n B,); n copies of each sample.
     """
-    num_steps = len(student.times)
     if stage.gradient == "low_variance":
         _, x0 = student.rollout(start.conditioning, start.noise, start.generators)
-        t, _ = student.jump(num_steps - 1, len(x0))
+        t, _ = student.jump(last, len(x0))
         eps = torch.stack([student.base.noise(start.generators, len(x0)) for _ in range(stage.num_copies)])
         x_t = equations.renoised_copies(x0, eps, t, student.base.schedule)
         t = t.repeat(stage.num_copies)
         x0 = student.x0(x_t, t, torch.zeros_like(t), start.repeated(stage.num_copies))
         return x_t, x0, t, stage.num_copies
-    last, grad_steps = num_steps - 1, stage.num_grad_steps
-    if stage.gradient == "random":
-        last, grad_steps = equations.random_late_step(num_steps, stage.num_grad_steps, draws), 1
+    grad_steps = 1 if stage.gradient == "random" else stage.num_grad_steps
     for x_t, x0 in student.walk(start, last, grad_steps):  # noqa: B007  (the last step's are wanted)
         pass
     t, _ = student.jump(last, len(start.noise))
@@ -144,13 +151,14 @@ def reward_loss(
     return equations.mps_hinge(total, irrelevant, stage.threshold)
 
 
-def step_kl(student: tuning.Student, start: tuning.Start, draws: torch.Generator) -> Tensor:
-    """KL (B,) to the reference of one random stochastic step, divided by a sample's elements."""
+def step_kl(student: tuning.Student, start: tuning.Start) -> Tensor:
+    """KL (B,) to the reference of one random stochastic step of each sample, divided by a sample's elements."""
     states, _ = student.rollout(start.conditioning, start.noise, start.generators)
-    step = int(torch.randint(len(student.times) - 1, (), generator=draws))
-    t, s = student.jump(step, len(start.noise))
-    reference = student.reference_x0(states[step], t, s, start.conditioning)
-    x0 = student.x0(states[step], t, s, start.conditioning)
+    steps = tuning.draw_steps(len(student.times) - 1, start.generators)
+    t, s = student.jumps(steps)
+    x_t = states[steps, torch.arange(len(steps))]
+    reference = student.reference_x0(x_t, t, s, start.conditioning)
+    x0 = student.x0(x_t, t, s, start.conditioning)
     kl = equations.step_kl(x0, reference, t, s, student.gamma, student.base.schedule)
     return kl / x0[0].numel()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import adapters, bases, tuning
-from ..distributed import by_first, gather
+from ..distributed import by_first
 from ..equations import policy as equations
 from ..guard import Guard
 from ..recipe import Policy, Recipe
@@ -25,7 +25,7 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
     base = bases.load(recipe.teacher, rt.device)
     start = parents["distill"] / "student"
     student = tuning.load(stage, base, start, recipe.seed)
-    rewards = combine(stage.rewards, rt.device, stage.normalise, gather)
+    rewards = combine(stage.rewards, rt.device, stage.normalise)
     prompts, copies = tuning.Prompts(stage, base, recipe.seed), stage.num_generations
     rewards.refuse_unread(prompts.languages)
     tuning.encode_ahead(stage, recipe, base, lambda step: prompts.texts(step, stage.batch_size // copies))
@@ -33,6 +33,7 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student.denoiser, optimizer)
     guard = Guard(stage, student, trained, rewards, recipe.seed)
+    rewards.take_in(guard.reference_scores)  # their scale in the first step
 
     weights = {"student": trained, "best": guard.best}
     first = rt.resume(weights, rewards=rewards, guard=guard)
@@ -48,6 +49,7 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
                 losses = (loss(stage, student, one, scores) for one in rollouts)
                 logged = rt.backward(losses)
         logged |= scores.means()
+        rewards.take_in(scores.rewards())
 
         if rt.due(step, stage.guard.every, stage.num_steps):
             logged |= guard.look(step + 1)
@@ -58,7 +60,7 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
     with rt.swapped(guard.best):
-        rt.write(adapters.save_tuned, start, folder / "student")
+        rt.write(adapters.save_tuned, start, folder / "student", guard.verdict.kept_step)
     by_first(guard.finish, folder)
 
 

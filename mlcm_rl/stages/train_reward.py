@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from reward_models import trained
 
-from .. import checkpoint
+from .. import checkpoint, finite
 from ..distributed import by_first
 from ..equations.preference import bradley_terry_loss
 from ..pairs import PairTable
@@ -77,6 +77,8 @@ class Pairs:
     def read(cls, stage: TrainReward, table: PairTable, held_out: Tensor, device: torch.device) -> "Pairs":
         """The pairs of `table`, those that `held_out` (N + M,) bool marks apart, each picture seen by the body once."""
         features = torch.cat(list(_features(stage, table, device)))
+        if (bad := finite.first_bad_row(features)) is not None:
+            raise ValueError(f"{table.places[bad]}: what {stage.backbone} sees in its pictures is not finite")
         held_out = held_out.to(device)
         scale = FeatureScale.of(features[~held_out])
         return cls(scale(features[~held_out]), scale(features[held_out]), scale)

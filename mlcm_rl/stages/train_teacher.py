@@ -1,13 +1,16 @@
 """Stage `train_teacher`: the denoiser's diffusion loss on captioned pictures makes a teacher of a folder of them."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .. import adapters, bases, checkpoint, pictures
+from .. import adapters, bases, checkpoint, finite, pictures
 from ..bases import Base, Conditioning
+from ..bases.files import folder_of
 from ..data import CaptionedImages
 from ..distributed import by_first
 from ..equations.averaging import ema_decay, ema_update_
@@ -30,6 +33,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
     """
     rt = Runtime(recipe, stage, folder)
     base = bases.load(recipe.teacher, rt.device)
+    source = folder_of(recipe.teacher)  # of the other parts, written beside the denoiser after the last step
     denoiser = new_denoiser(base, stage, recipe.seed)
     parameters = list(denoiser.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
@@ -67,7 +71,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
     with rt.swapped(average):
-        rt.write(write_teacher, recipe, folder / "teacher")
+        rt.write(write_teacher, source, folder / "teacher")
 
 
 def new_denoiser(base: Base, stage: TrainTeacher, seed: int) -> nn.Module:
@@ -109,6 +113,7 @@ class Captions:
             self.encoded.clear()
         if texts:
             rows = {name: value.cpu() for name, value in self.base.encode_prompts(texts).items()}
+            finite.refuse_encoded(rows, texts, self.base.dtype)
             self.encoded |= {text: {name: value[i] for name, value in rows.items()} for i, text in enumerate(texts)}
 
 
@@ -138,17 +143,29 @@ def save_samples(recipe: Recipe, base: Base, denoiser: nn.Module, folder: Path, 
     conditioning, unconditional = base.encode_prompts(prompts), base.unconditional(len(prompts))
     noise = base.noise([generator(recipe.seed, "samples", i) for i in range(len(prompts))], len(prompts))
     times = time_grid(25, base.schedule.num_times)[:-1]
-    teacher, base.denoiser = base.denoiser, denoiser
-    x0 = sample_teacher(base, conditioning, unconditional, noise, times, recipe.teacher.guidance_scale)
-    base.denoiser = teacher
+    with as_teacher(base, denoiser):
+        x0 = sample_teacher(base, conditioning, unconditional, noise, times, recipe.teacher.guidance_scale)
     sheet = pictures.grid(base.decode(x0), num_columns=8)
     by_first(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
 
 
-def write_teacher(denoiser: nn.Module, recipe: Recipe, folder: Path) -> None:
-    """The recipe's teacher with `denoiser` in half precision, files of at most 14 MB."""
+@contextmanager
+def as_teacher(base: Base, denoiser: nn.Module) -> Iterator[None]:
+    """`base` with `denoiser` in the teacher's place, for as long as the block lasts, however it ends."""
+    own, base.denoiser = base.denoiser, denoiser
+    try:
+        yield
+    finally:
+        base.denoiser = own
+
+
+def write_teacher(denoiser: nn.Module, source: Path, folder: Path) -> None:
+    """Write the pipeline in `source`, with `denoiser` in half precision in place of its own, to `folder`."""
     with checkpoint.replacing(folder) as temporary:
-        shutil.copytree(recipe.teacher.path, temporary, ignore=shutil.ignore_patterns("unet"))
-        with adapters.swapped(denoiser, {name: value.half() for name, value in denoiser.named_parameters()}):
-            denoiser.save_pretrained(temporary / "unet", max_shard_size="14MB")
+        shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("unet"))
+        own = dict(denoiser.named_parameters())
+        halves = {name: value.half() for name, value in own.items()}
+        finite.refuse_weights(halves, "the trained teacher")
+        with adapters.swapped(own, halves):
+            denoiser.save_pretrained(temporary / "unet")
         checkpoint.forget_origin(temporary)

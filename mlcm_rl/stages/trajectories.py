@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import bases, distributed, runtime
+from .. import bases, distributed, finite, runtime
 from ..bases import Base, Conditioning
 from ..checkpoint import sha256, teacher_hash
 from ..data import read_prompts
@@ -21,16 +21,18 @@ def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: P
     """Write the store of `num_trajectories` + `num_held_out` trajectories to `folder`, resuming what is there.
 
     Trajectory i takes prompt i (the prompts are gone round when there are more trajectories) and noise that is a
-    function of (seed, i) alone.
+    function of (seed, i) alone. States are those of any other batch size but for their last bits.
     """
     device = device_of(recipe.device)
     base = bases.load(recipe.teacher, device)
     prompts = [prompt.prompt for prompt in read_prompts(stage.prompts)]
     runtime.tell_truncated(base, prompts, stage.prompts)
-    writer = Writer(folder, provenance(stage, recipe, base), stage.shard_size)
+    writer = Writer(folder, provenance(stage, recipe, base), stage.shard_size, stage.batch_size)
     missing = writer.missing()
     writer.require_room(missing, base.latent_shape)
     done = writer.total - sum(map(len, missing))
+    if done:
+        runtime.console.print(f"[dim]trajectories[/] goes on after {done} that were saved", soft_wrap=True)
     with runtime.progress(writer.total, "trajectories", done) as bar:
         for first in range(0, len(missing), distributed.count()):
             shards = missing[first : first + distributed.count()]  # one for each process, then all are recorded
@@ -38,9 +40,12 @@ def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: P
                 parts = []
                 for start in range(shard.start, shard.stop, stage.batch_size):
                     batch = range(start, min(start + stage.batch_size, shard.stop))
-                    conditioning = base.encode_prompts([prompts[i % len(prompts)] for i in batch])
+                    texts = [prompts[i % len(prompts)] for i in batch]
+                    conditioning = base.encode_prompts(texts)
+                    finite.refuse_encoded(conditioning, texts, base.dtype)
                     noise = base.noise([runtime.generator(recipe.seed, "trajectories", i) for i in batch], len(batch))
                     states, x0 = solve(base, conditioning, noise, writer.provenance.grid, recipe.teacher.guidance_scale)
+                    refuse_nonfinite(states, x0, texts, writer.provenance.grid, base.dtype)
                     parts.append({"states": states, "x0": x0, **conditioning})
                     bar.advance(len(batch))
                 whole = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
@@ -60,6 +65,23 @@ def solve(
         x0 = base.guided_x0(states[-1], t, conditioning, unconditional, guidance_scale)
         states.append(ddim_step(states[-1], x0, t, s, base.schedule))
     return torch.stack(states, dim=1), x0
+
+
+def refuse_nonfinite(states: Tensor, x0: Tensor, texts: list[str], grid: list[int], dtype: torch.dtype) -> None:
+    """Raise ValueError for the first step of the solver that left NaN or infinity in `states` (B, len(grid), C, H, W).
+
+    `x0` (B, C, H, W) is of the last step, `texts` (B) are the prompts, `dtype` is the teacher's.
+    """
+    if finite.is_finite(states) and finite.is_finite(x0):
+        return
+    step = finite.first_bad_row(states.transpose(0, 1))
+    place = finite.first_bad_row(x0 if step is None else states[:, step])
+    step = len(grid) - 1 if step is None else step
+    raise ValueError(
+        f"prompt {texts[place]!r}: step {step} of {len(grid) - 1} of the solver, from t = {grid[step - 1]} to "
+        f"{grid[step]}, leaves a state that is not finite in {str(dtype).removeprefix('torch.')}; "
+        f"{finite.way_out(dtype)}"
+    )
 
 
 def provenance(stage: Trajectories, recipe: Recipe, base: Base) -> Provenance:

@@ -31,6 +31,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "denoiser": ("-m", "mlcm_rl", "run", RECIPE),
     "teacher": ("recipes/emoji/assemble_teacher.py", "--from-run", "runs/emoji_teacher"),
     "samples": ("recipes/emoji/measure_teacher.py", "--prompts", "256"),
+    "wordings": ("recipes/emoji/measure_wordings.py",),
 }
 THREADED = ("autoencoder", "text_towers", "judge", "rewards", "alignment")  # steps that take `--threads`
 
@@ -52,7 +53,7 @@ def run_steps(
     environment = os.environ | {OPENMOJI_KEY: "1" if with_openmoji else "0"}
     for step in steps:
         stamp = done / step
-        if stamp.exists() and stamp.read_text() == key and step not in again:
+        if stamp.exists() and stamp.read_text(encoding="utf-8") == key and step not in again:
             print(f"{step}: done before", flush=True)
             continue
         command = command_of(step, threads)

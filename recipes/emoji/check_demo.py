@@ -39,14 +39,17 @@ def contact_sheet(folder: Path, result: dict) -> Image.Image:
 
 
 def main(run: Path) -> int:
-    """Return the exit code: 0 where the headline of the run's report holds, else 1."""
+    """Return the exit code: 0 where the headline holds of the distilled student, else 1."""
     console = Console(highlight=False)
     folder = sorted(run.glob("[0-9]*-evaluate"))[-1]
     result = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     with replacing(run / "demo.png") as temporary:
         contact_sheet(folder, result).quantize(128).save(temporary, format="PNG")
-    headline = report.headline(result)
-    console.print(f"{headline['text']}\nThe page: {(folder / 'report.html').absolute()}", soft_wrap=True)
+    headline = report.headline(result, "student")
+    console.print(
+        f"{headline['text']}\n{result['headline']['text']}\nThe page: {(folder / 'report.html').absolute()}",
+        soft_wrap=True,
+    )
     if not headline["passed"]:
         console.print("[red]The 4-step student is not ahead of the teacher by two standard errors.[/]")
     return 0 if headline["passed"] else 1

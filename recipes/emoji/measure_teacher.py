@@ -42,18 +42,24 @@ def draw(base: Base, prompts: list[Prompt], guidance_scale: float, num_steps: in
     return torch.cat(images)
 
 
-def measure(images: Tensor, prompts: list[Prompt], assessor: judge.Judge) -> dict:
-    """Return R@1 and R@5 with standard errors, per language, and KID to the real pictures on the judge's features."""
-    features = assessor.features(images)
+def recalls(features: Tensor, prompts: list[Prompt], assessor: judge.Judge) -> dict[str, list[float]]:
+    """Return R@1 and R@5 with standard errors, per language, of pictures whose `features` (N, D) are the judge's."""
     places = {concept: i for i, concept in enumerate(assessor.concepts)}
     rank = metrics.ranks(features, assessor.prototypes, torch.tensor([places[prompt.concept] for prompt in prompts]))
-    report: dict = {"kid": round(metrics.kid(features[:, None], assessor.reference_features).item(), 5)}
+    report = {}
     for language in sorted({prompt.language for prompt in prompts}):
         mine = torch.tensor([prompt.language == language for prompt in prompts])
         for k in (1, 5):
             mean, error = metrics.mean_and_error(metrics.recall(rank[mine], k))
             report[f"R@{k} {language}"] = [round(mean, 3), round(error, 3)]
     return report
+
+
+def measure(images: Tensor, prompts: list[Prompt], assessor: judge.Judge) -> dict:
+    """Return the recalls, and KID to the real pictures on the judge's features."""
+    features = assessor.features(images)
+    kid = metrics.kid(features[:, None], assessor.reference_features).item()
+    return {"kid": round(kid, 5)} | recalls(features, prompts, assessor)
 
 
 def main() -> None:

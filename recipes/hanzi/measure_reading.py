@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from draw import HANZI, HERE
 from mlcm_rl import rewards
-from mlcm_rl.data import Prompt, read_prompts, square
+from mlcm_rl.data import Prompt, read_prompts
+from mlcm_rl.picture_files import read_picture, square
 from mlcm_rl.recipe import Reward
 from reward_models.ocr import Ocr, ctc_log_prob
 
@@ -34,7 +34,7 @@ def main() -> None:
     for row in sorted(path.parent for path in arguments.run.glob("*-evaluate/samples/*/00000.png")):
         files = sorted(row.glob("*.png"))
         prompts = read_prompts(arguments.prompts)[: len(files)]
-        images = torch.stack([square(Image.open(file), 64) for file in files]) / 255
+        images = torch.stack([square(read_picture(file, str(file)), 64) for file in files]) / 255
         found = right(read(recogniser, images), prompts).float()
         error = found.std() / len(found) ** 0.5
         print(f"{row.name}: {found.mean():.2f} +- {error:.2f} of {len(found)} read right (chance {1 / len(HANZI):.2f})")

@@ -48,6 +48,14 @@ def test_teacher_of_another_family_is_refused_with_both_names(teachers):
         bases.skeleton(recipe.Teacher(path=str(teachers["sdxl"]), family="sd"))  # as `plan` does
 
 
+def test_a_student_in_the_teachers_place_is_refused(teachers, tmp_path):
+    folder = copy_of(teachers["sdxl"], tmp_path)
+    edit(folder / "model_index.json", scheduler=["diffusers", "LCMScheduler"])
+    for read in (load, lambda path: bases.skeleton(recipe.Teacher(path=str(path), family="sdxl"))):
+        with pytest.raises(ValueError, match=r"is a student, for a few steps, already: .* names LCMScheduler"):
+            read(folder)
+
+
 def test_missing_component_is_named(teachers, tmp_path):
     folder = copy_of(teachers["sdxl"], tmp_path)
     shutil.rmtree(folder / "text_encoder_2")

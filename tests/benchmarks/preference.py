@@ -25,7 +25,6 @@ from rich.table import Table
 from mlcm_rl import adapters, bases, tuning
 from mlcm_rl.recipe import Dpo, Feedback, Lora, Policy
 from mlcm_rl.rewards import combine
-from mlcm_rl.runtime import generator
 from mlcm_rl.stages import dpo, feedback, policy
 
 FIRST = "feedback, K = 1"
@@ -71,13 +70,13 @@ def measure(name: str, num_steps: int, batch_size: int) -> dict[str, float]:
 
 def loss(stage, student: tuning.Student, rewards, prompts: tuning.Prompts, step: int) -> torch.Tensor:
     """The loss of one step (B,), as its stage takes it."""
-    draws, scores = generator("benchmark", step), tuning.Scores()
+    scores = tuning.Scores()
     if isinstance(stage, Feedback):
         (start,) = prompts.starts(student.base, step, stage.batch_size, stage.batch_size)
-        return feedback.loss(stage, student, rewards, start, None, draws, scores)
+        return feedback.loss(stage, student, rewards, start, None, len(student.times) - 1, scores)
     if isinstance(stage, Dpo):
         (pairs,) = dpo.OwnPairs(stage, student, rewards, 0).batches(step, scores)
-        return dpo.loss(stage, student, pairs, draws, scores)
+        return dpo.loss(stage, student, pairs, scores)
     copies = stage.num_generations
     (start,) = prompts.starts(student.base, step, stage.batch_size // copies, stage.batch_size, copies)
     return policy.loss(stage, student, policy.rolled_out(stage, student, rewards, start, scores), scores)

@@ -6,10 +6,12 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from launched_runs import (
     LAUNCHES,
+    ROOT,
     SECONDS,
     assert_alike,
     command_of,
@@ -19,13 +21,15 @@ from launched_runs import (
     stage_folders,
     whole_and_launched,
 )
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from typer.testing import CliRunner
 
 import runs
-from mlcm_rl import checkpoint, distributed, lock, pipeline
+from mlcm_rl import checkpoint, distributed, lock, needs, pipeline
 from mlcm_rl.__main__ import app
 from mlcm_rl.distributed import launch as launcher
-from mlcm_rl.recipe import Evaluate
+from mlcm_rl.recipe import Evaluate, Training
+from mlcm_rl.recipe.file import load
 
 
 def test_two_processes_make_what_one_makes(tiny_sdxl, tmp_path):
@@ -58,16 +62,27 @@ def test_every_stage_runs_in_two_processes(tiny_sdxl, tmp_path, mode):
     assert all("DDIM" in table.read_text(encoding="utf-8") for table in tables)
 
 
-@pytest.mark.slow
-def test_an_error_in_every_process_is_said_without_a_traceback(tiny_sdxl, tmp_path):
+def test_processes_that_cannot_share_a_batch_are_told_once_before_any_stage(tiny_sdxl, tmp_path):
     stages = [
         runs.trajectories(runs.write_prompts(tmp_path)),
         runs.distill(segments=[1], batch_size=3, num_steps=1),
     ]
-    failed = launch(runs.recipe(tiny_sdxl, tmp_path, stages), tmp_path, "cpu2")
+    recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
+    failed = launch(recipe, tmp_path, "cpu2")
     assert failed.returncode == 1
-    assert "stages[1] (distill): 3 samples cannot be shared evenly by 2 processes" in failed.stderr
+    told = "stages[1] (distill): batch_size: 3 samples cannot be shared evenly by 2 processes"
+    assert failed.stderr.count(told) == 1
     assert "Traceback" not in failed.stderr
+    assert not Path(recipe.runs).exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_runs_on_up_to_eight_processes(path, processes, monkeypatch):
+    monkeypatch.setattr(distributed, "count", lambda: processes)
+    for stage in load(path).stages:
+        if isinstance(stage, Training):
+            assert dict(needs.refused(stage)).get("batch_size") is None
 
 
 def test_a_process_takes_its_rows_and_its_items(monkeypatch):
@@ -209,3 +224,47 @@ def test_a_launch_of_one_process_that_fails_ends_with_its_code_and_its_message_a
     assert failed.returncode == 1, failed.stderr
     assert failed.stderr.startswith("failed  stages[0] (trajectories): teacher ")
     assert "Traceback" not in failed.stderr
+
+
+# ---- several processes, of which one is lost ----
+
+
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_process_that_is_killed_ends_the_launch_in_words_that_say_what_is_saved(tiny_sdxl, tmp_path, lost):
+    stages = [runs.trajectories(runs.write_prompts(tmp_path)), runs.distill(num_steps=100_000, save_every=3)]
+    recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
+    process = started(recipe, tmp_path, "cpu2")
+    try:
+        deadline = time.monotonic() + SECONDS
+        while not list(tmp_path.glob("runs/stages/distill-*/checkpoints/step-*")) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(children(process.pid)[lost], signal.SIGKILL)
+        output, errors = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
+    assert process.returncode == 3, output + errors
+    assert re.search(
+        r"failed  stages\[1\] \(distill\): another process .* has ended, and this one stops: .*/step-\d+ is whole, and "
+        "the same command goes on",
+        errors,
+    ), errors
+    assert f"process {lost} of 2 was ended by SIGKILL (the system does that where memory runs out)" in errors
+    assert "Traceback" not in errors
+
+
+def test_the_code_of_a_launch_is_that_of_the_process_that_failed_and_not_of_those_that_lost_it():
+    def failed(*codes: int) -> ChildFailedError:
+        failures = {rank: ProcessFailure(rank, 1, code, "") for rank, code in enumerate(codes)}
+        return ChildFailedError("mlcm", failures)
+
+    assert launcher.exit_code(failed(3, 1)) == 1
+    assert launcher.exit_code(failed(2, 3)) == 2
+    assert launcher.exit_code(failed(3, 3)) == 3
+    launcher.refuse_killed(failed(3, 1, -signal.SIGTERM), 3)
+    with pytest.raises(launcher.Killed, match=r"process 1 of 2 was ended by SIGSEGV: the others were stopped"):
+        launcher.refuse_killed(failed(3, -signal.SIGSEGV), 2)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlcm_rl.equations.averaging import ema_decay, ema_update_
 
@@ -52,3 +53,26 @@ def test_averaging_leaves_no_graph_and_refuses_unequal_lists():
     assert mean.grad_fn is None
     with pytest.raises(ValueError, match=r"shorter|longer"):
         ema_update_([mean], [parameter, parameter], 0.5)
+
+
+class Operations(TorchDispatchMode):
+    """What torch is asked to compute, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.names.append(function.name())
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.5, 0.95, 0.9999, 1.0])
+def test_all_parameters_are_averaged_in_one_call_to_the_bits_of_one_by_one(decay):
+    draws = torch.Generator().manual_seed(0)
+    means, values = ([torch.randn(7, size, generator=draws) for size in (1, 33, 1000)] for _ in range(2))
+    expected = [mean.clone().lerp_(value, 1.0 - decay) for mean, value in zip(means, values, strict=True)]
+    with Operations() as asked:
+        ema_update_(means, values, decay)
+    assert all(torch.equal(mean, one) for mean, one in zip(means, expected, strict=True))
+    assert [name for name in asked.names if "lerp" in name] == ["aten::_foreach_lerp_.Scalar"]

@@ -64,7 +64,7 @@ def write_tuned(root: Path, base: bases.Base) -> None:
     start, folder = root / "same" / "student", root / "feedback"
     denoiser = adapters.for_preference(base, Lora(rank=2, alpha=2), 0, start)
     tiny.perturb([value for value in denoiser.parameters() if value.requires_grad])
-    adapters.save_tuned(denoiser, start, folder / "student")
+    adapters.save_tuned(denoiser, start, folder / "student", 2)
     stages = [runs.trajectories("p.txt"), runs.distill(), runs.tuning("feedback", "p.txt", num_steps=40)]
     made = runs.recipe(root / "teacher", root, stages, name="taste").model_dump(mode="json")
     described = {"kind": "feedback", "recipe": made, "stage": made["stages"][2], "parents": {"distill": "same"}}

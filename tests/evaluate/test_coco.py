@@ -19,6 +19,7 @@ from test_inception import random_weights
 from mlcm_rl import metrics, pipeline
 from mlcm_rl.checkpoint import write_tensors
 from mlcm_rl.evaluation import inception, instruments
+from mlcm_rl.picture_files import read_picture, square
 from mlcm_rl.recipe.file import load
 from mlcm_rl.recipe.tree import RecipeError, key_text
 
@@ -88,7 +89,7 @@ def test_fid_is_that_of_the_pictures_that_were_kept(report, folder, networks):
     for row in report["rows"]:
         files = sorted((folder / "samples" / row["id"]).iterdir())
         assert [file.name for file in files] == [f"{i:05d}.png" for i in range(len(PROMPTS))]
-        drawn = torch.cat([network(instruments._square(file, 16)[None]) for file in files])
+        drawn = torch.cat([network(square(read_picture(file, str(file)), 16)[None]) for file in files])
         x, y = real.double(), drawn.double()
         root = torch.linalg.eigvals(torch.cov(x.T) @ torch.cov(y.T)).sqrt().real.sum()
         expected = (x.mean(0) - y.mean(0)).square().sum() + torch.cov(x.T).trace() + torch.cov(y.T).trace() - 2 * root

@@ -9,6 +9,7 @@ import pytest
 import torch
 from evaluation_case import CONCEPTS, PICTURES, PROMPTS, recipe, run
 
+from mlcm_rl import checkpoint
 from mlcm_rl.data import Prompt
 from mlcm_rl.evaluation import instruments
 from mlcm_rl.rewards import Member
@@ -115,6 +116,7 @@ def test_an_interrupted_evaluation_goes_on_after_its_last_batch(place, tmp_path,
     assert [one["metrics"] for one in resumed["rows"]] == [one["metrics"] for one in whole["rows"]]
     assert len(kept) == 4 * 2
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    checkpoint.finish(tmp_path / "cut", {})
     assert not (tmp_path / "cut" / "rows").exists()
 
 
@@ -275,7 +277,10 @@ def test_a_teacher_alone_is_a_table_too(place, tmp_path):
 
 def test_samples_that_are_not_numbers_stop_the_evaluation(place, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "sample", lambda scene, *_: torch.full((1, *scene.base.latent_shape), math.nan))
-    with pytest.raises(ValueError, match="row teacher-3: its samples are not finite"):
+    with pytest.raises(
+        ValueError,
+        match="row teacher-3: the teacher draws what is not made of finite numbers for the prompt 'a red apple'",
+    ):
         run(place, tmp_path / "run")
 
 

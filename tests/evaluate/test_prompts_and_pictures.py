@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 
 from mlcm_rl.data import CaptionedImages, Prompt, guess_language, read_prompts
+from mlcm_rl.evaluation import instruments
+from mlcm_rl.recipe import Evaluate
 
 
 def jsonl(path, *records):
@@ -18,6 +20,37 @@ def test_text_file_is_one_prompt_a_line_with_its_language_guessed(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("\ufeffa red apple\n\n  红苹果  \r\ncafe\u0301\n", encoding="utf-8")
     assert read_prompts(path) == [Prompt("a red apple", "en"), Prompt("红苹果", "zh"), Prompt("cafe\u0301", "en")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_a_text_file_is_read_by_its_mark(tmp_path, encoding):
+    path = tmp_path / "prompts.txt"
+    mark = "" if encoding in ("utf-8-sig", "utf-16") else "\ufeff"
+    path.write_bytes(f"{mark}a red apple\r\n红苹果\r\n😀\n".encode(encoding))
+    assert [prompt.prompt for prompt in read_prompts(path)] == ["a red apple", "红苹果", "😀"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a red apple\r\n红苹果".encode("utf-16-le"), r"prompts\.txt:1: a NUL byte.*save it as UTF-8"),
+        (b"a cat\na\0dog\n", r"prompts\.txt:2: a NUL byte"),
+        (b"\xff\xfea\0b", r"prompts\.txt: begins with the mark of UTF-16, which it is not"),
+        ("a cat".encode("utf-32"), r"prompts\.txt:1: a NUL byte"),
+    ],
+)
+def test_what_is_no_utf8_text_is_refused_in_words(tmp_path, content, said):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_prompts(tmp_path / "prompts.txt")
+
+
+def test_a_value_that_is_wrong_is_quoted_short(tmp_path):
+    long = ["x" * 10**6] * 3
+    for record in ({"prompt": long}, {"prompt": "a", "style": dict.fromkeys("ab", long)}, {"x" * 10**6: 1}):
+        with pytest.raises(ValueError) as error:
+            read_prompts(jsonl(tmp_path / "p.jsonl", record))
+        assert len(str(error.value)) < 800
 
 
 def test_jsonl_keeps_what_it_says_and_guesses_the_language_it_does_not(tmp_path):
@@ -44,6 +77,8 @@ def test_a_han_character_makes_a_prompt_chinese(text, language):
         (b'{"prompt": "x", "style": 3}', ":2: style must be text"),
         (b'{"prompt": null}', ":2: prompt must be text"),
         (b"\xff\xfe", ":2: not UTF-8"),
+        (b'{"prompt": "a\\u0000cat"}', ":2: prompt holds the character NUL"),
+        ('{"prompt": "x"}'.encode("utf-16-le"), ":2: a NUL byte, so that it is no UTF-8 text (UTF-16, perhaps)"),
     ],
 )
 def test_a_bad_line_is_reported_with_file_and_number(tmp_path, line, said):
@@ -62,6 +97,18 @@ def test_files_without_prompts_and_of_other_kinds_are_refused(tmp_path):
         read_prompts(tmp_path / "prompts.csv")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
         read_prompts(tmp_path / "nowhere.txt")
+
+
+def test_an_evaluation_names_prompts_that_a_reward_cannot_score_before_it_draws(tmp_path, monkeypatch):
+    def refuse_prompt(self, prompt, aspect):
+        raise ValueError(f"no {prompt}")
+
+    monkeypatch.setattr("reward_models.brightness.Brightness.refuse_prompt", refuse_prompt, raising=False)
+    path = tmp_path / "p.txt"
+    path.write_text("cat\n\ndog\n")
+    stage = Evaluate(prompts=str(path), num_prompts=2, rewards=["brightness"])
+    with pytest.raises(ValueError, match=r"cannot score 2 of the prompts: .*p\.txt:1: no cat; .*p\.txt:3: no dog\."):
+        instruments.load(stage, read_prompts(path), 8, torch.device("cpu"))
 
 
 def test_pictures_are_squared_about_their_centre_and_laid_on_white(tmp_path):
@@ -93,6 +140,7 @@ def test_pictures_are_squared_about_their_centre_and_laid_on_white(tmp_path):
         ({"file_name": "good.png", "prompts": []}, ":2: prompts must be a list of at least one caption"),
         ({"file_name": "good.png", "prompts": "x"}, ":2: prompts must be a list"),
         ({"prompts": ["x"]}, ":2: file_name must be text"),
+        ({"file_name": "good.png", "prompts": ["x", "a\0b"]}, ":2: each of prompts holds the character NUL"),
     ],
 )
 def test_a_bad_picture_is_reported_with_file_and_number(tmp_path, record, said):

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mlcm_rl import report
 from mlcm_rl.checkpoint import CheckpointError
-from mlcm_rl.export import _under_a_heading
+from mlcm_rl.model_card import _under_a_heading
 from mlcm_rl.report import page
 
 LANGUAGES = ["en", "zh", "en", "zh"]
@@ -141,6 +141,20 @@ def test_the_terminal_table_shows_every_row_within_eighty_columns():
     for part in ("Teacher, undistilled", "gamma 0, default", "gamma 1", "100 steps", "0.65", "0.675"):
         assert part in text or part == "0.65"
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_no_head_of_the_terminal_table_is_broken_inside_a_word():
+    planted_rows = rows()
+    for name in ("emoji_style", "emoji_style_judge", "emoji_alignment"):
+        for row in planted_rows:
+            row["metrics"][f"reward/{name}"] = row["metrics"]["r@5"]
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(report.table(made(planted_rows)))
+    lines = console.export_text().splitlines()
+    words = " ".join(lines[: next(i for i, line in enumerate(lines) if "reference" in line.lower())]).split()
+    assert words.count("emoji") == 3
+    assert "alignment" in words
+    assert max(map(len, lines)) <= 80
 
 
 def test_loss_curves_are_read_phase_by_phase_and_averaged_in_bins(tmp_path):

@@ -159,9 +159,50 @@ def test_an_untuned_student_ties_with_itself(result):
         assert {gap["mean"] for gap in one["differences"].values()} <= {0.0, None}
 
 
-def test_the_headline_stays_about_distillation(result):
+def test_the_headline_is_of_what_the_run_made_and_the_distilled_one_can_still_be_asked_for(result):
     rows = report.by_id(result)
-    assert {rows[check["student"]]["name"] for check in result["headline"]["checks"]} == {"student"}
+    assert result["product"] == "feedback"
+    for headline, name in ((result["headline"], "feedback"), (report.headline(result, "student"), "student")):
+        assert {rows[check["student"]]["name"] for check in headline["checks"]} == {name}
+    assert "Tuned by feedback, it is" in result["headline"]["text"]
+    assert "Tuned by" not in report.headline(result, "student")["text"]
+
+
+def test_the_page_says_whose_verdict_it_is(tuned):
+    text = (tuned / "report.html").read_text(encoding="utf-8")
+    assert "the student tuned by feedback is" in text
+    assert "Tuned by feedback, it is" in text
+
+
+def headline_of(values, kept_step=40):
+    """The headline where the distilled student is far ahead of the teacher, and the tuned one as near as that."""
+    far = {"reward_style": [0.0] * 4, "reward_judge": [0.0] * 4, "distance": [9.0, 9.1, 9.2, 9.0]}
+    teacher = planted("teacher", **far) | {"role": "undistilled", "default": False}
+    reference = planted("reference", 50, **SCORES) | {"role": "reference"}
+    made = planted_report(reference, teacher, planted("student", **SCORES), planted("dpo", **values))
+    made |= {"reference": reference["id"], "product": "dpo"}
+    one = entry(guard={"kept_step": kept_step, "warnings": [], "stopped": False})
+    made["tuned"] = [one | {"comparisons": tuned_students.compared(made, one)}]
+    return report.headline(made)
+
+
+def test_a_reward_that_tuning_lost_is_in_the_verdict_with_its_error():
+    lost = headline_of(SCORES | {"reward_style": [2.0, 3.0, 4.0, 5.0], "reward_judge": [-1.0, -1.0, -1.0, -1.0]})
+    assert not lost["passed"]
+    told = "Tuned by dpo, it is ahead in style (win rate 1) and behind in judge (win rate 0) beside the student that"
+    assert told in lost["text"]
+    won = headline_of(SCORES | {"reward_style": [2.0, 3.0, 4.0, 5.0]})
+    assert won["passed"]
+    assert "ahead in style (win rate 1) beside" in won["text"]
+    half = headline_of(SCORES | {"reward_judge": [-1.0, -1.0, -1.0, 1.0]})
+    assert "level in every reward" in half["text"]  # 0.25 +- 0.25
+    behind = headline_of(SCORES | {"reward_judge": [-1.0, -1.0, -1.0, 0.0]})
+    assert "behind in judge (win rate 0.12 \u00b1 0.12)" in behind["text"]
+
+
+def test_a_guard_that_kept_step_0_is_in_the_verdict():
+    text = headline_of(SCORES, kept_step=0)["text"]
+    assert "It is the student as it was distilled: the guard of dpo kept step 0." in text
 
 
 def test_a_tuned_student_whose_reference_is_elsewhere_is_left_out(place):
@@ -186,7 +227,7 @@ def test_the_written_report_has_a_line_a_table_and_the_warnings(tuned, result, s
     widths = {line.count("|") for line in text.splitlines() if re.match(r"\| (feedback|Student) \|", line)}
     assert len(widths) == 2  # of two tables, each with its head
     old = {key: value for key, value in result.items() if key != "tuned"} | {"format": 2}
-    assert "Tuned" not in report.markdown(old)
+    assert "## Tuned" not in report.markdown(old)
 
 
 def test_the_page_shows_before_and_after_and_the_guards_curves(tuned, result, student):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import runs
-from mlcm_rl import checkpoint, pipeline
+from mlcm_rl import atomic, checkpoint, pipeline
 from mlcm_rl.checkpoint import CheckpointError
 from mlcm_rl.guard import Guard
 from mlcm_rl.pipeline import RunError
@@ -89,7 +89,7 @@ def test_a_file_never_takes_a_folders_place(tmp_path):
 
 def test_too_full_a_disk_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: Usage(2**30, 2**30 - 1000, 1000))
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: Usage(2**30, 2**30 - 1000, 1000))
     with pytest.raises(CheckpointError, match=r"state\.safetensors needs 4\.0 MB and its disk has 0\.0 MB left"):
         checkpoint.save_state(tmp_path, 2, {"value": torch.zeros(10**6)})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]

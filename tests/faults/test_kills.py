@@ -3,23 +3,16 @@
 The runs are forked off a process that has imported everything, so that a kill costs no start-up.
 """
 
-import multiprocessing
 import random
 import time
 from pathlib import Path
 
+import forked
 import pytest
-import torch
+from forked import FORKS
 
 import runs
-from mlcm_rl import pipeline
 from mlcm_rl.recipe import Recipe
-
-
-def run(recipe: str) -> None:
-    """Run a recipe (JSON) in this process."""
-    torch.set_num_threads(1)
-    pipeline.run(Recipe.model_validate_json(recipe))
 
 
 class Killed:
@@ -27,14 +20,12 @@ class Killed:
 
     def __init__(self, seed: int):
         self.draws = random.Random(seed)
-        self.forks = multiprocessing.get_context("forkserver")
-        self.forks.set_forkserver_preload(["test_kills", *(f"mlcm_rl.stages.{kind}" for kind in runs.KINDS)])
 
     def whole(self, recipe: Recipe) -> float:
         """Run `recipe` and leave it alone; the seconds that it took, less those that a process takes to begin."""
-        for target, arguments in ((time.time, ()), (run, (recipe.model_dump_json(),))):
+        for target, arguments in ((time.time, ()), (forked.run, (recipe.model_dump_json(),))):
             started = time.monotonic()
-            process = self.forks.Process(target=target, args=arguments)
+            process = FORKS.Process(target=target, args=arguments)
             process.start()
             process.join()
             assert process.exitcode == 0
@@ -44,7 +35,7 @@ class Killed:
         """Run `recipe` again and again, killed each time, until it is done or was killed `num_kills` times and may end;
         returns how often it was killed."""
         for kills in range(num_kills + 1):
-            process = self.forks.Process(target=run, args=(recipe.model_dump_json(),))
+            process = FORKS.Process(target=forked.run, args=(recipe.model_dump_json(),))
             process.start()
             process.join(self.draws.uniform(0, longest) if kills < num_kills else None)
             if process.exitcode is not None:

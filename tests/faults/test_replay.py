@@ -66,7 +66,7 @@ def test_a_step_is_repeated_to_the_last_bit_from_what_it_left(distilled, monkeyp
     assert isinstance(now["grad_norm"], float)
     assert len(set(now["losses"])) > 1
     assert now == then | {"grad_norm": now["grad_norm"]}
-    assert then["seeds"] or kind == "policy"
+    assert then["seeds"] or kind in ("dpo", "policy")  # their samples have generators of their own
     assert len(then["samples"]) in (4, 2)
     assert checkpoint.checksums(folder) == before
 

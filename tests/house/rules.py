@@ -20,9 +20,11 @@ MAY_IMPORT_HEAVY = {  # modules of mlcm_rl, without the package's name
     "distributed",
     "export",
     "exported_pipeline",  # copied into an export, where it is all that stock diffusers finds
+    "lora_files",
     "metrics",
     "pairs",
     "runtime",
+    "text_parts",
 }
 ABOVE = {"__main__", "finished_runs", "pipeline", "stages"}  # what drives the rest, so nothing below may import it
 VAGUE = {"common", "helper", "helpers", "manager", "util", "utils"}
@@ -156,6 +158,29 @@ def too_long(source: str, file_lines: int = 450, function_lines: int = 120) -> l
             if length > function_lines:
                 wrong.append(f"line {node.lineno}: {node.name} has {length} lines, {function_lines} at most")
     return wrong
+
+
+def locale_bound(source: str) -> list[str]:
+    """Text that is read or written in whatever encoding the machine's locale names."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and _is_text(node) and "encoding" not in {word.arg for word in node.keywords}:
+            wrong.append(f"line {node.lineno}: {ast.unparse(node.func)} without encoding=")
+    return wrong
+
+
+def _is_text(node: ast.Call) -> bool:
+    """Whether a call reads or writes text, its encoding given by no position."""
+    if any(word.arg in ("text", "universal_newlines") and _is_true(word.value) for word in node.keywords):
+        return True
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    if name == "open":
+        place = isinstance(node.func, ast.Name)  # of the mode; other libraries' open() takes no such word
+        mode = next((word.value for word in node.keywords if word.arg == "mode"), None)
+        mode = mode or (node.args[place] if len(node.args) > place else ast.Constant("r"))
+        return isinstance(mode, ast.Constant) and set(str(mode.value)) <= set("rwxat+")
+    places = {"read_text": 0, "write_text": 1}
+    return isinstance(node.func, ast.Attribute) and name in places and len(node.args) <= places[name]
 
 
 def words(name: str) -> set[str]:

@@ -55,6 +55,10 @@ def test_files_and_functions_stay_readable():
     report(broken(LIBRARY, rules.too_long))
 
 
+def test_text_is_utf8_whatever_the_locale():
+    report(broken(LIBRARY + PROGRAMS, rules.locale_bound))
+
+
 def test_names_say_what_they_are():
     report([wrong for path in LIBRARY + PROGRAMS + TESTS for wrong in rules.vague_names(path.read_text(), shown(path))])
 
@@ -168,6 +172,31 @@ def test_length_is_seen():
     assert len(rules.too_long("x = 1\n" * 451)) == 1
     assert rules.too_long("def f():\n" + "    x = 1\n" * 119) == []
     assert "121 lines" in rules.too_long("def f():\n" + "    x = 1\n" * 120)[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "allowed"),
+    [
+        ("path.read_text()", False),
+        ("path.read_text('utf-8')", True),
+        ("path.read_text(encoding='utf-8', errors='replace')", True),
+        ("path.write_text(text)", False),
+        ("path.write_text(text, 'utf-8')", True),
+        ("path.open()", False),
+        ("path.open('w', newline='')", False),
+        ("path.open('rb')", True),
+        ("path.open('w', encoding='utf-8')", True),
+        ("open(path)", False),
+        ("open(path, 'wb')", True),
+        ("open(path, mode='a')", False),
+        ("Image.open(path)", True),
+        ("subprocess.run(command, text=True)", False),
+        ("subprocess.run(command, text=True, encoding='utf-8')", True),
+        ("subprocess.run(command)", True),
+    ],
+)
+def test_text_in_the_locales_encoding_is_seen(source, allowed):
+    assert (rules.locale_bound(source) == []) is allowed
 
 
 def test_vague_names_are_seen():

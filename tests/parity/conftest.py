@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import lora_students
 import pytest
 
 import tiny
@@ -28,3 +29,13 @@ def loaded(teachers) -> dict[str, Base]:
         name: bases.load(recipe.Teacher(path=str(folder), family=families[name]), "cpu")
         for name, folder in teachers.items()
     }
+
+
+@pytest.fixture(scope="session")
+def lora_exports(loaded, tmp_path_factory) -> Path:
+    """Students and exports of every kind over two teachers: students/<teacher>-<kind> and exports/<teacher>-<kind>."""
+    root = tmp_path_factory.mktemp("lora")
+    for teacher in ("sdxl", "sd15"):
+        for kind in lora_students.WHOLE + lora_students.CONDITIONED:
+            lora_students.make(loaded[teacher], root, f"{teacher}-{kind}", kind)
+    return root

@@ -1,13 +1,15 @@
 """Sample exported folders with diffusers and nothing of ours: a program, `stock_samples.py JOBS.json [CODE.py ...]`.
 
 A job is {"folder", "out", "prompts", "seed", "calls": [{"steps"} or {"timesteps"}, "eta"]} and optionally "lora" and
-"unet" (parts to put over the folder's own), "scheduler" (whose to take instead) and "trust" (run the folder's own
-pipeline.py).
-Written to "out": the latents of each call by its number. Then each CODE.py is run, as a reader of a card would run it.
+"unet" (parts to put over the folder's own), "scheduler" (whose to take instead), "trust" (run the folder's own
+pipeline.py) and "again" (a folder to save the pipeline to, and to open it from).
+Written to "out": the latents of each call by its number. Then each CODE.py is run where it lies, as a reader of a card
+would run it.
 """
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,11 +20,14 @@ from safetensors.torch import save_file
 
 def sample(job: dict) -> None:
     pipe = DiffusionPipeline.from_pretrained(job["folder"], trust_remote_code=job.get("trust", False))
+    if "again" in job:
+        pipe.save_pretrained(job["again"])
+        pipe = DiffusionPipeline.from_pretrained(job["again"], trust_remote_code=job["trust"])
     pipe.set_progress_bar_config(disable=True)
-    if "lora" in job:
-        pipe.load_lora_weights(job["lora"], weight_name="pytorch_lora_weights.safetensors")
     if "unet" in job:
         pipe.unet = UNet2DConditionModel.from_pretrained(job["unet"])
+    if "lora" in job:
+        pipe.load_lora_weights(job["lora"], weight_name="pytorch_lora_weights.safetensors")
     if "scheduler" in job:
         name = json.loads(Path(job["scheduler"], "scheduler_config.json").read_text())["_class_name"]
         pipe.scheduler = getattr(importlib.import_module("diffusers"), name).from_pretrained(job["scheduler"])
@@ -40,6 +45,7 @@ if __name__ == "__main__":
     for job in json.loads(Path(sys.argv[1]).read_text()):
         sample(job)
     for code in sys.argv[2:]:
+        os.chdir(Path(code).parent)
         exec(compile(Path(code).read_text(), code, "exec"), {})
     if "mlcm_rl" in sys.modules:
         raise SystemExit("mlcm_rl was imported: an export must not need it")

@@ -52,6 +52,7 @@ class Case:
 
 LORA = Lora(rank=4, alpha=8.0)
 OVER_TEACHER = {"folder": "{teacher}", "lora": "{out}", "scheduler": "{out}/scheduler"}
+AGAIN = {"trust": True, "again": "{out}/../../saved-again"}
 CASES = [
     Case("renoising", "sdxl", LORA, 1, ALL_STEPS + PAPER),
     Case("renoising-lora-over-its-teacher", "sdxl", LORA, 1, SOME_STEPS, of="renoising", job=OVER_TEACHER),
@@ -60,6 +61,7 @@ CASES = [
     Case("renoising-sd21", "sd21", Full(), 1, SOME_STEPS),
     Case("deterministic-full", "sdxl", Full(), 4, SOME_STEPS),
     Case("conditioned", "sdxl", LORA, 1, ALL_STEPS, conditioned=True, job={"trust": True}),
+    Case("conditioned-saved-again", "sdxl", LORA, 1, SOME_STEPS, True, AGAIN, "conditioned"),
     Case("conditioned-renoising", "sdxl", LORA, 1, SOME_STEPS, conditioned=True, job={"trust": True}, tuned_under=1.0),
     Case("tuned-between", "sdxl", LORA, 1, WITH_ETA, tuned_under=0.3),
     Case("conditioned-between", "sdxl", LORA, 1, WITH_ETA, conditioned=True, job={"trust": True}, tuned_under=0.3),
@@ -67,9 +69,17 @@ CASES = [
     Case("conditioned-sd15", "sd15", Full(), 1, SOME_STEPS, conditioned=True, job={"trust": True}),
 ]  # fmt: skip
 
+CARDS = {  # whose code is run: the pictures that it leaves
+    "renoising": ["adapter", "sample"],
+    "tuned-between": ["adapter", "sample"],
+    "deterministic-full": ["sample", "steps-2", "steps-4"],
+    "conditioned": ["sample", "steps-2", "steps-6"],
+    "conditioned-between": ["sample", "steps-2", "steps-6"],
+    "conditioned-sd15": ["sample", "steps-2"],
+}
 SNAPSHOTS = {2: CASES[0], 4: CASES[5]}  # beside `deterministic-full`: an adapter, and full weights
 TOLD = [("conditioned", steps) for steps in STOCK_STEPS]
-TOLD += [(case.name, steps) for case in CASES[7:] if case.conditioned for steps in (2, 8)]
+TOLD += [(case.name, steps) for case in CASES[7:] if case.conditioned and not case.of for steps in (2, 8)]
 
 
 @dataclass
@@ -87,7 +97,7 @@ class Exported:
 
 
 @pytest.fixture(scope="module")
-def exported(loaded, tmp_path_factory) -> Exported:
+def exported(loaded, teachers, tmp_path_factory) -> Exported:
     found = Exported(tmp_path_factory.mktemp("exported"), {})
     for case in CASES:
         if case.of is None:
@@ -96,8 +106,7 @@ def exported(loaded, tmp_path_factory) -> Exported:
     jobs += [_snapshot_job(loaded["sdxl"], found, "deterministic-full", steps) for steps in SNAPSHOTS]
     cases = {case.name: case for case in CASES}
     jobs += [_snapshot_job(loaded[cases[name].teacher], found, name, steps, cases[name]) for name, steps in TOLD]
-    card = _code_of_card(found.out(CASES[0]))
-    _run_stock(found.root, jobs, card)
+    _run_stock(found.root, jobs, [file for case in CARDS for file in _code_of_card(found, cases[case], teachers)])
     found.latents = {Path(job["out"]).stem: load_file(job["out"]) for job in jobs}
     return found
 
@@ -133,20 +142,26 @@ def _call(case: Case | None, steps: int) -> dict:
     return {"steps": steps} | ({"eta": case.gamma} if case and 0.0 < case.gamma < 1.0 else {})
 
 
-def _code_of_card(folder: Path) -> Path:
-    """The first block of code of the export's card, as a file."""
-    code = folder.parent / "card.py"
-    code.write_text((folder / "README.md").read_text().split("```python\n")[1].split("```")[0])
-    return code
+def _code_of_card(found: Exported, case: Case, teachers: dict[str, Path]) -> list[Path]:
+    """Every block of code of an export's card, as a file in a folder where the export and its teacher lie."""
+    folder = found.root / "cards" / case.name
+    folder.mkdir(parents=True)
+    for one in (found.out(case), teachers[case.teacher]):
+        (folder / one.name).symlink_to(one)
+    files = []
+    for i, block in enumerate((found.out(case) / "README.md").read_text().split("```python\n")[1:]):
+        files.append(folder / f"block-{i}.py")
+        files[-1].write_text(block.split("```")[0])
+    return files
 
 
-def _run_stock(root: Path, jobs: list[dict], card: Path) -> None:
+def _run_stock(root: Path, jobs: list[dict], code: list[Path]) -> None:
     (root / "jobs.json").write_text(json.dumps(jobs))
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     program = Path(__file__).with_name("stock_samples.py")
     subprocess.run(
-        [sys.executable, str(program), str(root / "jobs.json"), str(card)],
-        cwd=card.parent,
+        [sys.executable, str(program), str(root / "jobs.json"), *map(str, code)],
+        cwd=root,
         env=environment | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "home")},
         check=True,
     )
@@ -219,8 +234,11 @@ def test_an_adapter_holds_a_conditioned_student_for_as_many_steps_as_its_rank(ex
     assert [steps for steps, folder in files.items() if (folder / "unet").is_dir()] == [6, 8]
 
 
-def test_code_of_the_card_runs_and_leaves_a_picture(exported):
-    assert (exported.root / "exports" / "sample.png").stat().st_size > 0
+@pytest.mark.parametrize(("case", "pictures"), CARDS.items())
+def test_every_block_of_code_of_a_card_runs_and_leaves_a_picture(case, pictures, exported):
+    assert sorted(path.stem for path in (exported.root / "cards" / case).glob("*.png")) == pictures
+    for name in pictures:
+        assert (exported.root / "cards" / case / f"{name}.png").stat().st_size > 0
 
 
 def test_conditioned_export_is_not_opened_by_a_stock_pipeline(exported):

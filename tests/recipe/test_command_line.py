@@ -81,6 +81,33 @@ def test_validate_says_ok_or_all_errors_for_every_recipe(mlcm, root):
     ]
 
 
+def test_validate_puts_settings_over_each_recipe(mlcm, root):
+    assert mlcm("validate", "good.yaml", "seed=3", "stages.distill.num_steps=40").exit_code == 0
+    result = mlcm("validate", "good.yaml", "sede=3")
+    assert result.exit_code == 2
+    assert "good.yaml with sede=3: sede: unknown key; did you mean seed?" in result.stdout
+    alone = mlcm("validate", "seed=3")
+    assert alone.exit_code == 2
+    assert "name a recipe's YAML file before the settings" in " ".join(alone.stderr.replace("│", " ").split())
+    Path("a=b.yaml").write_text(Path("good.yaml").read_text())
+    assert mlcm("validate", "a=b.yaml").exit_code == 0
+
+
+def test_an_empty_prompt_file_and_a_tracker_that_is_not_installed_are_bad_recipes(mlcm, root, monkeypatch):
+    (root / "data" / "prompts.txt").write_text("\n \n")
+    result = mlcm("run", "good.yaml")
+    assert result.exit_code == 2
+    assert "stages[0].prompts: data/prompts.txt holds no prompt: write one a line" in result.stderr
+    (root / "data" / "prompts.txt").write_text("a cat")
+    monkeypatch.setattr("mlcm_rl.recipe.find_spec", lambda name: None if name == "wandb" else name)
+    for command in ("run", "validate"):
+        result = mlcm(command, "good.yaml", "trackers=[tensorboard, wandb]")
+        assert result.exit_code == 2
+        told = "trackers[1]: wandb is not installed: pip install 'mlcm-rl[wandb]', or take it out of trackers"
+        assert told in result.stdout + result.stderr
+    assert not Path("runs").exists()
+
+
 def test_validate_of_good_recipes_ends_with_0_and_long_paths_are_not_wrapped(mlcm, root):
     long = Path("recipes" * 12) / "good.yaml"
     long.parent.mkdir()
@@ -227,7 +254,7 @@ def test_sample_evaluate_and_export_hand_their_arguments_on(mlcm, finished_runs)
     exported = mlcm("export", "runs/good", "out")
     assert (sampled.stdout, evaluated.stdout, exported.stdout) == ("out/0.png\nout/1.png\n", "report.html\n", "out\n")
     run = Path("runs/good")
-    assert calls == [(run, ["a cat", "猫"], 4, 0, 0.5, Path("out")), (run, None, [2, 4]), (run, Path("out"))]
+    assert calls == [(run, ["a cat", "猫"], 4, 0, 0.5, Path("out"), 16), (run, None, [2, 4]), (run, Path("out"))]
 
 
 @pytest.mark.parametrize(

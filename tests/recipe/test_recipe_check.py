@@ -1,5 +1,6 @@
 """What is wrong with a recipe beyond its types: files that are not there, stages that do not find what they need."""
 
+import json
 from importlib import import_module
 from typing import get_args
 
@@ -8,6 +9,7 @@ import pytest
 from mlcm_rl import rewards
 from mlcm_rl.recipe import Teacher
 from mlcm_rl.recipe.file import FAMILIES, check, load, reward_names
+from mlcm_rl.recipe.paths import Folders
 from mlcm_rl.recipe.tree import RecipeError, key_text
 
 REVISION = f"teacher.revision='{40 * '0'}'"
@@ -65,6 +67,34 @@ def test_a_teacher_of_another_family_is_told_when_the_recipe_is_read(broken, roo
     assert (key_text(problem.key), problem.text) == ("teacher.family", told)
 
 
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", ["pipeline", "TargetTimePipeline"]], ids=str)
+@pytest.mark.parametrize(
+    ("scheduler", "described", "reason"),
+    [
+        ("LCMScheduler", False, "its model_index.json names LCMScheduler"),
+        ("TCDScheduler", False, "its model_index.json names TCDScheduler"),
+        ("DDIMScheduler", True, "`mlcm export` wrote it (student.json lies in it)"),
+    ],
+)
+def test_a_student_in_the_teachers_place_is_told_when_the_recipe_is_read(
+    broken, root, name, scheduler, described, reason
+):
+    index = {"_class_name": name, "scheduler": ["diffusers", scheduler]}
+    (root / "teacher" / "model_index.json").write_text(json.dumps(index))
+    if described:
+        (root / "teacher" / "student.json").write_text("{}")
+    (problem,) = broken(overrides=("seed=1",))
+    assert key_text(problem.key) == "teacher.path"
+    assert problem.text.startswith(f"teacher is a student, for a few steps, already: {reason}")
+
+
+@pytest.mark.parametrize("scheduler", [[], ["diffusers"], "LCMScheduler", None, ["diffusers", ["LCMScheduler"]]])
+def test_an_index_that_names_no_scheduler_is_no_students(broken, root, scheduler):
+    index = {"_class_name": "StableDiffusionXLPipeline", "scheduler": scheduler}
+    (root / "teacher" / "model_index.json").write_text(json.dumps(index))
+    assert not any("is a student" in problem.text for problem in broken(overrides=("seed=1",)))
+
+
 def test_a_side_that_the_teacher_cannot_halve_is_told_when_the_recipe_is_read(broken, root):
     (problem,) = broken(overrides=("teacher.resolution=1000",))  # SDXL halves a side three times, then twice
     assert key_text(problem.key) == "teacher.resolution"
@@ -90,7 +120,7 @@ def test_a_hub_name_is_not_looked_for_on_disk_and_needs_a_revision(broken, root,
 def test_a_revision_is_a_commit(broken, revision):
     (problem,) = broken(overrides=("teacher.path=gpt2", f"teacher.revision='{revision}'"))
     assert key_text(problem.key) == "teacher.revision"
-    assert "expected text that matches ^[0-9a-f]{40}$" in problem.text
+    assert "expected the 40 hexadecimal digits of a commit" in problem.text
 
 
 def test_a_path_that_is_no_hub_name_is_looked_for_whatever_the_revision(broken):
@@ -119,8 +149,8 @@ def test_runs_are_kept_in_a_folder(broken, runs, found):
 def test_what_paths_are_relative_to_is_said_once(root):
     with pytest.raises(RecipeError) as raised:
         load(root / "good.yaml", ["teacher.path=nowhere", "stages.2.judge=nowhere"], root)
-    assert raised.value.note == f"paths are relative to the working directory, here {root}"
-    assert str(raised.value).count("paths are relative") == 1
+    assert raised.value.note == f"paths on the command line are relative to the working directory, here {root}"
+    assert str(raised.value).count("are relative to the working") == 1
     with pytest.raises(RecipeError) as raised:
         load(root / "good.yaml", [f"teacher.path={root / 'nowhere'}"], root)
     assert raised.value.note == ""
@@ -136,7 +166,7 @@ def test_nothing_is_looked_for_on_disk_when_only_the_types_are_asked_for(root):
 
 def test_check_alone_gives_the_same_problems_without_places(root):
     recipe = load(root / "good.yaml", ["teacher.path=nowhere", "stages.2.judge=nowhere"])
-    assert [(key_text(problem.key), problem.place) for problem in check(recipe, root)] == [
+    assert [(key_text(problem.key), problem.place) for problem in check(recipe, Folders(root, root))] == [
         ("teacher.path", None),
         ("stages[2].judge", None),
     ]

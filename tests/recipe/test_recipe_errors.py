@@ -41,7 +41,15 @@ def test_a_good_recipe_means_what_a_person_reads_in_it(root):
         ("seed: 7", "colour_of_the_sky: 7", 3, "colour_of_the_sky", "unknown key; known are name, seed, teacher,"),
         ("seed: 7", "<<: {seed: 7}", 3, "<<", "unknown key"),
         ("name: good", "name: 2024", 2, "name", "found the number 2024: put it in quotes"),
-        ("name: good", "name: Good One", 2, "name", "expected text that matches ^[a-z0-9][a-z0-9_-]*$"),
+        (
+            "name: good",
+            "name: Good One",
+            2,
+            "name",
+            "expected small letters a to z, digits, - and _, a letter or a",
+        ),
+        ("name: good", "name: stages", 2, "name", "name: stages is a folder under runs that is every run's"),
+        ("name: good", "name: rows", 2, "name", "name: rows is a folder under runs"),
         (
             "[colourfulness]",
             "[3]",

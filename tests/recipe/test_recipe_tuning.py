@@ -4,8 +4,10 @@ import pytest
 from pydantic import ValidationError
 
 import runs
-from mlcm_rl.recipe import Distill
+from mlcm_rl.recipe import Distill, Feedback
 from mlcm_rl.recipe.file import load
+
+MPS = {"shape": "mps_hinge", "rewards": [{"name": "mps"}]}
 
 
 @pytest.mark.parametrize(
@@ -18,6 +20,10 @@ from mlcm_rl.recipe.file import load
         ("feedback", {"guard": {"rewards": []}}, "at least 1 item"),
         ("feedback", {"kl": 0.1, "sampling_steps": 1}, "kl needs sampling_steps 2 or more"),
         ("feedback", {"shape": "mps_hinge", "batch_size": 1}, "shape: mps_hinge needs batch_size 2 or more"),
+        ("feedback", {"shape": "mps_hinge"}, "threshold: set it for mps_hinge, here in the summed reward's own scale"),
+        ("feedback", MPS | {"normalise": True}, "threshold: set it for mps_hinge, here in running deviations"),
+        ("feedback", MPS | {"rewards": [{"name": "mps", "weight": 0.5}]}, "threshold: set it for mps_hinge"),
+        ("feedback", {"threshold": 2.0}, "threshold has no meaning for shape negative"),
         (
             "feedback",
             {"guard": {"rewards": [{"name": "colourfulness"}], "num_prompts": 1}},
@@ -44,6 +50,25 @@ def test_a_stage_that_cannot_work_is_refused(kind, changes, told):
 
 
 @pytest.mark.parametrize(
+    ("changes", "normalise", "threshold"),
+    [
+        ({}, True, 0.0),
+        ({"shape": "hinge"}, True, 0.0),
+        (MPS, False, 16.0),
+        (MPS | {"threshold": 12.0}, False, 12.0),
+        (MPS | {"normalise": True, "threshold": 0.0}, True, 0.0),
+        (MPS | {"normalise": False}, False, 16.0),
+        ({"shape": "mps_hinge", "threshold": 0.3}, False, 0.3),
+    ],
+)
+def test_the_hinge_of_mps_is_the_papers_by_default_and_what_is_set_is_kept(changes, normalise, threshold):
+    stage = runs.tuning("feedback", "prompts.txt", **changes)
+    assert (stage.normalise, stage.threshold) == (normalise, threshold)
+    assert Feedback.model_validate(stage.model_dump()) == stage
+    assert Feedback.model_validate_json(stage.model_dump_json(), strict=True) == stage  # as a file is read
+
+
+@pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"condition_on_target": False}, "they need condition_on_target: true"),
@@ -66,6 +91,17 @@ FEEDBACK = """  - kind: feedback
     rewards: [{name: brightness}]
     guard: {rewards: [{name: colourfulness}]}
 """
+
+
+def test_a_reward_is_named_alone_or_by_an_entry_in_every_stage(root):
+    text = (root / "good.yaml").read_text("utf-8")
+    names = FEEDBACK.replace("{name: brightness}", "brightness").replace("{name: colourfulness}", "colourfulness")
+    recipes = []
+    for stage in (FEEDBACK, names):
+        (root / "tuned.yaml").write_text(text.replace("  - kind: evaluate\n", stage + "  - kind: evaluate\n"))
+        recipes.append(load(root / "tuned.yaml", root=root))
+    assert recipes[0] == recipes[1]  # the fingerprint too, which hashes what is loaded
+    assert recipes[0].stages[2].model_dump() == recipes[1].stages[2].model_dump()
 
 
 def test_a_reward_that_does_not_exist_is_refused_by_name_and_place(broken):

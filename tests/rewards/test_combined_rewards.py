@@ -155,27 +155,33 @@ def test_one_score_and_equal_scores_do_not_divide_by_zero():
     assert normaliser.std == 1e-4
 
 
-def test_the_first_batch_is_normalised_by_itself_and_the_second_by_both():
-    rewards = combined()
+def taken_in(rewards: Combined, images: torch.Tensor) -> Combined:
+    """`rewards` with their scores of `images` in its statistics."""
+    rewards.take_in(rewards.raw(images, [""] * len(images)))
+    return rewards
+
+
+def test_a_batch_is_normalised_by_all_that_was_taken_in_before_it_however_it_is_split():
     first, second = pictures(6, seed=1), pictures(5, seed=2)
-    total, raw = rewards(first, [""] * 6)
-    expected = sum(w * (raw[n] - raw[n].mean()) / raw[n].std() for n, w in (("mean", 2.0), ("square", -0.5)))
-    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
-    total, again = rewards(second, [""] * 5)
-    seen = {name: torch.cat([raw[name], again[name]]) for name in raw}
-    expected = sum(w * (again[n] - seen[n].mean()) / seen[n].std() for n, w in (("mean", 2.0), ("square", -0.5)))
-    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
+    rewards = taken_in(taken_in(combined(), first), second)
+    seen = rewards.raw(torch.cat([first, second]), [""] * 11)
+    images = pictures(4, seed=3)
+    whole, raw = rewards(images, [""] * 4)
+    expected = sum(w * (raw[n] - seen[n].mean()) / seen[n].std() for n, w in (("mean", 2.0), ("square", -0.5)))
+    torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-5)
+    parts = torch.cat([rewards(part, [""] * 2)[0] for part in images.split(2)])
+    torch.testing.assert_close(parts, whole)
 
 
 def test_what_is_logged_as_normalised_adds_up_to_the_total():
-    rewards = combined()
+    rewards = taken_in(combined(), pictures(6, seed=1))
     total, raw = rewards(pictures(6), [""] * 6)
     terms = rewards.normalised(raw)
     torch.testing.assert_close(total, 2.0 * terms["mean"] - 0.5 * terms["square"])
 
 
 def test_the_gradient_of_the_total_is_that_of_the_raw_scores_over_their_deviation():
-    rewards = combined()
+    rewards = taken_in(combined(), pictures(6, seed=1))
     images = pictures(6).requires_grad_()
     total, _ = rewards(images, [""] * 6)
     (gradient,) = torch.autograd.grad(total.sum(), images)
@@ -197,13 +203,15 @@ def test_held_out_scoring_leaves_the_statistics_alone():
 def test_a_state_that_went_through_json_continues_bit_for_bit():
     straight, saved = combined(), combined()
     for seed in range(3):
-        straight(pictures(5, seed), [""] * 5)
-        saved(pictures(5, seed), [""] * 5)
+        taken_in(straight, pictures(5, seed))
+        taken_in(saved, pictures(5, seed))
     resumed = combined()
     resumed.load_state(json.loads(json.dumps(saved.state())))
     for seed in range(3, 6):
         expected, found = (rewards(pictures(5, seed), [""] * 5)[0] for rewards in (straight, resumed))
         assert torch.equal(expected, found)
+        taken_in(straight, pictures(5, seed))
+        taken_in(resumed, pictures(5, seed))
     assert resumed.state() == straight.state()
 
 
@@ -212,13 +220,13 @@ def test_a_state_of_other_rewards_is_refused():
         combined().load_state({"mean": {"count": 1, "mean": 0.0, "squares": 0.0}})
 
 
-def test_statistics_take_in_what_is_gathered_from_all_processes():
-    others = torch.tensor([7.0, 8.0, 9.0])
-    rewards = Combined([Member("mean", Mean())], gather=lambda scores: torch.cat([scores, others]))
-    _, raw = rewards(pictures(3), [""] * 3)
-    everything = torch.cat([raw["mean"], others])
-    assert rewards.normalisers["mean"].mean == pytest.approx(everything.mean().item(), rel=1e-6)
-    assert rewards.normalisers["mean"].count == 6
+def test_asking_changes_no_statistics_and_scores_of_others_are_passed_over():
+    rewards = combined()
+    rewards(pictures(3), [""] * 3)
+    assert rewards.normalisers["mean"].count == 0
+    rewards.take_in({"mean": torch.tensor([7.0, 8.0, 9.0]), "held out": torch.ones(3)})
+    assert (rewards.normalisers["mean"].mean, rewards.normalisers["mean"].count) == (8.0, 3)
+    assert rewards.normalisers.keys() == {"mean", "square"}
 
 
 # ---- refused ----

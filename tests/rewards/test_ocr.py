@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from mlcm_rl import rewards
-from mlcm_rl.data import square
+from mlcm_rl.picture_files import square
 from mlcm_rl.recipe import Reward
 from mlcm_rl.rewards.weights import MissingWeights
 from reward_models import _onnx, ocr
@@ -47,6 +47,27 @@ def counted_out(probabilities, label):
         if [one for one, _ in itertools.groupby(path) if one] == label:
             total += torch.stack([probabilities[t, one] for t, one in enumerate(path)]).prod().item()
     return torch.tensor(total).log()
+
+
+# ---- prompts that it cannot score ----
+
+
+@pytest.mark.parametrize(
+    ("prompt", "why"),
+    [
+        ("山", "asks for no text"),
+        ("「x」", "characters that PP-OCRv4 does not know: x"),
+        (f"「{'ab' * 30}」", "too long"),
+    ],
+)
+def test_a_prompt_that_no_square_picture_can_answer_is_refused_without_one(small, prompt, why):
+    with pytest.raises(ValueError, match=why):
+        small().refuse_prompt(prompt, 1.0)
+    small().refuse_prompt("「ab 山」", 1.0)
+
+
+def test_a_wider_picture_takes_a_longer_text(small):
+    small().refuse_prompt(f"「{'ab' * 30}」", 10.0)
 
 
 # ---- the text asked for ----
@@ -182,3 +203,9 @@ def test_hanzi_are_read_and_their_neighbours_are_not(fetched):
     wrong = fetched(images, ["「天」", '"大"', "「本」"])
     assert (right > -0.2).all()
     assert (wrong < right - 2).all()
+
+
+@pytest.mark.parametrize("width", [48, 320, 400, 640])
+def test_the_recognisers_frames_are_as_many_as_prompts_are_checked_for(fetched, width):
+    frames = fetched.read(torch.rand(1, 3, 48, width)).shape[1]
+    assert frames == ocr.line_width(width / 48) / ocr.FRAME

@@ -13,7 +13,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from mlcm_rl import reward_commands
 from mlcm_rl.__main__ import app
+from mlcm_rl.data import Prompt
+from mlcm_rl.rewards import folder as reward_folder
 
 WITH_WEIGHTS = """
 from safetensors.torch import load_file
@@ -315,14 +318,87 @@ def test_ctrl_c_ends_with_130(mlcm, installed, folder):
 
 
 def test_a_file_that_is_no_picture_and_a_folder_without_any_are_said(mlcm, folder, tmp_path):
-    (folder / "d.png").write_text("text")
+    (folder / "aa.png").write_text("text")
+    (folder / "._a.png").write_text("what macOS leaves beside a picture")
     result = mlcm("score", "--reward", "brightness", "--images", folder)
     assert result.exit_code == 1
-    assert "d.png is not a readable picture (none of PNG, JPEG, WEBP, GIF, BMP, or damaged)\n" in result.stderr
+    assert [json.loads(line)["file"] for line in result.stdout.splitlines()] == ["a.png", "b.png", "c.png"]
+    assert "brightness: 3 pictures, mean 0.4" in result.stderr
+    assert "1 of 4 pictures have no score" in result.stderr
+    assert "aa.png is not a readable picture (none of PNG, JPEG, WEBP, GIF, BMP, or damaged)\n" in result.stderr
     (tmp_path / "empty").mkdir()
     result = mlcm("score", "--reward", "brightness", "--images", tmp_path / "empty")
     assert result.exit_code == 2
     assert "holds 0 pictures" in flat(result.stderr)
+
+
+def test_the_good_scores_are_written_and_what_has_none_is_named(mlcm, installed, folder, tmp_path):
+    source = LENGTH.replace(
+        "        scores = images", "        assert images.max() < 1, 'too light'\n        scores = images"
+    )
+    installed("wordy", source)
+    (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:45])
+    out, prompts = tmp_path / "scores.jsonl", prompt_file(tmp_path, "a")
+    result = mlcm("score", "--reward", "wordy", "--images", folder, "--prompts", prompts, "--out", out)
+    assert result.exit_code == 1
+    assert [json.loads(line)["file"] for line in out.read_text("utf-8").splitlines()] == ["a.png"]
+    assert "b.png is not a readable picture" in result.stderr
+    assert "c.png: reward wordy failed: AssertionError: too light" in result.stderr
+    assert "2 of 3 pictures have no score" in result.stderr
+
+
+def test_a_picture_that_a_reward_refuses_costs_its_neighbours_nothing(mlcm, installed, tmp_path):
+    installed(
+        "wordy", LENGTH.replace("        scores = images", "        assert images.max() < 1\n        scores = images")
+    )
+    for name, value in (("a", 0), ("b", 255), ("c", 51)):
+        Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / f"{name}.png")
+    result = mlcm("score", "--reward", "wordy", "--images", tmp_path, "--prompts", prompt_file(tmp_path, "a"))
+    scores = {row["file"]: row["score"] for row in map(json.loads, result.stdout.splitlines())}
+    assert (result.exit_code, scores) == (1, {"a.png": 1.0, "c.png": pytest.approx(1.2)})
+
+
+def test_large_pictures_are_asked_one_by_one(tmp_path):
+    asked = []
+
+    class Counting:
+        differentiable, needs_prompt, languages = False, False, ()
+
+        def __call__(self, images, prompts):
+            asked.append(tuple(images.shape))
+            return images.mean((1, 2, 3))
+
+    def score_all(size):
+        for i in range(4):
+            Image.new("RGB", size).save(tmp_path / f"{i}.png", compress_level=1)
+        files = reward_folder.picture_files(tmp_path)
+        asked.clear()
+        return [row.score for row in reward_folder.score_files(Counting(), "c", files, [Prompt("", "")] * 4, 16)]
+
+    assert score_all((2048, 1200)) == [0.0] * 4
+    assert asked == [(1, 3, 1200, 2048)] * 4
+    assert score_all((1024, 1024)) == [0.0] * 4
+    assert asked == [(4, 3, 1024, 1024)]
+
+
+def test_prompts_that_a_reward_cannot_score_are_named_before_the_first_picture(mlcm, installed, folder, tmp_path):
+    refuse = "    def refuse_prompt(self, prompt, aspect):\n        if 'b' in prompt: raise ValueError('has a b')\n\n"
+    installed("wordy", LENGTH.replace("    def __call__", f"{refuse}    def __call__"))
+    prompts = prompt_file(tmp_path, "a", "bb", "猫 b")
+    for command in (("score", "--reward", "wordy"), ("rewards", "check", "wordy")):
+        result = mlcm(*command, "--images", folder, "--prompts", prompts)
+        assert result.exit_code == 2
+        assert "reward wordy cannot score 1 of the prompts:" in flat(result.stderr)
+        assert "prompts.txt:2: has a b." in flat(result.stderr)
+
+
+def test_rewards_run_on_the_best_device_that_is_here(mlcm, folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(reward_commands, "device_of", lambda name: asked.append(name) or torch.device("cpu"))
+    assert mlcm("score", "--reward", "brightness", "--images", folder).exit_code == 0
+    assert mlcm("rewards", "check", "brightness").exit_code == 0
+    assert mlcm("rewards", "check", "brightness", "--device", "cpu").exit_code == 0
+    assert asked == ["auto", "auto", "cpu"]
 
 
 def test_help_of_the_reward_commands_imports_no_torch():

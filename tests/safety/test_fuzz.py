@@ -24,10 +24,12 @@ from safetensors.torch import save
 
 import runs
 from mlcm_rl import finished_runs, pipeline, replays
-from mlcm_rl.adapters import METADATA_KEY, describe, read_lora
+from mlcm_rl.adapters import describe
 from mlcm_rl.checkpoint import CheckpointError, load_state, read_shapes, read_tensors, save_state, sha256, verify
-from mlcm_rl.data import CaptionedImages, read_image, read_prompts
+from mlcm_rl.data import CaptionedImages, read_prompts
+from mlcm_rl.lora_files import METADATA_KEY, read_lora
 from mlcm_rl.pairs import PairTable
+from mlcm_rl.picture_files import read_picture
 from mlcm_rl.recipe.tree import RecipeError
 from mlcm_rl.rewards.weights import WeightsError, extract
 from mlcm_rl.trajectories import Provenance, Store, Writer, shard_ranges
@@ -78,8 +80,8 @@ def wheel() -> bytes:
 
 def table() -> bytes:
     data = io.BytesIO()
-    stored = [{"bytes": PICTURES["PNG"], "path": "x.png"}] * 2
-    columns = {"prompt": ["a cat", "红苹果"], "chosen": stored, "rejected": stored, "language": ["en", None]}
+    chosen, rejected = ([{"bytes": PICTURES[form], "path": "x.png"}] * 2 for form in ("PNG", "BMP"))
+    columns = {"prompt": ["a cat", "红苹果"], "chosen": chosen, "rejected": rejected, "language": ["en", None]}
     pyarrow.parquet.write_table(pyarrow.table(columns), data)
     return data.getvalue()
 
@@ -97,7 +99,7 @@ def provenance() -> Provenance:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("store")
-    writer = Writer(folder, provenance(), shard_size=2)
+    writer = Writer(folder, provenance(), shard_size=2, batch_size=2)
     for indices in shard_ranges(4, 2):
         writer.write(indices, torch.ones(2, 3, 1, 2, 2), torch.ones(2, 1, 2, 2), {"context": torch.ones(2, 4)})
     writer.record_shards()
@@ -134,7 +136,8 @@ def try_records(line: object, name: str) -> None:
 
 def _try_records(line: object, name: str, folder: Path) -> None:
     (folder / "a.png").write_bytes(PICTURES["PNG"])
-    good = {"file_name": "a.png", "prompts": ["x"], "prompt": "x", "chosen": "a.png", "rejected": "a.png"}
+    (folder / "b.png").write_bytes(PICTURES["BMP"])
+    good = {"file_name": "a.png", "prompts": ["x"], "prompt": "x", "chosen": "b.png", "rejected": "a.png"}
     lines = [json.dumps(one) for one in (good, line)]
     (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     if name == "captions":
@@ -193,7 +196,7 @@ def try_lora(header: dict) -> None:
 
 
 def try_picture(data: bytes) -> None:
-    reads_or_refuses(read_image, data, "a picture", True)
+    reads_or_refuses(read_picture, data, "a picture")
 
 
 def try_wheel(data: bytes) -> None:

@@ -13,12 +13,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tiny
-from mlcm_rl import bases, checkpoint, data, pairs, untrusted
-from mlcm_rl.adapters import METADATA_KEY, read_lora
+from mlcm_rl import bases, checkpoint, data, pairs, picture_files, untrusted
 from mlcm_rl.bases import files
 from mlcm_rl.checkpoint import CheckpointError, finish, read_json, verify
-from mlcm_rl.data import CaptionedImages, read_image
+from mlcm_rl.data import CaptionedImages
+from mlcm_rl.lora_files import METADATA_KEY, read_lora
 from mlcm_rl.pairs import PairTable
+from mlcm_rl.picture_files import read_picture
 from mlcm_rl.recipe import Teacher
 from mlcm_rl.recipe import tree as recipe_tree
 from mlcm_rl.recipe.file import load
@@ -33,6 +34,7 @@ def folder(tmp_path) -> Path:
     inside.mkdir()
     for path in (inside / "a.png", tmp_path / "secret.png"):
         Image.new("RGB", (4, 4)).save(path)
+    Image.new("RGB", (4, 4), "red").save(inside / "b.png")
     (inside / "link.png").symlink_to(tmp_path / "secret.png")
     (inside / "up").symlink_to(tmp_path)
     return inside
@@ -51,7 +53,7 @@ LEAVING = [
 @pytest.mark.parametrize("name", LEAVING)
 def test_a_name_that_leaves_its_folder_is_refused_with_file_and_line(folder, name):
     name = name.format(inside=folder, outside=folder.parent)
-    good = {"file_name": "a.png", "prompts": ["x"], "prompt": "x", "chosen": "a.png", "rejected": "a.png"}
+    good = {"file_name": "a.png", "prompts": ["x"], "prompt": "x", "chosen": "b.png", "rejected": "a.png"}
     for change in ({"file_name": name}, {"rejected": name}):
         lines = [json.dumps(good), json.dumps(good | change)]
         (folder / "metadata.jsonl").write_text("\n".join(lines))
@@ -85,9 +87,9 @@ def test_a_manifest_lists_files_of_its_folder_alone(tmp_path):
 
 def test_a_picture_that_a_table_only_names_is_opened_beside_it_and_nowhere_else(folder):
     for name in ("a.png", "../secret.png", str(folder.parent / "secret.png"), "https://localhost/a.png"):
-        stored = [{"bytes": None, "path": name}]
+        chosen, rejected = [{"bytes": None, "path": name}], [{"bytes": None, "path": "b.png"}]
         pyarrow.parquet.write_table(
-            pyarrow.table({"prompt": ["x"], "chosen": stored, "rejected": stored}), folder / "t.parquet"
+            pyarrow.table({"prompt": ["x"], "chosen": chosen, "rejected": rejected}), folder / "t.parquet"
         )
         if name == "a.png":
             assert PairTable(folder / "t.parquet").pictures(0, 4).shape == (2, 3, 4, 4)
@@ -113,17 +115,17 @@ def test_a_picture_of_too_many_pixels_or_bytes_is_refused_before_it_is_decoded(t
     Image.new("1", (side, side)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 20_000
     with pytest.raises(ValueError, match=r"^here: .*8193 x 8193 pixels, over"):
-        read_image(tmp_path / "bomb.png", "here:")
-    monkeypatch.setattr(data, "MAX_PICTURE_BYTES", 10)
+        read_picture(tmp_path / "bomb.png", "here:")
+    monkeypatch.setattr(picture_files, "MAX_PICTURE_BYTES", 10)
     with pytest.raises(ValueError, match="more than 10 bytes"):
-        read_image(tmp_path / "bomb.png", "here:")
+        read_picture(tmp_path / "bomb.png", "here:")
 
 
 def test_a_picture_that_another_program_would_have_to_open_is_none(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "page.eps")
     (tmp_path / "page.eps").rename(tmp_path / "page.png")
     with pytest.raises(ValueError, match="is not a readable picture"):
-        read_image(tmp_path / "page.png", "here")
+        read_picture(tmp_path / "page.png", "here")
 
 
 @pytest.mark.parametrize("read", [read_json, data.read_prompts])

@@ -65,13 +65,18 @@ EVERYTHING = {
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4])
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tiny_sdxl, store, tmp_path, monkeypatch, step):
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
+    tiny_sdxl, store, tmp_path, monkeypatch, capsys, step
+):
     whole = train(tiny_sdxl, store, tmp_path / "whole", **EVERYTHING)
+    assert "goes on from" not in capsys.readouterr().out
     with monkeypatch.context() as patched:
         interrupted_at(step, patched)
         with pytest.raises(SystemExit):
             train(tiny_sdxl, store, tmp_path / "cut", **EVERYTHING)
     resumed = train(tiny_sdxl, store, tmp_path / "cut", **EVERYTHING)
+    told = f"distill goes on from step {step}, where it was saved"
+    assert [line for line in capsys.readouterr().out.splitlines() if "goes on from" in line] == [told]
 
     expected, found = student_weights(whole), student_weights(resumed)
     assert expected.keys() == found.keys()

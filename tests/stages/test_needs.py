@@ -1,5 +1,7 @@
 """What later stages need is looked at before the first one runs."""
 
+from pathlib import Path
+
 import pytest
 
 import runs
@@ -56,6 +58,79 @@ def test_what_a_later_stage_would_stop_at_is_told_before_the_first_runs(
     with pytest.raises(RunError, match=told):
         pipeline.run(recipe(tiny_sdxl, tmp_path, **changes))
     assert started == []
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """Brightness is a reward that no prompt about a dog or a panda suits."""
+
+    def refuse_prompt(self, prompt, aspect):
+        if prompt in ("a dog", "熊猫"):
+            raise ValueError(f"the prompt {prompt!r} has no such thing")
+
+    monkeypatch.setattr("reward_models.brightness.Brightness.refuse_prompt", refuse_prompt, raising=False)
+
+
+REFUSED = r"cannot score 2 of the prompts: .*prompts\.txt:2: the prompt 'a dog' .*prompts\.txt:5: the prompt '熊猫'"
+GUARD = {"rewards": [{"name": "brightness"}], "num_prompts": 2}
+OTHER = [{"name": "colourfulness"}]
+
+
+@pytest.mark.parametrize("kind", ["feedback", "dpo", "policy"])
+def test_every_prompt_is_tried_on_the_rewards_before_the_first_stage(tiny_sdxl, tmp_path, started, refusing, kind):
+    with pytest.raises(RunError, match=rf"stages\[2\] \({kind}\): rewards\[0\]: reward brightness {REFUSED}"):
+        pipeline.run(recipe(tiny_sdxl, tmp_path, kind))
+    assert started == []
+
+
+def test_a_guard_is_asked_for_the_prompts_that_it_watches_and_no_others(tiny_sdxl, tmp_path, started, refusing):
+    watched = tmp_path / "watched.txt"
+    changes = {"rewards": OTHER, "guard": GUARD, "guard_prompts": str(watched)}
+    watched.write_text("a cat\na dog\na dog\n")
+    told = r"guard\.rewards\[0\]: reward brightness cannot score 2 of the prompts: .*watched\.txt:2: .*watched\.txt:3: "
+    with pytest.raises(RunError, match=told):
+        pipeline.run(recipe(tiny_sdxl, tmp_path, **changes))
+    watched.write_text("a cat\na bird\na dog\n")
+    pipeline.run(recipe(tiny_sdxl, tmp_path, **changes))
+    assert started == ["trajectories", "distill", "feedback", "evaluate"]
+
+
+def test_an_evaluations_prompts_are_tried_too(tiny_sdxl, tmp_path, refusing):
+    stage = Evaluate(
+        prompts=runs.write_prompts(tmp_path), num_prompts=4, num_steps=[1], teacher_steps=[2], rewards=["brightness"]
+    )
+    told = r"stages\[0\] \(evaluate\): rewards\[0\]: reward brightness cannot score 1 of the prompts: .*txt:2"
+    with pytest.raises(RunError, match=told):
+        pipeline.refuse_unready(runs.recipe(tiny_sdxl, tmp_path, [stage]))
+
+
+def test_prompts_of_a_language_that_a_reward_does_not_read_are_told_by_line(tiny_sdxl, tmp_path, monkeypatch):
+    """An evaluation leaves them without a score."""
+    monkeypatch.setattr("reward_models.brightness.Brightness.needs_prompt", True)
+    monkeypatch.setattr("reward_models.brightness.Brightness.languages", ("en",))
+    told = r"rewards\[0\]: reward brightness .*txt:3: brightness reads prompts in en, not in zh; .*txt:5"
+    asked = recipe(tiny_sdxl, tmp_path, rewards=[{"name": "brightness"}])
+    with pytest.raises(RunError, match=told):
+        pipeline.refuse_unready(asked)
+    pipeline.refuse_unready(recipe(tiny_sdxl, tmp_path, languages={"en": 1.0}))
+    evaluate = asked.stages[-1].model_copy(update={"rewards": ["brightness"]})
+    pipeline.refuse_unready(runs.recipe(tiny_sdxl, tmp_path, [evaluate]))
+
+
+def test_a_table_of_pairs_is_opened_before_the_first_stage_and_its_prompts_are_for_no_reward(
+    tiny_sdxl, tmp_path, refusing
+):
+    folder = Path(runs.write_pairs(tmp_path / "pairs"))
+    prompts = runs.write_prompts(tmp_path)
+    stage = runs.tuning("dpo", prompts, pairs=str(folder), guard={"rewards": OTHER, "num_prompts": 2})
+    asked = runs.recipe(tiny_sdxl, tmp_path, [stage.model_copy(update={"guard_prompts": str(tmp_path / "good.txt")})])
+    (tmp_path / "good.txt").write_text("a cat\na bird\n")
+    pipeline.refuse_unready(asked)
+    (folder / "0-dark.png").unlink()
+    (folder / "3-light.png").unlink()
+    told = r"stages\[0\] \(dpo\): pairs: .*jsonl:1: there is no picture .*0-dark\.png; .*jsonl:4: .*3-light\.png"
+    with pytest.raises(RunError, match=told):
+        pipeline.refuse_unready(asked)
 
 
 def test_all_that_stages_lack_is_told_together(tiny_sdxl, tmp_path, started):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -21,8 +22,8 @@ from mlcm_rl.__main__ import app
 from mlcm_rl.data import Prompt
 from mlcm_rl.fingerprint import locate
 from mlcm_rl.pairs import PairTable, labels, ranking
+from mlcm_rl.picture_files import pixels, read_picture, square
 from mlcm_rl.recipe import Reward
-from mlcm_rl.rewards.folder import read_picture
 
 FEATURES = datasets.Features(
     {"prompt": datasets.Value("string"), "chosen": datasets.Image(), "rejected": datasets.Image()}
@@ -41,6 +42,11 @@ def run(tiny_sdxl, tmp_path_factory) -> Path:
     recipe = runs.recipe(tiny_sdxl, folder, [runs.trajectories(runs.write_prompts(folder)), runs.distill(segments=[2])])
     pipeline.run(recipe)
     return Path(recipe.runs, recipe.name)
+
+
+def image(path: Path) -> torch.Tensor:
+    """(3, H, W) in [0, 1]."""
+    return pixels(read_picture(path, str(path))) / 255
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -137,6 +143,40 @@ def test_what_is_no_table_at_all_is_told(tmp_path):
         PairTable(tmp_path)
 
 
+def test_rows_whose_two_pictures_are_the_same_are_left_out_and_named(folder, tmp_path, capsys):
+    rows = rows_of(folder)
+    rows[1]["rejected"] = rows[1]["chosen"]
+    (folder / rows[4]["rejected"]).write_bytes((folder / rows[4]["chosen"]).read_bytes())
+    rewrite(folder, rows)
+    columns = {"prompt": [row["prompt"] for row in rows]}
+    columns |= {name: [(folder / row[name]).read_bytes() for row in rows] for name in ("chosen", "rejected")}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    for path, places in ((folder, "jsonl:2; .*jsonl:5"), (tmp_path / "t.parquet", "row 1; .*row 4")):
+        table = PairTable(path)
+        assert [prompt.prompt for prompt in table.prompts] == [runs.PROMPTS[i] for i in (0, 2, 3, 5)]
+        assert torch.equal(table.pictures(1, 8)[0], square(read_picture(folder / rows[2]["chosen"], ""), 8))
+        told = rf"2 of 6 pairs are left out, where the picture chosen is the one rejected: .*{places}\n"
+        assert re.search(told, capsys.readouterr().out)
+    rewrite(folder, [rows[1]])
+    with pytest.raises(ValueError, match=r"holds no pairs of two pictures; .*jsonl:1"):
+        PairTable(folder)
+
+
+def test_every_missing_picture_is_told(folder):
+    for name in ("1-dark.png", "2-light.png"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match=r"jsonl:2: there is no picture .*1-dark\.png; .*jsonl:3: .*2-light\.png$"):
+        PairTable(folder)
+
+
+def test_bytes_where_a_prompt_belongs_are_not_printed_whole(tmp_path):
+    columns = {"prompt": [b"\x89PNG" * 10**6], "chosen": [b"a"], "rejected": [b"b"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match="row 0: prompt must be text that is not empty, got b'") as error:
+        PairTable(tmp_path / "t.parquet")
+    assert len(str(error.value)) < 500
+
+
 # ---- what a stage on a table is and costs ----
 
 
@@ -181,8 +221,8 @@ def test_the_best_of_a_prompts_samples_is_chosen_and_the_worst_rejected(tmp_path
         "chosen_score": 1.0,
         "rejected_score": 0.0,
     }
-    assert read_picture(tmp_path / row["chosen"]).unique().item() == pytest.approx(0.2)
-    assert read_picture(tmp_path / row["rejected"]).unique().item() == pytest.approx(0.4)
+    assert image(tmp_path / row["chosen"]).unique().item() == pytest.approx(0.2)
+    assert image(tmp_path / row["rejected"]).unique().item() == pytest.approx(0.4)
     assert ranking.write_pair(asked, Prompt("a cat", "en"), images, 0.75 * scores, 8, tmp_path) is None  # not beyond it
     assert not (tmp_path / "pictures" / "000008-chosen.png").exists()
 
@@ -193,7 +233,7 @@ def test_a_table_has_the_scores_of_its_pictures(run, tmp_path):
     assert [row["prompt"] for row in rows] == runs.PROMPTS[:5]
     reward = rewards.build(Reward(name="brightness"), "cpu")
     for row in rows:
-        both = torch.stack([read_picture(tmp_path / row[name]) for name in ("chosen", "rejected")])
+        both = torch.stack([image(tmp_path / row[name]) for name in ("chosen", "rejected")])
         expected = reward(both, [row["prompt"]] * 2).tolist()  # but for the rounding to 8 bits
         assert [row["chosen_score"], row["rejected_score"]] == pytest.approx(expected, abs=1 / 255)
         assert row["chosen_score"] > row["rejected_score"]
@@ -250,6 +290,17 @@ def test_a_reward_that_does_not_read_a_prompt_is_refused_before_anything_is_draw
     monkeypatch.setattr("reward_models.brightness.Brightness.needs_prompt", True)
     monkeypatch.setattr("reward_models.brightness.Brightness.languages", ("en",))
     with pytest.raises(pipeline.RunError, match="brightness reads prompts in en, not in zh"):
+        make(run, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_prompt_that_the_reward_cannot_score_is_refused_before_anything_is_drawn(run, tmp_path, monkeypatch):
+    def refuse_prompt(self, prompt, aspect):
+        if prompt == "a dog":
+            raise ValueError("no dogs")
+
+    monkeypatch.setattr("reward_models.brightness.Brightness.refuse_prompt", refuse_prompt, raising=False)
+    with pytest.raises(pipeline.RunError, match=r"brightness cannot score 1 of the prompts: .*prompts\.txt:2: no dogs"):
         make(run, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageChops
 from typer.testing import CliRunner
 
 import runs
@@ -13,10 +14,10 @@ import tiny
 from mlcm_rl import adapters, bases, checkpoint, finished_runs, pipeline
 from mlcm_rl.__main__ import app
 from mlcm_rl.checkpoint import finish
-from mlcm_rl.fingerprint import settings, was_corrected
+from mlcm_rl.fingerprint import MATHS, corrections, identity, settings
 from mlcm_rl.pipeline import BadArgument, RunError
 from mlcm_rl.plan import network_evaluations
-from mlcm_rl.recipe import Evaluate, Full, Lora
+from mlcm_rl.recipe import Distill, Evaluate, Full, Lora
 from mlcm_rl.recipe.file import load
 from mlcm_rl.runtime import Runtime
 from mlcm_rl.trajectories import Store
@@ -169,13 +170,20 @@ def test_a_setting_at_its_default_is_not_hashed_so_that_new_ones_do_not_orphan_f
 
 def test_a_correction_moves_the_folders_of_the_stages_that_it_changes_and_no_others():
     averaged = {"target": "consistency", "target_ema": 0.9}
-    assert was_corrected(runs.distill(**averaged, precision="bf16"))
-    assert not was_corrected(runs.distill(**averaged))
-    assert not was_corrected(runs.distill(target="consistency", precision="bf16"))
-    assert was_corrected(runs.tuning("policy", "unused", precision="bf16", num_iterations=2))
-    assert not was_corrected(runs.tuning("policy", "unused", precision="bf16"))
-    assert was_corrected(runs.tuning("feedback", "unused", shape="mps_hinge"))
-    assert not was_corrected(runs.tuning("feedback", "unused"))
+    noised = {"source": "data", "images": "unused"}
+    assert corrections(runs.distill(**averaged, precision="bf16")) == 1
+    assert corrections(runs.distill(**averaged)) == 0
+    assert corrections(runs.distill(target="consistency", precision="bf16")) == 0
+    assert corrections(runs.distill(target="consistency", **noised)) == 1
+    assert corrections(runs.distill(**averaged, **noised, precision="bf16")) == 2
+    assert corrections(runs.distill(method="inter_segment", segments=[1], **noised)) == 0
+
+
+def test_stages_that_read_pictures_are_run_again_since_all_are_read_alike(tiny_sdxl, tmp_path):
+    dpo = runs.tuning("dpo", runs.write_prompts(tmp_path))
+    pairs = dpo.model_copy(update={"pairs": runs.write_pairs(tmp_path / "pairs")})
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [dpo, pairs])
+    assert [identity(stage, recipe, {})["maths"] for stage in recipe.stages] == [MATHS["dpo"], MATHS["dpo"] + 1]
 
 
 def test_a_stage_of_its_own_seed_leaves_the_others_where_they_are(finished):
@@ -261,8 +269,46 @@ def test_sample_is_the_same_picture_whatever_else_is_asked_for(finished, tmp_pat
     two = finished_runs.sample(run, ["a cat", "熊猫"], 2, 7, None, tmp_path / "two")
     assert len(two) == 2
     assert one[0].read_bytes() == two[0].read_bytes()
-    with pytest.raises(BadArgument, match=r"--out: .*000-seed7-steps2\.png is there already; name another folder"):
-        finished_runs.sample(run, ["a dog"], 2, 7, None, tmp_path / "one")
+
+
+def test_sample_draws_in_batches_the_same_pictures(finished, tmp_path, monkeypatch):
+    recipe, _ = finished
+    run, prompts = Path(recipe.runs, recipe.name), ["a cat", "熊猫", "a dog", "a red car", "a cat"]
+    sizes = []
+    drawn = finished_runs._drawn
+    monkeypatch.setattr(finished_runs, "_drawn", lambda *given: sizes.append(len(given[2])) or drawn(*given))
+    found = {size: finished_runs.sample(run, prompts, 2, 7, None, tmp_path / str(size), size) for size in (1, 2, 5)}
+    assert sizes == [1, 1, 1, 1, 1, 2, 2, 1, 5]
+    for size in (1, 2):
+        for one, other in zip(found[size], found[5], strict=True):
+            assert one.name == other.name
+            assert ImageChops.difference(Image.open(one), Image.open(other)).getextrema() == ((0, 0),) * 3
+
+
+def test_a_second_prompt_goes_beside_the_first_and_a_picture_says_what_it_is(finished, tmp_path):
+    recipe, stages = finished
+    run = Path(recipe.runs, recipe.name)
+    (first,) = finished_runs.sample(run, ["a cat"], 2, 7, None, tmp_path)
+    before = first.read_bytes()
+    more = finished_runs.sample(run, ["熊猫", "a dog"], 2, 7, 0.5, tmp_path)
+    assert [path.name[:3] for path in [first, *more]] == ["000", "001", "002"]
+    assert first.read_bytes() == before
+    assert Image.open(more[0]).text == {
+        "prompt": "熊猫", "number": "0", "seed": "7", "steps": "2", "gamma": "0.5", "student": stages[1].folder.name
+    }  # fmt: skip
+
+
+def test_steps_that_a_student_is_not_for_are_told(tiny_sdxl, tmp_path, capsys):
+    stages = [runs.trajectories(runs.write_prompts(tmp_path), num_steps=48)]
+    stages.append(Distill(batch_size=4, num_steps=1))
+    recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
+    pipeline.run(recipe)
+    run = Path(recipe.runs, recipe.name)
+    capsys.readouterr()
+    finished_runs.sample(run, ["a cat"], 4, 0, None, tmp_path / "four")
+    assert "--steps" not in capsys.readouterr().out
+    finished_runs.sample(run, ["a cat"], 1, 0, None, tmp_path / "one")
+    assert "--steps 1: this student learned to draw in 2, 3, 4, 6, 8 steps alone" in capsys.readouterr().out
 
 
 def test_evaluate_and_export_of_a_finished_run(finished, tmp_path):
@@ -272,8 +318,17 @@ def test_evaluate_and_export_of_a_finished_run(finished, tmp_path):
     report = json.loads((folder / "report.json").read_text())
     assert {row["num_steps"] for row in report["rows"] if row["role"] == "student"} == {1}
     out = finished_runs.export(run, tmp_path / "out")
+    for again in (
+        lambda: finished_runs.export(out, tmp_path / "again"),
+        lambda: finished_runs.evaluate(out),
+        lambda: finished_runs.sample(out, ["red"], 4, 0, None, tmp_path / "pictures"),
+    ):
+        with pytest.raises(RunError, match=r"out is a model for diffusers.*README\.md has the code"):
+            again()
     assert (out / "model_index.json").is_file()
-    assert "|" in (out / "README.md").read_text()  # the measured table
+    card = (out / "README.md").read_text()
+    assert "## Measured\n\n" in card
+    assert "\nlanguage:\n- en\n" in card
     assert finished_runs.find_stage(stages[1].folder, ("distill",)) == stages[1].folder.resolve()
     with pytest.raises(RunError, match="holds no finished evaluate"):
         finished_runs.find_stage(stages[1].folder, ("evaluate",))
@@ -319,7 +374,11 @@ def test_a_missing_teacher_is_one_sentence(finished, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "prediction_type"),
-    [("sdxl_mlcm", "epsilon"), ("sd15_mlcm", "epsilon"), ("sd15_mlcm", "v_prediction")],  # the last as SD 2.1
+    [
+        ("sdxl_mlcm_paper", "epsilon"),
+        ("sd15_mlcm_paper", "epsilon"),
+        ("sd15_mlcm_paper", "v_prediction"),
+    ],  # the last as SD 2.1
 )
 def test_the_papers_recipes_run_end_to_end_on_a_tiny_checkpoint(name, prediction_type, tmp_path):
     """As shipped, float16 beside bfloat16 too, but for what size forces: the teacher, counts and batch sizes."""
@@ -354,6 +413,26 @@ def test_the_papers_recipes_run_end_to_end_on_a_tiny_checkpoint(name, prediction
     curves = json.loads((stages[-1].folder / "report.json").read_text())["curves"]
     of_first = [(1, phase, num_segments) for phase, num_segments in enumerate((8, 4, 2, 1))]
     assert [(one["stage"], one["phase"], one["num_segments"]) for one in curves] == [*of_first, (2, 0, 1)]
+
+
+@pytest.mark.parametrize("name", ["sdxl_mlcm", "sd15_mlcm"])
+def test_the_recommended_recipes_run_end_to_end_on_a_tiny_checkpoint(name, tmp_path):
+    """As shipped but for what size forces, and of the form that a bare `distill` has."""
+    teacher = getattr(tiny, "sdxl" if name.startswith("sdxl") else "sd")(tmp_path / "teacher")
+    small = [
+        *(f"teacher.path={teacher}", f"runs={tmp_path / 'runs'}", "device=cpu", "samples.prompts=[a cat]"),
+        *("stages.0.num_trajectories=4", "stages.0.num_held_out=2", "stages.0.num_steps=48", "stages.0.batch_size=4"),
+        *("stages.1.num_steps=1", "stages.1.batch_size=8", "stages.1.log_every=1"),
+        *("stages.2.num_prompts=2", "stages.2.teacher_steps=[2]", "stages.2.num_steps=[2, 4]"),
+    ]
+    recipe = load(Path("recipes") / f"{name}.yaml", small)
+    bare = Distill(num_steps=1, batch_size=8)
+    for key in ("condition_on_target", "segments", "budgets", "distance", "target"):
+        assert getattr(recipe.stages[1], key) == getattr(bare, key)
+    stages = pipeline.run(recipe)
+    described = adapters.describe(stages[1].folder / "student")
+    assert (described["conditioned"], described["budgets"]) == (True, [2, 3, 4, 6, 8])
+    assert (stages[-1].folder / "report.html").is_file()
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -1,12 +1,18 @@
 """What surrounds a training loop: its precision, and what is said before it begins."""
 
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+from ruamel.yaml import YAML
+from torch import nn
 
 import runs
 import tiny
-from mlcm_rl import adapters, bases, runtime
-from mlcm_rl.recipe import Lora
+from mlcm_rl import adapters, bases, checkpoint, distributed, pipeline, runtime
+from mlcm_rl.recipe import Evaluate, Lora
 
 
 @pytest.mark.parametrize(
@@ -19,6 +25,40 @@ def test_bfloat16_that_the_cpu_emulates_is_said_before_the_run(
     stage = runs.distill(precision=precision)
     runtime.Runtime(runs.recipe(tmp_path, tmp_path, [stage]), stage, tmp_path)
     assert ("set precision: no" in capsys.readouterr().out) is warned
+
+
+def test_without_git_a_run_ends_as_with_it_and_records_no_commit(tiny_sdxl, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    prompts = runs.write_prompts(tmp_path)
+    report = Evaluate(prompts=prompts, num_prompts=2, num_steps=[1], teacher_steps=[2])
+    for stage in pipeline.run(runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(prompts), report])):
+        assert checkpoint.verify(stage.folder)["commit"] is None
+    assert checkpoint.read_json(stage.folder / "report.json")["environment"]["commit"] is None
+
+
+def test_the_commit_is_that_of_a_checkout_of_this_package_alone(tmp_path, monkeypatch):
+    """Installed into an environment that lies within another checkout, it has none."""
+    found = runtime.commit()
+    assert found is None or len(found) == 40
+    monkeypatch.setattr(runtime, "__file__", str(Path(runtime.__file__).parents[1] / "venv" / "mlcm_rl" / "runtime.py"))
+    assert runtime.commit() is None
+
+
+def test_trackers_are_given_the_recipe_without_a_path_of_this_machine(tmp_path):
+    stage = runs.distill()
+    runtime.Runtime(runs.recipe(tmp_path / "teacher", tmp_path, [stage], trackers=["tensorboard"]), stage, tmp_path)
+    (file,) = tmp_path.glob("tensorboard/*/hparams.yml")
+    kept = YAML(typ="safe").load(file)
+    assert (kept["stages.0.kind"], kept["stages.0.learning_rate"], kept["seed"]) == ("distill", 1e-3, 0)
+    assert (kept["teacher.path"], kept["teacher.revision"]) == ("teacher", "None")
+    assert str(tmp_path) not in file.read_text()
+
+
+def test_a_tracker_that_is_not_installed_is_no_silence(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlcm_rl.recipe.find_spec", lambda name: None)
+    stage = runs.distill()
+    with pytest.raises(ValueError, match="trackers: tensorboard is not installed"):
+        runtime.Runtime(runs.recipe(tmp_path, tmp_path, [stage], trackers=["tensorboard"]), stage, tmp_path)
 
 
 def test_every_stage_of_a_process_has_its_own_precision(tmp_path):
@@ -51,3 +91,110 @@ def test_weights_swapped_in_bfloat16_are_the_ones_that_a_pass_takes(tiny_sdxl, t
     assert torch.equal(found, expected)
     assert torch.equal(own, again)
     assert not torch.equal(own, found)
+
+
+# ---- a step ----
+
+
+@pytest.fixture
+def linear(tmp_path):
+    """A loop's surroundings and a small network to train, batches of 8; the micro-batches are to be chosen."""
+
+    def prepared(accumulation: int) -> tuple[runtime.Runtime, nn.Module]:
+        stage = runs.distill(batch_size=8, gradient_accumulation=accumulation)
+        folder = tmp_path / str(accumulation)
+        folder.mkdir()
+        rt = runtime.Runtime(runs.recipe(tmp_path, tmp_path, [stage]), stage, folder)
+        student = nn.Linear(3, 2)
+        nn.init.ones_(student.weight)
+        rt.resume({"student": rt.prepare(student, torch.optim.AdamW(student.parameters(), lr=0.1, fused=True))})
+        return rt, student
+
+    return prepared
+
+
+def losses_of(student: nn.Module, accumulation: int):
+    inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    return (student(part).square().mean(1) for part in inputs.chunk(accumulation))
+
+
+@pytest.fixture
+def readings(monkeypatch) -> list[str]:
+    """How figures are read from tensors, one entry a reading: on a GPU each waits for all that is under way."""
+    found: list[str] = []
+
+    def counted(name: str):
+        original = getattr(torch.Tensor, name)
+
+        def read(self, *arguments):
+            found.append(name)
+            return original(self, *arguments)
+
+        monkeypatch.setattr(torch.Tensor, name, read)
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        counted(name)
+    return found
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 8])
+def test_a_step_reads_the_device_once_whatever_its_micro_batches(linear, readings, accumulation):
+    rt, student = linear(accumulation)
+    for _ in rt.steps(0, 2, "distill"):
+        readings.clear()
+        record = rt.backward(losses_of(student, accumulation))
+        assert readings == ["tolist"]
+        assert record["loss"] > 0
+        assert record["grad_norm"] > 0
+
+
+def test_the_loss_is_the_sum_of_the_micro_batches_in_their_order_to_the_bit(linear):
+    rt, student = linear(4)
+    sums = [loss.sum().item() for loss in losses_of(student, 4)]
+    for _ in rt.steps(0, 1, "distill"):
+        found = rt.backward(losses_of(student, 4))
+    assert found["loss"] == sum(sums) / 8
+
+
+@pytest.mark.parametrize("position", [0, 3])
+def test_every_samples_loss_is_in_the_report_of_a_step_that_is_not_finite(linear, position):
+    rt, student = linear(4)
+    losses = list(losses_of(student, 4))
+    expected = [value for loss in losses for value in loss.tolist()]
+    expected[2 * position] = "nan"
+    losses[position] = losses[position] * torch.tensor([math.nan, 1.0])
+    before = student.weight.detach().clone()
+    step = rt.steps(0, 1, "distill")
+    next(step)
+    with pytest.raises(runtime.NonFiniteLoss) as raised:
+        rt.backward(losses)
+    step.close()
+    assert raised.value.figures["losses"] == expected
+    assert torch.equal(student.weight, before)
+
+
+def test_parameters_are_found_once_and_not_in_every_step(linear, monkeypatch):
+    rt, student = linear(1)
+    average = {name: value.detach().clone() for name, value in student.named_parameters()}
+    monkeypatch.setattr(nn.Module, "named_parameters", lambda *_: pytest.fail("all parameters were gone through"))
+    for _ in rt.steps(0, 2, "distill"):
+        rt.backward(losses_of(student, 1))
+        with rt.swapped(average):
+            pass
+
+
+def test_gradients_are_averaged_where_they_are(monkeypatch):
+    """Two processes: what is exchanged is the gradients themselves, and no copy of all of them."""
+    exchanged = []
+
+    def all_reduce(tensor, async_op):
+        exchanged.append(tensor)
+        return SimpleNamespace(wait=lambda: tensor.mul_(4))  # it is there when it was waited for
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    gradients = [torch.ones(2, 3), torch.ones(4, dtype=torch.bfloat16), torch.ones(())]
+    places = [one.data_ptr() for one in gradients]
+    distributed.average_(gradients)
+    assert [one.data_ptr() for one in exchanged] == places
+    assert all((one == 2).all() for one in gradients)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import runs
-from mlcm_rl import adapters, bases, pipeline
+from mlcm_rl import adapters, bases, pipeline, sources
 from mlcm_rl.equations.segments import milestones, segment_start
 from mlcm_rl.equations.solver import ddim_step
 from mlcm_rl.recipe import Full, Teacher
@@ -104,6 +104,22 @@ def test_noised_data_is_latents_plus_noise_and_one_guided_step(base):
         x = (alpha * latents[index] + sigma * draw.noise[i])[None]
         assert torch.allclose(batch.x_t[i : i + 1], x, atol=1e-6)
         assert torch.allclose(batch.x_r[i : i + 1], step_by_hand(base, x, t, r, runs.PROMPTS[index]), atol=1e-4)
+
+
+def test_a_pictures_caption_is_drawn_evenly_whatever_the_time_and_the_split(base, monkeypatch):
+    """Two captions, by the parity of the time, would tie one of them to the even noise levels."""
+    monkeypatch.setattr(
+        base, "encode_prompts", lambda texts: {"context": torch.tensor([float(text) for text in texts])}
+    )
+    monkeypatch.setattr(sources, "_guided_step", lambda base, x_t, *rest: x_t)
+    stage = runs.distill(source="data", images="unused", target="consistency", batch_size=4000)
+    source = NoisedData(stage, base, torch.zeros(8, *base.latent_shape), [["0", "1"]] * 8, seed=0)
+    draw = source.draw(0, 1, "next", generator(5))
+    which = source.realise(draw).conditioning["context"]
+    for parity in (0, 1):
+        assert which[draw.t % 2 == parity].mean().item() == pytest.approx(0.5, abs=0.05)
+    parts = [source.realise(part).conditioning["context"] for part in draw.split(1000)]
+    assert torch.equal(torch.cat(parts), which)
 
 
 def test_renoised_samples_go_from_milestone_to_milestone_in_p_teacher_steps(base, store):

@@ -1,12 +1,19 @@
-"""The loss that a teacher is trained by."""
+"""The loss that a teacher is trained by, and the folder that it becomes."""
 
+import shutil
+from pathlib import Path
+
+import huggingface_hub
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
+import runs
 import tiny
-from mlcm_rl import bases
+from mlcm_rl import bases, checkpoint, pipeline
 from mlcm_rl.equations.prediction import min_snr_weight
-from mlcm_rl.recipe import Teacher, TrainTeacher
+from mlcm_rl.recipe import Samples, Teacher, TrainTeacher
 from mlcm_rl.stages import train_teacher
 
 
@@ -23,3 +30,69 @@ def test_the_min_snr_weight_is_that_of_what_the_teacher_predicts(tmp_path, kind)
     with torch.no_grad():
         weight = loss(min_snr_gamma=5.0) / loss()
     torch.testing.assert_close(weight, min_snr_weight(t, base.schedule, kind, 5.0))
+
+
+REVISION = "0123456789" * 4
+
+
+@pytest.fixture
+def on_the_hub(tiny_sdxl, tmp_path, monkeypatch) -> str:
+    """The name of a hub model whose pinned revision was fetched earlier: files are links into the cache, as there."""
+    cache = tmp_path / "hub"
+    place = cache / "models--someone--model" / "snapshots" / REVISION
+    shutil.copytree(tiny_sdxl, cache / "blobs")
+    for file in sorted(path for path in (cache / "blobs").rglob("*") if path.is_file()):
+        link = place / file.relative_to(cache / "blobs")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    return "someone/model"
+
+
+@pytest.mark.parametrize("origin", ["folder", "hub"])
+def test_a_teacher_is_trained_to_a_whole_folder_that_is_a_teacher(request, tiny_sdxl, tmp_path, origin):
+    stages = [
+        TrainTeacher(images=runs.write_images(tmp_path), num_steps=1, batch_size=2, start="teacher"),
+        runs.trajectories(runs.write_prompts(tmp_path)),
+    ]
+    recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
+    if origin == "hub":
+        name = request.getfixturevalue("on_the_hub")
+        teacher = recipe.teacher.model_copy(update={"path": name, "revision": REVISION})
+        recipe = recipe.model_copy(update={"teacher": teacher})
+    made = pipeline.run(recipe)[0].folder / "teacher"
+    assert not any(path.is_symlink() for path in made.rglob("*"))
+    there = {path.relative_to(made) for path in made.rglob("*") if path.is_file()}
+    assert there == {path.relative_to(tiny_sdxl) for path in Path(tiny_sdxl).rglob("*") if path.is_file()}
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        assert checkpoint.sha256(made / name / weights(name)) == checkpoint.sha256(tiny_sdxl / name / weights(name))
+
+
+def weights(part: str) -> str:
+    return "model.safetensors" if part.startswith("text_encoder") else SAFETENSORS_WEIGHTS_NAME
+
+
+def test_files_are_as_large_as_diffusers_makes_them(tmp_path):
+    """Large models are not cut into files of a few megabytes."""
+    sizes = {"block_out_channels": (128, 512), "norm_num_groups": 8, "attention_head_dim": 8}
+    denoiser = UNet2DConditionModel(**tiny._unet_settings(4, 40) | sizes)
+    assert sum(value.numel() for value in denoiser.parameters()) * 2 > 28e6
+    train_teacher.write_teacher(denoiser, tiny.sd(tmp_path / "sd"), tmp_path / "teacher")
+    assert [path.name for path in (tmp_path / "teacher" / "unet").glob("*.safetensors")] == [SAFETENSORS_WEIGHTS_NAME]
+
+
+def test_the_teacher_is_back_in_its_place_when_a_sample_fails(tmp_path, monkeypatch):
+    base = bases.load(Teacher(path=str(tiny.sd(tmp_path / "sd")), family="sd"), "cpu")
+    own, other, seen = base.denoiser, torch.nn.Identity(), []
+
+    def fails(base, *_):
+        seen.append(base.denoiser)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_teacher, "sample_teacher", fails)
+    recipe = runs.recipe(tmp_path, tmp_path, [runs.distill()], samples=Samples(prompts=["a cat"]))
+    with pytest.raises(KeyboardInterrupt):
+        train_teacher.save_samples(recipe, base, other, tmp_path, 0)
+    assert seen == [other]
+    assert base.denoiser is own

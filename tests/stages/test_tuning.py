@@ -2,22 +2,26 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 import runs
 import tiny
-from mlcm_rl import adapters, bases, finished_runs, pipeline, tuning
+from mlcm_rl import adapters, bases, checkpoint, finished_runs, pipeline, tuning
+from mlcm_rl.checkpoint import CheckpointError
 from mlcm_rl.data import Prompt
 from mlcm_rl.equations.preference import offline_pso_log_ratios
 from mlcm_rl.guard import Guard
-from mlcm_rl.recipe import Full, Lora
-from mlcm_rl.rewards import RewardError, combine
-from mlcm_rl.runtime import Runtime
+from mlcm_rl.lora_files import KOHYA_FILE, LORA_FILE
+from mlcm_rl.recipe import Evaluate, Full, Lora
+from mlcm_rl.rewards import Combined, Member, RewardError, combine
+from mlcm_rl.runtime import Runtime, generator
 from mlcm_rl.stages import dpo, feedback, policy
 
 STAGES = {"feedback": feedback, "dpo": dpo, "policy": policy}
@@ -100,7 +104,7 @@ def test_a_fresh_preference_adapter_changes_nothing_and_the_reference_is_the_dis
     recipe, (_, folder) = distilled
     student = student_of(distilled)
     prompts = tuning.Prompts(runs.tuning("dpo", recipe.stages[0].prompts), student.base, 0)
-    begun = tuning.start(student.base, prompts.draw(0, 2), 0)
+    begun = tuning.start(student.base, prompts.draw(0, 2), [generator(0), generator(1)])
     base = bases.load(recipe.teacher, "cpu")
     alone = adapters.load_student(base, folder / "student")
     t, s = student.jump(0, 2)
@@ -153,7 +157,7 @@ def test_a_tuned_student_is_read_back_with_both_adapters(distilled, tmp_path):
     recipe, (_, folder) = distilled
     student = student_of(distilled)
     tiny.perturb(list(student.parameters.values()))
-    adapters.save_tuned(student.denoiser, folder / "student", tmp_path / "tuned")
+    adapters.save_tuned(student.denoiser, folder / "student", tmp_path / "tuned", 1)
     again = adapters.load_student(bases.load(recipe.teacher, "cpu"), tmp_path / "tuned")
     assert again.tuned
     x_t, t = torch.randn(2, *student.base.latent_shape), torch.tensor([999, 499])
@@ -226,7 +230,8 @@ def test_in_tiles_that_hold_the_picture_a_step_is_the_same_to_the_bit_and_in_sma
 
 @pytest.mark.parametrize("variant", ["feedback", "feedback-all-steps"])
 def test_the_reward_rises(distilled, tmp_path, variant):
-    folder = tune(distilled, tmp_path, variant, num_steps=15, learning_rate=1e-2, shape="negative", **AT_THE_END)
+    settings = {"num_steps": 15, "learning_rate": 1e-2, "shape": "negative", "threshold": 0.0}
+    folder = tune(distilled, tmp_path, variant, **settings, **AT_THE_END)
     assert records(folder)[-1]["guard/trained_gain"] > 0.5
     assert records(folder)[-1]["guard/win_rate/brightness"] == 1.0
 
@@ -247,7 +252,8 @@ def test_the_chosen_samples_are_the_brighter_ones_and_become_more_likely(distill
     logged = []
     for _ in range(8):
         scores = tuning.Scores()
-        dpo.loss(stage, student, pairs, torch.Generator().manual_seed(0), scores).sum().backward()
+        noise = tuning.sample_generators(0, stage, 0, range(4))  # the same in every step
+        dpo.loss(stage, student, replace(pairs, generators=noise), scores).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         logged.append(scores.means())
@@ -266,9 +272,9 @@ def stored(distilled, tmp_path):
 
 
 def test_pairs_of_a_table_are_its_pictures_encoded_and_their_prompts(stored):
-    stage, student, source = stored
+    _, student, source = stored
     (pairs,) = source.batches(0, tuning.Scores())
-    drawn = [source.prompts[i] for i in tuning.drawn(source.prompts, stage, 0, 0, 4).tolist()]
+    drawn = [source.prompts[i] for i in source.order.draw(0, 4).tolist()]
     for i, prompt in enumerate(drawn):
         number = runs.PROMPTS.index(prompt.prompt)
         for x0, colour in zip(pairs.x0[:, i], ((200 + 5 * number, 220, 210), (30, 10 + 5 * number, 20)), strict=True):
@@ -293,10 +299,11 @@ def test_kappa_makes_the_log_ratios_those_of_offline_pso(stored, form):
     stage = stage.model_copy(update={"form": form, "kappa": 0.1})
     tiny.perturb(list(student.parameters.values()))
     (pairs,) = source.batches(0, tuning.Scores())
-    found = dpo.log_ratios(stage, student, pairs, torch.Generator().manual_seed(1))
-    draws, steps, factor = torch.Generator().manual_seed(1), range(len(student.times)), 1.0
+    found = dpo.log_ratios(stage, student, pairs)
+    draws, factor = tuning.sample_generators(0, stage, 0, range(4)), 1.0
+    steps = [torch.full((4,), step) for step in range(len(student.times))]
     if form == "diffusion_dpo":
-        steps, factor = [int(torch.randint(len(student.times), (), generator=draws))], 0.5
+        steps, factor = [tuning.draw_steps(len(student.times), draws)], 0.5
     eps = student.base.noise(draws, 4)
     expected = torch.zeros(2, 4)
     for step in steps:
@@ -315,7 +322,7 @@ def test_the_chosen_pictures_of_a_table_become_more_likely_than_the_rejected(sto
     for _ in range(8):
         scores = tuning.Scores()
         (pairs,) = source.batches(0, scores)
-        dpo.loss(stage, student, pairs, torch.Generator().manual_seed(0), scores).sum().backward()
+        dpo.loss(stage, student, pairs, scores).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         margins.append(scores.means()["margin"])
@@ -324,8 +331,8 @@ def test_the_chosen_pictures_of_a_table_become_more_likely_than_the_rejected(sto
 
 
 def test_policy_gradient_raises_the_reward(distilled, tmp_path):
-    settings = {"num_steps": 40, "learning_rate": 1e-2, "batch_size": 8, "num_generations": 4, "epsilon": 0.1}
-    folder = tune(distilled, tmp_path, "policy", **settings, **AT_THE_END)
+    settings = {"num_steps": 40, "learning_rate": 3e-3, "batch_size": 8, "num_generations": 4, "beta": 0.0}
+    folder = tune(distilled, tmp_path, "policy", epsilon=0.1, **settings, **AT_THE_END)
     assert records(folder)[-1]["guard/trained_gain"] > 0.1
 
 
@@ -344,6 +351,26 @@ def scored_by_length(monkeypatch, languages: tuple[str, ...] = ("en", "zh")) -> 
     monkeypatch.setattr("reward_models.brightness.Brightness.__call__", scores)
     monkeypatch.setattr("reward_models.brightness.Brightness.needs_prompt", True)
     monkeypatch.setattr("reward_models.brightness.Brightness.languages", languages)
+
+
+def test_the_papers_hinge_by_hand(distilled, monkeypatch):
+    """relu(16 - s) + relu(s'), of raw scores of MPS, where a recipe says no more than the shape."""
+    table = {"a cat": 10.0, "a dog": 20.0, "红苹果": -3.0}
+
+    class Mps:
+        differentiable, needs_prompt, languages = True, True, ("en", "zh")
+
+        def __call__(self, images, prompts):
+            return torch.tensor([table[prompt] for prompt in prompts])
+
+    stage = runs.tuning("feedback", "unused", shape="mps_hinge", rewards=[{"name": "mps"}])
+    rewards = Combined([Member("mps", Mps())], stage.normalise)
+    texts = [Prompt(text, "en") for text in table]
+    student = student_of(distilled)
+    begun = tuning.start(student.base, texts, [generator(i) for i in range(3)])
+    assert begun.next_prompts == ["a dog", "红苹果", "a cat"]
+    losses = feedback.reward_loss(stage, rewards, torch.zeros(3, 3, 16, 16), begun, 1, tuning.Scores())
+    assert losses.tolist() == [6.0 + 20.0, 0.0 + 0.0, 19.0 + 10.0]
 
 
 def test_an_irrelevant_prompt_is_the_next_one_of_another_text():
@@ -375,6 +402,49 @@ def test_a_micro_batch_of_one_has_an_irrelevant_prompt_too(distilled, tmp_path, 
 # ---- a whole recipe ----
 
 
+def test_a_guard_that_keeps_step_0_is_told_wherever_its_student_goes(tiny_sdxl, tmp_path, capsys):
+    prompts = runs.write_prompts(tmp_path)
+    guard = {"rewards": [{"name": "colourfulness", "weight": 0.0}], "num_prompts": 2, "every": 1}  # no look is better
+    tuned = runs.tuning("feedback", prompts, guard=guard)
+    evaluate = Evaluate(
+        prompts=prompts, num_prompts=2, num_steps=[4], gammas=[0.0], teacher_steps=[2], rewards=["brightness"]
+    )
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(prompts), runs.distill(segments=[2]), tuned, evaluate])
+    found = pipeline.run(recipe)[2].folder
+    lines = capsys.readouterr().out.splitlines()
+    last = next(i for i, line in enumerate(lines) if line.startswith("evaluate ->")) - 1
+    assert lines[last].startswith("guard kept step 0 of 2: by the held-out reward no look was better")
+    assert checkpoint.read_json(found / "manifest.json")["tuned_steps"] == 0
+    assert checkpoint.read_json(found / "student" / "student.json")["tuned_steps"] == 0
+    run = Path(recipe.runs, recipe.name)
+    report = (run / "03-evaluate" / "report.md").read_text()
+    assert "It is the student as it was distilled: the guard of feedback kept step 0." in report
+    (drawn,) = finished_runs.sample(run, ["a cat"], 2, 0, None, tmp_path / "tuned")
+    assert "its guard kept step 0: this is the student as it was distilled" in capsys.readouterr().out
+    (other,) = finished_runs.sample(run / "01-distill", ["a cat"], 2, 0, None, tmp_path / "distilled")
+    assert Image.open(drawn).tobytes() == Image.open(other).tobytes()
+    assert "kept step 0" not in capsys.readouterr().out
+
+
+def test_the_step_that_a_guard_kept_is_told_and_recorded(tiny_sdxl, tmp_path, capsys):
+    prompts = runs.write_prompts(tmp_path)
+    guard = {"rewards": [{"name": "colourfulness", "weight": -1.0}], "num_prompts": 2, "every": 1}
+    tuned = runs.tuning("feedback", prompts, num_steps=3, learning_rate=1e-2, guard=guard)
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(prompts), runs.distill(segments=[2]), tuned])
+    found = pipeline.run(recipe)[2].folder
+    kept = checkpoint.read_json(found / "guard.json")["kept_step"]
+    assert kept > 0
+    assert f"guard kept step {kept} of 3" in capsys.readouterr().out
+    assert adapters.tuned_steps(found / "student") == kept
+    older = checkpoint.read_json(found / "student" / "student.json")
+    del older["tuned_steps"]
+    checkpoint.write_json(found / "student" / "student.json", older)
+    assert adapters.tuned_steps(found / "student") is None
+    checkpoint.write_json(found / "student" / "student.json", older | {"tuned_steps": -1})
+    with pytest.raises(CheckpointError, match="tuned_steps must be a whole number from 0, is -1"):
+        adapters.describe(found / "student")
+
+
 def test_a_recipe_goes_from_trajectories_to_a_tuned_student_that_is_sampled_evaluated_and_exported(tiny_sdxl, tmp_path):
     prompts = runs.write_prompts(tmp_path)
     recipe = runs.whole(tiny_sdxl, tmp_path, segments=[2])
@@ -391,7 +461,7 @@ def test_a_recipe_goes_from_trajectories_to_a_tuned_student_that_is_sampled_eval
     run = Path(recipe.runs, recipe.name)
     before = finished_runs.sample(student_folder := run / "01-distill", ["a cat"], 2, 0, None, tmp_path / "before")
     after = finished_runs.sample(run, ["a cat"], 2, 0, None, tmp_path / "after")
-    assert before[0].read_bytes() != after[0].read_bytes()  # a run's student is its last one
+    assert Image.open(before[0]).tobytes() != Image.open(after[0]).tobytes()  # a run's student is its last one
     assert finished_runs.find_stage(student_folder, ("distill",)).is_dir()
     again = json.loads((finished_runs.evaluate(run, num_prompts=2) / "report.json").read_text())
     assert {row["name"] for row in again["rows"]} == {"teacher", "student", "feedback"}
@@ -406,6 +476,10 @@ def test_a_recipe_goes_from_trajectories_to_a_tuned_student_that_is_sampled_eval
     with torch.no_grad():
         expected = base.predict(student.denoiser, x_t, t, conditioning)
         torch.testing.assert_close(base.predict(stock.unet, x_t, t, conditioning), expected, rtol=0, atol=1e-4)
+        for file in (LORA_FILE, KOHYA_FILE):  # both adapters as one, over the teacher
+            stock = StableDiffusionXLPipeline.from_pretrained(recipe.teacher.path)
+            stock.load_lora_weights(exported, weight_name=file)
+            torch.testing.assert_close(base.predict(stock.unet, x_t, t, conditioning), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", ["feedback", "dpo", "policy"])
@@ -446,7 +520,7 @@ def test_a_reward_without_gradient_is_refused_by_feedback(distilled, tmp_path, m
 
 def test_a_reward_that_needs_no_prompt_is_refused_by_the_hinge_that_asks_for_another(distilled, tmp_path):
     with pytest.raises(ValueError, match="rewards that depend on the prompt"):
-        tune(distilled, tmp_path, "feedback", shape="mps_hinge")
+        tune(distilled, tmp_path, "feedback", shape="mps_hinge", threshold=1.0)
 
 
 @pytest.mark.parametrize("variant", ["feedback", "dpo", "policy"])
@@ -512,9 +586,9 @@ def test_the_guard_keeps_the_step_that_was_best(distilled, tmp_path):
 
 
 def test_undivided_advantages_reach_the_policys_loss(distilled, tmp_path):
-    """Adam hides a scale that all prompts share; the gradient's norm in the log does not."""
+    """Adam hides a scale that all prompts share; the first iteration's gradient norm, unclipped, does not."""
     norms = [
-        records(tune(distilled, tmp_path / scale, "policy", scale_rewards=scale))[0]["grad_norm"]
+        records(tune(distilled, tmp_path / scale, "policy", scale_rewards=scale, num_iterations=1))[0]["grad_norm"]
         for scale in ("group", "none")
     ]
     assert norms[0] != pytest.approx(norms[1], rel=0.05)

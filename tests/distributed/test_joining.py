@@ -1,0 +1,102 @@
+"""Processes that were not started by `--launch`: joined as torchrun does, or refused before anything is done."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launched_runs import SECONDS, environment
+
+import runs
+from mlcm_rl import distributed
+from mlcm_rl.distributed import joining
+from mlcm_rl.recipe import Recipe
+
+NAMES = {*joining.RENDEZVOUS, *joining.COUNTS, *joining.PLACES, "SLURM_NTASKS"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 says .* LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"),
+        ({"RANK": "1"}, "RANK=1 says .* WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"},
+            "WORLD_SIZE=8 says .* and LOCAL_RANK is not set",
+        ),
+        (
+            {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"},
+            r"SLURM_STEP_NUM_TASKS=2 says .* \(under srun: --ntasks=1\)",
+        ),
+        ({"SLURM_PROCID": "3"}, "SLURM_PROCID=3 says .*`torchrun -m mlcm_rl run"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}, "unset OMPI_COMM_WORLD_SIZE"),
+    ],
+)
+def test_one_of_several_that_cannot_find_the_others_is_refused(monkeypatch, variables, words):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        distributed.start(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{}, {"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}],
+)
+def test_a_process_on_its_own_is_asked_nothing(monkeypatch, tmp_path, variables):
+    """Also the one that a script of Slurm's for several starts, or that is to start them."""
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "PartialState", lambda **_: pytest.fail("it waits for others"))
+    distributed.start(torch.device("cpu"))
+    distributed.refuse_unshared(tmp_path / "runs")
+    assert (distributed.rank(), distributed.count()) == (0, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def joined(recipe: Recipe, folders: list[Path]) -> list[subprocess.CompletedProcess]:
+    """`mlcm run` in one process for each of `folders`, in it, told of the others as any cluster can."""
+    port, processes = str(free_port()), []
+    (folders[0].parent / "small.yaml").write_text(recipe.model_dump_json())
+    for rank, folder in enumerate(folders):
+        places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(folders))}
+        place = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **places)
+        command = [sys.executable, "-m", "mlcm_rl", "run", str(folders[0].parent / "small.yaml")]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, cwd=folder, env=place, **pipes))
+    said = [process.communicate(timeout=SECONDS) for process in processes]
+    return [
+        subprocess.CompletedProcess([], process.returncode, *both)
+        for process, both in zip(processes, said, strict=True)
+    ]
+
+
+def test_processes_that_are_told_of_each_other_share_a_run_and_two_machines_without_a_shared_folder_are_refused(
+    tiny_sdxl, tmp_path
+):
+    stages = [runs.trajectories(runs.write_prompts(tmp_path), shard_size=2)]
+    recipe = runs.recipe(tiny_sdxl, tmp_path, stages, runs="runs")
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        folder.mkdir()
+    for rank, done in enumerate(joined(recipe, folders)):
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert f"failed  runs: process 1 of 2 does not see in {folders[rank] / 'runs'} what process 0" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.glob("*/runs/*")] == []
+    together = joined(recipe, [folders[0], folders[0]])
+    assert [done.returncode for done in together] == [0, 0], together
+    assert [done.stdout.count("done  1 stages") for done in together] == [1, 0]
+    assert len(list(tmp_path.glob("one/runs/stages/trajectories-*/shard-*"))) == 4

@@ -1,0 +1,220 @@
+"""The card of an export: metadata, claims, what it says of other tools. Its code is run in test_stock_export."""
+
+import copy
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from diffusers import StableDiffusionPipeline
+from ruamel.yaml import YAML
+
+import tiny
+from mlcm_rl import adapters, bases, model_card, recipe
+from mlcm_rl.adapters import Student
+from mlcm_rl.bases import Base
+from mlcm_rl.export import export
+from mlcm_rl.lora_files import KOHYA_FILE
+from mlcm_rl.recipe import Full, Lora
+
+CARD = "---\nlicense: other\nlicense_name: a-licence\nlanguage:\n- en\n- zh\ntags:\n- theirs\n---\nÉmilie's teacher\n"
+
+
+def exported(base: Base, root: Path, adapter: Lora | Full, conditioned: bool = False, **described) -> Path:
+    """The export `root/out` of a student; the student itself is in `root/student`."""
+    denoiser = adapters.student(base, adapter, 0, conditioned)
+    tiny.perturb(adapters.trainable_parameters(denoiser), seed=1)
+    description = {"segments": 1, "family": base.family, "prediction_type": base.prediction_type} | described
+    adapters.save_student(denoiser, root / "student", description)
+    return export(root / "student", base, root / "out")
+
+
+def card(base: Base, student: Student, folder: Path, gamma: float | None = None) -> str:
+    return model_card.card(base, student, "out", student.default_gamma if gamma is None else gamma, None, folder)
+
+
+def metadata(card: str) -> dict:
+    return YAML(typ="safe", pure=True).load(card.split("---\n")[1])
+
+
+@pytest.fixture(scope="module")
+def lora(loaded, tmp_path_factory) -> tuple[Base, Student, Path]:
+    root = tmp_path_factory.mktemp("lora")
+    out = exported(loaded["sdxl"], root, Lora(rank=4, alpha=8.0))
+    return loaded["sdxl"], adapters.load_student(loaded["sdxl"], root / "student"), out
+
+
+@pytest.fixture(scope="module")
+def told(loaded, tmp_path_factory) -> tuple[Base, Student, Path]:
+    """A conditioned student of budgets without 4."""
+    root = tmp_path_factory.mktemp("told")
+    out = exported(loaded["sdxl"], root, Lora(rank=4, alpha=8.0), True, budgets=[2, 3, 8])
+    return loaded["sdxl"], adapters.load_student(loaded["sdxl"], root / "student"), out
+
+
+def of_teacher(base: Base, **changes) -> Base:
+    """`base` as if its recipe named its teacher otherwise."""
+    other = copy.copy(base)
+    other.teacher = base.teacher.model_copy(update=changes)
+    return other
+
+
+def of_published_shape(base: Base) -> Base:
+    """`base` as if its denoiser were as wide as SDXL's."""
+    other = copy.copy(base)
+    other.denoiser = SimpleNamespace(config=SimpleNamespace(block_out_channels=[320, 640, 1280]))
+    return other
+
+
+# Metadata
+
+
+def test_a_base_model_is_named_where_the_hub_has_it_alone(lora):
+    base, student, out = lora
+    assert "base_model" not in metadata(card(*lora))
+    hub = of_teacher(base, path="owner/model", revision="0" * 40)
+    text = card(hub, student, out)
+    assert metadata(text)["base_model"] == "owner/model"
+    assert f'DiffusionPipeline.from_pretrained("owner/model", revision="{"0" * 40}")' in text
+    assert metadata(text)["tags"] == ["stable-diffusion-xl", "consistency-distillation", "few-step", "lora"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1"])
+def test_licence_and_languages_are_taken_over_from_a_card_in_any_encoding(encoding, lora, tmp_path):
+    base, student, out = lora
+    (tmp_path / "README.md").write_bytes(CARD.encode(encoding))
+    text = card(of_teacher(base, path=str(tmp_path)), student, out)
+    found = metadata(text)
+    assert (found["license"], found["license_name"], found["language"]) == ("other", "a-licence", ["en", "zh"])
+    assert "theirs" not in found["tags"]
+    assert "## Licence\n\nAs its teacher's: other." in text
+
+
+def test_languages_of_the_measured_prompts_stand_in_for_those_that_the_teacher_does_not_state(lora, tmp_path):
+    base, student, out = lora
+    measured = model_card.card(base, student, "out", 1.0, None, out, ["zh", "en", "Old\nNorse"])
+    assert metadata(measured)["language"] == ["zh", "en"]
+    (tmp_path / "README.md").write_text(CARD)
+    stating = of_teacher(base, path=str(tmp_path))
+    assert metadata(model_card.card(stating, student, "out", 1.0, None, out, ["de"]))["language"] == ["en", "zh"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        CARD.encode("utf-16"),
+        b"\xff\xfe\x00---\x80",
+        b"# A teacher\n\n---\nlicense: mit\n---\n",
+        b"| a |\n|---|\n| license: mit |\n",
+        b"---\nlicense: mit\nno end",
+    ],
+)
+def test_a_card_without_front_matter_states_nothing(content, lora, tmp_path):
+    base, student, out = lora
+    (tmp_path / "README.md").write_bytes(content)
+    text = card(of_teacher(base, path=str(tmp_path)), student, out)
+    assert "license" not in metadata(text)
+    assert "## Licence\n\nThat of its teacher." in text
+
+
+# Claims
+
+
+@pytest.mark.parametrize(
+    ("described", "claim"),
+    [
+        ({}, "It was then tuned to preferences; both are in its weights."),
+        ({"tuned_steps": 80}, "It was then tuned to preferences; both are in its weights."),
+        ({"tuned_steps": 0}, "Tuning it to preferences found nothing better: it is as it was distilled."),
+    ],
+)
+def test_a_student_that_the_guard_left_alone_is_not_called_tuned(described, claim, lora, tmp_path):
+    base, student, out = lora
+    shutil.copytree(student.folder, tmp_path / "student")
+    file = tmp_path / "student" / adapters.DESCRIPTION_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"preference": {}} | described))
+    tuned = dataclasses.replace(student, tuned=True, folder=tmp_path / "student")
+    text = card(base, tuned, out)
+    assert claim in text
+    assert ("was then tuned" in text) == (described.get("tuned_steps") != 0)
+
+
+def test_the_code_draws_in_as_many_steps_as_were_learned(told):
+    text = card(*told)
+    assert "num_inference_steps=3" in text.split("```")[1]
+    assert "Without `num_inference_steps` it draws in 3." in text
+    assert "num_inference_steps=4" not in text
+
+
+def test_a_safety_checker_that_is_left_out_is_said_to_be(teachers, tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(teachers["sd15"], folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"requires_safety_checker": True, "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    base = bases.load(recipe.Teacher(path=str(folder), family="sd"), "cpu")
+    out = exported(base, tmp_path, Full())
+    assert "safety checker is not in this folder" in (out / "README.md").read_text()
+    assert json.loads((out / "model_index.json").read_text())["requires_safety_checker"] is False
+    assert StableDiffusionPipeline.from_pretrained(out).safety_checker is None
+    assert base.pipeline.config.requires_safety_checker  # of the teacher's own pipeline
+
+
+def test_what_goes_wrong_with_diffusers_defaults_is_said(lora, told):
+    plain, conditioned = card(*lora), card(*told)
+    for text in ("Say `num_inference_steps`, 1 to 8", "Say `guidance_scale=0`", "Take the scheduler of this folder"):
+        assert text in plain
+    for text in ("`guidance_scale` and `negative_prompt` have no effect", "class_labels\n  should be provided"):
+        assert text in conditioned
+    assert 'leave `variant="fp16"` out' in plain
+    assert "safety checker" not in plain
+
+
+# Other tools
+
+
+def table(text: str) -> list[list[str]]:
+    """The rows of the table of files for ComfyUI."""
+    lines = text.split("## ComfyUI and other tools")[1].split("## Grids")[0].splitlines()
+    return [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+
+
+def test_other_tools_are_told_of_models_that_they_know_alone(lora):
+    assert "ComfyUI" not in card(*lora)
+
+
+def test_an_adapter_goes_to_comfyui_with_the_sampler_of_its_gamma(lora):
+    base, student, out = lora
+    (row,) = table(card(of_published_shape(base), student, out))
+    assert (row[0], row[1], row[3], row[4]) == (KOHYA_FILE, "models/loras", "lcm", "1, 2, 4, 8")
+    assert (out / row[0]).is_file()
+
+
+def test_a_conditioned_student_goes_to_comfyui_by_its_folders(told):
+    base, student, out = told
+    rows = table(card(of_published_shape(base), student, out))
+    assert [(row[0], row[3], row[4]) for row in rows] == [
+        (f"steps-2/{KOHYA_FILE}", "euler", "2"),
+        ("steps-8/unet/diffusion_pytorch_model.safetensors", "euler", "8"),
+    ]
+    assert all((out / row[0]).is_file() for row in rows)
+
+
+def test_full_weights_go_to_comfyui_in_one_file(loaded, tmp_path):
+    base = loaded["sdxl"]
+    out = exported(base, tmp_path, Full(), segments=2)
+    student = adapters.load_student(base, tmp_path / "student")
+    (row,) = table(card(of_published_shape(base), student, out))
+    assert row[:2] == ["unet/diffusion_pytorch_model.safetensors", "models/diffusion_models"]
+    assert row[3] == "euler"
+    (out / row[0]).unlink()  # as if diffusers had written it in parts
+    assert "in parts" in table(card(of_published_shape(base), student, out))[0][2]
+
+
+def test_a_gamma_between_has_no_sampler_elsewhere(lora):
+    base, student, out = lora
+    text = card(of_published_shape(base), student, out, gamma=0.3)
+    assert "No sampler of other tools is known that puts noise back as `eta=0.3` does" in text

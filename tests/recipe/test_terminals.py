@@ -1,0 +1,90 @@
+"""Commands on terminals and under locales that are not UTF-8: what is printed is escaped, what is written is UTF-8."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import runs
+from mlcm_rl.recipe import Recipe
+
+LONG = "红苹果" * 40  # more than the teacher reads, which is said with the prompt
+PLACES = {  # the second is also the encoding of a file that is opened without one
+    "latin-1 output": {"PYTHONIOENCODING": "latin-1"},
+    "ascii locale": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+}
+PLACE = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+
+
+def mlcm(place: dict[str, str], *arguments: object) -> subprocess.CompletedProcess:
+    """What the command prints, as bytes."""
+    command = [sys.executable, "-W", "ignore", "-m", "mlcm_rl", *map(str, arguments)]
+    return subprocess.run(command, env=os.environ | place, capture_output=True, check=False)
+
+
+def escaped(text: str) -> bytes:
+    return text.encode("ascii", "backslashreplace")
+
+
+@pytest.fixture
+def recipe(tiny_sdxl, tmp_path) -> Recipe:
+    """Trajectories of Chinese prompts, one of them too long, a student of them, and what it is like."""
+    whole = runs.whole(tiny_sdxl, tmp_path, segments=[1], num_steps=1)
+    Path(whole.stages[0].prompts).write_text(f"a cat\n{LONG}\n红苹果\n熊猫\n", encoding="utf-8")
+    return whole
+
+
+def written(recipe: Recipe, folder: Path) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(recipe.model_dump_json(), encoding="utf-8")
+    return path
+
+
+def test_a_run_that_quotes_a_chinese_prompt_goes_on_to_its_export(recipe, tmp_path):
+    place = PLACES["ascii locale"]
+    run = mlcm(place, "run", written(recipe, tmp_path))
+    assert run.returncode == 0, run.stderr.decode()
+    assert b"longer than" in run.stdout
+    assert escaped(LONG[:20]) in run.stdout
+    assert json.loads((tmp_path / "runs" / "small" / "02-evaluate" / "report.json").read_text(encoding="utf-8"))
+    exported = mlcm(place, "export", tmp_path / "runs" / "small", tmp_path / "exported")
+    assert exported.returncode == 0, exported.stderr.decode()
+
+
+@PLACE
+def test_a_refusal_that_quotes_a_chinese_prompt_is_said(recipe, tmp_path, place):
+    prompts = Path(recipe.stages[0].prompts)
+    prompts.write_text('{"prompt": "x", "红": 1}\n', encoding="utf-8")
+    prompts = prompts.rename(prompts.with_suffix(".jsonl"))
+    stage = recipe.stages[0].model_copy(update={"prompts": str(prompts)})
+    run = mlcm(place, "run", written(recipe.model_copy(update={"stages": [stage]}), tmp_path))
+    assert run.returncode == 1
+    assert b"unknown key '" + escaped("红") in run.stderr
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("红: 1\n", encoding="utf-8")
+    validated = mlcm(place, "validate", bad)
+    assert validated.returncode == 2
+    assert escaped("红") in validated.stdout
+
+
+@PLACE
+def test_scores_are_json_whatever_the_output_takes(tmp_path, place):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("红苹果 😀\n", encoding="utf-8")
+    scored = mlcm(place, "score", "--reward", "brightness", "--images", tmp_path, "--prompts", prompts)
+    assert scored.returncode == 0, scored.stderr.decode()
+    assert re.fullmatch(rb"[\n -~]+", scored.stdout)
+    assert json.loads(scored.stdout) == {"file": "a.png", "prompt": "红苹果 😀", "score": 0.0}
+
+
+@pytest.mark.parametrize("arguments", [("plan", "--help"), ("rewards", "list")])
+def test_help_and_tables_are_printed(arguments):
+    printed = mlcm(PLACES["ascii locale"], *arguments)
+    assert (printed.returncode, printed.stderr) == (0, b"")
+    assert len(printed.stdout) > 500
