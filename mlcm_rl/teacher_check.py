@@ -164,10 +164,8 @@ def _misfits(family: str, found: dict[str, Configuration]) -> Iterator[str]:
             )
     lengths = {name: one.model_max_length for name, one in found.items() if isinstance(one, Tokenizer)}
     if len(set(lengths.values())) > 1:
-        yield (
-            f"tokenizer/tokenizer_config.json: model_max_length: expected {lengths['tokenizer_2']} as in tokenizer_2, "
-            f"since both towers' tokens are joined, found {lengths['tokenizer']}"
-        )
+        named = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        yield f"tokenizer/tokenizer_config.json: model_max_length: expected one length of all tokenizers, found {named}"
     if family == "sd" and unet.addition_embed_type is not None:
         yield f"unet/config.json: addition_embed_type: expected none, found {unet.addition_embed_type}"
     if family == "sdxl":
