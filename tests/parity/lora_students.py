@@ -40,7 +40,7 @@ def make(base: Base, root: Path, name: str, kind: str, scale: float = 0.05) -> N
     if is_tuned:
         tuned = adapters.for_preference(base, PREFERENCE, SEED, distilled)
         tiny.perturb(adapters.trainable_parameters(tuned), SEED + 1, scale)
-        adapters.save_tuned(tuned, distilled, student)
+        adapters.save_tuned(tuned, distilled, student, 1)
     export(student, base, root / "exports" / name)
 
 
