@@ -252,12 +252,16 @@ class Runtime:
         self._save(steps, {name: part.state() for name, part in self.parts.items()})
 
     def _save(self, steps: int, record: dict) -> None:
+        keep = self.stage.keep_checkpoints
+        distributed.by_first(checkpoint.save_state, self.folder, steps, self._tensors(), record, keep)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the optimiser's state and every group of weights, whole. Waits for all where they hold parts."""
         tensors = self.engine.moments() if self.optimizer.state else {}
         for prefix, group in self.weights.items():
             with self.engine.swapped(group):
                 tensors |= checkpoint.named(prefix, self.engine.full())
-        keep = self.stage.keep_checkpoints
-        distributed.by_first(checkpoint.save_state, self.folder, steps, tensors, record, keep)
+        return tensors
 
     def steps(
         self, first: int, total: int, description: str, finished: Callable[[], bool] = lambda: False
@@ -302,7 +306,8 @@ class Runtime:
         # Nothing is read before all of it is under way: a GPU would stand still while each figure is waited for.
         figures = torch.stack([*sums, sums[0].new_full((), self.pending.number is not None)])
         replaying = self.replayed == (self.step, self.update)
-        (*totals, stopping), norm = self.engine.step(distributed.summed(figures), not replaying)
+        with self._saved_if_others_are_lost():
+            (*totals, stopping), norm = self.engine.step(distributed.summed(figures), not replaying)
         self.last_loss = sum(totals) / count
         precision.forget_copies()
         if not (math.isfinite(self.last_loss) and math.isfinite(norm)):
@@ -318,13 +323,33 @@ class Runtime:
         return {"loss": self.last_loss, "grad_norm": norm}
 
     def _save_before(self) -> None:
-        """The state that this step began with, where it is still there: no update of the step is made, nor is it known.
+        """Save the state that this step began with, where it is still there, to repeat the step from."""
+        if self._is_intact() and not distributed.agreed(checkpoint.state_path(self.folder, self.step).exists()):
+            self._save(self.step, self.before)
+
+    def _is_intact(self) -> bool:
+        """Return whether the state that this step began with is still there: no update of the step is made.
 
         A phase that begins without the optimiser's state has let go of it; a replay then starts a checkpoint earlier.
         """
-        intact = self.update == 0 and (self.step == 0 or bool(self.optimizer.state))
-        if intact and not distributed.agreed(checkpoint.state_path(self.folder, self.step).exists()):
-            self._save(self.step, self.before)
+        return self.update == 0 and (self.step == 0 or bool(self.optimizer.state))
+
+    @contextmanager
+    def _saved_if_others_are_lost(self) -> Iterator[None]:
+        """Where another process ends inside, save the state that this step began with, if this one holds all of it.
+
+        The first process does, or the only one that is left of two: no two write at once.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            is_writer = distributed.rank() == 0 or distributed.count() == 2
+            if distributed.is_loss(error) and is_writer and self.engine.holds_all and self._is_intact():
+                place = checkpoint.state_path(self.folder, self.step)
+                if self.step > 0 and not place.exists():
+                    tensors, keep = self._tensors(), self.stage.keep_checkpoints
+                    checkpoint.save_state(self.folder, self.step, tensors, self.before, keep)
+            raise
 
     def _figures(self, each: list[Tensor], norm: float) -> dict:
         """What there is to say of the step; `each` holds this process's losses (b,), one tensor a micro-batch."""

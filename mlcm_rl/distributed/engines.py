@@ -89,6 +89,8 @@ def take_over(
 class Whole:
     """Every process holds all weights and moments; with several, gradients are averaged before the update."""
 
+    holds_all = True  # so that each could save them alone
+
     def __init__(self, student: nn.Module, optimizer: torch.optim.Optimizer, stage: Training):
         self.student, self.optimizer, self.stage = student, optimizer, stage
         self.trained = trained_of(student)  # found once: a large student has thousands of parameters
@@ -152,6 +154,8 @@ class Whole:
 
 class _InParts(Whole):
     """What engines share in which a process holds a part of every trained weight."""
+
+    holds_all = False
 
     def __init__(self, student: nn.Module, optimizer: torch.optim.Optimizer, stage: Training):
         super().__init__(student, optimizer, stage)

@@ -233,12 +233,15 @@ def children(process: int) -> list[int]:
 
 @pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_process_that_is_killed_ends_the_launch_in_words_that_say_what_is_saved(tiny_sdxl, tmp_path, lost):
-    stages = [runs.trajectories(runs.write_prompts(tmp_path)), runs.distill(num_steps=100_000, save_every=3)]
+    stages = [
+        runs.trajectories(runs.write_prompts(tmp_path)),
+        runs.distill(num_steps=100_000, save_every=50_000, log_every=1),
+    ]
     recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
     process = started(recipe, tmp_path, "cpu2")
     try:
         deadline = time.monotonic() + SECONDS
-        while not list(tmp_path.glob("runs/stages/distill-*/checkpoints/step-*")) and process.poll() is None:
+        while not any(tmp_path.glob("runs/stages/distill-*/log.jsonl")) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         os.kill(children(process.pid)[lost], signal.SIGKILL)
@@ -253,6 +256,9 @@ def test_a_process_that_is_killed_ends_the_launch_in_words_that_say_what_is_save
     ), errors
     assert f"process {lost} of 2 was ended by SIGKILL (the system does that where memory runs out)" in errors
     assert "Traceback" not in errors
+    (folder,) = tmp_path.glob("runs/stages/distill-*")
+    (saved,) = checkpoint.checkpoints(folder)  # by the process that is left: none was due
+    assert int(saved.name.removeprefix("step-")) >= len((folder / "log.jsonl").read_text().splitlines()) > 0
 
 
 def test_the_code_of_a_launch_is_that_of_the_process_that_failed_and_not_of_those_that_lost_it():
