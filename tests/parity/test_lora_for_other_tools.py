@@ -240,7 +240,7 @@ def test_a_tuned_student_over_weights_of_its_own_ships_no_adapter(loaded, tmp_pa
     denoiser = adapters.student(base, Full(), 0)
     adapters.save_student(denoiser, tmp_path / "distilled", description(base))
     tuned = adapters.for_preference(base, PREFERENCE, 0, tmp_path / "distilled")
-    adapters.save_tuned(tuned, tmp_path / "distilled", tmp_path / "student", 1)
+    adapters.save_tuned(tuned, tmp_path / "distilled", tmp_path / "student", tuned_steps=1)
     out = export(tmp_path / "student", base, tmp_path / "out")
     assert not list(out.glob("*lora*"))
     assert list((out / "unet").glob("*.safetensors"))
