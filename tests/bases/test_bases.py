@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import shutil
 import weakref
 
@@ -281,3 +282,16 @@ def test_prompts_encoded_ahead_are_the_same_and_the_text_encoders_leave(teachers
     assert encoder() is None
     with pytest.raises(KeyError, match="a snowman"):
         base.encode_prompts(["a snowman"])
+
+
+def test_shapes_of_a_teacher_without_its_safety_checker_are_read_without_a_word(tmp_path, caplog, monkeypatch):
+    folder = tiny.sd(tmp_path / "sd")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"requires_safety_checker": True}))
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    teacher = recipe.Teacher(path=str(folder), family="sd")
+    bases.load(teacher, "cpu")
+    assert "safety checker" in caplog.text  # which draws pictures, so that the licence matters
+    caplog.clear()
+    bases.skeleton(teacher)
+    assert "safety checker" not in caplog.text
