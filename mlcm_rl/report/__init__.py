@@ -229,7 +229,10 @@ def headline(report: dict[str, Any], name: str | None = None) -> dict[str, Any]:
     own = [row for row in students if row["name"] == name]
     teachers = rows_at(report, "undistilled", HEADLINE_BUDGET)
     if not own or not teachers:
-        text = f"No student's default row and undistilled row at {HEADLINE_BUDGET} evaluations to compare."
+        text = (
+            f"Nothing to compare at {HEADLINE_BUDGET} network evaluations: the student or the undistilled teacher was "
+            "not measured there."
+        )
         return {"num_evaluations": HEADLINE_BUDGET, "passed": False, "checks": [], "text": text}
     checks = [compare(own[0], best(teachers, key), key) for key in measured(report, COMPARED)]
     tuned = next((one for one in report.get("tuned", []) if one["name"] == name), None)

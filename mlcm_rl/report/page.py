@@ -42,6 +42,7 @@ def render(result: dict[str, Any], folder: Path) -> str:
         report=result,
         headline=headline(result),
         made=f"the student tuned by {made['name']}" if made else "the student",
+        standing=standing(result["headline"]["checks"]),
         outcome=tuned_students.outcome(made) if made else "",
         gallery=gallery(result, folder),
         legend=plots.lines(result),
@@ -94,6 +95,14 @@ def headline(result: dict[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return tiles
+
+
+def standing(checks: list[dict[str, Any]]) -> str:
+    """Return in which metrics of the headline the student is ahead, level or behind, in words."""
+    labels: dict[str, list[str]] = {"ahead": [], "level": [], "behind": []}
+    for check in checks:
+        labels[check["verdict"]].append(report.metric(check["metric"]).label)
+    return ", ".join(f"{verdict} in {' and '.join(found)}" for verdict, found in labels.items() if found)
 
 
 def groups(result: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:

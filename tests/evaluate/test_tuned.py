@@ -282,3 +282,10 @@ def test_students_compared_in_different_samplers_have_galleries_of_their_own(tmp
     ]
     galleries = page.before_and_after({"rows": rows, "tuned": tuned, "prompts": []}, tmp_path)
     assert [one["columns"] for one in galleries] == [["before: student", f"after: {name}"] for name in compared]
+
+
+def test_the_page_names_what_the_student_is_ahead_and_behind_in():
+    checks = [{"metric": key, "verdict": verdict} for key, verdict in (("distance", "ahead"), ("r@5", "behind"))]
+    assert page.standing(checks) == "ahead in Distance, behind in R@5"
+    checks[1]["verdict"] = "ahead"
+    assert page.standing(checks) == "ahead in Distance and R@5"
