@@ -22,6 +22,6 @@ def write_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def is_utf8(stream: TextIO) -> bool:
-    """Whether `stream` takes any character as it is."""
-    return codecs.lookup(stream.encoding or "ascii").name == "utf-8"
+def is_utf8(stream: TextIO | None) -> bool:
+    """Whether `stream` takes any character as it is; None, one that was closed, takes none."""
+    return stream is not None and codecs.lookup(stream.encoding or "ascii").name == "utf-8"
