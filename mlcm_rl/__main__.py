@@ -44,8 +44,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first speaks
-error_console = Console(highlight=False, stderr=True)
+console = console_text.plain_console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first speaks
+error_console = console_text.plain_console(stderr=True)
 
 
 def _existing(path: Path) -> Path:

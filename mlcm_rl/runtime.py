@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import diffusers
 import torch
 import transformers
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import Tensor
@@ -25,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import checkpoint, distributed, precision, replays, signals
 from .bases import Base
+from .console_text import plain_console
 from .devices import device_of
 from .distributed import engines
 from .recipe import Recipe, Training
@@ -35,7 +35,7 @@ transformers.utils.logging.set_verbosity_error()  # it warns of torchvision's ab
 diffusers.utils.logging.disable_progress_bar()  # a bar for every load says nothing here
 transformers.utils.logging.disable_progress_bar()
 
-console = Console(highlight=False, quiet=distributed.rank() > 0)  # of several processes the first one speaks
+console = plain_console(quiet=distributed.rank() > 0)  # of several processes the first one speaks
 PLAIN_SECONDS = 10.0  # between progress lines where no terminal can redraw a bar
 
 
@@ -93,13 +93,13 @@ class Bar:
         self.total, self.description, self.done, self.first = total, description, done, done
         self.started = self.printed = time.monotonic()
         self.rich = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
         )
         self.task = self.rich.add_task(description, total=total, completed=done, note="")
@@ -122,6 +122,11 @@ class Bar:
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
+
+
+def tell(label: str, text: str, style: str = "dim") -> None:
+    """A line that begins with a `label` in `style`. Brackets and colons in it are what they are, no markup."""
+    console.print(Text.assemble((label, style), f" {text}"), soft_wrap=True)
 
 
 @cache
@@ -188,11 +193,8 @@ class Runtime:
         self.samples: list = []  # what the step's losses are of: rows of what the stage reads, or prompts
         self.replayed = replays.asked(folder)
         if stage.precision == "bf16" and self.device.type == "cpu" and not cpu_has_bfloat16():
-            console.print(
-                f"[yellow]precision[/] {stage.kind}: this CPU has no bfloat16 arithmetic and emulates it, many times "
-                "slower than float32: set precision: no",
-                soft_wrap=True,
-            )
+            told = f"{stage.kind}: this CPU has no bfloat16 arithmetic and emulates it, many times slower than float32"
+            tell("precision", f"{told}: set precision: no", "yellow")
         name = "tensorboard" if recipe.trackers == ["tensorboard"] else recipe.name
         self.accelerator.init_trackers(name, config=flat(checkpoint.public(recipe.model_dump(mode="json"))))
 
@@ -244,7 +246,7 @@ class Runtime:
             raise checkpoint.CheckpointError(f"{place}: {error}: delete checkpoints/") from error
         for name, part in parts.items():
             part.load_state(record[name])
-        console.print(f"[dim]{self.stage.kind}[/] goes on from step {steps}, where it was saved", soft_wrap=True)
+        tell(self.stage.kind, f"goes on from step {steps}, where it was saved")
         return steps
 
     def save(self, steps: int) -> None:
