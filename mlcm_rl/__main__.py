@@ -44,7 +44,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first speaks
+console = Console(
+    highlight=False, quiet=os.environ.get("RANK", "") not in ("", "0")
+)  # of several processes the first speaks
 error_console = Console(highlight=False, stderr=True)
 
 
