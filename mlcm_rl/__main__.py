@@ -44,7 +44,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = console_text.plain_console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first speaks
+# of several processes the first speaks
+console = console_text.plain_console(quiet=os.environ.get("RANK", "") not in ("", "0"))
 error_console = console_text.plain_console(stderr=True)
 
 

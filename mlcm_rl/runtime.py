@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Protocol
 
 import diffusers
@@ -22,7 +24,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import checkpoint, distributed, precision, replays, signals
+from . import atomic, checkpoint, distributed, precision, replays, signals
 from .bases import Base
 from .console_text import plain_console
 from .devices import device_of
@@ -37,6 +39,8 @@ transformers.utils.logging.disable_progress_bar()
 
 console = plain_console(quiet=distributed.rank() > 0)  # of several processes the first one speaks
 PLAIN_SECONDS = 10.0  # between progress lines where no terminal can redraw a bar
+GIT_SECONDS = 10.0  # that git has to name the commit
+COMMIT = re.compile(rb"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class StoppedBeforeUpdate(Exception):
@@ -157,13 +161,20 @@ def cpu_has_bfloat16() -> bool:
 
 
 def commit() -> str | None:
-    """Return the commit of this checkout, for the record; None outside one, and where git is not to be had."""
+    """Return the commit of this checkout, for the record; None outside one, and where git does not say it: it is not
+    there, refuses another user's checkout, or does not answer."""
     git, checkout = shutil.which("git"), Path(__file__).parents[1]
     if git is None or not (checkout / ".git").exists():  # an installed package may lie within another checkout
         return None
     command = [git, "-C", str(checkout), "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-    return found.stdout.strip() or None
+    with TemporaryFile() as answer:  # no pipe: what git has started could keep it open beyond git's end
+        try:
+            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=answer, stderr=answer, timeout=GIT_SECONDS)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        answer.seek(0)
+        said = answer.read(100).strip()
+    return said.decode() if COMMIT.fullmatch(said) else None
 
 
 # ---- a training loop's surroundings ----
@@ -393,7 +404,8 @@ class Runtime:
         """Append a record to log.jsonl and send it to the trackers, in the first process."""
         if distributed.rank() > 0:
             return
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "log.jsonl"
+        with atomic.told_of(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step + 1, **values}) + "\n")
             file.flush()
             os.fsync(file.fileno())  # before a checkpoint that is past it
