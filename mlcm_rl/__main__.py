@@ -8,7 +8,6 @@ imported only by the commands that need it, by `_imported`: `--help`, `validate`
 import difflib
 import json
 import os
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -22,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import console_text, plan_table, reward_commands, signals
-from .devices import DEVICES, THIS
-from .recipe import Recipe
+from . import __version__, console_text, plan_table, reward_commands, signals
+from .devices import DEVICES, THIS, kind_for
+from .recipe import RESERVED, Recipe
 from .recipe.file import load
 from .recipe.schema import json_schema
-from .recipe.tree import RecipeError, key_text
+from .recipe.tree import RecipeError
 
 if TYPE_CHECKING:
     from .memory.launches import Launch
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="mlcm",
     help="Distil a latent text-to-image diffusion model into a 2-8-step student.",
-    epilog="Begin with `mlcm plan recipes/emoji_mlcm.yaml`; every command has a `--help` of its own. "
+    epilog="Begin with `mlcm plan recipes/emoji_demo.yaml`; every command has a `--help` of its own. "
     "Exit codes: 0 done, 1 failed, 2 bad recipe or argument, 3 one of several processes lost, 130 after Ctrl-C, 143 "
     "after SIGTERM.",
     no_args_is_help=True,
@@ -54,10 +53,26 @@ def _existing(path: Path) -> Path:
     if path.is_dir():
         return path
     beside = [folder for parent in (path.parent, Path("runs")) if parent.is_dir() for folder in parent.iterdir()]
-    names = {folder.name: str(folder) for folder in beside if folder.is_dir()}
+    names = {folder.name: str(folder) for folder in beside if folder.is_dir() and folder.name not in RESERVED}
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or sorted(names)[:3]
     known = f"the nearest are {', '.join(names[name] for name in near)}" if near else "there are no runs yet"
     raise typer.BadParameter(f"no folder {path}: {known}")
+
+
+def _print_version(asked: bool) -> None:
+    """Print the version and exit, where that is asked for."""
+    if asked:
+        typer.echo(f"mlcm_rl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What may stand before a command."""
 
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", show_default=False, help="a recipe's YAML file")]
@@ -140,7 +155,7 @@ def validate(
             load(path, overrides, Path.cwd(), tell=_tell_path)
         except RecipeError as error:
             bad += 1
-            _print_problems(console, path, error)
+            console_text.print_problems(console, path, error)
         else:
             _line(Text.assemble(("ok", "green"), f"  {path}"))
     if bad:
@@ -184,7 +199,7 @@ def plan(
         on = asdict(found) | {"share": found.share} if found else None
         typer.echo(json.dumps({"launch": asdict(asked), "device": on, "stages": described}, indent=2))
     else:
-        plan_table.show(console, loaded, stages, asked, found)
+        plan_table.show(console, loaded, stages, asked, found, kind_for(loaded.device, found))
 
 
 @app.command()
@@ -297,7 +312,13 @@ def export(
 def replay(
     bundle: Annotated[
         Path,
-        typer.Argument(exists=True, dir_okay=False, show_default=False, help="the nonfinite-<step>.json of a stage"),
+        typer.Argument(
+            metavar="BUNDLE",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            help="the nonfinite-<step>.json of a stage",
+        ),
     ],
 ) -> None:
     """Repeat the step whose loss or gradient was no number: its figures then and now. Exit code 1 where they differ."""
@@ -342,6 +363,8 @@ def schema(
 
 app.command()(reward_commands.score)
 app.add_typer(reward_commands.app, name="rewards")
+console_text.unbreak_help(app)
+console_text.unbreak_help(reward_commands.app)
 
 
 def main() -> None:
@@ -379,7 +402,7 @@ def _load(path: Path, overrides: list[str] | None, quiet: bool = False) -> Recip
     try:
         return load(path, overrides or [], Path.cwd(), tell=(lambda note: None) if quiet else _tell_path)
     except RecipeError as error:
-        _print_problems(error_console, path, error)
+        console_text.print_problems(error_console, path, error)
         raise typer.Exit(2) from None
 
 
@@ -411,22 +434,6 @@ def _imported(name: str, interrupted: str = "Interrupted.") -> Iterator[ModuleTy
     except KeyboardInterrupt as stop:
         error_console.print(Text(f"\n{interrupted}"), soft_wrap=True)
         raise typer.Exit(stop.code if isinstance(stop, signals.Stopped) else 130) from None
-
-
-def _print_problems(to: Console, path: Path, error: RecipeError) -> None:
-    """All errors of a recipe: in a terminal laid out for reading, else one line each, never wrapped."""
-    count = f"{len(error.problems)} error{'s' if len(error.problems) > 1 else ''}"
-    to.print(Text.assemble(("bad", "bold red"), f" {path}: {count}"), soft_wrap=True)
-    for problem in error.problems:
-        if to.is_terminal:
-            place = Text.assemble(f"  {problem.where}  ", (key_text(problem.key), "bold cyan"))
-            to.print(place, soft_wrap=True)
-            lines = textwrap.fill(problem.text, to.width - 6, break_long_words=False, break_on_hyphens=False)
-            to.print(Text(textwrap.indent(lines, " " * 6)), soft_wrap=True)
-        else:
-            to.print(Text(str(problem)), soft_wrap=True)
-    if error.note:
-        to.print(Text(error.note), soft_wrap=True)
 
 
 def _line(text: Text) -> None:

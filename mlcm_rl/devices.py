@@ -51,6 +51,13 @@ DEVICES = {
 }
 
 
+def kind_for(name: str, device: Device | None = None) -> str:
+    """Return the kind ("cuda", "cpu", ...) of `device`, else of a recipe's device `name`, which need not be here."""
+    if device is not None:
+        return device.kind
+    return device_of("auto").type if name == "auto" else name
+
+
 def device_of(name: str) -> "torch.device":
     """The device that is asked for; `auto` takes CUDA, then MPS, then the CPU. Raises ValueError for one not here."""
     import torch

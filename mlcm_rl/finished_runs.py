@@ -188,6 +188,7 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
             f"the recipe of {run_folder} has no evaluate stage to take prompts from; add one and run it again"
         )
     changes = {"num_prompts": num_prompts, "num_steps": num_steps, "students": "last"}
+    refuse_lost(folder, recipe, stages[-1].prompts)
     stage = stages[-1].model_copy(update={name: value for name, value in changes.items() if value is not None})
     if num_prompts is not None:
         with worded("--num-prompts", BadArgument):
@@ -238,6 +239,7 @@ def teacher_of(folder: Path) -> Base:
     else. Raises as `bases.load` does.
     """
     recipe = recipe_of(folder)
+    refuse_lost(folder, recipe)
     base = bases.load(recipe.teacher, device_of(recipe.device))
     made_with = adapters.describe(folder / "student").get("teacher_hash")  # older folders do not say
     if made_with not in (None, teacher_hash(recipe.teacher)):
@@ -246,6 +248,17 @@ def teacher_of(folder: Path) -> Base:
             "`mlcm run` the recipe again"
         )
     return base
+
+
+def refuse_lost(folder: Path, recipe: Recipe, *named: str) -> None:
+    """Raise RunError where the teacher of the stage in `folder`, or a path `named` beside it, is not there any more."""
+    teacher = [] if recipe.teacher.revision else [recipe.teacher.path]  # one of the hub's may be no folder
+    lost = [path for path in (*teacher, *named) if not Path(path).exists()]
+    if lost:
+        raise RunError(
+            f"{' and '.join(lost)}, by which {folder.name} was made, is neither where that was run nor in the working "
+            f"directory, here {Path.cwd()}: go to the folder that it is relative to, or put it back"
+        )
 
 
 def recipe_of(folder: Path) -> Recipe:

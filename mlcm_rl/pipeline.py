@@ -15,7 +15,7 @@ import torch
 from . import __version__, checkpoint, distributed, guard, lock, needs, replays
 from .adapters import tuned_steps
 from .checkpoint import CheckpointError, finish, is_finished, verify
-from .devices import Device, device_of
+from .devices import Device, device_of, kind_for
 from .fingerprint import Located, locate, parents_of, seed_of_stage
 from .memory import launches
 from .memory.launches import Launch
@@ -151,9 +151,7 @@ def plan(
     Memory is that of each process of `launch`; on a `device` the time is told too. Raises RunError for files that are
     named and missing, and where the processes cannot share a batch.
     """
-    asked = device.kind if device is not None else recipe.device  # which need not be here
-    kind = device_of("auto").type if asked == "auto" else asked
-    return planned_stages(recipe, kind if memory else None, launch, device)
+    return planned_stages(recipe, kind_for(recipe.device, device) if memory else None, launch, device)
 
 
 @worded("plan")

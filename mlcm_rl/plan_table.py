@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .devices import Device
+from .devices import DEVICES, Device
 from .published import shipped
 from .quantities import in_words, time_in_words
 from .recipe import Recipe
@@ -20,9 +20,14 @@ ENGINES = {"whole": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-
 
 
 def show(
-    console: Console, recipe: Recipe, stages: "list[PlannedStage]", launch: "Launch", device: Device | None
+    console: Console,
+    recipe: Recipe,
+    stages: "list[PlannedStage]",
+    launch: "Launch",
+    device: Device | None,
+    kind: str,
 ) -> None:
-    """Print the plan of `recipe`."""
+    """Print the plan of `recipe`, whose memory was found for a `kind` of device ("cuda", "cpu")."""
     ahead = [stage for stage in stages if not stage.done]
     console.print(_summary(stages, ahead, device), crop=False)
     if any(stage.memory for stage in ahead):
@@ -31,7 +36,7 @@ def show(
     for text in [*_warnings(ahead, launch, device), *_left_out(ahead)]:
         console.print(text, soft_wrap=True)
     console.print()
-    for line in _assumptions(recipe, ahead, launch, device):
+    for line in _assumptions(recipe, ahead, launch, device, kind):
         console.print(Text(line), soft_wrap=True)
 
 
@@ -102,7 +107,9 @@ def _left_out(ahead: "list[PlannedStage]") -> list[Text]:
     ]
 
 
-def _assumptions(recipe: Recipe, ahead: "list[PlannedStage]", launch: "Launch", device: Device | None) -> list[str]:
+def _assumptions(
+    recipe: Recipe, ahead: "list[PlannedStage]", launch: "Launch", device: Device | None, kind: str
+) -> list[str]:
     """What stands behind the figures, a sentence a line."""
     lines = ["One evaluation is one pass of the denoiser for one sample."]
     if shipped(recipe.teacher):
@@ -111,6 +118,11 @@ def _assumptions(recipe: Recipe, ahead: "list[PlannedStage]", launch: "Launch", 
         lines.append(
             "Memory is that of tensors. Beside them a process has its libraries, about 0.5 GB (on a GPU also there), "
             "and its allocator keeps more: 0.2 to 0.6 of the figure was measured on a CPU."
+        )
+    if device is None and kind == "cpu" and any(getattr(one, "precision", "no") == "bf16" for one in recipe.stages):
+        lines.append(
+            "Memory is as on a CPU, where attention in bfloat16 is written out; a GPU takes less: --device "
+            f"{' | '.join(DEVICES)} says how much."
         )
     if launch.processes > 1:
         lines.append(f"Memory is that of each of {launch.processes} processes ({ENGINES[launch.engine]}).")

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,11 @@ def empty_pipeline(pipeline_class: type[DiffusionPipeline], teacher: Teacher) ->
                 name: kind.from_config(kind.load_config(folder / name))
                 for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
             }
-        others = {name: None for name in index if name.startswith(OTHER_PARTS)}
+        others: dict[str, Any] = {name: None for name in index if name.startswith(OTHER_PARTS)}
+        if (
+            "requires_safety_checker" in signature(pipeline_class).parameters
+        ):  # no word of its absence: nothing is drawn
+            others["requires_safety_checker"] = False
         return pipeline_class.from_pretrained(folder, local_files_only=True, **parts, **others)
 
 

@@ -417,7 +417,7 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _name_is_free(self):
         if self.name in RESERVED:
-            raise ValueError(f"name: {self.name} is a folder under runs that is every run's; take another name")
+            raise ValueError(f"name {self.name} is that of a folder under runs that all runs share; take another")
         return self
 
 

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion
 from diffusers.utils.torch_utils import randn_tensor
 
 import tiny
@@ -281,3 +282,16 @@ def test_prompts_encoded_ahead_are_the_same_and_the_text_encoders_leave(teachers
     assert encoder() is None
     with pytest.raises(KeyError, match="a snowman"):
         base.encode_prompts(["a snowman"])
+
+
+def test_shapes_of_a_teacher_without_its_safety_checker_are_read_without_a_word(tmp_path, monkeypatch):
+    folder = tiny.sd(tmp_path / "sd")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"requires_safety_checker": True}))
+    said: list[str] = []
+    monkeypatch.setattr(pipeline_stable_diffusion.logger, "warning", said.append)
+    teacher = recipe.Teacher(path=str(folder), family="sd")
+    bases.skeleton(teacher)
+    assert said == []
+    bases.load(teacher, "cpu")
+    assert "safety checker" in said[0]  # this one draws pictures, so that the licence matters

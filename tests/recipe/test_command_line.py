@@ -1,5 +1,6 @@
 """The `mlcm` command: what it prints, and with which code it ends. The pipeline behind it is a stand-in here."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import mlcm_rl
+from mlcm_rl import __version__, reward_commands
 from mlcm_rl.__main__ import app
 from mlcm_rl.devices import DEVICES
 from mlcm_rl.memory import Memory
@@ -320,3 +322,20 @@ except SystemExit as end:
 
 def _environment() -> dict[str, str]:
     return {"PYTHONPATH": str(Path(mlcm_rl.__file__).parents[1]), "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"}
+
+
+def test_help_breaks_no_line_that_the_terminal_would_not(mlcm, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "2000")
+    groups = ((), app), (("rewards",), reward_commands.app)
+    commands = [
+        ((*group, one.name or one.callback.__name__), one) for group, of in groups for one in of.registered_commands
+    ]
+    assert len(commands) > 10
+    for name, command in commands:
+        printed = [" ".join(line.split()) for line in mlcm(*name, "--help").output.splitlines()]
+        for paragraph in inspect.getdoc(command.callback).split("\n\n"):
+            assert " ".join(paragraph.split()) in printed, name
+
+
+def test_the_version_is_printed(mlcm):
+    assert mlcm("--version").output == f"mlcm_rl {__version__}\n"

@@ -49,8 +49,8 @@ def test_a_good_recipe_means_what_a_person_reads_in_it(root):
             "name",
             "expected small letters a to z, digits, - and _, a letter or a",
         ),
-        ("name: good", "name: stages", 2, "name", "name: stages is a folder under runs that is every run's"),
-        ("name: good", "name: rows", 2, "name", "name: rows is a folder under runs"),
+        ("name: good", "name: stages", 2, "name", "name stages is that of a folder under runs that all runs share"),
+        ("name: good", "name: rows", 2, "name", "name rows is that of a folder under runs"),
         (
             "[colourfulness]",
             "[3]",

@@ -85,3 +85,25 @@ def test_a_replay_finds_the_teacher_from_any_folder(place, monkeypatch):
     _, stage, read, parents = replays.read(bundle)
     assert (stage, parents["trajectories"].is_dir()) == (recipe.stages[1], True)
     assert bases.load(read.teacher, "cpu").family == "sdxl"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lost"),
+    [
+        (("sample", "RUN", "--prompt", "a cat", "--out", "drawn"), "mine/teacher"),
+        (("export", "RUN", "exported"), "mine/teacher"),
+        (("evaluate", "RUN", "--num-prompts", "1"), "mine/teacher and mine/prompts.txt"),
+    ],
+)
+def test_a_run_that_was_moved_without_its_teacher_is_refused_in_words(place, tmp_path, monkeypatch, arguments, lost):
+    (place / "runs").rename(tmp_path / "runs")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    run = str(tmp_path / "runs" / "small")
+    result = CLI.invoke(app, [run if word == "RUN" else word for word in arguments])
+    assert result.exit_code == 1, result.output
+    assert f"{lost}, by which distill-" in result.stderr
+    assert f"neither where that was run nor in the working directory, here {elsewhere}" in result.stderr
+    monkeypatch.chdir(place)
+    assert sample(tmp_path / "runs" / "small", tmp_path / "there")

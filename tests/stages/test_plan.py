@@ -10,6 +10,7 @@ from rich.console import Console
 
 import runs
 from mlcm_rl import checkpoint, pipeline, plan_table
+from mlcm_rl.devices import DEVICES, Device, kind_for
 from mlcm_rl.fingerprint import locate
 from mlcm_rl.memory.launches import Launch
 from mlcm_rl.plan import planned_stages, share_done
@@ -17,9 +18,9 @@ from mlcm_rl.recipe import Evaluate, Recipe
 from mlcm_rl.recipe.file import load
 
 
-def shown(recipe: Recipe, stages: list) -> str:
+def shown(recipe: Recipe, stages: list, device: Device | None = None) -> str:
     console = Console(width=100, record=True, file=io.StringIO())
-    plan_table.show(console, recipe, stages, Launch(), None)
+    plan_table.show(console, recipe, stages, Launch(), device, kind_for("cpu", device))
     return console.export_text()
 
 
@@ -89,3 +90,13 @@ def test_what_memory_leaves_out_is_said(tiny_sdxl, tmp_path, name):
     recipe = runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(runs.write_prompts(tmp_path))])
     assert name in shown(recipe, planned_stages(recipe, "cpu"))
     assert name not in shown(recipe, planned_stages(recipe))
+
+
+def test_memory_that_is_a_cpus_is_said_to_be_where_a_gpu_takes_less(tiny_sdxl, tmp_path):
+    said = "Memory is as on a CPU"
+    stages = [runs.trajectories(runs.write_prompts(tmp_path)), runs.distill(precision="bf16")]
+    recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
+    assert said in shown(recipe, planned_stages(recipe, "cpu"))
+    assert said not in shown(recipe, planned_stages(recipe, "cuda", device=DEVICES["h100"]), DEVICES["h100"])
+    plain = recipe.model_copy(update={"stages": stages[:1]})
+    assert said not in shown(plain, planned_stages(plain, "cpu"))
