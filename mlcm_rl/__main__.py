@@ -17,7 +17,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -43,8 +42,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first speaks
-error_console = Console(highlight=False, stderr=True)
+# of several processes the first speaks
+console = console_text.plain_console(quiet=os.environ.get("RANK", "") not in ("", "0"))
+error_console = console_text.plain_console(stderr=True)
 
 
 def _existing(path: Path) -> Path:

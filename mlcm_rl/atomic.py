@@ -49,6 +49,17 @@ def replacing(path: Path) -> Iterator[Path]:
         remove(temporary)
 
 
+@contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """Raise CheckpointError that names `path` where the open file there is refused a write: the system names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.strerror is None:
+            raise
+        raise CheckpointError(f"{path} could not be written ({error.strerror.lower()})") from error
+
+
 def share(path: Path) -> None:
     """Give tensor files, `path` or under it, the mode of any new file: safetensors lets none but their owner read."""
     for one in [path, *path.rglob("*.safetensors")]:

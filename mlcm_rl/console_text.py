@@ -1,5 +1,6 @@
-"""What is printed reaches any terminal, pipe or log: characters that its encoding lacks are escaped, never an error,
-and lines are broken where a terminal ends."""
+"""What is printed reaches any terminal, pipe or log as it is: nothing in it is markup, characters that its encoding
+lacks are escaped, never an error, and lines are broken where a terminal ends.
+"""
 
 import codecs
 import inspect
@@ -7,13 +8,18 @@ import io
 import sys
 import textwrap
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from .recipe.tree import RecipeError, key_text
+
+
+def plain_console(**settings: Any) -> Console:
+    """Return a console to which brackets and colons, as the names of people's files have them, are no markup."""
+    return Console(highlight=False, markup=False, emoji=False, **settings)
 
 
 def write_anything() -> None:
@@ -23,9 +29,9 @@ def write_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def is_utf8(stream: TextIO) -> bool:
-    """Whether `stream` takes any character as it is."""
-    return codecs.lookup(stream.encoding or "ascii").name == "utf-8"
+def is_utf8(stream: TextIO | None) -> bool:
+    """Whether `stream` takes any character as it is; None, one that was closed, takes none."""
+    return stream is not None and codecs.lookup(stream.encoding or "ascii").name == "utf-8"
 
 
 def unbreak_help(app: typer.Typer) -> None:

@@ -43,7 +43,7 @@ def prompts_with_lines(path: str | Path) -> list[tuple[str, Prompt]]:
     """Return ("file:number", prompt) of every prompt of a file. Raise what `read_prompts` raises."""
     path = Path(path)
     if path.suffix == ".txt":
-        prompts = [(where, Prompt(line, guess_language(line))) for where, line in _lines(path)]
+        prompts = [(where, _plain_prompt(line, where)) for where, line in _lines(path)]
     elif path.suffix == ".jsonl":
         prompts = [(where, _prompt(record, where)) for where, record in records_of(path)]
     else:
@@ -103,7 +103,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         if b"\0" in line:
             raise ValueError(f"{where}: a NUL byte, so that it is no UTF-8 text (UTF-16, perhaps): save it as UTF-8")
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            text = line.decode().lstrip("\ufeff").strip()  # a mark that several files put together have inside too
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
         if text:
@@ -131,6 +131,20 @@ def records_of(path: Path) -> Iterator[tuple[str, dict]]:
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected an object in braces, got {type(record).__name__}")
         yield where, record
+
+
+def _plain_prompt(line: str, where: str) -> Prompt:
+    """Return the prompt of a .txt file's line. Raise ValueError for an object of JSON: it would be drawn from whole."""
+    if line.startswith("{") and _is_object(line):
+        raise ValueError(f"{where}: an object of JSON, where a .txt file has a prompt a line: name the file .jsonl")
+    return Prompt(line, guess_language(line))
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(parse_json(text), dict)
+    except ValueError:
+        return False
 
 
 def _prompt(record: dict, where: str) -> Prompt:

@@ -42,6 +42,7 @@ SCHEDULE_KEYS = (
     "trained_betas",
     "rescale_betas_zero_snr",
     "prediction_type",
+    "steps_offset",  # of no effect here; Stable Diffusion's pipelines warn where it is not 1
 )
 
 
@@ -77,7 +78,8 @@ def export(
             _write_told(base, student, num_steps, gamma, folder / f"steps-{num_steps}")
         forget_origin(folder)
         for licence in sorted(Path(base.teacher.path).glob("LICENSE*")):
-            shutil.copy(licence, folder)
+            if licence.is_file():  # and no folder LICENSES
+                shutil.copy(licence, folder)
         card = model_card.card(base, student, out.name, gamma, card_table, folder, languages)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return out
@@ -85,7 +87,7 @@ def export(
 
 def refuse_taken(out: Path) -> None:
     """Raise FileExistsError where something is at `out`: an export makes its folder."""
-    if out.exists():
+    if out.exists() or out.is_symlink():  # a link that leads nowhere is something too
         raise FileExistsError(f"{out} is there already; name a new folder to export to")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler, StableDiffusionXLPipeline
+from diffusers import LCMScheduler, StableDiffusionXLPipeline, TCDScheduler
 from diffusers.models.embeddings import get_timestep_embedding
 
 
@@ -36,8 +36,8 @@ class TargetTimePipeline(StableDiffusionXLPipeline):
         """As the stock pipeline's call, with its order of arguments; without a number of steps, `default_steps`."""
         call = inspect.signature(super().__call__).bind(*args, **settings)
         asked = call.arguments
-        if asked.get("timesteps") is None and asked.get("sigmas") is None:
-            asked.setdefault("num_inference_steps", self.default_steps)
+        if all(asked.get(name) is None for name in ("num_inference_steps", "timesteps", "sigmas")):
+            asked["num_inference_steps"] = self.default_steps
         self._check(asked)
         asked.setdefault("guidance_scale", 0.0)
         eta = asked.setdefault("eta", self.eta)
@@ -65,6 +65,9 @@ class TargetTimePipeline(StableDiffusionXLPipeline):
             warnings.warn(f"{num_steps} steps: this student learned {learned}", stacklevel=4)
         unused = [name for name, value in asked.items() if name.startswith("negative_prompt") and value is not None]
         unused += ["guidance_scale"] if asked.get("guidance_scale", 0.0) > 1.0 else []
+        if not isinstance(self.scheduler, LCMScheduler | TCDScheduler):
+            other = f"{type(self.scheduler).__name__} goes through other times, or twice through one"
+            warnings.warn(f"{other}: this student is for the scheduler of its folder", stacklevel=4)
         if unused:
             warnings.warn(f"{', '.join(unused)}: no effect, as guidance is inside this student", stacklevel=4)
 

@@ -22,7 +22,7 @@ from .pipeline import BadArgument, RunError, run_stage, sweep, worded
 from .recipe import Evaluate, Recipe, Reward, paths
 from .rewards import build
 from .rewards.prompts import refuse_prompts
-from .runtime import console, generator, tell_truncated
+from .runtime import generator, tell, tell_truncated
 from .untrusted import held, is_unicode
 
 
@@ -96,10 +96,10 @@ def _drawn(
 def tell_unlike(student: adapters.Student, folder: Path, num_steps: int) -> None:
     """Say of a student in a stage's `folder` that it was not tuned after all, or is not for so many steps."""
     if adapters.tuned_steps(folder / "student") == 0:
-        console.print(f"{folder.name}: its guard kept step 0: this is the student as it was distilled", soft_wrap=True)
+        tell(f"{folder.name}:", "its guard kept step 0: this is the student as it was distilled")
     if student.budgets and num_steps not in student.budgets:
         budgets = ", ".join(map(str, student.budgets))
-        console.print(f"--steps {num_steps}: this student learned to draw in {budgets} steps alone", soft_wrap=True)
+        tell(f"--steps {num_steps}:", f"this student learned to draw in {budgets} steps alone")
 
 
 def _next_number(out: Path) -> int:

@@ -18,7 +18,7 @@ from .checkpoint import CheckpointError, read_json, write_json
 from .equations import consistency
 from .recipe import Reward, Tuning
 from .rewards import Combined, combine
-from .runtime import console, generator, tell_truncated
+from .runtime import generator, tell, tell_truncated
 
 # Of a reward's largest score at the reference, the least that counts as its deviation. A reward that says nearly the
 # same of every picture (safety, at its cap) would otherwise be divided by its rounding errors and decide alone; left
@@ -115,7 +115,7 @@ class Guard:
                 f"{kept.held_out - held_out:.3g} (deviations of the reference) since step {kept.kept_step}: {ending}"
             )
             kept.warnings.append(warning)
-            console.print(f"[yellow]guard[/] {warning}", soft_wrap=True)
+            tell("guard", warning, "yellow")
 
     def _unmeasured(self) -> list[str]:
         """Warnings, said too, of rewards without any deviation to measure gains in: `_gain` leaves them out.
@@ -133,7 +133,7 @@ class Guard:
             for name in silent
         ]
         for warning in warnings:
-            console.print(f"[yellow]guard[/] {warning}", soft_wrap=True)
+            tell("guard", warning, "yellow")
         return warnings
 
     def _gain(self, rewards: list[Reward], scores: dict[str, Tensor]) -> float:

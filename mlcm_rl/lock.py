@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from .checkpoint import CheckpointError
+from .atomic import CheckpointError, told_of
 
 FILE = ".lock"  # stays behind, empty: deleting it would let two processes lock two files of one name
 
@@ -30,9 +30,12 @@ def held(folder: Path, wait: bool = False) -> Iterator[None]:
             raise CheckpointError(
                 f"{folder} is being written by {owner}: wait for it or end it, then run again"
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}")
-        file.flush()
+        except OSError as error:
+            raise CheckpointError(f"{folder / FILE} cannot be locked ({error.strerror.lower()})") from error
+        with told_of(folder / FILE):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}")
+            file.flush()
         try:
             yield
         finally:

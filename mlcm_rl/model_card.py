@@ -1,8 +1,12 @@
 """The card of an exported student: README.md, as the hub's pages read it. Its code runs where the folder lies."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from . import adapters
 from .adapters import Student
@@ -15,6 +19,7 @@ from .untrusted import read_bytes
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 PUBLISHED_WIDTHS = ((320, 640, 1280), (320, 640, 1280, 1280))  # of SDXL, and of SD 1.5 and 2.1: what other tools know
 TAGS = {"sdxl": "stable-diffusion-xl", "sd": "stable-diffusion"}
+MOST_STATED = 10_000  # characters of them; more is no licence and no list of languages
 STATED = ("license", "license_name", "license_link", "language")  # taken over from the teacher's card
 SAMPLERS = {"LCMScheduler": "lcm", "TCDScheduler": "euler"}  # ComfyUI's, that walk as these do
 EXACT_STEPS = (1, 2, 4, 8)  # for which ComfyUI's schedule `simple` is our grid
@@ -100,11 +105,21 @@ def _stated(teacher_card: Path) -> list[str]:
     stated, keeps = [], False
     for line in lines[1:]:
         if line.rstrip() in ("---", "..."):
-            return stated
+            return stated if _is_whole("\n".join(stated)) else []
         if re.match(r"\w", line):  # a key; what hangs below it begins with a space or a dash
             keeps = line.partition(":")[0] in STATED
         stated += [line.rstrip()] if keeps else []
     return []  # never closed: a rule across the page, and no front matter
+
+
+def _is_whole(stated: str) -> bool:
+    """Whether these lines of YAML stand by themselves: none goes on in a line that was left out, or refers to one."""
+    if len(stated) > MOST_STATED:
+        return False
+    try:
+        return isinstance(YAML(typ="safe", pure=True).load(stated), dict)
+    except (ValueError, YAMLError, RecursionError):
+        return False
 
 
 def _front_matter(base: Base, stated: list[str], folder: Path) -> str:
@@ -144,7 +159,7 @@ def _usage(student: Student, name: str, gamma: float) -> str:
     trust = ", trust_remote_code=True" if student.conditioned else ""
     return _code(
         "from diffusers import DiffusionPipeline",
-        [f'pipe = DiffusionPipeline.from_pretrained("{name}"{trust})'],
+        [f"pipe = DiffusionPipeline.from_pretrained({_quoted(name)}{trust})"],
         _call(_shown_steps(student), gamma),
         "sample",
     )
@@ -154,16 +169,16 @@ def _part_usage(base: Base, student: Student, name: str, part: Path, gamma: floa
     """Return code that puts the adapter or denoiser in `part`, the export or a steps-N in it, over the teacher."""
     inside, num_steps = (part.name, _num_steps(part)) if _num_steps(part) else ("", _shown_steps(student))
     revision = f', revision="{base.teacher.revision}"' if base.teacher.revision else ""
-    setup = [f'pipe = DiffusionPipeline.from_pretrained("{public(base.teacher.path)}"{revision})']
+    setup = [f"pipe = DiffusionPipeline.from_pretrained({_quoted(public(base.teacher.path))}{revision})"]
     classes = ["DiffusionPipeline", _scheduler(part)]
     if (part / LORA_FILE).is_file():
         subfolder = f'subfolder="{inside}", ' if inside else ""
-        setup.append(f'pipe.load_lora_weights("{name}", {subfolder}weight_name="{LORA_FILE}")')
+        setup.append(f'pipe.load_lora_weights({_quoted(name)}, {subfolder}weight_name="{LORA_FILE}")')
     else:
         classes.append("UNet2DConditionModel")
-        setup.append(f'pipe.unet = UNet2DConditionModel.from_pretrained("{name}", subfolder="{inside}/unet")')
+        setup.append(f'pipe.unet = UNet2DConditionModel.from_pretrained({_quoted(name)}, subfolder="{inside}/unet")')
     place = f"{inside}/scheduler".removeprefix("/")
-    setup.append(f'pipe.scheduler = {_scheduler(part)}.from_pretrained("{name}", subfolder="{place}")')
+    setup.append(f'pipe.scheduler = {_scheduler(part)}.from_pretrained({_quoted(name)}, subfolder="{place}")')
     return _code(f"from diffusers import {', '.join(classes)}", setup, _call(num_steps, gamma), inside or "adapter")
 
 
@@ -200,6 +215,11 @@ def _code(imports: str, setup: list[str], call: str, picture: str) -> str:
         f"image = {call}.images[0]",
     ]
     return "\n".join(["```python", *lines, f'image.save("{picture}.png")', "```"])
+
+
+def _quoted(text: str) -> str:
+    """Return `text` as a string of Python, whatever is in it."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _shown_steps(student: Student) -> int:

@@ -9,13 +9,14 @@ import warnings
 import zlib
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .untrusted import held, read_bytes
+from .untrusted import brief, held, read_bytes
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # decoded in this process; Pillow has Ghostscript open others
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
@@ -29,14 +30,17 @@ def picture_in(folder: Path, name: str, where: str) -> Path:
     """Return the path of the picture that a record at `where` names. Raise ValueError if it is no file in `folder`."""
     path = held(folder, name, where)
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long for the file system
-        raise ValueError(f"{where}: there is no picture {path}")
+        raise ValueError(f"{where}: there is no picture {path if len(name) < 256 else brief(name)}")
     return path
 
 
 def pictures_of(folder: Path) -> list[Path]:
-    """Return the picture files in `folder`, sorted by name. Hidden ones are left out: macOS writes `._x.png`."""
+    """Return the picture files in `folder`, sorted by name. Hidden ones are left out: macOS writes `._x.png`.
+
+    A link that leads nowhere and a pipe are among them: whoever reads them is told, and does not miss them in silence.
+    """
     files = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
-    return sorted(path for path in files if path.is_file())
+    return sorted(path for path in files if not path.is_dir())
 
 
 def read_picture(source: Path | bytes, what: str) -> Image.Image:
@@ -54,7 +58,9 @@ def read_picture(source: Path | bytes, what: str) -> Image.Image:
             image = Image.open(BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS:,}")
+        clear = _clear(image)  # before the pixels are decoded: the depth of the file is forgotten then
         image.load()
+        image.info |= {} if clear is None else {"transparency": clear}
         return _on_white(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise ValueError(f"{what} is not read: over {MAX_PIXELS:,} pixels") from error
@@ -74,13 +80,23 @@ def square(image: Image.Image, side: int) -> Tensor:
     return pixels(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
 
 
+def _clear(image: Image.Image) -> Any:
+    """Return the value that stands for transparent in an image that is opened, as its decoded pixels have it.
+
+    A PNG says it at its own depth: greys of 2 and 4 bits are spread to 8, and of a colour's 16 bits the upper 8 remain.
+    """
+    clear, layout = image.info.get("transparency"), image.tile[0][3] if image.tile else ""
+    if isinstance(clear, int) and layout in ("L;2", "L;4"):
+        return clear * 255 // (2 ** int(layout[-1]) - 1)
+    if isinstance(clear, tuple) and layout == "RGB;16B":
+        return tuple(value >> 8 for value in clear)
+    return clear
+
+
 def _on_white(image: Image.Image) -> Image.Image:
     """Return a decoded image of any mode as RGB."""
-    clear = image.info.get("transparency")
     if image.mode.startswith("I"):
         image = _eight_bits(image)
-    elif isinstance(clear, tuple) and max(clear) > 255:  # a colour of 16 bits a channel, where the pixels have 8
-        image.info["transparency"] = tuple(value >> 8 for value in clear)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")

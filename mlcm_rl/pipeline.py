@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import torch
-from rich.markup import escape
 
 from . import __version__, checkpoint, distributed, guard, lock, needs, replays
 from .adapters import tuned_steps
@@ -25,7 +24,7 @@ from .operations import this_device
 from .plan import PlannedStage, Sizes, in_a_line, network_evaluations, planned_stages
 from .plan_table import way_out
 from .recipe import Distill, Recipe, Reward, Stage, TrainTeacher, Tuning, paths
-from .runtime import NonFiniteLoss, StoppedBeforeUpdate, commit, console
+from .runtime import NonFiniteLoss, StoppedBeforeUpdate, commit, tell
 
 __all__ = [
     "BadArgument",
@@ -93,7 +92,7 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
             if distributed.agreed(is_finished(found.folder)):
                 refuse_another(found, verify(found.folder))
                 distributed.by_first(sweep, found.folder)
-                console.print(f"[dim]{stage.kind}[/] {found.folder} is done", soft_wrap=True)
+                tell(stage.kind, f"{found.folder} is done")
             else:
                 distributed.by_first(_unlink, links, range(number, sys.maxsize))  # until they are of this recipe
                 run_stage(stage, recipe, done, found, skip_damaged)
@@ -193,7 +192,7 @@ def _clear(folder: Path, skip_damaged: bool) -> None:
     """Put aside what an earlier run left unfinished or, where that is asked for, damaged."""
     checkpoint.remove_partial(folder)
     for skipped in checkpoint.skip_damaged(folder) if skip_damaged else []:
-        console.print(f"[yellow]skipped[/] {skipped}", soft_wrap=True)
+        tell("skipped", skipped, "yellow")
 
 
 def sweep(folder: Path) -> None:
@@ -207,7 +206,7 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
     parents = parents_of(stage, done)
     if "train_teacher" in parents:
         recipe = with_teacher(recipe, parents["train_teacher"].folder)
-    console.print(f"[bold]{stage.kind}[/] -> {found.folder}", soft_wrap=True)
+    tell(stage.kind, f"-> {found.folder}", "bold")
     meter = _memory_meter(stage, recipe)
     started = time.monotonic()
     folders = {kind: parent.folder for kind, parent in parents.items()}
@@ -237,9 +236,9 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
     }
     distributed.by_first(finish, found.folder, manifest)
     if meter:
-        console.print(f"[dim]memory[/] {meter}", soft_wrap=True)
+        tell("memory", str(meter))
     if isinstance(stage, Tuning):
-        console.print(f"[bold]guard[/] {guard.ending(found.folder)}", soft_wrap=True)
+        tell("guard", guard.ending(found.folder), "bold")
 
 
 def _memory_meter(stage: Stage, recipe: Recipe) -> Meter | None:
@@ -250,7 +249,7 @@ def _memory_meter(stage: Stage, recipe: Recipe) -> Meter | None:
     try:
         predicted = Sizes(recipe).memory(stage, device.type, launches.of_this_process())
     except Exception as error:  # an estimate stands in no run's way; what is really wrong, the stage says
-        console.print(f"[yellow]memory could not be predicted[/]: {escape(in_a_line(error))}", soft_wrap=True)
+        tell("memory could not be predicted:", in_a_line(error), "yellow")
         predicted = None
     return begin(device, predicted)
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from .console_text import is_utf8
+from .console_text import is_utf8, plain_console
 from .devices import device_of
 from .recipe import Reward
 from .recipe.file import reward_names
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
     from .rewards.weights import Weights
 
 app = typer.Typer(help="Reward models: list them, fetch their weights, check what they declare.", no_args_is_help=True)
-console = Console(highlight=False)
-error_console = Console(highlight=False, stderr=True)
+console = plain_console()
+error_console = plain_console(stderr=True)
 NUM_REASONS = 20  # of pictures without a score that are told one by one
 
 

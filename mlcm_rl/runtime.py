@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,19 +13,20 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Protocol
 
 import diffusers
 import torch
 import transformers
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import checkpoint, distributed, precision, replays, signals
+from . import atomic, checkpoint, distributed, precision, replays, signals
 from .bases import Base
+from .console_text import plain_console
 from .devices import device_of
 from .distributed import engines
 from .recipe import Recipe, Training
@@ -35,8 +37,10 @@ transformers.utils.logging.set_verbosity_error()  # it warns of torchvision's ab
 diffusers.utils.logging.disable_progress_bar()  # a bar for every load says nothing here
 transformers.utils.logging.disable_progress_bar()
 
-console = Console(highlight=False, quiet=distributed.rank() > 0)  # of several processes the first one speaks
+console = plain_console(quiet=distributed.rank() > 0)  # of several processes the first one speaks
 PLAIN_SECONDS = 10.0  # between progress lines where no terminal can redraw a bar
+GIT_SECONDS = 10.0  # that git has to name the commit
+COMMIT = re.compile(rb"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class StoppedBeforeUpdate(Exception):
@@ -93,13 +97,13 @@ class Bar:
         self.total, self.description, self.done, self.first = total, description, done, done
         self.started = self.printed = time.monotonic()
         self.rich = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
         )
         self.task = self.rich.add_task(description, total=total, completed=done, note="")
@@ -122,6 +126,11 @@ class Bar:
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
+
+
+def tell(label: str, text: str, style: str = "dim") -> None:
+    """A line that begins with a `label` in `style`. Brackets and colons in it are what they are, no markup."""
+    console.print(Text.assemble((label, style), f" {text}"), soft_wrap=True)
 
 
 @cache
@@ -152,13 +161,20 @@ def cpu_has_bfloat16() -> bool:
 
 
 def commit() -> str | None:
-    """Return the commit of this checkout, for the record; None outside one, and where git is not to be had."""
+    """Return the commit of this checkout, for the record; None outside one, and where git does not say it: it is not
+    there, refuses another user's checkout, or does not answer."""
     git, checkout = shutil.which("git"), Path(__file__).parents[1]
     if git is None or not (checkout / ".git").exists():  # an installed package may lie within another checkout
         return None
     command = [git, "-C", str(checkout), "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-    return found.stdout.strip() or None
+    with TemporaryFile() as answer:  # no pipe: what git has started could keep it open beyond git's end
+        try:
+            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=answer, stderr=answer, timeout=GIT_SECONDS)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        answer.seek(0)
+        said = answer.read(100).strip()
+    return said.decode() if COMMIT.fullmatch(said) else None
 
 
 # ---- a training loop's surroundings ----
@@ -188,11 +204,8 @@ class Runtime:
         self.samples: list = []  # what the step's losses are of: rows of what the stage reads, or prompts
         self.replayed = replays.asked(folder)
         if stage.precision == "bf16" and self.device.type == "cpu" and not cpu_has_bfloat16():
-            console.print(
-                f"[yellow]precision[/] {stage.kind}: this CPU has no bfloat16 arithmetic and emulates it, many times "
-                "slower than float32: set precision: no",
-                soft_wrap=True,
-            )
+            told = f"{stage.kind}: this CPU has no bfloat16 arithmetic and emulates it, many times slower than float32"
+            tell("precision", f"{told}: set precision: no", "yellow")
         name = "tensorboard" if recipe.trackers == ["tensorboard"] else recipe.name
         self.accelerator.init_trackers(name, config=flat(checkpoint.public(recipe.model_dump(mode="json"))))
 
@@ -244,7 +257,7 @@ class Runtime:
             raise checkpoint.CheckpointError(f"{place}: {error}: delete checkpoints/") from error
         for name, part in parts.items():
             part.load_state(record[name])
-        console.print(f"[dim]{self.stage.kind}[/] goes on from step {steps}, where it was saved", soft_wrap=True)
+        tell(self.stage.kind, f"goes on from step {steps}, where it was saved")
         return steps
 
     def save(self, steps: int) -> None:
@@ -391,7 +404,8 @@ class Runtime:
         """Append a record to log.jsonl and send it to the trackers, in the first process."""
         if distributed.rank() > 0:
             return
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "log.jsonl"
+        with atomic.told_of(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step + 1, **values}) + "\n")
             file.flush()
             os.fsync(file.fileno())  # before a checkpoint that is past it

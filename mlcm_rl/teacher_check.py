@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from .teacher_types import Autoencoder, Configuration, Denoiser, Index, Scheduler, TextEncoder, Tokenizer
-from .untrusted import parse_json, read_bytes, regular
+from .untrusted import brief, parse_json, read_bytes, regular
 
 MOST_BYTES = 2**22  # of a configuration: far above any
+MOST_BYTES_OF_WORDS = 2**26  # of a tokenizer's file
+WORDS = ("vocab.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")  # of a tokenizer, all objects
 CLASSES = {  # of the networks that are loaded
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
@@ -72,25 +74,36 @@ def problems(folder: Path, family: str, variant: str | None = None) -> list[str]
     ]
     if found:
         return found
-    return [*_irregular(folder, parts), *_of_parts(folder, family, parts), *_of_weights(folder, parts, variant)]
+    found = [*_irregular(folder, parts), *_of_parts(folder, family, parts), *_of_weights(folder, parts, variant)]
+    return found or list(_of_tokenizers(folder, parts))
 
 
 def read(path: Path, kind: type[Read]) -> Read:
     """Return the configuration in a file. Raise Refused with a line for each key that is wrong."""
-    name = path.name if path.name == "model_index.json" else f"{path.parent.name}/{path.name}"
-    try:
-        found = parse_json(read_bytes(path, MOST_BYTES).decode("utf-8"))
-    except FileNotFoundError:
-        raise Refused(f"{name}: missing") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
-        raise Refused(f"{name}: {reason}") from error
-    if not isinstance(found, dict):
-        raise Refused(f"{name}: expected an object in braces")
+    found = _object(path, MOST_BYTES)
     try:
         return kind.model_validate(found)
     except ValidationError as error:
-        raise Refused("\n".join(dict.fromkeys(f"{name}: {line}" for line in _worded(error)))) from error
+        raise Refused("\n".join(dict.fromkeys(f"{_named(path)}: {line}" for line in _worded(error)))) from error
+
+
+def _named(path: Path) -> str:
+    """Return how a teacher's file is told."""
+    return path.name if path.name == "model_index.json" else f"{path.parent.name}/{path.name}"
+
+
+def _object(path: Path, limit: int) -> dict[str, Any]:
+    """Return the JSON object in a file of at most `limit` bytes. Raise Refused."""
+    try:
+        found = parse_json(read_bytes(path, limit).decode("utf-8"))
+    except FileNotFoundError:
+        raise Refused(f"{_named(path)}: missing") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
+        raise Refused(f"{_named(path)}: {reason}") from error
+    if not isinstance(found, dict):
+        raise Refused(f"{_named(path)}: expected an object in braces")
+    return found
 
 
 def _worded(error: ValidationError) -> Iterator[str]:
@@ -111,13 +124,21 @@ def _worded(error: ValidationError) -> Iterator[str]:
 
 def _irregular(folder: Path, parts: list[str]) -> Iterator[str]:
     """Yield what lies in the loaded parts and is neither a file nor a folder: reading it would not end."""
-    for path in sorted(inside for part in parts for inside in (folder / part).iterdir()):
+    for part in parts:
         try:
-            regular(path)
-        except FileNotFoundError:
-            yield f"{path.parent.name}/{path.name}: a link that leads nowhere"
-        except ValueError as error:
-            yield str(error).replace(str(path), f"{path.parent.name}/{path.name}")
+            inside = sorted((folder / part).iterdir())
+        except OSError as error:
+            yield f"{part}: cannot be read: {error.strerror}"
+            continue
+        for path in inside:
+            try:
+                regular(path)
+            except FileNotFoundError:
+                yield f"{_named(path)}: a link that leads nowhere"
+            except OSError as error:
+                yield f"{_named(path)}: {error.strerror}"
+            except ValueError as error:
+                yield str(error).replace(str(path), _named(path))
 
 
 def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
@@ -188,8 +209,8 @@ def _misfits_of_sizes(unet: Denoiser, tower: TextEncoder) -> Iterator[str]:
 def _of_weights(folder: Path, parts: list[str], variant: str | None) -> Iterator[str]:
     """Yield parts whose weights are not read; a folder with no weights at all has shapes to plan with."""
     networks = [part for part in parts if part in CLASSES]
-    files = {part: sorted(path.name for path in (folder / part).iterdir()) for part in networks}
-    if not any(name.endswith((".safetensors", ".bin")) for names in files.values() for name in names):
+    files = {part: sorted(path.name for path in (folder / part).glob("*")) for part in networks}
+    if not _has_weights(folder):
         return
     for part, names in files.items():
         tensors = [name for name in names if name.endswith(".safetensors")]
@@ -207,3 +228,34 @@ def _of_weights(folder: Path, parts: list[str], variant: str | None) -> Iterator
             )
         else:
             yield f"{part}: no .safetensors file, and other parts have theirs: download it too"
+
+
+def _has_weights(folder: Path) -> bool:
+    """Return whether there are weights, or shapes to plan with alone."""
+    return any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*/*"))
+
+
+def _of_tokenizers(folder: Path, parts: list[str]) -> Iterator[str]:
+    """Yield what is missing of the files that tokenizers are read from, or cannot be in them."""
+    for part in [name for name in parts if name.startswith("tokenizer") and _has_weights(folder)]:
+        names = {path.name for path in (folder / part).glob("*")}
+        if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+            yield f"{part}: neither tokenizer.json nor vocab.json and merges.txt: download them"
+        for path in [folder / part / name for name in WORDS if (folder / part / name).is_file()]:
+            try:
+                found = _object(path, MOST_BYTES_OF_WORDS)
+                if path.name == "vocab.json":
+                    _refuse_unknown(path, found, folder / part.replace("tokenizer", "text_encoder") / "config.json")
+            except Refused as error:
+                yield str(error)
+
+
+def _refuse_unknown(path: Path, words: dict[str, Any], config: Path) -> None:
+    """Raise Refused where one of the `words` in a vocabulary has a number that its text encoder does not know."""
+    size = read(config, TextEncoder).vocab_size
+    for word, number in words.items():
+        if type(number) is not int or not 0 <= number < size:
+            raise Refused(
+                f"{_named(path)}: {brief(word)}: expected a whole number below {size}, the vocab_size of "
+                f"{config.parent.name}, found {brief(number)}"
+            )

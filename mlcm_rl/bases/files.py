@@ -35,6 +35,9 @@ def load_pipeline(
     settings = {"dtype": {"default": dtype, "vae": torch.float32}, "variant": teacher.variant, **unused}
     with in_words(teacher):
         pipeline = local_first(pipeline_class.from_pretrained, teacher, use_safetensors=True, **settings)
+        for name, part in pipeline.components.items():
+            if name.startswith("tokenizer") and part is not None:
+                part("a")  # of a special token that is no word of its vocabulary, it is told here at the earliest
     refuse_unknown_tokens(pipeline, teacher)
     pipeline = pipeline.to(device)
     for part in pipeline.components.values():
@@ -212,10 +215,24 @@ def check_components(teacher: Teacher, index: dict[str, Any]) -> None:
         raise FileNotFoundError(f"teacher {folder}: model_index.json names {', '.join(missing)}, not in the folder")
     for path in sorted(folder.glob("*/*.safetensors")):
         read_shapes(path)  # a damaged file is told by its name, before anything is built
-    for path in sorted(folder.glob("*/*.index.json")):
-        shards = read_json(path, weight_map=dict)["weight_map"].values()
-        if climbing := [name for name in shards if not isinstance(name, str) or Path(name).name != name]:
-            raise ValueError(f"{path}: {climbing[0]!r} is not a file beside it")
+    for path in sorted(folder.glob("*/*.index*.json")):
+        _refuse_shards(path)
+
+
+def _refuse_shards(index: Path) -> None:
+    """Raise ValueError where an `index` of weights in several files lists others than those beside it.
+
+    What a list leaves out is not loaded, and the networks stay as they were drawn.
+    """
+    listed = read_json(index, weight_map=dict)["weight_map"].values()
+    if climbing := [name for name in listed if not isinstance(name, str) or Path(name).name != name]:
+        raise ValueError(f"{index}: {climbing[0]!r} is not a file beside it")
+    stem, ending, variant = re.fullmatch(r"(.+)\.(\w+)\.index(\.\w+)?\.json", index.name).groups()
+    beside = {path.name for path in index.parent.glob(f"{stem}{variant or ''}-*-of-*.{ending}")}
+    if missing := sorted(set(listed) - {path.name for path in index.parent.iterdir()}):
+        raise ValueError(f"{index}: {missing[0]} is missing: download it too")
+    if not listed or beside - set(listed):
+        raise ValueError(f"{index}: lists {', '.join(sorted(set(listed))) or 'no file'} and not all weights beside it")
 
 
 def parts_with_weights(teacher: Teacher) -> list[str]:

@@ -21,7 +21,7 @@ from accelerate.utils import gather as accelerate_gather
 from torch import Tensor
 
 from ..checkpoint import write_json
-from .joining import launched, refuse_strangers
+from .joining import launched, number, refuse_strangers
 
 Item = TypeVar("Item")
 LOOKS, LOOK_SECONDS = 20, 0.5  # for a file that another machine wrote: a shared folder may show it late
@@ -29,12 +29,12 @@ LOOKS, LOOK_SECONDS = 20, 0.5  # for a file that another machine wrote: a shared
 
 def rank() -> int:
     """The number of this process among all: the first, 0, writes and prints."""
-    return int(os.environ["RANK"]) if launched() else 0
+    return number("RANK") if launched() else 0
 
 
 def count() -> int:
     """How many processes run this recipe."""
-    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+    return max(1, number("WORLD_SIZE")) if launched() else 1
 
 
 def uses_deepspeed() -> bool:

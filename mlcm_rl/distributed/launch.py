@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ..recipe.tree import nearest
+from ..untrusted import read_bytes
 
 ALONE = ("NO", "MULTI_CPU")  # accelerate starts one process, whatever the number says
 CHOICES = {
@@ -23,7 +24,13 @@ CHOICES = {
     "compute_environment": ("LOCAL_MACHINE",),
     "mixed_precision": ("no", "fp16", "bf16", "fp8"),
 }
-LEAST = {"num_processes": 1, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}
+RANGES = {  # a number above is a slip, and would be tried: a million processes fill a memory
+    "num_processes": (1, 100_000),
+    "num_machines": (1, 100_000),
+    "machine_rank": (0, 99_999),
+    "main_process_port": (0, 65_535),
+}
+MOST_BYTES = 2**16  # of a launch file, whose reader takes a millisecond for ten values
 SWITCHES = ("use_cpu", "debug", "same_network", "enable_cpu_affinity")
 UNQUOTED = {"distributed_type": "NO", "mixed_precision": "no"}  # what false was, before a reader of YAML 1.1
 MAY_BE_EMPTY = ("mixed_precision", "main_process_port", "gpu_ids")
@@ -126,9 +133,9 @@ def read(launch: Path) -> dict[str, Any]:
     reader = YAML(typ="safe", pure=True)
     reader.version = (1, 1)  # as accelerate reads it: no without quotes is false
     try:
-        settings = reader.load(launch.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise LaunchError(f"{launch} is not UTF-8: {error.reason} at byte {error.start}") from error
+        settings = reader.load(_text(launch))
+    except RecursionError as error:
+        raise LaunchError(f"{launch} is nested too deeply to be a configuration") from error
     except (YAMLError, ValueError) as error:  # a date that is none, say
         raise LaunchError(f"{launch} is not YAML: {error}") from error
     if not isinstance(settings, dict) or "distributed_type" not in settings:
@@ -151,6 +158,18 @@ def read(launch: Path) -> dict[str, Any]:
     return settings
 
 
+def _text(launch: Path) -> str:
+    """Return what stands in the file `launch`. Raise LaunchError where it is no file, too long, or not UTF-8."""
+    try:
+        return read_bytes(launch, MOST_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise LaunchError(f"{launch} is not UTF-8: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise LaunchError(f"{launch}: {error.strerror}") from error
+    except ValueError as error:
+        raise LaunchError(str(error)) from error
+
+
 def _expected(key: str, value: object) -> str | None:
     """What the value of a known `key` should be, in words; None where `value` may stand there."""
     if value is None and (key in MAY_BE_EMPTY or key.endswith("_config")):
@@ -158,9 +177,10 @@ def _expected(key: str, value: object) -> str | None:
     if key in CHOICES:
         words = ", ".join(CHOICES[key])
         fits, expected = value in CHOICES[key], f"one of {words}" if len(CHOICES[key]) > 1 else words
-    elif key in LEAST:
-        fits = type(value) is int and value >= LEAST[key]  # True is no number here
-        expected = f"a whole number from {LEAST[key]}"
+    elif key in RANGES:
+        least, most = RANGES[key]
+        fits = type(value) is int and least <= value <= most  # True is no number here
+        expected = f"a whole number from {least} to {most:,}"
     elif key in SWITCHES:
         fits, expected = isinstance(value, bool), "true or false"
     elif key == "gpu_ids":

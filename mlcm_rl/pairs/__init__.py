@@ -126,6 +126,8 @@ def _from_parquet(path: Path) -> tuple[datasets.Dataset, list[str]]:
         for name in COLUMNS:
             if name not in names:
                 raise ValueError(f"there is no column {name}; it has {', '.join(names)}")
+        if twice := [name for name in (*COLUMNS, "language") if names.count(name) > 1]:
+            raise ValueError(f"there are several columns {twice[0]}: leave one")
         table = file.read([name for name in names if name in (*COLUMNS, "language")], use_threads=False)
         table.validate(full=True)
         rows = datasets.Dataset(datasets.table.InMemoryTable(table.replace_schema_metadata(None)))

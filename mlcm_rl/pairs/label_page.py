@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from ..runtime import console
+from ..runtime import console, tell
 from .labels import NEITHER, SIDES, Choices
 
 LOOPBACK = "127.0.0.1"
@@ -47,7 +47,7 @@ def serve(choices: Choices, port: int = 0) -> None:
     with listen(port) as listening:
         running = server(choices, stop)
         address = f"http://{LOOPBACK}:{listening.getsockname()[1]}"
-        console.print(f"Choose between two pictures of each prompt at [bold]{address}[/]", soft_wrap=True)
+        tell("Choose between two pictures of each prompt at", address)
         console.print("Keys 1 and 2, 0 for neither. Every choice is kept; Ctrl-C here stops.", soft_wrap=True)
         running.run(sockets=[listening])
 

@@ -30,6 +30,7 @@ from .types import (
     Strict,
     Teacher,
     Training,
+    Weight,
     default_gamma,
     presentation,
 )
@@ -225,7 +226,7 @@ class Tuning(Training):
 
     prompts: str = Field(description=".txt (one a line) or .jsonl ({prompt, language, ...}) file")
     guard_prompts: str | None = Field(None, description="prompt file that the guard watches; default: the same")
-    languages: dict[str, NonNegativeFloat] = Field(
+    languages: dict[str, Weight] = Field(
         {}, description="weight of each language in the draw of prompts, others left out; default: as they come"
     )
     num_steps: PositiveInt

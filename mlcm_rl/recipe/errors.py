@@ -9,13 +9,14 @@ from typing import Any
 
 from . import NAME
 from .tree import Key, Node, Problem, nearest
-from .types import COMMIT
+from .types import COMMIT, VARIANT
 
 Schema = dict[str, Any]
 
 PATTERNS = {
     NAME: "small letters a to z, digits, - and _, a letter or a digit first, such as my-run",
     COMMIT: "the 40 hexadecimal digits of a commit",
+    VARIANT: "small letters a to z, digits and _, such as fp16",
 }
 
 
@@ -94,7 +95,8 @@ def expected(schema: Schema) -> str:
             size = f" of {least}" if least == most else f" of {least} or more" if least else ""
             return f"a list{size}, each {expected(_child(schema, 0))}"
         case "object":
-            return f"a mapping with the keys {', '.join(schema['properties'])}"
+            keys = ", ".join(schema.get("properties", {}))
+            return f"a mapping with the keys {keys}" if keys else "a mapping"
         case other:
             return other
 
@@ -171,7 +173,8 @@ def _members(schema: Schema) -> list[Schema]:
 def _child(schema: Schema, part: str | int) -> Schema:
     if isinstance(part, int):
         return schema["prefixItems"][part] if "prefixItems" in schema else schema["items"]
-    return schema["properties"].get(part, {})
+    more = schema.get("additionalProperties")  # of a mapping whose names are free
+    return schema.get("properties", {}).get(part, more if isinstance(more, dict) else {})
 
 
 def _follow(loc: tuple[str | int, ...], root: Schema, tree: Node) -> _Refused | None:

@@ -4,10 +4,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
+
+def _no_speck(weight: float) -> float:
+    """Return a weight. Raise ValueError for one beside which the draw in float32 would be of nothing."""
+    if 0 < weight < LEAST_WEIGHT:
+        raise ValueError(
+            f"weight {weight} is above 0 and below {LEAST_WEIGHT}: weights are compared, so write larger ones"
+        )
+    return weight
+
+
+LEAST_WEIGHT = 1e-6
+Weight = Annotated[float, Field(ge=0, le=1_000_000), AfterValidator(_no_speck)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 COMMIT = r"^[0-9a-f]{40}$"
+VARIANT = r"^[a-z0-9_]+$"
 # Counts end somewhere: beyond, a number is a slip, and what is made of so many fills any memory before it is refused.
 PositiveInt = Annotated[int, Field(gt=0, le=1_000_000_000)]
 TRAINED = "trained"  # the reward model that reads what a `train_reward` stage has made
@@ -37,7 +50,7 @@ class Teacher(Strict):
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of the frozen weights")
     resolution: int | None = Field(None, gt=0, le=16_384, description="pixels a side; default: the model's own")
     variant: str | None = Field(
-        None, pattern=r"^[a-z0-9_]+$", description="of its weight files, fp16 for model.fp16.safetensors; default: none"
+        None, pattern=VARIANT, description="of its weight files, fp16 for model.fp16.safetensors; default: none"
     )
     memory_format: Literal["contiguous", "channels_last"] = Field(
         "contiguous", description="layout of the convolutions' weights; channels_last draws faster on most hardware"

@@ -124,9 +124,15 @@ def _answers(reward: RewardModel, name: str, batch: list[Entry]) -> list[Scored 
 
 
 def write_scores(path: Path, rows: list[Scored]) -> None:
-    """Write `rows` as .jsonl or .csv, by the suffix of `path`; a score that is None is null, or an empty field."""
+    """Write `rows` as .jsonl or .csv, by the suffix of `path`; a score that is None is null, or an empty field.
+
+    Bytes of a file's name that are no UTF-8 are escaped: \\udcff, which is JSON's escape and Python's too.
+    """
     remove_partial_of(path)
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
         if path.suffix == ".csv":
             writer = csv.DictWriter(file, [field.name for field in fields(Scored)])
             writer.writeheader()

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rich.text import Text
 from torch import Tensor
 
 from .. import adapters, bases, distributed, finite, metrics, pictures, report, runtime, sampler
@@ -93,7 +94,7 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
     distributed.by_first(write_report, result, folder)
     runtime.console.print(report.table(result))
     texts = [result["headline"]["text"], *map(tuned_students.sentence, result["tuned"])]
-    runtime.console.print("\n".join([*texts, str((folder / "report.html").resolve())]), soft_wrap=True)
+    runtime.console.print(Text("\n".join([*texts, str((folder / "report.html").resolve())])), soft_wrap=True)
 
 
 def write_report(result: dict, folder: Path) -> None:

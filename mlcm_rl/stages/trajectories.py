@@ -32,7 +32,7 @@ def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: P
     writer.require_room(missing, base.latent_shape)
     done = writer.total - sum(map(len, missing))
     if done:
-        runtime.console.print(f"[dim]trajectories[/] goes on after {done} that were saved", soft_wrap=True)
+        runtime.tell("trajectories", f"goes on after {done} that were saved")
     with runtime.progress(writer.total, "trajectories", done) as bar:
         for first in range(0, len(missing), distributed.count()):
             shards = missing[first : first + distributed.count()]  # one for each process, then all are recorded

@@ -26,7 +26,7 @@ def write(path: Path, report: Path, of_teacher: bool, fingerprint: str) -> None:
         for row in rows
         for metric in METRICS
     }
-    write_tensors(path, found, {"fingerprint": fingerprint})
+    write_tensors(path, found, {"fingerprint": fingerprint}, may_lack=True)  # NaN: no such value
 
 
 def is_kept(path: Path, fingerprint: str) -> bool:

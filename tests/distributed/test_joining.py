@@ -43,9 +43,43 @@ def test_one_of_several_that_cannot_find_the_others_is_refused(monkeypatch, vari
         distributed.start(torch.device("cpu"))
 
 
+TOLD = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("RANK", "2", "RANK: expected a whole number from 0 to 1, found '2'"),
+        ("RANK", "-1", "RANK: expected a whole number from 0 to 1, found '-1'"),
+        ("RANK", "first", "RANK: expected a whole number from 0 to 1, found 'first'"),
+        ("RANK", "", "WORLD_SIZE=2 says .* and RANK is not set"),
+        ("LOCAL_RANK", "x", "LOCAL_RANK: expected a whole number from 0 to 1"),
+        ("MASTER_PORT", "99999", "MASTER_PORT: expected a whole number from 1 to 65535"),
+        ("MASTER_ADDR", "", "MASTER_ADDR is not set"),
+        ("WORLD_SIZE", "٢", "WORLD_SIZE: expected a whole number"),
+    ],
+)
+def test_a_place_among_others_that_cannot_be_is_refused_by_name(monkeypatch, name, value, words):
+    """Also under a launcher that says nothing of them itself."""
+    for other in NAMES:
+        monkeypatch.delenv(other, raising=False)
+    for other, text in (TOLD | {name: value, "TORCHELASTIC_RUN_ID": "none"}).items():
+        monkeypatch.setenv(other, text)
+    assert distributed.rank() >= 0  # asked on import, before anything can be told
+    assert distributed.count() > 0
+    with pytest.raises(ValueError, match=words):
+        distributed.start(torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     "variables",
-    [{}, {"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}],
+    [
+        {},
+        {"TORCHELASTIC_RUN_ID": "of a launcher that has ended"},
+        {"RANK": "", "WORLD_SIZE": ""},
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+    ],
 )
 def test_a_process_on_its_own_is_asked_nothing(monkeypatch, tmp_path, variables):
     """Also the one that a script of Slurm's for several starts, or that is to start them."""

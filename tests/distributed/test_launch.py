@@ -128,10 +128,17 @@ TWO = "distributed_type: MULTI_GPU\n"
         ),
         ("compute_environment: CLOUD\n" + ONE, "compute_environment: expected LOCAL_MACHINE, found 'CLOUD'"),
         ("mixed_precision: half\n" + ONE, "mixed_precision: expected one of no, fp16, bf16, fp8, found 'half'"),
-        (TWO, "num_processes: expected a whole number from 1, found None"),
-        (TWO + "num_processes: two", "num_processes: expected a whole number from 1, found 'two'"),
-        (TWO + "num_processes: 0", "num_processes: expected a whole number from 1, found 0"),
-        (ONE + "num_processes: true", "num_processes: expected a whole number from 1, found True"),
+        (TWO, "num_processes: expected a whole number from 1 to 100,000, found None"),
+        (TWO + "num_processes: two", "num_processes: expected a whole number from 1 to 100,000, found 'two'"),
+        (TWO + "num_processes: 0", "num_processes: expected a whole number from 1 to 100,000, found 0"),
+        (ONE + "num_processes: true", "num_processes: expected a whole number from 1 to 100,000, found True"),
+        (
+            TWO + "num_processes: 1000000000",
+            "num_processes: expected a whole number from 1 to 100,000, found 1000000000",
+        ),
+        (ONE + "main_process_port: 70000", "main_process_port: expected a whole number from 0 to 65,535, found 70000"),
+        ("a: " + "[" * 5000, "is nested too deeply to be a configuration"),
+        (ONE + "# long\n" * 10_000, "more than 65,536 bytes"),
         (ONE + "num_processes: 2", "num_processes: expected 1 on one machine with distributed_type NO"),
         (ONE + "num_proceses: 1", "num_proceses: unknown key; did you mean num_processes"),
         (ONE + "use_cpu: maybe", "use_cpu: expected true or false, found 'maybe'"),
@@ -153,6 +160,17 @@ def test_a_launch_file_that_is_wrong_is_an_error_that_names_file_and_key_in_run_
         result = CliRunner().invoke(app, [command, str(recipe), "--launch", str(file)], env={"COLUMNS": "1000"})
         assert result.exit_code == 2, result.output
         assert re.search(rf"launch\.yaml:? {problem}", result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("kind", ["pipe", "zeros", "loop"])
+def test_a_launch_file_that_is_no_file_is_refused_and_not_waited_for(tmp_path, kind):
+    file = tmp_path / "launch.yaml"
+    if kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero" if kind == "zeros" else file.name)
+    with pytest.raises(launcher.LaunchError, match=r"launch\.yaml: (a pipe, a socket or a device|Too many levels)"):
+        launcher.read(file)
 
 
 def test_what_accelerate_refuses_is_told_with_the_file(tmp_path):

@@ -128,8 +128,8 @@ def test_the_plan_knows_what_it_takes(place, networks, folder, tmp_path):
     (stage,) = pipeline.plan(load(RECIPE, overrides(place, networks, tmp_path)), memory=True)
     rows = json.loads((folder / "report.json").read_text(encoding="utf-8"))["rows"]
     assert stage.network_evaluations >= len(PROMPTS) * sum(row["num_evaluations"] for row in rows)
-    written = sum(path.stat().st_size for path in (folder / "samples").rglob("*.png"))
-    assert 3 * 16 * 16 * len(PROMPTS) * len(rows) <= stage.disk_bytes < 3 * written
+    kept = 3 * 16 * 16 * len(PROMPTS) * len(rows)  # bytes of the pictures; those that the page shows are there thrice
+    assert kept <= stage.disk_bytes < 5 * kept
     without = overrides(place, networks, tmp_path, **{"stages.0.clip": "null"})
     (other,) = pipeline.plan(load(RECIPE, without), memory=True)
     assert stage.memory.parameters - other.memory.parameters == pytest.approx(

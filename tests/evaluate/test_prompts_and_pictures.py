@@ -45,6 +45,21 @@ def test_what_is_no_utf8_text_is_refused_in_words(tmp_path, content, said):
         read_prompts(tmp_path / "prompts.txt")
 
 
+def test_files_put_together_leave_no_mark_in_a_prompt(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffa cat\n\ufeffa dog\n\ufeff\n", encoding="utf-8")
+    assert read_prompts(path) == [Prompt("a cat", "en"), Prompt("a dog", "en")]
+
+
+def test_objects_of_json_are_no_prompts_and_braces_are(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text('{artist} draws a cat\n{"prompt": "a cat"}\n')
+    with pytest.raises(ValueError, match=r"prompts\.txt:2: an object of JSON.*name the file \.jsonl"):
+        read_prompts(path)
+    path.write_text('{artist} draws a cat\n"{a}"\n[1]\n')
+    assert [prompt.prompt for prompt in read_prompts(path)] == ["{artist} draws a cat", '"{a}"', "[1]"]
+
+
 def test_a_value_that_is_wrong_is_quoted_short(tmp_path):
     long = ["x" * 10**6] * 3
     for record in ({"prompt": long}, {"prompt": "a", "style": dict.fromkeys("ab", long)}, {"x" * 10**6: 1}):

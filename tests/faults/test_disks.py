@@ -159,3 +159,32 @@ def test_a_manifest_with_a_changed_byte_is_refused(whole, tiny_sdxl, tmp_path):
     manifest.write_text(manifest.read_text().replace('"network_evaluations": 1', '"network_evaluations": 2'))
     with pytest.raises(RunError, match=r"manifest\.json is damaged: delete"):
         pipeline.run(recipe)
+
+
+def test_a_log_that_the_disk_refuses_is_named_and_the_same_command_goes_on(whole, tiny_sdxl, tmp_path, monkeypatch):
+    """Of a file that is open already the system's error names none."""
+    recipe, fsync = small(tiny_sdxl, tmp_path), os.fsync
+
+    def refused(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("log.jsonl"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", refused)
+        with pytest.raises(RunError, match=r"\(distill\): .*/log\.jsonl could not be written \(input/output error\)"):
+            pipeline.run(recipe)
+    pipeline.run(recipe)
+    assert runs.results(recipe) == runs.results(whole[0])
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path, monkeypatch):
+    """A network's disk may know no locks."""
+
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(lock.fcntl, "flock", unknown)
+    told = r"stage/\.lock cannot be locked \(no locks available\)"
+    with pytest.raises(CheckpointError, match=told), lock.held(tmp_path / "stage"):
+        pytest.fail("it is taken for locked")

@@ -1,5 +1,6 @@
 """The card of an export: metadata, claims, what it says of other tools. Its code is run in test_stock_export."""
 
+import ast
 import copy
 import dataclasses
 import json
@@ -110,6 +111,12 @@ def test_languages_of_the_measured_prompts_stand_in_for_those_that_the_teacher_d
         b"# A teacher\n\n---\nlicense: mit\n---\n",
         b"| a |\n|---|\n| license: mit |\n",
         b"---\nlicense: mit\nno end",
+        b'---\nlicense: "in\ntwo lines"\n---\n',
+        b"---\nlicence: &mine mit\nlicense: *mine\n---\n",
+        b"---\nlicense: mit\nlicense: apache-2.0\n---\n",
+        b"---\nlicense: !!python/object:os.system x\n---\n",
+        b"---\nlicense: " + b"[" * 9000 + b"\n---\n",
+        b"---\nlicense: mit\nlanguage:\n" + b"- en\n" * 10**5 + b"---\n",
     ],
 )
 def test_a_card_without_front_matter_states_nothing(content, lora, tmp_path):
@@ -118,6 +125,26 @@ def test_a_card_without_front_matter_states_nothing(content, lora, tmp_path):
     text = card(of_teacher(base, path=str(tmp_path)), student, out)
     assert "license" not in metadata(text)
     assert "## Licence\n\nThat of its teacher." in text
+
+
+def test_a_name_with_quotes_is_still_code(lora, told):
+    name = """it's \\"mine\\" [v1]"""
+    for base, student, out in (lora, told):
+        teacher = of_teacher(base, path=f"teachers/{name}")
+        text = model_card.card(teacher, student, name, 0.3, None, out)
+        blocks = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
+        named = {
+            node.value for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Constant)
+        }
+        assert {name, f"teachers/{name}"} <= named
+
+
+def test_a_folder_of_licences_stays_where_it_is(loaded, tmp_path):
+    teacher = tmp_path / "teacher"
+    (teacher / "LICENSES").mkdir(parents=True)
+    (teacher / "LICENSE").write_text("Do as you like.")
+    out = exported(of_teacher(loaded["sdxl"], path=str(teacher)), tmp_path, Lora(rank=1))
+    assert [path.name for path in out.glob("LICENSE*")] == ["LICENSE"]
 
 
 # Claims

@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,14 @@ def drawn(pipe: DiffusionPipeline, *args: Any, **settings: Any) -> torch.Tensor:
     return pipe(*args, **settings, generator=torch.Generator().manual_seed(0), output_type="latent").images
 
 
+def ours(call: Callable[[], Any]) -> list[str]:
+    """The warnings of the export's own class in a call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(one.message) for one in caught if one.filename == __file__]
+
+
 def stock_class(pipe: DiffusionPipeline, task: str) -> type[DiffusionPipeline]:
     """diffusers' class for `task` in the family of `pipe`."""
     family = "StableDiffusionXL" if hasattr(pipe, "tokenizer_2") else "StableDiffusion"
@@ -114,6 +123,7 @@ def test_arguments_come_in_the_stock_pipelines_order(pipe):
 
 def test_without_a_number_of_steps_it_draws_in_four(pipe):
     assert torch.equal(drawn(pipe, PROMPT), drawn(pipe, PROMPT, num_inference_steps=4, guidance_scale=0))
+    assert torch.equal(drawn(pipe, PROMPT), drawn(pipe, PROMPT, num_inference_steps=None))
     type(pipe).budgets = (2, 8)
     assert torch.equal(drawn(pipe, PROMPT), drawn(pipe, PROMPT, num_inference_steps=2))
 
@@ -148,6 +158,20 @@ def test_what_it_did_not_learn_and_what_changes_nothing_is_warned_of(settings, w
     if "guidance_scale" in settings:
         plain = {name: value for name, value in settings.items() if name in ("num_inference_steps", "timesteps")}
         assert torch.equal(found, drawn(pipe, PROMPT, **plain))
+
+
+def test_a_scheduler_that_goes_through_other_times_is_warned_of(pipe):
+    assert not ours(lambda: drawn(pipe, PROMPT))
+    pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    (warning,) = ours(lambda: drawn(pipe, PROMPT))
+    assert warning.startswith("HeunDiscreteScheduler goes through other times")
+
+
+def test_stable_diffusion_does_not_call_the_scheduler_outdated(over_teacher):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        type(over_teacher)(**over_teacher.components)
+    assert not [one for one in caught if "outdated" in str(one.message)]
 
 
 def test_an_auto_pipeline_names_the_class_that_it_does_not_know(pipe):

@@ -2,8 +2,9 @@
 
 import pytest
 
-from mlcm_rl.recipe import Distill
+from mlcm_rl.recipe import Distill, errors
 from mlcm_rl.recipe.file import load
+from mlcm_rl.recipe.schema import json_schema
 from mlcm_rl.recipe.tree import RecipeError, key_text
 
 
@@ -267,3 +268,24 @@ def test_a_missing_file_names_the_nearest_recipe_beside_it(root):
 def test_a_folder_is_not_read_as_a_recipe(root):
     with pytest.raises(RecipeError, match="cannot be read: Is a directory"):
         load(root)
+
+
+def test_what_every_setting_must_be_can_be_said():
+    """Of each form that a value may have, down to the entries of lists and of mappings whose names are free."""
+    schema = json_schema()
+    waiting, worded = [errors._inline(schema, schema["$defs"])], 0
+    while waiting:
+        one = waiting.pop()
+        waiting += one.get("properties", {}).values()
+        waiting += [*one.get("anyOf", []), *one.get("oneOf", []), *one.get("prefixItems", [])]
+        waiting += [part for name in ("items", "additionalProperties") if isinstance(part := one.get(name), dict)]
+        if {"type", "anyOf", "enum", "const", "discriminator"} & one.keys():  # else anything may stand there
+            assert errors.expected(one)
+            worded += 1
+    assert worded > 300
+
+
+@pytest.mark.parametrize("value", ["FP16", "a-b", "7", "[fp16]"])
+def test_a_variant_that_no_file_has_is_an_error_in_words(broken, value):
+    (problem,) = broken(("  family: sdxl", f"  family: sdxl\n  variant: {value}"))
+    assert "expected small letters a to z, digits and _, such as fp16 or null, found" in problem.text

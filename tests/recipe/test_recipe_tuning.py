@@ -179,6 +179,12 @@ def test_random_steps_of_a_student_that_samples_without_noise_need_a_gamma(broke
         ("[{name: brightness}]", "[{name: brightness}, {name: brightness}]", ("rewards", 1, "name")),
         ("[{name: colourfulness}]", "[{name: colourfulness}, {name: colourfulness}]", ("guard", "rewards", 1, "name")),
         ("num_steps: 1", "num_steps: 1\n    languages: {en: 0, zh: 0.0}", ("languages",)),
+        ("num_steps: 1", "num_steps: 1\n    languages: {en: -1}", ("languages", "en")),
+        ("num_steps: 1", "num_steps: 1\n    languages: {en: .nan}", ("languages", "en")),
+        ("num_steps: 1", "num_steps: 1\n    languages: {en: x}", ("languages", "en")),
+        ("num_steps: 1", "num_steps: 1\n    languages: {en: 1.0e+300}", ("languages", "en")),
+        ("num_steps: 1", "num_steps: 1\n    languages: {en: 1.0e-300}", ("languages", "en")),
+        ("num_steps: 1", "num_steps: 1\n    languages: [en]", ("languages",)),
     ],
 )
 def test_rewards_named_twice_and_languages_of_no_weight_are_refused(broken, old, new, key):

@@ -88,3 +88,21 @@ def test_help_and_tables_are_printed(arguments):
     printed = mlcm(PLACES["ascii locale"], *arguments)
     assert (printed.returncode, printed.stderr) == (0, b"")
     assert len(printed.stdout) > 500
+
+
+def test_scores_for_nobody_are_no_fault(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    arguments = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "mlcm_rl",
+        "score",
+        "--reward",
+        "brightness",
+        "--images",
+        tmp_path,
+    ]
+    scored = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *arguments], stderr=subprocess.PIPE, check=False)
+    assert (scored.returncode, b"Traceback" in scored.stderr) == (0, False)

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import subprocess
 import sys
 
@@ -345,6 +346,20 @@ def test_the_good_scores_are_written_and_what_has_none_is_named(mlcm, installed,
     assert "b.png is not a readable picture" in result.stderr
     assert "c.png: reward wordy failed: AssertionError: too light" in result.stderr
     assert "2 of 3 pictures have no score" in result.stderr
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_a_name_that_is_no_unicode_costs_no_score(mlcm, folder, tmp_path, suffix):
+    odd = os.fsdecode(b"odd\xff.png")
+    Image.new("RGB", (8, 8)).save(folder / odd)
+    out = tmp_path / f"scores{suffix}"
+    assert mlcm("score", "--reward", "brightness", "--images", folder, "--out", out).exit_code == 0
+    text = out.read_text(encoding="utf-8")
+    lines = text.splitlines()[suffix == ".csv" :]
+    assert len(lines) == 4
+    assert any("odd\\udcff.png" in line for line in lines)
+    if suffix == ".jsonl":
+        assert odd in [json.loads(line)["file"] for line in lines]
 
 
 def test_a_picture_that_a_reward_refuses_costs_its_neighbours_nothing(mlcm, installed, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -33,7 +34,8 @@ def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
 def png(color: int, depth: int, pixel: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG file of SIDE x SIDE equal pixels, of a kind that Pillow does not write."""
     header = struct.pack(">IIBBBBB", SIDE, SIDE, depth, color, 0, 0, 0)
-    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress((b"\0" + pixel * SIDE) * SIDE)), (b"IEND", b"")]
+    row = b"\0" + pixel * (SIDE * depth // 8 if depth < 8 else SIDE)  # `pixel` is a byte of several below 8 bits
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(row * SIDE)), (b"IEND", b"")]
     crcs = (
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
     )
@@ -67,6 +69,14 @@ ONE_COLOUR = {  # the file, and the colour that it shows
         png(2, 16, b"\x80\x00\x10\x00\x00\x00", (b"tRNS", b"\x80\x00\x10\x00\x00\x00")),
         (255, 255, 255),
     ),
+    "16-bit RGB, one dark clear": (png(2, 16, b"\x00\x00" * 3, (b"tRNS", b"\x00\x55" * 3)), (255, 255, 255)),
+    "16-bit RGB, another dark clear": (png(2, 16, b"\x55\x00" * 3, (b"tRNS", b"\x00\x55" * 3)), (85, 85, 85)),
+    "1-bit grey, clear": (png(0, 1, b"\xff", (b"tRNS", b"\x00\x01")), (255, 255, 255)),
+    "1-bit grey, another clear": (png(0, 1, b"\x00", (b"tRNS", b"\x00\x01")), (0, 0, 0)),
+    "2-bit grey, clear": (png(0, 2, b"\x55", (b"tRNS", b"\x00\x01")), (255, 255, 255)),
+    "2-bit grey, another clear": (png(0, 2, b"\x55", (b"tRNS", b"\x00\x02")), (85, 85, 85)),
+    "4-bit grey, clear": (png(0, 4, b"\x55", (b"tRNS", b"\x00\x05")), (255, 255, 255)),
+    "4-bit grey, another clear": (png(0, 4, b"\x55", (b"tRNS", b"\x00\x06")), (85, 85, 85)),
     "16-bit RGBA": (png(6, 16, b"\x00\x00" * 3 + b"\x00\x00"), (255, 255, 255)),
     "grey": (encoded(PLAIN.convert("L")), (124, 124, 124)),
     "grey and alpha": (encoded(Image.new("LA", (SIDE, SIDE), (0, 0))), (255, 255, 255)),
@@ -185,6 +195,18 @@ def test_hidden_files_and_folders_are_no_pictures(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
     assert [path.name for path in pictures_of(tmp_path)] == ["a.jpg", "b.PNG", "c.gif"]
+
+
+def test_a_link_that_leads_nowhere_and_a_pipe_are_named_and_not_missed(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(PLAIN))
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    os.mkfifo(tmp_path / "c.png")
+    files = pictures_of(tmp_path)
+    first, *others = reward_folder.score_files(Seeing(), "seeing", files, [Prompt("x", "en")] * 3, 4)
+    assert first.score is not None
+    assert [answer.file for answer in others] == ["b.png", "c.png"]
+    assert "No such file" in others[0].why
+    assert "a pipe" in others[1].why
 
 
 def test_all_that_cannot_be_read_is_named_at_once(tmp_path):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 import runs
 from mlcm_rl import bases, finished_runs, pipeline, runtime
+from mlcm_rl.console_text import plain_console
 from mlcm_rl.data import read_prompts
 from mlcm_rl.pipeline import RunError
 from mlcm_rl.recipe import Evaluate
@@ -29,7 +29,7 @@ ODD = [
     LONG,
 ]
 SECRET = "hf_secretsecretsecret"
-PECULIAR = "Peculiar Person"
+PECULIAR = "Peculiar [/x] :cat: [bold]Person"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def heard():
 def run(tiny_sdxl, tmp_path_factory, heard) -> Path:
     """A whole run on the odd prompts, from a folder with a peculiar name and with a token in the environment."""
     folder = tmp_path_factory.mktemp("home") / PECULIAR
-    folder.mkdir()
+    folder.mkdir(parents=True)
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ODD), encoding="utf-8")
     teacher = folder / "teacher"
@@ -56,7 +56,7 @@ def run(tiny_sdxl, tmp_path_factory, heard) -> Path:
     recipe = runs.recipe(teacher, folder, stages)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("HF_TOKEN", SECRET)
-        patched.setattr(runtime, "console", Console(file=heard, width=200))
+        patched.setattr(runtime, "console", plain_console(file=heard, width=200))
         runtime.say_once.cache_clear()
         pipeline.run(recipe)
         finished_runs.export(Path(recipe.runs, recipe.name), folder / "exported")
@@ -70,6 +70,15 @@ def test_truncation_is_told_once_a_run_with_the_longest_prompt(run, heard):
     assert f"The longest is number {len(ODD)}, of" in told[0]
     assert "'a cat a cat a cat" in told[0]
     assert len(told[0]) < 1000
+
+
+def test_a_folder_with_brackets_and_colons_in_its_name_is_told_as_it_is(run, heard):
+    lines = heard.getvalue().splitlines()
+    for kind in ("trajectories", "distill", "evaluate"):
+        (line,) = [line for line in lines if line.startswith(f"{kind} -> ")]
+        assert Path(line.partition(" -> ")[2]).is_dir()
+    assert Path(lines[-1]).name == "report.html"
+    assert Path(lines[-1]).is_file()
 
 
 def test_the_page_shows_odd_prompts_as_text(run):

@@ -229,7 +229,7 @@ def test_a_file_that_is_no_configuration_is_refused_by_name(copied, bomb, name):
         bases.load(Teacher(path=str(folder), family=family), "cpu")
 
 
-@pytest.mark.parametrize("kind", ["pipe", "socket", "zeros", "nowhere"])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "zeros", "nowhere", "loop"])
 @pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "vae/extra.json", "unet/x.safetensors"])
 def test_what_is_no_file_is_refused_and_not_waited_for(copied, monkeypatch, kind, name):
     family, folder = copied
@@ -242,14 +242,90 @@ def test_what_is_no_file_is_refused_and_not_waited_for(copied, monkeypatch, kind
         with socket.socket(socket.AF_UNIX) as one:
             one.bind(path.name)
     else:
-        path.symlink_to("/dev/zero" if kind == "zeros" else "nowhere")
+        path.symlink_to({"zeros": "/dev/zero", "loop": path.name}.get(kind, "nowhere"))
     lines = teacher_check.problems(folder, family)
     assert any(name in line for line in lines), lines
     with pytest.raises(OURS):
         bases.load(Teacher(path=str(folder), family=family), "cpu")
 
 
+# ---- tokenizers ----
+
+
+@pytest.mark.parametrize("name", teacher_check.WORDS)
+@pytest.mark.parametrize("content", ["", "[]", "null", "[" * 10**5, '{"a": 1, "a": 2}'])
+def test_a_file_of_a_tokenizer_that_is_no_object_is_refused_by_name(copied, name, content):
+    family, folder = copied
+    (part,) = folder.glob("tokenizer")
+    (part / name).write_text(content)
+    (line,) = teacher_check.problems(folder, family)
+    assert line.startswith(f"tokenizer/{name}: ")
+
+
+@pytest.mark.parametrize("number", [-1, 514, 10**30, 1.5, "1", None, [1]])
+def test_a_word_with_a_number_that_the_text_encoder_does_not_know_is_refused(copied, number):
+    family, folder = copied
+    for part in sorted(folder.glob("tokenizer*")):
+        before = changed(part / "vocab.json", "odd", number)
+        (line,) = teacher_check.problems(folder, family)
+        encoder = part.name.replace("tokenizer", "text_encoder")
+        assert line.startswith(
+            f"{part.name}/vocab.json: 'odd': expected a whole number below 514, the vocab_size of {encoder}"
+        )
+        (part / "vocab.json").write_text(json.dumps(before))
+
+
+def test_a_tokenizer_without_its_words_is_refused(copied):
+    family, folder = copied
+    (folder / "tokenizer" / "merges.txt").unlink()
+    expected = ["tokenizer: neither tokenizer.json nor vocab.json and merges.txt: download them"]
+    assert teacher_check.problems(folder, family) == expected
+    for path in folder.glob("*/*.safetensors"):
+        path.unlink()
+    assert teacher_check.problems(folder, family) == []  # shapes to plan with
+
+
+def test_a_vocabulary_without_its_special_tokens_is_told_when_it_is_loaded(copied):
+    family, folder = copied
+    path = folder / "tokenizer" / "vocab.json"
+    words = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(list(words.items())[2:20])))
+    with pytest.raises(ValueError, match=r"its files make no network: .*not found in the vocabulary"):
+        bases.load(Teacher(path=str(folder), family=family), "cpu")
+
+
 # ---- weights ----
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("part", ["unet", "text_encoder_2"])
+def test_an_index_that_does_not_list_the_weights_beside_it_is_refused(tmp_path, part, variant):
+    """What it leaves out would be drawn at random by one library and be without data in another."""
+    folder = tiny.sdxl(tmp_path / "sdxl")
+    (file,) = (folder / part).glob("*.safetensors")
+    ending = f".{variant}" if variant else ""
+    tensors, stem = load_file(file), file.name.removesuffix(".safetensors")
+    names = [f"{stem}{ending}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    shards = dict(zip(names, (sorted(tensors)[::2], sorted(tensors)[1::2]), strict=True))
+    for name, keys in shards.items():
+        save_file({key: tensors[key] for key in keys}, folder / part / name, {"format": "pt"})
+    file.unlink()
+    index = folder / part / f"{stem}.safetensors.index{ending}.json"
+    listed = {key: name for name, keys in shards.items() for key in keys}
+    teacher = Teacher(path=str(folder), family="sdxl")
+    for weight_map, words in (
+        ({}, "lists no file and not all weights beside it"),
+        ({key: name for key, name in listed.items() if name == names[0]}, "and not all weights beside it"),
+        (listed | {"x": "other.safetensors"}, r"other\.safetensors is missing: download it too"),
+        (listed | {"x": "../x.safetensors"}, "is not a file beside it"),
+    ):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        with pytest.raises(ValueError, match=f"index.*{words}"):
+            bases.files.check_components(teacher, bases.files.pipeline_index(teacher))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    bases.files.check_components(teacher, bases.files.pipeline_index(teacher))
+    if variant is None:
+        bases.load(teacher, "cpu")
 
 
 def test_a_name_given_twice_in_a_tensor_file_is_damage(tmp_path):

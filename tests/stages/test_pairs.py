@@ -132,6 +132,23 @@ def test_a_parquet_file_that_is_no_pair_table_is_told(tmp_path, columns, told):
         PairTable(tmp_path / "table.parquet")
 
 
+@pytest.mark.parametrize("name", ["prompt", "chosen", "language"])
+def test_a_column_that_a_table_has_twice_is_told(tmp_path, name):
+    columns = {"prompt": ["a"], "chosen": [b"a"], "rejected": [b"b"], "language": ["en"]}
+    values = [pyarrow.array(columns[one]) for one in (*columns, name)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(values, [*columns, name]), tmp_path / "table.parquet")
+    with pytest.raises(ValueError, match=rf"table\.parquet: .*there are several columns {name}: leave one"):
+        PairTable(tmp_path / "table.parquet")
+
+
+def test_a_long_name_of_a_picture_is_quoted_short(folder):
+    first, *rest = rows_of(folder)
+    rewrite(folder, [first | {"chosen": "x" * 10**6}, *rest])
+    with pytest.raises(ValueError, match="there is no picture 'x") as error:
+        PairTable(folder)
+    assert len(str(error.value)) < 500
+
+
 def test_what_is_no_table_at_all_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         PairTable(tmp_path / "none.parquet")
@@ -387,7 +404,7 @@ def test_ctrl_c_ends_the_page_and_is_told_as_everywhere(run, tmp_path, monkeypat
         pytest.skip("signals reach the main thread only")
 
     def press(address):
-        if "at [bold]http://127.0.0.1:" in address:  # the page is announced: the person gives up a second later
+        if "at http://127.0.0.1:" in address:  # the page is announced: the person gives up a second later
             threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     monkeypatch.setattr(page.console, "print", lambda text, **_: press(str(text)))

@@ -1,6 +1,7 @@
 """What surrounds a training loop: its precision, and what is said before it begins."""
 
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +35,27 @@ def test_without_git_a_run_ends_as_with_it_and_records_no_commit(tiny_sdxl, tmp_
     for stage in pipeline.run(runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(prompts), report])):
         assert checkpoint.verify(stage.folder)["commit"] is None
     assert checkpoint.read_json(stage.folder / "report.json")["environment"]["commit"] is None
+
+
+GITS = {
+    "hangs": "sleep 600 & sleep 600",  # the first outlives it
+    "says something else": "echo usage: git; exit 0",
+    "says no text": "printf '\\377\\376'; exit 0",
+    "refuses": "echo fatal: detected dubious ownership >&2; exit 128",
+    "is no program": None,
+}
+
+
+@pytest.mark.parametrize("kind", GITS)
+def test_a_git_that_does_not_name_the_commit_is_none(tmp_path, monkeypatch, kind):
+    program = tmp_path / "git"
+    program.write_bytes(b"\x7fELF" if GITS[kind] is None else f"#!/bin/sh\n{GITS[kind]}\n".encode())
+    program.chmod(0o755)
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(runtime, "__file__", str(tmp_path / "mlcm_rl" / "runtime.py"))
+    monkeypatch.setattr(runtime, "GIT_SECONDS", 0.2)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert runtime.commit() is None
 
 
 def test_the_commit_is_that_of_a_checkout_of_this_package_alone(tmp_path, monkeypatch):

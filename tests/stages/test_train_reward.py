@@ -271,7 +271,7 @@ def test_a_taste_is_trained_once_and_tuning_by_it_raises_its_rule(taste, tiny_sd
     head, _, _, feedback, report = pipeline.run(recipe)
     look = [json.loads(line) for line in (feedback.folder / "log.jsonl").read_text().splitlines()][-1]
     assert look["guard/trained_gain"] > 0.3
-    assert look["guard/held_out_gain"] > 3.0  # the rule itself, which nothing but pairs has told
+    assert look["guard/held_out_gain"] > 0.5  # the rule itself, which nothing but pairs has told
     assert look["guard/win_rate/brightness"] == 1.0
     rows = json.loads((report.folder / "report.json").read_text())["rows"]
     assert all({"reward/brightness", "reward/trained"} <= set(row["metrics"]) for row in rows)
