@@ -187,6 +187,7 @@ class TextEncoder(Configuration):
     architectures: list[str] | None = None
     transformers_version: str | None = None
     id2label: dict[str, str] | None = None
+    num_labels: Annotated[int, Field(ge=0, le=10_000)] | None = None  # a name is made for each
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     output_hidden_states: Literal[False] = False
