@@ -369,7 +369,8 @@ console_text.unbreak_help(reward_commands.app)
 def main() -> None:
     """The console command."""
     console_text.write_anything()
-    app(prog_name="mlcm")
+    with console_text.output_may_refuse(error_console):
+        app(prog_name="mlcm")
 
 
 def _launched(launch: Path, arguments: list[str]) -> int:

@@ -5,8 +5,11 @@ lacks are escaped, never an error, and lines are broken where a terminal ends.
 import codecs
 import inspect
 import io
+import os
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +30,24 @@ def write_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None without a terminal, another class under a notebook
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def output_may_refuse(errors: Console) -> Iterator[None]:
+    """Exit with 1 and a line on `errors` where standard output cannot be written: its disk is full, say.
+
+    Commands word the other errors of the system themselves.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # what is left would be tried once more when the process ends
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        reason = f"{error.filename or 'what it prints'} could not be written: {(error.strerror or str(error)).lower()}"
+        errors.print(Text.assemble(("failed", "bold red"), f"  {reason}"), soft_wrap=True)
+        sys.exit(1)
 
 
 def is_utf8(stream: TextIO | None) -> bool:

@@ -106,3 +106,12 @@ def test_scores_for_nobody_are_no_fault(tmp_path):
     ]
     scored = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *arguments], stderr=subprocess.PIPE, check=False)
     assert (scored.returncode, b"Traceback" in scored.stderr) == (0, False)
+
+
+@pytest.mark.parametrize("arguments", [["rewards", "list"], ["schema"], ["--help"]], ids=str)
+def test_an_output_on_a_full_disk_is_told_in_words(arguments):
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "mlcm_rl", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, encoding="utf-8", check=False)
+    assert done.returncode == 1
+    assert done.stderr == "failed  what it prints could not be written: no space left on device\n"
