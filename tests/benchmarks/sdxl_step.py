@@ -203,7 +203,7 @@ class Steps:
         student, times = self._preferring(), sampling_times(4)
         tuned = Student(self.base, student, times, 0.0, False, 1)
         noise, _, conditioning = self._points(num_pairs * stage.num_generations)
-        draws = torch.Generator().manual_seed(0)
+        draws = [torch.Generator().manual_seed(i) for i in range(num_pairs)]
 
         def loss() -> Tensor:
             with torch.no_grad():
@@ -214,8 +214,8 @@ class Steps:
             first = torch.arange(num_pairs, device=x0.device) * stage.num_generations
             index = torch.stack([first + groups.argmax(1), first + groups.argmin(1)])
             given = {name: value[first] for name, value in conditioning.items()}
-            pairs = dpo.Pairs(None, x0[index], given, torch.ones(num_pairs, device=x0.device))
-            return dpo.loss(stage, tuned, pairs, draws, Scores()).mean()
+            pairs = dpo.Pairs(None, x0[index], given, torch.ones(num_pairs, device=x0.device), draws)
+            return dpo.loss(stage, tuned, pairs, Scores()).mean()
 
         return self._trained(student, loss)
 
