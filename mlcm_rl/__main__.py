@@ -8,6 +8,7 @@ imported only by the commands that need it, by `_imported`: `--help`, `validate`
 import difflib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -369,8 +370,12 @@ console_text.unbreak_help(reward_commands.app)
 def main() -> None:
     """The console command."""
     console_text.write_anything()
-    with console_text.output_may_refuse(error_console):
-        app(prog_name="mlcm")
+    try:
+        with console_text.output_may_refuse(error_console):
+            app(prog_name="mlcm")
+    finally:
+        if f"{__package__}.distributed" in sys.modules:  # else it is no process of several
+            sys.modules[f"{__package__}.distributed"].leave(sys.exception())
 
 
 def _launched(launch: Path, arguments: list[str]) -> int:

@@ -86,6 +86,23 @@ def finish() -> None:
         torch.distributed.destroy_process_group()
 
 
+def leave(error: BaseException | None) -> None:
+    """End this process at once where it is one of several: with `error`'s exit code, and its traceback where it is
+    not a SystemExit.
+
+    PyTorch lets threads of gloo run on, and a process whose interpreter ends before they do is now and then aborted
+    ("terminate called without an active exception"): its exit code, and the launch, would say that it was killed.
+    """
+    if not launched():
+        return
+    code = error.code if isinstance(error, SystemExit) else int(error is not None)
+    if error is not None and not isinstance(error, SystemExit):
+        sys.excepthook(type(error), error, error.__traceback__)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
 def refuse_unshared(folder: Path) -> None:
     """Raise ValueError, in every process, where one of them does not see in `folder` what the first writes there.
 

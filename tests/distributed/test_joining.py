@@ -94,6 +94,34 @@ def test_a_process_on_its_own_is_asked_nothing(monkeypatch, tmp_path, variables)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("ends", "code", "says"),
+    [("sys.exit(3)", 3, ""), ("1 / 0", 1, "ZeroDivisionError: division by zero"), ("", 0, "")],
+)
+def test_a_process_of_several_ends_at_once_with_its_code(ends, code, says):
+    """Whatever its threads do: gloo's abort it now and then, where the interpreter ends before them."""
+    lines = [
+        "import sys, threading, time",
+        "from mlcm_rl import __main__, distributed",
+        "def app(prog_name):",
+        "    threading.Thread(target=time.sleep, args=(1_000,)).start()",
+        "    print('all', end='')",
+        f"    {ends}",
+        "__main__.app = app",
+        "__main__.main()",
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        env=environment(**TOLD),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert (ended.returncode, ended.stdout) == (code, "all")
+    assert says in ended.stderr
+    assert bool(says) == bool(ended.stderr)
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -331,7 +331,8 @@ def test_the_chosen_pictures_of_a_table_become_more_likely_than_the_rejected(sto
 
 
 def test_policy_gradient_raises_the_reward(distilled, tmp_path):
-    settings = {"num_steps": 40, "learning_rate": 3e-3, "batch_size": 8, "num_generations": 4, "beta": 0.0}
+    """Over three seeds and both kinds of student the gain was 0.54 to 1.56; in groups of 4, -0.2 to 1.5."""
+    settings = {"num_steps": 40, "learning_rate": 3e-3, "batch_size": 32, "num_generations": 8, "beta": 0.0}
     folder = tune(distilled, tmp_path, "policy", epsilon=0.1, **settings, **AT_THE_END)
     assert records(folder)[-1]["guard/trained_gain"] > 0.1
 
