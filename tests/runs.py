@@ -6,7 +6,6 @@ from typing import Any
 
 from PIL import Image
 
-from mlcm_rl import checkpoint
 from mlcm_rl.recipe import (
     Distill,
     Dpo,
@@ -19,6 +18,7 @@ from mlcm_rl.recipe import (
     TrainTeacher,
     Trajectories,
 )
+from mlcm_rl.storage import files
 
 PROMPTS = ["a cat", "a dog", "红苹果", "a red car", "熊猫", "a snowman"]
 
@@ -144,7 +144,7 @@ def results(recipe: Recipe) -> dict[str, object]:
     """Checksums of all that the stages left; what students say of themselves, wherever the run is; the figures of the
     report but for latency."""
     stages = Path(recipe.runs) / "stages"
-    found: dict[str, object] = dict(checkpoint.checksums(stages, NOT_COMPARED))
+    found: dict[str, object] = dict(files.checksums(stages, NOT_COMPARED))
     for path in [*stages.glob("**/student.json"), *stages.glob("**/config.json")]:
         found[str(path.relative_to(stages))] = path.read_text().replace(recipe.runs, "")
     for path in stages.glob("*/report.json"):

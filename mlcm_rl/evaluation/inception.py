@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checkpoint import misfits, read_tensors, write_tensors
+from ..storage.tensors import misfits, read_tensors, write_tensors
 
 SIDE = 299  # pixels
 NUM_FEATURES = 2048

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import metrics, rewards
-from ..checkpoint import sha256
-from ..data import Prompt
-from ..picture_files import pictures_of, read_picture, square
+from .. import rewards
+from ..data.picture_files import pictures_of, read_picture, square
+from ..data.prompts import Prompt
 from ..recipe import Evaluate
 from ..rewards.prompts import refuse_prompts
-from ..untrusted import Faults, brief
-from . import inception, judge
+from ..storage.hashing import sha256
+from ..storage.untrusted import Faults, brief
+from . import inception, judge, metrics
 
 NUM_SUBSETS = 10  # of the prompts, for the standard error of KID
 

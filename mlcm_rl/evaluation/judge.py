@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checkpoint import CheckpointError, load_weights, read_json, read_tensors
+from ..storage.files import CheckpointError, read_json
+from ..storage.tensors import load_weights, read_tensors
 
 # MobileNetV2 (Sandler et al., arXiv 1801.04381, table 2) up to its twelfth block of six-fold expansion: width, stride.
 BLOCKS = ((24, 2), (24, 1), (32, 2), (32, 1), (32, 1), (64, 2), (64, 1), (64, 1), (64, 1), (96, 1), (96, 1), (96, 1))

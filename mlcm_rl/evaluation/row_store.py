@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import lock
-from ..atomic import remove_partial, replacing
-from ..checkpoint import read_json, write_json
-from ..fingerprint import hashed, identity
-from ..hashing import folder_hash
+from ..pipeline.fingerprint import hashed, identity
 from ..recipe import Evaluate, Recipe
 from ..report.page import picture_path
+from ..storage import lock
+from ..storage.files import read_json, remove_partial, replacing, write_json
+from ..storage.hashing import folder_hash
 from .rows import Row
 
 CHOICES = ("num_steps", "gammas", "grids", "students", "teacher_steps", "teacher_solvers", "also", "keep_pictures")

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapters import DESCRIPTION_FILE, describe
-from ..bases import Base
-from ..checkpoint import read_json
 from ..equations.segments import paper_times, sampling_times
-from ..fingerprint import STUDENTS, TUNING
+from ..models.base import Base
+from ..models.gammas import own_gamma, tuned_from
+from ..models.students import DESCRIPTION_FILE, describe
 from ..recipe import Evaluate
-from ..recipe.types import default_gamma
+from ..recipe.experiment import STUDENTS
+from ..storage.files import read_json
 from . import training_cost
 from .undistilled import LABELS
 
@@ -66,31 +66,6 @@ def entries(stage: Evaluate, parents: dict[str, Path], base: Base) -> list[Entry
         gammas.sort(key=lambda gamma: gamma != own)
         found.append(Entry(name, folder, *shape, cost, own, tuple(dict.fromkeys(gammas))))
     return found
-
-
-def tuned_from(folder: Path) -> tuple[str, float] | None:
-    """Name of the distill stage that a tuned student in `folder` started from, and the gamma that it was tuned under.
-
-    None for a student that is not tuned.
-    """
-    manifest = folder.parent / "manifest.json"
-    kept = read_json(manifest) if manifest.is_file() else {"kind": None}
-    if kept["kind"] not in TUNING:
-        return None
-    gamma = kept["stage"]["gamma"]
-    return kept["parents"]["distill"], suited_gamma(folder) if gamma is None else gamma
-
-
-def own_gamma(folder: Path) -> float:
-    """The gamma that the student in `folder` was tuned under, or what suits it."""
-    tuned = tuned_from(folder)
-    return suited_gamma(folder) if tuned is None else tuned[1]
-
-
-def suited_gamma(folder: Path) -> float:
-    """The gamma that suits the student in `folder`, by what it says of itself."""
-    described = describe(folder)
-    return default_gamma(described["segments"], described["conditioned"])
 
 
 def is_student_of(folder: Path, stage: str) -> bool:

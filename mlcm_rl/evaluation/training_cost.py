@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from ..checkpoint import read_json
-from ..plan import evaluations_per_phase, network_evaluations
+from ..cost.evaluations import evaluations_per_phase, network_evaluations
 from ..recipe import Distill, Feedback, Recipe, Stage, Trajectories, Tuning
+from ..storage.files import read_json
 
 
 @dataclass(frozen=True)

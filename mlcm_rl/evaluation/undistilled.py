@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import sampler
-from ..bases import Base, Conditioning
 from ..equations.segments import time_grid
+from ..models import sampler
+from ..models.base import Base, Conditioning
 
 # Stock schedulers of diffusers by the recipe's names, on the same even spacing of times as everything else.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import NAME
+from .experiment import NAME
 from .tree import Key, Node, Problem, nearest
 from .types import COMMIT, VARIANT
 

@@ -18,13 +18,16 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from .. import reward_package, teacher_check
-from ..untrusted import read_bytes, regular
-from . import Distill, Evaluate, Feedback, Recipe, Teacher, Tuning, errors, missing_trackers
+from ..storage.untrusted import read_bytes, regular
+from . import errors, reward_package, teacher_check
+from .distill import Distill
+from .evaluation import Evaluate
+from .experiment import Recipe, missing_trackers
 from .paths import READ, Folders, resolved, rewards_named
+from .preference import Feedback, Tuning
 from .schema import json_schema
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
-from .types import TRAINED, Lora, Reward
+from .types import TRAINED, Lora, Reward, Teacher
 
 FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd"}  # by their pipelines in diffusers
 HALVING = ("vae", "unet")  # each halves a picture once less often than it has blocks

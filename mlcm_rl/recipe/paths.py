@@ -16,7 +16,9 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from . import Evaluate, Recipe, Stage, Tuning
+from .evaluation import Evaluate
+from .experiment import Recipe, Stage
+from .preference import Tuning
 from .tree import Key, key_text
 from .types import Reward
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from . import Recipe
+from .experiment import Recipe
 
 
 def json_schema() -> dict[str, Any]:

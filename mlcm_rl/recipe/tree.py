@@ -20,7 +20,7 @@ from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 from ruamel.yaml.nodes import Node as YamlNode
 from ruamel.yaml.reader import ReaderError
 
-from ..untrusted import brief, read_bytes
+from ..storage.untrusted import brief, read_bytes
 
 Key = tuple[str | int, ...]
 

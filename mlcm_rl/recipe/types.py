@@ -45,7 +45,7 @@ class Teacher(Strict):
 
     path: str = Field(description="folder in diffusers format, relative to the recipe's file, or a hub name")
     revision: str | None = Field(None, pattern=COMMIT, description="pinned commit of a hub model")
-    family: Literal["sdxl", "sd"] = Field(description="file in mlcm_rl/bases that loads it")
+    family: Literal["sdxl", "sd"] = Field(description="file in mlcm_rl/models/families that loads it")
     guidance_scale: NonNegativeFloat = Field(8.0, description="classifier-free guidance of the teacher (1 = none)")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of the frozen weights")
     resolution: int | None = Field(None, gt=0, le=16_384, description="pixels a side; default: the model's own")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..metrics import mean_and_error
+from ..equations.statistics import mean_and_error
 
 DIGITS = 6  # significant ones of the values kept per prompt
 CURVE_POINTS = 100  # of a curve over training; more are averaged in bins

@@ -8,10 +8,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from .. import report
-from ..checkpoint import replacing
-from . import plots, tuned_students
-from .definitions import GAIN, LATENCY, WIN_RATE
+from ..storage.files import replacing
+from . import comparisons, figures, plots, tables, tuned_students
+from .definitions import GAIN, LATENCY, TRAINING, WIN_RATE, metric
 
 THUMBNAIL = 256  # pixels a side at most; smaller pictures stay lossless
 LANGUAGES = {"en": "English", "zh": "Chinese"}
@@ -46,11 +45,11 @@ def render(result: dict[str, Any], folder: Path) -> str:
         outcome=tuned_students.outcome(made) if made else "",
         gallery=gallery(result, folder),
         legend=plots.lines(result),
-        quality=[plots.quality(result, key) for key in report.main_metrics(result)],
+        quality=[plots.quality(result, key) for key in tables.main_metrics(result)],
         tuned=tuned(result, folder) if result.get("tuned") else None,
         curves=losses(result["curves"]),
         learned=[plots.learned(one, name) for one in result.get("tuned", []) for name in one["rewards"]],
-        heads=report.heads(result),
+        heads=tables.heads(result),
         groups=groups(result),
         comparisons=[compared(result, one) for one in result["comparisons"]],
         latency=LATENCY,
@@ -67,30 +66,30 @@ def losses(curves: list[dict[str, Any]]) -> list[str]:
 
 def definitions(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The table's columns, and the networks that measured, in words."""
-    found = [(report.metric(key).label, report.metric(key).definition) for key in report.columns(result)]
-    if report.has_training(result):
-        found.insert(0, ("Training evals", report.TRAINING))
+    found = [(metric(key).label, metric(key).definition) for key in tables.columns(result)]
+    if tables.has_training(result):
+        found.insert(0, ("Training evals", TRAINING))
     if result.get("tuned"):
         found += [("Win rate", WIN_RATE), ("Gain", GAIN)]
-    return found + [(f"Network: {name}", text) for name, text in report.network_texts(result)]
+    return found + [(f"Network: {name}", text) for name, text in tables.network_texts(result)]
 
 
 def headline(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The headline's checks as the page's tiles: what the student reaches, beside the teacher's two figures."""
-    rows = report.by_id(result)
+    rows = comparisons.by_id(result)
     reference = rows[result["reference"]]
     tiles = []
     for check in result["headline"]["checks"]:
         student, teacher, key = rows[check["student"]], rows[check["teacher"]], check["metric"]
         tiles.append(
             {
-                "label": report.metric(key).label,
-                "better": "lower is better" if report.metric(key).lower_is_better else "higher is better",
-                "student": report.number(student["metrics"][key]),
-                "teacher": report.number(teacher["metrics"][key]),
+                "label": metric(key).label,
+                "better": "lower is better" if metric(key).lower_is_better else "higher is better",
+                "student": figures.number(student["metrics"][key]),
+                "teacher": figures.number(teacher["metrics"][key]),
                 "solver": teacher["sampler"],
-                "reference": report.number(reference["metrics"][key]) if key != "distance" else None,
-                "difference": report.plus_minus(check["difference"], check["se"]),
+                "reference": figures.number(reference["metrics"][key]) if key != "distance" else None,
+                "difference": figures.plus_minus(check["difference"], check["se"]),
                 "verdict": check["verdict"],
             }
         )
@@ -101,7 +100,7 @@ def standing(checks: list[dict[str, Any]]) -> str:
     """Return in which metrics of the headline the student is ahead, level or behind, in words."""
     labels: dict[str, list[str]] = {"ahead": [], "level": [], "behind": []}
     for check in checks:
-        labels[check["verdict"]].append(report.metric(check["metric"]).label)
+        labels[check["verdict"]].append(metric(check["metric"]).label)
     return ", ".join(f"{verdict} in {' and '.join(found)}" for verdict, found in labels.items() if found)
 
 
@@ -111,24 +110,24 @@ def groups(result: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
         (
             heading,
             [
-                {"label": report.label(row), "cells": report.cells(result, row), "default": row["default"]}
+                {"label": tables.label(row), "cells": tables.cells(result, row), "default": row["default"]}
                 for row in rows
             ],
         )
-        for heading, rows in report.groups(result).items()
+        for heading, rows in tables.groups(result).items()
     ]
 
 
 def compared(result: dict[str, Any], comparison: dict[str, Any]) -> dict[str, Any]:
-    rows, key = report.by_id(result), comparison["metric"]
+    rows, key = comparisons.by_id(result), comparison["metric"]
     student, teacher = rows[comparison["student"]], rows[comparison["teacher"]]
     return {
         "num_evaluations": comparison["num_evaluations"],
-        "metric": report.metric(key).label,
+        "metric": metric(key).label,
         "student": f"{student['name']}, {student['sampler']}",
         "teacher": teacher["sampler"],
-        "values": (report.number(student["metrics"][key]), report.number(teacher["metrics"][key])),
-        "difference": report.plus_minus(comparison["difference"], comparison["se"]),
+        "values": (figures.number(student["metrics"][key]), figures.number(teacher["metrics"][key])),
+        "difference": figures.plus_minus(comparison["difference"], comparison["se"]),
         "verdict": comparison["verdict"],
     }
 
@@ -143,8 +142,8 @@ def gallery(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     students.sort(key=lambda row: row["name"] != result.get("product"))  # what the run made comes first
     of_student = {row["num_evaluations"]: row for row in students if row["name"] == students[0]["name"]}
     budgets = sorted({row["num_evaluations"] for row in rows if row["role"] != "reference"})
-    of_teacher = {n: report.best(report.rows_at(result, "undistilled", n), "distance") for n in budgets}
-    reference = report.by_id(result)[result["reference"]]
+    of_teacher = {n: comparisons.best(comparisons.rows_at(result, "undistilled", n), "distance") for n in budgets}
+    reference = comparisons.by_id(result)[result["reference"]]
     prompts = [
         {
             "text": prompt["prompt"],
@@ -169,7 +168,7 @@ def gallery(result: dict[str, Any], folder: Path) -> dict[str, Any]:
 def tuned(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The section on preference learning: a card a student, two tables, and galleries of before and after."""
     students = result["tuned"]
-    others = [report.metric(key).label for key in tuned_students.others(result)]
+    others = [metric(key).label for key in tuned_students.others(result)]
     return {
         "cards": [
             {
@@ -199,7 +198,7 @@ def tuned(result: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def before_and_after(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """A gallery for each distilled student and each sampler of those tuned from it: its pictures, then theirs."""
-    rows = report.by_id(result)
+    rows = comparisons.by_id(result)
     tuned: dict[tuple[str, str], dict[str, Any]] = {}
     for one in result["tuned"]:
         found = tuned_students.nearest(one)

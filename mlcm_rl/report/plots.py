@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-from . import metric
+from .definitions import metric
 
 INK = "#010203"  # stands for the page's text colour until the SVG is written
 COLOURS = (

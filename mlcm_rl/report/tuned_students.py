@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import guard
-from ..checkpoint import read_json
-from ..fingerprint import TUNING
+from ..recipe.experiment import TUNING
+from ..storage.files import read_json
 from .definitions import WIN_RATE, metric
 from .figures import binned, kept, kept_samples, number, summary
+from .looks import history
 
 NUM_ERRORS = 2.0  # standard errors that ahead and behind ask for
 SPOKEN_OF = 4  # steps at which a tuned student is summed up, or the nearest number that was measured
@@ -59,7 +59,7 @@ def read_curves(stage: Path) -> dict[str, list[list[float]]]:
     Gains begin at step 0, where they are 0 by definition.
     """
     records = [json.loads(line) for line in (stage / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    looks = guard.history(stage)
+    looks = history(stage)
     curves = {gain: [[0, 0.0], *_curve(looks, gain)] for gain in GAINS}
     for found, prefix in ((looks, "guard/reward/"), (records, "reward/")):
         keys = dict.fromkeys(key for record in found for key in record if key.startswith(prefix))

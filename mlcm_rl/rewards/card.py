@@ -12,14 +12,15 @@ from torch import Tensor
 
 from reward_models import trained
 
-from ..checkpoint import replacing, sha256, write_json
-from ..data import Prompt
-from ..metrics import mean_and_error
-from ..pairs import PairTable
+from ..data.pairs import PairTable
+from ..data.prompts import Prompt
+from ..equations.statistics import mean_and_error
 from ..recipe import Recipe, TrainReward
 from ..report import plots
 from ..report.figures import plus_minus, rounded
-from . import RewardModel, score
+from ..storage.files import replacing, write_json
+from ..storage.hashing import sha256
+from .contract import RewardModel, score
 from .heads import CONTRARY, right_way
 
 TEMPLATE = Path(__file__).with_suffix(".md")

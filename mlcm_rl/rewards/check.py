@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import RewardError, RewardModel, score
+from .contract import RewardError, RewardModel, score
 
 EXAMPLE_PROMPTS = {  # things that every list of classes knows, of a colour, and quoted: so they ask for a text as well
     "en": ('a red "strawberry"', 'a yellow "lemon"', 'an orange "orange"', 'a green "banana"', 'a brown "pineapple"'),

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..atomic import remove_partial_of, replacing
-from ..data import Prompt
-from ..picture_files import SUFFIXES, pictures_of, pixels, read_picture, square
-from . import RewardError, RewardModel, score
+from ..data.picture_files import SUFFIXES, pictures_of, pixels, read_picture, square
+from ..data.prompts import Prompt
+from ..storage.files import remove_partial_of, replacing
+from .contract import RewardError, RewardModel, score
 
 MAX_BATCH_PIXELS = 2**22  # pictures of a batch together: 4 megapixels are 50 MB as floats; a larger one goes alone
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..data import Prompt
-from ..runtime import generator
-from ..untrusted import brief
+from ..data.prompts import Prompt
+from ..storage.untrusted import brief
+from ..training.seeding import generator
 
 CONTRARY = 0.05  # share of judgements that are taken to be wrong: bounds the scores
 

@@ -3,9 +3,9 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from ..data import Prompt, prompts_with_lines
-from ..untrusted import first_few
-from . import RewardError, RewardModel
+from ..data.prompts import Prompt, prompts_with_lines
+from ..storage.untrusted import first_few
+from .contract import RewardError, RewardModel
 
 
 def refuse_prompts(

@@ -12,9 +12,9 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from ..checkpoint import read_json
-from ..hashing import sha256_once
-from . import ENTRY_POINTS, FOLDER
+from ..storage.files import read_json
+from ..storage.hashing import sha256_once
+from .finding import ENTRY_POINTS, FOLDER
 from .weights import KEPT_AS_THEY_ARE, Weights, cache_folder
 
 

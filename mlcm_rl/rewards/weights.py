@@ -28,8 +28,10 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
-from ..checkpoint import read_json, replacing, sha256, write_json, write_tensors
-from ..untrusted import brief
+from ..storage.files import read_json, replacing, write_json
+from ..storage.hashing import sha256
+from ..storage.tensors import write_tensors
+from ..storage.untrusted import brief
 
 KEPT_AS_THEY_ARE = (".safetensors", ".onnx", ".json", ".txt")  # reading one of these runs no code
 # What zipfile raises for a damaged archive; RuntimeError, whose kind NotImplementedError is, for one that asks for a

@@ -5,18 +5,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import adapters, bases, checkpoint, pictures
-from ..bases import Base
-from ..data import CaptionedImages, read_prompts
-from ..distributed import by_first
+from ..data.prompts import CaptionedImages, read_prompts
+from ..data.training_points import Batch, NoisedData, OnLine, RenoisedSamples, Source, StoredStates
+from ..data.trajectory_store import Store, expected_of
 from ..equations import consistency
 from ..equations.averaging import ema_decay, ema_update_
 from ..equations.schedule import snr
 from ..equations.segments import phase_at
-from ..recipe import Distill, Recipe
-from ..runtime import Runtime, generator, rate_factor, set_rate, tell_truncated
-from ..sources import Batch, NoisedData, OnLine, RenoisedSamples, Source, StoredStates
-from ..trajectories import Store, expected_of
+from ..models import pictures, students, teachers
+from ..models.base import Base
+from ..models.teachers import tell_truncated
+from ..recipe import Distill, Recipe, types
+from ..storage import files
+from ..training.loop import Runtime, rate_factor, set_rate
+from ..training.processes import by_first
+from ..training.seeding import generator
 
 Weights = dict[str, Tensor]  # the trained parameters by name, or their average
 
@@ -28,14 +31,14 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     ends with the same bits. Raises NonFiniteLoss before an update that would not be a number.
     """
     rt = Runtime(recipe, stage, folder)
-    base = bases.load(recipe.teacher, rt.device)
+    base = teachers.load(recipe.teacher, rt.device)
     start = parents["distill"] / "student" if "distill" in parents else None
-    student = adapters.student(base, stage.adapter, recipe.seed, stage.condition_on_target, start)
+    student = students.student(base, stage.adapter, recipe.seed, stage.condition_on_target, start)
     if not stage.asks_teacher:
         base.forget_denoiser()
     if stage.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    parameters = adapters.trainable_parameters(student)
+    parameters = students.trainable_parameters(student)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student, optimizer)
     average = {name: value.detach().clone() for name, value in trained.items()} if stage.target_ema else trained
@@ -185,10 +188,10 @@ def save_student(
         "conditioned": stage.condition_on_target,
         "family": base.family,
         "prediction_type": base.prediction_type,
-        "teacher": checkpoint.public(recipe.teacher.path),
-        "teacher_hash": checkpoint.teacher_hash(recipe.teacher),
+        "teacher": files.public(recipe.teacher.path),
+        "teacher_hash": teachers.teacher_hash(recipe.teacher),
     }
-    adapters.save_student(student, folder, description)
+    students.save_student(student, folder, description)
 
 
 def save_samples(
@@ -196,6 +199,6 @@ def save_samples(
 ) -> None:
     """The grid of fixed prompts and seeds, by the sampler that suits the student as it is now."""
     conditioned = stage.condition_on_target
-    gamma = adapters.default_gamma(num_segments, conditioned)
+    gamma = types.default_gamma(num_segments, conditioned)
     sheet = pictures.sample_grid(base, student, recipe.samples, recipe.seed, num_segments, conditioned, gamma)
     by_first(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))

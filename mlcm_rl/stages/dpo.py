@@ -10,17 +10,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import adapters, bases, distributed, pictures, tuning
-from ..bases import Base, Conditioning
-from ..distributed import by_first
+from ..data.pairs import PairTable
 from ..equations import preference
 from ..equations.policy import step_gaussian
 from ..equations.schedule import add_noise
-from ..guard import Guard
-from ..pairs import PairTable
+from ..models import pictures, students, teachers
+from ..models.base import Base, Conditioning
+from ..models.teachers import tell_truncated
+from ..preference import tuning
+from ..preference.guard import Guard
 from ..recipe import Dpo, Recipe
 from ..rewards import Combined, combine
-from ..runtime import Runtime, progress, rate_factor, set_rate, tell_truncated
+from ..training import processes
+from ..training.loop import Runtime, rate_factor, set_rate
+from ..training.processes import by_first
+from ..training.progress import progress
 
 
 def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
@@ -30,14 +34,14 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
     Raises NonFiniteLoss before an update that would not be a number.
     """
     rt = Runtime(recipe, stage, folder)
-    base = bases.load(recipe.teacher, rt.device)
+    base = teachers.load(recipe.teacher, rt.device)
     start = parents["distill"] / "student"
     student = tuning.load(stage, base, start, recipe.seed)
     rewards = combine(stage.rewards, rt.device, stage.normalise)
     source: StoredPairs | OwnPairs
     source = StoredPairs(stage, base, recipe.seed) if stage.pairs else OwnPairs(stage, student, rewards, recipe.seed)
     tuning.encode_ahead(stage, recipe, base, source.texts)
-    parameters = adapters.trainable_parameters(student.denoiser)
+    parameters = students.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student.denoiser, optimizer)
     guard = Guard(stage, student, trained, rewards, recipe.seed)
@@ -64,7 +68,7 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
     with rt.swapped(guard.best):
-        rt.write(adapters.save_tuned, start, folder / "student", guard.verdict.kept_step)
+        rt.write(students.save_tuned, start, folder / "student", guard.verdict.kept_step)
     by_first(guard.finish, folder)
 
 
@@ -122,7 +126,7 @@ class StoredPairs:
     def batches(self, step: int, scores: tuning.Scores) -> Iterator[Pairs]:
         """The micro-batches of `step`."""
         index = self.order.draw(step, self.stage.batch_size)
-        for rows in distributed.micro_batches(len(index), self.stage.micro_batch):
+        for rows in processes.micro_batches(len(index), self.stage.micro_batch):
             part = index[rows.start : rows.stop]
             conditioning = self.base.encode_prompts([self.prompts[i].prompt for i in part.tolist()])
             x0 = self.x0[:, part].to(self.base.device)
@@ -131,7 +135,7 @@ class StoredPairs:
 
     def _encoded(self, table: PairTable, index: list[int]) -> Iterator[Tensor]:
         """Latents (2, b, C, H, W) of the pairs `index`, as many pictures at a time as a process has pairs in a step."""
-        size = distributed.part(self.stage.micro_batch, distributed.count())
+        size = processes.part(self.stage.micro_batch, processes.count())
         with progress(len(index), "encode pairs") as bar:
             for part in (index[i : i + size] for i in range(0, len(index), size)):
                 images = torch.stack([table.pictures(i, self.base.resolution) for i in part], dim=1)

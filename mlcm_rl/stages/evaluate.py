@@ -16,17 +16,21 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
-from .. import adapters, bases, distributed, finite, metrics, pictures, report, runtime, sampler
-from ..adapters import Student
-from ..bases import Base, Conditioning
-from ..checkpoint import read_json, read_tensors, remove, write_json, write_tensors
-from ..data import Prompt, first_prompts
-from ..devices import device_of
-from ..evaluation import instruments, undistilled
+from ..data.prompts import Prompt, first_prompts
+from ..evaluation import instruments, metrics, undistilled
 from ..evaluation.row_store import RowStore, open_store, record_path, reference_folder
 from ..evaluation.rows import Row, entries, student_rows, teacher_rows
+from ..models import pictures, sampler
+from ..models.base import Base, Conditioning
+from ..models.students import Student, load_student
+from ..models.teachers import load, tell_truncated
 from ..recipe import Evaluate, Recipe
-from ..report import page, tuned_students
+from ..report import assembly, page, tables, tuned_students
+from ..storage import finite
+from ..storage.files import read_json, remove, write_json
+from ..storage.tensors import read_tensors, write_tensors
+from ..training import processes, progress, seeding
+from ..training.devices import device_of
 
 SHOWN_PER_LANGUAGE = 4  # prompts whose pictures are kept for the page
 
@@ -64,48 +68,48 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
     `parents` maps a kind of stage to its latest finished folder. Without "distill" only `also` brings students, and
     without either the table is the teacher's. Raises ValueError for prompts that the file or the judge does not have.
     """
-    base = bases.load(recipe.teacher, device_of(recipe.device))
+    base = load(recipe.teacher, device_of(recipe.device))
     students = entries(stage, parents, base)
-    curves = report.read_curves(parents.get("distill"))
+    curves = assembly.read_curves(parents.get("distill"))
     scene = prepare(stage, recipe, base, folder)
     teachers = teacher_rows(stage, recipe.teacher.guidance_scale)
     store = open_store(stage, recipe, parents, teachers[0], base.device.type)
-    distributed.by_first(store.sweep)
+    processes.by_first(store.sweep)
     table = [(None, teachers)]
     table += [(student, student_rows(stage, index, student)) for index, student in enumerate(students)]
     total = len(scene.batches()) * sum(row.num_evaluations for _, rows in table for row in rows)
     records = []
-    with runtime.progress(total, "evaluate") as bar:
+    with progress.progress(total, "evaluate") as bar:
         for entry, rows in table:
             student = None  # one at a time: the last one's weights are let go before the next one's are read
             for row in rows:
                 place = entry.folder if entry is not None else None
-                if not distributed.by_first(is_measured, stage, scene, store, row, place):
+                if not processes.by_first(is_measured, stage, scene, store, row, place):
                     if entry is not None and student is None:
-                        student = adapters.load_student(base, entry.folder)
+                        student = load_student(base, entry.folder)
                     draw_batches(scene, row, student, bar)
-                    distributed.by_first(finish_row, scene, store, row, place)
+                    processes.by_first(finish_row, scene, store, row, place)
                 else:
                     bar.advance(row.num_evaluations * len(scene.batches()), row.id)
                 records.append(read_json(record_path(folder, row)))
     prompts = [asdict(prompt) | {"shown": i in scene.shown} for i, prompt in enumerate(scene.prompts)]
     tuned = tuned_students.read({student.name: student.folder for student in students})
-    result = report.assemble(recipe, stage, prompts, records, base.device, curves, tuned, scene.instruments.networks)
-    distributed.by_first(write_report, result, folder)
-    runtime.console.print(report.table(result))
+    result = assembly.assemble(recipe, stage, prompts, records, base.device, curves, tuned, scene.instruments.networks)
+    processes.by_first(write_report, result, folder)
+    progress.console.print(tables.table(result))
     texts = [result["headline"]["text"], *map(tuned_students.sentence, result["tuned"])]
-    runtime.console.print(Text("\n".join([*texts, str((folder / "report.html").resolve())])), soft_wrap=True)
+    progress.console.print(Text("\n".join([*texts, str((folder / "report.html").resolve())])), soft_wrap=True)
 
 
 def write_report(result: dict, folder: Path) -> None:
-    report.write(result, folder)
+    assembly.write(result, folder)
     page.write(result, folder)
 
 
 def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
     """The scene of `stage`: its first prompts, encoded once onto disk; its instruments, loaded."""
     prompts = first_prompts(stage.prompts, stage.num_prompts)
-    runtime.tell_truncated(base, [prompt.prompt for prompt in prompts], stage.prompts)
+    tell_truncated(base, [prompt.prompt for prompt in prompts], stage.prompts)
     scene = Scene(
         base=base,
         prompts=prompts,
@@ -118,7 +122,7 @@ def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
         reference=teacher_rows(stage, recipe.teacher.guidance_scale)[0].id,
         folder=folder,
     )
-    for first in distributed.share(range(0, len(prompts), stage.batch_size)):
+    for first in processes.share(range(0, len(prompts), stage.batch_size)):
         batch = prompts[first : first + stage.batch_size]
         paths = [prompt_path(scene, i) for i in range(first, first + len(batch))]
         if not all(path.is_file() for path in paths):
@@ -127,7 +131,7 @@ def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
             finite.refuse_encoded(encoded, texts, base.dtype)
             for place, path in enumerate(paths):
                 write_tensors(path, {name: value[place] for name, value in encoded.items()})
-    distributed.wait()
+    processes.wait()
     return scene
 
 
@@ -141,15 +145,15 @@ def shown_prompts(prompts: list[Prompt]) -> list[int]:
 # ---- a row ----
 
 
-def draw_batches(scene: Scene, row: Row, student: Student | None, bar: runtime.Bar) -> None:
+def draw_batches(scene: Scene, row: Row, student: Student | None, bar: progress.Bar) -> None:
     """Draw those batches of `row` that are this process's and not there yet; the same ones in every row."""
-    for batch in distributed.share(scene.batches()):
+    for batch in processes.share(scene.batches()):
         kept = batch_path(scene, row, batch)
         if not kept.is_file():
             write_tensors(kept, draw(scene, row, student, batch), may_lack=True)
         bar.advance(row.num_evaluations, row.id)
-    bar.advance(row.num_evaluations * (len(scene.batches()) - len(distributed.share(scene.batches()))), row.id)
-    distributed.wait()
+    bar.advance(row.num_evaluations * (len(scene.batches()) - len(processes.share(scene.batches()))), row.id)
+    processes.wait()
 
 
 def is_measured(stage: Evaluate, scene: Scene, store: RowStore, row: Row, student: Path | None) -> bool:
@@ -181,7 +185,7 @@ def made(scene: Scene, row: Row) -> dict:
     if row.role == "student" and scene.images_per_prompt > 1:  # a win is a picture's, not the mean's
         rewards = [name for name in readings if name.startswith("reward/")]
         samples = {name: readings[name].unflatten(0, (-1, scene.images_per_prompt)) for name in rewards}
-    return report.record(asdict(row), values, languages, *latency, samples)
+    return assembly.record(asdict(row), values, languages, *latency, samples)
 
 
 @torch.no_grad()
@@ -231,7 +235,7 @@ def refuse_nonfinite(scene: Scene, row: Row, student: Student | None, batch: lis
 def sample(scene: Scene, row: Row, student: Student | None, batch: list[Sample], conditioning: Conditioning) -> Tensor:
     """Latents (B, C, H, W) of `row` for the samples of `batch`; each has its own generator, whatever the batch."""
     base = scene.base
-    generators = [runtime.generator(scene.seed, "evaluate", i, j) for i, j in batch]
+    generators = [seeding.generator(scene.seed, "evaluate", i, j) for i, j in batch]
     noise = base.noise(generators, len(batch))
     if student is not None:
         return sampler.sample(

@@ -5,17 +5,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import adapters, bases, checkpoint, tuning
-from ..bases import Base
-from ..distributed import by_first
-from ..equations import consistency
-from ..equations import feedback as equations
-from ..guard import Guard
+from ..data.training_points import Batch, StoredStates
+from ..data.trajectory_store import Store, expected_of
+from ..equations import consistency, feedback
+from ..models import students, teachers
+from ..models.base import Base
+from ..preference import tuning
+from ..preference.guard import Guard
 from ..recipe import Distill, Feedback, Recipe
 from ..rewards import Combined, combine, refuse_without_gradient
-from ..runtime import Runtime, rate_factor, set_rate
-from ..sources import Batch, StoredStates
-from ..trajectories import Store, expected_of
+from ..storage import files
+from ..training.loop import Runtime, rate_factor, set_rate
+from ..training.processes import by_first
 
 
 def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
@@ -26,7 +27,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     that would not be a number.
     """
     rt = Runtime(recipe, stage, folder)
-    base = bases.load(recipe.teacher, rt.device)
+    base = teachers.load(recipe.teacher, rt.device)
     start = parents["distill"] / "student"
     student = tuning.load(stage, base, start, recipe.seed)
     rewards = combine(stage.rewards, rt.device, stage.normalise)
@@ -37,7 +38,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
         refuse_without_irrelevant(rewards, prompts)
     source = stored_states(stage, recipe, base, parents) if stage.consistency else None
     tuning.encode_ahead(stage, recipe, base, lambda step: prompts.texts(step, stage.batch_size))
-    parameters = adapters.trainable_parameters(student.denoiser)
+    parameters = students.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student.denoiser, optimizer)
     guard = Guard(stage, student, trained, rewards, recipe.seed)
@@ -70,7 +71,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
     with rt.swapped(guard.best):
-        rt.write(adapters.save_tuned, start, folder / "student", guard.verdict.kept_step)
+        rt.write(students.save_tuned, start, folder / "student", guard.verdict.kept_step)
     by_first(guard.finish, folder)
 
 
@@ -110,7 +111,7 @@ def loss(
 def last_step(stage: Feedback, num_steps: int, draws: torch.Generator) -> int:
     """The sampler's step that scored samples end with: its last, or for `random` one late step for all of them."""
     if stage.gradient == "random":
-        return equations.random_late_step(num_steps, stage.num_grad_steps, draws)
+        return feedback.random_late_step(num_steps, stage.num_grad_steps, draws)
     return num_steps - 1
 
 
@@ -125,7 +126,7 @@ def graded_sample(
         _, x0 = student.rollout(start.conditioning, start.noise, start.generators)
         t, _ = student.jump(last, len(x0))
         eps = torch.stack([student.base.noise(start.generators, len(x0)) for _ in range(stage.num_copies)])
-        x_t = equations.renoised_copies(x0, eps, t, student.base.schedule)
+        x_t = feedback.renoised_copies(x0, eps, t, student.base.schedule)
         t = t.repeat(stage.num_copies)
         x0 = student.x0(x_t, t, torch.zeros_like(t), start.repeated(stage.num_copies))
         return x_t, x0, t, stage.num_copies
@@ -144,11 +145,11 @@ def reward_loss(
     total, raw = rewards(images, prompts, languages)
     scores.add_rewards(raw)
     if stage.shape == "negative":
-        return equations.negative(total)
+        return feedback.negative(total)
     if stage.shape == "hinge":
-        return equations.hinge(total, stage.threshold)
+        return feedback.hinge(total, stage.threshold)
     irrelevant = rewards.total(rewards.raw(images, start.next_prompts * copies, start.next_languages * copies))
-    return equations.mps_hinge(total, irrelevant, stage.threshold)
+    return feedback.mps_hinge(total, irrelevant, stage.threshold)
 
 
 def step_kl(student: tuning.Student, start: tuning.Start) -> Tensor:
@@ -159,7 +160,7 @@ def step_kl(student: tuning.Student, start: tuning.Start) -> Tensor:
     x_t = states[steps, torch.arange(len(steps))]
     reference = student.reference_x0(x_t, t, s, start.conditioning)
     x0 = student.x0(x_t, t, s, start.conditioning)
-    kl = equations.step_kl(x0, reference, t, s, student.gamma, student.base.schedule)
+    kl = feedback.step_kl(x0, reference, t, s, student.gamma, student.base.schedule)
     return kl / x0[0].numel()
 
 
@@ -168,7 +169,7 @@ def stored_states(stage: Feedback, recipe: Recipe, base: Base, parents: dict[str
 
     Raises CheckpointError for a store of another teacher.
     """
-    manifest = checkpoint.read_json(parents["distill"] / "manifest.json", stage=dict)
+    manifest = files.read_json(parents["distill"] / "manifest.json", stage=dict)
     distilled = Distill.model_validate(manifest["stage"]).model_copy(update={"batch_size": stage.batch_size})
     store = Store(parents["trajectories"], expected_of(recipe.teacher, base))
     return StoredStates(distilled, base, store, recipe.seed)

@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import adapters, bases, tuning
-from ..distributed import by_first
-from ..equations import policy as equations
-from ..guard import Guard
+from ..equations import policy
+from ..models import students, teachers
+from ..preference import tuning
+from ..preference.guard import Guard
 from ..recipe import Policy, Recipe
 from ..rewards import Combined, combine
-from ..runtime import Runtime, rate_factor, set_rate
+from ..training.loop import Runtime, rate_factor, set_rate
+from ..training.processes import by_first
 
 
 def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
@@ -22,14 +23,14 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
     Raises NonFiniteLoss before an update that would not be a number.
     """
     rt = Runtime(recipe, stage, folder)
-    base = bases.load(recipe.teacher, rt.device)
+    base = teachers.load(recipe.teacher, rt.device)
     start = parents["distill"] / "student"
     student = tuning.load(stage, base, start, recipe.seed)
     rewards = combine(stage.rewards, rt.device, stage.normalise)
     prompts, copies = tuning.Prompts(stage, base, recipe.seed), stage.num_generations
     rewards.refuse_unread(prompts.languages)
     tuning.encode_ahead(stage, recipe, base, lambda step: prompts.texts(step, stage.batch_size // copies))
-    parameters = adapters.trainable_parameters(student.denoiser)
+    parameters = students.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student.denoiser, optimizer)
     guard = Guard(stage, student, trained, rewards, recipe.seed)
@@ -60,7 +61,7 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
     with rt.swapped(guard.best):
-        rt.write(adapters.save_tuned, start, folder / "student", guard.verdict.kept_step)
+        rt.write(students.save_tuned, start, folder / "student", guard.verdict.kept_step)
     by_first(guard.finish, folder)
 
 
@@ -84,12 +85,10 @@ def rolled_out(
     total, raw = rewards(student.base.decode(x0), start.prompts, start.languages)
     scores.add_rewards(raw)
     groups = total.unflatten(0, (-1, stage.num_generations))
-    advantages = equations.group_advantages(groups, scale=stage.scale_rewards == "group").flatten()
+    advantages = policy.group_advantages(groups, scale=stage.scale_rewards == "group").flatten()
     steps = range(len(student.times) - 1)
     references = [step_mean(student, start, states, step, reference=True)[0] for step in steps]
-    log_probs = [
-        equations.gaussian_log_prob(states[step + 1], *step_mean(student, start, states, step)) for step in steps
-    ]
+    log_probs = [policy.gaussian_log_prob(states[step + 1], *step_mean(student, start, states, step)) for step in steps]
     return Rollout(start, states, torch.stack(log_probs), torch.stack(references), advantages)
 
 
@@ -98,12 +97,12 @@ def loss(stage: Policy, student: tuning.Student, rollout: Rollout, scores: tunin
     values = []
     for step in range(len(student.times) - 1):
         mean, std = step_mean(student, rollout.start, rollout.states, step)
-        log_prob = equations.gaussian_log_prob(rollout.states[step + 1], mean, std)
+        log_prob = policy.gaussian_log_prob(rollout.states[step + 1], mean, std)
         old = rollout.log_probs[step]
-        kl = equations.gaussian_kl(mean, rollout.reference_means[step], std) / mean[0].numel()
+        kl = policy.gaussian_kl(mean, rollout.reference_means[step], std) / mean[0].numel()
         clipped = ((log_prob - old).exp() - 1.0).abs() > stage.epsilon
         scores.add({"kl": kl, "clipped": clipped.float()})
-        surrogate = equations.clipped_surrogate(log_prob, old, rollout.advantages, stage.epsilon)
+        surrogate = policy.clipped_surrogate(log_prob, old, rollout.advantages, stage.epsilon)
         values.append(surrogate + stage.beta * kl)
     return torch.stack(values).mean(0)
 
@@ -115,4 +114,4 @@ def step_mean(
     t, s = student.jump(step, len(start.noise))
     network = student.reference_x0 if reference else student.x0
     x0 = network(states[step], t, s, start.conditioning)
-    return equations.step_gaussian(states[step], x0, t, s, student.gamma, student.base.schedule)
+    return policy.step_gaussian(states[step], x0, t, s, student.gamma, student.base.schedule)

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from reward_models import trained
 
-from .. import checkpoint, finite
-from ..distributed import by_first
+from ..data.pairs import PairTable
 from ..equations.preference import bradley_terry_loss
-from ..pairs import PairTable
 from ..recipe import Recipe, TrainReward
-from ..rewards import card as reward_card
+from ..rewards import card
 from ..rewards.heads import CONTRARY, FeatureScale, dropped, held_out_pairs, right_way
-from ..runtime import Runtime, epoch_order, progress, rate_factor, set_rate
+from ..storage import files, finite, tensors
+from ..training.loop import Runtime, rate_factor, set_rate
+from ..training.processes import by_first
+from ..training.progress import progress
+from ..training.seeding import epoch_order
 
 WARMUP_STEPS = 20  # no knob, nor is CONTRARY: docs/log.md has what others make
 
@@ -55,14 +57,14 @@ def run(stage: TrainReward, recipe: Recipe, parents: dict[str, Path], folder: Pa
             rt.save(step + 1)
     rt.write(write_reward, stage, pairs.scale, folder)
     reward = trained.Trained(rt.device, torch.float32, str(folder))
-    by_first(reward_card.write, stage, recipe, table, held_out, reward, folder)
+    by_first(card.write, stage, recipe, table, held_out, reward, folder)
 
 
 def write_reward(head: nn.Module, stage: TrainReward, scale: FeatureScale, folder: Path) -> None:
     """The files of the reward `trained`, with `scale` folded into the head's first layer."""
     scale.fold_into(head[0])
-    checkpoint.write_tensors(folder / trained.HEAD_FILE, head.state_dict())
-    checkpoint.write_json(folder / trained.DESCRIPTION_FILE, trained.description(stage.backbone))
+    tensors.write_tensors(folder / trained.HEAD_FILE, head.state_dict())
+    files.write_json(folder / trained.DESCRIPTION_FILE, trained.description(stage.backbone))
 
 
 @dataclass(frozen=True)

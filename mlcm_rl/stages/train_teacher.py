@@ -8,19 +8,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import adapters, bases, checkpoint, finite, pictures
-from ..bases import Base, Conditioning
-from ..bases.files import folder_of
-from ..data import CaptionedImages
-from ..distributed import by_first
+from ..data.prompts import CaptionedImages
 from ..equations.averaging import ema_decay, ema_update_
 from ..equations.consistency import squared_l2
 from ..equations.prediction import min_snr_weight, prediction_from_x0
 from ..equations.schedule import add_noise
 from ..equations.segments import time_grid
+from ..models import pictures, teachers
+from ..models.base import Base, Conditioning
+from ..models.files import folder_of
+from ..models.sampler import sample_teacher
+from ..models.teachers import tell_truncated
 from ..recipe import Recipe, TrainTeacher
-from ..runtime import Runtime, epoch_order, generator, rate_factor, set_rate, tell_truncated
-from ..sampler import sample_teacher
+from ..storage import files, finite
+from ..training import autocast
+from ..training.loop import Runtime, rate_factor, set_rate
+from ..training.processes import by_first
+from ..training.seeding import epoch_order, generator
 
 KEPT_CAPTIONS = 40_000
 
@@ -32,7 +36,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
     ends with the same bits.
     """
     rt = Runtime(recipe, stage, folder)
-    base = bases.load(recipe.teacher, rt.device)
+    base = teachers.load(recipe.teacher, rt.device)
     source = folder_of(recipe.teacher)  # of the other parts, written beside the denoiser after the last step
     denoiser = new_denoiser(base, stage, recipe.seed)
     parameters = list(denoiser.parameters())
@@ -161,11 +165,11 @@ def as_teacher(base: Base, denoiser: nn.Module) -> Iterator[None]:
 
 def write_teacher(denoiser: nn.Module, source: Path, folder: Path) -> None:
     """Write the pipeline in `source`, with `denoiser` in half precision in place of its own, to `folder`."""
-    with checkpoint.replacing(folder) as temporary:
+    with files.replacing(folder) as temporary:
         shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("unet"))
         own = dict(denoiser.named_parameters())
         halves = {name: value.half() for name, value in own.items()}
         finite.refuse_weights(halves, "the trained teacher")
-        with adapters.swapped(own, halves):
+        with autocast.swapped(own, halves):
             denoiser.save_pretrained(temporary / "unet")
-        checkpoint.forget_origin(temporary)
+        files.forget_origin(temporary)

@@ -5,16 +5,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import bases, distributed, finite, runtime
-from ..bases import Base, Conditioning
-from ..checkpoint import sha256, teacher_hash
-from ..data import read_prompts
-from ..devices import device_of
+from ..data.prompts import read_prompts
+from ..data.trajectory_store import Provenance, Writer
 from ..equations.segments import milestones, time_grid
 from ..equations.solver import ddim_step
-from ..fingerprint import MATHS
+from ..models import teachers
+from ..models.base import Base, Conditioning
+from ..models.teachers import teacher_hash
+from ..pipeline.fingerprint import MATHS
 from ..recipe import Recipe, Trajectories
-from ..trajectories import Provenance, Writer
+from ..storage import finite
+from ..storage.hashing import sha256
+from ..training import processes, progress, seeding
+from ..training.devices import device_of
 
 
 def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
@@ -24,26 +27,26 @@ def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: P
     function of (seed, i) alone. States are those of any other batch size but for their last bits.
     """
     device = device_of(recipe.device)
-    base = bases.load(recipe.teacher, device)
+    base = teachers.load(recipe.teacher, device)
     prompts = [prompt.prompt for prompt in read_prompts(stage.prompts)]
-    runtime.tell_truncated(base, prompts, stage.prompts)
+    teachers.tell_truncated(base, prompts, stage.prompts)
     writer = Writer(folder, provenance(stage, recipe, base), stage.shard_size, stage.batch_size)
     missing = writer.missing()
     writer.require_room(missing, base.latent_shape)
     done = writer.total - sum(map(len, missing))
     if done:
-        runtime.tell("trajectories", f"goes on after {done} that were saved")
-    with runtime.progress(writer.total, "trajectories", done) as bar:
-        for first in range(0, len(missing), distributed.count()):
-            shards = missing[first : first + distributed.count()]  # one for each process, then all are recorded
-            for shard in distributed.share(shards):
+        progress.tell("trajectories", f"goes on after {done} that were saved")
+    with progress.progress(writer.total, "trajectories", done) as bar:
+        for first in range(0, len(missing), processes.count()):
+            shards = missing[first : first + processes.count()]  # one for each process, then all are recorded
+            for shard in processes.share(shards):
                 parts = []
                 for start in range(shard.start, shard.stop, stage.batch_size):
                     batch = range(start, min(start + stage.batch_size, shard.stop))
                     texts = [prompts[i % len(prompts)] for i in batch]
                     conditioning = base.encode_prompts(texts)
                     finite.refuse_encoded(conditioning, texts, base.dtype)
-                    noise = base.noise([runtime.generator(recipe.seed, "trajectories", i) for i in batch], len(batch))
+                    noise = base.noise([seeding.generator(recipe.seed, "trajectories", i) for i in batch], len(batch))
                     states, x0 = solve(base, conditioning, noise, writer.provenance.grid, recipe.teacher.guidance_scale)
                     refuse_nonfinite(states, x0, texts, writer.provenance.grid, base.dtype)
                     parts.append({"states": states, "x0": x0, **conditioning})

@@ -11,9 +11,8 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
-from mlcm_rl import report
-from mlcm_rl.checkpoint import replacing
-from mlcm_rl.report import page
+from mlcm_rl.report import comparisons, page
+from mlcm_rl.storage.files import replacing
 
 SIZE, GAP, COLUMNS = 96, 6, 2  # pixels a picture, pixels between, prompts side by side
 
@@ -22,7 +21,7 @@ def contact_sheet(folder: Path, result: dict) -> Image.Image:
     """Return the reference and the finished student's pictures, all from the same noise, for every shown prompt."""
     students = [row for row in result["rows"] if row["role"] == "student" and row["default"]]
     finished = [row for row in students if row["name"] == students[0]["name"]]
-    tuned = [row for row in students if row not in finished and row["num_steps"] == report.HEADLINE_BUDGET]
+    tuned = [row for row in students if row not in finished and row["num_steps"] == comparisons.HEADLINE_BUDGET]
     drawn = [*sorted(finished, key=lambda row: -row["num_steps"]), *tuned]
     rows = [result["reference"], *(row["id"] for row in drawn)]
     shown = [i for i, prompt in enumerate(result["prompts"]) if prompt["shown"]]
@@ -45,7 +44,7 @@ def main(run: Path) -> int:
     result = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     with replacing(run / "demo.png") as temporary:
         contact_sheet(folder, result).quantize(128).save(temporary, format="PNG")
-    headline = report.headline(result, "student")
+    headline = comparisons.headline(result, "student")
     console.print(
         f"{headline['text']}\n{result['headline']['text']}\nThe page: {(folder / 'report.html').absolute()}",
         soft_wrap=True,

@@ -16,8 +16,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, so that no installation is needed
 
 from captions import teacher_concepts
-from mlcm_rl import metrics
-from mlcm_rl.evaluation import judge
+from mlcm_rl.evaluation import judge, metrics
 from sources import HERE, STYLES, load_pictures, write_text
 from train_autoencoder import decode, encode, measure_psnr
 from train_judge import group_by_concept

@@ -20,10 +20,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, so that no installation is needed
 
-from mlcm_rl import metrics, rewards
-from mlcm_rl.data import Prompt, read_prompts
-from mlcm_rl.evaluation import judge
-from mlcm_rl.trajectories import Store
+from mlcm_rl import rewards
+from mlcm_rl.data.prompts import Prompt, read_prompts
+from mlcm_rl.data.trajectory_store import Store
+from mlcm_rl.evaluation import judge, metrics
 from sources import HERE, STYLES, write_text
 from train_rewards import PREFERENCE
 

@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mlcm_rl import bases, metrics, pictures, runtime, sampler
-from mlcm_rl.bases import Base
-from mlcm_rl.data import Prompt, read_prompts
+from mlcm_rl.data.prompts import Prompt, read_prompts
+from mlcm_rl.equations import statistics
 from mlcm_rl.equations.segments import time_grid
-from mlcm_rl.evaluation import judge
+from mlcm_rl.evaluation import judge, metrics
+from mlcm_rl.models import pictures, sampler, teachers
+from mlcm_rl.models.base import Base
 from mlcm_rl.recipe import Teacher
+from mlcm_rl.training import devices, progress, seeding
 from sources import HERE, write_text
 
 NUM_SHOWN, COLUMNS = 64, 8
@@ -29,11 +31,11 @@ BATCH = 32
 def draw(base: Base, prompts: list[Prompt], guidance_scale: float, num_steps: int = 50) -> Tensor:
     """Return one picture of each prompt (N, 3, H, W) in [0, 1], at `num_steps` guided DDIM steps."""
     images = []
-    with runtime.progress(len(prompts), "samples") as bar:
+    with progress.progress(len(prompts), "samples") as bar:
         for start in range(0, len(prompts), BATCH):
             part = prompts[start : start + BATCH]
             conditioning = base.encode_prompts([prompt.prompt for prompt in part])
-            noise = base.noise([runtime.generator("card", start + i) for i in range(len(part))], len(part))
+            noise = base.noise([seeding.generator("card", start + i) for i in range(len(part))], len(part))
             times = time_grid(num_steps)[:-1]
             dropped = base.unconditional(len(part))
             latents = sampler.sample_teacher(base, conditioning, dropped, noise, times, guidance_scale)
@@ -50,7 +52,7 @@ def recalls(features: Tensor, prompts: list[Prompt], assessor: judge.Judge) -> d
     for language in sorted({prompt.language for prompt in prompts}):
         mine = torch.tensor([prompt.language == language for prompt in prompts])
         for k in (1, 5):
-            mean, error = metrics.mean_and_error(metrics.recall(rank[mine], k))
+            mean, error = statistics.mean_and_error(metrics.recall(rank[mine], k))
             report[f"R@{k} {language}"] = [round(mean, 3), round(error, 3)]
     return report
 
@@ -68,7 +70,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--guidance", type=float, default=4.0)
     arguments = parser.parse_args()
-    base = bases.load(Teacher(path=str(arguments.teacher), family="sdxl"), runtime.device_of("auto"))
+    base = teachers.load(Teacher(path=str(arguments.teacher), family="sdxl"), devices.device_of("auto"))
     prompts = read_prompts(HERE / "prompts" / "test.jsonl")[: arguments.prompts]
     images = draw(base, prompts, arguments.guidance)
     report = {"guidance_scale": arguments.guidance, "prompts": len(prompts)}

@@ -10,10 +10,11 @@ three, 50 guided DDIM steps at scale 4. Writes `wordings.json` beside this file,
 import json
 
 from measure_teacher import draw, recalls
-from mlcm_rl import bases, runtime
-from mlcm_rl.data import Prompt, read_prompts
+from mlcm_rl.data.prompts import Prompt, read_prompts
 from mlcm_rl.evaluation import judge
+from mlcm_rl.models import teachers
 from mlcm_rl.recipe import Teacher
+from mlcm_rl.training import devices
 from sources import HERE, write_text
 
 SETS = ("test", "frames", "descriptions")
@@ -40,7 +41,7 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
 
 
 def main() -> None:
-    base = bases.load(Teacher(path=str(HERE / "teacher"), family="sdxl"), runtime.device_of("auto"))
+    base = teachers.load(Teacher(path=str(HERE / "teacher"), family="sdxl"), devices.device_of("auto"))
     assessor, results = judge.load(HERE / "judge"), {}
     for name in SETS:
         prompts = prompts_of(name)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasets import Dataset, Image
 
-from mlcm_rl.pairs import COLUMNS, PairTable
+from mlcm_rl.data.pairs import COLUMNS, PairTable
 
 
 def main() -> None:

@@ -6,9 +6,9 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from mlcm_rl.guard import history
-from mlcm_rl.plan import evaluations_per_sample
+from mlcm_rl.cost.evaluations import evaluations_per_sample
 from mlcm_rl.recipe import Tuning
+from mlcm_rl.report.looks import history
 from mlcm_rl.report.plots import COLOURS
 
 SIZE, DOTS_PER_INCH = (10.0, 4.2), 110

@@ -16,10 +16,11 @@ from rich.console import Console
 
 import preference_curves
 import preference_summary
-from mlcm_rl import finished_runs, pipeline
-from mlcm_rl.data import read_prompts
-from mlcm_rl.fingerprint import TUNING
+from mlcm_rl import pipeline
+from mlcm_rl.data.prompts import read_prompts
+from mlcm_rl.pipeline import finished_runs
 from mlcm_rl.recipe import Dpo, Evaluate, Recipe, Tuning
+from mlcm_rl.recipe.experiment import TUNING
 from mlcm_rl.recipe.file import load
 
 HERE = Path(__file__).parent

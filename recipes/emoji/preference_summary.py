@@ -11,7 +11,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from mlcm_rl.metrics import mean_and_error, paired_difference
+from mlcm_rl.equations.statistics import mean_and_error, paired_difference
 
 NAME = re.compile(r"(?P<row>.+)-(?P<seed>\d+)")
 STYLE, STYLE_JUDGE, ALIGNMENT = (f"reward/{name}" for name in ("emoji_style", "emoji_style_judge", "emoji_alignment"))

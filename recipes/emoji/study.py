@@ -17,7 +17,7 @@ from rich.console import Console
 import study_results
 import study_summary
 from mlcm_rl import pipeline
-from mlcm_rl.fingerprint import locate
+from mlcm_rl.pipeline.fingerprint import locate
 from mlcm_rl.recipe import Distill, Evaluate, Recipe
 from mlcm_rl.recipe.file import load
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mlcm_rl.checkpoint import write_tensors
+from mlcm_rl.storage.tensors import write_tensors
 
 METRICS = ("distance", "r@1", "r@5")
 SEPARATOR = " | "

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 import study_results
-from mlcm_rl.metrics import mean_and_error, paired_difference
+from mlcm_rl.equations.statistics import mean_and_error, paired_difference
 
 PICKING_SHARE = 5  # one prompt in so many
 BUDGETS = (2, 4, 8)  # evaluations at which students are set against the undistilled teacher and LCM

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
-from mlcm_rl.runtime import cpu_has_bfloat16
+from mlcm_rl.training.loop import cpu_has_bfloat16
 from sources import cache_folder, load_pictures, progress_line, write_text
 
 

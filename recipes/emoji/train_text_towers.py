@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from captions import LANGUAGES, captions_of, label_and_tags, split_of, teacher_concepts
 from e5 import encode_texts
-from mlcm_rl.runtime import cpu_has_bfloat16
+from mlcm_rl.training.loop import cpu_has_bfloat16
 from sources import STYLES, Concept, cache_folder, list_concepts, progress_line, write_text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"

@@ -7,8 +7,8 @@ import torch
 
 from draw import HANZI, HERE
 from mlcm_rl import rewards
-from mlcm_rl.data import Prompt, read_prompts
-from mlcm_rl.picture_files import read_picture, square
+from mlcm_rl.data.picture_files import read_picture, square
+from mlcm_rl.data.prompts import Prompt, read_prompts
 from mlcm_rl.recipe import Reward
 from reward_models.ocr import Ocr, ctc_log_prob
 

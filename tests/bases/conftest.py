@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 import tiny
-from mlcm_rl import bases, recipe
-from mlcm_rl.bases import Base
+from mlcm_rl import recipe
+from mlcm_rl.models import teachers as bases
+from mlcm_rl.models.base import Base
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tiny
-from mlcm_rl import adapters, bases, recipe
-from mlcm_rl.bases import LORA_TARGETS
-from mlcm_rl.checkpoint import CheckpointError
+from mlcm_rl import recipe
+from mlcm_rl.models import students
+from mlcm_rl.models.base import LORA_TARGETS
+from mlcm_rl.models.teachers import load
 from mlcm_rl.recipe import Full, Lora
+from mlcm_rl.storage.files import CheckpointError
 
 ADAPTERS = [Lora(rank=4, alpha=8.0), Full()]
 
@@ -32,8 +34,8 @@ def description(base, segments=1):
 
 
 def trained(base, adapter, condition_on_target=False, seed=0):
-    denoiser = adapters.student(base, adapter, seed, condition_on_target)
-    tiny.perturb(adapters.trainable_parameters(denoiser), seed)
+    denoiser = students.student(base, adapter, seed, condition_on_target)
+    tiny.perturb(students.trainable_parameters(denoiser), seed)
     return denoiser
 
 
@@ -44,15 +46,15 @@ def trained(base, adapter, condition_on_target=False, seed=0):
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_student_starts_as_its_teacher_bit_for_bit(base, adapter, conditioned):
     x_t, t, conditioning = inputs(base)
-    denoiser = adapters.student(base, adapter, 0, conditioned)
+    denoiser = students.student(base, adapter, 0, conditioned)
     expected = base.predict(base.denoiser, x_t, t, conditioning)
     assert torch.equal(base.predict(denoiser, x_t, t, conditioning, targets(conditioned)), expected)
 
 
 def test_same_seed_gives_the_same_adapter_and_leaves_the_global_generator_alone(sdxl):
     before = torch.get_rng_state()
-    first, again, other = (adapters.student(sdxl, ADAPTERS[0], seed).state_dict() for seed in (1, 1, 2))
-    adapters.student(sdxl, Full(), 0, condition_on_target=True)
+    first, again, other = (students.student(sdxl, ADAPTERS[0], seed).state_dict() for seed in (1, 1, 2))
+    students.student(sdxl, Full(), 0, condition_on_target=True)
     assert torch.equal(before, torch.get_rng_state())
     drawn = [name for name in first if "lora_A" in name]
     assert all(torch.equal(first[name], again[name]) for name in drawn)
@@ -61,7 +63,7 @@ def test_same_seed_gives_the_same_adapter_and_leaves_the_global_generator_alone(
 
 def test_lora_shares_the_teachers_memory_and_full_weights_do_not(sdxl):
     held = {parameter.data_ptr() for parameter in sdxl.denoiser.parameters()}
-    lora, full = (adapters.student(sdxl, adapter, 0) for adapter in ADAPTERS)
+    lora, full = (students.student(sdxl, adapter, 0) for adapter in ADAPTERS)
     assert held <= {parameter.data_ptr() for parameter in lora.parameters()}
     assert not held & {parameter.data_ptr() for parameter in full.parameters()}
 
@@ -70,8 +72,8 @@ def test_lora_shares_the_teachers_memory_and_full_weights_do_not(sdxl):
 def test_training_a_student_leaves_the_teacher_as_it_was(either, adapter):
     x_t, t, conditioning = inputs(either)
     before = either.predict(either.denoiser, x_t, t, conditioning)
-    denoiser = adapters.student(either, adapter, 0, condition_on_target=True)
-    optimizer = torch.optim.SGD(adapters.trainable_parameters(denoiser), lr=0.1)
+    denoiser = students.student(either, adapter, 0, condition_on_target=True)
+    optimizer = torch.optim.SGD(students.trainable_parameters(denoiser), lr=0.1)
     either.predict(denoiser, x_t, t, conditioning, targets(True)).square().mean().backward()
     optimizer.step()
     assert torch.equal(either.predict(either.denoiser, x_t, t, conditioning), before)
@@ -79,7 +81,7 @@ def test_training_a_student_leaves_the_teacher_as_it_was(either, adapter):
 
 
 def test_lora_sits_on_every_published_target_and_is_all_that_is_trained(either):
-    denoiser = adapters.student(either, Lora(rank=4, alpha=4.0), 0, condition_on_target=True)
+    denoiser = students.student(either, Lora(rank=4, alpha=4.0), 0, condition_on_target=True)
     modules = {name.partition(".lora_A")[0] for name, _ in denoiser.named_parameters() if ".lora_A." in name}
     for target in LORA_TARGETS:
         assert any(module.endswith(f".{target}") for module in modules), target
@@ -87,16 +89,16 @@ def test_lora_sits_on_every_published_target_and_is_all_that_is_trained(either):
         assert any(module.endswith(f".{target}") for target in LORA_TARGETS), module
     names = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
     assert len(names) == 2 * len(modules) + 1
-    assert all(".lora_" in name or name == adapters.TARGET_TIME_KEY for name in names)
-    assert len(adapters.trainable_parameters(denoiser)) == len(names)
+    assert all(".lora_" in name or name == students.TARGET_TIME_KEY for name in names)
+    assert len(students.trainable_parameters(denoiser)) == len(names)
 
 
 def test_adapter_over_a_half_precision_teacher_is_float32_and_trains(teachers):
-    base = bases.load(recipe.Teacher(path=str(teachers["sdxl"]), family="sdxl", dtype="bfloat16"), "cpu")
+    base = load(recipe.Teacher(path=str(teachers["sdxl"]), family="sdxl", dtype="bfloat16"), "cpu")
     x_t, t, conditioning = inputs(base)
     for adapter in ADAPTERS:
-        denoiser = adapters.student(base, adapter, 0, condition_on_target=True)
-        parameters = adapters.trainable_parameters(denoiser)
+        denoiser = students.student(base, adapter, 0, condition_on_target=True)
+        parameters = students.trainable_parameters(denoiser)
         assert {parameter.dtype for parameter in parameters} == {torch.float32}
         base.predict(denoiser, x_t, t, conditioning, targets(True)).square().mean().backward()
         assert denoiser.time_embedding.cond_proj.weight.grad.abs().sum() > 0
@@ -109,14 +111,14 @@ def test_adapter_over_a_half_precision_teacher_is_float32_and_trains(teachers):
 def test_a_student_of_a_channels_last_teacher_keeps_the_layout_and_computes_the_same(teachers, adapter, tmp_path):
     path = str(teachers["sdxl"])
     usual, other = (
-        bases.load(recipe.Teacher(path=path, family="sdxl", memory_format=one), "cpu")
+        load(recipe.Teacher(path=path, family="sdxl", memory_format=one), "cpu")
         for one in ("contiguous", "channels_last")
     )
     x_t, t, conditioning = inputs(usual)
     expected = usual.predict(usual.denoiser, x_t, t, conditioning)
-    start = adapters.student(other, adapter, 0)
-    adapters.save_student(start, tmp_path / "student", description(other))
-    for denoiser in (other.denoiser, start, adapters.load_student(other, tmp_path / "student").denoiser):
+    start = students.student(other, adapter, 0)
+    students.save_student(start, tmp_path / "student", description(other))
+    for denoiser in (other.denoiser, start, students.load_student(other, tmp_path / "student").denoiser):
         weights = [value for name, value in denoiser.named_parameters() if value.ndim == 4 and "lora" not in name]
         assert all(value.is_contiguous(memory_format=torch.channels_last) for value in weights)
         torch.testing.assert_close(other.predict(denoiser, x_t, t, conditioning), expected, rtol=1e-4, atol=1e-5)
@@ -129,13 +131,13 @@ def test_saved_student_loads_and_goes_on_bit_for_bit(either, adapter, conditione
     x_t, t, conditioning = inputs(either)
     denoiser = trained(either, adapter, conditioned)
     expected = either.predict(denoiser, x_t, t, conditioning, targets(conditioned))
-    adapters.save_student(denoiser, tmp_path / "student", description(either, segments=4))
-    loaded = adapters.load_student(either, tmp_path / "student")
-    resumed = adapters.student(either, adapter, 9, conditioned, start=tmp_path / "student")
+    students.save_student(denoiser, tmp_path / "student", description(either, segments=4))
+    loaded = students.load_student(either, tmp_path / "student")
+    resumed = students.student(either, adapter, 9, conditioned, start=tmp_path / "student")
     assert (loaded.num_segments, loaded.conditioned) == (4, conditioned)
     assert torch.equal(either.predict(loaded.denoiser, x_t, t, conditioning, targets(conditioned)), expected)
     assert torch.equal(either.predict(resumed, x_t, t, conditioning, targets(conditioned)), expected)
-    shapes = [[parameter.shape for parameter in adapters.trainable_parameters(one)] for one in (denoiser, resumed)]
+    shapes = [[parameter.shape for parameter in students.trainable_parameters(one)] for one in (denoiser, resumed)]
     assert shapes[0] == shapes[1]
 
 
@@ -145,15 +147,15 @@ def test_two_students_and_their_teacher_live_side_by_side(sdxl, tmp_path):
     for seed in (1, 2):
         denoiser = trained(sdxl, ADAPTERS[0], seed=seed)
         outputs.append(sdxl.predict(denoiser, x_t, t, conditioning))
-        adapters.save_student(denoiser, tmp_path / str(seed), description(sdxl))
-    loaded = [adapters.load_student(sdxl, tmp_path / str(seed)).denoiser for seed in (1, 2)]
+        students.save_student(denoiser, tmp_path / str(seed), description(sdxl))
+    loaded = [students.load_student(sdxl, tmp_path / str(seed)).denoiser for seed in (1, 2)]
     for one, expected in zip(loaded, outputs, strict=True):
         assert torch.equal(sdxl.predict(one, x_t, t, conditioning), expected)
 
 
 def test_saving_replaces_an_older_student_whole(sdxl, tmp_path):
-    adapters.save_student(trained(sdxl, ADAPTERS[0], True), tmp_path / "student", description(sdxl))
-    adapters.save_student(trained(sdxl, Full()), tmp_path / "student", description(sdxl))
+    students.save_student(trained(sdxl, ADAPTERS[0], True), tmp_path / "student", description(sdxl))
+    students.save_student(trained(sdxl, Full()), tmp_path / "student", description(sdxl))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student"]
     assert sorted(path.name for path in (tmp_path / "student").iterdir()) == ["student.json", "unet"]
     described = json.loads((tmp_path / "student" / "student.json").read_text())
@@ -164,59 +166,59 @@ def test_target_time_is_added_to_a_finished_student_without_changing_it(either, 
     x_t, t, conditioning = inputs(either)
     for adapter in ADAPTERS:
         denoiser = trained(either, adapter)
-        adapters.save_student(denoiser, tmp_path / adapter.kind, description(either))
-        told = adapters.student(either, adapter, 0, condition_on_target=True, start=tmp_path / adapter.kind)
+        students.save_student(denoiser, tmp_path / adapter.kind, description(either))
+        told = students.student(either, adapter, 0, condition_on_target=True, start=tmp_path / adapter.kind)
         expected = either.predict(denoiser, x_t, t, conditioning)
         assert torch.equal(either.predict(told, x_t, t, conditioning, targets(True)), expected)
 
 
 def test_start_of_another_kind_is_refused(sdxl, tmp_path):
-    adapters.save_student(trained(sdxl, ADAPTERS[0], True), tmp_path / "student", description(sdxl))
+    students.save_student(trained(sdxl, ADAPTERS[0], True), tmp_path / "student", description(sdxl))
     for other in (Lora(rank=4, alpha=4.0), Lora(rank=8, alpha=8.0), Full()):
         with pytest.raises(ValueError, match="'rank': 4"):
-            adapters.student(sdxl, other, 0, True, start=tmp_path / "student")
+            students.student(sdxl, other, 0, True, start=tmp_path / "student")
     with pytest.raises(ValueError, match="condition_on_target: true"):
-        adapters.student(sdxl, ADAPTERS[0], 0, False, start=tmp_path / "student")
+        students.student(sdxl, ADAPTERS[0], 0, False, start=tmp_path / "student")
 
 
 def test_student_of_another_teacher_kind_is_refused(sdxl, teachers, tmp_path):
-    adapters.save_student(trained(sdxl, ADAPTERS[0]), tmp_path / "student", description(sdxl))
-    other = bases.load(recipe.Teacher(path=str(teachers["sd15"]), family="sd"), "cpu")
+    students.save_student(trained(sdxl, ADAPTERS[0]), tmp_path / "student", description(sdxl))
+    other = load(recipe.Teacher(path=str(teachers["sd15"]), family="sd"), "cpu")
     with pytest.raises(ValueError, match="family is sdxl, the teacher's sd"):
-        adapters.load_student(other, tmp_path / "student")
+        students.load_student(other, tmp_path / "student")
     with pytest.raises(FileNotFoundError, match=r"student\.json"):
-        adapters.load_student(sdxl, tmp_path)
+        students.load_student(sdxl, tmp_path)
     with pytest.raises(ValueError, match="lacks prediction_type, segments"):
-        adapters.save_student(sdxl.denoiser, tmp_path / "other", {"family": "sdxl"})
+        students.save_student(sdxl.denoiser, tmp_path / "other", {"family": "sdxl"})
 
 
 @pytest.mark.parametrize("wrong", [[9], [True], ["2"], [[2]], {"2": 1}, 4])
 def test_budgets_are_kept_and_a_damaged_list_of_them_is_refused(sdxl, tmp_path, wrong):
     denoiser = trained(sdxl, ADAPTERS[0], True)
-    adapters.save_student(denoiser, tmp_path / "student", description(sdxl))
-    assert adapters.load_student(sdxl, tmp_path / "student").budgets == ()
-    adapters.save_student(denoiser, tmp_path / "student", description(sdxl) | {"budgets": [2, 4]})
-    assert adapters.load_student(sdxl, tmp_path / "student").budgets == (2, 4)
-    adapters.save_student(denoiser, tmp_path / "student", description(sdxl) | {"budgets": wrong})
+    students.save_student(denoiser, tmp_path / "student", description(sdxl))
+    assert students.load_student(sdxl, tmp_path / "student").budgets == ()
+    students.save_student(denoiser, tmp_path / "student", description(sdxl) | {"budgets": [2, 4]})
+    assert students.load_student(sdxl, tmp_path / "student").budgets == (2, 4)
+    students.save_student(denoiser, tmp_path / "student", description(sdxl) | {"budgets": wrong})
     with pytest.raises(CheckpointError, match=r"student\.json: budgets must be numbers from 1 to 8, are"):
-        adapters.load_student(sdxl, tmp_path / "student")
+        students.load_student(sdxl, tmp_path / "student")
 
 
 @pytest.mark.parametrize(
     ("segments", "conditioned", "gamma"), [(1, False, 1.0), (2, False, 0.0), (8, False, 0.0), (1, True, 0.0)]
 )
 def test_default_gamma_follows_the_student(sdxl, tmp_path, segments, conditioned, gamma):
-    denoiser = adapters.student(sdxl, ADAPTERS[0], 0, conditioned)
-    adapters.save_student(denoiser, tmp_path / "student", description(sdxl, segments))
-    assert adapters.load_student(sdxl, tmp_path / "student").default_gamma == gamma
+    denoiser = students.student(sdxl, ADAPTERS[0], 0, conditioned)
+    students.save_student(denoiser, tmp_path / "student", description(sdxl, segments))
+    assert students.load_student(sdxl, tmp_path / "student").default_gamma == gamma
 
 
 def test_merged_student_is_plain_and_computes_the_same(either, tmp_path):
     x_t, t, conditioning = inputs(either)
     for adapter in ADAPTERS:
-        adapters.save_student(trained(either, adapter), tmp_path / adapter.kind, description(either))
-        loaded = adapters.load_student(either, tmp_path / adapter.kind)
-        plain = adapters.merged(loaded, torch.float32)
+        students.save_student(trained(either, adapter), tmp_path / adapter.kind, description(either))
+        loaded = students.load_student(either, tmp_path / adapter.kind)
+        plain = students.merged(loaded, torch.float32)
         assert plain.state_dict().keys() == either.denoiser.state_dict().keys()
         expected = either.predict(loaded.denoiser, x_t, t, conditioning)
         torch.testing.assert_close(either.predict(plain, x_t, t, conditioning), expected, atol=1e-4, rtol=1e-4)
@@ -228,7 +230,7 @@ def test_merged_student_is_plain_and_computes_the_same(either, tmp_path):
 def test_saved_lora_carries_its_configuration_and_a_stock_pipeline_reads_its_scale(either, tmp_path):
     x_t, t, conditioning = inputs(either)
     denoiser = trained(either, Lora(rank=64, alpha=8.0))
-    adapters.save_student(denoiser, tmp_path, description(either))
+    students.save_student(denoiser, tmp_path, description(either))
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
         header = json.loads(file.metadata()["lora_adapter_metadata"])
     assert (header["unet.r"], header["unet.lora_alpha"]) == (64, 8.0)
@@ -243,7 +245,7 @@ def test_saved_lora_carries_its_configuration_and_a_stock_pipeline_reads_its_sca
 def test_the_same_student_is_saved_to_the_same_bytes(sdxl, tmp_path):
     denoiser = trained(sdxl, ADAPTERS[0], True)
     for name in ("one", "two"):
-        adapters.save_student(denoiser, tmp_path / name, description(sdxl))
+        students.save_student(denoiser, tmp_path / name, description(sdxl))
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
@@ -251,20 +253,20 @@ def test_the_same_student_is_saved_to_the_same_bytes(sdxl, tmp_path):
 def test_published_layout_without_configuration_is_read_with_alpha_8(sdxl, teachers, tmp_path):
     """As the authors' code writes it: `get_peft_model` at PEFT's defaults, tensors alone."""
     x_t, t, conditioning = inputs(sdxl)
-    other = bases.load(recipe.Teacher(path=str(teachers["sdxl"]), family="sdxl"), "cpu")
+    other = load(recipe.Teacher(path=str(teachers["sdxl"]), family="sdxl"), "cpu")
     theirs = get_peft_model(other.denoiser, LoraConfig(r=64, target_modules=LORA_TARGETS))
     tiny.perturb([parameter for parameter in theirs.parameters() if parameter.requires_grad])
     expected = sdxl.predict(theirs, x_t, t, conditioning)
     save_file(get_peft_model_state_dict(theirs), tmp_path / "published.safetensors")
     assert all(key.startswith("base_model.model.") for key in load_file(tmp_path / "published.safetensors"))
-    read = adapters.load_published_lora(sdxl, tmp_path / "published.safetensors")
+    read = students.load_published_lora(sdxl, tmp_path / "published.safetensors")
     torch.testing.assert_close(sdxl.predict(read, x_t, t, conditioning), expected, atol=1e-5, rtol=1e-5)
-    too_strong = adapters.load_published_lora(sdxl, tmp_path / "published.safetensors", alpha=64.0)
+    too_strong = students.load_published_lora(sdxl, tmp_path / "published.safetensors", alpha=64.0)
     assert (sdxl.predict(too_strong, x_t, t, conditioning) - expected).abs().max() > 0.1
 
 
 def test_lora_that_does_not_fit_the_teacher_is_refused_by_name(sdxl, tmp_path):
-    adapters.save_student(trained(sdxl, ADAPTERS[0]), tmp_path / "student", description(sdxl))
+    students.save_student(trained(sdxl, ADAPTERS[0]), tmp_path / "student", description(sdxl))
     file = tmp_path / "student" / "pytorch_lora_weights.safetensors"
     with safe_open(file, "pt") as opened:
         header = opened.metadata()
@@ -272,4 +274,4 @@ def test_lora_that_does_not_fit_the_teacher_is_refused_by_name(sdxl, tmp_path):
     removed = next(iter(sorted(tensors)))
     save_file({key: value for key, value in tensors.items() if key != removed}, file, metadata=header)
     with pytest.raises(ValueError, match=r"1 LoRA tensors do not fit"):
-        adapters.load_student(sdxl, tmp_path / "student")
+        students.load_student(sdxl, tmp_path / "student")

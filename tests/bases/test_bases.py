@@ -12,8 +12,10 @@ from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion
 from diffusers.utils.torch_utils import randn_tensor
 
 import tiny
-from mlcm_rl import bases, recipe
-from mlcm_rl.bases import schedule_of
+from mlcm_rl import recipe
+from mlcm_rl.models import teachers as bases
+from mlcm_rl.models.base import schedule_of
+from mlcm_rl.models.teachers import skeleton
 
 
 def load(folder, family="sdxl", **settings):
@@ -46,13 +48,13 @@ def test_teacher_of_another_family_is_refused_with_both_names(teachers):
     with pytest.raises(ValueError, match=r"StableDiffusionPipeline.*family sdxl loads StableDiffusionXLPipeline"):
         load(teachers["sd15"], "sdxl")
     with pytest.raises(ValueError, match=r"XLPipeline, and family sd loads StableDiffusionPipeline; set"):
-        bases.skeleton(recipe.Teacher(path=str(teachers["sdxl"]), family="sd"))  # as `plan` does
+        skeleton(recipe.Teacher(path=str(teachers["sdxl"]), family="sd"))  # as `plan` does
 
 
 def test_a_student_in_the_teachers_place_is_refused(teachers, tmp_path):
     folder = copy_of(teachers["sdxl"], tmp_path)
     edit(folder / "model_index.json", scheduler=["diffusers", "LCMScheduler"])
-    for read in (load, lambda path: bases.skeleton(recipe.Teacher(path=str(path), family="sdxl"))):
+    for read in (load, lambda path: skeleton(recipe.Teacher(path=str(path), family="sdxl"))):
         with pytest.raises(ValueError, match=r"is a student, for a few steps, already: .* names LCMScheduler"):
             read(folder)
 
@@ -291,7 +293,7 @@ def test_shapes_of_a_teacher_without_its_safety_checker_are_read_without_a_word(
     said: list[str] = []
     monkeypatch.setattr(pipeline_stable_diffusion.logger, "warning", said.append)
     teacher = recipe.Teacher(path=str(folder), family="sd")
-    bases.skeleton(teacher)
+    skeleton(teacher)
     assert said == []
     bases.load(teacher, "cpu")
     assert "safety checker" in said[0]  # this one draws pictures, so that the licence matters

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 import tiny
-from mlcm_rl import bases, recipe
+from mlcm_rl import recipe
+from mlcm_rl.models import teachers as bases
+from mlcm_rl.models.base import Base
+from mlcm_rl.models.teachers import small_decoder
 
 # Mean difference of a pixel where tiles are normalised each for itself and blended: 0.039 was measured, of pixels that
 # deviate by 0.15. Random weights and tiles of 8 latents are the worst case; docs/log.md has the shipped base's.
@@ -17,11 +20,11 @@ def latents() -> torch.Tensor:
     return torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def load(folder) -> bases.Base:
+def load(folder) -> Base:
     return bases.load(recipe.Teacher(path=str(folder), family="sdxl"), "cpu")
 
 
-def tiled(folder, size) -> bases.Base:
+def tiled(folder, size) -> Base:
     base = load(folder)
     base.use_tiles(size)
     return base
@@ -89,7 +92,7 @@ def test_tiles_of_no_whole_quarters_are_refused(teachers):
 
 def test_the_gradient_through_a_small_decoder_is_that_of_finite_differences(teachers, latents, tmp_path):
     base = load(teachers["sdxl"])
-    small = bases.small_decoder(tiny.small_decoder(tmp_path), base)
+    small = small_decoder(tiny.small_decoder(tmp_path), base)
     assert small.decode(latents).sample.shape == (1, 3, 32, 32)
     assert not any(value.requires_grad for value in small.parameters())
     assert holds_in_a_direction(lambda x: base.decode(x, small), latents)
@@ -107,16 +110,16 @@ def test_the_gradient_through_a_small_decoder_is_that_of_finite_differences(teac
 )
 def test_a_small_decoder_of_other_latents_is_refused(sdxl, tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
-        bases.small_decoder(tiny.small_decoder(tmp_path, **changes), sdxl)
+        small_decoder(tiny.small_decoder(tmp_path, **changes), sdxl)
 
 
 def test_what_is_no_small_decoder_is_refused_by_its_file(sdxl, teachers, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"small_decoder: no .*config\.json"):
-        bases.small_decoder(str(tmp_path), sdxl)
+        small_decoder(str(tmp_path), sdxl)
     with pytest.raises(ValueError, match="is of a AutoencoderKL, and an AutoencoderTiny is needed"):
-        bases.small_decoder(str(teachers["sdxl"] / "vae"), sdxl)
+        small_decoder(str(teachers["sdxl"] / "vae"), sdxl)
     folder = tiny.small_decoder(tmp_path / "cut")
     weights = next((tmp_path / "cut").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(Exception, match=weights.name):
-        bases.small_decoder(folder, sdxl)
+        small_decoder(folder, sdxl)

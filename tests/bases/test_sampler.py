@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mlcm_rl import sampler
+from mlcm_rl.models import sampler
 
 TIMES = [999, 749, 499, 249]
 

@@ -26,15 +26,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mlcm_rl import adapters, bases, sampler
+from mlcm_rl.cost.evaluations import evaluations_per_phase
+from mlcm_rl.data.training_points import NoisedData
 from mlcm_rl.equations.segments import sampling_times, time_grid
 from mlcm_rl.evaluation import training_cost
-from mlcm_rl.plan import evaluations_per_phase
+from mlcm_rl.models import sampler, students, teachers
+from mlcm_rl.models.base import Base
 from mlcm_rl.recipe import Distill, Full, Recipe, Teacher, Trajectories
 from mlcm_rl.recipe.file import load
-from mlcm_rl.runtime import Runtime, generator
-from mlcm_rl.sources import NoisedData
 from mlcm_rl.stages import distill, trajectories
+from mlcm_rl.training.loop import Runtime
+from mlcm_rl.training.seeding import generator
 
 PROMPTS = "recipes/emoji/prompts/train.jsonl"
 TEACHER = Teacher(path="recipes/emoji/teacher", family="sdxl", guidance_scale=4.0)
@@ -61,14 +63,14 @@ def measure(name: str, num_steps: int, batch_size: int) -> dict[str, float]:
     layout = "channels_last" if name == CHANNELS_LAST else "contiguous"
     teacher = TEACHER.model_copy(update={"memory_format": layout})
     recipe = Recipe(name="benchmark", teacher=teacher, stages=[store, stage], trackers=[])
-    base = bases.load(teacher, "cuda" if torch.cuda.is_available() else "cpu")
+    base = teachers.load(teacher, "cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as place:
         found = {"store": 0.0}
         if stage.reads_trajectories:
             started = time.perf_counter()
             trajectories.run(store, recipe, {}, Path(place))
             found["store"] = (time.perf_counter() - started) / STORED
-        student = adapters.student(base, stage.adapter, seed=0)
+        student = students.student(base, stage.adapter, seed=0)
         source = (
             NoisedData(stage, base, torch.randn(64, *base.latent_shape), [["panda"]] * 64, 0)
             if stage.source == "data"
@@ -86,10 +88,10 @@ def stage_of(name: str, batch_size: int) -> Distill:
     return Distill(**(settings | VARIANTS[name]))
 
 
-def time_steps(rt: Runtime, base: bases.Base, student: torch.nn.Module, source, num_steps: int) -> dict[str, float]:
+def time_steps(rt: Runtime, base: Base, student: torch.nn.Module, source, num_steps: int) -> dict[str, float]:
     """Median seconds per sample of a step's parts, after one step to warm up."""
     stage: Distill = rt.stage
-    parameters = adapters.trainable_parameters(student)
+    parameters = students.trainable_parameters(student)
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)  # as the stages do
     rt.prepare(student, optimizer)
     settings = distill.PhaseSettings(stage, 0)
@@ -113,7 +115,7 @@ def time_steps(rt: Runtime, base: bases.Base, student: torch.nn.Module, source, 
 
 def measure_plain(num_steps: int, batch_size: int) -> dict[str, float]:
     """The same of the plain script: what it does besides a student's pass is not taken apart."""
-    base = bases.load(TEACHER, "cuda" if torch.cuda.is_available() else "cpu")
+    base = teachers.load(TEACHER, "cuda" if torch.cuda.is_available() else "cpu")
     script = PlainScript(base, Full())
     images = torch.rand(batch_size, 3, base.resolution, base.resolution, generator=generator("benchmark"))
     seconds = []
@@ -174,7 +176,7 @@ def peak_mb() -> float:
 
 def sampling() -> Table:
     """Pictures a second, decoded: the teacher at 50 guided steps against a student's 8, 4, 2 and 1."""
-    base = bases.load(TEACHER, "cuda" if torch.cuda.is_available() else "cpu")
+    base = teachers.load(TEACHER, "cuda" if torch.cuda.is_available() else "cpu")
     conditioning, dropped = base.encode_prompts(["panda"] * 16), base.unconditional(16)
     noise = base.noise(generator("benchmark"), 16)
     table = Table("sampler", "evals", "pictures a second", "ratio", title="Sampling, batch 16", box=SIMPLE_HEAD)

@@ -9,13 +9,13 @@ import copy
 import torch
 from torch import Tensor
 
-from mlcm_rl import adapters
-from mlcm_rl.bases import Base
 from mlcm_rl.equations.averaging import ema_update_
 from mlcm_rl.equations.consistency import squared_l2
 from mlcm_rl.equations.prediction import x0_from_prediction
 from mlcm_rl.equations.schedule import add_noise
 from mlcm_rl.equations.solver import ddim_step, guided
+from mlcm_rl.models import students
+from mlcm_rl.models.base import Base
 from mlcm_rl.recipe import Full, Lora
 
 SKIP = 20  # times between the two points of a pair
@@ -26,9 +26,9 @@ class PlainScript:
     """Student, target and optimiser of a plain script."""
 
     def __init__(self, base: Base, adapter: Lora | Full):
-        self.base, self.student = base, adapters.student(base, adapter, seed=0)
+        self.base, self.student = base, students.student(base, adapter, seed=0)
         self.target = copy.deepcopy(self.student).requires_grad_(False)
-        self.parameters = adapters.trainable_parameters(self.student)
+        self.parameters = students.trainable_parameters(self.student)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
 
     def step(self, images: Tensor, prompts: list[str], draws: torch.Generator) -> None:

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mlcm_rl import adapters, bases, tuning
+from mlcm_rl.models import students, teachers
+from mlcm_rl.preference import tuning
 from mlcm_rl.recipe import Dpo, Feedback, Lora, Policy
 from mlcm_rl.rewards import combine
 from mlcm_rl.stages import dpo, feedback, policy
@@ -50,10 +51,10 @@ def measure(name: str, num_steps: int, batch_size: int) -> dict[str, float]:
     """Median seconds of a step after one to warm up, and peak memory in MB, of one variant."""
     settings = {key: value for key, value in VARIANTS[name].items() if key != "kind"}
     stage = VARIANTS[name]["kind"](batch_size=batch_size, **(SETTINGS | settings))
-    base = bases.load(TEACHER, "cuda" if torch.cuda.is_available() else "cpu")
+    base = teachers.load(TEACHER, "cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as place:
         description = {"segments": 4, "family": base.family, "prediction_type": base.prediction_type}
-        adapters.save_student(adapters.student(base, Lora(), seed=0), Path(place) / "student", description)
+        students.save_student(students.student(base, Lora(), seed=0), Path(place) / "student", description)
         student = tuning.load(stage, base, Path(place) / "student", seed=0)
     rewards = combine(stage.rewards, base.device)
     parameters = list(student.parameters.values())

@@ -34,15 +34,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' o
 from plain_script import PlainScript
 
 import tiny
-from mlcm_rl import adapters, sampler
-from mlcm_rl.bases import Base
-from mlcm_rl.bases.sdxl import Family
+from mlcm_rl.data.training_points import Batch
 from mlcm_rl.equations.segments import sampling_times
+from mlcm_rl.models import sampler, students
+from mlcm_rl.models.base import Base
+from mlcm_rl.models.families.sdxl import Family
+from mlcm_rl.preference.tuning import Scores, Student
 from mlcm_rl.recipe import Distill, Dpo, Full, Lora, Recipe, Teacher
-from mlcm_rl.runtime import Runtime
-from mlcm_rl.sources import Batch
 from mlcm_rl.stages import distill, dpo
-from mlcm_rl.tuning import Scores, Student
+from mlcm_rl.training.loop import Runtime
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {
@@ -220,13 +220,13 @@ class Steps:
         return self._trained(student, loss)
 
     def _student(self, adapter: Lora | Full, checkpointing: bool) -> nn.Module:
-        student = adapters.student(self.base, adapter, seed=0)
+        student = students.student(self.base, adapter, seed=0)
         if checkpointing:
             student.enable_gradient_checkpointing()
         return student
 
     def _preferring(self) -> nn.Module:
-        student = adapters.preferring(self.base, self._student(Lora(), True), Lora(rank=16, alpha=16.0), seed=0)
+        student = students.preferring(self.base, self._student(Lora(), True), Lora(rank=16, alpha=16.0), seed=0)
         self.base.vae.enable_gradient_checkpointing()
         return student
 
@@ -236,7 +236,7 @@ class Steps:
         return x_t, torch.full((count,), 999, device=self.base.device), self.base.encode_prompts(["panda"] * count)
 
     def _trained(self, student: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-        parameters = adapters.trainable_parameters(student)
+        parameters = students.trainable_parameters(student)
         optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
         def step() -> None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import runs
-from mlcm_rl import adapters, bases, distributed
-from mlcm_rl.runtime import Runtime
+from mlcm_rl.models import students, teachers
+from mlcm_rl.training import processes
+from mlcm_rl.training.loop import Runtime
 
 
 def size(tensors: Iterable[Tensor]) -> int:
@@ -74,21 +75,21 @@ def main(teacher: Path, folder: Path, settings: dict) -> None:
     stage = runs.distill(**settings)
     recipe = runs.recipe(teacher, folder, [stage])
     rt = Runtime(recipe, stage, folder)
-    base = bases.load(recipe.teacher, rt.device)
-    student = adapters.student(base, stage.adapter, 0)
+    base = teachers.load(recipe.teacher, rt.device)
+    student = students.student(base, stage.adapter, 0)
     base.forget_denoiser()
     whole = [weakref.ref(value.untyped_storage()) for value in student.parameters()]
-    optimizer = torch.optim.AdamW(adapters.trainable_parameters(student), lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(students.trainable_parameters(student), lr=1e-3, fused=True)
     rt.prepare(student, optimizer)
     seen = Seen(rt, student)
     rt.parts, rt.step, rt.update = {}, 0, 0
-    own = stage.micro_batch // distributed.count()
+    own = stage.micro_batch // processes.count()
     given = base.encode_prompts(["a cat"] * own)
     x_t, t = torch.zeros(own, *base.latent_shape), torch.full((own,), 500)
     rt.backward(base.x0(student, x_t, t, given).square().mean((1, 2, 3)) for _ in range(stage.gradient_accumulation))
     kept = sum(storage.nbytes() for one in whole if (storage := one()) is not None)
-    (folder / f"{distributed.rank()}.json").write_text(json.dumps(seen.after() | {"kept": kept}))
-    distributed.finish()
+    (folder / f"{processes.rank()}.json").write_text(json.dumps(seen.after() | {"kept": kept}))
+    processes.finish()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from train_twice import train
 
 import runs
-from mlcm_rl import adapters, bases, pipeline
+from mlcm_rl import pipeline
+from mlcm_rl.models import students, teachers
 
 MODES = ["zero1", "zero2", "zero3", "fsdp2"]
 FULL = {"adapter": {"kind": "full"}, "target_ema": 0.5, "gradient_accumulation": 2}
@@ -97,8 +98,8 @@ def check_mode(
     assert not builds.exists()  # nothing was compiled
 
     assert_same_training(alone[0], together)
-    base = bases.load(runs.recipe(teacher, together, [runs.distill()]).teacher, "cpu")
-    assert adapters.load_student(base, together / "student").num_segments == 2
+    base = teachers.load(runs.recipe(teacher, together, [runs.distill()]).teacher, "cpu")
+    assert students.load_student(base, together / "student").num_segments == 2
     train(teacher, together, kind, parents, 3, settings)
     assert_same_training(alone[1], together)
 

@@ -12,8 +12,8 @@ from accelerate.commands import launch
 from launched_runs import LAUNCHES, ROOT, SECONDS
 
 import runs
-from mlcm_rl import adapters, bases
-from mlcm_rl.memory.launches import held, outline, read_launch
+from mlcm_rl.cost.launches import held, outline, read_launch
+from mlcm_rl.models import students, teachers
 from mlcm_rl.recipe import Distill
 
 
@@ -34,8 +34,8 @@ def test_tensors_of_an_engine_add_up_to_what_is_predicted(mode, adapter, tiny_sd
     if mode.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     stage: Distill = runs.distill(adapter={"kind": adapter})
-    base = bases.skeleton(runs.recipe(tiny_sdxl, tmp_path, [stage]).teacher)
-    student = adapters.student(base, stage.adapter, 0)
+    base = teachers.skeleton(runs.recipe(tiny_sdxl, tmp_path, [stage]).teacher)
+    student = students.student(base, stage.adapter, 0)
     asked = read_launch(LAUNCHES / f"{mode}.yaml")
     sizes = outline(student, base.denoiser, asked.blocks)
     expected = held(sizes, asked)

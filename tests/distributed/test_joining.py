@@ -10,9 +10,10 @@ import torch
 from launched_runs import SECONDS, environment
 
 import runs
-from mlcm_rl import distributed
-from mlcm_rl.distributed import joining
 from mlcm_rl.recipe import Recipe
+from mlcm_rl.training import joining
+from mlcm_rl.training import processes as distributed
+from mlcm_rl.training.processes import count, refuse_unshared, start
 
 NAMES = {*joining.RENDEZVOUS, *joining.COUNTS, *joining.PLACES, "SLURM_NTASKS"}
 
@@ -40,7 +41,7 @@ def test_one_of_several_that_cannot_find_the_others_is_refused(monkeypatch, vari
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=words):
-        distributed.start(torch.device("cpu"))
+        start(torch.device("cpu"))
 
 
 TOLD = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -66,9 +67,9 @@ def test_a_place_among_others_that_cannot_be_is_refused_by_name(monkeypatch, nam
     for other, text in (TOLD | {name: value, "TORCHELASTIC_RUN_ID": "none"}).items():
         monkeypatch.setenv(other, text)
     assert distributed.rank() >= 0  # asked on import, before anything can be told
-    assert distributed.count() > 0
+    assert count() > 0
     with pytest.raises(ValueError, match=words):
-        distributed.start(torch.device("cpu"))
+        start(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -88,9 +89,9 @@ def test_a_process_on_its_own_is_asked_nothing(monkeypatch, tmp_path, variables)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed, "PartialState", lambda **_: pytest.fail("it waits for others"))
-    distributed.start(torch.device("cpu"))
-    distributed.refuse_unshared(tmp_path / "runs")
-    assert (distributed.rank(), distributed.count()) == (0, 1)
+    start(torch.device("cpu"))
+    refuse_unshared(tmp_path / "runs")
+    assert (distributed.rank(), count()) == (0, 1)
     assert not list(tmp_path.iterdir())
 
 

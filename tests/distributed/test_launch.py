@@ -24,11 +24,16 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from typer.testing import CliRunner
 
 import runs
-from mlcm_rl import checkpoint, distributed, lock, needs, pipeline
-from mlcm_rl.__main__ import app
-from mlcm_rl.distributed import launch as launcher
+from mlcm_rl import pipeline
+from mlcm_rl.cli.app import app
+from mlcm_rl.pipeline import preflight
 from mlcm_rl.recipe import Evaluate, Training
 from mlcm_rl.recipe.file import load
+from mlcm_rl.storage import checkpoints, lock
+from mlcm_rl.training import launch as launcher
+from mlcm_rl.training import processes as distributed
+from mlcm_rl.training.launch import Killed, LaunchError, exit_code, read, refuse_killed, run_under
+from mlcm_rl.training.processes import rows, share
 
 
 def test_two_processes_make_what_one_makes(tiny_sdxl, tmp_path):
@@ -81,35 +86,35 @@ def test_every_shipped_recipe_runs_on_up_to_eight_processes(path, processes, mon
     monkeypatch.setattr(distributed, "count", lambda: processes)
     for stage in load(path).stages:
         if isinstance(stage, Training):
-            assert dict(needs.refused(stage)).get("batch_size") is None
+            assert dict(preflight.refused(stage)).get("batch_size") is None
 
 
 def test_a_process_takes_its_rows_and_its_items(monkeypatch):
     monkeypatch.setattr(distributed, "count", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    assert distributed.rows(6) == slice(3, 6)
-    assert distributed.share(range(5)) == [1, 3]
+    assert rows(6) == slice(3, 6)
+    assert share(range(5)) == [1, 3]
     with pytest.raises(ValueError, match="5 samples cannot be shared evenly by 2 processes: choose batch_size"):
-        distributed.rows(5)
+        rows(5)
 
 
 def test_a_group_of_samples_stays_in_one_process(monkeypatch):
     monkeypatch.setattr(distributed, "count", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    assert distributed.rows(8, together=4) == slice(4, 8)
+    assert rows(8, together=4) == slice(4, 8)
     with pytest.raises(ValueError, match="3 groups of 2 samples cannot be shared evenly by 2 processes"):
-        distributed.rows(6, together=2)
+        rows(6, together=2)
 
 
 @pytest.mark.parametrize("path", sorted(LAUNCHES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_launch_files_are_configurations_of_accelerate(path):
-    assert launcher.read(path)["num_processes"] == (1 if path.stem == "one_gpu" else 2)
+    assert read(path)["num_processes"] == (1 if path.stem == "one_gpu" else 2)
 
 
 def test_deepspeed_missing_is_an_error_in_words(monkeypatch):
     monkeypatch.setattr(launcher, "find_spec", lambda name: None)
-    with pytest.raises(launcher.LaunchError, match="DeepSpeed is not installed: pip install"):
-        launcher.run_under(LAUNCHES / "zero2.yaml", ["recipe.yaml"])
+    with pytest.raises(LaunchError, match="DeepSpeed is not installed: pip install"):
+        run_under(LAUNCHES / "zero2.yaml", ["recipe.yaml"])
 
 
 ONE = "distributed_type: 'NO'\n"
@@ -169,21 +174,21 @@ def test_a_launch_file_that_is_no_file_is_refused_and_not_waited_for(tmp_path, k
         os.mkfifo(file)
     else:
         file.symlink_to("/dev/zero" if kind == "zeros" else file.name)
-    with pytest.raises(launcher.LaunchError, match=r"launch\.yaml: (a pipe, a socket or a device|Too many levels)"):
-        launcher.read(file)
+    with pytest.raises(LaunchError, match=r"launch\.yaml: (a pipe, a socket or a device|Too many levels)"):
+        read(file)
 
 
 def test_what_accelerate_refuses_is_told_with_the_file(tmp_path):
     (tmp_path / "launch.yaml").write_text(TWO + "num_processes: 2\ngpu_ids: '0'\n")
-    with pytest.raises(launcher.LaunchError, match=r"launch\.yaml: Less than two GPU ids"):
-        launcher.run_under(tmp_path / "launch.yaml", ["recipe.yaml"])
+    with pytest.raises(LaunchError, match=r"launch\.yaml: Less than two GPU ids"):
+        run_under(tmp_path / "launch.yaml", ["recipe.yaml"])
 
 
 def test_the_words_that_people_leave_unquoted_are_read_as_accelerate_reads_them(tmp_path):
     (tmp_path / "launch.yaml").write_text(
         "distributed_type: NO\nmixed_precision: no\nmain_process_port:\nfsdp_config:\n"
     )
-    found = launcher.read(tmp_path / "launch.yaml")
+    found = read(tmp_path / "launch.yaml")
     assert (found["distributed_type"], found["mixed_precision"], found["num_processes"]) == ("NO", "no", 1)
 
 
@@ -227,7 +232,7 @@ def test_a_signal_to_a_launch_of_one_process_ends_the_training_after_a_step_that
     assert "Interrupted. The same command takes the run up where it was saved." in errors
     assert "Traceback" not in errors
     (folder,) = (log.parent for log in logs)
-    assert checkpoint.checkpoints(folder)
+    assert checkpoints.checkpoints(folder)
     with lock.held(folder):  # nobody is left behind who holds it
         pass
 
@@ -275,7 +280,7 @@ def test_a_process_that_is_killed_ends_the_launch_in_words_that_say_what_is_save
     assert f"process {lost} of 2 was ended by SIGKILL (the system does that where memory runs out)" in errors
     assert "Traceback" not in errors
     (folder,) = tmp_path.glob("runs/stages/distill-*")
-    (saved,) = checkpoint.checkpoints(folder)  # by the process that is left: none was due
+    (saved,) = checkpoints.checkpoints(folder)  # by the process that is left: none was due
     assert int(saved.name.removeprefix("step-")) >= len((folder / "log.jsonl").read_text().splitlines()) > 0
 
 
@@ -284,9 +289,9 @@ def test_the_code_of_a_launch_is_that_of_the_process_that_failed_and_not_of_thos
         failures = {rank: ProcessFailure(rank, 1, code, "") for rank, code in enumerate(codes)}
         return ChildFailedError("mlcm", failures)
 
-    assert launcher.exit_code(failed(3, 1)) == 1
-    assert launcher.exit_code(failed(2, 3)) == 2
-    assert launcher.exit_code(failed(3, 3)) == 3
-    launcher.refuse_killed(failed(3, 1, -signal.SIGTERM), 3)
-    with pytest.raises(launcher.Killed, match=r"process 1 of 2 was ended by SIGSEGV: the others were stopped"):
-        launcher.refuse_killed(failed(3, -signal.SIGSEGV), 2)
+    assert exit_code(failed(3, 1)) == 1
+    assert exit_code(failed(2, 3)) == 2
+    assert exit_code(failed(3, 3)) == 3
+    refuse_killed(failed(3, 1, -signal.SIGTERM), 3)
+    with pytest.raises(Killed, match=r"process 1 of 2 was ended by SIGSEGV: the others were stopped"):
+        refuse_killed(failed(3, -signal.SIGSEGV), 2)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import runs
-from mlcm_rl import bases, distributed
+from mlcm_rl.models import teachers
+from mlcm_rl.training import processes
 
 
 def train(
@@ -29,6 +30,6 @@ if __name__ == "__main__":
     parents = {name: Path(path) for name, path in json.loads(sys.argv[4]).items()}
     for num_steps in (1, 2):
         train(teacher, folder, kind, parents, num_steps, json.loads(sys.argv[5]))
-    base = bases.load(runs.recipe(teacher, folder, [runs.distill()]).teacher, "cpu")
+    base = teachers.load(runs.recipe(teacher, folder, [runs.distill()]).teacher, "cpu")
     base.encode_prompts(["a cat"])  # under ZeRO-3 too the text encoders are whole
-    distributed.finish()
+    processes.finish()

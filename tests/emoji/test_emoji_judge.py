@@ -7,8 +7,7 @@ from torch.nn import functional as F
 import mobilenet
 import train_judge as program
 from captions import teacher_concepts
-from mlcm_rl import metrics
-from mlcm_rl.evaluation import judge
+from mlcm_rl.evaluation import judge, metrics
 from sources import cache_folder
 
 NORM = ("gamma", "beta", "moving_mean", "moving_variance")

@@ -3,8 +3,8 @@
 import torch
 
 import runs
-from mlcm_rl.data import read_prompts
-from mlcm_rl.pairs import PairTable
+from mlcm_rl.data.pairs import PairTable
+from mlcm_rl.data.prompts import read_prompts
 from pack_pairs import packed
 
 

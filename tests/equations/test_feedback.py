@@ -3,14 +3,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.distributions import Normal, kl_divergence
 
-from mlcm_rl.equations.feedback import (
-    hinge,
-    mps_hinge,
-    negative,
-    random_late_step,
-    renoised_copies,
-    step_kl,
-)
+from mlcm_rl.equations.feedback import hinge, mps_hinge, negative, random_late_step, renoised_copies, step_kl
 from mlcm_rl.equations.policy import step_gaussian
 from mlcm_rl.equations.schedule import Schedule, flow_schedule, scaled_linear_betas, snr, vp_schedule
 

@@ -5,13 +5,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.distributions import Normal, kl_divergence
 
-from mlcm_rl.equations.policy import (
-    clipped_surrogate,
-    gaussian_kl,
-    gaussian_log_prob,
-    group_advantages,
-    step_gaussian,
-)
+from mlcm_rl.equations.policy import clipped_surrogate, gaussian_kl, gaussian_log_prob, group_advantages, step_gaussian
 from mlcm_rl.equations.schedule import flow_schedule, scaled_linear_betas, vp_schedule
 from mlcm_rl.equations.solver import ddim_step, gamma_step, time_before_noise
 

@@ -25,13 +25,7 @@ from torch.autograd import grad
 from torch.distributions import Normal
 
 from mlcm_rl.equations.feedback import hinge, negative, step_kl
-from mlcm_rl.equations.policy import (
-    clipped_surrogate,
-    gaussian_kl,
-    gaussian_log_prob,
-    group_advantages,
-    step_gaussian,
-)
+from mlcm_rl.equations.policy import clipped_surrogate, gaussian_kl, gaussian_log_prob, group_advantages, step_gaussian
 from mlcm_rl.equations.preference import (
     denoising_error,
     diffusion_dpo_log_ratio,

@@ -19,14 +19,14 @@ from torch import Tensor
 from equations import toy
 from equations.gaussian import LineMixture, Mixture, mixture_1d, mixture_2d
 from equations.toy import SCHEDULE, Denoiser, Network
-from mlcm_rl import sources
+from mlcm_rl.data import training_points
+from mlcm_rl.data.training_points import Batch, Draw, StoredStates
+from mlcm_rl.data.trajectory_store import Store
 from mlcm_rl.equations import consistency
 from mlcm_rl.equations.segments import milestones, sampling_times
 from mlcm_rl.recipe import Distill
-from mlcm_rl.sources import Batch, Draw, StoredStates
 from mlcm_rl.stages import distill
 from mlcm_rl.stages.distill import PhaseSettings
-from mlcm_rl.trajectories import Store
 
 NUM_STEPS = 500  # of a phase on the line
 
@@ -139,8 +139,8 @@ def with_transfer(mutant: Callable[..., Tensor]) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("module", "name", "mutant", "settings"),
     [
-        (sources, "segment_start", start_of_the_segment_above, {}),
-        (sources, "segment_start", start_of_eight, {"segments": [4]}),
+        (training_points, "segment_start", start_of_the_segment_above, {}),
+        (training_points, "segment_start", start_of_eight, {"segments": [4]}),
         (distill, "consistency", with_transfer(no_transfer), {}),
         (distill, "consistency", with_transfer(transfer_without_anchor), {}),
         (distill, "StoredStates", one_early("r"), {}),

@@ -22,19 +22,19 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
 from equations.gaussian import Mixture
-from mlcm_rl import adapters, bases
-from mlcm_rl.adapters import Student
-from mlcm_rl.bases import Base, Conditioning
+from mlcm_rl.data.trajectory_store import Store
 from mlcm_rl.equations.consistency import transfer
 from mlcm_rl.equations.prediction import prediction_from_x0
 from mlcm_rl.equations.schedule import add_noise, scaled_linear_betas, vp_schedule
 from mlcm_rl.equations.segments import milestones, sampling_times, segment_start, time_grid
 from mlcm_rl.equations.solver import ddim_step, inverse_ddim_step
+from mlcm_rl.models import students, teachers
+from mlcm_rl.models.base import Base, Conditioning
+from mlcm_rl.models.sampler import rollout
+from mlcm_rl.models.students import Student
 from mlcm_rl.recipe import Distill, Recipe, Teacher, Trajectories
-from mlcm_rl.runtime import rate_factor, set_rate
-from mlcm_rl.sampler import rollout
 from mlcm_rl.stages import distill, trajectories
-from mlcm_rl.trajectories import Store
+from mlcm_rl.training.loop import rate_factor, set_rate
 from tiny import BETAS
 
 SCHEDULE = vp_schedule(scaled_linear_betas())
@@ -137,8 +137,8 @@ def base_under(student: Denoiser) -> MixtureBase:
 @contextmanager
 def standing_in(denoiser: Denoiser) -> Iterator[None]:
     """Inside, stages load `denoiser` for their teacher, and students are Networks."""
-    load = patch.object(bases, "load", lambda *_: base_of(copy.deepcopy(denoiser)))
-    with load, patch.object(adapters, "UNet2DConditionModel", Network):
+    load = patch.object(teachers, "load", lambda *_: base_of(copy.deepcopy(denoiser)))
+    with load, patch.object(students, "UNet2DConditionModel", Network):
         yield
 
 
@@ -177,7 +177,7 @@ def distilled(start: Network, store: Path, folder: Path, **settings: object) -> 
     with standing_in(start):
         distill.run(stage, recipe(stage), {"trajectories": store}, folder)
         phases = sorted((folder / "snapshots").iterdir())
-        return [adapters.load_student(base_of(start), phase) for phase in phases]
+        return [students.load_student(base_of(start), phase) for phase in phases]
 
 
 def network_like(

@@ -11,11 +11,13 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 import runs
 import tiny
-from mlcm_rl import adapters, bases
-from mlcm_rl.checkpoint import write_json, write_tensors
 from mlcm_rl.evaluation import judge
+from mlcm_rl.models import students, teachers
+from mlcm_rl.models.base import Base
 from mlcm_rl.recipe import Evaluate, Lora, Recipe, Teacher
 from mlcm_rl.stages import evaluate
+from mlcm_rl.storage.files import write_json
+from mlcm_rl.storage.tensors import write_tensors
 
 CONCEPTS = ["1F34E", "1F433", "1F697", "2600", "1F408", "1F332", "1F511"]
 PROMPTS = [
@@ -42,12 +44,12 @@ def write_place(root: Path) -> Path:
     del records[-1]["concept"]  # one prompt that retrieval does not apply to
     lines = (json.dumps(record, ensure_ascii=False) for record in records)
     (root / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    base = bases.load(Teacher(path=str(root / "teacher"), family="sdxl"), "cpu")
+    base = teachers.load(Teacher(path=str(root / "teacher"), family="sdxl"), "cpu")
     for name, spread in (("same", 0.0), ("other", 0.02)):
-        student = adapters.student(base, Lora(rank=2, alpha=2), seed=0)
-        for parameter in adapters.trainable_parameters(student):
+        student = students.student(base, Lora(rank=2, alpha=2), seed=0)
+        for parameter in students.trainable_parameters(student):
             parameter.data += spread * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-        adapters.save_student(student, root / name / "student", DESCRIPTION)
+        students.save_student(student, root / name / "student", DESCRIPTION)
         (root / name / "manifest.json").write_text(json.dumps(manifest(name, root)))
     log = [
         {"step": step, "phase": step // 200, "num_segments": (8, 1)[step // 200], "loss": 1.0 / (1 + step % 200)}
@@ -59,12 +61,12 @@ def write_place(root: Path) -> Path:
     return root
 
 
-def write_tuned(root: Path, base: bases.Base) -> None:
+def write_tuned(root: Path, base: Base) -> None:
     """`feedback`: what a stage of preference learning would leave that has tuned `same` and was stopped."""
     start, folder = root / "same" / "student", root / "feedback"
-    denoiser = adapters.for_preference(base, Lora(rank=2, alpha=2), 0, start)
+    denoiser = students.for_preference(base, Lora(rank=2, alpha=2), 0, start)
     tiny.perturb([value for value in denoiser.parameters() if value.requires_grad])
-    adapters.save_tuned(denoiser, start, folder / "student", 2)
+    students.save_tuned(denoiser, start, folder / "student", 2)
     stages = [runs.trajectories("p.txt"), runs.distill(), runs.tuning("feedback", "p.txt", num_steps=40)]
     made = runs.recipe(root / "teacher", root, stages, name="taste").model_dump(mode="json")
     described = {"kind": "feedback", "recipe": made, "stage": made["stages"][2], "parents": {"distill": "same"}}

@@ -16,12 +16,12 @@ from evaluation_case import (
 from PIL import Image
 from test_inception import random_weights
 
-from mlcm_rl import metrics, pipeline
-from mlcm_rl.checkpoint import write_tensors
-from mlcm_rl.evaluation import inception, instruments
-from mlcm_rl.picture_files import read_picture, square
+from mlcm_rl import pipeline
+from mlcm_rl.data.picture_files import read_picture, square
+from mlcm_rl.evaluation import inception, instruments, metrics
 from mlcm_rl.recipe.file import load
 from mlcm_rl.recipe.tree import RecipeError, key_text
+from mlcm_rl.storage.tensors import write_tensors
 
 RECIPE = Path("recipes/sdxl_coco.yaml")
 NUM_REAL = 9

@@ -9,11 +9,11 @@ import pytest
 import torch
 from evaluation_case import CONCEPTS, PICTURES, PROMPTS, recipe, run
 
-from mlcm_rl import checkpoint
-from mlcm_rl.data import Prompt
+from mlcm_rl.data.prompts import Prompt
 from mlcm_rl.evaluation import instruments
 from mlcm_rl.rewards import Member
 from mlcm_rl.stages import evaluate
+from mlcm_rl.storage import manifest
 
 
 def row(report, **wanted):
@@ -116,7 +116,7 @@ def test_an_interrupted_evaluation_goes_on_after_its_last_batch(place, tmp_path,
     assert [one["metrics"] for one in resumed["rows"]] == [one["metrics"] for one in whole["rows"]]
     assert len(kept) == 4 * 2
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    checkpoint.finish(tmp_path / "cut", {})
+    manifest.finish(tmp_path / "cut", {})
     assert not (tmp_path / "cut" / "rows").exists()
 
 

@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import normalize
 from torchmetrics.image.kid import poly_mmd
 
-from mlcm_rl import metrics
+from mlcm_rl.equations import statistics
+from mlcm_rl.evaluation import metrics
 
 
 def normal(*shape, seed=0):
@@ -36,11 +37,11 @@ def test_kid_equals_torchmetrics_for_sets_of_one_size(rows, monkeypatch):
 
 def test_kid_of_equal_distributions_is_unbiased_and_of_shifted_ones_is_not_zero():
     values = torch.cat([metrics.kid(normal(16, 1, 4, seed=i), normal(24, 4, seed=1000 + i)) for i in range(400)])
-    mean, error = metrics.mean_and_error(values)
+    mean, error = statistics.mean_and_error(values)
     assert abs(mean) < 3 * error
     assert (values < 0).float().mean() > 0.3  # the biased estimate never is
     shifted = torch.cat([metrics.kid(normal(16, 1, 4, seed=i) + 1, normal(24, 4, seed=1000 + i)) for i in range(50)])
-    mean, error = metrics.mean_and_error(shifted)
+    mean, error = statistics.mean_and_error(shifted)
     assert mean > 10 * error
 
 
@@ -71,7 +72,7 @@ def test_retrieval_finds_planted_features():
 
 def test_retrieval_of_random_features_is_right_as_often_as_chance():
     rank = metrics.ranks(normal(4000, 16), normal(40, 16, seed=1), torch.arange(4000) % 40)
-    mean, error = metrics.mean_and_error(metrics.recall(rank, 5))
+    mean, error = statistics.mean_and_error(metrics.recall(rank, 5))
     assert abs(mean - 5 / 40) < 4 * error
 
 
@@ -88,19 +89,19 @@ def test_diversity_is_the_mean_distance_of_pairs():
 
 
 def test_mean_and_error_are_over_the_values_that_are_there():
-    mean, error = metrics.mean_and_error(torch.tensor([1.0, math.nan, 3.0, 5.0]))
+    mean, error = statistics.mean_and_error(torch.tensor([1.0, math.nan, 3.0, 5.0]))
     assert (mean, error) == (3.0, pytest.approx(2.0 / math.sqrt(3)))
-    assert math.isnan(metrics.mean_and_error(torch.tensor([1.0]))[1])
-    assert all(map(math.isnan, metrics.mean_and_error(torch.tensor([math.nan]))))
+    assert math.isnan(statistics.mean_and_error(torch.tensor([1.0]))[1])
+    assert all(map(math.isnan, statistics.mean_and_error(torch.tensor([math.nan]))))
 
 
 def test_paired_error_drops_what_both_rows_share():
     hard = torch.tensor([0.0, 10.0, 20.0, 30.0])
     ours, theirs = hard + torch.tensor([1.0, 2.0, 1.0, 2.0]), hard
-    mean, error = metrics.paired_difference(ours, theirs)
+    mean, error = statistics.paired_difference(ours, theirs)
     assert (mean, error) == (1.5, pytest.approx(math.sqrt(1 / 3) / 2))  # sd of 1, 2, 1, 2 is sqrt(1/3)
-    assert error < metrics.mean_and_error(hard)[1] / 10
-    assert metrics.paired_difference(ours, torch.tensor([math.nan, 10.0, 20.0, 30.0]))[0] == pytest.approx(5 / 3)
+    assert error < statistics.mean_and_error(hard)[1] / 10
+    assert statistics.paired_difference(ours, torch.tensor([math.nan, 10.0, 20.0, 30.0]))[0] == pytest.approx(5 / 3)
 
 
 def test_the_medians_error_is_that_of_medians_of_new_samples_and_an_outlier_does_not_make_it():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from evaluation_case import DEVIATION, MEAN, write_clip
 
-from mlcm_rl import metrics
+from mlcm_rl.equations import statistics
+from mlcm_rl.evaluation import metrics
 
 
 class Means(torch.nn.Module):
@@ -21,7 +22,7 @@ def distances(real, drawn, num_subsets=10):
     """FID, KID and its error."""
     made = metrics.InceptionDistances(Means(), ((batch * 255).round().byte() for batch in real), "cpu")
     values = made.values(torch.cat([made.features(batch) for batch in drawn])[:, None], num_subsets)
-    return values["fid"].item(), *metrics.mean_and_error(values["inception_kid"])
+    return values["fid"].item(), *statistics.mean_and_error(values["inception_kid"])
 
 
 def pictures(count, low, high, seed):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mlcm_rl.data import CaptionedImages, Prompt, guess_language, read_prompts
+from mlcm_rl.data.prompts import CaptionedImages, Prompt, guess_language, read_prompts
 from mlcm_rl.evaluation import instruments
 from mlcm_rl.recipe import Evaluate
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from mlcm_rl import report
-from mlcm_rl.checkpoint import CheckpointError
-from mlcm_rl.model_card import _under_a_heading
-from mlcm_rl.report import page
+from mlcm_rl.models.model_card import _under_a_heading
+from mlcm_rl.report import assembly, comparisons, definitions, figures, page, tables
+from mlcm_rl.storage.files import CheckpointError
 
 LANGUAGES = ["en", "zh", "en", "zh"]
 
@@ -25,7 +24,7 @@ def planted(name, role, num_evaluations, distance, hits, **settings):
         "default": False, "solver": "ddim", "guidance_scale": 8.0, "grid": None, **settings,
     }  # fmt: skip
     values = {"distance": torch.tensor(distance), "r@5": torch.tensor(hits)}
-    return report.record(description, values, LANGUAGES, latency_ms=12.3456789, latency_ms_se=math.nan)
+    return assembly.record(description, values, LANGUAGES, latency_ms=12.3456789, latency_ms_se=math.nan)
 
 
 def rows(student=(0.1, 0.2, 0.1, 0.2), hits=(1.0, 1.0, 1.0, 1.0)):
@@ -41,7 +40,7 @@ def rows(student=(0.1, 0.2, 0.1, 0.2), hits=(1.0, 1.0, 1.0, 1.0)):
 def made(planted_rows):
     result = {"name": "planted", "rows": planted_rows, "reference": "reference", "prompts": [{}] * 4}
     result |= {"environment": {"device": "cpu: x"}, "created": "now"}
-    return result | {"comparisons": report.comparisons(result), "headline": report.headline(result)}
+    return result | {"comparisons": comparisons.comparisons(result), "headline": comparisons.headline(result)}
 
 
 def test_a_record_holds_means_errors_and_values_by_language():
@@ -55,7 +54,7 @@ def test_a_record_holds_means_errors_and_values_by_language():
 
 
 def test_the_headline_sets_the_default_student_against_the_best_undistilled_row_of_each_metric():
-    headline = report.headline(made(rows()))
+    headline = comparisons.headline(made(rows()))
     assert headline["passed"]
     distance, retrieval = headline["checks"]
     assert (distance["student"], distance["teacher"]) == ("straight", "near")
@@ -74,7 +73,7 @@ def test_the_headline_sets_the_default_student_against_the_best_undistilled_row_
     ],
 )
 def test_the_headline_fails_unless_the_distance_is_ahead_by_two_standard_errors(student, hits):
-    headline = report.headline(made(rows(student, hits)))
+    headline = comparisons.headline(made(rows(student, hits)))
     assert not headline["passed"]
     assert headline["checks"][0]["verdict"] in ("level", "behind")
     assert headline["checks"][0]["verdict"] in headline["text"]
@@ -83,16 +82,16 @@ def test_the_headline_fails_unless_the_distance_is_ahead_by_two_standard_errors(
 def test_the_headline_fails_where_retrieval_is_behind_and_passes_where_it_is_level():
     planted_rows = rows((0.1, 0.2, 0.1, 0.2), (0.0, 0.0, 0.0, 0.0))
     other = planted("found", "undistilled", 4, [2.0] * 4, [1.0] * 4)
-    behind = report.headline(made([*planted_rows, other]))
+    behind = comparisons.headline(made([*planted_rows, other]))
     assert [check["verdict"] for check in behind["checks"]] == ["ahead", "behind"]
     assert not behind["passed"]
-    level = report.headline(made(rows((0.1, 0.2, 0.1, 0.2), (0.0, 1.0, 0.0, 0.0))))
+    level = comparisons.headline(made(rows((0.1, 0.2, 0.1, 0.2), (0.0, 1.0, 0.0, 0.0))))
     assert [check["verdict"] for check in level["checks"]] == ["ahead", "level"]
     assert level["passed"]
 
 
 def test_the_headline_says_so_when_there_is_nothing_to_compare():
-    headline = report.headline(made(rows()[:3]))
+    headline = comparisons.headline(made(rows()[:3]))
     assert (headline["passed"], headline["checks"]) == (False, [])
     assert "to compare" in headline["text"]
 
@@ -117,17 +116,17 @@ def test_comparisons_take_the_best_of_both_sides():
     ],
 )
 def test_numbers_are_written_to_the_second_digit_of_their_error(value, error, text):
-    assert report.plus_minus(value, error) == text
+    assert figures.plus_minus(value, error) == text
 
 
 def test_the_record_is_json_without_nan_and_a_row_a_line(tmp_path):
     result = made([*rows(), planted("odd", "reference", 2, [math.nan] * 4, [math.nan] * 4)])
-    report.write(result, tmp_path)
+    assembly.write(result, tmp_path)
     text = (tmp_path / "report.json").read_text(encoding="utf-8")
     assert "NaN" not in text
     back = json.loads(text)
     assert back["rows"][-1]["metrics"]["distance"] == {"mean": None, "se": None, "n": 0, "values": [None] * 4}
-    assert back["headline"] == report.headline(back)  # it can be made again from the file
+    assert back["headline"] == comparisons.headline(back)  # it can be made again from the file
     assert sum('"id": "' in line for line in text.splitlines()) == len(result["rows"])
     assert "| gamma 0, default | 4 | 12.3 | 0.150 \u00b1 0.029 |" in (tmp_path / "report.md").read_text(
         encoding="utf-8"
@@ -136,7 +135,7 @@ def test_the_record_is_json_without_nan_and_a_row_a_line(tmp_path):
 
 def test_the_terminal_table_shows_every_row_within_eighty_columns():
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(report.table(made(rows())))
+    console.print(tables.table(made(rows())))
     text = console.export_text()
     for part in ("Teacher, undistilled", "gamma 0, default", "gamma 1", "100 steps", "0.65", "0.675"):
         assert part in text or part == "0.65"
@@ -149,7 +148,7 @@ def test_no_head_of_the_terminal_table_is_broken_inside_a_word():
         for row in planted_rows:
             row["metrics"][f"reward/{name}"] = row["metrics"]["r@5"]
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(report.table(made(planted_rows)))
+    console.print(tables.table(made(planted_rows)))
     lines = console.export_text().splitlines()
     words = " ".join(lines[: next(i for i, line in enumerate(lines) if "reference" in line.lower())]).split()
     assert words.count("emoji") == 3
@@ -165,7 +164,7 @@ def test_loss_curves_are_read_phase_by_phase_and_averaged_in_bins(tmp_path):
     entries[299]["held_out_loss"] = 5.0
     entries.insert(3, {"step": 3, "seconds": 2.0})
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    first, second = report.read_curves(tmp_path)
+    first, second = assembly.read_curves(tmp_path)
     assert [(one["phase"], one["num_segments"], len(one["loss"])) for one in (first, second)] == [
         (0, 8, 100),
         (1, 1, 100),
@@ -173,7 +172,7 @@ def test_loss_curves_are_read_phase_by_phase_and_averaged_in_bins(tmp_path):
     assert first["loss"][:2] == [[2, 1.0], [5, 4.0]]
     assert first["held_out_loss"] == [[299, 5.0]]
     assert second["held_out_loss"] == []
-    assert report.read_curves(None) == report.read_curves(tmp_path / "nowhere") == []
+    assert assembly.read_curves(None) == assembly.read_curves(tmp_path / "nowhere") == []
 
 
 def write_distill(folder, num_segments, after=None):
@@ -189,7 +188,7 @@ def write_distill(folder, num_segments, after=None):
 def test_loss_curves_are_those_of_every_distill_stage_of_the_chain_in_order(tmp_path):
     first = write_distill(tmp_path / "z-first", [8, 4, 2, 1])
     second = write_distill(tmp_path / "a-second", [1], after=first)
-    curves = report.read_curves(second)
+    curves = assembly.read_curves(second)
     assert [(one["stage"], one["phase"], one["num_segments"]) for one in curves] == [
         *((1, phase, k) for phase, k in enumerate([8, 4, 2, 1])),
         (2, 0, 1),
@@ -197,7 +196,7 @@ def test_loss_curves_are_those_of_every_distill_stage_of_the_chain_in_order(tmp_
     link = tmp_path / "run" / "02-distill"
     link.parent.mkdir()
     link.symlink_to(second)
-    assert report.read_curves(link) == curves
+    assert assembly.read_curves(link) == curves
     plots = page.losses(curves)
     names = ["distill stage 1, phase 1, K = 8", "distill stage 1, phase 4, K = 1", "distill stage 2, phase 1, K = 1"]
     for plot, name in zip((plots[0], plots[3], plots[4]), names, strict=True):
@@ -205,12 +204,12 @@ def test_loss_curves_are_those_of_every_distill_stage_of_the_chain_in_order(tmp_
     ids = [re.findall(r' id="([^"]*)"', plot) for plot in plots]
     assert len({one for found in ids for one in found}) == sum(map(len, ids))
     shutil.rmtree(first)  # the number is still the stage's own
-    assert [one["stage"] for one in report.read_curves(second)] == [2]
-    assert "distill stage 2, phase 1" in page.losses(report.read_curves(second))[0]
+    assert [one["stage"] for one in assembly.read_curves(second)] == [2]
+    assert "distill stage 2, phase 1" in page.losses(assembly.read_curves(second))[0]
 
 
 def test_curves_of_one_stage_and_of_older_reports_are_named_for_their_phase_alone(tmp_path):
-    curves = report.read_curves(write_distill(tmp_path / "first", [8, 1]))
+    curves = assembly.read_curves(write_distill(tmp_path / "first", [8, 1]))
     older = [{key: value for key, value in curve.items() if key != "stage"} for curve in curves]
     assert page.losses(curves) == page.losses(older)
     assert 'aria-label="Loss of phase 2, K = 1, against optimiser steps"' in page.losses(curves)[1]
@@ -219,7 +218,7 @@ def test_curves_of_one_stage_and_of_older_reports_are_named_for_their_phase_alon
 def test_a_distill_stage_that_goes_on_from_itself_is_damaged(tmp_path):
     first = write_distill(tmp_path / "first", [8], after=tmp_path / "second")
     with pytest.raises(CheckpointError, match="goes on from itself"):
-        report.read_curves(write_distill(tmp_path / "second", [8], after=first))
+        assembly.read_curves(write_distill(tmp_path / "second", [8], after=first))
 
 
 COST = {"total": 1_234_567, "teacher_per_sample": 96 * 544 / 9600, "student_per_sample": 1.0}
@@ -227,30 +226,30 @@ COST = {"total": 1_234_567, "teacher_per_sample": 96 * 544 / 9600, "student_per_
 
 def test_what_training_cost_stands_beside_every_student_and_is_explained():
     result = made([*rows()[:3], *(row | {"training": COST} for row in rows()[3:])])
-    lines = report.markdown(result).splitlines()
+    lines = tables.markdown(result).splitlines()
     assert lines[4].startswith("| Sampler | Evals | ms | Training evals | Distance |")
     assert any(line.startswith("| gamma 0, default | 4 | 12.3 | 1.23M (5.44 + 1) | 0.150") for line in lines)
     assert any(line.startswith("| DDIM, guided | 4 | 12.3 | - |") for line in lines)
     assert any(line.startswith("- **Training evals**: ") for line in lines)
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(report.table(result))
+    console.print(tables.table(result))
     assert console.export_text().count("1.23M") == 2
 
 
 def test_latency_is_shown_with_its_error_where_it_has_one():
     timed = [row | {"latency_ms_se": 0.4567} for row in rows()]
-    assert all(report.cells(made(timed), row)[1] == "12.35 \u00b1 0.46" for row in timed)
+    assert all(tables.cells(made(timed), row)[1] == "12.35 \u00b1 0.46" for row in timed)
     of_one_batch = rows()
     assert of_one_batch[0]["latency_ms_se"] is None
     kept_before = [{key: value for key, value in row.items() if key != "latency_ms_se"} for row in of_one_batch]
     for old in (of_one_batch, kept_before):
-        assert all(report.cells(made(old), row)[1] == "12.3" for row in old)
-    assert "- **ms**: Milliseconds a picture" in report.markdown(made(kept_before))
+        assert all(tables.cells(made(old), row)[1] == "12.3" for row in old)
+    assert "- **ms**: Milliseconds a picture" in tables.markdown(made(kept_before))
 
 
 def test_a_report_of_format_1_is_still_read():
     """Before it said what training cost, and which networks measured."""
-    text = report.markdown(made(rows()))
+    text = tables.markdown(made(rows()))
     assert "Training" not in text
     assert "Network" not in text
 
@@ -259,11 +258,11 @@ def test_a_report_of_format_1_is_still_read():
     ("count", "text"), [(168, "168"), (999, "999"), (1000, "1k"), (62464, "62.5k"), (999_600, "1M"), (2.5e9, "2.5G")]
 )
 def test_large_counts_are_short(count, text):
-    assert report.compact(count) == text
+    assert tables.compact(count) == text
 
 
 def test_a_report_leaves_its_title_behind_in_a_model_card():
-    text = report.markdown(made(rows()))
+    text = tables.markdown(made(rows()))
     assert text.startswith("# planted\n")
     card = _under_a_heading(text)
     assert card.startswith("At 4 network evaluations: ")
@@ -274,6 +273,6 @@ def test_a_report_leaves_its_title_behind_in_a_model_card():
 def test_every_metric_is_defined():
     keys = ("distance", "kid", "r@1", "r@5/zh", "diversity", "fid", "inception_kid", "clip", "reward/colourfulness")
     for key in keys:
-        assert len(report.metric(key).definition) > 30
-    assert report.metric("r@5/zh").label == "R@5 zh"
-    assert report.metric("kid").label == "KID (judge features)"
+        assert len(definitions.metric(key).definition) > 30
+    assert definitions.metric("r@5/zh").label == "R@5 zh"
+    assert definitions.metric("kid").label == "KID (judge features)"

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 import runs
-from mlcm_rl.adapters import default_gamma
-from mlcm_rl.evaluation.rows import Entry, entries, own_gamma, student_folders, student_rows, teacher_rows
+from mlcm_rl.cost.evaluations import evaluations_per_row
+from mlcm_rl.evaluation.rows import Entry, entries, student_folders, student_rows, teacher_rows
 from mlcm_rl.evaluation.training_cost import TrainingCost
-from mlcm_rl.plan import evaluations_per_row
+from mlcm_rl.models.gammas import own_gamma
 from mlcm_rl.recipe import Evaluate
+from mlcm_rl.recipe.types import default_gamma
 
 
 def stage(**settings):

@@ -5,9 +5,10 @@ import json
 import pytest
 
 import runs
+from mlcm_rl.cost import evaluations
+from mlcm_rl.cost.evaluations import network_evaluations
 from mlcm_rl.evaluation import training_cost
 from mlcm_rl.evaluation.training_cost import TrainingCost, of_stage
-from mlcm_rl.plan import network_evaluations
 from mlcm_rl.recipe import Feedback, Policy
 
 STORE = {"num_trajectories": 100, "num_held_out": 10, "num_steps": 48}
@@ -68,7 +69,7 @@ def test_a_chain_of_stages_is_summed_and_its_store_counted_once(tmp_path):
 
 def test_a_tuned_student_has_cost_its_distillation_and_its_own_steps_and_no_other_tuning(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        training_cost, "network_evaluations", lambda stage, _: {"trajectories": 96 * 110}.get(stage.kind, 7)
+        evaluations, "network_evaluations", lambda stage, _: {"trajectories": 96 * 110}.get(stage.kind, 7)
     )
     rewards = {"rewards": [{"name": "a"}], "guard": {"rewards": [{"name": "b"}]}}
     tuning = {"prompts": "p.txt", "num_steps": 5, "batch_size": 8, **rewards}

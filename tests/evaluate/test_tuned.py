@@ -9,9 +9,10 @@ import torch
 from evaluation_case import PICTURES, PROMPTS
 
 import runs
-from mlcm_rl import adapters, pipeline, report
+from mlcm_rl import pipeline
+from mlcm_rl.models import students
 from mlcm_rl.recipe import Evaluate
-from mlcm_rl.report import page, tuned_students
+from mlcm_rl.report import assembly, comparisons, page, tables, tuned_students
 
 LANGUAGES = ["en", "zh", "en", "zh"]
 
@@ -23,7 +24,7 @@ def planted(name, num_steps=4, gamma=0.0, default=True, samples=None, **values):
         "default": default,
     }  # fmt: skip
     tensors = {key.replace("_", "/", 1): torch.tensor(one) for key, one in values.items()}
-    return report.record(row, tensors, LANGUAGES, 1.0, math.nan, samples)
+    return assembly.record(row, tensors, LANGUAGES, 1.0, math.nan, samples)
 
 
 def entry(**changes):
@@ -137,7 +138,7 @@ def test_a_tuned_student_stands_in_the_report_with_what_its_stage_left(student):
 
 
 def test_it_is_compared_in_every_metric_at_every_number_of_steps(result, student):
-    rows = report.by_id(result)
+    rows = comparisons.by_id(result)
     assert [one["num_steps"] for one in student["comparisons"]] == [1, 2, 4]
     for one in student["comparisons"]:
         before, after = rows[one["reference"]], rows[one["row"]]
@@ -160,12 +161,12 @@ def test_an_untuned_student_ties_with_itself(result):
 
 
 def test_the_headline_is_of_what_the_run_made_and_the_distilled_one_can_still_be_asked_for(result):
-    rows = report.by_id(result)
+    rows = comparisons.by_id(result)
     assert result["product"] == "feedback"
-    for headline, name in ((result["headline"], "feedback"), (report.headline(result, "student"), "student")):
+    for headline, name in ((result["headline"], "feedback"), (comparisons.headline(result, "student"), "student")):
         assert {rows[check["student"]]["name"] for check in headline["checks"]} == {name}
     assert "Tuned by feedback, it is" in result["headline"]["text"]
-    assert "Tuned by" not in report.headline(result, "student")["text"]
+    assert "Tuned by" not in comparisons.headline(result, "student")["text"]
 
 
 def test_the_page_says_whose_verdict_it_is(tuned):
@@ -183,7 +184,7 @@ def headline_of(values, kept_step=40):
     made |= {"reference": reference["id"], "product": "dpo"}
     one = entry(guard={"kept_step": kept_step, "warnings": [], "stopped": False})
     made["tuned"] = [one | {"comparisons": tuned_students.compared(made, one)}]
-    return report.headline(made)
+    return comparisons.headline(made)
 
 
 def test_a_reward_that_tuning_lost_is_in_the_verdict_with_its_error():
@@ -210,7 +211,7 @@ def test_a_tuned_student_whose_reference_is_elsewhere_is_left_out(place):
     assert tuned_students.read(folders) == []
     (found,) = tuned_students.read({**folders, "lcm": place / "same" / "student"})
     assert (found["name"], found["reference"]) == ("tuned", "lcm")
-    assert adapters.describe(folders["tuned"])["preference"]
+    assert students.describe(folders["tuned"])["preference"]
 
 
 def test_the_written_report_has_a_line_a_table_and_the_warnings(tuned, result, student):
@@ -227,7 +228,7 @@ def test_the_written_report_has_a_line_a_table_and_the_warnings(tuned, result, s
     widths = {line.count("|") for line in text.splitlines() if re.match(r"\| (feedback|Student) \|", line)}
     assert len(widths) == 2  # of two tables, each with its head
     old = {key: value for key, value in result.items() if key != "tuned"} | {"format": 2}
-    assert "## Tuned" not in report.markdown(old)
+    assert "## Tuned" not in tables.markdown(old)
 
 
 def test_the_page_shows_before_and_after_and_the_guards_curves(tuned, result, student):

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 import runs
-from mlcm_rl import finished_runs, pipeline
+from mlcm_rl import pipeline
+from mlcm_rl.pipeline import finished_runs
 from mlcm_rl.recipe import Recipe
 from mlcm_rl.report import page
 

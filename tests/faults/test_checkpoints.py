@@ -7,12 +7,15 @@ import pytest
 import torch
 
 import runs
-from mlcm_rl import atomic, checkpoint, pipeline
-from mlcm_rl.checkpoint import CheckpointError
-from mlcm_rl.guard import Guard
+from mlcm_rl import pipeline
 from mlcm_rl.pipeline import RunError
+from mlcm_rl.preference.guard import Guard
 from mlcm_rl.rewards import Combined
-from mlcm_rl.runtime import Runtime
+from mlcm_rl.storage import checkpoints, files
+from mlcm_rl.storage.files import CheckpointError
+from mlcm_rl.storage.tensors import write_tensors
+from mlcm_rl.training.loop import Runtime
+from mlcm_rl.training.states import load_optimizer, named, optimizer_tensors, read_training
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -20,7 +23,7 @@ Usage = namedtuple("Usage", "total used free")
 def save(folder: Path, *steps: int, keep: int = 9) -> list[Path]:
     states = [{"value": torch.full((3,), float(step))} for step in steps]
     return [
-        checkpoint.save_state(folder, step, state, {"seen": step / 3}, keep)
+        checkpoints.save_state(folder, step, state, {"seen": step / 3}, keep)
         for step, state in zip(steps, states, strict=True)
     ]
 
@@ -48,9 +51,9 @@ def test_every_changed_byte_is_seen(tmp_path, name):
     for place in range((path / name).stat().st_size):
         flip(path / name, place)
         with pytest.raises(CheckpointError, match=r"step-00000001 is damaged"):
-            checkpoint.load_state(tmp_path)
+            checkpoints.load_state(tmp_path)
         flip(path / name, place)
-    assert checkpoint.load_state(tmp_path)[2] == {"seen": 1 / 3}
+    assert checkpoints.load_state(tmp_path)[2] == {"seen": 1 / 3}
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over_only_when_told(tmp_path):
@@ -58,70 +61,70 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_only_when_told(tmp_path):
     flip(paths[2] / "state.safetensors", -1)
     (paths[1] / "state.json").unlink()
     with pytest.raises(CheckpointError, match=r"step-00000003 is damaged .*--skip-damaged` goes on from .*00000001"):
-        checkpoint.load_state(tmp_path)
-    skipped = checkpoint.skip_damaged(tmp_path)
+        checkpoints.load_state(tmp_path)
+    skipped = checkpoints.skip_damaged(tmp_path)
     assert [line.split(":")[0] for line in skipped] == [str(paths[2]), str(paths[1])]
-    assert checkpoint.load_state(tmp_path)[0] == 1
-    assert checkpoint.skip_damaged(tmp_path) == []
+    assert checkpoints.load_state(tmp_path)[0] == 1
+    assert checkpoints.skip_damaged(tmp_path) == []
 
 
 def test_a_checkpoint_of_an_older_layout_says_so(tmp_path):
     (path,) = save(tmp_path, 1)
-    state = checkpoint.read_json(path / "state.json")
-    checkpoint.write_json(path / "state.json", state | {"format": 1})
+    state = files.read_json(path / "state.json")
+    files.write_json(path / "state.json", state | {"format": 1})
     with pytest.raises(CheckpointError, match="it is of format 1, this version reads 2"):
-        checkpoint.load_state(tmp_path)
+        checkpoints.load_state(tmp_path)
 
 
 def test_so_many_checkpoints_stay_as_are_asked_for(tmp_path):
     save(tmp_path, 1, 2, 3, 4, keep=3)
-    assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["2", "3", "4"]
+    assert [path.name[-1] for path in checkpoints.checkpoints(tmp_path)] == ["2", "3", "4"]
 
 
 def test_a_file_never_takes_a_folders_place(tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "notes.txt").write_text("precious")
     with pytest.raises(CheckpointError, match=r"kept could not be written .is a directory"):
-        checkpoint.write_json(tmp_path / "kept", {})
+        files.write_json(tmp_path / "kept", {})
     assert (tmp_path / "kept" / "notes.txt").read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept"]
 
 
 def test_too_full_a_disk_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: Usage(2**30, 2**30 - 1000, 1000))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: Usage(2**30, 2**30 - 1000, 1000))
     with pytest.raises(CheckpointError, match=r"state\.safetensors needs 4\.0 MB and its disk has 0\.0 MB left"):
-        checkpoint.save_state(tmp_path, 2, {"value": torch.zeros(10**6)})
+        checkpoints.save_state(tmp_path, 2, {"value": torch.zeros(10**6)})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
-    assert checkpoint.load_state(tmp_path)[0] == 1
+    assert checkpoints.load_state(tmp_path)[0] == 1
 
 
 def test_what_cannot_be_put_back_is_an_error(tmp_path):
     weights, optimizer = stepped()
     shapes = {name: value.shape for name, value in weights.items()}
-    tensors = checkpoint.optimizer_tensors(optimizer) | checkpoint.named("student", weights)
-    checkpoint.save_state(tmp_path, 1, tensors, {"guard": {}})
-    steps, _, record = checkpoint.read_training(tmp_path, {"student": shapes}, ["guard"])
+    tensors = optimizer_tensors(optimizer) | named("student", weights)
+    checkpoints.save_state(tmp_path, 1, tensors, {"guard": {}})
+    steps, _, record = read_training(tmp_path, {"student": shapes}, ["guard"])
     assert (steps, record) == (1, {"guard": {}})
     with pytest.raises(CheckpointError, match=r"step-00000001 holds nothing of rewards"):
-        checkpoint.read_training(tmp_path, {"student": shapes}, ["guard", "rewards"])
+        read_training(tmp_path, {"student": shapes}, ["guard", "rewards"])
     with pytest.raises(CheckpointError, match="other weights than this average"):
-        checkpoint.read_training(tmp_path, {"average": shapes})
+        read_training(tmp_path, {"average": shapes})
     other, its = stepped((1, 3))  # would be broadcast
     with pytest.raises(CheckpointError, match="other weights than this student"):
-        checkpoint.read_training(tmp_path, {"student": {name: value.shape for name, value in other.items()}})
+        read_training(tmp_path, {"student": {name: value.shape for name, value in other.items()}})
     with pytest.raises(ValueError, match="optimiser's state number 0 is of another parameter"):
-        checkpoint.load_optimizer(its, tensors)
-    checkpoint.save_state(tmp_path, 2, checkpoint.named("student", weights))
+        load_optimizer(its, tensors)
+    checkpoints.save_state(tmp_path, 2, named("student", weights))
     with pytest.raises(CheckpointError, match=r"step-00000002 holds nothing of optimizer"):
-        checkpoint.read_training(tmp_path, {"student": shapes})
+        read_training(tmp_path, {"student": shapes})
 
 
 def test_what_is_written_others_may_read_as_far_as_this_account_lets_them(tmp_path):
     plain = tmp_path / "plain"
     plain.touch()
-    checkpoint.write_tensors(tmp_path / "one.safetensors", {"x": torch.ones(1)})
-    checkpoint.save_state(tmp_path, 1, {"x": torch.ones(1)}, {})
+    write_tensors(tmp_path / "one.safetensors", {"x": torch.ones(1)})
+    checkpoints.save_state(tmp_path, 1, {"x": torch.ones(1)}, {})
     written = [tmp_path / "one.safetensors", *tmp_path.glob("checkpoints/*/*")]
     assert len(written) > 2
     assert {path.stat().st_mode for path in written} == {plain.stat().st_mode}
@@ -139,9 +142,9 @@ def test_moments_are_put_back_in_their_parameters_own_order_of_memory(tmp_path):
             parameter.grad = gradient.clone(memory_format=torch.channels_last)
             optimizer.step()
             if i == resumed_after:
-                checkpoint.save_state(tmp_path, i, checkpoint.optimizer_tensors(optimizer))
+                checkpoints.save_state(tmp_path, i, optimizer_tensors(optimizer))
                 optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
-                checkpoint.load_optimizer(optimizer, checkpoint.load_state(tmp_path)[1])
+                load_optimizer(optimizer, checkpoints.load_state(tmp_path)[1])
         return parameter.detach()
 
     assert torch.equal(steps(resumed_after=1), steps(resumed_after=None))
@@ -181,4 +184,4 @@ def test_a_run_goes_on_past_a_damaged_checkpoint_when_told_and_ends_with_the_sam
     assert pipeline.run(recipe, skip_damaged=True)[1].folder == folder
     assert (folder / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
     skip = ("manifest.json", "student/student.json")
-    assert checkpoint.checksums(folder, skip) == checkpoint.checksums(whole, skip)
+    assert files.checksums(folder, skip) == files.checksums(whole, skip)

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import runs
-from mlcm_rl import checkpoint, lock, pipeline
-from mlcm_rl.checkpoint import CheckpointError
+from mlcm_rl import pipeline
 from mlcm_rl.pipeline import RunError
+from mlcm_rl.storage import checkpoints, files, lock
+from mlcm_rl.storage.files import CheckpointError
 
 
 def small(teacher: Path, folder: Path):
@@ -34,7 +35,7 @@ def test_a_disk_that_fills_up_in_any_write_leaves_what_was_saved_and_the_same_co
     whole, tiny_sdxl, tmp_path, monkeypatch
 ):
     """Every second write of tensors is cut in half, until the run is through."""
-    recipe, save_file, writes = small(tiny_sdxl, tmp_path), checkpoint.save_file, []
+    recipe, save_file, writes = small(tiny_sdxl, tmp_path), checkpoints.save_file, []
 
     def cut(tensors, path, *rest):
         writes.append(path)
@@ -43,7 +44,7 @@ def test_a_disk_that_fills_up_in_any_write_leaves_what_was_saved_and_the_same_co
             os.truncate(path, path.stat().st_size // 2)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "save_file", cut)
+    monkeypatch.setattr(checkpoints, "save_file", cut)
     for _ in range(20):
         with suppress(RunError):
             assert pipeline.run(recipe)
@@ -73,9 +74,9 @@ def test_a_disk_that_is_really_full_says_so(disk):
     remount("size=400k")
     with (
         pytest.raises(CheckpointError, match=r"could not be written .*[Nn]o space left"),
-        checkpoint.replacing(folder / "value.safetensors") as temporary,
+        files.replacing(folder / "value.safetensors") as temporary,
     ):
-        checkpoint.save_file({"value": torch.ones(10**6)}, temporary)
+        checkpoints.save_file({"value": torch.ones(10**6)}, temporary)
     assert list(folder.iterdir()) == []
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import runs
-from mlcm_rl import checkpoint, pipeline
-from mlcm_rl.checkpoint import CheckpointError
+from mlcm_rl import pipeline
 from mlcm_rl.pipeline import RunError
-from mlcm_rl.runtime import Runtime
-from mlcm_rl.signals import Stopped
+from mlcm_rl.storage import checkpoints, files, manifest
+from mlcm_rl.storage.files import CheckpointError
+from mlcm_rl.training.loop import Runtime
+from mlcm_rl.training.signals import Stopped
 
 SAVE_FOR_EVER = """
 import sys, torch
@@ -38,48 +39,48 @@ def test_kill_9_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path):
         process.send_signal(signal.SIGKILL)
         reported = max([reported, *map(int, process.stdout.read().split())])
         process.wait()
-        step, tensors, _ = checkpoint.load_state(tmp_path)
+        step, tensors, _ = checkpoints.load_state(tmp_path)
         assert step >= reported  # what was reported as saved is there
         assert torch.equal(tensors["value"], torch.full((300_000,), float(step)))
-        checkpoint.remove(tmp_path / "checkpoints")
+        files.remove(tmp_path / "checkpoints")
 
 
 def test_a_save_cut_at_any_byte_is_not_seen(tmp_path):
     """A half-written folder has another name until it is whole, however much of it there is."""
-    whole = checkpoint.save_state(tmp_path, 1, {"value": torch.arange(9.0)})
+    whole = checkpoints.save_state(tmp_path, 1, {"value": torch.arange(9.0)})
     data = (whole / "state.safetensors").read_bytes()
     for length in range(0, len(data), 7):
         half = whole.with_name(".step-00000002.1.part")
         half.mkdir(exist_ok=True)
         (half / "state.safetensors").write_bytes(data[:length])
-        assert checkpoint.load_state(tmp_path)[0] == 1
+        assert checkpoints.load_state(tmp_path)[0] == 1
 
 
 def test_only_the_newest_checkpoints_are_kept_and_the_old_go_last(tmp_path):
     for step in range(1, 6):
-        checkpoint.save_state(tmp_path, step, {"value": torch.tensor(float(step))})
+        checkpoints.save_state(tmp_path, step, {"value": torch.tensor(float(step))})
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000004", "step-00000005"]
 
 
 def test_a_failed_write_leaves_the_file_that_was_there(tmp_path):
     path = tmp_path / "result.json"
-    checkpoint.write_json(path, {"old": 1})
+    files.write_json(path, {"old": 1})
     with pytest.raises(TypeError):
-        checkpoint.write_json(path, {"new": object()})
-    assert checkpoint.read_json(path) == {"old": 1}
+        files.write_json(path, {"new": object()})
+    assert files.read_json(path) == {"old": 1}
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_every_changed_or_missing_result_is_refused_by_name(tmp_path):
     (tmp_path / "a.txt").write_text("a")
-    checkpoint.finish(tmp_path, {"kind": "test"})
-    assert checkpoint.verify(tmp_path)["kind"] == "test"
+    manifest.finish(tmp_path, {"kind": "test"})
+    assert manifest.verify(tmp_path)["kind"] == "test"
     (tmp_path / "a.txt").write_text("b")
     with pytest.raises(CheckpointError, match=r"a\.txt is damaged"):
-        checkpoint.verify(tmp_path)
+        manifest.verify(tmp_path)
     (tmp_path / "a.txt").unlink()
     with pytest.raises(CheckpointError, match=r"a\.txt is missing"):
-        checkpoint.verify(tmp_path)
+        manifest.verify(tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -101,7 +102,7 @@ def test_a_signal_saves_after_the_step_and_the_same_command_resumes(tiny_sdxl, t
             pipeline.run(recipe)
     assert stopped.value.code == 128 + number
     folder = next((tmp_path / "runs" / "stages").glob("distill-*"))
-    assert checkpoint.load_state(folder)[0] == 2
+    assert checkpoints.load_state(folder)[0] == 2
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
     assert pipeline.run(recipe)[1].folder == folder
     assert [int(line.split('"step": ')[1].split(",")[0]) for line in (folder / "log.jsonl").open()] == [1, 2, 3, 4]

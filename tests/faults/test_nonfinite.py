@@ -8,12 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import runs
-from mlcm_rl import adapters, bases, checkpoint, finite, pictures, pipeline
-from mlcm_rl.checkpoint import CheckpointError
+from mlcm_rl import pipeline
+from mlcm_rl.data.trajectory_store import Provenance, Writer
+from mlcm_rl.models import pictures, students, teachers
 from mlcm_rl.pipeline import RunError
 from mlcm_rl.recipe import Distill, Evaluate, Full, TrainTeacher
 from mlcm_rl.stages import train_teacher
-from mlcm_rl.trajectories import Provenance, Writer
+from mlcm_rl.storage import files, finite
+from mlcm_rl.storage.files import CheckpointError
+from mlcm_rl.storage.tensors import write_tensors
 
 
 def spoiled(teacher: Path, folder: Path, part: str, value: float) -> Path:
@@ -69,7 +72,7 @@ def test_a_prompt_that_is_encoded_to_no_number_is_told(tiny_sdxl, tmp_path):
         said = failed(runs.recipe(teacher, tmp_path, [stage]))
         assert "prompt 'a cat': what the text encoders make of it is not finite in float32" in said
         assert not list(tmp_path.rglob("shard-*"))
-    base = bases.load(runs.recipe(teacher, tmp_path, [report]).teacher, "cpu")
+    base = teachers.load(runs.recipe(teacher, tmp_path, [report]).teacher, "cpu")
     with pytest.raises(ValueError, match="what the text encoders make of it"):
         base.encode_ahead(["a dog"])
 
@@ -105,36 +108,34 @@ def test_what_a_network_draws_is_told_with_its_prompt_before_it_is_measured(tiny
 
 def test_weights_that_do_not_fit_the_precision_they_are_written_in_are_told(tiny_sdxl, tmp_path):
     recipe = runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(runs.write_prompts(tmp_path))])
-    base = bases.load(recipe.teacher, "cpu")
-    denoiser = adapters.student(base, Full(), seed=0)
+    base = teachers.load(recipe.teacher, "cpu")
+    denoiser = students.student(base, Full(), seed=0)
     with torch.no_grad():
         denoiser.conv_out.bias[0] = 1e6
     with pytest.raises(
         ValueError, match=r"the trained teacher: conv_out\.bias is not made of finite numbers in float16"
     ):
         train_teacher.write_teacher(denoiser, tiny_sdxl, tmp_path / "teacher")
-    student = adapters.Student(denoiser, 1, False, tmp_path)
-    assert finite.first_nonfinite(adapters.merged(student, torch.float32).state_dict()) is None
+    student = students.Student(denoiser, 1, False, tmp_path)
+    assert finite.first_nonfinite(students.merged(student, torch.float32).state_dict()) is None
     with pytest.raises(
         ValueError, match=r"the student folded into the teacher: conv_out\.bias .* \(lower learning_rate\)"
     ):
-        adapters.merged(student, torch.float16)
+        students.merged(student, torch.float16)
     with torch.no_grad():
         denoiser.conv_out.bias[0] = torch.inf
     described = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
     with pytest.raises(ValueError, match=r"the student: conv_out\.bias is not made of finite numbers in float32"):
-        adapters.save_student(denoiser, tmp_path / "student", described)
+        students.save_student(denoiser, tmp_path / "student", described)
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
 
 def test_neither_tensors_nor_json_are_written_with_nan_or_infinity(tmp_path):
     for value in (torch.nan, torch.inf, -torch.inf):
         with pytest.raises(CheckpointError, match=r"one\.safetensors was not written: b is not made of finite numbers"):
-            checkpoint.write_tensors(
-                tmp_path / "one.safetensors", {"a": torch.ones(2), "b": torch.tensor([1.0, value])}
-            )
+            write_tensors(tmp_path / "one.safetensors", {"a": torch.ones(2), "b": torch.tensor([1.0, value])})
         with pytest.raises(CheckpointError, match=r"one\.json was not written: it would hold NaN or infinity"):
-            checkpoint.write_json(tmp_path / "one.json", {"b": value})
+            files.write_json(tmp_path / "one.json", {"b": value})
     assert not list(tmp_path.iterdir())
     whole = {"empty": torch.empty(0), "half": torch.ones(3, dtype=torch.bfloat16), "index": torch.arange(3)}
-    checkpoint.write_tensors(tmp_path / "one.safetensors", whole)
+    write_tensors(tmp_path / "one.safetensors", whole)

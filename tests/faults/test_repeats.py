@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 import runs
-from mlcm_rl import checkpoint, pipeline
+from mlcm_rl import pipeline
+from mlcm_rl.storage import checkpoints, files
 
 
 @pytest.mark.parametrize(
@@ -13,14 +14,14 @@ from mlcm_rl import checkpoint, pipeline
 )
 def test_two_runs_of_one_recipe_leave_the_same_results_and_checkpoints(tiny_sdxl, tmp_path, monkeypatch, kinds):
     """Checkpoints go when a stage is done, so that they are taken down as they are written."""
-    recipe, save_state, seen = runs.of_kinds(tiny_sdxl, tmp_path, kinds), checkpoint.save_state, []
+    recipe, save_state, seen = runs.of_kinds(tiny_sdxl, tmp_path, kinds), checkpoints.save_state, []
 
     def noted(folder: Path, *arguments):
         path = save_state(folder, *arguments)
-        seen[-1][f"{folder.name}/{path.name}"] = checkpoint.checksums(path)
+        seen[-1][f"{folder.name}/{path.name}"] = files.checksums(path)
         return path
 
-    monkeypatch.setattr(checkpoint, "save_state", noted)
+    monkeypatch.setattr(checkpoints, "save_state", noted)
     left = []
     for name in ("once", "again"):
         seen.append({})

@@ -9,10 +9,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 import runs
-from mlcm_rl import checkpoint, pipeline, replays
-from mlcm_rl.__main__ import app
-from mlcm_rl.checkpoint import CheckpointError
+from mlcm_rl import pipeline
+from mlcm_rl.cli.app import app
 from mlcm_rl.pipeline import RunError
+from mlcm_rl.storage import files
+from mlcm_rl.storage.files import CheckpointError
+from mlcm_rl.training import replay
 
 STAGES = {
     "distill": {"segments": [2, 1], "num_steps": 2, "optimizer_state": "reset", "save_every": 1},
@@ -60,7 +62,7 @@ def test_a_step_is_repeated_to_the_last_bit_from_what_it_left(distilled, monkeyp
         ):
             pipeline.run(recipe)
     folder = pipeline.plan(recipe)[-1].folder
-    before = checkpoint.checksums(folder)
+    before = files.checksums(folder)
     then, now = pipeline.replay(folder / "nonfinite-3.json")
     assert (then["step"], then["grad_norm"]) == (2, "nan")
     assert isinstance(now["grad_norm"], float)
@@ -68,7 +70,7 @@ def test_a_step_is_repeated_to_the_last_bit_from_what_it_left(distilled, monkeyp
     assert now == then | {"grad_norm": now["grad_norm"]}
     assert then["seeds"] or kind in ("dpo", "policy")  # their samples have generators of their own
     assert len(then["samples"]) in (4, 2)
-    assert checkpoint.checksums(folder) == before
+    assert files.checksums(folder) == before
 
 
 def test_a_run_that_diverges_says_how_to_repeat_the_step_and_the_command_prints_the_same_figures(
@@ -97,4 +99,4 @@ def test_what_is_no_bundle_is_refused_in_words(tmp_path):
     path = tmp_path / "nonfinite-1.json"
     path.write_text("{}")
     with pytest.raises(CheckpointError, match="is no bundle of format 1"):
-        replays.read(path)
+        replay.read(path)

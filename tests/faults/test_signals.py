@@ -8,10 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 import runs
-from mlcm_rl import checkpoint, signals
-from mlcm_rl.__main__ import app
+from mlcm_rl.cli.app import app
 from mlcm_rl.recipe import Evaluate
 from mlcm_rl.stages import evaluate, trajectories
+from mlcm_rl.storage import manifest
+from mlcm_rl.training import signals
 
 CODES = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
@@ -48,7 +49,7 @@ def test_a_signal_outside_a_training_loop_ends_with_its_code_and_what_is_whole_s
     for number, code in CODES:
         run_signalled(evaluate, "draw", number, code)
     assert CliRunner().invoke(app, ["run", str(path)]).exit_code == 0
-    assert checkpoint.is_finished(folder)
+    assert manifest.is_finished(folder)
 
 
 @pytest.mark.parametrize(("number", "code"), CODES)

@@ -18,8 +18,8 @@ import stops
 from forked import FORKS
 
 import runs
-from mlcm_rl import checkpoint
 from mlcm_rl.recipe import Evaluate, Recipe, TrainReward
+from mlcm_rl.storage import checkpoints, hashing
 
 TUNED = ("feedback", "dpo", "policy")
 NUM_KILLS = 60  # of each kind, or as many as there are call sites
@@ -78,7 +78,7 @@ class Trial:
             elif path.is_dir() or any(fnmatch(name, pattern) for pattern in (*runs.NOT_COMPARED, *TIMED)):
                 found[name] = "is there"
             else:
-                found[name] = checkpoint.sha256(path)
+                found[name] = hashing.sha256(path)
         return found
 
     def faults(self, *chosen: Stop, again: Callable[[Stop], Stop | None] = lambda _: None) -> list[str]:
@@ -105,14 +105,14 @@ class Trial:
 
 def watched(command: Callable, arguments: tuple, place: Path, stop: int | None, torn: bool, changes_file: Path) -> None:
     """Run `command` in this process under a watch; more checkpoints than are to be kept are an error."""
-    save_state = checkpoint.save_state
+    save_state = checkpoints.save_state
 
     def counted(folder: Path, step: int, tensors: dict, record: dict | None = None, keep: int = 2) -> Path:
         path = save_state(folder, step, tensors, record, keep)
-        assert len(checkpoint.checkpoints(folder)) <= keep
+        assert len(checkpoints.checkpoints(folder)) <= keep
         return path
 
-    checkpoint.save_state = counted
+    checkpoints.save_state = counted
     watch = stops.Watch(place, stop, torn)
     watch.start()
     command(*arguments)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import assemble
 import draw
 import measure_reading
-from mlcm_rl.data import CaptionedImages, Prompt, read_prompts
+from mlcm_rl.data.prompts import CaptionedImages, Prompt, read_prompts
 from reward_models.named_colour import named_colour
 from reward_models.ocr import QUOTED, asked_text
 

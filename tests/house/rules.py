@@ -12,21 +12,24 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 HEAVY = {"accelerate", "datasets", "deepspeed", "diffusers", "peft", "torchmetrics", "transformers"}
-MAY_IMPORT_HEAVY = {  # modules of mlcm_rl, without the package's name
-    "adapters",
-    "bases",
-    "checkpoint",
+MAY_IMPORT_HEAVY = {"data", "evaluation", "models", "rewards", "training"}
+# A package imports those below it in this list, never one above.
+ORDER = [
+    "cli",
+    "stages",
+    "evaluation",
+    "pipeline",
+    "cost",
+    "preference",
+    "rewards",
+    "report",
     "data",
-    "distributed",
-    "export",
-    "exported_pipeline",  # copied into an export, where it is all that stock diffusers finds
-    "lora_files",
-    "metrics",
-    "pairs",
-    "runtime",
-    "text_parts",
-}
-ABOVE = {"__main__", "finished_runs", "pipeline", "stages"}  # what drives the rest, so nothing below may import it
+    "models",
+    "training",
+    "recipe",
+    "storage",
+    "equations",
+]
 VAGUE = {"common", "helper", "helpers", "manager", "util", "utils"}
 BANNED_WORD = "c" + "fg"
 DEVICES = re.compile(r"(cpu|cuda|mps|xpu|hip)(:\d+)?")
@@ -67,19 +70,37 @@ def _why_not(module: str, name: str) -> str | None:
     if package == "reward_models":
         allowed = name == "mlcm_rl.rewards" or name.startswith("mlcm_rl.rewards.") or top == "reward_models"
         return "a reward file knows the reward contract at most" if ours and not allowed else None
-    if inner[0] == "equations":
+    floor = inner[0]
+    if floor not in ORDER:  # __main__, which starts cli, and the package itself
+        return (
+            "only the command line is started from here"
+            if ours and path[:1] not in (["cli"], ["__version__"])
+            else None
+        )
+    if floor == "equations":
         if ours:
             return None if path[:1] == ["equations"] else "equations know nothing of ours"
         return None if top == "torch" or top in sys.stdlib_module_names else "equations know torch and nothing else"
-    if inner[0] == "stages" and path[:1] == ["stages"] and path[:2] != inner[:2]:
+    if floor == "stages" and path[:1] == ["stages"] and path[:2] != inner[:2]:
         return "stages never import each other"
-    if top == "mlcm_rl" and path[:1] and path[0] in ABOVE and inner[0] not in ABOVE:
-        return f"{path[0]} stands above {inner[0]}"
-    if top in HEAVY and inner[0] not in MAY_IMPORT_HEAVY:
+    if top == "mlcm_rl" and path[:1] and path[0] in ORDER and ORDER.index(path[0]) < ORDER.index(floor):
+        return f"{path[0]} stands above {floor}"
+    if top in HEAVY and floor not in MAY_IMPORT_HEAVY:
         return f"{top} belongs behind {', '.join(sorted(MAY_IMPORT_HEAVY))} and the reward files"
-    if inner[0].startswith("recipe") and top == "torch":
+    if floor == "recipe" and top == "torch":
         return "recipes are read without torch"
     return None
+
+
+def code_in_package(source: str) -> list[str]:
+    """What stands in an `__init__.py` beside its docstring, imports and __all__: it hands names on and does nothing."""
+    wrong = []
+    for node in ast.parse(source).body:
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        is_names = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("__all__", "__version__")
+        if not (is_docstring or is_names or isinstance(node, ast.Import | ast.ImportFrom)):
+            wrong.append(f"line {node.lineno}: {ast.unparse(node).splitlines()[0]}")
+    return wrong
 
 
 UNPICKLERS = {

@@ -44,6 +44,17 @@ def test_import_arrows_point_towards_the_equations():
     report([wrong for path in LIBRARY for wrong in rules.wrong_arrows(path.read_text(), dotted(path))])
 
 
+def test_packages_hand_names_on_and_hold_no_code():
+    """The package itself is left out: it says on which systems it runs."""
+    packages = [path for path in LIBRARY if path.name == "__init__.py" and path.parent.name != "mlcm_rl"]
+    assert len(packages) > len(rules.ORDER)
+    report(broken(packages, rules.code_in_package))
+
+
+def test_every_folder_of_the_package_has_its_place_in_the_order():
+    assert {path.name for path in (ROOT / "mlcm_rl").iterdir() if (path / "__init__.py").is_file()} == set(rules.ORDER)
+
+
 def test_nothing_that_is_read_is_run():
     """One file is left out: it opens an export as its card tells people to, and runs that card's own code."""
     opens_exports = ROOT / "tests" / "parity" / "stock_samples.py"
@@ -105,27 +116,42 @@ def test_every_requirement_is_satisfied_by_its_pin():
         ("mlcm_rl.equations.solver", "import numpy", False),
         ("mlcm_rl.equations.solver", "from ..recipe import Recipe", False),
         ("mlcm_rl.equations.solver", "from mlcm_rl import recipe", False),
-        ("mlcm_rl.equations.__init__", "from ..bases import Base", False),
-        ("mlcm_rl.stages.distill", "from .. import bases\nfrom ..equations import segments", True),
+        ("mlcm_rl.equations.__init__", "from ..models.base import Base", False),
+        ("mlcm_rl.stages.distill", "from ..models import students\nfrom ..equations import segments", True),
         ("mlcm_rl.stages.distill", "from .evaluate import run", False),
         ("mlcm_rl.stages.distill", "from . import evaluate", False),
         ("mlcm_rl.stages.distill", "from mlcm_rl.stages import evaluate", False),
         ("mlcm_rl.stages.distill", "def run():\n    import diffusers.training_utils", False),
-        ("mlcm_rl.sampler", "from diffusers import DDIMScheduler", False),
-        ("mlcm_rl.sampler", "from .stages import distill", False),
-        ("mlcm_rl.bases.sdxl", "from diffusers import StableDiffusionXLPipeline\nfrom . import Base", True),
-        ("mlcm_rl.bases.sdxl", "from ..pipeline import run", False),
-        ("mlcm_rl.pipeline", "from .stages import distill", True),
-        ("mlcm_rl.pipeline", "import accelerate", False),
-        ("mlcm_rl.recipe", "import torch", False),
+        ("mlcm_rl.stages.distill", "from ..cli import app", False),
+        ("mlcm_rl.preference.guard", "from diffusers import DDIMScheduler", False),
+        ("mlcm_rl.models.sampler", "from ..stages import distill", False),
+        (
+            "mlcm_rl.models.families.sdxl",
+            "from diffusers import StableDiffusionXLPipeline\nfrom ..base import Base",
+            True,
+        ),
+        ("mlcm_rl.models.families.sdxl", "from ...pipeline import run", False),
+        ("mlcm_rl.models.families.sdxl", "from ...storage.files import read_json", True),
+        ("mlcm_rl.training.loop", "from ..models.base import Base", False),
+        ("mlcm_rl.pipeline.run", "from ..stages import distill", False),
+        ("mlcm_rl.pipeline.run", "import accelerate", False),
+        ("mlcm_rl.recipe.types", "import torch", False),
+        ("mlcm_rl.__main__", "from .cli.app import main", True),
+        ("mlcm_rl.__main__", "from .pipeline import run", False),
         ("reward_models.clip", "import transformers\nfrom mlcm_rl.rewards import Reward", True),
         ("reward_models.clip", "from mlcm_rl import rewards", True),
-        ("reward_models.clip", "from mlcm_rl.bases import load", False),
+        ("reward_models.clip", "from mlcm_rl.models.teachers import load", False),
         ("reward_models.clip", "import mlcm_rl", False),
     ],
 )
 def test_a_wrong_arrow_is_seen(module, source, allowed):
     assert (rules.wrong_arrows(source, module) == []) is allowed
+
+
+def test_code_in_a_package_is_seen():
+    assert rules.code_in_package('"""What it is."""\n\nfrom .run import run\n\n__all__ = ["run"]\n') == []
+    assert rules.code_in_package("LIMIT = 3") == ["line 1: LIMIT = 3"]
+    assert rules.code_in_package("def run():\n    pass") == ["line 1: def run():"]
 
 
 @pytest.mark.parametrize(
@@ -201,10 +227,10 @@ def test_text_in_the_locales_encoding_is_seen(source, allowed):
 
 def test_vague_names_are_seen():
     clean = "from diffusers.utils import logging\nclass Runtime:\n    def commonly_used(self): ...\n"
-    assert rules.vague_names(clean, "mlcm_rl/runtime.py") == []
+    assert rules.vague_names(clean, "mlcm_rl/training/loop.py") == []
     assert len(rules.vague_names("x = 1", "mlcm_rl/image_utils.py")) == 1
     assert len(rules.vague_names("x = 1", "mlcm_rl/common/solver.py")) == 1
-    assert len(rules.vague_names("class ModelManager: ...\ndef load_helper(): ...", "mlcm_rl/bases.py")) == 2
+    assert len(rules.vague_names("class ModelManager: ...\ndef load_helper(): ...", "mlcm_rl/models.py")) == 2
 
 
 @pytest.mark.parametrize("form", ["{}", "{}.seed", "f(x={})", "def f({}): ...", "import a as {}", "x.{}", "f({}=1)"])

@@ -6,8 +6,9 @@ import lora_students
 import pytest
 
 import tiny
-from mlcm_rl import bases, recipe
-from mlcm_rl.bases import Base
+from mlcm_rl import recipe
+from mlcm_rl.models.base import Base
+from mlcm_rl.models.teachers import load
 
 
 @pytest.fixture(scope="session")
@@ -26,8 +27,7 @@ def teachers(tmp_path_factory) -> dict[str, Path]:
 def loaded(teachers) -> dict[str, Base]:
     families = {name: "sdxl" if name.startswith("sdxl") else "sd" for name in teachers}
     return {
-        name: bases.load(recipe.Teacher(path=str(folder), family=families[name]), "cpu")
-        for name, folder in teachers.items()
+        name: load(recipe.Teacher(path=str(folder), family=families[name]), "cpu") for name, folder in teachers.items()
     }
 
 

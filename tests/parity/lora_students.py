@@ -6,10 +6,10 @@ from pathlib import Path
 from torch import Tensor
 
 import tiny
-from mlcm_rl import adapters, published
-from mlcm_rl.bases import Base
-from mlcm_rl.export import export
-from mlcm_rl.lora_files import read_lora
+from mlcm_rl.models import published_teachers, students
+from mlcm_rl.models.base import Base
+from mlcm_rl.models.export import export
+from mlcm_rl.models.lora_files import read_lora
 from mlcm_rl.recipe import Lora
 
 LORA, PREFERENCE = Lora(rank=8, alpha=2.0), Lora(rank=2, alpha=8.0)  # a scale that is lost or doubled shows
@@ -19,7 +19,7 @@ SEED = 1
 
 def published_unet(name: str) -> dict:
     """The configuration of a published teacher's denoiser."""
-    return json.loads((Path(published.__file__).parent / name / "unet" / "config.json").read_text())
+    return json.loads((Path(published_teachers.__file__).parent / name / "unet" / "config.json").read_text())
 
 
 SDXL, SD15 = published_unet("stable-diffusion-xl-base-1.0"), published_unet("stable-diffusion-v1-5")
@@ -33,14 +33,14 @@ def description(base: Base) -> dict:
 def make(base: Base, root: Path, name: str, kind: str, scale: float = 0.05) -> None:
     """Write a student of `base` to `root`/students/`name` and its export to `root`/exports/`name`."""
     distilled, student = root / "distilled" / name, root / "students" / name
-    denoiser = adapters.student(base, LORA, 0, condition_on_target=kind in CONDITIONED)
-    tiny.perturb(adapters.trainable_parameters(denoiser), SEED, scale)
+    denoiser = students.student(base, LORA, 0, condition_on_target=kind in CONDITIONED)
+    tiny.perturb(students.trainable_parameters(denoiser), SEED, scale)
     is_tuned = kind.endswith("tuned")
-    adapters.save_student(denoiser, distilled if is_tuned else student, description(base))
+    students.save_student(denoiser, distilled if is_tuned else student, description(base))
     if is_tuned:
-        tuned = adapters.for_preference(base, PREFERENCE, SEED, distilled)
-        tiny.perturb(adapters.trainable_parameters(tuned), SEED + 1, scale)
-        adapters.save_tuned(tuned, distilled, student, tuned_steps=1)
+        tuned = students.for_preference(base, PREFERENCE, SEED, distilled)
+        tiny.perturb(students.trainable_parameters(tuned), SEED + 1, scale)
+        students.save_tuned(tuned, distilled, student, tuned_steps=1)
     export(student, base, root / "exports" / name)
 
 

@@ -20,11 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mlcm_rl import adapters
-from mlcm_rl.adapters import PREFERENCE_FILE
-from mlcm_rl.bases import LORA_TARGETS, Base
-from mlcm_rl.export import export, told_update
-from mlcm_rl.lora_files import KOHYA_FILE, LORA_FILE, combined, kohya_names, read_lora, write_kohya
+from mlcm_rl.models import students
+from mlcm_rl.models.base import LORA_TARGETS, Base
+from mlcm_rl.models.export import export, told_update
+from mlcm_rl.models.lora_files import KOHYA_FILE, LORA_FILE, combined, kohya_names, read_lora, write_kohya
+from mlcm_rl.models.students import PREFERENCE_FILE
 from mlcm_rl.recipe import Full
 
 # ---- the rule of the tools ----
@@ -130,7 +130,7 @@ def test_a_tool_that_reads_kohyas_names_adds_what_the_student_adds(teacher, kind
 @pytest.mark.parametrize("teacher", ["sdxl", "sd15"])
 def test_the_adapters_of_a_conditioned_student_add_the_target_time_too(teacher, kind, loaded, lora_exports):
     base, name = loaded[teacher], f"{teacher}-{kind}"
-    student = adapters.load_student(base, lora_exports / "students" / name)
+    student = students.load_student(base, lora_exports / "students" / name)
     files = sorted((lora_exports / "exports" / name).glob(f"steps-*/{KOHYA_FILE}"))
     assert [file.parent.name for file in files] == ["steps-2", "steps-3", "steps-4", "steps-6", "steps-8"]
     for file in files:
@@ -173,8 +173,8 @@ def test_both_files_of_a_folder_hold_the_same_adapter_and_say_what_they_are(kind
 )
 def test_the_header_names_the_base_model_as_tools_test_for_it(teacher, version, second, loaded, tmp_path):
     base = loaded[teacher]
-    denoiser = adapters.student(base, LORA, 0)
-    adapters.save_student(denoiser, tmp_path / "student", description(base))
+    denoiser = students.student(base, LORA, 0)
+    students.save_student(denoiser, tmp_path / "student", description(base))
     write_kohya(*combined([read_lora(tmp_path / "student" / LORA_FILE)]), base, tmp_path / KOHYA_FILE)
     with safe_open(tmp_path / KOHYA_FILE, "pt") as file:
         header = file.metadata()
@@ -237,10 +237,10 @@ def test_a_lost_header_changes_nothing(kind, loaded, lora_exports, tmp_path):
 
 def test_a_tuned_student_over_weights_of_its_own_ships_no_adapter(loaded, tmp_path):
     base = loaded["sdxl"]
-    denoiser = adapters.student(base, Full(), 0)
-    adapters.save_student(denoiser, tmp_path / "distilled", description(base))
-    tuned = adapters.for_preference(base, PREFERENCE, 0, tmp_path / "distilled")
-    adapters.save_tuned(tuned, tmp_path / "distilled", tmp_path / "student", tuned_steps=1)
+    denoiser = students.student(base, Full(), 0)
+    students.save_student(denoiser, tmp_path / "distilled", description(base))
+    tuned = students.for_preference(base, PREFERENCE, 0, tmp_path / "distilled")
+    students.save_tuned(tuned, tmp_path / "distilled", tmp_path / "student", tuned_steps=1)
     out = export(tmp_path / "student", base, tmp_path / "out")
     assert not list(out.glob("*lora*"))
     assert list((out / "unet").glob("*.safetensors"))

@@ -13,11 +13,13 @@ from diffusers import StableDiffusionPipeline
 from ruamel.yaml import YAML
 
 import tiny
-from mlcm_rl import adapters, bases, model_card, recipe
-from mlcm_rl.adapters import Student
-from mlcm_rl.bases import Base
-from mlcm_rl.export import export
-from mlcm_rl.lora_files import KOHYA_FILE
+from mlcm_rl import recipe
+from mlcm_rl.models import model_card, students
+from mlcm_rl.models.base import Base
+from mlcm_rl.models.export import export
+from mlcm_rl.models.lora_files import KOHYA_FILE
+from mlcm_rl.models.students import Student
+from mlcm_rl.models.teachers import load
 from mlcm_rl.recipe import Full, Lora
 
 CARD = "---\nlicense: other\nlicense_name: a-licence\nlanguage:\n- en\n- zh\ntags:\n- theirs\n---\nÉmilie's teacher\n"
@@ -25,10 +27,10 @@ CARD = "---\nlicense: other\nlicense_name: a-licence\nlanguage:\n- en\n- zh\ntag
 
 def exported(base: Base, root: Path, adapter: Lora | Full, conditioned: bool = False, **described) -> Path:
     """The export `root/out` of a student; the student itself is in `root/student`."""
-    denoiser = adapters.student(base, adapter, 0, conditioned)
-    tiny.perturb(adapters.trainable_parameters(denoiser), seed=1)
+    denoiser = students.student(base, adapter, 0, conditioned)
+    tiny.perturb(students.trainable_parameters(denoiser), seed=1)
     description = {"segments": 1, "family": base.family, "prediction_type": base.prediction_type} | described
-    adapters.save_student(denoiser, root / "student", description)
+    students.save_student(denoiser, root / "student", description)
     return export(root / "student", base, root / "out")
 
 
@@ -44,7 +46,7 @@ def metadata(card: str) -> dict:
 def lora(loaded, tmp_path_factory) -> tuple[Base, Student, Path]:
     root = tmp_path_factory.mktemp("lora")
     out = exported(loaded["sdxl"], root, Lora(rank=4, alpha=8.0))
-    return loaded["sdxl"], adapters.load_student(loaded["sdxl"], root / "student"), out
+    return loaded["sdxl"], students.load_student(loaded["sdxl"], root / "student"), out
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def told(loaded, tmp_path_factory) -> tuple[Base, Student, Path]:
     """A conditioned student of budgets without 4."""
     root = tmp_path_factory.mktemp("told")
     out = exported(loaded["sdxl"], root, Lora(rank=4, alpha=8.0), True, budgets=[2, 3, 8])
-    return loaded["sdxl"], adapters.load_student(loaded["sdxl"], root / "student"), out
+    return loaded["sdxl"], students.load_student(loaded["sdxl"], root / "student"), out
 
 
 def of_teacher(base: Base, **changes) -> Base:
@@ -161,7 +163,7 @@ def test_a_folder_of_licences_stays_where_it_is(loaded, tmp_path):
 def test_a_student_that_the_guard_left_alone_is_not_called_tuned(described, claim, lora, tmp_path):
     base, student, out = lora
     shutil.copytree(student.folder, tmp_path / "student")
-    file = tmp_path / "student" / adapters.DESCRIPTION_FILE
+    file = tmp_path / "student" / students.DESCRIPTION_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | {"preference": {}} | described))
     tuned = dataclasses.replace(student, tuned=True, folder=tmp_path / "student")
     text = card(base, tuned, out)
@@ -182,7 +184,7 @@ def test_a_safety_checker_that_is_left_out_is_said_to_be(teachers, tmp_path):
     index = json.loads((folder / "model_index.json").read_text())
     index |= {"requires_safety_checker": True, "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
     (folder / "model_index.json").write_text(json.dumps(index))
-    base = bases.load(recipe.Teacher(path=str(folder), family="sd"), "cpu")
+    base = load(recipe.Teacher(path=str(folder), family="sd"), "cpu")
     out = exported(base, tmp_path, Full())
     assert "safety checker is not in this folder" in (out / "README.md").read_text()
     assert json.loads((out / "model_index.json").read_text())["requires_safety_checker"] is False
@@ -233,7 +235,7 @@ def test_a_conditioned_student_goes_to_comfyui_by_its_folders(told):
 def test_full_weights_go_to_comfyui_in_one_file(loaded, tmp_path):
     base = loaded["sdxl"]
     out = exported(base, tmp_path, Full(), segments=2)
-    student = adapters.load_student(base, tmp_path / "student")
+    student = students.load_student(base, tmp_path / "student")
     (row,) = table(card(of_published_shape(base), student, out))
     assert row[:2] == ["unet/diffusion_pytorch_model.safetensors", "models/diffusion_models"]
     assert row[3] == "euler"

@@ -20,9 +20,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
 
-from mlcm_rl import bases
-from mlcm_rl.bases import LORA_TARGETS
-from mlcm_rl.lora_files import KOHYA_FILE, LORA_FILE, kohya_names, write_kohya
+from mlcm_rl.models.base import LORA_TARGETS
+from mlcm_rl.models.lora_files import KOHYA_FILE, LORA_FILE, kohya_names, write_kohya
+from mlcm_rl.models.teachers import load
 from mlcm_rl.recipe import Teacher
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def environment():
 @pytest.fixture(scope="module")
 def jobs(lora_exports, teachers) -> dict[str, dict]:
     """What to sample, by name, for stock_samples.py."""
-    base = bases.load(Teacher(path=str(EMOJI), family="sdxl"), "cpu")
+    base = load(Teacher(path=str(EMOJI), family="sdxl"), "cpu")
     lora_students.make(base, lora_exports, "emoji-plain", "plain", scale=0.005)
     found = {}
     for name in ("sdxl-plain", "sdxl-tuned", "sd15-plain", "sdxl-conditioned", "sd15-conditioned", "emoji-plain"):

@@ -13,12 +13,14 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 import tiny
-from mlcm_rl import adapters, bases, recipe, sampler
-from mlcm_rl.adapters import Student
-from mlcm_rl.bases import Base
+from mlcm_rl import recipe
 from mlcm_rl.equations.segments import paper_times, sampling_times
 from mlcm_rl.equations.solver import ddim_step, gamma_step, time_before_noise
-from mlcm_rl.export import STOCK_STEPS, export, stock_scheduler
+from mlcm_rl.models import lora_files, sampler, students
+from mlcm_rl.models.base import Base
+from mlcm_rl.models.export import STOCK_STEPS, export, stock_scheduler
+from mlcm_rl.models.students import Student
+from mlcm_rl.models.teachers import load
 from mlcm_rl.recipe import Full, Lora
 
 PROMPTS, SEED = ["a red apple", "红苹果"], 7
@@ -112,10 +114,10 @@ def exported(loaded, teachers, tmp_path_factory) -> Exported:
 
 
 def _export(base: Base, case: Case, found: Exported) -> None:
-    denoiser = adapters.student(base, case.adapter, 0, case.conditioned)
-    tiny.perturb(adapters.trainable_parameters(denoiser), seed=1)
+    denoiser = students.student(base, case.adapter, 0, case.conditioned)
+    tiny.perturb(students.trainable_parameters(denoiser), seed=1)
     description = {"segments": case.segments, "family": base.family, "prediction_type": base.prediction_type}
-    adapters.save_student(denoiser, found.student(case), description)
+    students.save_student(denoiser, found.student(case), description)
     has_snapshots = case.name == "deterministic-full"
     snapshots = {steps: found.student(one) for steps, one in SNAPSHOTS.items()} if has_snapshots else None
     table = "| steps | R@5 |\n|---|---|\n| 4 | 0.9 |"
@@ -206,7 +208,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_stock_pipeline_samples_an_export_as_our_sampler_does(case, loaded, exported):
     base = loaded[case.teacher]
-    student = adapters.load_student(base, exported.student(case))
+    student = students.load_student(base, exported.student(case))
     assert student.default_gamma == case.gamma or case.tuned_under is not None
     for i, call in enumerate(case.calls):
         assert_close(exported.latents[case.name][str(i)], _ours(base, case, student, call))
@@ -215,7 +217,7 @@ def test_stock_pipeline_samples_an_export_as_our_sampler_does(case, loaded, expo
 @pytest.mark.parametrize("steps", SNAPSHOTS)
 def test_snapshot_beside_an_export_is_sampled_over_the_teacher(steps, loaded, exported):
     base, case = loaded["sdxl"], SNAPSHOTS[steps]
-    expected = _ours(base, case, adapters.load_student(base, exported.student(case)), {"steps": steps})
+    expected = _ours(base, case, students.load_student(base, exported.student(case)), {"steps": steps})
     assert_close(exported.latents[f"deterministic-full-steps-{steps}"]["0"], expected)
 
 
@@ -223,14 +225,14 @@ def test_snapshot_beside_an_export_is_sampled_over_the_teacher(steps, loaded, ex
 def test_a_conditioned_student_is_written_for_stock_pipelines_at_each_number_of_steps(name, steps, loaded, exported):
     (case,) = (case for case in CASES if case.name == name)
     base = loaded[case.teacher]
-    expected = _ours(base, case, adapters.load_student(base, exported.student(case)), {"steps": steps})
+    expected = _ours(base, case, students.load_student(base, exported.student(case)), {"steps": steps})
     assert_close(exported.latents[f"{name}-steps-{steps}"]["0"], expected)
 
 
 def test_an_adapter_holds_a_conditioned_student_for_as_many_steps_as_its_rank(exported):
     """Of rank 4 here; beyond it the denoiser is written whole."""
     files = {steps: exported.root / "exports" / "conditioned" / f"steps-{steps}" for steps in STOCK_STEPS}
-    assert [steps for steps, folder in files.items() if (folder / adapters.LORA_FILE).is_file()] == [2, 3, 4]
+    assert [steps for steps, folder in files.items() if (folder / lora_files.LORA_FILE).is_file()] == [2, 3, 4]
     assert [steps for steps, folder in files.items() if (folder / "unet").is_dir()] == [6, 8]
 
 
@@ -260,7 +262,7 @@ def test_card_names_teacher_licence_grids_and_measurements(loaded, teachers, tmp
     (teachers["sd21"] / "README.md").write_text("---\nlicense: openrail++\ntags: []\n---\n# A teacher\n")
     (teachers["sd21"] / "LICENSE.md").write_text("You may.")
     description = {"segments": 2, "family": "sd", "prediction_type": "v_prediction"}
-    adapters.save_student(adapters.student(base, LORA, 0), tmp_path / "student", description)
+    students.save_student(students.student(base, LORA, 0), tmp_path / "student", description)
     out = export(tmp_path / "student", base, tmp_path / "out", "| a | b |\n|---|---|\n| 1 | 2 |")
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: openrail++\nlibrary_name: diffusers\n")
@@ -279,7 +281,7 @@ def test_card_names_teacher_licence_grids_and_measurements(loaded, teachers, tmp
 def test_card_claims_the_numbers_of_steps_that_were_learned_and_no_other(loaded, tmp_path, budgets, said, grids):
     base = loaded["sdxl"]
     description = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon", "budgets": budgets}
-    adapters.save_student(adapters.student(base, LORA, 0, True), tmp_path / "student", description)
+    students.save_student(students.student(base, LORA, 0, True), tmp_path / "student", description)
     card = (export(tmp_path / "student", base, tmp_path / "out") / "README.md").read_text()
     assert f"for {said} steps, made by" in card
     assert len([line for line in card.splitlines() if "| [999" in line]) == grids
@@ -288,19 +290,19 @@ def test_card_claims_the_numbers_of_steps_that_were_learned_and_no_other(loaded,
 def test_export_is_whole_or_absent_and_refuses_a_conditioned_snapshot(loaded, tmp_path):
     base = loaded["sdxl"]
     description = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
-    adapters.save_student(adapters.student(base, LORA, 0, True), tmp_path / "told", description)
+    students.save_student(students.student(base, LORA, 0, True), tmp_path / "told", description)
     with pytest.raises(ValueError, match="conditioned on its target time"):
         export(tmp_path / "told", base, tmp_path / "out", snapshots={4: tmp_path / "told"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["told"]
 
 
 def test_export_keeps_the_resolution_it_was_distilled_at_and_leaves_the_teacher_alone(teachers, tmp_path):
-    base = bases.load(recipe.Teacher(path=str(teachers["sdxl"]), family="sdxl", resolution=24), "cpu")
+    base = load(recipe.Teacher(path=str(teachers["sdxl"]), family="sdxl", resolution=24), "cpu")
     before = {name: value.clone() for name, value in base.denoiser.state_dict().items()}
     description = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
-    denoiser = adapters.student(base, LORA, 0)
-    tiny.perturb(adapters.trainable_parameters(denoiser))
-    adapters.save_student(denoiser, tmp_path / "student", description)
+    denoiser = students.student(base, LORA, 0)
+    tiny.perturb(students.trainable_parameters(denoiser))
+    students.save_student(denoiser, tmp_path / "student", description)
     out = export(tmp_path / "student", base, tmp_path / "out")
     assert json.loads((out / "unet" / "config.json").read_text())["sample_size"] == 12
     assert (base.denoiser.config.sample_size, type(base.pipeline.scheduler).__name__) == (8, "EulerDiscreteScheduler")
@@ -308,11 +310,11 @@ def test_export_keeps_the_resolution_it_was_distilled_at_and_leaves_the_teacher_
 
 
 def test_export_of_a_half_precision_teacher_opens_in_one_precision(teachers, tmp_path):
-    base = bases.load(recipe.Teacher(path=str(teachers["sdxl"]), family="sdxl", dtype="bfloat16"), "cpu")
+    base = load(recipe.Teacher(path=str(teachers["sdxl"]), family="sdxl", dtype="bfloat16"), "cpu")
     description = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
-    student = adapters.student(base, LORA, 0)
-    tiny.perturb(adapters.trainable_parameters(student))
-    adapters.save_student(student, tmp_path / "student", description)
+    student = students.student(base, LORA, 0)
+    tiny.perturb(students.trainable_parameters(student))
+    students.save_student(student, tmp_path / "student", description)
     stock = DiffusionPipeline.from_pretrained(export(tmp_path / "student", base, tmp_path / "out"))
     stock.set_progress_bar_config(disable=True)
     modules = [part for part in stock.components.values() if isinstance(part, torch.nn.Module)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
-from mlcm_rl import sampler
+from mlcm_rl.models import sampler
 
 NAMES = ["sdxl", "sdxl-one-tower", "sdxl-no-zeros", "sd15", "sd21"]
 PROMPTS = ["a red apple, 3d", "红苹果", "x" * 60]  # the last is longer than the towers read

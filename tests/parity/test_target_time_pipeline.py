@@ -17,8 +17,8 @@ from lora_students import SD15, SD21, SDXL
 from PIL import Image
 
 import tiny
-from mlcm_rl import adapters
-from mlcm_rl.export import _refuse_untold, export
+from mlcm_rl.models import students
+from mlcm_rl.models.export import _refuse_untold, export
 from mlcm_rl.recipe import Lora
 
 LEARNED = (2, 4, 8)
@@ -29,10 +29,10 @@ PROMPT, NEGATIVE = "a red apple", "blue"
 def folder(request, loaded, tmp_path_factory) -> Path:
     """A conditioned student's export, one of each family."""
     base, root = loaded[request.param], tmp_path_factory.mktemp("told")
-    denoiser = adapters.student(base, Lora(rank=4, alpha=8.0), 0, True)
-    tiny.perturb(adapters.trainable_parameters(denoiser), seed=1)
+    denoiser = students.student(base, Lora(rank=4, alpha=8.0), 0, True)
+    tiny.perturb(students.trainable_parameters(denoiser), seed=1)
     description = {"segments": 1, "family": base.family, "prediction_type": base.prediction_type, "budgets": LEARNED}
-    adapters.save_student(denoiser, root / "student", description)
+    students.save_student(denoiser, root / "student", description)
     return export(root / "student", base, root / base.family)
 
 

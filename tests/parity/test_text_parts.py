@@ -9,7 +9,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
-from mlcm_rl.text_parts import write_for_transformers_4
+from mlcm_rl.models.text_parts import write_for_transformers_4
 
 EMOJI = Path(__file__).parents[2] / "recipes" / "emoji" / "teacher"  # its first tower's weights have bare names
 PROMPTS = ["a red apple", "红苹果，写实风格"]

@@ -13,12 +13,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import mlcm_rl
-from mlcm_rl import __version__, reward_commands
-from mlcm_rl.__main__ import app
-from mlcm_rl.devices import DEVICES
-from mlcm_rl.memory import Memory
-from mlcm_rl.memory.launches import Launch
-from mlcm_rl.plan import PlannedStage
+from mlcm_rl import __version__
+from mlcm_rl.cli import reward_commands
+from mlcm_rl.cli.app import app
+from mlcm_rl.cost.gpus import DEVICES
+from mlcm_rl.cost.launches import Launch
+from mlcm_rl.cost.memory import Memory
+from mlcm_rl.pipeline.plan import PlannedStage
 from mlcm_rl.recipe import Recipe
 from mlcm_rl.recipe.schema import json_schema
 
@@ -101,7 +102,7 @@ def test_an_empty_prompt_file_and_a_tracker_that_is_not_installed_are_bad_recipe
     assert result.exit_code == 2
     assert "stages[0].prompts: data/prompts.txt holds no prompt: write one a line" in result.stderr
     (root / "data" / "prompts.txt").write_text("a cat")
-    monkeypatch.setattr("mlcm_rl.recipe.find_spec", lambda name: None if name == "wandb" else name)
+    monkeypatch.setattr("mlcm_rl.recipe.experiment.find_spec", lambda name: None if name == "wandb" else name)
     for command in ("run", "validate"):
         result = mlcm(command, "good.yaml", "trackers=[tensorboard, wandb]")
         assert result.exit_code == 2

@@ -103,7 +103,7 @@ def test_a_side_that_the_teacher_cannot_halve_is_told_when_the_recipe_is_read(br
 
 
 def test_every_family_is_known_by_its_pipeline():
-    families = {name: import_module(f"mlcm_rl.bases.{name}").Family for name in FAMILIES.values()}
+    families = {name: import_module(f"mlcm_rl.models.families.{name}").Family for name in FAMILIES.values()}
     assert {family.pipeline_class.__name__: name for name, family in families.items()} == FAMILIES
     assert set(families) == set(get_args(Teacher.model_fields["family"].annotation))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlcm_rl.fingerprint import locate
+from mlcm_rl.pipeline.fingerprint import locate
 from mlcm_rl.recipe import paths
 from mlcm_rl.recipe.file import load
 from mlcm_rl.recipe.tree import RecipeError

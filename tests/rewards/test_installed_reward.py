@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import reward_models
-from mlcm_rl.__main__ import app
+from mlcm_rl.cli.app import app
 from mlcm_rl.rewards import find
 
 ROOT = Path(__file__).resolve().parents[2]

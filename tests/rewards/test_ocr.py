@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from mlcm_rl import rewards
-from mlcm_rl.picture_files import square
+from mlcm_rl.data.picture_files import square
 from mlcm_rl.recipe import Reward
 from mlcm_rl.rewards.weights import MissingWeights
 from reward_models import _onnx, ocr

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from mlcm_rl import reward_commands
-from mlcm_rl.__main__ import app
-from mlcm_rl.data import Prompt
-from mlcm_rl.rewards import folder as reward_folder
+from mlcm_rl.cli.app import app
+from mlcm_rl.data.prompts import Prompt
+from mlcm_rl.rewards.folder import picture_files, score_files
+from mlcm_rl.training import devices
 
 WITH_WEIGHTS = """
 from safetensors.torch import load_file
@@ -386,9 +386,9 @@ def test_large_pictures_are_asked_one_by_one(tmp_path):
     def score_all(size):
         for i in range(4):
             Image.new("RGB", size).save(tmp_path / f"{i}.png", compress_level=1)
-        files = reward_folder.picture_files(tmp_path)
+        files = picture_files(tmp_path)
         asked.clear()
-        return [row.score for row in reward_folder.score_files(Counting(), "c", files, [Prompt("", "")] * 4, 16)]
+        return [row.score for row in score_files(Counting(), "c", files, [Prompt("", "")] * 4, 16)]
 
     assert score_all((2048, 1200)) == [0.0] * 4
     assert asked == [(1, 3, 1200, 2048)] * 4
@@ -409,7 +409,7 @@ def test_prompts_that_a_reward_cannot_score_are_named_before_the_first_picture(m
 
 def test_rewards_run_on_the_best_device_that_is_here(mlcm, folder, monkeypatch):
     asked = []
-    monkeypatch.setattr(reward_commands, "device_of", lambda name: asked.append(name) or torch.device("cpu"))
+    monkeypatch.setattr(devices, "device_of", lambda name: asked.append(name) or torch.device("cpu"))
     assert mlcm("score", "--reward", "brightness", "--images", folder).exit_code == 0
     assert mlcm("rewards", "check", "brightness").exit_code == 0
     assert mlcm("rewards", "check", "brightness", "--device", "cpu").exit_code == 0

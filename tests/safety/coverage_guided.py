@@ -11,18 +11,19 @@ from collections.abc import Callable
 import atheris
 
 with atheris.instrument_imports(include=["mlcm_rl"]):
-    from mlcm_rl import adapters, data, trajectories, untrusted  # noqa: F401
-    from mlcm_rl.recipe import file as recipe_file
+    from mlcm_rl.data import prompts
+    from mlcm_rl.recipe import file
+    from mlcm_rl.storage import untrusted  # noqa: F401
     from safety import test_fuzz
 
 
 def recipe(data: bytes) -> None:
-    test_fuzz.try_file(recipe_file.load, data, "recipe.yaml")
+    test_fuzz.try_file(file.load, prompts, "recipe.yaml")
 
 
 READERS: dict[str, Callable[[bytes], None]] = {
     "recipe": recipe,
-    "prompts": lambda data: test_fuzz.try_prompts(data, ".jsonl"),
+    "prompts": lambda data: test_fuzz.try_prompts(prompts, ".jsonl"),
     "tensors": test_fuzz.try_tensors,
     "picture": test_fuzz.try_picture,
     "wheel": test_fuzz.try_wheel,

@@ -23,16 +23,22 @@ from PIL import Image
 from safetensors.torch import save
 
 import runs
-from mlcm_rl import finished_runs, pipeline, replays
-from mlcm_rl.adapters import describe
-from mlcm_rl.checkpoint import CheckpointError, load_state, read_shapes, read_tensors, save_state, sha256, verify
-from mlcm_rl.data import CaptionedImages, read_prompts
-from mlcm_rl.lora_files import METADATA_KEY, read_lora
-from mlcm_rl.pairs import PairTable
-from mlcm_rl.picture_files import read_picture
+from mlcm_rl import pipeline
+from mlcm_rl.data.pairs import PairTable
+from mlcm_rl.data.picture_files import read_picture
+from mlcm_rl.data.prompts import CaptionedImages, read_prompts
+from mlcm_rl.data.trajectory_store import Provenance, Store, Writer, shard_ranges
+from mlcm_rl.models.lora_files import METADATA_KEY, read_lora
+from mlcm_rl.models.students import describe
+from mlcm_rl.pipeline import finished_runs
 from mlcm_rl.recipe.tree import RecipeError
 from mlcm_rl.rewards.weights import WeightsError, extract
-from mlcm_rl.trajectories import Provenance, Store, Writer, shard_ranges
+from mlcm_rl.storage.checkpoints import load_state, save_state
+from mlcm_rl.storage.files import CheckpointError
+from mlcm_rl.storage.hashing import sha256
+from mlcm_rl.storage.manifest import verify
+from mlcm_rl.storage.tensors import read_shapes, read_tensors
+from mlcm_rl.training import replay
 from safety.mutations import damaged, damages, exchanged, exchanges, values
 
 OURS = (ValueError, CheckpointError, FileNotFoundError, RecipeError, pipeline.RunError)
@@ -183,7 +189,7 @@ def try_bundle(finished: tuple[Path, dict], changes: list) -> None:
     bundle |= {"recipe": manifest["recipe"], "parents": {"distill": folder.name}}
     path = folder / "nonfinite-4.json"
     path.write_text(json.dumps(exchanged(copy.deepcopy(bundle), changes)))
-    reads_or_refuses(replays.read, path)
+    reads_or_refuses(replay.read, path)
 
 
 def try_tensors(data: bytes) -> None:
@@ -248,10 +254,10 @@ def test_a_bundle_starts_from_stages_beside_its_own(finished):
     folder, _ = finished
     try_bundle(finished, [])  # a good one, to be read
     good = json.loads((folder / "nonfinite-4.json").read_text())
-    assert replays.read(folder / "nonfinite-4.json")[3] == {"distill": folder.parent / folder.name}
+    assert replay.read(folder / "nonfinite-4.json")[3] == {"distill": folder.parent / folder.name}
     (folder / "nonfinite-4.json").write_text(json.dumps(good | {"parents": {"distill": "../.."}}))
     with pytest.raises(ValueError, match=r"nonfinite-4\.json: '\.\./\.\.' leads out of"):
-        replays.read(folder / "nonfinite-4.json")
+        replay.read(folder / "nonfinite-4.json")
 
 
 @quick(60)

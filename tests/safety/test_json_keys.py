@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlcm_rl import untrusted
+from mlcm_rl.storage import untrusted
 
 
 class Compared(str):

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mlcm_rl.data import CaptionedImages, Prompt
+from mlcm_rl.data.pairs import PairTable
+from mlcm_rl.data.picture_files import pictures_of, read_picture
+from mlcm_rl.data.prompts import CaptionedImages, Prompt
 from mlcm_rl.evaluation import instruments
-from mlcm_rl.pairs import PairTable
-from mlcm_rl.picture_files import pictures_of, read_picture
-from mlcm_rl.rewards import folder as reward_folder
+from mlcm_rl.rewards.folder import read_pictures, score_files
 
 SIDE = 8
 PLAIN = Image.new("RGB", (SIDE, SIDE), (10, 200, 30))
@@ -137,13 +137,13 @@ def by_pair_table(folder: Path, data: bytes) -> Tensor:
 def by_score(folder: Path, data: bytes) -> Tensor:
     (folder / "a.png").write_bytes(data)
     reward = Seeing()
-    list(reward_folder.score_files(reward, "seeing", [folder / "a.png"], [Prompt("x", "en")], 4))
+    list(score_files(reward, "seeing", [folder / "a.png"], [Prompt("x", "en")], 4))
     return (reward.seen[0] * 255).round().byte()
 
 
 def by_check(folder: Path, data: bytes) -> Tensor:
     (folder / "a.png").write_bytes(data)
-    return (reward_folder.read_pictures([folder / "a.png"], SIDE)[0] * 255).round().byte()
+    return (read_pictures([folder / "a.png"], SIDE)[0] * 255).round().byte()
 
 
 READERS = [by_captions, by_real_images, by_pair_folder, by_pair_table, by_score, by_check]
@@ -183,7 +183,7 @@ def test_a_truncated_picture_is_told_by_its_name(tmp_path, read: Read, form):
     data = encoded(noise, form)
     if read is by_score:
         (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
-        (answer,) = reward_folder.score_files(Seeing(), "seeing", [tmp_path / "a.png"], [Prompt("x", "en")], 4)
+        (answer,) = score_files(Seeing(), "seeing", [tmp_path / "a.png"], [Prompt("x", "en")], 4)
         assert "a.png is not a readable picture" in answer.why
         return
     with pytest.raises(ValueError, match=r"(a\.png|chosen) is not a readable picture"):
@@ -202,7 +202,7 @@ def test_a_link_that_leads_nowhere_and_a_pipe_are_named_and_not_missed(tmp_path)
     (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
     os.mkfifo(tmp_path / "c.png")
     files = pictures_of(tmp_path)
-    first, *others = reward_folder.score_files(Seeing(), "seeing", files, [Prompt("x", "en")] * 3, 4)
+    first, *others = score_files(Seeing(), "seeing", files, [Prompt("x", "en")] * 3, 4)
     assert first.score is not None
     assert [answer.file for answer in others] == ["b.png", "c.png"]
     assert "No such file" in others[0].why

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import runs
-from mlcm_rl import bases, finished_runs, pipeline, runtime
-from mlcm_rl.console_text import plain_console
-from mlcm_rl.data import read_prompts
-from mlcm_rl.pipeline import RunError
+from mlcm_rl import pipeline
+from mlcm_rl.data.prompts import read_prompts
+from mlcm_rl.models import teachers
+from mlcm_rl.pipeline import RunError, finished_runs
 from mlcm_rl.recipe import Evaluate
+from mlcm_rl.training import progress
+from mlcm_rl.training.console import plain_console
 
 LONG = "a cat " * 16_667  # 100,000 characters
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # joined by zero-width joiners
@@ -56,8 +58,8 @@ def run(tiny_sdxl, tmp_path_factory, heard) -> Path:
     recipe = runs.recipe(teacher, folder, stages)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("HF_TOKEN", SECRET)
-        patched.setattr(runtime, "console", plain_console(file=heard, width=200))
-        runtime.say_once.cache_clear()
+        patched.setattr(progress, "console", plain_console(file=heard, width=200))
+        progress.say_once.cache_clear()
         pipeline.run(recipe)
         finished_runs.export(Path(recipe.runs, recipe.name), folder / "exported")
     return Path(recipe.runs, recipe.name)
@@ -114,7 +116,7 @@ def test_half_a_surrogate_pair_is_refused_at_the_door_with_its_line(tmp_path):
 
 
 def test_a_long_prompt_is_what_its_first_tokens_are(run):
-    base = bases.load(finished_runs.recipe_of(finished_runs.find_stage(run, ("distill",))).teacher, "cpu")
+    base = teachers.load(finished_runs.recipe_of(finished_runs.find_stage(run, ("distill",))).teacher, "cpu")
     long, short = base.encode_prompts([LONG])["context"], base.encode_prompts([LONG[:60]])["context"]
     assert torch.equal(long, short)
     assert base.count_tokens(["", "ab"]) == [2, 4]

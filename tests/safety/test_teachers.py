@@ -20,13 +20,15 @@ from safetensors.torch import load_file, save_file
 
 import runs
 import tiny
-from mlcm_rl import bases, teacher_check
-from mlcm_rl.checkpoint import CheckpointError, read_shapes
-from mlcm_rl.plan import Sizes
-from mlcm_rl.recipe import Teacher
+from mlcm_rl.models import teachers
+from mlcm_rl.models.base import files
+from mlcm_rl.pipeline.plan import Sizes
+from mlcm_rl.recipe import Teacher, teacher_check
 from mlcm_rl.recipe.file import load
+from mlcm_rl.recipe.teacher_types import Autoencoder, Denoiser
 from mlcm_rl.recipe.tree import RecipeError
-from mlcm_rl.teacher_types import Autoencoder, Denoiser
+from mlcm_rl.storage.files import CheckpointError
+from mlcm_rl.storage.tensors import read_shapes
 
 OURS = (ValueError, CheckpointError, OSError)
 CONFIGURATIONS = {
@@ -93,7 +95,7 @@ def runs_or_refuses(family: str, folder: Path) -> None:
     teacher = Teacher(path=str(folder), family=family, guidance_scale=3.0)
     try:
         Sizes(runs.recipe(folder, folder, [runs.trajectories("unread")], family)).disk(runs.trajectories("unread"))
-        base = bases.load(teacher, "cpu")
+        base = teachers.load(teacher, "cpu")
         given = base.encode_prompts(["a cat"])
         noise = base.noise(torch.Generator().manual_seed(0), 1)
         for t in (999, 0):
@@ -177,7 +179,7 @@ def test_a_value_that_cannot_be_is_answered_with_file_and_key(tmp_path, part, ke
     lines = teacher_check.problems(folder, "sd")
     assert [line for line in lines if said in line], lines
     with pytest.raises(ValueError, match=f"teacher {folder}: {part}/"):
-        bases.load(Teacher(path=str(folder), family="sd"), "cpu")
+        teachers.load(Teacher(path=str(folder), family="sd"), "cpu")
     with pytest.raises(ValueError, match=f"teacher {folder}: {part}/"):
         Sizes(runs.recipe(folder, tmp_path, [runs.distill()], "sd"))
     recipe = tmp_path / "recipe.yaml"
@@ -227,7 +229,7 @@ def test_a_file_that_is_no_configuration_is_refused_by_name(copied, bomb, name):
     (line,) = teacher_check.problems(folder, family)
     assert line.startswith(f"{name}: ")
     with pytest.raises(OURS):
-        bases.load(Teacher(path=str(folder), family=family), "cpu")
+        teachers.load(Teacher(path=str(folder), family=family), "cpu")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "zeros", "nowhere", "loop"])
@@ -247,7 +249,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(copied, monkeypatch, kind
     lines = teacher_check.problems(folder, family)
     assert any(name in line for line in lines), lines
     with pytest.raises(OURS):
-        bases.load(Teacher(path=str(folder), family=family), "cpu")
+        teachers.load(Teacher(path=str(folder), family=family), "cpu")
 
 
 # ---- tokenizers ----
@@ -292,7 +294,7 @@ def test_a_vocabulary_without_its_special_tokens_is_told_when_it_is_loaded(copie
     words = json.loads(path.read_text())
     path.write_text(json.dumps(dict(list(words.items())[2:20])))
     with pytest.raises(ValueError, match=r"its files make no network: .*not found in the vocabulary"):
-        bases.load(Teacher(path=str(folder), family=family), "cpu")
+        teachers.load(Teacher(path=str(folder), family=family), "cpu")
 
 
 # ---- weights ----
@@ -322,11 +324,11 @@ def test_an_index_that_does_not_list_the_weights_beside_it_is_refused(tmp_path, 
     ):
         index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         with pytest.raises(ValueError, match=f"index.*{words}"):
-            bases.files.check_components(teacher, bases.files.pipeline_index(teacher))
+            files.check_components(teacher, files.pipeline_index(teacher))
     index.write_text(json.dumps({"metadata": {}, "weight_map": listed}))
-    bases.files.check_components(teacher, bases.files.pipeline_index(teacher))
+    files.check_components(teacher, files.pipeline_index(teacher))
     if variant is None:
-        bases.load(teacher, "cpu")
+        teachers.load(teacher, "cpu")
 
 
 def test_a_name_given_twice_in_a_tensor_file_is_damage(tmp_path):
@@ -357,14 +359,14 @@ def test_weights_in_bin_files_are_answered_with_what_to_do(copied):
 
 def test_weights_of_a_variant_are_named_and_read(copied):
     family, folder = copied
-    plain = bases.load(Teacher(path=str(folder), family=family), "cpu").denoiser.state_dict()
+    plain = teachers.load(Teacher(path=str(folder), family=family), "cpu").denoiser.state_dict()
     for path in folder.glob("*/*.safetensors"):
         path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
     lines = teacher_check.problems(folder, family)
     assert lines[0] == "unet: its weights are the variant fp16: write teacher.variant: fp16"
     assert teacher_check.problems(folder, family, "fp16") == []
     teacher = Teacher(path=str(folder), family=family, variant="fp16")
-    loaded = bases.load(teacher, "cpu").denoiser.state_dict()
+    loaded = teachers.load(teacher, "cpu").denoiser.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in plain.items())
     recipe = runs.recipe(folder, folder, [runs.distill()], family).model_copy(update={"teacher": teacher})
     assert Sizes(recipe).weights("unet") == sum(value.numel() for value in plain.values())
@@ -382,7 +384,7 @@ def test_weights_of_another_configuration_are_refused_by_their_headers(copied, c
     kept = {key: value for key, value in tensors.items() if change == "more" or key != name}
     save_file(kept | odd, file)
     with pytest.raises(ValueError, match=r"unet: 1 tensors are not those of config\.json, for example"):
-        bases.load(Teacher(path=str(folder), family=family), "cpu")
+        teachers.load(Teacher(path=str(folder), family=family), "cpu")
 
 
 def test_older_names_of_attention_are_the_same_weights(copied):
@@ -394,7 +396,7 @@ def test_older_names_of_attention_are_the_same_weights(copied):
         tensors = {key.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): value for key, value in tensors.items()}
     assert any("query" in key for key in tensors)
     save_file(tensors, file)
-    bases.load(Teacher(path=str(folder), family=family), "cpu")
+    teachers.load(Teacher(path=str(folder), family=family), "cpu")
 
 
 # ---- the types ----

@@ -13,18 +13,19 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tiny
-from mlcm_rl import bases, checkpoint, data, pairs, picture_files, untrusted
-from mlcm_rl.bases import files
-from mlcm_rl.checkpoint import CheckpointError, finish, read_json, verify
-from mlcm_rl.data import CaptionedImages
-from mlcm_rl.lora_files import METADATA_KEY, read_lora
-from mlcm_rl.pairs import PairTable
-from mlcm_rl.picture_files import read_picture
-from mlcm_rl.recipe import Teacher
-from mlcm_rl.recipe import tree as recipe_tree
+from mlcm_rl.data import pairs, picture_files, prompts
+from mlcm_rl.data.pairs import PairTable
+from mlcm_rl.data.picture_files import read_picture
+from mlcm_rl.data.prompts import CaptionedImages
+from mlcm_rl.models import files, teachers
+from mlcm_rl.models.lora_files import METADATA_KEY, read_lora
+from mlcm_rl.recipe import Teacher, tree
 from mlcm_rl.recipe.file import load
 from mlcm_rl.recipe.tree import RecipeError
-from mlcm_rl.untrusted import held
+from mlcm_rl.storage import hashing, untrusted
+from mlcm_rl.storage.files import CheckpointError, read_json
+from mlcm_rl.storage.manifest import finish, verify
+from mlcm_rl.storage.untrusted import held
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_a_manifest_lists_files_of_its_folder_alone(tmp_path):
     finish(stage, {"kind": "distill"})
     manifest = read_json(stage / "manifest.json")
     del manifest["seal"]  # as a version that knew none left it
-    manifest["files"]["../outside.txt"] = checkpoint.sha256(tmp_path / "outside.txt")
+    manifest["files"]["../outside.txt"] = hashing.sha256(tmp_path / "outside.txt")
     (stage / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"manifest\.json: '\.\./outside\.txt' leads out of"):
         verify(stage)
@@ -128,7 +129,7 @@ def test_a_picture_that_another_program_would_have_to_open_is_none(tmp_path):
         read_picture(tmp_path / "page.png", "here")
 
 
-@pytest.mark.parametrize("read", [read_json, data.read_prompts])
+@pytest.mark.parametrize("read", [read_json, prompts.read_prompts])
 def test_a_text_file_too_long_is_refused(tmp_path, monkeypatch, read):
     monkeypatch.setattr(untrusted.read_bytes, "__defaults__", (100,))
     path = tmp_path / "x.jsonl"
@@ -150,7 +151,7 @@ def test_aliases_of_aliases_do_not_fill_the_memory(tmp_path):
 
 
 def test_a_recipe_file_too_long_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe_tree, "MAX_BYTES", 100)
+    monkeypatch.setattr(tree, "MAX_BYTES", 100)
     path = tmp_path / "long.yaml"
     path.write_text("name: " + "a" * 100)
     with pytest.raises(RecipeError, match=r"long\.yaml: more than 100 bytes"):
@@ -193,7 +194,7 @@ def test_a_teacher_has_parts_of_known_libraries(tmp_path, part):
     index = {"_class_name": "StableDiffusionXLPipeline", "unet": part}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"unet is a .*; only known classes are loaded"):
-        bases.load(Teacher(path=str(tmp_path), family="sdxl"), "cpu")
+        teachers.load(Teacher(path=str(tmp_path), family="sdxl"), "cpu")
 
 
 def test_a_teachers_damaged_or_climbing_weights_are_told_by_name(tmp_path):
@@ -201,12 +202,12 @@ def test_a_teachers_damaged_or_climbing_weights_are_told_by_name(tmp_path):
     index = tmp_path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../../secret.safetensors"}}))
     with pytest.raises(ValueError, match=r"index\.json: '\.\./\.\./secret\.safetensors' is not a file beside it"):
-        bases.load(teacher, "cpu")
+        teachers.load(teacher, "cpu")
     index.unlink()
     weights = tmp_path / "teacher" / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model\.safetensors is damaged"):
-        bases.load(teacher, "cpu")
+        teachers.load(teacher, "cpu")
 
 
 def test_the_hub_is_asked_only_for_a_pinned_revision_that_is_not_here():

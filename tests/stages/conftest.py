@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 import runs
-from mlcm_rl.data import Prompt, guess_language
-from mlcm_rl.pairs import labels, ranking
-from mlcm_rl.pairs.labels import Choices
+from mlcm_rl.data.prompts import Prompt, guess_language
+from mlcm_rl.preference import labels, ranking
+from mlcm_rl.preference.labels import Choices
 
 PROMPTS = [Prompt(text, guess_language(text)) for text in runs.PROMPTS]
 Opened = Callable[..., Choices]
@@ -52,7 +52,7 @@ class Served:
 @pytest.fixture
 def served(choices) -> Iterator[Served]:
     """The page of `choices`, which the test ends."""
-    label_page = pytest.importorskip("mlcm_rl.pairs.label_page", reason="the extra `label` is not installed")
+    label_page = pytest.importorskip("mlcm_rl.cli.label_page", reason="the extra `label` is not installed")
     with label_page.listen(0) as listening:
         found = Served(listening.getsockname()[1])
         server = label_page.server(choices, found.stopped.set)

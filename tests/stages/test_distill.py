@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 import runs
 from mlcm_rl import pipeline
-from mlcm_rl.checkpoint import CheckpointError
-from mlcm_rl.runtime import NonFiniteLoss, Runtime
 from mlcm_rl.stages import distill
+from mlcm_rl.storage.files import CheckpointError
+from mlcm_rl.training.loop import NonFiniteLoss, Runtime
 
 
 def student_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -95,7 +95,7 @@ def test_a_resumed_run_that_skipped_nothing_differs_when_the_optimizer_is_lost(t
         interrupted_at(2, patched)
         with pytest.raises(SystemExit):
             train(tiny_sdxl, store, tmp_path / "cut", num_steps=3, segments=[1])
-    monkeypatch.setattr("mlcm_rl.checkpoint.load_optimizer", lambda optimizer, tensors: None)
+    monkeypatch.setattr("mlcm_rl.training.states.load_optimizer", lambda optimizer, tensors: None)
     resumed = train(tiny_sdxl, store, tmp_path / "cut", num_steps=3, segments=[1])
     expected, found = student_weights(whole), student_weights(resumed)
     assert not all(torch.equal(expected[name], found[name]) for name in expected)

@@ -7,10 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 import runs
-from mlcm_rl import bases, pipeline, replays
-from mlcm_rl.__main__ import app
+from mlcm_rl import pipeline
+from mlcm_rl.cli.app import app
+from mlcm_rl.models import teachers
 from mlcm_rl.recipe import Evaluate
 from mlcm_rl.recipe.file import load
+from mlcm_rl.training import replay
 
 CLI = CliRunner()
 
@@ -80,11 +82,11 @@ def test_a_replay_finds_the_teacher_from_any_folder(place, monkeypatch):
     (folder,) = Path("runs/stages").glob("distill-*")
     (store,) = Path("runs/stages").glob("trajectories-*")
     figures = {"step": 0, "update": 0}
-    bundle = replays.write(folder, recipe.stages[1], recipe, {"trajectories": store}, figures).absolute()
+    bundle = replay.write(folder, recipe.stages[1], recipe, {"trajectories": store}, figures).absolute()
     monkeypatch.chdir("/")
-    _, stage, read, parents = replays.read(bundle)
+    _, stage, read, parents = replay.read(bundle)
     assert (stage, parents["trajectories"].is_dir()) == (recipe.stages[1], True)
-    assert bases.load(read.teacher, "cpu").family == "sdxl"
+    assert teachers.load(read.teacher, "cpu").family == "sdxl"
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch.nn import functional as F
 
 import runs
-from mlcm_rl import estimates, memory, operations, pipeline, plan
-from mlcm_rl.devices import DEVICES
-from mlcm_rl.memory.live_bytes import Kernels, Live
-from mlcm_rl.memory.shapes import Shapes
-from mlcm_rl.plan import Sizes, planned_stages
+from mlcm_rl import pipeline
+from mlcm_rl.cost import flops, memory
+from mlcm_rl.cost.gpus import DEVICES
+from mlcm_rl.cost.live_bytes import Kernels, Live
+from mlcm_rl.cost.shapes import Shapes
+from mlcm_rl.pipeline import estimates, plan
+from mlcm_rl.pipeline.plan import Sizes, planned_stages
 from mlcm_rl.recipe import Recipe
 from mlcm_rl.recipe.file import load
 
@@ -22,7 +24,7 @@ def counted(monkeypatch, tmp_path) -> list[str]:
     """What is worked out, in a folder of estimates that is empty at first."""
     monkeypatch.setenv("MLCM_RL_ESTIMATES", str(tmp_path / "estimates"))
     worked_out: list[str] = []
-    for name, module, function in (("memory", plan, "of_stage"), ("work", operations, "of_stage")):
+    for name, module, function in (("memory", plan, "of_stage"), ("work", flops, "of_stage")):
         found = getattr(module, function)
         monkeypatch.setattr(module, function, lambda *given, n=name, f=found: worked_out.append(n) or f(*given))
     return worked_out
@@ -146,7 +148,7 @@ def test_tensors_with_content_are_computed():
 
 def test_a_step_finds_a_shape_once_however_often_it_comes(monkeypatch):
     """Twenty layers alike take as many look-ups of new shapes as one."""
-    from mlcm_rl.memory import shapes
+    from mlcm_rl.cost import shapes
 
     def found_out(layers: int) -> int:
         monkeypatch.setattr(shapes, "_known", {})

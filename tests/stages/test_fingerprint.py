@@ -9,7 +9,7 @@ import reward_models
 import runs
 from mlcm_rl.evaluation.row_store import open_store
 from mlcm_rl.evaluation.rows import Row
-from mlcm_rl.fingerprint import locate
+from mlcm_rl.pipeline.fingerprint import locate
 from mlcm_rl.recipe import Evaluate, TrainReward, TrainTeacher
 
 REFERENCE = Row("teacher-2", "reference", "teacher", "DDIM", 2, 2, "ddim", 1.0)

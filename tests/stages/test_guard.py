@@ -6,11 +6,14 @@ import pytest
 import torch
 
 import runs
-from mlcm_rl import bases, distributed, guard, pipeline, tuning
-from mlcm_rl.guard import Guard
+from mlcm_rl import pipeline
+from mlcm_rl.models import base, teachers
+from mlcm_rl.preference import guard, tuning
+from mlcm_rl.preference.guard import Guard
 from mlcm_rl.recipe import Lora
 from mlcm_rl.rewards import combine
 from mlcm_rl.stages import feedback, policy
+from mlcm_rl.training import processes as distributed
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +32,20 @@ def guard_of(distilled, held_out: tuple[str, ...] = ("colourfulness",), **change
     recipe, folder = distilled
     watch = {"rewards": [{"name": name} for name in held_out], "num_prompts": 5}
     stage = runs.tuning("feedback", recipe.stages[0].prompts, **{"batch_size": 8, "guard": watch, **changes})
-    student = tuning.load(stage, bases.load(recipe.teacher, "cpu"), folder / "student", seed=0)
+    student = tuning.load(stage, teachers.load(recipe.teacher, "cpu"), folder / "student", seed=0)
     return Guard(stage, student, student.parameters, combine(stage.rewards, "cpu"), 0)
 
 
 @pytest.fixture
 def decoded(monkeypatch) -> list[int]:
     """How many pictures were decoded at a time."""
-    sizes, original = [], bases.Base.decode
+    sizes, original = [], base.Base.decode
 
     def decode(self, latents, small=None):
         sizes.append(len(latents))
         return original(self, latents, small)
 
-    monkeypatch.setattr(bases.Base, "decode", decode)
+    monkeypatch.setattr(base.Base, "decode", decode)
     return sizes
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlcm_rl.hashing import contents_hash, folder_hash, sha256
+from mlcm_rl.storage.hashing import contents_hash, folder_hash, sha256
 
 HASHES = [folder_hash, contents_hash]
 

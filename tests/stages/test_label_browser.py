@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import browser
-from mlcm_rl.data import Prompt
+from mlcm_rl.data.prompts import Prompt
 
 pytestmark = browser.MARKS
 

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 import runs
-from mlcm_rl.pairs import PairTable, labels
-from mlcm_rl.pairs.labels import NEITHER, SIDES
+from mlcm_rl.data.pairs import PairTable
+from mlcm_rl.preference import labels
+from mlcm_rl.preference.labels import NEITHER, SIDES
 
 
 def red(path: Path) -> int:
@@ -206,7 +207,7 @@ def test_the_page_holds_all_it_needs_and_runs_only_its_own_script(client):
 
 
 def test_a_port_that_is_taken_is_told(choices):
-    label_page = pytest.importorskip("mlcm_rl.pairs.label_page", reason="the extra `label` is not installed")
+    label_page = pytest.importorskip("mlcm_rl.cli.label_page", reason="the extra `label` is not installed")
     with label_page.listen(0) as taken:
         number = taken.getsockname()[1]
         assert taken.getsockname()[0] == "127.0.0.1"

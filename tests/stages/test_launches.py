@@ -9,13 +9,15 @@ from torch import nn
 
 import runs
 import tiny
-from mlcm_rl import distributed, memory, runtime
-from mlcm_rl.bases import TARGET_TIME_WIDTH
-from mlcm_rl.distributed.launch import LaunchError
-from mlcm_rl.memory.launches import Held, Launch, held, of_this_process, outline, part, read_launch, zero_bytes
-from mlcm_rl.plan import Sizes
+from mlcm_rl.cost import memory
+from mlcm_rl.cost.launches import Held, Launch, held, of_this_process, outline, part, read_launch, zero_bytes
+from mlcm_rl.models.base import TARGET_TIME_WIDTH
+from mlcm_rl.pipeline.plan import Sizes
 from mlcm_rl.recipe import Full, Lora
 from mlcm_rl.recipe.file import load
+from mlcm_rl.training import loop
+from mlcm_rl.training import processes as distributed
+from mlcm_rl.training.launch import LaunchError
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {path.stem: read_launch(path) for path in sorted((ROOT / "recipes" / "launch").glob("*.yaml"))}
@@ -193,7 +195,7 @@ def test_groups_that_processes_cannot_share_are_an_error_of_the_plan_and_before_
         memory.of_stage(stage, recipe, 0, Lora(rank=2, alpha=2.0), "cuda", Launch("whole", 4))
     monkeypatch.setattr(distributed, "count", lambda: 4)
     with pytest.raises(ValueError, match=told):
-        runtime.Runtime(recipe, stage, tmp_path)
+        loop.Runtime(recipe, stage, tmp_path)
 
 
 def test_a_stage_of_the_teacher_alone_holds_no_student_and_is_as_large_in_every_launch(tiny_sdxl, tmp_path):

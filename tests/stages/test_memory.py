@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 import runs
 import tiny
-from mlcm_rl import memory, tuning
-from mlcm_rl.memory import peak
-from mlcm_rl.memory.live_bytes import Kernels, Live
-from mlcm_rl.plan import planned_stages
+from mlcm_rl.cost import memory, peak
+from mlcm_rl.cost.live_bytes import Kernels, Live
+from mlcm_rl.pipeline.plan import planned_stages
+from mlcm_rl.preference import tuning
 from mlcm_rl.recipe import Full, Lora, Reward, Teacher
 from mlcm_rl.rewards import build
 

@@ -6,9 +6,9 @@ import pytest
 
 import runs
 from mlcm_rl import pipeline
-from mlcm_rl.checkpoint import finish
 from mlcm_rl.pipeline import RunError
 from mlcm_rl.recipe import Evaluate
+from mlcm_rl.storage.manifest import finish
 
 
 @pytest.fixture

@@ -17,13 +17,18 @@ import torch
 from typer.testing import CliRunner
 
 import runs
-from mlcm_rl import checkpoint, finished_runs, pictures, pipeline, plan, rewards
-from mlcm_rl.__main__ import app
-from mlcm_rl.data import Prompt
-from mlcm_rl.fingerprint import locate
-from mlcm_rl.pairs import PairTable, labels, ranking
-from mlcm_rl.picture_files import pixels, read_picture, square
+from mlcm_rl import pipeline, rewards
+from mlcm_rl.cli.app import app
+from mlcm_rl.cost import evaluations
+from mlcm_rl.data.pairs import PairTable
+from mlcm_rl.data.picture_files import pixels, read_picture, square
+from mlcm_rl.data.prompts import Prompt
+from mlcm_rl.models import pictures
+from mlcm_rl.pipeline import finished_runs
+from mlcm_rl.pipeline.fingerprint import locate
+from mlcm_rl.preference import labels, ranking
 from mlcm_rl.recipe import Reward
+from mlcm_rl.storage import files
 
 FEATURES = datasets.Features(
     {"prompt": datasets.Value("string"), "chosen": datasets.Image(), "rejected": datasets.Image()}
@@ -208,8 +213,8 @@ def test_a_stage_is_found_by_the_content_of_its_table_and_takes_no_samples(tiny_
     rewrite(moved, rows_of(moved)[:-1])
     assert locate(stage, recipe, []).fingerprint != before
     own = runs.tuning("dpo", prompts)
-    assert plan.evaluations_per_sample(stage) == 2 * 2 * 2  # two times; chosen and rejected; student and reference
-    assert plan.evaluations_per_sample(own) == 2 * 2 * 2 + 4 * 2
+    assert evaluations.evaluations_per_sample(stage) == 2 * 2 * 2  # two times; pair; student, reference
+    assert evaluations.evaluations_per_sample(own) == 2 * 2 * 2 + 4 * 2
 
 
 # ---- made ----
@@ -336,11 +341,9 @@ def test_the_command_says_how_many_pairs_were_kept_and_where(run, tmp_path, monk
 # ---- made by hand: the choices themselves and the page are in test_labels.py ----
 
 
-def by_hand(run: Path, out: Path, judge, monkeypatch, **changes) -> tuple[int, int]:
+def by_hand(run: Path, out: Path, judge, **changes) -> tuple[int, int]:
     """The command, with `judge(choices)` as the person at the page."""
-    page = pytest.importorskip("mlcm_rl.pairs.label_page", reason="the extra `label` is not installed")
-    monkeypatch.setattr(page, "serve", lambda choices, port: judge(choices))
-    settings = {"num_prompts": 5, "num_steps": 2, "seed": 0, "batch_size": 4, "port": 0}
+    settings = {"num_prompts": 5, "num_steps": 2, "seed": 0, "batch_size": 4, "serve": judge}
     return finished_runs.pairs_by_hand(run, Path(runs.write_prompts(run)), out, **(settings | changes))
 
 
@@ -350,7 +353,7 @@ def prefer_left(choices) -> None:
 
 
 def test_a_table_made_by_hand_has_the_samples_of_the_student(run, tmp_path, monkeypatch):
-    assert by_hand(run, tmp_path / "hand", prefer_left, monkeypatch) == (4, 5)
+    assert by_hand(run, tmp_path / "hand", prefer_left) == (4, 5)
     make(run, tmp_path / "reward", num_generations=2)  # of the same seeds
     table, same = PairTable(tmp_path / "hand"), PairTable(tmp_path / "reward")
     assert [prompt.prompt for prompt in table.prompts] == [runs.PROMPTS[i] for i in (0, 2, 3, 4)]
@@ -365,7 +368,7 @@ def test_choosing_goes_on_where_it_was_stopped_and_draws_nothing_again(run, tmp_
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        by_hand(run, tmp_path, stop, monkeypatch)
+        by_hand(run, tmp_path, stop)
     before = contents(tmp_path / "pictures")
     assert len(rows_of(tmp_path)) == 1
     with monkeypatch.context() as patched:
@@ -373,7 +376,7 @@ def test_choosing_goes_on_where_it_was_stopped_and_draws_nothing_again(run, tmp_
         assert by_hand(run, tmp_path, prefer_left, patched) == (4, 5)
         assert by_hand(run, tmp_path, None, patched) == (4, 5)  # all are judged: no page
     assert contents(tmp_path / "pictures") == before
-    assert by_hand(run, tmp_path, prefer_left, monkeypatch, num_prompts=6) == (5, 6)
+    assert by_hand(run, tmp_path, prefer_left, num_prompts=6) == (5, 6)
     with pytest.raises(pipeline.RunError, match=r"holds a table of reward by hand, not brightness; .*take another"):
         make(run, tmp_path)
 
@@ -391,15 +394,15 @@ def test_a_damaged_progress_file_is_told_with_its_key(tmp_path, kept, told):
     asked = ranking.Asked("student", "prompts", "brightness", 2, 1, 1.0, 0.0, 0)
     content = kept | {"asked": asdict(asked)} if kept.get("asked") == "ours" else kept
     (tmp_path / "progress.json").write_text(json.dumps(content))
-    with pytest.raises(checkpoint.CheckpointError, match=rf"progress\.json is damaged: {told}"):
+    with pytest.raises(files.CheckpointError, match=rf"progress\.json is damaged: {told}"):
         ranking.finished(asked, tmp_path)
     (tmp_path / "progress.json").write_text(json.dumps(content | {"choices": 3}))
-    with pytest.raises(checkpoint.CheckpointError, match=r"progress\.json is damaged: (asked|choices) must be"):
+    with pytest.raises(files.CheckpointError, match=r"progress\.json is damaged: (asked|choices) must be"):
         labels.Choices(asked, [], tmp_path)
 
 
 def test_ctrl_c_ends_the_page_and_is_told_as_everywhere(run, tmp_path, monkeypatch):
-    page = pytest.importorskip("mlcm_rl.pairs.label_page", reason="the extra `label` is not installed")
+    page = pytest.importorskip("mlcm_rl.cli.label_page", reason="the extra `label` is not installed")
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals reach the main thread only")
 
@@ -415,10 +418,12 @@ def test_ctrl_c_ends_the_page_and_is_told_as_everywhere(run, tmp_path, monkeypat
 
 def test_without_the_extra_the_command_says_what_to_install(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "mlcm_rl.pairs.label_page", raising=False)
-    monkeypatch.delattr("mlcm_rl.pairs.label_page", raising=False)
-    with pytest.raises(pipeline.RunError, match=r"the page needs uvicorn, .* pip install 'mlcm-rl\[label\]'"):
-        finished_runs.pairs_by_hand(run, Path(runs.write_prompts(run)), tmp_path / "out", None, 1, 0, 4, 0)
+    monkeypatch.delitem(sys.modules, "mlcm_rl.cli.label_page", raising=False)
+    monkeypatch.delattr("mlcm_rl.cli.label_page", raising=False)
+    arguments = ["--prompts", runs.write_prompts(run), "--out", str(tmp_path / "out"), "--by-hand"]
+    result = CliRunner().invoke(app, ["pairs", str(run), *arguments])
+    assert result.exit_code == 1
+    assert "the page needs uvicorn, which is not installed: pip install 'mlcm-rl[label]'" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -11,16 +11,18 @@ from typer.testing import CliRunner
 
 import runs
 import tiny
-from mlcm_rl import adapters, bases, checkpoint, finished_runs, pipeline
-from mlcm_rl.__main__ import app
-from mlcm_rl.checkpoint import finish
-from mlcm_rl.fingerprint import MATHS, corrections, identity, settings
-from mlcm_rl.pipeline import BadArgument, RunError
-from mlcm_rl.plan import network_evaluations
+from mlcm_rl import pipeline
+from mlcm_rl.cli.app import app
+from mlcm_rl.cost.evaluations import network_evaluations
+from mlcm_rl.data.trajectory_store import Store
+from mlcm_rl.models import students, teachers
+from mlcm_rl.pipeline import BadArgument, RunError, finished_runs
+from mlcm_rl.pipeline.fingerprint import MATHS, corrections, identity, settings
 from mlcm_rl.recipe import Distill, Evaluate, Full, Lora
 from mlcm_rl.recipe.file import load
-from mlcm_rl.runtime import Runtime
-from mlcm_rl.trajectories import Store
+from mlcm_rl.storage import checkpoints
+from mlcm_rl.storage.manifest import finish
+from mlcm_rl.training.loop import Runtime
 
 SHIPPED = sorted(Path("recipes").glob("*.yaml"))
 
@@ -126,7 +128,7 @@ def test_memory_that_does_not_suffice_names_the_stage_and_the_ways_out_and_loses
     assert (failed.exit_code, type(failed.exception)) == (1, SystemExit)
     assert "stages[1] (distill): memory of the device does not suffice: smaller micro-batches" in failed.stderr
     (folder,) = Path(recipe.runs).glob("stages/distill-*")
-    assert checkpoint.checkpoints(folder)[-1].name.endswith("2")
+    assert checkpoints.checkpoints(folder)[-1].name.endswith("2")
     assert CliRunner().invoke(app, ["run", str(path)]).exit_code == 0
     assert len(calls) == 4  # the step that failed, and no other again
 
@@ -338,7 +340,7 @@ def test_arguments_that_cannot_be_are_told_before_the_teacher_is_loaded(finished
     recipe, _ = finished
     run, empty = Path(recipe.runs, recipe.name), tmp_path / "empty.txt"
     empty.touch()
-    monkeypatch.setattr(bases, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(teachers, "load", lambda *_: pytest.fail("loaded"))
     with pytest.raises(BadArgument, match=r"OUT: .* is there already; name a new folder"):
         finished_runs.export(run, tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
@@ -350,7 +352,7 @@ def test_arguments_that_cannot_be_are_told_before_the_teacher_is_loaded(finished
     with pytest.raises(BadArgument, match=r"--prompts: .*empty\.txt: holds no prompts"):
         finished_runs.pairs(run, empty, "colourfulness", tmp_path / "out", None, 2, 2, 0.0, 0, 4)
     with pytest.raises(BadArgument, match=r"--prompts: .*empty\.txt: holds no prompts"):
-        finished_runs.pairs_by_hand(run, empty, tmp_path / "out", None, 2, 0, 4, 0)
+        finished_runs.pairs_by_hand(run, empty, tmp_path / "out", None, 2, 0, 4, lambda choices: None)
     assert list(tmp_path.iterdir()) == [empty]
 
 
@@ -413,7 +415,7 @@ def test_the_papers_recipes_run_end_to_end_on_a_tiny_checkpoint(name, prediction
     assert (stages[-1].folder / "report.html").is_file()
     assert all(stage.done for stage in pipeline.plan(recipe))
     assert Store(stages[0].folder).provenance.prediction_type == prediction_type
-    assert adapters.describe(stages[2].folder / "student")["prediction_type"] == prediction_type
+    assert students.describe(stages[2].folder / "student")["prediction_type"] == prediction_type
     curves = json.loads((stages[-1].folder / "report.json").read_text())["curves"]
     of_first = [(1, phase, num_segments) for phase, num_segments in enumerate((8, 4, 2, 1))]
     assert [(one["stage"], one["phase"], one["num_segments"]) for one in curves] == [*of_first, (2, 0, 1)]
@@ -434,7 +436,7 @@ def test_the_recommended_recipes_run_end_to_end_on_a_tiny_checkpoint(name, tmp_p
     for key in ("condition_on_target", "segments", "budgets", "distance", "target"):
         assert getattr(recipe.stages[1], key) == getattr(bare, key)
     stages = pipeline.run(recipe)
-    described = adapters.describe(stages[1].folder / "student")
+    described = students.describe(stages[1].folder / "student")
     assert (described["conditioned"], described["budgets"]) == (True, [2, 3, 4, 6, 8])
     assert (stages[-1].folder / "report.html").is_file()
 

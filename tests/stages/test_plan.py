@@ -9,13 +9,15 @@ import torch
 from rich.console import Console
 
 import runs
-from mlcm_rl import checkpoint, pipeline, plan_table
-from mlcm_rl.devices import DEVICES, Device, kind_for
-from mlcm_rl.fingerprint import locate
-from mlcm_rl.memory.launches import Launch
-from mlcm_rl.plan import planned_stages, share_done
+from mlcm_rl import pipeline
+from mlcm_rl.cli import plan_table
+from mlcm_rl.cost.gpus import DEVICES, Device, kind_for
+from mlcm_rl.cost.launches import Launch
+from mlcm_rl.pipeline.fingerprint import locate
+from mlcm_rl.pipeline.plan import planned_stages, share_done
 from mlcm_rl.recipe import Evaluate, Recipe
 from mlcm_rl.recipe.file import load
+from mlcm_rl.storage import checkpoints, files
 
 
 def shown(recipe: Recipe, stages: list, device: Device | None = None) -> str:
@@ -36,9 +38,9 @@ def test_a_stage_that_was_begun_is_planned_with_what_is_left(tiny_sdxl, tmp_path
     store, student = planned_stages(recipe)
     assert (store.share_done, student.share_done) == (0.0, 0.0)
     record = {"provenance": {}, "shard_size": 2, "shards": {"one": "", "two": "", "three": ""}}
-    checkpoint.write_json(store.folder / "store.json", record)
+    files.write_json(store.folder / "store.json", record)
     for step in (2, 4):
-        checkpoint.save_state(student.folder, step, {"value": torch.ones(1)})
+        checkpoints.save_state(student.folder, step, {"value": torch.ones(1)})
     begun = planned_stages(recipe)
     assert [one.share_done for one in begun] == [6 / 8, 4 / 10]
     text = shown(recipe, begun)

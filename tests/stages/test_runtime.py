@@ -12,8 +12,11 @@ from torch import nn
 
 import runs
 import tiny
-from mlcm_rl import adapters, bases, checkpoint, distributed, pipeline, runtime
+from mlcm_rl import pipeline
+from mlcm_rl.models import students, teachers
 from mlcm_rl.recipe import Evaluate, Lora
+from mlcm_rl.storage import commit, files, manifest
+from mlcm_rl.training import loop, processes
 
 
 @pytest.mark.parametrize(
@@ -22,9 +25,9 @@ from mlcm_rl.recipe import Evaluate, Lora
 def test_bfloat16_that_the_cpu_emulates_is_said_before_the_run(
     monkeypatch, capsys, tmp_path, precision, native, warned
 ):
-    monkeypatch.setattr(runtime, "cpu_has_bfloat16", lambda: native)
+    monkeypatch.setattr(loop, "cpu_has_bfloat16", lambda: native)
     stage = runs.distill(precision=precision)
-    runtime.Runtime(runs.recipe(tmp_path, tmp_path, [stage]), stage, tmp_path)
+    loop.Runtime(runs.recipe(tmp_path, tmp_path, [stage]), stage, tmp_path)
     assert ("set precision: no" in capsys.readouterr().out) is warned
 
 
@@ -33,8 +36,8 @@ def test_without_git_a_run_ends_as_with_it_and_records_no_commit(tiny_sdxl, tmp_
     prompts = runs.write_prompts(tmp_path)
     report = Evaluate(prompts=prompts, num_prompts=2, num_steps=[1], teacher_steps=[2])
     for stage in pipeline.run(runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(prompts), report])):
-        assert checkpoint.verify(stage.folder)["commit"] is None
-    assert checkpoint.read_json(stage.folder / "report.json")["environment"]["commit"] is None
+        assert manifest.verify(stage.folder)["commit"] is None
+    assert files.read_json(stage.folder / "report.json")["environment"]["commit"] is None
 
 
 GITS = {
@@ -52,23 +55,23 @@ def test_a_git_that_does_not_name_the_commit_is_none(tmp_path, monkeypatch, kind
     program.write_bytes(b"\x7fELF" if GITS[kind] is None else f"#!/bin/sh\n{GITS[kind]}\n".encode())
     program.chmod(0o755)
     (tmp_path / ".git").mkdir()
-    monkeypatch.setattr(runtime, "__file__", str(tmp_path / "mlcm_rl" / "runtime.py"))
-    monkeypatch.setattr(runtime, "GIT_SECONDS", 0.2)
+    monkeypatch.setattr(loop, "__file__", str(tmp_path / "mlcm_rl" / "runtime.py"))
+    monkeypatch.setattr(commit, "GIT_SECONDS", 0.2)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert runtime.commit() is None
+    assert commit.commit() is None
 
 
 def test_the_commit_is_that_of_a_checkout_of_this_package_alone(tmp_path, monkeypatch):
     """Installed into an environment that lies within another checkout, it has none."""
-    found = runtime.commit()
+    found = commit.commit()
     assert found is None or len(found) == 40
-    monkeypatch.setattr(runtime, "__file__", str(Path(runtime.__file__).parents[1] / "venv" / "mlcm_rl" / "runtime.py"))
-    assert runtime.commit() is None
+    monkeypatch.setattr(loop, "__file__", str(Path(loop.__file__).parents[1] / "venv" / "mlcm_rl" / "runtime.py"))
+    assert commit.commit() is None
 
 
 def test_trackers_are_given_the_recipe_without_a_path_of_this_machine(tmp_path):
     stage = runs.distill()
-    runtime.Runtime(runs.recipe(tmp_path / "teacher", tmp_path, [stage], trackers=["tensorboard"]), stage, tmp_path)
+    loop.Runtime(runs.recipe(tmp_path / "teacher", tmp_path, [stage], trackers=["tensorboard"]), stage, tmp_path)
     (file,) = tmp_path.glob("tensorboard/*/hparams.yml")
     kept = YAML(typ="safe").load(file)
     assert (kept["stages.0.kind"], kept["stages.0.learning_rate"], kept["seed"]) == ("distill", 1e-3, 0)
@@ -77,16 +80,16 @@ def test_trackers_are_given_the_recipe_without_a_path_of_this_machine(tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_no_silence(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlcm_rl.recipe.find_spec", lambda name: None)
+    monkeypatch.setattr("mlcm_rl.recipe.experiment.find_spec", lambda name: None)
     stage = runs.distill()
     with pytest.raises(ValueError, match="trackers: tensorboard is not installed"):
-        runtime.Runtime(runs.recipe(tmp_path, tmp_path, [stage], trackers=["tensorboard"]), stage, tmp_path)
+        loop.Runtime(runs.recipe(tmp_path, tmp_path, [stage], trackers=["tensorboard"]), stage, tmp_path)
 
 
 def test_every_stage_of_a_process_has_its_own_precision(tmp_path):
     for precision in ("bf16", "no", "bf16"):
         stage = runs.distill(precision=precision)
-        rt = runtime.Runtime(runs.recipe(tmp_path, tmp_path, [stage]), stage, tmp_path)
+        rt = loop.Runtime(runs.recipe(tmp_path, tmp_path, [stage]), stage, tmp_path)
         with rt.autocast():
             product = torch.ones(2, 2) @ torch.ones(2, 2)
         assert product.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -96,9 +99,9 @@ def test_weights_swapped_in_bfloat16_are_the_ones_that_a_pass_takes(tiny_sdxl, t
     """Autocast has kept copies of the student's own, made in the same block."""
     stage = runs.distill(precision="bf16", target_ema=0.9, adapter=Lora(rank=2, alpha=2.0))
     recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
-    rt, base = runtime.Runtime(recipe, stage, tmp_path), bases.load(recipe.teacher, "cpu")
-    student = adapters.student(base, stage.adapter, 0)
-    trained = rt.prepare(student, torch.optim.AdamW(adapters.trainable_parameters(student)))
+    rt, base = loop.Runtime(recipe, stage, tmp_path), teachers.load(recipe.teacher, "cpu")
+    student = students.student(base, stage.adapter, 0)
+    trained = rt.prepare(student, torch.optim.AdamW(students.trainable_parameters(student)))
     tiny.perturb(list(trained.values()))
     average = {name: value.detach().clone() for name, value in trained.items()}
     tiny.perturb(list(average.values()), seed=1)
@@ -122,11 +125,11 @@ def test_weights_swapped_in_bfloat16_are_the_ones_that_a_pass_takes(tiny_sdxl, t
 def linear(tmp_path):
     """A loop's surroundings and a small network to train, batches of 8; the micro-batches are to be chosen."""
 
-    def prepared(accumulation: int) -> tuple[runtime.Runtime, nn.Module]:
+    def prepared(accumulation: int) -> tuple[loop.Runtime, nn.Module]:
         stage = runs.distill(batch_size=8, gradient_accumulation=accumulation)
         folder = tmp_path / str(accumulation)
         folder.mkdir()
-        rt = runtime.Runtime(runs.recipe(tmp_path, tmp_path, [stage]), stage, folder)
+        rt = loop.Runtime(runs.recipe(tmp_path, tmp_path, [stage]), stage, folder)
         student = nn.Linear(3, 2)
         nn.init.ones_(student.weight)
         rt.resume({"student": rt.prepare(student, torch.optim.AdamW(student.parameters(), lr=0.1, fused=True))})
@@ -188,7 +191,7 @@ def test_every_samples_loss_is_in_the_report_of_a_step_that_is_not_finite(linear
     before = student.weight.detach().clone()
     step = rt.steps(0, 1, "distill")
     next(step)
-    with pytest.raises(runtime.NonFiniteLoss) as raised:
+    with pytest.raises(loop.NonFiniteLoss) as raised:
         rt.backward(losses)
     step.close()
     assert raised.value.figures["losses"] == expected
@@ -214,9 +217,9 @@ def test_gradients_are_averaged_where_they_are(monkeypatch):
         return SimpleNamespace(wait=lambda: tensor.mul_(4))  # it is there when it was waited for
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(processes, "count", lambda: 2)
     gradients = [torch.ones(2, 3), torch.ones(4, dtype=torch.bfloat16), torch.ones(())]
     places = [one.data_ptr() for one in gradients]
-    distributed.average_(gradients)
+    processes.average_(gradients)
     assert [one.data_ptr() for one in exchanged] == places
     assert all((one == 2).all() for one in gradients)

@@ -4,20 +4,22 @@ import pytest
 import torch
 
 import runs
-from mlcm_rl import adapters, bases, pipeline, sources
+from mlcm_rl import pipeline
+from mlcm_rl.data import training_points
+from mlcm_rl.data.training_points import NoisedData, OnLine, RenoisedSamples, StoredStates, draw_target
+from mlcm_rl.data.trajectory_store import Store
 from mlcm_rl.equations.segments import milestones, segment_start
 from mlcm_rl.equations.solver import ddim_step
+from mlcm_rl.models import students, teachers
 from mlcm_rl.recipe import Full, Teacher
-from mlcm_rl.runtime import generator
-from mlcm_rl.sources import NoisedData, OnLine, RenoisedSamples, StoredStates, draw_target
-from mlcm_rl.trajectories import Store
+from mlcm_rl.training.seeding import generator
 
 SCALE = 3.0
 
 
 @pytest.fixture(scope="module")
 def base(tiny_sdxl):
-    return bases.load(Teacher(path=str(tiny_sdxl), family="sdxl", guidance_scale=SCALE), "cpu")
+    return teachers.load(Teacher(path=str(tiny_sdxl), family="sdxl", guidance_scale=SCALE), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ def test_a_pictures_caption_is_drawn_evenly_whatever_the_time_and_the_split(base
     monkeypatch.setattr(
         base, "encode_prompts", lambda texts: {"context": torch.tensor([float(text) for text in texts])}
     )
-    monkeypatch.setattr(sources, "_guided_step", lambda base, x_t, *rest: x_t)
+    monkeypatch.setattr(training_points, "_guided_step", lambda base, x_t, *rest: x_t)
     stage = runs.distill(source="data", images="unused", target="consistency", batch_size=4000)
     source = NoisedData(stage, base, torch.zeros(8, *base.latent_shape), [["0", "1"]] * 8, seed=0)
     draw = source.draw(0, 1, "next", generator(5))
@@ -143,7 +145,7 @@ def test_renoised_samples_go_from_milestone_to_milestone_in_p_teacher_steps(base
 
 @pytest.mark.parametrize("source_name", ["stored", "online", "student"])
 def test_points_do_not_depend_on_how_a_step_is_split(base, store, source_name):
-    student = adapters.student(base, Full(), seed=0)
+    student = students.student(base, Full(), seed=0)
     renoise = runs.distill(method="inter_segment", segments=[1], renoise="student", prompts="unused", batch_size=6)
     source = {
         "stored": StoredStates(runs.distill(batch_size=6), base, store, 0),

@@ -8,11 +8,15 @@ import torch
 from safetensors.torch import load_file
 
 import runs
-from mlcm_rl import bases, distributed, pipeline, tuning
-from mlcm_rl.data import Prompt
+from mlcm_rl import pipeline
+from mlcm_rl.data.prompts import Prompt
+from mlcm_rl.models import base, teachers
+from mlcm_rl.preference import tuning
 from mlcm_rl.recipe import Lora
-from mlcm_rl.runtime import generator
 from mlcm_rl.stages import dpo, feedback, policy
+from mlcm_rl.training import processes as distributed
+from mlcm_rl.training.processes import micro_batches
+from mlcm_rl.training.seeding import generator
 
 STAGES = {"feedback": feedback, "dpo": dpo, "policy": policy}
 SPLITS = (1, 2, 4)  # micro-batches that a batch of 8 is split into
@@ -62,14 +66,14 @@ def test_a_batch_of_8_in_1_2_or_4_parts_draws_the_same_and_makes_the_same_update
     if "pairs" in settings:
         settings["pairs"] = runs.write_pairs(tmp_path / "pairs")
     noises: list[torch.Tensor] = []
-    original = bases.Base.noise
+    original = base.Base.noise
 
     def noise(self, generators, count):
         drawn = original(self, generators, count)
         noises.extend(drawn)
         return drawn
 
-    monkeypatch.setattr(bases.Base, "noise", noise)
+    monkeypatch.setattr(base.Base, "noise", noise)
     drawn, found = [], []
     for parts in SPLITS:
         noises.clear()
@@ -91,7 +95,7 @@ def test_what_a_sample_starts_from_is_its_own_whatever_the_split_and_the_number_
 ):
     recipe, (_, folder) = distilled
     stage = runs.tuning(kind, recipe.stages[0].prompts)
-    student = tuning.load(stage, bases.load(recipe.teacher, "cpu"), folder / "student", seed=0)
+    student = tuning.load(stage, teachers.load(recipe.teacher, "cpu"), folder / "student", seed=0)
     prompts = tuning.Prompts(stage, student.base, 0)
 
     def starts(size: int, processes: int = 1) -> dict[int, tuple[str, torch.Tensor, torch.Tensor]]:
@@ -100,7 +104,7 @@ def test_what_a_sample_starts_from_is_its_own_whatever_the_split_and_the_number_
         monkeypatch.setattr(distributed, "count", lambda: processes)
         for rank in range(processes):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            parts = distributed.micro_batches(8, size, 2)
+            parts = micro_batches(8, size, 2)
             for rows, one in zip(parts, prompts.starts(student.base, 3, 4, size, copies=2), strict=True):
                 later = student.base.noise(one.generators, len(rows))
                 found |= dict(zip(rows, zip(one.prompts, one.noise, later, strict=True), strict=True))

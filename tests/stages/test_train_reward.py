@@ -9,17 +9,19 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import runs
-from mlcm_rl import finished_runs, pipeline
-from mlcm_rl.data import Prompt
-from mlcm_rl.fingerprint import locate
-from mlcm_rl.pairs import PairTable
+from mlcm_rl import pipeline
+from mlcm_rl.data.pairs import PairTable
+from mlcm_rl.data.prompts import Prompt
+from mlcm_rl.pipeline import finished_runs
+from mlcm_rl.pipeline.fingerprint import locate
 from mlcm_rl.recipe import Evaluate, Reward, TrainReward
 from mlcm_rl.rewards import RewardError, build
 from mlcm_rl.rewards import card as reward_card
+from mlcm_rl.rewards.card import accuracy, doubt
 from mlcm_rl.rewards.check import check
 from mlcm_rl.rewards.heads import FeatureScale, dropped, held_out_pairs
-from mlcm_rl.runtime import Runtime
 from mlcm_rl.stages import train_reward
+from mlcm_rl.training.loop import Runtime
 
 NUM_PROMPTS, PAIRS_OF_ONE = 10, 3
 
@@ -182,7 +184,7 @@ def test_the_card_says_what_was_measured(learnt):
 
 def test_accuracy_is_a_mean_over_prompts_and_a_tie_is_half_right():
     scores = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [3.0, 1.0]])
-    found = reward_card.accuracy(scores, ["a", "a", "b", "c"])
+    found = accuracy(scores, ["a", "a", "b", "c"])
     assert found == {
         "mean": pytest.approx((0.5 + 0.5 + 1) / 3, rel=1e-5),
         "se": pytest.approx(1 / 6, rel=1e-5),
@@ -200,7 +202,7 @@ def test_accuracy_is_a_mean_over_prompts_and_a_tie_is_half_right():
     ],
 )
 def test_an_accuracy_that_says_little_is_said_to(mean, error, told):
-    found = reward_card.doubt({"mean": mean, "se": error, "num_prompts": 20})
+    found = doubt({"mean": mean, "se": error, "num_prompts": 20})
     assert told in found
     assert bool(told) == bool(found)
 

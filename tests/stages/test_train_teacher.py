@@ -11,15 +11,17 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 import runs
 import tiny
-from mlcm_rl import bases, checkpoint, pipeline
+from mlcm_rl import pipeline
 from mlcm_rl.equations.prediction import min_snr_weight
+from mlcm_rl.models import sampler, teachers
 from mlcm_rl.recipe import Samples, Teacher, TrainTeacher
 from mlcm_rl.stages import train_teacher
+from mlcm_rl.storage import hashing
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_the_min_snr_weight_is_that_of_what_the_teacher_predicts(tmp_path, kind):
-    base = bases.load(Teacher(path=str(tiny.sd(tmp_path / "sd", kind)), family="sd"), "cpu")
+    base = teachers.load(Teacher(path=str(tiny.sd(tmp_path / "sd", kind)), family="sd"), "cpu")
     x0, eps = torch.randn(2, 3, *base.latent_shape, generator=torch.Generator().manual_seed(0))
     t, conditioning = torch.tensor([10, 500, 990]), base.unconditional(3)
 
@@ -66,7 +68,7 @@ def test_a_teacher_is_trained_to_a_whole_folder_that_is_a_teacher(request, tiny_
     there = {path.relative_to(made) for path in made.rglob("*") if path.is_file()}
     assert there == {path.relative_to(tiny_sdxl) for path in Path(tiny_sdxl).rglob("*") if path.is_file()}
     for name in ("vae", "text_encoder", "text_encoder_2"):
-        assert checkpoint.sha256(made / name / weights(name)) == checkpoint.sha256(tiny_sdxl / name / weights(name))
+        assert hashing.sha256(made / name / weights(name)) == hashing.sha256(tiny_sdxl / name / weights(name))
 
 
 def weights(part: str) -> str:
@@ -83,14 +85,14 @@ def test_files_are_as_large_as_diffusers_makes_them(tmp_path):
 
 
 def test_the_teacher_is_back_in_its_place_when_a_sample_fails(tmp_path, monkeypatch):
-    base = bases.load(Teacher(path=str(tiny.sd(tmp_path / "sd")), family="sd"), "cpu")
+    base = teachers.load(Teacher(path=str(tiny.sd(tmp_path / "sd")), family="sd"), "cpu")
     own, other, seen = base.denoiser, torch.nn.Identity(), []
 
     def fails(base, *_):
         seen.append(base.denoiser)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_teacher, "sample_teacher", fails)
+    monkeypatch.setattr(sampler, "sample_teacher", fails)
     recipe = runs.recipe(tmp_path, tmp_path, [runs.distill()], samples=Samples(prompts=["a cat"]))
     with pytest.raises(KeyboardInterrupt):
         train_teacher.save_samples(recipe, base, other, tmp_path, 0)

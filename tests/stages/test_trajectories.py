@@ -10,12 +10,14 @@ import torch
 from diffusers import DDIMScheduler
 
 import runs
-from mlcm_rl import atomic, bases, pipeline
-from mlcm_rl.checkpoint import CheckpointError, write_json
+from mlcm_rl import pipeline
+from mlcm_rl.data.trajectory_store import Store
 from mlcm_rl.equations.segments import time_grid
-from mlcm_rl.runtime import generator
+from mlcm_rl.models import teachers
 from mlcm_rl.stages import distill, feedback, trajectories
-from mlcm_rl.trajectories import Store
+from mlcm_rl.storage import files
+from mlcm_rl.storage.files import CheckpointError, write_json
+from mlcm_rl.training.seeding import generator
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
 
@@ -32,7 +34,7 @@ def store(recipe) -> Store:
 
 def test_states_are_those_of_the_stock_solver(recipe, store):
     """Guided DDIM by diffusers' own scheduler, one pass at a time, from the same noise."""
-    base = bases.load(recipe.teacher, "cpu")
+    base = teachers.load(recipe.teacher, "cpu")
     scheduler = DDIMScheduler.from_config(base.pipeline.scheduler.config, set_alpha_to_one=False, clip_sample=False)
     grid = time_grid(8)
     index = 5
@@ -128,8 +130,8 @@ def test_a_disk_too_small_for_the_whole_store_is_told_before_the_first_shard(rec
     (stage,) = recipe.stages
     trajectories.run(stage, recipe, {}, tmp_path / "enough")
     size = sum(path.stat().st_size for path in (tmp_path / "enough").glob("shard-*"))
-    free = atomic.SPARE_BYTES + size // 2  # room for one shard of two
-    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: Usage(2**40, 2**40 - free, free))
+    free = files.SPARE_BYTES + size // 2  # room for one shard of two
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: Usage(2**40, 2**40 - free, free))
     with pytest.raises(CheckpointError, match=r"small needs .* and its disk has .* left: make room"):
         trajectories.run(stage, recipe, {}, tmp_path / "small")
     assert not list((tmp_path / "small").glob("shard-*"))
@@ -151,7 +153,7 @@ def test_a_store_that_differs_in_anything_is_refused_with_the_field(store):
 
 def sources_over(store: Path, recipe, folder: Path):
     """What every stage that reads a store makes of it: its states in segments, for re-noising, for `feedback`."""
-    base = bases.load(recipe.teacher, "cpu")
+    base = teachers.load(recipe.teacher, "cpu")
     stages = [runs.distill(segments=[1]), runs.distill(segments=[1], method="inter_segment")]
     for stage in stages:
         yield lambda stage=stage: distill.make_source(stage, recipe, base, base.denoiser, {"trajectories": store})

@@ -13,16 +13,21 @@ from safetensors.torch import load_file
 
 import runs
 import tiny
-from mlcm_rl import adapters, bases, checkpoint, finished_runs, pipeline, tuning
-from mlcm_rl.checkpoint import CheckpointError
-from mlcm_rl.data import Prompt
+from mlcm_rl import pipeline
+from mlcm_rl.data.prompts import Prompt
 from mlcm_rl.equations.preference import offline_pso_log_ratios
-from mlcm_rl.guard import Guard
-from mlcm_rl.lora_files import KOHYA_FILE, LORA_FILE
+from mlcm_rl.models import students, teachers
+from mlcm_rl.models.lora_files import KOHYA_FILE, LORA_FILE
+from mlcm_rl.pipeline import finished_runs
+from mlcm_rl.preference import tuning
+from mlcm_rl.preference.guard import Guard
 from mlcm_rl.recipe import Evaluate, Full, Lora
 from mlcm_rl.rewards import Combined, Member, RewardError, combine
-from mlcm_rl.runtime import Runtime, generator
 from mlcm_rl.stages import dpo, feedback, policy
+from mlcm_rl.storage import files
+from mlcm_rl.storage.files import CheckpointError
+from mlcm_rl.training.loop import Runtime
+from mlcm_rl.training.seeding import generator
 
 STAGES = {"feedback": feedback, "dpo": dpo, "policy": policy}
 VARIANTS = {
@@ -75,7 +80,7 @@ def tune(distilled, folder: Path, variant: str, **changes) -> Path:
 
 
 def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "student" / adapters.PREFERENCE_FILE)
+    return load_file(folder / "student" / students.PREFERENCE_FILE)
 
 
 def records(folder: Path) -> list[dict]:
@@ -85,7 +90,7 @@ def records(folder: Path) -> list[dict]:
 def student_of(distilled, **changes) -> tuning.Student:
     recipe, (_, student) = distilled
     stage = runs.tuning("feedback", recipe.stages[0].prompts, **changes)
-    return tuning.load(stage, bases.load(recipe.teacher, "cpu"), student / "student", seed=0)
+    return tuning.load(stage, teachers.load(recipe.teacher, "cpu"), student / "student", seed=0)
 
 
 def reference_scores(distilled, **changes) -> dict[str, torch.Tensor]:
@@ -105,8 +110,8 @@ def test_a_fresh_preference_adapter_changes_nothing_and_the_reference_is_the_dis
     student = student_of(distilled)
     prompts = tuning.Prompts(runs.tuning("dpo", recipe.stages[0].prompts), student.base, 0)
     begun = tuning.start(student.base, prompts.draw(0, 2), [generator(0), generator(1)])
-    base = bases.load(recipe.teacher, "cpu")
-    alone = adapters.load_student(base, folder / "student")
+    base = teachers.load(recipe.teacher, "cpu")
+    alone = students.load_student(base, folder / "student")
     t, s = student.jump(0, 2)
     with torch.no_grad():
         expected = base.x0(alone.denoiser, begun.noise, t, begun.conditioning)
@@ -127,7 +132,7 @@ def test_only_the_preference_adapter_asks_for_gradients_also_after_every_switch(
         asking = [name for name, value in student.denoiser.named_parameters() if value.requires_grad]
         assert asking
         assert all(".preference." in name for name in asking)
-        with adapters.as_reference(student.denoiser):
+        with students.as_reference(student.denoiser):
             assert [name for name, value in student.denoiser.named_parameters() if value.requires_grad] == asking
 
 
@@ -157,15 +162,15 @@ def test_a_tuned_student_is_read_back_with_both_adapters(distilled, tmp_path):
     recipe, (_, folder) = distilled
     student = student_of(distilled)
     tiny.perturb(list(student.parameters.values()))
-    adapters.save_tuned(student.denoiser, folder / "student", tmp_path / "tuned", 1)
-    again = adapters.load_student(bases.load(recipe.teacher, "cpu"), tmp_path / "tuned")
+    students.save_tuned(student.denoiser, folder / "student", tmp_path / "tuned", 1)
+    again = students.load_student(teachers.load(recipe.teacher, "cpu"), tmp_path / "tuned")
     assert again.tuned
     x_t, t = torch.randn(2, *student.base.latent_shape), torch.tensor([999, 499])
     conditioning = student.base.encode_prompts(["a cat", "熊猫"])
     with torch.no_grad():
         expected = student.base.x0(student.denoiser, x_t, t, conditioning)
         assert torch.equal(student.base.x0(again.denoiser, x_t, t, conditioning), expected)
-        merged = adapters.merged(again, torch.float32)
+        merged = students.merged(again, torch.float32)
         torch.testing.assert_close(student.base.x0(merged, x_t, t, conditioning), expected, rtol=0, atol=1e-3)
 
 
@@ -241,7 +246,7 @@ def test_the_chosen_samples_are_the_brighter_ones_and_become_more_likely(distill
     """Steps on one batch of pairs widen the margin between chosen and rejected, whatever the form."""
     recipe, (_, folder) = distilled
     stage = runs.tuning("dpo", recipe.stages[0].prompts, num_generations=3, **VARIANTS[variant])
-    student = tuning.load(stage, bases.load(recipe.teacher, "cpu"), folder / "student", seed=0)
+    student = tuning.load(stage, teachers.load(recipe.teacher, "cpu"), folder / "student", seed=0)
     rewards = combine(stage.rewards, "cpu")
     prompts = tuning.Prompts(stage, student.base, 0)
     (begun,) = prompts.starts(student.base, 0, 4, 12, copies=3)
@@ -267,7 +272,7 @@ def stored(distilled, tmp_path):
     """A stage on a table of pairs, its student and its pairs."""
     recipe, (_, folder) = distilled
     stage = runs.tuning("dpo", recipe.stages[0].prompts, pairs=runs.write_pairs(tmp_path / "pairs"))
-    student = tuning.load(stage, bases.load(recipe.teacher, "cpu"), folder / "student", seed=0)
+    student = tuning.load(stage, teachers.load(recipe.teacher, "cpu"), folder / "student", seed=0)
     return stage, student, dpo.StoredPairs(stage, student.base, seed=0)
 
 
@@ -415,8 +420,8 @@ def test_a_guard_that_keeps_step_0_is_told_wherever_its_student_goes(tiny_sdxl, 
     lines = capsys.readouterr().out.splitlines()
     last = next(i for i, line in enumerate(lines) if line.startswith("evaluate ->")) - 1
     assert lines[last].startswith("guard kept step 0 of 2: by the held-out reward no look was better")
-    assert checkpoint.read_json(found / "manifest.json")["tuned_steps"] == 0
-    assert checkpoint.read_json(found / "student" / "student.json")["tuned_steps"] == 0
+    assert files.read_json(found / "manifest.json")["tuned_steps"] == 0
+    assert files.read_json(found / "student" / "student.json")["tuned_steps"] == 0
     run = Path(recipe.runs, recipe.name)
     report = (run / "03-evaluate" / "report.md").read_text()
     assert "It is the student as it was distilled: the guard of feedback kept step 0." in report
@@ -433,17 +438,17 @@ def test_the_step_that_a_guard_kept_is_told_and_recorded(tiny_sdxl, tmp_path, ca
     tuned = runs.tuning("feedback", prompts, num_steps=3, learning_rate=1e-2, guard=guard)
     recipe = runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(prompts), runs.distill(segments=[2]), tuned])
     found = pipeline.run(recipe)[2].folder
-    kept = checkpoint.read_json(found / "guard.json")["kept_step"]
+    kept = files.read_json(found / "guard.json")["kept_step"]
     assert kept > 0
     assert f"guard kept step {kept} of 3" in capsys.readouterr().out
-    assert adapters.tuned_steps(found / "student") == kept
-    older = checkpoint.read_json(found / "student" / "student.json")
+    assert students.tuned_steps(found / "student") == kept
+    older = files.read_json(found / "student" / "student.json")
     del older["tuned_steps"]
-    checkpoint.write_json(found / "student" / "student.json", older)
-    assert adapters.tuned_steps(found / "student") is None
-    checkpoint.write_json(found / "student" / "student.json", older | {"tuned_steps": -1})
+    files.write_json(found / "student" / "student.json", older)
+    assert students.tuned_steps(found / "student") is None
+    files.write_json(found / "student" / "student.json", older | {"tuned_steps": -1})
     with pytest.raises(CheckpointError, match="tuned_steps must be a whole number from 0, is -1"):
-        adapters.describe(found / "student")
+        students.describe(found / "student")
 
 
 def test_a_recipe_goes_from_trajectories_to_a_tuned_student_that_is_sampled_evaluated_and_exported(tiny_sdxl, tmp_path):
@@ -470,8 +475,8 @@ def test_a_recipe_goes_from_trajectories_to_a_tuned_student_that_is_sampled_eval
     exported = finished_runs.export(run, tmp_path / "exported")
     assert "tuned to preferences" in (exported / "README.md").read_text()
     stock = StableDiffusionXLPipeline.from_pretrained(exported)
-    base = bases.load(recipe.teacher, "cpu")
-    student = adapters.load_student(base, feedback_stage.folder / "student")
+    base = teachers.load(recipe.teacher, "cpu")
+    student = students.load_student(base, feedback_stage.folder / "student")
     x_t, t = torch.randn(1, *base.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([499])
     conditioning = base.encode_prompts(["a cat"])
     with torch.no_grad():

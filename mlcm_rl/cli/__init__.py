@@ -1,0 +1,1 @@
+"""The `mlcm` command: one file a group of commands, parsing and printing only."""

@@ -1,0 +1,73 @@
+"""What is printed reaches any terminal, pipe or log as it is: nothing in it is markup, characters that its encoding
+lacks are escaped, never an error, and lines are broken where a terminal ends.
+"""
+
+import codecs
+import inspect
+import io
+import os
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from ..recipe.tree import RecipeError, key_text
+
+
+def write_anything() -> None:
+    """Have standard output and error escape what they cannot encode: \\u732b for a cat on a Latin-1 terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None without a terminal, another class under a notebook
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def output_may_refuse(errors: Console) -> Iterator[None]:
+    """Exit with 1 and a line on `errors` where standard output cannot be written: its disk is full, say.
+
+    Commands word the other errors of the system themselves.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # what is left would be tried once more when the process ends
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        reason = f"{error.filename or 'what it prints'} could not be written: {(error.strerror or str(error)).lower()}"
+        errors.print(Text.assemble(("failed", "bold red"), f"  {reason}"), soft_wrap=True)
+        sys.exit(1)
+
+
+def is_utf8(stream: TextIO | None) -> bool:
+    """Whether `stream` takes any character as it is; None, one that was closed, takes none."""
+    return stream is not None and codecs.lookup(stream.encoding or "ascii").name == "utf-8"
+
+
+def unbreak_help(app: typer.Typer) -> None:
+    """Have `--help` of each command of `app` break lines where the terminal ends, not where its docstring does."""
+    for command in app.registered_commands:
+        paragraphs = (inspect.getdoc(command.callback) or "").split("\n\n")
+        command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+def print_problems(to: Console, path: Path, error: RecipeError) -> None:
+    """Print all errors of a recipe: in a terminal laid out for reading, else one line each, never wrapped."""
+    count = f"{len(error.problems)} error{'s' if len(error.problems) > 1 else ''}"
+    to.print(Text.assemble(("bad", "bold red"), f" {path}: {count}"), soft_wrap=True)
+    for problem in error.problems:
+        if to.is_terminal:
+            place = Text.assemble(f"  {problem.where}  ", (key_text(problem.key), "bold cyan"))
+            to.print(place, soft_wrap=True)
+            lines = textwrap.fill(problem.text, to.width - 6, break_long_words=False, break_on_hyphens=False)
+            to.print(Text(textwrap.indent(lines, " " * 6)), soft_wrap=True)
+        else:
+            to.print(Text(str(problem)), soft_wrap=True)
+    if error.note:
+        to.print(Text(error.note), soft_wrap=True)

@@ -1,0 +1,128 @@
+"""A plan in a terminal of 100 columns: a row a stage, what memory is made of, and what stands behind the figures."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..cost.gpus import DEVICES, Device
+from ..cost.units import in_words, time_in_words
+from ..models.published_teachers import shipped
+from ..pipeline.errors import way_out
+from ..recipe import Recipe
+
+if TYPE_CHECKING:
+    from ..cost.launches import Launch
+    from ..pipeline.plan import PlannedStage
+
+PARTS = ("parameters", "gradients", "optimiser", "averages", "activations", "exchange", "rewards", "host")
+ENGINES = {"whole": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
+
+
+def show(
+    console: Console,
+    recipe: Recipe,
+    stages: "list[PlannedStage]",
+    launch: "Launch",
+    device: Device | None,
+    kind: str,
+) -> None:
+    """Print the plan of `recipe`, whose memory was found for a `kind` of device ("cuda", "cpu")."""
+    ahead = [stage for stage in stages if not stage.done]
+    console.print(_summary(stages, ahead, device), crop=False)
+    if any(stage.memory for stage in ahead):
+        console.print()
+        console.print(_memory(ahead), crop=False)
+    for text in [*_warnings(ahead, launch, device), *_left_out(ahead)]:
+        console.print(text, soft_wrap=True)
+    console.print()
+    for line in _assumptions(recipe, ahead, launch, device, kind):
+        console.print(Text(line), soft_wrap=True)
+
+
+def _summary(stages: "list[PlannedStage]", ahead: "list[PlannedStage]", device: Device | None) -> Table:
+    table = Table("stage", "", box=None, pad_edge=False, header_style="bold")
+    for name in ("evaluations", "disk", "memory", *(["time"] if device else [])):
+        table.add_column(name, justify="right")
+    for stage in stages:
+        begun = f"{stage.share_done:.0%} done" if stage.share_done else "to do"
+        state = Text("done", style="green") if stage.done else Text(begun, style="yellow")
+        figures = [f"{stage.network_evaluations:,}", in_words(stage.disk_bytes)]
+        missing = "?" if stage.unknown else ""
+        figures.append(in_words(stage.memory.total) if stage.memory else missing)
+        figures += [time_in_words(stage.seconds) if stage.seconds is not None else missing] if device else []
+        table.add_row(Text(stage.folder.name, no_wrap=True), state, *figures)
+    evaluations = sum(round(stage.network_evaluations * (1 - stage.share_done)) for stage in ahead)
+    total = [f"{evaluations:,}", in_words(sum(one.disk_bytes for one in ahead))]
+    total.append(in_words(max((stage.memory.total for stage in ahead if stage.memory), default=0)))
+    total += [time_in_words(sum((stage.seconds or 0) * (1 - stage.share_done) for stage in ahead))] if device else []
+    table.add_section()
+    table.add_row("still to do", "", *total, style="bold")
+    return table
+
+
+def _memory(ahead: "list[PlannedStage]") -> Table:
+    """A row a stage ahead; a column for what any of them has, and always for what most have."""
+    found = [(stage.kind, stage.memory) for stage in ahead if stage.memory]
+    parts = [part for part in PARTS if part not in ("exchange", "host") or any(getattr(one, part) for _, one in found)]
+    table = Table("memory of", *parts, box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for kind, memory in found:
+        sizes = (getattr(memory, part) for part in parts)
+        table.add_row(kind, *(in_words(size) if size else "" for size in sizes))
+    return table
+
+
+def _warnings(ahead: "list[PlannedStage]", launch: "Launch", device: Device | None) -> list[Text]:
+    """The stages that do not fit the device."""
+    together = launch.processes if device is not None and device.is_shared else 1
+    return [
+        Text.assemble(
+            ("too large", "bold red"),
+            f"  {stage.kind} needs {in_words(together * stage.memory.total)} and {device.name} has "
+            f"{in_words(device.memory)}: {way_out(bool(stage.memory.gradients or stage.memory.host))}",
+        )
+        for stage in ahead
+        if device is not None and stage.memory and together * stage.memory.total > device.memory
+    ]
+
+
+def _left_out(ahead: "list[PlannedStage]") -> list[Text]:
+    return [
+        Text(f"memory and time of {stage.kind} could not be predicted: {stage.unknown}")
+        for stage in ahead
+        if stage.unknown
+    ] + [
+        Text(f"not counted for {stage.kind}: {name}, whose weights are not here or which needs real pictures")
+        for stage in ahead
+        for name in (stage.memory.uncounted if stage.memory else ())
+    ]
+
+
+def _assumptions(
+    recipe: Recipe, ahead: "list[PlannedStage]", launch: "Launch", device: Device | None, kind: str
+) -> list[str]:
+    """What stands behind the figures, a sentence a line."""
+    lines = ["One evaluation is one pass of the denoiser for one sample."]
+    if shipped(recipe.teacher):
+        lines.append(f"Shapes of {recipe.teacher.path} are those published, which come with this package.")
+    if any(stage.memory for stage in ahead):
+        lines.append(
+            "Memory is that of tensors. Beside them a process has its libraries, about 0.5 GB (on a GPU also there), "
+            "and its allocator keeps more: 0.2 to 0.6 of the figure was measured on a CPU."
+        )
+    if device is None and kind == "cpu" and any(getattr(one, "precision", "no") == "bf16" for one in recipe.stages):
+        lines.append(
+            "Memory is as on a CPU, where attention in bfloat16 is written out; a GPU takes less: --device "
+            f"{' | '.join(DEVICES)} says how much."
+        )
+    if launch.processes > 1:
+        lines.append(f"Memory is that of each of {launch.processes} processes ({ENGINES[launch.engine]}).")
+    if any(stage.memory and stage.memory.host for stage in ahead):
+        lines.append("What stands under host is in the memory of the CPU, for each process, and not in the sum.")
+    if device is not None:
+        seen = "measured on a CPU" if device.kind == "cpu" else "an assumption, no GPU was measured"
+        lines.append(f"Time is at {device.share:.0%} of the matrix rate of {device.name}: {seen}.")
+    return [*lines, f"Stages are kept in {recipe.runs}/stages."]

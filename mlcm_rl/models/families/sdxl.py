@@ -1,0 +1,38 @@
+"""Stable Diffusion XL: text towers side by side, a pooled vector, sizes as a condition."""
+
+from functools import cached_property
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+from ..base import Base, Conditioning
+
+
+class Family(Base):
+    """SDXL and models of its shape, whatever their widths."""
+
+    family = "sdxl"
+    pipeline_class = StableDiffusionXLPipeline
+    in_stability_blocks = True
+    kohya_version = "sdxl_base_v1-0"
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        """The towers' penultimate states side by side (B, L, D) and the last tower's pooled vector (B, P)."""
+        encoded = self.pipeline.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
+        context, _, pooled, _ = encoded
+        return {"context": context.float(), "pooled": pooled.float()}
+
+    @cached_property
+    @torch.no_grad()
+    def _dropped_prompt(self) -> Conditioning:
+        """Zeros where the model says `force_zeros_for_empty_prompt`, else the empty prompt: the pipeline decides."""
+        _, context, _, pooled = self.pipeline.encode_prompt("", device=self.device)
+        return {"context": context.float(), "pooled": pooled.float()}
+
+    def _added_conditions(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The pooled vector, and original size, crop corner and target size: nothing cropped, the stock default."""
+        pooled, size = conditioning["pooled"].to(dtype), (self.resolution, self.resolution)
+        time_ids = self.pipeline._get_add_time_ids(size, (0, 0), size, dtype, pooled.shape[-1]).to(pooled.device)
+        return {"text_embeds": pooled, "time_ids": time_ids.expand(len(pooled), -1)}

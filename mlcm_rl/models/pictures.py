@@ -1,0 +1,88 @@
+"""Pictures: from 8 bits to latents, from tensors to PNG, and grids: prompts down the rows, steps across."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from ..equations.segments import sampling_times
+from ..recipe import Samples
+from ..storage import finite
+from ..storage.files import replacing
+from ..training.seeding import generator
+from . import sampler
+from .base import Base
+
+
+def encode(base: Base, images: Tensor, size: int) -> Tensor:
+    """Latents (N, C, H, W) on the CPU of 8-bit pictures (N, 3, H', W'), encoded `size` at a time.
+
+    Raises ValueError for a picture whose latents hold NaN or infinity.
+    """
+    latents = torch.cat([base.encode_images(part.to(base.device) / 255).cpu() for part in images.split(size)])
+    if (place := finite.first_bad_row(latents)) is not None:
+        raise ValueError(
+            f"picture {place + 1} of {len(images)}: its latents by the autoencoder of {base.teacher.path} are not "
+            "finite: its weights are damaged; fetch them again"
+        )
+    return latents
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """A picture (3, H, W) in [0, 1] as an 8-bit RGB image. Raises ValueError for one that holds NaN."""
+    if not finite.is_finite(image):
+        raise ValueError(
+            "a picture that was drawn is not made of finite numbers: the student or its teacher is damaged"
+        )
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def grid(images: Tensor, num_columns: int, gap: int = 4) -> Image.Image:
+    """Pictures (N, 3, H, W) in [0, 1] laid out row by row on light grey."""
+    height, width = images.shape[-2:]
+    num_rows = -(-len(images) // num_columns)
+    sheet = Image.new("RGB", (num_columns * (width + gap) + gap, num_rows * (height + gap) + gap), (224, 224, 224))
+    for i, image in enumerate(images):
+        row, column = divmod(i, num_columns)
+        sheet.paste(to_pil(image), (gap + column * (width + gap), gap + row * (height + gap)))
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path, said: Mapping[str, object] | None = None) -> Path:
+    """Write `image` to `path`, with what is `said` of it as PNG text, and return the path."""
+    text = PngInfo()
+    for key, value in (said or {}).items():
+        text.add_itxt(key, str(value))
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=text)
+    return path
+
+
+@torch.no_grad()
+def sample_grid(
+    base: Base,
+    denoiser: torch.nn.Module,
+    samples: Samples,
+    seed: int,
+    num_segments: int,
+    conditioned: bool,
+    gamma: float,
+) -> Image.Image:
+    """The recipe's fixed prompts (rows) at its numbers of steps (columns), from the same noise in every column."""
+    conditioning = base.encode_prompts(samples.prompts)
+    columns = []
+    for num_steps in samples.num_steps:
+        times = sampling_times(num_steps, 1 if conditioned else num_segments)
+        seeds = [generator(seed, "samples", i) for i in range(len(samples.prompts))]
+        noise = base.noise(seeds, len(seeds))
+        x0 = sampler.sample(base, denoiser, conditioning, noise, times, gamma, seeds, conditioned)
+        columns.append(base.decode(x0))
+    return grid(torch.stack(columns, dim=1).flatten(0, 1), len(columns))
+
+
+def samples_path(folder: Path, step: int) -> Path:
+    """Where the grid after `step` steps goes."""
+    return folder / "samples" / f"step-{step:06d}.png"

@@ -1,0 +1,95 @@
+"""A teacher by its recipe: loaded, or as a skeleton without data; the small decoder beside its autoencoder."""
+
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny
+
+from ..recipe import Teacher
+from ..storage.files import read_json
+from ..storage.hashing import folder_hash
+from ..storage.tensors import read_shapes
+from ..training.progress import say_once
+from .base import Base
+from .files import empty_pipeline, load_pipeline
+
+
+def load(teacher: Teacher, device: torch.device | str) -> "Base":
+    """The teacher named in a recipe, frozen, on `device`.
+
+    Raises FileNotFoundError for a missing folder or component, ValueError for another family than the recipe's, or for
+    a schedule that cannot be distilled.
+    """
+    family: type[Base] = import_module(f"mlcm_rl.models.families.{teacher.family}").Family
+    where = torch.device(device)
+    return family(teacher, where, load_pipeline(family.pipeline_class, teacher, getattr(torch, teacher.dtype), where))
+
+
+def skeleton(teacher: Teacher) -> "Base":
+    """The same on the meta device, denoiser and autoencoder without data and no text encoders, of a local folder.
+
+    Read from its configuration files alone: what passes take can be tried on it. Raises as `load` does.
+    """
+    family: type[Base] = import_module(f"mlcm_rl.models.families.{teacher.family}").Family
+    pipeline = empty_pipeline(family.pipeline_class, teacher)
+    for part, dtype in ((pipeline.unet, getattr(torch, teacher.dtype)), (pipeline.vae, torch.float32)):
+        torch.nn.Module.to(part, dtype).requires_grad_(False).eval()  # diffusers' own `to` warns without reason
+    return family(teacher, torch.device("meta"), pipeline)
+
+
+def small_decoder(folder: str, base: Base) -> AutoencoderTiny:
+    """The AutoencoderTiny (TAESD's layout) in `folder`, frozen, on the device of `base`, whose latents it reads.
+
+    On the meta device it has no data.
+
+    Raises FileNotFoundError where it is not there, ValueError for another model or one made for other latents.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"small_decoder: no {path}; give a folder with an AutoencoderTiny in diffusers format")
+    if (kind := read_json(path).get("_class_name")) != "AutoencoderTiny":
+        raise ValueError(f"small_decoder: {path} is of a {kind}, and an AutoencoderTiny is needed")
+    with torch.device("meta"):
+        skeleton = AutoencoderTiny.from_config(AutoencoderTiny.load_config(folder))
+    settings = skeleton.config
+    has = {
+        "latent channels": settings.latent_channels,
+        "pixels a latent": settings.upsampling_scaling_factor ** (len(settings.decoder_block_out_channels) - 1),
+        "scaling_factor": settings.scaling_factor,
+        "shift_factor": settings.shift_factor,
+    }
+    needs = dict(zip(has, (base.latent_shape[0], base.pipeline.vae_scale_factor, 1.0, 0.0), strict=True))
+    for name, value in needs.items():
+        if has[name] != value:
+            raise ValueError(
+                f"small_decoder: {path} has {name} {has[name]}, and the denoiser of {base.teacher.path} makes latents "
+                f"that need {value}; take the one that was made for this teacher"
+            )
+    if base.device.type == "meta":
+        return skeleton.requires_grad_(False).eval()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        read_shapes(path)  # a damaged file is told by its name
+    small = AutoencoderTiny.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    return small.to(base.device).requires_grad_(False).eval()
+
+
+def teacher_hash(teacher: Teacher) -> str:
+    """Identity of a teacher's weights and configuration: one sha256 over every file's, or the pinned revision."""
+    folder = Path(teacher.path)
+    if not folder.is_dir():
+        return f"{teacher.path}@{teacher.revision}"
+    return folder_hash(folder)
+
+
+def tell_truncated(base: Base, prompts: list[str], source: str) -> None:
+    """Say how many of the `prompts` in `source` are longer than the teacher reads, and which is the longest."""
+    counts = base.count_tokens(prompts)
+    num_longer = sum(count > base.num_tokens for count in counts)
+    if num_longer:
+        longest = counts.index(max(counts))
+        say_once(
+            f"{source}: {num_longer} of {len(prompts)} prompts are longer than the {base.num_tokens} tokens that the "
+            f"teacher reads; their ends are not seen. The longest is number {longest + 1}, "
+            f"of {counts[longest]} tokens: {prompts[longest][:40]!r}"
+        )

@@ -1,0 +1,8 @@
+"""Which stages of a recipe run, and where their results are."""
+
+from .errors import BadArgument, ProcessLost, RunError
+from .fingerprint import Located
+from .plan import PlannedStage
+from .run import device_here, plan, replay, run
+
+__all__ = ["BadArgument", "Located", "PlannedStage", "ProcessLost", "RunError", "device_here", "plan", "replay", "run"]

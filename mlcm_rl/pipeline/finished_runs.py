@@ -1,0 +1,276 @@
+"""What is done with a finished run: pictures, pair tables, a report, a folder to publish."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from ..data.prompts import first_prompts, read_prompts
+from ..equations.segments import sampling_times
+from ..models import pictures, sampler, students, teachers
+from ..models.base import Base
+from ..models.export import export as write_export
+from ..models.export import refuse_taken
+from ..models.gammas import own_gamma
+from ..models.teachers import teacher_hash, tell_truncated
+from ..preference import labels, ranking
+from ..recipe import Evaluate, Recipe, Reward, paths
+from ..recipe.experiment import STUDENTS
+from ..report import tables
+from ..rewards import build
+from ..rewards.prompts import refuse_prompts
+from ..storage.files import CheckpointError, read_json
+from ..storage.hashing import sha256
+from ..storage.manifest import is_finished, verify
+from ..storage.untrusted import held, is_unicode
+from ..training.devices import device_of
+from ..training.progress import tell
+from ..training.seeding import generator
+from .errors import BadArgument, RunError, worded
+from .fingerprint import Located, locate
+from .run import run_stage, sweep
+
+
+def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
+    """The latest finished stage of one of `kinds` in `run_folder`: a recipe's folder of links, or the stage itself.
+
+    Raises RunError where there is none, or where the latest is gone: an earlier one would be another student;
+    CheckpointError where its files are not what was written.
+    """
+    if (run_folder / "model_index.json").is_file():
+        raise RunError(
+            f"{run_folder} is a model for diffusers, as `mlcm export` writes them, and no run: its README.md has the "
+            "code that draws with it; `mlcm sample`, `evaluate`, `export` and `pairs` take the run that it was made by"
+        )
+    for folder in [run_folder, *sorted(run_folder.glob("[0-9]*-*"), reverse=True)]:
+        if is_finished(folder) and read_json(folder / "manifest.json", kind=str)["kind"] in kinds:
+            verify(folder)
+            return folder.resolve()
+        if folder != run_folder and folder.name.endswith(tuple(f"-{kind}" for kind in kinds)):
+            raise RunError(f"{folder} leads to a stage that is gone or unfinished; `mlcm run` the recipe again")
+    raise RunError(f"{run_folder} holds no finished {' or '.join(kinds)} stage; `mlcm run` the recipe first")
+
+
+@worded("sample")
+def sample(
+    run_folder: Path,
+    prompts: list[str],
+    num_steps: int,
+    seed: int,
+    gamma: float | None,
+    out: Path,
+    batch_size: int = 16,
+) -> list[Path]:
+    """Write pictures of `prompts` by a run's last student as PNG files in `out`, `batch_size` at a time; their paths.
+
+    The noise of picture i depends on (seed, i) alone. Files go on from the numbers that are there. Without `gamma` they
+    are drawn at what the student was tuned under, or what suits it.
+    """
+    if not all(map(is_unicode, prompts)):
+        raise BadArgument("--prompt: holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
+    folder = find_stage(run_folder, STUDENTS)
+    base = teacher_of(folder)
+    tell_truncated(base, prompts, "--prompt")
+    student = students.load_student(base, folder / "student")
+    tell_unlike(student, folder, num_steps)
+    times = sampling_times(num_steps, 1 if student.conditioned else student.num_segments)
+    gamma = own_gamma(folder / "student") if gamma is None else gamma
+    common = {"seed": seed, "steps": num_steps, "gamma": gamma, "student": folder.name}
+    first, files = _next_number(out), []
+    for start in range(0, len(prompts), batch_size):
+        indices = range(start, min(start + batch_size, len(prompts)))
+        images = _drawn(base, student, [prompts[i] for i in indices], seed, indices, times, gamma)
+        for i, image in zip(indices, images, strict=True):
+            file = out / f"{first + i:03d}-seed{seed}-steps{num_steps}.png"
+            said = {"prompt": prompts[i], "number": i, **common}
+            files.append(pictures.save_png(pictures.to_pil(image), file, said))
+    return files
+
+
+@torch.no_grad()
+def _drawn(
+    base: Base, student: students.Student, prompts: list[str], seed: int, indices: range, times: list[int], gamma: float
+) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] of B `prompts`, the noise of each a function of `seed` and its index."""
+    generators = [generator(seed, "sample", i) for i in indices]
+    noise, conditioning = base.noise(generators, len(prompts)), base.encode_prompts(prompts)
+    x0 = sampler.sample(base, student.denoiser, conditioning, noise, times, gamma, generators, student.conditioned)
+    return base.decode(x0)
+
+
+def tell_unlike(student: students.Student, folder: Path, num_steps: int) -> None:
+    """Say of a student in a stage's `folder` that it was not tuned after all, or is not for so many steps."""
+    if students.tuned_steps(folder / "student") == 0:
+        tell(f"{folder.name}:", "its guard kept step 0: this is the student as it was distilled")
+    if student.budgets and num_steps not in student.budgets:
+        budgets = ", ".join(map(str, student.budgets))
+        tell(f"--steps {num_steps}:", f"this student learned to draw in {budgets} steps alone")
+
+
+def _next_number(out: Path) -> int:
+    """The number after those of the pictures in `out`, so that nothing there is written over."""
+    found = [re.match(r"(\d+)-seed", path.name) for path in out.glob("*.png")]
+    return max((int(one[1]) for one in found if one), default=-1) + 1
+
+
+@worded("pairs")
+def pairs(
+    run_folder: Path,
+    prompts: Path,
+    reward: str,
+    out: Path,
+    num_prompts: int | None,
+    num_generations: int,
+    num_steps: int,
+    min_margin: float,
+    seed: int,
+    batch_size: int,
+) -> tuple[int, int]:
+    """Write a pair table of samples of a run's last student, ranked by a reward; returns pairs kept and prompts."""
+    with worded("--prompts", BadArgument):
+        read = read_prompts(prompts)[:num_prompts]
+    folder = find_stage(run_folder, STUDENTS)
+    student = read_json(folder / "manifest.json", fingerprint=str)["fingerprint"]
+    gamma = own_gamma(folder / "student")
+    asked = ranking.Asked(student, sha256(prompts), reward, num_generations, num_steps, gamma, min_margin, seed)
+    model = build(Reward(name=reward), device_of(recipe_of(folder).device))
+    refuse_prompts(model, reward, read, prompts)
+    base = teacher_of(folder)
+    tell_truncated(base, [prompt.prompt for prompt in read], str(prompts))
+    loaded = students.load_student(base, folder / "student")
+    return ranking.make_pairs(asked, base, loaded, model, read, out, batch_size), len(read)
+
+
+@worded("pairs")
+def pairs_by_hand(
+    run_folder: Path,
+    prompts: Path,
+    out: Path,
+    num_prompts: int | None,
+    num_steps: int,
+    seed: int,
+    batch_size: int,
+    serve: Callable[[labels.Choices], None],
+) -> tuple[int, int]:
+    """Write a pair table of a person's choices between two samples of a prompt; returns pairs kept and prompts.
+
+    Draws what is not drawn yet, then lets `serve` ask until all are judged.
+    """
+    with worded("--prompts", BadArgument):
+        read = read_prompts(prompts)[:num_prompts]
+    folder = find_stage(run_folder, STUDENTS)
+    student = read_json(folder / "manifest.json", fingerprint=str)["fingerprint"]
+    asked = ranking.Asked(
+        student, sha256(prompts), ranking.BY_HAND, 2, num_steps, own_gamma(folder / "student"), 0.0, seed
+    )
+    choices = labels.Choices(asked, read, out)
+    if labels.num_drawn(read, out) < len(read):
+        base = teacher_of(folder)
+        tell_truncated(base, [prompt.prompt for prompt in read], str(prompts))
+        labels.draw(asked, base, students.load_student(base, folder / "student"), read, out, batch_size)
+    if len(choices.made()) < len(choices):
+        serve(choices)
+    return len(choices.rows()), len(read)
+
+
+@worded("evaluate")
+def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[int] | None = None) -> Path:
+    """Evaluate the student of a run as its recipe's own evaluate stage would, or with other prompts and steps.
+
+    Returns the folder of the new report.
+    """
+    folder = find_stage(run_folder, STUDENTS)
+    recipe = recipe_of(folder)
+    stages = [stage for stage in recipe.stages if isinstance(stage, Evaluate)]
+    if not stages:
+        raise RunError(
+            f"the recipe of {run_folder} has no evaluate stage to take prompts from; add one and run it again"
+        )
+    changes = {"num_prompts": num_prompts, "num_steps": num_steps, "students": "last"}
+    refuse_lost(folder, recipe, stages[-1].prompts)
+    stage = stages[-1].model_copy(update={name: value for name, value in changes.items() if value is not None})
+    if num_prompts is not None:
+        with worded("--num-prompts", BadArgument):
+            first_prompts(stage.prompts, num_prompts)
+    file = folder / "manifest.json"
+    distilled = read_json(file, parents=dict)["parents"].get("distill")  # of a tuned student, to compare with
+    folders = [held(folder.parent, distilled, file), folder] if distilled else [folder]
+    if any(reward.is_of_this_recipe for reward in stage.reward_models):
+        folders.append(find_stage(run_folder, ("train_reward",)))
+    manifests = [read_json(one / "manifest.json", kind=str, fingerprint=str) for one in folders]
+    done = [Located(kept["kind"], kept["fingerprint"], one) for kept, one in zip(manifests, folders, strict=True)]
+    found = locate(stage, recipe, done)
+    if not is_finished(found.folder):
+        run_stage(stage, recipe, done, found)
+    sweep(found.folder)
+    return found.folder
+
+
+@worded("export")
+def export(run_folder: Path, out: Path) -> Path:
+    """Write the student of a run as a folder that stock diffusers opens, with its phases' snapshots and a card."""
+    with worded("OUT", BadArgument):
+        refuse_taken(out)
+    folder = find_stage(run_folder, STUDENTS)
+    base = teacher_of(folder)
+    snapshots = {}
+    for path in sorted((folder / "snapshots").glob("phase-*")):
+        described = students.describe(path)
+        if not described["conditioned"] and described["segments"] > 1:
+            snapshots[described["segments"]] = path
+    table, languages = _measured(run_folder)
+    return write_export(folder / "student", base, out, table, snapshots, own_gamma(folder / "student"), languages)
+
+
+def _measured(run_folder: Path) -> tuple[str | None, list[str]]:
+    """The table of the run's latest report as Markdown, and its prompts' languages; nothing where it has none."""
+    reports = sorted(run_folder.glob("[0-9]*-evaluate/report.json"))
+    if not reports:
+        return None, []
+    latest = read_json(reports[-1], prompts=list)
+    return tables.markdown(latest), list(dict.fromkeys(prompt["language"] for prompt in latest["prompts"]))
+
+
+def teacher_of(folder: Path) -> Base:
+    """The teacher of the student in a finished stage, where the recipe says.
+
+    Raises CheckpointError where other files are there by now: the student, an adapter over them, would draw something
+    else. Raises as `bases.load` does.
+    """
+    recipe = recipe_of(folder)
+    refuse_lost(folder, recipe)
+    base = teachers.load(recipe.teacher, device_of(recipe.device))
+    made_with = students.describe(folder / "student").get("teacher_hash")  # older folders do not say
+    if made_with not in (None, teacher_hash(recipe.teacher)):
+        raise CheckpointError(
+            f"teacher {recipe.teacher.path} has changed since {folder.name} was made with it: put its files back, or "
+            "`mlcm run` the recipe again"
+        )
+    return base
+
+
+def refuse_lost(folder: Path, recipe: Recipe, *named: str) -> None:
+    """Raise RunError where the teacher of the stage in `folder`, or a path `named` beside it, is not there any more."""
+    teacher = [] if recipe.teacher.revision else [recipe.teacher.path]  # one of the hub's may be no folder
+    lost = [path for path in (*teacher, *named) if not Path(path).exists()]
+    if lost:
+        raise RunError(
+            f"{' and '.join(lost)}, by which {folder.name} was made, is neither where that was run nor in the working "
+            f"directory, here {Path.cwd()}: go to the folder that it is relative to, or put it back"
+        )
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe that a finished stage was run with, as its manifest keeps it, with paths as this process sees them."""
+    file = folder / "manifest.json"
+    try:
+        return paths.recorded(read_json(file, recipe=dict), folder)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(map(str, ("recipe", *wrong["loc"])))
+        raise CheckpointError(
+            f"{file} holds a recipe that this version does not read: {key}: {wrong['msg']}"
+        ) from error

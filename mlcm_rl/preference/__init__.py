@@ -1,0 +1,1 @@
+"""The student in its roles, its prompts and scores, the guard, ranked pairs."""

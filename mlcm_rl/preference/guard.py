@@ -1,0 +1,199 @@
+"""The guard against reward hacking: held-out rewards, watched on fixed prompts and noise, pick the student and stop.
+
+A gain is (mean score - the reference's mean) / the reference's deviation over the watched prompts: rewards of all
+scales then have one unit, and 0 is the student as it was distilled.
+
+The watched samples are drawn in micro-batches like a step's, each process a share of them.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..equations import consistency
+from ..models import students
+from ..models.teachers import tell_truncated
+from ..recipe import Reward, Tuning
+from ..rewards import Combined, combine
+from ..storage.files import CheckpointError, read_json, write_json
+from ..training import processes
+from ..training.progress import tell
+from ..training.seeding import generator
+from . import tuning
+
+# Of a reward's largest score at the reference, the least that counts as its deviation. A reward that says nearly the
+# same of every picture (safety, at its cap) would otherwise be divided by its rounding errors and decide alone; left
+# out, it could not object when the student leaves the cap. The floor is in the scale of its scores: it has no other.
+LEAST_DEVIATION = 0.01
+
+
+@dataclass
+class Verdict:
+    """What the guard remembers between looks; a checkpoint keeps it as JSON."""
+
+    kept_step: int = 0  # steps done by the student that is kept; 0 is the distilled one
+    held_out: float = 0.0  # its held-out gain
+    trained: float = 0.0  # its gain in what is trained on
+    looks_without_gain: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+
+class Guard:
+    """Looks at a student under preference learning every so many steps and keeps the best one by held-out reward."""
+
+    def __init__(
+        self, stage: Tuning, student: tuning.Student, weights: dict[str, Tensor], rewards: Combined, seed: int
+    ):
+        self.stage, self.student, self.weights = stage, student, weights
+        self.rewards = {"trained": rewards, "held_out": combine(stage.guard.rewards, student.base.device, False)}
+        prompts = tuning.watched_prompts(stage)
+        for one in self.rewards.values():
+            one.refuse_unread(prompt.language for prompt in prompts)
+        tell_truncated(student.base, [prompt.prompt for prompt in prompts], stage.guard_prompts or stage.prompts)
+        self.num_watched = len(prompts)
+        self.batches = [
+            tuning.start(
+                student.base, [prompts[i] for i in part], [generator(seed, stage.kind, "guard", i) for i in part]
+            )
+            for part in own_parts(len(prompts), stage.micro_batch)
+        ]
+        self.noise_states = [[one.get_state() for one in batch.generators] for batch in self.batches]
+        with students.as_reference(student.denoiser):
+            self.reference_latents, self.reference_scores = self._samples()
+        self.verdict = Verdict(warnings=self._unmeasured())
+        self.best = {name: value.detach().clone() for name, value in weights.items()}
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run has gone on for `patience` looks without a better held-out reward."""
+        return self.verdict.looks_without_gain >= self.stage.guard.patience
+
+    def look(self, steps: int) -> dict[str, float]:
+        """Measure the student after `steps` steps; returns what there is to log.
+
+        Keeps it where its held-out gain is the best so far. Warns where that has fallen while the gain in what is
+        trained on has risen: the reward is being hacked.
+        """
+        latents, scores = self._samples()
+        distances = consistency.squared_l2(latents, self.reference_latents).to(self.student.base.device)
+        record = {"guard/distance": self._whole(distances).mean().item()}
+        for name, values in scores.items():
+            record[f"guard/reward/{name}"] = values.mean().item()
+            record[f"guard/win_rate/{name}"] = (values > self.reference_scores[name]).float().mean().item()
+        gains = self._gain(self.stage.rewards, scores), self._gain(self.stage.guard.rewards, scores)
+        trained, held_out = processes.agreed(gains)  # all processes draw the same, to a device's last bits
+        self._judge(steps, trained, held_out)
+        return record | {"guard/trained_gain": trained, "guard/held_out_gain": held_out}
+
+    def finish(self, folder: Path) -> None:
+        """Say in guard.json which student is kept (its weights are `best`) and why the run ended there."""
+        write_json(folder / "guard.json", {"stopped": self.stopped, **self.state()})
+
+    def state(self) -> dict:
+        return asdict(self.verdict)
+
+    def load_state(self, state: dict) -> None:
+        """Put back what `state` gave. Raises CheckpointError where it is of another guard."""
+        if state.keys() != asdict(Verdict()).keys():
+            raise CheckpointError(
+                f"the checkpoint's guard remembers {', '.join(state) or 'nothing'}: delete checkpoints/"
+            )
+        self.verdict = Verdict(**state)
+
+    def _judge(self, steps: int, trained: float, held_out: float) -> None:
+        kept = self.verdict
+        if held_out > kept.held_out:
+            kept.kept_step, kept.held_out, kept.trained, kept.looks_without_gain = steps, held_out, trained, 0
+            for name, value in self.weights.items():
+                self.best[name].copy_(value.detach())
+            return
+        kept.looks_without_gain += 1
+        if trained > kept.trained and held_out < kept.held_out:
+            looks = f"{kept.looks_without_gain} of {self.stage.guard.patience} looks"
+            ending = f"stopped, step {kept.kept_step} kept" if self.stopped else f"{looks} before the run is stopped"
+            warning = (
+                f"step {steps}: the trained reward rose by {trained - kept.trained:.3g} and the held-out one fell by "
+                f"{kept.held_out - held_out:.3g} (deviations of the reference) since step {kept.kept_step}: {ending}"
+            )
+            kept.warnings.append(warning)
+            tell("guard", warning, "yellow")
+
+    def _unmeasured(self) -> list[str]:
+        """Warnings, said too, of rewards without any deviation to measure gains in: `_gain` leaves them out.
+
+        Raises ValueError where no held-out reward is left.
+        """
+        silent = [name for name, scores in self.reference_scores.items() if not deviation(scores)]
+        if not {reward.name for reward in self.stage.guard.rewards} - set(silent):
+            raise ValueError(
+                f"guard.rewards: {', '.join(silent)} gives every watched sample of the distilled student 0, so that "
+                "no gain can be measured: name a reward that tells them apart, or other guard_prompts"
+            )
+        warnings = [
+            f"{name} gives every watched sample of the distilled student 0: its gain cannot be measured and is left out"
+            for name in silent
+        ]
+        for warning in warnings:
+            tell("guard", warning, "yellow")
+        return warnings
+
+    def _gain(self, rewards: list[Reward], scores: dict[str, Tensor]) -> float:
+        """Weighted sum over `rewards` of their gains."""
+        total = 0.0
+        for reward in rewards:
+            reference = self.reference_scores[reward.name]
+            if unit := deviation(reference):
+                total += reward.weight * (scores[reward.name].mean() - reference.mean()).item() / unit
+        return total
+
+    def _whole(self, part: Tensor) -> Tensor:
+        """The values (P,) of all watched prompts on the CPU, from this process's on the device. Waits for all."""
+        return processes.gather(part)[: self.num_watched].cpu()
+
+    @torch.no_grad()
+    def _samples(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """This process's samples (p, C, H, W) of the watched prompts, and all scores (P,) under every reward."""
+        latents: list[Tensor] = []
+        scores: dict[str, list[Tensor]] = {}
+        for batch, states in zip(self.batches, self.noise_states, strict=True):
+            for one, state in zip(batch.generators, states, strict=True):
+                one.set_state(state)
+            _, x0 = self.student.rollout(batch.conditioning, batch.noise, batch.generators)
+            images = self.student.base.decode(x0)
+            latents.append(x0.cpu())
+            for rewards in self.rewards.values():
+                for name, values in rewards.raw(images, batch.prompts, batch.languages).items():
+                    scores.setdefault(name, []).append(values)
+        return torch.cat(latents), {name: self._whole(torch.cat(values)) for name, values in scores.items()}
+
+
+def deviation(scores: Tensor) -> float:
+    """The unit of a reward's gains, from the reference's `scores` (P,); 0 where all of them are 0."""
+    return max(scores.std().item(), LEAST_DEVIATION * scores.abs().max().item())
+
+
+def own_parts(total: int, size: int) -> list[list[int]]:
+    """Numbers of the `total` watched prompts that this process draws, its part of `size` samples at a time.
+
+    Every process draws as many, for weights in parts are gathered in every pass: where they cannot be shared evenly the
+    last prompt is drawn again, beyond the end of what is gathered.
+    """
+    share = -(-total // processes.count())
+    first, at_a_time = processes.rank() * share, max(1, size // processes.count())
+    own = [min(number, total - 1) for number in range(first, first + share)]
+    return [own[i : i + at_a_time] for i in range(0, share, at_a_time)]
+
+
+def ending(folder: Path) -> str:
+    """Which student the guard of the finished stage in `folder` kept, in words, and whether it stopped the run."""
+    found = read_json(folder / "guard.json", kept_step=int, stopped=bool)
+    num_steps = read_json(folder / "manifest.json", stage=dict)["stage"]["num_steps"]
+    stopped = ", and stopped the run" if found["stopped"] else ""
+    if found["kept_step"]:
+        return f"kept step {found['kept_step']} of {num_steps}{stopped}"
+    return (
+        f"kept step 0 of {num_steps}{stopped}: by the held-out reward no look was better, so that this is the student "
+        "as it was distilled"
+    )

@@ -1,0 +1,299 @@
+"""What the stages of preference learning share: the student in its two roles, the sampler it is tuned under, prompts.
+
+Letters beside those of `bases`: N steps of the sampler.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..data.prompts import Prompt, read_prompts
+from ..equations.segments import sampling_times
+from ..models import pictures, sampler, students, teachers
+from ..models.base import Base, Conditioning
+from ..models.teachers import tell_truncated
+from ..recipe import Feedback, Recipe, Tuning, types
+from ..training import processes
+from ..training.seeding import epoch_order, generator
+
+REWARD = "reward/"  # before a reward's name in a log
+
+
+@dataclass(frozen=True)
+class Student:
+    """A distilled student with a trainable `preference` adapter over it, and the sampler that is tuned."""
+
+    base: Base
+    denoiser: torch.nn.Module
+    times: list[int]  # (N,) descending
+    gamma: float
+    conditioned: bool
+    num_segments: int
+    small_decoder: torch.nn.Module | None = None  # draws what the rewards trained on see, where there is one
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """What is trained: the preference adapter, by name."""
+        return {name: value for name, value in self.denoiser.named_parameters() if value.requires_grad}
+
+    def rollout(
+        self, conditioning: Conditioning, noise: Tensor, generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, Tensor]:
+        """The sampler's states (N, B, C, H, W) and its sample x0 (B, C, H, W), under no gradient."""
+        return sampler.rollout(
+            self.base, self.denoiser, conditioning, noise, self.times, self.gamma, generators, self.conditioned
+        )
+
+    def walk(self, start: "Start", last: int, grad_steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x_t, x0) of the sampler's steps 0 .. `last`, the final `grad_steps` of them with gradient.
+
+        Step `last` ends at 0: its x0 is a finished sample, whatever steps the sampler would still have taken.
+        """
+        times = self.times[: last + 1]
+        return sampler.walk(
+            self.base,
+            self.denoiser,
+            start.conditioning,
+            start.noise,
+            times,
+            self.gamma,
+            start.generators,
+            self.conditioned,
+            grad_steps,
+        )
+
+    def x0(self, x_t: Tensor, t: Tensor, s: Tensor, conditioning: Conditioning, gamma: float | None = None) -> Tensor:
+        """The x0 (B, C, H, W) that a step of the sampler from `t` to `s` (B,) asks for; gradient where it is on."""
+        gamma = self.gamma if gamma is None else gamma
+        return sampler.step_x0(self.base, self.denoiser, conditioning, x_t, t, s, gamma, self.conditioned)
+
+    @torch.no_grad()
+    def reference_x0(self, x_t: Tensor, t: Tensor, s: Tensor, conditioning: Conditioning) -> Tensor:
+        """The same of the reference: the distilled student without its preference adapter."""
+        with students.as_reference(self.denoiser):
+            return self.x0(x_t, t, s, conditioning)
+
+    def jump(self, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Start and end (B,) of the sampler's step number `step`; the last one ends at 0."""
+        t, s = ([*self.times, 0][i] for i in (step, step + 1))
+        shape = {"dtype": torch.int64, "device": self.base.device}
+        return torch.full((batch_size,), t, **shape), torch.full((batch_size,), s, **shape)
+
+    def jumps(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Start and end (B,) of the sampler's steps number `steps` (B,), one for each sample."""
+        times = torch.tensor([*self.times, 0])
+        return times[steps].to(self.base.device), times[steps + 1].to(self.base.device)
+
+    def save_samples(self, recipe: Recipe, folder: Path, step: int) -> None:
+        """The grid of the recipe's fixed prompts and seeds, as the student is now."""
+        sheet = pictures.sample_grid(
+            self.base, self.denoiser, recipe.samples, recipe.seed, self.num_segments, self.conditioned, self.gamma
+        )
+        processes.by_first(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
+
+
+def load(stage: Tuning, base: Base, start: Path, seed: int) -> Student:
+    """The distilled student in folder `start`, ready to be tuned as `stage` says.
+
+    Raises ValueError where the stage needs a random sampler and the student's own, which it leaves it to, is not, and
+    for tiles or a small decoder that do not fit the teacher.
+    """
+    described = students.describe(start)
+    conditioned, num_segments = described["conditioned"], described["segments"]
+    gamma = types.default_gamma(num_segments, conditioned) if stage.gamma is None else stage.gamma
+    if gamma == 0.0 and stage.needs_random_steps:
+        raise ValueError(
+            f"gamma: the student in {start} samples without noise (gamma 0) unless told otherwise, and this stage "
+            "needs random steps; set gamma, for example 0.3"
+        )
+    denoiser = students.for_preference(base, stage.adapter, seed, start)
+    base.forget_denoiser()  # the reference is the student
+    if stage.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+        base.vae.enable_gradient_checkpointing()
+    if stage.autoencoder_tiles:
+        base.use_tiles(stage.autoencoder_tiles)
+    small = small_decoder(stage, base)
+    times = sampling_times(stage.sampling_steps, 1 if conditioned else num_segments)
+    return Student(base, denoiser, times, gamma, conditioned, num_segments, small)
+
+
+def small_decoder(stage: Tuning, base: Base) -> torch.nn.Module | None:
+    """What draws for the rewards that `stage` trains on, where it names one. Raises as `bases.small_decoder` does."""
+    if not isinstance(stage, Feedback) or stage.small_decoder is None:
+        return None
+    small = teachers.small_decoder(stage.small_decoder, base)
+    if stage.gradient_checkpointing:
+        small.enable_gradient_checkpointing()
+    return small
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where samples begin: prompts, their conditioning, noise, and a generator each for what noise they draw later."""
+
+    prompts: list[str]
+    languages: list[str]
+    conditioning: Conditioning
+    noise: Tensor  # (B, C, H, W)
+    generators: list[torch.Generator]
+    next_prompts: list[str]  # of the next sample of the step with another one, the first after the last
+    next_languages: list[str]
+
+    def repeated(self, copies: int) -> Conditioning:
+        """The conditioning of `copies` n of every sample (n B, ...), all of the first copy first."""
+        return {name: value.repeat(copies, *[1] * (value.ndim - 1)) for name, value in self.conditioning.items()}
+
+
+class Scores:
+    """What is logged of one step, a value a sample, gathered over its micro-batches: rewards as reward/<name>."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[Tensor]] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value.detach().float())
+
+    def add_rewards(self, raw: dict[str, Tensor]) -> None:
+        self.add({f"{REWARD}{name}": value for name, value in raw.items()})
+
+    def rewards(self) -> dict[str, Tensor]:
+        """The raw scores (B,) of the whole step by reward, of all processes. Waits for all."""
+        own = {name.removeprefix(REWARD): parts for name, parts in self.values.items() if name.startswith(REWARD)}
+        return {name: processes.gather(torch.cat(parts)) for name, parts in own.items()}
+
+    def means(self) -> dict[str, float]:
+        """What a log holds of them, over all processes. Waits for all."""
+        if not self.values:
+            return {}
+        means = torch.stack([torch.cat(scores).mean() for scores in self.values.values()])
+        sums = processes.total(*means.tolist())  # read at once: each reading waits for the device
+        return {name: value / processes.count() for name, value in zip(self.values, sums, strict=True)}
+
+
+class Prompts:
+    """The prompts of a stage, drawn pass by pass, or by the weights of their languages."""
+
+    def __init__(self, stage: Tuning, base: Base, seed: int):
+        self.stage, self.seed = stage, seed
+        self.prompts = spoken(read_prompts(stage.prompts), stage.languages, stage.prompts)
+        self.order = Order(self.prompts, stage, seed)
+        tell_truncated(base, [prompt.prompt for prompt in self.prompts], stage.prompts)
+
+    def starts(self, base: Base, step: int, count: int, size: int, copies: int = 1) -> Iterator["Start"]:
+        """Starts for the `count` prompts of `step`, each prompt `copies` times in a row, in micro-batches of `size`: of
+        each the rows of this process, all copies of a prompt in one."""
+        prompts = self.draw(step, count)
+        own, after = ([one for one in each for _ in range(copies)] for each in (prompts, others(prompts, self.prompts)))
+        for rows in processes.micro_batches(len(own), size, copies):
+            generators = sample_generators(self.seed, self.stage, step, rows)
+            yield start(base, [own[i] for i in rows], generators, [after[i] for i in rows])
+
+    @property
+    def languages(self) -> set[str]:
+        """The languages of all of them."""
+        return {prompt.language for prompt in self.prompts}
+
+    def texts(self, step: int, count: int) -> list[str]:
+        """The `count` prompts of `step`, as they are written."""
+        return [prompt.prompt for prompt in self.draw(step, count)]
+
+    def draw(self, step: int, count: int) -> list[Prompt]:
+        """The `count` prompts of `step`."""
+        return [self.prompts[i] for i in self.order.draw(step, count).tolist()]
+
+
+def encode_ahead(stage: Tuning, recipe: Recipe, base: Base, texts: Callable[[int], list[str]]) -> None:
+    """Encode what the stage asks for, the prompts `texts` of every step, the guard's and those of the sample grid, and
+    let the text encoders leave memory; nothing where that would be too many prompts to keep."""
+    if not stage.encodes_ahead:
+        return
+    watched = [prompt.prompt for prompt in watched_prompts(stage)]
+    steps = (text for step in range(stage.num_steps) for text in texts(step))
+    base.encode_ahead([*recipe.samples.prompts, *watched, *steps])
+
+
+def watched_prompts(stage: Tuning) -> list[Prompt]:
+    """The prompts that the guard draws at every look. ValueError for one alone: its deviation is no number."""
+    path = stage.guard_prompts or stage.prompts
+    found = spoken(read_prompts(path), stage.languages, path)[: stage.guard.num_prompts]
+    if len(found) < 2:
+        raise ValueError(f"guard: {path} holds 1 prompt to watch; a gain is in deviations over 2 prompts or more")
+    return found
+
+
+class Order:
+    """Which of `prompts` are the ones of a step: pass by pass, or by the weights of their languages.
+
+    A language's weight is shared evenly by its prompts, which are counted once.
+    """
+
+    def __init__(self, prompts: list[Prompt], stage: Tuning, seed: int):
+        self.size, self.parts, self.weights = len(prompts), (seed, stage.kind, "prompts"), None
+        if stage.languages:
+            languages = [prompt.language for prompt in prompts]
+            counts = Counter(languages)
+            self.weights = torch.tensor([stage.languages[one] / counts[one] for one in languages])
+
+    def draw(self, step: int, count: int) -> Tensor:
+        """The numbers (count,) of the prompts of `step`."""
+        if self.weights is None:
+            return epoch_order(self.size, count, step, *self.parts)
+        draws = generator(*self.parts, step)
+        return torch.multinomial(self.weights, count, replacement=True, generator=draws)
+
+
+def sample_generators(seed: int, stage: Tuning, step: int, numbers: Iterable[int]) -> list[torch.Generator]:
+    """One generator for each of the samples `numbers` of `step`, for all the noise that the sample needs.
+
+    A function of the sample's number in the step, so that a step is the same however it is split.
+    """
+    return [generator(seed, stage.kind, "sample", step, number) for number in numbers]
+
+
+def draw_steps(num_steps: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """For each sample the number of one of `num_steps` steps (B,), drawn by its own generator."""
+    return torch.tensor([int(torch.randint(num_steps, (), generator=one)) for one in generators])
+
+
+def spoken(prompts: list[Prompt], languages: dict[str, float], path: str) -> list[Prompt]:
+    """Those of `prompts` in `languages` of weight above 0, all of them where none is named. ValueError for none."""
+    kept = [prompt for prompt in prompts if not languages or languages.get(prompt.language, 0.0) > 0.0]
+    if not kept:
+        raise ValueError(f"languages: {path} holds no prompt in {', '.join(languages)}")
+    return kept
+
+
+def others(prompts: list[Prompt], more: Sequence[Prompt] = ()) -> list[Prompt]:
+    """For each of `prompts` the next one of another text, the first after the last; where they are all alike, that of
+    `more`, and itself where there is none."""
+    return [
+        next((one for one in chain(prompts[i + 1 :], prompts[:i], more) if one.prompt != own.prompt), own)
+        for i, own in enumerate(prompts)
+    ]
+
+
+def start(
+    base: Base, prompts: list[Prompt], generators: list[torch.Generator], after: list[Prompt] | None = None
+) -> Start:
+    """A start for each of `prompts`, its noise drawn by its own one of `generators`.
+
+    `after` holds for each a prompt that is not its own; by default the next one here of another text.
+    """
+    texts, languages = [prompt.prompt for prompt in prompts], [prompt.language for prompt in prompts]
+    following = others(prompts) if after is None else after
+    return Start(
+        texts,
+        languages,
+        base.encode_prompts(texts),
+        base.noise(generators, len(generators)),
+        generators,
+        [prompt.prompt for prompt in following],
+        [prompt.language for prompt in following],
+    )

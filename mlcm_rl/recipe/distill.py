@@ -1,0 +1,132 @@
+"""The stage that distils: multistep consistency, in phases of fewer and fewer segments."""
+
+from copy import deepcopy
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, model_validator
+
+from .types import Fraction, Full, Lora, PositiveInt, Training, default_gamma, presentation
+
+NumSegments = Literal[8, 4, 2, 1]
+# What a distill stage is that leaves its form open: the one that the study found best. It leaves it open where it names
+# none of OWN_FORM, no list of phases, and nothing but OPEN of what is not for this form.
+RECOMMENDED = {"condition_on_target": True, "segments": [1], "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"}
+OWN_FORM = ("condition_on_target", "segments", "budgets")
+PER_PHASE = ("num_steps", "learning_rate", "target", "pair", "space", "distance", "optimizer_state")
+OPEN = {"method": "segments", "source": "trajectories", "target": "trajectory", "space": "z"}
+
+
+class Distill(Training):
+    """Multistep consistency distillation. A list holds one entry a phase; a single value is meant for every phase.
+
+    A stage that leaves its form open is the recommended one: told its target, one student for budgets [2, 3, 4, 6, 8].
+    """
+
+    kind: Literal["distill"] = "distill"
+    method: Literal["segments", "inter_segment"] = Field(
+        "segments", description="segments: stage 1; inter_segment: stage 2"
+    )
+    source: Literal["trajectories", "online", "data"] = Field(
+        "trajectories", description="stored states; the paper's Algorithm 1; or real latents plus noise, as LCM"
+    )
+    images: str | None = Field(None, description="captioned image folder, for source: data")
+    prompts: str | None = Field(None, description="prompt file, for source: online and for inter_segment on samples")
+    adapter: Lora | Full = Field(default_factory=Lora, discriminator="kind")
+    segments: list[NumSegments] = Field(
+        [8, 4, 2, 1], min_length=1, max_length=10, description="of each phase; [1] where the form is left open"
+    )
+    num_steps: PositiveInt | list[PositiveInt] = Field(description="optimiser steps of each phase")
+    learning_rate: PositiveFloat | list[PositiveFloat] = Field(1e-4, description="peak; decays to 0 within each phase")
+    warmup_steps: int = Field(0, ge=0, le=1_000_000_000, description="linear warm-up at the start of each phase")
+    target: Literal["trajectory", "consistency"] | list[Literal["trajectory", "consistency"]] = Field(
+        "trajectory", description="stored milestone state, or the student's own jump from the pair's second point"
+    )
+    pair: Literal["next", "random"] | list[Literal["next", "random"]] = Field(
+        "next", description="second point of a consistency pair: one grid step down, or any stored point of the segment"
+    )
+    space: Literal["z", "x0"] | list[Literal["z", "x0"]] = Field(
+        "z", description="loss on the latents at the segment's start, or on x0 with weight SNR + 1"
+    )
+    distance: Literal["l2", "huber", "log_l2"] | list[Literal["l2", "huber", "log_l2"]] = Field(
+        "l2",
+        description="squared; by Huber; or the logarithm of its mean, where near and far jumps weigh alike, as "
+        "where the form is left open",
+    )
+    target_ema: Fraction = Field(0.0, description="decay of the target's averaged weights; 0 = the student's own")
+    optimizer_state: Literal["keep", "reset"] | list[Literal["keep", "reset"]] = Field(
+        "keep", description="what a phase does at its start with Adam's moments of the one before"
+    )
+    condition_on_target: bool = Field(
+        False,
+        description="give the student the time it jumps to: one for all steps; true where the form is left open",
+    )
+    budgets: list[Annotated[int, Field(ge=1, le=8)]] = Field(
+        [],
+        description="with condition_on_target: draw the jumps of samplers with these numbers of steps, and no others; "
+        "[2, 3, 4, 6, 8] where the form is left open",
+    )
+    skip: int = Field(20, gt=0, le=999, description="times between a pair's points for source online and data")
+    num_teacher_steps: int = Field(3, gt=0, le=125, description="inter_segment: p, teacher steps between milestones")
+    num_student_steps: int = Field(4, ge=1, le=8, description="inter_segment: q, steps of the student's own sample")
+    renoise: Literal["student", "stored"] = Field(
+        "stored", description="inter_segment: what is re-noised to a milestone"
+    )
+    held_out_every: PositiveInt = presentation(50, description="steps between losses on the held-out trajectories")
+
+    @model_validator(mode="after")
+    def _open_form_is_the_recommended(self):
+        said = self.model_fields_set
+        has_phases = any(isinstance(getattr(self, name), list) for name in PER_PHASE)
+        is_open = all(getattr(self, name) == value for name, value in OPEN.items())
+        if is_open and not has_phases and not said & set(OWN_FORM):
+            self.__dict__.update({name: value for name, value in deepcopy(RECOMMENDED).items() if name not in said})
+        return self
+
+    @model_validator(mode="after")
+    def _phases_agree(self):
+        for name in PER_PHASE:
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != len(self.segments):
+                raise ValueError(f"{name} has {len(value)} entries for {len(self.segments)} phases ({self.segments})")
+        if list(self.segments) != sorted(self.segments, reverse=True):
+            raise ValueError(f"segments {self.segments} must not increase: phases merge segments")
+        if self.method == "inter_segment" and list(self.segments) != [1]:
+            raise ValueError("method: inter_segment is consistency over the whole time axis, so segments must be [1]")
+        if self.method == "inter_segment" and self.renoise == "student" and self.prompts is None:
+            raise ValueError("renoise: student needs prompts: a prompt file")
+        if self.budgets and not (self.condition_on_target and list(self.segments) == [1]):
+            raise ValueError("budgets are jumps across segments: they need condition_on_target: true and segments: [1]")
+        if self.budgets and (self.source != "trajectories" or "consistency" in self.per_phase("target")):
+            raise ValueError("budgets are jumps between stored states: they need those, and target: trajectory")
+        pairs = zip(self.per_phase("space"), self.per_phase("distance"), strict=True)
+        if ("x0", "log_l2") in pairs:
+            raise ValueError(
+                "distance: log_l2 weighs all jumps alike and space: x0 does not; with log_l2 take space: z"
+            )
+        if self.source == "data" and self.images is None:
+            raise ValueError("source: data needs images: a captioned image folder")
+        if self.source == "online" and self.prompts is None:
+            raise ValueError("source: online needs prompts: a prompt file")
+        if self.source != "trajectories" and self.method == "segments" and "trajectory" in self.per_phase("target"):
+            raise ValueError(f"source: {self.source} stores no states, so target must be consistency")
+        return self
+
+    @property
+    def reads_trajectories(self) -> bool:
+        """Whether a store of trajectories is needed."""
+        return self.renoise == "stored" if self.method == "inter_segment" else self.source == "trajectories"
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether steps encode prompts and ask the teacher; its networks can leave before the first where none does."""
+        return self.method == "inter_segment" or self.source != "trajectories"
+
+    @property
+    def default_gamma(self) -> float:
+        """The sampler's gamma that suits the finished student."""
+        return default_gamma(self.segments[-1], self.condition_on_target)
+
+    def per_phase(self, name: str) -> list:
+        """The value of `name` for each phase."""
+        value = getattr(self, name)
+        return list(value) if isinstance(value, list) else [value] * len(self.segments)

@@ -1,0 +1,58 @@
+"""A whole recipe: a teacher and a list of stages."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Annotated, Literal
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from .distill import Distill
+from .evaluation import Evaluate
+from .preference import Dpo, Feedback, Policy, TrainReward
+from .teacher_stages import TrainTeacher, Trajectories
+from .types import (
+    Samples,
+    Strict,
+    Teacher,
+    presentation,
+)
+
+NAME = r"^[a-z0-9][a-z0-9_-]*$"
+RESERVED = ("stages", "rows")  # folders under runs that hold all runs' results
+
+
+Stage = Annotated[
+    TrainTeacher | TrainReward | Trajectories | Distill | Feedback | Dpo | Policy | Evaluate,
+    Field(discriminator="kind"),
+]
+
+
+class Recipe(Strict):
+    """One experiment, from a teacher to a report."""
+
+    name: str = Field(pattern=NAME, description="folder of links under runs")
+    seed: int = Field(0, ge=0)
+    teacher: Teacher
+    stages: list[Stage] = Field(min_length=1)
+    samples: Samples = presentation(Samples())
+    runs: str = presentation("runs", description="folder that holds every run")
+    device: Literal["auto", "cpu", "cuda", "mps"] = presentation("auto")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = presentation(["tensorboard"])
+    _written: dict[str, str] = PrivateAttr(default_factory=dict)  # paths in rewards' settings -> the file's text
+
+    @model_validator(mode="after")
+    def _name_is_free(self):
+        if self.name in RESERVED:
+            raise ValueError(f"name {self.name} is that of a folder under runs that all runs share; take another")
+        return self
+
+
+def missing_trackers(recipe: Recipe) -> Iterator[tuple[int, str]]:
+    """Yield (its place in `trackers`, what to do) of every tracker of `recipe` that is not installed."""
+    for i, name in enumerate(recipe.trackers):
+        if find_spec(name) is None:
+            yield i, f"{name} is not installed: pip install 'mlcm-rl[{name}]', or take it out of trackers"
+
+
+TUNING = ("feedback", "dpo", "policy")  # each starts from the distilled student, so that one recipe can compare them
+STUDENTS = ("distill", *TUNING)  # stages that leave a student

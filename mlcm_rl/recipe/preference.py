@@ -1,0 +1,216 @@
+"""Stages of preference learning, and the one that trains a reward for them."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, model_validator
+
+from . import hinges
+from .types import (
+    Fraction,
+    Guard,
+    Lora,
+    NonNegativeFloat,
+    PositiveInt,
+    Reward,
+    RewardEntry,
+    Training,
+    Weight,
+    presentation,
+)
+
+MOST_ENCODED_AHEAD = 8192  # prompts of a stage's steps that are kept encoded
+
+
+class TrainReward(Training):
+    """A head over frozen picture features, by Bradley-Terry on a table of pairs: a taste made the reward `trained`."""
+
+    kind: Literal["train_reward"] = "train_reward"
+    pairs: str = Field(
+        description="pairs to learn, a .parquet file or a folder as `mlcm pairs` writes it, with columns prompt, "
+        "chosen, rejected"
+    )
+    backbone: Literal["efficientnet_lite0", "mobilenet_v2"] = Field(
+        "efficientnet_lite0", description="the shipped body whose features the head reads"
+    )
+    resolution: int = Field(64, gt=0, le=16_384, description="pixels a side that pictures are read at, as drawn")
+    held_out: float = Field(0.2, gt=0, lt=1, description="share of the prompts whose pairs only measure the head")
+    num_steps: PositiveInt = 400
+    batch_size: int = Field(64, gt=0, le=65_536, description="pairs per optimiser step")
+    learning_rate: PositiveFloat = Field(2e-3, description="peak; decays to 0")
+    weight_decay: NonNegativeFloat = 0.05
+    dropout: float = Field(0.5, ge=0, lt=1, description="of the features")
+    held_out_every: PositiveInt = presentation(20, description="steps between measures on the held-out pairs")
+
+
+class Tuning(Training):
+    """What the stages of preference learning have in common: the student's sampler, the rewards, the guard."""
+
+    prompts: str = Field(description=".txt (one a line) or .jsonl ({prompt, language, ...}) file")
+    guard_prompts: str | None = Field(None, description="prompt file that the guard watches; default: the same")
+    languages: dict[str, Weight] = Field(
+        {}, description="weight of each language in the draw of prompts, others left out; default: as they come"
+    )
+    num_steps: PositiveInt
+    learning_rate: PositiveFloat = Field(1e-4, description="peak; decays to 0")
+    warmup_steps: int = Field(0, ge=0, le=1_000_000_000)
+    adapter: Lora = Field(Lora(rank=16, alpha=16.0), description="the preference adapter, over the distilled student")
+    sampling_steps: int = Field(4, ge=1, le=8, description="of the student's sampler, which is what is tuned")
+    gamma: Fraction | None = Field(None, description="noise put back between its steps; default: what suits it")
+    rewards: list[RewardEntry] = Field(
+        min_length=1, description="trained on, names or entries; their weighted sum is the reward"
+    )
+    normalise: bool = Field(True, description="put each reward on the scale of its running deviation before the sum")
+    autoencoder_tiles: Annotated[int, Field(gt=0, le=16_384)] | None = Field(
+        None, description="pixels a side of tiles that it works in, recomputed in the backward pass: less memory, seams"
+    )
+    guard: Guard
+
+    @model_validator(mode="after")
+    def _held_out_is_not_trained_on(self):
+        both = {reward.name for reward in self.rewards} & {reward.name for reward in self.guard.rewards}
+        if both:
+            raise ValueError(f"guard.rewards: {', '.join(sorted(both))} is trained on; a guard needs another reward")
+        return self
+
+    @property
+    def encodes_ahead(self) -> bool:
+        """Whether all prompts are encoded before the first step, so that text encoders can leave memory.
+
+        Of a long run they are not: each would be kept in every process's own memory, 0.3 MB of SDXL's.
+        """
+        return self.num_steps * self.batch_size <= MOST_ENCODED_AHEAD
+
+    @property
+    def reward_models(self) -> list[Reward]:
+        """Every reward model that the stage asks: those trained on, then those held out."""
+        return [*self.rewards, *self.guard.rewards]
+
+    @property
+    def needs_random_steps(self) -> bool:
+        """Whether the sampler must put noise back."""
+        return False
+
+
+class Feedback(Tuning):
+    """The gradient of a differentiable reward through the student's last sampling steps."""
+
+    kind: Literal["feedback"] = "feedback"
+    gradient: Literal["last", "random", "low_variance"] = Field(
+        "last", description="through the last steps (DRaFT-K), one random late one (ReFL), re-noised copies (DRaFT-LV)"
+    )
+    num_grad_steps: PositiveInt = Field(1, description="K of `last`; how many late steps `random` draws from")
+    num_copies: int = Field(2, gt=0, le=1024, description="of `low_variance`: n re-noised copies of a sample")
+    shape: Literal["negative", "hinge", "mps_hinge"] = Field(
+        "negative", description="-r; relu(threshold - r); or that and relu of r under another's prompt, of raw scores"
+    )
+    threshold: float = Field(0.0, description="of the hinges, on the summed reward's scale; 16 for mps_hinge of mps")
+    anchor: NonNegativeFloat = Field(0.0, description="weight of the mean squared distance to the reference's last x0")
+    kl: NonNegativeFloat = Field(0.0, description="weight of one stochastic step's KL to the reference, per element")
+    consistency: NonNegativeFloat = Field(0.0, description="weight of the distillation loss on stored trajectories")
+    small_decoder: str | None = Field(
+        None, description="folder of an AutoencoderTiny that draws for the rewards trained on, never for the guard"
+    )
+    _hinge_is_settled = model_validator(mode="after")(hinges.settle)
+
+    @model_validator(mode="after")
+    def _sampler_has_those_steps(self):
+        if self.num_grad_steps > self.sampling_steps:
+            raise ValueError(f"num_grad_steps {self.num_grad_steps} is more than sampling_steps {self.sampling_steps}")
+        if self.kl and self.gamma == 0.0:
+            raise ValueError("kl needs gamma above 0: a deterministic step has no distribution; take anchor")
+        if self.kl and self.sampling_steps < 2:
+            raise ValueError("kl needs sampling_steps 2 or more: the last step puts no noise back; take anchor")
+        return self
+
+    @property
+    def reads_trajectories(self) -> bool:
+        """Whether a store of trajectories is needed."""
+        return self.consistency > 0
+
+    @property
+    def needs_random_steps(self) -> bool:
+        """Whether the sampler must put noise back."""
+        return self.kl > 0
+
+
+class Dpo(Tuning):
+    """Preference pairs: the student's own samples, ranked by the rewards, or a table; hyper-parameters as in TRL."""
+
+    kind: Literal["dpo"] = "dpo"
+    form: Literal["endpoint", "diffusion_dpo", "pso"] = Field(
+        "endpoint", description="log-ratio: errors at all times of the sampler, at one of them, or of its random steps"
+    )
+    pairs: str | None = Field(
+        None,
+        description="pairs to learn in place of the student's own samples, a .parquet file or a folder as `mlcm pairs` "
+        "writes it, with columns prompt, chosen, rejected; `prompts` and `rewards` are then only the guard's to watch",
+    )
+    num_generations: int = Field(4, ge=2, le=1024, description="samples a prompt, of which the best and the worst")
+    min_margin: NonNegativeFloat = Field(0.0, description="pairs nearer in reward than this are left out")
+    beta: PositiveFloat = Field(100.0, description="strength of the tie to the reference: lower is looser")
+    kappa: NonNegativeFloat = Field(
+        1.0, description="weight of the rejected log-ratio: below 1 the margin is not won by spoiling the rejected"
+    )
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "conservative"] = "sigmoid"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="of robust and conservative: share of wrong labels")
+    space: Literal["x0", "eps"] = Field("eps", description="of the errors: x0, or that weighted by SNR")
+
+    @model_validator(mode="after")
+    def _steps_are_random(self):
+        if self.form == "pso" and self.gamma == 0.0:
+            raise ValueError("form pso needs gamma above 0: a deterministic step has no probability")
+        if self.form == "pso" and self.sampling_steps < 2:
+            raise ValueError("form pso needs sampling_steps 2 or more: the last step puts no noise back")
+        if self.label_smoothing and self.loss_type not in ("robust", "conservative"):
+            raise ValueError(f"label_smoothing has no meaning for {self.loss_type}; take robust or conservative")
+        if self.kappa != 1.0 and self.form == "pso":
+            raise ValueError("kappa has no meaning for form pso; take endpoint or diffusion_dpo")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_stand_for_samples(self):
+        if self.pairs is None:
+            return self
+        if self.form == "pso":
+            raise ValueError("form pso learns the steps of the student's own samples, and pairs are finished pictures")
+        for name in ("num_generations", "min_margin"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is of the student's own samples; those of pairs are as the table has them")
+        return self
+
+    @property
+    def needs_random_steps(self) -> bool:
+        """Whether the sampler must put noise back."""
+        return self.form == "pso"
+
+
+class Policy(Tuning):
+    """Policy gradient on the stochastic few-step sampler, for any reward; names as in TRL's GRPOConfig."""
+
+    kind: Literal["policy"] = "policy"
+    num_generations: int = Field(4, ge=2, le=1024, description="samples a prompt, compared with each other")
+    num_iterations: PositiveInt = Field(1, description="optimiser steps on the same samples")
+    epsilon: PositiveFloat = Field(1e-3, description="clip range of the probability ratio, per element")
+    beta: NonNegativeFloat = Field(0.0, description="weight of the exact KL to the reference, per element")
+    scale_rewards: Literal["group", "none"] = Field(
+        "group",
+        description="divide a prompt's advantages by its samples' deviation; none: prompts all alike count less",
+    )
+
+    @model_validator(mode="after")
+    def _groups_are_whole(self):
+        if (self.batch_size // self.gradient_accumulation) % self.num_generations:
+            raise ValueError(f"batch_size must hold whole groups of num_generations {self.num_generations}")
+        if self.gamma == 0.0 or self.sampling_steps < 2:
+            raise ValueError("gamma must be above 0 and sampling_steps 2 or more: no policy without random steps")
+        return self
+
+    @property
+    def needs_random_steps(self) -> bool:
+        """Whether the sampler must put noise back."""
+        return True
+
+    @property
+    def samples_together(self) -> int:
+        """Samples that one process must have together: a prompt's group."""
+        return self.num_generations

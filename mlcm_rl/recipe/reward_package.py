@@ -1,0 +1,48 @@
+"""Where reward files are: ours, beside this package, and a user's, in `reward_models` of the working directory.
+
+Python would look for `reward_models` in the working directory first, where a folder of that name would replace ours.
+Nothing here imports torch, nor a reward file.
+"""
+
+import pkgutil
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+NAME = "reward_models"
+OURS = Path(__file__).resolve().parents[2] / NAME
+
+
+def package() -> ModuleType:
+    """Return the package of reward files: our own, with the folder of the working directory behind it.
+
+    The name `reward_models` is then bound to it for every import.
+    """
+    module = sys.modules.get(NAME)
+    if module is None or not _is_ours(module):
+        spec = spec_from_file_location(NAME, OURS / "__init__.py", submodule_search_locations=[str(OURS)])
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{OURS}: the shipped reward models are gone; install mlcm-rl again")
+        module = sys.modules[NAME] = module_from_spec(spec)
+        spec.loader.exec_module(module)
+    for folder in folders()[1:]:
+        if str(folder) not in module.__path__:
+            module.__path__.append(str(folder))
+    return module
+
+
+def folders() -> list[Path]:
+    """Return the folders of reward files, ours first; the working directory of a checkout of ours brings none."""
+    theirs = Path.cwd() / NAME
+    is_checkout = (theirs.parent / Path(__file__).parents[1].name / "__init__.py").is_file()
+    return [OURS, theirs] if theirs.is_dir() and not is_checkout else [OURS]
+
+
+def names(paths: list[str]) -> set[str]:
+    """Return the names of the reward files in the folders `paths`."""
+    return {module.name for module in pkgutil.iter_modules(paths) if not module.name.startswith("_")}
+
+
+def _is_ours(module: ModuleType) -> bool:
+    return any(Path(folder).resolve() == OURS for folder in getattr(module, "__path__", ()))

@@ -1,0 +1,261 @@
+"""A teacher's folder, looked through before anything of it is built or loaded. No torch.
+
+Every problem is a line that names file and key. What is checked are the configurations (`teacher_types`), that they
+agree with each other, that files are files, and that weights are there in a form that is read.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from ..storage.untrusted import brief, parse_json, read_bytes, regular
+from .teacher_types import Autoencoder, Configuration, Denoiser, Index, Scheduler, TextEncoder, Tokenizer
+
+MOST_BYTES = 2**22  # of a configuration: far above any
+MOST_BYTES_OF_WORDS = 2**26  # of a tokenizer's file
+WORDS = ("vocab.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")  # of a tokenizer, all objects
+CLASSES = {  # of the networks that are loaded
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+}
+TEXT = {  # by family: text encoders and tokenizers that must be there, and that may be
+    "sd": (["text_encoder", "tokenizer"], []),
+    "sdxl": (["text_encoder_2", "tokenizer_2"], ["text_encoder", "tokenizer"]),
+}
+OF_STUDENTS = ("LCMScheduler", "TCDScheduler")  # schedulers that only models of a few steps are published with
+Read = TypeVar("Read", bound=Configuration)
+
+
+class Refused(ValueError):
+    """A file of a teacher that cannot be read or says what cannot be; the message holds a line for each key."""
+
+
+def refuse(folder: Path, family: str, variant: str | None = None) -> None:
+    """Raise ValueError with all that is wrong with the teacher in `folder`, a line each."""
+    if found := problems(folder, family, variant):
+        raise ValueError("\n".join(f"teacher {folder}: {one}" for one in found))
+
+
+def refuse_student(path: str, folder: Path, index: dict[str, Any]) -> None:
+    """Raise ValueError where the model `path` is a student already, by its model_index.json or by what is in `folder`.
+
+    It would be taken for the teacher: its few steps would be imitated as if they were the many of the real one.
+    """
+    scheduler = [*index["scheduler"], "", ""][1] if isinstance(index.get("scheduler"), list) else ""
+    if (folder / "student.json").is_file():
+        reason = "`mlcm export` wrote it (student.json lies in it)"
+    elif scheduler in OF_STUDENTS:
+        reason = f"its model_index.json names {scheduler}"
+    else:
+        return
+    raise ValueError(f"{path} is a student, for a few steps, already: {reason}; name the teacher that it was made from")
+
+
+def problems(folder: Path, family: str, variant: str | None = None) -> list[str]:
+    """Return what is wrong with the teacher in `folder`, a line each: file, key, what was expected."""
+    try:
+        index = read(folder / "model_index.json", Index)
+    except Refused as error:
+        return str(error).splitlines()
+    required, possible = TEXT[family]
+    needed = ["unet", "vae", "scheduler", *required]
+    found = [f"model_index.json: {name}: missing" for name in needed if index.component(name) is None]
+    parts = [name for name in [*needed, *possible] if index.component(name) is not None]
+    found += [f"model_index.json: {name}: no such folder" for name in parts if not (folder / name).is_dir()]
+    kinds = {name: (index.component(name) or [])[1:] for name in parts if name in CLASSES}
+    found += [
+        f"model_index.json: {name}: expected {CLASSES[name]}, found {' '.join(map(str, kind)) or 'no class'}"
+        for name, kind in kinds.items()
+        if kind != [CLASSES[name]]
+    ]
+    if found:
+        return found
+    found = [*_irregular(folder, parts), *_of_parts(folder, family, parts), *_of_weights(folder, parts, variant)]
+    return found or list(_of_tokenizers(folder, parts))
+
+
+def read(path: Path, kind: type[Read]) -> Read:
+    """Return the configuration in a file. Raise Refused with a line for each key that is wrong."""
+    found = _object(path, MOST_BYTES)
+    try:
+        return kind.model_validate(found)
+    except ValidationError as error:
+        raise Refused("\n".join(dict.fromkeys(f"{_named(path)}: {line}" for line in _worded(error)))) from error
+
+
+def _named(path: Path) -> str:
+    """Return how a teacher's file is told."""
+    return path.name if path.name == "model_index.json" else f"{path.parent.name}/{path.name}"
+
+
+def _object(path: Path, limit: int) -> dict[str, Any]:
+    """Return the JSON object in a file of at most `limit` bytes. Raise Refused."""
+    try:
+        found = parse_json(read_bytes(path, limit).decode("utf-8"))
+    except FileNotFoundError:
+        raise Refused(f"{_named(path)}: missing") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
+        raise Refused(f"{_named(path)}: {reason}") from error
+    if not isinstance(found, dict):
+        raise Refused(f"{_named(path)}: expected an object in braces")
+    return found
+
+
+def _worded(error: ValidationError) -> Iterator[str]:
+    """Yield a line for each key that pydantic refused."""
+    for one in error.errors():
+        if one["type"] == "value_error":
+            yield str(one["ctx"]["error"])
+            continue
+        keys = [str(part) for part in one["loc"][:1]] + [f"[{part}]" for part in one["loc"][1:] if type(part) is int]
+        if one["type"] == "missing":
+            yield f"{''.join(keys)}: missing"
+            continue
+        value = repr(one["input"])
+        shown = value if len(value) < 50 else f"{value[:40]}..."
+        message = one["msg"].replace("Input should be", "expected")
+        yield f"{''.join(keys)}: {message}, found {shown}"
+
+
+def _irregular(folder: Path, parts: list[str]) -> Iterator[str]:
+    """Yield what lies in the loaded parts and is neither a file nor a folder: reading it would not end."""
+    for part in parts:
+        try:
+            inside = sorted((folder / part).iterdir())
+        except OSError as error:
+            yield f"{part}: cannot be read: {error.strerror}"
+            continue
+        for path in inside:
+            try:
+                regular(path)
+            except FileNotFoundError:
+                yield f"{_named(path)}: a link that leads nowhere"
+            except OSError as error:
+                yield f"{_named(path)}: {error.strerror}"
+            except ValueError as error:
+                yield str(error).replace(str(path), _named(path))
+
+
+def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
+    """Return what configurations say that cannot be, and where they do not fit each other."""
+    kinds: dict[str, tuple[str, type[Configuration]]] = {
+        "unet": ("config.json", Denoiser),
+        "vae": ("config.json", Autoencoder),
+        "scheduler": ("scheduler_config.json", Scheduler),
+    }
+    read_here: dict[str, Configuration] = {}
+    wrong: list[str] = []
+    for part in parts:
+        text = ("tokenizer_config.json", Tokenizer) if part.startswith("tokenizer") else ("config.json", TextEncoder)
+        file, kind = kinds.get(part, text)
+        try:
+            read_here[part] = read(folder / part / file, kind)
+        except Refused as error:
+            wrong += str(error).splitlines()
+    return wrong or list(_misfits(family, read_here))
+
+
+def _misfits(family: str, found: dict[str, Configuration]) -> Iterator[str]:
+    """Yield where the configurations of one teacher, each right by itself, do not fit each other."""
+    unet, vae = found["unet"], found["vae"]
+    assert isinstance(unet, Denoiser)
+    assert isinstance(vae, Autoencoder)
+    if (unet.in_channels, unet.out_channels) != (vae.latent_channels, vae.latent_channels):
+        yield (
+            f"unet/config.json: in_channels: the denoiser maps {unet.in_channels} channels to {unet.out_channels} and "
+            f"the autoencoder has {vae.latent_channels}; only plain text-to-image teachers can be distilled"
+        )
+    towers = {name: one for name, one in found.items() if isinstance(one, TextEncoder)}
+    width = sum(one.hidden_size for one in towers.values())
+    if unet.cross_attention_dim != width:
+        names = " and ".join(sorted(towers))
+        found_width = unet.cross_attention_dim
+        yield f"unet/config.json: cross_attention_dim: expected {width}, the width of {names}, found {found_width}"
+    for name, one in found.items():
+        tower = towers.get(name.replace("tokenizer", "text_encoder"))
+        if isinstance(one, Tokenizer) and tower and one.model_max_length > tower.max_position_embeddings:
+            yield (
+                f"{name}/tokenizer_config.json: model_max_length: expected at most {tower.max_position_embeddings}, "
+                f"which the text encoder reads, found {one.model_max_length}"
+            )
+    lengths = {name: one.model_max_length for name, one in found.items() if isinstance(one, Tokenizer)}
+    if len(set(lengths.values())) > 1:
+        named = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        yield f"tokenizer/tokenizer_config.json: model_max_length: expected one length of all tokenizers, found {named}"
+    if family == "sd" and unet.addition_embed_type is not None:
+        yield f"unet/config.json: addition_embed_type: expected none, found {unet.addition_embed_type}"
+    if family == "sdxl":
+        yield from _misfits_of_sizes(unet, towers["text_encoder_2"])
+
+
+def _misfits_of_sizes(unet: Denoiser, tower: TextEncoder) -> Iterator[str]:
+    """Yield where SDXL's denoiser does not take six sizes and what its second tower makes."""
+    if unet.addition_embed_type is None:
+        yield "unet/config.json: addition_embed_type: expected text_time, as StableDiffusionXLPipeline gives"
+    else:
+        made = 6 * (unet.addition_time_embed_dim or 0) + tower.projection_dim
+        if (taken := unet.projection_class_embeddings_input_dim) != made:
+            yield (
+                f"unet/config.json: projection_class_embeddings_input_dim: expected {made}, six sizes of "
+                f"addition_time_embed_dim and text_encoder_2's projection_dim, found {taken}"
+            )
+
+
+def _of_weights(folder: Path, parts: list[str], variant: str | None) -> Iterator[str]:
+    """Yield parts whose weights are not read; a folder with no weights at all has shapes to plan with."""
+    networks = [part for part in parts if part in CLASSES]
+    files = {part: sorted(path.name for path in (folder / part).glob("*")) for part in networks}
+    if not _has_weights(folder):
+        return
+    for part, names in files.items():
+        tensors = [name for name in names if name.endswith(".safetensors")]
+        plain = [name for name in tensors if "." not in name.removesuffix(".safetensors")]
+        wanted = [name for name in tensors if variant is not None and name.split(".")[1].split("-")[0] == variant]
+        if plain or wanted:
+            continue
+        others = sorted({name.split(".")[1].split("-")[0] for name in tensors})
+        if others:
+            yield f"{part}: its weights are the variant {others[0]}: write teacher.variant: {others[0]}"
+        elif any(name.endswith(".bin") for name in names):
+            yield (
+                f"{part}: its weights are .bin files, which can run code and are not read: download the .safetensors "
+                "files, or open the teacher with diffusers and save_pretrained(safe_serialization=True)"
+            )
+        else:
+            yield f"{part}: no .safetensors file, and other parts have theirs: download it too"
+
+
+def _has_weights(folder: Path) -> bool:
+    """Return whether there are weights, or shapes to plan with alone."""
+    return any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*/*"))
+
+
+def _of_tokenizers(folder: Path, parts: list[str]) -> Iterator[str]:
+    """Yield what is missing of the files that tokenizers are read from, or cannot be in them."""
+    for part in [name for name in parts if name.startswith("tokenizer") and _has_weights(folder)]:
+        names = {path.name for path in (folder / part).glob("*")}
+        if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+            yield f"{part}: neither tokenizer.json nor vocab.json and merges.txt: download them"
+        for path in [folder / part / name for name in WORDS if (folder / part / name).is_file()]:
+            try:
+                found = _object(path, MOST_BYTES_OF_WORDS)
+                if path.name == "vocab.json":
+                    _refuse_unknown(path, found, folder / part.replace("tokenizer", "text_encoder") / "config.json")
+            except Refused as error:
+                yield str(error)
+
+
+def _refuse_unknown(path: Path, words: dict[str, Any], config: Path) -> None:
+    """Raise Refused where one of the `words` in a vocabulary has a number that its text encoder does not know."""
+    size = read(config, TextEncoder).vocab_size
+    for word, number in words.items():
+        if type(number) is not int or not 0 <= number < size:
+            raise Refused(
+                f"{_named(path)}: {brief(word)}: expected a whole number below {size}, the vocab_size of "
+                f"{config.parent.name}, found {brief(number)}"
+            )

@@ -1,0 +1,93 @@
+"""Checkpoints that a stage resumes from: `checkpoints/step-<n>`, whole or absent, with checksums inside."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from .files import CheckpointError, read_json, remove, replacing, write_json
+from .hashing import seal, sha256
+from .tensors import read_tensors, write_tensors
+
+STATE_FORMAT = 2  # of checkpoints
+
+
+# ---- checkpoints to resume from ----
+
+
+def save_state(folder: Path, step: int, tensors: dict[str, Tensor], record: dict | None = None, keep: int = 2) -> Path:
+    """Write the state after `step` steps as `checkpoints/step-<n>`; the newest `keep` stay.
+
+    `record` is what else a loop must know to go on, as JSON.
+
+    The folder appears by rename with its checksums inside; older ones go only after it is there.
+    """
+    path = state_path(folder, step)
+    with replacing(path) as temporary:
+        temporary.mkdir(parents=True)
+        write_tensors(temporary / "state.safetensors", tensors)
+        checksum = sha256(temporary / "state.safetensors")
+        state = {"format": STATE_FORMAT, "step": step, "sha256": checksum, "record": record or {}}
+        write_json(temporary / "state.json", state | {"seal": seal(state)})
+    for old in checkpoints(folder)[:-keep]:
+        remove(old)
+    return path
+
+
+def load_state(folder: Path) -> tuple[int, dict[str, Tensor], dict] | None:
+    """The newest checkpoint of a stage's folder: steps done, tensors on the CPU, record; None where there is none.
+
+    Raises CheckpointError where it is damaged: nothing restarts from zero, or from an older state, in silence.
+    """
+    found = checkpoints(folder)
+    if not found:
+        return None
+    wrong = damage(found[-1])
+    if wrong:
+        whole = next((path for path in reversed(found[:-1]) if not damage(path)), None)
+        instead = f"the one before it, {whole.name}" if whole else "the start of the stage, since no other is whole"
+        raise CheckpointError(f"{found[-1]} is damaged ({wrong}): `mlcm run --skip-damaged` goes on from {instead}")
+    state = read_json(found[-1] / "state.json", step=int, record=dict)
+    return state["step"], read_tensors(found[-1] / "state.safetensors"), state["record"]
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint `path`; None where it is whole."""
+    try:
+        state = read_json(path / "state.json", sha256=str)
+    except CheckpointError as error:
+        return str(error)
+    seal = state.pop("seal", None)
+    if state.get("format") != STATE_FORMAT:
+        return f"it is of format {state.get('format')}, this version reads {STATE_FORMAT}"
+    if seal != seal(state):
+        return "state.json is not as it was written"
+    tensors = path / "state.safetensors"
+    return None if tensors.is_file() and sha256(tensors) == state["sha256"] else f"{tensors.name} is not as written"
+
+
+def skip_damaged(folder: Path) -> list[str]:
+    """Put the damaged checkpoints above the newest whole one aside, as `damaged-step-<n>`; returns what was wrong."""
+    skipped = []
+    for path in reversed(checkpoints(folder)):
+        wrong = damage(path)
+        if not wrong:
+            break
+        remove(path.with_name(f"damaged-{path.name}"))
+        path.rename(path.with_name(f"damaged-{path.name}"))
+        skipped.append(f"{path}: {wrong}")
+    return skipped
+
+
+def state_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is."""
+    return folder / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a stage's folder, oldest first."""
+    return sorted((folder / "checkpoints").glob("step-*"))
+
+
+def step_of(path: Path) -> int:
+    """Return the number of steps after which the checkpoint `path` was written."""
+    return int(path.name.removeprefix("step-"))

@@ -1,0 +1,42 @@
+"""One process at a time on a stage's folder."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from .files import CheckpointError, told_of
+
+FILE = ".lock"  # stays behind, empty: deleting it would let two processes lock two files of one name
+
+
+@contextmanager
+def held(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Keep other processes out of `folder` for as long as the block runs.
+
+    The system lets go of the lock when the process ends, however it ends. Raises CheckpointError that names the process
+    which has it; with `wait` its end is waited for instead.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read() or "another process"
+            raise CheckpointError(
+                f"{folder} is being written by {owner}: wait for it or end it, then run again"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"{folder / FILE} cannot be locked ({error.strerror.lower()})") from error
+        with told_of(folder / FILE):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}")
+            file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)

@@ -1,0 +1,71 @@
+"""A finished stage: its manifest, written last, has the checksum of every result."""
+
+from pathlib import Path
+
+from .files import PARTIAL, CheckpointError, checksums, read_json, remove, remove_partial, write_json
+from .hashing import seal, sha256
+from .untrusted import held
+
+FORMAT = 1  # of manifest.json; raised when its layout changes
+
+
+# ---- finished stages ----
+
+RESUMED_FROM = ("checkpoints", "rows")  # the second an evaluation's
+# Not results, or checked elsewhere: store.json holds the checksums of a store's shards, and its reader compares them.
+UNHASHED = (
+    "manifest.json",
+    ".lock",
+    "checkpoints/*",
+    "rows/*",
+    "tensorboard/*",
+    "log.jsonl",
+    "samples/*",
+    "shard-*",
+    "nonfinite-*",
+)
+
+
+def finish(folder: Path, manifest: dict) -> None:
+    """Mark a stage's folder as finished: its manifest, with the checksum of every result, is the last file written."""
+    manifest = {"format": FORMAT, **manifest, "files": checksums(folder, skip=UNHASHED)}
+    write_json(folder / "manifest.json", manifest | {"seal": seal(manifest)})
+    sweep(folder)  # not before: a stage killed here would begin again
+
+
+def unswept(folder: Path) -> bool:
+    """Return whether a finished stage's folder still holds what `sweep` removes: its process was killed before that."""
+    return any((folder / name).exists() for name in RESUMED_FROM) or any(folder.rglob(f".*{PARTIAL}"))
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a finished stage would have gone on from."""
+    remove_partial(folder)
+    for name in RESUMED_FROM:
+        remove(folder / name)
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()
+
+
+def verify(folder: Path) -> dict:
+    """The manifest of a finished stage whose files are all there and unchanged.
+
+    Raises CheckpointError naming the first file that is missing or differs from what was written.
+    """
+    manifest = read_json(folder / "manifest.json", files=dict)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder} was written in format {manifest.get('format')}, this version reads {FORMAT}: "
+            "delete the folder to run the stage again"
+        )
+    if manifest.pop("seal", None) not in (None, seal(manifest)):  # older ones have none
+        raise CheckpointError(f"{folder}/manifest.json is damaged: delete {folder} to run the stage again")
+    for name, expected in manifest["files"].items():
+        path = held(folder, name, folder / "manifest.json")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing: delete {folder} to run the stage again")
+        if sha256(path) != expected:
+            raise CheckpointError(f"{path} is damaged (its sha256 changed): delete {folder} to run the stage again")
+    return manifest

@@ -1,0 +1,1 @@
+"""What surrounds a training loop: processes, engines, seeds, progress, signals."""

@@ -1,0 +1,16 @@
+"""The device that a recipe names."""
+
+import torch
+
+
+def device_of(name: str) -> torch.device:
+    """The device that is asked for; `auto` takes CUDA, then MPS, then the CPU. Raises ValueError for one not here."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = {"cuda": num_gpus, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if name == "auto":
+        return torch.device(next(kind for kind, count in here.items() if count))
+    kind, colon, index = name.partition(":")
+    number = index if colon else "0"
+    if not number.isdecimal() or int(number) >= here.get(kind, 0):
+        raise ValueError(f"device: {name} is not available here: write device: auto or cpu")
+    return torch.device(kind, int(number)) if colon else torch.device(kind)

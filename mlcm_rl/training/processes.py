@@ -1,0 +1,248 @@
+"""Several processes of one run: who this one is, its part of a batch, and what all of them do together.
+
+Every process draws the whole batch of a step, since draws are a function of (seed, purpose, step), and takes its rows
+of it: the same batch, whatever the number of processes. One on its own runs the same code and waits for nobody.
+
+Whatever waits for the other processes says so: all of them must call it, in the same order.
+"""
+
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather as accelerate_gather
+from torch import Tensor
+
+from ..storage.files import write_json
+from .joining import launched, number, refuse_strangers
+
+Item = TypeVar("Item")
+LOOKS, LOOK_SECONDS = 20, 0.5  # for a file that another machine wrote: a shared folder may show it late
+
+
+def rank() -> int:
+    """The number of this process among all: the first, 0, writes and prints."""
+    return number("RANK") if launched() else 0
+
+
+def count() -> int:
+    """How many processes run this recipe."""
+    return max(1, number("WORLD_SIZE")) if launched() else 1
+
+
+def uses_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
+def uses_fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+
+
+def start(device: torch.device) -> None:
+    """Join the other processes, once, on `device`: over gloo on a CPU, else over the accelerator's own backend.
+
+    Raises ValueError where DeepSpeed is asked for and not installed, or where the processes do not find each other.
+    """
+    refuse_strangers()
+    if not launched():
+        return
+    on_cpu = device.type == "cpu"
+    settings: dict[str, Any] = {"cpu": on_cpu}
+    if on_cpu and uses_deepspeed():
+        # Told of no backend, accelerate finds none for DeepSpeed on a CPU and takes every process for the only one.
+        settings = {"backend": "gloo"}
+        _compile_nothing()
+    try:
+        state = PartialState(**settings)
+    except ImportError as error:
+        raise ValueError(f"DeepSpeed cannot start: {error}") from error
+    except torch.distributed.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(f"the {count()} processes of this run did not find each other at {place}: {error}") from error
+    if state.num_processes != count():
+        raise ValueError(f"{count()} processes were launched and {state.num_processes} found each other")
+
+
+def _compile_nothing() -> None:
+    """Keep DeepSpeed from building, at its start on a CPU, the all-reduce of its inference, which is not called here.
+
+    That takes a C++ compiler, ninja and a minute, and waits for ever where an earlier build was killed.
+    """
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def finish() -> None:
+    """Part from the other processes."""
+    if launched():
+        torch.distributed.destroy_process_group()
+
+
+def leave(error: BaseException | None) -> None:
+    """End this process at once where it is one of several: with `error`'s exit code, and its traceback where it is
+    not a SystemExit.
+
+    PyTorch lets threads of gloo run on, and a process whose interpreter ends before they do is now and then aborted
+    ("terminate called without an active exception"): its exit code, and the launch, would say that it was killed.
+    """
+    if not launched():
+        return
+    code = error.code if isinstance(error, SystemExit) else int(error is not None)
+    if error is not None and not isinstance(error, SystemExit):
+        sys.excepthook(type(error), error, error.__traceback__)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def refuse_unshared(folder: Path) -> None:
+    """Raise ValueError, in every process, where one of them does not see in `folder` what the first writes there.
+
+    Waits for all of them; a process on its own is asked nothing.
+    """
+    if count() == 1:
+        return
+    check = folder / f".seen-{agreed(secrets.token_hex(8))}.json"
+    by_first(write_json, check, {"processes": count()})
+    blind = [str(number) for number, sees in enumerate(collected(_appears(check))) if not sees]
+    by_first(check.unlink)
+    if blind:
+        raise ValueError(
+            f"runs: process {', '.join(blind)} of {count()} does not see in {folder.resolve()} what process 0 wrote "
+            "there: every machine needs the same folder, on a disk that they share; set runs: to one that is"
+        )
+
+
+def _appears(path: Path) -> bool:
+    for _ in range(LOOKS):
+        if path.is_file():
+            return True
+        time.sleep(LOOK_SECONDS)
+    return False
+
+
+def is_loss(error: Exception) -> bool:
+    """Return whether `error` is how a process learns, in the midst of an exchange, that another one is gone."""
+    if count() == 1 or not isinstance(error, RuntimeError):
+        return False
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)
+
+
+# ---- a process's part ----
+
+
+def part(size: int, processes: int, together: int = 1) -> int:
+    """How many of `size` samples are one process's, groups of `together` in one piece.
+
+    Raises ValueError where the parts cannot be equal.
+    """
+    if size % (processes * together):
+        what, whole = f"{size} samples", "is a multiple of the number of processes"
+        if together > 1:
+            what, whole = f"{size // together} groups of {together} samples", "holds as many groups for each process"
+        raise ValueError(
+            f"{what} cannot be shared evenly by {processes} processes: choose batch_size and "
+            f"gradient_accumulation so that every micro-batch {whole}"
+        )
+    return size // processes
+
+
+def rows(size: int, together: int = 1) -> slice:
+    """Which rows of a batch of `size` are this process's, groups of `together` in one piece.
+
+    Raises ValueError where the parts cannot be equal.
+    """
+    own = part(size, count(), together)
+    return slice(rank() * own, (rank() + 1) * own)
+
+
+def micro_batches(total: int, size: int, together: int = 1) -> Iterator[range]:
+    """Of each `size` of `total` samples, the numbers of this process's, groups of `together` in one piece.
+
+    Raises ValueError where the parts cannot be equal.
+    """
+    for first in range(0, total, size):
+        own = rows(min(size, total - first), together)
+        yield range(first + own.start, first + own.stop)
+
+
+def share(items: Sequence[Item]) -> list[Item]:
+    """The items of this process: every so many-th one."""
+    return list(items[rank() :: count()])
+
+
+# ---- together ----
+
+
+def gather(part: Tensor) -> Tensor:
+    """The rows (B, ...) of all processes, in order, from each one's `part` (b, ...). Waits for all."""
+    return accelerate_gather(part.contiguous()) if count() > 1 else part
+
+
+def total(*values: float) -> list[float]:
+    """Each of `values`, summed over the processes. Waits for all."""
+    if count() == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64, device=PartialState().device)
+    torch.distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+def summed(figures: Tensor) -> Tensor:
+    """`figures` (n,) summed over the processes, where they are and on their device. Waits for all."""
+    if count() > 1:
+        torch.distributed.all_reduce(figures)
+    return figures
+
+
+def average_(tensors: Sequence[Tensor]) -> None:
+    """Put the mean over the processes into each of `tensors`, where it is: no copy of them is made. Waits for all."""
+    for exchange in [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
+        exchange.wait()
+    torch._foreach_div_(list(tensors), count())
+
+
+def wait() -> None:
+    """Go on when all processes are here."""
+    total(0.0)
+
+
+def agreed(value: Item) -> Item:
+    """`value` as the first process has it, for what must not depend on a device's last bits. Waits for all."""
+    return broadcast_object_list([value])[0] if count() > 1 else value
+
+
+def collected(value: Item) -> list[Item]:
+    """The `value` of every process, in order. Waits for all."""
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def by_first(function: Callable[..., Item], *arguments: Any) -> Item:
+    """What `function` returns, when all are here, in the first process: what it wrote is then there for all.
+
+    Where it raises, the first process goes on raising and the others leave: its message says why.
+    """
+    wait()
+    done, result = False, None
+    try:
+        if rank() == 0:
+            result = function(*arguments)
+        done = True
+    finally:
+        (succeeded,) = total(float(done))
+    if succeeded < count():
+        sys.exit(1)
+    return agreed(result)

@@ -1,0 +1,28 @@
+"""Randomness as a function of (seed, purpose, step): resuming needs no state of a generator."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+# ---- randomness ----
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from what it is for: seed, purpose, step. The same parts give the same seed on every machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(*parts: object) -> torch.Generator:
+    """A CPU generator seeded by `parts`. Randomness is a function of (seed, purpose, step): resuming needs no state."""
+    return torch.Generator().manual_seed(seed_of(*parts))
+
+
+def epoch_order(num_items: int, batch_size: int, step: int, *parts: object) -> Tensor:
+    """Indices (batch_size,) of the batch of `step`: every item once per pass, each pass in an order of its own."""
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    orders: dict[int, Tensor] = {}
+    for epoch in {position // num_items for position in positions}:
+        orders[epoch] = torch.randperm(num_items, generator=generator(*parts, "epoch", epoch))
+    return torch.stack([orders[position // num_items][position % num_items] for position in positions])
