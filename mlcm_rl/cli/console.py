@@ -10,7 +10,9 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TextIO
 
 import typer
@@ -18,6 +20,12 @@ from rich.console import Console
 from rich.text import Text
 
 from ..recipe.tree import RecipeError, key_text
+from ..training import signals
+from ..training.console import plain_console
+
+# of several processes the first speaks
+console = plain_console(quiet=os.environ.get("RANK", "") not in ("", "0"))
+error_console = plain_console(stderr=True)
 
 
 def write_anything() -> None:
@@ -71,3 +79,25 @@ def print_problems(to: Console, path: Path, error: RecipeError) -> None:
             to.print(Text(str(problem)), soft_wrap=True)
     if error.note:
         to.print(Text(error.note), soft_wrap=True)
+
+
+@contextmanager
+def imported(name: str, interrupted: str = "Interrupted.") -> Iterator[ModuleType]:
+    """The module mlcm_rl.`name`, imported only here. What fails ends with its message, a signal with one line."""
+    try:
+        with signals.raised():
+            module = import_module(f"mlcm_rl.{name}")
+            try:
+                yield module
+            except module.RunError as error:
+                label = "bad" if error.exit_code == 2 else "failed"
+                error_console.print(Text.assemble((label, "bold red"), f"  {error}"), soft_wrap=True)
+                raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt as stop:
+        error_console.print(Text(f"\n{interrupted}"), soft_wrap=True)
+        raise typer.Exit(stop.code if isinstance(stop, signals.Stopped) else 130) from None
+
+
+def line(text: Text) -> None:
+    """One line of output, never wrapped, so that a path in it can be copied and piped."""
+    console.print(text, soft_wrap=True)

@@ -14,7 +14,7 @@ from ..recipe import Recipe
 
 if TYPE_CHECKING:
     from ..cost.launches import Launch
-    from ..pipeline.plan import PlannedStage
+    from ..pipeline.planning import PlannedStage
 
 PARTS = ("parameters", "gradients", "optimiser", "averages", "activations", "exchange", "rewards", "host")
 ENGINES = {"whole": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}

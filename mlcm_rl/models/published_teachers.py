@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..recipe import Teacher
 
+FOLDER = Path(__file__).with_name("published")
 FOLDERS = {  # by the hub's name
     "stabilityai/stable-diffusion-xl-base-1.0": "stable-diffusion-xl-base-1.0",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "stable-diffusion-v1-5",
@@ -16,4 +17,4 @@ FOLDERS = {  # by the hub's name
 def shipped(teacher: Teacher) -> Path | None:
     """Return the folder of shapes that stands for a teacher on the hub; None for a local one, or one not shipped."""
     name = FOLDERS.get(teacher.path)
-    return None if name is None or Path(teacher.path).is_dir() else Path(__file__).parent / "published" / name
+    return None if name is None or Path(teacher.path).is_dir() else FOLDER / name

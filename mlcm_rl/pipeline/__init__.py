@@ -2,7 +2,7 @@
 
 from .errors import BadArgument, ProcessLost, RunError
 from .fingerprint import Located
-from .plan import PlannedStage
-from .run import device_here, plan, replay, run
+from .planning import PlannedStage
+from .running import device_here, plan, replay, run
 
 __all__ = ["BadArgument", "Located", "PlannedStage", "ProcessLost", "RunError", "device_here", "plan", "replay", "run"]

@@ -31,7 +31,7 @@ from ..training.progress import tell
 from ..training.seeding import generator
 from .errors import BadArgument, RunError, worded
 from .fingerprint import Located, locate
-from .run import run_stage, sweep
+from .running import run_stage, sweep
 
 
 def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:

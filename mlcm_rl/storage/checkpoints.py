@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .files import CheckpointError, read_json, remove, replacing, write_json
-from .hashing import seal, sha256
+from .hashing import seal_of, sha256
 from .tensors import read_tensors, write_tensors
 
 STATE_FORMAT = 2  # of checkpoints
@@ -27,7 +27,7 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], record: dict
         write_tensors(temporary / "state.safetensors", tensors)
         checksum = sha256(temporary / "state.safetensors")
         state = {"format": STATE_FORMAT, "step": step, "sha256": checksum, "record": record or {}}
-        write_json(temporary / "state.json", state | {"seal": seal(state)})
+        write_json(temporary / "state.json", state | {"seal": seal_of(state)})
     for old in checkpoints(folder)[:-keep]:
         remove(old)
     return path
@@ -59,7 +59,7 @@ def damage(path: Path) -> str | None:
     seal = state.pop("seal", None)
     if state.get("format") != STATE_FORMAT:
         return f"it is of format {state.get('format')}, this version reads {STATE_FORMAT}"
-    if seal != seal(state):
+    if seal != seal_of(state):
         return "state.json is not as it was written"
     tensors = path / "state.safetensors"
     return None if tensors.is_file() and sha256(tensors) == state["sha256"] else f"{tensors.name} is not as written"

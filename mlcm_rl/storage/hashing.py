@@ -70,5 +70,5 @@ def _walk(folder: Path) -> Iterator[tuple[PurePosixPath, Path | str]]:
         yield from ((name / entry.name, real / entry.name) for entry in entries if not entry.is_dir())
 
 
-def seal(state: dict) -> str:
+def seal_of(state: dict) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

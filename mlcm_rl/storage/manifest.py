@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .files import PARTIAL, CheckpointError, checksums, read_json, remove, remove_partial, write_json
-from .hashing import seal, sha256
+from .hashing import seal_of, sha256
 from .untrusted import held
 
 FORMAT = 1  # of manifest.json; raised when its layout changes
@@ -29,7 +29,7 @@ UNHASHED = (
 def finish(folder: Path, manifest: dict) -> None:
     """Mark a stage's folder as finished: its manifest, with the checksum of every result, is the last file written."""
     manifest = {"format": FORMAT, **manifest, "files": checksums(folder, skip=UNHASHED)}
-    write_json(folder / "manifest.json", manifest | {"seal": seal(manifest)})
+    write_json(folder / "manifest.json", manifest | {"seal": seal_of(manifest)})
     sweep(folder)  # not before: a stage killed here would begin again
 
 
@@ -60,7 +60,7 @@ def verify(folder: Path) -> dict:
             f"{folder} was written in format {manifest.get('format')}, this version reads {FORMAT}: "
             "delete the folder to run the stage again"
         )
-    if manifest.pop("seal", None) not in (None, seal(manifest)):  # older ones have none
+    if manifest.pop("seal", None) not in (None, seal_of(manifest)):  # older ones have none
         raise CheckpointError(f"{folder}/manifest.json is damaged: delete {folder} to run the stage again")
     for name, expected in manifest["files"].items():
         path = held(folder, name, folder / "manifest.json")

@@ -1,10 +1,15 @@
-"""The device that a recipe names."""
+"""The device that a recipe names. torch is imported only to ask what is here."""
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
-def device_of(name: str) -> torch.device:
+def device_of(name: str) -> "torch.device":
     """The device that is asked for; `auto` takes CUDA, then MPS, then the CPU. Raises ValueError for one not here."""
+    import torch
+
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     here = {"cuda": num_gpus, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":

@@ -103,13 +103,14 @@ def test_a_process_of_several_ends_at_once_with_its_code(ends, code, says):
     """Whatever its threads do: gloo's abort it now and then, where the interpreter ends before them."""
     lines = [
         "import sys, threading, time",
-        "from mlcm_rl import __main__, distributed",
+        "from mlcm_rl.cli import app as cli",
+        "from mlcm_rl.training import processes",
         "def app(prog_name):",
         "    threading.Thread(target=time.sleep, args=(1_000,)).start()",
         "    print('all', end='')",
         f"    {ends}",
-        "__main__.app = app",
-        "__main__.main()",
+        "cli.app = app",
+        "cli.main()",
     ]
     ended = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)],

@@ -224,7 +224,7 @@ def test_of_a_batch_only_readings_stay(place, tmp_path, monkeypatch):
 
 
 def test_one_student_is_in_memory_at_a_time(place, tmp_path, monkeypatch):
-    alive, load = [], evaluate.adapters.load_student
+    alive, load = [], evaluate.load_student
 
     def watched(base, folder):
         assert all(seen() is None for seen in alive)
@@ -233,7 +233,7 @@ def test_one_student_is_in_memory_at_a_time(place, tmp_path, monkeypatch):
         return student
 
     monkeypatch.setattr(evaluate.page, "write", lambda *_: None)
-    monkeypatch.setattr(evaluate.adapters, "load_student", watched)
+    monkeypatch.setattr(evaluate, "load_student", watched)
     few = {"num_steps": [2], "teacher_steps": [2], "judge": None, "rewards": [], "num_prompts": 2, "batch_size": 4}
     run(place, tmp_path, **few, also=[str(place / "other"), str(place / "feedback")])
     assert len(alive) == 3

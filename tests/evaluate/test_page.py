@@ -7,6 +7,7 @@ import pytest
 from evaluation_case import PROMPTS
 
 from mlcm_rl.report import page
+from mlcm_rl.report.figures import number
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -86,7 +87,7 @@ def test_ids_are_unique_so_that_plots_do_not_share_clips(parsed):
 def test_the_table_holds_every_row_and_number(parsed, report):
     cells = [element["text"] for element in parsed.all("td")]
     for row in report["rows"]:
-        assert page.report.number(row["metrics"]["distance"]) in cells
+        assert number(row["metrics"]["distance"]) in cells
     assert sum(element.get("class") == "default" for element in parsed.all("tr")) == 6  # 3 steps of 2 students
 
 

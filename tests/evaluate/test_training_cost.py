@@ -5,7 +5,6 @@ import json
 import pytest
 
 import runs
-from mlcm_rl.cost import evaluations
 from mlcm_rl.cost.evaluations import network_evaluations
 from mlcm_rl.evaluation import training_cost
 from mlcm_rl.evaluation.training_cost import TrainingCost, of_stage
@@ -69,7 +68,7 @@ def test_a_chain_of_stages_is_summed_and_its_store_counted_once(tmp_path):
 
 def test_a_tuned_student_has_cost_its_distillation_and_its_own_steps_and_no_other_tuning(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        evaluations, "network_evaluations", lambda stage, _: {"trajectories": 96 * 110}.get(stage.kind, 7)
+        training_cost, "network_evaluations", lambda stage, _: {"trajectories": 96 * 110}.get(stage.kind, 7)
     )
     rewards = {"rewards": [{"name": "a"}], "guard": {"rewards": [{"name": "b"}]}}
     tuning = {"prompts": "p.txt", "num_steps": 5, "batch_size": 8, **rewards}

@@ -13,7 +13,8 @@ import torch
 import runs
 from mlcm_rl import pipeline
 from mlcm_rl.pipeline import RunError
-from mlcm_rl.storage import checkpoints, files, lock
+from mlcm_rl.storage import files, lock
+from mlcm_rl.storage import tensors as tensors_module
 from mlcm_rl.storage.files import CheckpointError
 
 
@@ -35,7 +36,7 @@ def test_a_disk_that_fills_up_in_any_write_leaves_what_was_saved_and_the_same_co
     whole, tiny_sdxl, tmp_path, monkeypatch
 ):
     """Every second write of tensors is cut in half, until the run is through."""
-    recipe, save_file, writes = small(tiny_sdxl, tmp_path), checkpoints.save_file, []
+    recipe, save_file, writes = small(tiny_sdxl, tmp_path), tensors_module.save_file, []
 
     def cut(tensors, path, *rest):
         writes.append(path)
@@ -44,7 +45,7 @@ def test_a_disk_that_fills_up_in_any_write_leaves_what_was_saved_and_the_same_co
             os.truncate(path, path.stat().st_size // 2)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoints, "save_file", cut)
+    monkeypatch.setattr(tensors_module, "save_file", cut)
     for _ in range(20):
         with suppress(RunError):
             assert pipeline.run(recipe)
@@ -76,7 +77,7 @@ def test_a_disk_that_is_really_full_says_so(disk):
         pytest.raises(CheckpointError, match=r"could not be written .*[Nn]o space left"),
         files.replacing(folder / "value.safetensors") as temporary,
     ):
-        checkpoints.save_file({"value": torch.ones(10**6)}, temporary)
+        tensors_module.save_file({"value": torch.ones(10**6)}, temporary)
     assert list(folder.iterdir()) == []
 
 

@@ -19,7 +19,7 @@ SEED = 1
 
 def published_unet(name: str) -> dict:
     """The configuration of a published teacher's denoiser."""
-    return json.loads((Path(published_teachers.__file__).parent / name / "unet" / "config.json").read_text())
+    return json.loads((published_teachers.FOLDER / name / "unet" / "config.json").read_text())
 
 
 SDXL, SD15 = published_unet("stable-diffusion-xl-base-1.0"), published_unet("stable-diffusion-v1-5")

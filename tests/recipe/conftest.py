@@ -10,7 +10,7 @@ from mlcm_rl.models import published_teachers
 from mlcm_rl.recipe.file import load
 from mlcm_rl.recipe.tree import Problem, RecipeError
 
-PUBLISHED = Path(published_teachers.__file__).parent / "stable-diffusion-xl-base-1.0"
+PUBLISHED = published_teachers.FOLDER / "stable-diffusion-xl-base-1.0"
 GOOD = Path(__file__).with_name("good.yaml")
 
 Broken = Callable[..., list[Problem]]

@@ -19,7 +19,7 @@ from mlcm_rl.cli.app import app
 from mlcm_rl.cost.gpus import DEVICES
 from mlcm_rl.cost.launches import Launch
 from mlcm_rl.cost.memory import Memory
-from mlcm_rl.pipeline.plan import PlannedStage
+from mlcm_rl.pipeline.planning import PlannedStage
 from mlcm_rl.recipe import Recipe
 from mlcm_rl.recipe.schema import json_schema
 
@@ -41,7 +41,7 @@ def pipeline(monkeypatch) -> ModuleType:
 
 @pytest.fixture
 def finished_runs(monkeypatch) -> ModuleType:
-    return stand_in(monkeypatch, "finished_runs")
+    return stand_in(monkeypatch, "pipeline.finished_runs")
 
 
 def stand_in(monkeypatch, name: str) -> ModuleType:
@@ -49,7 +49,8 @@ def stand_in(monkeypatch, name: str) -> ModuleType:
     module = ModuleType(f"mlcm_rl.{name}")
     module.RunError = RunError
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(mlcm_rl, name, module, raising=False)
+    place, _, last = module.__name__.rpartition(".")
+    monkeypatch.setattr(sys.modules.get(place, mlcm_rl), last, module, raising=False)
     return module
 
 
@@ -207,7 +208,7 @@ def test_plan_under_a_launch_on_a_device_tells_time_and_what_does_not_fit_in_a_h
     stages = [replace(stages[0], memory=held, operations=3.6e18, seconds=9000.0), replace(PLANNED[2], seconds=90.0)]
     given = []
     pipeline.plan = lambda *arguments: given.append(arguments[2:]) or stages
-    monkeypatch.setattr("mlcm_rl.__main__.console", Console(width=100, height=40, highlight=False))
+    monkeypatch.setattr("mlcm_rl.cli.recipes.console", Console(width=100, height=40, highlight=False))
     launch = ("--launch", str(LAUNCHES / "zero2_offload.yaml"))
     result = mlcm("plan", "good.yaml", *launch, "--device", "RTX 4090")
     lines = result.stdout.splitlines()

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from mlcm_rl.cli import reward_commands
 from mlcm_rl.cli.app import app
 from mlcm_rl.data.prompts import Prompt
 from mlcm_rl.rewards.folder import picture_files, score_files
-from mlcm_rl.training import devices
 
 WITH_WEIGHTS = """
 from safetensors.torch import load_file
@@ -409,7 +409,7 @@ def test_prompts_that_a_reward_cannot_score_are_named_before_the_first_picture(m
 
 def test_rewards_run_on_the_best_device_that_is_here(mlcm, folder, monkeypatch):
     asked = []
-    monkeypatch.setattr(devices, "device_of", lambda name: asked.append(name) or torch.device("cpu"))
+    monkeypatch.setattr(reward_commands, "device_of", lambda name: asked.append(name) or torch.device("cpu"))
     assert mlcm("score", "--reward", "brightness", "--images", folder).exit_code == 0
     assert mlcm("rewards", "check", "brightness").exit_code == 0
     assert mlcm("rewards", "check", "brightness", "--device", "cpu").exit_code == 0
@@ -418,7 +418,7 @@ def test_rewards_run_on_the_best_device_that_is_here(mlcm, folder, monkeypatch):
 
 def test_help_of_the_reward_commands_imports_no_torch():
     code = (
-        "import sys; from mlcm_rl.__main__ import app\n"
+        "import sys; from mlcm_rl.cli.app import app\n"
         "try: app({arguments}, prog_name='mlcm')\n"
         "except SystemExit: sys.exit('torch' in sys.modules)"
     )

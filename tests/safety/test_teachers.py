@@ -22,7 +22,7 @@ import runs
 import tiny
 from mlcm_rl.models import teachers
 from mlcm_rl.models.base import files
-from mlcm_rl.pipeline.plan import Sizes
+from mlcm_rl.pipeline.planning import Sizes
 from mlcm_rl.recipe import Teacher, teacher_check
 from mlcm_rl.recipe.file import load
 from mlcm_rl.recipe.teacher_types import Autoencoder, Denoiser

@@ -13,8 +13,8 @@ from mlcm_rl.cost import flops, memory
 from mlcm_rl.cost.gpus import DEVICES
 from mlcm_rl.cost.live_bytes import Kernels, Live
 from mlcm_rl.cost.shapes import Shapes
-from mlcm_rl.pipeline import estimates, plan
-from mlcm_rl.pipeline.plan import Sizes, planned_stages
+from mlcm_rl.pipeline import estimates, planning
+from mlcm_rl.pipeline.planning import Sizes, planned_stages
 from mlcm_rl.recipe import Recipe
 from mlcm_rl.recipe.file import load
 
@@ -24,7 +24,7 @@ def counted(monkeypatch, tmp_path) -> list[str]:
     """What is worked out, in a folder of estimates that is empty at first."""
     monkeypatch.setenv("MLCM_RL_ESTIMATES", str(tmp_path / "estimates"))
     worked_out: list[str] = []
-    for name, module, function in (("memory", plan, "of_stage"), ("work", flops, "of_stage")):
+    for name, module, function in (("memory", planning, "of_stage"), ("work", flops, "of_stage")):
         found = getattr(module, function)
         monkeypatch.setattr(module, function, lambda *given, n=name, f=found: worked_out.append(n) or f(*given))
     return worked_out

@@ -12,7 +12,7 @@ import tiny
 from mlcm_rl.cost import memory
 from mlcm_rl.cost.launches import Held, Launch, held, of_this_process, outline, part, read_launch, zero_bytes
 from mlcm_rl.models.base import TARGET_TIME_WIDTH
-from mlcm_rl.pipeline.plan import Sizes
+from mlcm_rl.pipeline.planning import Sizes
 from mlcm_rl.recipe import Full, Lora
 from mlcm_rl.recipe.file import load
 from mlcm_rl.training import loop

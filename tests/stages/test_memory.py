@@ -11,12 +11,13 @@ import runs
 import tiny
 from mlcm_rl.cost import memory, peak
 from mlcm_rl.cost.live_bytes import Kernels, Live
-from mlcm_rl.pipeline.plan import planned_stages
+from mlcm_rl.models import published_teachers
+from mlcm_rl.pipeline.planning import planned_stages
 from mlcm_rl.preference import tuning
 from mlcm_rl.recipe import Full, Lora, Reward, Teacher
 from mlcm_rl.rewards import build
 
-PUBLISHED = Path(memory.__file__).parents[1] / "published"
+PUBLISHED = published_teachers.FOLDER
 
 
 def of(stage, folder, distilled=None, kind="cuda", teacher: Teacher | None = None) -> memory.Memory:

@@ -6,7 +6,7 @@ import pytest
 
 import runs
 from mlcm_rl import pipeline
-from mlcm_rl.pipeline import RunError
+from mlcm_rl.pipeline import RunError, running
 from mlcm_rl.recipe import Evaluate
 from mlcm_rl.storage.manifest import finish
 
@@ -21,7 +21,7 @@ def started(monkeypatch) -> list[str]:
         found.folder.mkdir(parents=True)
         finish(found.folder, {"kind": stage.kind, "fingerprint": found.fingerprint})
 
-    monkeypatch.setattr(pipeline, "run_stage", run_stage)
+    monkeypatch.setattr(running, "run_stage", run_stage)
     return kinds
 
 
@@ -101,7 +101,7 @@ def test_an_evaluations_prompts_are_tried_too(tiny_sdxl, tmp_path, refusing):
     )
     told = r"stages\[0\] \(evaluate\): rewards\[0\]: reward brightness cannot score 1 of the prompts: .*txt:2"
     with pytest.raises(RunError, match=told):
-        pipeline.refuse_unready(runs.recipe(tiny_sdxl, tmp_path, [stage]))
+        running.refuse_unready(runs.recipe(tiny_sdxl, tmp_path, [stage]))
 
 
 def test_prompts_of_a_language_that_a_reward_does_not_read_are_told_by_line(tiny_sdxl, tmp_path, monkeypatch):
@@ -111,10 +111,10 @@ def test_prompts_of_a_language_that_a_reward_does_not_read_are_told_by_line(tiny
     told = r"rewards\[0\]: reward brightness .*txt:3: brightness reads prompts in en, not in zh; .*txt:5"
     asked = recipe(tiny_sdxl, tmp_path, rewards=[{"name": "brightness"}])
     with pytest.raises(RunError, match=told):
-        pipeline.refuse_unready(asked)
-    pipeline.refuse_unready(recipe(tiny_sdxl, tmp_path, languages={"en": 1.0}))
+        running.refuse_unready(asked)
+    running.refuse_unready(recipe(tiny_sdxl, tmp_path, languages={"en": 1.0}))
     evaluate = asked.stages[-1].model_copy(update={"rewards": ["brightness"]})
-    pipeline.refuse_unready(runs.recipe(tiny_sdxl, tmp_path, [evaluate]))
+    running.refuse_unready(runs.recipe(tiny_sdxl, tmp_path, [evaluate]))
 
 
 def test_a_table_of_pairs_is_opened_before_the_first_stage_and_its_prompts_are_for_no_reward(
@@ -125,12 +125,12 @@ def test_a_table_of_pairs_is_opened_before_the_first_stage_and_its_prompts_are_f
     stage = runs.tuning("dpo", prompts, pairs=str(folder), guard={"rewards": OTHER, "num_prompts": 2})
     asked = runs.recipe(tiny_sdxl, tmp_path, [stage.model_copy(update={"guard_prompts": str(tmp_path / "good.txt")})])
     (tmp_path / "good.txt").write_text("a cat\na bird\n")
-    pipeline.refuse_unready(asked)
+    running.refuse_unready(asked)
     (folder / "0-dark.png").unlink()
     (folder / "3-light.png").unlink()
     told = r"stages\[0\] \(dpo\): pairs: .*jsonl:1: there is no picture .*0-dark\.png; .*jsonl:4: .*3-light\.png"
     with pytest.raises(RunError, match=told):
-        pipeline.refuse_unready(asked)
+        running.refuse_unready(asked)
 
 
 def test_all_that_stages_lack_is_told_together(tiny_sdxl, tmp_path, started):
@@ -149,4 +149,4 @@ def test_a_stage_that_is_done_needs_nothing_more(tiny_sdxl, tmp_path, monkeypatc
 
 def test_a_reward_that_the_recipe_makes_itself_is_not_missed(tiny_sdxl, tmp_path):
     tuned = runs.tuning("dpo", runs.write_prompts(tmp_path), rewards=[{"name": "trained"}])
-    pipeline.refuse_unready(runs.recipe(tiny_sdxl, tmp_path, [tuned]))
+    running.refuse_unready(runs.recipe(tiny_sdxl, tmp_path, [tuned]))

@@ -11,7 +11,7 @@ from mlcm_rl.cost.evaluations import network_evaluations, passes_of
 from mlcm_rl.cost.flops import Operations, Work, counted, of_stage, seconds, this_device
 from mlcm_rl.cost.gpus import CPU_SHARE, DEVICES, GPU_SHARE, Device
 from mlcm_rl.cost.launches import Launch
-from mlcm_rl.pipeline.plan import planned_stages
+from mlcm_rl.pipeline.planning import planned_stages
 from mlcm_rl.recipe import Full, Lora, Teacher
 
 EMOJI = Path(__file__).resolve().parents[2] / "recipes" / "emoji" / "teacher"

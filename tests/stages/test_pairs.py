@@ -372,9 +372,9 @@ def test_choosing_goes_on_where_it_was_stopped_and_draws_nothing_again(run, tmp_
     before = contents(tmp_path / "pictures")
     assert len(rows_of(tmp_path)) == 1
     with monkeypatch.context() as patched:
-        patched.setattr(finished_runs.bases, "load", None)  # the student is not even loaded
-        assert by_hand(run, tmp_path, prefer_left, patched) == (4, 5)
-        assert by_hand(run, tmp_path, None, patched) == (4, 5)  # all are judged: no page
+        patched.setattr(finished_runs.teachers, "load", None)  # the student is not even loaded
+        assert by_hand(run, tmp_path, prefer_left) == (4, 5)
+        assert by_hand(run, tmp_path, None) == (4, 5)  # all are judged: no page
     assert contents(tmp_path / "pictures") == before
     assert by_hand(run, tmp_path, prefer_left, num_prompts=6) == (5, 6)
     with pytest.raises(pipeline.RunError, match=r"holds a table of reward by hand, not brightness; .*take another"):

@@ -16,7 +16,7 @@ from mlcm_rl.cli.app import app
 from mlcm_rl.cost.evaluations import network_evaluations
 from mlcm_rl.data.trajectory_store import Store
 from mlcm_rl.models import students, teachers
-from mlcm_rl.pipeline import BadArgument, RunError, finished_runs
+from mlcm_rl.pipeline import BadArgument, RunError, finished_runs, running
 from mlcm_rl.pipeline.fingerprint import MATHS, corrections, identity, settings
 from mlcm_rl.recipe import Distill, Evaluate, Full, Lora
 from mlcm_rl.recipe.file import load
@@ -64,7 +64,7 @@ def test_links_lead_to_nothing_of_an_earlier_version_of_the_recipe(tiny_sdxl, tm
         found.folder.mkdir(parents=True)
         finish(found.folder, {"kind": stage.kind, "fingerprint": found.fingerprint})
 
-    monkeypatch.setattr(pipeline, "run_stage", run_stage)
+    monkeypatch.setattr(running, "run_stage", run_stage)
     recipe = runs.whole(tiny_sdxl, tmp_path, segments=[1])
     links = Path(recipe.runs, recipe.name)
     pipeline.run(recipe)

@@ -55,7 +55,7 @@ def test_a_git_that_does_not_name_the_commit_is_none(tmp_path, monkeypatch, kind
     program.write_bytes(b"\x7fELF" if GITS[kind] is None else f"#!/bin/sh\n{GITS[kind]}\n".encode())
     program.chmod(0o755)
     (tmp_path / ".git").mkdir()
-    monkeypatch.setattr(loop, "__file__", str(tmp_path / "mlcm_rl" / "runtime.py"))
+    monkeypatch.setattr(commit, "__file__", str(tmp_path / "mlcm_rl" / "storage" / "commit.py"))
     monkeypatch.setattr(commit, "GIT_SECONDS", 0.2)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert commit.commit() is None
@@ -65,7 +65,8 @@ def test_the_commit_is_that_of_a_checkout_of_this_package_alone(tmp_path, monkey
     """Installed into an environment that lies within another checkout, it has none."""
     found = commit.commit()
     assert found is None or len(found) == 40
-    monkeypatch.setattr(loop, "__file__", str(Path(loop.__file__).parents[1] / "venv" / "mlcm_rl" / "runtime.py"))
+    inside = Path(commit.__file__).parents[2] / "venv" / "mlcm_rl" / "storage" / "commit.py"
+    monkeypatch.setattr(commit, "__file__", str(inside))
     assert commit.commit() is None
 
 

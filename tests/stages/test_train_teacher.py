@@ -13,7 +13,7 @@ import runs
 import tiny
 from mlcm_rl import pipeline
 from mlcm_rl.equations.prediction import min_snr_weight
-from mlcm_rl.models import sampler, teachers
+from mlcm_rl.models import teachers
 from mlcm_rl.recipe import Samples, Teacher, TrainTeacher
 from mlcm_rl.stages import train_teacher
 from mlcm_rl.storage import hashing
@@ -92,7 +92,7 @@ def test_the_teacher_is_back_in_its_place_when_a_sample_fails(tmp_path, monkeypa
         seen.append(base.denoiser)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sampler, "sample_teacher", fails)
+    monkeypatch.setattr(train_teacher, "sample_teacher", fails)
     recipe = runs.recipe(tmp_path, tmp_path, [runs.distill()], samples=Samples(prompts=["a cat"]))
     with pytest.raises(KeyboardInterrupt):
         train_teacher.save_samples(recipe, base, other, tmp_path, 0)

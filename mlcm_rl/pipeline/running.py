@@ -35,7 +35,7 @@ from ..training.replay import prepare, read, write
 from . import preflight
 from .errors import PEOPLES_ERRORS, BadArgument, ProcessLost, RunError, said, way_out, worded
 from .fingerprint import Located, locate, parents_of, seed_of_stage
-from .plan import PlannedStage, Sizes, in_a_line, planned_stages
+from .planning import PlannedStage, Sizes, in_a_line, planned_stages
 
 __all__ = [
     "BadArgument",

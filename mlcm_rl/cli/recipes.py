@@ -1,0 +1,235 @@
+"""Commands that take a recipe: run, validate, plan, and schema; replay, which repeats a step of a run."""
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ..cost.gpus import DEVICES, THIS, kind_for
+from ..recipe import Recipe
+from ..recipe.file import load
+from ..recipe.schema import json_schema
+from ..recipe.tree import RecipeError
+from .console import print_problems
+
+if TYPE_CHECKING:
+    from ..cost.launches import Launch
+from .console import console, error_console, imported, line
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", show_default=False, help="a recipe's YAML file")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        show_default=False,
+        help=r"settings put over the recipe's: stages.1.learning_rate=1e-4, stages\[distill].num_steps=100",
+    ),
+]
+
+
+def _known_device(name: str | None) -> str | None:
+    """A name that is known, in lower case without spaces; else the names that are."""
+    if name is None or (short := name.lower().replace(" ", "")) in (*DEVICES, THIS):
+        return None if name is None else short
+    raise typer.BadParameter(f"no device {name!r}: {', '.join(DEVICES)}, or {THIS} for the one here")
+
+
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    launch: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            help="run in several processes: a file of recipes/launch, or any configuration of accelerate's",
+        ),
+    ] = None,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="go on from the newest whole checkpoint where a newer one is damaged")
+    ] = False,
+) -> None:
+    """Run a recipe, or what is not yet done of it. The same command takes up an interrupted run.
+
+    Ctrl-C and SIGTERM end it within 30 seconds, in training after a whole step that is saved; a second one ends it at
+    once. The exit code is 130 after Ctrl-C and 143 after SIGTERM, 1 for a run that failed, 2 for a bad recipe, 3 where
+    one of several processes was killed: the same command goes on from what was saved.
+
+    In several processes it runs under --launch, or under torchrun: `torchrun --nproc_per_node 8 -m mlcm_rl run RECIPE`.
+    """
+    loaded = _load(recipe, overrides, quiet=launch is not None)  # the first of the processes tells
+    if launch is not None:
+        flags = ["--skip-damaged"] if skip_damaged else []
+        raise typer.Exit(_launched(launch, [str(recipe), *(overrides or []), *flags]))
+    with imported(
+        "pipeline", interrupted="Interrupted. The same command takes the run up where it was saved."
+    ) as pipeline:
+        finished = pipeline.run(loaded, skip_damaged)
+    line(Text.assemble(("done", "green"), f"  {len(finished)} stages in {Path(loaded.runs) / loaded.name}"))
+
+
+def validate(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE... [KEY=VALUE]...",
+            show_default=False,
+            help="recipes' YAML files, and settings put over those of each, as in run",
+        ),
+    ],
+) -> None:
+    """Check recipes, every error at once, without loading anything."""
+    overrides = [text for text in recipes if "=" in text and not Path(text).exists()]
+    paths = [Path(text) for text in recipes if text not in overrides]
+    if not paths:
+        raise typer.BadParameter("name a recipe's YAML file before the settings that are put over it")
+    bad = 0
+    for path in paths:
+        try:
+            load(path, overrides, Path.cwd(), tell=_tell_path)
+        except RecipeError as error:
+            bad += 1
+            print_problems(console, path, error)
+        else:
+            line(Text.assemble(("ok", "green"), f"  {path}"))
+    if bad:
+        raise typer.Exit(2)
+
+
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    launch: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            help="memory of each process under a file of recipes/launch",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            callback=_known_device,
+            show_default=False,
+            help=f"hours, and whether memory suffices, on {', '.join(DEVICES)}, or {THIS} (measured here)",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print it as JSON, sizes in bytes, times in seconds")] = False,
+) -> None:
+    """Show what a run would do: stages done and to do, network evaluations, disk, memory, hours.
+
+    The teacher's JSON files in a folder are enough: no weights are loaded.
+    """
+    loaded = _load(recipe, overrides)
+    with imported("pipeline") as pipeline:
+        asked = _read_launch(launch)
+        found = pipeline.device_here(loaded) if device == THIS else DEVICES[device] if device else None
+        stages = pipeline.plan(loaded, True, asked, found)
+    if as_json:
+        described = [asdict(stage) | {"folder": str(stage.folder)} for stage in stages]
+        on = asdict(found) | {"share": found.share} if found else None
+        typer.echo(json.dumps({"launch": asdict(asked), "device": on, "stages": described}, indent=2))
+    else:
+        from . import plan_table
+
+        plan_table.show(console, loaded, stages, asked, found, kind_for(loaded.device, found))
+
+
+def replay(
+    bundle: Annotated[
+        Path,
+        typer.Argument(
+            metavar="BUNDLE",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            help="the nonfinite-<step>.json of a stage",
+        ),
+    ],
+) -> None:
+    """Repeat the step whose loss or gradient was no number: its figures then and now. Exit code 1 where they differ."""
+    with imported("pipeline") as pipeline:
+        then, now = pipeline.replay(bundle)
+    table = Table("sample", box=None, pad_edge=False, header_style="bold")
+    for name in ("loss then", "now"):
+        table.add_column(name, justify="right")
+    copies = max(1, len(then["losses"]) // max(1, len(then["samples"])))  # samples of one prompt stand in a row
+    for i, (old, new) in enumerate(zip(then["losses"], now["losses"], strict=False)):
+        table.add_row(str(then["samples"][i // copies]), str(old), str(new))
+    for name in ("loss", "grad_norm"):
+        table.add_row(name, str(then[name]), str(now[name]), style="bold")
+    console.print(table, crop=False)
+    if then != now:
+        line(Text(f"step {then['step'] + 1}: the figures differ", style="bold red"))
+        raise typer.Exit(1)
+    line(Text.assemble(f"step {then['step'] + 1}: ", ("the same figures", "green")))
+
+
+def schema(
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="file to write; default: print it", show_default=False)
+    ] = None,
+) -> None:
+    """Print the JSON schema of recipes, from which editors complete and check them."""
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, out)
+    except OSError as error:
+        with suppress(OSError):  # it may not be there, nor its folder
+            temporary.unlink()
+        reason = (error.strerror or str(error)).lower()
+        raise typer.BadParameter(f"{out} could not be written: {reason}", param_hint="--out") from None
+
+
+def _load(path: Path, overrides: list[str] | None, quiet: bool = False) -> Recipe:
+    """The recipe, checked against the files that it names; exit 2 with all its errors."""
+    try:
+        return load(path, overrides or [], Path.cwd(), tell=(lambda note: None) if quiet else _tell_path)
+    except RecipeError as error:
+        print_problems(error_console, path, error)
+        raise typer.Exit(2) from None
+
+
+def _tell_path(note: str) -> None:
+    """One line on a path that could have been meant otherwise."""
+    if not console.quiet:
+        error_console.print(Text.assemble(("path", "yellow"), f"  {note}"), soft_wrap=True)
+
+
+def _launched(launch: Path, arguments: list[str]) -> int:
+    """`mlcm run` with `arguments` in the processes that `launch` describes; its exit code, 2 where none can start."""
+    from ..training.launch import LOST, Killed, LaunchError, run_under
+
+    try:
+        return run_under(launch, arguments)
+    except LaunchError as error:
+        error_console.print(Text.assemble(("bad", "bold red"), f"  --launch: {error}"), soft_wrap=True)
+        return 2
+    except Killed as error:
+        error_console.print(Text.assemble(("failed", "bold red"), f"  {error}"), soft_wrap=True)
+        return LOST
+
+
+def _read_launch(path: Path | None) -> "Launch":
+    """The launch that the file at `path` describes, one process without one; exit 2 where it is not known."""
+    from ..cost import launches
+    from ..training.launch import LaunchError
+
+    try:
+        return launches.Launch() if path is None else launches.read_launch(path)
+    except LaunchError as error:
+        raise typer.BadParameter(str(error), param_hint="--launch") from None

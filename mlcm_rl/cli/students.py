@@ -1,0 +1,153 @@
+"""Commands that take a finished run: sample, pairs, evaluate, export."""
+
+import difflib
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from ..recipe import RESERVED
+from . import reward_commands
+
+if TYPE_CHECKING:
+    pass
+from .console import error_console, imported, line
+
+
+def _existing(path: Path) -> Path:
+    """A run or stage folder that is there; else the nearest ones that are."""
+    if path.is_dir():
+        return path
+    beside = [folder for parent in (path.parent, Path("runs")) if parent.is_dir() for folder in parent.iterdir()]
+    names = {folder.name: str(folder) for folder in beside if folder.is_dir() and folder.name not in RESERVED}
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or sorted(names)[:3]
+    known = f"the nearest are {', '.join(names[name] for name in near)}" if near else "there are no runs yet"
+    raise typer.BadParameter(f"no folder {path}: {known}")
+
+
+RunFolder = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", callback=_existing, show_default=False, help="runs/<recipe>, or a stage's folder"),
+]
+
+
+def sample(
+    run: RunFolder,
+    prompt: Annotated[list[str], typer.Option(help="what to draw; may be repeated", show_default=False)],
+    out: Annotated[Path, typer.Option(file_okay=False, help="folder for the pictures", show_default=False)],
+    steps: Annotated[int, typer.Option(min=1, max=8, help="network evaluations a picture")] = 4,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    gamma: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="noise put back between steps: 0 none, 1 all; default: what suits the student"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="pictures drawn at once")] = 16,
+) -> None:
+    """Draw pictures with a run's student."""
+    with imported("pipeline.finished_runs") as finished_runs:
+        pictures = finished_runs.sample(run, prompt, steps, seed, gamma, out, batch_size)
+    for picture in pictures:
+        line(Text(str(picture)))
+
+
+def pairs(
+    run: RunFolder,
+    prompts: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, show_default=False, help="prompts (.txt, .jsonl) to draw")
+    ],
+    out: Annotated[Path, typer.Option(file_okay=False, help="folder for the table", show_default=False)],
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            callback=reward_commands.known_reward, show_default=False, help="a reward model's name: it chooses"
+        ),
+    ] = None,
+    by_hand: Annotated[bool, typer.Option("--by-hand", help="you choose, on a page in your browser")] = False,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="the first so many of the prompts; default: all", show_default=False)
+    ] = None,
+    num_generations: Annotated[
+        int | None, typer.Option(min=2, help="samples a prompt for the reward; default: 4", show_default=False)
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, max=8, help="network evaluations a sample")] = 4,
+    min_margin: Annotated[
+        float | None,
+        typer.Option(min=0, help="pairs no further apart in reward are left out; default: 0", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="samples drawn at once, in whole prompts")] = 16,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="the page's; default: a free one", show_default=False)
+    ] = None,
+) -> None:
+    """Make a table of preference pairs of a run's samples, chosen by a reward or by hand.
+
+    Of each prompt's samples a reward takes the best and the worst; you choose between two.
+
+    The student is the run's last; a stage's folder, runs/<recipe>/01-distill, gives its own.
+    """
+    if by_hand:
+        _refuse("--by-hand", **{"--reward": reward, "--num-generations": num_generations, "--min-margin": min_margin})
+    elif reward is None:
+        raise typer.BadParameter("say who chooses: --reward NAME, or --by-hand for yourself")
+    else:
+        _refuse("--reward", **{"--port": port})
+    with imported(
+        "pipeline.finished_runs", interrupted="Interrupted. The same command goes on where it was stopped."
+    ) as finished_runs:
+        if by_hand:
+            serve = partial(_label_page().serve, port=port or 0)
+            kept, asked = finished_runs.pairs_by_hand(run, prompts, out, num_prompts, steps, seed, batch_size, serve)
+        else:
+            samples, margin = num_generations or 4, min_margin or 0.0
+            kept, asked = finished_runs.pairs(
+                run, prompts, reward, out, num_prompts, samples, steps, margin, seed, batch_size
+            )
+    line(Text(f"{out}  {kept} pairs of {asked} prompts"))
+
+
+def evaluate(
+    run: RunFolder,
+    steps: Annotated[
+        list[int] | None, typer.Option(min=1, max=8, help="sampling steps; may be repeated", show_default=False)
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="prompts to draw", show_default=False)] = None,
+) -> None:
+    """Measure a run's student beside its teacher and write the report."""
+    with imported("pipeline.finished_runs") as finished_runs:
+        report = finished_runs.evaluate(run, num_prompts, steps or None)
+    line(Text(str(report)))
+
+
+def export(
+    run: RunFolder, out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write", show_default=False)]
+) -> None:
+    """Write a run's student as a folder that diffusers opens without this package.
+
+    A student told the time it jumps to has its pipeline's class in the folder: open it with trust_remote_code=True. For
+    stock pipelines (image to image, ControlNet) it is in the folders steps-N. The card in README.md has the code.
+    """
+    with imported("pipeline.finished_runs") as finished_runs:
+        folder = finished_runs.export(run, out)
+    line(Text(str(folder)))
+
+
+def _refuse(way: str, **options: object) -> None:
+    """Exit 2 for any of `options` that was given and means nothing beside the option `way`."""
+    for name, value in options.items():
+        if value is not None:
+            raise typer.BadParameter(f"{name} means nothing beside {way}; leave one of them out")
+
+
+def _label_page() -> ModuleType:
+    """The page that asks; exit 1 where what it needs is not installed."""
+    try:
+        return import_module("mlcm_rl.cli.label_page")
+    except ModuleNotFoundError as error:
+        needed = f"pairs: the page needs {error.name}, which is not installed: pip install 'mlcm-rl[label]'"
+        error_console.print(Text.assemble(("failed", "bold red"), f"  {needed}"), soft_wrap=True)
+        raise typer.Exit(1) from None
