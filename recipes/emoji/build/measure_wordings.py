@@ -1,10 +1,10 @@
 """Whether the teacher draws what it knows in words that it was not trained on: the judge's R@1 and R@5 per language.
 
-    python recipes/emoji/measure_wordings.py
+    python recipes/emoji/build/measure_wordings.py
 
 Three sets of 80 prompts, 40 concepts in both languages: `test`, captions by the templates of the training captions;
 `frames`, each concept's own name in a sentence of no template; `descriptions`, without the name. One noise for all
-three, 50 guided DDIM steps at scale 4. Writes `wordings.json` beside this file, which the card's table is.
+three, 50 guided DDIM steps at scale 4. Writes `measured/wordings.json`, which the card's table is.
 """
 
 import json
@@ -14,15 +14,15 @@ from mlcm_rl import bases, runtime
 from mlcm_rl.data import Prompt, read_prompts
 from mlcm_rl.evaluation import judge
 from mlcm_rl.recipe import Teacher
-from sources import HERE, write_text
+from sources import EMOJI, MEASURED, write_text
 
 SETS = ("test", "frames", "descriptions")
-RESULTS = HERE / "wordings.json"
+RESULTS = MEASURED / "wordings.json"
 
 
 def prompts_of(name: str) -> list[Prompt]:
     """Return the prompts of a set; of `test`, one of each concept and language that the other sets have, in order."""
-    found = read_prompts(HERE / "prompts" / f"{name}.jsonl")
+    found = read_prompts(EMOJI / "prompts" / f"{name}.jsonl")
     if name != "test":
         return found
     first = {(prompt.concept, prompt.language): prompt for prompt in reversed(found)}
@@ -40,8 +40,8 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
 
 
 def main() -> None:
-    base = bases.load(Teacher(path=str(HERE / "teacher"), family="sdxl"), runtime.device_of("auto"))
-    assessor, results = judge.load(HERE / "judge"), {}
+    base = bases.load(Teacher(path=str(EMOJI / "teacher"), family="sdxl"), runtime.device_of("auto"))
+    assessor, results = judge.load(EMOJI / "judge"), {}
     for name in SETS:
         prompts = prompts_of(name)
         results[name] = recalls(assessor.features(draw(base, prompts, guidance_scale=4.0)), prompts, assessor)

@@ -1,6 +1,6 @@
 """What a study says: every (student, sampler) over its seeds, and whether the targets are met, from its results.
 
-    python recipes/emoji/study_summary.py recipes/emoji/study-2000
+    python recipes/emoji/study/variant_summary.py recipes/emoji/study-2000
 
 Pairs are picked on the first fifth of the prompts and measured on the rest. A student of several seeds is the mean of
 their values prompt by prompt, so that errors are over prompts and differences are paired; how far the seeds lie apart
@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-import study_results
+import variant_values
 from mlcm_rl.metrics import mean_and_error, paired_difference
 
 PICKING_SHARE = 5  # one prompt in so many
@@ -61,7 +61,7 @@ def read(folder: Path, metric: str) -> Values:
     found: dict[Pair, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for path in sorted(folder.glob("*.safetensors")):
         named = NAME.fullmatch(path.stem)
-        for (name, sampler, n, which), values in study_results.read(path).items() if named else ():
+        for (name, sampler, n, which), values in variant_values.read(path).items() if named else ():
             if which == metric:
                 found[name.replace("student", named["row"]), sampler][n].append(values)
     return {pair: {n: torch.stack(seeds) for n, seeds in sorted(row.items())} for pair, row in found.items()}
@@ -83,8 +83,8 @@ def spread(row: dict[int, Tensor]) -> str:
 def of_teacher(folder: Path, metric: str, most: int | None = max(SINGLE_BUDGETS)) -> Values:
     """The teacher's rows of at most so many evaluations."""
     found: Values = defaultdict(dict)
-    for (name, sampler, n, which), values in study_results.read(
-        folder / f"{study_results.TEACHER}.safetensors"
+    for (name, sampler, n, which), values in variant_values.read(
+        folder / f"{variant_values.TEACHER}.safetensors"
     ).items():
         if which == metric and (most is None or n <= most):
             found[name, sampler][n] = values

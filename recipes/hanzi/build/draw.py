@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-HERE = Path(__file__).parent
+SUBJECT = Path(__file__).parents[1]
 SIDE, FONT_SIZE = 64, 58  # pixels
 HANZI = "山水火日月人大花鸟鱼马牛雨雪云心"  # each is one token of the embedded text towers
 LANGUAGES = ("en", "zh")
@@ -124,12 +124,12 @@ def write_image_folder(folder: Path) -> int:
 
 
 def main() -> None:
-    """Write the prompt files into this folder and the image folder that `train_teacher` reads."""
+    """Write the prompt files into `prompts/` and the image folder that `train_teacher` reads."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=Path, default=HERE.parents[1] / "data" / "hanzi_64")
+    parser.add_argument("--images", type=Path, default=SUBJECT.parents[1] / "data" / "hanzi_64")
     arguments = parser.parse_args()
     for split in SPLITS:
-        print(f"{split}: {write_lines(HERE / 'prompts' / f'{split}.jsonl', list(prompts_of_split(split)))} prompts")
+        print(f"{split}: {write_lines(SUBJECT / 'prompts' / f'{split}.jsonl', list(prompts_of_split(split)))} prompts")
     print(f"{write_image_folder(arguments.images)} pictures in {arguments.images}")
 
 

@@ -4,7 +4,6 @@ Draws `teacher/reconstructions.png`: held-out concepts above their reconstructio
 """
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, so that no installation is needed
-
 from captions import teacher_concepts
 from mlcm_rl import metrics
 from mlcm_rl.evaluation import judge
-from sources import HERE, STYLES, load_pictures, write_text
+from sources import EMOJI, MEASURED, STYLES, load_pictures, write_text
 from train_autoencoder import decode, encode, measure_psnr
 from train_judge import group_by_concept
 
@@ -41,9 +38,9 @@ def draw_sheet(wanted: Tensor, found: Tensor, path: Path) -> None:
 
 
 def main() -> None:
-    """Measure the shipped autoencoder; write `reconstructions.json` and the sheet."""
-    vae = AutoencoderKL.from_pretrained(HERE / "teacher" / "vae")
-    assessor, pictures = judge.load(HERE / "judge"), load_pictures(64)
+    """Measure the shipped autoencoder; write `measured/reconstructions.json` and the sheet."""
+    vae = AutoencoderKL.from_pretrained(EMOJI / "teacher" / "vae")
+    assessor, pictures = judge.load(EMOJI / "judge"), load_pictures(64)
     rows, report = group_by_concept(pictures), {}
     for name, concepts in zip(("teacher", "held_out"), teacher_concepts(), strict=True):
         pixels = pictures.pixels[[row for concept in concepts for row in rows[concept.codepoint]]]
@@ -55,7 +52,7 @@ def main() -> None:
             draw_sheet(
                 real[: 4 * COLUMNS].permute(0, 3, 1, 2) / 255,
                 rebuilt[: 4 * COLUMNS],
-                HERE / "teacher" / "reconstructions.png",
+                EMOJI / "teacher" / "reconstructions.png",
             )
             continue
         features = assessor.features(rebuilt)
@@ -64,7 +61,7 @@ def main() -> None:
         kid = metrics.kid(features.unflatten(0, (-1, len(STYLES))), assessor.reference_features)
         report[name]["kid_reconstructed"] = round(kid.item(), 5)
     print(json.dumps(report, indent=1))
-    write_text(HERE / "reconstructions.json", json.dumps(report, indent=1) + "\n")
+    write_text(MEASURED / "reconstructions.json", json.dumps(report, indent=1) + "\n")
 
 
 def scaled_std(vae: AutoencoderKL, latents: Tensor) -> float:

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-import study
-import study_results
-import study_summary
+import variant_summary
+import variant_values
+import variants
 from mlcm_rl.recipe.file import load
 
 UNDISTILLED = ("teacher", "DDIM, guided")
@@ -25,7 +25,7 @@ def keep(folder, file: str, *rows, of_teacher: bool = False) -> None:
         for row in rows
     ]
     (folder / "report.json").write_text(json.dumps({"rows": made}), encoding="utf-8")
-    study_results.write(folder / f"{file}.safetensors", folder / "report.json", of_teacher, "0123")
+    variant_values.write(folder / f"{file}.safetensors", folder / "report.json", of_teacher, "0123")
 
 
 def row(values: list[float], n: int = 4, name: str = "student", sampler: str = "gamma 0", hits: float = 1.0) -> tuple:
@@ -43,15 +43,15 @@ def results(tmp_path):
 def test_seeds_are_averaged_and_phases_are_students_of_their_own(results):
     keep(results, "a_b-0", row([1.0] * 5))
     keep(results, "a_b-1", row([3.0] * 5), row([7.0] * 5, name="student phase-0-K8"))
-    seeds = study_summary.read(results, "distance")
+    seeds = variant_summary.read(results, "distance")
     assert {pair: len(row[4]) for pair, row in seeds.items()} == {
         ("a_b", "gamma 0"): 2,
         ("a_b phase-0-K8", "gamma 0"): 1,
     }
-    found = study_summary.averaged(seeds)
+    found = variant_summary.averaged(seeds)
     assert found["a_b", "gamma 0"][4].tolist() == [2.0] * 5
     assert found["a_b phase-0-K8", "gamma 0"][4].tolist() == [7.0] * 5
-    text = study_summary.text(results)
+    text = variant_summary.text(results)
     assert "| a_b, gamma 0 | 2 | 71% | 2.0000 +- 0.0000 |" in text  # 1 and 3: sqrt(2) of 2
     assert "| a_b phase-0-K8, gamma 0 | 1 | - | 7.0000" in text
 
@@ -60,7 +60,7 @@ def test_pairs_are_picked_on_the_first_fifth_and_measured_on_the_rest(results):
     """The lucky one is best on the one picking prompt and worse on all others; it is picked all the same."""
     keep(results, "lucky-0", row([0.0, 9.0, 9.125, 9.25, 9.375]))
     keep(results, "steady-0", row([1.0, 2.0, 2.125, 2.25, 2.375]))
-    text = study_summary.text(results)
+    text = variant_summary.text(results)
     assert "4 evaluations, lucky, gamma 0 against the undistilled teacher (teacher, DDIM, guided): 4.0" in text
     assert "missed" in text
     assert "| steady, gamma 0 | 1 | - | 2.1875 +- 0.0807 |" in text
@@ -71,7 +71,7 @@ def test_one_student_is_set_against_the_best_dedicated_one_at_every_budget(resul
     for name, value in (("fixed_8-0", 2.0), ("fixed_4_trajectory-0", 1.0), ("budgets-0", single)):
         keep(results, name, *(row([value] * 10, n) for n in (2, 3, 4, 6, 8)))
     keep(results, "teacher", *(row([3.0] * 10, n, *UNDISTILLED) for n in (4, 100)), of_teacher=True)
-    text = study_summary.text(results)
+    text = variant_summary.text(results)
     assert f"budgets over the best dedicated student: {single:.2f} at 2" in text
     assert f"within 10 % {verdict}" in text
 
@@ -80,46 +80,46 @@ def test_one_student_is_set_against_the_best_dedicated_one_at_every_budget(resul
 def test_the_best_students_recall_is_held_to_the_references(results, hits, verdict):
     keep(results, "near-0", row([1.0] * 5, hits=hits))
     keep(results, "far-0", row([2.0] * 5, hits=1.0))
-    (line,) = [line for line in study_summary.text(results).splitlines() if "R@5" in line]
+    (line,) = [line for line in variant_summary.text(results).splitlines() if "R@5" in line]
     assert "near" in line
     assert line.endswith(verdict)
 
 
 def test_what_is_kept_is_the_report_to_half_precision_and_knows_what_made_it(results):
     keep(results, "one-0", row([0.03125, None, 0.1, 0.2, 0.3]))
-    found = study_results.read(results / "one-0.safetensors")
+    found = variant_values.read(results / "one-0.safetensors")
     values = found["student", "gamma 0", 4, "distance"].tolist()
     assert values[0] == 0.03125
     assert math.isnan(values[1])
     assert values[2:] == pytest.approx([0.1, 0.2, 0.3], rel=2**-11)
-    assert study_results.is_kept(results / "one-0.safetensors", "0123")
-    assert not study_results.is_kept(results / "two-0.safetensors", "0123")
+    assert variant_values.is_kept(results / "one-0.safetensors", "0123")
+    assert not variant_values.is_kept(results / "two-0.safetensors", "0123")
     with pytest.raises(ValueError, match="holds what evaluation 0123 measured, and this is 4567"):
-        study_results.is_kept(results / "one-0.safetensors", "4567")
+        variant_values.is_kept(results / "one-0.safetensors", "4567")
 
 
 def test_a_student_with_results_is_not_trained_again_and_one_without_is(results, monkeypatch):
-    base, ran = load(study.HERE.parent / "emoji_mlcm.yaml"), []
-    recipe = study.recipe_of(base, "budgets", 0, 400, 1000)
+    base, ran = load(variants.RECIPES / "emoji_mlcm.yaml"), []
+    recipe = variants.recipe_of(base, "budgets", 0, 400, 1000)
     path = results / "budgets-0.safetensors"
 
     class Finished:
         folder = results
 
-    monkeypatch.setattr(study.pipeline, "run", lambda recipe: ran.append(recipe) or [Finished()])
+    monkeypatch.setattr(variants.pipeline, "run", lambda recipe: ran.append(recipe) or [Finished()])
     keep(results, "other-0", row([1.0] * 5))  # leaves a report.json
-    study.keep(recipe, path)
-    study.keep(recipe, path)
+    variants.keep(recipe, path)
+    variants.keep(recipe, path)
     assert ran == [recipe]
-    assert torch.equal(*(study_results.read(results / f"{name}-0.safetensors")["student", "gamma 0", 4, "distance"]
+    assert torch.equal(*(variant_values.read(results / f"{name}-0.safetensors")["student", "gamma 0", 4, "distance"]
                          for name in ("budgets", "other")))  # fmt: skip
     with pytest.raises(ValueError, match="of other settings or code"):
-        study.keep(study.recipe_of(base, "budgets", 0, 800, 1000), path)
+        variants.keep(variants.recipe_of(base, "budgets", 0, 800, 1000), path)
 
 
-@pytest.mark.parametrize("name", [*study.ROWS, *study.SECOND_STAGE])
+@pytest.mark.parametrize("name", [*variants.ROWS, *variants.SECOND_STAGE])
 def test_every_row_is_a_recipe_whose_students_are_measured_under_the_samplers_that_suit_them(name):
-    recipe = study.recipe_of(load(study.HERE.parent / "emoji_mlcm.yaml"), name, 1, 400, 1000)
+    recipe = variants.recipe_of(load(variants.RECIPES / "emoji_mlcm.yaml"), name, 1, 400, 1000)
     last, evaluate = recipe.stages[-2:]
     assert last.seed == 1
     renoised = last.segments[-1] == 1 and not last.condition_on_target

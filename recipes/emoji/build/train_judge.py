@@ -7,7 +7,6 @@ shares no weights with the teacher or the rewards.
 import argparse
 import json
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,12 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, so that no installation is needed
-
 from captions import teacher_concepts
 from mlcm_rl.evaluation.judge import BLOCKS, Judge, PictureEncoder
 from mobilenet import trunk_weights
-from sources import HERE, STYLES, Pictures, load_pictures, progress_line, write_notice, write_text
+from sources import EMOJI, STYLES, Pictures, load_pictures, progress_line, write_notice, write_text
 
 
 @dataclass(frozen=True)
@@ -170,10 +167,10 @@ def save(encoder: PictureEncoder, settings: JudgeSettings, pictures: Pictures, f
 
 
 def main() -> None:
-    """Train, and write `judge/` beside this file, with `training.json`."""
+    """Train, and write `judge/`, with `training.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", type=Path, default=HERE / "judge")
+    parser.add_argument("--folder", type=Path, default=EMOJI / "judge")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     settings, pictures, started = JudgeSettings(), load_pictures(64), time.time()

@@ -1,10 +1,10 @@
 """The study of preference learning: every objective, and every language of prompts, over several seeds.
 
-    python recipes/emoji/preference_study.py [--seeds 3] [--prompts 1000] [--rows feedback,...] [KEY=VALUE ...]
+    python recipes/emoji/study/objectives.py [--seeds 3] [--prompts 1000] [--rows feedback,...] [KEY=VALUE ...]
 
 Each row is a stage of `recipes/emoji_preference.yaml` with other settings, on one distilled student; a seed is that of
 the tuning alone. Interrupted, it goes on where it was: finished stages are found again. Ends with a picture
-(preference_curves.py), the table, and the targets in words (preference_summary.py).
+(objective_curves.py), the table, and the targets in words (objective_summary.py).
 """
 
 import argparse
@@ -14,15 +14,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-import preference_curves
-import preference_summary
+import objective_curves
+import objective_summary
 from mlcm_rl import finished_runs, pipeline
 from mlcm_rl.data import read_prompts
 from mlcm_rl.fingerprint import TUNING
 from mlcm_rl.recipe import Dpo, Evaluate, Recipe, Tuning
 from mlcm_rl.recipe.file import load
 
-HERE = Path(__file__).parent
+RECIPES = Path(__file__).parents[2]
 STEPS = 4  # of the sampler that is tuned and measured
 PAIRS = {"num_prompts": 1000, "num_generations": 4}  # of the table that `dpo_offline` learns from
 
@@ -53,16 +53,16 @@ def main() -> None:
     parser.add_argument("--tune-only", action="store_true", help="leave the measuring to a later call")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
     arguments = parser.parse_args()
-    base = load(HERE.parent / "emoji_preference.yaml", arguments.overrides)
+    base = load(RECIPES / "emoji_preference.yaml", arguments.overrides)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     tuned = [(row, *tune(base, row, seed)) for seed in seeds for row in arguments.rows.split(",")]
     picture = Path(base.runs) / "preference.png"
-    preference_curves.draw(tuned, picture)
+    objective_curves.draw(tuned, picture)
     if not arguments.tune_only:
         reports = measure(
             base, [(stage, folder) for _, stage, folder in tuned], arguments.prompts, arguments.diversity_prompts
         )
-        Console().print(preference_summary.text(*reports), soft_wrap=True)
+        Console().print(objective_summary.text(*reports), soft_wrap=True)
     Console().print(str(picture), soft_wrap=True)
 
 

@@ -1,7 +1,7 @@
 """The pictures and the words: fetch the pinned packages, check them, render the drawings, list the concepts.
 
 Everything lands in one cache folder: `$MLCM_RL_CACHE`, or `~/.cache/mlcm_rl/emoji`. With `MLCM_RL_OPENMOJI=1` every
-program of this folder has OpenMoji as a fourth style; `build.py --openmoji` sets it for all of them.
+program of this folder has OpenMoji as a fourth style; `rebuild.py --openmoji` sets it for all of them.
 """
 
 import argparse
@@ -26,7 +26,8 @@ OPENMOJI_KEY = "MLCM_RL_OPENMOJI"
 WITH_OPENMOJI = os.environ.get(OPENMOJI_KEY, "0") == "1"
 SHIPPED_STYLES = ("noto", "twemoji", "fluent")
 STYLES = (*SHIPPED_STYLES, "openmoji") if WITH_OPENMOJI else SHIPPED_STYLES
-HERE = Path(__file__).parent
+EMOJI = Path(__file__).parents[1]  # the subject: teacher, judge, prompts
+MEASURED = EMOJI / "measured"  # the figures that the cards quote
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """What the teacher draws, for its card: a sheet of 64 samples, the judge's R@1 and R@5 per language, KID.
 
-    python recipes/emoji/measure_teacher.py [--teacher FOLDER] [--prompts 512] [--guidance 4.0]
+    python recipes/emoji/build/measure_teacher.py [--teacher FOLDER] [--prompts 512] [--guidance 4.0]
 
-Samples are of the test prompts at 50 guided DDIM steps. Writes `samples.png`, `samples.md` and `measured.json`
-beside this file: what lies in the teacher's folder is part of its identity.
+Samples are of the test prompts at 50 guided DDIM steps. Writes `samples.png`, `samples.md` and `measured/teacher.json`,
+none of them in the teacher's folder: what lies there is part of its identity.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from mlcm_rl.data import Prompt, read_prompts
 from mlcm_rl.equations.segments import time_grid
 from mlcm_rl.evaluation import judge
 from mlcm_rl.recipe import Teacher
-from sources import HERE, write_text
+from sources import EMOJI, MEASURED, write_text
 
 NUM_SHOWN, COLUMNS = 64, 8
 BATCH = 32
@@ -64,22 +64,22 @@ def measure(images: Tensor, prompts: list[Prompt], assessor: judge.Judge) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, default=HERE / "teacher")
+    parser.add_argument("--teacher", type=Path, default=EMOJI / "teacher")
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--guidance", type=float, default=4.0)
     arguments = parser.parse_args()
     base = bases.load(Teacher(path=str(arguments.teacher), family="sdxl"), runtime.device_of("auto"))
-    prompts = read_prompts(HERE / "prompts" / "test.jsonl")[: arguments.prompts]
+    prompts = read_prompts(EMOJI / "prompts" / "test.jsonl")[: arguments.prompts]
     images = draw(base, prompts, arguments.guidance)
     report = {"guidance_scale": arguments.guidance, "prompts": len(prompts)}
-    report |= measure(images, prompts, judge.load(HERE / "judge"))
+    report |= measure(images, prompts, judge.load(EMOJI / "judge"))
     print(json.dumps(report, indent=1))
-    write_text(HERE / "measured.json", json.dumps(report, indent=1) + "\n")
-    pictures.save_png(pictures.grid(images[:NUM_SHOWN], COLUMNS).quantize(200), HERE / "samples.png")
+    write_text(MEASURED / "teacher.json", json.dumps(report, indent=1) + "\n")
+    pictures.save_png(pictures.grid(images[:NUM_SHOWN], COLUMNS).quantize(200), EMOJI / "samples.png")
     shown = [prompt.prompt for prompt in prompts[:NUM_SHOWN]]
     rows = [" · ".join(shown[i : i + COLUMNS]) for i in range(0, len(shown), COLUMNS)]
     listed = "\n".join(f"{i}. {row}" for i, row in enumerate(rows, start=1))
-    write_text(HERE / "samples.md", f"# The prompts of samples.png, row by row\n\n{listed}\n")
+    write_text(EMOJI / "samples.md", f"# The prompts of samples.png, row by row\n\n{listed}\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What the emoji rewards say of the teacher's own samples, and what climbing their gradients does to the samples.
 
     mlcm run recipes/emoji_demo.yaml          # whose trajectories end in the samples
-    python recipes/emoji/measure_rewards.py
+    python recipes/emoji/build/measure_rewards.py
 
 `emoji_style` is climbed from samples whose prompt named another style, in the latents, through the teacher's decoder,
 as tuning does, and in the pixels, where any network can be fooled; `emoji_alignment` in the latents, from each sample
@@ -10,7 +10,6 @@ towards another sample's prompt. What is not climbed judges: `emoji_style_judge`
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,13 +17,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, so that no installation is needed
-
 from mlcm_rl import metrics, rewards
 from mlcm_rl.data import Prompt, read_prompts
 from mlcm_rl.evaluation import judge
 from mlcm_rl.trajectories import Store
-from sources import HERE, STYLES, write_text
+from sources import EMOJI, MEASURED, STYLES, write_text
 from train_rewards import PREFERENCE
 
 Scorers = dict[str, rewards.RewardModel]
@@ -94,7 +91,7 @@ def score_all(reward: rewards.RewardModel, images: Tensor, prompts: list[str]) -
 def style_report(images: Tensor, latents: Tensor, prompts: list[Prompt], vae: AutoencoderKL, climbed: int) -> dict:
     """Return both style rewards on samples (N, 3, H, W), and climbs from the first `climbed` of a lesser style."""
     scorers: Scorers = {name: rewards.find(name)("cpu", torch.float32) for name in ("emoji_style", "emoji_style_judge")}
-    styles, assessor = [prompt.style for prompt in prompts], judge.load(HERE / "judge")
+    styles, assessor = [prompt.style for prompt in prompts], judge.load(EMOJI / "judge")
     report: dict = {
         name: per_style(score_all(scorer, images, [""] * len(images)), styles) for name, scorer in scorers.items()
     }
@@ -113,7 +110,7 @@ def style_report(images: Tensor, latents: Tensor, prompts: list[Prompt], vae: Au
 
 def alignment_report(images: Tensor, latents: Tensor, prompts: list[Prompt], vae: AutoencoderKL, climbed: int) -> dict:
     """Return `emoji_alignment` on samples with their own prompts and the next sample's, and a climb to the latter."""
-    reward, assessor = rewards.find("emoji_alignment")("cpu", torch.float32), judge.load(HERE / "judge")
+    reward, assessor = rewards.find("emoji_alignment")("cpu", torch.float32), judge.load(EMOJI / "judge")
     texts = [prompt.prompt for prompt in prompts]
     others, other_concepts = (x[1:] + x[:1] for x in (texts, [str(prompt.concept) for prompt in prompts]))
     own, wrong = (score_all(reward, images, asked) for asked in (texts, others))
@@ -139,23 +136,23 @@ def spread(scores: Tensor) -> list[float]:
 
 
 def main() -> None:
-    """Measure, print, and write `rewards_measured.json` beside this file."""
+    """Measure, print, and write `measured/rewards_on_samples.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--trajectories", type=Path, default=HERE.parents[1] / "runs" / "emoji_demo" / "00-trajectories"
+        "--trajectories", type=Path, default=EMOJI.parents[1] / "runs" / "emoji_demo" / "00-trajectories"
     )
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--climbed", type=int, default=64)
     arguments = parser.parse_args()
-    prompts = read_prompts(HERE / "prompts" / "train.jsonl")[: arguments.samples]
-    vae = AutoencoderKL.from_pretrained(HERE / "teacher" / "vae").requires_grad_(False)
+    prompts = read_prompts(EMOJI / "prompts" / "train.jsonl")[: arguments.samples]
+    vae = AutoencoderKL.from_pretrained(EMOJI / "teacher" / "vae").requires_grad_(False)
     latents = Store(arguments.trajectories).x0(torch.arange(len(prompts)))
     with torch.no_grad():
         images = torch.cat([decode(vae, part) for part in latents.split(64)])
     report = style_report(images, latents, prompts, vae, arguments.climbed)
     report["emoji_alignment"] = alignment_report(images, latents, prompts, vae, arguments.climbed)
     print(json.dumps(report, indent=1))
-    write_text(HERE / "rewards_measured.json", json.dumps(report, indent=1) + "\n")
+    write_text(MEASURED / "rewards_on_samples.json", json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sources import HERE, cache_folder, write_notice
+from sources import EMOJI, cache_folder, write_notice
 from train_text_towers import save_tokenizer
 
 MAX_SHARD_SIZE = "14MB"  # no file above 15 MB enters the tree
@@ -120,7 +120,7 @@ def main() -> None:
     origin.add_argument("--from-run", type=Path, help="a finished run of recipes/emoji_teacher.yaml: take its denoiser")
     origin.add_argument("--fresh-denoiser", action="store_true", help="a random denoiser; else teacher/unet is kept")
     arguments = parser.parse_args()
-    folder, cache = HERE / "teacher", cache_folder()
+    folder, cache = EMOJI / "teacher", cache_folder()
     denoiser = None if arguments.fresh_denoiser else folder / "unet"
     if arguments.from_run:
         denoiser = arguments.from_run / "00-train_teacher" / "teacher" / "unet"

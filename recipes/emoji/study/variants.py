@@ -1,6 +1,6 @@
 """The study behind the README's table: every variant on one teacher, over several seeds, in one table.
 
-    python recipes/emoji/study.py [--seeds 3] [--prompts 1000] [--steps 2000] [--rows progressive,...] [KEY=VALUE ...]
+    python recipes/emoji/study/variants.py [--seeds 3] [--prompts 1000] [--steps 2000] [--rows lcm,...] [KEY=VALUE ...]
 
 Each row is the recipe `recipes/emoji_mlcm.yaml` with other distill settings. All train on the same number of samples,
 but for `budgets_long` and `lcm_long` (four times as many and more) and `progressive_second_stage` (a fifth more).
@@ -14,14 +14,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-import study_results
-import study_summary
+import variant_summary
+import variant_values
 from mlcm_rl import pipeline
 from mlcm_rl.fingerprint import locate
 from mlcm_rl.recipe import Distill, Evaluate, Recipe
 from mlcm_rl.recipe.file import load
 
-HERE = Path(__file__).parent
+RECIPES = Path(__file__).parents[2]
 LORA = {"kind": "lora", "rank": 64, "alpha": 64}
 PROGRESSIVE = {"segments": [8, 4, 2, 1], "space": ["z", "z", "z", "x0"]}
 ONE = {"segments": [1], "space": "x0"}
@@ -67,14 +67,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="folder of the files [recipes/emoji/study-<steps>]")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
     arguments = parser.parse_args()
-    base = load(HERE.parent / "emoji_mlcm.yaml", arguments.overrides)
-    results = arguments.results or HERE / f"study-{arguments.steps}"
-    keep(teacher_recipe(base, arguments.prompts), results / f"{study_results.TEACHER}.safetensors")
+    base = load(RECIPES / "emoji_mlcm.yaml", arguments.overrides)
+    results = arguments.results or RECIPES / "emoji" / f"study-{arguments.steps}"
+    keep(teacher_recipe(base, arguments.prompts), results / f"{variant_values.TEACHER}.safetensors")
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for row in arguments.rows.split(","):
             recipe = recipe_of(base, row, seed, arguments.steps, arguments.prompts)
             keep(recipe, results / f"{row}-{seed}.safetensors")
-    study_summary.main(results)
+    variant_summary.main(results)
 
 
 def keep(recipe: Recipe, path: Path) -> None:
@@ -85,9 +85,9 @@ def keep(recipe: Recipe, path: Path) -> None:
     done = []
     for stage in recipe.stages:
         done.append(locate(stage, recipe, done))
-    if not study_results.is_kept(path, done[-1].fingerprint):
+    if not variant_values.is_kept(path, done[-1].fingerprint):
         folder = pipeline.run(recipe)[-1].folder
-        study_results.write(path, folder / "report.json", len(recipe.stages) == 1, done[-1].fingerprint)
+        variant_values.write(path, folder / "report.json", len(recipe.stages) == 1, done[-1].fingerprint)
     Console().print(str(path), soft_wrap=True)
 
 
@@ -95,7 +95,7 @@ def teacher_recipe(base: Recipe, num_prompts: int) -> Recipe:
     """The rows without a student; the reference is found again by the students' evaluations."""
     return base.model_copy(
         update={
-            "name": study_results.TEACHER,
+            "name": variant_values.TEACHER,
             "stages": [evaluate_stage(base, num_prompts, solvers=["ddim", "dpmpp", "unipc"])],
         }
     )

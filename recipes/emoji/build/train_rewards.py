@@ -7,7 +7,6 @@ part of EfficientNet-Lite0 that the rewards read is fetched, cut, and written be
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,8 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, so that no installation is needed
-
 from captions import teacher_concepts
 from mlcm_rl.equations.preference import bradley_terry_loss
 from mlcm_rl.rewards.heads import FeatureScale, dropped
@@ -29,7 +26,7 @@ from mlcm_rl.rewards.weights import fetch
 from reward_models import _efficientnet_lite, emoji_style, emoji_style_judge
 from reward_models._efficientnet_lite import EFFICIENTNET_LITE0_WEIGHTS
 from reward_models._mobile_trunk import TappedTrunk
-from sources import HERE, SHIPPED_STYLES, STYLES, Pictures, load_pictures, write_text
+from sources import EMOJI, MEASURED, SHIPPED_STYLES, STYLES, Pictures, load_pictures, write_text
 from train_autoencoder import augment, decode, encode
 
 PREFERENCE = ("fluent", "noto", "twemoji", *STYLES[len(SHIPPED_STYLES) :])  # the best first
@@ -164,7 +161,7 @@ def efficientnet_trunk(trunk: TappedTrunk) -> dict[str, Tensor]:
 def mobilenet_trunk(trunk: TappedTrunk) -> dict[str, Tensor]:
     """Return the state of a prefix of the judge's trunk, which is the same network under other names."""
     named = {}
-    for name, weight in load_file(HERE / "judge" / "judge.safetensors").items():
+    for name, weight in load_file(EMOJI / "judge" / "judge.safetensors").items():
         part, *rest = name.split(".")
         if part == "blocks":
             part, rest = f"blocks.{int(rest[0]) + 1}", rest[1:]
@@ -186,7 +183,7 @@ def save(state: dict[str, Tensor], path: Path) -> None:
 
 def load_views(seed: int, shift: int) -> dict[str, list[Tensor]]:
     """Return the views of the concepts drawn in every style, "training" and "held_out", rendered and reconstructed."""
-    pictures, vae = load_pictures(64), AutoencoderKL.from_pretrained(HERE / "teacher" / "vae")
+    pictures, vae = load_pictures(64), AutoencoderKL.from_pretrained(EMOJI / "teacher" / "vae")
     rows, held_out = rows_of_styles(pictures), {concept.codepoint for concept in teacher_concepts()[1]}
     parts = {}
     for name, wanted in (("training", set(rows) - held_out), ("held_out", held_out)):
@@ -231,7 +228,7 @@ def measured(
 
 
 def main() -> None:
-    """Train both, write them beside their reward models, and what was measured to `rewards.json`."""
+    """Train both, write them beside their reward models, and what was measured to `measured/rewards.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -247,7 +244,7 @@ def main() -> None:
         torch.manual_seed(settings.seed)
         report[name] = {"held-out concepts": train(parts, settings), "settings": asdict(settings)}
         print(name, report[name], f"{time.time() - started:.0f} s", flush=True)
-    write_text(HERE / "rewards.json", json.dumps(report, indent=1) + "\n")
+    write_text(MEASURED / "rewards.json", json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sources import HERE, STYLES, Concept, load_pictures, write_text
+from sources import EMOJI, STYLES, Concept, load_pictures, write_text
 
 LANGUAGES = ("en", "zh")
 
@@ -89,7 +89,7 @@ def split_of(prompt: str) -> str:
 
 def teacher_concepts() -> tuple[list[Concept], list[Concept]]:
     """Return the teacher's concepts and the held-out ones, as listed in `concepts.json`; needs no download."""
-    entries = json.loads((HERE / "concepts.json").read_text(encoding="utf-8"))
+    entries = json.loads((EMOJI / "concepts.json").read_text(encoding="utf-8"))
     chosen: dict[str, list[Concept]] = {split: [] for split in CONCEPT_SPLITS}
     for entry in entries:
         words = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
@@ -154,19 +154,19 @@ def write_image_folder(concepts: list[Concept], folder: Path, size: int = 64) ->
         ]
         entry = {"file_name": name, "prompts": captions, "concept": codepoint, "style": style}
         lines.append(json.dumps(entry, ensure_ascii=False))
-    write_text(folder / ".gitignore", "*\n")  # 960 files, 320 a style, that `build.py` makes again
+    write_text(folder / ".gitignore", "*\n")  # 960 files, 320 a style, that `rebuild.py` makes again
     write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
     return len(lines)
 
 
 def main() -> None:
-    """Write the prompt files into this folder and the image folder that `train_teacher` reads."""
+    """Write the prompt files into `prompts/` and the image folder that `train_teacher` reads."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=Path, default=HERE.parents[1] / "data" / "emoji_64")
+    parser.add_argument("--images", type=Path, default=EMOJI.parents[1] / "data" / "emoji_64")
     arguments = parser.parse_args()
     teacher, held_out = teacher_concepts()
     print(f"{len(teacher)} teacher concepts, {len(held_out)} held out")
-    print("prompts:", write_prompts(teacher, HERE / "prompts"))
+    print("prompts:", write_prompts(teacher, EMOJI / "prompts"))
     print("pictures:", write_image_folder(teacher, arguments.images))
 
 

@@ -12,26 +12,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sources import HERE, OPENMOJI_KEY, OPENMOJI_NOTICE, WITH_OPENMOJI, cache_folder, write_text
+from sources import EMOJI, OPENMOJI_KEY, OPENMOJI_NOTICE, WITH_OPENMOJI, cache_folder, write_text
 
-ROOT = HERE.parents[1]
+ROOT = EMOJI.parents[1]
 RECIPE = "recipes/emoji_teacher.yaml"
 
 # name -> the command's arguments after the interpreter, run from the checkout
 STEPS: dict[str, tuple[str, ...]] = {
-    "pictures": ("recipes/emoji/sources.py",),
-    "autoencoder": ("recipes/emoji/train_autoencoder.py",),
-    "captions": ("recipes/emoji/captions.py",),
-    "text_towers": ("recipes/emoji/train_text_towers.py",),
-    "judge": ("recipes/emoji/train_judge.py",),
-    "assemble": ("recipes/emoji/assemble_teacher.py", "--fresh-denoiser"),
-    "reconstructions": ("recipes/emoji/measure_reconstructions.py",),
-    "rewards": ("recipes/emoji/train_rewards.py",),
-    "alignment": ("recipes/emoji/train_alignment.py",),
+    "pictures": ("recipes/emoji/build/sources.py",),
+    "autoencoder": ("recipes/emoji/build/train_autoencoder.py",),
+    "captions": ("recipes/emoji/build/captions.py",),
+    "text_towers": ("recipes/emoji/build/train_text_towers.py",),
+    "judge": ("recipes/emoji/build/train_judge.py",),
+    "assemble": ("recipes/emoji/build/assemble_teacher.py", "--fresh-denoiser"),
+    "reconstructions": ("recipes/emoji/build/measure_reconstructions.py",),
+    "rewards": ("recipes/emoji/build/train_rewards.py",),
+    "alignment": ("recipes/emoji/build/train_alignment.py",),
     "denoiser": ("-m", "mlcm_rl", "run", RECIPE),
-    "teacher": ("recipes/emoji/assemble_teacher.py", "--from-run", "runs/emoji_teacher"),
-    "samples": ("recipes/emoji/measure_teacher.py", "--prompts", "256"),
-    "wordings": ("recipes/emoji/measure_wordings.py",),
+    "teacher": ("recipes/emoji/build/assemble_teacher.py", "--from-run", "runs/emoji_teacher"),
+    "samples": ("recipes/emoji/build/measure_teacher.py", "--prompts", "256"),
+    "wordings": ("recipes/emoji/build/measure_wordings.py",),
 }
 THREADED = ("autoencoder", "text_towers", "judge", "rewards", "alignment")  # steps that take `--threads`
 

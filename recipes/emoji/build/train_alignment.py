@@ -9,23 +9,19 @@ heads carry over. Run `train_rewards.py` first: it writes the picture features.
 import argparse
 import json
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, so that no installation is needed
-
 from captions import LANGUAGES, captions_of, split_of, teacher_concepts
 from reward_models import emoji_alignment
 from reward_models._dual_encoder import DualEncoder, rows_of
 from reward_models._efficientnet_lite import shipped_features
-from sources import HERE, Concept, list_concepts, load_pictures, progress_line, write_text
+from sources import MEASURED, Concept, list_concepts, load_pictures, progress_line, write_text
 from train_rewards import features_of, load_views, rows_of_styles, save
 from train_text_towers import STYLE_OR_NONE, concept_targets, first_of_split
 
@@ -146,7 +142,7 @@ def retrieval(
 
 
 def main() -> None:
-    """Train, write the encoder beside its reward model, and what was measured to `alignment.json`."""
+    """Train, write the encoder beside its reward model, and what was measured to `measured/alignment.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=AlignmentSettings.num_steps)
@@ -191,7 +187,7 @@ def main() -> None:
     report["candidates"] = [len(shown), len(held_out)]
     report["bytes"] = emoji_alignment.SHIPPED.stat().st_size
     print(json.dumps(report, indent=1), f"{time.time() - started:.0f} s", flush=True)
-    write_text(HERE / "alignment.json", json.dumps(report, indent=1) + "\n")
+    write_text(MEASURED / "alignment.json", json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

