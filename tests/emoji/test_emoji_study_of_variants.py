@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import variant_summary
+import variant_table
 import variant_values
 import variants
 from mlcm_rl.recipe.file import load
@@ -32,6 +33,12 @@ def row(values: list[float], n: int = 4, name: str = "student", sampler: str = "
     return name, sampler, n, values, [hits] * len(values)
 
 
+def summary(folder) -> str:
+    """The summary of the values in `folder`, by way of the table that is kept."""
+    variant_table.write(variant_table.of_values(folder), folder / "variants.tsv")
+    return variant_summary.text(variant_table.read(folder / "variants.tsv"))
+
+
 @pytest.fixture
 def results(tmp_path):
     """A folder with the teacher's results alone: at 4 evaluations, and the reference's 100."""
@@ -43,15 +50,13 @@ def results(tmp_path):
 def test_seeds_are_averaged_and_phases_are_students_of_their_own(results):
     keep(results, "a_b-0", row([1.0] * 5))
     keep(results, "a_b-1", row([3.0] * 5), row([7.0] * 5, name="student phase-0-K8"))
-    seeds = variant_summary.read(results, "distance")
-    assert {pair: len(row[4]) for pair, row in seeds.items()} == {
-        ("a_b", "gamma 0"): 2,
-        ("a_b phase-0-K8", "gamma 0"): 1,
+    rows = {(row.student, row.evaluations): row for row in variant_table.of_values(results)}
+    assert {key: (row.seeds, row.distance) for key, row in rows.items() if row.evaluations == 4} == {
+        ("a_b", 4): (2, 2.0),
+        ("a_b phase-0-K8", 4): (1, 7.0),
+        ("teacher", 4): (0, pytest.approx(5.15, abs=2e-3)),
     }
-    found = variant_summary.averaged(seeds)
-    assert found["a_b", "gamma 0"][4].tolist() == [2.0] * 5
-    assert found["a_b phase-0-K8", "gamma 0"][4].tolist() == [7.0] * 5
-    text = variant_summary.text(results)
+    text = summary(results)
     assert "| a_b, gamma 0 | 2 | 71% | 2.0000 +- 0.0000 |" in text  # 1 and 3: sqrt(2) of 2
     assert "| a_b phase-0-K8, gamma 0 | 1 | - | 7.0000" in text
 
@@ -60,10 +65,29 @@ def test_pairs_are_picked_on_the_first_fifth_and_measured_on_the_rest(results):
     """The lucky one is best on the one picking prompt and worse on all others; it is picked all the same."""
     keep(results, "lucky-0", row([0.0, 9.0, 9.125, 9.25, 9.375]))
     keep(results, "steady-0", row([1.0, 2.0, 2.125, 2.25, 2.375]))
-    text = variant_summary.text(results)
+    text = summary(results)
     assert "4 evaluations, lucky, gamma 0 against the undistilled teacher (teacher, DDIM, guided): 4.0" in text
     assert "missed" in text
     assert "| steady, gamma 0 | 1 | - | 2.1875 +- 0.0807 |" in text
+
+
+def test_differences_are_paired_and_errors_are_those_of_the_prompts_left_to_measure(results):
+    """Student and rival share what makes a prompt hard: the error of their difference is far below that of either."""
+    hard = [0.0, 1.0, 2.0, 3.0, 4.0]
+    keep(results, "lcm-0", row([value + 1 for value in hard]))
+    keep(results, "single-0", row([value + change for value, change in zip(hard, (0, 0.5, 0, 0.5, 0), strict=True)]))
+    (single,) = [one for one in variant_table.of_values(results) if one.student == "single"]
+    assert (single.over_lcm, single.over_lcm_error) == pytest.approx((-0.75, 1 / math.sqrt(12) / 2), abs=1e-6)
+    assert single.distance_error == pytest.approx(torch.tensor([1.5, 2.0, 3.5, 4.0]).std().item() / 2)
+    (teacher,) = [one for one in variant_table.of_values(results) if one.pair == UNDISTILLED and one.evaluations == 4]
+    assert (teacher.over_teacher, teacher.over_lcm) == (0.0, pytest.approx(5.15 - 3.5, abs=2e-3))
+
+
+def test_the_table_for_people_is_what_its_command_prints(emoji_folder):
+    root = emoji_folder.parents[1]
+    printed = variant_summary.text(variant_table.read(emoji_folder / "study" / "variants-400.tsv")).split("\n\n")[0]
+    pages = [root / "README.md", *(root / "docs").rglob("*.md")]
+    assert any(printed in page.read_text(encoding="utf-8") for page in pages)
 
 
 @pytest.mark.parametrize(("single", "verdict"), [(1.046875, "met"), (1.203125, "missed")])
@@ -71,7 +95,7 @@ def test_one_student_is_set_against_the_best_dedicated_one_at_every_budget(resul
     for name, value in (("fixed_8-0", 2.0), ("fixed_4_trajectory-0", 1.0), ("budgets-0", single)):
         keep(results, name, *(row([value] * 10, n) for n in (2, 3, 4, 6, 8)))
     keep(results, "teacher", *(row([3.0] * 10, n, *UNDISTILLED) for n in (4, 100)), of_teacher=True)
-    text = variant_summary.text(results)
+    text = summary(results)
     assert f"budgets over the best dedicated student: {single:.2f} at 2" in text
     assert f"within 10 % {verdict}" in text
 
@@ -80,7 +104,7 @@ def test_one_student_is_set_against_the_best_dedicated_one_at_every_budget(resul
 def test_the_best_students_recall_is_held_to_the_references(results, hits, verdict):
     keep(results, "near-0", row([1.0] * 5, hits=hits))
     keep(results, "far-0", row([2.0] * 5, hits=1.0))
-    (line,) = [line for line in variant_summary.text(results).splitlines() if "R@5" in line]
+    (line,) = [line for line in summary(results).splitlines() if "R@5" in line]
     assert "near" in line
     assert line.endswith(verdict)
 

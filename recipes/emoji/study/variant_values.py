@@ -1,4 +1,4 @@
-"""What one student of the study measured, in a file that can be kept: values prompt by prompt, in half precision."""
+"""What one student of a study measured, in a file of its own: values prompt by prompt, in half precision."""
 
 import json
 import math
@@ -18,7 +18,7 @@ Key = tuple[str, str, int, str]  # name, sampler, evaluations, metric
 
 
 def write(path: Path, report: Path, of_teacher: bool, fingerprint: str) -> None:
-    """Keep the METRICS of a report.json's rows: the students', or the others."""
+    """Write the METRICS of the rows of `report`, a report.json, to `path`: the students', or the others."""
     rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
     rows = [row for row in rows if (row["role"] != "student") == of_teacher]
     found = {
@@ -30,7 +30,7 @@ def write(path: Path, report: Path, of_teacher: bool, fingerprint: str) -> None:
 
 
 def is_kept(path: Path, fingerprint: str) -> bool:
-    """Whether `path` has the results of the evaluation with `fingerprint`. Raises ValueError where it has others."""
+    """Return whether `path` has the results of the evaluation with `fingerprint`. Raise ValueError if of another."""
     if not path.is_file():
         return False
     with safe_open(path, "pt") as file:
@@ -44,7 +44,7 @@ def is_kept(path: Path, fingerprint: str) -> bool:
 
 
 def read(path: Path) -> dict[Key, Tensor]:
-    """The values (P,) in double precision, nan where a prompt has none, of everything in a file."""
+    """Return the values (P,) in double precision, nan where a prompt has none, of everything in a file."""
     found = {}
     with safe_open(path, "pt") as file:
         for joined in sorted(file.keys()):

@@ -4,9 +4,9 @@
 
 Each row is the recipe `recipes/emoji_mlcm.yaml` with other distill settings. All train on the same number of samples,
 but for `budgets_long` and `lcm_long` (four times as many and more) and `progressive_second_stage` (a fifth more).
-What a student measured is kept, prompt by prompt, in a file of its own (`--results`), and a student that has one is
-done: the study may be cut off, go on elsewhere, or be shared among machines (`--seeds 1 --first-seed 2`), and the
-table is of all files that are there. Finished stages are found again too.
+What a student measured is kept, prompt by prompt, in a file of its own in `--results`, and a student that has one is
+done: the study may be cut off, go on elsewhere, or be shared among machines (`--seeds 1 --first-seed 2`). Its table,
+`variants.tsv` in that folder, is of all files that are there. Finished stages are found again too.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 import variant_summary
+import variant_table
 import variant_values
 from mlcm_rl import pipeline
 from mlcm_rl.fingerprint import locate
@@ -64,23 +65,26 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1000, help="a fifth picks samplers, the rest measures")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rows", default=",".join([*ROWS, *SECOND_STAGE]))
-    parser.add_argument("--results", type=Path, help="folder of the files [recipes/emoji/study-<steps>]")
+    parser.add_argument("--results", type=Path, help="folder of the files [runs/study-<steps>]")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
     arguments = parser.parse_args()
     base = load(RECIPES / "emoji_mlcm.yaml", arguments.overrides)
-    results = arguments.results or RECIPES / "emoji" / f"study-{arguments.steps}"
+    results = arguments.results or Path(base.runs) / f"study-{arguments.steps}"
     keep(teacher_recipe(base, arguments.prompts), results / f"{variant_values.TEACHER}.safetensors")
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for row in arguments.rows.split(","):
             recipe = recipe_of(base, row, seed, arguments.steps, arguments.prompts)
             keep(recipe, results / f"{row}-{seed}.safetensors")
-    variant_summary.main(results)
+    table = results / "variants.tsv"
+    variant_table.write(variant_table.of_values(results), table)
+    variant_summary.main(table)
+    Console().print(str(table), soft_wrap=True)
 
 
 def keep(recipe: Recipe, path: Path) -> None:
-    """Leave at `path` what the evaluation at the end of `recipe` says, unless it is there.
+    """Write what the evaluation at the end of `recipe` measured to `path`, unless it is there.
 
-    Raises ValueError where the file there is of another recipe.
+    Raise ValueError if the file there is of another recipe.
     """
     done = []
     for stage in recipe.stages:
