@@ -45,10 +45,10 @@ benchmark: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/preference.py
 
 study: $(VENV)/installed
-	$(BIN)/python recipes/emoji/study.py
+	$(BIN)/python recipes/emoji/study/variants.py
 
 teacher: $(VENV)/installed
-	$(BIN)/python recipes/emoji/build.py
+	$(BIN)/python recipes/emoji/build/rebuild.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

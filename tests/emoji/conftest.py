@@ -1,4 +1,4 @@
-"""The programs of recipes/emoji are run as files: their folder is on the path, as Python puts it there."""
+"""The programs of recipes/emoji are run as files: their folders are on the path, as Python puts them there."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 RECIPE_FOLDER = Path(__file__).parents[2] / "recipes" / "emoji"
-sys.path.insert(0, str(RECIPE_FOLDER))
+sys.path[:0] = [str(RECIPE_FOLDER / name) for name in ("build", "study")]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ BARE = Concept("0000", "objects", "tool", "thing", "东西", (), ())
 
 @pytest.fixture(scope="module")
 def prompts() -> dict[str, list[dict]]:
-    folder = captions.HERE / "prompts"
+    folder = captions.EMOJI / "prompts"
     return {s: [json.loads(line) for line in (folder / f"{s}.jsonl").open(encoding="utf-8")] for s in captions.SPLITS}
 
 

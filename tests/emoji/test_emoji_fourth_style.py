@@ -55,7 +55,7 @@ def outcome(emoji_folder, tmp_path):
     def run(script: str, key: str | None, *arguments: str) -> dict:
         environment = {name: value for name, value in os.environ.items() if name != "MLCM_RL_OPENMOJI"}
         environment |= {"MLCM_RL_CACHE": str(tmp_path / "cache")}
-        environment["PYTHONPATH"] = os.pathsep.join([str(emoji_folder), str(emoji_folder.parents[1])])
+        environment["PYTHONPATH"] = os.pathsep.join([str(emoji_folder / "build"), str(emoji_folder.parents[1])])
         environment |= {"MLCM_RL_OPENMOJI": key} if key else {}
         command = [sys.executable, "-c", script, *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

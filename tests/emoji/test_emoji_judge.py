@@ -16,7 +16,7 @@ TINY = program.JudgeSettings(feature_width=8, num_steps=40, num_concepts=4, lear
 
 @pytest.fixture(scope="module")
 def shipped() -> judge.Judge:
-    return judge.load(program.HERE / "judge")
+    return judge.load(program.EMOJI / "judge")
 
 
 def test_a_few_steps_change_the_head_and_lower_the_loss():
@@ -86,7 +86,7 @@ def test_real_pictures_are_nearest_to_their_own_prototype(shipped):
 
 def test_the_stored_references_are_the_features_of_the_real_pictures(shipped):
     if not (cache_folder() / "pictures_64.json").exists():
-        pytest.skip("the packages have not been fetched: python recipes/emoji/sources.py")
+        pytest.skip("the packages have not been fetched: python recipes/emoji/build/sources.py")
     pictures = program.load_pictures(64)
     rows = program.group_by_concept(pictures)[shipped.concepts[0]]
     found = program.encode(shipped.encoder, pictures.pixels[rows])

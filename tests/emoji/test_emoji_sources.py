@@ -107,7 +107,7 @@ def test_a_drawing_is_rendered_on_white_at_the_asked_size():
 
 def test_the_cached_pictures_are_the_packages_drawings():
     if not (sources.cache_folder() / "pictures_64.json").exists():
-        pytest.skip("the packages have not been fetched: python recipes/emoji/sources.py")
+        pytest.skip("the packages have not been fetched: python recipes/emoji/build/sources.py")
     pytest.importorskip("resvg_py", reason="rendering needs resvg-py")
     pictures = sources.load_pictures(64)
     row = next(i for i, pair in enumerate(zip(pictures.codepoints, pictures.styles, strict=True)) if pair[1] == "noto")

@@ -8,13 +8,13 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 
 import assemble_teacher as program
-import build
+import rebuild
 import sources
 
 
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusionXLPipeline:
-    pipeline = StableDiffusionXLPipeline.from_pretrained(program.HERE / "teacher")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(program.EMOJI / "teacher")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -89,33 +89,33 @@ def test_no_configuration_names_a_folder_of_the_training_machine(emoji_folder):
 
 def test_build_runs_missing_steps_in_order_and_skips_those_done(tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(build.subprocess, "run", lambda command, **_: ran.append(command[1]))
+    monkeypatch.setattr(rebuild.subprocess, "run", lambda command, **_: ran.append(command[1]))
     (tmp_path / "autoencoder").touch()
-    build.run_steps(["pictures", "autoencoder", "captions"], [], 1, tmp_path)
-    assert ran == ["recipes/emoji/sources.py", "recipes/emoji/captions.py"]
-    build.run_steps(["pictures", "autoencoder", "captions"], ["captions"], 1, tmp_path)
-    assert ran[2:] == ["recipes/emoji/captions.py"]
+    rebuild.run_steps(["pictures", "autoencoder", "captions"], [], 1, tmp_path)
+    assert ran == ["recipes/emoji/build/sources.py", "recipes/emoji/build/captions.py"]
+    rebuild.run_steps(["pictures", "autoencoder", "captions"], ["captions"], 1, tmp_path)
+    assert ran[2:] == ["recipes/emoji/build/captions.py"]
 
 
 def test_the_card_is_measured_anew_after_the_new_weights_are_in_place(emoji_folder):
-    steps = list(build.STEPS)
+    steps = list(rebuild.STEPS)
     assert steps.index("samples") > steps.index("teacher") > steps.index("denoiser")
-    program, *arguments = build.STEPS["samples"]
-    assert program == "recipes/emoji/measure_teacher.py"
-    shown = json.loads((emoji_folder / "measured.json").read_text(encoding="utf-8"))["prompts"]
+    program, *arguments = rebuild.STEPS["samples"]
+    assert program == "recipes/emoji/build/measure_teacher.py"
+    shown = json.loads((emoji_folder / "measured" / "teacher.json").read_text(encoding="utf-8"))["prompts"]
     assert arguments == ["--prompts", str(shown)], "as many as the card says"
-    assert f"{' '.join(build.STEPS['samples'])}`" in (emoji_folder / "README.md").read_text(encoding="utf-8")
+    assert f"{' '.join(rebuild.STEPS['samples'])}`" in (emoji_folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_key_of_the_fourth_style_reaches_every_step_and_a_change_of_styles_runs_them_again(tmp_path, monkeypatch):
     keys, steps = [], ["pictures", "captions"]
-    monkeypatch.setattr(build.subprocess, "run", lambda *_, env, **__: keys.append(env[sources.OPENMOJI_KEY]))
-    build.run_steps(steps, [], 1, tmp_path)
+    monkeypatch.setattr(rebuild.subprocess, "run", lambda *_, env, **__: keys.append(env[sources.OPENMOJI_KEY]))
+    rebuild.run_steps(steps, [], 1, tmp_path)
     assert [(tmp_path / step).read_bytes() for step in steps] == [b"", b""]
     for _ in range(2):
-        build.run_steps(steps, [], 1, tmp_path, with_openmoji=True)
+        rebuild.run_steps(steps, [], 1, tmp_path, with_openmoji=True)
     assert keys == ["0", "0", "1", "1"]
-    build.run_steps(steps, [], 1, tmp_path)
+    rebuild.run_steps(steps, [], 1, tmp_path)
     assert keys[4:] == ["0", "0"], "else share-alike weights would pass for the shipped ones"
 
 

@@ -9,7 +9,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 import train_text_towers as program
 from captions import captions_of, teacher_concepts
 from e5 import E5File
-from sources import HERE
+from sources import EMOJI
 
 FOLDERS = ("tokenizer", "tokenizer_2")
 WORDS = {"red": "红", "green": "绿", "panda": "熊猫", "apple": "苹果", "car": "汽车", "moon": "月亮"}
@@ -17,12 +17,12 @@ WORDS = {"red": "红", "green": "绿", "panda": "熊猫", "apple": "苹果", "ca
 
 @pytest.fixture(scope="module")
 def tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(HERE / "teacher" / "tokenizer")
+    return CLIPTokenizer.from_pretrained(EMOJI / "teacher" / "tokenizer")
 
 
 @pytest.fixture(scope="module")
 def towers() -> list[program.Tower]:
-    folder = HERE / "teacher"
+    folder = EMOJI / "teacher"
     kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     return [kind.from_pretrained(folder / name, dtype=torch.float32).eval() for name, kind in kinds.items()]
 

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-import build
 import captions
 import measure_teacher
 import measure_wordings as program
+import rebuild
 
 SENTENCES = ("frames", "descriptions")
 
@@ -60,6 +60,6 @@ def test_recalls_are_by_language():
 
 
 def test_the_wordings_are_measured_with_the_new_weights():
-    steps = list(build.STEPS)
+    steps = list(rebuild.STEPS)
     assert steps.index("wordings") > steps.index("teacher")
-    assert build.STEPS["wordings"] == ("recipes/emoji/measure_wordings.py",)
+    assert rebuild.STEPS["wordings"] == ("recipes/emoji/build/measure_wordings.py",)

@@ -1,6 +1,7 @@
-"""The programs of recipes/hanzi are run as files: their folder is on the path, as Python puts it there."""
+"""The programs of recipes/hanzi are run as files: their folders are on the path, as Python puts them there."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "hanzi"))
+HANZI = Path(__file__).parents[2] / "recipes" / "hanzi"
+sys.path[:0] = [str(HANZI), str(HANZI / "build")]

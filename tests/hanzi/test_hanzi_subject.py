@@ -18,12 +18,12 @@ from reward_models.ocr import QUOTED, asked_text
 
 @pytest.fixture(scope="module")
 def prompts():
-    return {split: read_prompts(draw.HERE / "prompts" / f"{split}.jsonl") for split in draw.SPLITS}
+    return {split: read_prompts(draw.SUBJECT / "prompts" / f"{split}.jsonl") for split in draw.SPLITS}
 
 
 def test_the_prompt_files_are_what_the_program_writes(prompts):
     for split in draw.SPLITS:
-        lines = (draw.HERE / "prompts" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (draw.SUBJECT / "prompts" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line) for line in lines] == list(draw.prompts_of_split(split))
 
 
@@ -69,7 +69,7 @@ def test_a_picture_is_read_right_where_the_character_asked_for_is_the_likeliest(
     prompts = [Prompt("", "zh", concept=hanzi) for hanzi in "水山"]
     scores = torch.full((2, len(draw.HANZI)), -9.0)
     scores[:, draw.HANZI.index("水")] = -3.0
-    assert measure_reading.right(scores, prompts).tolist() == [True, False]
+    assert measure_reading.right(scores, prompts, list(draw.HANZI)).tolist() == [True, False]
 
 
 def test_the_shipped_denoiser_is_small_half_precision_and_of_the_form_that_is_trained():

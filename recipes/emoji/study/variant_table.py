@@ -1,0 +1,130 @@
+"""One table of a study of variants: a row for each (student, sampler, evaluations), from the values of every prompt.
+
+A student of several seeds is the mean of their values prompt by prompt, so that errors are over prompts, and
+differences are paired: the same prompts, the same noise. The first fifth of the prompts is for picking, the rest is
+measured, so that what is picked as the best is not measured on what it was picked for.
+"""
+
+import csv
+import math
+import re
+from collections import defaultdict
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import variant_values
+from mlcm_rl.equations.statistics import mean_and_error, paired_difference
+from mlcm_rl.storage.files import replacing
+
+PICKING_SHARE = 5  # one prompt in so many
+LCM = ("lcm", "lcm_long")  # of fewer evaluations than a student of stored states and its store, and of a few more
+SEEDED = re.compile(r"(?P<row>.+)-(?P<seed>\d+)")
+
+Point = tuple[str, str, int]  # student, sampler, evaluations
+Values = dict[Point, Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Mean and standard error over the measured prompts; nan where there is no such value.
+
+    `seeds` is 0 for the teacher. `apart` is the standard deviation of the seeds' means over their mean, `picking` the
+    distance on the picking prompts, `recall` R@5. `over_teacher` and `over_lcm` are this distance less that of the
+    undistilled teacher, and of LCM, as many evaluations each, under whichever sampler picks best.
+    """
+
+    student: str
+    sampler: str
+    evaluations: int
+    seeds: int
+    apart: float
+    picking: float
+    distance: float
+    distance_error: float
+    recall: float
+    recall_error: float
+    over_teacher: float
+    over_teacher_error: float
+    over_lcm: float
+    over_lcm_error: float
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        return self.student, self.sampler
+
+
+def of_values(folder: Path) -> list[Row]:
+    """Return the table of all values in `folder`, students in the order of their files, the teacher last."""
+    seeds, recalls = (values(folder, metric) for metric in ("distance", "r@5"))
+    means = {point: column.mean(0) for point, column in seeds.items()}
+    pairs = list(dict.fromkeys(point[:2] for point in means))
+    return [
+        Row(
+            *point,
+            0 if point[0] == variant_values.TEACHER else len(seeds[point]),
+            apart(seeds[point]),
+            means[point][: picking_prompts(means[point])].nanmean().item(),
+            *mean_and_error(measured(means[point])),
+            *mean_and_error(measured(recalls[point].mean(0))),
+            *over_the_best(means, point, (variant_values.TEACHER,)),
+            *over_the_best(means, point, LCM),
+        )
+        for point in sorted(means, key=lambda point: (pairs.index(point[:2]), point[2]))
+    ]
+
+
+def values(folder: Path, metric: str) -> Values:
+    """Return `metric` of every point, (S, P): of each seed, prompt by prompt; one seed of the teacher."""
+    found: dict[Point, list[Tensor]] = defaultdict(list)
+    named = {path: SEEDED.fullmatch(path.stem) for path in sorted(folder.glob("*.safetensors"))}
+    students = {path: match["row"] for path, match in named.items() if match}
+    for path, row in {**students, folder / f"{variant_values.TEACHER}.safetensors": None}.items():
+        for (name, sampler, evaluations, which), column in variant_values.read(path).items():
+            if which == metric:
+                found[name.replace("student", row) if row else name, sampler, evaluations].append(column)
+    return {point: torch.stack(columns) for point, columns in found.items()}
+
+
+def picking_prompts(column: Tensor) -> int:
+    return len(column) // PICKING_SHARE
+
+
+def measured(column: Tensor) -> Tensor:
+    """Return the values (P,) of the prompts that nothing was picked on."""
+    return column[picking_prompts(column) :]
+
+
+def apart(seeds: Tensor) -> float:
+    """Return how far the means of seeds (S, P) lie apart, over their mean; nan of one."""
+    means = torch.stack([measured(seed).nanmean() for seed in seeds])
+    return (means.std() / means.mean()).item() if len(means) > 1 else math.nan
+
+
+def over_the_best(means: Values, point: Point, others: tuple[str, ...]) -> tuple[float, float]:
+    """Return the paired difference, and its error, to the best of `others` at as many evaluations; nan of none."""
+    rivals = [means[other] for other in means if other[0] in others and other[2] == point[2]]
+    if not rivals:
+        return math.nan, math.nan
+    best = min(rivals, key=lambda column: column[: picking_prompts(column)].nanmean().item())
+    return paired_difference(measured(means[point]), measured(best))
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """Write the rows as tab-separated text, numbers to six digits."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        lines = csv.writer(file, delimiter="\t", lineterminator="\n")
+        lines.writerow(field.name for field in fields(Row))
+        for row in rows:
+            lines.writerow(f"{cell:.6g}" if isinstance(cell, float) else cell for cell in astuple(row))
+
+
+def read(path: Path) -> list[Row]:
+    """Return the rows of a table that `write` wrote."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [
+            Row(**{field.name: field.type(line[field.name]) for field in fields(Row)})
+            for line in csv.DictReader(file, delimiter="\t")
+        ]

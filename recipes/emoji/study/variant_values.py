@@ -1,0 +1,58 @@
+"""What one student of a study measured, in a file of its own: values prompt by prompt, in half precision."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mlcm_rl.storage.tensors import write_tensors
+
+METRICS = ("distance", "r@1", "r@5")
+SEPARATOR = " | "
+TEACHER = "teacher"  # name of the file of the rows without a student, and of the recipe behind it
+
+Key = tuple[str, str, int, str]  # name, sampler, evaluations, metric
+
+
+def write(path: Path, report: Path, of_teacher: bool, fingerprint: str) -> None:
+    """Write the METRICS of the rows of `report`, a report.json, to `path`: the students', or the others."""
+    rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
+    rows = [row for row in rows if (row["role"] != "student") == of_teacher]
+    found = {
+        SEPARATOR.join((row["name"], row["sampler"], str(row["num_evaluations"]), metric)): _values(row, metric)
+        for row in rows
+        for metric in METRICS
+    }
+    write_tensors(path, found, {"fingerprint": fingerprint}, may_lack=True)  # NaN: no such value
+
+
+def is_kept(path: Path, fingerprint: str) -> bool:
+    """Return whether `path` has the results of the evaluation with `fingerprint`. Raise ValueError if of another."""
+    if not path.is_file():
+        return False
+    with safe_open(path, "pt") as file:
+        found = file.metadata()["fingerprint"]
+    if found != fingerprint:
+        raise ValueError(
+            f"{path} holds what evaluation {found} measured, and this is {fingerprint}: of other settings or code. "
+            "Delete the file to measure again, or name another folder with --results"
+        )
+    return True
+
+
+def read(path: Path) -> dict[Key, Tensor]:
+    """Return the values (P,) in double precision, nan where a prompt has none, of everything in a file."""
+    found = {}
+    with safe_open(path, "pt") as file:
+        for joined in sorted(file.keys()):
+            name, sampler, evaluations, metric = joined.split(SEPARATOR)
+            found[name, sampler, int(evaluations), metric] = file.get_tensor(joined).double()
+    return found
+
+
+def _values(row: dict, metric: str) -> Tensor:
+    values = [math.nan if value is None else value for value in row["metrics"][metric]["values"]]
+    return torch.tensor(values, dtype=torch.float16)
