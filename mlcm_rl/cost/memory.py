@@ -25,7 +25,6 @@ from . import launches, passes
 from .launches import Launch
 from .live_bytes import Kernels, Live
 
-PARTS = ("unet", "vae")  # of a teacher, that passes here go through
 NUM_TOKENS = 77  # of CLIP's text towers, where no tokenizer says otherwise
 
 
@@ -157,7 +156,7 @@ def roles_of(
     if isinstance(stage, Training) and stage.precision == "bf16":
         autocast.frozen_in_bfloat16(student)
     small = tuning.small_decoder(stage, base) if isinstance(stage, Tuning) else None
-    conditioned = student.config.time_cond_proj_dim is not None
+    conditioned = bool(students.target_time_of(student))
     if isinstance(stage, Training) and stage.gradient_checkpointing:
         student.enable_gradient_checkpointing(recompute)
         if isinstance(stage, Tuning):

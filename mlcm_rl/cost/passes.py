@@ -39,11 +39,7 @@ class Roles:
     def points(self, count: int) -> tuple[Tensor, Tensor, Conditioning]:
         """States (count, C, H, W), times (count,) and conditioning (count, ...)."""
         empty = {"device": self.base.device}
-        settings = self.base.denoiser.config
-        conditioning = {"context": torch.empty(count, self.num_tokens, settings.cross_attention_dim, **empty)}
-        if settings.projection_class_embeddings_input_dim is not None:
-            sizes = 6 * settings.addition_time_embed_dim
-            conditioning["pooled"] = torch.empty(count, settings.projection_class_embeddings_input_dim - sizes, **empty)
+        conditioning = self.base.empty_conditioning(count, self.num_tokens)
         t = torch.ones(count, dtype=torch.int64, **empty)
         return torch.empty(count, *self.base.latent_shape, **empty), t, conditioning
 

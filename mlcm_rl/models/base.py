@@ -8,19 +8,17 @@ float32 and batch first, so that it can be indexed, concatenated and stored.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
-from diffusers.models.embeddings import get_timestep_embedding
-from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
-from torch import Tensor
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..equations.prediction import x0_from_prediction
-from ..equations.schedule import Schedule, scaled_linear_betas, vp_schedule
+from ..equations.schedule import Schedule
 from ..equations.segments import NUM_TIMES
 from ..equations.solver import guided
 from ..recipe import Teacher
@@ -33,55 +31,83 @@ Conditioning = dict[str, Tensor]
 ENCODED_TOGETHER = 32  # prompts, where all are encoded ahead
 TARGET_TIME_WIDTH = 256  # sinusoids that a student conditioned on its target time is given
 
-# The modules that the published TLCM adapter changes (its inference code; the list of LCM-LoRA).
-LORA_TARGETS = [
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "proj_in",
-    "proj_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "downsamplers.0.conv",
-    "upsamplers.0.conv",
-    "time_emb_proj",
-]
+
+class TargetTimeProjection(nn.Linear):
+    """Projects the target time's sinusoids to where those of t go: float32 weights, its input's precision out."""
+
+    def forward(self, sinusoids: Tensor) -> Tensor:
+        return super().forward(sinusoids.to(self.weight.dtype)).to(sinusoids.dtype)
 
 
 class Base(ABC):
-    """A frozen teacher: encode prompts, denoise, decode. Subclassed once a family."""
+    """A frozen teacher: encode prompts, denoise, decode. Subclassed once a family, which says, and nothing else does:
 
-    family: ClassVar[str]
+    how prompts become a `Conditioning` and what is guided away from; what the denoiser is given and what comes back
+    (`predict`); where the target time enters; the modules that an adapter changes; what its schedule is; and how a
+    finished student is sampled by stock diffusers.
+    """
+
+    family: ClassVar[str]  # its name in recipes, and in mlcm_rl/recipe/families.py
     pipeline_class: ClassVar[type[DiffusionPipeline]]
-    lora_targets: ClassVar[list[str]] = LORA_TARGETS
+    denoiser_class: ClassVar[type[ModelMixin]]
+    denoiser_part: ClassVar[str]  # the pipeline's component that denoises
+    lora_targets: ClassVar[list[str]]
+    kohya_version: str | None = None  # what kohya's sd-scripts calls such models in a LoRA file; None where it has none
     in_stability_blocks: ClassVar[bool] = False  # other tools know its blocks by Stability AI's names, not diffusers'
+    time_layer: ClassVar[str]  # the denoiser's TimestepEmbedding, beside whose sinusoids the target time enters
 
     def __init__(self, teacher: Teacher, device: torch.device, pipeline: DiffusionPipeline):
         self.teacher, self.device, self.dtype = teacher, device, getattr(torch, teacher.dtype)
         self.pipeline = pipeline
         self.memory_format = MEMORY_FORMATS[teacher.memory_format]
         self._ahead: dict[str, Conditioning] | None = None  # (L, D) and (P,) a prompt, once text encoders are gone
-        self.denoiser: UNet2DConditionModel = self.pipeline.unet
+        self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_part)
         self.vae = self.pipeline.vae
-        scheduler = self.pipeline.scheduler.config
-        self.prediction_type: str = scheduler["prediction_type"]
-        self.schedule = schedule_of(scheduler).to(device)
+        self.resolution, self.latent_shape = self._sizes()
+        self.prediction_type, schedule = self._schedule()
+        self.schedule = schedule.to(device)
         if self.schedule.num_times != NUM_TIMES:
             raise ValueError(
                 f"teacher {teacher.path}: its scheduler has {self.schedule.num_times} times; only one of {NUM_TIMES}, "
                 "on which segments and samplers stand, can be distilled"
             )
-        self.resolution, self.latent_shape = _sizes(self.pipeline, teacher)
         logging.getLogger(self.pipeline_class.__module__).setLevel(logging.ERROR)  # it warns of every long prompt
 
-    @property
+    # What the family is
+
     @abstractmethod
-    def kohya_version(self) -> str:
-        """What kohya's sd-scripts calls models of this shape, in the header of a LoRA file."""
+    def _sizes(self) -> tuple[int, tuple[int, int, int]]:
+        """Pixels a side, and the latents' (C, H, W). Raises ValueError where denoiser and autoencoder do not fit."""
+
+    @abstractmethod
+    def _schedule(self) -> tuple[str, Schedule]:
+        """What the denoiser predicts (a kind of `equations.prediction`), and its noise schedule (T,).
+
+        Raises ValueError for a schedule that cannot be distilled.
+        """
+
+    @abstractmethod
+    def stock_scheduler(self, gamma: float) -> SchedulerMixin:
+        """diffusers' scheduler that walks the sampler's default grid under `gamma`, for an exported student."""
+
+    def empty_denoiser(self, config: Mapping[str, Any], condition: bool) -> ModelMixin:
+        """A denoiser of this `config` on the device that is set, with a target time's projection where `condition`."""
+        denoiser = self.denoiser_class.from_config(config)
+        if condition:
+            embedding = denoiser.get_submodule(self.time_layer)
+            width = embedding.linear_1.in_features
+            embedding.cond_proj = TargetTimeProjection(TARGET_TIME_WIDTH, width, bias=False)
+        return denoiser
+
+    def empty_conditioning(self, count: int, num_tokens: int) -> Conditioning:
+        """A `Conditioning` (count, ...) without values on this device, as prompts of `num_tokens` tokens become."""
+        shapes = self.conditioning_shapes(self.denoiser.config, num_tokens)
+        return {name: torch.empty(count, *shape, device=self.device) for name, shape in shapes.items()}
+
+    @staticmethod
+    @abstractmethod
+    def conditioning_shapes(config: Mapping[str, Any], num_tokens: int) -> dict[str, tuple[int, ...]]:
+        """What a prompt of `num_tokens` tokens becomes, by the denoiser's `config`: the shape of each tensor."""
 
     # Prompts
 
@@ -141,10 +167,6 @@ class Base(ABC):
     def _dropped_prompt(self) -> Conditioning:
         """What the stock pipeline guides away from, once (1, ...)."""
 
-    def _added_conditions(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
-        """The denoiser's `added_cond_kwargs`, for families that have them."""
-        return None
-
     # Denoising
 
     def forget_denoiser(self) -> None:
@@ -155,6 +177,7 @@ class Base(ABC):
         for parameter in self.denoiser.parameters():
             parameter.data = parameter.data.new_empty(0)
 
+    @abstractmethod
     def predict(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
     ) -> Tensor:
@@ -162,16 +185,6 @@ class Base(ABC):
 
         `s` (B,) is the time that a conditioned student is to jump to; the teacher takes none.
         """
-        dtype = next(denoiser.parameters()).dtype
-        target_time = None if s is None else get_timestep_embedding(s, TARGET_TIME_WIDTH).to(dtype)
-        return denoiser(
-            x_t.to(dtype),
-            t,
-            encoder_hidden_states=conditioning["context"].to(dtype),
-            timestep_cond=target_time,
-            added_cond_kwargs=self._added_conditions(conditioning, dtype),
-            return_dict=False,
-        )[0].float()
 
     def x0(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
@@ -234,7 +247,7 @@ class Base(ABC):
     def _latent_scale(self) -> tuple[Tensor, Tensor]:
         """Scale and mean (1, C or 1, 1, 1): what the autoencoder decodes is scale z + mean."""
         settings = self.vae.config
-        std, mean = settings.latents_std or [1.0], settings.latents_mean or [0.0]
+        std, mean = settings.latents_std or [1.0], settings.latents_mean or [settings.shift_factor or 0.0]
         shape = {"dtype": torch.float32, "device": self.device}
         scale = torch.tensor(std, **shape) / settings.scaling_factor
         return scale.reshape(1, -1, 1, 1), torch.tensor(mean, **shape).reshape(1, -1, 1, 1)
@@ -249,50 +262,3 @@ class Base(ABC):
         if len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators for a batch of {batch_size}")
         return torch.stack([torch.randn(*self.latent_shape, generator=one) for one in generator]).to(self.device)
-
-
-def schedule_of(scheduler: dict[str, Any]) -> Schedule:
-    """The noise schedule (T,) that a diffusers scheduler's configuration describes.
-
-    Raises ValueError for one without betas (rectified flow has no family yet) or of a form not known here, and for zero
-    terminal SNR with epsilon prediction: at alpha = 0 the noise says nothing about x0.
-    """
-    form, num_times = scheduler.get("beta_schedule"), scheduler["num_train_timesteps"]
-    start, end = scheduler.get("beta_start"), scheduler.get("beta_end")
-    if scheduler.get("trained_betas") is not None:
-        betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float64)
-    elif form == "scaled_linear":
-        betas = scaled_linear_betas(num_times, start, end)
-    elif form == "linear":
-        betas = torch.linspace(start, end, num_times, dtype=torch.float64)
-    else:
-        raise ValueError(f"scheduler: beta_schedule {form!r} is not supported (scaled_linear, linear, trained_betas)")
-    if scheduler.get("rescale_betas_zero_snr"):
-        if scheduler["prediction_type"] == "epsilon":
-            raise ValueError(
-                "scheduler: rescale_betas_zero_snr with prediction_type epsilon leaves no signal at the last time, "
-                "so its x0 is 0 / 0; use a v_prediction teacher or switch the rescaling off"
-            )
-        betas = rescale_zero_terminal_snr(betas)
-    return vp_schedule(betas)
-
-
-def _sizes(pipeline: DiffusionPipeline, teacher: Teacher) -> tuple[int, tuple[int, int, int]]:
-    """Pixels a side, and the latents' (C, H, W). Raises ValueError where denoiser and autoencoder do not fit."""
-    unet, factor = pipeline.unet.config, pipeline.vae_scale_factor
-    channels = pipeline.vae.config.latent_channels
-    if (unet.in_channels, unet.out_channels) != (channels, channels):
-        raise ValueError(
-            f"teacher {teacher.path}: the denoiser maps {unet.in_channels} channels to {unet.out_channels} and the "
-            f"autoencoder has {channels}; only plain text-to-image teachers can be distilled"
-        )
-    if unet.time_cond_proj_dim is not None:
-        raise ValueError(
-            f"teacher {teacher.path}: the denoiser has time_cond_proj_dim {unet.time_cond_proj_dim}, an embedding of "
-            "the guidance scale: it is distilled already; name the model that it was made from"
-        )
-    resolution = teacher.resolution or unet.sample_size * factor
-    smallest = factor * 2 ** (len(unet.block_out_channels) - 1)
-    if resolution % smallest:
-        raise ValueError(f"teacher.resolution {resolution} is not a multiple of {smallest}, as {teacher.path} needs")
-    return resolution, (channels, resolution // factor, resolution // factor)

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler, TCDScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..equations.segments import NUM_SEGMENTS, sampling_times
+from ..equations.segments import sampling_times
 from ..equations.solver import time_before_noise
 from ..storage import finite
 from ..storage.files import forget_origin, remove_partial_of, replacing
@@ -34,16 +34,6 @@ from .students import Student
 from .text_parts import write_for_transformers_4
 
 STOCK_STEPS = (2, 3, 4, 6, 8)  # for which a conditioned student without budgets of its own is written
-SCHEDULE_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-    "prediction_type",
-    "steps_offset",  # of no effect here; Stable Diffusion's pipelines warn where it is not 1
-)
 
 
 def export(
@@ -91,33 +81,15 @@ def refuse_taken(out: Path) -> None:
         raise FileExistsError(f"{out} is there already; name a new folder to export to")
 
 
-def stock_scheduler(base: Base, gamma: float) -> LCMScheduler | TCDScheduler:
-    """diffusers' scheduler that walks our default grid: LCM's for gamma 1, else TCD's, whose `eta` is gamma.
-
-    Pipelines pass it eta 0 unless they are told another. TCD's last step ends at index 0, not at x0. Raises ValueError
-    where the teacher's number of times puts the milestones elsewhere than these schedulers can.
-    """
-    teacher = base.pipeline.scheduler.config
-    settings = {key: teacher[key] for key in SCHEDULE_KEYS if key in teacher}
-    scheduler = (LCMScheduler if gamma == 1.0 else TCDScheduler)(**settings, original_inference_steps=NUM_SEGMENTS)
-    scheduler.set_timesteps(NUM_SEGMENTS)
-    expected = sampling_times(NUM_SEGMENTS, num_times=base.schedule.num_times)
-    if scheduler.timesteps.tolist() != expected:
-        raise ValueError(
-            f"a teacher of {base.schedule.num_times} times has milestones {expected}; "
-            f"{type(scheduler).__name__} goes to {scheduler.timesteps.tolist()}: it cannot be exported for stock use"
-        )
-    return scheduler
-
-
 def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) -> None:
     """The whole pipeline; a conditioned student's index names a class of its own: no stock one is to open it."""
     pipeline = copy.copy(base.pipeline)  # the teacher's keeps its own denoiser and scheduler
-    pipeline.unet = students.merged(student, base.dtype)
-    pipeline.unet.register_to_config(sample_size=base.latent_shape[-1])  # the resolution it was distilled at
-    pipeline.scheduler = stock_scheduler(base, gamma)
+    denoiser = students.merged(student, base.dtype)
+    denoiser.register_to_config(sample_size=base.latent_shape[-1])  # the resolution it was distilled at
+    setattr(pipeline, base.denoiser_part, denoiser)
+    pipeline.scheduler = base.stock_scheduler(gamma)
     if student.conditioned:
-        _refuse_untold(pipeline.unet)
+        _refuse_untold(denoiser)
     if "requires_safety_checker" in pipeline.config:  # it is not loaded, so it is not exported
         pipeline.register_to_config(requires_safety_checker=False)
     pipeline.save_pretrained(folder)
@@ -162,17 +134,18 @@ def _edit(file: Path, **settings: Any) -> None:
 
 def _write_snapshot(base: Base, student: Student, folder: Path) -> None:
     """Adapter or denoiser, and the scheduler to sample it with."""
-    stock_scheduler(base, student.default_gamma).save_pretrained(folder / "scheduler")
+    base.stock_scheduler(student.default_gamma).save_pretrained(folder / "scheduler")
     if lora := students.as_one_lora(student):
         _write_adapter(base, lora, folder)
     else:
-        students.merged(student, base.dtype).save_pretrained(folder / "unet")
+        students.merged(student, base.dtype).save_pretrained(folder / base.denoiser_part)
 
 
 def _write_adapter(base: Base, lora: Adapter, folder: Path) -> None:
     """For diffusers, and for the tools that read kohya's layout."""
-    write_lora(*lora, folder / LORA_FILE)
-    write_kohya(*lora, base, folder / KOHYA_FILE)
+    write_lora(*lora, folder / LORA_FILE, base.denoiser_part)
+    if base.kohya_version is not None:
+        write_kohya(*lora, base, folder / KOHYA_FILE)
 
 
 def stock_steps(student: Student) -> list[int]:
@@ -182,7 +155,7 @@ def stock_steps(student: Student) -> list[int]:
 
 def _write_told(base: Base, student: Student, num_steps: int, gamma: float, folder: Path) -> None:
     """A conditioned student for N steps alone, as one that is told nothing: a stock denoiser or adapter of its own."""
-    stock_scheduler(base, gamma).save_pretrained(folder / "scheduler")
+    base.stock_scheduler(gamma).save_pretrained(folder / "scheduler")
     up, down = told_update(student, num_steps, gamma)
     lora = students.as_one_lora(student)
     if lora and lora[0].r >= num_steps:
@@ -199,7 +172,7 @@ def _write_told(base: Base, student: Student, num_steps: int, gamma: float, fold
     denoiser.register_to_config(time_cond_proj_dim=None)
     nn.Module.to(denoiser, base.dtype)
     finite.refuse_weights(denoiser.state_dict(), f"the student for {num_steps} steps")
-    denoiser.save_pretrained(folder / "unet")
+    denoiser.save_pretrained(folder / base.denoiser_part)
 
 
 @torch.no_grad()

@@ -7,13 +7,15 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..recipe import Teacher, teacher_check
+from ..recipe.families import layout_of
 from ..storage.files import CheckpointError, read_json
 from ..storage.tensors import read_shapes
 from .published_teachers import shipped
@@ -43,7 +45,7 @@ def load_pipeline(
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
-    for part in (pipeline.unet, pipeline.vae):
+    for part in (getattr(pipeline, layout_of(teacher.family).denoiser), pipeline.vae):
         torch.nn.Module.to(part, memory_format=MEMORY_FORMATS[teacher.memory_format])
     return pipeline
 
@@ -55,16 +57,20 @@ def empty_pipeline(pipeline_class: type[DiffusionPipeline], teacher: Teacher) ->
     teacher_check.refuse(folder, teacher.family, teacher.variant)
     with in_words(teacher):
         with torch.device("meta"):
-            parts = {
-                name: kind.from_config(kind.load_config(folder / name))
-                for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
-            }
+            classes = layout_of(teacher.family).classes
+            parts = {name: _empty(folder / name, classes[name]) for name in (layout_of(teacher.family).denoiser, "vae")}
         others: dict[str, Any] = {name: None for name in index if name.startswith(OTHER_PARTS)}
         if (
             "requires_safety_checker" in signature(pipeline_class).parameters
         ):  # no word of its absence: nothing is drawn
             others["requires_safety_checker"] = False
         return pipeline_class.from_pretrained(folder, local_files_only=True, **parts, **others)
+
+
+def _empty(folder: Path, kind: str) -> ModelMixin:
+    """Return the network of the class `kind` in diffusers that the configuration in `folder` describes."""
+    network = getattr(diffusers, kind)
+    return network.from_config(network.load_config(folder))
 
 
 @contextmanager
@@ -239,7 +245,7 @@ def parts_with_weights(teacher: Teacher) -> list[str]:
     """The parts of the teacher in a local folder that are loaded and have weights, by name."""
     index = pipeline_index(teacher)
     named = [name for name, value in index.items() if isinstance(value, list) and value[:1] != [None]]
-    return [name for name in named if name in ("unet", "vae") or name.startswith("text_encoder")]
+    return [name for name in named if name in layout_of(teacher.family).classes]
 
 
 def shapes_from_configuration(teacher: Teacher, parts: Sequence[str]) -> dict[str, dict[str, list[int]]]:
@@ -254,8 +260,7 @@ def shapes_from_configuration(teacher: Teacher, parts: Sequence[str]) -> dict[st
         library, kind = index[name]
         with in_words(teacher), torch.device("meta"):
             if library == "diffusers":
-                denoiser_or_autoencoder = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[name]
-                part = denoiser_or_autoencoder.from_config(denoiser_or_autoencoder.load_config(folder / name))
+                part = _empty(folder / name, kind)
             else:
                 text_encoder = getattr(transformers, kind)
                 part = text_encoder(text_encoder.config_class.from_pretrained(folder / name, local_files_only=True))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from peft import LoraConfig
 from safetensors import safe_open
 from torch import Tensor
@@ -26,6 +26,7 @@ Adapter = tuple[LoraConfig, dict[str, Tensor]]
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for, before any other file of a folder
 KOHYA_FILE = "kohya_lora_weights.safetensors"
+PARTS = ("unet", "transformer")  # of pipelines, that adapters are of
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' key for PEFT's configuration in a safetensors header
 # Of PEFT's configuration what every reader takes: PEFT refuses a field that is newer than itself, and diffusers 0.35
 # fails without the two patterns.
@@ -70,14 +71,14 @@ def combined(adapters: Sequence[Adapter]) -> Adapter:
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=modules), tensors
 
 
-def write_lora(settings: LoraConfig, tensors: dict[str, Tensor], file: Path) -> None:
-    """Write an adapter in the layout that `load_lora_weights` reads, with its configuration in the header.
+def write_lora(settings: LoraConfig, tensors: dict[str, Tensor], file: Path, part: str) -> None:
+    """Write an adapter of the pipeline's component `part` as `load_lora_weights` reads it, configuration in the header.
 
     As diffusers' own save does, less its second header key and the fields that are at their defaults.
     """
     everything = settings.to_dict() | {"target_modules": sorted(settings.target_modules)}
-    stated = {f"unet.{key}": everything[key] for key in STATED}
-    named = {f"unet.{key}": value for key, value in tensors.items()}
+    stated = {f"{part}.{key}": everything[key] for key in STATED}
+    named = {f"{part}.{key}": value for key, value in tensors.items()}
     write_tensors(file, named, {METADATA_KEY: json.dumps(stated, indent=2, sort_keys=True)})
 
 
@@ -102,7 +103,7 @@ def write_kohya(settings: LoraConfig, tensors: dict[str, Tensor], base: Base, fi
     write_tensors(file, named, header)
 
 
-def kohya_names(modules: Iterable[str], denoiser: UNet2DConditionModel, in_stability_blocks: bool) -> dict[str, str]:
+def kohya_names(modules: Iterable[str], denoiser: ModelMixin, in_stability_blocks: bool) -> dict[str, str]:
     """Return what kohya's layout calls `modules` of `denoiser`, by their own names.
 
     `in_stability_blocks` says where its readers know the blocks by Stability AI's names, as they do for SDXL. Raises
@@ -130,7 +131,7 @@ def _stability_name(module: str, places: dict[str, str]) -> str:
     raise ValueError(f"{module} has no name among Stability AI's blocks: no adapter over it can be written for kohya's")
 
 
-def _stability_blocks(denoiser: UNet2DConditionModel) -> dict[str, str]:
+def _stability_blocks(denoiser: ModelMixin) -> dict[str, str]:
     """Stability AI's names of diffusers' blocks: `down_blocks.1.attentions.0` is `input_blocks.4.1` of SDXL.
 
     They count residual blocks and what halves or doubles the size through all levels, and the first convolution is
@@ -164,11 +165,11 @@ def read_lora(path: Path) -> Adapter:
 
     Raises CheckpointError for a file that is damaged, or whose header asks for what its tensors are not.
     """
-    tensors = {key.removeprefix("unet."): value for key, value in read_tensors(path).items()}
+    tensors = {_in_part(key): value for key, value in read_tensors(path).items()}
     with safe_open(path, "pt") as file:
         header = (file.metadata() or {}).get(METADATA_KEY, "")
     try:
-        stated = {key.removeprefix("unet."): value for key, value in dict(parse_json(header)).items()}
+        stated = {_in_part(key): value for key, value in dict(parse_json(header)).items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its header holds no configuration of PEFT's: {error}") from error
     settings = _settings_in(stated, path)
@@ -176,6 +177,12 @@ def read_lora(path: Path) -> Adapter:
     if ranks != {settings.r}:
         raise CheckpointError(f"{path}: r is {settings.r}, its tensors have rank {', '.join(map(str, sorted(ranks)))}")
     return settings, tensors
+
+
+def _in_part(key: str) -> str:
+    """Return the name inside the component that an adapter is of."""
+    part, _, inside = key.partition(".")
+    return inside if part in PARTS else key
 
 
 def _settings_in(stated: dict[str, Any], path: Path) -> LoraConfig:

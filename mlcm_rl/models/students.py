@@ -3,7 +3,7 @@
 A LoRA student shares the teacher's weights in memory and adds its own adapter; the teacher's module stays untouched, so
 that both can be called side by side and one base can carry any number of students.
 
-A student's folder holds `student.json` and either `unet/` in diffusers' format (full weights) or
+A student's folder holds `student.json` and either the denoiser in diffusers' format (full weights, `unet/` say) or
 `pytorch_lora_weights.safetensors` in diffusers' layout with PEFT's configuration in its metadata, and then
 `conditioning.safetensors` where the student is conditioned on its target time. A student tuned to preferences is a
 distilled one, as it was, with `preference_lora_weights.safetensors` over it.
@@ -17,13 +17,13 @@ import reprlib
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -31,32 +31,25 @@ from torch import Tensor, nn
 
 from ..equations.segments import NUM_SEGMENTS
 from ..recipe import Full, Lora
+from ..recipe.families import layout_of
 from ..recipe.types import default_gamma
 from ..storage import finite
 from ..storage.files import CheckpointError, forget_origin, read_json, replacing, write_json
 from ..storage.tensors import misfits, read_shapes, read_tensors, write_tensors
-from .base import TARGET_TIME_WIDTH, Base
+from .base import Base, TargetTimeProjection
 from .lora_files import LORA_FILE, Adapter, combined, read_lora, write_lora
 
 DISTILLED, PREFERENCE = "distilled", "preference"  # names of adapters
 PREFERENCE_FILE = "preference_lora_weights.safetensors"
 CONDITIONING_FILE = "conditioning.safetensors"
 DESCRIPTION_FILE = "student.json"
-TARGET_TIME_KEY = "time_embedding.cond_proj.weight"
-
-
-class TargetTimeProjection(nn.Linear):
-    """Projects the target time's sinusoids to where those of t go: float32 weights, its input's precision out."""
-
-    def forward(self, sinusoids: Tensor) -> Tensor:
-        return super().forward(sinusoids.to(self.weight.dtype)).to(sinusoids.dtype)
 
 
 @dataclass(frozen=True)
 class Student:
     """A finished student, loaded."""
 
-    denoiser: UNet2DConditionModel
+    denoiser: ModelMixin
     num_segments: int
     conditioned: bool
     folder: Path
@@ -71,7 +64,7 @@ class Student:
 
 def student(
     base: Base, adapter: Lora | Full, seed: int, condition_on_target: bool = False, start: Path | None = None
-) -> UNet2DConditionModel:
+) -> ModelMixin:
     """A trainable denoiser whose output equals the teacher's bit for bit, or that of the student in folder `start`.
 
     LoRA matrices are drawn from `seed` (the up-projections are zero). `condition_on_target` adds a zero projection of
@@ -79,7 +72,7 @@ def student(
     """
     if start is not None:
         return _resume(base, adapter, condition_on_target, Path(start))
-    denoiser = _denoiser(base.denoiser, condition_on_target, shared=isinstance(adapter, Lora))
+    denoiser = _denoiser(base, base.denoiser, condition_on_target, shared=isinstance(adapter, Lora))
     if isinstance(adapter, Full):
         return denoiser.requires_grad_(True)
     settings = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(base.lora_targets))
@@ -88,7 +81,7 @@ def student(
         return _with_lora(denoiser, settings)
 
 
-def for_preference(base: Base, adapter: Lora, seed: int, start: Path) -> UNet2DConditionModel:
+def for_preference(base: Base, adapter: Lora, seed: int, start: Path) -> ModelMixin:
     """The distilled student in folder `start`, frozen, with a fresh trainable `preference` adapter drawn from `seed`.
 
     Its output equals the student's. Raises ValueError where `start` has been tuned already.
@@ -98,7 +91,7 @@ def for_preference(base: Base, adapter: Lora, seed: int, start: Path) -> UNet2DC
     return preferring(base, load_student(base, start).denoiser, adapter, seed)
 
 
-def preferring(base: Base, denoiser: UNet2DConditionModel, adapter: Lora, seed: int) -> UNet2DConditionModel:
+def preferring(base: Base, denoiser: ModelMixin, adapter: Lora, seed: int) -> ModelMixin:
     """A distilled student's `denoiser`, frozen, with a fresh trainable `preference` adapter drawn from `seed`."""
     settings = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(base.lora_targets))
     with torch.random.fork_rng(devices=[]):
@@ -107,7 +100,7 @@ def preferring(base: Base, denoiser: UNet2DConditionModel, adapter: Lora, seed: 
 
 
 @contextmanager
-def as_reference(denoiser: UNet2DConditionModel) -> Iterator[UNet2DConditionModel]:
+def as_reference(denoiser: ModelMixin) -> Iterator[ModelMixin]:
     """`denoiser` without its `preference` adapter: the distilled student, and never the bare teacher."""
     _activate(denoiser, [name for name in denoiser.peft_config if name != PREFERENCE])
     try:
@@ -121,7 +114,7 @@ def trainable_parameters(denoiser: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
 
 
-def save_student(denoiser: UNet2DConditionModel, folder: Path | str, description: dict[str, Any]) -> None:
+def save_student(denoiser: ModelMixin, folder: Path | str, description: dict[str, Any]) -> None:
     """Write a student's folder in one rename, replacing an older one.
 
     `description` goes into student.json with what the denoiser itself says ("adapter", "conditioned"); it must name
@@ -132,22 +125,24 @@ def save_student(denoiser: UNet2DConditionModel, folder: Path | str, description
         raise ValueError(f"a student's description lacks {', '.join(sorted(missing))}")
     settings = _lora_settings(denoiser)
     adapter = Full() if settings is None else Lora(rank=settings.r, alpha=settings.lora_alpha)
-    conditioned = denoiser.config.time_cond_proj_dim is not None
+    target_time, part = target_time_of(denoiser), layout_of(description["family"]).denoiser
+    apart = settings is not None or not _is_configured(denoiser)
     with replacing(Path(folder)) as partial:
         partial.mkdir()
         if settings is None:
             finite.refuse_weights(denoiser.state_dict(), "the student")
-            denoiser.save_pretrained(partial / "unet")
+            with _without_target_time(denoiser) if apart else nullcontext():
+                denoiser.save_pretrained(partial / part)
             forget_origin(partial)
         else:
-            _save_lora(denoiser, DISTILLED, partial / LORA_FILE)
-        if settings is not None and conditioned:
-            write_tensors(partial / CONDITIONING_FILE, {TARGET_TIME_KEY: denoiser.time_embedding.cond_proj.weight})
-        described = {**description, "adapter": adapter.model_dump(), "conditioned": conditioned}
+            _save_lora(denoiser, DISTILLED, partial / LORA_FILE, part)
+        if target_time and apart:
+            write_tensors(partial / CONDITIONING_FILE, target_time)
+        described = {**description, "adapter": adapter.model_dump(), "conditioned": bool(target_time)}
         write_json(partial / DESCRIPTION_FILE, described)
 
 
-def save_tuned(denoiser: UNet2DConditionModel, start: Path, folder: Path, tuned_steps: int) -> None:
+def save_tuned(denoiser: ModelMixin, start: Path, folder: Path, tuned_steps: int) -> None:
     """Write a tuned student's folder in one rename: the distilled student in `start`, and the adapter over it.
 
     `tuned_steps` is the step that the guard kept, 0 where the student is as it was distilled.
@@ -156,7 +151,7 @@ def save_tuned(denoiser: UNet2DConditionModel, start: Path, folder: Path, tuned_
     preference = Lora(rank=settings.r, alpha=settings.lora_alpha).model_dump()
     with replacing(folder) as partial:
         shutil.copytree(start, partial)
-        _save_lora(denoiser, PREFERENCE, partial / PREFERENCE_FILE)
+        _save_lora(denoiser, PREFERENCE, partial / PREFERENCE_FILE, layout_of(describe(start)["family"]).denoiser)
         described = {**describe(start), "preference": preference, "tuned_steps": tuned_steps}
         write_json(partial / DESCRIPTION_FILE, described)
 
@@ -207,7 +202,7 @@ def tuned_steps(folder: Path) -> int | None:
     return described.get("tuned_steps") if "preference" in described else None
 
 
-def load_published_lora(base: Base, path: Path | str, alpha: float = 8.0) -> UNet2DConditionModel:
+def load_published_lora(base: Base, path: Path | str, alpha: float = 8.0) -> ModelMixin:
     """The teacher with a LoRA file as the authors of TLCM publish it: keys as PEFT gives them, no configuration.
 
     Rank and modules are read from the tensors; `alpha` is PEFT's default of 8, which their code trains and loads with
@@ -219,7 +214,7 @@ def load_published_lora(base: Base, path: Path | str, alpha: float = 8.0) -> UNe
     if first is None or first.ndim < 2:
         raise ValueError(f"{path}: its tensors are not a LoRA's, named as PEFT names them")
     rank = first.shape[0]
-    denoiser = _denoiser(base.denoiser, condition=False, shared=True)
+    denoiser = _denoiser(base, base.denoiser, condition=False, shared=True)
     settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)
     return _fill_lora(_with_lora(denoiser, settings), DISTILLED, tensors, path)
 
@@ -235,7 +230,7 @@ def as_one_lora(student: Student) -> Adapter | None:
     return combined([read_lora(student.folder / file) for file in files])
 
 
-def merged(student: Student, dtype: torch.dtype) -> UNet2DConditionModel:
+def merged(student: Student, dtype: torch.dtype) -> ModelMixin:
     """A plain denoiser with weights of its own in `dtype` that computes what the student does.
 
     Raises ValueError where they do not fit `dtype`.
@@ -249,7 +244,7 @@ def merged(student: Student, dtype: torch.dtype) -> UNet2DConditionModel:
     return denoiser
 
 
-def _resume(base: Base, adapter: Lora | Full, condition_on_target: bool, folder: Path) -> UNet2DConditionModel:
+def _resume(base: Base, adapter: Lora | Full, condition_on_target: bool, folder: Path) -> ModelMixin:
     """The student in `folder`, trainable again."""
     described = describe(folder)
     if described["adapter"] != adapter.model_dump():
@@ -262,9 +257,7 @@ def _resume(base: Base, adapter: Lora | Full, condition_on_target: bool, folder:
     return _load_denoiser(base, folder, described, condition_on_target)
 
 
-def _load_denoiser(
-    base: Base, folder: Path, described: dict[str, Any], condition: bool = False
-) -> UNet2DConditionModel:
+def _load_denoiser(base: Base, folder: Path, described: dict[str, Any], condition: bool = False) -> ModelMixin:
     """What `folder` holds, with the parameters trainable that were so when it was made.
 
     `condition` adds a target time where it has none.
@@ -276,26 +269,32 @@ def _load_denoiser(
     return _fill_lora(_with_preference(denoiser, settings), PREFERENCE, tensors, folder)
 
 
-def _load_distilled(base: Base, folder: Path, described: dict[str, Any], condition: bool) -> UNet2DConditionModel:
-    if described["adapter"].get("kind") == "full":
-        for path in sorted((folder / "unet").glob("*.safetensors")):
-            read_shapes(path)  # a damaged file is told by its name
-        loaded = UNet2DConditionModel.from_pretrained(
-            folder / "unet", local_files_only=True, use_safetensors=True, dtype=torch.float32
-        )
-        nn.Module.to(loaded, base.device, memory_format=base.memory_format)
-        return _denoiser(loaded, condition, shared=True).requires_grad_(True)
-    denoiser = _denoiser(base.denoiser, condition, shared=True)
-    if described["conditioned"]:
+def _load_distilled(base: Base, folder: Path, described: dict[str, Any], condition: bool) -> ModelMixin:
+    is_full = described["adapter"].get("kind") == "full"
+    source = _load_whole(base, folder / base.denoiser_part) if is_full else base.denoiser
+    denoiser = _denoiser(base, source, condition, shared=True)
+    if described["conditioned"] and not (is_full and _is_configured(denoiser)):
         projection = read_tensors(folder / CONDITIONING_FILE)
-        if misfits(projection, {TARGET_TIME_KEY: denoiser.time_embedding.cond_proj.weight}):
+        if misfits(projection, target_time_of(denoiser)):
             raise ValueError(f"{folder / CONDITIONING_FILE} is not the target time's projection of this teacher")
         denoiser.load_state_dict(projection, strict=False)
+    if is_full:
+        return denoiser.requires_grad_(True)
     settings, tensors = read_lora(folder / LORA_FILE)
     return _fill_lora(_with_lora(denoiser, settings), DISTILLED, tensors, folder)
 
 
-def _denoiser(source: UNet2DConditionModel, condition: bool, shared: bool) -> UNet2DConditionModel:
+def _load_whole(base: Base, folder: Path) -> ModelMixin:
+    """The denoiser in `folder`, float32, where `base` is."""
+    for path in sorted(folder.glob("*.safetensors")):
+        read_shapes(path)  # a damaged file is told by its name
+    loaded = base.denoiser_class.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+    )
+    return nn.Module.to(loaded, base.device, memory_format=base.memory_format)
+
+
+def _denoiser(base: Base, source: ModelMixin, condition: bool, shared: bool) -> ModelMixin:
     """A frozen module of its own with the weights of `source`: the same memory, or a float32 copy.
 
     `condition` gives it diffusers' hook for an embedding beside that of t, its projection all zeros.
@@ -304,27 +303,48 @@ def _denoiser(source: UNet2DConditionModel, condition: bool, shared: bool) -> UN
     if not shared:
         weights = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
     with torch.device("meta"):
-        denoiser = UNet2DConditionModel.from_config(
-            source.config, time_cond_proj_dim=TARGET_TIME_WIDTH if condition else None
-        )
-        if condition:
-            width = denoiser.time_embedding.linear_1.in_features
-            denoiser.time_embedding.cond_proj = TargetTimeProjection(TARGET_TIME_WIDTH, width, bias=False)
-            weights.setdefault(TARGET_TIME_KEY, torch.zeros(width, TARGET_TIME_WIDTH, device=source.device))
+        denoiser = base.empty_denoiser(source.config, condition)
+    for name, value in target_time_of(denoiser).items():
+        weights.setdefault(name, torch.zeros(value.shape, device=source.device))
     denoiser.load_state_dict(weights, assign=True)
     return denoiser.requires_grad_(False).eval()
 
 
-def _with_lora(denoiser: UNet2DConditionModel, settings: LoraConfig) -> UNet2DConditionModel:
+def target_time_of(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The weights of the target time's projection, by name; none where `denoiser` is not conditioned on one."""
+    layers = denoiser.named_modules()
+    return {f"{name}.weight": layer.weight for name, layer in layers if isinstance(layer, TargetTimeProjection)}
+
+
+def _is_configured(denoiser: ModelMixin) -> bool:
+    """Whether diffusers' own configuration of this denoiser says that a target time enters."""
+    return "time_cond_proj_dim" in denoiser.config
+
+
+@contextmanager
+def _without_target_time(denoiser: nn.Module) -> Iterator[None]:
+    """`denoiser` as diffusers knows it, for as long as the block lasts."""
+    owners = [one for one in denoiser.modules() if isinstance(getattr(one, "cond_proj", None), TargetTimeProjection)]
+    projections = [one.cond_proj for one in owners]
+    try:
+        for one in owners:
+            one.cond_proj = None
+        yield
+    finally:
+        for one, projection in zip(owners, projections, strict=True):
+            one.cond_proj = projection
+
+
+def _with_lora(denoiser: ModelMixin, settings: LoraConfig) -> ModelMixin:
     """`denoiser` with a fresh float32 adapter; it and the target time's projection are trainable."""
     denoiser.add_adapter(settings, adapter_name=DISTILLED)
-    if denoiser.time_embedding.cond_proj is not None:
-        denoiser.time_embedding.cond_proj.requires_grad_(True)
+    for projection in target_time_of(denoiser).values():
+        projection.requires_grad_(True)
     cast_training_params(denoiser, torch.float32)
     return denoiser.eval()
 
 
-def _with_preference(denoiser: UNet2DConditionModel, settings: LoraConfig) -> UNet2DConditionModel:
+def _with_preference(denoiser: ModelMixin, settings: LoraConfig) -> ModelMixin:
     """`denoiser` with a fresh float32 `preference` adapter beside what it has; that alone asks for gradients."""
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # PEFT's, of a second adapter: it is meant
         denoiser.add_adapter(settings, adapter_name=PREFERENCE)
@@ -335,7 +355,7 @@ def _with_preference(denoiser: UNet2DConditionModel, settings: LoraConfig) -> UN
     return denoiser.eval()
 
 
-def _activate(denoiser: UNet2DConditionModel, names: list[str]) -> None:
+def _activate(denoiser: ModelMixin, names: list[str]) -> None:
     """Make exactly the adapters `names` active, layer by layer; what asks for gradients stays as set.
 
     PEFT's switches turn gradients on and off as well, and walk all modules for each: half a second a step on SDXL.
@@ -351,9 +371,7 @@ def _activate(denoiser: UNet2DConditionModel, names: list[str]) -> None:
                 parameter.requires_grad_(asks)
 
 
-def _fill_lora(
-    denoiser: UNet2DConditionModel, name: str, tensors: dict[str, Tensor], source: Path | str
-) -> UNet2DConditionModel:
+def _fill_lora(denoiser: ModelMixin, name: str, tensors: dict[str, Tensor], source: Path | str) -> ModelMixin:
     """`denoiser` with the weights of its adapter `name` replaced.
 
     Raises ValueError unless `tensors` are the adapter's, and all of them.
@@ -364,9 +382,9 @@ def _fill_lora(
     return denoiser
 
 
-def _lora_settings(denoiser: UNet2DConditionModel, name: str = DISTILLED) -> LoraConfig | None:
+def _lora_settings(denoiser: ModelMixin, name: str = DISTILLED) -> LoraConfig | None:
     return denoiser.__dict__.get("peft_config", {}).get(name)
 
 
-def _save_lora(denoiser: UNet2DConditionModel, name: str, file: Path) -> None:
-    write_lora(_lora_settings(denoiser, name), get_peft_model_state_dict(denoiser, adapter_name=name), file)
+def _save_lora(denoiser: ModelMixin, name: str, file: Path, part: str) -> None:
+    write_lora(_lora_settings(denoiser, name), get_peft_model_state_dict(denoiser, adapter_name=name), file, part)

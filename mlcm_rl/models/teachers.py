@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from ..recipe import Teacher
+from ..recipe.families import layout_of
 from ..storage.files import read_json
 from ..storage.hashing import folder_hash
 from ..storage.tensors import read_shapes
@@ -15,13 +16,19 @@ from .base import Base
 from .files import empty_pipeline, load_pipeline
 
 
+def class_of(family: str) -> type[Base]:
+    """Return the class of the teachers of a family, ours or another distribution's."""
+    module, _, name = layout_of(family).implementation.partition(":")
+    return getattr(import_module(module), name)
+
+
 def load(teacher: Teacher, device: torch.device | str) -> "Base":
     """The teacher named in a recipe, frozen, on `device`.
 
     Raises FileNotFoundError for a missing folder or component, ValueError for another family than the recipe's, or for
     a schedule that cannot be distilled.
     """
-    family: type[Base] = import_module(f"mlcm_rl.models.families.{teacher.family}").Family
+    family = class_of(teacher.family)
     where = torch.device(device)
     return family(teacher, where, load_pipeline(family.pipeline_class, teacher, getattr(torch, teacher.dtype), where))
 
@@ -31,9 +38,10 @@ def skeleton(teacher: Teacher) -> "Base":
 
     Read from its configuration files alone: what passes take can be tried on it. Raises as `load` does.
     """
-    family: type[Base] = import_module(f"mlcm_rl.models.families.{teacher.family}").Family
+    family = class_of(teacher.family)
     pipeline = empty_pipeline(family.pipeline_class, teacher)
-    for part, dtype in ((pipeline.unet, getattr(torch, teacher.dtype)), (pipeline.vae, torch.float32)):
+    denoiser = getattr(pipeline, family.denoiser_part)
+    for part, dtype in ((denoiser, getattr(torch, teacher.dtype)), (pipeline.vae, torch.float32)):
         torch.nn.Module.to(part, dtype).requires_grad_(False).eval()  # diffusers' own `to` warns without reason
     return family(teacher, torch.device("meta"), pipeline)
 

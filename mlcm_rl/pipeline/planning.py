@@ -5,6 +5,7 @@ the teacher's files, or off its configuration where there are no weights yet; wh
 `memory`, how long a device is at it in `operations`; both take seconds a stage, once (`estimates`).
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -16,10 +17,10 @@ from ..cost.evaluations import evaluations_per_row, network_evaluations, passes_
 from ..cost.flops import Operations, Work
 from ..cost.gpus import Device
 from ..cost.launches import Launch
-from ..cost.memory import PARTS, Memory, num_tokens, of_stage
+from ..cost.memory import Memory, num_tokens, of_stage
 from ..data.trajectory_store import read_record
 from ..models import files
-from ..models.base import LORA_TARGETS
+from ..models.teachers import class_of
 from ..recipe import (
     Distill,
     Evaluate,
@@ -133,26 +134,30 @@ class Sizes:
         self.parts = {name: files.shapes(self.folder / name, here.variant) for name in files.parts_with_weights(here)}
         if empty := [name for name, found in self.parts.items() if not found]:
             self.parts |= files.shapes_from_configuration(recipe.teacher, empty)
-        unet = read_json(
-            self.folder / "unet" / "config.json", sample_size=int, in_channels=int, cross_attention_dim=int
-        )
+        self.family = class_of(here.family)
+        denoiser = read_json(self.folder / self.family.denoiser_part / "config.json")
         vae = read_json(self.folder / "vae" / "config.json", block_out_channels=list)
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        side = recipe.teacher.resolution // factor if recipe.teacher.resolution else unet["sample_size"]
-        self.latent = unet["in_channels"] * side * side
+        side = recipe.teacher.resolution // factor if recipe.teacher.resolution else denoiser["sample_size"]
+        self.latent = denoiser["in_channels"] * side * side
         self.pixels = (side * factor) ** 2
-        self.context_width = unet["cross_attention_dim"]
+        shapes = self.family.conditioning_shapes(denoiser, num_tokens(self.folder))
+        self.context = prod(shapes["context"])
 
     def weights(self, part: str) -> int:
         return sum(map(prod, self.parts[part].values()))
 
+    @property
+    def denoiser_weights(self) -> int:
+        return self.weights(self.family.denoiser_part)
+
     def trained(self, stage: Distill | TrainTeacher | Tuning) -> int:
         """Trained weights: all of the denoiser, or a LoRA's two matrices for every module that it changes."""
         if isinstance(stage, TrainTeacher) or not isinstance(stage.adapter, Lora):
-            return self.weights("unet")
+            return self.denoiser_weights
         rank, total = stage.adapter.rank, 0
-        for name, shape in self.parts["unet"].items():
-            if len(shape) > 1 and is_lora_target(name):
+        for name, shape in self.parts[self.family.denoiser_part].items():
+            if len(shape) > 1 and is_lora_target(name, self.family.lora_targets):
                 total += rank * (prod(shape[1:]) + shape[0])
         return total
 
@@ -172,7 +177,7 @@ class Sizes:
 
         What was worked out before is not worked out again.
         """
-        others = sum(self.weights(part) for part in self.parts if part not in PARTS)
+        others = sum(self.weights(part) for part in self.parts if part not in (self.family.denoiser_part, "vae"))
         needed = others * BYTES[self.recipe.teacher.dtype]
         if isinstance(stage, Evaluate):
             measuring = read_shapes(Path(stage.inception)) if stage.inception else {}
@@ -196,14 +201,14 @@ class Sizes:
     def disk(self, stage: Stage) -> int:
         """Bytes of what the stage keeps, and of its newest checkpoints while it runs."""
         if isinstance(stage, Trajectories):
-            row = (stage.num_steps + 2) * self.latent + num_tokens(self.folder) * self.context_width
+            row = (stage.num_steps + 2) * self.latent + self.context
             return (stage.num_trajectories + stage.num_held_out) * row * BYTES[stage.dtype]
         if isinstance(stage, TrainTeacher):
-            return self.weights("unet") * (2 + stage.keep_checkpoints * 16)
+            return self.denoiser_weights * (2 + stage.keep_checkpoints * 16)
         if isinstance(stage, Distill):
             return self.trained(stage) * (4 * (1 + len(stage.segments)) + stage.keep_checkpoints * KEPT_BYTES)
         if isinstance(stage, Tuning):  # the distilled student once more, at most all of it, and the adapter
-            return 4 * self.weights("unet") + self.trained(stage) * (4 + stage.keep_checkpoints * (4 + KEPT_BYTES))
+            return 4 * self.denoiser_weights + self.trained(stage) * (4 + stage.keep_checkpoints * (4 + KEPT_BYTES))
         return self.disk_of_evaluation(stage) if isinstance(stage, Evaluate) else 0
 
     def disk_of_evaluation(self, stage: Evaluate) -> int:
@@ -213,11 +218,11 @@ class Sizes:
         """
         rows = len(evaluations_per_row(stage, self.recipe))
         samples = stage.num_prompts * stage.images_per_prompt
-        encoded = stage.num_prompts * num_tokens(self.folder) * self.context_width
+        encoded = stage.num_prompts * self.context
         pictures = samples * rows * stage.keep_pictures + 2 * rows * min(stage.num_prompts, MOST_SHOWN)
         return 4 * (encoded + 2 * samples * self.latent) + 3 * self.pixels * pictures
 
 
-def is_lora_target(name: str) -> bool:
-    """Whether the weight `name` of a UNet is of a module that the published adapter changes."""
-    return any(name.removesuffix(".weight").endswith(f".{target}") for target in LORA_TARGETS)
+def is_lora_target(name: str, targets: Sequence[str]) -> bool:
+    """Whether the weight `name` of a denoiser is of a module among the `targets` of an adapter."""
+    return any(name.removesuffix(".weight").endswith(f".{target}") for target in targets)

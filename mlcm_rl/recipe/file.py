@@ -23,14 +23,12 @@ from . import errors, reward_package, teacher_check
 from .distill import Distill
 from .evaluation import Evaluate
 from .experiment import Recipe, missing_trackers
+from .families import family_of, layout_of
 from .paths import READ, Folders, resolved, rewards_named
 from .preference import Feedback, Tuning
 from .schema import json_schema
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
 from .types import TRAINED, Lora, Reward, Teacher
-
-FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd"}  # by their pipelines in diffusers
-HALVING = ("vae", "unet")  # each halves a picture once less often than it has blocks
 
 
 def load(
@@ -128,9 +126,9 @@ def _family_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
             yield Problem(("teacher", "path"), str(error))
             return
         found = index.get("_class_name")
-        if isinstance(found, str) and FAMILIES.get(found) != teacher.family:
+        if isinstance(found, str) and found != layout_of(teacher.family).pipeline:
             message = f"{teacher.family} does not load the {found} that is in {teacher.path}"
-            yield Problem(("teacher", "family"), message, FAMILIES.get(found, ""))
+            yield Problem(("teacher", "family"), message, family_of(found) or "")
 
 
 def _resolution_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
@@ -138,8 +136,11 @@ def _resolution_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
     if teacher.resolution is None:
         return
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        configs = [json.loads(read_bytes(folder / part / "config.json")) for part in HALVING]
-        smallest = 2 ** sum(len(config["block_out_channels"]) - 1 for config in configs)
+        smallest = 1
+        for part in ("vae", layout_of(teacher.family).denoiser):
+            config = json.loads(read_bytes(folder / part / "config.json"))
+            halved = "block_out_channels" in config  # once less often than there are blocks; else cut into patches
+            smallest *= 2 ** (len(config["block_out_channels"]) - 1) if halved else config["patch_size"]
         if teacher.resolution % smallest:
             message = f"expected a multiple of {smallest}, as {teacher.path} needs, found {teacher.resolution}"
             yield Problem(("teacher", "resolution"), message)

@@ -11,20 +11,26 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from ..storage.untrusted import brief, parse_json, read_bytes, regular
-from .teacher_types import Autoencoder, Configuration, Denoiser, Index, Scheduler, TextEncoder, Tokenizer
+from .families import Layout, layout_of
+from .teacher_types import (
+    Autoencoder,
+    Configuration,
+    Denoiser,
+    FlowScheduler,
+    Index,
+    Scheduler,
+    TextEncoder,
+    Tokenizer,
+)
 
 MOST_BYTES = 2**22  # of a configuration: far above any
 MOST_BYTES_OF_WORDS = 2**26  # of a tokenizer's file
 WORDS = ("vocab.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")  # of a tokenizer, all objects
-CLASSES = {  # of the networks that are loaded
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "text_encoder_2": "CLIPTextModelWithProjection",
-}
-TEXT = {  # by family: text encoders and tokenizers that must be there, and that may be
-    "sd": (["text_encoder", "tokenizer"], []),
-    "sdxl": (["text_encoder_2", "tokenizer_2"], ["text_encoder", "tokenizer"]),
+CONFIGURATIONS: dict[str, type[Configuration]] = {  # by the class that is built; of others, any JSON object
+    "UNet2DConditionModel": Denoiser,
+    "AutoencoderKL": Autoencoder,
+    "CLIPTextModel": TextEncoder,
+    "CLIPTextModelWithProjection": TextEncoder,
 }
 OF_STUDENTS = ("LCMScheduler", "TCDScheduler")  # schedulers that only models of a few steps are published with
 Read = TypeVar("Read", bound=Configuration)
@@ -61,20 +67,20 @@ def problems(folder: Path, family: str, variant: str | None = None) -> list[str]
         index = read(folder / "model_index.json", Index)
     except Refused as error:
         return str(error).splitlines()
-    required, possible = TEXT[family]
-    needed = ["unet", "vae", "scheduler", *required]
-    found = [f"model_index.json: {name}: missing" for name in needed if index.component(name) is None]
-    parts = [name for name in [*needed, *possible] if index.component(name) is not None]
+    layout = layout_of(family)
+    found = [f"model_index.json: {name}: missing" for name in layout.required if index.component(name) is None]
+    parts = [name for name in [*layout.required, *layout.possible] if index.component(name) is not None]
     found += [f"model_index.json: {name}: no such folder" for name in parts if not (folder / name).is_dir()]
-    kinds = {name: (index.component(name) or [])[1:] for name in parts if name in CLASSES}
+    kinds = {name: (index.component(name) or [])[1:] for name in parts if name in layout.classes}
     found += [
-        f"model_index.json: {name}: expected {CLASSES[name]}, found {' '.join(map(str, kind)) or 'no class'}"
+        f"model_index.json: {name}: expected {layout.classes[name]}, found {' '.join(map(str, kind)) or 'no class'}"
         for name, kind in kinds.items()
-        if kind != [CLASSES[name]]
+        if kind != [layout.classes[name]]
     ]
     if found:
         return found
-    found = [*_irregular(folder, parts), *_of_parts(folder, family, parts), *_of_weights(folder, parts, variant)]
+    networks = [part for part in parts if part in layout.classes]
+    found = [*_irregular(folder, parts), *_of_parts(folder, family, parts), *_of_weights(folder, networks, variant)]
     return found or list(_of_tokenizers(folder, parts))
 
 
@@ -143,28 +149,30 @@ def _irregular(folder: Path, parts: list[str]) -> Iterator[str]:
 
 def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
     """Return what configurations say that cannot be, and where they do not fit each other."""
-    kinds: dict[str, tuple[str, type[Configuration]]] = {
-        "unet": ("config.json", Denoiser),
-        "vae": ("config.json", Autoencoder),
-        "scheduler": ("scheduler_config.json", Scheduler),
-    }
-    read_here: dict[str, Configuration] = {}
-    wrong: list[str] = []
+    layout, read_here, wrong = layout_of(family), dict[str, Configuration](), list[str]()
     for part in parts:
-        text = ("tokenizer_config.json", Tokenizer) if part.startswith("tokenizer") else ("config.json", TextEncoder)
-        file, kind = kinds.get(part, text)
+        file, kind = _file_of(part, layout)
         try:
             read_here[part] = read(folder / part / file, kind)
         except Refused as error:
             wrong += str(error).splitlines()
-    return wrong or list(_misfits(family, read_here))
+    unet, vae = read_here.get("unet"), read_here.get("vae")
+    if wrong or not (isinstance(unet, Denoiser) and isinstance(vae, Autoencoder)):
+        return wrong  # other denoisers are built, without data, before their weights are read: that tells the rest
+    return list(_misfits(family, unet, vae, read_here))
 
 
-def _misfits(family: str, found: dict[str, Configuration]) -> Iterator[str]:
+def _file_of(part: str, layout: Layout) -> tuple[str, type[Configuration]]:
+    """Return the file that configures a part, and what it may say."""
+    if part == "scheduler":
+        return "scheduler_config.json", FlowScheduler if layout.is_flow else Scheduler
+    if part.startswith("tokenizer"):
+        return "tokenizer_config.json", Tokenizer
+    return "config.json", CONFIGURATIONS.get(layout.classes[part], Configuration)
+
+
+def _misfits(family: str, unet: Denoiser, vae: Autoencoder, found: dict[str, Configuration]) -> Iterator[str]:
     """Yield where the configurations of one teacher, each right by itself, do not fit each other."""
-    unet, vae = found["unet"], found["vae"]
-    assert isinstance(unet, Denoiser)
-    assert isinstance(vae, Autoencoder)
     if (unet.in_channels, unet.out_channels) != (vae.latent_channels, vae.latent_channels):
         yield (
             f"unet/config.json: in_channels: the denoiser maps {unet.in_channels} channels to {unet.out_channels} and "
@@ -206,9 +214,8 @@ def _misfits_of_sizes(unet: Denoiser, tower: TextEncoder) -> Iterator[str]:
             )
 
 
-def _of_weights(folder: Path, parts: list[str], variant: str | None) -> Iterator[str]:
-    """Yield parts whose weights are not read; a folder with no weights at all has shapes to plan with."""
-    networks = [part for part in parts if part in CLASSES]
+def _of_weights(folder: Path, networks: list[str], variant: str | None) -> Iterator[str]:
+    """Yield networks whose weights are not read; a folder with no weights at all has shapes to plan with."""
     files = {part: sorted(path.name for path in (folder / part).glob("*")) for part in networks}
     if not _has_weights(folder):
         return
@@ -239,7 +246,7 @@ def _of_tokenizers(folder: Path, parts: list[str]) -> Iterator[str]:
     """Yield what is missing of the files that tokenizers are read from, or cannot be in them."""
     for part in [name for name in parts if name.startswith("tokenizer") and _has_weights(folder)]:
         names = {path.name for path in (folder / part).glob("*")}
-        if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        if not names & {"tokenizer.json", "spiece.model"} and not {"vocab.json", "merges.txt"} <= names:
             yield f"{part}: neither tokenizer.json nor vocab.json and merges.txt: download them"
         for path in [folder / part / name for name in WORDS if (folder / part / name).is_file()]:
             try:

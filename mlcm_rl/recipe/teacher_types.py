@@ -146,7 +146,7 @@ class Autoencoder(_Blocks):
     latent_channels: Annotated[int, Field(gt=0, le=1_024)] = 4
     sample_size: Annotated[int, Field(gt=0, le=65_536)] = 32
     scaling_factor: Scale = 0.18215
-    shift_factor: Literal[0] | None = None  # decoding here adds none
+    shift_factor: Annotated[float, Field(ge=-1_000, le=1_000)] | None = None
     latents_mean: list[float] | None = None
     latents_std: list[Scale] | None = None
     force_upcast: bool = True
@@ -248,7 +248,7 @@ class Scheduler(Configuration):
     @model_validator(mode="after")
     def _preserves_variance(self):
         if self.class_name.startswith(("Flow", "EDM")):
-            raise ValueError(f"_class_name {self.class_name} preserves no variance: it has no family yet")
+            raise ValueError(f"_class_name {self.class_name} preserves no variance, as this family's schedule must")
         return self
 
     @model_validator(mode="after")
@@ -277,6 +277,26 @@ class Scheduler(Configuration):
                 "0 / 0; use a v_prediction teacher or switch the rescaling off"
             )
         return self
+
+
+class FlowScheduler(Configuration):
+    """scheduler/scheduler_config.json: a rectified flow of a thousand times with one shift."""
+
+    class_name: Literal["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"] = Field(
+        alias="_class_name"
+    )
+    num_train_timesteps: Literal[1000] = 1000
+    shift: Annotated[float, Field(gt=0, le=1_000)] = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: float | None = 0.5
+    max_shift: float | None = 1.15
+    base_image_seq_len: Annotated[int, Field(gt=0)] | None = 256
+    max_image_seq_len: Annotated[int, Field(gt=0)] | None = 4096
+    invert_sigmas: Literal[False] = False
+    stochastic_sampling: Literal[False] = False
+    use_karras_sigmas: Literal[False] | None = False
+    use_exponential_sigmas: Literal[False] | None = False
+    use_beta_sigmas: Literal[False] | None = False
 
 
 class Index(Configuration):

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
+from . import families
+
 
 def _no_speck(weight: float) -> float:
     """Return a weight. Raise ValueError for one beside which the draw in float32 would be of nothing."""
@@ -23,6 +25,10 @@ COMMIT = r"^[0-9a-f]{40}$"
 VARIANT = r"^[a-z0-9_]+$"
 # Counts end somewhere: beyond, a number is a slip, and what is made of so many fills any memory before it is refused.
 PositiveInt = Annotated[int, Field(gt=0, le=1_000_000_000)]
+if TYPE_CHECKING:
+    Family = str
+else:
+    Family = Literal[tuple(families.names())]  # those of other distributions too
 TRAINED = "trained"  # the reward model that reads what a `train_reward` stage has made
 
 
@@ -45,7 +51,7 @@ class Teacher(Strict):
 
     path: str = Field(description="folder in diffusers format, relative to the recipe's file, or a hub name")
     revision: str | None = Field(None, pattern=COMMIT, description="pinned commit of a hub model")
-    family: Literal["sdxl", "sd"] = Field(description="file in mlcm_rl/models/families that loads it")
+    family: Family = Field(description="what kind of model it is: sdxl, sd, or another in mlcm_rl/recipe/families.py")
     guidance_scale: NonNegativeFloat = Field(8.0, description="classifier-free guidance of the teacher (1 = none)")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of the frozen weights")
     resolution: int | None = Field(None, gt=0, le=16_384, description="pixels a side; default: the model's own")

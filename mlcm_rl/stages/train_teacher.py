@@ -75,7 +75,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
     with rt.swapped(average):
-        rt.write(write_teacher, source, folder / "teacher")
+        rt.write(write_teacher, base.denoiser_part, source, folder / "teacher")
 
 
 def new_denoiser(base: Base, stage: TrainTeacher, seed: int) -> nn.Module:
@@ -163,13 +163,13 @@ def as_teacher(base: Base, denoiser: nn.Module) -> Iterator[None]:
         base.denoiser = own
 
 
-def write_teacher(denoiser: nn.Module, source: Path, folder: Path) -> None:
-    """Write the pipeline in `source`, with `denoiser` in half precision in place of its own, to `folder`."""
+def write_teacher(denoiser: nn.Module, part: str, source: Path, folder: Path) -> None:
+    """Write the pipeline in `source`, with `denoiser` in half precision as its component `part`, to `folder`."""
     with files.replacing(folder) as temporary:
-        shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("unet"))
+        shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(part))
         own = dict(denoiser.named_parameters())
         halves = {name: value.half() for name, value in own.items()}
         finite.refuse_weights(halves, "the trained teacher")
         with autocast.swapped(own, halves):
-            denoiser.save_pretrained(temporary / "unet")
+            denoiser.save_pretrained(temporary / part)
         files.forget_origin(temporary)

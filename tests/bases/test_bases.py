@@ -14,8 +14,8 @@ from diffusers.utils.torch_utils import randn_tensor
 import tiny
 from mlcm_rl import recipe
 from mlcm_rl.models import teachers as bases
-from mlcm_rl.models.base import schedule_of
 from mlcm_rl.models.teachers import skeleton
+from mlcm_rl.models.unet import schedule_of
 
 
 def load(folder, family="sdxl", **settings):

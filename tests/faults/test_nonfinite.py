@@ -115,7 +115,7 @@ def test_weights_that_do_not_fit_the_precision_they_are_written_in_are_told(tiny
     with pytest.raises(
         ValueError, match=r"the trained teacher: conv_out\.bias is not made of finite numbers in float16"
     ):
-        train_teacher.write_teacher(denoiser, tiny_sdxl, tmp_path / "teacher")
+        train_teacher.write_teacher(denoiser, "unet", tiny_sdxl, tmp_path / "teacher")
     student = students.Student(denoiser, 1, False, tmp_path)
     assert finite.first_nonfinite(students.merged(student, torch.float32).state_dict()) is None
     with pytest.raises(

@@ -8,7 +8,8 @@ import pytest
 
 from mlcm_rl import rewards
 from mlcm_rl.recipe import Teacher
-from mlcm_rl.recipe.file import FAMILIES, check, load, reward_names
+from mlcm_rl.recipe.families import FAMILIES
+from mlcm_rl.recipe.file import check, load, reward_names
 from mlcm_rl.recipe.paths import Folders
 from mlcm_rl.recipe.tree import RecipeError, key_text
 
@@ -103,9 +104,12 @@ def test_a_side_that_the_teacher_cannot_halve_is_told_when_the_recipe_is_read(br
 
 
 def test_every_family_is_known_by_its_pipeline():
-    families = {name: import_module(f"mlcm_rl.models.families.{name}").Family for name in FAMILIES.values()}
-    assert {family.pipeline_class.__name__: name for name, family in families.items()} == FAMILIES
-    assert set(families) == set(get_args(Teacher.model_fields["family"].annotation))
+    for name, layout in FAMILIES.items():
+        module, _, kind = layout.implementation.partition(":")
+        family = getattr(import_module(module), kind)
+        assert (family.family, family.pipeline_class.__name__) == (name, layout.pipeline)
+        assert (family.denoiser_part, family.denoiser_class.__name__) == (layout.denoiser, layout.denoiser_class)
+    assert set(FAMILIES) == set(get_args(Teacher.model_fields["family"].annotation))
 
 
 @pytest.mark.parametrize("path", ["stabilityai/sdxl-turbo", "runwayml/stable-diffusion-v1-5"])

@@ -80,7 +80,7 @@ def test_files_are_as_large_as_diffusers_makes_them(tmp_path):
     sizes = {"block_out_channels": (128, 512), "norm_num_groups": 8, "attention_head_dim": 8}
     denoiser = UNet2DConditionModel(**tiny._unet_settings(4, 40) | sizes)
     assert sum(value.numel() for value in denoiser.parameters()) * 2 > 28e6
-    train_teacher.write_teacher(denoiser, tiny.sd(tmp_path / "sd"), tmp_path / "teacher")
+    train_teacher.write_teacher(denoiser, "unet", tiny.sd(tmp_path / "sd"), tmp_path / "teacher")
     assert [path.name for path in (tmp_path / "teacher" / "unet").glob("*.safetensors")] == [SAFETENSORS_WEIGHTS_NAME]
 
 

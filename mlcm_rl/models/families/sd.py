@@ -5,10 +5,11 @@ from functools import cached_property
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ..base import Base, Conditioning
+from ..base import Conditioning
+from ..unet import UNetBase
 
 
-class Family(Base):
+class Family(UNetBase):
     """Stable Diffusion 1 and 2 and models of their shape, whatever their widths."""
 
     family = "sd"

@@ -6,10 +6,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from ..base import Base, Conditioning
+from ..base import Conditioning
+from ..unet import UNetBase
 
 
-class Family(Base):
+class Family(UNetBase):
     """SDXL and models of its shape, whatever their widths."""
 
     family = "sdxl"

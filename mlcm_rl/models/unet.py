@@ -1,0 +1,151 @@
+"""What the families of UNets share: Stable Diffusion, SDXL and models of their shapes, on variance-preserving noise."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import LCMScheduler, TCDScheduler, UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from torch import Tensor
+
+from ..equations.schedule import Schedule, scaled_linear_betas, vp_schedule
+from ..equations.segments import NUM_SEGMENTS, sampling_times
+from .base import TARGET_TIME_WIDTH, Base, Conditioning
+
+# The modules that the published TLCM adapter changes (its inference code; the list of LCM-LoRA).
+LORA_TARGETS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+]
+SCHEDULE_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+    "steps_offset",  # of no effect here; Stable Diffusion's pipelines warn where it is not 1
+)
+
+
+class UNetBase(Base):
+    """A teacher whose denoiser is a UNet2DConditionModel."""
+
+    denoiser_class = UNet2DConditionModel
+    denoiser_part = "unet"
+    lora_targets = LORA_TARGETS
+    time_layer = "time_embedding"
+
+    def _sizes(self) -> tuple[int, tuple[int, int, int]]:
+        teacher, unet, factor = self.teacher, self.denoiser.config, self.pipeline.vae_scale_factor
+        channels = self.vae.config.latent_channels
+        if (unet.in_channels, unet.out_channels) != (channels, channels):
+            raise ValueError(
+                f"teacher {teacher.path}: the denoiser maps {unet.in_channels} channels to {unet.out_channels} and the "
+                f"autoencoder has {channels}; only plain text-to-image teachers can be distilled"
+            )
+        if unet.time_cond_proj_dim is not None:
+            raise ValueError(
+                f"teacher {teacher.path}: the denoiser has time_cond_proj_dim {unet.time_cond_proj_dim}, an embedding "
+                "of the guidance scale: it is distilled already; name the model that it was made from"
+            )
+        resolution = teacher.resolution or unet.sample_size * factor
+        smallest = factor * 2 ** (len(unet.block_out_channels) - 1)
+        if resolution % smallest:
+            raise ValueError(
+                f"teacher.resolution {resolution} is not a multiple of {smallest}, as {teacher.path} needs"
+            )
+        return resolution, (channels, resolution // factor, resolution // factor)
+
+    def _schedule(self) -> tuple[str, Schedule]:
+        scheduler = self.pipeline.scheduler.config
+        return scheduler["prediction_type"], schedule_of(scheduler)
+
+    def empty_denoiser(self, config: Mapping[str, Any], condition: bool) -> UNet2DConditionModel:
+        """Its configuration says that a target time enters, so that diffusers builds the same from it."""
+        return super().empty_denoiser(
+            {**config, "time_cond_proj_dim": TARGET_TIME_WIDTH if condition else None}, condition
+        )
+
+    @staticmethod
+    def conditioning_shapes(config: Mapping[str, Any], num_tokens: int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {"context": (num_tokens, config["cross_attention_dim"])}
+        if (pooled_and_sizes := config.get("projection_class_embeddings_input_dim")) is not None:
+            shapes["pooled"] = (pooled_and_sizes - 6 * config["addition_time_embed_dim"],)
+        return shapes
+
+    def _added_conditions(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
+        """The denoiser's `added_cond_kwargs`, for families that have them."""
+        return None
+
+    def predict(
+        self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
+    ) -> Tensor:
+        dtype = next(denoiser.parameters()).dtype
+        target_time = None if s is None else get_timestep_embedding(s, TARGET_TIME_WIDTH).to(dtype)
+        return denoiser(
+            x_t.to(dtype),
+            t,
+            encoder_hidden_states=conditioning["context"].to(dtype),
+            timestep_cond=target_time,
+            added_cond_kwargs=self._added_conditions(conditioning, dtype),
+            return_dict=False,
+        )[0].float()
+
+    def stock_scheduler(self, gamma: float) -> LCMScheduler | TCDScheduler:
+        """LCM's for gamma 1, else TCD's, whose `eta` is gamma.
+
+        Pipelines pass it eta 0 unless they are told another. TCD's last step ends at index 0, not at x0. Raises
+        ValueError where the milestones are elsewhere than these schedulers can go.
+        """
+        teacher = self.pipeline.scheduler.config
+        settings = {key: teacher[key] for key in SCHEDULE_KEYS if key in teacher}
+        scheduler = (LCMScheduler if gamma == 1.0 else TCDScheduler)(**settings, original_inference_steps=NUM_SEGMENTS)
+        scheduler.set_timesteps(NUM_SEGMENTS)
+        expected = sampling_times(NUM_SEGMENTS, num_times=self.schedule.num_times)
+        if scheduler.timesteps.tolist() != expected:
+            raise ValueError(
+                f"a teacher of {self.schedule.num_times} times has milestones {expected}; "
+                f"{type(scheduler).__name__} goes to {scheduler.timesteps.tolist()}: no stock pipeline can sample it"
+            )
+        return scheduler
+
+
+def schedule_of(scheduler: dict[str, Any]) -> Schedule:
+    """The noise schedule (T,) that a diffusers scheduler's configuration describes.
+
+    Raises ValueError for one without betas or of a form not known here, and for zero terminal SNR with epsilon
+    prediction: at alpha = 0 the noise says nothing about x0.
+    """
+    form, num_times = scheduler.get("beta_schedule"), scheduler["num_train_timesteps"]
+    start, end = scheduler.get("beta_start"), scheduler.get("beta_end")
+    if scheduler.get("trained_betas") is not None:
+        betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float64)
+    elif form == "scaled_linear":
+        betas = scaled_linear_betas(num_times, start, end)
+    elif form == "linear":
+        betas = torch.linspace(start, end, num_times, dtype=torch.float64)
+    else:
+        raise ValueError(f"scheduler: beta_schedule {form!r} is not supported (scaled_linear, linear, trained_betas)")
+    if scheduler.get("rescale_betas_zero_snr"):
+        if scheduler["prediction_type"] == "epsilon":
+            raise ValueError(
+                "scheduler: rescale_betas_zero_snr with prediction_type epsilon leaves no signal at the last time, "
+                "so its x0 is 0 / 0; use a v_prediction teacher or switch the rescaling off"
+            )
+        betas = rescale_zero_terminal_snr(betas)
+    return vp_schedule(betas)
