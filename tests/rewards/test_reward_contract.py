@@ -10,7 +10,7 @@ import torch
 
 import reward_models
 from mlcm_rl import rewards
-from mlcm_rl.rewards import RewardError, find, names, score
+from mlcm_rl.rewards import RewardError, find, finding, names, score
 
 GOOD = "class Good:\n    differentiable, needs_prompt, languages = False, True, ('en',)\n"
 FOLDER = Path(reward_models.__file__).parent
@@ -36,7 +36,7 @@ def registered(monkeypatch):
     def register(**points):
         made = [EntryPoint(name, value, rewards.ENTRY_POINTS) for name, value in points.items()]
 
-        monkeypatch.setattr(rewards, "entry_points", lambda group: EntryPoints(made))
+        monkeypatch.setattr(finding, "entry_points", lambda group: EntryPoints(made))
 
     return register
 
