@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 import tiny
 from mlcm_rl import recipe
 from mlcm_rl.models import students
-from mlcm_rl.models.unet import LORA_TARGETS
 from mlcm_rl.models.teachers import load
+from mlcm_rl.models.unet import LORA_TARGETS
 from mlcm_rl.recipe import Full, Lora
 from mlcm_rl.storage.files import CheckpointError
 

@@ -29,9 +29,10 @@ from mlcm_rl.equations.schedule import add_noise, scaled_linear_betas, vp_schedu
 from mlcm_rl.equations.segments import milestones, sampling_times, segment_start, time_grid
 from mlcm_rl.equations.solver import ddim_step, inverse_ddim_step
 from mlcm_rl.models import students, teachers
-from mlcm_rl.models.base import Base, Conditioning
+from mlcm_rl.models.base import Conditioning
 from mlcm_rl.models.sampler import rollout
 from mlcm_rl.models.students import Student
+from mlcm_rl.models.unet import UNetBase
 from mlcm_rl.recipe import Distill, Recipe, Teacher, Trajectories
 from mlcm_rl.stages import distill, trajectories
 from mlcm_rl.training.loop import rate_factor, set_rate
@@ -100,12 +101,13 @@ class Exact(nn.Module):
         return (prediction_from_x0(x0, x_t.double(), t, SCHEDULE, "epsilon"),)
 
 
-class MixtureBase(Base):
+class MixtureBase(UNetBase):
     """A teacher whose prompts say nothing."""
 
     family = "sd"
     kohya_version = "sd_v1"
     pipeline_class = StableDiffusionPipeline
+    denoiser_class = Network
 
     def _encode(self, prompts: list[str]) -> Conditioning:
         return {"context": torch.zeros(len(prompts), 1, 1)}
@@ -137,8 +139,7 @@ def base_under(student: Denoiser) -> MixtureBase:
 @contextmanager
 def standing_in(denoiser: Denoiser) -> Iterator[None]:
     """Inside, stages load `denoiser` for their teacher, and students are Networks."""
-    load = patch.object(teachers, "load", lambda *_: base_of(copy.deepcopy(denoiser)))
-    with load, patch.object(students, "UNet2DConditionModel", Network):
+    with patch.object(teachers, "load", lambda *_: base_of(copy.deepcopy(denoiser))):
         yield
 
 

@@ -20,9 +20,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
 
-from mlcm_rl.models.unet import LORA_TARGETS
 from mlcm_rl.models.lora_files import KOHYA_FILE, LORA_FILE, kohya_names, write_kohya
 from mlcm_rl.models.teachers import load
+from mlcm_rl.models.unet import LORA_TARGETS
 from mlcm_rl.recipe import Teacher
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,7 @@ from mlcm_rl.equations.segments import paper_times, sampling_times
 from mlcm_rl.equations.solver import ddim_step, gamma_step, time_before_noise
 from mlcm_rl.models import lora_files, sampler, students
 from mlcm_rl.models.base import Base
-from mlcm_rl.models.export import STOCK_STEPS, export, stock_scheduler
+from mlcm_rl.models.export import STOCK_STEPS, export
 from mlcm_rl.models.students import Student
 from mlcm_rl.models.teachers import load
 from mlcm_rl.recipe import Full, Lora
@@ -251,7 +251,7 @@ def test_conditioned_export_is_not_opened_by_a_stock_pipeline(exported):
 
 def test_default_grid_is_the_stock_schedulers_at_every_number_of_steps(loaded):
     for gamma in (0.0, 1.0):
-        scheduler = stock_scheduler(loaded["sdxl"], gamma)
+        scheduler = loaded["sdxl"].stock_scheduler(gamma)
         for num_steps in range(1, 9):
             scheduler.set_timesteps(num_steps)
             assert scheduler.timesteps.tolist() == sampling_times(num_steps)

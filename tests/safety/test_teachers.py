@@ -169,7 +169,7 @@ def test_every_value_of_every_key_is_refused_by_name_or_runs(teacher):
         ("tokenizer", "model_max_length", 25, "model_max_length: expected at most 24, which the text encoder reads"),
         ("text_encoder", "num_attention_heads", 3, "num_attention_heads 3 does not divide hidden_size"),
         ("text_encoder", "num_labels", 10**10, "num_labels: expected less than or equal to 10000, found 10000000000"),
-        ("vae", "shift_factor", 0.1, "vae/config.json: shift_factor: expected"),
+        ("vae", "shift_factor", "a", "vae/config.json: shift_factor: expected"),
     ],
 )
 def test_a_value_that_cannot_be_is_answered_with_file_and_key(tmp_path, part, key, value, said):
