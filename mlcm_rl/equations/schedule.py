@@ -1,27 +1,36 @@
 """Noise schedules: alpha and sigma of a time, for variance-preserving diffusion and for rectified flow."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .segments import NUM_TIMES
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """Signal and noise scales at the integer times 0 .. T-1: `x_t = alpha[t] x0 + sigma[t] eps`.
+    """Three tables over the integer times 0 .. T-1: `x_t = alpha[t] x0 + sigma[t] eps`, and what a network takes for t.
 
-    Both are float32 whatever the network's precision: in bfloat16 the exact anchor of the consistency loss is off by
-    up to 8e-3.
+    The scales are float32 whatever the network's precision: in bfloat16 the exact anchor of the consistency loss is off
+    by up to 8e-3. `network_time` is the time in the unit that the network was trained with: the index itself for
+    Stable Diffusion, a float for rectified flow.
     """
 
     alpha: Tensor  # (T,) float32
     sigma: Tensor  # (T,) float32
+    network_time: Tensor  # (T,) int64 or float32
 
     def __post_init__(self):
         if self.alpha.dtype != torch.float32 or self.sigma.dtype != torch.float32:
             raise TypeError(f"schedules are float32, got alpha {self.alpha.dtype} and sigma {self.sigma.dtype}")
-        if self.alpha.shape != self.sigma.shape or self.alpha.ndim != 1:
-            raise ValueError(f"alpha {tuple(self.alpha.shape)} and sigma {tuple(self.sigma.shape)} must be one (T,)")
+        if self.network_time.dtype not in (torch.int64, torch.float32):
+            raise TypeError(f"network_time is {self.network_time.dtype}; it is int64 indices or float32 times")
+        shapes = {name: tuple(getattr(self, name).shape) for name in ("alpha", "sigma", "network_time")}
+        if len(set(shapes.values())) > 1 or self.alpha.ndim != 1:
+            raise ValueError(f"{', '.join(f'{name} {shape}' for name, shape in shapes.items())} must be one (T,)")
 
     @property
     def num_times(self) -> int:
@@ -32,7 +41,7 @@ class Schedule:
         return expand(self.alpha[t], like), expand(self.sigma[t], like)
 
     def to(self, device: torch.device | str) -> "Schedule":
-        return Schedule(self.alpha.to(device), self.sigma.to(device))
+        return Schedule(self.alpha.to(device), self.sigma.to(device), self.network_time.to(device))
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
@@ -40,7 +49,7 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def scaled_linear_betas(num_times: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
+def scaled_linear_betas(num_times: int = NUM_TIMES, start: float = 0.00085, end: float = 0.012) -> Tensor:
     """Stable Diffusion's betas (T,) float64: linear in their square root."""
     return torch.linspace(start**0.5, end**0.5, num_times, dtype=torch.float64) ** 2
 
@@ -48,20 +57,47 @@ def scaled_linear_betas(num_times: int = 1000, start: float = 0.00085, end: floa
 def vp_schedule(betas: Tensor) -> Schedule:
     """Variance-preserving schedule of `betas` (T,): alpha_t^2 = prod(1 - beta), sigma_t^2 = 1 - alpha_t^2.
 
-    The product is taken in float64, so that sigma near t = 0 keeps its digits (DDPM, arXiv 2006.11239, eq. 4).
+    The product is taken in float64, so that sigma near t = 0 keeps its digits (DDPM, arXiv 2006.11239, eq. 4). Networks
+    are given the index t itself.
     """
     alpha_squared = torch.cumprod(1.0 - betas.double(), dim=0)
-    return Schedule(alpha_squared.sqrt().float(), (1.0 - alpha_squared).sqrt().float())
+    indices = torch.arange(len(betas), device=betas.device)
+    return Schedule(alpha_squared.sqrt().float(), (1.0 - alpha_squared).sqrt().float(), indices)
 
 
-def flow_schedule(num_times: int = 1000, shift: float = 1.0) -> Schedule:
+def in_thousandths(sigma: Tensor) -> Tensor:
+    """1000 sigma (T,): the time that diffusers' FlowMatchEulerDiscreteScheduler passes on, to Stable Diffusion 3."""
+    return NUM_TIMES * sigma
+
+
+def flow_schedule(
+    shift: float = 1.0, network_time: Callable[[Tensor], Tensor] = in_thousandths, num_times: int = NUM_TIMES
+) -> Schedule:
     """Rectified flow: alpha = 1 - sigma with sigma = shift u / (1 + (shift - 1) u), u = (t + 1) / T.
 
-    The shift is that of Stable Diffusion 3 (arXiv 2403.03206, eq. 23); the last time is pure noise.
+    The shift is that of Stable Diffusion 3 (arXiv 2403.03206, eq. 23); the last time is pure noise, and the milestones
+    of K segments are u = 1, (K - 1) / K, ... but for the last, 1 / T. `network_time` makes of sigma (T,) what the
+    network takes for a time: 1000 sigma, or sigma, 1 - sigma and others.
     """
     u = torch.arange(1, num_times + 1, dtype=torch.float64) / num_times
     sigma = shift * u / (1.0 + (shift - 1.0) * u)
-    return Schedule((1.0 - sigma).float(), sigma.float())
+    return Schedule((1.0 - sigma).float(), sigma.float(), network_time(sigma).float())
+
+
+def flow_shift(
+    num_tokens: int,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+    base_seq_len: int = 256,
+    max_seq_len: int = 4096,
+) -> float:
+    """The shift exp(mu) for a picture of `num_tokens` tokens, mu linear in them: more tokens, more time near noise.
+
+    mu is `base_shift` at `base_seq_len` tokens and `max_shift` at `max_seq_len`. The numbers are FLUX.1's, 1.88 at 1024
+    tokens and 3.16 at 4096; Qwen-Image has max_shift 0.9 and max_seq_len 8192.
+    """
+    slope = (max_shift - base_shift) / (max_seq_len - base_seq_len)
+    return math.exp(base_shift + slope * (num_tokens - base_seq_len))
 
 
 def add_noise(x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:

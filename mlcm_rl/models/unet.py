@@ -99,7 +99,7 @@ class UNetBase(Base):
         target_time = None if s is None else get_timestep_embedding(s, TARGET_TIME_WIDTH).to(dtype)
         return denoiser(
             x_t.to(dtype),
-            t,
+            self.schedule.network_time[t],
             encoder_hidden_states=conditioning["context"].to(dtype),
             timestep_cond=target_time,
             added_cond_kwargs=self._added_conditions(conditioning, dtype),

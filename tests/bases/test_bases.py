@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,6 +176,20 @@ def test_zero_terminal_snr_with_epsilon_is_refused_with_the_reason():
 def test_unknown_beta_schedule_is_refused_by_name():
     with pytest.raises(ValueError, match="squaredcos_cap_v2"):
         schedule_of(DDIMScheduler(beta_schedule="squaredcos_cap_v2").config)
+
+
+def test_a_denoiser_is_given_the_schedules_network_time(base, monkeypatch):
+    """The index itself for these families; whatever the table says for others."""
+    given = []
+    forward = base.denoiser.forward
+    monkeypatch.setattr(base.denoiser, "forward", lambda x, t, **others: given.append(t) or forward(x, t, **others))
+    x_t, t, conditioning = inputs(base)
+    base.x0(base.denoiser, x_t, t, conditioning)
+    monkeypatch.setattr(base, "schedule", replace(base.schedule, network_time=torch.arange(1000) / 1000))
+    base.x0(base.denoiser, x_t, t, conditioning)
+    assert torch.equal(given[0], t)
+    assert given[0].dtype == t.dtype
+    assert given[1].tolist() == pytest.approx([0.999, 0.374])
 
 
 # Guidance

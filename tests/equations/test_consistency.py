@@ -23,7 +23,7 @@ from mlcm_rl.equations.segments import milestones, segment_start, time_grid
 from mlcm_rl.equations.solver import ddim_step
 
 VP = vp_schedule(scaled_linear_betas())
-BY_HAND = Schedule(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.8]))
+BY_HAND = Schedule(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.8]), torch.arange(2))
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -150,7 +150,8 @@ def test_with_one_segment_it_is_a_plain_consistency_model():
     assert (c_skip[0].item(), c_out[0].item()) == (1.0, 0.0)
     torch.testing.assert_close(transfer(x_t, x0, t, s, VP), c_skip * x_t + c_out * x0, atol=1e-6, rtol=0)
 
-    clean_end = Schedule(torch.cat([torch.ones(1), VP.alpha[1:]]), torch.cat([torch.full((1,), 1e-12), VP.sigma[1:]]))
+    alpha, sigma = torch.cat([torch.ones(1), VP.alpha[1:]]), torch.cat([torch.full((1,), 1e-12), VP.sigma[1:]])
+    clean_end = Schedule(alpha, sigma, VP.network_time)
     landed = transfer(x_t[1:], x0[1:], t[1:], s[1:], clean_end)
     torch.testing.assert_close(landed, x0[1:], atol=1e-6, rtol=0)  # where time 0 is clean, the jump is f itself
 

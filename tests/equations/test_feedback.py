@@ -8,7 +8,7 @@ from mlcm_rl.equations.policy import step_gaussian
 from mlcm_rl.equations.schedule import Schedule, flow_schedule, scaled_linear_betas, snr, vp_schedule
 
 VP = vp_schedule(scaled_linear_betas())
-BY_HAND = Schedule(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.8]))
+BY_HAND = Schedule(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.8]), torch.arange(2))
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -9,7 +9,7 @@ from mlcm_rl.equations.schedule import Schedule, add_noise, flow_schedule, scale
 
 VP = vp_schedule(scaled_linear_betas())
 FLOW = flow_schedule(shift=3.0)
-BY_HAND = Schedule(torch.tensor([0.8]), torch.tensor([0.6]))  # x_t = 0.8 x0 + 0.6 eps
+BY_HAND = Schedule(torch.tensor([0.8]), torch.tensor([0.6]), torch.arange(1))  # x_t = 0.8 x0 + 0.6 eps
 
 latents = st.lists(st.floats(-5, 5), min_size=3, max_size=3).map(lambda row: torch.tensor([row], dtype=torch.float64))
 times = st.integers(0, 998).map(lambda time: torch.tensor([time]))  # at 999 rectified flow holds no signal
@@ -61,7 +61,7 @@ def test_each_kind_by_hand(kind, said):
 
 def test_rectified_flow_by_hand():
     """On the line (alpha 0.25, sigma 0.75) x0 = x_t - sigma v."""
-    schedule = Schedule(torch.tensor([0.25]), torch.tensor([0.75]))
+    schedule = Schedule(torch.tensor([0.25]), torch.tensor([0.75]), torch.arange(1))
     x_t, v = torch.tensor([[2.0]]), torch.tensor([[4.0]])
     torch.testing.assert_close(
         x0_from_prediction(v, x_t, torch.tensor([0]), schedule, "flow"), torch.tensor([[2.0 - 3.0]])
@@ -117,7 +117,7 @@ def test_an_unknown_kind_is_refused_by_name():
 )
 def test_min_snr_weights_by_hand_also_where_there_is_no_signal(kind, gamma, expected):
     """SNR 16/9, and 0 at the last time."""
-    schedule = Schedule(torch.tensor([0.8, 0.0]), torch.tensor([0.6, 1.0]))
+    schedule = Schedule(torch.tensor([0.8, 0.0]), torch.tensor([0.6, 1.0]), torch.arange(2))
     weight = min_snr_weight(torch.tensor([0, 1]), schedule, kind, gamma)
     torch.testing.assert_close(weight, torch.tensor(expected))
 

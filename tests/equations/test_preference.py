@@ -23,7 +23,7 @@ from mlcm_rl.equations.preference import (
 from mlcm_rl.equations.schedule import Schedule, add_noise, flow_schedule, scaled_linear_betas, vp_schedule
 
 VP = vp_schedule(scaled_linear_betas())
-BY_HAND = Schedule(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.8]))
+BY_HAND = Schedule(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.8]), torch.arange(2))
 MARGINS = torch.linspace(-30, 30, 241, dtype=torch.float64)
 
 

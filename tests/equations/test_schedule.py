@@ -1,8 +1,21 @@
+import math
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from mlcm_rl.equations.schedule import Schedule, add_noise, expand, flow_schedule, scaled_linear_betas, snr, vp_schedule
+from mlcm_rl.equations.schedule import (
+    Schedule,
+    add_noise,
+    expand,
+    flow_schedule,
+    flow_shift,
+    scaled_linear_betas,
+    snr,
+    vp_schedule,
+)
+from mlcm_rl.equations.segments import sampling_times
 
 VP = vp_schedule(scaled_linear_betas())
 
@@ -50,13 +63,58 @@ def test_flow_scales_are_on_the_line_and_equal_stock_flow_matching(shift):
     assert schedule.alpha[-1] == 0.0
 
 
+def test_networks_of_variance_preserving_schedules_are_given_the_index():
+    assert torch.equal(VP.network_time, torch.arange(1000))
+    assert VP.network_time.dtype == torch.int64
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 6.0, flow_shift(4096)])
+def test_flow_milestones_are_the_even_steps_of_stock_flow_matching(shift, num_steps):
+    """sampling_times(N) is u = 1, (N - 1) / N, ...; stock is handed these u and shifts them itself."""
+    times = torch.tensor(sampling_times(num_steps))
+    stock = FlowMatchEulerDiscreteScheduler(shift=shift)
+    stock.set_timesteps(sigmas=[(num_steps - i) / num_steps for i in range(num_steps)])
+    schedule = flow_schedule(shift)
+    torch.testing.assert_close(schedule.sigma[times], stock.sigmas[:-1], atol=1.2e-7, rtol=0)
+    torch.testing.assert_close(schedule.network_time[times], stock.timesteps, atol=1.3e-4, rtol=0)
+    assert schedule.network_time.dtype == stock.timesteps.dtype == torch.float32
+    assert schedule.network_time[999] == 1000.0
+
+
+def test_a_flow_networks_time_may_be_any_function_of_sigma():
+    clean_share = flow_schedule(3.0, network_time=lambda sigma: 1.0 - sigma)
+    assert torch.equal(clean_share.network_time, clean_share.alpha)
+    assert torch.equal(flow_schedule(3.0, network_time=lambda sigma: sigma).network_time, flow_schedule(3.0).sigma)
+
+
+def test_the_shift_from_tokens_by_hand():
+    assert flow_shift(256) == math.exp(0.5)
+    assert flow_shift(4096) == pytest.approx(math.exp(1.15))
+    assert flow_shift(1024) == pytest.approx(math.exp(0.63))  # a fifth of the way
+    assert flow_shift(4096, max_shift=0.9, max_seq_len=8192) == pytest.approx(2.0008, abs=5e-5)  # Qwen-Image at 1024
+
+
+@pytest.mark.parametrize("num_tokens", [256, 1024, 4096, 9216])
+def test_the_shift_from_tokens_equals_stock_dynamic_shifting(num_tokens):
+    """diffusers' FLUX.1 pipeline computes mu from the tokens and hands it to the scheduler, which shifts by exp(mu)."""
+    stock = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    stock.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=calculate_shift(num_tokens))
+    sigma = flow_schedule(flow_shift(num_tokens)).sigma[sampling_times(4)]
+    torch.testing.assert_close(sigma, stock.sigmas[:-1], atol=1.2e-7, rtol=0)
+
+
 def test_scales_in_another_precision_are_refused():
     with pytest.raises(TypeError, match=r"float32.*bfloat16"):
-        Schedule(VP.alpha.bfloat16(), VP.sigma.bfloat16())
+        Schedule(VP.alpha.bfloat16(), VP.sigma.bfloat16(), VP.network_time)
     with pytest.raises(TypeError, match="float64"):
-        Schedule(VP.alpha, VP.sigma.double())
-    with pytest.raises(ValueError, match=r"\(1000,\).*\(999,\)"):
-        Schedule(VP.alpha, VP.sigma[1:])
+        Schedule(VP.alpha, VP.sigma.double(), VP.network_time)
+    with pytest.raises(TypeError, match=r"network_time is torch\.float64"):
+        Schedule(VP.alpha, VP.sigma, VP.network_time.double())
+    with pytest.raises(ValueError, match=r"alpha \(1000,\), sigma \(999,\), network_time \(1000,\)"):
+        Schedule(VP.alpha, VP.sigma[1:], VP.network_time)
+    with pytest.raises(ValueError, match=r"network_time \(999,\)"):
+        Schedule(VP.alpha, VP.sigma, VP.network_time[1:])
 
 
 def test_scales_stay_float32_when_the_latents_are_not():
@@ -66,7 +124,7 @@ def test_scales_stay_float32_when_the_latents_are_not():
 
 
 def test_add_noise_and_snr_by_hand():
-    schedule = Schedule(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.8]))
+    schedule = Schedule(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.8]), torch.arange(2))
     x0, eps = torch.tensor([[10.0, 20.0], [10.0, 20.0]]), torch.tensor([[1.0, -1.0], [1.0, -1.0]])
     noisy = add_noise(x0, eps, torch.tensor([0, 1]), schedule)
     torch.testing.assert_close(noisy, torch.tensor([[8.6, 15.4], [6.8, 11.2]]))

@@ -9,7 +9,7 @@ from mlcm_rl.equations.solver import ddim_step, gamma_step, guided, inverse_ddim
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 VP = vp_schedule(scaled_linear_betas())
-BY_HAND = Schedule(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.8]))
+BY_HAND = Schedule(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.8]), torch.arange(2))
 
 
 def latents(num: int, seed: int = 0) -> torch.Tensor:
