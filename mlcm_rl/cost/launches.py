@@ -8,13 +8,14 @@ whole in every engine.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..training.engines import blocks_of
 from ..training.launch import LaunchError, read
 from ..training.processes import count, uses_deepspeed, uses_fsdp
 
@@ -127,12 +128,12 @@ class Held:
     host: int
 
 
-def outline(student: nn.Module, teacher: nn.Module, blocks: Iterable[str]) -> Outline:
+def outline(student: nn.Module, teacher: nn.Module, blocks: Sequence[str]) -> Outline:
     """Sizes of `student`; `teacher` may share weights with it, `blocks` are classes that are gathered one by one."""
     shared = {value.untyped_storage()._cdata for value in teacher.parameters()}
     values = list(student.parameters())
     trained = sum(value.numel() for value in values if value.requires_grad)
-    inside = [module for module in student.modules() if type(module).__name__ in set(blocks)]
+    inside = blocks_of(student, blocks)
     working = sorted((_bytes(module) + _gradients(module) for module in inside), reverse=True)
     outside = _bytes(student) + _gradients(student) - sum(working)
     return Outline(

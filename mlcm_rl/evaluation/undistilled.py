@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import diffusers
+import torch
 from torch import Tensor
 
 from ..equations.segments import time_grid
@@ -32,8 +34,7 @@ def sample(
     if solver == "ddim":
         times = time_grid(num_steps, base.schedule.num_times)[:-1]
         return sampler.sample_teacher(base, conditional, unconditional, noise, times, guidance_scale)
-    scheduler = _scheduler(base, solver)
-    scheduler.set_timesteps(num_steps, device=noise.device)
+    scheduler = _scheduler(base, solver, num_steps)
     x_t = noise
     for t in scheduler.timesteps:
         x0 = base.guided_x0(x_t, t.expand(len(x_t)), conditional, unconditional, guidance_scale)
@@ -41,9 +42,28 @@ def sample(
     return x_t
 
 
-def _scheduler(base: Base, solver: str) -> Any:
-    """diffusers' own solver on the teacher's betas; it is handed x0: prediction types are the base's affair."""
+def _scheduler(base: Base, solver: str, num_steps: int) -> Any:
+    """diffusers' own solver on the teacher's schedule; it is handed x0: prediction types are the base's affair."""
     name, settings = SCHEDULERS[solver]
+    if base.prediction_type == "flow":
+        return _flow_scheduler(base, name, settings, num_steps)
+    scheduler = _vp_scheduler(base, name, settings)
+    scheduler.set_timesteps(num_steps, device=base.device)
+    return scheduler
+
+
+def _flow_scheduler(base: Base, name: str, settings: dict[str, Any], num_steps: int) -> Any:
+    """The solver on rectified flow, put on our own times: its own end elsewhere, and are no indices."""
+    scheduler = getattr(diffusers, name)(prediction_type="sample", use_flow_sigmas=True, **settings)
+    scheduler.set_timesteps(num_steps)
+    times = torch.tensor(time_grid(num_steps, base.schedule.num_times)[:-1], device=base.device)
+    sigmas = base.schedule.sigma[times]
+    scheduler.timesteps, scheduler.sigmas = times, torch.cat([sigmas, sigmas.new_zeros(1)]).cpu()
+    return scheduler
+
+
+def _vp_scheduler(base: Base, name: str, settings: dict[str, Any]) -> Any:
+    """The solver on the teacher's betas."""
     stock = base.pipeline.scheduler
     scheduler_class = {found.__name__: found for found in stock.compatibles}[name]
     return scheduler_class.from_config(

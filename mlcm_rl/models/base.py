@@ -51,7 +51,9 @@ class Base(ABC):
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser_class: ClassVar[type[ModelMixin]]
     denoiser_part: ClassVar[str]  # the pipeline's component that denoises
-    lora_targets: ClassVar[list[str]]
+    lora_targets: ClassVar[Sequence[str]]
+    card_tag: ClassVar[str]  # on the card of an exported student
+    has_target_time_pipeline: ClassVar[bool] = False  # `exported_pipeline` tells its students their target times
     kohya_version: str | None = None  # what kohya's sd-scripts calls such models in a LoRA file; None where it has none
     in_stability_blocks: ClassVar[bool] = False  # other tools know its blocks by Stability AI's names, not diffusers'
     time_layer: ClassVar[str]  # the denoiser's TimestepEmbedding, beside whose sinusoids the target time enters
@@ -90,14 +92,24 @@ class Base(ABC):
     def stock_scheduler(self, gamma: float) -> SchedulerMixin:
         """diffusers' scheduler that walks the sampler's default grid under `gamma`, for an exported student."""
 
+    def stock_call(self, times: list[int]) -> dict[str, Any]:
+        """What a stock pipeline with that scheduler is told, so that it visits these `times` of the default grid."""
+        return {"num_inference_steps": len(times)}
+
     def empty_denoiser(self, config: Mapping[str, Any], condition: bool) -> ModelMixin:
         """A denoiser of this `config` on the device that is set, with a target time's projection where `condition`."""
         denoiser = self.denoiser_class.from_config(config)
-        if condition:
-            embedding = denoiser.get_submodule(self.time_layer)
-            width = embedding.linear_1.in_features
-            embedding.cond_proj = TargetTimeProjection(TARGET_TIME_WIDTH, width, bias=False)
+        return self.with_target_time(denoiser) if condition else denoiser
+
+    def with_target_time(self, denoiser: ModelMixin) -> ModelMixin:
+        """`denoiser` with a projection of the target time's sinusoids, which enters beside those of t."""
+        embedding = denoiser.get_submodule(self.time_layer)
+        embedding.cond_proj = TargetTimeProjection(TARGET_TIME_WIDTH, embedding.linear_1.in_features, bias=False)
         return denoiser
+
+    @abstractmethod
+    def time_sinusoids(self, denoiser: ModelMixin, t: Tensor) -> Tensor:
+        """The sinusoids (B, D) of the times t (B,), as `time_layer` of `denoiser` is given them."""
 
     def empty_conditioning(self, count: int, num_tokens: int) -> Conditioning:
         """A `Conditioning` (count, ...) without values on this device, as prompts of `num_tokens` tokens become."""

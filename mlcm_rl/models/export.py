@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -84,12 +84,16 @@ def refuse_taken(out: Path) -> None:
 def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) -> None:
     """The whole pipeline; a conditioned student's index names a class of its own: no stock one is to open it."""
     pipeline = copy.copy(base.pipeline)  # the teacher's keeps its own denoiser and scheduler
-    denoiser = students.merged(student, base.dtype)
+    has_class = student.conditioned and base.has_target_time_pipeline
+    if student.conditioned and not has_class:
+        denoiser = _told(base, student, model_card.shown_steps(student), gamma)
+    else:
+        denoiser = students.merged(student, base.dtype)
     denoiser.register_to_config(sample_size=base.latent_shape[-1])  # the resolution it was distilled at
+    if has_class:
+        _refuse_untold(denoiser)
     setattr(pipeline, base.denoiser_part, denoiser)
     pipeline.scheduler = base.stock_scheduler(gamma)
-    if student.conditioned:
-        _refuse_untold(denoiser)
     if "requires_safety_checker" in pipeline.config:  # it is not loaded, so it is not exported
         pipeline.register_to_config(requires_safety_checker=False)
     pipeline.save_pretrained(folder)
@@ -98,10 +102,10 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) ->
         # transformers loads in the stated precision and diffusers in float32: stated so, a half teacher opens in one
         _edit(config, dtype="float32")
     shutil.copy(student.folder / students.DESCRIPTION_FILE, folder)
-    if student.conditioned:
+    if has_class:
         (folder / "pipeline.py").write_text(_pipeline_code(student, gamma, type(pipeline).__name__), encoding="utf-8")
         _edit(folder / "model_index.json", _class_name=["pipeline", "TargetTimePipeline"])
-    elif lora := students.as_one_lora(student):
+    elif not student.conditioned and (lora := students.as_one_lora(student)):
         _write_adapter(base, lora, folder)
 
 
@@ -156,27 +160,35 @@ def stock_steps(student: Student) -> list[int]:
 def _write_told(base: Base, student: Student, num_steps: int, gamma: float, folder: Path) -> None:
     """A conditioned student for N steps alone, as one that is told nothing: a stock denoiser or adapter of its own."""
     base.stock_scheduler(gamma).save_pretrained(folder / "scheduler")
-    up, down = told_update(student, num_steps, gamma)
     lora = students.as_one_lora(student)
     if lora and lora[0].r >= num_steps:
+        up, down = told_update(base, student, num_steps, gamma)
         settings, tensors = lora
-        layer, spare = "time_embedding.linear_1", settings.r - num_steps
+        layer, spare = f"{base.time_layer}.linear_1", settings.r - num_steps
         settings.target_modules = {*settings.target_modules, layer}
         tensors[f"{layer}.lora_A.weight"] = F.pad(down, (0, 0, 0, spare))
         tensors[f"{layer}.lora_B.weight"] = F.pad(up, (0, spare))
         _write_adapter(base, lora, folder)
         return
+    _told(base, student, num_steps, gamma).save_pretrained(folder / base.denoiser_part)
+
+
+def _told(base: Base, student: Student, num_steps: int, gamma: float) -> ModelMixin:
+    """A conditioned student's denoiser for N steps alone, which is told nothing, in the teacher's precision."""
+    up, down = told_update(base, student, num_steps, gamma)
     denoiser = students.merged(student, torch.float32)
-    denoiser.time_embedding.linear_1.weight.data += up @ down
-    denoiser.time_embedding.cond_proj = None
-    denoiser.register_to_config(time_cond_proj_dim=None)
+    embedding = denoiser.get_submodule(base.time_layer)
+    embedding.linear_1.weight.data += up @ down
+    embedding.cond_proj = None
+    if "time_cond_proj_dim" in denoiser.config:
+        denoiser.register_to_config(time_cond_proj_dim=None)
     nn.Module.to(denoiser, base.dtype)
     finite.refuse_weights(denoiser.state_dict(), f"the student for {num_steps} steps")
-    denoiser.save_pretrained(folder / base.denoiser_part)
+    return denoiser
 
 
 @torch.no_grad()
-def told_update(student: Student, num_steps: int, gamma: float) -> tuple[Tensor, Tensor]:
+def told_update(base: Base, student: Student, num_steps: int, gamma: float) -> tuple[Tensor, Tensor]:
     """up (width, N) and down (N, D): what the first layer over t's sinusoids gains where the target times are known.
 
     Over N steps the target is a function of t, and the layer L is linear: with e_i (D,) the sinusoids of the i-th time
@@ -186,9 +198,9 @@ def told_update(student: Student, num_steps: int, gamma: float) -> tuple[Tensor,
     """
     times = torch.tensor(sampling_times(num_steps))
     targets = time_before_noise(torch.cat([times[1:], torch.zeros(1, dtype=times.dtype)]), gamma)
-    embedding = student.denoiser.time_embedding
+    embedding = student.denoiser.get_submodule(base.time_layer)
     device = embedding.linear_1.weight.device
-    seen = student.denoiser.time_proj(times.to(device)).double()
+    seen = base.time_sinusoids(student.denoiser, times.to(device)).double()
     if torch.linalg.matrix_rank(seen) < num_steps:
         raise ValueError(f"{student.folder}: {seen.shape[1]} sinusoids do not tell {num_steps} times apart")
     told = get_timestep_embedding(targets.to(device), TARGET_TIME_WIDTH).double()

@@ -18,7 +18,6 @@ from .students import Student
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 PUBLISHED_WIDTHS = ((320, 640, 1280), (320, 640, 1280, 1280))  # of SDXL, and of SD 1.5 and 2.1: what other tools know
-TAGS = {"sdxl": "stable-diffusion-xl", "sd": "stable-diffusion"}
 MOST_STATED = 10_000  # characters of them; more is no licence and no list of languages
 STATED = ("license", "license_name", "license_link", "language")  # taken over from the teacher's card
 SAMPLERS = {"LCMScheduler": "lcm", "TCDScheduler": "euler"}  # ComfyUI's, that walk as these do
@@ -36,6 +35,11 @@ NOTES_ON_CLASS = """\
 - Only the class in this folder (`pipeline.py`) tells the student where its jumps end. Its parts in a stock pipeline,
   and its `unet` over the teacher, raise ValueError ("must be told the time that each step goes to", "class_labels
   should be provided"), and the `AutoPipeline` classes do not know it: for all of these use the folders steps-N."""
+NOTES_ON_FLOW = """\
+- Pass `sigmas`, as the code does: given `num_inference_steps` alone the scheduler goes through other times.
+- Say `guidance_scale=0`: diffusers' default guides a second time, which takes twice as long and draws another
+  picture.
+- On a GPU: `.to("cuda")`, and `torch_dtype=torch.bfloat16` in `from_pretrained` for half precision."""
 NOTES = """\
 - Take the scheduler of this folder. `{scheduler}.from_config` of the teacher's goes through other times (LCM's own 4
   are 999, 759, 499, 259), and the picture is another one.
@@ -76,15 +80,15 @@ def card(
         f"# {name}\n\nA student of `{public(base.teacher.path)}` for {_budgets(student)} steps, made by multistep "
         f"consistency distillation with `mlcm-rl` (guidance {base.teacher.guidance_scale:g} is inside: sample with "
         f"`guidance_scale=0`). {_kind(student)}",
-        f"## Use\n\n{_usage(student, name, gamma)}\n\n{_notes(base, student, folder)}",
+        f"## Use\n\n{_usage(base, student, name, gamma)}\n\n{_notes(base, student, folder)}",
     ]
     if (folder / LORA_FILE).is_file():
         sections.append("Or the adapter alone, over its teacher:\n\n" + _part_usage(base, student, name, folder, gamma))
     if beside := sorted(folder.glob("steps-*"), key=_num_steps):
         sections.append(_beside_usage(base, student, name, beside, gamma))
-    if tuple(base.denoiser.config.block_out_channels) in PUBLISHED_WIDTHS:
+    if tuple(base.denoiser.config.get("block_out_channels", ())) in PUBLISHED_WIDTHS:
         sections.append("## ComfyUI and other tools\n\n" + _other_tools(student, folder, beside, gamma))
-    sections.append("## Grids\n\n" + _grids(student))
+    sections.append("## Grids\n\n" + _grids(base, student))
     if table:
         sections.append("## Measured\n\n" + _under_a_heading(table))
     licence = next((line.partition(":")[2].strip() for line in stated if line.startswith("license:")), None)
@@ -127,7 +131,7 @@ def _front_matter(base: Base, stated: list[str], folder: Path) -> str:
     lines = [*stated, "library_name: diffusers", "pipeline_tag: text-to-image"]
     lines += [f"base_model: {base.teacher.path}"] if base.teacher.revision else []
     lora = ["lora"] if (folder / LORA_FILE).is_file() else []
-    lines += ["tags:", *(f"- {tag}" for tag in (TAGS[base.family], "consistency-distillation", "few-step", *lora))]
+    lines += ["tags:", *(f"- {tag}" for tag in (base.card_tag, "consistency-distillation", "few-step", *lora))]
     return "\n".join(["---", *lines, "---"])
 
 
@@ -155,19 +159,19 @@ def _kind(student: Student) -> str:
 # How it is used
 
 
-def _usage(student: Student, name: str, gamma: float) -> str:
-    trust = ", trust_remote_code=True" if student.conditioned else ""
+def _usage(base: Base, student: Student, name: str, gamma: float) -> str:
+    trust = ", trust_remote_code=True" if student.conditioned and base.has_target_time_pipeline else ""
     return _code(
         "from diffusers import DiffusionPipeline",
         [f"pipe = DiffusionPipeline.from_pretrained({_quoted(name)}{trust})"],
-        _call(_shown_steps(student), gamma),
+        _call(base, shown_steps(student), gamma),
         "sample",
     )
 
 
 def _part_usage(base: Base, student: Student, name: str, part: Path, gamma: float) -> str:
     """Return code that puts the adapter or denoiser in `part`, the export or a steps-N in it, over the teacher."""
-    inside, num_steps = (part.name, _num_steps(part)) if _num_steps(part) else ("", _shown_steps(student))
+    inside, num_steps = (part.name, _num_steps(part)) if _num_steps(part) else ("", shown_steps(student))
     revision = f', revision="{base.teacher.revision}"' if base.teacher.revision else ""
     setup = [f"pipe = DiffusionPipeline.from_pretrained({_quoted(public(base.teacher.path))}{revision})"]
     classes = ["DiffusionPipeline", _scheduler(part)]
@@ -175,18 +179,21 @@ def _part_usage(base: Base, student: Student, name: str, part: Path, gamma: floa
         subfolder = f'subfolder="{inside}", ' if inside else ""
         setup.append(f'pipe.load_lora_weights({_quoted(name)}, {subfolder}weight_name="{LORA_FILE}")')
     else:
-        classes.append("UNet2DConditionModel")
-        setup.append(f'pipe.unet = UNet2DConditionModel.from_pretrained({_quoted(name)}, subfolder="{inside}/unet")')
+        network, at = base.denoiser_class.__name__, base.denoiser_part
+        classes.append(network)
+        setup.append(f'pipe.{at} = {network}.from_pretrained({_quoted(name)}, subfolder="{inside}/{at}")')
     place = f"{inside}/scheduler".removeprefix("/")
     setup.append(f'pipe.scheduler = {_scheduler(part)}.from_pretrained({_quoted(name)}, subfolder="{place}")')
-    return _code(f"from diffusers import {', '.join(classes)}", setup, _call(num_steps, gamma), inside or "adapter")
+    return _code(
+        f"from diffusers import {', '.join(classes)}", setup, _call(base, num_steps, gamma), inside or "adapter"
+    )
 
 
 def _beside_usage(base: Base, student: Student, name: str, beside: list[Path], gamma: float) -> str:
     """Return what the folders `beside` are, and code for the first with an adapter and the first with a denoiser."""
     what = (
-        "For stock pipelines, image to image, inpainting and ControlNet too, without the class in this folder: the "
-        "same student, to be sampled at that number of steps and no other"
+        f"For stock pipelines, image to image, inpainting and ControlNet too, {_instead(base)}: the same student, to "
+        "be sampled at that number of steps and no other"
         if student.conditioned
         else "Snapshots of its training for stock pipelines, each best at its own number of steps"
     )
@@ -199,9 +206,15 @@ def _beside_usage(base: Base, student: Student, name: str, beside: list[Path], g
     return f"{what}. Put {listed} over the teacher, with the scheduler beside it:\n\n" + "\n\n".join(code)
 
 
-def _call(num_steps: int, gamma: float) -> str:
+def _instead(base: Base) -> str:
+    """Return what the folders steps-N of a conditioned student stand beside."""
+    return "without the class in this folder" if base.has_target_time_pipeline else "at other numbers of steps"
+
+
+def _call(base: Base, num_steps: int, gamma: float) -> str:
+    told = "".join(f", {name}={value}" for name, value in base.stock_call(sampling_times(num_steps)).items())
     eta = f", eta={gamma:g}" if 0.0 < gamma < 1.0 else ""
-    return f'pipe("a red apple", num_inference_steps={num_steps}, guidance_scale=0{eta}, generator=seed)'
+    return f'pipe("a red apple"{told}, guidance_scale=0{eta}, generator=seed)'
 
 
 def _code(imports: str, setup: list[str], call: str, picture: str) -> str:
@@ -222,7 +235,7 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _shown_steps(student: Student) -> int:
+def shown_steps(student: Student) -> int:
     """4, or the nearest number of steps that it learned."""
     return min(student.budgets or (4,), key=lambda budget: (abs(budget - 4), budget))
 
@@ -240,10 +253,12 @@ def _scheduler(folder: Path) -> str:
 
 def _notes(base: Base, student: Student, folder: Path) -> str:
     """Return what goes wrong, and what to do, as a list."""
+    if not base.has_target_time_pipeline:
+        return NOTES_ON_FLOW
     notes = [NOTES_ON_CLASS if student.conditioned else NOTES_ON_STOCK, NOTES]
     if base.pipeline.config.get("requires_safety_checker"):
         notes.append("- The teacher's safety checker is not in this folder: pictures are not filtered.")
-    return "\n".join(notes).format(scheduler=_scheduler(folder), steps=_shown_steps(student))
+    return "\n".join(notes).format(scheduler=_scheduler(folder), steps=shown_steps(student))
 
 
 # Other tools
@@ -272,18 +287,22 @@ def _row(part: Path, prefix: str, steps: list[int]) -> str:
 # Grids and measurements
 
 
-def _grids(student: Student) -> str:
-    """The times that N steps visit, and what to pass as `timesteps` for the paper's grid or the K segments' own."""
+def _grids(base: Base, student: Student) -> str:
+    """What to pass so that N steps visit the default grid, the paper's, or the K segments' own."""
     num_segments = 1 if student.conditioned else student.num_segments
+    key = "sigmas" if "sigmas" in base.stock_call([1]) else "timesteps"
+    visits = "`num_inference_steps=N` visits the default grid; for another, pass its `timesteps` instead. "
+    if key == "sigmas":
+        visits = "Every grid is passed as `sigmas`, before the shift, which the scheduler adds. "
     rows = [
-        "`num_inference_steps=N` visits the default grid; for another, pass its `timesteps` instead. A student of "
-        "several segments is at its best on a grid that holds all their boundaries, where N allows it: its own.\n",
-        "| steps | default | paper: `timesteps=` | own segments: `timesteps=` |",
+        f"{visits}A student of several segments is at its best on a grid that holds all their boundaries, where N "
+        "allows it: its own.\n",
+        f"| steps | default | paper: `{key}=` | own segments: `{key}=` |",
         "|---|---|---|---|",
     ]
     for num_steps in student.budgets or range(1, NUM_SEGMENTS + 1):
-        default = sampling_times(num_steps)
-        cells = [default, paper_times(num_steps), sampling_times(num_steps, num_segments)]
+        grids = [sampling_times(num_steps), paper_times(num_steps), sampling_times(num_steps, num_segments)]
+        default, *_ = cells = [base.stock_call(times).get("sigmas", times) for times in grids]
         shown = [str(cell) if cell != default or i == 0 else "as default" for i, cell in enumerate(cells)]
         rows.append(f"| {num_steps} | {' | '.join(shown)} |")
     return "\n".join(rows)

@@ -49,6 +49,7 @@ class UNetBase(Base):
     denoiser_part = "unet"
     lora_targets = LORA_TARGETS
     time_layer = "time_embedding"
+    has_target_time_pipeline = True
 
     def _sizes(self) -> tuple[int, tuple[int, int, int]]:
         teacher, unet, factor = self.teacher, self.denoiser.config, self.pipeline.vae_scale_factor
@@ -87,6 +88,9 @@ class UNetBase(Base):
         if (pooled_and_sizes := config.get("projection_class_embeddings_input_dim")) is not None:
             shapes["pooled"] = (pooled_and_sizes - 6 * config["addition_time_embed_dim"],)
         return shapes
+
+    def time_sinusoids(self, denoiser: UNet2DConditionModel, t: Tensor) -> Tensor:
+        return denoiser.time_proj(self.schedule.network_time[t])
 
     def _added_conditions(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
         """The denoiser's `added_cond_kwargs`, for families that have them."""

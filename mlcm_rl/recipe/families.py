@@ -63,6 +63,15 @@ FAMILIES = {
         denoiser_class="UNet2DConditionModel",
         text={"text_encoder": "CLIPTextModel"},
     ),
+    "sd3": Layout(
+        implementation="mlcm_rl.models.families.sd3:Family",
+        pipeline="StableDiffusion3Pipeline",
+        denoiser="transformer",
+        denoiser_class="SD3Transformer2DModel",
+        text={"text_encoder": "CLIPTextModelWithProjection", "text_encoder_2": "CLIPTextModelWithProjection"},
+        optional={"text_encoder_3": "T5EncoderModel"},
+        is_flow=True,
+    ),
 }
 
 

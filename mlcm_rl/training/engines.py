@@ -8,7 +8,7 @@ written from, whatever the engine.
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -182,6 +182,16 @@ class _InParts(Whole):
         return self._outline
 
 
+def blocks_of(denoiser: nn.Module, named: Sequence[str]) -> list[nn.Module]:
+    """The blocks of `denoiser` that are gathered one by one: of the classes `named` by a launch file, or, where it has
+    none of them, of those that diffusers keeps on one device."""
+    modules = list(denoiser.modules())
+    for names in (named, getattr(denoiser, "_no_split_modules", None) or ()):
+        if found := [module for module in modules if type(module).__name__ in names]:
+            return found
+    return []
+
+
 class Sharded(_InParts):
     """PyTorch's FSDP2, block by block as the launch file says. (accelerate's own preparation leaves a CPU out.)"""
 
@@ -190,8 +200,7 @@ class Sharded(_InParts):
         plugin = FullyShardedDataParallelPlugin()
         mesh = init_device_mesh(accelerator.device.type, (processes.count(),))
         settings = {"mesh": mesh, "reshard_after_forward": plugin.reshard_after_forward}
-        blocks = [one for one in student.modules() if type(one).__name__ in plugin.transformer_cls_names_to_wrap]
-        for block in [*reversed(blocks), student]:
+        for block in [*reversed(blocks_of(student, plugin.transformer_cls_names_to_wrap or ())), student]:
             fully_shard(block, **settings)
         self.trained = trained_of(student)  # they are new ones: parts
         optimizer.param_groups[0]["params"] = list(self.trained.values())

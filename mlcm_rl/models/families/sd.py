@@ -13,6 +13,7 @@ class Family(UNetBase):
     """Stable Diffusion 1 and 2 and models of their shape, whatever their widths."""
 
     family = "sd"
+    card_tag = "stable-diffusion"
     pipeline_class = StableDiffusionPipeline
 
     @property

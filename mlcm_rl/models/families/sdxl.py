@@ -14,6 +14,7 @@ class Family(UNetBase):
     """SDXL and models of its shape, whatever their widths."""
 
     family = "sdxl"
+    card_tag = "stable-diffusion-xl"
     pipeline_class = StableDiffusionXLPipeline
     in_stability_blocks = True
     kohya_version = "sdxl_base_v1-0"

@@ -1,0 +1,104 @@
+"""Stable Diffusion 3 and 3.5: a transformer over picture and text together; two CLIP towers, and T5 or none."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings, get_timestep_embedding
+from torch import Tensor
+
+from ..base import TARGET_TIME_WIDTH, Conditioning
+from ..flow import FlowBase
+
+T5_TOKENS = 256  # that the stock pipeline gives to T5; zeros stand for them where it is absent
+
+
+class TimesAndText(CombinedTimestepTextProjEmbeddings):
+    """The stock embedding of time and pooled text, given times (B,), or (B, 2): t, and the time to jump to."""
+
+    def forward(self, times: Tensor, pooled: Tensor) -> Tensor:
+        """Return (B, width). The target time's sinusoids enter beside those of t."""
+        t, s = (times, None) if times.ndim == 1 else times.unbind(1)
+        target_time = None if s is None else get_timestep_embedding(s, TARGET_TIME_WIDTH).to(pooled.dtype)
+        embedded = self.timestep_embedder(self.time_proj(t).to(pooled.dtype), target_time)
+        return embedded + self.text_embedder(pooled)
+
+
+class Family(FlowBase):
+    """Stable Diffusion 3 and 3.5 and models of their shape, whatever their widths."""
+
+    family = "sd3"
+    card_tag = "stable-diffusion-3"
+    pipeline_class = StableDiffusion3Pipeline
+    denoiser_class = SD3Transformer2DModel
+    time_layer = "time_text_embed.timestep_embedder"
+    lora_targets = (
+        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    )
+
+    def _sizes(self) -> tuple[int, tuple[int, int, int]]:
+        resolution, latent_shape = super()._sizes()
+        most = self.denoiser.config.pos_embed_max_size * self.denoiser.config.patch_size
+        if latent_shape[-1] > most:
+            largest = most * self.pipeline.vae_scale_factor
+            raise ValueError(
+                f"teacher.resolution {resolution} is above {largest}, for which {self.teacher.path} has positions"
+            )
+        return resolution, latent_shape
+
+    @staticmethod
+    def conditioning_shapes(config: Mapping[str, Any], num_tokens: int) -> dict[str, tuple[int, ...]]:
+        context = (num_tokens + T5_TOKENS, config["joint_attention_dim"])
+        return {"context": context, "pooled": (config["pooled_projection_dim"],)}
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        """CLIP's states side by side, padded to T5's width, then T5's (B, L, D); both pooled vectors (B, P)."""
+        context, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts,
+            prompt_2=None,
+            prompt_3=None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=T5_TOKENS,
+        )
+        return {"context": context.float(), "pooled": pooled.float()}
+
+    @cached_property
+    def _dropped_prompt(self) -> Conditioning:
+        """The empty prompt, in all encoders."""
+        return self._encode([""])
+
+    @property
+    def _tokenizers(self) -> list[Any]:
+        """T5's reads the most of a prompt; without it, CLIP's."""
+        return [self.pipeline.tokenizer_3] if self.pipeline.tokenizer_3 is not None else super()._tokenizers
+
+    @property
+    def num_tokens(self) -> int:
+        return min(super().num_tokens, T5_TOKENS)
+
+    def empty_denoiser(self, config: Mapping[str, Any], condition: bool) -> SD3Transformer2DModel:
+        denoiser = super().empty_denoiser(config, condition=False)
+        width, pooled = denoiser.inner_dim, denoiser.config.pooled_projection_dim
+        denoiser.time_text_embed = TimesAndText(embedding_dim=width, pooled_projection_dim=pooled)
+        return self.with_target_time(denoiser) if condition else denoiser
+
+    def time_sinusoids(self, denoiser: SD3Transformer2DModel, t: Tensor) -> Tensor:
+        return denoiser.time_text_embed.time_proj(self.schedule.network_time[t])
+
+    def predict(
+        self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
+    ) -> Tensor:
+        dtype = next(denoiser.parameters()).dtype
+        times = self.schedule.network_time[t]
+        return denoiser(
+            hidden_states=x_t.to(dtype),
+            encoder_hidden_states=conditioning["context"].to(dtype),
+            pooled_projections=conditioning["pooled"].to(dtype),
+            timestep=times if s is None else torch.stack([times, s.to(times)], 1),
+            return_dict=False,
+        )[0].float()

@@ -1,0 +1,67 @@
+"""What the families of rectified-flow transformers share: their schedule, and how stock diffusers samples a student."""
+
+from typing import Any
+
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+
+from ..equations.schedule import Schedule, flow_schedule, flow_shift
+from .base import Base
+
+
+class FlowBase(Base):
+    """A teacher whose denoiser is a transformer that predicts eps - x0 on rectified flow."""
+
+    denoiser_part = "transformer"
+
+    def _sizes(self) -> tuple[int, tuple[int, int, int]]:
+        teacher, denoiser, factor = self.teacher, self.denoiser.config, self.pipeline.vae_scale_factor
+        channels = self.vae.config.latent_channels
+        if (denoiser.in_channels, denoiser.out_channels) != (channels, channels):
+            raise ValueError(
+                f"teacher {teacher.path}: the denoiser maps {denoiser.in_channels} channels to "
+                f"{denoiser.out_channels} and the autoencoder has {channels}; only plain text-to-image teachers can be "
+                "distilled"
+            )
+        resolution = teacher.resolution or denoiser.sample_size * factor
+        smallest = factor * denoiser.patch_size
+        if resolution % smallest:
+            raise ValueError(
+                f"teacher.resolution {resolution} is not a multiple of {smallest}, as {teacher.path} needs"
+            )
+        return resolution, (channels, resolution // factor, resolution // factor)
+
+    @property
+    def shift(self) -> float:
+        """How much of the time axis is near noise: one number, or one by the number of image tokens."""
+        settings = self.pipeline.scheduler.config
+        if not settings.use_dynamic_shifting:
+            return settings.shift
+        _, height, width = self.latent_shape
+        tokens = height * width // self.denoiser.config.patch_size**2
+        names = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+        return flow_shift(tokens, *(settings[name] for name in names))
+
+    def _schedule(self) -> tuple[str, Schedule]:
+        return "flow", flow_schedule(self.shift)
+
+    def stock_scheduler(self, gamma: float) -> FlowMatchEulerDiscreteScheduler | FlowMatchLCMScheduler:
+        """Euler's for gamma 0, LCM's for gamma 1; both want `stock_call`'s sigmas.
+
+        LCM's draws its noise from the global generator in most pipelines. Raises ValueError for a gamma between, which
+        no stock scheduler of flows has.
+        """
+        if gamma not in (0.0, 1.0):
+            raise ValueError(
+                f"gamma {gamma:g}: diffusers has no scheduler of rectified flow between deterministic steps (0) and "
+                "noise anew (1): `mlcm sample` draws with it, and an export needs a student tuned under 0 or 1"
+            )
+        kind = FlowMatchLCMScheduler if gamma == 1.0 else FlowMatchEulerDiscreteScheduler
+        return kind(num_train_timesteps=self.schedule.num_times, shift=self.shift, use_dynamic_shifting=False)
+
+    def stock_call(self, times: list[int]) -> dict[str, Any]:
+        """The sigmas before the shift, which the scheduler puts to them: u = (t + 1) / T, of the sampler's own times.
+
+        Given a number alone, stock schedulers go elsewhere: their last sigma is shifted twice.
+        """
+        sigmas = [(t + 1) / self.schedule.num_times for t in times]
+        return {"num_inference_steps": len(times), "sigmas": sigmas}
