@@ -95,17 +95,17 @@ def stock_scheduler(base: Base, gamma: float) -> LCMScheduler | TCDScheduler:
     """diffusers' scheduler that walks our default grid: LCM's for gamma 1, else TCD's, whose `eta` is gamma.
 
     Pipelines pass it eta 0 unless they are told another. TCD's last step ends at index 0, not at x0. Raises ValueError
-    where the teacher's number of times puts the milestones elsewhere than these schedulers can.
+    where the teacher's settings make these schedulers go elsewhere than to the milestones.
     """
     teacher = base.pipeline.scheduler.config
     settings = {key: teacher[key] for key in SCHEDULE_KEYS if key in teacher}
     scheduler = (LCMScheduler if gamma == 1.0 else TCDScheduler)(**settings, original_inference_steps=NUM_SEGMENTS)
     scheduler.set_timesteps(NUM_SEGMENTS)
-    expected = sampling_times(NUM_SEGMENTS, num_times=base.schedule.num_times)
+    expected = sampling_times(NUM_SEGMENTS)
     if scheduler.timesteps.tolist() != expected:
         raise ValueError(
-            f"a teacher of {base.schedule.num_times} times has milestones {expected}; "
-            f"{type(scheduler).__name__} goes to {scheduler.timesteps.tolist()}: it cannot be exported for stock use"
+            f"milestones are {expected}; with the teacher's settings {type(scheduler).__name__} goes to "
+            f"{scheduler.timesteps.tolist()}: it cannot be exported for stock use"
         )
     return scheduler
 
