@@ -15,13 +15,24 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 NUM_TOKENS = 24
@@ -99,6 +110,60 @@ def sd(folder: Path | str, prediction_type: str = "epsilon", latent_channels: in
     return _save(pipeline, Path(folder))
 
 
+def sd3(folder: Path | str, with_t5: bool = True, seed: int = 0) -> Path:
+    """Write a StableDiffusion3Pipeline at 16 x 16 pixels, as SD 3.5 medium (normed queries and keys, a block with two
+    attentions), with T5 or without it; returns `folder`."""
+    with _seeded(seed):
+        pipeline = StableDiffusion3Pipeline(
+            transformer=SD3Transformer2DModel(
+                sample_size=LATENT_SIZE,
+                patch_size=2,
+                in_channels=6,
+                out_channels=6,
+                num_layers=3,
+                attention_head_dim=8,
+                num_attention_heads=3,
+                joint_attention_dim=56,
+                caption_projection_dim=24,
+                pooled_projection_dim=20 + 12,
+                pos_embed_max_size=6,
+                dual_attention_layers=(0,),
+                qk_norm="rms_norm",
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=_autoencoder(6, scaling_factor=1.5305, shift_factor=0.0609),
+            text_encoder=CLIPTextModelWithProjection(_text_config(width=24, layers=3, projection_dim=20)),
+            tokenizer=tokenizer(),
+            text_encoder_2=CLIPTextModelWithProjection(_text_config(width=28, layers=2, projection_dim=12)),
+            tokenizer_2=tokenizer(),
+            text_encoder_3=T5EncoderModel(_t5_config(width=56)) if with_t5 else None,
+            tokenizer_3=t5_tokenizer() if with_t5 else None,
+        )
+    return _save(pipeline, Path(folder))
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """A T5 tokenizer whose words are letters."""
+    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789,."]
+    return T5TokenizerFast(
+        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters], extra_ids=0, model_max_length=512
+    )
+
+
+def _t5_config(width: int) -> T5Config:
+    return T5Config(
+        vocab_size=len(t5_tokenizer()),
+        d_model=width,
+        d_kv=10,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        is_encoder_decoder=False,
+    )
+
+
 def small_decoder(folder: Path | str, stages: int = 2, seed: int = 0, **changes: float) -> str:
     """Write an AutoencoderTiny as small as the teachers' autoencoders, in TAESD's layout; returns `folder`."""
     widths, blocks = {"block_out_channels": (6,) * stages}, {"blocks": (1,) * stages}
@@ -115,14 +180,17 @@ def _save(pipeline: DiffusionPipeline, folder: Path) -> Path:
     """Save with the tokenizers as vocab.json and merges.txt, as the real ones are published."""
     pipeline.save_pretrained(folder)
     for file in folder.glob("tokenizer*/tokenizer.json"):
+        if json.loads(file.read_text())["model"]["type"] != "BPE":
+            continue  # T5's are published so
         file.with_name("vocab.json").write_text(json.dumps(tokenizer().get_vocab()))
         file.with_name("merges.txt").write_text("#version: 0.2\n")
         file.unlink()
     return folder
 
 
-def _autoencoder(latent_channels: int, scaling_factor: float) -> AutoencoderKL:
+def _autoencoder(latent_channels: int, scaling_factor: float, **settings: float) -> AutoencoderKL:
     return AutoencoderKL(
+        **settings,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 12),

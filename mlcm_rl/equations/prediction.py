@@ -48,8 +48,8 @@ def min_snr_weight(t: Tensor, schedule: Schedule, kind: str, gamma: float) -> Te
     """Weight (B,) of the squared error of a prediction of this `kind`: that of x0 counts min(SNR_t, gamma).
 
     Min-SNR (arXiv 2303.09556): over SNR_t for epsilon, 1 where SNR_t is 0, and over SNR_t + 1 for
-    v_prediction; an error of flow's is `sigma / (alpha + sigma)` times as large in x0. Raises ValueError for an unknown
-    `kind`.
+    v_prediction; an error of flow's is `sigma / (alpha + sigma)` times as large in x0. All but epsilon's are 0 where
+    SNR_t is 0. Raises ValueError for an unknown `kind`.
     """
     ratio = snr(t, schedule)
     weight = ratio.clamp(max=gamma)

@@ -26,7 +26,8 @@ def denoising_error(x0: Tensor, target: Tensor, t: Tensor, schedule: Schedule, s
     """w_t mean (x0 - target)^2 (B,): `x0` (B, ...) is what the network makes of `target` (B, ...) noised to `t` (B,).
 
     `space` "x0" is w_t = 1; "eps" is w_t = SNR_t, which makes it the mean squared error of the noise, whatever the
-    network predicts (1 / sigma^2 in the scale of EDM). Raises ValueError for another `space`.
+    network predicts (1 / sigma^2 in the scale of EDM): 0 at a time without signal, the last of a rectified flow. Raises
+    ValueError for another `space`.
     """
     if space not in ("x0", "eps"):
         raise ValueError(f"error space {space!r} is none of x0, eps")

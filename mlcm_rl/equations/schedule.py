@@ -70,16 +70,14 @@ def in_thousandths(sigma: Tensor) -> Tensor:
     return NUM_TIMES * sigma
 
 
-def flow_schedule(
-    shift: float = 1.0, network_time: Callable[[Tensor], Tensor] = in_thousandths, num_times: int = NUM_TIMES
-) -> Schedule:
+def flow_schedule(shift: float = 1.0, network_time: Callable[[Tensor], Tensor] = in_thousandths) -> Schedule:
     """Rectified flow: alpha = 1 - sigma with sigma = shift u / (1 + (shift - 1) u), u = (t + 1) / T.
 
     The shift is that of Stable Diffusion 3 (arXiv 2403.03206, eq. 23); the last time is pure noise, and the milestones
     of K segments are u = 1, (K - 1) / K, ... but for the last, 1 / T. `network_time` makes of sigma (T,) what the
     network takes for a time: 1000 sigma, or sigma, 1 - sigma and others.
     """
-    u = torch.arange(1, num_times + 1, dtype=torch.float64) / num_times
+    u = torch.arange(1, NUM_TIMES + 1, dtype=torch.float64) / NUM_TIMES
     sigma = shift * u / (1.0 + (shift - 1.0) * u)
     return Schedule((1.0 - sigma).float(), sigma.float(), network_time(sigma).float())
 

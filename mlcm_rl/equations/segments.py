@@ -23,19 +23,19 @@ PAPER_GRIDS = {
 }
 
 
-def time_grid(num_steps: int, num_times: int = NUM_TIMES) -> list[int]:
+def time_grid(num_steps: int) -> list[int]:
     """`num_steps` + 1 times from T - 1 down to 0: the grid of a stored trajectory."""
-    return [(num_times - 1) * (num_steps - i) // num_steps for i in range(num_steps + 1)]
+    return [(NUM_TIMES - 1) * (num_steps - i) // num_steps for i in range(num_steps + 1)]
 
 
-def milestones(num_segments: int, num_times: int = NUM_TIMES) -> Tensor:
+def milestones(num_segments: int) -> Tensor:
     """The K + 1 ends of the K segments, ascending from 0 to T - 1, (K + 1,) int64 (TLCM v6, section 3.2)."""
-    return torch.tensor([(num_times - 1) * k // num_segments for k in range(num_segments + 1)])
+    return torch.tensor([(NUM_TIMES - 1) * k // num_segments for k in range(num_segments + 1)])
 
 
-def segment_start(t: Tensor, num_segments: int, num_times: int = NUM_TIMES) -> Tensor:
+def segment_start(t: Tensor, num_segments: int) -> Tensor:
     """The milestone that the segment of `t` (B,) starts at, (B,): t in (t^s, t^(s+1)] belongs to t^s; 0 to itself."""
-    ends = milestones(num_segments, num_times).to(t.device)
+    ends = milestones(num_segments).to(t.device)
     return ends[(torch.searchsorted(ends, t) - 1).clamp(min=0)]
 
 
@@ -51,7 +51,7 @@ def phase_at(step: int, num_steps: list[int]) -> tuple[int, int]:
     raise IndexError(f"step is {step} past the end of a schedule of {sum(num_steps)} steps")
 
 
-def sampling_times(num_steps: int, num_segments: int = 1, num_times: int = NUM_TIMES) -> list[int]:
+def sampling_times(num_steps: int, num_segments: int = 1) -> list[int]:
     """The N times that an N-step sampler visits, from T - 1 down, all of them milestones of 8 segments.
 
     With one segment they are those of `LCMScheduler(original_inference_steps=8)`: 999, 749, 499, 249 for N = 4. A
@@ -70,7 +70,7 @@ def sampling_times(num_steps: int, num_segments: int = 1, num_times: int = NUM_T
     for segment in range(num_segments):
         steps = num_steps // num_segments + (segment < num_steps % num_segments)
         kept += [segment * per_segment + i * per_segment // steps for i in range(steps)]
-    ends = milestones(NUM_SEGMENTS, num_times).flip(0)
+    ends = milestones(NUM_SEGMENTS).flip(0)
     return ends[kept].tolist()
 
 

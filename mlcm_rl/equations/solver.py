@@ -53,6 +53,7 @@ def gamma_step(
     gamma 0 is DDIM, gamma 1 is alpha_s x0 + sigma_s noise (the consistency sampler: s' is then clean data); between
     them x_s = a x_s' + sqrt(sigma_s^2 - a^2 sigma_s'^2) noise with a = alpha_s / alpha_s', which for a
     variance-preserving schedule is trajectory consistency distillation's step (arXiv 2402.19159, section 4.2).
+    Under every schedule x_s has the distribution of time s where x_s' has that of s'. Needs s < T - 1: alpha may be 0.
     """
     if gamma == 0.0:
         return ddim_step(x_t, x0, t, s, schedule)

@@ -32,7 +32,7 @@ def sample(
     A guided step costs two evaluations, one at guidance_scale 1 costs one. Every solver ends on its last step's x0.
     """
     if solver == "ddim":
-        times = time_grid(num_steps, base.schedule.num_times)[:-1]
+        times = time_grid(num_steps)[:-1]
         return sampler.sample_teacher(base, conditional, unconditional, noise, times, guidance_scale)
     scheduler = _scheduler(base, solver, num_steps)
     x_t = noise

@@ -21,6 +21,7 @@ from ..storage.tensors import read_shapes
 from .published_teachers import shipped
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+SECOND_NAMES = ("encoder.embed_tokens.weight",)  # of a tensor that has another one: T5's files have either
 OTHER_PARTS = ("text_encoder", "tokenizer", "safety_checker", "image_encoder", "feature_extractor")
 
 
@@ -106,7 +107,8 @@ def refuse_other_weights(teacher: Teacher) -> None:
     for name in parts:
         found = {_current(key): shape for key, shape in shapes(folder / name, teacher.variant).items()}
         wanted = {_current(key): shape for key, shape in expected[name].items()}
-        odd = sorted(key for key in found | wanted if found.get(key) != wanted.get(key) and "position_ids" not in key)
+        differ = (key for key in found | wanted if found.get(key) != wanted.get(key))
+        odd = sorted(key for key in differ if key not in SECOND_NAMES and "position_ids" not in key)
         if odd:
             was, is_to_be = (kind.get(odd[0], "absent") for kind in (found, wanted))
             lines.append(
@@ -264,5 +266,6 @@ def shapes_from_configuration(teacher: Teacher, parts: Sequence[str]) -> dict[st
             else:
                 text_encoder = getattr(transformers, kind)
                 part = text_encoder(text_encoder.config_class.from_pretrained(folder / name, local_files_only=True))
-        found[name] = {key: list(value.shape) for key, value in part.state_dict().items()}
+        weights = part.state_dict().items()
+        found[name] = {key: list(value.shape) for key, value in weights if key not in SECOND_NAMES}
     return found

@@ -120,7 +120,7 @@ class UNetBase(Base):
         settings = {key: teacher[key] for key in SCHEDULE_KEYS if key in teacher}
         scheduler = (LCMScheduler if gamma == 1.0 else TCDScheduler)(**settings, original_inference_steps=NUM_SEGMENTS)
         scheduler.set_timesteps(NUM_SEGMENTS)
-        expected = sampling_times(NUM_SEGMENTS, num_times=self.schedule.num_times)
+        expected = sampling_times(NUM_SEGMENTS)
         if scheduler.timesteps.tolist() != expected:
             raise ValueError(
                 f"a teacher of {self.schedule.num_times} times has milestones {expected}; "

@@ -27,6 +27,8 @@ from ..training.processes import by_first
 from ..training.seeding import epoch_order, generator
 
 KEPT_CAPTIONS = 40_000
+SAMPLE_STEPS = 25  # of the guided teacher, for the pictures shown on the way
+SAMPLE_COLUMNS = 8  # of the sheet they are on
 
 
 def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
@@ -142,14 +144,14 @@ def loss(
 
 
 def save_samples(recipe: Recipe, base: Base, denoiser: nn.Module, folder: Path, step: int) -> None:
-    """The recipe's fixed prompts and seeds at 25 guided steps, by `denoiser` in the teacher's place."""
+    """The recipe's fixed prompts and seeds at SAMPLE_STEPS guided steps, by `denoiser` in the teacher's place."""
     prompts = recipe.samples.prompts
     conditioning, unconditional = base.encode_prompts(prompts), base.unconditional(len(prompts))
     noise = base.noise([generator(recipe.seed, "samples", i) for i in range(len(prompts))], len(prompts))
-    times = time_grid(25, base.schedule.num_times)[:-1]
+    times = time_grid(SAMPLE_STEPS)[:-1]
     with as_teacher(base, denoiser):
         x0 = sample_teacher(base, conditioning, unconditional, noise, times, recipe.teacher.guidance_scale)
-    sheet = pictures.grid(base.decode(x0), num_columns=8)
+    sheet = pictures.grid(base.decode(x0), num_columns=SAMPLE_COLUMNS)
     by_first(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..data.prompts import read_prompts
 from ..data.trajectory_store import Provenance, Writer
-from ..equations.segments import milestones, time_grid
+from ..equations.segments import NUM_SEGMENTS, milestones, time_grid
 from ..equations.solver import ddim_step
 from ..models import teachers
 from ..models.base import Base, Conditioning
@@ -89,8 +89,8 @@ def refuse_nonfinite(states: Tensor, x0: Tensor, texts: list[str], grid: list[in
 
 def provenance(stage: Trajectories, recipe: Recipe, base: Base) -> Provenance:
     """What the store of `stage` must say of itself. Raises ValueError where a milestone is not on the grid."""
-    grid = time_grid(stage.num_steps, base.schedule.num_times)
-    off = set(milestones(8, base.schedule.num_times).tolist()) - set(grid)
+    grid = time_grid(stage.num_steps)
+    off = set(milestones(NUM_SEGMENTS).tolist()) - set(grid)
     if off:
         raise ValueError(f"milestones {sorted(off)} are not on the grid of {stage.num_steps} steps")
     return Provenance(

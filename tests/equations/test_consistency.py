@@ -18,11 +18,13 @@ from mlcm_rl.equations.consistency import (
     squared_l2,
     transfer,
 )
+from mlcm_rl.equations.prediction import prediction_from_x0, x0_from_prediction
 from mlcm_rl.equations.schedule import Schedule, flow_schedule, scaled_linear_betas, snr, vp_schedule
 from mlcm_rl.equations.segments import milestones, segment_start, time_grid
-from mlcm_rl.equations.solver import ddim_step
+from mlcm_rl.equations.solver import ddim_step, inverse_ddim_step
 
 VP = vp_schedule(scaled_linear_betas())
+SCHEDULES = [VP, flow_schedule()]
 BY_HAND = Schedule(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.8]), torch.arange(2))
 
 
@@ -107,58 +109,64 @@ def test_the_target_at_a_segments_start_is_the_state_itself(num_segments, dtype)
         assert torch.equal(transfer(x_r, guess, r, s, VP).to(dtype), x_r)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
 @given(t=st.integers(1, 999), num_segments=st.sampled_from([1, 2, 4, 8]))
-def test_for_squared_l2_the_two_losses_differ_by_a_known_factor(t, num_segments):
+def test_for_squared_l2_the_two_losses_differ_by_a_known_factor(schedule, t, num_segments):
     """loss_in_x0 = loss_in_z (SNR_t + 1) / (alpha_s - alpha_t sigma_s / sigma_t)^2."""
     x0, x_t, target = normal(3, 2, 5, seed=t)
     t = torch.tensor([t, t])
     s = segment_start(t, num_segments)
-    ratio = VP.sigma[s] / VP.sigma[t]
-    gain = VP.alpha[s] - VP.alpha[t] * ratio
-    expected = (snr(t, VP) + 1) / gain**2 * loss_in_z(x0, x_t, t, target, s, VP, squared_l2_in_double)
-    actual = loss_in_x0(x0, x_t, t, target, s, VP, squared_l2_in_double)
+    ratio = schedule.sigma[s] / schedule.sigma[t]
+    gain = schedule.alpha[s] - schedule.alpha[t] * ratio
+    expected = (snr(t, schedule) + 1) / gain**2 * loss_in_z(x0, x_t, t, target, s, schedule, squared_l2_in_double)
+    actual = loss_in_x0(x0, x_t, t, target, s, schedule, squared_l2_in_double)
     torch.testing.assert_close(actual, expected, rtol=2e-3, atol=0)  # one time below, the gain is a small difference
 
 
 # --- identities --------------------------------------------------------------------------------------------------
 
 
-def test_with_a_segment_per_grid_step_the_loss_is_one_teacher_step():
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
+def test_with_a_segment_per_grid_step_the_loss_is_one_teacher_step(schedule):
     """K = 48: s is the next stored time, the target the stored state, so the perfect student is the teacher itself."""
     teacher, grid = mixture_2d(), time_grid(48)
     t, r = on_grid(200, grid)
     assert torch.equal(segment_start(t, 48), r)
     x_t = normal(200, 2)
-    said = teacher.posterior_mean(x_t, t, VP)
-    x_r = ddim_step(x_t, said, t, r, VP)
-    target = transfer(x_r, normal(200, 2, seed=1), r, segment_start(t, 48), VP)
-    assert loss_in_z(said, x_t, t, target, r, VP, squared_l2).max() == 0.0
+    said = teacher.posterior_mean(x_t, t, schedule)
+    x_r = ddim_step(x_t, said, t, r, schedule)
+    target = transfer(x_r, normal(200, 2, seed=1), r, segment_start(t, 48), schedule)
+    assert loss_in_z(said, x_t, t, target, r, schedule, squared_l2).max() == 0.0
 
-    gain = VP.alpha[r] - VP.alpha[t] * VP.sigma[r] / VP.sigma[t]
-    off_by_one = loss_in_z(said + 1.0, x_t, t, target, r, VP, squared_l2)
+    gain = schedule.alpha[r] - schedule.alpha[t] * schedule.sigma[r] / schedule.sigma[t]
+    off_by_one = loss_in_z(said + 1.0, x_t, t, target, r, schedule, squared_l2)
     torch.testing.assert_close(off_by_one, gain**2, rtol=1e-3, atol=0)
 
 
-def test_with_one_segment_it_is_a_plain_consistency_model():
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
+def test_with_one_segment_it_is_a_plain_consistency_model(schedule):
     """K = 1: g = c_skip(t) x_t + c_out(t) f with c_skip(0) = 1 and c_out(0) = 0 (Consistency Models, section 3)."""
     t = torch.tensor([0, 20, 499, 999])
     s = segment_start(t, 1)
     assert s.tolist() == [0, 0, 0, 0]
     x_t, x0 = normal(2, 4, 6)
-    c_skip = (VP.sigma[0] / VP.sigma[t])[:, None]
-    c_out = (VP.alpha[0] - VP.alpha[t] * VP.sigma[0] / VP.sigma[t])[:, None]
+    c_skip = (schedule.sigma[0] / schedule.sigma[t])[:, None]
+    c_out = (schedule.alpha[0] - schedule.alpha[t] * schedule.sigma[0] / schedule.sigma[t])[:, None]
     assert (c_skip[0].item(), c_out[0].item()) == (1.0, 0.0)
-    torch.testing.assert_close(transfer(x_t, x0, t, s, VP), c_skip * x_t + c_out * x0, atol=1e-6, rtol=0)
+    torch.testing.assert_close(transfer(x_t, x0, t, s, schedule), c_skip * x_t + c_out * x0, atol=1e-6, rtol=0)
 
-    alpha, sigma = torch.cat([torch.ones(1), VP.alpha[1:]]), torch.cat([torch.full((1,), 1e-12), VP.sigma[1:]])
-    clean_end = Schedule(alpha, sigma, VP.network_time)
+    alpha, sigma = (
+        torch.cat([torch.ones(1), schedule.alpha[1:]]),
+        torch.cat([torch.full((1,), 1e-12), schedule.sigma[1:]]),
+    )
+    clean_end = Schedule(alpha, sigma, schedule.network_time)
     landed = transfer(x_t[1:], x0[1:], t[1:], s[1:], clean_end)
     torch.testing.assert_close(landed, x0[1:], atol=1e-6, rtol=0)  # where time 0 is clean, the jump is f itself
 
 
 @pytest.mark.parametrize("num_segments", [8, 4, 2, 1])
 @pytest.mark.parametrize("target", [gaussian_1d(), gaussian_2d()])
-@pytest.mark.parametrize("schedule", [VP, flow_schedule()])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
 def test_the_exact_student_of_gaussian_data_has_no_loss_on_its_trajectory(schedule, target, num_segments):
     """In every segment, for every pair on one trajectory, by the consistency target and by the state at the start."""
     t, r = on_grid(256, time_grid(48))
@@ -174,43 +182,63 @@ def test_the_exact_student_of_gaussian_data_has_no_loss_on_its_trajectory(schedu
     assert loss_in_z(f_t, x_t, t, x_r, s, schedule, squared_l2).mean() > 1e-4  # the pair's second point is no target
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
 @pytest.mark.parametrize("num_segments", [8, 2, 1])
-def test_with_solver_steps_the_exact_students_loss_falls_as_the_fourth_power_of_the_step(num_segments):
+def test_with_solver_steps_the_exact_students_loss_falls_as_the_fourth_power_of_the_step(schedule, num_segments):
     """x_r now comes from one DDIM step of the exact teacher: its error is O(h^2), squared O(h^4), and 3^4 = 81."""
     target, losses = gaussian_2d(), []
     t = torch.arange(999, 100, -9)  # further down a step of 9 is not small: sigma changes by half
     t = t[t - segment_start(t, num_segments) > 9]
     s = segment_start(t, num_segments)
-    x_t = target.marginal_std(t, VP) * normal(len(t), 2) + VP.alpha[t].double()[:, None] * target.mean
+    x_t = target.marginal_std(t, schedule) * normal(len(t), 2) + schedule.alpha[t].double()[:, None] * target.mean
     for step in (9, 3):
         r = t - step
-        x_r = ddim_step(x_t, target.mixture().posterior_mean(x_t, t, VP), t, r, VP)
-        aim = transfer(x_r, target.f(x_r, r, s, VP), r, s, VP)
-        losses.append(loss_in_z(target.f(x_t, t, s, VP), x_t, t, aim, s, VP, squared_l2_in_double).mean().item())
+        x_r = ddim_step(x_t, target.mixture().posterior_mean(x_t, t, schedule), t, r, schedule)
+        aim = transfer(x_r, target.f(x_r, r, s, schedule), r, s, schedule)
+        losses.append(
+            loss_in_z(target.f(x_t, t, s, schedule), x_t, t, aim, s, schedule, squared_l2_in_double).mean().item()
+        )
     assert losses[1] < 1e-10
     assert 75 < losses[0] / losses[1] < 100
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_for_rectified_flow_the_loss_in_x0_is_one_of_velocities(shift):
+    """An error e of the velocity is sigma e in x0, and SNR + 1 is (alpha^2 + sigma^2) / sigma^2: e^2 / 2 to e^2."""
+    schedule = flow_schedule(shift)
+    t, s = torch.tensor([999, 600, 21]), torch.tensor([874, 0, 0])
+    x_t, x_s, v = normal(3, 3, 4)
+    target = inverse_ddim_step(x_t, x_s, t, s, schedule)
+    wanted = prediction_from_x0(target, x_t, t, schedule, "flow")
+    x0 = x0_from_prediction(v, x_t, t, schedule, "flow")
+    share = schedule.alpha[t] ** 2 + schedule.sigma[t] ** 2
+    found = loss_in_x0(x0, x_t, t, x_s, s, schedule, squared_l2_in_double)
+    torch.testing.assert_close(found, share * squared_l2_in_double(v, wanted), rtol=1e-5, atol=0)
+    assert found[0] > 0.1  # the last time counts, where there is no signal
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
 @pytest.mark.parametrize("loss", LOSSES.values())
-def test_losses_have_right_gradients(loss):
+def test_losses_have_right_gradients(schedule, loss):
     """In double precision against finite differences, through the step and through its inverse."""
     t, s = torch.tensor([999, 600, 21]), torch.tensor([874, 0, 0])
     x0, x_t, target = normal(3, 3, 4)
 
     def of_student(x0, x_t):
-        return loss(x0, x_t, t, target, s, VP, squared_l2_in_double)
+        return loss(x0, x_t, t, target, s, schedule, squared_l2_in_double)
 
     assert gradcheck(of_student, (x0.requires_grad_(), x_t.requires_grad_()))
 
 
-def test_losses_reach_the_students_estimate_only_through_the_gain():
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
+def test_losses_reach_the_students_estimate_only_through_the_gain(schedule):
     """d loss / d f = 2 gain (g - target) / D."""
     t, s = torch.tensor([999]), torch.tensor([874])
     x0, x_t, target = normal(3, 1, 4)
     x0.requires_grad_()
-    loss_in_z(x0, x_t, t, target, s, VP, squared_l2_in_double).sum().backward()
-    gain = VP.alpha[874] - VP.alpha[999] * VP.sigma[874] / VP.sigma[999]
-    expected = 2 * gain * (transfer(x_t, x0, t, s, VP) - target).detach() / 4
+    loss_in_z(x0, x_t, t, target, s, schedule, squared_l2_in_double).sum().backward()
+    gain = schedule.alpha[874] - schedule.alpha[999] * schedule.sigma[874] / schedule.sigma[999]
+    expected = 2 * gain * (transfer(x_t, x0, t, s, schedule) - target).detach() / 4
     torch.testing.assert_close(x0.grad, expected, atol=1e-6, rtol=1e-6)
 
 
@@ -225,13 +253,14 @@ def test_the_inter_segment_target_is_f_and_at_zero_the_state():
     assert torch.equal(target[2], x0_at_r[2])
 
 
-def test_the_inter_segment_loss_is_nothing_for_the_exact_consistency_function():
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
+def test_the_inter_segment_loss_is_nothing_for_the_exact_consistency_function(schedule):
     """One trajectory, two milestones, one clean end; at r = 0 the state stands for it up to the noise it holds."""
     target = gaussian_2d()
     t, r = milestones(8)[1:], milestones(8)[:-1]
-    x_t = target.marginal_std(t, VP) * normal(8, 2) + VP.alpha[t].double()[:, None] * target.mean
-    x_r = target.flow(x_t, t, r, VP)
-    aim = inter_segment_target(target.consistency(x_r, r, VP), x_r, r)
-    loss = squared_l2_in_double(target.consistency(x_t, t, VP), aim)
+    x_t = target.marginal_std(t, schedule) * normal(8, 2) + schedule.alpha[t].double()[:, None] * target.mean
+    x_r = target.flow(x_t, t, r, schedule)
+    aim = inter_segment_target(target.consistency(x_r, r, schedule), x_r, r)
+    loss = squared_l2_in_double(target.consistency(x_t, t, schedule), aim)
     assert loss[1:].max() < 1e-12
-    assert 0 < loss[0] < VP.sigma[0] ** 2
+    assert 0 < loss[0] < (schedule.sigma[0] + 1 - schedule.alpha[0]) ** 2

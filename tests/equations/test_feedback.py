@@ -8,6 +8,7 @@ from mlcm_rl.equations.policy import step_gaussian
 from mlcm_rl.equations.schedule import Schedule, flow_schedule, scaled_linear_betas, snr, vp_schedule
 
 VP = vp_schedule(scaled_linear_betas())
+SCHEDULES = [VP, flow_schedule()]
 BY_HAND = Schedule(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.8]), torch.arange(2))
 
 
@@ -74,14 +75,15 @@ def test_step_kl_by_hand():
     torch.testing.assert_close(step_kl(student, reference, t, s, 1.0, BY_HAND), torch.tensor([0.36 * 25 / 1.28]))
 
 
-def test_step_kl_at_gamma_1_is_a_weighted_anchor_on_x0():
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
+def test_step_kl_at_gamma_1_is_a_weighted_anchor_on_x0(schedule):
     student, reference = normal(2, 3, 4, 8, 8)
     t, s = torch.tensor([999, 749, 499]), torch.tensor([749, 499, 124])
     anchor = (student - reference).square().flatten(1).sum(1)
-    torch.testing.assert_close(step_kl(student, reference, t, s, 1.0, VP), snr(s, VP) / 2 * anchor)
+    torch.testing.assert_close(step_kl(student, reference, t, s, 1.0, schedule), snr(s, schedule) / 2 * anchor)
 
 
-@pytest.mark.parametrize("schedule", [VP, flow_schedule()], ids=["vp", "flow"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
 @pytest.mark.parametrize("gamma", [0.05, 0.3, 0.7, 1.0])
 def test_step_kl_is_that_of_the_steps_own_distribution(schedule, gamma):
     """Against torch's KL of independent normals, from a state x_t that the closed form never sees."""
@@ -93,11 +95,12 @@ def test_step_kl_is_that_of_the_steps_own_distribution(schedule, gamma):
     torch.testing.assert_close(step_kl(student, reference, t, s, gamma, schedule), expected)
 
 
-def test_step_kl_has_the_gradient_of_its_formula_and_is_nothing_for_equals():
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
+def test_step_kl_has_the_gradient_of_its_formula_and_is_nothing_for_equals(schedule):
     student, reference = normal(2, 2, 3)
     t, s = torch.tensor([999, 499]), torch.tensor([499, 124])
-    assert step_kl(student, student, t, s, 0.3, VP).tolist() == [0.0, 0.0]
-    assert gradcheck(lambda x0: step_kl(x0, reference, t, s, 0.3, VP), student.requires_grad_())
+    assert step_kl(student, student, t, s, 0.3, schedule).tolist() == [0.0, 0.0]
+    assert gradcheck(lambda x0: step_kl(x0, reference, t, s, 0.3, schedule), student.requires_grad_())
 
 
 def test_step_kl_of_half_precision_is_float32_and_of_a_deterministic_step_refused():

@@ -10,6 +10,7 @@ from mlcm_rl.equations.schedule import flow_schedule, scaled_linear_betas, vp_sc
 from mlcm_rl.equations.solver import ddim_step, gamma_step, time_before_noise
 
 VP = vp_schedule(scaled_linear_betas())
+SCHEDULES = [VP, flow_schedule()]
 T, S = torch.tensor([999, 749, 499]), torch.tensor([749, 499, 124])
 
 
@@ -26,7 +27,7 @@ def standard_quantiles(num: int) -> torch.Tensor:
 # --- the step's distribution -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", [VP, flow_schedule()], ids=["vp", "flow"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
 @pytest.mark.parametrize("gamma", [0.05, 0.3, 0.7, 1.0])
 def test_the_sampler_draws_from_the_distribution_stated(schedule, gamma):
     """x_s = mean + std noise is `gamma_step` itself; the mean does not know the noise, the std not the picture."""
@@ -36,11 +37,12 @@ def test_the_sampler_draws_from_the_distribution_stated(schedule, gamma):
     torch.testing.assert_close(mean + std * noise, gamma_step(x_t, x0, T, S, noise, gamma, schedule))
 
 
-def test_at_gamma_1_the_step_is_the_consistency_samplers():
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
+def test_at_gamma_1_the_step_is_the_consistency_samplers(schedule):
     x_t, x0 = normal(2, 3, 4, 5, 5)
-    mean, std = step_gaussian(x_t, x0, T, S, 1.0, VP)
-    assert torch.equal(mean, VP.alpha[S].reshape(3, 1, 1, 1) * x0)
-    assert torch.equal(std.flatten(), VP.sigma[S].double())
+    mean, std = step_gaussian(x_t, x0, T, S, 1.0, schedule)
+    assert torch.equal(mean, schedule.alpha[S].reshape(3, 1, 1, 1) * x0)
+    assert torch.equal(std.flatten(), schedule.sigma[S].double())
 
 
 def test_for_a_variance_preserving_schedule_the_step_is_trajectory_consistency_distillations():
@@ -68,12 +70,13 @@ def test_log_prob_by_hand():
     torch.testing.assert_close(actual, torch.tensor([-2.5 - math.log(2) - 0.5 * math.log(2 * math.pi)]))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
 @pytest.mark.parametrize("gamma", [0.3, 1.0])
-def test_log_prob_and_kl_are_torchs(gamma):
+def test_log_prob_and_kl_are_torchs(schedule, gamma):
     x_t, x0, reference_x0, noise = normal(4, 3, 4, 5, 5)
-    mean, std = step_gaussian(x_t, x0, T, S, gamma, VP)
-    reference_mean, _ = step_gaussian(x_t, reference_x0, T, S, gamma, VP)
-    x_s = gamma_step(x_t, x0, T, S, noise, gamma, VP)
+    mean, std = step_gaussian(x_t, x0, T, S, gamma, schedule)
+    reference_mean, _ = step_gaussian(x_t, reference_x0, T, S, gamma, schedule)
+    x_s = gamma_step(x_t, x0, T, S, noise, gamma, schedule)
     log_prob = Normal(mean, std).log_prob(x_s).flatten(1)
     torch.testing.assert_close(gaussian_log_prob(x_s, mean, std), log_prob.mean(1))
     kl = kl_divergence(Normal(mean, std), Normal(reference_mean, std)).flatten(1).sum(1)

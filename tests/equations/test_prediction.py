@@ -133,6 +133,14 @@ def test_min_snr_weighs_the_error_of_x0_alike_whatever_is_predicted(kind):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
+def test_min_snr_for_rectified_flow_is_alpha_or_sigma_squared_and_nothing_without_signal():
+    """min(SNR, gamma) sigma^2 = min(alpha^2, gamma sigma^2): finite at both ends, 0 at the last time alone."""
+    t = torch.arange(1000)
+    weight = min_snr_weight(t, FLOW, "flow", 5.0)
+    torch.testing.assert_close(weight, torch.minimum(FLOW.alpha**2, 5.0 * FLOW.sigma**2), rtol=1e-5, atol=0)
+    assert (weight == 0).nonzero().flatten().tolist() == [999]
+
+
 def test_a_min_snr_weight_of_an_unknown_prediction_is_refused():
     with pytest.raises(ValueError, match="'score' is none of epsilon"):
         min_snr_weight(torch.tensor([0]), BY_HAND, "score", 5.0)

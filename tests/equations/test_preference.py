@@ -6,7 +6,7 @@ from torch.autograd import gradcheck
 from torch.distributions import Normal
 
 from mlcm_rl.equations.policy import gaussian_log_prob, step_gaussian
-from mlcm_rl.equations.prediction import prediction_from_x0
+from mlcm_rl.equations.prediction import prediction_from_x0, x0_from_prediction
 from mlcm_rl.equations.preference import (
     LOSS_TYPES,
     SMOOTHED,
@@ -23,6 +23,7 @@ from mlcm_rl.equations.preference import (
 from mlcm_rl.equations.schedule import Schedule, add_noise, flow_schedule, scaled_linear_betas, vp_schedule
 
 VP = vp_schedule(scaled_linear_betas())
+SCHEDULES = [VP, flow_schedule()]
 BY_HAND = Schedule(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.8]), torch.arange(2))
 MARGINS = torch.linspace(-30, 30, 241, dtype=torch.float64)
 
@@ -70,13 +71,26 @@ def test_denoising_errors_by_hand():
         denoising_error(x0, target, t, BY_HAND, "v")
 
 
-@pytest.mark.parametrize("schedule", [VP, flow_schedule()], ids=["vp", "flow"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
 def test_the_error_in_eps_space_is_that_of_the_noise(schedule):
     x0, target, eps = normal(3, 4, 2, 5)
     t = torch.tensor([998, 749, 499, 20])
     said = prediction_from_x0(x0, add_noise(target, eps, t, schedule), t, schedule, "epsilon")
     expected = (said - eps).square().flatten(1).mean(1)
     torch.testing.assert_close(denoising_error(x0, target, t, schedule, "eps"), expected, rtol=1e-5, atol=0)
+
+
+def test_in_eps_space_rectified_flow_learns_nothing_at_its_last_time():
+    """SNR is 0 there, and alpha^2 times the velocity's squared error everywhere: a one-step student needs space x0."""
+    schedule, t = flow_schedule(3.0), torch.tensor([999, 749, 20])
+    x_t, target, v = normal(3, 3, 4)
+    x0 = x0_from_prediction(v, x_t, t, schedule, "flow")
+    wanted = prediction_from_x0(target, x_t, t, schedule, "flow")
+    error = denoising_error(x0, target, t, schedule, "eps")
+    velocity = (v - wanted).square().mean(1)
+    torch.testing.assert_close(error, schedule.alpha[t] ** 2 * velocity, rtol=1e-5, atol=0)
+    assert error[0] == 0.0
+    torch.testing.assert_close(denoising_error(x0, target, t, schedule, "x0")[0], velocity[0])
 
 
 def test_errors_are_one_float32_a_sample_in_half_precision():
@@ -110,13 +124,14 @@ def test_the_endpoint_form_by_hand_and_as_a_sum_of_diffusion_dpos():
     torch.testing.assert_close(ratio, one_by_one)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
 @pytest.mark.parametrize("gamma", [0.3, 1.0])
-def test_the_online_log_ratio_is_that_of_the_steps_own_distributions(gamma):
+def test_the_online_log_ratio_is_that_of_the_steps_own_distributions(schedule, gamma):
     """By 5c.3's form, by our log-probabilities and by torch's."""
     x_t, x0, reference_x0, noise = normal(4, 3, 4, 5, 5)
     t, s = torch.tensor([999, 749, 499]), torch.tensor([749, 499, 124])
-    mean, std = step_gaussian(x_t, x0, t, s, gamma, VP)
-    reference_mean, _ = step_gaussian(x_t, reference_x0, t, s, gamma, VP)
+    mean, std = step_gaussian(x_t, x0, t, s, gamma, schedule)
+    reference_mean, _ = step_gaussian(x_t, reference_x0, t, s, gamma, schedule)
     x_s = mean + std * noise
     actual = online_pso_log_ratio(x_s, mean, reference_mean, std)
     squares = (x_s - reference_mean).square() - (x_s - mean).square()
@@ -170,8 +185,9 @@ def test_as_beta_goes_to_0_every_pair_costs_log_2_and_pulls_alike():
     torch.testing.assert_close(gradient / 1e-7, torch.full((6,), -0.5).double(), atol=1e-6, rtol=0)
 
 
-def test_a_student_that_is_its_reference_pays_log_2():
-    error = denoising_error(*normal(2, 4, 3), torch.tensor([999, 749, 499, 249]), VP, "eps")
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
+def test_a_student_that_is_its_reference_pays_log_2(schedule):
+    error = denoising_error(*normal(2, 4, 3), torch.tensor([999, 749, 499, 249]), schedule, "eps")
     equal = diffusion_dpo_log_ratio(error, error)
     for beta in (0.1, 5000.0):
         torch.testing.assert_close(preference_loss(equal, equal, beta), torch.full((4,), math.log(2)).double())

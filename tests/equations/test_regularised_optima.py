@@ -34,10 +34,11 @@ from mlcm_rl.equations.preference import (
     online_pso_log_ratio,
     preference_loss,
 )
-from mlcm_rl.equations.schedule import scaled_linear_betas, snr, vp_schedule
+from mlcm_rl.equations.schedule import Schedule, flow_schedule, scaled_linear_betas, snr, vp_schedule
 from mlcm_rl.equations.solver import gamma_step
 
 VP = vp_schedule(scaled_linear_betas())
+BOTH = pytest.mark.parametrize("schedule", [VP, flow_schedule()], ids=["vp", "flow"])
 BEST, STATE, START, REFERENCE = 1.2, 0.8, 0.1, -0.4  # the reward's a, x_t, the student's x0 at first, the reference's
 WEIGHT = 0.7
 
@@ -63,8 +64,8 @@ def descend(parameters: torch.Tensor, loss, rate: float, num_steps: int) -> torc
 class Step:
     """One stochastic step 999 -> 499 from x_t = STATE, taken with all of `noise` (B, 1) at once."""
 
-    def __init__(self, noise: torch.Tensor, gamma: float):
-        self.noise, self.gamma = noise, gamma
+    def __init__(self, noise: torch.Tensor, gamma: float, schedule: Schedule = VP):
+        self.noise, self.gamma, self.schedule = noise, gamma, schedule
         self.t, self.s = torch.full((len(noise),), 999), torch.full((len(noise),), 499)
         self.x_t = torch.full_like(noise, STATE)
         self.reference_mean, self.std = self.policy(torch.tensor([REFERENCE], dtype=torch.float64))
@@ -73,10 +74,10 @@ class Step:
         return x0.expand(len(self.noise), 1)
 
     def policy(self, x0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return step_gaussian(self.x_t, self.shown(x0), self.t, self.s, self.gamma, VP)
+        return step_gaussian(self.x_t, self.shown(x0), self.t, self.s, self.gamma, self.schedule)
 
     def draw(self, x0: torch.Tensor) -> torch.Tensor:
-        return gamma_step(self.x_t, self.shown(x0), self.t, self.s, self.noise, self.gamma, VP)
+        return gamma_step(self.x_t, self.shown(x0), self.t, self.s, self.noise, self.gamma, self.schedule)
 
     def trained_mean(self, loss, rate: float = 0.5, num_steps: int = 200) -> float:
         start = torch.tensor([START], dtype=torch.float64)
@@ -91,14 +92,15 @@ class Step:
 # --- reward feedback ---------------------------------------------------------------------------------------------
 
 
+@BOTH
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
 @pytest.mark.parametrize("shape", [negative, lambda r: hinge(r, 100.0)], ids=["negative", "hinge"])
-def test_reward_feedback_with_its_anchor(shape, gamma):
-    step = Step(quantiles(51), gamma)
+def test_reward_feedback_with_its_anchor(shape, gamma, schedule):
+    step = Step(quantiles(51), gamma, schedule)
     reference_x0 = step.shown(torch.tensor([REFERENCE], dtype=torch.float64))
 
     def loss(x0):
-        anchor = step_kl(step.shown(x0), reference_x0, step.t, step.s, gamma, VP)
+        anchor = step_kl(step.shown(x0), reference_x0, step.t, step.s, gamma, schedule)
         return (shape(reward(step.draw(x0))) + WEIGHT * anchor).mean()
 
     assert step.trained_mean(loss) == pytest.approx(step.tuned_mean(WEIGHT), abs=1e-6)
@@ -125,9 +127,10 @@ def policy_loss(step: Step, advantages, kl):
     return loss
 
 
+@BOTH
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
-def test_policy_gradient_with_kl(gamma):
-    step = Step(quantiles(51), gamma)
+def test_policy_gradient_with_kl(gamma, schedule):
+    step = Step(quantiles(51), gamma, schedule)
     loss = policy_loss(
         step, lambda r: r - r.mean(), lambda _, mean, __: gaussian_kl(mean, step.reference_mean, step.std)
     )
@@ -191,12 +194,13 @@ def online_pairs_loss(step: Step, wins, **settings):
     return loss
 
 
+@BOTH
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
 @pytest.mark.parametrize(("loss_type", "flipped"), [("sigmoid", 0.0), ("robust", 0.2)])
-def test_online_dpo_of_a_linear_reward_is_a_shifted_reference(loss_type, flipped, gamma):
+def test_online_dpo_of_a_linear_reward_is_a_shifted_reference(loss_type, flipped, gamma, schedule):
     """r = c x tilts N(m, std^2) to N(m + c std^2 / beta, std^2); so does `robust` with labels flipped at its rate."""
     slope, beta = 1.5, 2.0
-    step = Step(quantiles(31), gamma)
+    step = Step(quantiles(31), gamma, schedule)
 
     def wins(x):
         true = differences(slope * x).sigmoid()

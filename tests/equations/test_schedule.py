@@ -80,6 +80,7 @@ def test_flow_milestones_are_the_even_steps_of_stock_flow_matching(shift, num_st
     torch.testing.assert_close(schedule.network_time[times], stock.timesteps, atol=1.3e-4, rtol=0)
     assert schedule.network_time.dtype == stock.timesteps.dtype == torch.float32
     assert schedule.network_time[999] == 1000.0
+    assert schedule.alpha[999] == 0.0
 
 
 def test_a_flow_networks_time_may_be_any_function_of_sigma():

@@ -9,6 +9,7 @@ from mlcm_rl.equations.solver import ddim_step, gamma_step, guided, inverse_ddim
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 VP = vp_schedule(scaled_linear_betas())
+SCHEDULES = [VP, flow_schedule()]
 BY_HAND = Schedule(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.8]), torch.arange(2))
 
 
@@ -78,18 +79,19 @@ def test_the_identity_needs_the_select():
         assert torch.equal(ddim_step(x.to(dtype), x0.to(dtype), t, t, VP), x.to(dtype).float())
 
 
-def test_the_identity_passes_no_gradient_to_the_estimate():
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
+def test_the_identity_passes_no_gradient_to_the_estimate(schedule):
     x, x0 = latents(2)
     x0.requires_grad_()
     t, s = torch.tensor([499, 499, 499]), torch.tensor([499, 374, 499])
-    ddim_step(x, x0, t, s, VP).sum().backward()
+    ddim_step(x, x0, t, s, schedule).sum().backward()
     assert torch.isfinite(x0.grad).all()
     assert x0.grad[0].abs().max() == x0.grad[2].abs().max() == 0
-    gain = VP.alpha[374] - VP.alpha[499] * VP.sigma[374] / VP.sigma[499]
+    gain = schedule.alpha[374] - schedule.alpha[499] * schedule.sigma[374] / schedule.sigma[499]
     torch.testing.assert_close(x0.grad[1], torch.full_like(x0.grad[1], gain.item()))
 
 
-@pytest.mark.parametrize("schedule", [VP, flow_schedule()])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
 @pytest.mark.parametrize(("t", "s"), [(999, 874), (999, 0), (499, 249), (124, 0), (20, 0)])
 def test_inverse_ddim_step_undoes_ddim_step(schedule, t, s):
     x_t, x0 = latents(2).double()
@@ -99,12 +101,13 @@ def test_inverse_ddim_step_undoes_ddim_step(schedule, t, s):
     torch.testing.assert_close(again, x0, atol=1e-6, rtol=1e-6)
 
 
-def test_steps_with_one_estimate_compose():
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
+def test_steps_with_one_estimate_compose(schedule):
     """t -> r -> s with the same x0 and eps is t -> s: DDIM moves along one line."""
     x_t, x0 = latents(2).double()
-    middle = ddim_step(x_t, x0, at(999), at(624), VP)
-    in_two = ddim_step(middle, x0, at(624), at(124), VP)
-    torch.testing.assert_close(in_two, ddim_step(x_t, x0, at(999), at(124), VP), atol=1e-6, rtol=1e-6)
+    middle = ddim_step(x_t, x0, at(999), at(624), schedule)
+    in_two = ddim_step(middle, x0, at(624), at(124), schedule)
+    torch.testing.assert_close(in_two, ddim_step(x_t, x0, at(999), at(124), schedule), atol=1e-6, rtol=1e-6)
 
 
 def test_eulers_step_of_rectified_flow_is_ddim_step():
@@ -120,12 +123,13 @@ def test_eulers_step_of_rectified_flow_is_ddim_step():
     torch.testing.assert_close(ours, stock.step(v, stock.timesteps[0], x_t).prev_sample, atol=2e-6, rtol=0)
 
 
-def test_gamma_zero_is_ddim_and_gamma_one_is_fresh_noise():
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
+def test_gamma_zero_is_ddim_and_gamma_one_is_fresh_noise(schedule):
     x_t, x0, noise = latents(3)
     t, s = at(749), at(499)
-    assert torch.equal(gamma_step(x_t, x0, t, s, noise, 0.0, VP), ddim_step(x_t, x0, t, s, VP))
-    expected = VP.alpha[499] * x0 + VP.sigma[499] * noise
-    assert torch.equal(gamma_step(x_t, x0, t, s, noise, 1.0, VP), expected)
+    assert torch.equal(gamma_step(x_t, x0, t, s, noise, 0.0, schedule), ddim_step(x_t, x0, t, s, schedule))
+    expected = schedule.alpha[499] * x0 + schedule.sigma[499] * noise
+    assert torch.equal(gamma_step(x_t, x0, t, s, noise, 1.0, schedule), expected)
 
 
 def test_the_time_before_noise_by_hand():
@@ -161,22 +165,49 @@ def test_gamma_one_equals_stock_lcm():
     torch.testing.assert_close(gamma_step(x_t, x0, at(t), at(s), noise, 1.0, VP), expected, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("schedule", [VP, flow_schedule()])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
 @pytest.mark.parametrize("gamma", [0.1, 0.3, 0.7, 0.95])
-def test_gamma_step_keeps_the_marginal_of_gaussian_data(schedule, gamma):
+@pytest.mark.parametrize(("t", "s"), [(749, 499), (999, 874), (999, 124), (124, 1)])
+def test_gamma_step_keeps_the_marginal_of_gaussian_data(schedule, t, s, gamma):
     """With the exact jump to s' = (1 - gamma) s the step is linear, so its output's mean and variance are sums."""
     target = gaussian_2d()
-    t, s = at(749, 1), at(499, 1)
-    below = torch.tensor([int((1 - gamma) * 499)])
+    t, s = at(t, 1), at(s, 1)
+    below = time_before_noise(s, gamma)
 
     def step(x_t, noise):
         return gamma_step(x_t, target.f(x_t, t, below, schedule), t, s, noise, gamma, schedule)
 
     zero, one = torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64)
-    centre = schedule.alpha[749].double() * target.mean[None]
+    centre = schedule.alpha[t].double() * target.mean[None]
     mean = step(centre, zero)
     along, across = step(centre + one, zero) - mean, step(centre, one) - mean
     variance = (along * target.marginal_std(t, schedule)) ** 2 + across**2
-    torch.testing.assert_close(mean, schedule.alpha[499].double() * target.mean[None], atol=1e-6, rtol=0)
+    torch.testing.assert_close(mean, schedule.alpha[s].double() * target.mean[None], atol=1e-6, rtol=0)
     expected = target.marginal_std(s, schedule) ** 2
     torch.testing.assert_close(variance, expected.expand(1, 2), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
+@pytest.mark.parametrize("gamma", [0.001, 0.3, 0.999])
+def test_every_gamma_step_of_every_grid_is_finite_and_never_adds_negative_variance(schedule, gamma):
+    """alpha falls and sigma grows with time: a = alpha_s / alpha_s' <= 1, so a sigma_s' <= sigma_s, as it must be.
+
+    alpha = 0 divides nothing: only the first state of a chain is at the last time, and s' <= s < t.
+    """
+    s = torch.arange(999)
+    below = time_before_noise(s, gamma)
+    up = schedule.alpha[s] / schedule.alpha[below]
+    assert up.isfinite().all()
+    assert (up * schedule.sigma[below] <= schedule.sigma[s]).all()
+    x_t, x0, noise = torch.ones(3, 999, 1)
+    landed = gamma_step(x_t, x0, s + 1, s, noise, gamma, schedule)
+    assert landed.isfinite().all()
+
+
+def test_a_gamma_step_back_up_from_no_signal_is_nothing_over_nothing():
+    """Where it breaks: alpha_s' = 0 needs s' = s = T - 1, which is no end of a jump; then 0 / 0."""
+    t = at(999, 1)
+    zero = torch.zeros(1, 1)
+    assert time_before_noise(t, 1e-9).item() == 999
+    assert gamma_step(zero, zero, t, t, zero, 1e-9, flow_schedule()).isnan().all()
+    assert gamma_step(zero, zero, t, t, zero, 0.3, flow_schedule()).item() == 0.0

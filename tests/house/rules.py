@@ -209,6 +209,23 @@ def words(name: str) -> set[str]:
     return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)}
 
 
+TIME_AXIS = {8, 999, 1000}  # segments, the last time, times
+
+
+def unnamed_times(source: str) -> list[str]:
+    """Numbers of the time axis that stand in the code: they have a name, and those of times stand in segments.py.
+
+    A constant in capitals is a name; a shift by 8 bits is no time.
+    """
+    tree, named = ast.parse(source), set()
+    for node in ast.walk(tree):
+        is_constant = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper()
+        if is_constant or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.LShift | ast.RShift)):
+            named |= set(ast.walk(node))
+    numbers = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and node not in named)
+    return [f"line {n.lineno}: {n.value}" for n in numbers if type(n.value) is int and n.value in TIME_AXIS]
+
+
 def vague_names(source: str, path: str) -> list[str]:
     """Files, classes and functions of ours that are named for nothing in particular."""
     wrong = [f"{path}: {part!r} says nothing" for part in path.split("/") if words(part) & VAGUE]

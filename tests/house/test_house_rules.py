@@ -70,6 +70,14 @@ def test_text_is_utf8_whatever_the_locale():
     report(broken(LIBRARY + PROGRAMS, rules.locale_bound))
 
 
+def test_numbers_of_the_time_axis_stand_in_one_file():
+    floors = {"data", "equations", "evaluation", "preference", "stages"}
+    others = {"models/base.py", "models/pictures.py", "models/sampler.py"}
+    bound = [path for path in LIBRARY if path.parent.name in floors or shown(path).removeprefix("mlcm_rl/") in others]
+    assert len(bound) > 30
+    report(broken([path for path in bound if shown(path) != "mlcm_rl/equations/segments.py"], rules.unnamed_times))
+
+
 def test_names_say_what_they_are():
     report([wrong for path in LIBRARY + PROGRAMS + TESTS for wrong in rules.vague_names(path.read_text(), shown(path))])
 
@@ -223,6 +231,13 @@ def test_length_is_seen():
 )
 def test_text_in_the_locales_encoding_is_seen(source, allowed):
     assert (rules.locale_bound(source) == []) is allowed
+
+
+def test_a_number_of_the_time_axis_is_seen():
+    for source in ("t = 999", "milestones(8)", "def f(num_times=1000): ...", "x = t / 1000", "top: int = 999"):
+        assert rules.unnamed_times(source)
+    clean = 'NUM_RESAMPLES = 1000\ngrey = value >> 8\nx = 8.0\n"""999 to 0."""\ny = 80 + len(x)\n'
+    assert rules.unnamed_times(clean) == []
 
 
 def test_vague_names_are_seen():
