@@ -1,4 +1,4 @@
-"""What most tests need: no hub, one thread, a tiny teacher on disk."""
+"""What most tests need: no hub, one thread, a tiny teacher on disk, and the small evaluation, run once for all."""
 
 import os
 import signal
@@ -11,6 +11,9 @@ import pytest
 import torch
 
 import tiny
+from evaluation_case import finished, place, report, tuned
+
+__all__ = ["finished", "place", "report", "tuned"]
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore

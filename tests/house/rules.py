@@ -6,6 +6,7 @@ Every function returns what is wrong, one sentence a violation, and an empty lis
 import ast
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 from packaging.requirements import Requirement
@@ -30,6 +31,8 @@ ORDER = [
     "storage",
     "equations",
 ]
+# Folders of tests that are about more than one package: with ORDER, all that there are.
+ACROSS = {"benchmarks", "emoji", "faults", "golden", "hanzi", "house", "parity", "safety"}
 VAGUE = {"common", "helper", "helpers", "manager", "util", "utils"}
 BANNED_WORD = "c" + "fg"
 DEVICES = re.compile(r"(cpu|cuda|mps|xpu|hip)(:\d+)?")
@@ -101,6 +104,16 @@ def code_in_package(source: str) -> list[str]:
         if not (is_docstring or is_names or isinstance(node, ast.Import | ast.ImportFrom)):
             wrong.append(f"line {node.lineno}: {ast.unparse(node).splitlines()[0]}")
     return wrong
+
+
+def unmirrored(tests: list[str]) -> list[str]:
+    """What keeps the tests from mirroring the package: `tests` are the files that pytest reads, below tests/."""
+    folders = {path.split("/")[0] for path in tests if "/" in path}
+    wrong = [f"mlcm_rl/{name} has no folder of tests" for name in ORDER if name not in folders]
+    wrong += [f"tests/{name} mirrors no package" for name in sorted(folders - {*ORDER, *ACROSS})]
+    wrong += [f"tests/{path} lies in no folder" for path in tests if "/" not in path]
+    names = Counter(path.rsplit("/")[-1] for path in tests)
+    return wrong + [f"{count} files of tests are named {name}" for name, count in names.items() if count > 1]
 
 
 UNPICKLERS = {

@@ -55,6 +55,10 @@ def test_every_folder_of_the_package_has_its_place_in_the_order():
     assert {path.name for path in (ROOT / "mlcm_rl").iterdir() if (path / "__init__.py").is_file()} == set(rules.ORDER)
 
 
+def test_tests_mirror_the_package():
+    report(rules.unmirrored([path.relative_to(ROOT / "tests").as_posix() for path in TESTS if path.match("test_*.py")]))
+
+
 def test_nothing_that_is_read_is_run():
     """One file is left out: it opens an export as its card tells people to, and runs that card's own code."""
     opens_exports = ROOT / "tests" / "parity" / "stock_samples.py"
@@ -296,3 +300,12 @@ def test_a_pin_below_its_floor_is_seen():
         "numpy>=2.0 is not satisfied by the pin 1.26",
         "peft>=0.21 is not pinned",
     ]
+
+
+def test_tests_that_mirror_nothing_are_seen():
+    tests = [f"{name}/test_{name}.py" for name in [*rules.ORDER, "parity"]]
+    assert rules.unmirrored(tests) == []
+    assert rules.unmirrored(tests[1:]) == ["mlcm_rl/cli has no folder of tests"]
+    assert rules.unmirrored([*tests, "bases/test_bases.py"]) == ["tests/bases mirrors no package"]
+    assert rules.unmirrored([*tests, "test_tiny.py"]) == ["tests/test_tiny.py lies in no folder"]
+    assert rules.unmirrored([*tests, "faults/test_data.py"]) == ["2 files of tests are named test_data.py"]

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from evaluation_case import DEVIATION, MEAN, write_clip
 
+from evaluation_case import DEVIATION, MEAN, write_clip
 from mlcm_rl.equations import statistics
 from mlcm_rl.evaluation import metrics
 

@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
-from evaluation_case import PICTURES, PROMPTS
 
 import runs
+from evaluation_case import PICTURES, PROMPTS
 from mlcm_rl import pipeline
 from mlcm_rl.models import students
 from mlcm_rl.recipe import Evaluate

@@ -4,8 +4,8 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from evaluation_case import PROMPTS
 
+from evaluation_case import PROMPTS
 from mlcm_rl.report import page
 from mlcm_rl.report.figures import number
 

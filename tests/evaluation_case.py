@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 import torch
 from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d, normalize
@@ -173,3 +174,33 @@ def run(place: Path, folder: Path, kinds: tuple[str, ...] = ("distill",), runs: 
         parents = {"distill": place / "same", "feedback": place / "feedback"}
         evaluate.run(made.stages[0], made, {kind: parents[kind] for kind in kinds}, folder)
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+# ---- fixtures, which tests/conftest.py hands to every folder: the small evaluations run once ----
+
+BRIGHTNESS = {"name": "brightness", "chunk_size": 5}  # an entry as tuning stages have them, beside names
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    return write_place(tmp_path_factory.mktemp("evaluation"))
+
+
+@pytest.fixture(scope="session")
+def finished(place) -> Path:
+    """The folder of the finished evaluation."""
+    run(place, place / "evaluate")
+    return place / "evaluate"
+
+
+@pytest.fixture(scope="session")
+def tuned(place) -> Path:
+    """The folder of a finished evaluation of a student and of what preference learning made of it."""
+    settings = {"also": [], "teacher_solvers": ["ddim"], "rewards": ["colourfulness", BRIGHTNESS, "sharpness"]}
+    run(place, place / "tuned", ("distill", "feedback"), **settings)
+    return place / "tuned"
+
+
+@pytest.fixture(scope="session")
+def report(finished) -> dict:
+    return json.loads((finished / "report.json").read_text(encoding="utf-8"))

@@ -7,8 +7,8 @@ import weakref
 
 import pytest
 import torch
-from evaluation_case import CONCEPTS, PICTURES, PROMPTS, recipe, run
 
+from evaluation_case import CONCEPTS, PICTURES, PROMPTS, recipe, run
 from mlcm_rl.data.prompts import Prompt
 from mlcm_rl.evaluation import instruments
 from mlcm_rl.rewards import Member

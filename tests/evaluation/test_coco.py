@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from test_inception import random_weights
+
 from evaluation_case import (
     PROMPTS,
     PlantedInception,
@@ -13,9 +16,6 @@ from evaluation_case import (
     write_inception,
     write_real_images,
 )
-from PIL import Image
-from test_inception import random_weights
-
 from mlcm_rl import pipeline
 from mlcm_rl.data.picture_files import read_picture, square
 from mlcm_rl.evaluation import inception, instruments, metrics
