@@ -56,7 +56,7 @@ def _flow_scheduler(base: Base, name: str, settings: dict[str, Any], num_steps: 
     """The solver on rectified flow, put on our own times: its own end elsewhere, and are no indices."""
     scheduler = getattr(diffusers, name)(prediction_type="sample", use_flow_sigmas=True, **settings)
     scheduler.set_timesteps(num_steps)
-    times = torch.tensor(time_grid(num_steps, base.schedule.num_times)[:-1], device=base.device)
+    times = torch.tensor(time_grid(num_steps)[:-1], device=base.device)
     sigmas = base.schedule.sigma[times]
     scheduler.timesteps, scheduler.sigmas = times, torch.cat([sigmas, sigmas.new_zeros(1)]).cpu()
     return scheduler

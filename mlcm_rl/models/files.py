@@ -31,6 +31,9 @@ def load_pipeline(
     """The frozen pipeline on `device`; its autoencoder in float32, since half precision overflows in SDXL's."""
     index = index_of(pipeline_class, teacher)
     unused = {name: None for name in ("safety_checker", "image_encoder", "feature_extractor") if name in index}
+    unused |= {
+        name: None for name, value in index.items() if value == [None, None]
+    }  # not all are optional to diffusers
     check_components(teacher, {name: value for name, value in index.items() if name not in unused})
     if Path(teacher.path).is_dir():
         teacher_check.refuse(Path(teacher.path), teacher.family, teacher.variant)

@@ -9,6 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ..equations.segments import NUM_SEGMENTS, paper_times, sampling_times
+from ..recipe.families import layout_of
 from ..storage.files import public, read_json
 from ..storage.untrusted import read_bytes
 from . import students
@@ -163,17 +164,25 @@ def _usage(base: Base, student: Student, name: str, gamma: float) -> str:
     trust = ", trust_remote_code=True" if student.conditioned and base.has_target_time_pipeline else ""
     return _code(
         "from diffusers import DiffusionPipeline",
-        [f"pipe = DiffusionPipeline.from_pretrained({_quoted(name)}{trust})"],
+        [f"pipe = DiffusionPipeline.from_pretrained({_quoted(name)}{trust}{_absent(base)})"],
         _call(base, shown_steps(student), gamma),
         "sample",
     )
+
+
+def _absent(base: Base) -> str:
+    """Return what diffusers must be told of components that a teacher of its family may have, and this one has not."""
+    optional, components = base.pipeline._optional_components, base.pipeline.components
+    missing = [name for name in layout_of(base.family).possible if components.get(name, 0) is None]
+    return "".join(f", {name}=None" for name in missing if name not in optional)
 
 
 def _part_usage(base: Base, student: Student, name: str, part: Path, gamma: float) -> str:
     """Return code that puts the adapter or denoiser in `part`, the export or a steps-N in it, over the teacher."""
     inside, num_steps = (part.name, _num_steps(part)) if _num_steps(part) else ("", shown_steps(student))
     revision = f', revision="{base.teacher.revision}"' if base.teacher.revision else ""
-    setup = [f"pipe = DiffusionPipeline.from_pretrained({_quoted(public(base.teacher.path))}{revision})"]
+    teacher = f"{_quoted(public(base.teacher.path))}{revision}{_absent(base)}"
+    setup = [f"pipe = DiffusionPipeline.from_pretrained({teacher})"]
     classes = ["DiffusionPipeline", _scheduler(part)]
     if (part / LORA_FILE).is_file():
         subfolder = f'subfolder="{inside}", ' if inside else ""
