@@ -3,6 +3,7 @@
 import pytest
 
 from mlcm_rl.recipe import Distill, errors
+from mlcm_rl.recipe.families import FAMILIES
 from mlcm_rl.recipe.file import load
 from mlcm_rl.recipe.schema import json_schema
 from mlcm_rl.recipe.tree import RecipeError, key_text
@@ -28,7 +29,7 @@ def test_a_good_recipe_means_what_a_person_reads_in_it(root):
     [
         ("  guidance_scale: 8", "  gidance: 8", 7, "teacher.gidance", "unknown key; did you mean guidance_scale?"),
         ("  family: sdxl", "  family: SDLX", 6, "teacher.family", "found the text 'SDLX'; did you mean sdxl?"),
-        ("  family: sdxl", "  family:", 6, "teacher.family", "expected one of sdxl, sd, found nothing"),
+        ("  family: sdxl", "  family:", 6, "teacher.family", f"expected one of {', '.join(FAMILIES)}, found nothing"),
         (
             "seed: 7",
             "seed: '7'",

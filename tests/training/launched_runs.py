@@ -85,10 +85,13 @@ def assert_alike(alone: Recipe, together: Recipe) -> None:
             assert distance(weights(one), weights(other)) < 1e-4
 
 
-def whole_and_launched(teacher: Path, folder: Path, stages: list, mode: str) -> tuple[Recipe, Recipe]:
+def whole_and_launched(
+    teacher: Path, folder: Path, stages: list, mode: str, family: str = "sdxl"
+) -> tuple[Recipe, Recipe]:
     """One recipe, run in this process and in two."""
     alone, together = (
-        runs.recipe(teacher, folder, stages, name="small", runs=str(folder / name)) for name in ("alone", "together")
+        runs.recipe(teacher, folder, stages, family, name="small", runs=str(folder / name))
+        for name in ("alone", "together")
     )
     pipeline.run(alone)
     launched(together, folder, mode)

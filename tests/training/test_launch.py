@@ -24,6 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from typer.testing import CliRunner
 
 import runs
+import tiny
 from mlcm_rl import pipeline
 from mlcm_rl.cli.app import app
 from mlcm_rl.pipeline import preflight
@@ -64,6 +65,22 @@ def test_every_stage_runs_in_two_processes(tiny_sdxl, tmp_path, mode):
     launched(together, tmp_path, mode)  # again: every stage is found, none is run
     tables = [stage_folders(recipe)[-1] / "report.md" for recipe in (alone, together)]
     assert all("DDIM" in table.read_text(encoding="utf-8") for table in tables)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["zero2", "zero3", "fsdp2"])
+def test_stable_diffusion_3_is_trained_in_two_processes(tmp_path, mode):
+    """FSDP2 gathers its own blocks, which the launch file does not name."""
+    prompts = runs.write_prompts(tmp_path)
+    stages = [
+        runs.trajectories(prompts, shard_size=2),
+        runs.distill(segments=[2], num_steps=3, condition_on_target=True),
+        runs.tuning("feedback", prompts, gradient_accumulation=2, num_grad_steps=2),
+        runs.tuning("dpo", prompts, gamma=1.0),
+        runs.tuning("policy", prompts, num_iterations=2),
+    ]
+    alone, together = whole_and_launched(tiny.sd3(tmp_path / "teacher"), tmp_path, stages, mode, "sd3")
+    assert_alike(alone, together)
 
 
 def test_processes_that_cannot_share_a_batch_are_told_once_before_any_stage(tiny_sdxl, tmp_path):
