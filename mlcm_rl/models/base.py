@@ -89,6 +89,10 @@ class Base(ABC):
         """
 
     @abstractmethod
+    def schedule_record(self) -> dict[str, Any]:
+        """What the schedule is made of, as JSON, for a store of trajectories to say."""
+
+    @abstractmethod
     def stock_scheduler(self, gamma: float) -> SchedulerMixin:
         """diffusers' scheduler that walks the sampler's default grid under `gamma`, for an exported student."""
 

@@ -44,6 +44,9 @@ class FlowBase(Base):
     def _schedule(self) -> tuple[str, Schedule]:
         return "flow", flow_schedule(self.shift)
 
+    def schedule_record(self) -> dict[str, Any]:
+        return {"num_train_timesteps": self.schedule.num_times, "shift": self.shift}
+
     def stock_scheduler(self, gamma: float) -> FlowMatchEulerDiscreteScheduler | FlowMatchLCMScheduler:
         """Euler's for gamma 0, LCM's for gamma 1; both want `stock_call`'s sigmas.
 

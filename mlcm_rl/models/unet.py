@@ -76,6 +76,10 @@ class UNetBase(Base):
         scheduler = self.pipeline.scheduler.config
         return scheduler["prediction_type"], schedule_of(scheduler)
 
+    def schedule_record(self) -> dict[str, Any]:
+        settings = self.pipeline.scheduler.config.items()
+        return {key: value for key, value in settings if key.startswith(("beta", "num_", "predict"))}
+
     def empty_denoiser(self, config: Mapping[str, Any], condition: bool) -> UNet2DConditionModel:
         """Its configuration says that a target time enters, so that diffusers builds the same from it."""
         return super().empty_denoiser(

@@ -37,6 +37,7 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
     base = teachers.load(recipe.teacher, rt.device)
     start = parents["distill"] / "student"
     student = tuning.load(stage, base, start, recipe.seed)
+    refuse_blind(stage, student)
     rewards = combine(stage.rewards, rt.device, stage.normalise)
     source: StoredPairs | OwnPairs
     source = StoredPairs(stage, base, recipe.seed) if stage.pairs else OwnPairs(stage, student, rewards, recipe.seed)
@@ -176,6 +177,16 @@ def loss(stage: Dpo, student: tuning.Student, pairs: Pairs, scores: tuning.Score
     )
     value = weight * preference.preference_loss(chosen, rejected, stage.beta, stage.loss_type, stage.label_smoothing)
     return value.mean(0) if chosen.ndim == 2 else value
+
+
+def refuse_blind(stage: Dpo, student: tuning.Student) -> None:
+    """Raise ValueError where the errors of the noise are all zero: at pure noise, which is a flow's last time."""
+    sees = student.base.schedule.alpha[student.times].any()
+    if stage.form != "pso" and stage.space == "eps" and not sees:
+        raise ValueError(
+            f"space: eps weighs errors by the signal, and at the only time of {len(student.times)} sampling step this "
+            "teacher's states hold none: set space: x0, or sampling_steps: 2 or more"
+        )
 
 
 def log_ratios(stage: Dpo, student: tuning.Student, pairs: Pairs) -> tuple[Tensor, Tensor]:

@@ -95,9 +95,7 @@ def provenance(stage: Trajectories, recipe: Recipe, base: Base) -> Provenance:
         raise ValueError(f"milestones {sorted(off)} are not on the grid of {stage.num_steps} steps")
     return Provenance(
         teacher_hash=teacher_hash(recipe.teacher),
-        scheduler={
-            k: v for k, v in base.pipeline.scheduler.config.items() if k.startswith(("beta", "num_", "predict"))
-        },
+        scheduler=base.schedule_record(),
         prediction_type=base.prediction_type,
         solver="ddim",
         grid=grid,

@@ -210,7 +210,8 @@ class Sharded(_InParts):
         return {name: value.to_local() for name, value in self.trained.items()}
 
     def full(self) -> Weights:
-        return {name: value.cpu() for name, value in get_model_state_dict(self.student, options=self._whole).items()}
+        whole = get_model_state_dict(self.student, options=self._whole)  # the model's buffers too
+        return {name: value.cpu() for name, value in whole.items() if name in self.trained}
 
     def fill(self, weights: Weights) -> None:
         device = next(iter(self.parts().values())).device

@@ -254,6 +254,23 @@ def stop_after_saving(step: int):
     return due
 
 
+def test_one_step_of_a_flow_has_no_signal_for_errors_of_the_noise(folders, tmp_path):
+    prompts = runs.write_prompts(tmp_path)
+    tuned = runs.tuning("dpo", prompts, sampling_steps=1, form="diffusion_dpo")
+    stages = [runs.trajectories(prompts), runs.distill(segments=[1]), tuned]
+    with pytest.raises(pipeline.RunError, match=r"space: eps weighs errors by the signal.*set space: x0"):
+        pipeline.run(runs.recipe(folders[True], tmp_path, stages, "sd3"))
+    stages[-1] = tuned.model_copy(update={"space": "x0"})
+    pipeline.run(runs.recipe(folders[True], tmp_path, stages, "sd3"))
+
+
+def test_a_store_says_its_flows_shift(folders, tmp_path):
+    recipe = runs.recipe(folders[True], tmp_path, [runs.trajectories(runs.write_prompts(tmp_path))], "sd3")
+    (done,) = pipeline.run(recipe)
+    stored = json.loads((done.folder / "store.json").read_text())
+    assert stored["provenance"]["scheduler"] == {"num_train_timesteps": 1000, "shift": 3.0}
+
+
 # ---- exported ----
 
 

@@ -75,7 +75,7 @@ def test_stable_diffusion_3_is_trained_in_two_processes(tmp_path, mode):
     stages = [
         runs.trajectories(prompts, shard_size=2),
         runs.distill(segments=[2], num_steps=3, condition_on_target=True),
-        runs.tuning("feedback", prompts, gradient_accumulation=2, num_grad_steps=2),
+        runs.tuning("feedback", prompts, gradient_accumulation=2, num_grad_steps=2, normalise=False),
         runs.tuning("dpo", prompts, gamma=1.0),
         runs.tuning("policy", prompts, num_iterations=2),
     ]
