@@ -7,6 +7,7 @@ import secrets
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -63,7 +64,13 @@ def listen(port: int) -> socket.socket:
 
 def server(choices: Choices, stop: Callable[[], None]) -> uvicorn.Server:
     """The page's server, quiet, and quick to end."""
-    settings = {"log_level": "warning", "lifespan": "off", "ws": "none", "server_header": False, "proxy_headers": False}
+    settings: dict[str, Any] = {
+        "log_level": "warning",
+        "lifespan": "off",
+        "ws": "none",
+        "server_header": False,
+        "proxy_headers": False,
+    }
     return uvicorn.Server(uvicorn.Config(application(choices, stop), timeout_graceful_shutdown=1, **settings))
 
 
@@ -141,7 +148,7 @@ class Page:
     def _shown(self) -> dict:
         """What the page shows now: the pair to be judged, or that all are."""
         number, total = len(self.choices.made()), len(self.choices)
-        shown = {"number": number, "total": total, "kept": len(self.choices.rows())}
+        shown: dict[str, Any] = {"number": number, "total": total, "kept": len(self.choices.rows())}
         if number < total:
             prompt = self.choices.prompts[number]
             shown |= {"prompt": prompt.prompt, "language": prompt.language}

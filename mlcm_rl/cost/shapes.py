@@ -78,11 +78,16 @@ def _key(value: Any) -> Any:
 def _made(out: Any) -> _Made | tuple[_Made | None, ...] | None:
     """Return how `out` is made again, None where that cannot be said by its shapes."""
     if isinstance(out, tuple) and all(one is None or isinstance(one, Tensor) for one in out):
-        made = tuple(one if one is None else _made(one) for one in out)
+        parts = tuple(one if one is None else _of_tensor(one) for one in out)
         storages = {one.untyped_storage()._cdata for one in out if one is not None}
-        whole = all((one is None) == (two is None) for one, two in zip(out, made, strict=True))
-        return made if whole and len(storages) == sum(one is not None for one in out) else None
-    if not isinstance(out, Tensor) or not out.is_meta:
+        whole = all((one is None) == (two is None) for one, two in zip(out, parts, strict=True))
+        return parts if whole and len(storages) == sum(one is not None for one in out) else None
+    return _of_tensor(out) if isinstance(out, Tensor) else None
+
+
+def _of_tensor(out: Tensor) -> _Made | None:
+    """Return how `out` is made again, None where it has content, or storage beyond what its shape says."""
+    if not out.is_meta:
         return None
     made = _Made(out.shape, out.stride(), out.dtype)
     return made if made.again().untyped_storage().nbytes() == out.untyped_storage().nbytes() else None

@@ -64,7 +64,9 @@ class PairTable:
 
     def _leave_out_ties(self) -> None:
         """Leave out the rows whose two pictures are the same bytes. Raise ValueError for pictures that are missing."""
-        faults, different, ties = Faults(), [], []
+        faults = Faults()
+        different: list[int] = []
+        ties: list[int] = []
         for i, row in enumerate(self.rows):
             with faults.collect():
                 chosen, rejected = (self._source(row[name], name, i) for name in COLUMNS[1:])
@@ -77,7 +79,8 @@ class PairTable:
             raise ValueError(f"{self.path}: holds no pairs of two pictures; {told}")
         say_once(f"{len(ties)} of {len(self.rows)} pairs are left out, where {told}")
         self.rows = self.rows.select(different)
-        self.prompts, self.places = ([values[i] for i in different] for values in (self.prompts, self.places))
+        self.prompts = [self.prompts[i] for i in different]
+        self.places = [self.places[i] for i in different]
 
     def _source(self, stored: dict[str, Any] | None, name: str, index: int) -> Path | bytes:
         """The bytes in the table, else the path of a file beside it; what lies elsewhere is not opened."""
@@ -146,4 +149,5 @@ def _prompt(text: object, language: object, where: str) -> Prompt:
     refuse_no_text(text, f"{where}: prompt")
     if language is not None and not isinstance(language, str):
         raise ValueError(f"{where}: language must be text, got {brief(language)}")
+    assert isinstance(text, str)  # as was seen to
     return Prompt(text, language or guess_language(text))

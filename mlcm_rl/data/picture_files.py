@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..storage.untrusted import brief, held, read_bytes
@@ -80,7 +80,7 @@ def square(image: Image.Image, side: int) -> Tensor:
     return pixels(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
 
 
-def _clear(image: Image.Image) -> Any:
+def _clear(image: ImageFile.ImageFile) -> Any:
     """Return the value that stands for transparent in an image that is opened, as its decoded pixels have it.
 
     A PNG says it at its own depth: greys of 2 and 4 bits are spread to 8, and of a colour's 16 bits the upper 8 remain.

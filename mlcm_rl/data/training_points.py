@@ -5,6 +5,7 @@ step is the same however it is split into micro-batches.
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ class Draw:
     def rows(self, part: slice) -> "Draw":
         """The samples `part` of it."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Draw(**{name: None if value is None else value[part] for name, value in columns.items()})
+        rows: dict[str, Any] = {name: None if value is None else value[part] for name, value in columns.items()}
+        return Draw(**rows)
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class OnLine:
 
     def realise(self, draw: Draw) -> Batch:
         base, weight = self.base, self.base.teacher.guidance_scale
+        assert draw.noise is not None
         conditioning = base.encode_prompts([self.prompts[i] for i in draw.index.tolist()])
         x_t, t, r = draw.noise.to(base.device, copy=True), draw.t.to(base.device), draw.r.to(base.device)
         segment = torch.searchsorted(milestones(NUM_SEGMENTS), draw.t) - 1
@@ -139,6 +142,8 @@ class NoisedData:
 
     def realise(self, draw: Draw) -> Batch:
         base = self.base
+        assert draw.noise is not None
+        assert draw.caption is not None
         captions = (self.captions[i] for i in draw.index.tolist())
         texts = [each[int(part * len(each))] for each, part in zip(captions, draw.caption.tolist(), strict=True)]
         conditioning = base.encode_prompts(texts)
@@ -169,7 +174,7 @@ class RenoisedSamples:
             prompts,
             seed,
         )
-        self.num_samples = store.num_trajectories if store else len(prompts)
+        self.num_samples = store.num_trajectories if store else len(prompts or ())
 
     def draw(self, step: int, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
         index = epoch_order(self.num_samples, self.stage.batch_size, step, self.seed, "distill")
@@ -182,6 +187,7 @@ class RenoisedSamples:
     @torch.no_grad()
     def realise(self, draw: Draw) -> Batch:
         base, num_steps = self.base, self.stage.num_teacher_steps
+        assert draw.noise is not None
         x0, conditioning = self._samples(draw)
         t, r = draw.t.to(base.device), draw.r.to(base.device)
         x_t = x_r = add_noise(x0, draw.noise.to(base.device), t, base.schedule)
@@ -196,6 +202,8 @@ class RenoisedSamples:
         if self.store:
             conditioning = {name: value.to(device) for name, value in self.store.conditioning(draw.index).items()}
             return self.store.x0(draw.index).to(device), conditioning
+        assert self.prompts is not None
+        assert draw.seed is not None
         conditioning = self.base.encode_prompts([self.prompts[i] for i in draw.index.tolist()])
         generators = [torch.Generator().manual_seed(seed) for seed in draw.seed.tolist()]
         noise = self.base.noise(generators, len(generators))
@@ -238,6 +246,7 @@ def _guided_step(
 def _on(
     device: torch.device, x_t: Tensor, x_r: Tensor | None, x_s: Tensor | None, draw: Draw, conditioning: Conditioning
 ) -> Batch:
-    states = (None if x is None else x.to(device) for x in (x_t, x_r, x_s))
-    times = (time.to(device) for time in (draw.t, draw.r, draw.s))
-    return Batch(*states, *times, {name: value.to(device) for name, value in conditioning.items()})
+    x_r, x_s = (None if x is None else x.to(device) for x in (x_r, x_s))
+    t, r, s = (time.to(device) for time in (draw.t, draw.r, draw.s))
+    on_device = {name: value.to(device) for name, value in conditioning.items()}
+    return Batch(x_t.to(device), x_r, x_s, t, r, s, on_device)

@@ -74,7 +74,7 @@ class Writer:
     def __init__(self, folder: Path, provenance: Provenance, shard_size: int, batch_size: int):
         self.folder, self.provenance, self.shard_size, self.batch_size = folder, provenance, shard_size, batch_size
         self.total = provenance.num_trajectories + provenance.num_held_out
-        self.record = {"provenance": vars(provenance), "shard_size": shard_size, "shards": {}}
+        self.record: dict[str, Any] = {"provenance": vars(provenance), "shard_size": shard_size, "shards": {}}
         path = folder / "store.json"
         if path.is_file():
             self.record = read_record(path)

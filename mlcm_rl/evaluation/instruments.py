@@ -20,7 +20,8 @@ from ..recipe import Evaluate
 from ..rewards.prompts import refuse_prompts
 from ..storage.hashing import sha256
 from ..storage.untrusted import Faults, brief
-from . import inception, judge, metrics
+from . import inception, metrics
+from . import judge as judges
 
 NUM_SUBSETS = 10  # of the prompts, for the standard error of KID
 
@@ -29,7 +30,7 @@ NUM_SUBSETS = 10  # of the prompts, for the standard error of KID
 class Instruments:
     """All that a recipe asks for; what it does not name is None or empty."""
 
-    judge: judge.Judge | None
+    judge: judges.Judge | None
     concepts: Tensor  # (P,) index among the judge's concepts, -1 where there is none
     inception: metrics.InceptionDistances | None
     clip: metrics.ClipScore | None
@@ -59,19 +60,19 @@ class Instruments:
         """
         by_prompt = {name: reading.unflatten(0, (-1, images_per_prompt)) for name, reading in readings.items()}
         num_subsets = max(1, min(NUM_SUBSETS, len(self.concepts) // 2))
-        values = {}
+        values: dict[str, Tensor] = {}
         if self.judge is not None:
-            values |= self._judged(by_prompt["judge"], num_subsets)
+            values |= self._judged(self.judge, by_prompt["judge"], num_subsets)
         if self.inception is not None:
             values |= self.inception.values(by_prompt["inception"], num_subsets)
         return values | {name: by_prompt[name].mean(1) for name in readings if name not in ("judge", "inception")}
 
-    def _judged(self, features: Tensor, num_subsets: int) -> dict[str, Tensor]:
-        """KID, retrieval and diversity by the judge's `features` (P, I, D)."""
+    def _judged(self, judge: judges.Judge, features: Tensor, num_subsets: int) -> dict[str, Tensor]:
+        """KID, retrieval and diversity by the `judge` and its `features` (P, I, D)."""
         images_per_prompt = features.shape[1]
-        values = {"kid": metrics.kid(features, self.judge.reference_features.cpu(), num_subsets, gamma=1.0)}
+        values = {"kid": metrics.kid(features, judge.reference_features.cpu(), num_subsets, gamma=1.0)}
         concepts = self.concepts.repeat_interleave(images_per_prompt).clamp(min=0)
-        rank = metrics.ranks(features.flatten(0, 1), self.judge.prototypes.cpu(), concepts)
+        rank = metrics.ranks(features.flatten(0, 1), judge.prototypes.cpu(), concepts)
         for k in (1, 5):
             hits = metrics.recall(rank, k).unflatten(0, (-1, images_per_prompt)).mean(1)
             values[f"r@{k}"] = torch.where(self.concepts >= 0, hits, math.nan)
@@ -86,7 +87,7 @@ def load(stage: Evaluate, prompts: list[Prompt], resolution: int, device: torch.
     Raises ValueError for prompts that the judge does not have or a reward cannot score, and for a folder without real
     pictures.
     """
-    found = judge.load(Path(stage.judge), device) if stage.judge else None
+    found = judges.load(Path(stage.judge), device) if stage.judge else None
     concepts = concept_indices(prompts, found.concepts if found else [], stage.prompts)
     distances, clip, networks = None, None, {}
     if stage.inception is not None and stage.real_images is not None:
@@ -113,7 +114,7 @@ def concept_indices(prompts: list[Prompt], concepts: list[str], path: str) -> Te
 
     Raises ValueError for a concept that is not there: the prompts are not the judge's.
     """
-    places = {concept: i for i, concept in enumerate(concepts)}
+    places: dict[str | None, int] = {concept: i for i, concept in enumerate(concepts)}
     unknown = sorted({prompt.concept for prompt in prompts if prompt.concept is not None} - set(places))
     if concepts and unknown:
         raise ValueError(

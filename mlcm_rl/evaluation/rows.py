@@ -51,8 +51,8 @@ class Entry:
 def entries(stage: Evaluate, parents: dict[str, Path], base: Base) -> list[Entry]:
     """Every student of the table. Raises ValueError for one of another kind of teacher than `base`."""
     folders = student_folders(stage, parents)
-    tuned = {name: found for name, folder in folders.items() if (found := tuned_from(folder)) is not None}
-    found = []
+    tuned = {name: of for name, folder in folders.items() if (of := tuned_from(folder)) is not None}
+    found: list[Entry] = []
     for name, folder in folders.items():
         described = describe(folder)
         for key, expected in (("family", base.family), ("prediction_type", base.prediction_type)):
@@ -122,7 +122,7 @@ def student_rows(stage: Evaluate, index: int, student: Entry) -> list[Row]:
     (With one step gamma changes nothing, and grids may agree.) A student told its target may stop anywhere, so it takes
     the even grid; the others take one that holds their K boundaries.
     """
-    rows = {}
+    rows: dict[tuple[tuple[int, ...], float | None], Row] = {}
     num_segments = 1 if student.conditioned else student.num_segments
     for gamma in student.gammas:
         for grid in sorted(stage.grids):  # milestones, paper

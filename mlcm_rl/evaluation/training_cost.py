@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from ..cost.evaluations import evaluations_per_phase, network_evaluations
-from ..recipe import Distill, Feedback, Recipe, Stage, Trajectories, Tuning
+from ..recipe import Distill, Dpo, Feedback, Policy, Recipe, Stage, Trajectories, Tuning
 from ..storage.files import read_json
 
 
@@ -63,6 +63,7 @@ def of_stage(recipe: Recipe, position: int, num_phases: int | None = None) -> Tr
     for i, stage in enumerate(recipe.stages[: position + 1]):
         if not isinstance(stage, Distill) and i != position:
             continue
+        assert isinstance(stage, Distill | Tuning)
         drawn, by_teacher, by_student = _of_steps(stage, recipe, num_phases if i == position else None)
         samples, online, student = samples + drawn, online + by_teacher, student + by_student
         if isinstance(stage, Distill | Feedback) and stage.reads_trajectories:
@@ -71,7 +72,7 @@ def of_stage(recipe: Recipe, position: int, num_phases: int | None = None) -> Tr
     return TrainingCost(samples, sum(stores.values()), online, student)
 
 
-def _of_steps(stage: Distill | Tuning, recipe: Recipe, num_phases: int | None) -> tuple[int, int, int]:
+def _of_steps(stage: Distill | Feedback | Dpo | Policy, recipe: Recipe, num_phases: int | None) -> tuple[int, int, int]:
     """Samples drawn in a stage's steps, and the evaluations that they took of the teacher and of the student."""
     if not isinstance(stage, Distill):
         return stage.num_steps * stage.batch_size, 0, network_evaluations(stage, recipe)

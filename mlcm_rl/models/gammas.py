@@ -1,6 +1,7 @@
 """The gamma that a student is sampled with: what it was tuned under, or what suits it."""
 
 from pathlib import Path
+from typing import Any
 
 from ..recipe.experiment import TUNING
 from ..recipe.types import default_gamma
@@ -14,7 +15,7 @@ def tuned_from(folder: Path) -> tuple[str, float] | None:
     None for a student that is not tuned.
     """
     manifest = folder.parent / "manifest.json"
-    kept = read_json(manifest) if manifest.is_file() else {"kind": None}
+    kept: dict[str, Any] = read_json(manifest) if manifest.is_file() else {"kind": None}
     if kept["kind"] not in TUNING:
         return None
     gamma = kept["stage"]["gamma"]

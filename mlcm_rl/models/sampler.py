@@ -68,7 +68,10 @@ def walk(
         yield x_t, x0
         if i < last:
             with torch.set_grad_enabled(last - i < grad_steps):
-                fresh = x0 if gamma == 0.0 else base.noise(generators, len(noise))  # DDIM draws and uses none
+                fresh = x0  # DDIM draws and uses none
+                if gamma != 0.0:
+                    assert generators is not None
+                    fresh = base.noise(generators, len(noise))
                 x_t = gamma_step(x_t, x0, t, s, fresh, gamma, base.schedule)
 
 
@@ -109,4 +112,4 @@ def jumps(times: Sequence[int], like: Tensor) -> Iterator[tuple[Tensor, Tensor]]
     if not times or any(t <= s for t, s in zip(times, ends, strict=True)):
         raise ValueError(f"times {list(times)} must be one or more, descending, above 0")
     for t, s in zip(times, ends, strict=True):
-        yield tuple(torch.full((len(like),), time, device=like.device) for time in (t, s))
+        yield torch.full((len(like),), t, device=like.device), torch.full((len(like),), s, device=like.device)

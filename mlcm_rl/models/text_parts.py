@@ -2,8 +2,8 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 
 from ..storage.files import read_json, write_json
@@ -27,7 +27,7 @@ def write_for_transformers_4(pipeline: DiffusionPipeline, folder: Path) -> None:
     write_json(folder / "model_index.json", index)
 
 
-def _write_prefixed(encoder: torch.nn.Module, folder: Path) -> None:
+def _write_prefixed(encoder: Any, folder: Path) -> None:
     """A tower that was not loaded from a published file is saved under bare names: transformers 4 finds none of them
     and draws all weights at random."""
     weights = {f"{PREFIX}{name.removeprefix(PREFIX)}": value for name, value in encoder.state_dict().items()}

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..recipe import Recipe, Stage, Tuning
+from ..recipe import Feedback, Recipe, Stage
 from ..rewards.weights import cache_folder
 from ..storage.files import CheckpointError, read_json, write_json
 from ..storage.hashing import sha256_once
@@ -48,7 +48,7 @@ def described(stage: Stage, recipe: Recipe, teacher: Path, **others: Any) -> dic
     """Return all that an estimate of `stage` depends on, of the shapes of the `teacher` in a folder and of `others`."""
     settings = stage.model_dump(mode="json", exclude=set(WITHOUT))
     settings |= {name: bool(settings[name]) for name in NAMES if name in settings}
-    small = Path(stage.small_decoder) if isinstance(stage, Tuning) and getattr(stage, "small_decoder", None) else None
+    small = Path(stage.small_decoder) if isinstance(stage, Feedback) and stage.small_decoder else None
     return {
         "stage": settings,
         "teacher": recipe.teacher.model_dump(mode="json", exclude={"path", "revision"}),

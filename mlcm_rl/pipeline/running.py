@@ -21,7 +21,7 @@ from ..cost.launches import Launch
 from ..cost.peak import Meter, begin
 from ..models.students import tuned_steps
 from ..preference import guard
-from ..recipe import Distill, Recipe, Reward, Stage, TrainTeacher, Tuning, paths
+from ..recipe import Distill, Evaluate, Recipe, Reward, Stage, TrainTeacher, Tuning, paths
 from ..storage import checkpoints, files, lock
 from ..storage import manifest as checkpoint
 from ..storage.commit import commit
@@ -258,6 +258,7 @@ def with_teacher(recipe: Recipe, folder: Path) -> Recipe:
 
 def with_trained_reward(stage: Stage, folder: Path) -> Stage:
     """`stage` with the rewards that are of its recipe read from `folder`, where the `train_reward` stage was."""
+    assert isinstance(stage, Evaluate | Tuning)  # no other has such a parent
     changes: dict[str, object] = {"rewards": _from_folder(stage.rewards, folder)}
     if isinstance(stage, Tuning):
         held_out = _from_folder(stage.guard.rewards, folder)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class Student:
     def jump(self, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
         """Start and end (B,) of the sampler's step number `step`; the last one ends at 0."""
         t, s = ([*self.times, 0][i] for i in (step, step + 1))
-        shape = {"dtype": torch.int64, "device": self.base.device}
+        shape: dict[str, Any] = {"dtype": torch.int64, "device": self.base.device}
         return torch.full((batch_size,), t, **shape), torch.full((batch_size,), s, **shape)
 
     def jumps(self, steps: Tensor) -> tuple[Tensor, Tensor]:

@@ -98,6 +98,9 @@ class OneStage(Strict):
 class Training(OneStage):
     """What every stage that trains has in common."""
 
+    if TYPE_CHECKING:
+        kind: str  # which each of them gives its own value
+
     batch_size: int = Field(gt=0, le=65_536, description="samples per optimiser step")
     gradient_accumulation: PositiveInt = Field(
         1, description="micro-batches a step is split into; must divide batch_size"

@@ -67,7 +67,11 @@ def headline(report: dict[str, Any], name: str | None = None) -> dict[str, Any]:
             "not measured there."
         )
         return {"num_evaluations": HEADLINE_BUDGET, "passed": False, "checks": [], "text": text}
-    checks = [compare(own[0], best(teachers, key), key) for key in measured(report, COMPARED)]
+    checks = []
+    for key in measured(report, COMPARED):
+        rival = best(teachers, key)
+        assert rival is not None  # there are teachers
+        checks.append(compare(own[0], rival, key))
     tuned = next((one for one in report.get("tuned", []) if one["name"] == name), None)
     lost = tuned_students.lost(tuned) if tuned else []
     said = [sentence(report, check) for check in checks] + ([tuned_students.outcome(tuned)] if tuned else [])

@@ -30,7 +30,7 @@ COLOURS = (
 GREYS = ("#7d8590", "#a38a6a", "#6a8fa3")  # for the undistilled teacher
 MANY = 4  # students
 SIZE = (4.4, 3.1)  # inches; a plot is scaled to its column, so that its text stays readable on a phone
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -164,7 +164,7 @@ def _learned(axes: Axes, student: dict[str, Any], curves: Sequence[list], labels
     """Those of `curves` [step, value] that have points, and the step that the guard kept."""
     for colour, curve, label in zip(COLOURS, curves, labels, strict=False):
         if curve:
-            few = {"marker": "o", "ms": 3.0} if len(curve) <= 30 else {}
+            few: dict[str, Any] = {"marker": "o", "ms": 3.0} if len(curve) <= 30 else {}
             axes.plot(*zip(*curve, strict=True), color=colour, lw=1.6, label=label, **few)
     kept = student["guard"]["kept_step"]
     axes.axvline(kept, color=INK, lw=1.0, ls=(0, (2, 2)), label=f"kept: step {kept}")
@@ -175,9 +175,9 @@ def _learned(axes: Axes, student: dict[str, Any], curves: Sequence[list], labels
 def _horizontal(axes: Axes, value: float, text: str, below: bool) -> None:
     """A dashed line at `value`, labelled at its right end above it, or at its left end below it."""
     axes.axhline(value, color=INK, lw=0.9, ls=(0, (6, 3)), alpha=0.7)
-    place = {"ha": "left", "va": "top"} if below else {"ha": "right", "va": "bottom"}
+    place: dict[str, Any] = {"ha": "left", "va": "top"} if below else {"ha": "right", "va": "bottom"}
     xy, offset = (0.0 if below else 1.0, value), (2, -3) if below else (0, 2)
-    where = {"xycoords": ("axes fraction", "data"), "xytext": offset, "textcoords": "offset points"}
+    where: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "xytext": offset, "textcoords": "offset points"}
     axes.annotate(text, xy, **where, **place, fontsize=8, color=INK)
 
 
@@ -197,7 +197,8 @@ def _dashes(dash: str) -> str | tuple:
 
 def _log(axes: Axes) -> None:
     """A logarithmic axis with plain numbers, where every value is positive."""
-    low = min((value for line in axes.lines for value in line.get_ydata()), default=0.0)
+    drawn: Sequence[Any] = axes.lines
+    low = min((value for line in drawn for value in line.get_ydata()), default=0.0)
     if low > 0:
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -216,7 +217,7 @@ def _svg(figure: Figure, description: str) -> str:
     return f'{head} role="img" aria-label="{escape(description)}">{_own_ids(rest, figure.get_gid())}'
 
 
-def _own_ids(body: str, prefix: str) -> str:
+def _own_ids(body: str, prefix: str | None) -> str:
     """`body` with the ids that something in it points to made its own, the rest dropped: a page holds several plots."""
     pointed_to = set(re.findall(r"""(?:url\(#|href="#)([^")]+)""", body))
     body = re.sub(r"""(url\(#|href="#)""", rf"\g<1>{prefix}-", body)

@@ -53,21 +53,21 @@ def read(folders: dict[str, Path]) -> list[dict[str, Any]]:
     return found
 
 
-def read_curves(stage: Path) -> dict[str, list[list[float]]]:
+def read_curves(stage: Path) -> dict[str, list[list[float | None]]]:
     """Curves (step, value) over a stage's log: gains, guard/reward/<name> at each look, reward/<name> of its batches.
 
     Gains begin at step 0, where they are 0 by definition.
     """
     records = [json.loads(line) for line in (stage / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     looks = history(stage)
-    curves = {gain: [[0, 0.0], *_curve(looks, gain)] for gain in GAINS}
+    curves: dict[str, list[list[float | None]]] = {gain: [[0, 0.0], *_curve(looks, gain)] for gain in GAINS}
     for found, prefix in ((looks, "guard/reward/"), (records, "reward/")):
         keys = dict.fromkeys(key for record in found for key in record if key.startswith(prefix))
         curves |= {key: _curve(found, key) for key in keys}
     return curves
 
 
-def _curve(records: list[dict], key: str) -> list[list[float]]:
+def _curve(records: list[dict], key: str) -> list[list[float | None]]:
     return binned([(record["step"], record[key]) for record in records if key in record])
 
 
@@ -163,7 +163,9 @@ def _against_reference(student: dict[str, Any]) -> dict[str, list[str]]:
     """
     comparison = nearest(student)
     found: dict[str, list[str]] = {"ahead": [], "behind": []}
-    for key, name, _ in rewards(student, comparison) if comparison else []:
+    if comparison is None:
+        return found
+    for key, name, _ in rewards(student, comparison):
         rate = comparison["win_rates"][key]
         if (side := _side(rate["mean"], rate["se"], 0.5)) is not None:
             found[side].append(f"{name} (win rate {number(rate)})")

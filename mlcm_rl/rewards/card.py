@@ -28,13 +28,18 @@ NUM_CLIMBED, NUM_STEPS, STEP = 16, 10, 2 / 255  # pictures that are changed to p
 
 
 def write(
-    stage: TrainReward, recipe: Recipe, table: PairTable, held_out: Tensor, reward: RewardModel, folder: Path
+    stage: TrainReward,
+    recipe: Recipe,
+    table: PairTable,
+    held_out: Tensor,
+    reward: RewardModel,
+    device: torch.device,
+    folder: Path,
 ) -> None:
-    """Write `card.md`, `measured.json` and `training.png` for `reward`, which `stage` has trained into `folder`.
+    """Write `card.md`, `measured.json` and `training.png` for `reward` on `device`, trained by `stage` into `folder`.
 
     `held_out` (N,) bool marks the pairs of `table` that it was not trained on.
     """
-    device = torch.device(reward.device)
     scores = torch.cat([_scores(reward, images.flatten(0, 1).to(device)) for images in table.batches(stage.resolution)])
     scores = scores.unflatten(0, (-1, 2))
     measured = {

@@ -114,7 +114,7 @@ def _answers(reward: RewardModel, name: str, batch: list[Entry]) -> list[Scored 
     if not batch:
         return []
     try:
-        images = torch.stack([one.pixels for one in batch]).float().div_(255)
+        images = torch.stack([one.pixels for one in batch if one.pixels is not None]).float().div_(255)
         scores = score(reward, name, images, [one.prompt for one in batch]).tolist()
     except RewardError as error:
         if len(batch) == 1:

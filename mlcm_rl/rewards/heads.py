@@ -36,7 +36,7 @@ class FeatureScale:
     def fold_into(self, first: nn.Linear) -> None:
         """Make a head whose layer `first` was trained on scaled features take them as they are, in place."""
         first.weight /= self.deviation
-        first.bias -= first.weight @ self.mean
+        first.bias.sub_(first.weight @ self.mean)
 
 
 def dropped(features: Tensor, share: float, draws: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from .contract import RewardError, RewardModel
 
 
 def refuse_prompts(
-    reward: RewardModel,
+    reward: RewardModel | type[RewardModel],
     name: str,
     prompts: Collection[Prompt],
     path: str | Path,
@@ -32,7 +32,9 @@ def refuse_prompts(
     )
 
 
-def _why_not(reward: RewardModel, name: str, prompt: Prompt, aspect: float, may_skip: bool) -> str | None:
+def _why_not(
+    reward: RewardModel | type[RewardModel], name: str, prompt: Prompt, aspect: float, may_skip: bool
+) -> str | None:
     """Return why `reward` cannot score `prompt`, None where it can as far as it says."""
     if reward.needs_prompt and prompt.language not in reward.languages:
         return None if may_skip else f"{name} reads prompts in {', '.join(reward.languages)}, not in {prompt.language}"

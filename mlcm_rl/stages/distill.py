@@ -108,6 +108,7 @@ def make_source(
         return StoredStates(stage, base, store, recipe.seed)
     if stage.source == "online":
         return OnLine(stage, base, read_texts(stage, base), recipe.seed)
+    assert stage.images is not None  # which the recipe sees to
     folder = CaptionedImages(stage.images, base.resolution)
     tell_truncated(base, [text for captions in folder.prompts for text in captions], stage.images)
     latents = pictures.encode(base, folder.images, stage.micro_batch)
@@ -116,6 +117,7 @@ def make_source(
 
 def read_texts(stage: Distill, base: Base) -> list[str]:
     """The prompts of a stage that has the teacher draw."""
+    assert stage.prompts is not None  # which the recipe sees to
     texts = [prompt.prompt for prompt in read_prompts(stage.prompts)]
     tell_truncated(base, texts, stage.prompts)
     return texts
@@ -135,13 +137,16 @@ def loss(
     x0 = base.x0(student, batch.x_t, batch.t, batch.conditioning, s)
     if stage.method == "inter_segment":
         x0_at_r = no_grad_x0(rt, base, student, average, batch, s)
+        assert batch.x_r is not None
         target = consistency.inter_segment_target(x0_at_r, batch.x_r, batch.r)
         weight = snr(batch.t, base.schedule) + 1.0 if settings.space == "x0" else 1.0
         return weight * settings.distance(x0, target)
     if settings.target == "trajectory":
+        assert batch.x_s is not None
         target = batch.x_s
     else:
         x0_at_r = no_grad_x0(rt, base, student, average, batch, s)
+        assert batch.x_r is not None
         target = consistency.transfer(batch.x_r, x0_at_r, batch.r, batch.s, base.schedule)
     error = consistency.LOSSES[settings.space]
     return error(x0, batch.x_t, batch.t, target, batch.s, base.schedule, settings.distance)
@@ -152,6 +157,7 @@ def no_grad_x0(
     rt: Runtime, base: Base, student: torch.nn.Module, average: Weights, batch: Batch, s: Tensor | None
 ) -> Tensor:
     """f at the pair's second point (B, C, H, W), by the target network: the student's own weights or their average."""
+    assert batch.x_r is not None
     with rt.swapped(average):
         return base.x0(student, batch.x_r, batch.r, batch.conditioning, s)
 

@@ -112,6 +112,7 @@ class StoredPairs:
 
     def __init__(self, stage: Dpo, base: Base, seed: int):
         self.stage, self.base, self.seed = stage, base, seed
+        assert stage.pairs is not None
         table = PairTable(stage.pairs)
         self.prompts = tuning.spoken(table.prompts, stage.languages, stage.pairs)
         tell_truncated(base, [prompt.prompt for prompt in self.prompts], stage.pairs)
@@ -228,6 +229,7 @@ def denoising_errors(
 
 def step_log_ratio(student: tuning.Student, pairs: Pairs, step: int) -> Tensor:
     """log pi / pi_ref (2, B), per element, of the step that each rollout took from its state number `step`."""
+    assert pairs.states is not None  # those that were drawn have them
     x_t, x_s = pairs.states[:, step].flatten(0, 1), pairs.states[:, step + 1].flatten(0, 1)
     conditioning = both(pairs.conditioning)
     t, s = student.jump(step, len(x_t))

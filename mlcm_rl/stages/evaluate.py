@@ -19,7 +19,7 @@ from torch import Tensor
 from ..data.prompts import Prompt, first_prompts
 from ..evaluation import instruments, metrics, undistilled
 from ..evaluation.row_store import RowStore, open_store, record_path, reference_folder
-from ..evaluation.rows import Row, entries, student_rows, teacher_rows
+from ..evaluation.rows import Entry, Row, entries, student_rows, teacher_rows
 from ..models import pictures, sampler
 from ..models.base import Base, Conditioning
 from ..models.students import Student, load_student
@@ -75,7 +75,7 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
     teachers = teacher_rows(stage, recipe.teacher.guidance_scale)
     store = open_store(stage, recipe, parents, teachers[0], base.device.type)
     processes.by_first(store.sweep)
-    table = [(None, teachers)]
+    table: list[tuple[Entry | None, list[Row]]] = [(None, teachers)]
     table += [(student, student_rows(stage, index, student)) for index, student in enumerate(students)]
     total = len(scene.batches()) * sum(row.num_evaluations for _, rows in table for row in rows)
     records = []
@@ -238,9 +238,13 @@ def sample(scene: Scene, row: Row, student: Student | None, batch: list[Sample],
     generators = [seeding.generator(scene.seed, "evaluate", i, j) for i, j in batch]
     noise = base.noise(generators, len(batch))
     if student is not None:
+        assert row.times is not None
+        assert row.gamma is not None
         return sampler.sample(
             base, student.denoiser, conditioning, noise, row.times, row.gamma, generators, row.conditioned
         )
+    assert row.solver is not None
+    assert row.guidance_scale is not None
     unconditional = base.unconditional(len(batch))
     return undistilled.sample(base, conditioning, unconditional, noise, row.solver, row.num_steps, row.guidance_scale)
 

@@ -52,7 +52,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
         draws, scores = rt.generator("draws", step), tuning.Scores()
         rt.samples = prompts.texts(step, stage.batch_size)
         drawn = source.draw(step, student.num_segments, "next", draws) if source else None
-        stored = [drawn.rows(part) for part in rt.micro_batches()] if source else []
+        stored = [drawn.rows(part) for part in rt.micro_batches()] if drawn else []
         last = last_step(stage, len(student.times), draws)
         losses = (
             loss(stage, student, rewards, begun, source.realise(stored[i]) if source else None, last, scores)
@@ -178,5 +178,6 @@ def stored_states(stage: Feedback, recipe: Recipe, base: Base, parents: dict[str
 def stored_loss(student: tuning.Student, batch: Batch) -> Tensor:
     """Squared error (B,) of the student's jumps between stored states: what keeps it a consistency model."""
     x0 = student.x0(batch.x_t, batch.t, batch.s, batch.conditioning, gamma=0.0)
+    assert batch.x_s is not None
     x_s = consistency.transfer(batch.x_t, x0, batch.t, batch.s, student.base.schedule)
     return consistency.squared_l2(x_s, batch.x_s)

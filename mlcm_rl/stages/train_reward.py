@@ -57,12 +57,14 @@ def run(stage: TrainReward, recipe: Recipe, parents: dict[str, Path], folder: Pa
             rt.save(step + 1)
     rt.write(write_reward, stage, pairs.scale, folder)
     reward = trained.Trained(rt.device, torch.float32, str(folder))
-    by_first(card.write, stage, recipe, table, held_out, reward, folder)
+    by_first(card.write, stage, recipe, table, held_out, reward, rt.device, folder)
 
 
-def write_reward(head: nn.Module, stage: TrainReward, scale: FeatureScale, folder: Path) -> None:
+def write_reward(head: nn.Sequential, stage: TrainReward, scale: FeatureScale, folder: Path) -> None:
     """The files of the reward `trained`, with `scale` folded into the head's first layer."""
-    scale.fold_into(head[0])
+    first = head[0]
+    assert isinstance(first, nn.Linear)
+    scale.fold_into(first)
     tensors.write_tensors(folder / trained.HEAD_FILE, head.state_dict())
     files.write_json(folder / trained.DESCRIPTION_FILE, trained.description(stage.backbone))
 

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -165,7 +166,7 @@ def as_teacher(base: Base, denoiser: nn.Module) -> Iterator[None]:
         base.denoiser = own
 
 
-def write_teacher(denoiser: nn.Module, part: str, source: Path, folder: Path) -> None:
+def write_teacher(denoiser: Any, part: str, source: Path, folder: Path) -> None:
     """Write the pipeline in `source`, with `denoiser` in half precision as its component `part`, to `folder`."""
     with files.replacing(folder) as temporary:
         shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(part))

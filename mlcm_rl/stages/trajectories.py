@@ -79,6 +79,7 @@ def refuse_nonfinite(states: Tensor, x0: Tensor, texts: list[str], grid: list[in
         return
     step = finite.first_bad_row(states.transpose(0, 1))
     place = finite.first_bad_row(x0 if step is None else states[:, step])
+    assert place is not None  # one of them is not finite
     step = len(grid) - 1 if step is None else step
     raise ValueError(
         f"prompt {texts[place]!r}: step {step} of {len(grid) - 1} of the solver, from t = {grid[step - 1]} to "

@@ -50,7 +50,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in REFUSALS:
             raise
-        reason = error.strerror.lower() if isinstance(error, OSError) else error
+        reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
         raise CheckpointError(f"{path} could not be written ({reason}); what was there before is as it was") from error
     finally:
         remove(temporary)

@@ -31,7 +31,9 @@ def held(folder: Path, wait: bool = False) -> Iterator[None]:
                 f"{folder} is being written by {owner}: wait for it or end it, then run again"
             ) from None
         except OSError as error:
-            raise CheckpointError(f"{folder / FILE} cannot be locked ({error.strerror.lower()})") from error
+            raise CheckpointError(
+                f"{folder / FILE} cannot be locked ({(error.strerror or str(error)).lower()})"
+            ) from error
         with told_of(folder / FILE):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}")

@@ -9,8 +9,9 @@ written from, whatever the engine.
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import _GeneratorContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -195,6 +196,8 @@ def blocks_of(denoiser: nn.Module, named: Sequence[str]) -> list[nn.Module]:
 class Sharded(_InParts):
     """PyTorch's FSDP2, block by block as the launch file says. (accelerate's own preparation leaves a CPU out.)"""
 
+    trained: dict[str, Any]  # parameters that are distributed tensors
+
     def __init__(self, accelerator: Accelerator, student: nn.Module, optimizer: torch.optim.Optimizer, stage: Training):
         super().__init__(student, optimizer, stage)
         plugin = FullyShardedDataParallelPlugin()
@@ -210,7 +213,7 @@ class Sharded(_InParts):
         return {name: value.to_local() for name, value in self.trained.items()}
 
     def full(self) -> Weights:
-        whole = get_model_state_dict(self.student, options=self._whole)  # the model's buffers too
+        whole: dict[str, Any] = get_model_state_dict(self.student, options=self._whole)  # the model's buffers too
         return {name: value.cpu() for name, value in whole.items() if name in self.trained}
 
     def fill(self, weights: Weights) -> None:
@@ -220,7 +223,7 @@ class Sharded(_InParts):
         )
 
     def moments(self) -> Weights:
-        state = get_optimizer_state_dict(self.student, self.optimizer, options=self._whole)["state"]
+        state: Any = get_optimizer_state_dict(self.student, self.optimizer, options=self._whole)["state"]
         return {
             f"optimizer.{index}.{key}": value.cpu()
             for index, name in enumerate(self.trained)
@@ -228,7 +231,7 @@ class Sharded(_InParts):
         }
 
     def fill_moments(self, tensors: Weights) -> None:
-        found = get_optimizer_state_dict(self.student, self.optimizer, options=self._whole)
+        found: dict[str, Any] = get_optimizer_state_dict(self.student, self.optimizer, options=self._whole)
         for index, name in enumerate(self.trained):
             entry = found["state"][name]
             found["state"][name] = {
@@ -237,11 +240,14 @@ class Sharded(_InParts):
         set_optimizer_state_dict(self.student, self.optimizer, found, options=self._whole)
 
     def _clip(self) -> Tensor:
-        return nn.utils.clip_grad_norm_(self.trained.values(), self.stage.max_grad_norm).full_tensor()
+        norm: Any = nn.utils.clip_grad_norm_(self.trained.values(), self.stage.max_grad_norm)
+        return norm.full_tensor()
 
 
 class Zero(_InParts):
     """DeepSpeed's ZeRO through accelerate; stages 1 and 2 hold whole weights and parts of what Adam knows of them."""
+
+    trained: dict[str, Any]  # parameters with what DeepSpeed has put on them
 
     def __init__(self, accelerator: Accelerator, student: nn.Module, optimizer: torch.optim.Optimizer, stage: Training):
         super().__init__(student, optimizer, stage)
@@ -256,7 +262,7 @@ class Zero(_InParts):
             return super().parts()
         return {name: value.ds_tensor for name, value in self.trained.items()}
 
-    def swapped(self, parts: Weights) -> AbstractContextManager[None]:
+    def swapped(self, parts: Weights) -> _GeneratorContextManager[None]:
         """As above; whole weights only point elsewhere: autograd has kept some, and they must not change."""
         return super().swapped(parts) if self.weights_in_parts else Whole.swapped(self, parts)
 

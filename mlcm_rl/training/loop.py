@@ -68,6 +68,7 @@ class Runtime:
         self.pending = signals.Pending()
         self.all_stop = False
         self.last_loss = math.nan
+        self.seeds: dict[str, int] = {}  # of the step, by purpose
         self.samples: list = []  # what the step's losses are of: rows of what the stage reads, or prompts
         self.replayed = replay.asked(folder)
         if stage.precision == "bf16" and self.device.type == "cpu" and not cpu_has_bfloat16():
@@ -233,7 +234,7 @@ class Runtime:
 
     def _figures(self, each: list[Tensor], norm: float) -> dict:
         """What there is to say of the step; `each` holds this process's losses (b,), one tensor a micro-batch."""
-        loss, norm = replay.plain([self.last_loss, norm])
+        loss, grad_norm = replay.plain([self.last_loss, norm])
         own = [losses.tolist() for losses in each]
         together = zip(*processes.collected(own), strict=True)  # a micro-batch's, process by process
         return {
@@ -244,7 +245,7 @@ class Runtime:
             "samples": self.samples,
             "losses": replay.plain([value for parts in together for part in parts for value in part]),
             "loss": loss,
-            "grad_norm": norm,
+            "grad_norm": grad_norm,
         }
 
     def swapped(self, parts: dict[str, Tensor]) -> AbstractContextManager[None]:

@@ -236,7 +236,8 @@ def by_first(function: Callable[..., Item], *arguments: Any) -> Item:
     Where it raises, the first process goes on raising and the others leave: its message says why.
     """
     wait()
-    done, result = False, None
+    done = False
+    result: Any = None
     try:
         if rank() == 0:
             result = function(*arguments)

@@ -23,13 +23,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, entry in state.items():  # torch takes moments of any shape, and fails or broadcasts at the next step
+    for number, entry in state.items():  # torch takes moments of any shape, and fails or broadcasts at the next step
         shapes = {value.shape for value in entry.values() if value.ndim}
-        if index >= len(parameters) or shapes - {parameters[index].shape}:
-            raise ValueError(f"the optimiser's state number {index} is of another parameter")
+        if number >= len(parameters) or shapes - {parameters[number].shape}:
+            raise ValueError(f"the optimiser's state number {number} is of another parameter")
         for name, value in entry.items():  # fused AdamW reads a moment in its parameter's own order of memory
             if value.ndim:
-                entry[name] = torch.empty_like(parameters[index], dtype=value.dtype, device=value.device).copy_(value)
+                entry[name] = torch.empty_like(parameters[number], dtype=value.dtype, device=value.device).copy_(value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

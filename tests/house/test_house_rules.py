@@ -59,6 +59,14 @@ def test_tests_mirror_the_package():
     report(rules.unmirrored([path.relative_to(ROOT / "tests").as_posix() for path in TESTS if path.match("test_*.py")]))
 
 
+def test_the_rules_stand_in_contributing():
+    """Each by its test's name; those that end in `seen` try a rule on violations."""
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names = [name for name in globals() if name.startswith("test_") and not name.endswith("seen")]
+    report([f"CONTRIBUTING.md does not name {name}" for name in names if f"`{name}`" not in guide])
+    report([f"CONTRIBUTING.md does not name mlcm_rl/{name}" for name in rules.ORDER if f"| `{name}` |" not in guide])
+
+
 def test_nothing_that_is_read_is_run():
     """One file is left out: it opens an export as its card tells people to, and runs that card's own code."""
     opens_exports = ROOT / "tests" / "parity" / "stock_samples.py"

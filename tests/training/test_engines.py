@@ -85,7 +85,7 @@ def check_mode(
     """Train in two processes under `mode`, go on in one from what they have saved, and compare with one process."""
     if mode.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
-    script = [str(ROOT / "tests" / "distributed" / "train_twice.py"), str(teacher), str(together), kind]
+    script = [str(ROOT / "tests" / "training" / "train_twice.py"), str(teacher), str(together), kind]
     places = json.dumps({name: str(path) for name, path in parents.items()})
     command = [sys.executable, launch.__file__, "--config_file", str(LAUNCHES / f"{mode}.yaml"), *script, places]
     builds = together / "builds"

@@ -19,7 +19,7 @@ from mlcm_rl.recipe import Distill
 
 def measured(mode: str, teacher: Path, folder: Path, settings: dict) -> list[dict[str, int]]:
     """The bytes that each process found, under the launch file `mode`."""
-    script = [str(ROOT / "tests" / "distributed" / "held_bytes.py"), str(teacher), str(folder), json.dumps(settings)]
+    script = [str(ROOT / "tests" / "training" / "held_bytes.py"), str(teacher), str(folder), json.dumps(settings)]
     command = [sys.executable, launch.__file__, "--config_file", str(LAUNCHES / f"{mode}.yaml"), *script]
     place = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=os.environ | place, capture_output=True, text=True, timeout=SECONDS)
