@@ -10,10 +10,10 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
-from .prompts import Prompt, guess_language, records_of, refuse_no_text
-from .picture_files import picture_in, read_picture, square
-from ..training.progress import say_once
 from ..storage.untrusted import Faults, brief, first_few
+from ..training.progress import say_once
+from .picture_files import picture_in, read_picture, square
+from .prompts import Prompt, guess_language, records_of, refuse_no_text
 
 COLUMNS = ("prompt", "chosen", "rejected")
 INDEX = "metadata.jsonl"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from .picture_files import picture_in, read_picture, square
 from ..storage.untrusted import Faults, brief, parse_json, read_bytes
+from .picture_files import picture_in, read_picture, square
 
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 

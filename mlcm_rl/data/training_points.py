@@ -9,13 +9,13 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from ..models.base import Base, Conditioning
 from ..equations.schedule import add_noise
 from ..equations.segments import NUM_SEGMENTS, draw_jumps, milestones, sampling_times, segment_start
 from ..equations.solver import ddim_step
+from ..models.base import Base, Conditioning
+from ..models.sampler import sample
 from ..recipe import Distill
 from ..training.seeding import epoch_order
-from ..models.sampler import sample
 from .trajectory_store import Store
 
 

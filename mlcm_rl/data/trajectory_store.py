@@ -17,14 +17,14 @@ import torch
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
-from ..storage import finite
-from ..training import processes
 from ..models.base import Base, Conditioning
 from ..models.teachers import teacher_hash
+from ..recipe import Teacher
+from ..storage import finite
 from ..storage.files import CheckpointError, read_json, require_space, write_json
 from ..storage.hashing import sha256
 from ..storage.tensors import read_shapes, read_tensors, write_tensors
-from ..recipe import Teacher
+from ..training import processes
 
 FORMAT = 1  # of the files
 DTYPES = {"float32": torch.float32, "float16": torch.float16}

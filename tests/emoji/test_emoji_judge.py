@@ -88,7 +88,7 @@ def test_the_stored_references_are_the_features_of_the_real_pictures(shipped):
     if not (cache_folder() / "pictures_64.json").exists():
         pytest.skip("the packages have not been fetched: python recipes/emoji/build/sources.py")
     pictures = program.load_pictures(64)
-    rows = program.group_by_concept(pictures)[shipped.concepts[0]]
+    rows = pictures.rows_by_concept(min_styles=2)[shipped.concepts[0]]
     found = program.encode(shipped.encoder, pictures.pixels[rows])
     torch.testing.assert_close(found, shipped.style_prototypes[0], rtol=0, atol=1e-4)
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import reward_models
-from mlcm_rl import rewards
-from mlcm_rl.rewards import RewardError, find, names, score
+from mlcm_rl.rewards import RewardError, find, finding, names, score
 
 GOOD = "class Good:\n    differentiable, needs_prompt, languages = False, True, ('en',)\n"
 FOLDER = Path(reward_models.__file__).parent
@@ -34,9 +33,9 @@ def registered(monkeypatch):
     """A function that registers entry points, as other distributions do."""
 
     def register(**points):
-        made = [EntryPoint(name, value, rewards.ENTRY_POINTS) for name, value in points.items()]
+        made = [EntryPoint(name, value, finding.ENTRY_POINTS) for name, value in points.items()]
 
-        monkeypatch.setattr(rewards, "entry_points", lambda group: EntryPoints(made))
+        monkeypatch.setattr(finding, "entry_points", lambda group: EntryPoints(made))
 
     return register
 

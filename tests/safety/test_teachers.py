@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import runs
 import tiny
-from mlcm_rl.models import teachers
-from mlcm_rl.models.base import files
+from mlcm_rl.models import files, teachers
 from mlcm_rl.pipeline.planning import Sizes
 from mlcm_rl.recipe import Teacher, teacher_check
 from mlcm_rl.recipe.file import load

@@ -16,7 +16,6 @@ from captions import teacher_concepts
 from mlcm_rl.evaluation import judge, metrics
 from sources import EMOJI, MEASURED, STYLES, load_pictures, write_text
 from train_autoencoder import decode, encode, measure_psnr
-from train_judge import group_by_concept
 
 COLUMNS = 24
 
@@ -40,7 +39,7 @@ def main() -> None:
     """Measure the shipped autoencoder; write `measured/reconstructions.json` and the sheet."""
     vae = AutoencoderKL.from_pretrained(EMOJI / "teacher" / "vae")
     assessor, pictures = judge.load(EMOJI / "judge"), load_pictures(64)
-    rows, report = group_by_concept(pictures), {}
+    rows, report = pictures.rows_by_concept(min_styles=2), {}
     for name, concepts in zip(("teacher", "held_out"), teacher_concepts(), strict=True):
         pixels = pictures.pixels[[row for concept in concepts for row in rows[concept.codepoint]]]
         real = torch.from_numpy(np.array(pixels))

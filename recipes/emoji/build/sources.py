@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -256,6 +258,13 @@ class Pictures:
     codepoints: tuple[str, ...]
     styles: tuple[str, ...]
 
+    def rows_by_concept(self, min_styles: int) -> dict[str, list[int]]:
+        """Return codepoint -> rows in the order of STYLES, for concepts drawn in at least so many of them."""
+        rows: dict[str, dict[str, int]] = {}
+        for row, (codepoint, style) in enumerate(zip(self.codepoints, self.styles, strict=True)):
+            rows.setdefault(codepoint, {})[style] = row
+        return {c: [found[s] for s in STYLES if s in found] for c, found in rows.items() if len(found) >= min_styles}
+
 
 def load_pictures(size: int = 64) -> Pictures:
     """Return all concepts in all of STYLES, rendered once per size and kept in the cache as `pictures_<size>.npy`."""
@@ -286,18 +295,22 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give a new folder to write into, which then takes the place of `folder`, so that it appears whole."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
 def write_notice(folder: Path) -> None:
     """Leave OpenMoji's licence beside weights that were trained with it; take it away beside others."""
     if WITH_OPENMOJI:
         write_text(folder / "OPENMOJI.md", OPENMOJI_NOTICE)
     else:
         (folder / "OPENMOJI.md").unlink(missing_ok=True)
-
-
-def progress_line(step: int, num_steps: int, loss: float, seconds: float) -> str:
-    """Return one line of a training's log: where it stands and how long the rest will take at this pace."""
-    remaining = seconds / step * (num_steps - step)
-    return f"step {step}/{num_steps} loss {loss:.4f} {seconds:.0f} s, {remaining:.0f} s left"
 
 
 def main() -> None:

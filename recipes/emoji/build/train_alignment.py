@@ -21,9 +21,10 @@ from captions import LANGUAGES, captions_of, split_of, teacher_concepts
 from reward_models import emoji_alignment
 from reward_models._dual_encoder import DualEncoder, rows_of
 from reward_models._efficientnet_lite import shipped_features
-from sources import MEASURED, Concept, list_concepts, load_pictures, progress_line, write_text
-from train_rewards import features_of, load_views, rows_of_styles, save
+from sources import MEASURED, STYLES, Concept, list_concepts, load_pictures, write_text
+from train_rewards import features_of, load_views, save
 from train_text_towers import STYLE_OR_NONE, concept_targets, first_of_split
+from updates import Updates, say_every
 
 MAX_SCALE = 50.0  # of a cosine, as CLIP bounds its own: the contrast would sharpen without end on what it has seen
 Rows = list[int]
@@ -85,10 +86,7 @@ def train(
     mean = features.mean((0, 1, 2))
     deviation = (features - mean).square().mean().sqrt()
     views = ((features - mean) / deviation).permute(1, 0, 2, 3).flatten(1, 2)  # (K, V S, D)
-    optimizer = torch.optim.AdamW(encoder.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.num_steps, pct_start=0.1
-    )
+    updates = Updates(encoder.parameters(), settings.learning_rate, settings.num_steps, settings.weight_decay)
     for step in range(1, settings.num_steps + 1):
         shown = chance.sample(range(len(pictured)), settings.num_concepts)
         view = torch.randint(views.shape[1], (len(shown),), generator=generator)
@@ -100,10 +98,7 @@ def train(
         read = chance.sample(range(len(targets)), settings.num_concepts)
         meant = encoder.tower(captions.draw(read, chance))
         loss = loss + e5_loss(meant, targets[read].repeat(2, 1))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        updates.take(loss)
         with torch.no_grad():
             encoder.log_scale.clamp_(max=torch.tensor(MAX_SCALE).log())
         on_step(step, loss.item())
@@ -155,17 +150,14 @@ def main() -> None:
     places = {concept.codepoint: place for place, concept in enumerate(concepts)}
     teacher, held_out = teacher_concepts()
     unseen = {concept.codepoint for concept in held_out}
-    drawn = list(rows_of_styles(load_pictures(64)))
+    drawn = list(load_pictures(64).rows_by_concept(len(STYLES)))
     pictured = [places[codepoint] for codepoint in drawn if codepoint not in unseen]
     held_out = [concepts[places[codepoint]] for codepoint in drawn if codepoint in unseen]
     torch.manual_seed(settings.seed)
     encoder = DualEncoder(read.width)
 
-    def on_step(step: int, loss: float) -> None:
-        if step % 100 == 0:
-            print(progress_line(step, settings.num_steps, loss, time.time() - started), flush=True)
-
-    train(encoder, parts["training"], pictured, Captions(concepts), concept_targets(concepts), settings, on_step)
+    say = say_every(100, settings.num_steps)
+    train(encoder, parts["training"], pictured, Captions(concepts), concept_targets(concepts), settings, say)
     rounded = {name: value.half() for name, value in encoder.state_dict().items()}
     encoder.load_state_dict({name: value.float() for name, value in rounded.items()})
     save(rounded, emoji_alignment.SHIPPED)

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlcm_rl.training.loop import cpu_has_bfloat16
-from sources import cache_folder, load_pictures, progress_line, write_text
+from sources import cache_folder, load_pictures, whole_folder, write_text
+from updates import Updates, say_every
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,7 @@ def train(
     generator = torch.Generator().manual_seed(settings.seed)
     averaged = AutoencoderKL.from_config(model.config).requires_grad_(False)
     averaged.load_state_dict(model.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.num_steps, pct_start=0.1
-    )
+    updates = Updates(model.parameters(), settings.learning_rate, settings.num_steps, weight_decay=1e-4, max_norm=1.0)
     batches = index_batches(len(pixels), settings.batch_size, generator)
     for step in range(1, settings.num_steps + 1):
         images = augment(as_images(pixels[next(batches)]), settings.shift, generator, settings.crop)
@@ -114,11 +111,7 @@ def train(
         values = posterior.mean.numel() / len(images)
         loss = reconstruction_loss(decoded.float(), images)
         loss = loss + settings.kl_weight * posterior.kl().float().mean() / values
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        updates.take(loss)
         update_average(averaged, model, min(settings.ema_decay, step / (step + 10)))
         on_step(step, loss.item(), averaged)
     return averaged
@@ -161,11 +154,8 @@ def measure_psnr(model: AutoencoderKL, pixels: Tensor) -> float:
 def save(model: AutoencoderKL, pixels: Tensor, folder: Path) -> None:
     """Set `scaling_factor` to 1 / std of the latents of `pixels`, then write the folder so that it appears whole."""
     model.register_to_config(scaling_factor=1 / encode(model, pixels).std().item())
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial)
 
 
 def main() -> None:
@@ -185,10 +175,10 @@ def main() -> None:
     held_out = np.array([is_held_out(codepoint) for codepoint in pictures.codepoints])
     seen, unseen = (torch.from_numpy(pictures.pixels[mask]) for mask in (~held_out, held_out))
     folder, started, history = cache_folder() / arguments.name, time.time(), []
+    say = say_every(50, settings.num_steps)
 
     def on_step(step: int, loss: float, averaged: AutoencoderKL) -> None:
-        if step % 50 == 0:
-            print(progress_line(step, settings.num_steps, loss, time.time() - started), flush=True)
+        say(step, loss)
         if step % 500 == 0 or step == settings.num_steps:
             history.append({"step": step, "held_out_psnr_db": round(measure_psnr(averaged, unseen), 2)})
             save(averaged, seen[::8], folder)

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from captions import teacher_concepts
 from mlcm_rl.evaluation.judge import BLOCKS, Judge, PictureEncoder
 from mobilenet import trunk_weights
-from sources import EMOJI, STYLES, Pictures, load_pictures, progress_line, write_notice, write_text
+from sources import EMOJI, STYLES, Pictures, load_pictures, write_notice, write_text
+from updates import Updates, say_every
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,6 @@ class JudgeSettings:
     dropout: float = 0.3
     temperature: float = 0.07
     seed: int = 0
-
-
-def group_by_concept(pictures: Pictures) -> dict[str, list[int]]:
-    """Return codepoint -> rows of its pictures, in the order of STYLES, for concepts drawn in two styles or more."""
-    rows: dict[str, dict[str, int]] = {}
-    for row, (codepoint, style) in enumerate(zip(pictures.codepoints, pictures.styles, strict=True)):
-        rows.setdefault(codepoint, {})[style] = row
-    return {c: [found[s] for s in STYLES if s in found] for c, found in rows.items() if len(found) > 1}
 
 
 def contrast(features: Tensor, proxies: Tensor, concepts: Tensor, temperature: float) -> Tensor:
@@ -76,11 +69,7 @@ def train(
     mean, scale = tapped.mean(0), tapped.std(0) + 1e-3
     standard = (tapped - mean) / scale
     proxies = nn.Parameter(torch.randn(len(rows), settings.feature_width, generator=generator))
-    parameters = [*head.parameters(), proxies]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.num_steps, pct_start=0.1
-    )
+    updates = Updates([*head.parameters(), proxies], settings.learning_rate, settings.num_steps, settings.weight_decay)
     for step in range(1, settings.num_steps + 1):
         concepts = draw.sample(range(len(rows)), settings.num_concepts)
         pairs = [draw.sample(rows[concept], 2) for concept in concepts]
@@ -88,10 +77,7 @@ def train(
         kept = torch.rand(batch.shape, generator=generator) >= settings.dropout
         features = F.normalize(head(batch * kept / (1 - settings.dropout)), dim=-1)
         loss = contrast(features, proxies, torch.tensor(concepts), settings.temperature)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        updates.take(loss)
         on_step(step, loss.item())
     with torch.no_grad():
         head.weight /= scale
@@ -128,7 +114,7 @@ def cross_style_recall(features: Tensor, queries: slice, ks: Sequence[int] = (1,
 
 def validate(encoder: PictureEncoder, pictures: Pictures) -> dict[str, object]:
     """Return cross-style recall of held-out and teacher concepts, and the chance of being right."""
-    rows = group_by_concept(pictures)
+    rows = pictures.rows_by_concept(min_styles=2)
     teacher, held_out = ([c.codepoint for c in part] for part in teacher_concepts())
     everything = [*held_out, *teacher]
     pixels = pictures.pixels[[row for codepoint in everything for row in rows[codepoint]]]
@@ -149,7 +135,7 @@ def save(encoder: PictureEncoder, settings: JudgeSettings, pictures: Pictures, f
     """
     rounded = {name: weight.half().contiguous() for name, weight in encoder.state_dict().items()}
     encoder.load_state_dict({name: weight.float() for name, weight in rounded.items()})
-    rows = group_by_concept(pictures)
+    rows = pictures.rows_by_concept(min_styles=2)
     concepts = [concept.codepoint for concept in teacher_concepts()[0]]
     features = encode(encoder, pictures.pixels[[row for concept in concepts for row in rows[concept]]])
     references = features.unflatten(0, (len(concepts), len(STYLES))).contiguous()
@@ -180,13 +166,8 @@ def main() -> None:
     tapped = tap(encoder, pictures.pixels)
     print(f"{len(tapped)} pictures through the trunk in {time.time() - started:.0f} s", flush=True)
     held_out = {concept.codepoint for concept in teacher_concepts()[1]}
-    rows = [found for codepoint, found in group_by_concept(pictures).items() if codepoint not in held_out]
-
-    def on_step(step: int, loss: float) -> None:
-        if step % 100 == 0:
-            print(progress_line(step, settings.num_steps, loss, time.time() - started), flush=True)
-
-    train(encoder.head.requires_grad_(True), tapped, rows, settings, on_step)
+    rows = [found for codepoint, found in pictures.rows_by_concept(min_styles=2).items() if codepoint not in held_out]
+    train(encoder.head.requires_grad_(True), tapped, rows, settings, say_every(100, settings.num_steps))
     save(encoder, settings, pictures, arguments.folder)
     minutes = round((time.time() - started) / 60, 1)
     recall = validate(encoder, pictures)

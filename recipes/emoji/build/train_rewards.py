@@ -28,6 +28,7 @@ from reward_models._efficientnet_lite import EFFICIENTNET_LITE0_WEIGHTS
 from reward_models._mobile_trunk import TappedTrunk
 from sources import EMOJI, MEASURED, SHIPPED_STYLES, STYLES, Pictures, load_pictures, write_text
 from train_autoencoder import augment, decode, encode
+from updates import Updates
 
 PREFERENCE = ("fluent", "noto", "twemoji", *STYLES[len(SHIPPED_STYLES) :])  # the best first
 PAIRS = [(STYLES.index(a), STYLES.index(b)) for i, a in enumerate(PREFERENCE) for b in PREFERENCE[i + 1 :]]
@@ -81,26 +82,12 @@ def train_head(
     generator = torch.Generator().manual_seed(settings.seed)
     scale = FeatureScale.of(features)
     standard = scale(features)
-    optimizer = torch.optim.AdamW(head.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.num_steps, pct_start=0.1
-    )
+    updates = Updates(head.parameters(), settings.learning_rate, settings.num_steps, settings.weight_decay)
     for _ in range(settings.num_steps):
         batch = standard[torch.randint(len(standard), (settings.num_concepts,), generator=generator)]
         loss = loss_of(head(dropped(batch, settings.dropout, generator)), settings.contrary).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        updates.take(loss)
     scale.fold_into(head[0] if isinstance(head, nn.Sequential) else head)
-
-
-def rows_of_styles(pictures: Pictures) -> dict[str, list[int]]:
-    """Return codepoint -> rows of its pictures in the order of STYLES, for concepts drawn in every style."""
-    rows: dict[str, dict[str, int]] = {}
-    for row, (codepoint, style) in enumerate(zip(pictures.codepoints, pictures.styles, strict=True)):
-        rows.setdefault(codepoint, {})[style] = row
-    return {c: [found[s] for s in STYLES] for c, found in rows.items() if len(found) == len(STYLES)}
 
 
 def drawings_of(pictures: Pictures, rows: list[list[int]]) -> Tensor:
@@ -184,7 +171,7 @@ def save(state: dict[str, Tensor], path: Path) -> None:
 def load_views(seed: int, shift: int) -> dict[str, list[Tensor]]:
     """Return the views of the concepts drawn in every style, "training" and "held_out", rendered and reconstructed."""
     pictures, vae = load_pictures(64), AutoencoderKL.from_pretrained(EMOJI / "teacher" / "vae")
-    rows, held_out = rows_of_styles(pictures), {concept.codepoint for concept in teacher_concepts()[1]}
+    rows, held_out = pictures.rows_by_concept(len(STYLES)), {concept.codepoint for concept in teacher_concepts()[1]}
     parts = {}
     for name, wanted in (("training", set(rows) - held_out), ("held_out", held_out)):
         images = drawings_of(pictures, [rows[codepoint] for codepoint in rows if codepoint in wanted])

@@ -7,7 +7,6 @@ embedding of the second (its pooled vector) must each say, to a linear head, whi
 import argparse
 import json
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from captions import LANGUAGES, captions_of, label_and_tags, split_of, teacher_concepts
 from e5 import encode_texts
 from mlcm_rl.training.loop import cpu_has_bfloat16
-from sources import STYLES, Concept, cache_folder, list_concepts, progress_line, write_text
+from sources import STYLES, Concept, cache_folder, list_concepts, whole_folder, write_text
+from updates import Updates, say_every
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 STYLE_OR_NONE = (*STYLES, None)
@@ -203,19 +203,14 @@ def train(
     torch.manual_seed(settings.seed)
     heads = [Heads(tower.config.hidden_size, tower.config.projection_dim, targets.shape[1]) for tower in towers]
     parameters = [p for module in (*towers, *heads) for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.02, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.num_steps, pct_start=0.1
+    updates = Updates(
+        parameters, settings.learning_rate, settings.num_steps, weight_decay=0.02, betas=(0.9, 0.98), max_norm=1.0
     )
     for step in range(1, settings.num_steps + 1):
         ids, concepts, styles = batches.draw()
         with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16()):
             loss = towers_loss(towers, heads, ids, targets[concepts], styles, settings.temperature)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        updates.take(loss)
         on_step(step, loss.item())
     return heads
 
@@ -258,13 +253,10 @@ def first_of_split(captions: Sequence[str], split: str = "test") -> str:
 
 def save(tokenizer: CLIPTokenizer, towers: Sequence[Tower], folder: Path) -> None:
     """Write tokenizer and towers so that the folder appears whole."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_tokenizer(tokenizer, partial / "tokenizer")
-    for tower, name in zip(towers, ("text_encoder", "text_encoder_2"), strict=True):
-        tower.save_pretrained(partial / name)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        save_tokenizer(tokenizer, partial / "tokenizer")
+        for tower, name in zip(towers, ("text_encoder", "text_encoder_2"), strict=True):
+            tower.save_pretrained(partial / name)
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
@@ -299,11 +291,10 @@ def main() -> None:
     targets = concept_targets(concepts)
     print(f"e5 targets {tuple(targets.shape)}, {time.time() - started:.0f} s", flush=True)
     towers = build_towers(tokenizer, settings.seed)
-    began = time.time()
+    say = say_every(25, settings.num_steps)
 
     def on_step(step: int, loss: float) -> None:
-        if step % 25 == 0:
-            print(progress_line(step, settings.num_steps, loss, time.time() - began), flush=True)
+        say(step, loss)
         if step % 500 == 0:
             save(tokenizer, towers, cache_folder() / "text_towers")
 

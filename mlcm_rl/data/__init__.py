@@ -1,0 +1,1 @@
+"""Prompts, pictures, pairs of pictures, stored trajectories, and the points that training draws of them."""
