@@ -44,12 +44,14 @@ def has_gradients(stage: Stage, recipe: Recipe) -> bool:
 def passes_of(stage: Stage, recipe: Recipe) -> Tally:
     """Return how often `stage` takes each kind of pass."""
     counts: dict[str, float] = {}
-    for one in stage.passes(recipe):
+    passes = stage.passes(recipe)
+    for one in passes:
         network, pictures = kind_of(one), kind_of_pictures(one)
         counts[network] = counts.get(network, 0) + one.samples * one.evaluations
         if pictures:
             counts[pictures] = counts.get(pictures, 0) + one.samples
-    counts["student"] = round(counts.get("student", 0))  # a sample's steps may end in a half, as their mean
+    by_student = whole_evaluations([one for one in passes if one.role != "teacher"])
+    counts["student"] = by_student - counts.get("trained", 0)  # whole, though a mean number of steps is not
     return Tally(**{kind: count for kind, count in counts.items() if count})
 
 
