@@ -9,7 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-from ..recipe import Distill, Full, Lora, Recipe, Reward, Stage, Training, TrainTeacher, Tuning
+from ..recipe import Full, Lora, Recipe, Reward, Stage, Training
 from . import memory
+from .evaluations import Tally, evaluations_of, kind_of
 from .gpus import THIS, Device
 from .launches import Launch
 from .passes import Roles
@@ -30,19 +31,6 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 SIDES = {"float32": 1024, "bfloat16": 256, "float16": 256}  # on a CPU, of which some emulate halves
 GPU_SIDE = 8192
 TRIES = 5
-
-
-@dataclass(frozen=True)
-class Passes:
-    """How often a stage takes each kind of pass, in samples or pictures."""
-
-    teacher: float = 0  # of the teacher's denoiser; a guided one counts two
-    student: float = 0  # of the student's without gradient: target, reference, samples
-    trained: float = 0  # of the student's with gradient
-    decoded: float = 0  # pictures that are drawn only
-    scored: float = 0  # pictures that the rewards trained on are asked about
-    graded: float = 0  # the same with gradient
-    watched: float = 0  # pictures that the guard looks at
 
 
 @dataclass(frozen=True)
@@ -98,26 +86,23 @@ class _Counter(Shapes):
         return out
 
 
-def of_stage(stage: Stage, recipe: Recipe, passes: Passes, distilled: Lora | Full) -> list[Work]:
+def of_stage(stage: Stage, recipe: Recipe, passes: Tally, distilled: Lora | Full) -> list[Work]:
     """The work of `stage`, a kind of pass after another; `distilled` as in `memory.of_stage`."""
     with Shapes():
-        models, _ = memory.rewards_of(stage)
+        models, _ = memory.rewards_of(stage, recipe)
         roles = memory.roles_of(stage, recipe, distilled, models, partial(checkpoint, use_reentrant=False))
     taken = _one_of_each(stage, roles)
     precisions = _precisions(stage, recipe, distilled)
-    counts = {field.name: getattr(passes, field.name) for field in fields(passes)}
-    work = [Work(kind, n, counted(taken[kind]), precisions[kind]) for kind, n in counts.items() if n]
+    work = [Work(kind, n, counted(taken[kind]), precisions[kind]) for kind, n in asdict(passes).items() if n]
     return [part for one in work for part in _split(one, stage, recipe, roles, distilled)]
 
 
 def _split(work: Work, stage: Stage, recipe: Recipe, roles: Roles, distilled: Lora | Full) -> list[Work]:
-    """`work` of a stage of preference learning in parts of one precision each: the guard's samples are drawn outside
-    autocast, and a reward computes in its own precision."""
-    if not isinstance(stage, Tuning):
-        return [work]
-    if work.kind == "student":
-        looks = -(-stage.num_steps // stage.guard.every) + 1
-        outside = looks * stage.guard.num_prompts * stage.sampling_steps
+    """`work` in parts of one precision each: what is drawn between steps is outside autocast, and a reward computes in
+    its own precision."""
+    if work.kind == "student" and isinstance(stage, Training):
+        passes = stage.passes(recipe)
+        outside = evaluations_of(one for one in passes if kind_of(one) == "student" and not one.in_step)
         own = _precisions(stage.model_copy(update={"precision": "no"}), recipe, distilled)["student"]
         if stage.precision == "bf16" and own == "float16":
             own = "bfloat16"  # as its frozen weights are taken then
@@ -126,7 +111,7 @@ def _split(work: Work, stage: Stage, recipe: Recipe, roles: Roles, distilled: Lo
     if work.kind not in ("scored", "graded", "watched"):
         return [work]
     drawn = counted(_of_pictures(work.kind, roles, []))
-    asked = stage.reward_models if work.kind == "watched" else stage.rewards
+    asked = stage.reward_models if work.kind == "watched" else stage.trained_on
     return [replace(work, each=drawn)] + [
         replace(work, each=counted(_of_pictures(work.kind, roles, [one])) - drawn, precision=one.dtype) for one in asked
     ]
@@ -158,8 +143,7 @@ def this_device(device: torch.device) -> Device:
 
 def _one_of_each(stage: Stage, roles: Roles) -> dict[str, Callable[[], Any]]:
     """One pass of every kind, of one sample."""
-    asked = stage.rewards if isinstance(stage, Tuning) else []
-    watched = [*asked, *stage.guard.rewards] if isinstance(stage, Tuning) else []
+    asked, watched = stage.trained_on, stage.reward_models
     return {
         "teacher": torch.no_grad()(lambda: roles.teacher_x0(1, 1.0)),
         "student": torch.no_grad()(lambda: roles.x0(1)),
@@ -181,8 +165,8 @@ def _graded(roles: Roles, asked: list[Reward]) -> None:
 
 def _precisions(stage: Stage, recipe: Recipe, distilled: Lora | Full) -> dict[str, str]:
     """What each kind of pass is taken in: autocast's precision inside a student's step, else that of the weights."""
-    adapter = stage.adapter if isinstance(stage, Distill) else Full() if isinstance(stage, TrainTeacher) else distilled
-    own = "float32" if isinstance(adapter, Full) and isinstance(stage, Training) else recipe.teacher.dtype
+    is_own = isinstance(stage.networks(distilled).student, Full)
+    own = "float32" if is_own and isinstance(stage, Training) else recipe.teacher.dtype
     teacher, pictures = recipe.teacher.dtype, "float32"
     if isinstance(stage, Training) and stage.precision == "bf16":
         inside = "bfloat16"

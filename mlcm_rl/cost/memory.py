@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..models import students, teachers
 from ..models.base import Base
 from ..preference import tuning
-from ..recipe import Distill, Full, Lora, Recipe, Stage, Training, TrainTeacher, Trajectories, Tuning
+from ..recipe import Full, Lora, Recipe, Stage, Training
+from ..recipe.takes import Networks
 from ..rewards import RewardError, RewardModel, build
 from ..rewards.weights import WeightsError
 from ..storage.files import read_json
@@ -71,10 +72,10 @@ def of_stage(
     share a micro-batch evenly.
     """
     launch = launch if launch is not None and isinstance(stage, Training) else Launch()
-    live = Live()
+    live, networks = Live(), stage.networks(distilled)
     kernels = Kernels(device, isinstance(stage, Training) and stage.precision == "bf16")
     with live:
-        models, missing = rewards_of(stage)
+        models, missing = rewards_of(stage, recipe)
         rewards = live.now
         roles = roles_of(
             stage, recipe, distilled, models, kernels.checkpointed, kernels.own_precision, kernels.forget_copies
@@ -93,14 +94,14 @@ def of_stage(
         parameters=parameters - held.saved,
         gradients=held.gradients,
         optimiser=held.optimiser,
-        averages=held.averaged * _keeps_average(stage),
+        averages=held.averaged * networks.has_average,
         activations=activations,
         exchange=held.exchange,
         rewards=rewards,
         host=held.host,
         uncounted=uncounted,
     )
-    later = found.total - found.parameters - rewards if _encodes_ahead(stage) else 0
+    later = found.total - found.parameters - rewards if networks.encodes_ahead else 0
     return replace(found, parameters=found.parameters + max(0, others - later))
 
 
@@ -118,19 +119,20 @@ def peak_of_passes(
     Where gradients are kept in parts they are let go of as they come, and are not in it.
     """
     start, live.peak = live.now, live.now
-    with Kernels(kernels.kind, autocast=False):
-        passes.between_steps(stage, recipe, roles, launch.processes)
+    part = 0
     if isinstance(stage, Training):
         part = processes.part(stage.micro_batch, launch.processes, stage.samples_together)
+    with Kernels(kernels.kind, autocast=False):
+        passes.between_steps(stage, recipe, roles, part)
+    if isinstance(stage, Training):
         if launch.level > 1:
             for value in trained:
                 value.register_post_accumulate_grad_hook(_let_go)
         elif stage.gradient_accumulation > 1:  # gradients of the micro-batches before this one
             for value in trained:
                 value.grad = torch.empty_like(value)
-        own = stage.model_copy(update={"batch_size": part * stage.gradient_accumulation})
         with kernels:
-            passes.step(own, recipe, roles).backward()
+            passes.step(stage, recipe, roles, part).backward()
     return live.peak - start
 
 
@@ -150,23 +152,25 @@ def roles_of(
     """Teacher and student of `stage` on the meta device, set up as the stage does; `recompute` checkpoints, what is
     frozen computes in `own_precision`, and `forget_copies` says that trained weights change places."""
     base = teachers.skeleton(recipe.teacher)
-    student = _student(stage, base, distilled)
-    if isinstance(stage, Tuning) or (isinstance(stage, Distill) and not stage.asks_teacher):
+    networks = stage.networks(distilled)
+    student = _student(networks, base)
+    if not networks.asks_teacher:
         base.forget_denoiser()
     if isinstance(stage, Training) and stage.precision == "bf16":
         autocast.frozen_in_bfloat16(student)
-    small = tuning.small_decoder(stage, base) if isinstance(stage, Tuning) else None
+    small = tuning.small_decoder(stage, base) if networks.preference is not None else None
     conditioned = bool(students.target_time_of(student))
     if isinstance(stage, Training) and stage.gradient_checkpointing:
         student.enable_gradient_checkpointing(recompute)
-        if isinstance(stage, Tuning):
+        if networks.preference is not None:  # gradients come through it
             base.vae.enable_gradient_checkpointing(recompute)
         if small is not None:
             small.enable_gradient_checkpointing(recompute)
-    if isinstance(stage, Tuning) and stage.autoencoder_tiles:
-        base.use_tiles(stage.autoencoder_tiles, recompute)
+    if networks.tiles:
+        base.use_tiles(networks.tiles, recompute)
     tokens = num_tokens(Path(recipe.teacher.path))
-    return passes.Roles(base, student, conditioned, tokens, rewards, set(), own_precision, forget_copies, small)
+    copies = (forget_copies, networks.has_average)
+    return passes.Roles(base, student, conditioned, tokens, rewards, set(), own_precision, *copies, small)
 
 
 def num_tokens(folder: Path) -> int:
@@ -176,22 +180,20 @@ def num_tokens(folder: Path) -> int:
     return NUM_TOKENS
 
 
-def _student(stage: Stage, base: Base, distilled: Lora | Full) -> nn.Module:
-    """The denoiser that `stage` trains or draws with, shaped as the stage itself would make it."""
-    if isinstance(stage, Trajectories):
+def _student(networks: Networks, base: Base) -> nn.Module:
+    """The denoiser that a stage trains or draws with, shaped as the stage itself would make it."""
+    if networks.student is None:
         return base.denoiser
     with torch.device("meta"):
-        if isinstance(stage, TrainTeacher):
-            return students.student(base, Full(), seed=0)
-        if isinstance(stage, Distill):
-            return students.student(base, stage.adapter, 0, stage.condition_on_target)
-        student = students.student(base, distilled, seed=0)
-        return students.preferring(base, student, stage.adapter, seed=0) if isinstance(stage, Tuning) else student
+        student = students.student(base, networks.student, 0, networks.is_conditioned)
+        if networks.preference is None:
+            return student
+        return students.preferring(base, student, networks.preference, seed=0)
 
 
-def rewards_of(stage: Stage) -> tuple[dict[str, RewardModel], set[str]]:
+def rewards_of(stage: Stage, recipe: Recipe) -> tuple[dict[str, RewardModel], set[str]]:
     """The rewards that `stage` keeps in memory, by name, and the names of those that cannot be built now."""
-    asked = [*stage.rewards, *stage.guard.rewards] if isinstance(stage, Tuning) else []
+    asked = stage.reward_models if any(one.seen_by == "guard" for one in stage.passes(recipe)) else stage.trained_on
     built: dict[str, RewardModel] = {}
     missing = set()
     for one in asked:
@@ -200,16 +202,3 @@ def rewards_of(stage: Stage) -> tuple[dict[str, RewardModel], set[str]]:
         except (RewardError, WeightsError):
             missing.add(one.name)
     return built, missing
-
-
-def _encodes_ahead(stage: Stage) -> bool:
-    """Whether text encoders have left memory when the first step comes."""
-    if isinstance(stage, Distill):
-        return not stage.asks_teacher
-    return isinstance(stage, Tuning) and stage.encodes_ahead
-
-
-def _keeps_average(stage: Stage) -> bool:
-    if isinstance(stage, Distill):
-        return stage.target_ema > 0
-    return isinstance(stage, TrainTeacher | Tuning)

@@ -1,13 +1,12 @@
-"""The passes that each stage's step takes, on roles without data: what `memory` tries.
+"""The passes that a stage says it takes (`recipe.takes`), taken on roles without data: what `memory` tries.
 
-It follows the stages' own losses in what is computed with gradient and what without, and in what is held meanwhile;
-passes that hold less than another one of their step are left out. The numbers that come out mean nothing.
+Those with gradient stay in one graph until the backward pass. The numbers that come out mean nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from ..equations.segments import sampling_times
 from ..models import sampler, students
 from ..models.base import Base, Conditioning
-from ..recipe import Distill, Dpo, Evaluate, Feedback, Policy, Recipe, Reward, Stage, TrainTeacher, Trajectories, Tuning
+from ..recipe import Recipe, Reward, Stage
+from ..recipe.takes import Pass
 from ..rewards import RewardModel
-from ..training import processes as distributed
 
 PROMPT = "panda"  # rewards read some prompt
 
@@ -34,6 +33,7 @@ class Roles:
     failed: set[str]  # rewards that could not be asked there; what they take is not known
     own_precision: Callable[[], AbstractContextManager[None]]  # what is frozen computes in it
     forget_copies: Callable[[], None]  # trained weights change places
+    has_average: bool = False  # the target is an average of the student's weights
     small_decoder: nn.Module | None = None  # draws for the rewards trained on, where there is one
 
     def points(self, count: int) -> tuple[Tensor, Tensor, Conditioning]:
@@ -47,6 +47,25 @@ class Roles:
         """The student's x0 (count, C, H, W)."""
         x_t, t, conditioning = self.points(count)
         return self.base.x0(self.student, x_t, t, conditioning, t if self.conditioned else None)
+
+    def prediction(self, count: int) -> Tensor:
+        """What the student's network itself gives (count, C, H, W)."""
+        x_t, t, conditioning = self.points(count)
+        return self.base.predict(self.student, x_t, t, conditioning)
+
+    def target_x0(self, count: int) -> Tensor:
+        """The target's x0 (count, C, H, W), whose weights take the place of the student's meanwhile."""
+        if self.has_average:
+            self.forget_copies()
+        x0 = self.x0(count)
+        if self.has_average:
+            self.forget_copies()
+        return x0
+
+    def reference_x0(self, count: int) -> Tensor:
+        """The reference's x0 (count, C, H, W)."""
+        with students.as_reference(self.student):
+            return self.x0(count)
 
     def teacher_x0(self, count: int, guidance_scale: float) -> Tensor:
         """The guided teacher's x0 (count, C, H, W)."""
@@ -86,97 +105,54 @@ class Roles:
         return torch.cat(parts)
 
 
-def step(stage: TrainTeacher | Distill | Tuning, recipe: Recipe, roles: Roles) -> Tensor:
-    """The loss of one micro-batch of `stage`, with its graph."""
-    taken: dict[type, Callable[[Any, Recipe, Roles], Tensor]] = {
-        TrainTeacher: _train_teacher,
-        Distill: _distill,
-        Feedback: _feedback,
-        Dpo: _dpo,
-        Policy: _policy,
-    }
-    return taken[type(stage)](stage, recipe, roles)
+def step(stage: Stage, recipe: Recipe, roles: Roles, part: int) -> Tensor:
+    """Return the loss of one micro-batch of `stage`, with its graph, of the `part` of it that a process has."""
+    return reduce(torch.add, _terms(stage, recipe, roles, part))
 
 
-def _train_teacher(stage: TrainTeacher, recipe: Recipe, roles: Roles) -> Tensor:
-    x_t, t, conditioning = roles.points(stage.micro_batch)
-    return roles.base.predict(roles.student, x_t, t, conditioning).square().mean()
-
-
-def _distill(stage: Distill, recipe: Recipe, roles: Roles) -> Tensor:
-    size = stage.micro_batch
-    if stage.asks_teacher:
-        roles.teacher_x0(size, recipe.teacher.guidance_scale)
-    loss = roles.x0(size).square().mean()
-    if stage.method == "inter_segment" or "consistency" in stage.per_phase("target"):
-        if stage.target_ema:
-            roles.forget_copies()
-        with torch.no_grad():
-            roles.x0(size)
-        if stage.target_ema:
-            roles.forget_copies()
-    return loss
-
-
-def _feedback(stage: Feedback, recipe: Recipe, roles: Roles) -> Tensor:
-    size = stage.micro_batch
-    if stage.gradient == "low_variance":
-        x0 = roles.x0(size * stage.num_copies)
-    else:
-        x0 = roles.sample(size, stage.num_grad_steps if stage.gradient == "last" else 1)
-    loss = roles.scores(x0, stage.rewards, roles.small_decoder).sum()
-    if stage.shape == "mps_hinge":
-        loss = loss + roles.scores(x0, stage.rewards, roles.small_decoder).sum()
-    if stage.anchor:
-        with torch.no_grad(), students.as_reference(roles.student):
-            roles.x0(len(x0))
-    for weight in (stage.kl, stage.consistency):
-        if weight:
-            loss = loss + roles.x0(size).square().mean()
-    return loss
-
-
-def _dpo(stage: Dpo, recipe: Recipe, roles: Roles) -> Tensor:
-    if not stage.pairs:
-        _scored(stage, roles, stage.micro_batch * stage.num_generations)
-    passes = {"endpoint": stage.sampling_steps, "diffusion_dpo": 1, "pso": stage.sampling_steps - 1}[stage.form]
-    return _together(roles, 2 * stage.micro_batch, passes)
-
-
-def _policy(stage: Policy, recipe: Recipe, roles: Roles) -> Tensor:
-    _scored(stage, roles, stage.micro_batch)
-    return _together(roles, stage.micro_batch, stage.sampling_steps - 1)
+def _terms(stage: Stage, recipe: Recipe, roles: Roles, part: int) -> Iterator[Tensor]:
+    """Yield what the loss is the sum of."""
+    alive: list[Tensor] = []  # a sample that rewards saw stays for the terms beside theirs
+    for taken in stage.passes(recipe, part):
+        if not taken.in_step or not taken.batch:
+            continue
+        if not taken.gradient:
+            _without_gradient(taken, stage, recipe, roles)
+        elif taken.seen_by:
+            steps = int(taken.evaluations)
+            alive.append(roles.sample(taken.batch, steps) if taken.is_chained else roles.x0(taken.batch))
+            for _ in range(taken.num_looks):
+                yield _seen(taken, stage, roles, alive[-1]).sum()
+        else:
+            network = roles.prediction if taken.output == "prediction" else roles.x0
+            yield torch.stack([network(taken.batch).square().mean() for _ in range(int(taken.evaluations))]).sum()
 
 
 @torch.no_grad()
-def _scored(stage: Tuning, roles: Roles, count: int) -> None:
-    """Samples and what the rewards trained on say of them."""
-    roles.scores(roles.sample(count), stage.rewards)
-
-
-def _together(roles: Roles, count: int, passes: int) -> Tensor:
-    """`passes` of the student on `count` samples in one graph; the reference's, which hold less, are left out."""
-    return torch.stack([roles.x0(count).square().mean() for _ in range(passes)]).sum()
+def between_steps(stage: Stage, recipe: Recipe, roles: Roles, part: int = 0) -> None:
+    """Take what is outside the steps: pictures encoded, sample grids, the guard's look, a stage without gradients."""
+    for taken in stage.passes(recipe, part):
+        if taken.batch and not taken.in_step:
+            _without_gradient(taken, stage, recipe, roles)
 
 
 @torch.no_grad()
-def between_steps(stage: Stage, recipe: Recipe, roles: Roles, processes: int = 1) -> None:
-    """What is encoded, drawn and measured outside the steps: pictures that a stage reads, sample grids, the guard's
-    look, a stage without gradients."""
-    guidance_scale = recipe.teacher.guidance_scale
-    if isinstance(stage, Trajectories | Evaluate):
-        x0 = roles.teacher_x0(stage.batch_size, guidance_scale)
-        if isinstance(stage, Evaluate):
-            roles.base.decode(x0)
-        return
-    of_data = isinstance(stage, Distill) and stage.method == "segments" and stage.source == "data"
-    if isinstance(stage, TrainTeacher) or of_data:
-        roles.encode(stage.micro_batch)
-    if isinstance(stage, Dpo) and stage.pairs:
-        roles.encode(distributed.part(stage.micro_batch, processes))
-    if isinstance(stage, Tuning):
-        latents = roles.sample(min(max(1, stage.micro_batch // processes), stage.guard.num_prompts))
-        roles.scores(latents, [*stage.rewards, *stage.guard.rewards])
-    if num_grid := len(recipe.samples.prompts):
-        teacher = isinstance(stage, TrainTeacher)
-        roles.base.decode(roles.teacher_x0(num_grid, guidance_scale) if teacher else roles.sample(num_grid))
+def _without_gradient(taken: Pass, stage: Stage, recipe: Recipe, roles: Roles) -> None:
+    """Take one batch of a pass that leaves no graph, and let those look at its pictures who do."""
+    found = {
+        "teacher": lambda: roles.teacher_x0(taken.batch, recipe.teacher.guidance_scale),
+        "student": lambda: roles.sample(taken.batch),
+        "target": lambda: roles.target_x0(taken.batch),
+        "reference": lambda: roles.reference_x0(taken.batch),
+        "encoder": lambda: roles.encode(taken.batch),
+    }[taken.role]()
+    if taken.seen_by:
+        _seen(taken, stage, roles, found)
+
+
+def _seen(taken: Pass, stage: Stage, roles: Roles, x0: Tensor) -> Tensor:
+    """Return what those say (B,) who see the pictures of `x0` (B, C, H, W)."""
+    if taken.seen_by == "person":
+        return roles.base.decode(x0)
+    small = roles.small_decoder if taken.seen_by == "rewards" else None
+    return roles.scores(x0, stage.trained_on if taken.seen_by == "rewards" else stage.reward_models, small)

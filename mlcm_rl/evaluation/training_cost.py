@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from ..cost.evaluations import evaluations_per_phase, network_evaluations
-from ..recipe import Distill, Dpo, Feedback, Policy, Recipe, Stage, Trajectories, Tuning
+from ..cost.evaluations import network_evaluations, whole_evaluations
+from ..recipe import Distill, Recipe, Stage
 from ..storage.files import read_json
 
 
@@ -55,32 +55,23 @@ def is_snapshot(folder: Path) -> bool:
 def of_stage(recipe: Recipe, position: int, num_phases: int | None = None) -> TrainingCost:
     """The cost of what `recipe.stages[position]` makes, of its first `num_phases` phases alone where that is given.
 
-    A distill stage starts from the student of the one before it, and so does a stage of preference learning, whose own
-    student no other starts from: the chain is every distill stage up to there, and the stage itself.
+    A stage starts from the student of an earlier one: the chain is the stage itself, that one, and so on.
     """
     samples = online = student = 0
     stores: dict[int, int] = {}
-    for i, stage in enumerate(recipe.stages[: position + 1]):
-        if not isinstance(stage, Distill) and i != position:
-            continue
-        assert isinstance(stage, Distill | Tuning)
-        drawn, by_teacher, by_student = _of_steps(stage, recipe, num_phases if i == position else None)
-        samples, online, student = samples + drawn, online + by_teacher, student + by_student
-        if isinstance(stage, Distill | Feedback) and stage.reads_trajectories:
-            store = max(j for j in range(i) if isinstance(recipe.stages[j], Trajectories))
-            stores[store] = network_evaluations(recipe.stages[store], recipe)
+    while position >= 0:
+        stage = recipe.stages[position]
+        shortened = stage.until(num_phases) if isinstance(stage, Distill) else stage
+        samples += sum(shortened.steps_per_phase) * shortened.batch_size
+        passes = shortened.passes(recipe)
+        online += whole_evaluations([one for one in passes if one.role == "teacher"])
+        student += whole_evaluations([one for one in passes if one.role != "teacher"])
+        before = [i for i in range(position) if recipe.stages[i].kind in stage.parents]
+        for i in [i for i in before if recipe.stages[i].num_stored][-1:]:
+            stores[i] = network_evaluations(recipe.stages[i], recipe)
+        position = max((i for i in before if recipe.stages[i].leaves_student), default=-1)
+        num_phases = None
     return TrainingCost(samples, sum(stores.values()), online, student)
-
-
-def _of_steps(stage: Distill | Feedback | Dpo | Policy, recipe: Recipe, num_phases: int | None) -> tuple[int, int, int]:
-    """Samples drawn in a stage's steps, and the evaluations that they took of the teacher and of the student."""
-    if not isinstance(stage, Distill):
-        return stage.num_steps * stage.batch_size, 0, network_evaluations(stage, recipe)
-    guided = 1 if recipe.teacher.guidance_scale == 1.0 else 2
-    costs = evaluations_per_phase(stage, guided)[:num_phases]
-    teacher = round(sum(by_teacher for by_teacher, _, _ in costs))
-    student = round(sum(target + own for _, target, own in costs))
-    return sum(stage.per_phase("num_steps")[:num_phases]) * stage.batch_size, teacher, student
 
 
 def _position(recipe: Recipe, manifest: dict) -> int:

@@ -54,7 +54,6 @@ class Base(ABC):
     lora_targets: ClassVar[Sequence[str]]
     card_tag: ClassVar[str]  # on the card of an exported student
     has_target_time_pipeline: ClassVar[bool] = False  # `exported_pipeline` tells its students their target times
-    kohya_version: str | None = None  # what kohya's sd-scripts calls such models in a LoRA file; None where it has none
     in_stability_blocks: ClassVar[bool] = False  # other tools know its blocks by Stability AI's names, not diffusers'
     time_layer: ClassVar[str]  # the denoiser's TimestepEmbedding, beside whose sinusoids the target time enters
 
@@ -76,6 +75,11 @@ class Base(ABC):
         logging.getLogger(self.pipeline_class.__module__).setLevel(logging.ERROR)  # it warns of every long prompt
 
     # What the family is
+
+    @property
+    def kohya_version(self) -> str | None:
+        """What kohya's sd-scripts calls models of this shape, in the header of a LoRA file; None for no name."""
+        return None
 
     @abstractmethod
     def _sizes(self) -> tuple[int, tuple[int, int, int]]:

@@ -140,7 +140,7 @@ def schedule_of(scheduler: dict[str, Any]) -> Schedule:
     prediction: at alpha = 0 the noise says nothing about x0.
     """
     form, num_times = scheduler.get("beta_schedule"), scheduler["num_train_timesteps"]
-    start, end = scheduler.get("beta_start"), scheduler.get("beta_end")
+    start, end = scheduler.get("beta_start", 0.0), scheduler.get("beta_end", 0.0)
     if scheduler.get("trained_betas") is not None:
         betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float64)
     elif form == "scaled_linear":

@@ -13,17 +13,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..recipe import Feedback, Recipe, Stage
+from ..recipe import Recipe, Stage
+from ..recipe.reads import read_by
 from ..rewards.weights import cache_folder
 from ..storage.files import CheckpointError, read_json, write_json
 from ..storage.hashing import sha256_once
 from .fingerprint import hashed, reward_files, reward_sources
 
 READ_BY = ("torch", "diffusers", "transformers", "peft")  # packages whose models an estimate goes through
-# Settings of a stage that change nothing of an estimate, and those that name what is read, of which it is told apart
-# whether they are given.
+# Settings of a stage that change nothing of an estimate; of those that name what is read only whether they are given.
 WITHOUT = ("seed", "learning_rate", "log_every", "save_every", "sample_every", "held_out_every", "keep_checkpoints")
-NAMES = ("prompts", "guard_prompts", "images", "pairs", "judge", "real_images", "inception", "clip", "also")
 
 
 def remembered(description: dict[str, Any], estimate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -47,13 +46,13 @@ def folder() -> Path:
 def described(stage: Stage, recipe: Recipe, teacher: Path, **others: Any) -> dict[str, Any]:
     """Return all that an estimate of `stage` depends on, of the shapes of the `teacher` in a folder and of `others`."""
     settings = stage.model_dump(mode="json", exclude=set(WITHOUT))
-    settings |= {name: bool(settings[name]) for name in NAMES if name in settings}
-    small = Path(stage.small_decoder) if isinstance(stage, Feedback) and stage.small_decoder else None
+    settings |= {name: bool(settings[name]) for name in (*read_by(stage), "also") if name in settings}
+    small = getattr(stage, "small_decoder", None)
     return {
         "stage": settings,
         "teacher": recipe.teacher.model_dump(mode="json", exclude={"path", "revision"}),
         "shapes": {path.relative_to(teacher).as_posix(): sha256_once(path) for path in _configurations(teacher)},
-        "small_decoder": sha256_once(small / "config.json") if small else None,
+        "small_decoder": sha256_once(Path(small) / "config.json") if small else None,
         "grid": len(recipe.samples.prompts),
         "fetched": sorted(path.parent.name for path in cache_folder().glob("*/origin.json")),  # rewards' weights
         **reward_files(stage),

@@ -16,47 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ..models.teachers import teacher_hash
-from ..recipe import Distill, Evaluate, Feedback, Recipe, Stage, Strict, TrainTeacher
-from ..recipe.experiment import STUDENTS
+from ..recipe import Recipe, Stage, Strict
+from ..recipe.reads import Reads, named_by
 from ..rewards.source import source_hashes
 from ..storage.files import read_json
 from ..storage.hashing import contents_hash, folder_hash, sha256
 from ..storage.manifest import FORMAT
-
-# A stage's maths number: raised when its results would come out differently for the same settings.
-MATHS = {
-    "train_teacher": 1,
-    "train_reward": 1,
-    "trajectories": 1,
-    "distill": 1,
-    "feedback": 3,  # noise by sample, the rewards' scale by the steps before
-    "dpo": 2,  # the same
-    "policy": 3,  # the same
-    "evaluate": 2,  # tuned students at the gamma that they were tuned under
-}
-
-# Which earlier stages a stage starts from: the latest one of each kind named here.
-PARENTS = {
-    "train_teacher": (),
-    "train_reward": (),
-    "trajectories": ("train_teacher",),
-    "distill": ("train_teacher", "trajectories", "distill"),
-    "feedback": ("train_teacher", "train_reward", "trajectories", "distill"),
-    "dpo": ("train_teacher", "train_reward", "distill"),
-    "policy": ("train_teacher", "train_reward", "distill"),
-    "evaluate": ("train_teacher", "train_reward", *STUDENTS),
-}
-# Settings that name what a stage reads, and how that is hashed: the bytes of a file, or all that a folder holds; with
-# a name, a folder must hold it.
-FILES = {
-    "prompts": None,
-    "guard_prompts": None,
-    "pairs": "metadata.jsonl",
-    "images": "metadata.jsonl",
-    "inception": None,
-    "real_images": None,
-}
-NETWORKS = ("judge", "clip", "small_decoder")  # the same, of folders with weights and configuration
 
 
 @dataclass(frozen=True)
@@ -70,12 +35,7 @@ class Located:
 
 def parents_of(stage: Stage, earlier: list[Located]) -> dict[str, Located]:
     """The stages that `stage` starts from, by kind: the latest of each among the `earlier` ones of its recipe."""
-    parents = {one.kind: one for one in earlier if one.kind in PARENTS[stage.kind]}
-    if isinstance(stage, Distill | Feedback) and not stage.reads_trajectories:
-        parents.pop("trajectories", None)
-    if not any(reward.is_of_this_recipe for reward in stage.reward_models):
-        parents.pop("train_reward", None)
-    return parents
+    return {one.kind: one for one in earlier if one.kind in stage.parents}
 
 
 def locate(stage: Stage, recipe: Recipe, earlier: list[Located]) -> Located:
@@ -90,14 +50,14 @@ def identity(stage: Stage, recipe: Recipe, parents: dict[str, str]) -> dict:
 
     Raises FileNotFoundError naming a file that it reads and that is not there.
     """
-    read = {name: content_hash(value, FILES[name]) for name in FILES if (value := getattr(stage, name, None))}
-    read |= {name: network_hash(value) for name in NETWORKS if (value := getattr(stage, name, None))}
-    also = {"also": list(map(student_hash, stage.also))} if isinstance(stage, Evaluate) and stage.also else {}
+    read: dict[str, Any] = {name: content_of(path, mark) for name, (path, mark) in named_by(stage).items()}
+    if students := getattr(stage, "also", None):
+        read["also"] = list(map(student_hash, students))
     return {
         "format": FORMAT,
         "kind": stage.kind,
-        "maths": MATHS[stage.kind] + corrections(stage) + reads_pictures(stage),
-        "stage": as_written(settings(stage), recipe) | read | also,  # by content, not by name
+        "maths": maths_number(stage),
+        "stage": as_written(settings(stage), recipe) | read,  # by content, not by name
         **as_written(reward_files(stage), recipe),
         **reward_sources(stage),
         "teacher": settings(recipe.teacher) | {"path": teacher_hash(recipe.teacher)},
@@ -106,27 +66,19 @@ def identity(stage: Stage, recipe: Recipe, parents: dict[str, str]) -> dict:
     }
 
 
-def corrections(stage: Stage) -> int:
-    """Before how many corrections `stage`, as it is set, came out wrongly; they left all other settings as they were.
+def maths_number(stage: Stage) -> int:
+    """The maths number of `stage`: of its kind, of what was wrong for settings like its own, and of reading pictures.
 
-    Its maths number is higher by as much: raising that of the kind would orphan the folders of the others.
+    That of a stage that reads them is one higher since they are all read alike: 16-bit greys were white, and some
+    readers left out the turn that EXIF asks for, or what transparency is laid on.
     """
-    match stage:
-        case TrainTeacher():  # the weight was epsilon's, whatever the teacher predicts
-            return int(stage.min_snr_gamma is not None)
-        case Distill():  # the average was not seen; a picture's caption was tied to the time
-            targets = stage.method == "inter_segment" or "consistency" in stage.per_phase("target")
-            unseen = stage.precision == "bf16" and stage.target_ema > 0 and targets
-            return unseen + (stage.method == "segments" and stage.source == "data")
-    return 0
+    reads_pictures = any(mark.of_pictures for _, mark in named_by(stage).values())
+    return stage.maths + stage.corrections + reads_pictures
 
 
-def reads_pictures(stage: Stage) -> bool:
-    """Whether `stage` reads pictures from files. Its maths number is one higher since they are all read alike.
-
-    16-bit greys were white, and some readers left out the turn that EXIF asks for, or what transparency is laid on.
-    """
-    return any(getattr(stage, name, None) for name in ("images", "real_images", "pairs"))
+def content_of(path: str, mark: Reads) -> str:
+    """One hash of the file or folder `path`, marked as `mark` says. Raises FileNotFoundError naming what is missing."""
+    return network_hash(path) if mark.is_network else content_hash(path, mark.holding or None)
 
 
 def hashed(described: dict) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cost import flops
-from ..cost.evaluations import evaluations_per_row, network_evaluations, passes_of
+from ..cost.evaluations import network_evaluations, passes_of
 from ..cost.flops import Operations, Work
 from ..cost.gpus import Device
 from ..cost.launches import Launch
@@ -21,20 +21,8 @@ from ..cost.memory import Memory, num_tokens, of_stage
 from ..data.trajectory_store import read_record
 from ..models import files
 from ..models.teachers import class_of
-from ..recipe import (
-    Distill,
-    Evaluate,
-    Full,
-    Lora,
-    Recipe,
-    Stage,
-    Training,
-    TrainReward,
-    TrainTeacher,
-    Trajectories,
-    Tuning,
-    teacher_check,
-)
+from ..recipe import Full, Lora, Recipe, Stage, teacher_check
+from ..recipe.takes import Values
 from ..storage.checkpoints import checkpoints, step_of
 from ..storage.files import CheckpointError, read_json
 from ..storage.manifest import is_finished
@@ -43,8 +31,6 @@ from . import estimates
 from .fingerprint import Located, locate
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-KEPT_BYTES = 12  # a trained float32 weight and its two moments, in a checkpoint
-MOST_SHOWN = 8  # pictures of a row that a page shows, where prompts are of two languages
 
 
 @dataclass(frozen=True)
@@ -80,7 +66,7 @@ def planned_stages(
         found = locate(stage, recipe, earlier)
         done = is_finished(found.folder)
         costs = (network_evaluations(stage, recipe), sizes.disk(stage))
-        asked = not done and not isinstance(stage, TrainReward)  # a head of a megabyte or two
+        asked = not done and bool(stage.passes(recipe))
         share = 1.0 if done else share_done(stage, found.folder)
         one = PlannedStage(stage.kind, found.fingerprint, found.folder, done, *costs, share_done=share)
         planned.append(_predicted(one, stage, sizes, kind, launch, device) if asked else one)
@@ -106,14 +92,12 @@ def _predicted(
 
 def share_done(stage: Stage, folder: Path) -> float:
     """Return how much of `stage` is saved in its folder, from 0 to 1; what is damaged there counts as nothing."""
-    if isinstance(stage, Trajectories):
+    if stage.num_stored:
         with suppress(CheckpointError):
             record = read_record(folder / "store.json")
-            total = stage.num_trajectories + stage.num_held_out
-            return min(1.0, len(record["shards"]) * record["shard_size"] / total)
-    if isinstance(stage, Training) and (saved := checkpoints(folder)):
-        steps = sum(stage.per_phase("num_steps")) if isinstance(stage, Distill) else stage.num_steps
-        return min(1.0, step_of(saved[-1]) / steps)
+            return min(1.0, len(record["shards"]) * record["shard_size"] / stage.num_stored)
+    if stage.steps_per_phase and (saved := checkpoints(folder)):
+        return min(1.0, step_of(saved[-1]) / sum(stage.steps_per_phase))
     return 0.0
 
 
@@ -151,11 +135,11 @@ class Sizes:
     def denoiser_weights(self) -> int:
         return self.weights(self.family.denoiser_part)
 
-    def trained(self, stage: Distill | TrainTeacher | Tuning) -> int:
+    def trained(self, adapter: Lora | Full | None) -> int:
         """Trained weights: all of the denoiser, or a LoRA's two matrices for every module that it changes."""
-        if isinstance(stage, TrainTeacher) or not isinstance(stage.adapter, Lora):
+        if not isinstance(adapter, Lora):
             return self.denoiser_weights
-        rank, total = stage.adapter.rank, 0
+        rank, total = adapter.rank, 0
         for name, shape in self.parts[self.family.denoiser_part].items():
             if len(shape) > 1 and is_lora_target(name, self.family.lora_targets):
                 total += rank * (prod(shape[1:]) + shape[0])
@@ -179,11 +163,10 @@ class Sizes:
         """
         others = sum(self.weights(part) for part in self.parts if part not in (self.family.denoiser_part, "vae"))
         needed = others * BYTES[self.recipe.teacher.dtype]
-        if isinstance(stage, Evaluate):
-            measuring = read_shapes(Path(stage.inception)) if stage.inception else {}
-            measuring |= files.shapes(Path(stage.clip)) if stage.clip else {}
-            needed += 4 * sum(map(prod, measuring.values()))
         distilled = self.distilled(stage)
+        for path in map(Path, stage.networks(distilled).measuring):
+            measuring = files.shapes(path) if path.is_dir() else read_shapes(path)
+            needed += 4 * sum(map(prod, measuring.values()))
         described = {"memory": kind, "others": needed, "distilled": distilled.model_dump()}
         described["launch"] = asdict(launch or Launch())
 
@@ -196,31 +179,18 @@ class Sizes:
     def distilled(self, stage: Stage) -> Lora | Full:
         """The adapter of the student that `stage` starts from or draws with: the last one distilled before it."""
         before = self.recipe.stages[: self.recipe.stages.index(stage)] if stage in self.recipe.stages else []
-        return next((one.adapter for one in reversed(before) if isinstance(one, Distill)), Full())
+        return next((one.adapter for one in reversed(before) if one.kind == "distill"), Full())
 
     def disk(self, stage: Stage) -> int:
         """Bytes of what the stage keeps, and of its newest checkpoints while it runs."""
-        if isinstance(stage, Trajectories):
-            row = (stage.num_steps + 2) * self.latent + self.context
-            return (stage.num_trajectories + stage.num_held_out) * row * BYTES[stage.dtype]
-        if isinstance(stage, TrainTeacher):
-            return self.denoiser_weights * (2 + stage.keep_checkpoints * 16)
-        if isinstance(stage, Distill):
-            return self.trained(stage) * (4 * (1 + len(stage.segments)) + stage.keep_checkpoints * KEPT_BYTES)
-        if isinstance(stage, Tuning):  # the distilled student once more, at most all of it, and the adapter
-            return 4 * self.denoiser_weights + self.trained(stage) * (4 + stage.keep_checkpoints * (4 + KEPT_BYTES))
-        return self.disk_of_evaluation(stage) if isinstance(stage, Evaluate) else 0
-
-    def disk_of_evaluation(self, stage: Evaluate) -> int:
-        """Bytes of encoded prompts and the reference's latents, and of pictures before PNG makes them smaller.
-
-        Those that the page shows and the reference are kept a second time, for later evaluations.
-        """
-        rows = len(evaluations_per_row(stage, self.recipe))
-        samples = stage.num_prompts * stage.images_per_prompt
-        encoded = stage.num_prompts * self.context
-        pictures = samples * rows * stage.keep_pictures + 2 * rows * min(stage.num_prompts, MOST_SHOWN)
-        return 4 * (encoded + 2 * samples * self.latent) + 3 * self.pixels * pictures
+        values = Values(
+            denoiser=self.denoiser_weights,
+            trained=self.trained(stage.networks(self.distilled(stage)).trained),
+            latent=self.latent,
+            prompt=self.context,
+            pixels=self.pixels,
+        )
+        return stage.disk(self.recipe, values)
 
 
 def is_lora_target(name: str, targets: Sequence[str]) -> bool:

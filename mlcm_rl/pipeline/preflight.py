@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from ..data.pairs import PairTable
 from ..data.prompts import Prompt, first_prompts, read_prompts
 from ..preference import tuning
-from ..recipe import Distill, Dpo, Evaluate, Feedback, Reward, Stage, Training, TrainReward, Trajectories, Tuning
+from ..recipe import Dpo, Evaluate, Feedback, Reward, Stage, Training, Tuning
+from ..recipe.reads import named_by
 from ..rewards import build, refuse_without_gradient, refuse_without_weights, usable
 from ..rewards.prompts import refuse_prompts
 from ..training import processes
@@ -36,10 +37,10 @@ def refused(stage: Stage) -> list[tuple[str, Exception]]:
     for key, path in _prompt_files(stage):
         with collect(key):
             lists[key] = (path, _read(stage, key, path))
-    if isinstance(stage, TrainReward | Dpo) and stage.pairs:
+    if pairs := getattr(stage, "pairs", None):
         with collect("pairs"):
-            PairTable(stage.pairs)
-    trained_on = len(stage.rewards) if isinstance(stage, Tuning) else len(stage.reward_models)
+            PairTable(pairs)
+    trained_on = len(stage.trained_on or stage.reward_models)
     for i, reward in enumerate(stage.reward_models):
         is_trained_on = i < trained_on
         with collect(f"rewards[{i}]" if is_trained_on else f"guard.rewards[{i - trained_on}]"):
@@ -49,10 +50,9 @@ def refused(stage: Stage) -> list[tuple[str, Exception]]:
 
 def _prompt_files(stage: Stage) -> Iterator[tuple[str, str]]:
     """Yield (setting, path) of the prompt files that `stage` reads."""
-    if isinstance(stage, Trajectories | Distill | Tuning | Evaluate) and stage.prompts:
-        yield "prompts", stage.prompts
-    if isinstance(stage, Tuning):
-        yield "guard_prompts", stage.guard_prompts or stage.prompts
+    yield from ((name, path) for name, (path, mark) in named_by(stage).items() if mark.of_prompts)
+    if isinstance(stage, Tuning) and not stage.guard_prompts:
+        yield "guard_prompts", stage.prompts
 
 
 def _read(stage: Stage, key: str, path: str) -> list[Prompt]:

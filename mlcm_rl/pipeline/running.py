@@ -14,14 +14,14 @@ import torch
 
 from .. import __version__
 from ..cost import launches
-from ..cost.evaluations import network_evaluations
+from ..cost.evaluations import has_gradients, network_evaluations
 from ..cost.flops import this_device
 from ..cost.gpus import Device, kind_for
 from ..cost.launches import Launch
 from ..cost.peak import Meter, begin
 from ..models.students import tuned_steps
 from ..preference import guard
-from ..recipe import Distill, Evaluate, Recipe, Reward, Stage, TrainTeacher, Tuning, paths
+from ..recipe import Evaluate, Recipe, Reward, Stage, Tuning, paths
 from ..storage import checkpoints, files, lock
 from ..storage import manifest as checkpoint
 from ..storage.commit import commit
@@ -82,9 +82,9 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
         except PEOPLES_ERRORS as error:
             raise RunError(f"stages[{number}] ({stage.kind}): {said(error)}") from error
         except torch.OutOfMemoryError as error:
-            trains = isinstance(stage, TrainTeacher | Distill | Tuning)
+            ways = way_out(has_gradients(stage, recipe))
             raise RunError(
-                f"stages[{number}] ({stage.kind}): memory of the device does not suffice: {way_out(trains)}; "
+                f"stages[{number}] ({stage.kind}): memory of the device does not suffice: {ways}; "
                 "`mlcm plan` says what a stage needs. Finished stages and checkpoints are as they were"
             ) from error
         except RuntimeError as error:
@@ -218,7 +218,7 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
 
 def _memory_meter(stage: Stage, recipe: Recipe) -> Meter | None:
     """Return what compares a training stage's memory with its prediction, which is said where it fails."""
-    if not isinstance(stage, TrainTeacher | Distill | Tuning):
+    if not has_gradients(stage, recipe):
         return None
     device = device_of(recipe.device)
     try:
@@ -258,7 +258,7 @@ def with_teacher(recipe: Recipe, folder: Path) -> Recipe:
 
 def with_trained_reward(stage: Stage, folder: Path) -> Stage:
     """`stage` with the rewards that are of its recipe read from `folder`, where the `train_reward` stage was."""
-    assert isinstance(stage, Evaluate | Tuning)  # no other has such a parent
+    assert isinstance(stage, Tuning | Evaluate), "no other stage asks a reward of its recipe"
     changes: dict[str, object] = {"rewards": _from_folder(stage.rewards, folder)}
     if isinstance(stage, Tuning):
         held_out = _from_folder(stage.guard.rewards, folder)

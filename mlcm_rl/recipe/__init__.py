@@ -11,8 +11,9 @@ from .distill import Distill
 from .evaluation import Evaluate
 from .experiment import RESERVED, STUDENTS, TUNING, Recipe, Stage, missing_trackers
 from .preference import Dpo, Feedback, Policy, TrainReward, Tuning
+from .stage import OneStage, Training
 from .teacher_stages import TrainTeacher, Trajectories
-from .types import Full, Guard, Lora, Reward, Samples, Strict, Teacher, Training
+from .types import Full, Guard, Lora, Reward, Samples, Strict, Teacher
 
 __all__ = [
     "RESERVED",
@@ -25,6 +26,7 @@ __all__ = [
     "Full",
     "Guard",
     "Lora",
+    "OneStage",
     "Policy",
     "Recipe",
     "Reward",

@@ -1,11 +1,20 @@
 """The stage that distils: multistep consistency, in phases of fewer and fewer segments."""
 
 from copy import deepcopy
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from .types import Fraction, Full, Lora, PositiveInt, Training, default_gamma, presentation
+from .reads import PICTURES, PROMPTS
+from .stage import Training
+from .takes import Networks, Pass, Values
+from .types import Fraction, Full, Lora, PositiveInt, default_gamma, presentation
+
+if TYPE_CHECKING:
+    from .experiment import Recipe
+
+MEAN_ONLINE_STEPS = 4.5  # of Algorithm 1: 1 to 8 steps, segments drawn evenly
+MOMENTS_BYTES = 12  # a trained float32 weight and its two moments, in a checkpoint
 
 NumSegments = Literal[8, 4, 2, 1]
 # What a distill stage is that leaves its form open: the one that the study found best. It leaves it open where it names
@@ -22,6 +31,8 @@ class Distill(Training):
     A stage that leaves its form open is the recommended one: told its target, one student for budgets [2, 3, 4, 6, 8].
     """
 
+    leaves_student: ClassVar[bool] = True
+
     kind: Literal["distill"] = "distill"
     method: Literal["segments", "inter_segment"] = Field(
         "segments", description="segments: stage 1; inter_segment: stage 2"
@@ -29,8 +40,10 @@ class Distill(Training):
     source: Literal["trajectories", "online", "data"] = Field(
         "trajectories", description="stored states; the paper's Algorithm 1; or real latents plus noise, as LCM"
     )
-    images: str | None = Field(None, description="captioned image folder, for source: data")
-    prompts: str | None = Field(None, description="prompt file, for source: online and for inter_segment on samples")
+    images: Annotated[str | None, PICTURES] = Field(None, description="captioned image folder, for source: data")
+    prompts: Annotated[str | None, PROMPTS] = Field(
+        None, description="prompt file, for source: online and for inter_segment on samples"
+    )
     adapter: Lora | Full = Field(default_factory=Lora, discriminator="kind")
     segments: list[NumSegments] = Field(
         [8, 4, 2, 1], min_length=1, max_length=10, description="of each phase; [1] where the form is left open"
@@ -130,3 +143,66 @@ class Distill(Training):
         """The value of `name` for each phase."""
         value = getattr(self, name)
         return list(value) if isinstance(value, list) else [value] * len(self.segments)
+
+    def until(self, num_phases: int | None) -> "Distill":
+        """Return the stage that ends after its first `num_phases` phases."""
+        lists = {name: self.per_phase(name)[:num_phases] for name in PER_PHASE}
+        return self.model_copy(update={"segments": self.segments[:num_phases], **lists})
+
+    @property
+    def steps_per_phase(self) -> list[int]:
+        """Optimiser steps of each phase."""
+        return self.per_phase("num_steps")
+
+    @property
+    def jumps_again(self) -> list[bool]:
+        """Of each phase, whether its target is a jump of the student's own, or of its average."""
+        return [self.method == "inter_segment" or target == "consistency" for target in self.per_phase("target")]
+
+    @property
+    def corrections(self) -> int:
+        """The average was not seen under autocast; a picture's caption was tied to the time."""
+        unseen = self.precision == "bf16" and self.target_ema > 0 and any(self.jumps_again)
+        return unseen + (self.method == "segments" and self.source == "data")
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The teacher, the store where one is read, and the student to go on with."""
+        return (*super().parents, *["trajectories"] * self.reads_trajectories, "distill")
+
+    def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
+        """Return the passes of a step, with pictures' encoding before the first and sample grids between them."""
+        batch, steps = part or self.micro_batch, self.steps_per_phase
+        samples = sum(steps) * self.batch_size
+        again = sum(n for n, jumps in zip(steps, self.jumps_again, strict=True) if jumps) * self.batch_size
+        found = [Pass("student", samples, batch=batch, gradient=True)]
+        if self.asks_teacher:
+            found.insert(0, Pass("teacher", samples, self._teacher_steps * recipe.teacher.evaluations, batch))
+        if again:
+            found.append(Pass("target", again, batch=batch))
+        if self.method == "inter_segment" and self.renoise == "student":
+            found.append(Pass("student", samples, self.num_student_steps, is_chained=True))
+        if self.method == "segments" and self.source == "data":
+            found.append(Pass("encoder", batch=self.micro_batch, in_step=False))
+        return found + self.sample_grids(recipe)
+
+    @property
+    def _teacher_steps(self) -> float:
+        """Steps of the teacher for a sample of a step: online, down to its first point and on to the second."""
+        if self.method == "inter_segment":
+            return self.num_teacher_steps
+        return {"trajectories": 0, "online": MEAN_ONLINE_STEPS + 1, "data": 1}[self.source]
+
+    def networks(self, distilled: Lora | Full) -> Networks:
+        """Return the student's, and the teacher's where steps ask it."""
+        return Networks(
+            self.adapter,
+            is_conditioned=self.condition_on_target,
+            asks_teacher=self.asks_teacher,
+            encodes_ahead=not self.asks_teacher,
+            has_average=self.target_ema > 0,
+        )
+
+    def disk(self, recipe: "Recipe", values: Values) -> int:
+        """Return the bytes of the student, of its snapshots and of checkpoints."""
+        return values.trained * (4 * (1 + len(self.segments)) + self.keep_checkpoints * MOMENTS_BYTES)

@@ -1,17 +1,29 @@
 """The stage that measures."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from .types import Fraction, OneStage, PositiveInt, Reward, presentation
+from .distill import Distill
+from .preference import Tuning
+from .reads import PROMPTS, Reads
+from .stage import OneStage
+from .takes import Networks, Pass, Role, Values
+from .types import Fraction, Full, Lora, PositiveInt, Reward, presentation
+
+if TYPE_CHECKING:
+    from .experiment import Recipe
+
+MOST_SHOWN = 8  # pictures of a row that a page shows, where prompts are of two languages
 
 
 class Evaluate(OneStage):
     """Students beside their teacher on fixed prompts and seeds: report.json, report.html."""
 
+    maths: ClassVar[int] = 2  # tuned students at the gamma that they were tuned under
+
     kind: Literal["evaluate"] = "evaluate"
-    prompts: str = Field(description="prompt file, disjoint from the one distilled on")
+    prompts: Annotated[str, PROMPTS] = Field(description="prompt file, disjoint from the one distilled on")
     num_prompts: PositiveInt = 64
     num_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 3, 4, 6, 8], min_length=1)
     gammas: list[Fraction] = Field(
@@ -30,14 +42,20 @@ class Evaluate(OneStage):
         ["ddim"], description="undistilled at equal evaluations"
     )
     also: list[str] = Field([], description="further finished stage folders to put in the same table")
-    judge: str | None = Field(None, description="folder of a judge, for retrieval and KID")
+    judge: Annotated[str | None, Reads(holding="", is_network=True)] = Field(
+        None, description="folder of a judge, for retrieval and KID"
+    )
     rewards: list[str | Reward] = Field([], description="names, or entries, as in the tuning stages; no weights")
-    inception: str | None = Field(
+    inception: Annotated[str | None, Reads()] = Field(
         None,
         description=".safetensors file of FID's Inception, for FID and KID (mlcm_rl.evaluation.inception makes it)",
     )
-    real_images: str | None = Field(None, description="folder of real pictures that FID and KID compare with")
-    clip: str | None = Field(None, description="folder of a CLIP in transformers' format, for the CLIP score")
+    real_images: Annotated[str | None, Reads(holding="", of_pictures=True)] = Field(
+        None, description="folder of real pictures that FID and KID compare with"
+    )
+    clip: Annotated[str | None, Reads(holding="config.json", is_network=True)] = Field(
+        None, description="folder of a CLIP in transformers' format, for the CLIP score"
+    )
     images_per_prompt: int = Field(1, gt=0, le=10_000, description="more than one also measures diversity")
     keep_pictures: bool = Field(False, description="keep every picture, samples/<row>/<index>.png, for other tools")
     batch_size: int = presentation(32, gt=0, le=65_536)
@@ -69,3 +87,63 @@ class Evaluate(OneStage):
                 "`python -m mlcm_rl.evaluation.inception` converts the published weights"
             )
         return self
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The teacher, every student of the recipe, and its reward where that is asked."""
+        from .experiment import STUDENTS  # which is read off all kinds of stages, this one too
+
+        return (*super().parents, *STUDENTS)
+
+    def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
+        """Return the passes that draw the pictures of each row."""
+        num_pictures = self.num_prompts * self.images_per_prompt
+        rows: list[tuple[Role, int]] = [("teacher", n) for n in self.rows_of_teacher(recipe)]
+        rows += [("student", n) for n in self.rows_of_students(recipe)]
+        batches = [self.batch_size] + [0] * (
+            len(rows) - 1
+        )  # a row of the teacher's holds what any other holds, or more
+        return [
+            Pass(role, num_pictures, n, batch, is_chained=True, seen_by="person", in_step=False)
+            for (role, n), batch in zip(rows, batches, strict=True)
+        ]
+
+    def evaluations_per_row(self, recipe: "Recipe") -> list[int]:
+        """Return the evaluations that a picture of each row takes."""
+        return self.rows_of_teacher(recipe) + self.rows_of_students(recipe)
+
+    def rows_of_teacher(self, recipe: "Recipe") -> list[int]:
+        """Return the evaluations that a picture takes, of the references' rows and of the undistilled teacher's."""
+        guided = recipe.teacher.evaluations
+        references = [guided * n for n in self.teacher_steps]
+        undistilled = [n for n in self.num_steps for _ in range(2 if guided == 2 and n % 2 == 0 else 1)]
+        return references + undistilled * len(self.teacher_solvers)
+
+    def rows_of_students(self, recipe: "Recipe") -> list[int]:
+        """Return the evaluations that a picture takes, of the students' rows, at most: equal ones are drawn once.
+
+        Students are those of `also` and the recipe's own; the snapshots of `also` are not known before it is read.
+        """
+        num_students = len(self.also) + len({one.kind for one in recipe.stages if one.leaves_student})
+        tuned = {one.kind: one.gamma_in(recipe) for one in recipe.stages if isinstance(one, Tuning)}
+        unlisted = [gamma for gamma in tuned.values() if gamma not in self.gammas]
+        at_own_gamma = len(unlisted) + len(set(unlisted))  # tuned ones, and the distilled one beside them
+        distilled = [one for one in recipe.stages if isinstance(one, Distill)]
+        if self.students == "snapshots" and distilled:
+            at_own_gamma += len(distilled[-1].segments) - 1
+        num_rows = len(self.gammas) * len(self.grids) * num_students + len(self.grids) * at_own_gamma
+        return self.num_steps * num_rows
+
+    def networks(self, distilled: Lora | Full) -> Networks:
+        """Return the student's, the teacher's and those that measure."""
+        return Networks(distilled, measuring=tuple(path for path in (self.inception, self.clip) if path))
+
+    def disk(self, recipe: "Recipe", values: Values) -> int:
+        """Return the bytes of encoded prompts, of the reference's latents, and of pictures before PNG shrinks them.
+
+        Those that the page shows and the reference are kept a second time, for later evaluations.
+        """
+        rows = len(self.evaluations_per_row(recipe))
+        samples = self.num_prompts * self.images_per_prompt
+        pictures = samples * rows * self.keep_pictures + 2 * rows * min(self.num_prompts, MOST_SHOWN)
+        return 4 * (self.num_prompts * values.prompt + 2 * samples * values.latent) + 3 * values.pixels * pictures

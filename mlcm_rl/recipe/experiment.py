@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from .distill import Distill
 from .evaluation import Evaluate
-from .preference import Dpo, Feedback, Policy, TrainReward
+from .preference import Dpo, Feedback, Policy, TrainReward, Tuning
+from .stage import OneStage
 from .teacher_stages import TrainTeacher, Trajectories
 from .types import (
     Samples,
@@ -25,6 +26,9 @@ Stage = Annotated[
     TrainTeacher | TrainReward | Trajectories | Distill | Feedback | Dpo | Policy | Evaluate,
     Field(discriminator="kind"),
 ]
+STAGES: dict[str, type[OneStage]] = {one.model_fields["kind"].default: one for one in get_args(get_args(Stage)[0])}
+STUDENTS = tuple(kind for kind, one in STAGES.items() if one.leaves_student)
+TUNING = tuple(kind for kind, one in STAGES.items() if issubclass(one, Tuning))  # each tunes the distilled student
 
 
 class Recipe(Strict):
@@ -52,7 +56,3 @@ def missing_trackers(recipe: Recipe) -> Iterator[tuple[int, str]]:
     for i, name in enumerate(recipe.trackers):
         if find_spec(name) is None:
             yield i, f"{name} is not installed: pip install 'mlcm-rl[{name}]', or take it out of trackers"
-
-
-TUNING = ("feedback", "dpo", "policy")  # each starts from the distilled student, so that one recipe can compare them
-STUDENTS = ("distill", *TUNING)  # stages that leave a student

@@ -24,8 +24,9 @@ from .distill import Distill
 from .evaluation import Evaluate
 from .experiment import Recipe, missing_trackers
 from .families import family_of, layout_of
-from .paths import READ, Folders, resolved, rewards_named
+from .paths import Folders, resolved, rewards_named
 from .preference import Feedback, Tuning
+from .reads import read_by
 from .schema import json_schema
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
 from .types import TRAINED, Lora, Reward, Teacher
@@ -149,11 +150,11 @@ def _resolution_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
 def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
     known = reward_names()
     for i, stage in enumerate(recipe.stages):
-        settings = stage.model_dump(include={*READ, "also"})
-        for name in READ:
-            if (path := settings.get(name)) is not None:
+        settings = stage.model_dump(include={*read_by(stage), "also"})
+        for name, mark in read_by(stage).items():
+            if (path := settings[name]) is not None:
                 is_table = name == "pairs" and Path(path).suffix == ".parquet"
-                yield from _absent(("stages", i, name), path, folders, holding=None if is_table else READ[name])
+                yield from _absent(("stages", i, name), path, folders, holding=None if is_table else mark.holding)
         for name in ("prompts", "guard_prompts"):
             path, named = settings.get(name), ("stages", i, name)
             if path and Path(path).suffix not in (".txt", ".jsonl") and not os.path.isdir(folders.place(named, path)):

@@ -19,21 +19,10 @@ from typing import Any
 from .evaluation import Evaluate
 from .experiment import Recipe, Stage
 from .preference import Tuning
+from .reads import read_by
 from .tree import Key, key_text
 from .types import Reward
 
-# Setting of a stage that names what it reads -> what a folder so named must hold; None for a file.
-READ = {
-    "prompts": None,
-    "guard_prompts": None,
-    "pairs": "metadata.jsonl",
-    "images": "metadata.jsonl",
-    "judge": "",
-    "inception": None,
-    "real_images": "",
-    "clip": "config.json",
-    "small_decoder": "config.json",
-}
 PATH_SETTINGS = ("folder", "file", "path")  # of a reward, by name; others where their text looks like a path
 
 
@@ -71,6 +60,7 @@ class Folders:
 def resolved(recipe: Recipe, folders: Folders) -> tuple[Recipe, list[str]]:
     """`recipe` with its paths as this process sees them, and a line on each that could have meant something else."""
     notes: dict[str, str] = {}
+    read = {("stages", i, name) for i, stage in enumerate(recipe.stages) for name in read_by(stage)}
 
     def seen(key: Key, text: str) -> str:
         if not text or os.path.isabs(text):
@@ -80,7 +70,7 @@ def resolved(recipe: Recipe, folders: Folders) -> tuple[Recipe, list[str]]:
         place = folders.place(key, text)
         if os.path.exists(place):
             return _shown(place, folders.working)
-        return str(place) if key[-1] in READ else text  # of a hub's name, or a word for a reward, nothing is there
+        return str(place) if key in read else text  # of a hub's name, or a word for a reward, nothing is there
 
     return _changed(recipe, named(recipe), seen, {}), list(notes.values())
 
@@ -126,8 +116,8 @@ def named(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     """(key, text) of every path that `recipe` names, those of finished runs left out."""
     yield ("teacher", "path"), recipe.teacher.path
     for i, stage in enumerate(recipe.stages):
-        for name in READ:
-            if (text := getattr(stage, name, None)) is not None:
+        for name in read_by(stage):
+            if (text := getattr(stage, name)) is not None:
                 yield ("stages", i, name), text
         for key, reward in rewards_named(("stages", i), stage):
             for name, text in reward.settings.items():

@@ -1,22 +1,29 @@
 """Stages of preference learning, and the one that trains a reward for them."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
 from . import hinges
+from .distill import MOMENTS_BYTES, Distill
+from .reads import PICTURES, PROMPTS, Reads
+from .stage import Training
+from .takes import Networks, Pass, Values
 from .types import (
     Fraction,
+    Full,
     Guard,
     Lora,
     NonNegativeFloat,
     PositiveInt,
     Reward,
     RewardEntry,
-    Training,
     Weight,
     presentation,
 )
+
+if TYPE_CHECKING:
+    from .experiment import Recipe
 
 MOST_ENCODED_AHEAD = 8192  # prompts of a stage's steps that are kept encoded
 
@@ -25,7 +32,7 @@ class TrainReward(Training):
     """A head over frozen picture features, by Bradley-Terry on a table of pairs: a taste made the reward `trained`."""
 
     kind: Literal["train_reward"] = "train_reward"
-    pairs: str = Field(
+    pairs: Annotated[str, PICTURES] = Field(
         description="pairs to learn, a .parquet file or a folder as `mlcm pairs` writes it, with columns prompt, "
         "chosen, rejected"
     )
@@ -41,12 +48,26 @@ class TrainReward(Training):
     dropout: float = Field(0.5, ge=0, lt=1, description="of the features")
     held_out_every: PositiveInt = presentation(20, description="steps between measures on the held-out pairs")
 
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    @property
+    def steps_per_phase(self) -> list[int]:
+        """Optimiser steps, in one phase."""
+        return [self.num_steps]
+
 
 class Tuning(Training):
     """What the stages of preference learning have in common: the student's sampler, the rewards, the guard."""
 
-    prompts: str = Field(description=".txt (one a line) or .jsonl ({prompt, language, ...}) file")
-    guard_prompts: str | None = Field(None, description="prompt file that the guard watches; default: the same")
+    leaves_student: ClassVar[bool] = True
+
+    prompts: Annotated[str, PROMPTS] = Field(description=".txt (one a line) or .jsonl ({prompt, language, ...}) file")
+    guard_prompts: Annotated[str | None, PROMPTS] = Field(
+        None, description="prompt file that the guard watches; default: the same"
+    )
     languages: dict[str, Weight] = Field(
         {}, description="weight of each language in the draw of prompts, others left out; default: as they come"
     )
@@ -86,13 +107,63 @@ class Tuning(Training):
         return [*self.rewards, *self.guard.rewards]
 
     @property
+    def trained_on(self) -> list[Reward]:
+        """The rewards whose sum is the reward."""
+        return self.rewards
+
+    @property
     def needs_random_steps(self) -> bool:
         """Whether the sampler must put noise back."""
         return False
 
+    def gamma_in(self, recipe: "Recipe") -> float:
+        """Return the gamma that it tunes under: its own, or what suits the student that `recipe` distils last."""
+        if self.gamma is not None:
+            return self.gamma
+        return [one for one in recipe.stages if isinstance(one, Distill)][-1].default_gamma
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The teacher, the student to tune, and the reward of this recipe where it is asked."""
+        return (*super().parents, "distill")
+
+    @property
+    def steps_per_phase(self) -> list[int]:
+        """Optimiser steps, in one phase."""
+        return [self.num_steps]
+
+    def step(self, samples: int, part: int) -> list[Pass]:
+        """Return what an optimiser step takes: over the whole stage `samples`, `part` of them in memory at a time."""
+        raise NotImplementedError
+
+    def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
+        """Return the passes of a step, and what comes between: the guard's looks and sample grids."""
+        part = part or self.micro_batch
+        num_looks = -(-self.num_steps // self.guard.every) + 1  # and one at the reference
+        watched, batch = num_looks * self.guard.num_prompts, min(part, self.guard.num_prompts)
+        look = Pass("student", watched, self.sampling_steps, batch, is_chained=True, seen_by="guard", in_step=False)
+        return [*self.step(self.num_steps * self.batch_size, part), look, *self.sample_grids(recipe)]
+
+    def networks(self, distilled: Lora | Full) -> Networks:
+        """Return the distilled student with the preference adapter; the teacher's denoiser is gone."""
+        return Networks(
+            distilled,
+            preference=self.adapter,
+            asks_teacher=False,
+            encodes_ahead=self.encodes_ahead,
+            has_average=True,
+            tiles=self.autoencoder_tiles,
+        )
+
+    def disk(self, recipe: "Recipe", values: Values) -> int:
+        """Return the bytes of the distilled student once more, at most all of it, and of the adapter."""
+        return 4 * values.denoiser + values.trained * (4 + self.keep_checkpoints * (4 + MOMENTS_BYTES))
+
 
 class Feedback(Tuning):
     """The gradient of a differentiable reward through the student's last sampling steps."""
+
+    maths: ClassVar[int] = 3  # noise by sample, the rewards' scale by the steps before
 
     kind: Literal["feedback"] = "feedback"
     gradient: Literal["last", "random", "low_variance"] = Field(
@@ -107,7 +178,7 @@ class Feedback(Tuning):
     anchor: NonNegativeFloat = Field(0.0, description="weight of the mean squared distance to the reference's last x0")
     kl: NonNegativeFloat = Field(0.0, description="weight of one stochastic step's KL to the reference, per element")
     consistency: NonNegativeFloat = Field(0.0, description="weight of the distillation loss on stored trajectories")
-    small_decoder: str | None = Field(
+    small_decoder: Annotated[str | None, Reads(holding="config.json", is_network=True)] = Field(
         None, description="folder of an AutoencoderTiny that draws for the rewards trained on, never for the guard"
     )
     _hinge_is_settled = model_validator(mode="after")(hinges.settle)
@@ -132,15 +203,49 @@ class Feedback(Tuning):
         """Whether the sampler must put noise back."""
         return self.kl > 0
 
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Those of all tuning, and the store that the student was distilled from where it is read."""
+        return (*super().parents, *["trajectories"] * self.reads_trajectories)
+
+    def step(self, samples: int, part: int) -> list[Pass]:
+        """Return the sample's last steps with gradient, those before, and what each term beside the reward takes."""
+        steps, copies = self.sampling_steps, self.num_copies if self.gradient == "low_variance" else 1
+        graded = {"last": self.num_grad_steps, "random": 1, "low_variance": 1}[self.gradient]
+        before = {
+            "last": steps - self.num_grad_steps,
+            "random": steps - (self.num_grad_steps - 1) / 2 - 1,
+            "low_variance": steps,
+        }[self.gradient]
+        scored = Pass(
+            "student",
+            samples * copies,
+            graded,
+            part * copies,
+            gradient=True,
+            is_chained=self.gradient != "low_variance",
+            seen_by="rewards",
+            num_looks=2 if self.shape == "mps_hinge" else 1,
+        )
+        found = [Pass("student", samples, before, is_chained=True), scored]
+        if self.anchor:
+            found.append(Pass("reference", samples * copies, batch=part * copies))
+        if self.kl:  # of one step of a sample of its own
+            found += [Pass("student", samples, steps, is_chained=True), Pass("reference", samples)]
+        own_terms = (self.kl > 0) + (self.consistency > 0)
+        return found + [Pass("student", samples, batch=part, gradient=True)] * own_terms
+
 
 class Dpo(Tuning):
     """Preference pairs: the student's own samples, ranked by the rewards, or a table; hyper-parameters as in TRL."""
+
+    maths: ClassVar[int] = 2  # noise by sample, the rewards' scale by the steps before
 
     kind: Literal["dpo"] = "dpo"
     form: Literal["endpoint", "diffusion_dpo", "pso"] = Field(
         "endpoint", description="log-ratio: errors at all times of the sampler, at one of them, or of its random steps"
     )
-    pairs: str | None = Field(
+    pairs: Annotated[str | None, PICTURES] = Field(
         None,
         description="pairs to learn in place of the student's own samples, a .parquet file or a folder as `mlcm pairs` "
         "writes it, with columns prompt, chosen, rejected; `prompts` and `rewards` are then only the guard's to watch",
@@ -183,9 +288,24 @@ class Dpo(Tuning):
         """Whether the sampler must put noise back."""
         return self.form == "pso"
 
+    def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
+        """Return those of all tuning, and the encoding of a table's pictures."""
+        encoded = Pass("encoder", batch=part or self.micro_batch, in_step=False)
+        return [encoded] * (self.pairs is not None) + super().passes(recipe, part)
+
+    def step(self, samples: int, part: int) -> list[Pass]:
+        """Return the samples that are ranked, and the measures of chosen and rejected that their log-ratio takes."""
+        steps = self.sampling_steps
+        measures = {"endpoint": steps, "diffusion_dpo": 1, "pso": steps - 1}[self.form]
+        own, copies = Pass("student", 2 * samples, measures, 2 * part, gradient=True), self.num_generations
+        ranked = Pass("student", samples * copies, steps, part * copies, is_chained=True, seen_by="rewards")
+        return [ranked] * (self.pairs is None) + [Pass("reference", 2 * samples, measures), own]
+
 
 class Policy(Tuning):
     """Policy gradient on the stochastic few-step sampler, for any reward; names as in TRL's GRPOConfig."""
+
+    maths: ClassVar[int] = 3  # noise by sample, the rewards' scale by the steps before
 
     kind: Literal["policy"] = "policy"
     num_generations: int = Field(4, ge=2, le=1024, description="samples a prompt, compared with each other")
@@ -214,3 +334,13 @@ class Policy(Tuning):
     def samples_together(self) -> int:
         """Samples that one process must have together: a prompt's group."""
         return self.num_generations
+
+    def step(self, samples: int, part: int) -> list[Pass]:
+        """Return the samples, the log-probabilities of their random steps then and under the reference, and now."""
+        steps, actions = self.sampling_steps, self.sampling_steps - 1
+        return [
+            Pass("student", samples, steps, part, is_chained=True, seen_by="rewards"),
+            Pass("student", samples, actions),
+            Pass("reference", samples, actions),
+            Pass("student", samples * self.num_iterations, actions, part, gradient=True),
+        ]

@@ -1,17 +1,27 @@
 """Stages of the teacher: its own training, and its trajectories."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from .types import Fraction, OneStage, PositiveInt, Training, presentation
+from .reads import PICTURES, PROMPTS
+from .stage import OneStage, Training
+from .takes import Networks, Pass, Values
+from .types import Fraction, Full, Lora, PositiveInt, presentation
+
+if TYPE_CHECKING:
+    from .experiment import Recipe
+
+BYTES = {"float32": 4, "float16": 2}
 
 
 class TrainTeacher(Training):
     """The denoiser's diffusion loss on a captioned image folder: trains the teacher itself."""
 
     kind: Literal["train_teacher"] = "train_teacher"
-    images: str = Field(description="folder with metadata.jsonl ({file_name, prompts}) beside the pictures")
+    images: Annotated[str, PICTURES] = Field(
+        description="folder with metadata.jsonl ({file_name, prompts}) beside the pictures"
+    )
     num_steps: PositiveInt
     learning_rate: PositiveFloat = 4e-4
     warmup_steps: int = Field(100, ge=0, le=1_000_000_000)
@@ -20,12 +30,44 @@ class TrainTeacher(Training):
     min_snr_gamma: PositiveFloat | None = Field(None, description="most an error of x0 weighs, arXiv 2303.09556")
     start: Literal["teacher", "random"] = Field("random", description="denoiser weights to begin from")
 
+    @property
+    def corrections(self) -> int:
+        """One where the min-SNR weight was epsilon's, whatever the teacher predicts."""
+        return int(self.min_snr_gamma is not None)
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    @property
+    def steps_per_phase(self) -> list[int]:
+        """Optimiser steps, in one phase."""
+        return [self.num_steps]
+
+    def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
+        """Return the pictures' encoding, the steps' own passes, and sample grids, which the trained network draws."""
+        samples, batch = self.num_steps * self.batch_size, part or self.micro_batch
+        return [
+            Pass("encoder", batch=self.micro_batch, in_step=False),
+            Pass("student", samples, batch=batch, gradient=True, output="prediction"),
+            *self.sample_grids(recipe, "teacher"),
+        ]
+
+    def networks(self, distilled: Lora | Full) -> Networks:
+        """Return a second denoiser beside the teacher's, and its average."""
+        return Networks(Full(), has_average=True)
+
+    def disk(self, recipe: "Recipe", values: Values) -> int:
+        """Return the bytes of a teacher in half precision, and of checkpoints with weights, average and moments."""
+        return values.denoiser * (2 + self.keep_checkpoints * 16)
+
 
 class Trajectories(OneStage):
     """The teacher's guided DDIM trajectories from noise to data, every state kept."""
 
     kind: Literal["trajectories"] = "trajectories"
-    prompts: str = Field(description=".txt (one a line) or .jsonl ({prompt, language, ...}) file")
+    prompts: Annotated[str, PROMPTS] = Field(description=".txt (one a line) or .jsonl ({prompt, language, ...}) file")
     num_trajectories: int = Field(gt=0, le=10_000_000)
     num_held_out: int = Field(0, ge=0, le=10_000_000, description="trajectories after those, for the held-out loss")
     num_steps: int = Field(48, ge=8, le=992, description="solver steps: 8 segments of 6")
@@ -42,3 +84,18 @@ class Trajectories(OneStage):
         if (self.num_trajectories + self.num_held_out) > 1_000_000 * self.shard_size:
             raise ValueError(f"shard_size {self.shard_size} would make more than a million files: make it larger")
         return self
+
+    @property
+    def num_stored(self) -> int:
+        """Trajectories that it stores."""
+        return self.num_trajectories + self.num_held_out
+
+    def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
+        """Return the solver's passes."""
+        evaluations = self.num_steps * recipe.teacher.evaluations
+        return [Pass("teacher", self.num_stored, evaluations, self.batch_size, in_step=False)]
+
+    def disk(self, recipe: "Recipe", values: Values) -> int:
+        """Return the bytes of every state, of the last x0, and of the encoded prompt."""
+        row = (self.num_steps + 2) * values.latent + values.prompt
+        return self.num_stored * row * BYTES[self.dtype]

@@ -1,8 +1,8 @@
-"""What a recipe's types are made of: strictness, settings that change no result, the teacher, training, rewards."""
+"""What a recipe's types are made of: strictness, settings that change no result, the teacher, adapters, rewards."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 
 from . import families
 
@@ -62,6 +62,11 @@ class Teacher(Strict):
         "contiguous", description="layout of the convolutions' weights; channels_last draws faster on most hardware"
     )
 
+    @property
+    def evaluations(self) -> int:
+        """What a guided pass counts: the network is evaluated with the prompt and, where that changes it, without."""
+        return 1 if self.guidance_scale == 1.0 else 2
+
 
 class Samples(Strict):
     """The fixed prompts and seeds of the grids that runs leave behind."""
@@ -82,58 +87,6 @@ class Full(Strict):
     """All weights of the denoiser."""
 
     kind: Literal["full"] = "full"
-
-
-class OneStage(Strict):
-    """What every stage has in common."""
-
-    seed: int | None = Field(None, ge=0, description="of this stage alone; default: the recipe's")
-
-    @property
-    def reward_models(self) -> list["Reward"]:
-        """Every reward model that the stage asks."""
-        return []
-
-
-class Training(OneStage):
-    """What every stage that trains has in common."""
-
-    if TYPE_CHECKING:
-        kind: str  # which each of them gives its own value
-
-    batch_size: int = Field(gt=0, le=65_536, description="samples per optimiser step")
-    gradient_accumulation: PositiveInt = Field(
-        1, description="micro-batches a step is split into; must divide batch_size"
-    )
-    gradient_checkpointing: bool = presentation(
-        False, description="recompute activations in the backward pass: less memory, the same gradients"
-    )
-    precision: Literal["no", "bf16"] = Field("no", description="autocast of the student's passes")
-    weight_decay: NonNegativeFloat = 0.0
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    max_grad_norm: PositiveFloat = 1.0
-    log_every: PositiveInt = presentation(10)
-    save_every: PositiveInt = presentation(200, description="steps between checkpoints to resume from")
-    keep_checkpoints: PositiveInt = presentation(2, description="newest checkpoints that stay, the guard's best inside")
-    sample_every: PositiveInt = presentation(200, description="steps between sample grids")
-
-    @model_validator(mode="after")
-    def _accumulation_divides_batch(self):
-        if self.batch_size % self.gradient_accumulation:
-            raise ValueError(
-                f"gradient_accumulation {self.gradient_accumulation} does not divide batch_size {self.batch_size}"
-            )
-        return self
-
-    @property
-    def micro_batch(self) -> int:
-        """Samples that are in memory at a time."""
-        return self.batch_size // self.gradient_accumulation
-
-    @property
-    def samples_together(self) -> int:
-        """Samples that one process must have together."""
-        return 1
 
 
 class Reward(Strict):

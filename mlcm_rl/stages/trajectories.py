@@ -12,7 +12,6 @@ from ..equations.solver import ddim_step
 from ..models import teachers
 from ..models.base import Base, Conditioning
 from ..models.teachers import teacher_hash
-from ..pipeline.fingerprint import MATHS
 from ..recipe import Recipe, Trajectories
 from ..storage import finite
 from ..storage.hashing import sha256
@@ -106,5 +105,5 @@ def provenance(stage: Trajectories, recipe: Recipe, base: Base) -> Provenance:
         num_held_out=stage.num_held_out,
         seed=recipe.seed,
         dtype=stage.dtype,
-        maths=MATHS["trajectories"],
+        maths=stage.maths,
     )

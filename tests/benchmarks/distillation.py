@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mlcm_rl.cost.evaluations import evaluations_per_phase
+from mlcm_rl.cost.evaluations import evaluations_of
 from mlcm_rl.data.training_points import NoisedData
 from mlcm_rl.equations.segments import sampling_times, time_grid
 from mlcm_rl.evaluation import training_cost
@@ -138,8 +138,9 @@ def evaluations(name: str, store: float) -> dict[str, float]:
     if name == PLAIN:  # a guided step of the teacher, as `data`
         return {"store": 0.0, "teacher": 2.0, "target": 1.0, "student": 1.0}
     stage = stage_of(name, batch_size=1)
-    step = evaluations_per_phase(stage, guided=2)[0]
-    return dict(zip(PARTS, (store if stage.reads_trajectories else 0.0, *step), strict=True))
+    passes = stage.passes(load(Path(SHIPPED)))
+    step = {part: evaluations_of(one for one in passes if one.role == part) for part in PARTS[1:]}
+    return {"store": store if stage.reads_trajectories else 0.0} | step
 
 
 def evaluations_table() -> tuple[Table, str]:

@@ -213,8 +213,8 @@ def test_a_stage_is_found_by_the_content_of_its_table_and_takes_no_samples(tiny_
     rewrite(moved, rows_of(moved)[:-1])
     assert locate(stage, recipe, []).fingerprint != before
     own = runs.tuning("dpo", prompts)
-    assert evaluations.evaluations_per_sample(stage) == 2 * 2 * 2  # two times; pair; student, reference
-    assert evaluations.evaluations_per_sample(own) == 2 * 2 * 2 + 4 * 2
+    assert evaluations.evaluations_of(stage.step(1, 1)) == 2 * 2 * 2  # two times; pair; student, reference
+    assert evaluations.evaluations_of(own.step(1, 1)) == 2 * 2 * 2 + 4 * 2
 
 
 # ---- made ----

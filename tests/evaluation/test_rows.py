@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 import runs
-from mlcm_rl.cost.evaluations import evaluations_per_row
 from mlcm_rl.evaluation.rows import Entry, entries, student_folders, student_rows, teacher_rows
 from mlcm_rl.evaluation.training_cost import TrainingCost
 from mlcm_rl.models.gammas import own_gamma
@@ -136,7 +135,7 @@ def test_a_plan_counts_the_snapshots_of_the_recipes_phases():
     def planned(students):
         asked = stage(num_steps=[2, 4], teacher_steps=[2], gammas=[0.0, 1.0], students=students)
         stages = [runs.distill(segments=[8, 4, 1]), asked]
-        return sum(evaluations_per_row(asked, runs.recipe(Path("teacher"), Path("runs"), stages)))
+        return sum(asked.evaluations_per_row(runs.recipe(Path("teacher"), Path("runs"), stages)))
 
     assert planned("snapshots") == planned("last") + 2 * (2 + 4)
 
@@ -145,7 +144,7 @@ def test_a_plan_counts_the_rows_at_a_tuned_students_own_gamma():
     def planned(gamma):
         asked = stage(num_steps=[2, 4], teacher_steps=[2], gammas=[0.0])
         stages = [runs.distill(segments=[2]), runs.tuning("feedback", "p.txt", gamma=gamma), asked]
-        return sum(evaluations_per_row(asked, runs.recipe(Path("teacher"), Path("runs"), stages)))
+        return sum(asked.evaluations_per_row(runs.recipe(Path("teacher"), Path("runs"), stages)))
 
     assert planned(None) == planned(0.0)
     assert planned(0.3) == planned(0.0) + 2 * (2 + 4)  # the tuned student, and the distilled one beside it

@@ -66,16 +66,14 @@ def test_a_chain_of_stages_is_summed_and_its_store_counted_once(tmp_path):
     assert of_stage(made, 1) == TrainingCost(160, 96 * 110, 0, 120 + 80)
 
 
-def test_a_tuned_student_has_cost_its_distillation_and_its_own_steps_and_no_other_tuning(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        training_cost, "network_evaluations", lambda stage, _: {"trajectories": 96 * 110}.get(stage.kind, 7)
-    )
+def test_a_tuned_student_has_cost_its_distillation_and_its_own_steps_and_no_other_tuning(tmp_path):
     rewards = {"rewards": [{"name": "a"}], "guard": {"rewards": [{"name": "b"}]}}
     tuning = {"prompts": "p.txt", "num_steps": 5, "batch_size": 8, **rewards}
     distill = runs.distill(segments=[1], num_steps=10, batch_size=4)
     made = recipe(tmp_path, store(), distill, Feedback(**tuning), Policy(**tuning))
     for position in (2, 3):
-        assert of_stage(made, position) == TrainingCost(40 + 40, 96 * 110, 0, 40 + 7)
+        own = network_evaluations(made.stages[position], made)
+        assert of_stage(made, position) == TrainingCost(40 + 40, 96 * 110, 0, 40 + own)
 
 
 def test_a_second_store_is_counted_beside_the_first(tmp_path):

@@ -17,8 +17,8 @@ from mlcm_rl.cost.evaluations import network_evaluations
 from mlcm_rl.data.trajectory_store import Store
 from mlcm_rl.models import students, teachers
 from mlcm_rl.pipeline import BadArgument, RunError, finished_runs, running
-from mlcm_rl.pipeline.fingerprint import MATHS, corrections, identity, settings
-from mlcm_rl.recipe import Distill, Evaluate, Full, Lora
+from mlcm_rl.pipeline.fingerprint import identity, settings
+from mlcm_rl.recipe import Distill, Dpo, Evaluate, Full, Lora
 from mlcm_rl.recipe.file import load
 from mlcm_rl.storage import checkpoints
 from mlcm_rl.storage.manifest import finish
@@ -173,19 +173,19 @@ def test_a_setting_at_its_default_is_not_hashed_so_that_new_ones_do_not_orphan_f
 def test_a_correction_moves_the_folders_of_the_stages_that_it_changes_and_no_others():
     averaged = {"target": "consistency", "target_ema": 0.9}
     noised = {"source": "data", "images": "unused"}
-    assert corrections(runs.distill(**averaged, precision="bf16")) == 1
-    assert corrections(runs.distill(**averaged)) == 0
-    assert corrections(runs.distill(target="consistency", precision="bf16")) == 0
-    assert corrections(runs.distill(target="consistency", **noised)) == 1
-    assert corrections(runs.distill(**averaged, **noised, precision="bf16")) == 2
-    assert corrections(runs.distill(method="inter_segment", segments=[1], **noised)) == 0
+    assert runs.distill(**averaged, precision="bf16").corrections == 1
+    assert runs.distill(**averaged).corrections == 0
+    assert runs.distill(target="consistency", precision="bf16").corrections == 0
+    assert runs.distill(target="consistency", **noised).corrections == 1
+    assert runs.distill(**averaged, **noised, precision="bf16").corrections == 2
+    assert runs.distill(method="inter_segment", segments=[1], **noised).corrections == 0
 
 
 def test_stages_that_read_pictures_are_run_again_since_all_are_read_alike(tiny_sdxl, tmp_path):
     dpo = runs.tuning("dpo", runs.write_prompts(tmp_path))
     pairs = dpo.model_copy(update={"pairs": runs.write_pairs(tmp_path / "pairs")})
     recipe = runs.recipe(tiny_sdxl, tmp_path, [dpo, pairs])
-    assert [identity(stage, recipe, {})["maths"] for stage in recipe.stages] == [MATHS["dpo"], MATHS["dpo"] + 1]
+    assert [identity(stage, recipe, {})["maths"] for stage in recipe.stages] == [Dpo.maths, Dpo.maths + 1]
 
 
 def test_a_stage_of_its_own_seed_leaves_the_others_where_they_are(finished):

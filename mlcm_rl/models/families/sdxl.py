@@ -17,7 +17,10 @@ class Family(UNetBase):
     card_tag = "stable-diffusion-xl"
     pipeline_class = StableDiffusionXLPipeline
     in_stability_blocks = True
-    kohya_version = "sdxl_base_v1-0"
+
+    @property
+    def kohya_version(self) -> str:
+        return "sdxl_base_v1-0"
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:
