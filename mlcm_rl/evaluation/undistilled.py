@@ -34,7 +34,7 @@ def sample(
     if solver == "ddim":
         times = time_grid(num_steps)[:-1]
         return sampler.sample_teacher(base, conditional, unconditional, noise, times, guidance_scale)
-    scheduler = _scheduler(base, solver, num_steps)
+    scheduler = _scheduler(base, solver, num_steps, noise.device)
     x_t = noise
     for t in scheduler.timesteps:
         x0 = base.guided_x0(x_t, t.expand(len(x_t)), conditional, unconditional, guidance_scale)
@@ -42,21 +42,21 @@ def sample(
     return x_t
 
 
-def _scheduler(base: Base, solver: str, num_steps: int) -> Any:
+def _scheduler(base: Base, solver: str, num_steps: int, device: torch.device) -> Any:
     """diffusers' own solver on the teacher's schedule; it is handed x0: prediction types are the base's affair."""
     name, settings = SCHEDULERS[solver]
     if base.prediction_type == "flow":
-        return _flow_scheduler(base, name, settings, num_steps)
+        return _flow_scheduler(base, name, settings, num_steps, device)
     scheduler = _vp_scheduler(base, name, settings)
-    scheduler.set_timesteps(num_steps, device=base.device)
+    scheduler.set_timesteps(num_steps, device=device)
     return scheduler
 
 
-def _flow_scheduler(base: Base, name: str, settings: dict[str, Any], num_steps: int) -> Any:
+def _flow_scheduler(base: Base, name: str, settings: dict[str, Any], num_steps: int, device: torch.device) -> Any:
     """The solver on rectified flow, put on our own times: its own end elsewhere, and are no indices."""
     scheduler = getattr(diffusers, name)(prediction_type="sample", use_flow_sigmas=True, **settings)
     scheduler.set_timesteps(num_steps)
-    times = torch.tensor(time_grid(num_steps)[:-1], device=base.device)
+    times = torch.tensor(time_grid(num_steps)[:-1], device=device)
     sigmas = base.schedule.sigma[times]
     scheduler.timesteps, scheduler.sigmas = times, torch.cat([sigmas, sigmas.new_zeros(1)]).cpu()
     return scheduler

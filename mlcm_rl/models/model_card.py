@@ -87,7 +87,7 @@ def card(
         sections.append("Or the adapter alone, over its teacher:\n\n" + _part_usage(base, student, name, folder, gamma))
     if beside := sorted(folder.glob("steps-*"), key=_num_steps):
         sections.append(_beside_usage(base, student, name, beside, gamma))
-    if tuple(base.denoiser.config.get("block_out_channels", ())) in PUBLISHED_WIDTHS:
+    if tuple(getattr(base.denoiser.config, "block_out_channels", ())) in PUBLISHED_WIDTHS:
         sections.append("## ComfyUI and other tools\n\n" + _other_tools(student, folder, beside, gamma))
     sections.append("## Grids\n\n" + _grids(base, student))
     if table:

@@ -22,7 +22,7 @@ class GaussianBase:
     def __init__(self, scheduler=DDIMScheduler):
         self.schedule = vp_schedule(scaled_linear_betas())
         self.pipeline = SimpleNamespace(scheduler=scheduler(**BETAS, steps_offset=1))
-        self.num_calls = 0
+        self.num_calls, self.prediction_type = 0, "epsilon"
 
     def guided_x0(self, x_t, t, conditional, unconditional, guidance_scale):
         self.num_calls += 1
