@@ -6,7 +6,7 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from mlcm_rl.cost.evaluations import evaluations_per_sample
+from mlcm_rl.cost.evaluations import evaluations_of
 from mlcm_rl.recipe import Tuning
 from mlcm_rl.report.looks import history
 from mlcm_rl.report.plots import COLOURS
@@ -27,7 +27,7 @@ def draw(tuned: list[tuple[str, Tuning, Path]], out: Path) -> None:
     rows = {row: stage for row, stage, _ in tuned}
     for colour, (row, stage) in zip(COLOURS, rows.items(), strict=False):
         folders = [folder for name, _, folder in tuned if name == row]
-        cost = stage.batch_size * evaluations_per_sample(stage)
+        cost = evaluations_of(stage.step(stage.batch_size, stage.batch_size))
         for reward, dash in ((stage.rewards[0].name, "-"), (stage.guard.rewards[0].name, "--")):
             curve = win_rates(folders, reward)
             style = {"color": colour, "linestyle": dash, "marker": ".", "label": f"{row}, {reward}"}
