@@ -163,11 +163,11 @@ def roles_of(
     if isinstance(stage, Training) and stage.gradient_checkpointing:
         student.enable_gradient_checkpointing(recompute)
         if networks.preference is not None:  # gradients come through it
-            base.vae.enable_gradient_checkpointing(recompute)
+            base.autoencoder.vae.enable_gradient_checkpointing(recompute)
         if small is not None:
             small.enable_gradient_checkpointing(recompute)
     if networks.tiles:
-        base.use_tiles(networks.tiles, recompute)
+        base.autoencoder.use_tiles(networks.tiles, recompute)
     tokens = num_tokens(Path(recipe.teacher.path))
     copies = (forget_copies, networks.has_average)
     return passes.Roles(base, student, conditioned, tokens, rewards, set(), own_precision, *copies, small)

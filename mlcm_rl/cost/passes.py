@@ -82,11 +82,11 @@ class Roles:
     def encode(self, count: int) -> Tensor:
         """Latents (count, C, H, W) of as many pictures."""
         side = self.base.resolution
-        return self.base.encode_images(torch.empty(count, 3, side, side, device=self.base.device))
+        return self.base.autoencoder.encode(torch.empty(count, 3, side, side, device=self.base.device))
 
     def scores(self, latents: Tensor, asked: list[Reward], small: nn.Module | None = None) -> Tensor:
         """The sum (count,) of what the rewards `asked` say of `latents`, decoded by a `small` decoder if given."""
-        images = self.base.decode(latents, small)
+        images = self.base.autoencoder.decode(latents, small)
         total = images.mean((1, 2, 3))
         for one in asked:
             if one.name in self.rewards:
@@ -153,6 +153,6 @@ def _without_gradient(taken: Pass, stage: Stage, recipe: Recipe, roles: Roles) -
 def _seen(taken: Pass, stage: Stage, roles: Roles, x0: Tensor) -> Tensor:
     """Return what those say (B,) who see the pictures of `x0` (B, C, H, W)."""
     if taken.seen_by == "person":
-        return roles.base.decode(x0)
+        return roles.base.autoencoder.decode(x0)
     small = roles.small_decoder if taken.seen_by == "rewards" else None
     return roles.scores(x0, stage.trained_on if taken.seen_by == "rewards" else stage.reward_models, small)

@@ -8,14 +8,12 @@ float32 and batch first, so that it can be indexed, concatenated and stored.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..equations.prediction import x0_from_prediction
 from ..equations.schedule import Schedule
@@ -24,6 +22,7 @@ from ..equations.solver import guided
 from ..recipe import Teacher
 from ..storage import finite
 from ..training import autocast
+from .autoencoder import Autoencoder
 from .files import MEMORY_FORMATS
 
 Conditioning = dict[str, Tensor]
@@ -63,7 +62,7 @@ class Base(ABC):
         self.memory_format = MEMORY_FORMATS[teacher.memory_format]
         self._ahead: dict[str, Conditioning] | None = None  # (L, D) and (P,) a prompt, once text encoders are gone
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_part)
-        self.vae = self.pipeline.vae
+        self.autoencoder = Autoencoder(pipeline.vae, pipeline.vae_scale_factor, teacher.path, device)
         self.resolution, self.latent_shape = self._sizes()
         self.prediction_type, schedule = self._schedule()
         self.schedule = schedule.to(device)
@@ -228,49 +227,6 @@ class Base(ABC):
             without, given = self.predict(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
             prediction = guided(given, without, guidance_scale)
         return x0_from_prediction(prediction, x_t, t, self.schedule, self.prediction_type)
-
-    # Pictures
-
-    def decode(self, latents: Tensor, small: torch.nn.Module | None = None) -> Tensor:
-        """Pictures (B, 3, H', W') float32 in [0, 1] of clean latents (B, C, H, W), differentiable where grad is on.
-
-        By a `small` decoder where one is given, which reads latents as the denoiser has them.
-        """
-        scale, mean = self._latent_scale
-        decoded = self.vae.decode(latents.float() * scale + mean) if small is None else small.decode(latents.float())
-        return (decoded.sample.float() / 2 + 0.5).clamp(0, 1)
-
-    def use_tiles(self, size: int, recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False)) -> None:
-        """Let the autoencoder work in tiles of `size` pixels a side from now on: less memory, and seams are blended.
-
-        They overlap by a quarter. A tile is computed again in the backward pass, by `recompute`: all tiles kept would
-        be more than the whole picture. Raises ValueError for a size that is no whole number of quarters.
-        """
-        quarter = 4 * self.pipeline.vae_scale_factor
-        if size % quarter:
-            raise ValueError(
-                f"autoencoder_tiles: {size} is not a multiple of {quarter}: tiles of {self.teacher.path} overlap by a "
-                "quarter, which must be whole latents"
-            )
-        self.vae.enable_tiling()
-        self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = size, 4 * size // quarter
-        self.vae.decoder.forward = partial(recompute, self.vae.decoder.forward)
-
-    @torch.no_grad()
-    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Latents (B, C, H, W) of pictures (B, 3, H', W') in [0, 1]: the posterior's mean, or drawn by `generator`."""
-        posterior = self.vae.encode(images.float() * 2 - 1).latent_dist
-        scale, mean = self._latent_scale
-        return ((posterior.mode() if generator is None else posterior.sample(generator)) - mean) / scale
-
-    @cached_property
-    def _latent_scale(self) -> tuple[Tensor, Tensor]:
-        """Scale and mean (1, C or 1, 1, 1): what the autoencoder decodes is scale z + mean."""
-        settings = self.vae.config
-        std, mean = settings.latents_std or [1.0], settings.latents_mean or [settings.shift_factor or 0.0]
-        shape = {"dtype": torch.float32, "device": self.device}
-        scale = torch.tensor(std, **shape) / settings.scaling_factor
-        return scale.reshape(1, -1, 1, 1), torch.tensor(mean, **shape).reshape(1, -1, 1, 1)
 
     def noise(self, generator: torch.Generator | Sequence[torch.Generator], batch_size: int) -> Tensor:
         """Standard normal (B, C, H, W) float32, drawn on the CPU so that it is the same whatever the device.

@@ -15,7 +15,7 @@ class FlowBase(Base):
 
     def _sizes(self) -> tuple[int, tuple[int, int, int]]:
         teacher, denoiser, factor = self.teacher, self.denoiser.config, self.pipeline.vae_scale_factor
-        channels = self.vae.config.latent_channels
+        channels = self.autoencoder.vae.config.latent_channels
         if (denoiser.in_channels, denoiser.out_channels) != (channels, channels):
             raise ValueError(
                 f"teacher {teacher.path}: the denoiser maps {denoiser.in_channels} channels to "

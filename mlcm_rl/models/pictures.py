@@ -22,7 +22,7 @@ def encode(base: Base, images: Tensor, size: int) -> Tensor:
 
     Raises ValueError for a picture whose latents hold NaN or infinity.
     """
-    latents = torch.cat([base.encode_images(part.to(base.device) / 255).cpu() for part in images.split(size)])
+    latents = torch.cat([base.autoencoder.encode(part.to(base.device) / 255).cpu() for part in images.split(size)])
     if (place := finite.first_bad_row(latents)) is not None:
         raise ValueError(
             f"picture {place + 1} of {len(images)}: its latents by the autoencoder of {base.teacher.path} are not "
@@ -79,7 +79,7 @@ def sample_grid(
         seeds = [generator(seed, "samples", i) for i in range(len(samples.prompts))]
         noise = base.noise(seeds, len(seeds))
         x0 = sampler.sample(base, denoiser, conditioning, noise, times, gamma, seeds, conditioned)
-        columns.append(base.decode(x0))
+        columns.append(base.autoencoder.decode(x0))
     return grid(torch.stack(columns, dim=1).flatten(0, 1), len(columns))
 
 

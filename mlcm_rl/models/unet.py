@@ -53,7 +53,7 @@ class UNetBase(Base):
 
     def _sizes(self) -> tuple[int, tuple[int, int, int]]:
         teacher, unet, factor = self.teacher, self.denoiser.config, self.pipeline.vae_scale_factor
-        channels = self.vae.config.latent_channels
+        channels = self.autoencoder.vae.config.latent_channels
         if (unet.in_channels, unet.out_channels) != (channels, channels):
             raise ValueError(
                 f"teacher {teacher.path}: the denoiser maps {unet.in_channels} channels to {unet.out_channels} and the "

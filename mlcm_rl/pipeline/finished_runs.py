@@ -98,7 +98,7 @@ def _drawn(
     generators = [generator(seed, "sample", i) for i in indices]
     noise, conditioning = base.noise(generators, len(prompts)), base.encode_prompts(prompts)
     x0 = sampler.sample(base, student.denoiser, conditioning, noise, times, gamma, generators, student.conditioned)
-    return base.decode(x0)
+    return base.autoencoder.decode(x0)
 
 
 def tell_unlike(student: students.Student, folder: Path, num_steps: int) -> None:

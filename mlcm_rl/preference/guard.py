@@ -161,7 +161,7 @@ class Guard:
             for one, state in zip(batch.generators, states, strict=True):
                 one.set_state(state)
             _, x0 = self.student.rollout(batch.conditioning, batch.noise, batch.generators)
-            images = self.student.base.decode(x0)
+            images = self.student.base.autoencoder.decode(x0)
             latents.append(x0.cpu())
             for rewards in self.rewards.values():
                 for name, values in rewards.raw(images, batch.prompts, batch.languages).items():

@@ -139,7 +139,7 @@ def samples(asked: Asked, base: Base, student: Student, prompts: list[Prompt], f
         generators,
         student.conditioned,
     )
-    return base.decode(x0).unflatten(0, (-1, count))
+    return base.autoencoder.decode(x0).unflatten(0, (-1, count))
 
 
 def write_pair(asked: Asked, prompt: Prompt, images: Tensor, scores: Tensor, number: int, out: Path) -> dict | None:

@@ -116,9 +116,9 @@ def load(stage: Tuning, base: Base, start: Path, seed: int) -> Student:
     base.forget_denoiser()  # the reference is the student
     if stage.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-        base.vae.enable_gradient_checkpointing()
+        base.autoencoder.vae.enable_gradient_checkpointing()
     if stage.autoencoder_tiles:
-        base.use_tiles(stage.autoencoder_tiles)
+        base.autoencoder.use_tiles(stage.autoencoder_tiles)
     small = small_decoder(stage, base)
     times = sampling_times(stage.sampling_steps, 1 if conditioned else num_segments)
     return Student(base, denoiser, times, gamma, conditioned, num_segments, small)

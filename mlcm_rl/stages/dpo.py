@@ -149,7 +149,7 @@ def ranked(stage: Dpo, student: tuning.Student, rewards: Combined, start: tuning
     """The best and the worst of each prompt's samples by the summed reward; `start` has them in a row."""
     states, x0 = student.rollout(start.conditioning, start.noise, start.generators)
     with torch.no_grad():
-        total, raw = rewards(student.base.decode(x0), start.prompts, start.languages)
+        total, raw = rewards(student.base.autoencoder.decode(x0), start.prompts, start.languages)
     scores.add_rewards(raw)
     groups = total.unflatten(0, (-1, stage.num_generations))  # (B, n)
     first = torch.arange(len(groups), device=total.device) * stage.num_generations

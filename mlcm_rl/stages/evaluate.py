@@ -200,7 +200,7 @@ def draw(scene: Scene, row: Row, student: Student | None, batch: list[Sample]) -
     conditioning = {name: torch.stack([one[name] for one in encoded]).to(base.device) for name in encoded[0]}
     started = time.perf_counter()
     latents = sample(scene, row, student, batch, conditioning)
-    images = base.decode(latents)
+    images = base.autoencoder.decode(latents)
     if base.device.type != "cpu":
         torch.accelerator.synchronize()
     latency = 1e3 * (time.perf_counter() - started) / len(batch)

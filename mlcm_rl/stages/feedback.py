@@ -94,7 +94,7 @@ def loss(
 ) -> Tensor:
     """The loss of a micro-batch, one value a sample (B,) float32; its raw scores go into `scores`."""
     x_t, x0, t, copies = graded_sample(stage, student, start, last)
-    images = student.base.decode(x0, student.small_decoder)
+    images = student.base.autoencoder.decode(x0, student.small_decoder)
     value = reward_loss(stage, rewards, images, start, copies, scores)
     conditioning = start.repeated(copies)
     if stage.anchor:

@@ -82,7 +82,7 @@ def rolled_out(
 ) -> Rollout:
     """Samples of the policy as it is, their advantages within each prompt's group, and the reference's view."""
     states, x0 = student.rollout(start.conditioning, start.noise, start.generators)
-    total, raw = rewards(student.base.decode(x0), start.prompts, start.languages)
+    total, raw = rewards(student.base.autoencoder.decode(x0), start.prompts, start.languages)
     scores.add_rewards(raw)
     groups = total.unflatten(0, (-1, stage.num_generations))
     advantages = policy.group_advantages(groups, scale=stage.scale_rewards == "group").flatten()

@@ -152,7 +152,7 @@ def save_samples(recipe: Recipe, base: Base, denoiser: nn.Module, folder: Path, 
     times = time_grid(SAMPLE_STEPS)[:-1]
     with as_teacher(base, denoiser):
         x0 = sample_teacher(base, conditioning, unconditional, noise, times, recipe.teacher.guidance_scale)
-    sheet = pictures.grid(base.decode(x0), num_columns=SAMPLE_COLUMNS)
+    sheet = pictures.grid(base.autoencoder.decode(x0), num_columns=SAMPLE_COLUMNS)
     by_first(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
 
 

@@ -192,7 +192,7 @@ def sampling() -> Table:
                 latents = sampler.sample_teacher(base, conditioning, dropped, noise, grid, 4.0)
             else:
                 latents = sampler.sample(base, base.denoiser, conditioning, noise, grid, 0.0)
-            base.decode(latents)
+            base.autoencoder.decode(latents)
         rate = 16 / (now() - started)
         first = first or rate
         table.add_row(name, str(len(grid) * (2 if "guided" in name else 1)), f"{rate:.1f}", f"{rate / first:.1f}")

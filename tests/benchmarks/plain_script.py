@@ -38,7 +38,7 @@ class PlainScript:
         r = t - SKIP
         with torch.no_grad():
             conditioning, unconditional = base.encode_prompts(prompts), base.encode_prompts([""] * count)
-            x_t = add_noise(base.encode_images(images), base.noise(draws, count), t, base.schedule)
+            x_t = add_noise(base.autoencoder.encode(images), base.noise(draws, count), t, base.schedule)
         x0 = base.x0(self.student, x_t, t, conditioning)
         with torch.no_grad():
             given = base.predict(base.denoiser, x_t, t, conditioning)

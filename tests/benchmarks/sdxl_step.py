@@ -193,7 +193,7 @@ class Steps:
 
         def loss() -> Tensor:
             x0 = sampler.sample(self.base, student, conditioning, noise, times, 0.0, grad_steps=num_grad_steps)
-            return -self.reward(self.base.decode(x0)).mean()
+            return -self.reward(self.base.autoencoder.decode(x0)).mean()
 
         return self._trained(student, loss)
 
@@ -208,7 +208,7 @@ class Steps:
         def loss() -> Tensor:
             with torch.no_grad():
                 x0 = sampler.sample(self.base, student, conditioning, noise, times, 0.0)
-                groups = torch.cat([self.reward(self.base.decode(part)) for part in x0.split(1)]).unflatten(
+                groups = torch.cat([self.reward(self.base.autoencoder.decode(part)) for part in x0.split(1)]).unflatten(
                     0, (num_pairs, -1)
                 )
             first = torch.arange(num_pairs, device=x0.device) * stage.num_generations
@@ -227,7 +227,7 @@ class Steps:
 
     def _preferring(self) -> nn.Module:
         student = students.preferring(self.base, self._student(Lora(), True), Lora(rank=16, alpha=16.0), seed=0)
-        self.base.vae.enable_gradient_checkpointing()
+        self.base.autoencoder.vae.enable_gradient_checkpointing()
         return student
 
     def _points(self, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -118,9 +118,13 @@ def test_half_precision_teacher_answers_in_float32_and_decodes_in_float32(teache
     half, full = load(teachers["sdxl"], dtype="bfloat16"), load(teachers["sdxl"])
     x_t, t, conditioning = inputs(full)
     predicted = half.predict(half.denoiser, x_t, t, half.encode_prompts(["a cat", "红苹果"]))
-    assert (half.denoiser.dtype, half.vae.dtype, predicted.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert (half.denoiser.dtype, half.autoencoder.vae.dtype, predicted.dtype) == (
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    )
     torch.testing.assert_close(predicted, full.predict(full.denoiser, x_t, t, conditioning), atol=0.1, rtol=0.1)
-    assert torch.equal(half.decode(x_t), full.decode(x_t))
+    assert torch.equal(half.autoencoder.decode(x_t), full.autoencoder.decode(x_t))
 
 
 def test_a_teacher_of_another_number_of_times_is_refused(tiny_sdxl, tmp_path):
@@ -235,8 +239,8 @@ def test_one_text_tower_is_as_good_as_two(tmp_path):
 def test_decoding_is_the_autoencoders_and_carries_gradient(base):
     latents = 0.1 * base.noise(torch.Generator().manual_seed(0), 2)
     latents.requires_grad_(True)
-    images = base.decode(latents)
-    expected = base.vae.decode(latents / base.vae.config.scaling_factor).sample / 2 + 0.5
+    images, vae = base.autoencoder.decode(latents), base.autoencoder.vae
+    expected = vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5
     assert images.shape == (2, 3, 16, 16)
     torch.testing.assert_close(images, expected.clamp(0, 1))
     images.sum().backward()
@@ -245,10 +249,10 @@ def test_decoding_is_the_autoencoders_and_carries_gradient(base):
 
 def test_encoding_is_the_posterior_mean_scaled_and_draws_with_a_generator(base):
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    posterior = base.vae.encode(2 * images - 1).latent_dist
-    latents = base.encode_images(images)
-    torch.testing.assert_close(latents, posterior.mean * base.vae.config.scaling_factor)
-    drawn = [base.encode_images(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    posterior = base.autoencoder.vae.encode(2 * images - 1).latent_dist
+    latents = base.autoencoder.encode(images)
+    torch.testing.assert_close(latents, posterior.mean * base.autoencoder.vae.config.scaling_factor)
+    drawn = [base.autoencoder.encode(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     assert not torch.equal(drawn[0], latents)
@@ -260,14 +264,13 @@ def test_latent_statistics_of_the_autoencoder_are_undone_and_applied(teachers, t
     edit(folder / "vae" / "config.json", latents_mean=mean, latents_std=std)
     plain, scaled = load(teachers["sdxl"]), load(folder)
     latents = 0.1 * plain.noise(torch.Generator().manual_seed(0), 2)
+    plain, scaled = plain.autoencoder, scaled.autoencoder
     shape, factor = (1, 4, 1, 1), plain.vae.config.scaling_factor
     by_hand = (latents / factor - torch.tensor(mean).reshape(shape)) / torch.tensor(std).reshape(shape) * factor
     torch.testing.assert_close(scaled.decode(by_hand), plain.decode(latents), atol=1e-5, rtol=1e-5)
     images = plain.decode(latents)
-    by_hand = (plain.encode_images(images) / factor - torch.tensor(mean).reshape(shape)) / torch.tensor(std).reshape(
-        shape
-    )
-    torch.testing.assert_close(scaled.encode_images(images), by_hand * factor, atol=1e-5, rtol=1e-5)
+    by_hand = (plain.encode(images) / factor - torch.tensor(mean).reshape(shape)) / torch.tensor(std).reshape(shape)
+    torch.testing.assert_close(scaled.encode(images), by_hand * factor, atol=1e-5, rtol=1e-5)
 
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch(base):

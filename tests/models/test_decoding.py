@@ -26,7 +26,7 @@ def load(folder) -> Base:
 
 def tiled(folder, size) -> Base:
     base = load(folder)
-    base.use_tiles(size)
+    base.autoencoder.use_tiles(size)
     return base
 
 
@@ -64,7 +64,7 @@ def test_tiles_give_the_whole_picture_up_to_their_seams(teachers, latents):
 
 def test_where_one_tile_holds_the_picture_it_is_the_same_to_the_bit_gradient_too(teachers, latents):
     whole, in_tiles = load(teachers["sdxl"]), tiled(teachers["sdxl"], 32)
-    assert torch.equal(whole.decode(latents), in_tiles.decode(latents))
+    assert torch.equal(whole.autoencoder.decode(latents), in_tiles.autoencoder.decode(latents))
     weights = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     assert torch.equal(*(gradient_of(base.decode, latents, weights) for base in (whole, in_tiles)))
 
@@ -75,10 +75,10 @@ def test_the_gradient_through_tiles_is_that_of_finite_differences(teachers, late
 
 def test_a_tile_is_computed_again_in_the_backward_pass(teachers, latents):
     base = load(teachers["sdxl"])
-    inner, calls = base.vae.decoder.forward, []
-    base.vae.decoder.forward = lambda *arguments: calls.append(1) or inner(*arguments)
-    base.use_tiles(16)
-    pictures = base.decode(latents.requires_grad_())
+    inner, calls = base.autoencoder.vae.decoder.forward, []
+    base.autoencoder.vae.decoder.forward = lambda *arguments: calls.append(1) or inner(*arguments)
+    base.autoencoder.use_tiles(16)
+    pictures = base.autoencoder.decode(latents.requires_grad_())
     forward = len(calls)
     pictures.sum().backward()
     assert forward == 9  # three starts a side: 0, 6 and 12 of 16 latents
@@ -95,8 +95,8 @@ def test_the_gradient_through_a_small_decoder_is_that_of_finite_differences(teac
     small = small_decoder(tiny.small_decoder(tmp_path), base)
     assert small.decode(latents).sample.shape == (1, 3, 32, 32)
     assert not any(value.requires_grad for value in small.parameters())
-    assert holds_in_a_direction(lambda x: base.decode(x, small), latents)
-    assert torch.equal(base.decode(latents, small), (small.decode(latents).sample / 2 + 0.5).clamp(0, 1))
+    assert holds_in_a_direction(lambda x: base.autoencoder.decode(x, small), latents)
+    assert torch.equal(base.autoencoder.decode(latents, small), (small.decode(latents).sample / 2 + 0.5).clamp(0, 1))
 
 
 @pytest.mark.parametrize(

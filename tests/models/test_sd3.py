@@ -118,10 +118,10 @@ def test_pictures_are_decoded_and_encoded_with_the_shift_of_the_autoencoder(pair
     settings = stock.vae.config
     image = stock.vae.decode(latents / settings.scaling_factor + settings.shift_factor, return_dict=False)[0]
     expected = stock.image_processor.postprocess(image.detach(), output_type="pt")
-    torch.testing.assert_close(base.decode(latents), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(base.autoencoder.decode(latents), expected, atol=1e-6, rtol=1e-6)
     mean = stock.vae.encode(expected * 2 - 1).latent_dist.mode()
     by_hand = (mean - settings.shift_factor) * settings.scaling_factor
-    torch.testing.assert_close(base.encode_images(expected), by_hand, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(base.autoencoder.encode(expected), by_hand, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("solver", ["dpmpp", "unipc"])

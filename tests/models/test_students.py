@@ -122,7 +122,7 @@ def test_a_student_of_a_channels_last_teacher_keeps_the_layout_and_computes_the_
         weights = [value for name, value in denoiser.named_parameters() if value.ndim == 4 and "lora" not in name]
         assert all(value.is_contiguous(memory_format=torch.channels_last) for value in weights)
         torch.testing.assert_close(other.predict(denoiser, x_t, t, conditioning), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(other.decode(x_t), usual.decode(x_t), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other.autoencoder.decode(x_t), usual.autoencoder.decode(x_t), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.kind)

@@ -49,4 +49,4 @@ def test_pictures_are_decoded_as_the_stock_pipeline_decodes_them(pair):
     latents = 0.1 * base.noise(torch.Generator().manual_seed(4), 2)
     image = stock.vae.decode(latents / stock.vae.config.scaling_factor, return_dict=False)[0]
     expected = stock.image_processor.postprocess(image.detach(), output_type="pt")
-    torch.testing.assert_close(base.decode(latents), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(base.autoencoder.decode(latents), expected, atol=1e-6, rtol=1e-6)

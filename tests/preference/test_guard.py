@@ -7,7 +7,8 @@ import torch
 
 import runs
 from mlcm_rl import pipeline
-from mlcm_rl.models import base, teachers
+from mlcm_rl.models import teachers
+from mlcm_rl.models.autoencoder import Autoencoder
 from mlcm_rl.preference import guard, tuning
 from mlcm_rl.preference.guard import Guard
 from mlcm_rl.recipe import Lora
@@ -39,13 +40,13 @@ def guard_of(distilled, held_out: tuple[str, ...] = ("colourfulness",), **change
 @pytest.fixture
 def decoded(monkeypatch) -> list[int]:
     """How many pictures were decoded at a time."""
-    sizes, original = [], base.Base.decode
+    sizes, original = [], Autoencoder.decode
 
     def decode(self, latents, small=None):
         sizes.append(len(latents))
         return original(self, latents, small)
 
-    monkeypatch.setattr(base.Base, "decode", decode)
+    monkeypatch.setattr(Autoencoder, "decode", decode)
     return sizes
 
 

@@ -100,7 +100,7 @@ def runs_or_refuses(family: str, folder: Path) -> None:
         for t in (999, 0):
             x0 = base.guided_x0(noise, torch.tensor([t]), given, base.unconditional(1), 3.0)
             assert x0.isfinite().all()
-        assert base.decode(x0).isfinite().all()
+        assert base.autoencoder.decode(x0).isfinite().all()
     except OURS:
         return
 

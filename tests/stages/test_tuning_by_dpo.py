@@ -25,7 +25,7 @@ def test_the_chosen_samples_are_the_brighter_ones_and_become_more_likely(distill
     prompts = tuning.Prompts(stage, student.base, 0)
     (begun,) = prompts.starts(student.base, 0, 4, 12, copies=3)
     pairs = dpo.ranked(stage, student, rewards, begun, tuning.Scores())
-    chosen, rejected = (student.base.decode(x0).mean((1, 2, 3)) for x0 in pairs.x0)
+    chosen, rejected = (student.base.autoencoder.decode(x0).mean((1, 2, 3)) for x0 in pairs.x0)
     assert (chosen > rejected).all()
     optimizer = torch.optim.Adam(student.parameters.values(), lr=1e-4)
     logged = []
@@ -58,7 +58,7 @@ def test_pairs_of_a_table_are_its_pictures_encoded_and_their_prompts(stored):
         number = runs.PROMPTS.index(prompt.prompt)
         for x0, colour in zip(pairs.x0[:, i], ((200 + 5 * number, 220, 210), (30, 10 + 5 * number, 20)), strict=True):
             picture = torch.tensor(colour).float().div(255).view(1, 3, 1, 1).expand(1, 3, 16, 16)
-            torch.testing.assert_close(x0[None], student.base.encode_images(picture), rtol=0, atol=1e-5)
+            torch.testing.assert_close(x0[None], student.base.autoencoder.encode(picture), rtol=0, atol=1e-5)
         alone = student.base.encode_prompts([prompt.prompt])
         torch.testing.assert_close(pairs.conditioning["context"][i : i + 1], alone["context"], rtol=0, atol=1e-5)
     assert pairs.kept.tolist() == [1.0] * 4

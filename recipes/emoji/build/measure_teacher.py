@@ -39,7 +39,7 @@ def draw(base: Base, prompts: list[Prompt], guidance_scale: float, num_steps: in
             times = time_grid(num_steps)[:-1]
             dropped = base.unconditional(len(part))
             latents = sampler.sample_teacher(base, conditioning, dropped, noise, times, guidance_scale)
-            images.append(base.decode(latents))
+            images.append(base.autoencoder.decode(latents))
             bar.advance(len(part))
     return torch.cat(images)
 
