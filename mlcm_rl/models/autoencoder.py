@@ -5,7 +5,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +16,7 @@ class Autoencoder:
     def __init__(self, vae: AutoencoderKL, downscale: int, teacher: str, device: torch.device):
         self.vae, self.downscale, self.teacher, self.device = vae, downscale, teacher, device
 
-    def decode(self, latents: Tensor, small: torch.nn.Module | None = None) -> Tensor:
+    def decode(self, latents: Tensor, small: AutoencoderTiny | None = None) -> Tensor:
         """Pictures (B, 3, H', W') float32 in [0, 1] of clean latents (B, C, H, W), differentiable where grad is on.
 
         By a `small` decoder where one is given, which reads latents as the denoiser has them.
