@@ -21,9 +21,9 @@ from mlcm_rl.training.signals import Stopped
 SAVE_FOR_EVER = """
 import sys, torch
 from pathlib import Path
-from mlcm_rl import checkpoint
+from mlcm_rl.storage import checkpoints
 for step in range(1, 100_000):
-    checkpoint.save_state(Path(sys.argv[1]), step, {"value": torch.full((300_000,), float(step))})
+    checkpoints.save_state(Path(sys.argv[1]), step, {"value": torch.full((300_000,), float(step))})
     print(step, flush=True)
 """
 
