@@ -1,7 +1,7 @@
 """What one of several processes holds of a training student, by the engine that a launch file asks for.
 
 The arithmetic is ZeRO's (Rajbhandari et al. 2020, section 3): of W weights a process keeps parameters, gradients and
-optimiser states, and each level leaves it one more of them only in part. What our engines keep (`distributed.engines`)
+optimiser states, and each level leaves it one more of them only in part. What our engines keep (`training.engines`)
 is float32 throughout: 4 bytes of weights and of gradients, 8 of moments, and under DeepSpeed 4 more of a copy of its
 part that it updates, though the weights are float32 already. The bfloat16 copies of autocast are the passes' own and
 whole in every engine.

@@ -238,7 +238,7 @@ def teacher_of(folder: Path) -> Base:
     """The teacher of the student in a finished stage, where the recipe says.
 
     Raises CheckpointError where other files are there by now: the student, an adapter over them, would draw something
-    else. Raises as `bases.load` does.
+    else. Raises as `teachers.load` does.
     """
     recipe = recipe_of(folder)
     refuse_lost(folder, recipe)

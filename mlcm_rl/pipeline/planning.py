@@ -2,7 +2,7 @@
 
 Evaluations are forward passes of a denoiser on one sample; a guided pass counts two. Sizes are read off the headers of
 the teacher's files, or off its configuration where there are no weights yet; what a stage needs of memory is found in
-`memory`, how long a device is at it in `operations`; both take seconds a stage, once (`estimates`).
+`cost.memory`, how long a device is at it in `cost.flops`; both take seconds a stage, once (`estimates`).
 """
 
 from collections.abc import Sequence

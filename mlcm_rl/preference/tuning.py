@@ -1,6 +1,6 @@
 """What the stages of preference learning share: the student in its two roles, the sampler it is tuned under, prompts.
 
-Letters beside those of `bases`: N steps of the sampler.
+Letters beside those of `models.base`: N steps of the sampler.
 """
 
 from collections import Counter

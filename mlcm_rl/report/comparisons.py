@@ -14,9 +14,6 @@ HEADLINE_BUDGET = 4
 COMPARED = ("distance", "r@5", "clip")
 
 
-# ---- what it says ----
-
-
 def comparisons(report: dict[str, Any]) -> list[dict[str, Any]]:
     """At 2, 4 and 8 evaluations, the best student row against the best undistilled row, by each metric, paired.
 

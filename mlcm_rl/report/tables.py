@@ -15,9 +15,6 @@ MANY_METRICS = 5  # in the terminal table
 MAIN_METRICS = ("distance", "kid", "r@5", "fid", "clip")  # beside the rewards
 
 
-# ---- as text ----
-
-
 def columns(report: dict[str, Any]) -> list[str]:
     """The metrics that the table shows, in order: R@k by language where there is more than one."""
     keys = [key for key in report["rows"][0]["metrics"] if "values" in report["rows"][0]["metrics"][key]]

@@ -15,9 +15,6 @@ from .finding import build
 STD_FLOOR = 1e-4  # of the running deviation: a reward that hardly varies is not blown up without bound
 
 
-# ---- several, weighted ----
-
-
 @dataclass
 class RunningNormaliser:
     """Mean and deviation of every score seen, after Chan, Golub and LeVeque (1979): Welford's update by batches.

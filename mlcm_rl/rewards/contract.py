@@ -27,9 +27,6 @@ class RewardModel(Protocol):
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor: ...
 
 
-# ---- asked ----
-
-
 def score(reward: RewardModel, name: str, images: Tensor, prompts: list[str]) -> Tensor:
     """`reward` of `images` (B, 3, H, W) for `prompts`, (B,) float32, checked against the contract.
 

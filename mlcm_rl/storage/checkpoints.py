@@ -11,9 +11,6 @@ from .tensors import read_tensors, write_tensors
 STATE_FORMAT = 2  # of checkpoints
 
 
-# ---- checkpoints to resume from ----
-
-
 def save_state(folder: Path, step: int, tensors: dict[str, Tensor], record: dict | None = None, keep: int = 2) -> Path:
     """Write the state after `step` steps as `checkpoints/step-<n>`; the newest `keep` stay.
 

@@ -119,7 +119,7 @@ def require_space(path: Path, size: int) -> None:
         )
 
 
-# ---- files ----
+# ---- JSON and checksums ----
 
 
 def write_json(path: Path, value: object) -> None:

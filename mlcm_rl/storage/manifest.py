@@ -9,8 +9,6 @@ from .untrusted import held
 FORMAT = 1  # of manifest.json; raised when its layout changes
 
 
-# ---- finished stages ----
-
 RESUMED_FROM = ("checkpoints", "rows")  # the second an evaluation's
 # Not results, or checked elsewhere: store.json holds the checksums of a store's shards, and its reader compares them.
 UNHASHED = (

@@ -21,9 +21,6 @@ console = plain_console(quiet=processes.rank() > 0)  # of several processes the 
 PLAIN_SECONDS = 10.0  # between progress lines where no terminal can redraw a bar
 
 
-# ---- progress ----
-
-
 @contextmanager
 def progress(total: int, description: str, done: int = 0) -> Iterator["Bar"]:
     """A progress bar with ETA on a terminal; elsewhere a line every ten seconds."""

@@ -5,8 +5,6 @@ import hashlib
 import torch
 from torch import Tensor
 
-# ---- randomness ----
-
 
 def seed_of(*parts: object) -> int:
     """A 63-bit seed from what it is for: seed, purpose, step. The same parts give the same seed on every machine."""
