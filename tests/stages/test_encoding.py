@@ -9,7 +9,7 @@ from mlcm_rl.cost import memory
 from mlcm_rl.cost.launches import Launch
 from mlcm_rl.data.prompts import CaptionedImages
 from mlcm_rl.models import pictures, teachers
-from mlcm_rl.models.base import Base
+from mlcm_rl.models.autoencoder import Autoencoder
 from mlcm_rl.recipe import Full, Teacher, TrainTeacher
 from mlcm_rl.stages import distill, dpo, train_teacher
 from mlcm_rl.training import processes as distributed
@@ -25,8 +25,8 @@ def base(tiny_sdxl):
 def sizes(base, monkeypatch) -> list[int]:
     """How many pictures `base` was given to encode, each time."""
     found: list[int] = []
-    encode = base.encode_images
-    monkeypatch.setattr(base, "encode_images", lambda images: found.append(len(images)) or encode(images))
+    encode = base.autoencoder.encode
+    monkeypatch.setattr(base.autoencoder, "encode", lambda images: found.append(len(images)) or encode(images))
     return found
 
 
@@ -41,8 +41,8 @@ def test_pictures_to_distil_on_are_encoded_a_micro_batch_at_a_time(base, sizes, 
 
 def test_pictures_to_train_a_teacher_on_are_encoded_a_micro_batch_at_a_time(tiny_sdxl, tmp_path, monkeypatch):
     sizes: list[int] = []
-    encode = Base.encode_images
-    monkeypatch.setattr(Base, "encode_images", lambda self, images: sizes.append(len(images)) or encode(self, images))
+    encode = Autoencoder.encode
+    monkeypatch.setattr(Autoencoder, "encode", lambda self, images: sizes.append(len(images)) or encode(self, images))
     stage = TrainTeacher(images=runs.write_images(tmp_path), num_steps=1, **SPLIT)
     train_teacher.run(stage, runs.recipe(tiny_sdxl, tmp_path, [stage]), {}, tmp_path / "teacher")
     assert sizes == [3, 1]
@@ -77,14 +77,14 @@ def test_a_picture_has_the_same_latents_whatever_it_is_encoded_with(base, tmp_pa
 def test_what_the_encoder_holds_is_predicted(tiny_sdxl, monkeypatch, stage, processes):
     """With an encoder of a gigabyte a picture, its pass is the peak; of a pair as many pictures as of one sample."""
     gigabyte = 2**30
-    encode = Base.encode_images
+    encode = Autoencoder.encode
 
     def large(self, images):
         held = images.new_empty(len(images), gigabyte // 4)
         assert held.is_meta
         return encode(self, images)
 
-    monkeypatch.setattr(Base, "encode_images", large)
+    monkeypatch.setattr(Autoencoder, "encode", large)
     asked = stage(batch_size=8, gradient_accumulation=2)
     found = memory.of_stage(
         asked,
