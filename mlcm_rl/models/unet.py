@@ -89,8 +89,9 @@ class UNetBase(Base):
     @staticmethod
     def conditioning_shapes(config: Mapping[str, Any], num_tokens: int) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {"context": (num_tokens, config["cross_attention_dim"])}
-        if (pooled_and_sizes := config.get("projection_class_embeddings_input_dim")) is not None:
-            shapes["pooled"] = (pooled_and_sizes - 6 * config["addition_time_embed_dim"],)
+        if config.get("addition_embed_type") is not None:
+            sizes = 6 * config["addition_time_embed_dim"]
+            shapes["pooled"] = (config["projection_class_embeddings_input_dim"] - sizes,)
         return shapes
 
     def time_sinusoids(self, denoiser: UNet2DConditionModel, t: Tensor) -> Tensor:
