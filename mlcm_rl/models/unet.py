@@ -81,10 +81,13 @@ class UNetBase(Base):
         return {key: value for key, value in settings if key.startswith(("beta", "num_", "predict"))}
 
     def empty_denoiser(self, config: Mapping[str, Any], condition: bool) -> UNet2DConditionModel:
-        """Its configuration says that a target time enters, so that diffusers builds the same from it."""
-        return super().empty_denoiser(
-            {**config, "time_cond_proj_dim": TARGET_TIME_WIDTH if condition else None}, condition
-        )
+        """Its configuration says that a target time enters, so that diffusers builds the same from it.
+
+        Said beside `config`, not in it: diffusers takes its own default for keys that a teacher's file did not have.
+        """
+        width = TARGET_TIME_WIDTH if condition else None
+        denoiser = self.denoiser_class.from_config(config, time_cond_proj_dim=width)
+        return self.with_target_time(denoiser) if condition else denoiser
 
     @staticmethod
     def conditioning_shapes(config: Mapping[str, Any], num_tokens: int) -> dict[str, tuple[int, ...]]:

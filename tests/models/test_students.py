@@ -275,3 +275,19 @@ def test_lora_that_does_not_fit_the_teacher_is_refused_by_name(sdxl, tmp_path):
     save_file({key: value for key, value in tensors.items() if key != removed}, file, metadata=header)
     with pytest.raises(ValueError, match=r"1 LoRA tensors do not fit"):
         students.load_student(sdxl, tmp_path / "student")
+
+
+def test_a_teacher_whose_file_says_nothing_of_target_times_has_conditioned_students(tmp_path):
+    """Older published files lack the key, and diffusers' default for it must not take the student's place."""
+    folder = tiny.sd(tmp_path / "teacher")
+    path = folder / "unet" / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["time_cond_proj_dim"]
+    path.write_text(json.dumps(settings))
+    base = load(recipe.Teacher(path=str(folder), family="sd"), "cpu")
+    denoiser = students.student(base, Full(), 0, condition_on_target=True)
+    assert denoiser.config.time_cond_proj_dim == 256
+    tiny.perturb(students.trainable_parameters(denoiser))
+    students.save_student(denoiser, tmp_path / "student", description(base))
+    found = students.load_student(base, tmp_path / "student").denoiser.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in denoiser.state_dict().items())
