@@ -80,9 +80,24 @@ class Base(ABC):
         """What kohya's sd-scripts calls models of this shape, in the header of a LoRA file; None for no name."""
         return None
 
+    @property
     @abstractmethod
+    def _multiple(self) -> int:
+        """Of how many latents a side is a multiple: those of a patch, or of the coarsest level."""
+
     def _sizes(self) -> tuple[int, tuple[int, int, int]]:
         """Pixels a side, and the latents' (C, H, W). Raises ValueError where denoiser and autoencoder do not fit."""
+        path, denoiser, factor = self.teacher.path, self.denoiser.config, self.pipeline.vae_scale_factor
+        channels = self.autoencoder.vae.config.latent_channels
+        if (denoiser.in_channels, denoiser.out_channels) != (channels, channels):
+            raise ValueError(
+                f"teacher {path}: the denoiser maps {denoiser.in_channels} channels to {denoiser.out_channels} and the "
+                f"autoencoder has {channels}; only plain text-to-image teachers can be distilled"
+            )
+        resolution, smallest = self.teacher.resolution or denoiser.sample_size * factor, factor * self._multiple
+        if resolution % smallest:
+            raise ValueError(f"teacher.resolution {resolution} is not a multiple of {smallest}, as {path} needs")
+        return resolution, (channels, resolution // factor, resolution // factor)
 
     @abstractmethod
     def _schedule(self) -> tuple[str, Schedule]:

@@ -13,22 +13,9 @@ class FlowBase(Base):
 
     denoiser_part = "transformer"
 
-    def _sizes(self) -> tuple[int, tuple[int, int, int]]:
-        teacher, denoiser, factor = self.teacher, self.denoiser.config, self.pipeline.vae_scale_factor
-        channels = self.autoencoder.vae.config.latent_channels
-        if (denoiser.in_channels, denoiser.out_channels) != (channels, channels):
-            raise ValueError(
-                f"teacher {teacher.path}: the denoiser maps {denoiser.in_channels} channels to "
-                f"{denoiser.out_channels} and the autoencoder has {channels}; only plain text-to-image teachers can be "
-                "distilled"
-            )
-        resolution = teacher.resolution or denoiser.sample_size * factor
-        smallest = factor * denoiser.patch_size
-        if resolution % smallest:
-            raise ValueError(
-                f"teacher.resolution {resolution} is not a multiple of {smallest}, as {teacher.path} needs"
-            )
-        return resolution, (channels, resolution // factor, resolution // factor)
+    @property
+    def _multiple(self) -> int:
+        return self.denoiser.config.patch_size
 
     @property
     def shift(self) -> float:

@@ -51,26 +51,18 @@ class UNetBase(Base):
     time_layer = "time_embedding"
     has_target_time_pipeline = True
 
+    @property
+    def _multiple(self) -> int:
+        return 2 ** (len(self.denoiser.config.block_out_channels) - 1)
+
     def _sizes(self) -> tuple[int, tuple[int, int, int]]:
-        teacher, unet, factor = self.teacher, self.denoiser.config, self.pipeline.vae_scale_factor
-        channels = self.autoencoder.vae.config.latent_channels
-        if (unet.in_channels, unet.out_channels) != (channels, channels):
+        guidance = self.denoiser.config.time_cond_proj_dim
+        if guidance is not None:
             raise ValueError(
-                f"teacher {teacher.path}: the denoiser maps {unet.in_channels} channels to {unet.out_channels} and the "
-                f"autoencoder has {channels}; only plain text-to-image teachers can be distilled"
+                f"teacher {self.teacher.path}: the denoiser has time_cond_proj_dim {guidance}, an embedding of the "
+                "guidance scale: it is distilled already; name the model that it was made from"
             )
-        if unet.time_cond_proj_dim is not None:
-            raise ValueError(
-                f"teacher {teacher.path}: the denoiser has time_cond_proj_dim {unet.time_cond_proj_dim}, an embedding "
-                "of the guidance scale: it is distilled already; name the model that it was made from"
-            )
-        resolution = teacher.resolution or unet.sample_size * factor
-        smallest = factor * 2 ** (len(unet.block_out_channels) - 1)
-        if resolution % smallest:
-            raise ValueError(
-                f"teacher.resolution {resolution} is not a multiple of {smallest}, as {teacher.path} needs"
-            )
-        return resolution, (channels, resolution // factor, resolution // factor)
+        return super()._sizes()
 
     def _schedule(self) -> tuple[str, Schedule]:
         scheduler = self.pipeline.scheduler.config

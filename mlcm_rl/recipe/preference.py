@@ -1,5 +1,6 @@
 """Stages of preference learning, and the one that trains a reward for them."""
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
@@ -132,9 +133,9 @@ class Tuning(Training):
         """Optimiser steps, in one phase."""
         return [self.num_steps]
 
+    @abstractmethod
     def step(self, samples: int, part: int) -> list[Pass]:
         """Return what an optimiser step takes: over the whole stage `samples`, `part` of them in memory at a time."""
-        raise NotImplementedError
 
     def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
         """Return the passes of a step, and what comes between: the guard's looks and sample grids."""

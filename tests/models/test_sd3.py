@@ -20,6 +20,7 @@ from mlcm_rl.models.export import export
 from mlcm_rl.models.families.sd3 import Family
 from mlcm_rl.recipe import Evaluate, Full, Lora, Samples, Teacher
 from mlcm_rl.storage.manifest import verify
+from mlcm_rl.training.loop import Runtime
 
 PROMPTS = ["a red apple, 3d", "x" * 600]  # the second is longer than any encoder reads
 LORA = Lora(rank=8, alpha=8.0)
@@ -228,7 +229,7 @@ def test_an_interrupted_distillation_ends_with_the_same_bits(folders, tmp_path):
         recipe = runs.recipe(folders[True], place, stages, "sd3")
         for _ in stops:
             with pytest.MonkeyPatch.context() as patched:
-                patched.setattr(runs_loop(), "due", stop_after_saving(1))
+                patched.setattr(Runtime, "due", stop_after_saving(1))
                 with pytest.raises(KeyboardInterrupt):
                     pipeline.run(recipe)
         (student,) = pipeline.run(recipe)[-1].folder.glob("student/*.safetensors")
@@ -236,15 +237,9 @@ def test_an_interrupted_distillation_ends_with_the_same_bits(folders, tmp_path):
     assert ends[0] == ends[1]
 
 
-def runs_loop():
-    from mlcm_rl.training.loop import Runtime
-
-    return Runtime
-
-
 def stop_after_saving(step: int):
     """A `due` that gives up at the log after `step` steps were saved."""
-    original = runs_loop().due
+    original = Runtime.due
 
     def due(self, at, every, total=None):
         if at > step:
