@@ -206,10 +206,10 @@ def test_a_perfect_student_has_nothing_to_learn(line, num_segments):
     """At any stored time, by either target and any pair; a draw that is off by one stored state has something."""
     for target, pair in WAYS:
         right, above = (worst_loss(line, num_segments, target, pair, kind) for kind in (StoredStates, EndsAbove))
-        moved = worst_loss(line, num_segments, target, pair, one_early("s" if target == "trajectory" else "r"))
-        print(f"K={num_segments} {target} {pair}: {right:.1e}, ends above {above:.1e}, one early {moved:.1e}")
+        early = worst_loss(line, num_segments, target, pair, one_early("s" if target == "trajectory" else "r"))
+        print(f"K={num_segments} {target} {pair}: {right:.1e}, ends above {above:.1e}, one early {early:.1e}")
         assert right < 1e-9
-        assert not any(loss < 1e-5 for loss in (above, moved))  # or no number: a perfect student says none at time 0
+        assert not any(loss < 1e-5 for loss in (above, early))  # or no number: a perfect student says none at time 0
 
 
 # --- the whole comparison, in two dimensions ---------------------------------------------------------------------
@@ -289,8 +289,8 @@ def test_each_student_is_right_with_its_own_sampler(plane, tmp_path):
         snapshots |= {(target, k): row for k, row in zip((8, 4, 2, 1), rows, strict=True)}
         final[target] = rows[-1]
 
-    conditioned = {"segments": [1], "condition_on_target": True, "distance": "huber"}
-    (told,) = plane.trained("told its target", tmp_path, num_steps=BUDGET, **conditioned)
+    settings = {"segments": [1], "condition_on_target": True, "distance": "huber"}
+    (conditioned,) = plane.trained("told its target", tmp_path, num_steps=BUDGET, **settings)
 
     assert ideal.error[1] < 1e-3  # a perfect map of one segment ...
     assert min(ideal.error[n] for n in (2, 4, 8)) > 0.05  # ... leaves the trajectory when it takes several
@@ -303,5 +303,5 @@ def test_each_student_is_right_with_its_own_sampler(plane, tmp_path):
         for k in (8, 4, 2):
             assert snapshots[target, k].error[k] < final[target].error[k]  # the last phase forgets
     for n in (1, 2, 4, 8):
-        assert told.error[n] < 1.6 * dedicated[n].error[n]  # measured: 1.50, 1.24, 1.14, 1.02
-        assert told.error[n] < max(final["consistency"].error[n], dedicated[8].error[n])
+        assert conditioned.error[n] < 1.6 * dedicated[n].error[n]  # measured: 1.50, 1.24, 1.14, 1.02
+        assert conditioned.error[n] < max(final["consistency"].error[n], dedicated[8].error[n])
