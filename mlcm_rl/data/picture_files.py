@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..storage.untrusted import brief, held, read_bytes
+from ..storage.untrusted import brief, path_inside, read_bytes
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # decoded in this process; Pillow has Ghostscript open others
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
@@ -28,7 +28,7 @@ DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struc
 
 def picture_in(folder: Path, name: str, where: str) -> Path:
     """Return the path of the picture that a record at `where` names. Raise ValueError if it is no file in `folder`."""
-    path = held(folder, name, where)
+    path = path_inside(folder, name, where)
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long for the file system
         raise ValueError(f"{where}: there is no picture {path if len(name) < 256 else brief(name)}")
     return path

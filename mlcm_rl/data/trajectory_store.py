@@ -108,9 +108,9 @@ class Writer:
 
     def record_shards(self) -> None:
         """Say in store.json which shards are whole, those of every process. Waits for all."""
-        for shards in processes.collected(self.record["shards"]):
+        for shards in processes.gather_objects(self.record["shards"]):
             self.record["shards"] |= shards
-        processes.by_first(write_json, self.folder / "store.json", self.record)
+        processes.on_rank_zero(write_json, self.folder / "store.json", self.record)
 
     def _is_whole(self, indices: range) -> bool:
         path = self.folder / shard_name(indices)

@@ -32,7 +32,7 @@ def refused(stage: Stage) -> list[tuple[str, Exception]]:
 
     if isinstance(stage, Training):
         with collect("batch_size"):
-            processes.part(stage.micro_batch, processes.count(), stage.samples_together)
+            processes.part(stage.micro_batch, processes.world_size(), stage.samples_together)
     lists: dict[str, PromptList] = {}
     for key, path in _prompt_files(stage):
         with collect(key):

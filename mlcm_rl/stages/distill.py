@@ -18,7 +18,7 @@ from ..models.teachers import tell_truncated
 from ..recipe import Distill, Recipe, types
 from ..storage import files
 from ..training.loop import Runtime, rate_factor, set_rate
-from ..training.processes import by_first
+from ..training.processes import on_rank_zero
 from ..training.seeding import generator
 
 Weights = dict[str, Tensor]  # the trained parameters by name, or their average
@@ -207,4 +207,4 @@ def save_samples(
     conditioned = stage.condition_on_target
     gamma = types.default_gamma(num_segments, conditioned)
     sheet = pictures.sample_grid(base, student, recipe.samples, recipe.seed, num_segments, conditioned, gamma)
-    by_first(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
+    on_rank_zero(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))

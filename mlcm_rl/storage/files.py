@@ -57,7 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def told_of(path: Path) -> Iterator[None]:
+def report_write_errors(path: Path) -> Iterator[None]:
     """Raise CheckpointError that names `path` where the open file there is refused a write: the system names none."""
     try:
         yield

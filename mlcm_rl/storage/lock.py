@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from .files import CheckpointError, told_of
+from .files import CheckpointError, report_write_errors
 
 FILE = ".lock"  # stays behind, empty: deleting it would let two processes lock two files of one name
 
 
 @contextmanager
-def held(folder: Path, wait: bool = False) -> Iterator[None]:
+def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
     """Keep other processes out of `folder` for as long as the block runs.
 
     The system lets go of the lock when the process ends, however it ends. Raises CheckpointError that names the process
@@ -34,7 +34,7 @@ def held(folder: Path, wait: bool = False) -> Iterator[None]:
             raise CheckpointError(
                 f"{folder / FILE} cannot be locked ({(error.strerror or str(error)).lower()})"
             ) from error
-        with told_of(folder / FILE):
+        with report_write_errors(folder / FILE):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}")
             file.flush()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from .files import PARTIAL, CheckpointError, checksums, read_json, remove, remove_partial, write_json
 from .hashing import seal_of, sha256
-from .untrusted import held
+from .untrusted import path_inside
 
 FORMAT = 1  # of manifest.json; raised when its layout changes
 
@@ -61,7 +61,7 @@ def verify(folder: Path) -> dict:
     if manifest.pop("seal", None) not in (None, seal_of(manifest)):  # older ones have none
         raise CheckpointError(f"{folder}/manifest.json is damaged: delete {folder} to run the stage again")
     for name, expected in manifest["files"].items():
-        path = held(folder, name, folder / "manifest.json")
+        path = path_inside(folder, name, folder / "manifest.json")
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: delete {folder} to run the stage again")
         if sha256(path) != expected:

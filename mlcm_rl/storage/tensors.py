@@ -21,13 +21,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
-        refuse_twice(path)
+        refuse_duplicate_names(path)
         return load_file(path)
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def refuse_twice(path: Path) -> None:
+def refuse_duplicate_names(path: Path) -> None:
     """Raise ValueError for a safetensors header that is no JSON or has a name twice, of which readers take either."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -53,7 +53,7 @@ def read_shapes(path: Path) -> dict[str, list[int]]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
-        refuse_twice(path)
+        refuse_duplicate_names(path)
         with safe_open(path, "pt") as file:  # compares the header with the file's size
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
     except (SafetensorError, ValueError) as error:

@@ -105,7 +105,7 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def held(folder: Path, name: object, where: object) -> Path:
+def path_inside(folder: Path, name: object, where: object) -> Path:
     """The path of the file `name` of `folder`, where the name stands in data.
 
     Raises ValueError that begins with `where` for a name that is none, or that leads out of the folder: absolute,

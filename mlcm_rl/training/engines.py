@@ -44,7 +44,7 @@ def accelerator(recipe: Recipe, stage: Training, folder: Path, device: torch.dev
     plugin = DeepSpeedPlugin() if processes.uses_deepspeed() else None
     if plugin is not None:
         plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": max(1, stage.micro_batch // processes.count()),
+            "train_micro_batch_size_per_gpu": max(1, stage.micro_batch // processes.world_size()),
             "gradient_accumulation_steps": stage.gradient_accumulation,
             "gradient_clipping": stage.max_grad_norm,
             "zero_force_ds_cpu_optimizer": False,  # accelerate would rebuild AdamW with L2 decay, off the set rate
@@ -143,7 +143,7 @@ class Whole:
 
     def _clip(self) -> Tensor:
         """The norm () of the gradients of all processes before clipping, on the device."""
-        if processes.count() > 1:
+        if processes.world_size() > 1:
             processes.average_([value.grad for value in self.trained.values() if value.grad is not None])
         return nn.utils.clip_grad_norm_(self.trained.values(), self.stage.max_grad_norm)
 
@@ -201,7 +201,7 @@ class Sharded(_InParts):
     def __init__(self, accelerator: Accelerator, student: nn.Module, optimizer: torch.optim.Optimizer, stage: Training):
         super().__init__(student, optimizer, stage)
         plugin = FullyShardedDataParallelPlugin()
-        mesh = init_device_mesh(accelerator.device.type, (processes.count(),))
+        mesh = init_device_mesh(accelerator.device.type, (processes.world_size(),))
         settings = {"mesh": mesh, "reshard_after_forward": plugin.reshard_after_forward}
         for block in [*reversed(blocks_of(student, plugin.transformer_cls_names_to_wrap or ())), student]:
             fully_shard(block, **settings)

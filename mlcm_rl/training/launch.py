@@ -37,7 +37,7 @@ MAY_BE_EMPTY = ("mixed_precision", "main_process_port", "gpu_ids")
 OLD_KEYS = ("fp16", "dynamo_backend")  # that accelerate still reads
 
 
-LOST = 3  # the exit code where one of several processes was killed
+LOST_PEER = 3  # the exit code where one of several processes was killed
 
 
 class LaunchError(Exception):
@@ -91,7 +91,7 @@ def run_under(launch: Path, arguments: list[str]) -> int:
 def exit_code(error: ChildFailedError) -> int:
     """Return the exit code of the first process that failed of itself; those that lost it say LOST."""
     failures = sorted(error.failures.values(), key=lambda one: one.timestamp)
-    return next((one.exitcode for one in failures if one.exitcode != LOST), LOST)
+    return next((one.exitcode for one in failures if one.exitcode != LOST_PEER), LOST_PEER)
 
 
 def refuse_killed(error: ChildFailedError, count: int) -> None:

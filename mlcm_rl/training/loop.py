@@ -70,7 +70,7 @@ class Runtime:
         self.last_loss = math.nan
         self.seeds: dict[str, int] = {}  # of the step, by purpose
         self.samples: list = []  # what the step's losses are of: rows of what the stage reads, or prompts
-        self.replayed = replay.asked(folder)
+        self.replayed = replay.stop_point(folder)
         if stage.precision == "bf16" and self.device.type == "cpu" and not cpu_has_bfloat16():
             told = f"{stage.kind}: this CPU has no bfloat16 arithmetic and emulates it, many times slower than float32"
             tell("precision", f"{told}: set precision: no", "yellow")
@@ -80,7 +80,7 @@ class Runtime:
     @property
     def stopping(self) -> bool:
         """Whether a signal has come, in one of the processes, so that this step is the last and is saved."""
-        return self.all_stop if processes.count() > 1 else self.pending.number is not None
+        return self.all_stop if processes.world_size() > 1 else self.pending.number is not None
 
     def prepare(self, student: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Give the student to the launch file's engine; what is trained of it by name, this process's part of it.
@@ -116,9 +116,9 @@ class Runtime:
         steps, tensors, record = found
         for prefix, group in reversed(weights.items()):  # those of the student itself last
             with self.engine.swapped(group):
-                self.engine.fill(states.taken(prefix, tensors))
+                self.engine.fill(states.under_prefix(prefix, tensors))
         try:
-            if states.taken("optimizer", tensors):
+            if states.under_prefix("optimizer", tensors):
                 self.engine.fill_moments(tensors)
         except ValueError as error:
             place = checkpoints.checkpoints(self.folder)[-1]
@@ -134,14 +134,14 @@ class Runtime:
 
     def _save(self, steps: int, record: dict) -> None:
         keep = self.stage.keep_checkpoints
-        processes.by_first(checkpoints.save_state, self.folder, steps, self._tensors(), record, keep)
+        processes.on_rank_zero(checkpoints.save_state, self.folder, steps, self._tensors(), record, keep)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the optimiser's state and every group of weights, whole. Waits for all where they hold parts."""
         tensors = self.engine.moments() if self.optimizer.state else {}
         for prefix, group in self.weights.items():
             with self.engine.swapped(group):
-                tensors |= states.named(prefix, self.engine.full())
+                tensors |= states.add_prefix(prefix, self.engine.full())
         return tensors
 
     def steps(
@@ -152,7 +152,7 @@ class Runtime:
         SIGTERM and Ctrl-C stop the loop after a whole step: `stopping` is then true, so that the loop saves, and
         Stopped is raised."""
         self._truncate_log(first)
-        with signals.kept_back() as self.pending, progress(total, description, first) as bar:
+        with signals.deferral() as self.pending, progress(total, description, first) as bar:
             for step in range(first, total):
                 if finished():
                     break
@@ -181,14 +181,14 @@ class Runtime:
         for loss in losses:
             total = loss.sum()
             with autocast.own(self.device):  # the gradient of an operation has the precision that it was taken in
-                self.engine.backward(total * processes.count() / count)
+                self.engine.backward(total * processes.world_size() / count)
             sums.append(total.detach())
             each.append(loss.detach())
         # Nothing is read before all of it is under way: a GPU would stand still while each figure is waited for.
         figures = torch.stack([*sums, sums[0].new_full((), self.pending.number is not None)])
         replaying = self.replayed == (self.step, self.update)
         with self._saved_if_others_are_lost():
-            (*totals, stopping), norm = self.engine.step(processes.summed(figures), not replaying)
+            (*totals, stopping), norm = self.engine.step(processes.all_reduce(figures), not replaying)
         self.last_loss = sum(totals) / count
         autocast.forget_copies()
         if not (math.isfinite(self.last_loss) and math.isfinite(norm)):
@@ -205,7 +205,7 @@ class Runtime:
 
     def _save_before(self) -> None:
         """Save the state that this step began with, where it is still there, to repeat the step from."""
-        if self._is_intact() and not processes.agreed(checkpoints.state_path(self.folder, self.step).exists()):
+        if self._is_intact() and not processes.broadcast(checkpoints.state_path(self.folder, self.step).exists()):
             self._save(self.step, self.before)
 
     def _is_intact(self) -> bool:
@@ -224,8 +224,8 @@ class Runtime:
         try:
             yield
         except RuntimeError as error:
-            is_writer = processes.rank() == 0 or processes.count() == 2
-            if processes.is_loss(error) and is_writer and self.engine.holds_all and self._is_intact():
+            is_writer = processes.rank() == 0 or processes.world_size() == 2
+            if processes.is_lost_rank(error) and is_writer and self.engine.holds_all and self._is_intact():
                 place = checkpoints.state_path(self.folder, self.step)
                 if self.step > 0 and not place.exists():
                     tensors, keep = self._tensors(), self.stage.keep_checkpoints
@@ -236,7 +236,7 @@ class Runtime:
         """What there is to say of the step; `each` holds this process's losses (b,), one tensor a micro-batch."""
         loss, grad_norm = replay.plain([self.last_loss, norm])
         own = [losses.tolist() for losses in each]
-        together = zip(*processes.collected(own), strict=True)  # a micro-batch's, process by process
+        together = zip(*processes.gather_objects(own), strict=True)  # a micro-batch's, process by process
         return {
             "step": self.step,
             "update": self.update,
@@ -254,7 +254,7 @@ class Runtime:
 
     def write(self, function: Callable[..., object], *arguments: object) -> None:
         """Call `function` with a student to write files from and `arguments`, in the first process; all others wait."""
-        processes.by_first(function, self.engine.whole_student(), *arguments)
+        processes.on_rank_zero(function, self.engine.whole_student(), *arguments)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -273,7 +273,7 @@ class Runtime:
         if processes.rank() > 0:
             return
         path = self.folder / "log.jsonl"
-        with files.told_of(path), path.open("a", encoding="utf-8") as file:
+        with files.report_write_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step + 1, **values}) + "\n")
             file.flush()
             os.fsync(file.fileno())  # before a checkpoint that is past it

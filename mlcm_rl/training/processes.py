@@ -32,7 +32,7 @@ def rank() -> int:
     return number("RANK") if launched() else 0
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes run this recipe."""
     return max(1, number("WORLD_SIZE")) if launched() else 1
 
@@ -65,9 +65,11 @@ def start(device: torch.device) -> None:
         raise ValueError(f"DeepSpeed cannot start: {error}") from error
     except torch.distributed.DistError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ValueError(f"the {count()} processes of this run did not find each other at {place}: {error}") from error
-    if state.num_processes != count():
-        raise ValueError(f"{count()} processes were launched and {state.num_processes} found each other")
+        raise ValueError(
+            f"the {world_size()} processes of this run did not find each other at {place}: {error}"
+        ) from error
+    if state.num_processes != world_size():
+        raise ValueError(f"{world_size()} processes were launched and {state.num_processes} found each other")
 
 
 def _compile_nothing() -> None:
@@ -108,16 +110,16 @@ def refuse_unshared(folder: Path) -> None:
 
     Waits for all of them; a process on its own is asked nothing.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
-    check = folder / f".seen-{agreed(secrets.token_hex(8))}.json"
-    by_first(write_json, check, {"processes": count()})
-    blind = [str(number) for number, sees in enumerate(collected(_appears(check))) if not sees]
-    by_first(check.unlink)
+    check = folder / f".seen-{broadcast(secrets.token_hex(8))}.json"
+    on_rank_zero(write_json, check, {"processes": world_size()})
+    blind = [str(number) for number, sees in enumerate(gather_objects(_appears(check))) if not sees]
+    on_rank_zero(check.unlink)
     if blind:
         raise ValueError(
-            f"runs: process {', '.join(blind)} of {count()} does not see in {folder.resolve()} what process 0 wrote "
-            "there: every machine needs the same folder, on a disk that they share; set runs: to one that is"
+            f"runs: process {', '.join(blind)} of {world_size()} does not see in {folder.resolve()} what process 0 "
+            "wrote there: every machine needs the same folder, on a disk that they share; set runs: to one that is"
         )
 
 
@@ -129,9 +131,9 @@ def _appears(path: Path) -> bool:
     return False
 
 
-def is_loss(error: Exception) -> bool:
+def is_lost_rank(error: Exception) -> bool:
     """Return whether `error` is how a process learns, in the midst of an exchange, that another one is gone."""
-    if count() == 1 or not isinstance(error, RuntimeError):
+    if world_size() == 1 or not isinstance(error, RuntimeError):
         return False
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
     return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)
@@ -161,7 +163,7 @@ def rows(size: int, together: int = 1) -> slice:
 
     Raises ValueError where the parts cannot be equal.
     """
-    own = part(size, count(), together)
+    own = part(size, world_size(), together)
     return slice(rank() * own, (rank() + 1) * own)
 
 
@@ -177,7 +179,7 @@ def micro_batches(total: int, size: int, together: int = 1) -> Iterator[range]:
 
 def share(items: Sequence[Item]) -> list[Item]:
     """The items of this process: every so many-th one."""
-    return list(items[rank() :: count()])
+    return list(items[rank() :: world_size()])
 
 
 # ---- together ----
@@ -185,21 +187,21 @@ def share(items: Sequence[Item]) -> list[Item]:
 
 def gather(part: Tensor) -> Tensor:
     """The rows (B, ...) of all processes, in order, from each one's `part` (b, ...). Waits for all."""
-    return accelerate_gather(part.contiguous()) if count() > 1 else part
+    return accelerate_gather(part.contiguous()) if world_size() > 1 else part
 
 
 def total(*values: float) -> list[float]:
     """Each of `values`, summed over the processes. Waits for all."""
-    if count() == 1:
+    if world_size() == 1:
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64, device=PartialState().device)
     torch.distributed.all_reduce(sums)
     return sums.tolist()
 
 
-def summed(figures: Tensor) -> Tensor:
+def all_reduce(figures: Tensor) -> Tensor:
     """`figures` (n,) summed over the processes, where they are and on their device. Waits for all."""
-    if count() > 1:
+    if world_size() > 1:
         torch.distributed.all_reduce(figures)
     return figures
 
@@ -208,7 +210,7 @@ def average_(tensors: Sequence[Tensor]) -> None:
     """Put the mean over the processes into each of `tensors`, where it is: no copy of them is made. Waits for all."""
     for exchange in [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
         exchange.wait()
-    torch._foreach_div_(list(tensors), count())
+    torch._foreach_div_(list(tensors), world_size())
 
 
 def wait() -> None:
@@ -216,21 +218,21 @@ def wait() -> None:
     total(0.0)
 
 
-def agreed(value: Item) -> Item:
+def broadcast(value: Item) -> Item:
     """`value` as the first process has it, for what must not depend on a device's last bits. Waits for all."""
-    return broadcast_object_list([value])[0] if count() > 1 else value
+    return broadcast_object_list([value])[0] if world_size() > 1 else value
 
 
-def collected(value: Item) -> list[Item]:
+def gather_objects(value: Item) -> list[Item]:
     """The `value` of every process, in order. Waits for all."""
-    if count() == 1:
+    if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * count()
+    values: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(values, value)
     return values
 
 
-def by_first(function: Callable[..., Item], *arguments: Any) -> Item:
+def on_rank_zero(function: Callable[..., Item], *arguments: Any) -> Item:
     """What `function` returns, when all are here, in the first process: what it wrote is then there for all.
 
     Where it raises, the first process goes on raising and the others leave: its message says why.
@@ -244,6 +246,6 @@ def by_first(function: Callable[..., Item], *arguments: Any) -> Item:
         done = True
     finally:
         (succeeded,) = total(float(done))
-    if succeeded < count():
+    if succeeded < world_size():
         sys.exit(1)
-    return agreed(result)
+    return broadcast(result)

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from ..recipe import Recipe, Stage, paths
 from ..storage.checkpoints import checkpoints
 from ..storage.files import CheckpointError, read_json, write_json
-from ..storage.untrusted import held
+from ..storage.untrusted import path_inside
 
 FORMAT = 1  # of a bundle
-ASKED = "replay.json"  # in a folder made for a replay: the step to stop before
+REQUEST = "replay.json"  # in a folder made for a replay: the step to stop before
 
 
 def write(folder: Path, stage: Stage, recipe: Recipe, parents: dict[str, Path], figures: dict) -> Path:
@@ -49,7 +49,7 @@ def read(path: Path) -> tuple[dict, Stage, Recipe, dict[str, Path]]:
         (stage,) = paths.recorded(bundle | {"recipe": alone}, path.parent).stages
     except ValidationError as error:
         raise CheckpointError(f"{path} is of another version: {error.error_count()} settings are not known") from error
-    parents = {kind: held(path.parent.parent, name, path) for kind, name in bundle["parents"].items()}
+    parents = {kind: path_inside(path.parent.parent, name, path) for kind, name in bundle["parents"].items()}
     for kind, folder in parents.items():
         if not folder.is_dir():
             raise CheckpointError(f"{path} starts from the {kind} stage in {folder}, which is not there")
@@ -65,14 +65,14 @@ def prepare(figures: dict, bundle: Path, folder: Path) -> None:
     for kept in checkpoints(bundle.parent.resolve()):
         if int(kept.name.removeprefix("step-")) <= figures["step"]:
             (folder / "checkpoints" / kept.name).symlink_to(kept)
-    write_json(folder / ASKED, {"step": figures["step"], "update": figures["update"]})
+    write_json(folder / REQUEST, {"step": figures["step"], "update": figures["update"]})
 
 
-def asked(folder: Path) -> tuple[int, int] | None:
+def stop_point(folder: Path) -> tuple[int, int] | None:
     """The step, and the update within it, that a replay in `folder` stops before; None where `folder` is a stage's."""
-    if not (folder / ASKED).is_file():
+    if not (folder / REQUEST).is_file():
         return None
-    found = read_json(folder / ASKED)
+    found = read_json(folder / REQUEST)
     return found["step"], found["update"]
 
 

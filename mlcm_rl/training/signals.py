@@ -21,7 +21,7 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def raised() -> Iterator[None]:
+def raise_on_sigterm() -> Iterator[None]:
     """SIGTERM raises Stopped wherever the program is, as Ctrl-C raises KeyboardInterrupt."""
 
     def stop(number: int, _frame: FrameType | None) -> None:
@@ -38,7 +38,7 @@ class Pending:
 
 
 @contextmanager
-def kept_back() -> Iterator[Pending]:
+def deferral() -> Iterator[Pending]:
     """SIGTERM and Ctrl-C are only noted, so that a step can be finished and saved.
 
     A second one, or a step that takes STEP_SECONDS longer, raises Stopped where the program is: what was saved last

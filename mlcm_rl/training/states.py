@@ -19,7 +19,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` took. Raises ValueError where it was taken of other parameters."""
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in taken("optimizer", tensors).items():
+    for key, value in under_prefix("optimizer", tensors).items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -47,21 +47,21 @@ def read_training(
     steps, tensors, record = found
     place = checkpoints(folder)[-1]
     for prefix, group in shapes.items():
-        if {name: value.shape for name, value in taken(prefix, tensors).items()} != group:
+        if {name: value.shape for name, value in under_prefix(prefix, tensors).items()} != group:
             raise CheckpointError(f"{place} holds other weights than this {prefix}: delete checkpoints/")
     missing = [name for name in parts if name not in record]
-    if steps and not taken("optimizer", tensors):
+    if steps and not under_prefix("optimizer", tensors):
         missing.append("optimizer")
     if missing:
         raise CheckpointError(f"{place} holds nothing of {', '.join(missing)} to go on from: delete checkpoints/")
     return steps, tensors, record
 
 
-def named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def add_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` with `prefix.` before every name."""
     return {f"{prefix}.{name}": value for name, value in tensors.items()}
 
 
-def taken(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of `tensors` under `prefix.`, without it: the inverse of `named`."""
+def under_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of `tensors` under `prefix.`, without it: the inverse of `add_prefix`."""
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}

@@ -133,13 +133,13 @@ def test_with_a_segment_per_grid_step_the_loss_is_one_teacher_step(schedule):
     t, r = on_grid(200, grid)
     assert torch.equal(segment_start(t, 48), r)
     x_t = normal(200, 2)
-    said = teacher.posterior_mean(x_t, t, schedule)
-    x_r = ddim_step(x_t, said, t, r, schedule)
+    x0 = teacher.posterior_mean(x_t, t, schedule)
+    x_r = ddim_step(x_t, x0, t, r, schedule)
     target = transfer(x_r, normal(200, 2, seed=1), r, segment_start(t, 48), schedule)
-    assert loss_in_z(said, x_t, t, target, r, schedule, squared_l2).max() == 0.0
+    assert loss_in_z(x0, x_t, t, target, r, schedule, squared_l2).max() == 0.0
 
     gain = schedule.alpha[r] - schedule.alpha[t] * schedule.sigma[r] / schedule.sigma[t]
-    off_by_one = loss_in_z(said + 1.0, x_t, t, target, r, schedule, squared_l2)
+    off_by_one = loss_in_z(x0 + 1.0, x_t, t, target, r, schedule, squared_l2)
     torch.testing.assert_close(off_by_one, gain**2, rtol=1e-3, atol=0)
 
 
@@ -209,12 +209,12 @@ def test_for_rectified_flow_the_loss_in_x0_is_one_of_velocities(shift):
     t, s = torch.tensor([999, 600, 21]), torch.tensor([874, 0, 0])
     x_t, x_s, v = normal(3, 3, 4)
     target = inverse_ddim_step(x_t, x_s, t, s, schedule)
-    wanted = prediction_from_x0(target, x_t, t, schedule, "flow")
+    target_velocity = prediction_from_x0(target, x_t, t, schedule, "flow")
     x0 = x0_from_prediction(v, x_t, t, schedule, "flow")
     share = schedule.alpha[t] ** 2 + schedule.sigma[t] ** 2
-    found = loss_in_x0(x0, x_t, t, x_s, s, schedule, squared_l2_in_double)
-    torch.testing.assert_close(found, share * squared_l2_in_double(v, wanted), rtol=1e-5, atol=0)
-    assert found[0] > 0.1  # the last time counts, where there is no signal
+    loss = loss_in_x0(x0, x_t, t, x_s, s, schedule, squared_l2_in_double)
+    torch.testing.assert_close(loss, share * squared_l2_in_double(v, target_velocity), rtol=1e-5, atol=0)
+    assert loss[0] > 0.1  # the last time counts, where there is no signal
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])

@@ -51,9 +51,9 @@ def test_ddim_step_by_hand():
 def test_ddim_step_equals_stock_ddim(kind, t, s, num_steps):
     stock = DDIMScheduler(**SD, prediction_type=kind, clip_sample=False, set_alpha_to_one=False)
     stock.set_timesteps(num_steps)
-    said, x_t = latents(2, seed=t)
-    expected = stock.step(said, t, x_t, eta=0.0).prev_sample
-    x0 = x0_from_prediction(said, x_t, at(t), VP, kind)
+    prediction, x_t = latents(2, seed=t)
+    expected = stock.step(prediction, t, x_t, eta=0.0).prev_sample
+    x0 = x0_from_prediction(prediction, x_t, at(t), VP, kind)
     torch.testing.assert_close(ddim_step(x_t, x0, at(t), at(s), VP), expected, atol=2e-5, rtol=2e-5)
 
 

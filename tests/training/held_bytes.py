@@ -83,7 +83,7 @@ def main(teacher: Path, folder: Path, settings: dict) -> None:
     rt.prepare(student, optimizer)
     seen = Seen(rt, student)
     rt.parts, rt.step, rt.update = {}, 0, 0
-    own = stage.micro_batch // processes.count()
+    own = stage.micro_batch // processes.world_size()
     given = base.encode_prompts(["a cat"] * own)
     x_t, t = torch.zeros(own, *base.latent_shape), torch.full((own,), 500)
     rt.backward(base.x0(student, x_t, t, given).square().mean((1, 2, 3)) for _ in range(stage.gradient_accumulation))

@@ -13,7 +13,7 @@ import runs
 from mlcm_rl.recipe import Recipe
 from mlcm_rl.training import joining
 from mlcm_rl.training import processes as distributed
-from mlcm_rl.training.processes import count, refuse_unshared, start
+from mlcm_rl.training.processes import refuse_unshared, start, world_size
 
 NAMES = {*joining.RENDEZVOUS, *joining.COUNTS, *joining.PLACES, "SLURM_NTASKS"}
 
@@ -67,7 +67,7 @@ def test_a_place_among_others_that_cannot_be_is_refused_by_name(monkeypatch, nam
     for other, text in (TOLD | {name: value, "TORCHELASTIC_RUN_ID": "none"}).items():
         monkeypatch.setenv(other, text)
     assert distributed.rank() >= 0  # asked on import, before anything can be told
-    assert count() > 0
+    assert world_size() > 0
     with pytest.raises(ValueError, match=words):
         start(torch.device("cpu"))
 
@@ -91,7 +91,7 @@ def test_a_process_on_its_own_is_asked_nothing(monkeypatch, tmp_path, variables)
     monkeypatch.setattr(distributed, "PartialState", lambda **_: pytest.fail("it waits for others"))
     start(torch.device("cpu"))
     refuse_unshared(tmp_path / "runs")
-    assert (distributed.rank(), count()) == (0, 1)
+    assert (distributed.rank(), world_size()) == (0, 1)
     assert not list(tmp_path.iterdir())
 
 

@@ -100,14 +100,14 @@ def test_processes_that_cannot_share_a_batch_are_told_once_before_any_stage(tiny
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_runs_on_up_to_eight_processes(path, processes, monkeypatch):
-    monkeypatch.setattr(distributed, "count", lambda: processes)
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
     for stage in load(path).stages:
         if isinstance(stage, Training):
             assert dict(preflight.refused(stage)).get("batch_size") is None
 
 
 def test_a_process_takes_its_rows_and_its_items(monkeypatch):
-    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     assert rows(6) == slice(3, 6)
     assert share(range(5)) == [1, 3]
@@ -116,7 +116,7 @@ def test_a_process_takes_its_rows_and_its_items(monkeypatch):
 
 
 def test_a_group_of_samples_stays_in_one_process(monkeypatch):
-    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     assert rows(8, together=4) == slice(4, 8)
     with pytest.raises(ValueError, match="3 groups of 2 samples cannot be shared evenly by 2 processes"):
@@ -250,7 +250,7 @@ def test_a_signal_to_a_launch_of_one_process_ends_the_training_after_a_step_that
     assert "Traceback" not in errors
     (folder,) = (log.parent for log in logs)
     assert checkpoints.checkpoints(folder)
-    with lock.held(folder):  # nobody is left behind who holds it
+    with lock.folder_lock(folder):  # nobody is left behind who holds it
         pass
 
 

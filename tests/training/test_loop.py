@@ -218,7 +218,7 @@ def test_gradients_are_averaged_where_they_are(monkeypatch):
         return SimpleNamespace(wait=lambda: tensor.mul_(4))  # it is there when it was waited for
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
     gradients = [torch.ones(2, 3), torch.ones(4, dtype=torch.bfloat16), torch.ones(())]
     places = [one.data_ptr() for one in gradients]
     processes.average_(gradients)
