@@ -20,8 +20,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has it
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep estimates of memory beside pytest's own cache, for the processes that tests start too."""
+    """Keep estimates and checksums beside pytest's own cache, for the processes that tests start too."""
     os.environ["MLCM_RL_ESTIMATES"] = str(config.cache.mkdir("mlcm_rl-estimates"))
+    os.environ["MLCM_RL_VERIFIED"] = str(config.cache.mkdir("mlcm_rl-verified"))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from ..equations.solver import ddim_step
 from ..models.base import Base, Conditioning
 from ..models.sampler import sample
 from ..recipe import Distill
+from ..storage.files import CheckpointError
 from ..training.seeding import epoch_order
 from .trajectory_store import Store
 
@@ -75,8 +76,14 @@ class StoredStates:
 
     def __init__(self, stage: Distill, base: Base, store: Store, seed: int):
         self.stage, self.base, self.store, self.seed = stage, base, store, seed
-        self.times = torch.tensor(store.grid)
-        self.position = {time: i for i, time in enumerate(store.grid)}
+        self.times = torch.tensor(store.times)
+        self.position = {time: i for i, time in enumerate(store.times)}
+        if stage.states_drawn == "all" and len(store.times) < len(store.provenance.grid):
+            raise CheckpointError(
+                f"{store.folder} holds {len(store.times)} of {len(store.provenance.grid)} states of each trajectory, "
+                "those of the milestones, and jumps without budgets begin at any state: set keep: all in the "
+                "trajectories stage"
+            )
 
     def draw(self, step: int, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
         index = epoch_order(self.store.num_trajectories, self.stage.batch_size, step, self.seed, "distill")
@@ -95,7 +102,8 @@ class StoredStates:
         return Draw(index, t, r, s)
 
     def realise(self, draw: Draw) -> Batch:
-        x_t, x_r, x_s = (self.store.states(draw.index, self._positions(time)) for time in (draw.t, draw.r, draw.s))
+        x_t, x_s = (self.store.states(draw.index, self._positions(time)) for time in (draw.t, draw.s))
+        x_r = self.store.states(draw.index, self._positions(draw.r)) if any(self.stage.jumps_again) else None
         return _on(self.base.device, x_t, x_r, x_s, draw, self.store.conditioning(draw.index))
 
     def _positions(self, times: Tensor) -> Tensor:

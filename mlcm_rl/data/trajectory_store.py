@@ -1,13 +1,21 @@
-"""The store of teacher trajectories: written shard by shard, verified, memory-mapped when read.
+"""The store of teacher trajectories as it is read: checked, memory-mapped, lazy.
 
-A store is a folder of `shard-*.safetensors`, each with `states` (n, steps + 1, C, H, W) from noise at the first grid
-time to index 0, `x0` (n, C, H, W), the last step's own estimate of the clean latents, and one entry for every tensor of
-the prompts' conditioning. `store.json` says how they were made and holds every shard's sha256.
+A store is a folder of
+
+    shard-*.safetensors     `states` (n, P, C, H, W) at the P stored times, noise first, and `x0` (n, C, H, W), the last
+                            step's own estimate of the clean latents
+    prompts-*.safetensors   what m prompts became: one entry for every tensor of their conditioning, in the type that
+                            the encoders compute in; of the context of prompts that differ in length the tokens alone,
+                            (sum of lengths, D), and `lengths` (m,)
+    store.json              how they were made, and size and sha256 of every file
+
+Trajectory i is of prompt i modulo the number of prompts. `store_writer.py` writes it. A store of format 1 has the
+conditioning of every trajectory in its shard; it is read too.
 """
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,14 +28,13 @@ from torch import Tensor
 from ..models.base import Base, Conditioning
 from ..models.teachers import teacher_hash
 from ..recipe import Teacher
-from ..storage import finite
-from ..storage.files import CheckpointError, read_json, require_space, write_json
-from ..storage.hashing import sha256
-from ..storage.tensors import read_shapes, read_tensors, write_tensors
-from ..training import processes
+from ..storage.files import CheckpointError, read_json
+from ..storage.tensors import read_tensors
+from ..storage.verification import Verified
 
-FORMAT = 1  # of the files
+FORMAT = 2  # of the files
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+LENGTHS = "lengths"  # of a conditioning whose prompts differ in length: how many tokens of "context" are the prompt's
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Provenance:
     scheduler: dict
     prediction_type: str
     solver: str
-    grid: list[int]
+    grid: list[int]  # times that the solver goes through
     guidance_scale: float
     prompts_hash: str
     num_trajectories: NonNegativeInt
@@ -46,11 +53,17 @@ class Provenance:
     seed: int
     dtype: str
     maths: int
+    times: list[int] | None = None  # that are stored; all of the grid where nothing is said
     format: int = FORMAT
+
+    @property
+    def total(self) -> int:
+        """Trajectories, those that are held out among them."""
+        return self.num_trajectories + self.num_held_out
 
 
 def expected_of(teacher: Teacher, base: Base) -> dict[str, Any]:
-    """What the store of a stage that trains by `teacher` must say of itself.
+    """Return what the store of a stage that trains by `teacher` must say of itself.
 
     Seed, prompts, grid and precision are the trajectories stage's own. The weights are known by content: where they
     are does not matter.
@@ -62,70 +75,99 @@ def expected_of(teacher: Teacher, base: Base) -> dict[str, Any]:
     }
 
 
-class Writer:
-    """Writes a store resumably: shards that are there and whole are kept, the rest are asked for.
+class Files:
+    """The files of a store, each compared with its checksum when it is first read, then memory-mapped.
 
-    The sizes of the batches that states were solved in stand in store.json: of another size they agree to about 1e-5 of
-    the largest, since a device sums in another order. That is no part of the provenance, so that memory that does not
-    suffice is no reason to begin anew. Raises CheckpointError where what is there is damaged, or was made by another
-    teacher or from another seed.
+    Raises CheckpointError for the first one that is not there, or not of its size.
     """
 
-    def __init__(self, folder: Path, provenance: Provenance, shard_size: int, batch_size: int):
-        self.folder, self.provenance, self.shard_size, self.batch_size = folder, provenance, shard_size, batch_size
-        self.total = provenance.num_trajectories + provenance.num_held_out
-        self.record: dict[str, Any] = {"provenance": vars(provenance), "shard_size": shard_size, "shards": {}}
-        path = folder / "store.json"
-        if path.is_file():
-            self.record = read_record(path)
-            refuse_mismatch(path, self.record["provenance"], vars(provenance))
-            self.shard_size = self.record["shard_size"]
+    def __init__(self, folder: Path, files: Mapping[str, tuple[int | None, str]]):
+        self.folder, self._files, self._verified = folder, files, Verified(folder)
+        self._open: dict[str, dict[str, Tensor]] = {}
+        sizes = sizes_in(folder)
+        for name, (size, _) in files.items():
+            if name not in sizes or size not in (None, sizes[name]):
+                raise self._damaged(name)
 
-    def missing(self) -> list[range]:
-        """The index ranges of the shards still to write."""
-        return [indices for indices in shard_ranges(self.total, self.shard_size) if not self._is_whole(indices)]
+    def read(self, name: str, complaint: Callable[[dict[str, Tensor]], str | None]) -> dict[str, Tensor]:
+        """Return the tensors of a file. Raise CheckpointError where it is not what store.json says.
 
-    def require_room(self, missing: Sequence[range], latent_shape: Sequence[int]) -> None:
-        """Raise CheckpointError where the disk has no room for the states (each of `latent_shape`) of `missing`."""
-        count = sum(map(len, missing)) * (len(self.provenance.grid) + 1)  # and x0
-        require_space(self.folder, count * math.prod(latent_shape) * DTYPES[self.provenance.dtype].itemsize)
+        `complaint` says what is wrong with the tensors where they are not what the file should hold.
+        """
+        if name not in self._open:
+            path, (_, checksum) = self.folder / name, self._files[name]
+            try:
+                whole = self._verified.matches(path, checksum)
+            except FileNotFoundError:
+                whole = False
+            if not whole:
+                raise self._damaged(name)
+            tensors = read_tensors(path)
+            if (wrong := complaint(tensors)) is not None:
+                raise CheckpointError(f"{path} {wrong}")
+            self._open[name] = tensors
+        return self._open[name]
 
-    def write(self, indices: range, states: Tensor, x0: Tensor, conditioning: Conditioning) -> None:
-        """One shard: states (n, steps + 1, C, H, W), x0 (n, C, H, W), conditioning (n, ...). `record_shards` tells."""
-        path = self.folder / shard_name(indices)
-        dtype = DTYPES[self.provenance.dtype]
-        kept = {f"conditioning.{name}": value.to(dtype) for name, value in conditioning.items()}
-        kept |= {"states": states.to(dtype), "x0": x0.to(dtype)}
-        if (name := finite.first_nonfinite(kept)) is not None:
-            raise ValueError(
-                f"trajectories {indices.start} to {indices.stop - 1}: their {name} do not fit {self.provenance.dtype}, "
-                f"whose largest is {finite.LARGEST[dtype]}: set dtype: float32 in the trajectories stage"
-            )
-        write_tensors(path, kept)
-        self.record["shards"][path.name] = sha256(path)
-        sizes = self.record.get("batch_sizes", [])
-        self.record["batch_sizes"] = sorted({*sizes, self.batch_size})
+    def _damaged(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder / name} is missing or damaged: delete it and {self.folder / 'manifest.json'}, and the same "
+            "command makes it again"
+        )
 
-    def record_shards(self) -> None:
-        """Say in store.json which shards are whole, those of every process. Waits for all."""
-        for shards in processes.gather_objects(self.record["shards"]):
-            self.record["shards"] |= shards
-        processes.on_rank_zero(write_json, self.folder / "store.json", self.record)
 
-    def _is_whole(self, indices: range) -> bool:
-        path = self.folder / shard_name(indices)
-        if path.name not in self.record["shards"] or not path.is_file():
-            return False
-        if sha256(path) != self.record["shards"][path.name]:
-            raise CheckpointError(f"{path} is damaged (its sha256 changed): delete it, and it is made again")
-        return True
+class EncodedPrompts:
+    """What the first `count` prompts became, `size` of them a file."""
+
+    def __init__(self, files: Files, count: int, size: int, in_shards: bool = False):
+        self._files, self.count, self._size = files, count, size
+        self._name, self._prefix = (shard_name, "conditioning.") if in_shards else (prompts_name, "")
+
+    def conditioning(self, indices: Tensor) -> Conditioning:
+        """Return the conditioning (B, ...) float32 of prompts `indices` (B,), each modulo their number.
+
+        Where prompts differ in length, "context" is as long as the longest of them, zeros after the shorter, and
+        "lengths" (B,) says how many tokens count.
+        """
+        rows = [self._row(i % self.count) for i in indices.tolist()]
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        if LENGTHS in columns:
+            columns["context"] = list(torch.nn.utils.rnn.pad_sequence(columns["context"], batch_first=True))
+        whole = {name: torch.stack(values) for name, values in columns.items()}
+        return {name: value if name == LENGTHS else value.float() for name, value in whole.items()}
+
+    def _row(self, index: int) -> dict[str, Tensor]:
+        """Return the conditioning of one prompt, without a batch dimension."""
+        row = index % self._size
+        count = min(self._size, self.count - index + row)
+        tensors = self._files.read(self._name(index - row), lambda tensors: self._complaint(tensors, count))
+        named = [name for name in tensors if name.startswith(self._prefix)]
+        values = {name.removeprefix(self._prefix): tensors[name] for name in named}
+        if LENGTHS not in values:
+            return {name: value[row] for name, value in values.items()}
+        end = int(values[LENGTHS][: row + 1].sum())
+        context = values["context"][end - int(values[LENGTHS][row]) : end]
+        return {name: context if name == "context" else value[row] for name, value in values.items()}
+
+    def _complaint(self, tensors: dict[str, Tensor], count: int) -> str | None:
+        names = [name for name in tensors if name.startswith(self._prefix)]
+        rows = {name: len(tensors[name]) for name in names if not (name == "context" and LENGTHS in tensors)}
+        if not rows or set(rows.values()) != {count}:
+            return f"does not hold what {count} prompts became"
+        if LENGTHS in tensors and (
+            "context" not in tensors
+            or int(tensors[LENGTHS].min()) < 0
+            or int(tensors[LENGTHS].sum()) != len(tensors["context"])
+        ):
+            return "does not hold as many tokens as its lengths say"
+        return None
 
 
 class Store:
     """A finished store, read lazily: only the states asked for leave the disk.
 
-    Raises CheckpointError where a shard is missing or damaged, or where a field of `expected` (names of Provenance) is
-    another in what was stored; without it the store is taken for whatever it is.
+    Opening it looks at store.json and at the size of every file; what a file holds is compared when its first row is
+    read. Raises CheckpointError where a file is missing or damaged, or where a field of `expected` (names of
+    Provenance) is another in what was stored; without it the store is taken for whatever it is.
     """
 
     def __init__(self, folder: Path, expected: Mapping[str, Any] | None = None):
@@ -135,83 +177,113 @@ class Store:
         if expected is not None:
             refuse_mismatch(path, record["provenance"], expected)
         self.provenance = read_provenance(record["provenance"], path)
-        if self.provenance.format != FORMAT:
-            raise CheckpointError(f"{folder}: written in format {self.provenance.format}, this version reads {FORMAT}")
-        self.grid = self.provenance.grid
+        self.times = self.provenance.times or self.provenance.grid
         self.num_trajectories, self.num_held_out = self.provenance.num_trajectories, self.provenance.num_held_out
-        self.shard_size = record["shard_size"]
-        self._names = self._verified(record["shards"])
-
-    def _verified(self, checksums: dict[str, str]) -> list[str]:
-        """The shards' names, in order; all must be there, unchanged, and hold what the store says."""
-        total = self.num_trajectories + self.num_held_out
-        if -(-total // self.shard_size) != len(checksums):  # before a range of as many as it says is gone through
-            raise CheckpointError(
-                f"{self.folder / 'store.json'} is damaged: {total} trajectories in shards of {self.shard_size} "
-                f"are not {len(checksums)} shards"
-            )
-        expected = None
-        ranges = shard_ranges(total, self.shard_size)
-        for indices in ranges:
-            path = self.folder / shard_name(indices)
-            if not path.is_file() or sha256(path) != checksums.get(path.name):
-                raise CheckpointError(
-                    f"{path} is missing or damaged: delete it and {self.folder / 'manifest.json'}, and the same "
-                    "command makes it again"
-                )
-            shapes = {name: tuple(shape) for name, shape in read_shapes(path).items()}
-            found = {name: shape[1:] for name, shape in shapes.items()}
-            expected = expected or found
-            num_rows = {shape[:1] for shape in shapes.values()}
-            whole = found.get("states", ())[:1] == (len(self.grid),) and "x0" in found
-            if not whole or found != expected or num_rows != {(len(indices),)}:
-                raise CheckpointError(f"{path} does not hold {len(indices)} trajectories of {len(self.grid)} states")
-        return [shard_name(indices) for indices in ranges]
-
-    @cached_property
-    def _shards(self) -> list[dict[str, Tensor]]:
-        return [read_tensors(self.folder / name) for name in self._names]
+        self.shard_size, total = record["shard_size"], self.provenance.total
+        self._files = Files(folder, files_of(record, path))
+        self.prompts = EncodedPrompts(self._files, record["num_prompts"], self.shard_size, self.provenance.format == 1)
+        if not 1 <= self.prompts.count <= max(total, 1):
+            raise CheckpointError(f"{path} is damaged: {self.prompts.count} prompts of {total} trajectories")
 
     @cached_property
     def held_out(self) -> range:
         """Indices of the trajectories that are never trained on."""
-        return range(self.num_trajectories, self.num_trajectories + self.num_held_out)
+        return range(self.num_trajectories, self.provenance.total)
 
     def states(self, indices: Tensor, points: Tensor) -> Tensor:
-        """States (B, C, H, W) float32 of trajectories `indices` (B,) at grid positions `points` (B,); 0 is noise."""
-        return self._rows("states", indices, points)
+        """Return states (B, C, H, W) float32 of trajectories `indices` (B,) at positions `points` (B,) of `times`."""
+        rows = zip(indices.tolist(), points.tolist(), strict=True)
+        return torch.stack([self._shard(i)["states"][i % self.shard_size, point].float() for i, point in rows])
 
     def x0(self, indices: Tensor) -> Tensor:
-        """The teacher's samples (B, C, H, W) float32: the last step's x0 of trajectories `indices` (B,)."""
-        return self._rows("x0", indices)
+        """Return the teacher's samples (B, C, H, W) float32: the last step's x0 of trajectories `indices` (B,)."""
+        return torch.stack([self._shard(i)["x0"][i % self.shard_size].float() for i in indices.tolist()])
 
     def conditioning(self, indices: Tensor) -> Conditioning:
-        """The prompts' conditioning (B, ...) float32 of trajectories `indices` (B,)."""
-        names = [name for name in self._shards[0] if name.startswith("conditioning.")]
-        return {name.removeprefix("conditioning."): self._rows(name, indices) for name in names}
+        """Return the prompts' conditioning (B, ...) float32 of trajectories `indices` (B,), as EncodedPrompts does."""
+        return self.prompts.conditioning(indices)
 
-    def _rows(self, name: str, indices: Tensor, points: Tensor | None = None) -> Tensor:
-        rows = [self._shards[i // self.shard_size][name][i % self.shard_size] for i in indices.tolist()]
-        if points is not None:
-            rows = [row[point] for row, point in zip(rows, points.tolist(), strict=True)]
-        return torch.stack([row.float() for row in rows])
+    def _shard(self, index: int) -> dict[str, Tensor]:
+        """Return the tensors of the file that trajectory `index` is in."""
+        first = index - index % self.shard_size
+        size, points = min(self.shard_size, self.provenance.total - first), len(self.times)
+
+        def complaint(tensors: dict[str, Tensor]) -> str | None:
+            states, x0 = (tensors.get(name, torch.empty(0)).shape for name in ("states", "x0"))
+            is_right = len(states) == 5 and states[:2] == (size, points) and x0 == states[:1] + states[2:]
+            return None if is_right else f"does not hold {size} trajectories of {points} states"
+
+        return self._files.read(shard_name(first), complaint)
 
 
 def shard_ranges(total: int, size: int) -> list[range]:
-    """The trajectories of every shard, `size` each but for the last."""
+    """Return the rows of every file, `size` each but for the last."""
     return [range(i, min(i + size, total)) for i in range(0, total, size)]
 
 
-def shard_name(indices: range) -> str:
-    return f"shard-{indices.start:07d}.safetensors"
+def shard_name(first: int) -> str:
+    """Return the name of the file that begins with trajectory `first`."""
+    return f"shard-{first:07d}.safetensors"
 
 
-def read_record(path: Path) -> dict:
-    """What store.json says. Raises CheckpointError where it is missing or damaged."""
+def prompts_name(first: int) -> str:
+    """Return the name of the file that begins with prompt `first`."""
+    return f"prompts-{first:07d}.safetensors"
+
+
+def sizes_in(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of every file in `folder`, by name: one look at the folder."""
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return what store.json says: "provenance", "shard_size", "num_prompts", "shards", "prompts", ...
+
+    One of format 1 has no "prompts", and as many of them as trajectories. Raise CheckpointError where it is missing or
+    damaged, or of another format.
+    """
     record = read_json(path, provenance=dict, shard_size=int, shards=dict)
     if record["shard_size"] < 1:
         raise CheckpointError(f"{path} is damaged: shard_size is {record['shard_size']}")
+    if (number := record["provenance"].get("format")) == 1:
+        total = read_provenance(record["provenance"], path).total
+        return record | {"num_prompts": total, "prompts": {}}
+    if number != FORMAT:
+        raise CheckpointError(f"{path.parent}: written in format {number}, this version reads 1 and {FORMAT}")
+    if not isinstance(record.get("prompts"), dict) or type(record.get("num_prompts")) is not int:
+        raise CheckpointError(f"{path} is damaged: prompts and num_prompts must be there")
     return record
+
+
+def files_of(record: dict[str, Any], path: Path) -> dict[str, tuple[int | None, str]]:
+    """Return size (None where it is not said) and sha256 of every file of a finished store, by name.
+
+    Raise CheckpointError where `record`, which `path` holds, does not name the files that its numbers make.
+    """
+    provenance = read_provenance(record["provenance"], path)
+    kinds = [(record["shards"], "trajectories", provenance.total, shard_name)]
+    if provenance.format != 1:
+        kinds.append((record["prompts"], "prompts", record["num_prompts"], prompts_name))
+    files: dict[str, tuple[int | None, str]] = {}
+    for named, what, rows, name_of in kinds:
+        count = -(-rows // record["shard_size"])
+        if count != len(named) or any(name_of(i * record["shard_size"]) not in named for i in range(count)):
+            raise CheckpointError(
+                f"{path} is damaged: {rows} {what} in files of {record['shard_size']} are not the {len(named)} files "
+                "that it names"
+            )
+        for name, value in named.items():
+            size, checksum = (None, value) if provenance.format == 1 else as_pair(value)
+            if type(checksum) is not str or (provenance.format != 1 and type(size) is not int):
+                raise CheckpointError(f"{path} is damaged: {name} must have its size and its sha256")
+            files[name] = (size, checksum)
+    return files
+
+
+def as_pair(value: object) -> tuple[Any, Any]:
+    """Return a list of two as a pair, anything else as two nothings."""
+    return (value[0], value[1]) if isinstance(value, list) and len(value) == 2 else (None, None)
 
 
 def read_provenance(stated: dict, path: Path) -> Provenance:

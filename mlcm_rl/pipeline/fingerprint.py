@@ -22,7 +22,7 @@ from ..recipe.renamed import under_first_names
 from ..rewards.source import source_hashes
 from ..storage.files import read_json
 from ..storage.hashing import contents_hash, folder_hash, sha256
-from ..storage.manifest import FORMAT
+from ..storage.manifest import FORMAT, is_finished
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ def locate(stage: Stage, recipe: Recipe, earlier: list[Located]) -> Located:
     """The folder of `stage`. Raises FileNotFoundError naming a file that it reads and that is not there."""
     parents = {kind: parent.fingerprint for kind, parent in parents_of(stage, earlier).items()}
     fingerprint = hashed(identity(stage, recipe, parents))
-    return Located(stage.kind, fingerprint, Path(recipe.runs) / "stages" / f"{stage.kind}-{fingerprint}")
+    folder = Path(recipe.runs) / "stages" / f"{stage.kind}-{fingerprint}"
+    if (variant := stage.variant(recipe)) and not is_finished(folder):
+        folder = folder.with_name(f"{folder.name}-{variant}")
+    return Located(stage.kind, fingerprint, folder)
 
 
 def identity(stage: Stage, recipe: Recipe, parents: dict[str, str]) -> dict:

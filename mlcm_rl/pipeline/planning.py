@@ -18,7 +18,7 @@ from ..cost.flops import Operations, Work
 from ..cost.gpus import Device
 from ..cost.launches import Launch
 from ..cost.memory import Memory, num_tokens, of_stage
-from ..data.trajectory_store import read_record
+from ..data.store_writer import share_written
 from ..models import files
 from ..models.teachers import class_of
 from ..recipe import Full, Lora, Recipe, Stage, teacher_check
@@ -94,8 +94,7 @@ def share_done(stage: Stage, folder: Path) -> float:
     """Return how much of `stage` is saved in its folder, from 0 to 1; what is damaged there counts as nothing."""
     if stage.num_stored:
         with suppress(CheckpointError):
-            record = read_record(folder / "store.json")
-            return min(1.0, len(record["shards"]) * record["shard_size"] / stage.num_stored)
+            return share_written(folder, stage.num_stored)
     if stage.steps_per_phase and (saved := checkpoints(folder)):
         return min(1.0, step_of(saved[-1]) / sum(stage.steps_per_phase))
     return 0.0

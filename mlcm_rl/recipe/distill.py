@@ -1,12 +1,13 @@
 """The stage that distils: multistep consistency, in phases of fewer and fewer segments."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
 from .reads import PICTURES, PROMPTS
-from .stage import Training
+from .stage import OneStage, States, Training
 from .takes import Networks, Pass, Values
 from .types import Fraction, Full, Lora, PositiveInt, default_gamma, presentation
 
@@ -134,6 +135,15 @@ class Distill(Training):
     def reads_trajectories(self) -> bool:
         """Whether a store of trajectories is needed."""
         return self.renoise == "stored" if self.method == "inter_segment" else self.source == "trajectories"
+
+    @property
+    def states_drawn(self) -> States:
+        """Which states its jumps over stored trajectories lie between."""
+        return "milestones" if self.budgets else "all"
+
+    def states_read(self, earlier: Sequence[OneStage]) -> States | None:
+        """Return where its jumps begin and end; inter_segment reads the clean samples alone."""
+        return self.states_drawn if self.reads_trajectories and self.method == "segments" else None
 
     @property
     def asks_teacher(self) -> bool:

@@ -28,6 +28,7 @@ from .paths import Folders, resolved, rewards_named
 from .preference import Feedback, Tuning
 from .reads import read_by
 from .schema import json_schema
+from .teacher_stages import Trajectories
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
 from .types import TRAINED, Lora, Reward, Teacher
 
@@ -85,6 +86,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
         *_runs_problems(recipe, folders),
         *(Problem(("trackers", i), message) for i, message in missing_trackers(recipe)),
         *_order_problems(recipe),
+        *_store_problems(recipe),
         *_tuning_problems(recipe),
         *_precision_problems(recipe),
         *_resume_problems(recipe),
@@ -249,6 +251,17 @@ def _order_problems(recipe: Recipe) -> Iterator[Problem]:
         if isinstance(stage, Evaluate) and "distill" not in before and not stage.also:
             message = "nothing to evaluate: needs an earlier distill stage, or finished ones in also"
             yield Problem(("stages", i), message)
+
+
+def _store_problems(recipe: Recipe) -> Iterator[Problem]:
+    """A store that would leave out states that a later stage reads."""
+    for i, stage in enumerate(recipe.stages):
+        if not isinstance(stage, Trajectories) or stage.keep != "milestones":
+            continue
+        for j, reader in enumerate(recipe.stages):
+            if reader.states_read(recipe.stages[:j]) == "all":
+                message = f"milestones leaves out states that stages[{j}] ({reader.kind}) begins its jumps at, since "
+                yield Problem(("stages", i, "keep"), message + "it has no budgets: write all, or auto")
 
 
 def _tuning_problems(recipe: Recipe) -> Iterator[Problem]:

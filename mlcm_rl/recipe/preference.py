@@ -1,6 +1,7 @@
 """Stages of preference learning, and the one that trains a reward for them."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
@@ -8,7 +9,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from . import hinges
 from .distill import MOMENTS_BYTES, Distill
 from .reads import PICTURES, PROMPTS, Reads
-from .stage import Training
+from .stage import OneStage, States, Training
 from .takes import Networks, Pass, Values
 from .types import (
     Fraction,
@@ -193,6 +194,11 @@ class Feedback(Tuning):
         if self.kl and self.sampling_steps < 2:
             raise ValueError("kl needs sampling_steps 2 or more: the last step puts no noise back; take anchor")
         return self
+
+    def states_read(self, earlier: Sequence[OneStage]) -> States | None:
+        """Return the states that its student was distilled on, for the term that keeps it a consistency model."""
+        distilled = [stage for stage in earlier if isinstance(stage, Distill)]
+        return distilled[-1].states_drawn if self.consistency and distilled else None
 
     @property
     def reads_trajectories(self) -> bool:

@@ -4,6 +4,7 @@ A kind of stage is a type here with its settings, and a module of its name in `s
 be known of it stands in the type: what it starts from, its maths number, what it reads, takes and leaves.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
@@ -13,6 +14,8 @@ from .types import Decay, Full, Lora, NonNegativeFloat, PositiveInt, Reward, Str
 
 if TYPE_CHECKING:
     from .experiment import Recipe
+
+States = Literal["milestones", "all"]
 
 
 class OneStage(Strict):
@@ -56,6 +59,21 @@ class OneStage(Strict):
     def num_stored(self) -> int:
         """Trajectories that it stores, shard by shard."""
         return 0
+
+    def states_read(self, earlier: Sequence["OneStage"]) -> States | None:
+        """Return which states of stored trajectories it reads, None where it reads none.
+
+        `earlier` are the stages before it, for one that reads as they did.
+        """
+        return None
+
+    def variant(self, recipe: "Recipe") -> str:
+        """Return what the name of its folder ends in where it leaves less than it could; "" where it leaves all.
+
+        What is left out is nothing that the stages of `recipe` read: results are the same, and a folder that has all
+        is taken where it is finished.
+        """
+        return ""
 
     def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
         """Return its passes, in the order in which a step takes them.

@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, PositiveFloat, model_validator
 
 from .reads import PICTURES, PROMPTS
-from .stage import OneStage, Training
+from .stage import OneStage, States, Training
 from .takes import Networks, Pass, Values
 from .types import Fraction, Full, Lora, PositiveInt, presentation
 
 if TYPE_CHECKING:
     from .experiment import Recipe
 
-BYTES = {"float32": 4, "float16": 2}
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+NUM_MILESTONES = 9  # the ends of 8 segments
 
 
 class TrainTeacher(Training):
@@ -64,7 +65,7 @@ class TrainTeacher(Training):
 
 
 class Trajectories(OneStage):
-    """The teacher's guided DDIM trajectories from noise to data, every state kept."""
+    """The teacher's guided DDIM trajectories from noise to data."""
 
     kind: Literal["trajectories"] = "trajectories"
     prompts: Annotated[str, PROMPTS] = Field(description=".txt (one a line) or .jsonl ({prompt, language, ...}) file")
@@ -76,6 +77,11 @@ class Trajectories(OneStage):
     )
     dtype: Literal["float32", "float16"] = Field("float32", description="of the stored states; never bfloat16")
     shard_size: PositiveInt = presentation(64, description="trajectories in a file")
+    keep: Literal["auto", "milestones", "all"] = presentation(
+        "auto",
+        description="states that are stored: those of the milestones, or all that the solver went through; auto: what "
+        "the later stages of this recipe read, all where none does",
+    )
 
     @model_validator(mode="after")
     def _steps_hold_milestones(self):
@@ -90,12 +96,29 @@ class Trajectories(OneStage):
         """Trajectories that it stores."""
         return self.num_trajectories + self.num_held_out
 
+    def keeps(self, recipe: "Recipe") -> States:
+        """Return which states are stored."""
+        if self.keep != "auto":
+            return self.keep
+        read = {stage.states_read(recipe.stages[:i]) for i, stage in enumerate(recipe.stages)}
+        return "milestones" if read - {None} == {"milestones"} else "all"
+
+    def variant(self, recipe: "Recipe") -> str:
+        """Return "milestones" where no other states are stored."""
+        return "" if self.keeps(recipe) == "all" else "milestones"
+
+    @property
+    def corrections(self) -> int:
+        """What prompts became was rounded to the states' precision."""
+        return int(self.dtype == "float16")
+
     def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
         """Return the solver's passes."""
         evaluations = self.solver_steps * recipe.teacher.evaluations
         return [Pass("teacher", self.num_stored, evaluations, self.batch_size, in_step=False)]
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
-        """Return the bytes of every state, of the last x0, and of the encoded prompt."""
-        row = (self.solver_steps + 2) * values.latent + values.prompt
-        return self.num_stored * row * BYTES[self.dtype]
+        """Return the bytes of the states, of the last x0, and of the encoded prompts, one a trajectory at most."""
+        num_states = self.solver_steps + 1 if self.keeps(recipe) == "all" else NUM_MILESTONES
+        states = (num_states + 1) * values.latent * BYTES[self.dtype]
+        return self.num_stored * (states + values.prompt * BYTES[recipe.teacher.dtype])

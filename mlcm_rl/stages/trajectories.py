@@ -1,4 +1,4 @@
-"""Stage `trajectories`: the teacher's guided DDIM trajectories from noise to data, every state kept."""
+"""Stage `trajectories`: the teacher's guided DDIM trajectories from noise to data, and what prompts became."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..data.prompts import read_prompts
-from ..data.trajectory_store import Provenance, Writer
+from ..data.store_writer import Writer
+from ..data.trajectory_store import Provenance
 from ..equations.segments import NUM_SEGMENTS, milestones, time_grid
 from ..equations.solver import ddim_step
 from ..models import teachers
@@ -15,7 +16,7 @@ from ..models.teachers import teacher_hash
 from ..recipe import Recipe, Trajectories
 from ..storage import finite
 from ..storage.hashing import sha256
-from ..training import processes, progress, seeding
+from ..training import progress, seeding
 from ..training.devices import device_of
 
 
@@ -29,31 +30,50 @@ def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: P
     base = teachers.load(recipe.teacher, device)
     prompts = [prompt.prompt for prompt in read_prompts(stage.prompts)]
     teachers.tell_truncated(base, prompts, stage.prompts)
-    writer = Writer(folder, provenance(stage, recipe, base), stage.shard_size, stage.batch_size)
-    missing = writer.missing()
-    writer.require_room(missing, base.latent_shape)
-    done = writer.total - sum(map(len, missing))
+    writer = Writer(folder, provenance(stage, recipe, base), len(prompts), stage.shard_size, stage.batch_size)
+    writer.require_room(base.latent_shape)
+    encode(stage, base, prompts, writer)
+
+    # Every process reads what all of them have encoded.
+    writer.gather("prompts")
+    encoded = writer.encoded()
+    grid, guidance_scale = writer.provenance.grid, recipe.teacher.guidance_scale
+    stored = torch.tensor([grid.index(time) for time in writer.provenance.times or grid])
+    done = writer.provenance.total - sum(map(len, writer.missing("shards")))
     if done:
         progress.tell("trajectories", f"goes on after {done} that were saved")
-    with progress.progress(writer.total, "trajectories", done) as bar:
-        for first in range(0, len(missing), processes.world_size()):
-            shards = missing[first : first + processes.world_size()]  # one for each process, then all are recorded
-            for shard in processes.share(shards):
-                parts = []
-                for start in range(shard.start, shard.stop, stage.batch_size):
-                    batch = range(start, min(start + stage.batch_size, shard.stop))
-                    texts = [prompts[i % len(prompts)] for i in batch]
-                    conditioning = base.encode_prompts(texts)
-                    finite.refuse_encoded(conditioning, texts, base.dtype)
-                    noise = base.noise([seeding.generator(recipe.seed, "trajectories", i) for i in batch], len(batch))
-                    states, x0 = solve(base, conditioning, noise, writer.provenance.grid, recipe.teacher.guidance_scale)
-                    refuse_nonfinite(states, x0, texts, writer.provenance.grid, base.dtype)
-                    parts.append({"states": states, "x0": x0, **conditioning})
-                    bar.advance(len(batch))
-                whole = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
-                writer.write(shard, whole.pop("states"), whole.pop("x0"), whole)
-            bar.advance(sum(map(len, shards[1:])))  # those of the other processes
-            writer.record_shards()
+    with progress.progress(writer.provenance.total, "trajectories", done) as bar:
+        for shard in writer.claimed("shards"):
+            parts = []
+            for start in range(shard.start, shard.stop, stage.batch_size):
+                batch = range(start, min(start + stage.batch_size, shard.stop))
+                texts = [prompts[i % len(prompts)] for i in batch]
+                conditioning = on_device(encoded.conditioning(torch.tensor(batch)), device)
+                noise = base.noise([seeding.generator(recipe.seed, "trajectories", i) for i in batch], len(batch))
+                states, x0 = solve(base, conditioning, noise, grid, guidance_scale)
+                refuse_nonfinite(states, x0, texts, grid, base.dtype)
+                parts.append((states.cpu()[:, stored], x0.cpu()))
+                bar.advance(len(batch))
+            writer.write(shard, torch.cat([states for states, _ in parts]), torch.cat([x0 for _, x0 in parts]))
+            bar.advance(max(0, writer.num_written() - bar.done))  # those of the other processes
+    writer.finish()
+
+
+def encode(stage: Trajectories, base: Base, prompts: list[str], writer: Writer) -> None:
+    """Write what the prompts become, each once, whichever of several processes comes to it first."""
+    for rows in writer.claimed("prompts"):
+        parts = []
+        for start in range(rows.start, rows.stop, stage.batch_size):
+            texts = prompts[start : min(start + stage.batch_size, rows.stop)]
+            conditioning = base.encode_prompts(texts)
+            finite.refuse_encoded(conditioning, texts, base.dtype)
+            parts.append(conditioning)
+        whole = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+        writer.write_prompts(rows, whole, base.dtype)
+
+
+def on_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
+    return {name: value.to(device) for name, value in conditioning.items()}
 
 
 def solve(
@@ -106,4 +126,5 @@ def provenance(stage: Trajectories, recipe: Recipe, base: Base) -> Provenance:
         seed=recipe.seed,
         dtype=stage.dtype,
         maths=stage.maths,
+        times=grid if stage.keeps(recipe) == "all" else milestones(NUM_SEGMENTS).flip(0).tolist(),
     )

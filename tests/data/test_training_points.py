@@ -43,11 +43,11 @@ def online(**changes):
 @pytest.mark.parametrize("num_segments", [8, 4, 2, 1])
 @pytest.mark.parametrize("pair", ["next", "random"])
 def test_stored_points_are_of_one_trajectory_in_order(base, store, num_segments, pair):
-    source = StoredStates(runs.distill(batch_size=64), base, store, seed=0)
+    source = StoredStates(runs.distill(batch_size=64, target="consistency"), base, store, seed=0)
     draw = source.draw(3, num_segments, pair, generator(1))
     assert torch.equal(draw.s, segment_start(draw.t, num_segments))
     assert ((draw.s <= draw.r) & (draw.r < draw.t)).all()
-    positions = {time: i for i, time in enumerate(store.grid)}
+    positions = {time: i for i, time in enumerate(store.times)}
     gaps = torch.tensor([positions[r] - positions[t] for t, r in zip(draw.t.tolist(), draw.r.tolist(), strict=True)])
     assert (gaps == 1).all() if pair == "next" else (gaps > 1).any()
     batch = source.realise(draw)
@@ -148,7 +148,7 @@ def test_points_do_not_depend_on_how_a_step_is_split(base, store, source_name):
     student = students.student(base, Full(), seed=0)
     renoise = runs.distill(method="inter_segment", num_segments=[1], renoise="student", prompts="unused", batch_size=6)
     source = {
-        "stored": StoredStates(runs.distill(batch_size=6), base, store, 0),
+        "stored": StoredStates(runs.distill(batch_size=6, target="consistency"), base, store, 0),
         "online": OnLine(online(), base, runs.PROMPTS, 0),
         "student": RenoisedSamples(renoise, base, student, None, runs.PROMPTS, 0),
     }[source_name]

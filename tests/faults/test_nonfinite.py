@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import runs
 from mlcm_rl import pipeline
-from mlcm_rl.data.trajectory_store import Provenance, Writer
+from mlcm_rl.data.store_writer import Writer
+from mlcm_rl.data.trajectory_store import Provenance
 from mlcm_rl.models import pictures, students, teachers
 from mlcm_rl.pipeline import RunError
 from mlcm_rl.recipe import Distill, Evaluate, Full, TrainTeacher
@@ -60,8 +61,7 @@ def test_a_state_that_is_no_number_is_told_with_prompt_and_step_before_a_shard_i
     said = failed(recipe)
     assert "stages[0] (trajectories): prompt 'a cat': step 1 of 8 of the solver, from t = 999 to 874" in said
     assert words in said
-    assert not list(tmp_path.rglob("shard-*"))
-    assert not list(tmp_path.rglob("store.json"))
+    assert not list(tmp_path.rglob("shard-*.safetensors"))
 
 
 def test_a_prompt_that_is_encoded_to_no_number_is_told(tiny_sdxl, tmp_path):
@@ -71,7 +71,7 @@ def test_a_prompt_that_is_encoded_to_no_number_is_told(tiny_sdxl, tmp_path):
     for stage in (runs.trajectories(prompts), report):
         said = failed(runs.recipe(teacher, tmp_path, [stage]))
         assert "prompt 'a cat': what the text encoders make of it is not finite in float32" in said
-        assert not list(tmp_path.rglob("shard-*"))
+        assert not list(tmp_path.rglob("*-0*.safetensors"))
     base = teachers.load(runs.recipe(teacher, tmp_path, [report]).teacher, "cpu")
     with pytest.raises(ValueError, match="what the text encoders make of it"):
         base.encode_ahead(["a dog"])
@@ -79,10 +79,10 @@ def test_a_prompt_that_is_encoded_to_no_number_is_told(tiny_sdxl, tmp_path):
 
 def test_states_that_the_stores_precision_does_not_hold_are_told(tmp_path):
     provenance = Provenance("", {}, "epsilon", "ddim", [999, 0], 1.0, "", 2, 0, 0, "float16", 1)
-    writer = Writer(tmp_path, provenance, 2, batch_size=2)
+    writer = Writer(tmp_path, provenance, num_prompts=2, shard_size=2, batch_size=2)
     with pytest.raises(ValueError, match=r"trajectories 0 to 1: their states do not fit float16, .*set dtype: float32"):
-        writer.write(range(2), torch.full((2, 2, 1, 1, 1), 1e6), torch.zeros(2, 1, 1, 1), {})
-    assert not list(tmp_path.iterdir())
+        writer.write(range(2), torch.full((2, 2, 1, 1, 1), 1e6), torch.zeros(2, 1, 1, 1))
+    assert [path.name for path in tmp_path.iterdir()] == ["store.json"]
 
 
 def test_pictures_that_are_encoded_to_no_number_are_told(tiny_sdxl, tmp_path):

@@ -27,7 +27,8 @@ from mlcm_rl import pipeline
 from mlcm_rl.data.pairs import PairTable
 from mlcm_rl.data.picture_files import read_picture
 from mlcm_rl.data.prompts import CaptionedImages, read_prompts
-from mlcm_rl.data.trajectory_store import Provenance, Store, Writer, shard_ranges
+from mlcm_rl.data.store_writer import Writer
+from mlcm_rl.data.trajectory_store import Provenance, Store
 from mlcm_rl.models.lora_files import METADATA_KEY, read_lora
 from mlcm_rl.models.students import describe
 from mlcm_rl.pipeline import finished_runs
@@ -105,10 +106,14 @@ def provenance() -> Provenance:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("store")
-    writer = Writer(folder, provenance(), shard_size=2, batch_size=2)
-    for indices in shard_ranges(4, 2):
-        writer.write(indices, torch.ones(2, 3, 1, 2, 2), torch.ones(2, 1, 2, 2), {"context": torch.ones(2, 4)})
-    writer.record_shards()
+    writer = Writer(folder, provenance(), num_prompts=4, shard_size=2, batch_size=2)
+    for rows in writer.claimed("prompts"):
+        prompts = {"context": torch.ones(2, 3, 4), "lengths": torch.tensor([2, 3]), "pooled": torch.ones(2, 5)}
+        writer.write_prompts(rows, prompts, torch.float32)
+    writer.gather("prompts")
+    for rows in writer.claimed("shards"):
+        writer.write(rows, torch.ones(2, 3, 1, 2, 2), torch.ones(2, 1, 2, 2))
+    writer.finish()
     return folder
 
 

@@ -142,7 +142,7 @@ def test_the_held_out_loss_falls(tiny_sdxl, store, tmp_path, settings):
     settings = {"num_segments": [1], "num_steps": 50, "learning_rate": 3e-3, "save_every": 1000} | settings
     found = records(train(tiny_sdxl, store, tmp_path, held_out_every=1, **settings))
     losses = [record["held_out_loss"] for record in found if "held_out_loss" in record and record["num_segments"] == 1]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]
 
 
 @pytest.mark.parametrize("method", ["online", "inter_segment-stored", "inter_segment-student"])

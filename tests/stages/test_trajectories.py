@@ -1,6 +1,7 @@
 """The store: what is written is the teacher's own trajectory, resumably, and nothing else is ever read in its place."""
 
 import json
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -15,7 +16,7 @@ from mlcm_rl.data.trajectory_store import Store
 from mlcm_rl.equations.segments import time_grid
 from mlcm_rl.models import teachers
 from mlcm_rl.stages import distill, feedback, trajectories
-from mlcm_rl.storage import files
+from mlcm_rl.storage import files, hashing, verification
 from mlcm_rl.storage.files import CheckpointError, write_json
 from mlcm_rl.training.seeding import generator
 
@@ -58,9 +59,9 @@ def test_states_are_those_of_the_stock_solver(recipe, store):
 def test_the_grid_runs_from_noise_to_index_zero_over_every_milestone(tiny_sdxl, tmp_path):
     stage = runs.trajectories(runs.write_prompts(tmp_path), solver_steps=48, num_trajectories=1, num_held_out=0)
     store = Store(pipeline.run(runs.recipe(tiny_sdxl, tmp_path, [stage]))[0].folder)
-    assert store.grid[0] == 999
-    assert store.grid[-1] == 0
-    assert {999, 874, 749, 624, 499, 374, 249, 124, 0} <= set(store.grid)
+    assert store.times[0] == 999
+    assert store.times[-1] == 0
+    assert {999, 874, 749, 624, 499, 374, 249, 124, 0} <= set(store.times)
 
 
 def test_a_trajectory_depends_on_seed_and_number_not_on_its_batch(tiny_sdxl, tmp_path):
@@ -117,7 +118,7 @@ def test_an_interrupted_store_is_finished_and_equals_an_uninterrupted_one(recipe
         patched.setattr(trajectories, "solve", crash)
         with pytest.raises(SystemExit):
             trajectories.run(stage, recipe, {}, tmp_path / "cut")
-    assert len(list((tmp_path / "cut").glob("shard-*"))) == 1
+    assert len(list((tmp_path / "cut").glob("shard-*.safetensors"))) == 1
     trajectories.run(stage, recipe, {}, tmp_path / "cut")
     trajectories.run(stage, recipe, {}, tmp_path / "whole")
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
@@ -134,7 +135,7 @@ def test_a_disk_too_small_for_the_whole_store_is_told_before_the_first_shard(rec
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: Usage(2**40, 2**40 - free, free))
     with pytest.raises(CheckpointError, match=r"small needs .* and its disk has .* left: make room"):
         trajectories.run(stage, recipe, {}, tmp_path / "small")
-    assert not list((tmp_path / "small").glob("shard-*"))
+    assert not list((tmp_path / "small").glob("*.safetensors"))
 
 
 def test_a_store_that_differs_in_anything_is_refused_with_the_field(store):
@@ -183,13 +184,61 @@ def test_a_store_is_one_of_the_same_teacher_wherever_that_is_and_whatever_the_se
         assert read().store.provenance == store.provenance
 
 
-def test_one_changed_byte_in_a_shard_is_refused_by_name(store):
-    shard = sorted(store.folder.glob("shard-*"))[1]
-    data = bytearray(shard.read_bytes())
+def flip(path: Path) -> None:
+    """Change one bit of a file, nothing of its size or its times of modification."""
+    data, before = bytearray(path.read_bytes()), path.stat()
     data[-3] ^= 1
-    shard.write_bytes(data)
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_one_changed_byte_reaches_no_step(recipe, store):
+    """Also of a file that was found whole before, and remembered as that."""
+    every = torch.arange(8)
+    store.states(every, torch.zeros_like(every))
+    shard, prompts = (store.folder / f"{kind}-0000004.safetensors" for kind in ("shard", "prompts"))
+    flip(shard)
+    changed = Store(store.folder)
+    changed.states(every[:4], torch.zeros_like(every[:4]))  # of the other file
+    with pytest.raises(CheckpointError, match=f"{shard.name} is missing or damaged: delete it and .*manifest.json"):
+        changed.states(every, torch.zeros_like(every))
+    flip(shard)
+    flip(prompts)
+    with pytest.raises(CheckpointError, match=f"{prompts.name} is missing or damaged"):
+        Store(store.folder).conditioning(every)
+    base = teachers.load(recipe.teacher, "cpu")
+    source = distill.make_source(
+        runs.distill(num_segments=[1], batch_size=6), recipe, base, base.denoiser, {"trajectories": store.folder}
+    )
+    with pytest.raises(CheckpointError, match=prompts.name):
+        source.realise(source.draw(0, 1, "next", generator(0)))
+
+
+def test_a_file_that_is_gone_or_cut_is_told_when_the_store_is_opened(store):
+    shard = store.folder / "shard-0000004.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
     with pytest.raises(CheckpointError, match=shard.name):
         Store(store.folder)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=shard.name):
+        Store(store.folder)
+
+
+def test_a_checksum_is_compared_once_while_a_file_stays_as_it_was(store, monkeypatch):
+    monkeypatch.setattr(verification, "SETTLED_NS", -(10**12))  # as if the files had been written long ago
+    every, hashed = torch.arange(8), []
+    monkeypatch.setattr(verification, "sha256", lambda path: hashed.append(path.name) or hashing.sha256(path))
+    for _ in range(2):
+        again = Store(store.folder)
+        again.states(every, torch.zeros_like(every))
+        again.conditioning(every)
+    assert sorted(hashed) == sorted(path.name for path in store.folder.glob("*.safetensors"))
+    path = store.folder / "shard-0000000.safetensors"
+    path.with_name("x").write_bytes(path.read_bytes())
+    path.with_name("x").rename(path)  # another inode
+    Store(store.folder).x0(every)
+    assert hashed[4:] == [path.name]
 
 
 def test_half_precision_keeps_the_states_to_half_precision(tiny_sdxl, tmp_path):
