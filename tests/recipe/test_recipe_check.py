@@ -275,3 +275,13 @@ def test_the_logarithm_is_not_weighed_once_more(broken):
     problems = broken(overrides=("stages.distill.space=x0", "stages.distill.distance=log_l2"))
     assert [key_text(problem.key) for problem in problems] == ["stages[1].distance"]
     assert "with log_l2 take space: z" in problems[0].text
+
+
+def test_a_store_of_milestones_is_refused_where_a_stage_reads_more(root):
+    text = (root / "good.yaml").read_text("utf-8")
+    (root / "good.yaml").write_text(text.replace("trajectories: 64", "trajectories: 64\n    keep: milestones"), "utf-8")
+    message = r"stages\[0\]\.keep: milestones leaves out states that stages\[1\] \(distill\) begins its jumps at"
+    with pytest.raises(RecipeError, match=message):
+        load(root / "good.yaml", root=root)
+    bare = load(root / "good.yaml", ["stages.1.num_steps=40"], root)  # which has budgets
+    assert bare.stages[0].keep == "milestones"
