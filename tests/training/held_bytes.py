@@ -56,11 +56,11 @@ class Seen:
         buffers = [one.buffer for one in self.zero.ipg_buckets.values()]
         return size(part for one in buffers for part in (one if isinstance(one, list) else [one]))
 
-    def before(self, figures: Tensor, wanted: bool) -> tuple[list[float], float]:
+    def before(self, figures: Tensor, should_update: bool) -> tuple[list[float], float]:
         self.bytes["gradients"] = max(self.bytes["gradients"], self.gradients())
         if self.rt.engine.__dict__.get("weights_in_parts"):
             self.bytes["exchange"] = self.exchange()
-        return self.step(figures, wanted)
+        return self.step(figures, should_update)
 
     def after(self) -> dict[str, int]:
         moments = [one for state in self.rt.optimizer.state.values() for one in state.values()]

@@ -15,7 +15,7 @@ from mlcm_rl.training import joining
 from mlcm_rl.training import processes as distributed
 from mlcm_rl.training.processes import refuse_unshared, start, world_size
 
-NAMES = {*joining.RENDEZVOUS, *joining.COUNTS, *joining.PLACES, "SLURM_NTASKS"}
+NAMES = {*joining.RENDEZVOUS, *joining.COUNTS, *joining.RANKS, "SLURM_NTASKS"}
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ TWO = "distributed_type: MULTI_GPU\n"
     ("text", "problem"),
     [
         (b"a: [", "is not YAML"),
-        (b"a: 1", "is no accelerate configuration"),
+        (b"a: 1", "is not an accelerate configuration"),
         (b"distributed_type: 'NO' # \xe9", "is not UTF-8: .* at byte 25"),
         (
             "distributed_type: FOO",
