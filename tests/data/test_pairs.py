@@ -179,7 +179,7 @@ def test_rows_whose_two_pictures_are_the_same_are_left_out_and_named(folder, tmp
         table = PairTable(path)
         assert [prompt.prompt for prompt in table.prompts] == [runs.PROMPTS[i] for i in (0, 2, 3, 5)]
         assert torch.equal(table.pictures(1, 8)[0], square(read_picture(folder / rows[2]["chosen"], ""), 8))
-        told = rf"2 of 6 pairs are left out, where the picture chosen is the one rejected: .*{places}\n"
+        told = rf"2 of 6 pairs are left out, where the chosen picture is the rejected one: .*{places}\n"
         assert re.search(told, capsys.readouterr().out)
     rewrite(folder, [rows[1]])
     with pytest.raises(ValueError, match=r"holds no pairs of two pictures; .*jsonl:1"):

@@ -35,7 +35,7 @@ def test_a_text_file_is_read_by_its_mark(tmp_path, encoding):
     [
         ("a red apple\r\n红苹果".encode("utf-16-le"), r"prompts\.txt:1: a NUL byte.*save it as UTF-8"),
         (b"a cat\na\0dog\n", r"prompts\.txt:2: a NUL byte"),
-        (b"\xff\xfea\0b", r"prompts\.txt: begins with the mark of UTF-16, which it is not"),
+        (b"\xff\xfea\0b", r"prompts\.txt: begins with the mark of UTF-16 but is not UTF-16"),
         ("a cat".encode("utf-32"), r"prompts\.txt:1: a NUL byte"),
     ],
 )
@@ -54,7 +54,7 @@ def test_files_put_together_leave_no_mark_in_a_prompt(tmp_path):
 def test_objects_of_json_are_no_prompts_and_braces_are(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text('{artist} draws a cat\n{"prompt": "a cat"}\n')
-    with pytest.raises(ValueError, match=r"prompts\.txt:2: an object of JSON.*name the file \.jsonl"):
+    with pytest.raises(ValueError, match=r"prompts\.txt:2: a JSON object.*name the file \.jsonl"):
         read_prompts(path)
     path.write_text('{artist} draws a cat\n"{a}"\n[1]\n')
     assert [prompt.prompt for prompt in read_prompts(path)] == ["{artist} draws a cat", '"{a}"', "[1]"]
@@ -93,7 +93,7 @@ def test_a_han_character_makes_a_prompt_chinese(text, language):
         (b'{"prompt": null}', ":2: prompt must be text"),
         (b"\xff\xfe", ":2: not UTF-8"),
         (b'{"prompt": "a\\u0000cat"}', ":2: prompt holds the character NUL"),
-        ('{"prompt": "x"}'.encode("utf-16-le"), ":2: a NUL byte, so that it is no UTF-8 text (UTF-16, perhaps)"),
+        ('{"prompt": "x"}'.encode("utf-16-le"), ":2: a NUL byte, so that it is not UTF-8 text (UTF-16, perhaps)"),
     ],
 )
 def test_a_bad_line_is_reported_with_file_and_number(tmp_path, line, said):
