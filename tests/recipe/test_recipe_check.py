@@ -117,7 +117,7 @@ def test_a_hub_name_is_not_looked_for_on_disk_and_needs_a_revision(broken, root,
     assert load(root / "good.yaml", [f"teacher.path={path}", REVISION], root).teacher.path == path
     (problem,) = broken(overrides=(f"teacher.path={path}",))
     assert key_text(problem.key) == "teacher.revision"
-    assert f"{path} is no folder here, and a hub name needs its commit" in problem.text
+    assert f"{path} is not a folder here, and a hub name needs its commit" in problem.text
 
 
 @pytest.mark.parametrize("revision", ["main", "0" * 39, "0" * 41, "g" * 40])
