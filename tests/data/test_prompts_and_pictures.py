@@ -31,7 +31,7 @@ def test_a_text_file_is_read_by_its_mark(tmp_path, encoding):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("a red apple\r\n红苹果".encode("utf-16-le"), r"prompts\.txt:1: a NUL byte.*save it as UTF-8"),
         (b"a cat\na\0dog\n", r"prompts\.txt:2: a NUL byte"),
@@ -39,9 +39,9 @@ def test_a_text_file_is_read_by_its_mark(tmp_path, encoding):
         ("a cat".encode("utf-32"), r"prompts\.txt:1: a NUL byte"),
     ],
 )
-def test_what_is_no_utf8_text_is_refused_in_words(tmp_path, content, said):
+def test_what_is_no_utf8_text_is_refused_in_words(tmp_path, content, message):
     (tmp_path / "prompts.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         read_prompts(tmp_path / "prompts.txt")
 
 
@@ -82,7 +82,7 @@ def test_a_han_character_makes_a_prompt_chinese(text, language):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         (b"{", ":2: not JSON: Expecting property name"),
         (b"[1]", ":2: expected an object in braces, got list"),
@@ -96,12 +96,12 @@ def test_a_han_character_makes_a_prompt_chinese(text, language):
         ('{"prompt": "x"}'.encode("utf-16-le"), ":2: a NUL byte, so that it is not UTF-8 text (UTF-16, perhaps)"),
     ],
 )
-def test_a_bad_line_is_reported_with_file_and_number(tmp_path, line, said):
+def test_a_bad_line_is_reported_with_file_and_number(tmp_path, line, message):
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"prompt": "good"}\n' + line + b"\n")
     with pytest.raises(ValueError) as error:
         read_prompts(path)
-    assert str(path) + said in str(error.value)
+    assert str(path) + message in str(error.value)
 
 
 def test_files_without_prompts_and_of_other_kinds_are_refused(tmp_path):
@@ -148,7 +148,7 @@ def test_pictures_are_squared_about_their_centre_and_laid_on_white(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "message"),
     [
         ({"file_name": "gone.png", "prompts": ["x"]}, ":2: there is no picture"),
         ({"file_name": "text.png", "prompts": ["x"]}, ":2: .*text.png is not a readable picture"),
@@ -158,9 +158,9 @@ def test_pictures_are_squared_about_their_centre_and_laid_on_white(tmp_path):
         ({"file_name": "good.png", "prompts": ["x", "a\0b"]}, ":2: each of prompts holds the character NUL"),
     ],
 )
-def test_a_bad_picture_is_reported_with_file_and_number(tmp_path, record, said):
+def test_a_bad_picture_is_reported_with_file_and_number(tmp_path, record, message):
     Image.new("RGB", (4, 4)).save(tmp_path / "good.png")
     (tmp_path / "text.png").write_text("no picture")
     jsonl(tmp_path / "metadata.jsonl", {"file_name": "good.png", "prompts": ["x"]}, record)
-    with pytest.raises(ValueError, match=f"metadata.jsonl{said}"):
+    with pytest.raises(ValueError, match=f"metadata.jsonl{message}"):
         CaptionedImages(tmp_path, resolution=4)
