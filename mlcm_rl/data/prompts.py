@@ -57,7 +57,7 @@ def first_prompts(path: str | Path, count: int) -> list[Prompt]:
     """Return the first `count` prompts of a file. Raise as `read_prompts`, and ValueError if it has fewer."""
     prompts = read_prompts(path)
     if len(prompts) < count:
-        raise ValueError(f"{path} holds {len(prompts)} prompts, num_prompts asks for {count}")
+        raise ValueError(f"{path} holds {len(prompts)} prompts, num_prompts is {count}")
     return prompts[:count]
 
 

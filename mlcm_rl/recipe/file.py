@@ -54,7 +54,7 @@ def load(
         except RecipeError as error:
             problems += error.problems
     try:
-        # JSON, because a list in a file may be meant for a tuple; strict, because "100" in quotes is no number.
+        # JSON, because a list in a file may be meant for a tuple; strict, because "100" in quotes is not a number.
         recipe = Recipe.model_validate_json(json.dumps(tree.plain()), strict=True)
     except ValidationError as error:
         keys = {problem.key for problem in problems}
@@ -268,7 +268,7 @@ def _tuning_problems(recipe: Recipe) -> Iterator[Problem]:
             continue
         if stage.needs_random_steps and stage.gamma is None and gamma == 0.0:
             message = f"{stage.kind} needs random steps here, and the student distilled before it samples without noise"
-            yield Problem(("stages", i, "gamma"), f"{message} (gamma 0) unless told otherwise: set gamma, such as 0.3")
+            yield Problem(("stages", i, "gamma"), f"{message} (gamma 0) by default: set gamma, such as 0.3")
         if stage.languages and not sum(stage.languages.values()):
             yield Problem(("stages", i, "languages"), "all weights are 0, so that no prompt can be drawn")
         reward_keys = set()
@@ -303,5 +303,5 @@ def _resume_problems(recipe: Recipe) -> Iterator[Problem]:
             message = f"adapter must be that of stages[{j}], whose student this stage goes on with: "
             yield Problem(("stages", i, "adapter"), message + str(before.adapter.model_dump()))
         if before.condition_on_target and not stage.condition_on_target:
-            message = f"condition_on_target must be true: the student of stages[{j}] is told its target time"
+            message = f"condition_on_target must be true: the student of stages[{j}] takes its target time"
             yield Problem(("stages", i, "condition_on_target"), message)

@@ -223,7 +223,7 @@ class _Converter:
     def convert(self, node: YamlNode, key: Key, parents: tuple[YamlNode, ...]) -> Node:
         place = self._place_of(node)
         if any(node is parent for parent in parents):
-            self._complain(key, place, "an alias stands inside what it names")
+            self._complain(key, place, "an alias is inside the value that it refers to")
             return Node(None, place)
         if len(parents) > MAX_DEPTH:
             self._complain(key, place, "nested too deeply to be a recipe")
@@ -309,7 +309,7 @@ def _syntax_problem(error: MarkedYAMLError, text: str, file: str, override: str)
     elif problem.startswith("mapping values"):
         message = "a key is not expected here: check the indentation, and put text that holds ': ' in quotes"
     elif problem.startswith("expected <block end>"):
-        message = f"the indentation does not fit the block that this line stands in{began}"
+        message = f"the indentation does not fit the block of this line{began}"
     elif "<stream end>" in problem or "end of stream" in problem:
         message = f"the file ends inside a bracket or quotes{began}"
     elif problem.startswith("found undefined alias"):

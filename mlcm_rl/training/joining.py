@@ -32,7 +32,7 @@ def refuse_strangers() -> None:
     if settings:
         missing = _missing() or ["a WORLD_SIZE over 1"]
         raise ValueError(
-            f"{settings[0]} says that this is one of several processes, and {', '.join(missing)} "
+            f"{settings[0]} means that this is one of several processes, and {', '.join(missing)} "
             f"{'are' if len(missing) > 1 else 'is'} not set, without which they do not find each other: start them "
             "with `torchrun -m mlcm_rl run ...` or `mlcm run --launch FILE`, or set what is missing in each. For a "
             f"process on its own, unset {settings[0].partition('=')[0]} (under srun: --ntasks=1)"

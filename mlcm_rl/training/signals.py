@@ -41,21 +41,21 @@ class Pending:
 def deferral() -> Iterator[Pending]:
     """Only note SIGTERM and Ctrl-C while the block runs, so that a step can be finished and saved.
 
-    A second signal, or a step that takes STEP_SECONDS longer, raises Stopped where the program is: the last save then
-    stands.
+    A second signal, or a step that takes STEP_SECONDS longer, raises Stopped where the program is; the last save is
+    intact.
     """
     pending = Pending()
 
     def note(number: int, _frame: FrameType | None) -> None:
         if pending.number is not None:
-            raise Stopped(number, "stopped within a step; what was saved before it stands")
+            raise Stopped(number, "stopped within a step; the last save is intact")
         pending.number = number
         signal.setitimer(signal.ITIMER_REAL, STEP_SECONDS)
 
     def too_long(_number: int, _frame: FrameType | None) -> None:
         raise Stopped(
             pending.number or signal.SIGTERM,
-            f"stopped within a step that took over {STEP_SECONDS:.0f} s; what was saved before it stands",
+            f"stopped within a step that took over {STEP_SECONDS:.0f} s; the last save is intact",
         )
 
     with _handled({**dict.fromkeys(NUMBERS, note), signal.SIGALRM: too_long}):
