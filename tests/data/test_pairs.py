@@ -1,4 +1,4 @@
-"""Pair tables: read from a folder or a Parquet file alike, what is wrong told with its row, made of a run's samples."""
+"""Pair tables: read from a folder or a Parquet file alike, errors with their row, written from a run's samples."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Prompt files and captioned pictures: what is read, and what is said of a file that is wrong."""
+"""Prompt files and captioned pictures: what is read, and the errors of a wrong file."""
 
 import json
 

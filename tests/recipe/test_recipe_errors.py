@@ -1,4 +1,4 @@
-"""What is wrong with a recipe is told all at once, each error with line, key, expectation and nearest name."""
+"""All errors of a recipe are reported at once, each with line, key, expectation and nearest name."""
 
 import pytest
 
@@ -78,7 +78,13 @@ def test_a_good_recipe_means_what_a_person_reads_in_it(root):
         ("name: good", "name: [good]", 2, "name", "found a list of 1"),
         ("name: good", "name: !secret good", 2, "name", "the YAML tag !secret means nothing in a recipe"),
         ("name: good", "name: !!int good", 2, "name", "'good' cannot be read as YAML's int"),
-        ("[a red apple, 红苹果]", "&it [a red apple, *it]", 27, "samples.prompts[1]", "an alias is inside the value that it"),
+        (
+            "[a red apple, 红苹果]",
+            "&it [a red apple, *it]",
+            27,
+            "samples.prompts[1]",
+            "an alias is inside the value that it",
+        ),
         (
             "    num_trajectories: 64",
             "    num_trajectories: 1e3",

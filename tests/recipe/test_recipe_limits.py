@@ -63,7 +63,7 @@ def test_a_file_of_more_values_than_a_recipe_has_is_left_early(tmp_path, monkeyp
     assert len(composed) <= 2 * MAX_NODES
 
 
-# ---- what is no file ----
+# ---- pipes and devices ----
 
 
 def test_a_pipe_a_socket_and_a_device_are_no_files(tmp_path):

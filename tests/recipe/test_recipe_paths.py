@@ -1,4 +1,4 @@
-"""What a path in a recipe means, wherever the command is typed."""
+"""The meaning of paths in a recipe, for every working directory."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from mlcm_rl.recipe.file import load
 from mlcm_rl.recipe.tree import RecipeError
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
-RECORDED = ["trajectories-e09327c42d0ddccb", "distill-4ca666c98aacc2da"]  # of emoji_demo, in people's folders
+RECORDED = ["trajectories-e09327c42d0ddccb", "distill-4ca666c98aacc2da"]  # of emoji_demo, in users' folders
 TRAINED = """
   - kind: feedback
     prompts: data/prompts.txt

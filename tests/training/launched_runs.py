@@ -74,7 +74,7 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 def assert_alike(alone: Recipe, together: Recipe) -> None:
     """Same fingerprints, logs and students, up to the order of sums."""
     for one, other in zip(stage_folders(alone), stage_folders(together), strict=True):
-        assert one.resolve().name == other.resolve().name  # the launch is no part of the fingerprint
+        assert one.resolve().name == other.resolve().name  # the launch is not part of the fingerprint
         assert len(records(one)) == len(records(other))
         for expected, actual in zip(records(one), records(other), strict=True):
             assert actual["step"] == expected["step"]

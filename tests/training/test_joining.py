@@ -61,12 +61,12 @@ VARIABLES = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "
     ],
 )
 def test_a_place_among_others_that_cannot_be_is_refused_by_name(monkeypatch, name, value, words):
-    """Also under a launcher that says nothing of them itself."""
+    """Also under a launcher that does not check them itself."""
     for other in NAMES:
         monkeypatch.delenv(other, raising=False)
     for other, text in (VARIABLES | {name: value, "TORCHELASTIC_RUN_ID": "none"}).items():
         monkeypatch.setenv(other, text)
-    assert distributed.rank() >= 0  # asked on import, before anything can be told
+    assert distributed.rank() >= 0  # called on import, before an error can be reported
     assert world_size() > 0
     with pytest.raises(ValueError, match=words):
         start(torch.device("cpu"))
@@ -131,7 +131,7 @@ def free_port() -> int:
 
 
 def joined(recipe: Recipe, folders: list[Path]) -> list[subprocess.CompletedProcess]:
-    """`mlcm run` in one process for each of `folders`, each with the recipe, told of the others as a cluster can."""
+    """`mlcm run` in one process for each of `folders`, each with the recipe and the variables that a cluster sets."""
     port, processes = str(free_port()), []
     for rank, folder in enumerate(folders):
         places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(folders))}

@@ -1,4 +1,4 @@
-"""Several processes of one recipe make what one process makes; what cannot be launched is said in words."""
+"""Several processes of one recipe have the result of one; what cannot be launched is reported."""
 
 import os
 import re

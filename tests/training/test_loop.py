@@ -1,4 +1,4 @@
-"""What surrounds a training loop: its precision, and what is said before it begins."""
+"""The surroundings of a training loop: its precision, its figures, and the messages before it begins."""
 
 import math
 import os
