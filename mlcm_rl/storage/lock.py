@@ -1,4 +1,4 @@
-"""One process at a time on a stage's folder."""
+"""A lock on a stage's folder: one process at a time writes to it."""
 
 import fcntl
 import os
@@ -15,10 +15,10 @@ FILE = ".lock"  # stays behind, empty: deleting it would let two processes lock 
 
 @contextmanager
 def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Keep other processes out of `folder` for as long as the block runs.
+    """Keep other processes out of `folder` while the block runs.
 
-    The system lets go of the lock when the process ends, however it ends. Raises CheckpointError that names the process
-    which has it; with `wait` its end is waited for instead.
+    The system releases the lock when the process ends, however it ends. Raise CheckpointError with the name of the
+    process that has the lock; with `wait`, wait for its end instead.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / FILE).open("a+", encoding="utf-8") as file:

@@ -105,7 +105,7 @@ class Gaussian:
         return self.mean + self.std / self.marginal_std(t, schedule) * self._centred(x_t, t, schedule)
 
     def f(self, x_t: Tensor, t: Tensor, s: Tensor, schedule: Schedule) -> Tensor:
-        """What a perfect student says at (x_t, t) (B, D): the x0 whose DDIM step to `s` is exactly the flow to `s`."""
+        """The x0 of a perfect student at (x_t, t) (B, D): the x0 whose DDIM step to `s` is exactly the flow to `s`."""
         ratio = (schedule.sigma[s].double() / schedule.sigma[t].double())[:, None]
         gain = schedule.alpha[s].double()[:, None] - schedule.alpha[t].double()[:, None] * ratio
         scale = self.marginal_std(s, schedule) / self.marginal_std(t, schedule)

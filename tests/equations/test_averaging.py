@@ -56,7 +56,7 @@ def test_averaging_leaves_no_graph_and_refuses_unequal_lists():
 
 
 class Operations(TorchDispatchMode):
-    """What torch is asked to compute, by name."""
+    """The names of the operations that torch dispatches."""
 
     def __init__(self):
         super().__init__()

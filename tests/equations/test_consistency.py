@@ -92,7 +92,7 @@ def test_loss_in_z_by_hand():
 
 
 def test_loss_in_x0_by_hand():
-    """From x_t = 11 a target of 12 asks for x0 = (12 - 0.75 * 11) / (0.8 - 0.6 * 0.75) = 75 / 7; SNR + 1 = 25 / 16."""
+    """From x_t = 11 a target of 12 needs x0 = (12 - 0.75 * 11) / (0.8 - 0.6 * 0.75) = 75 / 7; SNR + 1 = 25 / 16."""
     x_t, x0, target = torch.tensor([[11.0]]), torch.tensor([[5.0]]), torch.tensor([[12.0]])
     t, s = torch.tensor([1]), torch.tensor([0])
     expected = torch.tensor([25 / 16 * (5 - 75 / 7) ** 2])
@@ -102,7 +102,7 @@ def test_loss_in_x0_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_segments", [8, 4, 2, 1])
 def test_the_target_at_a_segments_start_is_the_state_itself(num_segments, dtype):
-    """The anchor: where r has reached s, whatever the network says there is ignored, to the last bit."""
+    """The anchor: at r = s the network's prediction is ignored, to the last bit."""
     r = s = milestones(num_segments)
     x_r = normal(len(s), 4, 8, 8).to(dtype)
     for guess in (normal(len(s), 4, 8, 8, seed=1).to(dtype), torch.full_like(x_r, float("nan"))):
@@ -179,7 +179,9 @@ def test_the_exact_student_of_gaussian_data_has_no_loss_on_its_trajectory(schedu
     f_r = torch.where(inside, target.f(x_r, r, torch.where(r > s, s, r - 1).clamp(min=0), schedule), 0.0)
     for aim in (transfer(x_r, f_r, r, s, schedule), x_s):
         assert loss_in_z(f_t, x_t, t, aim, s, schedule, squared_l2).max() < 1e-11
-    assert loss_in_z(f_t, x_t, t, x_r, s, schedule, squared_l2).mean() > 1e-4  # the pair's second point is no target
+    assert (
+        loss_in_z(f_t, x_t, t, x_r, s, schedule, squared_l2).mean() > 1e-4
+    )  # the pair's second point is not the target
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
@@ -255,7 +257,7 @@ def test_the_inter_segment_target_is_f_and_at_zero_the_state():
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
 def test_the_inter_segment_loss_is_nothing_for_the_exact_consistency_function(schedule):
-    """One trajectory, two milestones, one clean end; at r = 0 the state stands for it up to the noise it holds."""
+    """One trajectory, two milestones, one clean end; at r = 0 the state is it, up to its noise."""
     target = gaussian_2d()
     t, r = milestones(8)[1:], milestones(8)[:-1]
     x_t = target.marginal_std(t, schedule) * normal(8, 2) + schedule.alpha[t].double()[:, None] * target.mean

@@ -89,7 +89,7 @@ def test_v_equals_stock_velocity():
 
 
 def test_rectified_flow_needs_no_signal_to_be_read():
-    """At the last time x_t is pure noise: eps cannot tell x0, the velocity can."""
+    """At the last time x_t is pure noise: x0 does not follow from eps, but from the velocity."""
     t, x0, eps = torch.tensor([999]), torch.tensor([[3.0]]), torch.tensor([[-1.0]])
     x_t = add_noise(x0, eps, t, FLOW)
     torch.testing.assert_close(x_t, eps)

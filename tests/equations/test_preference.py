@@ -94,7 +94,7 @@ def test_in_eps_space_rectified_flow_learns_nothing_at_its_last_time():
 
 
 def test_errors_are_one_float32_a_sample_in_half_precision():
-    """And not rounded on the way: 1 + 1/256 is no bfloat16, and nor is a mean of squares."""
+    """Without rounding on the way: 1 + 1/256 is not a bfloat16, nor is a mean of squares."""
     x0, target = torch.full((3, 4, 8, 8), 1 + 1 / 128, dtype=torch.bfloat16), torch.full((3, 4, 8, 8), 1 / 256)
     error = denoising_error(x0, target.bfloat16(), torch.tensor([1, 1, 1]), VP, "x0")
     assert (error.dtype, error.shape) == (torch.float32, (3,))

@@ -1,4 +1,4 @@
-"""Every objective, by plain gradient descent, ends at the known optimum of what it is said to optimise.
+"""Every objective, by plain gradient descent, ends at the known optimum of what it claims to optimise.
 
 The student is one number: its x0 (1,), the same whatever it is shown. One stochastic step of the sampler makes it a
 policy N(mean, std^2) with a mean linear in that number and a std that the schedule fixes; the reference is another.
@@ -213,7 +213,7 @@ def test_online_dpo_of_a_linear_reward_is_a_shifted_reference(loss_type, flipped
 
 
 def test_ipo_of_a_linear_preference_is_a_shifted_reference():
-    """P(x beats y) = 1/2 + k (x - y) asks log-ratios to differ by (2 P - 1) / (2 beta): a shift of k std^2 / beta."""
+    """P(x beats y) = 1/2 + k (x - y) needs log-ratios (2 P - 1) / (2 beta) apart: a shift of k std^2 / beta."""
     slope, beta = 0.08, 0.1
     step = Step(quantiles(31), 1.0)
 

@@ -205,7 +205,7 @@ def test_every_gamma_step_of_every_grid_is_finite_and_never_adds_negative_varian
 
 
 def test_a_gamma_step_back_up_from_no_signal_is_nothing_over_nothing():
-    """Where it breaks: alpha_s' = 0 needs s' = s = T - 1, which is no end of a jump; then 0 / 0."""
+    """Where it breaks: alpha_s' = 0 needs s' = s = T - 1, where no jump ends; then 0 / 0."""
     t = at(999, 1)
     zero = torch.zeros(1, 1)
     assert time_before_noise(t, 1e-9).item() == 999

@@ -1,4 +1,4 @@
-"""Several processes of one recipe make what one process makes; what cannot be launched is said in words."""
+"""Several processes of one recipe have the result of one; what cannot be launched is reported."""
 
 import os
 import re
@@ -91,8 +91,8 @@ def test_processes_that_cannot_share_a_batch_are_told_once_before_any_stage(tiny
     recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
     failed = launch(recipe, tmp_path, "cpu2")
     assert failed.returncode == 1
-    told = "stages[1] (distill): batch_size: 3 samples cannot be shared evenly by 2 processes"
-    assert failed.stderr.count(told) == 1
+    message = "stages[1] (distill): batch_size: 3 samples cannot be shared evenly by 2 processes"
+    assert failed.stderr.count(message) == 1
     assert "Traceback" not in failed.stderr
     assert not Path(recipe.runs).exists()
 
@@ -142,7 +142,7 @@ TWO = "distributed_type: MULTI_GPU\n"
     ("text", "problem"),
     [
         (b"a: [", "is not YAML"),
-        (b"a: 1", "is no accelerate configuration"),
+        (b"a: 1", "is not an accelerate configuration"),
         (b"distributed_type: 'NO' # \xe9", "is not UTF-8: .* at byte 25"),
         (
             "distributed_type: FOO",
@@ -205,8 +205,8 @@ def test_the_words_that_people_leave_unquoted_are_read_as_accelerate_reads_them(
     (tmp_path / "launch.yaml").write_text(
         "distributed_type: NO\nmixed_precision: no\nmain_process_port:\nfsdp_config:\n"
     )
-    found = read(tmp_path / "launch.yaml")
-    assert (found["distributed_type"], found["mixed_precision"], found["num_processes"]) == ("NO", "no", 1)
+    settings = read(tmp_path / "launch.yaml")
+    assert (settings["distributed_type"], settings["mixed_precision"], settings["num_processes"]) == ("NO", "no", 1)
 
 
 # ---- one process ----
@@ -271,8 +271,8 @@ def children(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_process_that_is_killed_ends_the_launch_in_words_that_say_what_is_saved(tiny_sdxl, tmp_path, lost):
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_process_that_is_killed_ends_the_launch_in_words_that_say_what_is_saved(tiny_sdxl, tmp_path, rank):
     stages = [
         runs.trajectories(runs.write_prompts(tmp_path)),
         runs.distill(num_steps=100_000, save_every=50_000, log_every=1),
@@ -284,7 +284,7 @@ def test_a_process_that_is_killed_ends_the_launch_in_words_that_say_what_is_save
         while not any(tmp_path.glob("runs/stages/distill-*/log.jsonl")) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.kill(children(process.pid)[lost], signal.SIGKILL)
+        os.kill(children(process.pid)[rank], signal.SIGKILL)
         output, errors = process.communicate(timeout=SECONDS)
     finally:
         process.kill()
@@ -294,7 +294,7 @@ def test_a_process_that_is_killed_ends_the_launch_in_words_that_say_what_is_save
         "the same command goes on",
         errors,
     ), errors
-    assert f"process {lost} of 2 was ended by SIGKILL (the system does that where memory runs out)" in errors
+    assert f"process {rank} of 2 was ended by SIGKILL (the system does that where memory runs out)" in errors
     assert "Traceback" not in errors
     (folder,) = tmp_path.glob("runs/stages/distill-*")
     (saved,) = checkpoints.checkpoints(folder)  # by the process that is left: none was due
