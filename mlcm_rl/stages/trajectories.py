@@ -55,7 +55,7 @@ def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: P
                 parts.append((states.cpu()[:, stored], x0.cpu()))
                 bar.advance(len(batch))
             writer.write(shard, torch.cat([states for states, _ in parts]), torch.cat([x0 for _, x0 in parts]))
-            bar.advance(max(0, writer.num_written() - bar.done))  # those of the other processes
+            bar.advance(max(0, writer.num_written() - bar.num_finished))  # those of the other processes
     writer.finish()
 
 
