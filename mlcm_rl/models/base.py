@@ -161,15 +161,16 @@ class Base(ABC):
 
         What became of them is kept on the CPU, in the teacher's precision, which is the text encoders' own.
         """
-        texts, kept = list(dict.fromkeys(prompts)), {}
+        texts = list(dict.fromkeys(prompts))
+        ahead: dict[str, Conditioning] = {}
         for part in (texts[i : i + ENCODED_TOGETHER] for i in range(0, len(texts), ENCODED_TOGETHER)):
             encoded = {name: value.to("cpu", self.dtype) for name, value in self._encode(part).items()}
             finite.refuse_encoded(encoded, part, self.dtype)
-            kept |= {text: {name: value[i] for name, value in encoded.items()} for i, text in enumerate(part)}
+            ahead |= {text: {name: value[i] for name, value in encoded.items()} for i, text in enumerate(part)}
         for name in self.pipeline.components:
             if name.startswith("text_encoder"):
                 setattr(self.pipeline, name, None)
-        self._ahead = kept
+        self._ahead = ahead
 
     @abstractmethod
     def _encode(self, prompts: list[str]) -> Conditioning:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler, StableDiffusionXLPipeline, TCDScheduler
+from diffusers import LCMScheduler, StableDiffusionXLPipeline, TCDScheduler, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 
 
@@ -72,7 +72,7 @@ class TargetTimePipeline(StableDiffusionXLPipeline):
             warnings.warn(f"{', '.join(unused)}: no effect, as guidance is inside this student", stacklevel=4)
 
     def _tell_target_time(
-        self, kept: float, unet: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+        self, kept: float, unet: UNet2DConditionModel, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict]:
         sample, t = args
         times = self.scheduler.timesteps.tolist()

@@ -22,6 +22,7 @@ from .published_teachers import shipped
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SECOND_NAMES = ("encoder.embed_tokens.weight",)  # of a tensor that has another one: T5's files have either
+UNUSED_PARTS = ("safety_checker", "image_encoder", "feature_extractor")
 OTHER_PARTS = ("text_encoder", "tokenizer", "safety_checker", "image_encoder", "feature_extractor")
 
 
@@ -30,10 +31,8 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """The frozen pipeline on `device`; its autoencoder in float32, since half precision overflows in SDXL's."""
     index = index_of(pipeline_class, teacher)
-    unused = {name: None for name in ("safety_checker", "image_encoder", "feature_extractor") if name in index}
-    unused |= {
-        name: None for name, value in index.items() if value == [None, None]
-    }  # not all are optional to diffusers
+    unused: dict[str, None] = dict.fromkeys(name for name in UNUSED_PARTS if name in index)
+    unused |= {name: None for name, value in index.items() if value == [None, None]}  # diffusers requires some of them
     check_components(teacher, {name: value for name, value in index.items() if name not in unused})
     if Path(teacher.path).is_dir():
         teacher_check.refuse(Path(teacher.path), teacher.family, teacher.variant)
@@ -50,7 +49,8 @@ def load_pipeline(
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     for part in (getattr(pipeline, layout_of(teacher.family).denoiser), pipeline.vae):
-        torch.nn.Module.to(part, memory_format=MEMORY_FORMATS[teacher.memory_format])
+        memory_format = MEMORY_FORMATS[teacher.memory_format]
+        torch.nn.Module.to(part, memory_format=memory_format)  # type: ignore[call-overload]  # torch's stubs lack it
     return pipeline
 
 
@@ -153,11 +153,15 @@ def shapes_folder(teacher: Teacher) -> Path:
         return Path(teacher.path)
     if (folder := shipped(teacher)) is not None:
         return folder
-    asked = {"revision": teacher.revision, "allow_patterns": ["model_index.json", "*/*config.json"]}
+    patterns = ["model_index.json", "*/*config.json"]
     for local in (True, False):
         with suppress(OSError, ValueError, HfHubHTTPError):
             if teacher.revision is not None:
-                return Path(snapshot_download(teacher.path, local_files_only=local, **asked))
+                return Path(
+                    snapshot_download(
+                        teacher.path, revision=teacher.revision, local_files_only=local, allow_patterns=patterns
+                    )
+                )
     raise FileNotFoundError(
         f"plan reads a teacher's shapes off its files: {teacher.path} is not a local folder and its JSON files could "
         "not be fetched. They are enough, a few kB: download these alone into a folder and say teacher.path=FOLDER"
@@ -238,7 +242,10 @@ def _refuse_shards(index: Path) -> None:
     listed = read_json(index, weight_map=dict)["weight_map"].values()
     if climbing := [name for name in listed if not isinstance(name, str) or Path(name).name != name]:
         raise ValueError(f"{index}: {climbing[0]!r} is not a file beside it")
-    stem, ending, variant = re.fullmatch(r"(.+)\.(\w+)\.index(\.\w+)?\.json", index.name).groups()
+    name = re.fullmatch(r"(.+)\.(\w+)\.index(\.\w+)?\.json", index.name)
+    if name is None:
+        raise ValueError(f"{index}: not named as an index of weights is; rename or remove it")
+    stem, ending, variant = name.groups()
     beside = {path.name for path in index.parent.glob(f"{stem}{variant or ''}-*-of-*.{ending}")}
     if missing := sorted(set(listed) - {path.name for path in index.parent.iterdir()}):
         raise ValueError(f"{index}: {missing[0]} is missing: download it too")

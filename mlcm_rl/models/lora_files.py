@@ -85,8 +85,12 @@ def write_lora(settings: LoraConfig, tensors: dict[str, Tensor], file: Path, par
 def write_kohya(settings: LoraConfig, tensors: dict[str, Tensor], base: Base, file: Path) -> None:
     """Write an adapter over `base` as kohya's sd-scripts does: ComfyUI, Forge, A1111 and InvokeAI read that.
 
-    In float32: with float16 factors the update is 3e-4 of its norm away from the student's.
+    In float32: with float16 factors the update is 3e-4 of its norm away from the student's. Raise ValueError where
+    kohya's tools know no model of that shape.
     """
+    version = base.kohya_version
+    if version is None:
+        raise ValueError(f"{file}: kohya's tools know no model of the shape of family {base.family}")
     names = kohya_names({_module(key) for key in tensors}, base.denoiser, base.in_stability_blocks)
     named = {}
     for key, value in tensors.items():
@@ -94,8 +98,8 @@ def write_kohya(settings: LoraConfig, tensors: dict[str, Tensor], base: Base, fi
         named[f"{names[module]}.{KOHYA_PARTS[key.removeprefix(f'{module}.')]}"] = value
         named[f"{names[module]}.alpha"] = torch.tensor(float(settings.lora_alpha))
     header = {
-        "ss_base_model_version": base.kohya_version,
-        "ss_v2": str(base.kohya_version.startswith("sd_v2")),  # what A1111 tells SD 2 by
+        "ss_base_model_version": version,
+        "ss_v2": str(version.startswith("sd_v2")),  # what A1111 tells SD 2 by
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(settings.r),
         "ss_network_alpha": str(settings.lora_alpha),
@@ -193,7 +197,7 @@ def _settings_in(stated: dict[str, Any], path: Path) -> LoraConfig:
     odd = sorted(key for key, value in stated.items() if key not in DESCRIPTIVE and value != usual.get(key))
     if odd:
         raise CheckpointError(f"{path}: its header sets {', '.join(odd)}; read are r, lora_alpha and target_modules")
-    if type(rank) is not int or type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if type(rank) is not int or (type(alpha) is not int and type(alpha) is not float) or not math.isfinite(alpha):
         raise CheckpointError(f"{path}: r and lora_alpha must be numbers, are {rank!r} and {alpha!r}")
     if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
         raise CheckpointError(f"{path}: target_modules must be a list of names, is {reprlib.repr(modules)}")

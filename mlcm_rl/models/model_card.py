@@ -107,7 +107,8 @@ def _stated(teacher_card: Path) -> list[str]:
     lines = read_bytes(teacher_card).decode("utf-8-sig", errors="replace").splitlines()
     if not lines or lines[0].rstrip() != "---":
         return []
-    stated, keeps = [], False
+    stated: list[str] = []
+    keeps = False
     for line in lines[1:]:
         if line.rstrip() in ("---", "..."):
             return stated if _is_whole("\n".join(stated)) else []

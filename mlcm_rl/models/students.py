@@ -147,7 +147,7 @@ def save_tuned(denoiser: ModelMixin, start: Path, folder: Path, tuned_steps: int
 
     `tuned_steps` is the step that the guard kept, 0 where the student is as it was distilled.
     """
-    settings = _lora_settings(denoiser, PREFERENCE)
+    settings = denoiser.peft_config[PREFERENCE]
     preference = Lora(rank=settings.r, alpha=settings.lora_alpha).model_dump()
     with replacing(folder) as partial:
         shutil.copytree(start, partial)
@@ -288,10 +288,11 @@ def _load_whole(base: Base, folder: Path) -> ModelMixin:
     """The denoiser in `folder`, float32, where `base` is."""
     for path in sorted(folder.glob("*.safetensors")):
         read_shapes(path)  # a damaged file is told by its name
-    loaded = base.denoiser_class.from_pretrained(
+    denoiser = base.denoiser_class.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
     )
-    return nn.Module.to(loaded, base.device, memory_format=base.memory_format)
+    place = {"device": base.device, "memory_format": base.memory_format}
+    return nn.Module.to(denoiser, **place)  # type: ignore[call-overload]  # torch's stubs lack memory_format
 
 
 def _denoiser(base: Base, source: ModelMixin, condition: bool, shared: bool) -> ModelMixin:
@@ -325,14 +326,14 @@ def _is_configured(denoiser: ModelMixin) -> bool:
 def _without_target_time(denoiser: nn.Module) -> Iterator[None]:
     """`denoiser` as diffusers knows it, for as long as the block lasts."""
     owners = [one for one in denoiser.modules() if isinstance(getattr(one, "cond_proj", None), TargetTimeProjection)]
-    projections = [one.cond_proj for one in owners]
+    projections = [one.get_submodule("cond_proj") for one in owners]
     try:
         for one in owners:
-            one.cond_proj = None
+            one.register_module("cond_proj", None)
         yield
     finally:
         for one, projection in zip(owners, projections, strict=True):
-            one.cond_proj = projection
+            one.register_module("cond_proj", projection)
 
 
 def _with_lora(denoiser: ModelMixin, settings: LoraConfig) -> ModelMixin:
