@@ -39,7 +39,7 @@ from mlcm_rl.equations.segments import sampling_times
 from mlcm_rl.models import sampler, students
 from mlcm_rl.models.base import Base
 from mlcm_rl.models.families.sdxl import Family
-from mlcm_rl.preference.tuning import Scores, Student
+from mlcm_rl.preference.tuning import Scores, TunableStudent
 from mlcm_rl.recipe import Distill, Dpo, Full, Lora, Recipe, Teacher
 from mlcm_rl.stages import distill, dpo
 from mlcm_rl.training.loop import Runtime
@@ -201,7 +201,7 @@ class Steps:
         """Four samples a pair, drawn, decoded and scored; then the loss on best and worst at every time."""
         stage = Dpo(batch_size=num_pairs, **PROMPTS, **GUARD)
         student, times = self._preferring(), sampling_times(4)
-        tuned = Student(self.base, student, times, 0.0, False, 1)
+        tuned = TunableStudent(self.base, student, times, 0.0, False, 1)
         noise, _, conditioning = self._points(num_pairs * stage.num_generations)
         draws = [torch.Generator().manual_seed(i) for i in range(num_pairs)]
 
