@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from .shapes import computed
 
 LOWERED = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}
-RAISED_ON_CUDA = {F.group_norm, F.layer_norm}  # autocast computes these in float32 there, and in bfloat16 on a CPU
+RAISED_ON_CUDA = {F.group_norm, F.layer_norm, F.rms_norm}  # autocast computes these in float32 there, not on a CPU
 
 
 class Live(TorchDispatchMode):
