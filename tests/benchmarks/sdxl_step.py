@@ -226,7 +226,7 @@ class Steps:
         return student
 
     def _preferring(self) -> nn.Module:
-        student = students.preferring(self.base, self._student(Lora(), True), Lora(rank=16, alpha=16.0), seed=0)
+        student = students.with_preference(self.base, self._student(Lora(), True), Lora(rank=16, alpha=16.0), seed=0)
         self.base.autoencoder.vae.enable_gradient_checkpointing()
         return student
 

@@ -349,7 +349,7 @@ def test_every_block_of_code_of_the_card_runs_and_leaves_a_picture(base, tmp_pat
 
 
 def test_a_gamma_between_cannot_be_exported_and_says_so(base, tmp_path):
-    with pytest.raises(ValueError, match=r"gamma 0\.3: diffusers has no scheduler of rectified flow between"):
+    with pytest.raises(ValueError, match=r"gamma 0\.3: diffusers' schedulers of rectified flow are deterministic"):
         exported(base, tmp_path, LORA, condition=False, gamma=0.3)
     assert not (tmp_path / "out").exists()
 
