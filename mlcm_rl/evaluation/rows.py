@@ -59,7 +59,7 @@ def entries(stage: Evaluate, parents: dict[str, Path], base: Base) -> list[Entry
             if description[key] != expected:
                 raise ValueError(f"{folder}: the student's {key} is {description[key]}, the teacher's {expected}")
         cost = training_cost.of_student(folder)
-        shape = (description["segments"], description["conditioned"])
+        shape = (description["num_segments"], description["conditioned"])
         default = own_gamma(folder)
         # a tuned student and the one that it was tuned from are both measured at the gamma of the tuning
         of_tuning = [
@@ -110,7 +110,7 @@ def teacher_rows(stage: Evaluate, guidance_scale: float) -> list[Row]:
         for n in dict.fromkeys(reversed(stage.teacher_steps))
     ]
     for solver in stage.teacher_solvers:
-        for n in stage.num_steps:
+        for n in stage.sampling_steps:
             at = ("undistilled", "teacher")
             if guided and n % 2 == 0:
                 label = f"{LABELS[solver]}, guided"
@@ -129,7 +129,7 @@ def student_rows(stage: Evaluate, index: int, student: Entry) -> list[Row]:
     num_segments = 1 if student.conditioned else student.num_segments
     for gamma in student.gammas:
         for grid in sorted(stage.grids):  # milestones, paper
-            for n in stage.num_steps:
+            for n in stage.sampling_steps:
                 times = tuple(paper_times(n) if grid == "paper" else sampling_times(n, num_segments))
                 rows.setdefault(
                     (times, gamma if n > 1 else None),

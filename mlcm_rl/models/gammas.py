@@ -31,4 +31,4 @@ def own_gamma(folder: Path) -> float:
 def default_gamma_of(folder: Path) -> float:
     """Return the default gamma for the student in `folder`, by its student.json."""
     description = describe(folder)
-    return default_gamma(description["segments"], description["conditioned"])
+    return default_gamma(description["num_segments"], description["conditioned"])

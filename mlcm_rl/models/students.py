@@ -118,9 +118,9 @@ def save_student(denoiser: ModelMixin, folder: Path | str, description: dict[str
     """Write a student's folder in one rename, replacing an older one.
 
     student.json holds `description` with the denoiser's own "adapter" and "conditioned". Raise ValueError if
-    `description` lacks "segments" (K of the last phase), "family" or "prediction_type".
+    `description` lacks "num_segments" (K of the last phase), "family" or "prediction_type".
     """
-    missing = {"segments", "family", "prediction_type"} - set(description)
+    missing = {"num_segments", "family", "prediction_type"} - set(description)
     if missing:
         raise ValueError(f"a student's description lacks {', '.join(sorted(missing))}")
     settings = _lora_settings(denoiser)
@@ -170,7 +170,7 @@ def load_student(base: Base, folder: Path | str) -> Student:
             raise ValueError(f"{folder}: the student's {name} is {description[name]}, the teacher's {expected}")
     denoiser = _load_denoiser(base, folder, description)
     tuned, budgets = "preference" in description, tuple(sorted(set(description["budgets"])))
-    return Student(denoiser, description["segments"], description["conditioned"], folder, tuned, budgets)
+    return Student(denoiser, description["num_segments"], description["conditioned"], folder, tuned, budgets)
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -181,10 +181,13 @@ def describe(folder: Path) -> dict[str, Any]:
     file = folder / DESCRIPTION_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no student: no {DESCRIPTION_FILE}; name a finished student's folder")
-    description = read_json(file, family=str, prediction_type=str, segments=int, conditioned=bool, adapter=dict)
-    if not 1 <= description["segments"] <= NUM_SEGMENTS:
-        raise CheckpointError(f"{file}: segments must be 1 to {NUM_SEGMENTS}, is {description['segments']}")
-    tuned_steps = description.get("tuned_steps", 0)  # older folders lack this key, and the next
+    description = read_json(file, family=str, prediction_type=str, conditioned=bool, adapter=dict)
+    # in older folders num_segments is called segments, and the two keys below are missing
+    num_segments = description.setdefault("num_segments", description.pop("segments", None))
+    if type(num_segments) is not int or not 1 <= num_segments <= NUM_SEGMENTS:
+        message = f"num_segments must be a whole number from 1 to {NUM_SEGMENTS}, is {reprlib.repr(num_segments)}"
+        raise CheckpointError(f"{file}: {message}")
+    tuned_steps = description.get("tuned_steps", 0)
     if type(tuned_steps) is not int or tuned_steps < 0:
         raise CheckpointError(f"{file}: tuned_steps must be a whole number from 0, is {reprlib.repr(tuned_steps)}")
     budgets = description.setdefault("budgets", [])

@@ -163,7 +163,7 @@ class Steps:
 
     def distil(self, adapter: Lora | Full, batch_size: int, checkpointing: bool) -> Callable[[], None]:
         """A step on stored states, as stage distill takes it."""
-        stage = Distill(adapter=adapter, segments=[1], num_steps=1, batch_size=batch_size)
+        stage = Distill(adapter=adapter, num_segments=[1], num_steps=1, batch_size=batch_size)
         student, settings = self._student(adapter, checkpointing), distill.PhaseSettings(stage, 0)
         x_t, t, conditioning = self._points(batch_size)
         batch = Batch(x_t, x_t, x_t, t, t - 20, torch.zeros_like(t), conditioning)
@@ -187,7 +187,7 @@ class Steps:
 
     def feedback(self, num_grad_steps: int, batch_size: int) -> Callable[[], None]:
         """A reward's gradient through the autoencoder and the last of four steps; everything checkpointed."""
-        student = self._preferring()
+        student = self._with_preference()
         noise, _, conditioning = self._points(batch_size)
         times = sampling_times(4)
 
@@ -200,7 +200,7 @@ class Steps:
     def online_dpo(self, num_pairs: int) -> Callable[[], None]:
         """Four samples a pair, drawn, decoded and scored; then the loss on best and worst at every time."""
         stage = Dpo(batch_size=num_pairs, **PROMPTS, **GUARD)
-        student, times = self._preferring(), sampling_times(4)
+        student, times = self._with_preference(), sampling_times(4)
         tuned = TunableStudent(self.base, student, times, 0.0, False, 1)
         noise, _, conditioning = self._points(num_pairs * stage.num_generations)
         draws = [torch.Generator().manual_seed(i) for i in range(num_pairs)]
@@ -225,7 +225,7 @@ class Steps:
             student.enable_gradient_checkpointing()
         return student
 
-    def _preferring(self) -> nn.Module:
+    def _with_preference(self) -> nn.Module:
         student = students.with_preference(self.base, self._student(Lora(), True), Lora(rank=16, alpha=16.0), seed=0)
         self.base.autoencoder.vae.enable_gradient_checkpointing()
         return student
