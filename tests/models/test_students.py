@@ -188,7 +188,7 @@ def test_student_of_another_teacher_kind_is_refused(sdxl, teachers, tmp_path):
         students.load_student(other, tmp_path / "student")
     with pytest.raises(FileNotFoundError, match=r"student\.json"):
         students.load_student(sdxl, tmp_path)
-    with pytest.raises(ValueError, match="lacks prediction_type, segments"):
+    with pytest.raises(ValueError, match="lacks num_segments, prediction_type"):
         students.save_student(sdxl.denoiser, tmp_path / "other", {"family": "sdxl"})
 
 
