@@ -358,7 +358,7 @@ def test_a_gamma_between_cannot_be_exported_and_says_so(base, tmp_path):
 
 
 def test_a_resolution_without_positions_is_refused(folders):
-    with pytest.raises(ValueError, match=r"teacher\.resolution 32 is above 24, for which"):
+    with pytest.raises(ValueError, match=r"teacher\.resolution 32 is above 24, up to which"):
         teachers.load(Teacher(path=str(folders[True]), family="sd3", resolution=32), "cpu")
 
 
