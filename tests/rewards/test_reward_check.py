@@ -107,7 +107,7 @@ def test_a_sound_reward_passes_every_check(reward):
 
 
 @pytest.mark.parametrize(
-    ("reward", "name", "said"),
+    ("reward", "name", "message"),
     [
         (Hidden(), "gradient", "declares differentiable, and its score has no gradient"),
         (HalfHidden(), "gradient", "off finite differences"),
@@ -123,9 +123,9 @@ def test_a_sound_reward_passes_every_check(reward):
         (OneSize(), "sizes", "planted failed: ValueError: expected 96 x 96"),
     ],
 )
-def test_each_fault_is_seen_by_its_check(reward, name, said):
-    found = failed(reward)
-    assert re.search(said, found.get(name, "")), found
+def test_each_fault_is_seen_by_its_check(reward, name, message):
+    failures = failed(reward)
+    assert re.search(message, failures.get(name, "")), failures
 
 
 def test_a_fault_in_one_thing_is_not_blamed_on_another():
