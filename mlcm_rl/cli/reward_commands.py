@@ -72,7 +72,7 @@ def list_rewards() -> None:
     notes: list[Text] = []
     for name in rewards.names():
         try:
-            reward = rewards.found(name)
+            reward = rewards.class_of(name)
         except rewards.RewardError as error:  # the rest of the list stands
             table.add_row(name, "", "", Text("cannot be used", "red"), "")
             notes.append(Text(str(error)))
@@ -106,7 +106,7 @@ def fetch_weights(
         from .. import rewards
         from ..rewards.weights import fetch
 
-        declared = rewards.weights_of(rewards.found(name))
+        declared = rewards.weights_of(rewards.class_of(name))
         if not declared:
             _line(Text(f"{name} needs no weights"))
         for weights in _meant(name, declared, given, only):
@@ -135,7 +135,7 @@ def check_reward(
 
         reward = _built(name, setting, device)
         if images is None:
-            pictures, source = check.drawn_images(), "drawn pictures; --images DIR takes real ones"
+            pictures, source = check.random_images(), "drawn pictures; --images DIR takes real ones"
         else:
             with _argument("--images"):
                 files = folder.picture_files(images, at_least=2)[:num_images]
@@ -194,7 +194,7 @@ def score(
             texts = read_prompts(prompts) if prompts else [Prompt("", "")]
             if prompts:
                 refuse_prompts(model, reward, texts, prompts, aspect=math.inf, may_skip=True)
-            texts = folder.paired(files, texts)
+            texts = folder.prompts_of(files, texts)
         answers = list(_counted(folder.score_files(model, reward, files, texts, batch_size), len(files)))
         rows = [answer for answer in answers if isinstance(answer, folder.Scored)]
         if out is None:
@@ -253,7 +253,7 @@ def _built(name: str, settings: list[str] | None, device: str) -> "RewardModel":
     from .. import rewards
 
     given = dict(_setting(text) for text in settings or [])
-    model = rewards.found(name)  # no fault of a setting's
+    model = rewards.class_of(name)  # no fault of a setting's
     with _argument("--setting"):
         rewards.refuse_settings(name, model, given)
     with _argument("--device"):

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from .shapes import computed
 
 LOWERED = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}
-RAISED_ON_CUDA = {F.group_norm, F.layer_norm}  # autocast computes these in float32 there, and in bfloat16 on a CPU
+RAISED_ON_CUDA = {F.group_norm, F.layer_norm, F.rms_norm}  # autocast computes these in float32 there, not on a CPU
 
 
 class Live(TorchDispatchMode):
@@ -87,7 +87,7 @@ class Kernels(TorchFunctionMode):
         if self.autocast and function in LOWERED:
             args, kwargs = [self._low(one) for one in args], {name: self._low(one) for name, one in kwargs.items()}
         if self.autocast and function in RAISED_ON_CUDA and self.kind == "cuda":
-            args = [one.float() if isinstance(one, Tensor) else one for one in args]
+            args, kwargs = [_raised(one) for one in args], {name: _raised(one) for name, one in kwargs.items()}
         written_out = self.kind == "cpu" and self.autocast  # as the runtime asks there
         if function is F.scaled_dot_product_attention and not written_out:
             return attended(*args, **kwargs)
@@ -118,3 +118,7 @@ class Kernels(TorchFunctionMode):
         if id(value) not in self.lowered:
             self.lowered[id(value)] = value.to(torch.bfloat16)
         return self.lowered[id(value)]
+
+
+def _raised(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) else value

@@ -188,7 +188,7 @@ def _student(networks: Networks, base: Base) -> nn.Module:
         student = students.student(base, networks.student, 0, networks.is_conditioned)
         if networks.preference is None:
             return student
-        return students.preferring(base, student, networks.preference, seed=0)
+        return students.with_preference(base, student, networks.preference, seed=0)
 
 
 def rewards_of(stage: Stage, recipe: Recipe) -> tuple[dict[str, RewardModel], set[str]]:

@@ -13,7 +13,7 @@ from ..equations.segments import sampling_times
 from ..models import pictures, sampler, students, teachers
 from ..models.base import Base
 from ..models.export import export as write_export
-from ..models.export import refuse_taken
+from ..models.export import refuse_existing
 from ..models.gammas import own_gamma
 from ..models.teachers import teacher_hash, tell_truncated
 from ..preference import labels, ranking
@@ -213,7 +213,7 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
 def export(run_folder: Path, out: Path) -> Path:
     """Write the student of a run as a folder that stock diffusers opens, with its phases' snapshots and a card."""
     with worded("OUT", BadArgument):
-        refuse_taken(out)
+        refuse_existing(out)
     folder = find_stage(run_folder, STUDENTS)
     base = teacher_of(folder)
     snapshots = {}

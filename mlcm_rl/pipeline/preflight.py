@@ -11,7 +11,7 @@ from ..data.prompts import Prompt, first_prompts, read_prompts
 from ..preference import tuning
 from ..recipe import Dpo, Evaluate, Feedback, Reward, Stage, Training, Tuning
 from ..recipe.reads import paths_of
-from ..rewards import build, refuse_without_gradient, refuse_without_weights, usable
+from ..rewards import build, checked_class, refuse_without_gradient, refuse_without_weights
 from ..rewards.prompts import refuse_prompts
 from ..training import processes
 
@@ -75,7 +75,7 @@ def _lists_for(stage: Stage, lists: dict[str, PromptList], is_trained_on: bool) 
 
 
 def _refuse_reward(stage: Stage, asked: Reward, is_trained_on: bool, lists: list[PromptList]) -> None:
-    model = usable(asked)
+    model = checked_class(asked)
     if isinstance(stage, Feedback) and is_trained_on:
         refuse_without_gradient({asked.name: model})
     refuse_without_weights(asked, model)

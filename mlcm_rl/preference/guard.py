@@ -44,7 +44,7 @@ class Guard:
     """Looks at a student under preference learning every so many steps and keeps the best one by held-out reward."""
 
     def __init__(
-        self, stage: Tuning, student: tuning.Student, weights: dict[str, Tensor], rewards: Combined, seed: int
+        self, stage: Tuning, student: tuning.TunableStudent, weights: dict[str, Tensor], rewards: Combined, seed: int
     ):
         self.stage, self.student, self.weights = stage, student, weights
         self.rewards = {"trained": rewards, "held_out": combine(stage.guard.rewards, student.base.device, False)}

@@ -26,7 +26,7 @@ REWARD = "reward/"  # before a reward's name in a log
 
 
 @dataclass(frozen=True)
-class Student:
+class TunableStudent:
     """A distilled student with a trainable `preference` adapter over it, and the sampler that is tuned."""
 
     base: Base
@@ -98,7 +98,7 @@ class Student:
         processes.on_rank_zero(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
 
 
-def load(stage: Tuning, base: Base, start: Path, seed: int) -> Student:
+def load(stage: Tuning, base: Base, start: Path, seed: int) -> TunableStudent:
     """The distilled student in folder `start`, ready to be tuned as `stage` says.
 
     Raises ValueError where the stage needs a random sampler and the student's own, which it leaves it to, is not, and
@@ -121,7 +121,7 @@ def load(stage: Tuning, base: Base, start: Path, seed: int) -> Student:
         base.autoencoder.use_tiles(stage.autoencoder_tiles)
     small = small_decoder(stage, base)
     times = sampling_times(stage.sampling_steps, 1 if conditioned else num_segments)
-    return Student(base, denoiser, times, gamma, conditioned, num_segments, small)
+    return TunableStudent(base, denoiser, times, gamma, conditioned, num_segments, small)
 
 
 def small_decoder(stage: Tuning, base: Base) -> torch.nn.Module | None:

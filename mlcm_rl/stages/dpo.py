@@ -87,7 +87,7 @@ class Pairs:
 class OwnPairs:
     """Pairs of the student's samples, drawn anew in every step."""
 
-    def __init__(self, stage: Dpo, student: tuning.Student, rewards: Combined, seed: int):
+    def __init__(self, stage: Dpo, student: tuning.TunableStudent, rewards: Combined, seed: int):
         self.stage, self.student, self.rewards = stage, student, rewards
         self.prompts = tuning.Prompts(stage, student.base, seed)
         rewards.refuse_unread(self.prompts.languages)
@@ -145,7 +145,9 @@ class StoredPairs:
                 bar.advance(len(part))
 
 
-def ranked(stage: Dpo, student: tuning.Student, rewards: Combined, start: tuning.Start, scores: tuning.Scores) -> Pairs:
+def ranked(
+    stage: Dpo, student: tuning.TunableStudent, rewards: Combined, start: tuning.Start, scores: tuning.Scores
+) -> Pairs:
     """The best and the worst of each prompt's samples by the summed reward; `start` has them in a row."""
     states, x0 = student.rollout(start.conditioning, start.noise, start.generators)
     with torch.no_grad():
@@ -161,7 +163,7 @@ def ranked(stage: Dpo, student: tuning.Student, rewards: Combined, start: tuning
     return Pairs(states[:, index].transpose(0, 1), x0[index], conditioning, margin.float(), generators)
 
 
-def loss(stage: Dpo, student: tuning.Student, pairs: Pairs, scores: tuning.Scores) -> Tensor:
+def loss(stage: Dpo, student: tuning.TunableStudent, pairs: Pairs, scores: tuning.Scores) -> Tensor:
     """The preference loss (B,) float32; a pair that is left out counts 0."""
     chosen, rejected = log_ratios(stage, student, pairs)
     weight = pairs.kept
@@ -180,7 +182,7 @@ def loss(stage: Dpo, student: tuning.Student, pairs: Pairs, scores: tuning.Score
     return value.mean(0) if chosen.ndim == 2 else value
 
 
-def refuse_blind(stage: Dpo, student: tuning.Student) -> None:
+def refuse_blind(stage: Dpo, student: tuning.TunableStudent) -> None:
     """Raise ValueError where the errors of the noise are all zero: at pure noise, which is a flow's last time."""
     sees = student.base.schedule.alpha[student.times].any()
     if stage.form != "pso" and stage.space == "eps" and not sees:
@@ -190,7 +192,7 @@ def refuse_blind(stage: Dpo, student: tuning.Student) -> None:
         )
 
 
-def log_ratios(stage: Dpo, student: tuning.Student, pairs: Pairs) -> tuple[Tensor, Tensor]:
+def log_ratios(stage: Dpo, student: tuning.TunableStudent, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """log pi / pi_ref of chosen and rejected: (B,) each, or (N - 1, B) of the random steps for form pso.
 
     `kappa` weighs the rejected one as in `preference.offline_pso_log_ratios`, of which form diffusion_dpo is half:
@@ -214,7 +216,7 @@ def log_ratios(stage: Dpo, student: tuning.Student, pairs: Pairs) -> tuple[Tenso
 
 
 def denoising_errors(
-    stage: Dpo, student: tuning.Student, pairs: Pairs, steps: Tensor, eps: Tensor
+    stage: Dpo, student: tuning.TunableStudent, pairs: Pairs, steps: Tensor, eps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Errors (2, B) of student and reference on the samples noised to the times of the sampler's `steps` (B,)."""
     x0, conditioning = pairs.x0.flatten(0, 1), both(pairs.conditioning)
@@ -227,7 +229,7 @@ def denoising_errors(
     return own, reference
 
 
-def step_log_ratio(student: tuning.Student, pairs: Pairs, step: int) -> Tensor:
+def step_log_ratio(student: tuning.TunableStudent, pairs: Pairs, step: int) -> Tensor:
     """log pi / pi_ref (2, B), per element, of the step that each rollout took from its state number `step`."""
     assert pairs.states is not None  # those that were drawn have them
     x_t, x_s = pairs.states[:, step].flatten(0, 1), pairs.states[:, step + 1].flatten(0, 1)

@@ -86,7 +86,7 @@ def refuse_without_irrelevant(rewards: Combined, prompts: tuning.Prompts) -> Non
 
 def loss(
     stage: Feedback,
-    student: tuning.Student,
+    student: tuning.TunableStudent,
     rewards: Combined,
     start: tuning.Start,
     stored: Batch | None,
@@ -117,7 +117,7 @@ def last_step(stage: Feedback, num_steps: int, draws: torch.Generator) -> int:
 
 
 def graded_sample(
-    stage: Feedback, student: tuning.Student, start: tuning.Start, last: int
+    stage: Feedback, student: tuning.TunableStudent, start: tuning.Start, last: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """The sample of steps 0 .. `last` that is scored, with the gradient that `stage.gradient` gives it.
 
@@ -153,7 +153,7 @@ def reward_loss(
     return feedback.mps_hinge(total, irrelevant, stage.threshold)
 
 
-def step_kl(student: tuning.Student, start: tuning.Start) -> Tensor:
+def step_kl(student: tuning.TunableStudent, start: tuning.Start) -> Tensor:
     """KL (B,) to the reference of one random stochastic step of each sample, divided by a sample's elements."""
     states, _ = student.rollout(start.conditioning, start.noise, start.generators)
     steps = tuning.draw_steps(len(student.times) - 1, start.generators)
@@ -178,7 +178,7 @@ def stored_states(stage: Feedback, recipe: Recipe, base: Base, parents: dict[str
     return StoredStates(distilled, base, store, recipe.seed)
 
 
-def stored_loss(student: tuning.Student, batch: Batch) -> Tensor:
+def stored_loss(student: tuning.TunableStudent, batch: Batch) -> Tensor:
     """Squared error (B,) of the student's jumps between stored states: what keeps it a consistency model."""
     x0 = student.x0(batch.x_t, batch.t, batch.s, batch.conditioning, gamma=0.0)
     assert batch.x_s is not None

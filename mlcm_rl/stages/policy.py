@@ -78,7 +78,7 @@ class Rollout:
 
 @torch.no_grad()
 def rolled_out(
-    stage: Policy, student: tuning.Student, rewards: Combined, start: tuning.Start, scores: tuning.Scores
+    stage: Policy, student: tuning.TunableStudent, rewards: Combined, start: tuning.Start, scores: tuning.Scores
 ) -> Rollout:
     """Samples of the policy as it is, their advantages within each prompt's group, and the reference's view."""
     states, x0 = student.rollout(start.conditioning, start.noise, start.generators)
@@ -92,7 +92,7 @@ def rolled_out(
     return Rollout(start, states, torch.stack(log_probs), torch.stack(references), advantages)
 
 
-def loss(stage: Policy, student: tuning.Student, rollout: Rollout, scores: tuning.Scores) -> Tensor:
+def loss(stage: Policy, student: tuning.TunableStudent, rollout: Rollout, scores: tuning.Scores) -> Tensor:
     """PPO's clipped loss with GRPO's advantages and the exact KL to the reference, mean over the steps (B,) float32."""
     values = []
     for step in range(len(student.times) - 1):
@@ -108,7 +108,7 @@ def loss(stage: Policy, student: tuning.Student, rollout: Rollout, scores: tunin
 
 
 def step_mean(
-    student: tuning.Student, start: tuning.Start, states: Tensor, step: int, reference: bool = False
+    student: tuning.TunableStudent, start: tuning.Start, states: Tensor, step: int, reference: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Mean (B, C, H, W) and std of what the sampler's step number `step` draws from its state."""
     t, s = student.jump(step, len(start.noise))

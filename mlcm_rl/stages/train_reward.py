@@ -13,7 +13,7 @@ from ..data.pairs import PairTable
 from ..equations.preference import bradley_terry_loss
 from ..recipe import Recipe, TrainReward
 from ..rewards import card
-from ..rewards.heads import CONTRARY, FeatureScale, dropped, held_out_pairs, right_way
+from ..rewards.heads import CONTRARY, FeatureScale, dropout, held_out_pairs, is_correct
 from ..storage import files, finite, tensors
 from ..training.loop import Runtime, rate_factor, set_rate
 from ..training.processes import on_rank_zero
@@ -43,7 +43,7 @@ def run(stage: TrainReward, recipe: Recipe, parents: dict[str, Path], folder: Pa
         set_rate(optimizer, stage.learning_rate * rate_factor(step, stage.num_steps, WARMUP_STEPS))
         index = epoch_order(len(pairs.training), stage.batch_size, step, recipe.seed, "train_reward")
         rt.samples = index.tolist()
-        inputs = dropped(pairs.training[index], stage.dropout, rt.generator("dropout", step))
+        inputs = dropout(pairs.training[index], stage.dropout, rt.generator("dropout", step))
         losses = (loss(head, inputs[part]) for part in rt.micro_batches())
         with rt.autocast():
             logged = rt.backward(losses)
@@ -114,5 +114,5 @@ def loss(head: nn.Module, pairs: Tensor) -> Tensor:
 @torch.no_grad()
 def look(head: nn.Module, pairs: Tensor) -> dict[str, float]:
     """Loss on held-out pairs (M, 2, D), and the share of them decided right."""
-    right = right_way(head(pairs).squeeze(-1))
+    right = is_correct(head(pairs).squeeze(-1))
     return {"held_out_loss": loss(head, pairs).mean().item(), "held_out_accuracy": right.mean().item()}

@@ -224,5 +224,5 @@ def test_a_teachers_json_files_are_enough(make, tmp_path):
 
 
 def test_a_teacher_that_is_not_here_is_an_error_that_says_what_is_needed(tmp_path):
-    with pytest.raises(FileNotFoundError, match="They are enough, a few kB: download these alone"):
+    with pytest.raises(FileNotFoundError, match="They are enough, a few kB: download them"):
         Sizes(runs.recipe(Path("someone/a-model"), tmp_path, [runs.distill()]))

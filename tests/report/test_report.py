@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mlcm_rl.models.model_card import _under_a_heading
+from mlcm_rl.models.model_card import _without_title
 from mlcm_rl.report import assembly, comparisons, definitions, figures, page, tables
 from mlcm_rl.storage.files import CheckpointError
 
@@ -264,10 +264,10 @@ def test_large_counts_are_short(count, text):
 def test_a_report_leaves_its_title_behind_in_a_model_card():
     text = tables.markdown(made(rows()))
     assert text.startswith("# planted\n")
-    card = _under_a_heading(text)
+    card = _without_title(text)
     assert card.startswith("At 4 network evaluations: ")
     assert card == text.partition("\n")[2].strip()
-    assert _under_a_heading("| a |\n|---|\n") == "| a |\n|---|"
+    assert _without_title("| a |\n|---|\n") == "| a |\n|---|"
 
 
 def test_every_metric_is_defined():

@@ -19,7 +19,7 @@ from mlcm_rl.rewards import RewardError, build
 from mlcm_rl.rewards import card as reward_card
 from mlcm_rl.rewards.card import accuracy, doubt
 from mlcm_rl.rewards.check import check
-from mlcm_rl.rewards.heads import FeatureScale, dropped, held_out_pairs
+from mlcm_rl.rewards.heads import FeatureScale, dropout, held_out_pairs
 from mlcm_rl.stages import train_reward
 from mlcm_rl.training.loop import Runtime
 
@@ -113,7 +113,7 @@ def test_the_scale_folded_into_the_first_layer_changes_no_answer():
 
 
 def test_dropped_features_keep_their_mean():
-    found = dropped(torch.ones(200, 50), 0.25, torch.Generator().manual_seed(0))
+    found = dropout(torch.ones(200, 50), 0.25, torch.Generator().manual_seed(0))
     assert found.unique().tolist() == [0.0, pytest.approx(4 / 3)]
     assert found.mean().item() == pytest.approx(1.0, abs=0.02)
 
