@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..models import students, teachers
 from ..models.base import Base
 from ..preference import tuning
-from ..recipe import Full, Lora, Recipe, Stage, Training
+from ..recipe import Full, Lora, Recipe, Stage, Training, Tuning
 from ..recipe.takes import Networks
 from ..rewards import RewardError, RewardModel, build
 from ..rewards.weights import WeightsError
@@ -109,7 +109,7 @@ def peak_of_passes(
     stage: Stage,
     recipe: Recipe,
     roles: passes.Roles,
-    trained: list[Tensor],
+    trained: list[nn.Parameter],
     live: Live,
     kernels: Kernels,
     launch: Launch,
@@ -158,19 +158,25 @@ def roles_of(
         base.forget_denoiser()
     if isinstance(stage, Training) and stage.precision == "bf16":
         autocast.frozen_in_bfloat16(student)
-    small = tuning.small_decoder(stage, base) if networks.preference is not None else None
+    small = tuning.small_decoder(stage, base) if isinstance(stage, Tuning) else None
     conditioned = bool(students.target_time_of(student))
     if isinstance(stage, Training) and stage.gradient_checkpointing:
-        student.enable_gradient_checkpointing(recompute)
+        _checkpoint(student, recompute)
         if networks.preference is not None:  # gradients come through it
-            base.autoencoder.vae.enable_gradient_checkpointing(recompute)
+            _checkpoint(base.autoencoder.vae, recompute)
         if small is not None:
-            small.enable_gradient_checkpointing(recompute)
+            _checkpoint(small, recompute)
     if networks.tiles:
         base.autoencoder.use_tiles(networks.tiles, recompute)
     tokens = num_tokens(Path(recipe.teacher.path))
     copies = (forget_copies, networks.has_average)
     return passes.Roles(base, student, conditioned, tokens, rewards, set(), own_precision, *copies, small)
+
+
+def _checkpoint(network: nn.Module, recompute: Callable[..., Any]) -> None:
+    """Let `network`, which is one of diffusers', compute its blocks again in the backward pass, through `recompute`."""
+    enable: Any = network.enable_gradient_checkpointing
+    enable(recompute)
 
 
 def num_tokens(folder: Path) -> int:

@@ -38,10 +38,10 @@ class Roles:
 
     def points(self, count: int) -> tuple[Tensor, Tensor, Conditioning]:
         """States (count, C, H, W), times (count,) and conditioning (count, ...)."""
-        empty = {"device": self.base.device}
+        device = self.base.device
         conditioning = self.base.empty_conditioning(count, self.num_tokens)
-        t = torch.ones(count, dtype=torch.int64, **empty)
-        return torch.empty(count, *self.base.latent_shape, **empty), t, conditioning
+        t = torch.ones(count, dtype=torch.int64, device=device)
+        return torch.empty(count, *self.base.latent_shape, device=device), t, conditioning
 
     def x0(self, count: int) -> Tensor:
         """The student's x0 (count, C, H, W)."""
