@@ -19,7 +19,7 @@ from ..models.teachers import teacher_hash, tell_truncated
 from ..preference import labels, ranking
 from ..recipe import Evaluate, Recipe, Reward, paths
 from ..recipe.experiment import STUDENTS
-from ..report import tables
+from ..report import assembly, tables, tuned_students
 from ..rewards import build
 from ..rewards.prompts import refuse_prompts
 from ..storage.files import CheckpointError, read_json
@@ -230,8 +230,8 @@ def _measured(run_folder: Path) -> tuple[str | None, list[str]]:
     reports = sorted(run_folder.glob("[0-9]*-evaluate/report.json"))
     if not reports:
         return None, []
-    latest = read_json(reports[-1], prompts=list)
-    return tables.markdown(latest), list(dict.fromkeys(prompt["language"] for prompt in latest["prompts"]))
+    latest = assembly.read(reports[-1])
+    return tables.markdown(latest), tuned_students.languages(latest.prompts)
 
 
 def teacher_of(folder: Path) -> Base:

@@ -1,8 +1,8 @@
 """Plots of a report as inline SVG: transparent, with text in the page's own colour, for light and dark alike."""
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from io import StringIO
 from typing import Any
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from .definitions import metric
+from .types import Line, LossCurve, Point, Report, Row, TunedStudent
 
 INK = "#010203"  # stands for the page's text colour until the SVG is written
 COLOURS = (
@@ -43,57 +44,49 @@ STYLE: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Line:
-    """The rows that one sampler of one network makes as its evaluations grow."""
-
-    label: str
-    colour: str
-    dash: str  # an SVG dash array, empty for a solid line
-    rows: list[dict]
-
-
-def lines(report: dict[str, Any]) -> list[Line]:
+def lines(report: Report) -> list[Line]:
     """One line a (student, sampler), then one a solver of the undistilled teacher; the legend is the page's.
 
     More than MANY students are drawn at their default samplers only: the table has the rest.
     """
-    groups: dict[tuple, list[dict]] = {}
-    many = len({row["name"] for row in report["rows"] if row["role"] == "student"}) > MANY
-    for row in report["rows"]:
-        if row["role"] == "undistilled" or (row["role"] == "student" and (row["default"] or not many)):
-            groups.setdefault((row["role"] == "undistilled", row["name"], row["sampler"]), []).append(row)
+    groups: dict[tuple[bool, str, str], list[Row]] = {}
+    many = len({row.name for row in report.rows if row.role == "student"}) > MANY
+    for row in report.rows:
+        if row.role == "undistilled" or (row.role == "student" and (row.default or not many)):
+            groups.setdefault((row.role == "undistilled", row.name, row.sampler), []).append(row)
     names = list(dict.fromkeys(name for undistilled, name, _ in groups if not undistilled))
-    solvers = list(dict.fromkeys(row["solver"] for row in report["rows"] if row["role"] == "undistilled"))
+    solvers = list(dict.fromkeys(row.solver for row in report.rows if row.role == "undistilled"))
     found = []
     for (undistilled, name, sampler), rows in sorted(groups.items(), key=lambda item: item[0][0]):
         if undistilled:
-            colour = GREYS[solvers.index(rows[0]["solver"]) % len(GREYS)]
-            dash = "" if rows[0]["guidance_scale"] != 1.0 else "2 2"
+            colour = GREYS[solvers.index(rows[0].solver) % len(GREYS)]
+            dash = "" if rows[0].guidance_scale != 1.0 else "2 2"
         else:
-            colour, dash = COLOURS[names.index(name) % len(COLOURS)], "" if rows[0]["default"] else "5 2"
-            dash = "1 2" if rows[0]["grid"] == "paper" else dash
-        found.append(Line(f"{name}, {sampler}", colour, dash, sorted(rows, key=lambda row: row["num_evaluations"])))
+            colour, dash = COLOURS[names.index(name) % len(COLOURS)], "" if rows[0].default else "5 2"
+            dash = "1 2" if rows[0].grid == "paper" else dash
+        found.append(Line(f"{name}, {sampler}", colour, dash, sorted(rows, key=lambda row: row.num_evaluations)))
     return found
 
 
-def quality(report: dict[str, Any], key: str) -> str:
+def quality(report: Report, key: str) -> str:
     """SVG of metric `key` against network evaluations, with its standard error; the references are horizontal."""
     figure, axes = _figure(f"quality {key}")
     for line in lines(report):
-        x = [row["num_evaluations"] for row in line.rows]
-        y = [row["metrics"][key]["mean"] for row in line.rows]
-        errors = [row["metrics"][key]["se"] or 0.0 for row in line.rows]
+        x = [row.num_evaluations for row in line.rows]
+        means = [row.metrics[key].mean for row in line.rows]
+        y = [math.nan if mean is None else mean for mean in means]
+        errors = [row.metrics[key].se or 0.0 for row in line.rows]
         axes.plot(x, y, color=line.colour, ls=_dashes(line.dash), marker="o", ms=3.5, lw=1.6)
         axes.errorbar(x, y, errors, color=line.colour, ls="none", lw=1.0, alpha=0.45)
-    references = [row for row in report["rows"] if row["role"] == "reference"]
+    references = [row for row in report.rows if row.role == "reference"]
     for place, row in enumerate(references):
-        if key == "distance" and row["id"] == report["reference"]:
+        if key == "distance" and row.id == report.reference:
             continue  # zero, and not to be had on a logarithmic axis
-        _horizontal(axes, row["metrics"][key]["mean"], f"teacher, {row['num_steps']} steps", below=place % 2 == 1)
+        if (mean := row.metrics[key].mean) is not None:
+            _horizontal(axes, mean, f"teacher, {row.num_steps} steps", below=place % 2 == 1)
     if key == "distance":
         _log(axes)
-    ticks = sorted({row["num_evaluations"] for row in report["rows"] if row["role"] != "reference"})
+    ticks = sorted({row.num_evaluations for row in report.rows if row.role != "reference"})
     axes.set_xticks(ticks)
     axes.set_xlabel("network evaluations")
     better = "lower" if metric(key).lower_is_better else "higher"
@@ -101,42 +94,42 @@ def quality(report: dict[str, Any], key: str) -> str:
     return _svg(figure, f"{metric(key).label} against network evaluations; the table below holds the same numbers")
 
 
-def loss(curve: dict[str, Any], several: bool) -> str:
+def loss(curve: LossCurve, several: bool) -> str:
     """SVG of one phase's training and held-out loss against its optimiser steps; of `several` stages it names its own.
 
     Reports of before format 4 have the last stage's curves alone, without a number.
     """
-    phase = f"phase {curve['phase'] + 1}"
-    name = f"distill stage {curve['stage']}, {phase}" if several else phase
+    phase = f"phase {curve.phase + 1}"
+    name = f"distill stage {curve.stage}, {phase}" if several else phase
     figure, axes = _figure(f"loss {name}")
-    for key, colour, label in (("loss", COLOURS[0], "training"), ("held_out_loss", COLOURS[1], "held out")):
-        if curve[key]:
-            axes.plot(*zip(*curve[key], strict=True), color=colour, lw=1.6, label=label)
+    for points, colour, label in ((curve.loss, COLOURS[0], "training"), (curve.held_out_loss, COLOURS[1], "held out")):
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colour, lw=1.6, label=label)
     _log(axes)
     axes.set_xlabel("optimiser step")
-    axes.set_title(f"{name.capitalize()}: K = {curve['num_segments']}", loc="left")
+    axes.set_title(f"{name.capitalize()}: K = {curve.num_segments}", loc="left")
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-    return _svg(figure, f"Loss of {name}, K = {curve['num_segments']}, against optimiser steps")
+    return _svg(figure, f"Loss of {name}, K = {curve.num_segments}, against optimiser steps")
 
 
-def gains(student: dict[str, Any]) -> str:
+def gains(student: TunedStudent) -> str:
     """SVG of what the guard saw of a tuned student: its gains against optimiser steps, the kept step upright."""
-    figure, axes = _figure(f"gains {student['name']}")
+    figure, axes = _figure(f"gains {student.name}")
     axes.axhline(0.0, color=INK, lw=0.9, alpha=0.5)
-    curves = [student["curves"][f"guard/{which}_gain"] for which in ("trained", "held_out")]
+    curves = [student.curves[f"guard/{which}_gain"] for which in ("trained", "held_out")]
     _learned(axes, student, curves, ("trained on", "held out"))
     axes.set_title("Gain, in deviations of the reference", loc="left")
-    return _svg(figure, f"The guard's trained and held-out gain of {student['name']} against optimiser steps")
+    return _svg(figure, f"The guard's trained and held-out gain of {student.name} against optimiser steps")
 
 
-def learned(student: dict[str, Any], name: str) -> str:
+def learned(student: TunedStudent, name: str) -> str:
     """SVG of one reward of a tuned student against optimiser steps: in its batches, and on the guard's prompts."""
-    figure, axes = _figure(f"reward {student['name']} {name}")
+    figure, axes = _figure(f"reward {student.name} {name}")
     labels = {"reward/": "batches", "guard/reward/": "the guard's prompts"}
-    found = [(student["curves"].get(prefix + name, []), label) for prefix, label in labels.items()]
+    found = [(student.curves.get(prefix + name, []), label) for prefix, label in labels.items()]
     _learned(axes, student, *zip(*found, strict=True))
-    axes.set_title(f"{student['name']}: {name}, {student['rewards'][name]}", loc="left")
-    return _svg(figure, f"Reward {name} of {student['name']} against optimiser steps")
+    axes.set_title(f"{student.name}: {name}, {student.rewards[name]}", loc="left")
+    return _svg(figure, f"Reward {name} of {student.name} against optimiser steps")
 
 
 def reward_training(log: list[dict[str, Any]]) -> Figure:
@@ -160,13 +153,13 @@ def reward_training(log: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _learned(axes: Axes, student: dict[str, Any], curves: Sequence[list], labels: Sequence[str]) -> None:
+def _learned(axes: Axes, student: TunedStudent, curves: Sequence[list[Point]], labels: Sequence[str]) -> None:
     """Those of `curves` [step, value] that have points, and the step that the guard kept."""
     for colour, curve, label in zip(COLOURS, curves, labels, strict=False):
         if curve:
             few: dict[str, Any] = {"marker": "o", "ms": 3.0} if len(curve) <= 30 else {}
             axes.plot(*zip(*curve, strict=True), color=colour, lw=1.6, label=label, **few)
-    kept = student["guard"]["kept_step"]
+    kept = student.guard.kept_step
     axes.axvline(kept, color=INK, lw=1.0, ls=(0, (2, 2)), label=f"kept: step {kept}")
     axes.set_xlabel("optimiser step")
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)

@@ -1,7 +1,6 @@
 """A report's table of figures, for the page and for Markdown."""
 
 import textwrap
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -10,79 +9,80 @@ from . import tuned_students
 from .comparisons import measured
 from .definitions import LATENCY, TRAINING, metric
 from .figures import number, plus_minus
+from .types import Report, Row, TrainingCost
 
 MANY_METRICS = 5  # in the terminal table
 MAIN_METRICS = ("distance", "kid", "r@5", "fid", "clip")  # beside the rewards
 
 
-def columns(report: dict[str, Any]) -> list[str]:
+def columns(report: Report) -> list[str]:
     """The metrics that the table shows, in order: R@k by language where there is more than one."""
-    keys = [key for key in report["rows"][0]["metrics"] if "values" in report["rows"][0]["metrics"][key]]
+    metrics = report.rows[0].metrics
     shown = []
-    for key in keys:
-        by_language = [other for other in report["rows"][0]["metrics"] if other.startswith(f"{key}/")]
+    for key in [key for key, summary in metrics.items() if summary.values]:
+        by_language = [other for other in metrics if other.startswith(f"{key}/")]
         shown += by_language or [key]
     return shown
 
 
-def main_metrics(report: dict[str, Any]) -> list[str]:
+def main_metrics(report: Report) -> list[str]:
     """The metrics that get a plot and a place on the terminal; R@5 is over all languages."""
-    keys = measured(report, report["rows"][0]["metrics"])
+    keys = measured(report.rows, report.rows[0].metrics)
     return [key for key in keys if key in MAIN_METRICS or key.startswith("reward/")]
 
 
-def heading(row: dict[str, Any]) -> str:
+def heading(row: Row) -> str:
     """What a row stands under in the table."""
-    if row["role"] == "reference":
+    if row.role == "reference":
         return "Teacher, reference"
-    if row["role"] == "undistilled":
+    if row.role == "undistilled":
         return "Teacher, undistilled"
-    return f"{row['name']}: " + ("conditioned on its target" if row["conditioned"] else f"K = {row['num_segments']}")
+    return f"{row.name}: " + ("conditioned on its target" if row.conditioned else f"K = {row.num_segments}")
 
 
-def label(row: dict[str, Any]) -> str:
+def label(row: Row) -> str:
     """A row's name under its heading."""
-    if row["role"] == "reference":
-        return f"{row['num_steps']} steps"
-    return row["sampler"] + (", default" if row["default"] else "")
+    if row.role == "reference":
+        return f"{row.num_steps} steps"
+    return row.sampler + (", default" if row.default else "")
 
 
-def groups(report: dict[str, Any]) -> dict[str, list[dict]]:
+def groups(report: Report) -> dict[str, list[Row]]:
     """The rows under their headings, in the table's order: the references, every student, the undistilled teacher."""
-    found: dict[str, list[dict]] = {}
-    for row in sorted(report["rows"], key=lambda row: ("reference", "student", "undistilled").index(row["role"])):
+    found: dict[str, list[Row]] = {}
+    for row in sorted(report.rows, key=lambda row: ("reference", "student", "undistilled").index(row.role)):
         found.setdefault(heading(row), []).append(row)
     return found
 
 
-def cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
+def cells(report: Report, row: Row) -> list[str]:
     """The numbers of a row of the table, after its label."""
-    values = [number(row["metrics"][key]) for key in columns(report)]
-    cost = [training(row.get("training"))] if has_training(report) else []
-    return [str(row["num_evaluations"]), latency(row), *cost, *values]
+    values = [number(row.metrics[key]) for key in columns(report)]
+    cost = [training(row.training)] if has_training(report) else []
+    return [str(row.num_evaluations), latency(row), *cost, *values]
 
 
-def latency(row: dict[str, Any]) -> str:
+def latency(row: Row) -> str:
     """A row's milliseconds a picture, without an error where it has one batch or was kept by an earlier version."""
-    error = row.get("latency_ms_se")
-    return plus_minus(row["latency_ms"], error) if error else f"{row['latency_ms']:.3g}"
+    error = row.latency_ms_se
+    return plus_minus(row.latency_ms, error) if error else f"{row.latency_ms:.3g}"
 
 
-def heads(report: dict[str, Any]) -> list[str]:
+def heads(report: Report) -> list[str]:
     cost = ["Training evals"] if has_training(report) else []
     return ["Evals", "ms", *cost, *(metric(key).label for key in columns(report))]
 
 
-def has_training(report: dict[str, Any]) -> bool:
+def has_training(report: Report) -> bool:
     """Whether there is a student, and so a column of what training cost."""
-    return any(row.get("training") for row in report["rows"])
+    return any(row.training for row in report.rows)
 
 
-def training(cost: dict[str, float] | None) -> str:
+def training(cost: TrainingCost | None) -> str:
     """A training's evaluations in all, and for each sample the teacher's + the student's; a dash for the teacher."""
     if cost is None:
         return "-"
-    return f"{compact(cost['total'])} ({cost['teacher_per_sample']:.3g} + {cost['student_per_sample']:.3g})"
+    return f"{compact(cost.total)} ({cost.teacher_per_sample:.3g} + {cost.student_per_sample:.3g})"
 
 
 def compact(count: float) -> str:
@@ -94,10 +94,10 @@ def compact(count: float) -> str:
     return f"{count:.3g}G"
 
 
-def table(report: dict[str, Any]) -> Table:
+def table(report: Report) -> Table:
     """The table for a terminal: the means of the main metrics, so that it fits; the files have everything."""
     keys = main_metrics(report)
-    title = f"{report['name']}: means over {len(report['prompts'])} prompts"
+    title = f"{report.name}: means over {len(report.prompts)} prompts"
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown.add_column("Sampler", min_width=18)
     cost = has_training(report) and len(keys) <= MANY_METRICS  # 80 columns hold no more
@@ -107,26 +107,26 @@ def table(report: dict[str, Any]) -> Table:
     for name, rows in groups(report).items():
         shown.add_row(name, style="bold")
         for row in rows:
-            values = [row["metrics"][key]["mean"] for key in keys]
-            texts = [str(row["num_evaluations"])]
-            texts += [training(row.get("training")).partition(" ")[0]] * cost
+            values = [row.metrics[key].mean for key in keys]
+            texts = [str(row.num_evaluations)]
+            texts += [training(row.training).partition(" ")[0]] * cost
             texts += ["-" if value is None else f"{value:.3g}" for value in values]
-            shown.add_row(f"  {label(row)}", *texts, style="green" if row["default"] else "")
+            shown.add_row(f"  {label(row)}", *texts, style="green" if row.default else "")
         shown.add_section()
     return shown
 
 
-def markdown(report: dict[str, Any]) -> str:
+def markdown(report: Report) -> str:
     """report.md: the headline, the table, what its columns mean, and what preference learning changed."""
     head = ["Sampler", *heads(report)]
-    lines = [f"# {report['name']}", "", report["headline"]["text"], ""]
+    lines = [f"# {report.name}", "", report.headline.text, ""]
     lines += [f"| {' | '.join(head)} |", f"|---{'|--:' * (len(head) - 1)}|"]
     for name, rows in groups(report).items():
         lines.append(f"| **{name}** {'| ' * (len(head) - 1)}|")
         lines += [f"| {' | '.join([label(row), *cells(report, row)])} |" for row in rows]
     lines += [
         "",
-        f"{len(report['prompts'])} prompts; \u00b1 is one standard error over prompts.",
+        f"{len(report.prompts)} prompts; \u00b1 is one standard error over prompts.",
         "",
         f"- **ms**: {LATENCY}",
     ]
@@ -134,16 +134,16 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [f"- **{metric(key).label}**: {metric(key).definition}" for key in dict.fromkeys(columns(report))]
     lines += [f"- Network `{name}`: {text}" for name, text in network_texts(report)]
     lines += tuned_students.markdown(report)
-    lines += ["", f"Measured on {report['environment']['device']}, {report['created']}."]
+    lines += ["", f"Measured on {report.environment.device}, {report.created}."]
     return "\n".join(lines) + "\n"
 
 
-def network_texts(report: dict[str, Any]) -> list[tuple[str, str]]:
+def network_texts(report: Report) -> list[tuple[str, str]]:
     """(name, text) of the networks that measured: figures by different files, or real pictures, do not compare."""
     found = []
-    for name, network in report.get("networks", {}).items():
-        parts = [f"{file}, sha256 {checksum}" for file, checksum in network["files"].items()]
-        if "num_real_images" in network:
-            parts.append(f"{network['num_real_images']} real pictures")
+    for name, network in report.networks.items():
+        parts = [f"{file}, sha256 {checksum}" for file, checksum in network.files.items()]
+        if network.num_real_images is not None:
+            parts.append(f"{network.num_real_images} real pictures")
         found.append((name, "; ".join(parts)))
     return found

@@ -26,6 +26,7 @@ from ..models.students import Student, load_student
 from ..models.teachers import load, tell_truncated
 from ..recipe import Evaluate, Recipe
 from ..report import assembly, page, tables, tuned_students
+from ..report import types as report_types
 from ..storage import finite
 from ..storage.files import read_json, remove, write_json
 from ..storage.tensors import read_tensors, write_tensors
@@ -91,17 +92,17 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
                     processes.by_first(finish_row, scene, store, row, place)
                 else:
                     bar.advance(row.num_evaluations * len(scene.batches()), row.id)
-                records.append(read_json(record_path(folder, row)))
-    prompts = [asdict(prompt) | {"shown": i in scene.shown} for i, prompt in enumerate(scene.prompts)]
+                records.append(report_types.Row.model_validate(read_json(record_path(folder, row))))
+    prompts = [report_types.Prompt(**asdict(prompt), shown=i in scene.shown) for i, prompt in enumerate(scene.prompts)]
     tuned = tuned_students.read({student.name: student.folder for student in students})
     result = assembly.assemble(recipe, stage, prompts, records, base.device, curves, tuned, scene.instruments.networks)
     processes.by_first(write_report, result, folder)
     progress.console.print(tables.table(result))
-    texts = [result["headline"]["text"], *map(tuned_students.sentence, result["tuned"])]
+    texts = [result.headline.text, *map(tuned_students.sentence, result.tuned)]
     progress.console.print(Text("\n".join([*texts, str((folder / "report.html").resolve())])), soft_wrap=True)
 
 
-def write_report(result: dict, folder: Path) -> None:
+def write_report(result: report_types.Report, folder: Path) -> None:
     assembly.write(result, folder)
     page.write(result, folder)
 
@@ -166,13 +167,13 @@ def is_measured(stage: Evaluate, scene: Scene, store: RowStore, row: Row, studen
 
 def finish_row(scene: Scene, store: RowStore, row: Row, student: Path | None) -> None:
     """Keep the record of a row whose batches are all there for other evaluations, and write it: it is then done."""
-    record = made(scene, row)
+    record = made(scene, row).as_json()
     store.keep(row, student, record, scene.folder)
     write_json(record_path(scene.folder, row), record)
     remove(batch_folder(scene, row))
 
 
-def made(scene: Scene, row: Row) -> dict:
+def made(scene: Scene, row: Row) -> report_types.Row:
     """The record of `row`, by the readings of its batches."""
     parts = [read_tensors(batch_path(scene, row, batch)) for batch in scene.batches()]
     readings = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
