@@ -30,7 +30,7 @@ PROMPTS = [
     ("树", "zh"),
 ]
 PICTURES = 2  # of each prompt
-DESCRIPTION = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
+DESCRIPTION = {"num_segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
 MEAN, DEVIATION = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]  # of CLIP's pictures
 
 
@@ -83,7 +83,7 @@ def write_tuned(root: Path, base: Base) -> None:
 
 def manifest(name: str, root: Path) -> dict:
     """What the pipeline would have said of a distill stage on a store of eight trajectories, ten steps of four."""
-    stages = [runs.trajectories(str(root / "prompts.jsonl")), runs.distill(segments=[8, 1], num_steps=[6, 4])]
+    stages = [runs.trajectories(str(root / "prompts.jsonl")), runs.distill(num_segments=[8, 1], num_steps=[6, 4])]
     made = runs.recipe(root / "teacher", root, stages, name=name).model_dump(mode="json")
     parents = {"trajectories": "trajectories-0123456789abcdef"}
     return {"kind": "distill", "recipe": made, "stage": made["stages"][1], "parents": parents}
@@ -149,7 +149,7 @@ def recipe(place: Path, runs: Path, seed: int = 3, **settings) -> Recipe:
     stage = {
         "prompts": str(place / "prompts.jsonl"),
         "num_prompts": len(PROMPTS),
-        "num_steps": [1, 2, 4],
+        "sampling_steps": [1, 2, 4],
         "teacher_steps": [2, 3],
         "teacher_solvers": ["ddim", "unipc"],
         "also": [str(place / "other")],

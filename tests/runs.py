@@ -56,13 +56,13 @@ def write_images(folder: Path) -> str:
 
 
 def trajectories(prompts: str, **changes: Any) -> Trajectories:
-    settings = {"num_trajectories": 6, "num_held_out": 2, "num_steps": 8, "batch_size": 4, "shard_size": 4}
+    settings = {"num_trajectories": 6, "num_held_out": 2, "solver_steps": 8, "batch_size": 4, "shard_size": 4}
     return Trajectories(prompts=prompts, **(settings | changes))
 
 
 def distill(**changes: Any) -> Distill:
     settings = {
-        "segments": [8, 4, 2, 1],
+        "num_segments": [8, 4, 2, 1],
         "batch_size": 4,
         "num_steps": 2,
         "log_every": 1,
@@ -82,9 +82,9 @@ def recipe(teacher: Path, folder: Path, stages: list, family: str = "sdxl", **ch
 def whole(teacher: Path, folder: Path, family: str = "sdxl", **changes: Any) -> Recipe:
     """Trajectories, distillation and evaluation."""
     prompts = write_prompts(folder)
-    evaluate = Evaluate(prompts=prompts, num_prompts=4, num_steps=[1, 2], teacher_steps=[3, 4], batch_size=4)
+    evaluate = Evaluate(prompts=prompts, num_prompts=4, sampling_steps=[1, 2], teacher_steps=[3, 4], batch_size=4)
     stages = [trajectories(prompts), distill(**changes), evaluate]
-    samples = Samples(prompts=["a cat", "熊猫"], num_steps=[1, 2])
+    samples = Samples(prompts=["a cat", "熊猫"], sampling_steps=[1, 2])
     return recipe(teacher, folder, stages, family, samples=samples)
 
 
@@ -119,10 +119,10 @@ def of_kinds(teacher: Path, folder: Path, kinds: tuple[str, ...]) -> Recipe:
     stages = {
         "train_teacher": TrainTeacher(images=write_images(folder), num_steps=3, batch_size=2, save_every=1),
         "trajectories": trajectories(prompts, batch_size=2, shard_size=2),
-        "distill": distill(segments=[2, 1], adapter={"kind": "full"}, target="consistency", target_ema=0.9),
+        "distill": distill(num_segments=[2, 1], adapter={"kind": "full"}, target="consistency", target_ema=0.9),
         **{kind: tuning(kind, prompts, num_steps=3) for kind in TUNING},
         "evaluate": Evaluate(
-            prompts=prompts, num_prompts=4, num_steps=[1], gammas=[0.0], teacher_steps=[2], batch_size=2
+            prompts=prompts, num_prompts=4, sampling_steps=[1], gammas=[0.0], teacher_steps=[2], batch_size=2
         ),
     }
     return recipe(teacher, folder, [stages[kind] for kind in kinds])

@@ -59,7 +59,7 @@ def entries(stage: Evaluate, parents: dict[str, Path], base: Base) -> list[Entry
             if described[key] != expected:
                 raise ValueError(f"{folder}: the student's {key} is {described[key]}, the teacher's {expected}")
         cost = training_cost.of_student(folder)
-        shape = (described["segments"], described["conditioned"])
+        shape = (described["num_segments"], described["conditioned"])
         own = own_gamma(folder)
         beside = [gamma for one, (distilled, gamma) in tuned.items() if name == one or is_student_of(folder, distilled)]
         gammas = [own] if training_cost.is_snapshot(folder) else [*stage.gammas, *beside]
@@ -107,7 +107,7 @@ def teacher_rows(stage: Evaluate, guidance_scale: float) -> list[Row]:
         for n in dict.fromkeys(reversed(stage.teacher_steps))
     ]
     for solver in stage.teacher_solvers:
-        for n in stage.num_steps:
+        for n in stage.sampling_steps:
             at = ("undistilled", "teacher")
             if guided and n % 2 == 0:
                 label = f"{LABELS[solver]}, guided"
@@ -126,7 +126,7 @@ def student_rows(stage: Evaluate, index: int, student: Entry) -> list[Row]:
     num_segments = 1 if student.conditioned else student.num_segments
     for gamma in student.gammas:
         for grid in sorted(stage.grids):  # milestones, paper
-            for n in stage.num_steps:
+            for n in stage.sampling_steps:
                 times = tuple(paper_times(n) if grid == "paper" else sampling_times(n, num_segments))
                 rows.setdefault(
                     (times, gamma if n > 1 else None),

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from ..cost.evaluations import network_evaluations, whole_evaluations
 from ..recipe import Distill, Recipe, Stage
+from ..recipe.renamed import renewed, renewed_stage
 from ..storage.files import read_json
 
 
@@ -42,7 +43,7 @@ def of_student(folder: Path) -> TrainingCost:
     snapshot = is_snapshot(folder)
     stage = folder.parent.parent if snapshot else folder.parent
     manifest = read_json(stage / "manifest.json", recipe=dict, stage=dict, parents=dict)
-    recipe = Recipe.model_validate(manifest["recipe"])
+    recipe = Recipe.model_validate(renewed(manifest["recipe"]))
     num_phases = int(folder.name.split("-")[1]) + 1 if snapshot else None
     return of_stage(recipe, _position(recipe, manifest), num_phases)
 
@@ -76,6 +77,6 @@ def of_stage(recipe: Recipe, position: int, num_phases: int | None = None) -> Tr
 
 def _position(recipe: Recipe, manifest: dict) -> int:
     """Which of the recipe's stages the manifest is of; of equal ones the first starts from no other, the last does."""
-    stage: Stage = TypeAdapter(Stage).validate_python(manifest["stage"])
+    stage: Stage = TypeAdapter(Stage).validate_python(renewed_stage(manifest["stage"]))
     places = [i for i, one in enumerate(recipe.stages) if one == stage]
     return places[-1 if "distill" in manifest["parents"] else 0]

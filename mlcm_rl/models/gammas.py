@@ -31,4 +31,4 @@ def own_gamma(folder: Path) -> float:
 def suited_gamma(folder: Path) -> float:
     """The gamma that suits the student in `folder`, by what it says of itself."""
     described = describe(folder)
-    return default_gamma(described["segments"], described["conditioned"])
+    return default_gamma(described["num_segments"], described["conditioned"])

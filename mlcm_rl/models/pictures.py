@@ -74,7 +74,7 @@ def sample_grid(
     """The recipe's fixed prompts (rows) at its numbers of steps (columns), from the same noise in every column."""
     conditioning = base.encode_prompts(samples.prompts)
     columns = []
-    for num_steps in samples.num_steps:
+    for num_steps in samples.sampling_steps:
         times = sampling_times(num_steps, 1 if conditioned else num_segments)
         seeds = [generator(seed, "samples", i) for i in range(len(samples.prompts))]
         noise = base.noise(seeds, len(seeds))

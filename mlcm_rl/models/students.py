@@ -118,9 +118,9 @@ def save_student(denoiser: ModelMixin, folder: Path | str, description: dict[str
     """Write a student's folder in one rename, replacing an older one.
 
     `description` goes into student.json with what the denoiser itself says ("adapter", "conditioned"); it must name
-    "segments" (K of the last phase), "family" and "prediction_type". Raises ValueError where it does not.
+    "num_segments" (K of the last phase), "family" and "prediction_type". Raises ValueError where it does not.
     """
-    missing = {"segments", "family", "prediction_type"} - set(description)
+    missing = {"num_segments", "family", "prediction_type"} - set(description)
     if missing:
         raise ValueError(f"a student's description lacks {', '.join(sorted(missing))}")
     settings = _lora_settings(denoiser)
@@ -170,7 +170,7 @@ def load_student(base: Base, folder: Path | str) -> Student:
             raise ValueError(f"{folder}: the student's {name} is {described[name]}, the teacher's {expected}")
     denoiser = _load_denoiser(base, folder, described)
     tuned, budgets = "preference" in described, tuple(sorted(set(described["budgets"])))
-    return Student(denoiser, described["segments"], described["conditioned"], folder, tuned, budgets)
+    return Student(denoiser, described["num_segments"], described["conditioned"], folder, tuned, budgets)
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -181,9 +181,11 @@ def describe(folder: Path) -> dict[str, Any]:
     file = folder / DESCRIPTION_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no student: no {DESCRIPTION_FILE}; name a finished student's folder")
-    described = read_json(file, family=str, prediction_type=str, segments=int, conditioned=bool, adapter=dict)
-    if not 1 <= described["segments"] <= NUM_SEGMENTS:
-        raise CheckpointError(f"{file}: segments must be 1 to {NUM_SEGMENTS}, is {described['segments']}")
+    described = read_json(file, family=str, prediction_type=str, conditioned=bool, adapter=dict)
+    num_segments = described.setdefault("num_segments", described.pop("segments", None))  # its name in older folders
+    if type(num_segments) is not int or not 1 <= num_segments <= NUM_SEGMENTS:
+        message = f"num_segments must be a whole number from 1 to {NUM_SEGMENTS}, is {reprlib.repr(num_segments)}"
+        raise CheckpointError(f"{file}: {message}")
     tuned_steps = described.get("tuned_steps", 0)  # older folders do not say
     if type(tuned_steps) is not int or tuned_steps < 0:
         raise CheckpointError(f"{file}: tuned_steps must be a whole number from 0, is {reprlib.repr(tuned_steps)}")

@@ -18,6 +18,7 @@ from typing import Any
 from ..models.teachers import teacher_hash
 from ..recipe import Recipe, Stage, Strict
 from ..recipe.reads import Reads, named_by
+from ..recipe.renamed import under_first_names
 from ..rewards.source import source_hashes
 from ..storage.files import read_json
 from ..storage.hashing import contents_hash, folder_hash, sha256
@@ -57,7 +58,7 @@ def identity(stage: Stage, recipe: Recipe, parents: dict[str, str]) -> dict:
         "format": FORMAT,
         "kind": stage.kind,
         "maths": maths_number(stage),
-        "stage": as_written(settings(stage), recipe) | read,  # by content, not by name
+        "stage": as_written(under_first_names(stage.kind, settings(stage)), recipe) | read,  # by content, not by name
         **as_written(reward_files(stage), recipe),
         **reward_sources(stage),
         "teacher": settings(recipe.teacher) | {"path": teacher_hash(recipe.teacher)},

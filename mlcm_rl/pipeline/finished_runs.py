@@ -189,7 +189,7 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
         raise RunError(
             f"the recipe of {run_folder} has no evaluate stage to take prompts from; add one and run it again"
         )
-    changes = {"num_prompts": num_prompts, "num_steps": num_steps, "students": "last"}
+    changes = {"num_prompts": num_prompts, "sampling_steps": num_steps, "students": "last"}
     refuse_lost(folder, recipe, stages[-1].prompts)
     stage = stages[-1].model_copy(update={name: value for name, value in changes.items() if value is not None})
     if num_prompts is not None:
@@ -219,8 +219,8 @@ def export(run_folder: Path, out: Path) -> Path:
     snapshots = {}
     for path in sorted((folder / "snapshots").glob("phase-*")):
         described = students.describe(path)
-        if not described["conditioned"] and described["segments"] > 1:
-            snapshots[described["segments"]] = path
+        if not described["conditioned"] and described["num_segments"] > 1:
+            snapshots[described["num_segments"]] = path
     table, languages = _measured(run_folder)
     return write_export(folder / "student", base, out, table, snapshots, own_gamma(folder / "student"), languages)
 

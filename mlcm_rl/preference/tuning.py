@@ -105,7 +105,7 @@ def load(stage: Tuning, base: Base, start: Path, seed: int) -> Student:
     for tiles or a small decoder that do not fit the teacher.
     """
     described = students.describe(start)
-    conditioned, num_segments = described["conditioned"], described["segments"]
+    conditioned, num_segments = described["conditioned"], described["num_segments"]
     gamma = types.default_gamma(num_segments, conditioned) if stage.gamma is None else stage.gamma
     if gamma == 0.0 and stage.needs_random_steps:
         raise ValueError(

@@ -19,8 +19,8 @@ MOMENTS_BYTES = 12  # a trained float32 weight and its two moments, in a checkpo
 NumSegments = Literal[8, 4, 2, 1]
 # What a distill stage is that leaves its form open: the one that the study found best. It leaves it open where it names
 # none of OWN_FORM, no list of phases, and nothing but OPEN of what is not for this form.
-RECOMMENDED = {"condition_on_target": True, "segments": [1], "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"}
-OWN_FORM = ("condition_on_target", "segments", "budgets")
+RECOMMENDED = {"condition_on_target": True, "num_segments": [1], "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"}
+OWN_FORM = ("condition_on_target", "num_segments", "budgets")
 PER_PHASE = ("num_steps", "learning_rate", "target", "pair", "space", "distance", "optimizer_state")
 OPEN = {"method": "segments", "source": "trajectories", "target": "trajectory", "space": "z"}
 
@@ -45,7 +45,7 @@ class Distill(Training):
         None, description="prompt file, for source: online and for inter_segment on samples"
     )
     adapter: Lora | Full = Field(default_factory=Lora, discriminator="kind")
-    segments: list[NumSegments] = Field(
+    num_segments: list[NumSegments] = Field(
         [8, 4, 2, 1], min_length=1, max_length=10, description="of each phase; [1] where the form is left open"
     )
     num_steps: PositiveInt | list[PositiveInt] = Field(description="optimiser steps of each phase")
@@ -99,16 +99,22 @@ class Distill(Training):
     def _phases_agree(self):
         for name in PER_PHASE:
             value = getattr(self, name)
-            if isinstance(value, list) and len(value) != len(self.segments):
-                raise ValueError(f"{name} has {len(value)} entries for {len(self.segments)} phases ({self.segments})")
-        if list(self.segments) != sorted(self.segments, reverse=True):
-            raise ValueError(f"segments {self.segments} must not increase: phases merge segments")
-        if self.method == "inter_segment" and list(self.segments) != [1]:
-            raise ValueError("method: inter_segment is consistency over the whole time axis, so segments must be [1]")
+            if isinstance(value, list) and len(value) != len(self.num_segments):
+                raise ValueError(
+                    f"{name} has {len(value)} entries for {len(self.num_segments)} phases ({self.num_segments})"
+                )
+        if list(self.num_segments) != sorted(self.num_segments, reverse=True):
+            raise ValueError(f"num_segments {self.num_segments} must not increase: phases merge segments")
+        if self.method == "inter_segment" and list(self.num_segments) != [1]:
+            raise ValueError(
+                "method: inter_segment is consistency over the whole time axis, so num_segments must be [1]"
+            )
         if self.method == "inter_segment" and self.renoise == "student" and self.prompts is None:
             raise ValueError("renoise: student needs prompts: a prompt file")
-        if self.budgets and not (self.condition_on_target and list(self.segments) == [1]):
-            raise ValueError("budgets are jumps across segments: they need condition_on_target: true and segments: [1]")
+        if self.budgets and not (self.condition_on_target and list(self.num_segments) == [1]):
+            raise ValueError(
+                "budgets are jumps across segments: they need condition_on_target: true and num_segments: [1]"
+            )
         if self.budgets and (self.source != "trajectories" or "consistency" in self.per_phase("target")):
             raise ValueError("budgets are jumps between stored states: they need those, and target: trajectory")
         pairs = zip(self.per_phase("space"), self.per_phase("distance"), strict=True)
@@ -137,17 +143,17 @@ class Distill(Training):
     @property
     def default_gamma(self) -> float:
         """The sampler's gamma that suits the finished student."""
-        return default_gamma(self.segments[-1], self.condition_on_target)
+        return default_gamma(self.num_segments[-1], self.condition_on_target)
 
     def per_phase(self, name: str) -> list:
         """The value of `name` for each phase."""
         value = getattr(self, name)
-        return list(value) if isinstance(value, list) else [value] * len(self.segments)
+        return list(value) if isinstance(value, list) else [value] * len(self.num_segments)
 
     def until(self, num_phases: int | None) -> "Distill":
         """Return the stage that ends after its first `num_phases` phases."""
         lists = {name: self.per_phase(name)[:num_phases] for name in PER_PHASE}
-        return self.model_copy(update={"segments": self.segments[:num_phases], **lists})
+        return self.model_copy(update={"num_segments": self.num_segments[:num_phases], **lists})
 
     @property
     def steps_per_phase(self) -> list[int]:
@@ -205,4 +211,4 @@ class Distill(Training):
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
         """Return the bytes of the student, of its snapshots and of checkpoints."""
-        return values.trained * (4 * (1 + len(self.segments)) + self.keep_checkpoints * MOMENTS_BYTES)
+        return values.trained * (4 * (1 + len(self.num_segments)) + self.keep_checkpoints * MOMENTS_BYTES)

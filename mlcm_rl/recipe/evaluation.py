@@ -25,7 +25,7 @@ class Evaluate(OneStage):
     kind: Literal["evaluate"] = "evaluate"
     prompts: Annotated[str, PROMPTS] = Field(description="prompt file, disjoint from the one distilled on")
     num_prompts: PositiveInt = 64
-    num_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 3, 4, 6, 8], min_length=1)
+    sampling_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 3, 4, 6, 8], min_length=1)
     gammas: list[Fraction] = Field(
         [0.0, 1.0],
         description="of every student; a tuned one, and what it is compared with, at its own too; a snapshot of an "
@@ -116,7 +116,7 @@ class Evaluate(OneStage):
         """Return the evaluations that a picture takes, of the references' rows and of the undistilled teacher's."""
         guided = recipe.teacher.evaluations
         references = [guided * n for n in self.teacher_steps]
-        undistilled = [n for n in self.num_steps for _ in range(2 if guided == 2 and n % 2 == 0 else 1)]
+        undistilled = [n for n in self.sampling_steps for _ in range(2 if guided == 2 and n % 2 == 0 else 1)]
         return references + undistilled * len(self.teacher_solvers)
 
     def rows_of_students(self, recipe: "Recipe") -> list[int]:
@@ -130,9 +130,9 @@ class Evaluate(OneStage):
         at_own_gamma = len(unlisted) + len(set(unlisted))  # tuned ones, and the distilled one beside them
         distilled = [one for one in recipe.stages if isinstance(one, Distill)]
         if self.students == "snapshots" and distilled:
-            at_own_gamma += len(distilled[-1].segments) - 1
+            at_own_gamma += len(distilled[-1].num_segments) - 1
         num_rows = len(self.gammas) * len(self.grids) * num_students + len(self.grids) * at_own_gamma
-        return self.num_steps * num_rows
+        return self.sampling_steps * num_rows
 
     def networks(self, distilled: Lora | Full) -> Networks:
         """Return the student's, the teacher's and those that measure."""

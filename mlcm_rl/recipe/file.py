@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..storage.untrusted import read_bytes, regular
-from . import errors, reward_package, teacher_check
+from . import errors, renamed, reward_package, teacher_check
 from .distill import Distill
 from .evaluation import Evaluate
 from .experiment import Recipe, missing_trackers
@@ -40,14 +40,18 @@ def load(
 ) -> Recipe:
     """The recipe in a YAML file, with settings of the command line (`stages.1.learning_rate=1e-4`) put over it.
 
-    Its paths are as this process sees them (`paths.py`); those that may be meant otherwise are told, a line each. With
+    Its paths are as this process sees them (`paths.py`). A path that may mean another file, and a key under an old
+    name, is reported by `tell`, a line each. With
     `root`, the working directory, a recipe of the right types is put to `check` too. Raises RecipeError, which carries
     every error at once.
     """
     tree, problems = read(Path(path))
+    tree, warnings, twice = renamed.renew_tree(tree, str(path))
+    problems += twice
     for text in overrides:
         try:
-            tree = override(tree, text, str(path))
+            tree, more, _ = renamed.renew_tree(override(tree, text, str(path)), str(path))
+            warnings += more
         except RecipeError as error:
             problems += error.problems
     try:
@@ -63,8 +67,8 @@ def load(
     if problems:
         raise RecipeError(problems)
     recipe, notes = resolved(recipe, folders)
-    for note in notes:
-        tell(f"{path}: {note}")
+    for note in (*warnings, *(f"{path}: {note}" for note in notes)):
+        tell(note)
     return recipe
 
 

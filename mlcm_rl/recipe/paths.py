@@ -20,6 +20,7 @@ from .evaluation import Evaluate
 from .experiment import Recipe, Stage
 from .preference import Tuning
 from .reads import read_by
+from .renamed import renewed
 from .tree import Key, key_text
 from .types import Reward
 
@@ -90,7 +91,7 @@ def recorded(described: dict[str, Any], folder: Path) -> Recipe:
 
     What is not there any more is left as it stands. Raises pydantic's ValidationError for another version's recipe.
     """
-    recipe = Recipe.model_validate(described["recipe"])
+    recipe = Recipe.model_validate(renewed(described["recipe"]))
     working = _working_directory(recipe, described, folder.resolve())
 
     def seen(key: Key, text: str) -> str:

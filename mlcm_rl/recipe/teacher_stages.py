@@ -70,7 +70,7 @@ class Trajectories(OneStage):
     prompts: Annotated[str, PROMPTS] = Field(description=".txt (one a line) or .jsonl ({prompt, language, ...}) file")
     num_trajectories: int = Field(gt=0, le=10_000_000)
     num_held_out: int = Field(0, ge=0, le=10_000_000, description="trajectories after those, for the held-out loss")
-    num_steps: int = Field(48, ge=8, le=992, description="solver steps: 8 segments of 6")
+    solver_steps: int = Field(48, ge=8, le=992, description="solver steps: 8 segments of 6")
     batch_size: int = presentation(
         16, gt=0, le=65_536, description="solved at a time; another number moves the states in their last bits"
     )
@@ -79,8 +79,8 @@ class Trajectories(OneStage):
 
     @model_validator(mode="after")
     def _steps_hold_milestones(self):
-        if self.num_steps % 8:
-            raise ValueError(f"num_steps {self.num_steps} must be a multiple of 8: milestones lie on the grid")
+        if self.solver_steps % 8:
+            raise ValueError(f"solver_steps {self.solver_steps} must be a multiple of 8: milestones lie on the grid")
         if (self.num_trajectories + self.num_held_out) > 1_000_000 * self.shard_size:
             raise ValueError(f"shard_size {self.shard_size} would make more than a million files: make it larger")
         return self
@@ -92,10 +92,10 @@ class Trajectories(OneStage):
 
     def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
         """Return the solver's passes."""
-        evaluations = self.num_steps * recipe.teacher.evaluations
+        evaluations = self.solver_steps * recipe.teacher.evaluations
         return [Pass("teacher", self.num_stored, evaluations, self.batch_size, in_step=False)]
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
         """Return the bytes of every state, of the last x0, and of the encoded prompt."""
-        row = (self.num_steps + 2) * values.latent + values.prompt
+        row = (self.solver_steps + 2) * values.latent + values.prompt
         return self.num_stored * row * BYTES[self.dtype]

@@ -72,7 +72,7 @@ class Samples(Strict):
     """The fixed prompts and seeds of the grids that runs leave behind."""
 
     prompts: list[str] = Field([], description="prompts of the sample grids, any language")
-    num_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 4, 8], min_length=1)
+    sampling_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 4, 8], min_length=1)
 
 
 class Lora(Strict):

@@ -67,7 +67,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
             ema_update_(average.values(), trained.values(), ema_decay(step, stage.target_ema))
 
         if rt.due(step, stage.log_every):
-            rt.log(step, phase=phase, num_segments=settings.num_segments, rate=rate, **record)
+            rt.log(step, phase=phase, num_segments=settings.num_segments, learning_rate=rate, **record)
         if isinstance(source, StoredStates) and source.store.num_held_out and rt.due(step, stage.held_out_every):
             held_out = held_out_loss(rt, stage, settings, base, student, average, source)
             rt.log(step, phase=phase, num_segments=settings.num_segments, held_out_loss=held_out)
@@ -78,14 +78,14 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
             rt.write(save_student, stage, recipe, base, settings.num_segments, snapshot)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
-    rt.write(save_student, stage, recipe, base, stage.segments[-1], folder / "student")
+    rt.write(save_student, stage, recipe, base, stage.num_segments[-1], folder / "student")
 
 
 class PhaseSettings:
     """The settings of one phase of a progressive schedule."""
 
     def __init__(self, stage: Distill, phase: int):
-        self.num_segments: int = stage.segments[phase]
+        self.num_segments: int = stage.num_segments[phase]
         self.learning_rate: float = stage.per_phase("learning_rate")[phase]
         self.target: str = stage.per_phase("target")[phase]
         self.pair: str = stage.per_phase("pair")[phase]
@@ -189,7 +189,7 @@ def save_student(
 ) -> None:
     """The student as it is now, with what a sampler and an export need to know of it."""
     description = {
-        "segments": num_segments,
+        "num_segments": num_segments,
         "budgets": stage.budgets,
         "conditioned": stage.condition_on_target,
         "family": base.family,

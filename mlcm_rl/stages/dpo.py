@@ -63,7 +63,7 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
         if rt.due(step, stage.guard.every, stage.num_steps):
             logged |= guard.look(step + 1)
         if rt.due(step, stage.log_every) or rt.due(step, stage.guard.every, stage.num_steps):
-            rt.log(step, rate=rate, **logged)
+            rt.log(step, learning_rate=rate, **logged)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
             student.save_samples(recipe, folder, step)
         if rt.stopping or rt.due(step, stage.save_every):

@@ -13,6 +13,7 @@ from ..models.base import Base
 from ..preference import tuning
 from ..preference.guard import Guard
 from ..recipe import Distill, Feedback, Recipe
+from ..recipe.renamed import renewed_stage
 from ..rewards import Combined, combine, refuse_without_gradient
 from ..storage import files
 from ..training.loop import Runtime, rate_factor, set_rate
@@ -65,7 +66,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
         if rt.due(step, stage.guard.every, stage.num_steps):
             logged |= guard.look(step + 1)
         if rt.due(step, stage.log_every) or rt.due(step, stage.guard.every, stage.num_steps):
-            rt.log(step, rate=rate, **logged)
+            rt.log(step, learning_rate=rate, **logged)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
             student.save_samples(recipe, folder, step)
         if rt.stopping or rt.due(step, stage.save_every):
@@ -170,7 +171,9 @@ def stored_states(stage: Feedback, recipe: Recipe, base: Base, parents: dict[str
     Raises CheckpointError for a store of another teacher.
     """
     manifest = files.read_json(parents["distill"] / "manifest.json", stage=dict)
-    distilled = Distill.model_validate(manifest["stage"]).model_copy(update={"batch_size": stage.batch_size})
+    distilled = Distill.model_validate(renewed_stage(manifest["stage"])).model_copy(
+        update={"batch_size": stage.batch_size}
+    )
     store = Store(parents["trajectories"], expected_of(recipe.teacher, base))
     return StoredStates(distilled, base, store, recipe.seed)
 

@@ -55,7 +55,7 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
         if rt.due(step, stage.guard.every, stage.num_steps):
             logged |= guard.look(step + 1)
         if rt.due(step, stage.log_every) or rt.due(step, stage.guard.every, stage.num_steps):
-            rt.log(step, rate=rate, **logged)
+            rt.log(step, learning_rate=rate, **logged)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
             student.save_samples(recipe, folder, step)
         if rt.stopping or rt.due(step, stage.save_every):
@@ -100,9 +100,9 @@ def loss(stage: Policy, student: tuning.Student, rollout: Rollout, scores: tunin
         log_prob = policy.gaussian_log_prob(rollout.states[step + 1], mean, std)
         old = rollout.log_probs[step]
         kl = policy.gaussian_kl(mean, rollout.reference_means[step], std) / mean[0].numel()
-        clipped = ((log_prob - old).exp() - 1.0).abs() > stage.epsilon
+        clipped = ((log_prob - old).exp() - 1.0).abs() > stage.clip_range
         scores.add({"kl": kl, "clipped": clipped.float()})
-        surrogate = policy.clipped_surrogate(log_prob, old, rollout.advantages, stage.epsilon)
+        surrogate = policy.clipped_surrogate(log_prob, old, rollout.advantages, stage.clip_range)
         values.append(surrogate + stage.beta * kl)
     return torch.stack(values).mean(0)
 

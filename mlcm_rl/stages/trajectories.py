@@ -89,10 +89,10 @@ def refuse_nonfinite(states: Tensor, x0: Tensor, texts: list[str], grid: list[in
 
 def provenance(stage: Trajectories, recipe: Recipe, base: Base) -> Provenance:
     """What the store of `stage` must say of itself. Raises ValueError where a milestone is not on the grid."""
-    grid = time_grid(stage.num_steps)
+    grid = time_grid(stage.solver_steps)
     off = set(milestones(NUM_SEGMENTS).tolist()) - set(grid)
     if off:
-        raise ValueError(f"milestones {sorted(off)} are not on the grid of {stage.num_steps} steps")
+        raise ValueError(f"milestones {sorted(off)} are not on the grid of {stage.solver_steps} steps")
     return Provenance(
         teacher_hash=teacher_hash(recipe.teacher),
         scheduler=base.schedule_record(),

@@ -84,7 +84,7 @@ def measure(name: str, num_steps: int, batch_size: int) -> dict[str, float]:
 
 def stage_of(name: str, batch_size: int) -> Distill:
     """One step of a variant."""
-    settings = {"segments": [1], "num_steps": 1, "batch_size": batch_size, "adapter": {"kind": "full"}}
+    settings = {"num_segments": [1], "num_steps": 1, "batch_size": batch_size, "adapter": {"kind": "full"}}
     return Distill(**(settings | VARIANTS[name]))
 
 

@@ -53,7 +53,7 @@ def measure(name: str, num_steps: int, batch_size: int) -> dict[str, float]:
     stage = VARIANTS[name]["kind"](batch_size=batch_size, **(SETTINGS | settings))
     base = teachers.load(TEACHER, "cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as place:
-        description = {"segments": 4, "family": base.family, "prediction_type": base.prediction_type}
+        description = {"num_segments": 4, "family": base.family, "prediction_type": base.prediction_type}
         students.save_student(students.student(base, Lora(), seed=0), Path(place) / "student", description)
         student = tuning.load(stage, base, Path(place) / "student", seed=0)
     rewards = combine(stage.rewards, base.device)

@@ -163,7 +163,7 @@ class Steps:
 
     def distil(self, adapter: Lora | Full, batch_size: int, checkpointing: bool) -> Callable[[], None]:
         """A step on stored states, as stage distill takes it."""
-        stage = Distill(adapter=adapter, segments=[1], num_steps=1, batch_size=batch_size)
+        stage = Distill(adapter=adapter, num_segments=[1], num_steps=1, batch_size=batch_size)
         student, settings = self._student(adapter, checkpointing), distill.PhaseSettings(stage, 0)
         x_t, t, conditioning = self._points(batch_size)
         batch = Batch(x_t, x_t, x_t, t, t - 20, torch.zeros_like(t), conditioning)

@@ -34,7 +34,7 @@ def escaped(text: str) -> bytes:
 @pytest.fixture
 def recipe(tiny_sdxl, tmp_path) -> Recipe:
     """Trajectories of Chinese prompts, one of them too long, a student of them, and what it is like."""
-    whole = runs.whole(tiny_sdxl, tmp_path, segments=[1], num_steps=1)
+    whole = runs.whole(tiny_sdxl, tmp_path, num_segments=[1], num_steps=1)
     Path(whole.stages[0].prompts).write_text(f"a cat\n{LONG}\n红苹果\n熊猫\n", encoding="utf-8")
     return whole
 

@@ -44,7 +44,9 @@ def folder(tmp_path) -> Path:
 def run(tiny_sdxl, tmp_path_factory) -> Path:
     """The folder of a run that has a distilled student."""
     folder = tmp_path_factory.mktemp("run")
-    recipe = runs.recipe(tiny_sdxl, folder, [runs.trajectories(runs.write_prompts(folder)), runs.distill(segments=[2])])
+    recipe = runs.recipe(
+        tiny_sdxl, folder, [runs.trajectories(runs.write_prompts(folder)), runs.distill(num_segments=[2])]
+    )
     pipeline.run(recipe)
     return Path(recipe.runs, recipe.name)
 

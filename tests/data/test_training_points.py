@@ -25,7 +25,7 @@ def base(tiny_sdxl):
 @pytest.fixture(scope="module")
 def store(tiny_sdxl, tmp_path_factory) -> Store:
     folder = tmp_path_factory.mktemp("store")
-    stage = runs.trajectories(runs.write_prompts(folder), num_steps=16)
+    stage = runs.trajectories(runs.write_prompts(folder), solver_steps=16)
     return Store(pipeline.run(runs.recipe(tiny_sdxl, folder, [stage]))[0].folder)
 
 
@@ -125,7 +125,7 @@ def test_a_pictures_caption_is_drawn_evenly_whatever_the_time_and_the_split(base
 
 
 def test_renoised_samples_go_from_milestone_to_milestone_in_p_teacher_steps(base, store):
-    stage = runs.distill(method="inter_segment", segments=[1], num_teacher_steps=3, batch_size=6)
+    stage = runs.distill(method="inter_segment", num_segments=[1], num_teacher_steps=3, batch_size=6)
     source = RenoisedSamples(stage, base, base.denoiser, store, None, seed=0)
     draw = source.draw(0, 1, "next", generator(6))
     batch = source.realise(draw)
@@ -146,7 +146,7 @@ def test_renoised_samples_go_from_milestone_to_milestone_in_p_teacher_steps(base
 @pytest.mark.parametrize("source_name", ["stored", "online", "student"])
 def test_points_do_not_depend_on_how_a_step_is_split(base, store, source_name):
     student = students.student(base, Full(), seed=0)
-    renoise = runs.distill(method="inter_segment", segments=[1], renoise="student", prompts="unused", batch_size=6)
+    renoise = runs.distill(method="inter_segment", num_segments=[1], renoise="student", prompts="unused", batch_size=6)
     source = {
         "stored": StoredStates(runs.distill(batch_size=6), base, store, 0),
         "online": OnLine(online(), base, runs.PROMPTS, 0),

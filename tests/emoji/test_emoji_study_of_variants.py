@@ -146,5 +146,5 @@ def test_every_row_is_a_recipe_whose_students_are_measured_under_the_samplers_th
     recipe = variants.recipe_of(load(variants.RECIPES / "emoji_mlcm.yaml"), name, 1, 400, 1000)
     last, evaluate = recipe.stages[-2:]
     assert last.seed == 1
-    renoised = last.segments[-1] == 1 and not last.condition_on_target
+    renoised = last.num_segments[-1] == 1 and not last.condition_on_target
     assert evaluate.gammas == ([0.0, 1.0] if renoised else [0.0])

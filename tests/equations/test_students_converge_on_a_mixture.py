@@ -140,12 +140,12 @@ def with_transfer(mutant: Callable[..., Tensor]) -> SimpleNamespace:
     ("module", "name", "mutant", "settings"),
     [
         (training_points, "segment_start", start_of_the_segment_above, {}),
-        (training_points, "segment_start", start_of_eight, {"segments": [4]}),
+        (training_points, "segment_start", start_of_eight, {"num_segments": [4]}),
         (distill, "consistency", with_transfer(no_transfer), {}),
         (distill, "consistency", with_transfer(transfer_without_anchor), {}),
         (distill, "StoredStates", one_early("r"), {}),
         (distill, "StoredStates", one_early("s"), {"target": "trajectory"}),
-        (distill, "PhaseSettings", of_the_first_phase, {"segments": [8, 4], "num_steps": [1, NUM_STEPS]}),
+        (distill, "PhaseSettings", of_the_first_phase, {"num_segments": [8, 4], "num_steps": [1, NUM_STEPS]}),
     ],
     ids=["milestone", "K", "transfer", "anchor", "state at r", "state at s", "phase"],
 )
@@ -156,11 +156,11 @@ def test_a_mistake_misses_the_bounds(line, tmp_path, monkeypatch, module, name, 
     the stored state before the pair's second point (.084, .022) or before the segment's start (.057, .014), the phase
     before (.124, .043); without the anchor training runs away (beyond 1e7).
     """
-    settings = {"segments": [8], "num_steps": NUM_STEPS, "target": "consistency", "pair": "random"} | settings
+    settings = {"num_segments": [8], "num_steps": NUM_STEPS, "target": "consistency", "pair": "random"} | settings
     with monkeypatch.context() as patched:
         patched.setattr(module, name, mutant)
         student = toy.distilled(line.start, line.store, tmp_path, **settings)[-1]
-    num_segments = settings["segments"][-1]
+    num_segments = settings["num_segments"][-1]
     print(f"{name} {mutant} K={num_segments}: {errors(student.denoiser, line, num_segments)}")
     assert not within_bounds(student.denoiser, line, num_segments)
 
@@ -176,7 +176,7 @@ def test_a_perfect_student_of_k_segments_is_exact_on_its_boundaries(line):
 
 def worst_loss(line: Line, num_segments: int, target: str, pair: str, kind: type[StoredStates] = StoredStates) -> float:
     """The largest loss in a batch that the loop would train a perfect student on."""
-    stage = Distill(segments=[num_segments], num_steps=1, target=target, pair=pair, batch_size=256)
+    stage = Distill(num_segments=[num_segments], num_steps=1, target=target, pair=pair, batch_size=256)
     settings, student = PhaseSettings(stage, 0), toy.perfect(line.teacher, num_segments)
     base, rt = toy.base_of(student), SimpleNamespace(swapped=lambda weights: nullcontext())
     source = kind(stage, base, Store(line.store), 0)
@@ -263,8 +263,8 @@ def test_each_student_is_right_with_its_own_sampler(plane, tmp_path):
 
     dedicated = {}
     for k in (8, 4, 2, 1):
-        (dedicated[k],) = plane.trained(f"K={k} trajectory", tmp_path, segments=[k], num_steps=BUDGET)
-    skips = {"segments": [1], "num_steps": BUDGET, "target": "consistency"}
+        (dedicated[k],) = plane.trained(f"K={k} trajectory", tmp_path, num_segments=[k], num_steps=BUDGET)
+    skips = {"num_segments": [1], "num_steps": BUDGET, "target": "consistency"}
     (random_skip,) = plane.trained("random skip", tmp_path, pair="random", **skips)
     (one_step,) = plane.trained("one grid step", tmp_path, **skips)
 
@@ -274,7 +274,7 @@ def test_each_student_is_right_with_its_own_sampler(plane, tmp_path):
         snapshots |= {(target, k): row for k, row in zip((8, 4, 2, 1), rows, strict=True)}
         final[target] = rows[-1]
 
-    conditioned = {"segments": [1], "condition_on_target": True, "distance": "huber"}
+    conditioned = {"num_segments": [1], "condition_on_target": True, "distance": "huber"}
     (told,) = plane.trained("told its target", tmp_path, num_steps=BUDGET, **conditioned)
 
     assert ideal.error[1] < 1e-3  # a perfect map of one segment ...

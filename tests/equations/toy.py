@@ -172,7 +172,7 @@ def held_out(store: Path) -> Tensor:
 def distilled(start: Network, store: Path, folder: Path, **settings: object) -> list[Student]:
     """The stage `distill`, run in `folder` with the `settings` of a recipe: the student after each phase."""
     usual = {"adapter": {"kind": "full"}, "batch_size": 64, "learning_rate": 1e-3, "optimizer_state": "reset"}
-    usual |= {"segments": [8, 4, 2, 1]}
+    usual |= {"num_segments": [8, 4, 2, 1]}
     quiet = {"log_every": 500, "save_every": 10**6, "sample_every": 10**6, "held_out_every": 10**6}
     stage = Distill(**(usual | quiet | settings))
     with standing_in(start):

@@ -46,7 +46,7 @@ def overrides(place, networks, runs, **more):
         "stages.0.prompts": place / "prompts.jsonl",
         "stages.0.num_prompts": len(PROMPTS),
         "stages.0.also": f"[{place / 'other'}]",
-        "stages.0.num_steps": "[2, 4]",
+        "stages.0.sampling_steps": "[2, 4]",
         "stages.0.teacher_steps": "[3]",
         "stages.0.inception": networks / "inception.safetensors",
         "stages.0.real_images": networks / "real",
@@ -190,7 +190,7 @@ def test_the_protocol_runs_with_inception_itself(place, networks, tmp_path):
     write_tensors(tmp_path / "inception.safetensors", random_weights(structure))
     small = {
         "stages.0.inception": tmp_path / "inception.safetensors",
-        "stages.0.num_steps": "[1]",
+        "stages.0.sampling_steps": "[1]",
         "stages.0.teacher_steps": "[1]",
         "stages.0.num_prompts": 4,
     }

@@ -33,7 +33,7 @@ def test_the_reference_comes_first_and_costs_two_evaluations_a_guided_step():
 
 def test_the_undistilled_teacher_has_a_row_at_every_students_cost():
     solvers = ["ddim", "dpmpp", "unipc"]
-    rows = teacher_rows(stage(num_steps=[1, 2, 3, 4], teacher_solvers=solvers), 8.0)[2:]
+    rows = teacher_rows(stage(sampling_steps=[1, 2, 3, 4], teacher_solvers=solvers), 8.0)[2:]
     for solver in solvers:
         costs = [(row.num_evaluations, row.num_steps, row.guidance_scale) for row in rows if row.solver == solver]
         assert costs == [(1, 1, 1.0), (2, 1, 8.0), (2, 2, 1.0), (3, 3, 1.0), (4, 2, 8.0), (4, 4, 1.0)]
@@ -44,7 +44,7 @@ def test_an_unguided_teacher_has_no_guided_rows():
 
 
 def test_a_student_is_measured_at_every_sampler_that_makes_other_pictures():
-    rows = student_rows(stage(num_steps=[1, 2, 4], grids=["milestones", "paper"]), 0, student(1))
+    rows = student_rows(stage(sampling_steps=[1, 2, 4], grids=["milestones", "paper"]), 0, student(1))
     keys = [(row.num_steps, row.gamma, row.grid) for row in rows]
     # One step has no gamma; at one and two steps the grids agree. A student of one segment re-noises by default.
     assert keys == [
@@ -63,11 +63,11 @@ def test_a_student_is_measured_at_every_sampler_that_makes_other_pictures():
 
 
 def test_a_student_of_more_segments_lands_on_its_boundaries_and_goes_straight_by_default():
-    rows = student_rows(stage(num_steps=[3, 6]), 0, student(2))
+    rows = student_rows(stage(sampling_steps=[3, 6]), 0, student(2))
     assert all(499 in row.times for row in rows)
     assert [row.gamma for row in rows if row.default] == [0.0, 0.0]
-    even = student_rows(stage(num_steps=[3]), 0, student(8, conditioned=True))
-    assert even[0].times == student_rows(stage(num_steps=[3]), 0, student(1))[0].times
+    even = student_rows(stage(sampling_steps=[3]), 0, student(8, conditioned=True))
+    assert even[0].times == student_rows(stage(sampling_steps=[3]), 0, student(1))[0].times
     assert even[0].default
     assert even[0].gamma == 0.0
 
@@ -78,14 +78,14 @@ def write_stage(folder, kind, gamma=None):
     described = {
         "family": "sdxl",
         "prediction_type": "epsilon",
-        "segments": 2,
+        "num_segments": 2,
         "conditioned": False,
         "adapter": adapter,
     }
     (folder / "student").mkdir(parents=True)
     (folder / "student" / "student.json").write_text(json.dumps(described))
-    settings = runs.tuning(kind, "p.txt", gamma=gamma) if kind in runs.TUNING else runs.distill(segments=[2])
-    stages = [runs.trajectories("p.txt"), runs.distill(segments=[2])]
+    settings = runs.tuning(kind, "p.txt", gamma=gamma) if kind in runs.TUNING else runs.distill(num_segments=[2])
+    stages = [runs.trajectories("p.txt"), runs.distill(num_segments=[2])]
     recipe = runs.recipe(folder, folder, stages if kind == "distill" else [*stages, settings])
     parents = {"distill": "distill"} if kind in runs.TUNING else {}
     manifest = {"kind": kind, "stage": settings.model_dump(), "recipe": recipe.model_dump(), "parents": parents}
@@ -101,7 +101,7 @@ def test_a_tuned_student_is_measured_at_the_gamma_it_was_tuned_under_and_so_is_w
     parents = {kind: write_stage(tmp_path / kind, kind, value) for kind, value in kinds.items()}
     other = write_stage(tmp_path / "other", "distill")
     base = SimpleNamespace(family="sdxl", prediction_type="epsilon")
-    asked = stage(num_steps=[1, 2], gammas=[0.0], also=[str(other)])
+    asked = stage(sampling_steps=[1, 2], gammas=[0.0], also=[str(other)])
     distilled, tuned, another = entries(asked, parents, base)
     assert (distilled.own_gamma, tuned.own_gamma, another.own_gamma) == (0.0, own, 0.0)
     assert [own_gamma(folder / "student") for folder in (*parents.values(), other)] == [0.0, own, 0.0]
@@ -118,7 +118,7 @@ def test_a_snapshot_is_measured_at_its_own_gamma_and_the_student_at_all_that_are
     distilled = write_stage(tmp_path / "distill", "distill")
     shutil.copytree(distilled / "student", distilled / "snapshots" / "phase-0-K2")
     shutil.copytree(distilled / "student", distilled / "snapshots" / "phase-1-K2")  # the last, which is the student
-    asked = stage(num_steps=[2, 4], gammas=[0.3, 1.0], students="snapshots")
+    asked = stage(sampling_steps=[2, 4], gammas=[0.3, 1.0], students="snapshots")
     finished, snapshot = entries(
         asked, {"distill": distilled}, SimpleNamespace(family="sdxl", prediction_type="epsilon")
     )
@@ -133,8 +133,8 @@ def test_a_snapshot_is_measured_at_its_own_gamma_and_the_student_at_all_that_are
 
 def test_a_plan_counts_the_snapshots_of_the_recipes_phases():
     def planned(students):
-        asked = stage(num_steps=[2, 4], teacher_steps=[2], gammas=[0.0, 1.0], students=students)
-        stages = [runs.distill(segments=[8, 4, 1]), asked]
+        asked = stage(sampling_steps=[2, 4], teacher_steps=[2], gammas=[0.0, 1.0], students=students)
+        stages = [runs.distill(num_segments=[8, 4, 1]), asked]
         return sum(asked.evaluations_per_row(runs.recipe(Path("teacher"), Path("runs"), stages)))
 
     assert planned("snapshots") == planned("last") + 2 * (2 + 4)
@@ -142,8 +142,8 @@ def test_a_plan_counts_the_snapshots_of_the_recipes_phases():
 
 def test_a_plan_counts_the_rows_at_a_tuned_students_own_gamma():
     def planned(gamma):
-        asked = stage(num_steps=[2, 4], teacher_steps=[2], gammas=[0.0])
-        stages = [runs.distill(segments=[2]), runs.tuning("feedback", "p.txt", gamma=gamma), asked]
+        asked = stage(sampling_steps=[2, 4], teacher_steps=[2], gammas=[0.0])
+        stages = [runs.distill(num_segments=[2]), runs.tuning("feedback", "p.txt", gamma=gamma), asked]
         return sum(asked.evaluations_per_row(runs.recipe(Path("teacher"), Path("runs"), stages)))
 
     assert planned(None) == planned(0.0)

@@ -10,7 +10,7 @@ from mlcm_rl.evaluation import training_cost
 from mlcm_rl.evaluation.training_cost import TrainingCost, of_stage
 from mlcm_rl.recipe import Feedback, Policy
 
-STORE = {"num_trajectories": 100, "num_held_out": 10, "num_steps": 48}
+STORE = {"num_trajectories": 100, "num_held_out": 10, "solver_steps": 48}
 
 
 def recipe(folder, *stages, guidance_scale=8.0):
@@ -38,12 +38,12 @@ def write(folder, made, position, **parents):
         ({"target": "consistency"}, 96 * 110 / 160, 2),
         ({"source": "online", "prompts": "p.txt", "target": "consistency"}, 11, 2),  # Algorithm 1
         ({"source": "data", "images": "pictures", "target": "consistency"}, 2, 2),  # LCM
-        ({"method": "inter_segment", "segments": [1]}, 96 * 110 / 160 + 6, 2),
-        ({"method": "inter_segment", "segments": [1], "renoise": "student", "prompts": "p.txt"}, 6, 2 + 4),
+        ({"method": "inter_segment", "num_segments": [1]}, 96 * 110 / 160 + 6, 2),
+        ({"method": "inter_segment", "num_segments": [1], "renoise": "student", "prompts": "p.txt"}, 6, 2 + 4),
     ],
 )
 def test_a_sample_costs_what_its_source_says(tmp_path, settings, teacher_a_sample, student_a_sample):
-    stage = runs.distill(**({"segments": [1], "num_steps": 40, "batch_size": 4} | settings))
+    stage = runs.distill(**({"num_segments": [1], "num_steps": 40, "batch_size": 4} | settings))
     cost = of_stage(recipe(tmp_path, store(), stage), 1).record()
     assert cost["samples"] == 160
     assert cost["teacher_per_sample"] == pytest.approx(teacher_a_sample)
@@ -52,13 +52,13 @@ def test_a_sample_costs_what_its_source_says(tmp_path, settings, teacher_a_sampl
 
 
 def test_an_unguided_teacher_costs_half(tmp_path):
-    stages = [store(), runs.distill(segments=[1], num_steps=40, batch_size=4)]
+    stages = [store(), runs.distill(num_segments=[1], num_steps=40, batch_size=4)]
     assert of_stage(recipe(tmp_path, *stages, guidance_scale=1.0), 1).store == 48 * 110
 
 
 def test_a_chain_of_stages_is_summed_and_its_store_counted_once(tmp_path):
-    first = runs.distill(segments=[8, 1], num_steps=[30, 10], batch_size=4, target=["trajectory", "consistency"])
-    second = runs.distill(method="inter_segment", segments=[1], num_steps=5, batch_size=8)
+    first = runs.distill(num_segments=[8, 1], num_steps=[30, 10], batch_size=4, target=["trajectory", "consistency"])
+    second = runs.distill(method="inter_segment", num_segments=[1], num_steps=5, batch_size=8)
     made = recipe(tmp_path, store(), first, second)
     cost = of_stage(made, 2)
     assert cost == TrainingCost(samples=160 + 40, store=96 * 110, online=40 * 6, student=120 + 2 * 40 + 2 * 40)
@@ -69,7 +69,7 @@ def test_a_chain_of_stages_is_summed_and_its_store_counted_once(tmp_path):
 def test_a_tuned_student_has_cost_its_distillation_and_its_own_steps_and_no_other_tuning(tmp_path):
     rewards = {"rewards": [{"name": "a"}], "guard": {"rewards": [{"name": "b"}]}}
     tuning = {"prompts": "p.txt", "num_steps": 5, "batch_size": 8, **rewards}
-    distill = runs.distill(segments=[1], num_steps=10, batch_size=4)
+    distill = runs.distill(num_segments=[1], num_steps=10, batch_size=4)
     made = recipe(tmp_path, store(), distill, Feedback(**tuning), Policy(**tuning))
     for position in (2, 3):
         own = network_evaluations(made.stages[position], made)
@@ -77,14 +77,14 @@ def test_a_tuned_student_has_cost_its_distillation_and_its_own_steps_and_no_othe
 
 
 def test_a_second_store_is_counted_beside_the_first(tmp_path):
-    distill = runs.distill(segments=[1], num_steps=10, batch_size=4)
-    other = runs.trajectories("others.txt", num_trajectories=1, num_held_out=0, num_steps=48)
+    distill = runs.distill(num_segments=[1], num_steps=10, batch_size=4)
+    other = runs.trajectories("others.txt", num_trajectories=1, num_held_out=0, solver_steps=48)
     assert of_stage(recipe(tmp_path, store(), distill, other, distill), 3).store == 96 * 110 + 96
 
 
 def test_a_snapshot_has_cost_the_steps_up_to_its_own(tmp_path):
-    first = runs.distill(segments=[8], num_steps=7, batch_size=4)
-    stage = runs.distill(segments=[8, 4, 1], num_steps=[10, 20, 30], batch_size=4, target="consistency")
+    first = runs.distill(num_segments=[8], num_steps=7, batch_size=4)
+    stage = runs.distill(num_segments=[8, 4, 1], num_steps=[10, 20, 30], batch_size=4, target="consistency")
     student = write(tmp_path / "stage", recipe(tmp_path, store(), first, stage), 2, distill="before")
     snapshots = [tmp_path / "stage" / "snapshots" / name for name in ("phase-0-K8", "phase-1-K4", "phase-2-K1")]
     samples = [28 + 40, 28 + 120, 28 + 240]
@@ -96,7 +96,7 @@ def test_a_snapshot_has_cost_the_steps_up_to_its_own(tmp_path):
 
 
 def test_a_stage_that_is_repeated_word_for_word_is_the_one_that_its_parents_say(tmp_path):
-    stage = runs.distill(segments=[1], num_steps=10, batch_size=4)
+    stage = runs.distill(num_segments=[1], num_steps=10, batch_size=4)
     made = recipe(tmp_path, store(), stage, stage)
     assert training_cost.of_student(write(tmp_path / "one", made, 1, trajectories="x")).samples == 40
     assert training_cost.of_student(write(tmp_path / "two", made, 2, trajectories="x", distill="one")).samples == 80

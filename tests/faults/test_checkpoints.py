@@ -162,7 +162,7 @@ def test_the_state_of_another_guard_or_normaliser_is_an_error():
 def test_a_run_goes_on_past_a_damaged_checkpoint_when_told_and_ends_with_the_same_bits(
     tiny_sdxl, tmp_path, monkeypatch
 ):
-    stages = [runs.trajectories(runs.write_prompts(tmp_path)), runs.distill(segments=[1], num_steps=4)]
+    stages = [runs.trajectories(runs.write_prompts(tmp_path)), runs.distill(num_segments=[1], num_steps=4)]
     whole = pipeline.run(runs.recipe(tiny_sdxl, tmp_path / "whole", stages))[1].folder
     recipe = runs.recipe(tiny_sdxl, tmp_path / "cut", stages)
     backward, calls = Runtime.backward, []

@@ -21,7 +21,7 @@ from mlcm_rl.storage.files import CheckpointError
 def small(teacher: Path, folder: Path):
     folder.mkdir(exist_ok=True)
     prompts = runs.write_prompts(folder)
-    stages = [runs.trajectories(prompts), runs.distill(segments=[1], adapter={"kind": "full"})]
+    stages = [runs.trajectories(prompts), runs.distill(num_segments=[1], adapter={"kind": "full"})]
     return runs.recipe(teacher, folder, stages)
 
 

@@ -86,7 +86,7 @@ def test_every_changed_or_missing_result_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_after_the_step_and_the_same_command_resumes(tiny_sdxl, tmp_path, monkeypatch, number):
     prompts = runs.write_prompts(tmp_path)
-    stages = [runs.trajectories(prompts), runs.distill(segments=[1], num_steps=4, save_every=100)]
+    stages = [runs.trajectories(prompts), runs.distill(num_segments=[1], num_steps=4, save_every=100)]
     recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
     backward, steps = Runtime.backward, []
 

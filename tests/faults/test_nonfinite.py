@@ -67,7 +67,7 @@ def test_a_state_that_is_no_number_is_told_with_prompt_and_step_before_a_shard_i
 def test_a_prompt_that_is_encoded_to_no_number_is_told(tiny_sdxl, tmp_path):
     teacher = spoiled(tiny_sdxl, tmp_path, "text_encoder_2", torch.inf)
     prompts = runs.write_prompts(tmp_path)
-    report = Evaluate(prompts=prompts, num_prompts=2, num_steps=[1], teacher_steps=[2])
+    report = Evaluate(prompts=prompts, num_prompts=2, sampling_steps=[1], teacher_steps=[2])
     for stage in (runs.trajectories(prompts), report):
         said = failed(runs.recipe(teacher, tmp_path, [stage]))
         assert "prompt 'a cat': what the text encoders make of it is not finite in float32" in said
@@ -98,7 +98,7 @@ def test_pictures_that_are_encoded_to_no_number_are_told(tiny_sdxl, tmp_path):
 
 def test_what_a_network_draws_is_told_with_its_prompt_before_it_is_measured(tiny_sdxl, tmp_path):
     teacher = spoiled(tiny_sdxl, tmp_path, "unet", torch.nan)
-    report = Evaluate(prompts=runs.write_prompts(tmp_path), num_prompts=2, num_steps=[1], teacher_steps=[2])
+    report = Evaluate(prompts=runs.write_prompts(tmp_path), num_prompts=2, sampling_steps=[1], teacher_steps=[2])
     said = failed(runs.recipe(teacher, tmp_path, [report]))
     assert "row teacher-2: the teacher draws what is not made of finite numbers for the prompt 'a cat'" in said
     assert not list(tmp_path.rglob("*.png"))
@@ -124,7 +124,7 @@ def test_weights_that_do_not_fit_the_precision_they_are_written_in_are_told(tiny
         students.merged(student, torch.float16)
     with torch.no_grad():
         denoiser.conv_out.bias[0] = torch.inf
-    described = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
+    described = {"num_segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
     with pytest.raises(ValueError, match=r"the student: conv_out\.bias is not made of finite numbers in float32"):
         students.save_student(denoiser, tmp_path / "student", described)
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]

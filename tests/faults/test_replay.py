@@ -17,7 +17,7 @@ from mlcm_rl.storage.files import CheckpointError
 from mlcm_rl.training import replay
 
 STAGES = {
-    "distill": {"segments": [2, 1], "num_steps": 2, "optimizer_state": "reset", "save_every": 1},
+    "distill": {"num_segments": [2, 1], "num_steps": 2, "optimizer_state": "reset", "save_every": 1},
     "feedback": {"num_steps": 4, "save_every": 100},
     "dpo": {"num_steps": 4, "save_every": 2},
     "policy": {"num_steps": 4, "num_iterations": 2, "save_every": 1, "keep_checkpoints": 4},
@@ -28,7 +28,7 @@ STAGES = {
 def distilled(tiny_sdxl, tmp_path_factory):
     """A recipe with a store and a student, both made."""
     folder = tmp_path_factory.mktemp("distilled")
-    stages = [runs.trajectories(runs.write_prompts(folder)), runs.distill(segments=[1])]
+    stages = [runs.trajectories(runs.write_prompts(folder)), runs.distill(num_segments=[1])]
     recipe = runs.recipe(tiny_sdxl, folder, stages)
     pipeline.run(recipe)
     return recipe

@@ -19,9 +19,9 @@ CODES = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
 def test_a_signal_outside_a_training_loop_ends_with_its_code_and_what_is_whole_stays(tiny_sdxl, tmp_path, monkeypatch):
     prompts = runs.write_prompts(tmp_path)
-    report = Evaluate(prompts=prompts, num_prompts=4, num_steps=[1], teacher_steps=[2], batch_size=1)
+    report = Evaluate(prompts=prompts, num_prompts=4, sampling_steps=[1], teacher_steps=[2], batch_size=1)
     store = runs.trajectories(prompts, batch_size=2, shard_size=2)
-    recipe = runs.recipe(tiny_sdxl, tmp_path, [store, runs.distill(segments=[1], num_steps=1), report])
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [store, runs.distill(num_segments=[1], num_steps=1), report])
     path = tmp_path / "small.yaml"
     path.write_text(recipe.model_dump_json())
     monkeypatch.chdir(tmp_path)

@@ -135,7 +135,7 @@ def trial_of(kind: str, teacher: Path, folder: Path) -> Trial:
     settings = {"runs": str(place / "runs")}
     prompts = runs.write_prompts(folder)
     stages = {stage.kind: stage for stage in runs.of_kinds(teacher, folder, runs.KINDS).stages}
-    report = Evaluate(prompts=prompts, num_prompts=2, num_steps=[1], gammas=[0.0], teacher_steps=[2], batch_size=1)
+    report = Evaluate(prompts=prompts, num_prompts=2, sampling_steps=[1], gammas=[0.0], teacher_steps=[2], batch_size=1)
     changes = {"evaluate": {}, "evaluate_rows": {"teacher_solvers": []}, "evaluate_pictures": {"keep_pictures": True}}
     distilled = [stages["trajectories"], stages["distill"]]
     if kind == "train_reward":

@@ -32,24 +32,24 @@ LEFT_OUT = {
 }
 
 DISTILLED = {
-    "progressive-lora": {"segments": [8, 4, 2, 1], "target": "consistency", "space": ["z", "z", "z", "x0"]},
+    "progressive-lora": {"num_segments": [8, 4, 2, 1], "target": "consistency", "space": ["z", "z", "z", "x0"]},
     "conditioned-full": {
-        "segments": [8, 1],
+        "num_segments": [8, 1],
         "condition_on_target": True,
         "adapter": {"kind": "full"},
         "distance": "huber",
     },
     "random-skip-average": {
-        "segments": [1],
+        "num_segments": [1],
         "target": "consistency",
         "pair": "random",
         "target_ema": 0.9,
         "num_steps": 3,
     },
-    "second-stage": {"segments": [1], "method": "inter_segment", "num_steps": 3},
-    "budgets": {"segments": [1], "condition_on_target": True, "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"},
-    "online": {"segments": [2], "source": "online", "prompts": "prompts", "target": "consistency"},
-    "data": {"segments": [1], "source": "data", "images": "images", "target": "consistency", "distance": "huber"},
+    "second-stage": {"num_segments": [1], "method": "inter_segment", "num_steps": 3},
+    "budgets": {"num_segments": [1], "condition_on_target": True, "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"},
+    "online": {"num_segments": [2], "source": "online", "prompts": "prompts", "target": "consistency"},
+    "data": {"num_segments": [1], "source": "data", "images": "images", "target": "consistency", "distance": "huber"},
 }
 TUNED = {
     "feedback-last": {},
@@ -87,7 +87,7 @@ def stages_of(name: str, inputs: dict[str, str]) -> list[Stage]:
     if name in DISTILLED:
         return [store, runs.distill(**changes)]
     tuned = runs.tuning(name.split("-")[0], inputs["prompts"], **steps, **changes)
-    return [store, runs.distill(segments=[2], adapter={"kind": "lora", "rank": 2, "alpha": 2.0}), tuned]
+    return [store, runs.distill(num_segments=[2], adapter={"kind": "lora", "rank": 2, "alpha": 2.0}), tuned]
 
 
 def figures(tiny_sdxl: Path, inputs: dict[str, str], name: str) -> dict[str, list[float]]:

@@ -47,7 +47,7 @@ def mlcm(site: Path, *arguments: object) -> subprocess.CompletedProcess:
 
 
 def test_a_recipe_names_it_and_every_stage_runs(site, tmp_path):
-    recipe = runs.whole(tiny.sd(tmp_path / "teacher"), tmp_path, "sd", segments=[1])
+    recipe = runs.whole(tiny.sd(tmp_path / "teacher"), tmp_path, "sd", num_segments=[1])
     path = tmp_path / "mine.yaml"
     path.write_text(recipe.model_dump_json().replace('"family":"sd"', '"family":"my_family"'))
     assert '"my_family"' in mlcm(site, "schema").stdout
@@ -59,7 +59,7 @@ def test_a_recipe_names_it_and_every_stage_runs(site, tmp_path):
 
 
 def test_without_the_distribution_the_known_families_are_told(site, tmp_path):
-    recipe = runs.whole(tiny.sd(tmp_path / "teacher"), tmp_path, "sd", segments=[1])
+    recipe = runs.whole(tiny.sd(tmp_path / "teacher"), tmp_path, "sd", num_segments=[1])
     path = tmp_path / "mine.yaml"
     path.write_text(recipe.model_dump_json().replace('"family":"sd"', '"family":"my_family"'))
     refused = mlcm(tmp_path, "validate", path)

@@ -150,7 +150,7 @@ def test_a_student_starts_as_its_teacher_and_is_loaded_as_it_was_saved(base, ada
     moved = base.predict(denoiser, x_t, t, given, s)
     if condition:
         assert not torch.equal(moved, base.predict(denoiser, x_t, t, given, s - s))
-    description = {"segments": 1, "family": base.family, "prediction_type": base.prediction_type}
+    description = {"num_segments": 1, "family": base.family, "prediction_type": base.prediction_type}
     students.save_student(denoiser, tmp_path / "student", description)
     found = students.load_student(base, tmp_path / "student")
     assert found.conditioned is condition
@@ -189,17 +189,17 @@ def test_published_configurations_have_their_counts_and_the_adapters_names(name)
 def recipe_of(folder: Path, place: Path, **distill):
     prompts = runs.write_prompts(place)
     tuned = [runs.tuning(kind, prompts) for kind in ("feedback", "dpo", "policy")]
-    evaluate = Evaluate(prompts=prompts, num_prompts=4, num_steps=[1, 2], teacher_steps=[3, 4], batch_size=4)
+    evaluate = Evaluate(prompts=prompts, num_prompts=4, sampling_steps=[1, 2], teacher_steps=[3, 4], batch_size=4)
     stages = [runs.trajectories(prompts), runs.distill(**distill), *tuned, evaluate]
-    samples = Samples(prompts=["a cat"], num_steps=[1, 2])
+    samples = Samples(prompts=["a cat"], sampling_steps=[1, 2])
     return runs.recipe(folder, place, stages, "sd3", samples=samples)
 
 
 @pytest.mark.parametrize(
     "form",
     [
-        {"segments": [2, 1], "adapter": {"kind": "lora", "rank": 2, "alpha": 2.0}},
-        {"segments": [1], "condition_on_target": True, "budgets": [2, 4], "adapter": {"kind": "full"}},
+        {"num_segments": [2, 1], "adapter": {"kind": "lora", "rank": 2, "alpha": 2.0}},
+        {"num_segments": [1], "condition_on_target": True, "budgets": [2, 4], "adapter": {"kind": "full"}},
     ],
     ids=["lora", "conditioned-full"],
 )
@@ -225,7 +225,7 @@ def test_an_interrupted_distillation_ends_with_the_same_bits(folders, tmp_path):
     for name, stops in (("whole", []), ("cut", [1])):
         place = tmp_path / name
         place.mkdir()
-        stages = [runs.trajectories(runs.write_prompts(place)), runs.distill(segments=[1], num_steps=3)]
+        stages = [runs.trajectories(runs.write_prompts(place)), runs.distill(num_segments=[1], num_steps=3)]
         recipe = runs.recipe(folders[True], place, stages, "sd3")
         for _ in stops:
             with pytest.MonkeyPatch.context() as patched:
@@ -252,7 +252,7 @@ def stop_after_saving(step: int):
 def test_one_step_of_a_flow_has_no_signal_for_errors_of_the_noise(folders, tmp_path):
     prompts = runs.write_prompts(tmp_path)
     tuned = runs.tuning("dpo", prompts, sampling_steps=1, form="diffusion_dpo")
-    stages = [runs.trajectories(prompts), runs.distill(segments=[1]), tuned]
+    stages = [runs.trajectories(prompts), runs.distill(num_segments=[1]), tuned]
     with pytest.raises(pipeline.RunError, match=r"space: eps weighs errors by the signal.*set space: x0"):
         pipeline.run(runs.recipe(folders[True], tmp_path, stages, "sd3"))
     stages[-1] = tuned.model_copy(update={"space": "x0"})
@@ -272,7 +272,7 @@ def test_a_store_says_its_flows_shift(folders, tmp_path):
 def exported(base: Family, place: Path, adapter: Lora | Full, condition: bool, gamma: float | None = None) -> Path:
     denoiser = students.student(base, adapter, 0, condition)
     tiny.perturb(students.trainable_parameters(denoiser), seed=1, scale=0.02)
-    description = {"segments": 1, "family": base.family, "prediction_type": base.prediction_type}
+    description = {"num_segments": 1, "family": base.family, "prediction_type": base.prediction_type}
     students.save_student(denoiser, place / "student", description)
     return export(place / "student", base, place / "out", gamma=gamma)
 

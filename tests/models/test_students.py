@@ -29,8 +29,8 @@ def targets(conditioned):
     return torch.tensor([499, 0]) if conditioned else None
 
 
-def description(base, segments=1):
-    return {"segments": segments, "family": base.family, "prediction_type": base.prediction_type}
+def description(base, num_segments=1):
+    return {"num_segments": num_segments, "family": base.family, "prediction_type": base.prediction_type}
 
 
 def trained(base, adapter, condition_on_target=False, seed=0):
@@ -131,7 +131,7 @@ def test_saved_student_loads_and_goes_on_bit_for_bit(either, adapter, conditione
     x_t, t, conditioning = inputs(either)
     denoiser = trained(either, adapter, conditioned)
     expected = either.predict(denoiser, x_t, t, conditioning, targets(conditioned))
-    students.save_student(denoiser, tmp_path / "student", description(either, segments=4))
+    students.save_student(denoiser, tmp_path / "student", description(either, num_segments=4))
     loaded = students.load_student(either, tmp_path / "student")
     resumed = students.student(either, adapter, 9, conditioned, start=tmp_path / "student")
     assert (loaded.num_segments, loaded.conditioned) == (4, conditioned)
@@ -205,7 +205,7 @@ def test_budgets_are_kept_and_a_damaged_list_of_them_is_refused(sdxl, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("segments", "conditioned", "gamma"), [(1, False, 1.0), (2, False, 0.0), (8, False, 0.0), (1, True, 0.0)]
+    ("num_segments", "conditioned", "gamma"), [(1, False, 1.0), (2, False, 0.0), (8, False, 0.0), (1, True, 0.0)]
 )
 def test_default_gamma_follows_the_student(sdxl, tmp_path, segments, conditioned, gamma):
     denoiser = students.student(sdxl, ADAPTERS[0], 0, conditioned)

@@ -27,7 +27,7 @@ SD21 = SD15 | {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 102
 
 
 def description(base: Base) -> dict:
-    return {"segments": 1, "family": base.family, "prediction_type": base.prediction_type}
+    return {"num_segments": 1, "family": base.family, "prediction_type": base.prediction_type}
 
 
 def make(base: Base, root: Path, name: str, kind: str, scale: float = 0.05) -> None:

@@ -29,7 +29,7 @@ def exported(base: Base, root: Path, adapter: Lora | Full, conditioned: bool = F
     """The export `root/out` of a student; the student itself is in `root/student`."""
     denoiser = students.student(base, adapter, 0, conditioned)
     tiny.perturb(students.trainable_parameters(denoiser), seed=1)
-    description = {"segments": 1, "family": base.family, "prediction_type": base.prediction_type} | described
+    description = {"num_segments": 1, "family": base.family, "prediction_type": base.prediction_type} | described
     students.save_student(denoiser, root / "student", description)
     return export(root / "student", base, root / "out")
 
@@ -234,7 +234,7 @@ def test_a_conditioned_student_goes_to_comfyui_by_its_folders(told):
 
 def test_full_weights_go_to_comfyui_in_one_file(loaded, tmp_path):
     base = loaded["sdxl"]
-    out = exported(base, tmp_path, Full(), segments=2)
+    out = exported(base, tmp_path, Full(), num_segments=2)
     student = students.load_student(base, tmp_path / "student")
     (row,) = table(card(of_published_shape(base), student, out))
     assert row[:2] == ["unet/diffusion_pytorch_model.safetensors", "models/diffusion_models"]

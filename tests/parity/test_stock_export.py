@@ -49,7 +49,7 @@ class Case:
     def gamma(self) -> float:
         if self.tuned_under is not None:
             return self.tuned_under
-        return 1.0 if self.segments == 1 and not self.conditioned else 0.0
+        return 1.0 if self.num_segments == 1 and not self.conditioned else 0.0
 
 
 LORA = Lora(rank=4, alpha=8.0)
@@ -116,7 +116,7 @@ def exported(loaded, teachers, tmp_path_factory) -> Exported:
 def _export(base: Base, case: Case, found: Exported) -> None:
     denoiser = students.student(base, case.adapter, 0, case.conditioned)
     tiny.perturb(students.trainable_parameters(denoiser), seed=1)
-    description = {"segments": case.segments, "family": base.family, "prediction_type": base.prediction_type}
+    description = {"num_segments": case.num_segments, "family": base.family, "prediction_type": base.prediction_type}
     students.save_student(denoiser, found.student(case), description)
     has_snapshots = case.name == "deterministic-full"
     snapshots = {steps: found.student(one) for steps, one in SNAPSHOTS.items()} if has_snapshots else None
@@ -261,7 +261,7 @@ def test_card_names_teacher_licence_grids_and_measurements(loaded, teachers, tmp
     base = loaded["sd21"]
     (teachers["sd21"] / "README.md").write_text("---\nlicense: openrail++\ntags: []\n---\n# A teacher\n")
     (teachers["sd21"] / "LICENSE.md").write_text("You may.")
-    description = {"segments": 2, "family": "sd", "prediction_type": "v_prediction"}
+    description = {"num_segments": 2, "family": "sd", "prediction_type": "v_prediction"}
     students.save_student(students.student(base, LORA, 0), tmp_path / "student", description)
     out = export(tmp_path / "student", base, tmp_path / "out", "| a | b |\n|---|---|\n| 1 | 2 |")
     card = (out / "README.md").read_text()
@@ -280,7 +280,7 @@ def test_card_names_teacher_licence_grids_and_measurements(loaded, teachers, tmp
 )
 def test_card_claims_the_numbers_of_steps_that_were_learned_and_no_other(loaded, tmp_path, budgets, said, grids):
     base = loaded["sdxl"]
-    description = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon", "budgets": budgets}
+    description = {"num_segments": 1, "family": "sdxl", "prediction_type": "epsilon", "budgets": budgets}
     students.save_student(students.student(base, LORA, 0, True), tmp_path / "student", description)
     card = (export(tmp_path / "student", base, tmp_path / "out") / "README.md").read_text()
     assert f"for {said} steps, made by" in card
@@ -289,7 +289,7 @@ def test_card_claims_the_numbers_of_steps_that_were_learned_and_no_other(loaded,
 
 def test_export_is_whole_or_absent_and_refuses_a_conditioned_snapshot(loaded, tmp_path):
     base = loaded["sdxl"]
-    description = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
+    description = {"num_segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
     students.save_student(students.student(base, LORA, 0, True), tmp_path / "told", description)
     with pytest.raises(ValueError, match="conditioned on its target time"):
         export(tmp_path / "told", base, tmp_path / "out", snapshots={4: tmp_path / "told"})
@@ -299,7 +299,7 @@ def test_export_is_whole_or_absent_and_refuses_a_conditioned_snapshot(loaded, tm
 def test_export_keeps_the_resolution_it_was_distilled_at_and_leaves_the_teacher_alone(teachers, tmp_path):
     base = load(recipe.Teacher(path=str(teachers["sdxl"]), family="sdxl", resolution=24), "cpu")
     before = {name: value.clone() for name, value in base.denoiser.state_dict().items()}
-    description = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
+    description = {"num_segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
     denoiser = students.student(base, LORA, 0)
     tiny.perturb(students.trainable_parameters(denoiser))
     students.save_student(denoiser, tmp_path / "student", description)
@@ -311,7 +311,7 @@ def test_export_keeps_the_resolution_it_was_distilled_at_and_leaves_the_teacher_
 
 def test_export_of_a_half_precision_teacher_opens_in_one_precision(teachers, tmp_path):
     base = load(recipe.Teacher(path=str(teachers["sdxl"]), family="sdxl", dtype="bfloat16"), "cpu")
-    description = {"segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
+    description = {"num_segments": 1, "family": "sdxl", "prediction_type": "epsilon"}
     student = students.student(base, LORA, 0)
     tiny.perturb(students.trainable_parameters(student))
     students.save_student(student, tmp_path / "student", description)

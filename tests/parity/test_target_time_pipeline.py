@@ -31,7 +31,12 @@ def folder(request, loaded, tmp_path_factory) -> Path:
     base, root = loaded[request.param], tmp_path_factory.mktemp("told")
     denoiser = students.student(base, Lora(rank=4, alpha=8.0), 0, True)
     tiny.perturb(students.trainable_parameters(denoiser), seed=1)
-    description = {"segments": 1, "family": base.family, "prediction_type": base.prediction_type, "budgets": LEARNED}
+    description = {
+        "num_segments": 1,
+        "family": base.family,
+        "prediction_type": base.prediction_type,
+        "budgets": LEARNED,
+    }
     students.save_student(denoiser, root / "student", description)
     return export(root / "student", base, root / base.family)
 

@@ -26,8 +26,8 @@ def place(tiny_sdxl, tmp_path, monkeypatch) -> Path:
     runs.write_prompts(place / "mine")
     stages = [
         runs.trajectories("prompts.txt"),
-        runs.distill(segments=[1], condition_on_target=True),
-        Evaluate(prompts="prompts.txt", num_steps=[2], teacher_steps=[2], gammas=[0.0], num_prompts=2),
+        runs.distill(num_segments=[1], condition_on_target=True),
+        Evaluate(prompts="prompts.txt", sampling_steps=[2], teacher_steps=[2], gammas=[0.0], num_prompts=2),
     ]
     recipe = runs.recipe(Path("teacher"), Path(), stages)
     (place / "mine" / "small.yaml").write_text(recipe.model_dump_json())

@@ -76,7 +76,7 @@ def test_an_estimate_that_fails_is_said_and_stops_neither_plan_nor_run(tiny_sdxl
         raise TypeError("forward() takes [2] arguments\nand more")
 
     monkeypatch.setattr(Sizes, "memory", fail)
-    recipe = runs.whole(tiny_sdxl, tmp_path, segments=[1], sample_every=100)
+    recipe = runs.whole(tiny_sdxl, tmp_path, num_segments=[1], sample_every=100)
     recipe = recipe.model_copy(update={"stages": recipe.stages[:2]})
     assert [one.unknown for one in planned_stages(recipe, "cpu")] == ["TypeError: forward() takes [2] arguments"] * 2
     done = pipeline.run(recipe)

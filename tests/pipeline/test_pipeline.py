@@ -30,7 +30,9 @@ SHIPPED = sorted(Path("recipes").glob("*.yaml"))
 @pytest.fixture(scope="module")
 def finished(tiny_sdxl, tmp_path_factory):
     """A whole run, its memory predicted and measured: recipe and stages."""
-    recipe = runs.whole(tiny_sdxl, tmp_path_factory.mktemp("whole"), segments=[8, 1], held_out_every=1, sample_every=1)
+    recipe = runs.whole(
+        tiny_sdxl, tmp_path_factory.mktemp("whole"), num_segments=[8, 1], held_out_every=1, sample_every=1
+    )
     return recipe, pipeline.run(recipe)
 
 
@@ -65,7 +67,7 @@ def test_links_lead_to_nothing_of_an_earlier_version_of_the_recipe(tiny_sdxl, tm
         finish(found.folder, {"kind": stage.kind, "fingerprint": found.fingerprint})
 
     monkeypatch.setattr(running, "run_stage", run_stage)
-    recipe = runs.whole(tiny_sdxl, tmp_path, segments=[1])
+    recipe = runs.whole(tiny_sdxl, tmp_path, num_segments=[1])
     links = Path(recipe.runs, recipe.name)
     pipeline.run(recipe)
     stopped_at.append("evaluate")
@@ -112,7 +114,7 @@ def test_memory_that_does_not_suffice_names_the_stage_and_the_ways_out_and_loses
     tiny_sdxl, tmp_path, monkeypatch
 ):
     path = tmp_path / "small.yaml"
-    stages = [runs.trajectories(runs.write_prompts(tmp_path)), runs.distill(segments=[1], num_steps=3)]
+    stages = [runs.trajectories(runs.write_prompts(tmp_path)), runs.distill(num_segments=[1], num_steps=3)]
     recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
     path.write_text(recipe.model_dump_json())
     original, calls = Runtime.backward, []
@@ -178,7 +180,7 @@ def test_a_correction_moves_the_folders_of_the_stages_that_it_changes_and_no_oth
     assert runs.distill(target="consistency", precision="bf16").corrections == 0
     assert runs.distill(target="consistency", **noised).corrections == 1
     assert runs.distill(**averaged, **noised, precision="bf16").corrections == 2
-    assert runs.distill(method="inter_segment", segments=[1], **noised).corrections == 0
+    assert runs.distill(method="inter_segment", num_segments=[1], **noised).corrections == 0
 
 
 def test_stages_that_read_pictures_are_run_again_since_all_are_read_alike(tiny_sdxl, tmp_path):
@@ -257,10 +259,10 @@ def test_each_source_costs_what_its_docstring_says(finished):
         ({"target": "consistency"}, 2),
         ({"source": "online", "prompts": prompts, "target": "consistency"}, 2 + 11),
         ({"source": "data", "images": "x", "target": "consistency"}, 2 + 2),
-        ({"method": "inter_segment", "segments": [1]}, 2 + 6),
-        ({"method": "inter_segment", "segments": [1], "renoise": "student", "prompts": prompts}, 2 + 6 + 4),
+        ({"method": "inter_segment", "num_segments": [1]}, 2 + 6),
+        ({"method": "inter_segment", "num_segments": [1], "renoise": "student", "prompts": prompts}, 2 + 6 + 4),
     ):
-        stage = runs.distill(**({"segments": [1]} | settings_))
+        stage = runs.distill(**({"num_segments": [1]} | settings_))
         assert network_evaluations(stage, recipe) == stage.num_steps * stage.batch_size * passes
 
 
@@ -301,7 +303,7 @@ def test_a_second_prompt_goes_beside_the_first_and_a_picture_says_what_it_is(fin
 
 
 def test_steps_that_a_student_is_not_for_are_told(tiny_sdxl, tmp_path, capsys):
-    stages = [runs.trajectories(runs.write_prompts(tmp_path), num_steps=48)]
+    stages = [runs.trajectories(runs.write_prompts(tmp_path), solver_steps=48)]
     stages.append(Distill(batch_size=4, num_steps=1))
     recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
     pipeline.run(recipe)
@@ -397,7 +399,7 @@ def test_the_papers_recipes_run_end_to_end_on_a_tiny_checkpoint(name, prediction
         "samples.prompts=[a cat]",
         "stages.0.num_trajectories=4",
         "stages.0.num_held_out=2",
-        "stages.0.num_steps=8",
+        "stages.0.solver_steps=8",
         "stages.1.num_steps=[1, 1, 1, 1]",
         "stages.1.log_every=1",
         "stages.1.batch_size=4",
@@ -427,13 +429,18 @@ def test_the_recommended_recipes_run_end_to_end_on_a_tiny_checkpoint(name, tmp_p
     teacher = getattr(tiny, "sdxl" if name.startswith("sdxl") else "sd")(tmp_path / "teacher")
     small = [
         *(f"teacher.path={teacher}", f"runs={tmp_path / 'runs'}", "device=cpu", "samples.prompts=[a cat]"),
-        *("stages.0.num_trajectories=4", "stages.0.num_held_out=2", "stages.0.num_steps=48", "stages.0.batch_size=4"),
+        *(
+            "stages.0.num_trajectories=4",
+            "stages.0.num_held_out=2",
+            "stages.0.solver_steps=48",
+            "stages.0.batch_size=4",
+        ),
         *("stages.1.num_steps=1", "stages.1.batch_size=8", "stages.1.log_every=1"),
-        *("stages.2.num_prompts=2", "stages.2.teacher_steps=[2]", "stages.2.num_steps=[2, 4]"),
+        *("stages.2.num_prompts=2", "stages.2.teacher_steps=[2]", "stages.2.sampling_steps=[2, 4]"),
     ]
     recipe = load(Path("recipes") / f"{name}.yaml", small)
     bare = Distill(num_steps=1, batch_size=8)
-    for key in ("condition_on_target", "segments", "budgets", "distance", "target"):
+    for key in ("condition_on_target", "num_segments", "budgets", "distance", "target"):
         assert getattr(recipe.stages[1], key) == getattr(bare, key)
     stages = pipeline.run(recipe)
     described = students.describe(stages[1].folder / "student")

@@ -27,13 +27,13 @@ def shown(recipe: Recipe, stages: list, device: Device | None = None) -> str:
 
 
 def evaluation(prompts: str, **changes) -> Evaluate:
-    settings = {"num_prompts": 4, "num_steps": [1], "gammas": [0.0], "teacher_steps": [2], "batch_size": 2}
+    settings = {"num_prompts": 4, "sampling_steps": [1], "gammas": [0.0], "teacher_steps": [2], "batch_size": 2}
     return Evaluate(prompts=prompts, **(settings | changes))
 
 
 def test_a_stage_that_was_begun_is_planned_with_what_is_left(tiny_sdxl, tmp_path):
     prompts = runs.write_prompts(tmp_path)
-    stages = [runs.trajectories(prompts, shard_size=2), runs.distill(segments=[2, 1], num_steps=[6, 4])]
+    stages = [runs.trajectories(prompts, shard_size=2), runs.distill(num_segments=[2, 1], num_steps=[6, 4])]
     recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
     store, student = planned_stages(recipe)
     assert (store.share_done, student.share_done) == (0.0, 0.0)
@@ -61,7 +61,7 @@ def test_what_is_damaged_counts_as_nothing_done(tiny_sdxl, tmp_path):
 
 def test_an_evaluation_takes_at_most_the_disk_that_is_planned(tiny_sdxl, tmp_path):
     prompts = runs.write_prompts(tmp_path)
-    stages = [runs.trajectories(prompts), runs.distill(segments=[1]), evaluation(prompts)]
+    stages = [runs.trajectories(prompts), runs.distill(num_segments=[1]), evaluation(prompts)]
     recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
     planned = planned_stages(recipe)[2].disk_bytes
     kept = planned_stages(recipe.model_copy(update={"stages": [*stages[:2], evaluation(prompts, keep_pictures=True)]}))

@@ -28,7 +28,7 @@ def started(monkeypatch) -> list[str]:
 def recipe(teacher, folder, kind="feedback", num_prompts=4, **changes):
     prompts = runs.write_prompts(folder)
     tuned = runs.tuning(kind, prompts, **changes)
-    evaluate = Evaluate(prompts=prompts, num_prompts=num_prompts, num_steps=[1], teacher_steps=[2])
+    evaluate = Evaluate(prompts=prompts, num_prompts=num_prompts, sampling_steps=[1], teacher_steps=[2])
     return runs.recipe(teacher, folder, [runs.trajectories(prompts), runs.distill(), tuned, evaluate])
 
 
@@ -97,7 +97,11 @@ def test_a_guard_is_asked_for_the_prompts_that_it_watches_and_no_others(tiny_sdx
 
 def test_an_evaluations_prompts_are_tried_too(tiny_sdxl, tmp_path, refusing):
     stage = Evaluate(
-        prompts=runs.write_prompts(tmp_path), num_prompts=4, num_steps=[1], teacher_steps=[2], rewards=["brightness"]
+        prompts=runs.write_prompts(tmp_path),
+        num_prompts=4,
+        sampling_steps=[1],
+        teacher_steps=[2],
+        rewards=["brightness"],
     )
     told = r"stages\[0\] \(evaluate\): rewards\[0\]: reward brightness cannot score 1 of the prompts: .*txt:2"
     with pytest.raises(RunError, match=told):

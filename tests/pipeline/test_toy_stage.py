@@ -28,12 +28,12 @@ teacher: {{path: {teacher}, family: sdxl, guidance_scale: 3.0}}
 device: cpu
 trackers: []
 runs: {runs}
-samples: {{prompts: [a cat], num_steps: [1]}}
+samples: {{prompts: [a cat], sampling_steps: [1]}}
 stages:
-  - {{kind: trajectories, prompts: {prompts}, num_trajectories: 4, num_steps: 8}}
-  - {{kind: distill, adapter: {{kind: lora, rank: 2}}, segments: [1], num_steps: 2, batch_size: 2}}
+  - {{kind: trajectories, prompts: {prompts}, num_trajectories: 4, solver_steps: 8}}
+  - {{kind: distill, adapter: {{kind: lora, rank: 2}}, num_segments: [1], num_steps: 2, batch_size: 2}}
   - {{kind: imitate, adapter: {{kind: lora, rank: 2}}, prompts: {prompts}, num_steps: 3, batch_size: 4}}
-  - {{kind: evaluate, prompts: {prompts}, num_prompts: 2, num_steps: [1], gammas: [0.0], teacher_steps: [2]}}
+  - {{kind: evaluate, prompts: {prompts}, num_prompts: 2, sampling_steps: [1], gammas: [0.0], teacher_steps: [2]}}
 """
 ASK = """
 import json, sys

@@ -185,7 +185,7 @@ ONLINE = "precision: no\n    source: online\n    prompts: data/prompts.txt\n    
     [
         ("precision: no", "stages[0].source", "source: trajectories needs an earlier trajectories stage"),
         (
-            "segments: [1]\n    method: inter_segment",
+            "num_segments: [1]\n    method: inter_segment",
             "stages[0].renoise",
             "renoise: stored needs an earlier trajectories stage",
         ),
@@ -241,7 +241,7 @@ def test_an_adapter_is_not_trained_in_float16(broken, root):
         assert load(root / "good.yaml", [half, *changes], root).teacher.dtype == "float16"
 
 
-AGAIN = "  - kind: distill\n    method: inter_segment\n    segments: [1]\n    batch_size: 16\n    num_steps: 10\n"
+AGAIN = "  - kind: distill\n    method: inter_segment\n    num_segments: [1]\n    batch_size: 16\n    num_steps: 10\n"
 
 
 def test_a_distill_stage_goes_on_with_the_adapter_and_the_input_of_the_one_before_it(broken, root):
@@ -259,10 +259,10 @@ def test_a_distill_stage_goes_on_with_the_adapter_and_the_input_of_the_one_befor
 @pytest.mark.parametrize(
     ("override", "key", "text"),
     [
-        ("stages.trajectories.num_steps=1000", "stages[0].num_steps", "from 8 to 992"),
+        ("stages.trajectories.solver_steps=1000", "stages[0].solver_steps", "from 8 to 992"),
         ("stages.distill.betas=[0.9, 1.0]", "stages[1].betas[1]", "from 0 to below 1"),
         ("stages.evaluate.teacher_steps=[1000]", "stages[2].teacher_steps[0]", "from 1 to 999"),
-        ("stages.distill.segments=[8,8,8,8,8,4,4,4,2,2,1]", "stages[1].segments", "list"),
+        ("stages.distill.num_segments=[8,8,8,8,8,4,4,4,2,2,1]", "stages[1].num_segments", "list"),
     ],
 )
 def test_what_would_fail_hours_later_is_refused_at_once(broken, override, key, text):

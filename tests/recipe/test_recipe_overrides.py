@@ -68,7 +68,11 @@ def test_an_override_changes_one_use_of_an_anchor_only(root):
         ("stages.1.num_steps=[1, x", "", "the file ends inside a bracket or quotes"),
         ("stages.1={kind: distill, kind: distill}", "kind", "the key is given twice"),
         ("samples={prompts: [1]}", "samples.prompts[0]", "expected text, found the number 1"),
-        ("samples={num_steps: [9]}", "samples.num_steps[0]", "expected a whole number from 1 to 8, found the number 9"),
+        (
+            "samples={sampling_steps: [9]}",
+            "samples.sampling_steps[0]",
+            "expected a whole number from 1 to 8, found the number 9",
+        ),
     ],
 )
 def test_an_error_of_an_override_names_the_override_instead_of_a_line(broken, root, override, key, text):

@@ -72,13 +72,13 @@ def test_the_hinge_of_mps_is_the_papers_by_default_and_what_is_set_is_kept(chang
     ("changes", "told"),
     [
         ({"condition_on_target": False}, "they need condition_on_target: true"),
-        ({"segments": [8, 1]}, "and segments: \\[1\\]"),
+        ({"num_segments": [8, 1]}, "and num_segments: \\[1\\]"),
         ({"target": "consistency"}, "target: trajectory"),
         ({"budgets": [9]}, "less than or equal to 8"),
     ],
 )
 def test_budgets_are_refused_where_no_stored_jump_can_teach_them(changes, told):
-    settings = {"num_steps": 1, "batch_size": 1, "segments": [1], "budgets": [2, 4], "condition_on_target": True}
+    settings = {"num_steps": 1, "batch_size": 1, "num_segments": [1], "budgets": [2, 4], "condition_on_target": True}
     Distill(**settings)
     with pytest.raises(ValidationError, match=told):
         Distill(**(settings | changes))
@@ -162,7 +162,7 @@ def with_stage(stage: str) -> tuple[str, str]:
         FEEDBACK.replace("feedback", "feedback\n    kl: 0.1"),
     ],
 )
-@pytest.mark.parametrize("student", ["segments: [8, 4, 2, 2]", "condition_on_target: true"])
+@pytest.mark.parametrize("student", ["num_segments: [8, 4, 2, 2]", "condition_on_target: true"])
 def test_random_steps_of_a_student_that_samples_without_noise_need_a_gamma(broken, root, stage, student):
     (problem,) = broken(with_stage(stage), ("precision: no", student))
     assert problem.key == ("stages", 2, "gamma")
@@ -194,7 +194,7 @@ def test_rewards_named_twice_and_languages_of_no_weight_are_refused(broken, old,
 
 @pytest.mark.parametrize(
     "override",
-    ["stages.2.teacher_steps=[]", "stages.2.num_steps=[]", "stages.2.grids=[]", "samples.num_steps=[]"],
+    ["stages.2.teacher_steps=[]", "stages.2.sampling_steps=[]", "stages.2.grids=[]", "samples.sampling_steps=[]"],
 )
 def test_an_empty_list_is_refused_where_something_must_be_drawn(broken, override):
     (problem,) = broken(overrides=(override,))

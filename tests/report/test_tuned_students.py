@@ -263,7 +263,9 @@ def test_a_recipe_that_tunes_its_student_reports_it(tiny_sdxl, tmp_path):
     """By the stages themselves, so that what they leave and what a report reads stay one."""
     prompts = runs.write_prompts(tmp_path)
     rewards = ["brightness", "colourfulness"]
-    evaluate = Evaluate(prompts=prompts, num_prompts=2, num_steps=[2], teacher_steps=[2], batch_size=4, rewards=rewards)
+    evaluate = Evaluate(
+        prompts=prompts, num_prompts=2, sampling_steps=[2], teacher_steps=[2], batch_size=4, rewards=rewards
+    )
     stages = [runs.trajectories(prompts), runs.distill(), runs.tuning("feedback", prompts), evaluate]
     done = pipeline.run(runs.recipe(tiny_sdxl, tmp_path, stages))
     result = json.loads((done[-1].folder / "report.json").read_text(encoding="utf-8"))

@@ -73,7 +73,7 @@ LORA_HEADER = {f"unet.{key}": value for key, value in {"r": 2, "lora_alpha": 4.0
 LORA = {"unet.to_q.lora_A.weight": torch.ones(2, 3), "unet.to_q.lora_B.weight": torch.ones(3, 2)}
 SHARD = save({"states": torch.ones(2, 3, 1, 2, 2), "x0": torch.ones(2, 1, 2, 2)})
 PROMPTS = '{"prompt": "a cat", "language": "en"}\n{"prompt": "红苹果", "concept": "1F34E"}\n'.encode()
-STUDENT = {"family": "sdxl", "prediction_type": "epsilon", "segments": 2, "conditioned": False, "adapter": {}}
+STUDENT = {"family": "sdxl", "prediction_type": "epsilon", "num_segments": 2, "conditioned": False, "adapter": {}}
 
 
 def wheel() -> bytes:

@@ -49,10 +49,10 @@ def run(tiny_sdxl, tmp_path_factory, heard) -> Path:
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ODD), encoding="utf-8")
     teacher = folder / "teacher"
     teacher.symlink_to(tiny_sdxl)
-    evaluate = Evaluate(prompts=str(prompts), num_prompts=len(ODD), num_steps=[1], teacher_steps=[2], batch_size=4)
+    evaluate = Evaluate(prompts=str(prompts), num_prompts=len(ODD), sampling_steps=[1], teacher_steps=[2], batch_size=4)
     stages = [
         runs.trajectories(str(prompts), num_trajectories=len(ODD)),
-        runs.distill(num_steps=1, segments=[1]),
+        runs.distill(num_steps=1, num_segments=[1]),
         evaluate,
     ]
     recipe = runs.recipe(teacher, folder, stages)

@@ -52,7 +52,7 @@ def interrupted_at(step: int, monkeypatch):
 
 
 EVERYTHING = {
-    "segments": [8, 2, 1],
+    "num_segments": [8, 2, 1],
     "num_steps": [2, 1, 2],
     "target": ["consistency", "trajectory", "consistency"],
     "pair": ["next", "next", "random"],
@@ -90,13 +90,13 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
 
 def test_a_resumed_run_that_skipped_nothing_differs_when_the_optimizer_is_lost(tiny_sdxl, store, tmp_path, monkeypatch):
     """The test above can fail: dropping the moments from the checkpoint changes the student."""
-    whole = train(tiny_sdxl, store, tmp_path / "whole", num_steps=3, segments=[1])
+    whole = train(tiny_sdxl, store, tmp_path / "whole", num_steps=3, num_segments=[1])
     with monkeypatch.context() as patched:
         interrupted_at(2, patched)
         with pytest.raises(SystemExit):
-            train(tiny_sdxl, store, tmp_path / "cut", num_steps=3, segments=[1])
+            train(tiny_sdxl, store, tmp_path / "cut", num_steps=3, num_segments=[1])
     monkeypatch.setattr("mlcm_rl.training.states.load_optimizer", lambda optimizer, tensors: None)
-    resumed = train(tiny_sdxl, store, tmp_path / "cut", num_steps=3, segments=[1])
+    resumed = train(tiny_sdxl, store, tmp_path / "cut", num_steps=3, num_segments=[1])
     expected, found = student_weights(whole), student_weights(resumed)
     assert not all(torch.equal(expected[name], found[name]) for name in expected)
 
@@ -105,7 +105,7 @@ def test_a_resumed_run_that_skipped_nothing_differs_when_the_optimizer_is_lost(t
     ("optimizer_state", "updates"), [("keep", 3), ("reset", 1), (["keep", "reset", "keep"], 2)], ids=str
 )
 def test_each_phase_says_whether_it_starts_with_fresh_moments(tiny_sdxl, store, tmp_path, optimizer_state, updates):
-    settings = {"segments": [8, 2, 1], "num_steps": 1, "optimizer_state": optimizer_state}
+    settings = {"num_segments": [8, 2, 1], "num_steps": 1, "optimizer_state": optimizer_state}
     folder = train(tiny_sdxl, store, tmp_path, **settings)
     state = load_file(sorted(folder.glob("checkpoints/*/state.safetensors"))[-1])
     assert {
@@ -114,16 +114,16 @@ def test_each_phase_says_whether_it_starts_with_fresh_moments(tiny_sdxl, store, 
 
 
 def test_micro_batches_give_the_step_of_the_whole_batch(tiny_sdxl, store, tmp_path):
-    one = train(tiny_sdxl, store, tmp_path / "one", num_steps=2, segments=[2])
-    four = train(tiny_sdxl, store, tmp_path / "four", num_steps=2, segments=[2], gradient_accumulation=4)
+    one = train(tiny_sdxl, store, tmp_path / "one", num_steps=2, num_segments=[2])
+    four = train(tiny_sdxl, store, tmp_path / "four", num_steps=2, num_segments=[2], gradient_accumulation=4)
     for a, b in zip(records(one), records(four), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny_sdxl, store, tmp_path):
-    plain = train(tiny_sdxl, store, tmp_path / "plain", num_steps=2, segments=[2])
-    saved = train(tiny_sdxl, store, tmp_path / "saved", num_steps=2, segments=[2], gradient_checkpointing=True)
+    plain = train(tiny_sdxl, store, tmp_path / "plain", num_steps=2, num_segments=[2])
+    saved = train(tiny_sdxl, store, tmp_path / "saved", num_steps=2, num_segments=[2], gradient_checkpointing=True)
     assert [r["grad_norm"] for r in records(plain)] == [
         r["grad_norm"] for r in records(saved)
     ]  # not hashed: the same bits
@@ -134,12 +134,12 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_sdxl, store, tmp_path):
     [
         {"target": "trajectory", "adapter": {"kind": "full"}},
         {"target": "trajectory", "condition_on_target": True, "adapter": {"kind": "full"}, "distance": "huber"},
-        {"target": "consistency", "segments": [1], "pair": "random", "distance": "huber"},
+        {"target": "consistency", "num_segments": [1], "pair": "random", "distance": "huber"},
     ],
     ids=["full", "conditioned", "random-skip"],
 )
 def test_the_held_out_loss_falls(tiny_sdxl, store, tmp_path, settings):
-    settings = {"segments": [1], "num_steps": 50, "learning_rate": 3e-3, "save_every": 1000} | settings
+    settings = {"num_segments": [1], "num_steps": 50, "learning_rate": 3e-3, "save_every": 1000} | settings
     found = records(train(tiny_sdxl, store, tmp_path, held_out_every=1, **settings))
     losses = [record["held_out_loss"] for record in found if "held_out_loss" in record and record["num_segments"] == 1]
     assert losses[-1] < 0.8 * losses[0]
@@ -149,19 +149,24 @@ def test_the_held_out_loss_falls(tiny_sdxl, store, tmp_path, settings):
 def test_every_source_trains(tiny_sdxl, store, tmp_path, method):
     prompts = runs.write_prompts(tmp_path)
     settings = {
-        "online": {"source": "online", "prompts": prompts, "target": "consistency", "segments": [8, 1]},
-        "inter_segment-stored": {"method": "inter_segment", "segments": [1]},
-        "inter_segment-student": {"method": "inter_segment", "segments": [1], "renoise": "student", "prompts": prompts},
+        "online": {"source": "online", "prompts": prompts, "target": "consistency", "num_segments": [8, 1]},
+        "inter_segment-stored": {"method": "inter_segment", "num_segments": [1]},
+        "inter_segment-student": {
+            "method": "inter_segment",
+            "num_segments": [1],
+            "renoise": "student",
+            "prompts": prompts,
+        },
     }[method]
     found = records(train(tiny_sdxl, store, tmp_path / "run", **settings))
     assert all(record["loss"] >= 0 and record["grad_norm"] > 0 for record in found if "loss" in record)
 
 
 def test_a_second_stage_starts_from_the_first_ones_student(tiny_sdxl, store, tmp_path):
-    first = train(tiny_sdxl, store, tmp_path / "first", num_steps=2, segments=[1])
+    first = train(tiny_sdxl, store, tmp_path / "first", num_steps=2, num_segments=[1])
     second = tmp_path / "second"
     second.mkdir()
-    stage = runs.distill(method="inter_segment", segments=[1], num_steps=1, learning_rate=1e-12)
+    stage = runs.distill(method="inter_segment", num_segments=[1], num_steps=1, learning_rate=1e-12)
     parents = {"trajectories": store, "distill": first}
     distill.run(stage, runs.recipe(tiny_sdxl, tmp_path, [stage]), parents, second)
     expected, found = student_weights(first), student_weights(second)
@@ -169,7 +174,7 @@ def test_a_second_stage_starts_from_the_first_ones_student(tiny_sdxl, store, tmp
 
 
 def test_the_held_out_loss_is_of_trajectories_that_are_never_trained_on(tiny_sdxl, store, tmp_path):
-    found = records(train(tiny_sdxl, store, tmp_path, segments=[1], num_steps=2, held_out_every=1))
+    found = records(train(tiny_sdxl, store, tmp_path, num_segments=[1], num_steps=2, held_out_every=1))
     assert len([record for record in found if "held_out_loss" in record]) == 2
 
 
@@ -191,7 +196,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_never_skipped(tiny_sdxl, st
 
 
 def test_same_seed_same_bits_and_another_seed_others(tiny_sdxl, store, tmp_path):
-    stage = runs.distill(segments=[1])
+    stage = runs.distill(num_segments=[1])
     weights = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         folder = tmp_path / name

@@ -70,7 +70,7 @@ def test_renoising_and_another_student_make_other_pictures(report):
 def test_values_do_not_depend_on_the_batch_size_and_repeat_bit_for_bit(place, report, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.page, "write", lambda *_: None)
     few = {
-        "num_steps": [4],
+        "sampling_steps": [4],
         "teacher_solvers": ["ddim"],
         "teacher_steps": [3],
         "also": [],
@@ -103,7 +103,7 @@ def drawn(monkeypatch):
 
 def test_an_interrupted_evaluation_goes_on_after_its_last_batch(place, tmp_path, drawn):
     batches, at = drawn
-    few = {"num_steps": [4], "teacher_steps": [3], "num_prompts": 3, "batch_size": 2, "keep_pictures": True}
+    few = {"sampling_steps": [4], "teacher_steps": [3], "num_prompts": 3, "batch_size": 2, "keep_pictures": True}
     whole = run(place, tmp_path / "whole", **few)
     expected = list(batches)
     batches.clear()
@@ -121,7 +121,7 @@ def test_an_interrupted_evaluation_goes_on_after_its_last_batch(place, tmp_path,
 
 
 def test_a_resumed_evaluation_may_have_another_batch_size(place, tmp_path, drawn):
-    few = {"num_steps": [4], "teacher_steps": [3], "num_prompts": 3, "also": [], "judge": None, "rewards": []}
+    few = {"sampling_steps": [4], "teacher_steps": [3], "num_prompts": 3, "also": [], "judge": None, "rewards": []}
     whole = run(place, tmp_path / "whole", **few, batch_size=3)
     drawn[0].clear()
     drawn[1]["stop"] = 4
@@ -132,7 +132,7 @@ def test_a_resumed_evaluation_may_have_another_batch_size(place, tmp_path, drawn
         assert values == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
-FEW = {"num_steps": [2], "teacher_steps": [2], "num_prompts": 3, "batch_size": 6}
+FEW = {"sampling_steps": [2], "teacher_steps": [2], "num_prompts": 3, "batch_size": 6}
 
 
 def test_a_row_measured_once_is_found_again_by_another_evaluation(place, tmp_path, drawn):
@@ -141,12 +141,12 @@ def test_a_row_measured_once_is_found_again_by_another_evaluation(place, tmp_pat
     first = run(place, tmp_path / "first", runs=tmp_path, **FEW, also=[])
     assert len(batches) == len(first["rows"])
     batches.clear()
-    second = run(place, tmp_path / "second", runs=tmp_path, **FEW | {"num_steps": [2, 4]}, gammas=[0.0])
+    second = run(place, tmp_path / "second", runs=tmp_path, **FEW | {"sampling_steps": [2, 4]}, gammas=[0.0])
     known = {one["id"]: one for one in first["rows"]}
     same = {"ddim-guided-4"}  # two guided steps are the reference, drawn as "teacher-2"
     assert {row for row, _ in batches} == {one["id"] for one in second["rows"]} - set(known) - same
     assert known["student0-2-gamma0-milestones"] in second["rows"]
-    alone = run(place, tmp_path / "alone", **FEW | {"num_steps": [2, 4]}, gammas=[0.0])
+    alone = run(place, tmp_path / "alone", **FEW | {"sampling_steps": [2, 4]}, gammas=[0.0])
     for one, again in zip(alone["rows"], second["rows"], strict=True):
         assert one["metrics"] == again["metrics"]  # distances too: to the reference's latents of the first
     for path in (tmp_path / "alone" / "pictures").rglob("*.png"):
@@ -200,7 +200,7 @@ def test_rows_found_again_have_no_pictures_to_keep_so_keep_pictures_draws_them(p
 
 def test_every_picture_is_kept_where_it_is_asked_for(place, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.page, "write", lambda *_: None)
-    few = {"num_steps": [2], "teacher_steps": [2], "also": [], "judge": None, "num_prompts": 3, "batch_size": 4}
+    few = {"sampling_steps": [2], "teacher_steps": [2], "also": [], "judge": None, "num_prompts": 3, "batch_size": 4}
     found = run(place, tmp_path, **few, keep_pictures=True)
     for one in found["rows"]:
         names = sorted(path.name for path in (tmp_path / "samples" / one["id"]).iterdir())
@@ -215,7 +215,7 @@ def test_of_a_batch_only_readings_stay(place, tmp_path, monkeypatch):
     sizes, draw = [], evaluate.draw
     monkeypatch.setattr(evaluate.page, "write", lambda *_: None)
     monkeypatch.setattr(evaluate, "draw", lambda *given: sizes.append(draw(*given)) or sizes[-1])
-    run(place, tmp_path, num_steps=[2], teacher_steps=[2], also=[], num_prompts=3, batch_size=4)
+    run(place, tmp_path, sampling_steps=[2], teacher_steps=[2], also=[], num_prompts=3, batch_size=4)
     for readings in sizes:
         (count,) = readings["distance"].shape
         shapes = {name: tuple(value.shape) for name, value in readings.items()}
@@ -234,7 +234,7 @@ def test_one_student_is_in_memory_at_a_time(place, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluate.page, "write", lambda *_: None)
     monkeypatch.setattr(evaluate, "load_student", watched)
-    few = {"num_steps": [2], "teacher_steps": [2], "judge": None, "rewards": [], "num_prompts": 2, "batch_size": 4}
+    few = {"sampling_steps": [2], "teacher_steps": [2], "judge": None, "rewards": [], "num_prompts": 2, "batch_size": 4}
     run(place, tmp_path, **few, also=[str(place / "other"), str(place / "feedback")])
     assert len(alive) == 3
 
@@ -267,7 +267,7 @@ def test_pictures_are_kept_for_the_page_of_every_row(finished, report):
 
 
 def test_a_teacher_alone_is_a_table_too(place, tmp_path):
-    made = recipe(place, tmp_path, also=[], num_steps=[2], teacher_solvers=["ddim"], judge=None, rewards=[])
+    made = recipe(place, tmp_path, also=[], sampling_steps=[2], teacher_solvers=["ddim"], judge=None, rewards=[])
     evaluate.run(made.stages[0], made, {}, tmp_path)
     found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert [one["role"] for one in found["rows"]] == ["reference"] * 2 + ["undistilled"] * 2

@@ -15,7 +15,7 @@ pytestmark = [
 
 def run(tiny_sdxl, folder, device, **settings):
     folder.mkdir()
-    recipe = runs.whole(tiny_sdxl, folder, segments=[8, 1], **settings).model_copy(update={"device": device})
+    recipe = runs.whole(tiny_sdxl, folder, num_segments=[8, 1], **settings).model_copy(update={"device": device})
     return pipeline.run(recipe)
 
 

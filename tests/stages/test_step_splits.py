@@ -37,7 +37,7 @@ def distilled(tiny_sdxl, tmp_path_factory):
     folder = tmp_path_factory.mktemp("distilled")
     stages = [
         runs.trajectories(runs.write_prompts(folder)),
-        runs.distill(segments=[2], adapter=Lora(rank=2, alpha=2.0)),
+        runs.distill(num_segments=[2], adapter=Lora(rank=2, alpha=2.0)),
     ]
     recipe = runs.recipe(tiny_sdxl, folder, stages)
     return recipe, [stage.folder for stage in pipeline.run(recipe)]

@@ -261,14 +261,14 @@ def test_a_taste_is_trained_once_and_tuning_by_it_raises_its_rule(taste, tiny_sd
     evaluate = Evaluate(
         prompts=prompts,
         num_prompts=2,
-        num_steps=[2],
+        sampling_steps=[2],
         teacher_steps=[2],
         gammas=[0.0],
         batch_size=4,
         rewards=["brightness", {"name": "trained", "chunk_size": 2}],
     )
     taught = stage(taste, resolution=16)  # what the student draws
-    stages = [taught, runs.trajectories(prompts), runs.distill(segments=[2]), tuned, evaluate]
+    stages = [taught, runs.trajectories(prompts), runs.distill(num_segments=[2]), tuned, evaluate]
     recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
     head, _, _, feedback, report = pipeline.run(recipe)
     look = [json.loads(line) for line in (feedback.folder / "log.jsonl").read_text().splitlines()][-1]

@@ -56,7 +56,7 @@ def test_states_are_those_of_the_stock_solver(recipe, store):
 
 
 def test_the_grid_runs_from_noise_to_index_zero_over_every_milestone(tiny_sdxl, tmp_path):
-    stage = runs.trajectories(runs.write_prompts(tmp_path), num_steps=48, num_trajectories=1, num_held_out=0)
+    stage = runs.trajectories(runs.write_prompts(tmp_path), solver_steps=48, num_trajectories=1, num_held_out=0)
     store = Store(pipeline.run(runs.recipe(tiny_sdxl, tmp_path, [stage]))[0].folder)
     assert store.grid[0] == 999
     assert store.grid[-1] == 0
@@ -154,7 +154,7 @@ def test_a_store_that_differs_in_anything_is_refused_with_the_field(store):
 def sources_over(store: Path, recipe, folder: Path):
     """What every stage that reads a store makes of it: its states in segments, for re-noising, for `feedback`."""
     base = teachers.load(recipe.teacher, "cpu")
-    stages = [runs.distill(segments=[1]), runs.distill(segments=[1], method="inter_segment")]
+    stages = [runs.distill(num_segments=[1]), runs.distill(num_segments=[1], method="inter_segment")]
     for stage in stages:
         yield lambda stage=stage: distill.make_source(stage, recipe, base, base.denoiser, {"trajectories": store})
     write_json(folder / "distill" / "manifest.json", {"stage": stages[0].model_dump(mode="json")})

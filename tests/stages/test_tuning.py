@@ -126,7 +126,7 @@ def test_gradient_checkpointing_changes_no_gradient(distilled, tmp_path, variant
 
 def test_a_recipe_goes_from_trajectories_to_a_tuned_student_that_is_sampled_evaluated_and_exported(tiny_sdxl, tmp_path):
     prompts = runs.write_prompts(tmp_path)
-    recipe = runs.whole(tiny_sdxl, tmp_path, segments=[2])
+    recipe = runs.whole(tiny_sdxl, tmp_path, num_segments=[2])
     store, student, evaluate = recipe.stages
     evaluate = evaluate.model_copy(update={"rewards": ["brightness", "colourfulness"], "gammas": [0.0]})
     guard = {"rewards": [{"name": "colourfulness", "weight": -1.0}], "num_prompts": 4, "every": 1}  # grey is bright

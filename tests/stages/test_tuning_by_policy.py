@@ -9,7 +9,7 @@ from mlcm_rl.training.loop import Runtime
 def test_policy_gradient_raises_the_reward(distilled, tmp_path):
     """Over three seeds and both kinds of student the gain was 0.54 to 1.56; in groups of 4, -0.2 to 1.5."""
     settings = {"num_steps": 40, "learning_rate": 3e-3, "batch_size": 32, "num_generations": 8, "beta": 0.0}
-    folder = tune(distilled, tmp_path, "policy", epsilon=0.1, **settings, **AT_THE_END)
+    folder = tune(distilled, tmp_path, "policy", clip_range=0.1, **settings, **AT_THE_END)
     assert records(folder)[-1]["guard/trained_gain"] > 0.1
 
 
@@ -22,7 +22,7 @@ def test_iterations_in_bfloat16_see_the_updates_before_them(distilled, tmp_path,
         return found
 
     monkeypatch.setattr(Runtime, "backward", backward)
-    changes = {"precision": "bf16", "num_iterations": 3, "num_steps": 1, "epsilon": 10.0, "learning_rate": 1e-1}
+    changes = {"precision": "bf16", "num_iterations": 3, "num_steps": 1, "clip_range": 10.0, "learning_rate": 1e-1}
     tune(distilled, tmp_path, "policy", **changes)
     assert len(set(norms)) == 3
 

@@ -59,9 +59,11 @@ def test_a_guard_that_keeps_step_0_is_told_wherever_its_student_goes(tiny_sdxl, 
     guard = {"rewards": [{"name": "colourfulness", "weight": 0.0}], "num_prompts": 2, "every": 1}  # no look is better
     tuned = runs.tuning("feedback", prompts, guard=guard)
     evaluate = Evaluate(
-        prompts=prompts, num_prompts=2, num_steps=[4], gammas=[0.0], teacher_steps=[2], rewards=["brightness"]
+        prompts=prompts, num_prompts=2, sampling_steps=[4], gammas=[0.0], teacher_steps=[2], rewards=["brightness"]
     )
-    recipe = runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(prompts), runs.distill(segments=[2]), tuned, evaluate])
+    recipe = runs.recipe(
+        tiny_sdxl, tmp_path, [runs.trajectories(prompts), runs.distill(num_segments=[2]), tuned, evaluate]
+    )
     found = pipeline.run(recipe)[2].folder
     lines = capsys.readouterr().out.splitlines()
     last = next(i for i, line in enumerate(lines) if line.startswith("evaluate ->")) - 1
@@ -82,7 +84,7 @@ def test_the_step_that_a_guard_kept_is_told_and_recorded(tiny_sdxl, tmp_path, ca
     prompts = runs.write_prompts(tmp_path)
     guard = {"rewards": [{"name": "colourfulness", "weight": -1.0}], "num_prompts": 2, "every": 1}
     tuned = runs.tuning("feedback", prompts, num_steps=3, learning_rate=1e-2, guard=guard)
-    recipe = runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(prompts), runs.distill(segments=[2]), tuned])
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(prompts), runs.distill(num_segments=[2]), tuned])
     found = pipeline.run(recipe)[2].folder
     kept = files.read_json(found / "guard.json")["kept_step"]
     assert kept > 0

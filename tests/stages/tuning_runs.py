@@ -43,7 +43,7 @@ def distilled(request, tiny_sdxl, tmp_path_factory):
     """A recipe with a store and a distilled student, and their folders: an adapter, or weights of its own."""
     folder = tmp_path_factory.mktemp(f"distilled-{request.param}")
     adapter = Lora(rank=2, alpha=2.0) if request.param == "lora" else Full()
-    stages = [runs.trajectories(runs.write_prompts(folder)), runs.distill(segments=[2], adapter=adapter)]
+    stages = [runs.trajectories(runs.write_prompts(folder)), runs.distill(num_segments=[2], adapter=adapter)]
     recipe = runs.recipe(tiny_sdxl, folder, stages)
     return recipe, [stage.folder for stage in pipeline.run(recipe)]
 

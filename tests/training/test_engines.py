@@ -44,7 +44,7 @@ def store(tiny_sdxl, tmp_path_factory):
 
 
 def distillation(name: str) -> dict:
-    return {"segments": [2], "target": "consistency", **SETTINGS[name]}
+    return {"num_segments": [2], "target": "consistency", **SETTINGS[name]}
 
 
 def state(folder: Path) -> dict:
@@ -135,7 +135,7 @@ def test_every_kind_of_student_trains_under_every_engine(mode, name, tiny_sdxl, 
 @pytest.mark.parametrize("kind", TUNING)
 def test_preference_learning_under_zero3_trains_saves_and_reloads_as_one_process(kind, distilled, tiny_sdxl, tmp_path):
     prompts = runs.write_prompts(tmp_path)
-    stages = [runs.trajectories(prompts), runs.distill(segments=[2], adapter=distilled)]
+    stages = [runs.trajectories(prompts), runs.distill(num_segments=[2], adapter=distilled)]
     found = pipeline.run(runs.recipe(tiny_sdxl, tmp_path, stages))
     parents = {"trajectories": found[0].folder, "distill": found[1].folder}
     settings = {"prompts": prompts, **TUNING[kind]}

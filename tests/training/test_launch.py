@@ -40,7 +40,7 @@ from mlcm_rl.training.processes import rows, share
 def test_two_processes_make_what_one_makes(tiny_sdxl, tmp_path):
     stages = [
         runs.trajectories(runs.write_prompts(tmp_path), shard_size=2),
-        runs.distill(segments=[2], num_steps=3, gradient_accumulation=2, target="consistency", target_ema=0.9),
+        runs.distill(num_segments=[2], num_steps=3, gradient_accumulation=2, target="consistency", target_ema=0.9),
     ]
     alone, together = whole_and_launched(tiny_sdxl, tmp_path, stages, "cpu2")
     assert_alike(alone, together)
@@ -54,11 +54,11 @@ def test_every_stage_runs_in_two_processes(tiny_sdxl, tmp_path, mode):
     prompts = runs.write_prompts(tmp_path)
     stages = [
         runs.trajectories(prompts, shard_size=2),
-        runs.distill(segments=[2], num_steps=3, condition_on_target=True),
+        runs.distill(num_segments=[2], num_steps=3, condition_on_target=True),
         runs.tuning("feedback", prompts, gradient_accumulation=2, num_grad_steps=2),
         runs.tuning("dpo", prompts, gamma=1.0),
         runs.tuning("policy", prompts, num_iterations=2),
-        Evaluate(prompts=prompts, num_prompts=4, num_steps=[1, 2], teacher_steps=[3, 4], batch_size=2),
+        Evaluate(prompts=prompts, num_prompts=4, sampling_steps=[1, 2], teacher_steps=[3, 4], batch_size=2),
     ]
     alone, together = whole_and_launched(tiny_sdxl, tmp_path, stages, mode)
     assert_alike(alone, together)
@@ -74,7 +74,7 @@ def test_stable_diffusion_3_is_trained_in_two_processes(tmp_path, mode):
     prompts = runs.write_prompts(tmp_path)
     stages = [
         runs.trajectories(prompts, shard_size=2),
-        runs.distill(segments=[2], num_steps=3, condition_on_target=True),
+        runs.distill(num_segments=[2], num_steps=3, condition_on_target=True),
         runs.tuning("feedback", prompts, gradient_accumulation=2, num_grad_steps=2, normalise=False),
         runs.tuning("dpo", prompts, gamma=1.0),
         runs.tuning("policy", prompts, num_iterations=2),
@@ -86,7 +86,7 @@ def test_stable_diffusion_3_is_trained_in_two_processes(tmp_path, mode):
 def test_processes_that_cannot_share_a_batch_are_told_once_before_any_stage(tiny_sdxl, tmp_path):
     stages = [
         runs.trajectories(runs.write_prompts(tmp_path)),
-        runs.distill(segments=[1], batch_size=3, num_steps=1),
+        runs.distill(num_segments=[1], batch_size=3, num_steps=1),
     ]
     recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
     failed = launch(recipe, tmp_path, "cpu2")

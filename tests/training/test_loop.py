@@ -34,7 +34,7 @@ def test_bfloat16_that_the_cpu_emulates_is_said_before_the_run(
 def test_without_git_a_run_ends_as_with_it_and_records_no_commit(tiny_sdxl, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     prompts = runs.write_prompts(tmp_path)
-    report = Evaluate(prompts=prompts, num_prompts=2, num_steps=[1], teacher_steps=[2])
+    report = Evaluate(prompts=prompts, num_prompts=2, sampling_steps=[1], teacher_steps=[2])
     for stage in pipeline.run(runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(prompts), report])):
         assert manifest.verify(stage.folder)["commit"] is None
     assert files.read_json(stage.folder / "report.json")["environment"]["commit"] is None

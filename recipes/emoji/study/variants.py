@@ -24,20 +24,20 @@ from mlcm_rl.recipe.file import load
 
 RECIPES = Path(__file__).parents[2]
 LORA = {"kind": "lora", "rank": 64, "alpha": 64}
-PROGRESSIVE = {"segments": [8, 4, 2, 1], "space": ["z", "z", "z", "x0"]}
-ONE = {"segments": [1], "space": "x0"}
+PROGRESSIVE = {"num_segments": [8, 4, 2, 1], "space": ["z", "z", "z", "x0"]}
+ONE = {"num_segments": [1], "space": "x0"}
 CONDITIONED = {"target": "trajectory", "condition_on_target": True}
-BUDGETS = CONDITIONED | {"segments": [1], "distance": "log_l2", "budgets": [2, 3, 4, 6, 8]}
+BUDGETS = CONDITIONED | {"num_segments": [1], "distance": "log_l2", "budgets": [2, 3, 4, 6, 8]}
 LCM = ONE | {"source": "data", "images": "data/emoji_64", "target": "consistency", "target_ema": 0.95}
 
 # Row -> distill settings beside batch size, rate and steps, which all share.
 ROWS = {
     "lcm": LCM,
     "lcm_long": LCM,
-    "fixed_8": {"segments": [8], "target": "consistency"},
-    "fixed_8_trajectory": {"segments": [8], "target": "trajectory"},
-    "fixed_4_trajectory": {"segments": [4], "target": "trajectory"},
-    "fixed_2_trajectory": {"segments": [2], "target": "trajectory"},
+    "fixed_8": {"num_segments": [8], "target": "consistency"},
+    "fixed_8_trajectory": {"num_segments": [8], "target": "trajectory"},
+    "fixed_4_trajectory": {"num_segments": [4], "target": "trajectory"},
+    "fixed_2_trajectory": {"num_segments": [2], "target": "trajectory"},
     "budgets": BUDGETS,
     "budgets_long": BUDGETS,
     "progressive_trajectory": PROGRESSIVE | {"target": "trajectory"},
@@ -45,7 +45,7 @@ ROWS = {
     "single_trajectory": ONE | {"target": "trajectory"},
     "single_random_skip": ONE | {"target": "consistency", "pair": "random"},
     "single": ONE | {"target": "consistency"},
-    "conditioned": CONDITIONED | {"segments": [8, 4, 2, 1]},
+    "conditioned": CONDITIONED | {"num_segments": [8, 4, 2, 1]},
     "budgets_lora": BUDGETS | {"adapter": LORA},
     "online": PROGRESSIVE
     | {"source": "online", "prompts": "recipes/emoji/prompts/train.jsonl", "target": "consistency"},
@@ -113,7 +113,13 @@ def recipe_of(base: Recipe, row: str, seed: int, num_steps: int, num_prompts: in
     trajectories, given = base.stages[0], base.stages[1]
     stages = [trajectories, distill_stage(given, SECOND_STAGE.get(row, row), num_steps, seed)]
     if row in SECOND_STAGE:
-        second = {"method": "inter_segment", "segments": [1], "space": "x0", "num_steps": num_steps // 5, "seed": seed}
+        second = {
+            "method": "inter_segment",
+            "num_segments": [1],
+            "space": "x0",
+            "num_steps": num_steps // 5,
+            "seed": seed,
+        }
         stages.append(Distill(**second, **shared_settings(given), learning_rate=given.learning_rate))
     gammas = [0.0, 1.0] if stages[-1].default_gamma == 1.0 else [0.0]
     students = "last" if row in UNASKED else "snapshots"
@@ -126,7 +132,7 @@ def distill_stage(given: Distill, row: str, num_steps: int, seed: int) -> Distil
     settings = ROWS[row]
     return Distill(
         seed=seed,
-        num_steps=int(num_steps * LONGER.get(row, 1)) // len(settings["segments"]),
+        num_steps=int(num_steps * LONGER.get(row, 1)) // len(settings["num_segments"]),
         learning_rate=given.learning_rate,
         **(shared_settings(given) | settings),
     )
@@ -144,7 +150,12 @@ def shared_settings(given: Distill) -> dict:
 def evaluate_stage(base: Recipe, num_prompts: int, students="snapshots", gammas=(), solvers=()) -> Evaluate:
     """The base's evaluation of what the study compares: `students` under `gammas`, or the teacher's `solvers`."""
     given = next(stage for stage in base.stages if isinstance(stage, Evaluate))
-    chosen = {"num_steps": NUM_STEPS, "gammas": list(gammas) or [0.0], "grids": ["milestones"], "teacher_steps": [50]}
+    chosen = {
+        "sampling_steps": NUM_STEPS,
+        "gammas": list(gammas) or [0.0],
+        "grids": ["milestones"],
+        "teacher_steps": [50],
+    }
     kept = {"num_prompts": num_prompts, "images_per_prompt": 1, "students": students, "teacher_solvers": list(solvers)}
     return given.model_copy(update=chosen | kept)
 
