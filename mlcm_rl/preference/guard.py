@@ -40,7 +40,7 @@ class Verdict:
     warnings: list[str] = field(default_factory=list)
 
 
-class Guard:
+class HackingGuard:
     """Looks at a student under preference learning every so many steps and keeps the best one by held-out reward."""
 
     def __init__(

@@ -18,7 +18,7 @@ from ..models import pictures, students, teachers
 from ..models.base import Base, Conditioning
 from ..models.teachers import tell_truncated
 from ..preference import tuning
-from ..preference.guard import Guard
+from ..preference.guard import HackingGuard
 from ..recipe import Dpo, Recipe
 from ..rewards import Combined, combine
 from ..training import processes
@@ -45,7 +45,7 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
     parameters = students.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student.denoiser, optimizer)
-    guard = Guard(stage, student, trained, rewards, recipe.seed)
+    guard = HackingGuard(stage, student, trained, rewards, recipe.seed)
     rewards.take_in(guard.reference_scores)  # their scale in the first step
 
     weights = {"student": trained, "best": guard.best}
@@ -74,7 +74,7 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairBatch:
     """B pairs: 0 the chosen sample, 1 the rejected one, of one prompt."""
 
     states: Tensor | None  # (2, N, B, C, H, W) that the sampler visited; a table's pictures have none
@@ -96,7 +96,7 @@ class OwnPairs:
         """The prompts of `step`."""
         return self.prompts.texts(step, self.stage.batch_size)
 
-    def batches(self, step: int, scores: tuning.Scores) -> Iterator[Pairs]:
+    def batches(self, step: int, scores: tuning.Scores) -> Iterator[PairBatch]:
         """The micro-batches of `step`."""
         stage, copies = self.stage, self.stage.num_generations
         size = stage.micro_batch * copies
@@ -125,7 +125,7 @@ class StoredPairs:
         """The prompts of `step`."""
         return [self.prompts[i].prompt for i in self.order.draw(step, self.stage.batch_size).tolist()]
 
-    def batches(self, step: int, scores: tuning.Scores) -> Iterator[Pairs]:
+    def batches(self, step: int, scores: tuning.Scores) -> Iterator[PairBatch]:
         """The micro-batches of `step`."""
         index = self.order.draw(step, self.stage.batch_size)
         for rows in processes.micro_batches(len(index), self.stage.micro_batch):
@@ -133,7 +133,7 @@ class StoredPairs:
             conditioning = self.base.encode_prompts([self.prompts[i].prompt for i in part.tolist()])
             x0 = self.x0[:, part].to(self.base.device)
             generators = tuning.sample_generators(self.seed, self.stage, step, rows)
-            yield Pairs(None, x0, conditioning, torch.ones(len(part), device=x0.device), generators)
+            yield PairBatch(None, x0, conditioning, torch.ones(len(part), device=x0.device), generators)
 
     def _encoded(self, table: PairTable, index: list[int]) -> Iterator[Tensor]:
         """Latents (2, b, C, H, W) of the pairs `index`, as many pictures at a time as a process has pairs in a step."""
@@ -145,7 +145,9 @@ class StoredPairs:
                 bar.advance(len(part))
 
 
-def ranked(stage: Dpo, student: tuning.Student, rewards: Combined, start: tuning.Start, scores: tuning.Scores) -> Pairs:
+def ranked(
+    stage: Dpo, student: tuning.Student, rewards: Combined, start: tuning.Start, scores: tuning.Scores
+) -> PairBatch:
     """The best and the worst of each prompt's samples by the summed reward; `start` has them in a row."""
     states, x0 = student.rollout(start.conditioning, start.noise, start.generators)
     with torch.no_grad():
@@ -158,10 +160,10 @@ def ranked(stage: Dpo, student: tuning.Student, rewards: Combined, start: tuning
     margin = (groups.amax(1) - groups.amin(1)) > stage.min_margin  # equal rewards say nothing
     conditioning = {name: value[first] for name, value in start.conditioning.items()}
     generators = start.generators[:: stage.num_generations]
-    return Pairs(states[:, index].transpose(0, 1), x0[index], conditioning, margin.float(), generators)
+    return PairBatch(states[:, index].transpose(0, 1), x0[index], conditioning, margin.float(), generators)
 
 
-def loss(stage: Dpo, student: tuning.Student, pairs: Pairs, scores: tuning.Scores) -> Tensor:
+def loss(stage: Dpo, student: tuning.Student, pairs: PairBatch, scores: tuning.Scores) -> Tensor:
     """The preference loss (B,) float32; a pair that is left out counts 0."""
     chosen, rejected = log_ratios(stage, student, pairs)
     weight = pairs.kept
@@ -190,7 +192,7 @@ def refuse_blind(stage: Dpo, student: tuning.Student) -> None:
         )
 
 
-def log_ratios(stage: Dpo, student: tuning.Student, pairs: Pairs) -> tuple[Tensor, Tensor]:
+def log_ratios(stage: Dpo, student: tuning.Student, pairs: PairBatch) -> tuple[Tensor, Tensor]:
     """log pi / pi_ref of chosen and rejected: (B,) each, or (N - 1, B) of the random steps for form pso.
 
     `kappa` weighs the rejected one as in `preference.offline_pso_log_ratios`, of which form diffusion_dpo is half:
@@ -214,7 +216,7 @@ def log_ratios(stage: Dpo, student: tuning.Student, pairs: Pairs) -> tuple[Tenso
 
 
 def denoising_errors(
-    stage: Dpo, student: tuning.Student, pairs: Pairs, steps: Tensor, eps: Tensor
+    stage: Dpo, student: tuning.Student, pairs: PairBatch, steps: Tensor, eps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Errors (2, B) of student and reference on the samples noised to the times of the sampler's `steps` (B,)."""
     x0, conditioning = pairs.x0.flatten(0, 1), both(pairs.conditioning)
@@ -227,7 +229,7 @@ def denoising_errors(
     return own, reference
 
 
-def step_log_ratio(student: tuning.Student, pairs: Pairs, step: int) -> Tensor:
+def step_log_ratio(student: tuning.Student, pairs: PairBatch, step: int) -> Tensor:
     """log pi / pi_ref (2, B), per element, of the step that each rollout took from its state number `step`."""
     assert pairs.states is not None  # those that were drawn have them
     x_t, x_s = pairs.states[:, step].flatten(0, 1), pairs.states[:, step + 1].flatten(0, 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..equations import policy
 from ..models import students, teachers
 from ..preference import tuning
-from ..preference.guard import Guard
+from ..preference.guard import HackingGuard
 from ..recipe import Policy, Recipe
 from ..rewards import Combined, combine
 from ..training.loop import Runtime, rate_factor, set_rate
@@ -33,7 +33,7 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
     parameters = students.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student.denoiser, optimizer)
-    guard = Guard(stage, student, trained, rewards, recipe.seed)
+    guard = HackingGuard(stage, student, trained, rewards, recipe.seed)
     rewards.take_in(guard.reference_scores)  # their scale in the first step
 
     weights = {"student": trained, "best": guard.best}

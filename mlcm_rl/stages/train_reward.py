@@ -33,7 +33,7 @@ def run(stage: TrainReward, recipe: Recipe, parents: dict[str, Path], folder: Pa
     rt = Runtime(recipe, stage, folder)
     table = PairTable(stage.pairs)
     held_out = held_out_pairs(table.prompts, stage.held_out, recipe.seed)
-    pairs = Pairs.read(stage, table, held_out, rt.device)
+    pairs = PairFeatures.read(stage, table, held_out, rt.device)
     head = new_head(pairs.training.shape[-1], recipe.seed).to(rt.device)
     parameters = list(head.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
@@ -70,7 +70,7 @@ def write_reward(head: nn.Sequential, stage: TrainReward, scale: FeatureScale, f
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairFeatures:
     """Scaled features of a table's pairs, 0 the chosen picture, 1 the rejected one."""
 
     training: Tensor  # (N, 2, D)
@@ -78,7 +78,7 @@ class Pairs:
     scale: FeatureScale  # of the training pairs
 
     @classmethod
-    def read(cls, stage: TrainReward, table: PairTable, held_out: Tensor, device: torch.device) -> "Pairs":
+    def read(cls, stage: TrainReward, table: PairTable, held_out: Tensor, device: torch.device) -> "PairFeatures":
         """The pairs of `table`, those that `held_out` (N + M,) bool marks apart, each picture seen by the body once."""
         features = torch.cat(list(_features(stage, table, device)))
         if (bad := finite.first_bad_row(features)) is not None:

@@ -8,7 +8,7 @@ import runs
 import tiny
 from mlcm_rl.data.prompts import Prompt
 from mlcm_rl.preference import tuning
-from mlcm_rl.preference.guard import Guard
+from mlcm_rl.preference.guard import HackingGuard
 from mlcm_rl.rewards import Combined, Member, combine
 from mlcm_rl.stages import feedback
 from mlcm_rl.training.seeding import generator
@@ -20,7 +20,7 @@ def reference_scores(distilled, **changes) -> dict[str, torch.Tensor]:
         student_of(distilled, **changes),
         runs.tuning("feedback", distilled[0].stages[0].prompts, **changes),
     )
-    return Guard(stage, student, student.parameters, combine(stage.rewards, "cpu"), 0).reference_scores
+    return HackingGuard(stage, student, student.parameters, combine(stage.rewards, "cpu"), 0).reference_scores
 
 
 def test_a_small_decoder_moves_the_gradient_and_never_what_the_guard_sees(distilled, tmp_path):
