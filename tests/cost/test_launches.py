@@ -10,7 +10,7 @@ from torch import nn
 import runs
 import tiny
 from mlcm_rl.cost import memory
-from mlcm_rl.cost.launches import Held, Launch, held, of_this_process, outline, part, read_launch, zero_bytes
+from mlcm_rl.cost.launches import Launch, Shard, of_this_process, outline, part, read_launch, shard, zero_bytes
 from mlcm_rl.models.base import TARGET_TIME_WIDTH
 from mlcm_rl.pipeline.planning import Sizes
 from mlcm_rl.recipe import Full, Lora
@@ -99,32 +99,32 @@ def lora_student() -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize(
     ("launch", "expected"),
     [
-        (Launch(), Held(0, 800, 1600, 800, 0, 0)),
-        (Launch("whole", 4), Held(0, 800, 1600, 800, 0, 0)),  # gradients are exchanged where they are
-        (Launch("zero1", 4), Held(0, 800, 600, 800, BUCKET, 0)),  # (8 + 4) x 200 / 4
-        (Launch("zero2", 4), Held(0, 200, 600, 800, BUCKET, 0)),
-        (Launch("zero2", 4, offload=True), Held(0, 0, 0, 800, BUCKET, 200 + 600)),
-        (Launch("zero3", 4), Held(600, 200, 600, 200, BUCKET + 800, 0)),  # the one layer is gathered
-        (Launch("fsdp2", 4), Held(600, 200, 400, 200, 800 + 800, 0)),  # with its gradients
+        (Launch(), Shard(0, 800, 1600, 800, 0, 0)),
+        (Launch("whole", 4), Shard(0, 800, 1600, 800, 0, 0)),  # gradients are exchanged where they are
+        (Launch("zero1", 4), Shard(0, 800, 600, 800, BUCKET, 0)),  # (8 + 4) x 200 / 4
+        (Launch("zero2", 4), Shard(0, 200, 600, 800, BUCKET, 0)),
+        (Launch("zero2", 4, offload=True), Shard(0, 0, 0, 800, BUCKET, 200 + 600)),
+        (Launch("zero3", 4), Shard(600, 200, 600, 200, BUCKET + 800, 0)),  # the one layer is gathered
+        (Launch("fsdp2", 4), Shard(600, 200, 400, 200, 800 + 800, 0)),  # with its gradients
     ],
 )
 def test_two_hundred_weights_trained_in_full_by_hand(launch, expected):
-    assert held(outline(*full_student(), launch.blocks), launch) == expected
+    assert shard(outline(*full_student(), launch.blocks), launch) == expected
 
 
 @pytest.mark.parametrize(
     ("launch", "expected"),
     [
-        (Launch(), Held(0, 240, 480, 240, 0, 0)),  # 2 x 10 + 20 x 2 weights
-        (Launch("zero1", 2), Held(0, 240, 360, 240, BUCKET, 0)),
-        (Launch("zero2", 2), Held(0, 120, 360, 240, BUCKET, 0)),
+        (Launch(), Shard(0, 240, 480, 240, 0, 0)),  # 2 x 10 + 20 x 2 weights
+        (Launch("zero1", 2), Shard(0, 240, 360, 240, BUCKET, 0)),
+        (Launch("zero2", 2), Shard(0, 120, 360, 240, BUCKET, 0)),
         # The frozen 400 bytes are the teacher's, whole, and a part of them comes on top: 240 - (400 + 240) / 2.
-        (Launch("zero3", 2), Held(-80, 120, 360, 120, BUCKET + 400, 0)),
-        (Launch("fsdp2", 2), Held(-80, 120, 240, 120, 640 + 240, 0)),
+        (Launch("zero3", 2), Shard(-80, 120, 360, 120, BUCKET + 400, 0)),
+        (Launch("fsdp2", 2), Shard(-80, 120, 240, 120, 640 + 240, 0)),
     ],
 )
 def test_an_adapter_of_sixty_weights_by_hand(launch, expected):
-    assert held(outline(*lora_student(), launch.blocks), launch) == expected
+    assert shard(outline(*lora_student(), launch.blocks), launch) == expected
 
 
 def test_fsdp2_gathers_what_is_in_no_block_and_the_two_largest_blocks():

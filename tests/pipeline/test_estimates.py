@@ -151,11 +151,11 @@ def test_a_step_finds_a_shape_once_however_often_it_comes(monkeypatch):
     from mlcm_rl.cost import shapes
 
     def found_out(layers: int) -> int:
-        monkeypatch.setattr(shapes, "_known", {})
+        monkeypatch.setattr(shapes, "_recipes", {})
         with Live(), torch.device("meta"):
             network = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(layers)))
             network(torch.empty(2, 8)).sum().backward()
-        return len(shapes._known)
+        return len(shapes._recipes)
 
     assert found_out(20) <= found_out(3)
 
