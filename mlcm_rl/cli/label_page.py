@@ -128,7 +128,7 @@ class Page:
         return self._changed(request, self._finish)
 
     def _finish(self) -> None:
-        if len(self.choices.made()) < len(self.choices):
+        if len(self.choices.judgements()) < len(self.choices):
             raise ValueError("there are pairs to judge yet")
         self.stop()
 
@@ -147,7 +147,7 @@ class Page:
 
     def _shown(self) -> dict:
         """What the page shows now: the pair to be judged, or that all are."""
-        number, total = len(self.choices.made()), len(self.choices)
+        number, total = len(self.choices.judgements()), len(self.choices)
         shown: dict[str, Any] = {"number": number, "total": total, "kept": len(self.choices.rows())}
         if number < total:
             prompt = self.choices.prompts[number]

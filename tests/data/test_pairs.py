@@ -234,7 +234,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_best_of_a_prompts_samples_is_chosen_and_the_worst_rejected(tmp_path):
     images = torch.tensor([0.0, 0.2, 0.4, 0.6]).view(4, 1, 1, 1).expand(4, 3, 8, 8)
-    asked = ranking.Asked("", "", "taste", num_generations=4, num_steps=1, gamma=1.0, min_margin=0.75, seed=0)
+    asked = ranking.PairSettings("", "", "taste", num_generations=4, num_steps=1, gamma=1.0, min_margin=0.75, seed=0)
     scores = torch.tensor([0.25, 1.0, 0.0, 0.5])
     row = ranking.write_pair(asked, Prompt("a cat", "en"), images, scores, 7, tmp_path)
     assert row == {
@@ -350,7 +350,7 @@ def by_hand(run: Path, out: Path, judge, **changes) -> tuple[int, int]:
 
 
 def prefer_left(choices) -> None:
-    for number in range(len(choices.made()), len(choices)):
+    for number in range(len(choices.judgements()), len(choices)):
         choices.choose(number, "neither" if number == 1 else "left")
 
 
@@ -393,11 +393,11 @@ def test_choosing_goes_on_where_it_was_stopped_and_draws_nothing_again(run, tmp_
     ],
 )
 def test_a_damaged_progress_file_is_told_with_its_key(tmp_path, kept, told):
-    asked = ranking.Asked("student", "prompts", "brightness", 2, 1, 1.0, 0.0, 0)
+    asked = ranking.PairSettings("student", "prompts", "brightness", 2, 1, 1.0, 0.0, 0)
     content = kept | {"asked": asdict(asked)} if kept.get("asked") == "ours" else kept
     (tmp_path / "progress.json").write_text(json.dumps(content))
     with pytest.raises(files.CheckpointError, match=rf"progress\.json is damaged: {told}"):
-        ranking.finished(asked, tmp_path)
+        ranking.finished_rows(asked, tmp_path)
     (tmp_path / "progress.json").write_text(json.dumps(content | {"choices": 3}))
     with pytest.raises(files.CheckpointError, match=r"progress\.json is damaged: (asked|choices) must be"):
         labels.Choices(asked, [], tmp_path)
