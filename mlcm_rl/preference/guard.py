@@ -122,7 +122,8 @@ class HackingGuard:
             ending = f"stopped, step {record.kept_step} kept" if self.stopped else f"{looks} before the run is stopped"
             warning = (
                 f"step {steps}: the trained reward rose by {trained - record.trained:.3g} and the held-out one fell by "
-                f"{record.held_out - held_out:.3g} (deviations of the reference) since step {record.kept_step}: {ending}"
+                f"{record.held_out - held_out:.3g} (deviations of the reference) since step {record.kept_step}: "
+                f"{ending}"
             )
             record.warnings.append(warning)
             tell("guard", warning, "yellow")

@@ -279,8 +279,8 @@ def test_sample_draws_in_batches_the_same_pictures(finished, tmp_path, monkeypat
     recipe, _ = finished
     run, prompts = Path(recipe.runs, recipe.name), ["a cat", "熊猫", "a dog", "a red car", "a cat"]
     sizes = []
-    drawn = finished_runs._drawn
-    monkeypatch.setattr(finished_runs, "_drawn", lambda *given: sizes.append(len(given[2])) or drawn(*given))
+    drawn = finished_runs._sample
+    monkeypatch.setattr(finished_runs, "_sample", lambda *given: sizes.append(len(given[2])) or drawn(*given))
     found = {size: finished_runs.sample(run, prompts, 2, 7, None, tmp_path / str(size), size) for size in (1, 2, 5)}
     assert sizes == [1, 1, 1, 1, 1, 2, 2, 1, 5]
     for size in (1, 2):
