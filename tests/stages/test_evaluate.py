@@ -279,7 +279,7 @@ def test_samples_that_are_not_numbers_stop_the_evaluation(place, tmp_path, monke
     monkeypatch.setattr(evaluate, "sample", lambda scene, *_: torch.full((1, *scene.base.latent_shape), math.nan))
     with pytest.raises(
         ValueError,
-        match="row teacher-3: the teacher draws what is not made of finite numbers for the prompt 'a red apple'",
+        match="row teacher-3: the teacher draws NaN or infinity for the prompt 'a red apple'",
     ):
         run(place, tmp_path / "run")
 

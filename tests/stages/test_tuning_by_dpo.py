@@ -61,7 +61,7 @@ def test_pairs_of_a_table_are_its_pictures_encoded_and_their_prompts(stored):
             torch.testing.assert_close(x0[None], student.base.autoencoder.encode(picture), rtol=0, atol=1e-5)
         alone = student.base.encode_prompts([prompt.prompt])
         torch.testing.assert_close(pairs.conditioning["context"][i : i + 1], alone["context"], rtol=0, atol=1e-5)
-    assert pairs.kept.tolist() == [1.0] * 4
+    assert pairs.weight.tolist() == [1.0] * 4
 
 
 def test_pairs_of_a_table_are_those_of_the_languages_that_are_tuned_for(stored):
