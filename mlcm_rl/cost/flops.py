@@ -65,7 +65,7 @@ class Work:
     precision: str
 
 
-def counted(function: Callable[[], Any]) -> Operations:
+def count_operations(function: Callable[[], Any]) -> Operations:
     """Return the operations of calling `function`."""
     with _Counter() as counter:
         function()
@@ -94,7 +94,9 @@ def of_stage(stage: Stage, recipe: Recipe, passes: Tally, distilled: Lora | Full
         roles = memory.roles_of(stage, recipe, distilled, models, partial(checkpoint, use_reentrant=False))
     one_of_each = _one_of_each(stage, roles)
     precisions = _precisions(stage, recipe, distilled)
-    work = [Work(kind, n, counted(one_of_each[kind]), precisions[kind]) for kind, n in asdict(passes).items() if n]
+    work = [
+        Work(kind, n, count_operations(one_of_each[kind]), precisions[kind]) for kind, n in asdict(passes).items() if n
+    ]
     return [part for one in work for part in _split(one, stage, recipe, roles, distilled)]
 
 
@@ -113,10 +115,10 @@ def _split(work: Work, stage: Stage, recipe: Recipe, roles: Roles, distilled: Lo
         return [part for part in parts if part.count]
     if work.kind not in ("scored", "graded", "watched"):
         return [work]
-    decoding = counted(_of_pictures(work.kind, roles, []))
+    decoding = count_operations(_of_pictures(work.kind, roles, []))
     rewards = stage.reward_models if work.kind == "watched" else stage.trained_on
     return [replace(work, each=decoding)] + [
-        replace(work, each=counted(_of_pictures(work.kind, roles, [one])) - decoding, precision=one.dtype)
+        replace(work, each=count_operations(_of_pictures(work.kind, roles, [one])) - decoding, precision=one.dtype)
         for one in rewards
     ]
 

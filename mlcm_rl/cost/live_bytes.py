@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from .shapes import computed
+from .shapes import output_of
 
 LOWERED = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}
 RAISED_ON_CUDA = {F.group_norm, F.layer_norm}  # autocast computes these in float32 there, and in bfloat16 on a CPU
@@ -32,7 +32,7 @@ class Live(TorchDispatchMode):
         self.counted: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = computed(function, args, kwargs or {})
+        out = output_of(function, args, kwargs or {})
         for value in tree_leaves(out):
             if isinstance(value, Tensor) and value.is_meta:
                 self._count(value.untyped_storage())
@@ -94,7 +94,7 @@ class Kernels(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def checkpointed(self, module: Callable, *args: Any) -> Any:
-        """Return `module` of `args`, computed again in the backward pass by these kernels; for diffusers' models."""
+        """Return `module` of `args`, output_of again in the backward pass by these kernels; for diffusers' models."""
         return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self))
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Operations on the meta device, which compute shapes alone: the output of each is computed once a set of shapes.
+"""Operations on the meta device, which compute shapes alone: the output of each is output_of once a set of shapes.
 
 torch takes about 0.1 ms for the shape of a sum, and a large denoiser's step is a hundred thousand operations of a few
 hundred kinds.
@@ -21,7 +21,7 @@ class Shapes(TorchDispatchMode):
     """Operations inside take the shapes of their outputs from earlier ones with equal arguments."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return computed(function, args, kwargs or {})
+        return output_of(function, args, kwargs or {})
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ _Recipe = _NewTensor | tuple[_NewTensor | None, ...] | None  # None: a shape alo
 _recipes: dict[tuple, _Recipe] = {}
 
 
-def computed(function: OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
+def output_of(function: OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Return the outputs of `function`: meta tensors without content, as it would make them."""
     if function.overloadpacket in WRITES and args[0].is_meta:
         return args[0]

@@ -58,8 +58,8 @@ def identity(stage: Stage, recipe: Recipe, parents: dict[str, str]) -> dict:
         "format": FORMAT,
         "kind": stage.kind,
         "maths": maths_number(stage),
-        "stage": as_written(under_first_names(stage.kind, settings(stage)), recipe) | contents,
-        **as_written(reward_files(stage), recipe),
+        "stage": with_recipe_paths(under_first_names(stage.kind, settings(stage)), recipe) | contents,
+        **with_recipe_paths(reward_files(stage), recipe),
         **reward_sources(stage),
         "teacher": settings(recipe.teacher) | {"path": teacher_hash(recipe.teacher)},
         "parents": parents,
@@ -104,15 +104,15 @@ def settings(model: Strict) -> dict:
     }
 
 
-def as_written(value: Any, recipe: Recipe) -> Any:
+def with_recipe_paths(value: Any, recipe: Recipe) -> Any:
     """Return `value` with the paths of rewards' settings as they stand in the recipe's file.
 
     Resolved paths differ with the folder that the file is read from.
     """
     if isinstance(value, dict):
-        return {as_written(key, recipe): as_written(one, recipe) for key, one in value.items()}
+        return {with_recipe_paths(key, recipe): with_recipe_paths(one, recipe) for key, one in value.items()}
     if isinstance(value, list):
-        return [as_written(one, recipe) for one in value]
+        return [with_recipe_paths(one, recipe) for one in value]
     return recipe._written.get(value, value) if isinstance(value, str) else value
 
 

@@ -62,7 +62,7 @@ def make_pairs(
     with progress(len(prompts), "pairs", min(len(rows), len(prompts))) as bar:
         for first in todo[::size]:
             part = prompts[first : first + size]
-            images, scores = ranked(settings, base, student, reward, part, first)
+            images, scores = rank_samples(settings, base, student, reward, part, first)
             for i, prompt in enumerate(part):
                 rows.append(write_pair(settings, prompt, images[i], scores[i], first + i, out))
             write_json(out / PROGRESS_FILE, {"asked": asdict(settings), "rows": rows})
@@ -112,7 +112,7 @@ def progress_of(settings: PairSettings, out: Path, part: str) -> list:
 
 
 @torch.no_grad()
-def ranked(
+def rank_samples(
     settings: PairSettings, base: Base, student: Student, reward: RewardModel, prompts: list[Prompt], first: int
 ) -> tuple[Tensor, Tensor]:
     """Return samples (P, n, 3, H, W) of `prompts`, the first of which has number `first`, and their rewards (P, n)."""

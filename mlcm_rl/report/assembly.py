@@ -87,7 +87,7 @@ def assemble(
         curves=curves,
     )
     students = [
-        student.model_copy(update={"comparisons": tuned_students.compared(rows, prompts, student)}) for student in tuned
+        student.model_copy(update={"comparisons": tuned_students.compare(rows, prompts, student)}) for student in tuned
     ]
     name = product(recipe, rows)
     return Report(

@@ -1,4 +1,4 @@
-"""The numbers of a report: as its file holds them, and as people read them. P prompts, I pictures of each."""
+"""The numbers of a report, in its file and in words. P prompts, I pictures of each."""
 
 import math
 import statistics

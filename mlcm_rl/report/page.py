@@ -61,12 +61,12 @@ def render(report: Report, folder: Path) -> str:
         gallery=gallery(report, folder),
         legend=plots.lines(report),
         quality=[plots.quality(report, key) for key in tables.main_metrics(report)],
-        tuned=tuned(report, folder) if report.tuned else None,
+        tuned=tuned_section(report, folder) if report.tuned else None,
         curves=losses(report.curves),
-        learned=[plots.learned(student, name) for student in report.tuned for name in student.rewards],
+        reward_curves=[plots.reward_curve(student, name) for student in report.tuned for name in student.rewards],
         heads=tables.heads(report),
         groups=groups(report),
-        comparisons=[compared(report, comparison) for comparison in report.comparisons],
+        comparisons=[comparison_row(report, comparison) for comparison in report.comparisons],
         latency=LATENCY,
         definitions=definitions(report),
         settings={**{f"teacher.{key}": value for key, value in report.teacher.items()}, **report.settings},
@@ -127,7 +127,7 @@ def groups(report: Report) -> list[tuple[str, list[TableRow]]]:
     ]
 
 
-def compared(report: Report, comparison: Comparison) -> ComparisonRow:
+def comparison_row(report: Report, comparison: Comparison) -> ComparisonRow:
     """Return `comparison` as a row of the page's table."""
     rows, key = comparisons.by_id(report.rows), comparison.metric
     student, teacher = rows[comparison.student], rows[comparison.teacher]
@@ -176,7 +176,7 @@ def gallery(report: Report, folder: Path) -> Gallery:
     )
 
 
-def tuned(report: Report, folder: Path) -> TunedSection:
+def tuned_section(report: Report, folder: Path) -> TunedSection:
     """Return the section on preference learning: a card a student, two tables, and galleries of before and after."""
     students = report.tuned
     others = [metric(key).label for key in tuned_students.others(report)]

@@ -1,4 +1,4 @@
-"""A report's table of figures, for the page and for Markdown."""
+"""A report's table of figures, for the page, for Markdown and for a terminal."""
 
 import textwrap
 
@@ -16,23 +16,23 @@ MAIN_METRICS = ("distance", "kid", "r@5", "fid", "clip")  # beside the rewards
 
 
 def columns(report: Report) -> list[str]:
-    """The metrics that the table shows, in order: R@k by language where there is more than one."""
+    """Return the metrics of the table, in order: R@k by language where there is more than one."""
     metrics = report.rows[0].metrics
-    shown = []
+    keys = []
     for key in [key for key, summary in metrics.items() if summary.values]:
         by_language = [other for other in metrics if other.startswith(f"{key}/")]
-        shown += by_language or [key]
-    return shown
+        keys += by_language or [key]
+    return keys
 
 
 def main_metrics(report: Report) -> list[str]:
-    """The metrics that get a plot and a place on the terminal; R@5 is over all languages."""
+    """Return the metrics with a plot and a column on the terminal; R@5 is over all languages."""
     keys = measured(report.rows, report.rows[0].metrics)
     return [key for key in keys if key in MAIN_METRICS or key.startswith("reward/")]
 
 
 def heading(row: Row) -> str:
-    """What a row stands under in the table."""
+    """Return the heading of a row in the table."""
     if row.role == "reference":
         return "Teacher, reference"
     if row.role == "undistilled":
@@ -41,52 +41,53 @@ def heading(row: Row) -> str:
 
 
 def label(row: Row) -> str:
-    """A row's name under its heading."""
+    """Return a row's name under its heading."""
     if row.role == "reference":
         return f"{row.num_steps} steps"
     return row.sampler + (", default" if row.default else "")
 
 
 def groups(report: Report) -> dict[str, list[Row]]:
-    """The rows under their headings, in the table's order: the references, every student, the undistilled teacher."""
-    found: dict[str, list[Row]] = {}
+    """Return the rows under their headings: the references, every student, the undistilled teacher."""
+    rows_by_heading: dict[str, list[Row]] = {}
     for row in sorted(report.rows, key=lambda row: ("reference", "student", "undistilled").index(row.role)):
-        found.setdefault(heading(row), []).append(row)
-    return found
+        rows_by_heading.setdefault(heading(row), []).append(row)
+    return rows_by_heading
 
 
 def cells(report: Report, row: Row) -> list[str]:
-    """The numbers of a row of the table, after its label."""
+    """Return the cells of a row of the table, after its label."""
     values = [number(row.metrics[key]) for key in columns(report)]
     cost = [training(row.training)] if has_training(report) else []
     return [str(row.num_evaluations), latency(row), *cost, *values]
 
 
 def latency(row: Row) -> str:
-    """A row's milliseconds a picture, without an error where it has one batch or was kept by an earlier version."""
+    """Return a row's milliseconds a picture, without error where it has one batch or is of an earlier version."""
     error = row.latency_ms_se
     return plus_minus(row.latency_ms, error) if error else f"{row.latency_ms:.3g}"
 
 
 def heads(report: Report) -> list[str]:
+    """Return the heads of the table's columns, after the label."""
     cost = ["Training evals"] if has_training(report) else []
     return ["Evals", "ms", *cost, *(metric(key).label for key in columns(report))]
 
 
 def has_training(report: Report) -> bool:
-    """Whether there is a student, and so a column of what training cost."""
+    """Return whether a row has a training cost, and the table so a column for it."""
     return any(row.training for row in report.rows)
 
 
 def training(cost: TrainingCost | None) -> str:
-    """A training's evaluations in all, and for each sample the teacher's + the student's; a dash for the teacher."""
+    """Return a training's evaluations in all, and for each sample the teacher's + the student's; a dash for None."""
     if cost is None:
         return "-"
     return f"{compact(cost.total)} ({cost.teacher_per_sample:.3g} + {cost.student_per_sample:.3g})"
 
 
 def compact(count: float) -> str:
-    """1234567 -> "1.23M"."""
+    """Return `count` with three digits and a unit: 1234567 -> "1.23M"."""
     for unit in ("", "k", "M"):
         if count < 999.5:
             return f"{count:.3g}{unit}"
@@ -95,29 +96,29 @@ def compact(count: float) -> str:
 
 
 def table(report: Report) -> Table:
-    """The table for a terminal: the means of the main metrics, so that it fits; the files have everything."""
+    """Return the table for a terminal: the means of the main metrics, so that it fits; the files have everything."""
     keys = main_metrics(report)
     title = f"{report.name}: means over {len(report.prompts)} prompts"
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    shown.add_column("Sampler", min_width=18)
+    grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    grid.add_column("Sampler", min_width=18)
     cost = has_training(report) and len(keys) <= MANY_METRICS  # 80 columns hold no more
     heads = [metric(key).label.partition(" (")[0].replace("_", " ") for key in keys]
     for head in ("Evals", *["Train"] * cost, *heads):
-        shown.add_column("\n".join(textwrap.wrap(head, 8, break_long_words=False)), justify="right", no_wrap=True)
+        grid.add_column("\n".join(textwrap.wrap(head, 8, break_long_words=False)), justify="right", no_wrap=True)
     for name, rows in groups(report).items():
-        shown.add_row(name, style="bold")
+        grid.add_row(name, style="bold")
         for row in rows:
             values = [row.metrics[key].mean for key in keys]
             texts = [str(row.num_evaluations)]
             texts += [training(row.training).partition(" ")[0]] * cost
             texts += ["-" if value is None else f"{value:.3g}" for value in values]
-            shown.add_row(f"  {label(row)}", *texts, style="green" if row.default else "")
-        shown.add_section()
-    return shown
+            grid.add_row(f"  {label(row)}", *texts, style="green" if row.default else "")
+        grid.add_section()
+    return grid
 
 
 def markdown(report: Report) -> str:
-    """report.md: the headline, the table, what its columns mean, and what preference learning changed."""
+    """Return report.md: the headline, the table, its definitions, and the tuned students."""
     head = ["Sampler", *heads(report)]
     lines = [f"# {report.name}", "", report.headline.text, ""]
     lines += [f"| {' | '.join(head)} |", f"|---{'|--:' * (len(head) - 1)}|"]
@@ -139,11 +140,11 @@ def markdown(report: Report) -> str:
 
 
 def network_texts(report: Report) -> list[tuple[str, str]]:
-    """(name, text) of the networks that measured: figures by different files, or real pictures, do not compare."""
-    found = []
+    """Return (name, text) of the networks that measured: figures by different files or pictures do not compare."""
+    texts = []
     for name, network in report.networks.items():
         parts = [f"{file}, sha256 {checksum}" for file, checksum in network.files.items()]
         if network.num_real_images is not None:
             parts.append(f"{network.num_real_images} real pictures")
-        found.append((name, "; ".join(parts)))
-    return found
+        texts.append((name, "; ".join(parts)))
+    return texts

@@ -1,4 +1,4 @@
-"""What a report says of preference learning: tuned students beside the distilled ones that they started from.
+"""Preference learning in a report: tuned students beside the distilled ones that they started from.
 
 P prompts, I pictures of each.
 """
@@ -72,7 +72,7 @@ def _curve(records: list[dict[str, Any]], key: str) -> list[Point]:
     return binned([(record["step"], record[key]) for record in records if key in record])
 
 
-def compared(rows: list[Row], prompts: list[Prompt], student: TunedStudent) -> list[TunedComparison]:
+def compare(rows: list[Row], prompts: list[Prompt], student: TunedStudent) -> list[TunedComparison]:
     """Return each default row of `student` against its reference's row of the same times and gamma.
 
     Differences are paired, tuned minus reference, by metric; win rates by reward; both by language too, as r@5/zh or
@@ -202,8 +202,7 @@ def verdict(student: TunedStudent) -> str:
     """Return in words which student the guard kept and whether it stopped the run."""
     step = student.guard.kept_step
     trained, held_out = (
-        ", ".join(name for name, role in student.rewards.items() if role == wanted)
-        for wanted in ("trained on", "held out")
+        ", ".join(name for name, role in student.rewards.items() if role == part) for part in ("trained on", "held out")
     )
     choice = f"kept is the student of step {step}" if step else "no look was better, so kept is the distilled student"
     ended = f"the run went on to its end, step {student.num_steps}"

@@ -105,7 +105,7 @@ class OwnPairs:
         stage, copies = self.stage, self.stage.num_generations
         size = stage.micro_batch * copies
         for start in self.prompts.starts(self.student.base, step, stage.batch_size, size, copies):
-            yield ranked(stage, self.student, self.rewards, start, scores)
+            yield rank_samples(stage, self.student, self.rewards, start, scores)
 
 
 class StoredPairs:
@@ -150,7 +150,7 @@ class StoredPairs:
                 bar.advance(len(part))
 
 
-def ranked(
+def rank_samples(
     stage: Dpo, student: tuning.Student, rewards: Combined, start: tuning.Start, scores: tuning.Scores
 ) -> PairBatch:
     """Sample the n copies of each prompt of `start`; return the best and the worst by summed reward."""

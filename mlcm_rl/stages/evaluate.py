@@ -48,7 +48,7 @@ class Scene:
     images_per_prompt: int
     batch_size: int
     seed: int
-    shown: list[int]  # indices of prompts whose first picture is on the page
+    page_prompts: list[int]  # indices of prompts whose first picture is on the page
     keep_pictures: bool
     reference: str  # id of the row that distances are to, the first one
     folder: Path
@@ -93,7 +93,9 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
                 else:
                     bar.advance(row.num_evaluations * len(scene.batches()), row.id)
                 records.append(report_types.Row.model_validate(read_json(record_path(folder, row))))
-    prompts = [report_types.Prompt(**asdict(prompt), shown=i in scene.shown) for i, prompt in enumerate(scene.prompts)]
+    prompts = [
+        report_types.Prompt(**asdict(prompt), shown=i in scene.page_prompts) for i, prompt in enumerate(scene.prompts)
+    ]
     tuned = tuned_students.read({student.name: student.folder for student in students})
     result = assembly.assemble(recipe, stage, prompts, records, base.device, curves, tuned, scene.instruments.networks)
     processes.by_first(write_report, result, folder)
@@ -119,7 +121,7 @@ def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
         images_per_prompt=stage.images_per_prompt,
         batch_size=stage.batch_size,
         seed=recipe.seed,
-        shown=shown_prompts(prompts),
+        page_prompts=page_prompts(prompts),
         keep_pictures=stage.keep_pictures,
         reference=teacher_rows(stage, recipe.teacher.guidance_scale)[0].id,
         folder=folder,
@@ -137,7 +139,7 @@ def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
     return scene
 
 
-def shown_prompts(prompts: list[Prompt]) -> list[int]:
+def page_prompts(prompts: list[Prompt]) -> list[int]:
     """Return the indices of the first few prompts of each language."""
     languages = dict.fromkeys(prompt.language for prompt in prompts)
     spoken = {name: [i for i, prompt in enumerate(prompts) if prompt.language == name] for name in languages}
@@ -257,7 +259,7 @@ def save_pictures(scene: Scene, row: Row, batch: list[Sample], images: Tensor) -
         if scene.keep_pictures:
             path = sample_path(scene.folder, row.id, scene.index((i, j)))
             pictures.save_png(pictures.to_pil(image), path)
-        if j == 0 and i in scene.shown:
+        if j == 0 and i in scene.page_prompts:
             pictures.save_png(pictures.to_pil(image), page.picture_path(scene.folder, row.id, i))
 
 

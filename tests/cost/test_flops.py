@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import runs
 from mlcm_rl.cost.evaluations import network_evaluations, passes_of
-from mlcm_rl.cost.flops import Operations, Work, counted, of_stage, seconds, this_device
+from mlcm_rl.cost.flops import Operations, Work, count_operations, of_stage, seconds, this_device
 from mlcm_rl.cost.gpus import CPU_SHARE, DEVICES, GPU_SHARE, Device
 from mlcm_rl.cost.launches import Launch
 from mlcm_rl.pipeline.planning import planned_stages
@@ -23,20 +23,20 @@ def empty(*shape: int) -> torch.Tensor:
 
 def test_a_product_counts_two_a_term_and_twice_as_much_in_its_backward_pass():
     one, other = empty(64, 32), empty(32, 16)
-    assert counted(lambda: one @ other) == Operations(0, 2 * 64 * 32 * 16)
-    assert counted(lambda: (one @ other).sum().backward()) == Operations(0, 3 * 2 * 64 * 32 * 16)
+    assert count_operations(lambda: one @ other) == Operations(0, 2 * 64 * 32 * 16)
+    assert count_operations(lambda: (one @ other).sum().backward()) == Operations(0, 3 * 2 * 64 * 32 * 16)
 
 
 def test_convolutions_are_counted_apart():
     image, kernel = empty(2, 3, 8, 8), empty(5, 3, 3, 3)
     forward = 2 * 2 * 5 * 3 * 9 * 8 * 8
-    assert counted(lambda: F.conv2d(image, kernel, padding=1)) == Operations(forward, 0)
-    assert counted(lambda: F.conv2d(image, kernel, padding=1).sum().backward()) == Operations(3 * forward, 0)
+    assert count_operations(lambda: F.conv2d(image, kernel, padding=1)) == Operations(forward, 0)
+    assert count_operations(lambda: F.conv2d(image, kernel, padding=1).sum().backward()) == Operations(3 * forward, 0)
 
 
 def test_attention_is_counted_as_its_two_products():
     query, key, value = (empty(2, 4, 100, 8).detach() for _ in range(3))
-    attended = counted(lambda: F.scaled_dot_product_attention(query, key, value))
+    attended = count_operations(lambda: F.scaled_dot_product_attention(query, key, value))
     assert attended == Operations(0, 2 * 2 * (2 * 4 * 100 * 100 * 8))
 
 

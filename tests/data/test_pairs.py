@@ -275,7 +275,7 @@ def test_a_margin_leaves_out_the_nearer_pairs(run, tmp_path):
 
 def test_an_interrupted_table_goes_on_and_ends_as_an_uninterrupted_one(run, tmp_path, monkeypatch):
     make(run, tmp_path / "whole")
-    drawn, original = [], ranking.ranked
+    drawn, original = [], ranking.rank_samples
     save_png, saved = pictures.save_png, iter(range(100))
 
     def save(image, path):

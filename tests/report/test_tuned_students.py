@@ -44,7 +44,7 @@ TUNED = {"reward_style": [2.0, 2.0, 5.0, 3.0], "reward_judge": [1.0, 1.0, 1.0, 1
 
 
 def compared(*rows):
-    return tuned_students.compared(list(rows), PLANTED_PROMPTS, entry())
+    return tuned_students.compare(list(rows), PLANTED_PROMPTS, entry())
 
 
 def test_differences_are_paired_and_a_tie_is_half_a_win():
@@ -157,7 +157,7 @@ def test_it_is_compared_in_every_metric_at_every_number_of_steps(result, student
 
 def test_an_untuned_student_ties_with_itself(result):
     untuned = entry(name="student", rewards={})
-    for one in tuned_students.compared(result.rows, result.prompts, untuned):
+    for one in tuned_students.compare(result.rows, result.prompts, untuned):
         assert {rate.mean for rate in one.win_rates.values()} == {0.5}
         assert {gap.mean for gap in one.differences.values()} <= {0.0, None}
 

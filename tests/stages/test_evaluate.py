@@ -299,7 +299,7 @@ def test_a_concept_that_the_judge_does_not_know_is_refused():
 
 def test_shown_prompts_are_the_first_of_each_language():
     prompts = [Prompt(str(i), "zh" if i % 3 == 0 else "en") for i in range(12)]
-    assert evaluate.shown_prompts(prompts) == [0, 3, 6, 9, 1, 2, 4, 5]
+    assert evaluate.page_prompts(prompts) == [0, 3, 6, 9, 1, 2, 4, 5]
 
 
 def test_a_reward_scores_only_the_languages_that_it_reads():

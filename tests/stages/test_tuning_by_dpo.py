@@ -24,7 +24,7 @@ def test_the_chosen_samples_are_the_brighter_ones_and_become_more_likely(distill
     rewards = combine(stage.rewards, "cpu")
     prompts = tuning.Prompts(stage, student.base, 0)
     (begun,) = prompts.starts(student.base, 0, 4, 12, copies=3)
-    pairs = dpo.ranked(stage, student, rewards, begun, tuning.Scores())
+    pairs = dpo.rank_samples(stage, student, rewards, begun, tuning.Scores())
     chosen, rejected = (student.base.autoencoder.decode(x0).mean((1, 2, 3)) for x0 in pairs.x0)
     assert (chosen > rejected).all()
     optimizer = torch.optim.Adam(student.parameters.values(), lr=1e-4)
