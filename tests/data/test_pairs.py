@@ -275,7 +275,7 @@ def test_a_margin_leaves_out_the_nearer_pairs(run, tmp_path):
 
 def test_an_interrupted_table_goes_on_and_ends_as_an_uninterrupted_one(run, tmp_path, monkeypatch):
     make(run, tmp_path / "whole")
-    drawn, original = [], ranking.rank_samples
+    sampled, original = [], ranking.rank_samples
     save_png, saved = pictures.save_png, iter(range(100))
 
     def save(image, path):
@@ -289,16 +289,16 @@ def test_an_interrupted_table_goes_on_and_ends_as_an_uninterrupted_one(run, tmp_
             make(run, tmp_path / "cut")
     assert not (tmp_path / "cut" / "metadata.jsonl").exists()
 
-    def ranked(*arguments):
-        drawn.extend(prompt.prompt for prompt in arguments[4])
+    def rank_samples(*arguments):
+        sampled.extend(prompt.prompt for prompt in arguments[4])
         return original(*arguments)
 
-    monkeypatch.setattr(ranking, "ranked", ranked)
+    monkeypatch.setattr(ranking, "rank_samples", rank_samples)
     make(run, tmp_path / "cut")
-    assert drawn == runs.PROMPTS[2:5]
+    assert sampled == runs.PROMPTS[2:5]
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     make(run, tmp_path / "cut", num_prompts=6)  # and a finished one takes more prompts
-    assert drawn == runs.PROMPTS[2:6]
+    assert sampled == runs.PROMPTS[2:6]
     assert len(rows_of(tmp_path / "cut")) == 6
 
 
