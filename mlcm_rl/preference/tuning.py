@@ -91,7 +91,7 @@ class Student:
         return times[steps].to(self.base.device), times[steps + 1].to(self.base.device)
 
     def save_samples(self, recipe: Recipe, folder: Path, step: int) -> None:
-        """The grid of the recipe's fixed prompts and seeds, as the student is now."""
+        """Write the grid of the recipe's fixed prompts and seeds, sampled by the current student."""
         sheet = pictures.sample_grid(
             self.base, self.denoiser, recipe.samples, recipe.seed, self.num_segments, self.conditioned, self.gamma
         )

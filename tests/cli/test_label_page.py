@@ -121,14 +121,14 @@ def test_another_window_that_was_faster_is_followed(window, choices):
 
 def test_trouble_is_told_and_survived(window, choices):
     gone = choices.picture(3, "left")  # two further than what is fetched ahead
-    kept = gone.read_bytes()
+    saved = gone.read_bytes()
     gone.unlink()
     for number in (2, 3):
         window.press("1")
         until(window, f"Pair {number} of 6")
     window.press("1")
     until(window, "The pictures of pair 4 cannot be shown")
-    gone.write_bytes(kept)
+    gone.write_bytes(saved)
     window.press("1")
     until(window, "Pair 4 of 6")
     assert window.run("return byId('trouble').hidden")

@@ -26,8 +26,8 @@ BUCKET = 2_000_000_000  # bytes of 5e8 float32 elements
 
 @pytest.mark.parametrize(("level", "gigabytes"), [(0, 120.0), (1, 31.4), (2, 16.6), (3, 1.9)])
 def test_zero_leaves_a_process_what_the_paper_says_of_seven_and_a_half_billion_weights_on_64(level, gigabytes):
-    found = zero_bytes(7_500_000_000, 64, level, parameter=2, gradient=2, optimiser=12)
-    assert sum(found) / 1e9 == pytest.approx(gigabytes, abs=0.05)  # Rajbhandari et al. 2020, figure 1
+    result = zero_bytes(7_500_000_000, 64, level, parameter=2, gradient=2, optimiser=12)
+    assert sum(result) / 1e9 == pytest.approx(gigabytes, abs=0.05)  # Rajbhandari et al. 2020, figure 1
 
 
 def test_launch_files_say_who_holds_what():
@@ -190,11 +190,11 @@ def test_groups_that_processes_cannot_share_are_an_error_of_the_plan_and_before_
 ):
     stage = runs.tuning("policy", "unused", batch_size=8, num_generations=4)
     recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
-    told = "2 groups of 4 samples cannot be shared evenly by 4 processes"
-    with pytest.raises(ValueError, match=told):
+    message = "2 groups of 4 samples cannot be shared evenly by 4 processes"
+    with pytest.raises(ValueError, match=message):
         memory.of_stage(stage, recipe, 0, Lora(rank=2, alpha=2.0), "cuda", Launch("whole", 4))
     monkeypatch.setattr(distributed, "count", lambda: 4)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         loop.Runtime(recipe, stage, tmp_path)
 
 

@@ -117,9 +117,9 @@ class Client:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         connection.request(method, path, headers=headers)
         answer = connection.getresponse()
-        found = answer.status, answer.read(), {name.lower(): value for name, value in answer.getheaders()}
+        result = answer.status, answer.read(), {name.lower(): value for name, value in answer.getheaders()}
         connection.close()
-        return found
+        return result
 
     def post(self, path: str) -> tuple[int, dict]:
         status, body, _ = self.ask("POST", path, Origin=f"http://127.0.0.1:{self.port}")

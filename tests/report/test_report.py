@@ -220,7 +220,7 @@ def test_loss_curves_are_those_of_every_distill_stage_of_the_chain_in_order(tmp_
     for plot, name in zip((plots[0], plots[3], plots[4]), names, strict=True):
         assert f'aria-label="Loss of {name}, against optimiser steps"' in plot
     ids = [re.findall(r' id="([^"]*)"', plot) for plot in plots]
-    assert len({one for found in ids for one in found}) == sum(map(len, ids))
+    assert len({one for result in ids for one in result}) == sum(map(len, ids))
     shutil.rmtree(first)  # the number is still the stage's own
     assert [one.stage for one in assembly.read_curves(second)] == [2]
     assert "distill stage 2, phase 1" in page.losses(assembly.read_curves(second))[0]

@@ -190,10 +190,10 @@ def headline_of(values, kept_step=40):
 
 
 def test_a_reward_that_tuning_lost_is_in_the_verdict_with_its_error():
-    lost = headline_of(SCORES | {"reward_style": [2.0, 3.0, 4.0, 5.0], "reward_judge": [-1.0, -1.0, -1.0, -1.0]})
-    assert not lost.passed
-    told = "Tuned by dpo, it is ahead in style (win rate 1) and behind in judge (win rate 0) beside the student that"
-    assert told in lost.text
+    worse = headline_of(SCORES | {"reward_style": [2.0, 3.0, 4.0, 5.0], "reward_judge": [-1.0, -1.0, -1.0, -1.0]})
+    assert not worse.passed
+    message = "Tuned by dpo, it is ahead in style (win rate 1) and behind in judge (win rate 0) beside the student that"
+    assert message in worse.text
     won = headline_of(SCORES | {"reward_style": [2.0, 3.0, 4.0, 5.0]})
     assert won.passed
     assert "ahead in style (win rate 1) beside" in won.text

@@ -16,9 +16,9 @@ from mlcm_rl.stages import evaluate
 from mlcm_rl.storage import manifest
 
 
-def row(report, **wanted):
-    (found,) = [row for row in report["rows"] if all(row[key] == value for key, value in wanted.items())]
-    return found
+def row(report, **expected):
+    (result,) = [row for row in report["rows"] if all(row[key] == value for key, value in expected.items())]
+    return result
 
 
 def test_every_row_has_every_metric(report):
@@ -110,12 +110,12 @@ def test_an_interrupted_evaluation_goes_on_after_its_last_batch(place, tmp_path,
     at["stop"] = 5  # in the middle of the second row's three batches
     with pytest.raises(KeyboardInterrupt):
         run(place, tmp_path / "cut", **few)
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut" / "samples").rglob("*.png")}
+    saved = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut" / "samples").rglob("*.png")}
     resumed = run(place, tmp_path / "cut", **few)
     assert batches == [*expected[:5], *expected[4:]]  # only the batch that was cut was begun again
     assert [one["metrics"] for one in resumed["rows"]] == [one["metrics"] for one in whole["rows"]]
-    assert len(kept) == 4 * 2
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(saved) == 4 * 2
+    assert {path: path.stat().st_mtime_ns for path in saved} == saved
     manifest.finish(tmp_path / "cut", {})
     assert not (tmp_path / "cut" / "rows").exists()
 
