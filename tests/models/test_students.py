@@ -188,7 +188,7 @@ def test_student_of_another_teacher_kind_is_refused(sdxl, teachers, tmp_path):
         students.load_student(other, tmp_path / "student")
     with pytest.raises(FileNotFoundError, match=r"student\.json"):
         students.load_student(sdxl, tmp_path)
-    with pytest.raises(ValueError, match="lacks prediction_type, segments"):
+    with pytest.raises(ValueError, match="lacks num_segments, prediction_type"):
         students.save_student(sdxl.denoiser, tmp_path / "other", {"family": "sdxl"})
 
 
@@ -207,9 +207,9 @@ def test_budgets_are_kept_and_a_damaged_list_of_them_is_refused(sdxl, tmp_path, 
 @pytest.mark.parametrize(
     ("num_segments", "conditioned", "gamma"), [(1, False, 1.0), (2, False, 0.0), (8, False, 0.0), (1, True, 0.0)]
 )
-def test_default_gamma_follows_the_student(sdxl, tmp_path, segments, conditioned, gamma):
+def test_default_gamma_follows_the_student(sdxl, tmp_path, num_segments, conditioned, gamma):
     denoiser = students.student(sdxl, ADAPTERS[0], 0, conditioned)
-    students.save_student(denoiser, tmp_path / "student", description(sdxl, segments))
+    students.save_student(denoiser, tmp_path / "student", description(sdxl, num_segments))
     assert students.load_student(sdxl, tmp_path / "student").default_gamma == gamma
 
 

@@ -37,7 +37,7 @@ class Case:
     name: str
     teacher: str
     adapter: Lora | Full
-    segments: int
+    num_segments: int
     calls: list[dict]
     conditioned: bool = False
     job: dict = field(default_factory=dict)  # of stock_samples.py; {teacher} and {out} stand for the folders
