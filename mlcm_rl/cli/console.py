@@ -88,7 +88,7 @@ def imported(name: str, interrupted: str = "Interrupted.") -> Iterator[ModuleTyp
     Exit with the message of an error inside, or with the line `interrupted` after a signal.
     """
     try:
-        with signals.raised():
+        with signals.raise_on_sigterm():
             module = import_module(f"mlcm_rl.{name}")
             try:
                 yield module

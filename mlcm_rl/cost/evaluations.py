@@ -66,4 +66,4 @@ def kind_of(one: Pass) -> str:
 def kind_of_pictures(one: Pass) -> str:
     """Return the field of a tally that counts the pictures of `one`; "" where it makes none."""
     of_rewards = "graded" if one.gradient else "scored"
-    return {"": "", "person": "decoded", "rewards": of_rewards, "guard": "watched"}[one.seen_by]
+    return {"": "", "person": "decoded", "rewards": of_rewards, "guard": "watched"}[one.viewer]

@@ -122,7 +122,7 @@ def _terms(stage: Stage, recipe: Recipe, roles: Roles, part: int) -> Iterator[Te
             continue
         if not one_pass.gradient:
             _without_gradient(one_pass, stage, recipe, roles)
-        elif one_pass.seen_by:
+        elif one_pass.viewer:
             steps = int(one_pass.evaluations)
             alive.append(roles.sample(one_pass.batch, steps) if one_pass.is_chained else roles.x0(one_pass.batch))
             for _ in range(one_pass.num_looks):
@@ -150,13 +150,13 @@ def _without_gradient(one_pass: Pass, stage: Stage, recipe: Recipe, roles: Roles
         "reference": lambda: roles.reference_x0(one_pass.batch),
         "encoder": lambda: roles.encode(one_pass.batch),
     }[one_pass.role]()
-    if one_pass.seen_by:
+    if one_pass.viewer:
         _scores(one_pass, stage, roles, x0)
 
 
 def _scores(one_pass: Pass, stage: Stage, roles: Roles, x0: Tensor) -> Tensor:
     """Return the scores (B,) of the pictures of `x0` (B, C, H, W), or the pictures where a person sees them."""
-    if one_pass.seen_by == "person":
+    if one_pass.viewer == "person":
         return roles.base.autoencoder.decode(x0)
-    small = roles.small_decoder if one_pass.seen_by == "rewards" else None
-    return roles.scores(x0, stage.trained_on if one_pass.seen_by == "rewards" else stage.reward_models, small)
+    small = roles.small_decoder if one_pass.viewer == "rewards" else None
+    return roles.scores(x0, stage.trained_on if one_pass.viewer == "rewards" else stage.reward_models, small)

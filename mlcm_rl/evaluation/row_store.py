@@ -38,7 +38,7 @@ class RowStore:
 
     def sweep(self) -> None:
         """Delete what an evaluation that was killed left unfinished here."""
-        with lock.held(self.folder, wait=True):
+        with lock.folder_lock(self.folder, wait=True):
             remove_partial(self.folder)
 
     def keep(self, row: Row, student: Path | None, record: dict[str, Any], evaluation: Path) -> None:
@@ -47,7 +47,7 @@ class RowStore:
         Does nothing where it is here already, and waits for other evaluations that put something here.
         """
         path = self.path(row, student)
-        with lock.held(self.folder, wait=True):
+        with lock.folder_lock(self.folder, wait=True):
             if path.exists():
                 return
             self._write(row, record, evaluation, path)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..models.teachers import teacher_hash
 from ..recipe import Recipe, Stage, Strict
-from ..recipe.reads import Reads, named_by
+from ..recipe.reads import Reads, paths_of
 from ..recipe.renamed import under_first_names
 from ..rewards.source import source_hashes
 from ..storage.files import read_json
@@ -51,7 +51,7 @@ def identity(stage: Stage, recipe: Recipe, parents: dict[str, str]) -> dict:
 
     Raises FileNotFoundError naming a missing file that it reads.
     """
-    contents: dict[str, Any] = {name: content_of(path, mark) for name, (path, mark) in named_by(stage).items()}
+    contents: dict[str, Any] = {name: content_of(path, mark) for name, (path, mark) in paths_of(stage).items()}
     if students := getattr(stage, "also", None):
         contents["also"] = list(map(student_hash, students))
     return {
@@ -73,7 +73,7 @@ def maths_number(stage: Stage) -> int:
     The one for pictures counts since all are decoded alike: 16-bit greys were white, and some readers ignored EXIF's
     rotation, or the background under transparency.
     """
-    reads_pictures = any(mark.of_pictures for _, mark in named_by(stage).values())
+    reads_pictures = any(mark.of_pictures for _, mark in paths_of(stage).values())
     return stage.maths + stage.corrections + reads_pictures
 
 
@@ -113,7 +113,7 @@ def with_recipe_paths(value: Any, recipe: Recipe) -> Any:
         return {with_recipe_paths(key, recipe): with_recipe_paths(one, recipe) for key, one in value.items()}
     if isinstance(value, list):
         return [with_recipe_paths(one, recipe) for one in value]
-    return recipe._written.get(value, value) if isinstance(value, str) else value
+    return recipe._file_texts.get(value, value) if isinstance(value, str) else value
 
 
 def reward_files(stage: Stage) -> dict[str, dict[str, str]]:

@@ -61,7 +61,7 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
         processes.start(device)
     except ValueError as error:
         raise RunError(str(error)) from error
-    processes.by_first(refuse_unready, recipe)  # reported once, not by every process
+    processes.on_rank_zero(refuse_unready, recipe)  # reported once, not by every process
     try:
         processes.refuse_unshared(Path(recipe.runs))
     except EXPECTED_ERRORS as error:
@@ -71,14 +71,14 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
     for number, stage in enumerate(recipe.stages):
         try:
             place = locate(stage, recipe, finished)
-            if processes.agreed(is_finished(place.folder)):
+            if processes.broadcast(is_finished(place.folder)):
                 refuse_another(place, verify(place.folder))
-                processes.by_first(sweep, place.folder)
+                processes.on_rank_zero(sweep, place.folder)
                 tell(stage.kind, f"{place.folder} is done")
             else:
-                processes.by_first(_unlink, links, range(number, sys.maxsize))  # they may belong to an older recipe
+                processes.on_rank_zero(_unlink, links, range(number, sys.maxsize))  # they may belong to an older recipe
                 run_stage(stage, recipe, finished, place, skip_damaged)
-            processes.by_first(_link, links, number, place)
+            processes.on_rank_zero(_link, links, number, place)
         except EXPECTED_ERRORS as error:
             raise RunError(f"stages[{number}] ({stage.kind}): {message_of(error)}") from error
         except torch.OutOfMemoryError as error:
@@ -88,11 +88,11 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
                 "`mlcm plan` says what a stage needs. Finished stages and checkpoints are as they were"
             ) from error
         except RuntimeError as error:
-            if processes.is_loss(error):
+            if processes.is_lost_rank(error):
                 raise ProcessLost(f"stages[{number}] ({stage.kind}): {_without_others(place.folder)}") from error
             raise
         finished.append(place)
-    processes.by_first(_unlink, links, range(len(finished), sys.maxsize))
+    processes.on_rank_zero(_unlink, links, range(len(finished), sys.maxsize))
     processes.finish()
     return finished
 
@@ -156,10 +156,10 @@ def run_stage(stage: Stage, recipe: Recipe, earlier: list[Located], place: Locat
     """Run a stage, or the rest of it, while no other run writes to its folder."""
     place.folder.mkdir(parents=True, exist_ok=True)  # in every process, on a shared folder too
     with ExitStack() as locked:
-        processes.by_first(locked.enter_context, lock.held(place.folder))  # for all processes of this run
-        if processes.agreed(is_finished(place.folder)):  # by the run that had the lock before
+        processes.on_rank_zero(locked.enter_context, lock.folder_lock(place.folder))  # for all processes of this run
+        if processes.broadcast(is_finished(place.folder)):  # by the run that had the lock before
             return
-        processes.by_first(_clear, place.folder, skip_damaged)
+        processes.on_rank_zero(_clear, place.folder, skip_damaged)
         _run_locked(stage, recipe, earlier, place)
 
 
@@ -173,7 +173,7 @@ def _clear(folder: Path, skip_damaged: bool) -> None:
 def sweep(folder: Path) -> None:
     """Remove the checkpoints of a finished stage whose process was killed before it removed them."""
     if unswept(folder):
-        with lock.held(folder):
+        with lock.folder_lock(folder):
             checkpoint.sweep(folder)
 
 
@@ -191,7 +191,7 @@ def _run_locked(stage: Stage, recipe: Recipe, earlier: list[Located], place: Loc
     try:
         _stage_module(resolved).run(resolved, seeded, folders, place.folder)
     except NonFiniteLoss as error:
-        bundle = processes.by_first(write, place.folder, resolved, seeded, folders, error.figures)
+        bundle = processes.on_rank_zero(write, place.folder, resolved, seeded, folders, error.figures)
         raise NonFiniteLoss(f"{error}; `mlcm replay {bundle}` repeats it", error.figures) from error
     manifest = {
         "kind": stage.kind,
@@ -210,7 +210,7 @@ def _run_locked(stage: Stage, recipe: Recipe, earlier: list[Located], place: Loc
         "torch": torch.__version__,
         "machine": f"{platform.machine()} {platform.system()}",
     }
-    processes.by_first(finish, place.folder, manifest)
+    processes.on_rank_zero(finish, place.folder, manifest)
     if meter:
         tell("memory", str(meter))
     if isinstance(stage, Tuning):

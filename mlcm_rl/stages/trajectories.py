@@ -36,8 +36,10 @@ def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: P
     if num_saved:
         progress.tell("trajectories", f"goes on after {num_saved} that were saved")
     with progress.progress(writer.total, "trajectories", num_saved) as bar:
-        for first in range(0, len(missing), processes.count()):
-            shards = missing[first : first + processes.count()]  # one for each process; then all are recorded together
+        for first in range(0, len(missing), processes.world_size()):
+            shards = missing[
+                first : first + processes.world_size()
+            ]  # one for each process; then all are recorded together
             for shard in processes.share(shards):
                 parts = []
                 for start in range(shard.start, shard.stop, stage.batch_size):
