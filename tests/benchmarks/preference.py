@@ -80,7 +80,7 @@ def loss(stage, student: tuning.TunableStudent, rewards, prompts: tuning.Prompts
         return dpo.loss(stage, student, pairs, scores)
     copies = stage.num_generations
     (start,) = prompts.starts(student.base, step, stage.batch_size // copies, stage.batch_size, copies)
-    return policy.loss(stage, student, policy.rolled_out(stage, student, rewards, start, scores), scores)
+    return policy.loss(stage, student, policy.sample_rollout(stage, student, rewards, start, scores), scores)
 
 
 def main() -> None:

@@ -214,7 +214,7 @@ class Steps:
             first = torch.arange(num_pairs, device=x0.device) * stage.num_generations
             index = torch.stack([first + groups.argmax(1), first + groups.argmin(1)])
             given = {name: value[first] for name, value in conditioning.items()}
-            pairs = dpo.Pairs(None, x0[index], given, torch.ones(num_pairs, device=x0.device), draws)
+            pairs = dpo.PairBatch(None, x0[index], given, torch.ones(num_pairs, device=x0.device), draws)
             return dpo.loss(stage, tuned, pairs, Scores()).mean()
 
         return self._trained(student, loss)

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mlcm_rl.cost.flops import counted
+from mlcm_rl.cost.flops import count_operations
 from mlcm_rl.cost.live_bytes import Kernels, Live
 
 SIDE, TOKENS, WIDTH = 4, 7, 32  # image tokens a side, tokens of a prompt and their width
@@ -52,8 +52,8 @@ def output(denoiser: torch.nn.Module, inputs: dict[str, object]) -> Tensor:
 def passes(make: Callable, device: str) -> tuple[float, float]:
     """Operations of a forward pass, and of one with its backward pass."""
     denoiser, inputs = make(device)
-    forward = counted(torch.no_grad()(lambda: output(denoiser, inputs)))
-    return forward.total, counted(lambda: output(denoiser, inputs).sum().backward()).total
+    forward = count_operations(torch.no_grad()(lambda: output(denoiser, inputs)))
+    return forward.total, count_operations(lambda: output(denoiser, inputs).sum().backward()).total
 
 
 @pytest.mark.parametrize("make", [flux, qwen_image])
