@@ -51,6 +51,18 @@ def run(
             help="run in several processes: a file of recipes/launch, or any configuration of accelerate's",
         ),
     ] = None,
+    machine_rank: Annotated[
+        int | None,
+        typer.Option(min=0, show_default=False, help="with --launch on several machines: which one this is, from 0"),
+    ] = None,
+    main_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            show_default=False,
+            help="with --launch on several machines: where they meet, an address of machine 0 and a free port there",
+        ),
+    ] = None,
     skip_damaged: Annotated[
         bool, typer.Option("--skip-damaged", help="go on from the newest whole checkpoint where a newer one is damaged")
     ] = False,
@@ -62,11 +74,17 @@ def run(
     one of several processes was killed: the same command continues from the newest checkpoint.
 
     In several processes it runs under --launch, or under torchrun: `torchrun --nproc_per_node 8 -m mlcm_rl run RECIPE`.
+    Each of several machines runs the same command, with its own --machine-rank; all must see the folder of runs.
     """
+    if launch is None and (machine_rank, main_address) != (None, None):
+        raise typer.BadParameter(
+            "--machine-rank and --main-address go with --launch", param_hint="--launch"
+        )
     loaded = _load(recipe, overrides, quiet=launch is not None)  # the first process prints
     if launch is not None:
         flags = ["--skip-damaged"] if skip_damaged else []
-        raise typer.Exit(_run_under(launch, [str(recipe), *(overrides or []), *flags]))
+        arguments = [str(recipe), *(overrides or []), *flags]
+        raise typer.Exit(_run_under(launch, arguments, machine_rank, main_address))
     with imported(
         "pipeline", interrupted="Interrupted. The same command takes the run up where it was saved."
     ) as pipeline:
@@ -209,12 +227,12 @@ def _tell_path(note: str) -> None:
         error_console.print(Text.assemble(("path", "yellow"), f"  {note}"), soft_wrap=True)
 
 
-def _run_under(launch: Path, arguments: list[str]) -> int:
+def _run_under(launch: Path, arguments: list[str], machine_rank: int | None, main_address: str | None) -> int:
     """Run `mlcm run` with `arguments` in the processes of `launch`; return its exit code, 2 where none can start."""
-    from ..training.launch import LOST_PEER, Killed, LaunchError, run_under
+    from ..training.launch import LOST_PEER, Killed, LaunchError, Machine, run_under
 
     try:
-        return run_under(launch, arguments)
+        return run_under(launch, arguments, Machine(machine_rank, main_address))
     except LaunchError as error:
         error_console.print(Text.assemble(("bad", "bold red"), f"  --launch: {error}"), soft_wrap=True)
         return 2

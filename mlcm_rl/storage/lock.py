@@ -32,7 +32,9 @@ def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise CheckpointError(
-                f"{folder / FILE} cannot be locked ({(error.strerror or str(error)).lower()})"
+                f"{folder / FILE} cannot be locked ({(error.strerror or str(error)).lower()}): without locks two runs "
+                "could write to one folder. Set runs: to a folder on a file system that has them (a local disk; NFS of "
+                "version 4, or of version 3 with its lock service)"
             ) from error
         with report_write_errors(folder / FILE):
             file.truncate(0)

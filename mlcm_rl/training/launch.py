@@ -5,6 +5,7 @@ import os
 import reprlib
 import signal
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,18 @@ class Killed(Exception):
     """One of several processes was killed; the message, for the user, says which and how."""
 
 
-def run_under(launch: Path, arguments: list[str]) -> int:
+@dataclass(frozen=True)
+class Machine:
+    """Which of several machines this one is, and where all of them meet; None leaves what the launch file says."""
+
+    rank: int | None = None
+    address: str | None = None  # of the first machine, as host:port
+
+
+def run_under(launch: Path, arguments: list[str], machine: Machine | None = None) -> int:
     """Run `mlcm run` with `arguments` in the processes of the accelerate configuration `launch`.
+
+    Of several machines each runs the same command, with a `machine` of its own.
 
     A single process replaces this one, so that signals reach it and its exit code is its own. For several, return the
     exit code of the first that failed, or 128 plus the number of the signal that ended them all.
@@ -59,17 +70,22 @@ def run_under(launch: Path, arguments: list[str]) -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for a GPU and warns, here and below
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    settings = read(launch)
+    settings = read(launch) | _settings_of(machine or Machine())
+    refuse_machines(launch, settings)
     if settings["distributed_type"] == "DEEPSPEED" and find_spec("deepspeed") is None:
         raise LaunchError("DeepSpeed is not installed: pip install 'mlcm-rl[deepspeed]', or launch with fsdp2.yaml")
     if settings.get("use_cpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # `device: auto` then takes the CPU
-    threads = max(1, (os.cpu_count() or 1) // settings["num_processes"])
+    here = settings["num_processes"] // settings.get("num_machines", 1)
+    threads = max(1, (os.cpu_count() or 1) // here)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     logging.disable(logging.ERROR)  # torchrun's account of a failure: the process that failed has reported it
     options = ["--num_processes", str(settings["num_processes"])]
     if settings.get("mixed_precision") == "no":
         options += ["--mixed_precision", "no"]  # accelerate cannot read it without quotes
+    if settings.get("num_machines", 1) > 1:
+        for key in ("machine_rank", "main_process_ip", "main_process_port"):
+            options += [f"--{key}", str(settings[key])]
     command = ["--config_file", str(launch), *options, "--module", "mlcm_rl", "run", *arguments]
     parsed_arguments = launch_command_parser().parse_args(command)
     try:
@@ -84,6 +100,39 @@ def run_under(launch: Path, arguments: list[str]) -> int:
     except ValueError as error:  # of accelerate, for keys that do not go together
         raise LaunchError(f"{launch}: {error}") from error
     return 0
+
+
+def _settings_of(machine: Machine) -> dict[str, Any]:
+    """Return the settings of a launch file that `machine` puts in their place. Raise LaunchError for an odd address."""
+    settings: dict[str, Any] = {} if machine.rank is None else {"machine_rank": machine.rank}
+    if machine.address is not None:
+        host, _, port = machine.address.rpartition(":")
+        if not host or not port.isdecimal() or not 1 <= int(port) <= 65_535:
+            raise LaunchError(f"--main-address: expected host:port, found {machine.address[:80]!r}")
+        settings |= {"main_process_ip": host, "main_process_port": int(port)}
+    return settings
+
+
+def refuse_machines(launch: Path, settings: dict[str, Any]) -> None:
+    """Raise LaunchError where the machines of `settings` could not find each other, or do not share evenly."""
+    machines, rank = settings.get("num_machines", 1), settings.get("machine_rank", 0)
+    if machines == 1 and (rank or "main_process_ip" in settings):
+        raise LaunchError(
+            f"{launch}: num_machines is 1, which leaves nothing to --machine-rank and --main-address: take "
+            "recipes/launch/two_nodes.yaml, or set num_machines"
+        )
+    if machines > 1 and not (settings.get("main_process_ip") and settings.get("main_process_port")):
+        raise LaunchError(
+            f"{launch}: {machines} machines meet at an address of the first one: give every machine the same "
+            "--main-address HOST:PORT, or set main_process_ip and main_process_port"
+        )
+    if rank >= machines:
+        raise LaunchError(f"{launch}: machine_rank: expected a whole number from 0 to {machines - 1}, found {rank}")
+    if settings["num_processes"] % machines:
+        raise LaunchError(
+            f"{launch}: num_processes: expected as many for each of {machines} machines, found "
+            f"{settings['num_processes']} in all"
+        )
 
 
 def exit_code(error: ChildFailedError) -> int:

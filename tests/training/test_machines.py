@@ -1,0 +1,124 @@
+"""Several machines: two launches on this one, each with its rank, as two machines would start them."""
+
+import re
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from launched_runs import LAUNCHES, SECONDS, assert_alike, command_of, environment, stage_folders
+
+import runs
+from mlcm_rl import pipeline
+from mlcm_rl.recipe import Evaluate, Recipe
+from mlcm_rl.training.launch import LaunchError, Machine, read, refuse_machines, run_under
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+def started(recipe: Recipe, folders: list[Path], launch_file: Path) -> list[subprocess.Popen]:
+    """Start the run of `recipe` on two machines, which work in `folders`."""
+    address = f"127.0.0.1:{free_port()}"
+    processes = []
+    for rank, folder in enumerate(folders):
+        command = [*command_of(recipe, folder, "cpu2")[:-1], str(launch_file)]
+        command += ["--machine-rank", str(rank), "--main-address", address]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, cwd=folder, env=environment(), **pipes))
+    return processes
+
+
+def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Return exit code, output and errors of each."""
+    try:
+        outputs = [process.communicate(timeout=SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, outputs, strict=True)]
+
+
+@pytest.fixture
+def on_the_cpu(tmp_path) -> Path:
+    """The shipped launch file of two machines, on their CPUs."""
+    path = tmp_path / "two_nodes_cpu.yaml"
+    path.write_text((LAUNCHES / "two_nodes.yaml").read_text(encoding="utf-8") + "use_cpu: true\n", encoding="utf-8")
+    return path
+
+
+def all_stages(prompts: str) -> list:
+    return [
+        runs.trajectories(prompts, shard_size=2),
+        runs.distill(num_segments=[2], num_steps=3, condition_on_target=True),
+        runs.tuning("feedback", prompts, gradient_accumulation=2, num_grad_steps=2),
+        runs.tuning("dpo", prompts, gamma=1.0),
+        runs.tuning("policy", prompts, num_iterations=2),
+        Evaluate(prompts=prompts, num_prompts=4, sampling_steps=[1, 2], teacher_steps=[3, 4], batch_size=2),
+    ]
+
+
+@pytest.mark.slow
+def test_every_stage_runs_on_two_machines(tiny_sdxl, tmp_path, on_the_cpu):
+    stages = all_stages(runs.write_prompts(tmp_path))
+    alone, together = (
+        runs.recipe(tiny_sdxl, tmp_path, stages, name="small", runs=str(tmp_path / name)) for name in ("one", "two")
+    )
+    pipeline.run(alone)
+    results = ended(started(together, [tmp_path, tmp_path], on_the_cpu))
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert "done  6 stages" in results[0][1]
+    assert "done" not in results[1][1]  # the first machine speaks
+    assert_alike(alone, together)
+    shards = [sorted(stage_folders(recipe)[0].resolve().glob("*.safetensors")) for recipe in (alone, together)]
+    assert [path.read_bytes() for path in shards[0]] == [path.read_bytes() for path in shards[1]]
+
+
+def test_machines_that_do_not_share_runs_are_told_before_anything_is_computed(tiny_sdxl, tmp_path, on_the_cpu):
+    """`runs` is relative to the folder that each works in, and the folders are two."""
+    folders = [tmp_path / name for name in ("machine0", "machine1")]
+    for folder in folders:
+        folder.mkdir()
+    stages = [runs.trajectories(runs.write_prompts(tmp_path))]
+    recipe = runs.recipe(tiny_sdxl, tmp_path, stages, name="small", runs="runs")
+    results = ended(started(recipe, folders, on_the_cpu))
+    assert all(code != 0 for code, _, _ in results), results
+    message = re.compile(r"runs: process 1 of 2 does not see in \S+ what process 0 wrote there: every machine needs")
+    assert message.search(" ".join(results[0][2].split())), results
+    assert all("Traceback" not in errors for _, _, errors in results)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("store.json"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "machine", "message"),
+    [
+        (
+            {},
+            Machine(rank=1),
+            "2 machines meet at an address of the first one: give every machine the same",
+        ),
+        ({}, Machine(0, "here"), "--main-address: expected host:port, found 'here'"),
+        ({}, Machine(0, "here:0"), "--main-address: expected host:port, found 'here:0'"),
+        ({}, Machine(2, "here:29500"), "machine_rank: expected a whole number from 0 to 1, found 2"),
+        ({"num_processes": 3}, Machine(0, "here:29500"), "expected as many for each of 2 machines, found 3 in all"),
+        ({"num_machines": 1}, Machine(1, "here:29500"), "num_machines is 1, which leaves nothing to --machine-rank"),
+    ],
+    ids=str,
+)
+def test_machines_that_could_not_find_each_other_are_told(tmp_path, changes, machine, message):
+    text = (LAUNCHES / "two_nodes.yaml").read_text(encoding="utf-8")
+    for key, value in changes.items():
+        text = re.sub(rf"^{key}: .*$", f"{key}: {value}", text, flags=re.MULTILINE)
+    (tmp_path / "launch.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(LaunchError, match=re.escape(message)):
+        run_under(tmp_path / "launch.yaml", [], machine)
+
+
+def test_the_shipped_file_is_for_two_machines():
+    settings = read(LAUNCHES / "two_nodes.yaml")
+    refuse_machines(LAUNCHES, settings | {"main_process_ip": "here", "main_process_port": 29500})
+    assert (settings["num_machines"], settings["num_processes"]) == (2, 2)
