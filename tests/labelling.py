@@ -22,7 +22,7 @@ def opened() -> Opened:
     """The choices in a folder, as the command opens them."""
 
     def choices(out: Path, seed: int = 0, prompts: list[Prompt] = PROMPTS) -> Choices:
-        return Choices(ranking.Asked("student", "prompts", ranking.BY_HAND, 2, 4, 1.0, 0.0, seed), prompts, out)
+        return Choices(ranking.PairSettings("student", "prompts", ranking.BY_HAND, 2, 4, 1.0, 0.0, seed), prompts, out)
 
     return choices
 

@@ -1,4 +1,4 @@
-"""The `mlcm` command: reads the arguments, calls the function that does the work, prints what came of it.
+"""The `mlcm` command: parses the arguments, calls the function that does the work, prints its result.
 
 Exit codes: 0; 1 for a run that failed; 2 for a bad recipe or argument; 3 where one of several processes was lost; 130
 after Ctrl-C, 143 after SIGTERM. torch is imported only by the commands that need it: `--help`, `validate` and `schema`
@@ -28,9 +28,9 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:
-    """Print the version and exit, where that is asked for."""
-    if asked:
+def _print_version(version: bool) -> None:
+    """Print the version and exit where `version` is set."""
+    if version:
         typer.echo(f"mlcm_rl {__version__}")
         raise typer.Exit
 
@@ -41,7 +41,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """What may stand before a command."""
+    """Options before a command."""
 
 
 for command in (
@@ -63,11 +63,11 @@ unbreak_help(reward_commands.app)
 
 
 def main() -> None:
-    """The console command."""
+    """Run the `mlcm` command."""
     write_anything()
     try:
         with output_may_refuse(error_console):
             app(prog_name="mlcm")
     finally:
-        if "mlcm_rl.training.processes" in sys.modules:  # else it is no process of several
+        if "mlcm_rl.training.processes" in sys.modules:  # else it is the only process
             sys.modules["mlcm_rl.training.processes"].leave(sys.exception())

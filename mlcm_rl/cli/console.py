@@ -1,5 +1,5 @@
-"""What is printed reaches any terminal, pipe or log as it is: nothing in it is markup, characters that its encoding
-lacks are escaped, never an error, and lines are broken where a terminal ends.
+"""Output to any terminal, pipe or log: text is printed as it is and never as markup, characters that the encoding
+lacks are escaped, and lines break where the terminal ends.
 """
 
 import codecs
@@ -23,13 +23,13 @@ from ..recipe.tree import RecipeError, key_text
 from ..training import signals
 from ..training.console import plain_console
 
-# of several processes the first speaks
+# of several processes only the first prints
 console = plain_console(quiet=os.environ.get("RANK", "") not in ("", "0"))
 error_console = plain_console(stderr=True)
 
 
 def write_anything() -> None:
-    """Have standard output and error escape what they cannot encode: \\u732b for a cat on a Latin-1 terminal."""
+    """Let standard output and error escape what they cannot encode: \\u732b for a cat on a Latin-1 terminal."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None without a terminal, another class under a notebook
             stream.reconfigure(errors="backslashreplace")
@@ -39,13 +39,13 @@ def write_anything() -> None:
 def output_may_refuse(errors: Console) -> Iterator[None]:
     """Exit with 1 and a line on `errors` where standard output cannot be written: its disk is full, say.
 
-    Commands word the other errors of the system themselves.
+    Commands report the other errors of the system themselves.
     """
     try:
         yield
         sys.stdout.flush()
     except OSError as error:
-        nowhere = os.open(os.devnull, os.O_WRONLY)  # what is left would be tried once more when the process ends
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # the buffer would be flushed once more when the process ends
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
         reason = f"{error.filename or 'what it prints'} could not be written: {(error.strerror or str(error)).lower()}"
@@ -54,12 +54,12 @@ def output_may_refuse(errors: Console) -> Iterator[None]:
 
 
 def is_utf8(stream: TextIO | None) -> bool:
-    """Whether `stream` takes any character as it is; None, one that was closed, takes none."""
+    """Return whether `stream` can encode any character; None, a closed one, cannot."""
     return stream is not None and codecs.lookup(stream.encoding or "ascii").name == "utf-8"
 
 
 def unbreak_help(app: typer.Typer) -> None:
-    """Have `--help` of each command of `app` break lines where the terminal ends, not where its docstring does."""
+    """Let `--help` of each command of `app` break lines where the terminal ends, not where its docstring does."""
     for command in app.registered_commands:
         paragraphs = (inspect.getdoc(command.callback) or "").split("\n\n")
         command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
@@ -83,7 +83,10 @@ def print_problems(to: Console, path: Path, error: RecipeError) -> None:
 
 @contextmanager
 def imported(name: str, interrupted: str = "Interrupted.") -> Iterator[ModuleType]:
-    """The module mlcm_rl.`name`, imported only here. What fails ends with its message, a signal with one line."""
+    """Yield the module mlcm_rl.`name`, imported only now.
+
+    Exit with the message of an error inside, or with the line `interrupted` after a signal.
+    """
     try:
         with signals.raise_on_sigterm():
             module = import_module(f"mlcm_rl.{name}")
@@ -99,5 +102,5 @@ def imported(name: str, interrupted: str = "Interrupted.") -> Iterator[ModuleTyp
 
 
 def line(text: Text) -> None:
-    """One line of output, never wrapped, so that a path in it can be copied and piped."""
+    """Print one line, never wrapped, so that a path in it can be copied and piped."""
     console.print(text, soft_wrap=True)

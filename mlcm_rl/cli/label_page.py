@@ -1,6 +1,6 @@
 """The page on which a person chooses between two pictures, served to this machine alone while the command runs.
 
-Needs the extra `label` (Starlette and uvicorn), so it is imported only by the command that shows the page.
+It needs the extra `label` (Starlette and uvicorn), so only the command that shows it imports it.
 """
 
 import secrets
@@ -37,9 +37,9 @@ POLICY = (
 
 
 def serve(choices: Choices, port: int = 0) -> None:
-    """Show the page until all pairs are judged and the person is done; port 0 takes a free one.
+    """Serve the page until all pairs are judged and the person is done; port 0 takes a free one.
 
-    Ctrl-C ends it too, with KeyboardInterrupt. Raises OSError where the port cannot be had.
+    Ctrl-C ends it too, with KeyboardInterrupt. Raises OSError where the port cannot be used.
     """
 
     def stop() -> None:
@@ -54,7 +54,7 @@ def serve(choices: Choices, port: int = 0) -> None:
 
 
 def listen(port: int) -> socket.socket:
-    """A socket that this machine alone can reach. Raises OSError where the port cannot be had."""
+    """Return a socket that only this machine can reach. Raises OSError where the port cannot be used."""
     try:
         return socket.create_server((LOOPBACK, port))
     except OSError as error:
@@ -63,7 +63,7 @@ def listen(port: int) -> socket.socket:
 
 
 def server(choices: Choices, stop: Callable[[], None]) -> uvicorn.Server:
-    """The page's server, quiet, and quick to end."""
+    """Return the page's server, which logs only warnings and ends within a second."""
     settings: dict[str, Any] = {
         "log_level": "warning",
         "lifespan": "off",
@@ -75,10 +75,10 @@ def server(choices: Choices, stop: Callable[[], None]) -> uvicorn.Server:
 
 
 def application(choices: Choices, stop: Callable[[], None]) -> Starlette:
-    """What the server answers. `stop` is called when all pairs are judged and the person is done.
+    """Return the page's application. `stop` is called when all pairs are judged and the person is done.
 
-    GET / is the page, /pair what it shows now, /pictures/<number>/<side> a picture; POST /choices/<number>/<side>,
-    /undo/<number> and /finish answer with what is to be shown next, with status 409 where a page is behind.
+    GET / is the page, /pair the pair to show now, /pictures/<number>/<side> a picture; POST /choices/<number>/<side>,
+    /undo/<number> and /finish answer with the next pair to show, with status 409 where a page is outdated.
     """
     page = Page(choices, stop)
     routes = [
@@ -93,7 +93,7 @@ def application(choices: Choices, stop: Callable[[], None]) -> Starlette:
 
 
 class Page:
-    """Answers to what the page asks for. A request names a pair by its number and a side by its name, never a file."""
+    """Answers to the page's requests, which name a pair by its number and a side by its name, never a file."""
 
     def __init__(self, choices: Choices, stop: Callable[[], None]):
         self.choices, self.stop = choices, stop
@@ -107,7 +107,7 @@ class Page:
         return HTMLResponse(self.template.render(nonce=nonce, out=str(self.choices.out)), headers=HEADERS | policy)
 
     async def pair(self, request: Request) -> Response:
-        return JSONResponse(self._shown(), headers=HEADERS)
+        return JSONResponse(self._state(), headers=HEADERS)
 
     async def picture(self, request: Request) -> Response:
         number, side = request.path_params["number"], request.path_params["side"]
@@ -119,37 +119,37 @@ class Page:
         number, side = request.path_params["number"], request.path_params["side"]
         if side not in (*SIDES, NEITHER):
             raise HTTPException(404)
-        return self._changed(request, lambda: self.choices.choose(number, side))
+        return self._change(request, lambda: self.choices.choose(number, side))
 
     async def undo(self, request: Request) -> Response:
-        return self._changed(request, lambda: self.choices.undo(request.path_params["number"]))
+        return self._change(request, lambda: self.choices.undo(request.path_params["number"]))
 
     async def finish(self, request: Request) -> Response:
-        return self._changed(request, self._finish)
+        return self._change(request, self._finish)
 
     def _finish(self) -> None:
-        if len(self.choices.made()) < len(self.choices):
+        if len(self.choices.judgements()) < len(self.choices):
             raise ValueError("there are pairs to judge yet")
         self.stop()
 
-    def _changed(self, request: Request, change: Callable[[], None]) -> Response:
-        """Make a change that our own page asks for. A page that is behind what is on disk is told so, with status 409.
+    def _change(self, request: Request, change: Callable[[], None]) -> Response:
+        """Make a change that our own page requests; answer with status 409 where the page is behind the disk.
 
-        Browsers say which page sends a POST, so that no other that a person has open can choose for them.
+        Browsers name the origin of a POST, so that no other page that a person has open can choose for them.
         """
         if request.headers.get("origin") != f"http://{request.headers['host']}":
             raise HTTPException(403, "choices are made on the page itself")
         try:
             change()
         except ValueError:
-            return JSONResponse(self._shown(), 409, HEADERS)
-        return JSONResponse(self._shown(), headers=HEADERS)
+            return JSONResponse(self._state(), 409, HEADERS)
+        return JSONResponse(self._state(), headers=HEADERS)
 
-    def _shown(self) -> dict:
-        """What the page shows now: the pair to be judged, or that all are."""
-        number, total = len(self.choices.made()), len(self.choices)
-        shown: dict[str, Any] = {"number": number, "total": total, "kept": len(self.choices.rows())}
+    def _state(self) -> dict:
+        """Return the state of the page: the pair to be judged, if any, and the counts."""
+        number, total = len(self.choices.judgements()), len(self.choices)
+        state: dict[str, Any] = {"number": number, "total": total, "kept": len(self.choices.rows())}
         if number < total:
             prompt = self.choices.prompts[number]
-            shown |= {"prompt": prompt.prompt, "language": prompt.language}
-        return shown
+            state |= {"prompt": prompt.prompt, "language": prompt.language}
+        return state

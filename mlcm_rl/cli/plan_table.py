@@ -1,4 +1,4 @@
-"""A plan in a terminal of 100 columns: a row a stage, what memory is made of, and what stands behind the figures."""
+"""A plan in a terminal of 100 columns: a row for each stage, the parts of memory, and the assumptions."""
 
 from typing import TYPE_CHECKING
 
@@ -28,13 +28,13 @@ def show(
     device: Device | None,
     kind: str,
 ) -> None:
-    """Print the plan of `recipe`, whose memory was found for a `kind` of device ("cuda", "cpu")."""
+    """Print the plan of `recipe`, whose memory was predicted for a `kind` of device ("cuda", "cpu")."""
     ahead = [stage for stage in stages if not stage.done]
     console.print(_summary(stages, ahead, device), crop=False)
     if any(stage.memory for stage in ahead):
         console.print()
         console.print(_memory(ahead), crop=False)
-    for text in [*_warnings(ahead, launch, device), *_left_out(ahead)]:
+    for text in [*_warnings(ahead, launch, device), *_gaps(ahead)]:
         console.print(text, soft_wrap=True)
     console.print()
     for line in _assumptions(recipe, ahead, launch, device, kind):
@@ -63,20 +63,22 @@ def _summary(stages: "list[PlannedStage]", ahead: "list[PlannedStage]", device: 
 
 
 def _memory(ahead: "list[PlannedStage]") -> Table:
-    """A row a stage ahead; a column for what any of them has, and always for what most have."""
-    found = [(stage.kind, stage.memory) for stage in ahead if stage.memory]
-    parts = [part for part in PARTS if part not in ("exchange", "host") or any(getattr(one, part) for _, one in found)]
+    """Return the table of memory: a row for each stage to do, with the columns that apply."""
+    predicted = [(stage.kind, stage.memory) for stage in ahead if stage.memory]
+    parts = [
+        part for part in PARTS if part not in ("exchange", "host") or any(getattr(one, part) for _, one in predicted)
+    ]
     table = Table("memory of", *parts, box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
-    for kind, memory in found:
+    for kind, memory in predicted:
         sizes = (getattr(memory, part) for part in parts)
         table.add_row(kind, *(in_words(size) if size else "" for size in sizes))
     return table
 
 
 def _warnings(ahead: "list[PlannedStage]", launch: "Launch", device: Device | None) -> list[Text]:
-    """The stages that do not fit the device."""
+    """Return a warning for each stage whose memory exceeds the device's."""
     together = launch.processes if device is not None and device.is_shared else 1
     return [
         Text.assemble(
@@ -89,7 +91,8 @@ def _warnings(ahead: "list[PlannedStage]", launch: "Launch", device: Device | No
     ]
 
 
-def _left_out(ahead: "list[PlannedStage]") -> list[Text]:
+def _gaps(ahead: "list[PlannedStage]") -> list[Text]:
+    """Return a line for each stage without a prediction, and for each reward that is not counted."""
     return [
         Text(f"memory and time of {stage.kind} could not be predicted: {stage.unknown}")
         for stage in ahead
@@ -104,7 +107,7 @@ def _left_out(ahead: "list[PlannedStage]") -> list[Text]:
 def _assumptions(
     recipe: Recipe, ahead: "list[PlannedStage]", launch: "Launch", device: Device | None, kind: str
 ) -> list[str]:
-    """What stands behind the figures, a sentence a line."""
+    """Return the assumptions behind the figures, a sentence a line."""
     lines = ["One evaluation is one pass of the denoiser for one sample."]
     if shipped(recipe.teacher):
         lines.append(f"Shapes of {recipe.teacher.path} are those published, which come with this package.")
@@ -123,6 +126,6 @@ def _assumptions(
     if any(stage.memory and stage.memory.host for stage in ahead):
         lines.append("What stands under host is in the memory of the CPU, for each process, and not in the sum.")
     if device is not None:
-        seen = "measured on a CPU" if device.kind == "cpu" else "an assumption, no GPU was measured"
-        lines.append(f"Time is at {device.share:.0%} of the matrix rate of {device.name}: {seen}.")
+        basis = "measured on a CPU" if device.kind == "cpu" else "an assumption, no GPU was measured"
+        lines.append(f"Time is at {device.share:.0%} of the matrix rate of {device.name}: {basis}.")
     return [*lines, f"Stages are kept in {recipe.runs}/stages."]

@@ -1,4 +1,4 @@
-"""Commands that take a recipe: run, validate, plan, and schema; replay, which repeats a step of a run."""
+"""Commands on recipes: run, validate, plan, schema; and replay, which repeats a step of a run."""
 
 import json
 import os
@@ -16,11 +16,10 @@ from ..recipe import Recipe
 from ..recipe.file import load
 from ..recipe.schema import json_schema
 from ..recipe.tree import RecipeError
-from .console import print_problems
+from .console import console, error_console, imported, line, print_problems
 
 if TYPE_CHECKING:
     from ..cost.launches import Launch
-from .console import console, error_console, imported, line
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", show_default=False, help="a recipe's YAML file")]
 Overrides = Annotated[
@@ -33,8 +32,8 @@ Overrides = Annotated[
 ]
 
 
-def _known_device(name: str | None) -> str | None:
-    """A name that is known, in lower case without spaces; else the names that are."""
+def _device_name(name: str | None) -> str | None:
+    """Return `name` in lower case without spaces. Raises BadParameter with the known names for an unknown one."""
     if name is None or (short := name.lower().replace(" ", "")) in (*DEVICES, THIS):
         return None if name is None else short
     raise typer.BadParameter(f"no device {name!r}: {', '.join(DEVICES)}, or {THIS} for the one here")
@@ -56,18 +55,18 @@ def run(
         bool, typer.Option("--skip-damaged", help="go on from the newest whole checkpoint where a newer one is damaged")
     ] = False,
 ) -> None:
-    """Run a recipe, or what is not yet done of it. The same command takes up an interrupted run.
+    """Run a recipe, or the rest of it. The same command continues an interrupted run.
 
     Ctrl-C and SIGTERM end it within 30 seconds, in training after a whole step that is saved; a second one ends it at
     once. The exit code is 130 after Ctrl-C and 143 after SIGTERM, 1 for a run that failed, 2 for a bad recipe, 3 where
-    one of several processes was killed: the same command goes on from what was saved.
+    one of several processes was killed: the same command continues from the newest checkpoint.
 
     In several processes it runs under --launch, or under torchrun: `torchrun --nproc_per_node 8 -m mlcm_rl run RECIPE`.
     """
-    loaded = _load(recipe, overrides, quiet=launch is not None)  # the first of the processes tells
+    loaded = _load(recipe, overrides, quiet=launch is not None)  # the first process prints
     if launch is not None:
         flags = ["--skip-damaged"] if skip_damaged else []
-        raise typer.Exit(_launched(launch, [str(recipe), *(overrides or []), *flags]))
+        raise typer.Exit(_run_under(launch, [str(recipe), *(overrides or []), *flags]))
     with imported(
         "pipeline", interrupted="Interrupted. The same command takes the run up where it was saved."
     ) as pipeline:
@@ -118,7 +117,7 @@ def plan(
     device: Annotated[
         str | None,
         typer.Option(
-            callback=_known_device,
+            callback=_device_name,
             show_default=False,
             help=f"hours, and whether memory suffices, on {', '.join(DEVICES)}, or {THIS} (measured here)",
         ),
@@ -131,17 +130,17 @@ def plan(
     """
     loaded = _load(recipe, overrides)
     with imported("pipeline") as pipeline:
-        asked = _read_launch(launch)
-        found = pipeline.device_here(loaded) if device == THIS else DEVICES[device] if device else None
-        stages = pipeline.plan(loaded, True, asked, found)
+        processes = _read_launch(launch)
+        target = pipeline.device_here(loaded) if device == THIS else DEVICES[device] if device else None
+        stages = pipeline.plan(loaded, True, processes, target)
     if as_json:
-        described = [asdict(stage) | {"folder": str(stage.folder)} for stage in stages]
-        on = asdict(found) | {"share": found.share} if found else None
-        typer.echo(json.dumps({"launch": asdict(asked), "device": on, "stages": described}, indent=2))
+        entries = [asdict(stage) | {"folder": str(stage.folder)} for stage in stages]
+        on = asdict(target) | {"share": target.share} if target else None
+        typer.echo(json.dumps({"launch": asdict(processes), "device": on, "stages": entries}, indent=2))
     else:
         from . import plan_table
 
-        plan_table.show(console, loaded, stages, asked, found, kind_for(loaded.device, found))
+        plan_table.show(console, loaded, stages, processes, target, kind_for(loaded.device, target))
 
 
 def replay(
@@ -156,7 +155,7 @@ def replay(
         ),
     ],
 ) -> None:
-    """Repeat the step whose loss or gradient was no number: its figures then and now. Exit code 1 where they differ."""
+    """Repeat a step whose loss or gradient was not finite: its figures then and now. Exit code 1 where they differ."""
     with imported("pipeline") as pipeline:
         then, now = pipeline.replay(bundle)
     table = Table("sample", box=None, pad_edge=False, header_style="bold")
@@ -196,7 +195,7 @@ def schema(
 
 
 def _load(path: Path, overrides: list[str] | None, quiet: bool = False) -> Recipe:
-    """The recipe, checked against the files that it names; exit 2 with all its errors."""
+    """Return the recipe in `path`, checked against the files that it names. Exit 2 with all its errors."""
     try:
         return load(path, overrides or [], Path.cwd(), tell=(lambda note: None) if quiet else _tell_path)
     except RecipeError as error:
@@ -205,13 +204,13 @@ def _load(path: Path, overrides: list[str] | None, quiet: bool = False) -> Recip
 
 
 def _tell_path(note: str) -> None:
-    """One line on a path that could have been meant otherwise."""
+    """Print a note on a path that has another reading."""
     if not console.quiet:
         error_console.print(Text.assemble(("path", "yellow"), f"  {note}"), soft_wrap=True)
 
 
-def _launched(launch: Path, arguments: list[str]) -> int:
-    """`mlcm run` with `arguments` in the processes that `launch` describes; its exit code, 2 where none can start."""
+def _run_under(launch: Path, arguments: list[str]) -> int:
+    """Run `mlcm run` with `arguments` in the processes of `launch`; return its exit code, 2 where none can start."""
     from ..training.launch import LOST_PEER, Killed, LaunchError, run_under
 
     try:
@@ -225,7 +224,7 @@ def _launched(launch: Path, arguments: list[str]) -> int:
 
 
 def _read_launch(path: Path | None) -> "Launch":
-    """The launch that the file at `path` describes, one process without one; exit 2 where it is not known."""
+    """Return the launch of the file `path`, that of one process for None. Exit 2 for one that cannot be predicted."""
     from ..cost import launches
     from ..training.launch import LaunchError
 

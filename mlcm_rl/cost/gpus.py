@@ -1,17 +1,12 @@
-"""Devices by name, and how much of its matrix rate a step is taken to reach on each. torch is imported only to ask
-what is here.
+"""Devices by name, and the share of its matrix rate that a step is assumed to reach on each.
 
 Rates are 10^12 operations a second of dense matrix products with float32 sums, memory in bytes of 10^9 to the GB, both
 from the makers' data sheets (with sparsity they print twice as much).
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..training.devices import device_of
-
-if TYPE_CHECKING:
-    pass
 
 GPU_SHARE = 0.4  # of the matrix rate: an assumption, no GPU has been measured
 CPU_SHARE = 0.6  # measured over trajectories and distillation of recipes/emoji_demo.yaml, see docs/log.md
@@ -20,7 +15,10 @@ THIS = "this"
 
 @dataclass(frozen=True)
 class Device:
-    """`rates` by precision: "float32", "tf32", "bfloat16", "float16". A CPU is shared by the processes of a launch."""
+    """A device: its `memory` in bytes, and its `rates` in 10^12 operations a second by precision.
+
+    Precisions are "float32", "tf32", "bfloat16" and "float16".
+    """
 
     name: str
     kind: str
@@ -29,12 +27,12 @@ class Device:
 
     @property
     def share(self) -> float:
-        """Of the matrix rate, what a step reaches."""
+        """The share of the matrix rate that a step reaches."""
         return CPU_SHARE if self.kind == "cpu" else GPU_SHARE
 
     @property
     def is_shared(self) -> bool:
-        """Whether the processes of a launch have one together, with its memory."""
+        """Whether all processes of a launch share this device and its memory, as they do a CPU."""
         return self.kind == "cpu"
 
 

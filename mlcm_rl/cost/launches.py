@@ -1,10 +1,9 @@
-"""What one of several processes holds of a training student, by the engine that a launch file asks for.
+"""Memory that a training student takes in one of several processes, by the engine of a launch file.
 
 The arithmetic is ZeRO's (Rajbhandari et al. 2020, section 3): of W weights a process keeps parameters, gradients and
-optimiser states, and each level leaves it one more of them only in part. What our engines keep (`training.engines`)
-is float32 throughout: 4 bytes of weights and of gradients, 8 of moments, and under DeepSpeed 4 more of a copy of its
-part that it updates, though the weights are float32 already. The bfloat16 copies of autocast are the passes' own and
-whole in every engine.
+optimiser states, and each level shards one more of them. Our engines (`training.engines`) keep all of it in float32:
+4 bytes of weights and of gradients, 8 of moments, and under DeepSpeed 4 more, of a copy of its shard that it updates
+though the weights are float32 already. Autocast's bfloat16 copies belong to the passes and are whole in every engine.
 """
 
 import os
@@ -27,7 +26,7 @@ LEVELS = {"whole": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp2": 3}
 
 @dataclass(frozen=True)
 class Launch:
-    """Who holds what: `engine` is one of LEVELS; `offload` keeps what ZeRO-2 knows of the optimiser in host memory.
+    """How processes share a student: `engine` is one of LEVELS; `offload` keeps ZeRO-2's optimiser in host memory.
 
     `blocks` are the classes that FSDP2 gathers one by one.
     """
@@ -39,12 +38,15 @@ class Launch:
 
     @property
     def level(self) -> int:
-        """Of what a process keeps only its part: 1 the optimiser's states, 2 gradients too, 3 weights too."""
+        """What is sharded: 0 nothing, 1 the optimiser's states, 2 gradients too, 3 weights too."""
         return LEVELS[self.engine]
 
 
 def read_launch(path: Path) -> Launch:
-    """The launch that the file at `path` describes. Raises LaunchError as `read`, and for what is not predicted."""
+    """Return the launch of the file `path`.
+
+    Raises LaunchError as `read` does, and for settings whose memory cannot be predicted.
+    """
     settings = read(path)
     processes, kind = settings["num_processes"], settings["distributed_type"]
     if kind == "DEEPSPEED":
@@ -55,7 +57,7 @@ def read_launch(path: Path) -> Launch:
 
 
 def of_this_process() -> Launch:
-    """The launch that this process is one of, as accelerate's launcher says in the environment."""
+    """Return the launch that this process belongs to, from the environment that accelerate's launcher sets."""
     processes = world_size()
     if uses_deepspeed():
         offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE") == "cpu"
@@ -67,8 +69,10 @@ def of_this_process() -> Launch:
 
 def _deepspeed(settings: dict[str, Any], processes: int, path: Path) -> Launch:
     stage, offload = settings.get("zero_stage"), settings.get("offload_optimizer_device", "none")
-    known = stage in (1, 2, 3) and offload in ("none", "cpu") and settings.get("offload_param_device", "none") == "none"
-    if not known or (offload == "cpu" and stage != 2):
+    is_supported = (
+        stage in (1, 2, 3) and offload in ("none", "cpu") and settings.get("offload_param_device", "none") == "none"
+    )
+    if not is_supported or (offload == "cpu" and stage != 2):
         raise LaunchError(
             f"{path}: plan knows zero_stage 1, 2 and 3, and the optimiser in host memory (cpu) with 2; "
             "write them as in recipes/launch/zero2_offload.yaml"
@@ -89,14 +93,14 @@ def _names(listed: str) -> tuple[str, ...]:
 
 
 def part(size: int, processes: int) -> int:
-    """The largest part where `size` is divided among `processes`."""
+    """Return the largest shard of `size` among `processes`."""
     return -(-size // processes)
 
 
 def zero_bytes(
     weights: int, processes: int, level: int, parameter: int = FLOAT, gradient: int = FLOAT, optimiser: int = ADAM
 ) -> tuple[int, int, int]:
-    """Bytes of parameters, gradients and optimiser states in one process, at ZeRO's `level` (0: every one is whole).
+    """Return the bytes of parameters, gradients and optimiser states in one process, at ZeRO's `level` (0: all whole).
 
     The paper's own case is mixed precision: 2 and 2 bytes a weight, and K = 12 of optimiser states.
     """
@@ -107,29 +111,29 @@ def zero_bytes(
 
 @dataclass(frozen=True)
 class Outline:
-    """A training student as engines see it, in bytes but for `trained`, which counts weights."""
+    """Sizes of a training student, in bytes; `trained` alone counts weights."""
 
     trained: int
     weights: int  # of all its parameters, frozen ones too
-    own: int  # of those that it does not share with the teacher
-    largest: int  # of one module's own parameters: what ZeRO-3 gathers at a time
-    gathered: int  # what FSDP2 gathers at a time, and of gradients until they have left
+    own: int  # of the parameters that it does not share with the teacher
+    largest: int  # of one module's own parameters, which ZeRO-3 gathers at a time
+    gathered: int  # of the parameters that FSDP2 gathers at a time, and of their gradients
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes of a student in one process. `saved` is what its parameters are less than in a process on its own."""
+class Shard:
+    """Bytes of a student in one process."""
 
-    saved: int
+    saved: int  # of parameters, beside a process on its own
     gradients: int
     optimiser: int
-    averaged: int  # one average of what is trained
-    exchange: int
-    host: int
+    averaged: int  # of one average of the trained weights
+    exchange: int  # of buffers, and of gathered weights
+    host: int  # of the optimiser in the memory of the CPU
 
 
 def outline(student: nn.Module, teacher: nn.Module, blocks: Sequence[str]) -> Outline:
-    """Sizes of `student`; `teacher` may share weights with it, `blocks` are classes that are gathered one by one."""
+    """Return the sizes of `student`; `teacher` may share weights with it, `blocks` are gathered one by one."""
     shared = {value.untyped_storage()._cdata for value in teacher.parameters()}
     values = list(student.parameters())
     trained = sum(value.numel() for value in values if value.requires_grad)
@@ -141,12 +145,12 @@ def outline(student: nn.Module, teacher: nn.Module, blocks: Sequence[str]) -> Ou
         weights=_bytes(student),
         own=sum(value.nbytes for value in values if value.untyped_storage()._cdata not in shared),
         largest=max(sum(value.nbytes for value in module.parameters(recurse=False)) for module in student.modules()),
-        gathered=outside + sum(working[:2]),  # a block and the one that is fetched meanwhile
+        gathered=outside + sum(working[:2]),  # a block, and the next one that is fetched meanwhile
     )
 
 
-def held(student: Outline, launch: Launch) -> Held:
-    """What one process holds of `student` under `launch`, beside what its passes hold."""
+def shard(student: Outline, launch: Launch) -> Shard:
+    """Return the bytes of `student` in one process of `launch`; its passes come on top."""
     size, level, processes = student.trained, launch.level, launch.processes
     copy = FLOAT if launch.engine in ("zero1", "zero2", "zero3") else 0
     _, gradients, optimiser = zero_bytes(size, processes, level, optimiser=ADAM + copy)
@@ -160,8 +164,8 @@ def held(student: Outline, launch: Launch) -> Held:
         "fsdp2": student.gathered,
     }[launch.engine]
     if launch.offload:
-        return Held(saved, 0, 0, averaged, exchange, host=gradients + optimiser)
-    return Held(saved, gradients, optimiser, averaged, exchange, host=0)
+        return Shard(saved, 0, 0, averaged, exchange, host=gradients + optimiser)
+    return Shard(saved, gradients, optimiser, averaged, exchange, host=0)
 
 
 def _bytes(module: nn.Module) -> int:

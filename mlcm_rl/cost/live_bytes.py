@@ -1,7 +1,7 @@
-"""How many bytes passes hold at their peak, found by taking them on the meta device: shapes without data.
+"""The peak memory of passes in bytes, measured by taking them on the meta device: shapes without data.
 
-`Live` counts the tensors that are alive. `Kernels` stands for a device's own kernels where the meta device would
-compute in another way: attention in one piece, and autocast, which the meta device does not have.
+`Live` counts the tensors that are alive. `Kernels` stands in for a device's own kernels where the meta device computes
+in another way: attention in one kernel, and autocast, which the meta device does not have.
 """
 
 import weakref
@@ -17,14 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from .shapes import computed
+from .shapes import output_of
 
 LOWERED = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}
-RAISED_ON_CUDA = {F.group_norm, F.layer_norm}  # autocast computes these in float32 there, and in bfloat16 on a CPU
+RAISED_ON_CUDA = {F.group_norm, F.layer_norm, F.rms_norm}  # autocast computes these in float32 there, not on a CPU
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the meta tensors made under it that are alive `now`, and at their `peak` since it was last set."""
+    """Bytes of the meta tensors made inside: of those alive `now`, and the `peak` since it was last set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,14 +32,14 @@ class Live(TorchDispatchMode):
         self.counted: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = computed(function, args, kwargs or {})
+        out = output_of(function, args, kwargs or {})
         for value in tree_leaves(out):
             if isinstance(value, Tensor) and value.is_meta:
                 self._count(value.untyped_storage())
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        """Views share a storage, which is counted once."""
+        """Count `storage` until it is freed; views share one, which is counted once."""
         key, size = storage._cdata, storage.nbytes()
         if key not in self.counted:
             self.counted.add(key)
@@ -53,7 +53,7 @@ class Live(TorchDispatchMode):
 
 
 class Attention(torch.autograd.Function):
-    """Attention as one kernel computes it: it keeps its inputs, its output and a float32 a query, and no scores."""
+    """Attention in one kernel: it saves its inputs, its output and one float32 a query, and no scores."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -66,48 +66,48 @@ class Attention(torch.autograd.Function):
         return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
 
 
-def attended(query: Tensor, key: Tensor, value: Tensor, *settings: Any, **named: Any) -> Tensor:
-    """`F.scaled_dot_product_attention`, by place or by name, in one kernel; masks and the like change no size."""
+def attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any, **options: Any) -> Tensor:
+    """Return `F.scaled_dot_product_attention` in one kernel; masks and other settings change no size."""
     return Attention.apply(query, key, value)
 
 
 class Kernels(TorchFunctionMode):
-    """Functions as the device `kind` ("cuda", "cpu", ...) computes them, under autocast to bfloat16 where `autocast`.
+    """Functions as a device of `kind` ("cuda", "cpu", ...) computes them, under autocast to bfloat16 where `autocast`.
 
-    It reaches into a backward pass only through `checkpointed`: torch leaves such modes out there.
+    torch disables such modes in a backward pass: there only `checkpointed` applies them.
     """
 
     def __init__(self, kind: str, autocast: bool):
         super().__init__()
         self.kind, self.autocast = kind, autocast
-        self.lowered: dict[int, Tensor] = {}  # autocast keeps the copies of trained weights until it is told to forget
+        self.lowered: dict[int, Tensor] = {}  # autocast caches the copies of trained weights until its cache is cleared
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self.autocast and function in LOWERED:
             args, kwargs = [self._low(one) for one in args], {name: self._low(one) for name, one in kwargs.items()}
         if self.autocast and function in RAISED_ON_CUDA and self.kind == "cuda":
-            args = [one.float() if isinstance(one, Tensor) else one for one in args]
-        written_out = self.kind == "cpu" and self.autocast  # as the runtime asks there
-        if function is F.scaled_dot_product_attention and not written_out:
-            return attended(*args, **kwargs)
+            args, kwargs = [_raised(one) for one in args], {name: _raised(one) for name, one in kwargs.items()}
+        is_plain = self.kind == "cpu" and self.autocast  # `training.autocast` turns the kernel off there
+        if function is F.scaled_dot_product_attention and not is_plain:
+            return attention(*args, **kwargs)
         return function(*args, **kwargs)
 
     def checkpointed(self, module: Callable, *args: Any) -> Any:
-        """`module` of `args`, computed again in the backward pass, by these kernels too; for diffusers' models."""
+        """Return `module` of `args`, output_of again in the backward pass by these kernels; for diffusers' models."""
         return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self))
 
     @contextmanager
     def own_precision(self) -> Iterator[None]:
-        """Autocast is off inside, as for a teacher or a reward."""
-        kept, self.autocast = self.autocast, False
+        """Turn autocast off inside, as for a teacher or a reward."""
+        before, self.autocast = self.autocast, False
         try:
             yield
         finally:
-            self.autocast = kept
+            self.autocast = before
 
     def forget_copies(self) -> None:
-        """Trained weights are cast anew, as after they have changed places."""
+        """Clear autocast's cache, as where trained weights change places."""
         self.lowered.clear()
 
     def _low(self, value: Any) -> Any:
@@ -118,3 +118,7 @@ class Kernels(TorchFunctionMode):
         if id(value) not in self.lowered:
             self.lowered[id(value)] = value.to(torch.bfloat16)
         return self.lowered[id(value)]
+
+
+def _raised(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) else value

@@ -1,7 +1,7 @@
-"""What a stage needs of memory, in each process, before it is run: every part from shapes, with no weights loaded.
+"""The memory that a stage needs in each process, predicted from shapes alone: no weights are loaded.
 
-Weights are counted as they are kept, and what passes hold is found by taking them on the meta device (`passes`,
-`live_bytes`). Rewards are built there too, which reads their files once. What several processes share is in `launches`.
+Weights are counted in their own precision, and the memory of passes by taking them on the meta device (`passes`,
+`live_bytes`). Rewards are built there too, which reads their files once. `launches` has what several processes share.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..models import students, teachers
 from ..models.base import Base
 from ..preference import tuning
-from ..recipe import Full, Lora, Recipe, Stage, Training
+from ..recipe import Full, Lora, Recipe, Stage, Training, Tuning
 from ..recipe.takes import Networks
 from ..rewards import RewardError, RewardModel, build
 from ..rewards.weights import WeightsError
@@ -26,22 +26,22 @@ from . import launches, passes
 from .launches import Launch
 from .live_bytes import Kernels, Live
 
-NUM_TOKENS = 77  # of CLIP's text towers, where no tokenizer says otherwise
+NUM_TOKENS = 77  # of CLIP's text towers, where the teacher has no tokenizer
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one process at a stage's peak; all but `host` add up to it.
 
-    parameters    every network as it is kept, frozen or trained, but for rewards
+    parameters    of every network, frozen or trained, but for rewards
     gradients     of the trained weights
     optimiser     Adam's moments, and the copy of the weights that DeepSpeed updates
-    averages      the target's averaged weights, or the best ones that the guard keeps
-    activations   what passes hold at the peak on top of gradients, autocast's copies of trained weights too
-    exchange      what processes exchange through, and weights gathered from their parts
-    rewards       their weights, of those trained on and those held out
-    host          of the optimiser, where a launch keeps it in the memory of the CPU instead
-    uncounted     rewards that could not be built or asked: their weights are not here, and what they hold is left out
+    averages      the target's averaged weights, or the guard's best ones
+    activations   of passes at the peak, beside gradients; autocast's copies of trained weights too
+    exchange      buffers between processes, and weights gathered from their shards
+    rewards       weights of the rewards, trained on and held out
+    host          of the optimiser, where a launch keeps it in the memory of the CPU
+    uncounted     names of rewards that could not be built or called: neither weights nor activations are counted
     """
 
     parameters: int = 0
@@ -56,6 +56,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """All bytes on the device."""
         of_training = self.gradients + self.optimiser + self.averages + self.activations + self.exchange
         return self.parameters + self.rewards + of_training
 
@@ -63,13 +64,12 @@ class Memory:
 def of_stage(
     stage: Stage, recipe: Recipe, others: int, distilled: Lora | Full, device: str, launch: Launch | None = None
 ) -> Memory:
-    """What `stage` takes in one process of `launch` (default: the only one), on a device of the kind `device` ("cuda",
-    "cpu").
+    """Return the memory of `stage` in one process of `launch` (default: the only one), on a `device` ("cuda", "cpu").
 
     `others`: bytes of the networks that no pass here needs, text encoders and an evaluation's own. Where the stage
-    encodes its prompts ahead they are gone when gradients come: what counts is how much they are more than what comes
-    after them. `distilled`: the adapter of the student that it starts from. Raises ValueError where processes cannot
-    share a micro-batch evenly.
+    encodes its prompts ahead they are gone before gradients exist, so only their excess over what comes later counts.
+    `distilled`: the adapter of the student that it starts from.
+    Raises ValueError where processes cannot share a micro-batch evenly.
     """
     launch = launch if launch is not None and isinstance(stage, Training) else Launch()
     live, networks = Live(), stage.networks(distilled)
@@ -89,34 +89,34 @@ def of_stage(
         return Memory(parameters + others, activations=highest, rewards=rewards, uncounted=uncounted)
     whole = 0 if launch.level > 1 else launches.FLOAT * outline.trained
     activations = max(0, highest - whole)
-    held = launches.held(outline, launch)
-    found = Memory(
-        parameters=parameters - held.saved,
-        gradients=held.gradients,
-        optimiser=held.optimiser,
-        averages=held.averaged * networks.has_average,
+    shard = launches.shard(outline, launch)
+    memory = Memory(
+        parameters=parameters - shard.saved,
+        gradients=shard.gradients,
+        optimiser=shard.optimiser,
+        averages=shard.averaged * networks.has_average,
         activations=activations,
-        exchange=held.exchange,
+        exchange=shard.exchange,
         rewards=rewards,
-        host=held.host,
+        host=shard.host,
         uncounted=uncounted,
     )
-    later = found.total - found.parameters - rewards if networks.encodes_ahead else 0
-    return replace(found, parameters=found.parameters + max(0, others - later))
+    later = memory.total - memory.parameters - rewards if networks.encodes_ahead else 0
+    return replace(memory, parameters=memory.parameters + max(0, others - later))
 
 
 def peak_of_passes(
     stage: Stage,
     recipe: Recipe,
     roles: passes.Roles,
-    trained: list[Tensor],
+    trained: list[nn.Parameter],
     live: Live,
     kernels: Kernels,
     launch: Launch,
 ) -> int:
-    """The most bytes that passes and gradients hold at once, in a step or between steps.
+    """Return the peak in bytes of passes and gradients, in a step or between steps.
 
-    Where gradients are kept in parts they are let go of as they come, and are not in it.
+    Where gradients are sharded they are freed as they are computed, and are not in it.
     """
     start, live.peak = live.now, live.now
     part = 0
@@ -127,7 +127,7 @@ def peak_of_passes(
     if isinstance(stage, Training):
         if launch.level > 1:
             for value in trained:
-                value.register_post_accumulate_grad_hook(_let_go)
+                value.register_post_accumulate_grad_hook(_free_gradient)
         elif stage.gradient_accumulation > 1:  # gradients of the micro-batches before this one
             for value in trained:
                 value.grad = torch.empty_like(value)
@@ -136,7 +136,7 @@ def peak_of_passes(
     return live.peak - start
 
 
-def _let_go(value: Tensor) -> None:
+def _free_gradient(value: Tensor) -> None:
     value.grad = None
 
 
@@ -149,8 +149,11 @@ def roles_of(
     own_precision: Callable[[], AbstractContextManager[None]] = nullcontext,
     forget_copies: Callable[[], None] = lambda: None,
 ) -> passes.Roles:
-    """Teacher and student of `stage` on the meta device, set up as the stage does; `recompute` checkpoints, what is
-    frozen computes in `own_precision`, and `forget_copies` says that trained weights change places."""
+    """Return teacher and student of `stage` on the meta device, set up as the stage does.
+
+    `recompute` checkpoints their blocks, frozen networks compute in `own_precision`, and `forget_copies` is called
+    where trained weights change places.
+    """
     base = teachers.skeleton(recipe.teacher)
     networks = stage.networks(distilled)
     student = _student(networks, base)
@@ -158,14 +161,14 @@ def roles_of(
         base.forget_denoiser()
     if isinstance(stage, Training) and stage.precision == "bf16":
         autocast.frozen_in_bfloat16(student)
-    small = tuning.small_decoder(stage, base) if networks.preference is not None else None
+    small = tuning.small_decoder(stage, base) if isinstance(stage, Tuning) else None
     conditioned = bool(students.target_time_of(student))
     if isinstance(stage, Training) and stage.gradient_checkpointing:
-        student.enable_gradient_checkpointing(recompute)
+        _checkpoint(student, recompute)
         if networks.preference is not None:  # gradients come through it
-            base.autoencoder.vae.enable_gradient_checkpointing(recompute)
+            _checkpoint(base.autoencoder.vae, recompute)
         if small is not None:
-            small.enable_gradient_checkpointing(recompute)
+            _checkpoint(small, recompute)
     if networks.tiles:
         base.autoencoder.use_tiles(networks.tiles, recompute)
     tokens = num_tokens(Path(recipe.teacher.path))
@@ -173,30 +176,36 @@ def roles_of(
     return passes.Roles(base, student, conditioned, tokens, rewards, set(), own_precision, *copies, small)
 
 
+def _checkpoint(network: nn.Module, recompute: Callable[..., Any]) -> None:
+    """Let `network`, which is one of diffusers', compute its blocks again in the backward pass, through `recompute`."""
+    enable: Any = network.enable_gradient_checkpointing
+    enable(recompute)
+
+
 def num_tokens(folder: Path) -> int:
-    """Tokens of a prompt, as the teacher's tokenizer pads it."""
+    """Return the tokens of a prompt, as the teacher's tokenizer pads it."""
     for path in sorted(folder.glob("tokenizer*/tokenizer_config.json")):
         return int(read_json(path).get("model_max_length", NUM_TOKENS))
     return NUM_TOKENS
 
 
 def _student(networks: Networks, base: Base) -> nn.Module:
-    """The denoiser that a stage trains or draws with, shaped as the stage itself would make it."""
+    """Return the denoiser that a stage trains or samples with, built as the stage itself would."""
     if networks.student is None:
         return base.denoiser
     with torch.device("meta"):
         student = students.student(base, networks.student, 0, networks.is_conditioned)
         if networks.preference is None:
             return student
-        return students.preferring(base, student, networks.preference, seed=0)
+        return students.with_preference(base, student, networks.preference, seed=0)
 
 
 def rewards_of(stage: Stage, recipe: Recipe) -> tuple[dict[str, RewardModel], set[str]]:
-    """The rewards that `stage` keeps in memory, by name, and the names of those that cannot be built now."""
-    asked = stage.reward_models if any(one.viewer == "guard" for one in stage.passes(recipe)) else stage.trained_on
+    """Return the rewards that `stage` keeps in memory, by name, and the names of those that cannot be built now."""
+    members = stage.reward_models if any(one.viewer == "guard" for one in stage.passes(recipe)) else stage.trained_on
     built: dict[str, RewardModel] = {}
     missing = set()
-    for one in asked:
+    for one in members:
         try:
             built[one.name] = build(one.model_copy(update={"device": None}), "meta")
         except (RewardError, WeightsError):

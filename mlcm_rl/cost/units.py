@@ -1,8 +1,8 @@
-"""Quantities as people read them."""
+"""Bytes and seconds in words."""
 
 
 def in_words(count: int) -> str:
-    """1536 -> "1.5 kB" (powers of 1000, as disks are sold)."""
+    """Return bytes in words: 1536 -> "1.5 kB". Units are powers of 1000, as disks are sold."""
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
@@ -12,7 +12,7 @@ def in_words(count: int) -> str:
 
 
 def time_in_words(seconds: float) -> str:
-    """5400 -> "1.5 h"; what is shorter in minutes or seconds."""
+    """Return seconds in words: 5400 -> "1.5 h"; shorter times in minutes or seconds."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= size:
             count = seconds / size

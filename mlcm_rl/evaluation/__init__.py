@@ -1,1 +1,1 @@
-"""What students are measured with and beside: instruments, the rows of a table, what a row cost."""
+"""Evaluation of students: instruments, the rows of the table, the teacher without distillation, training cost."""

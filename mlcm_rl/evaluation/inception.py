@@ -1,15 +1,15 @@
-"""The Inception network that FID is defined by: TensorFlow's of 2015-12-05, not torchvision's of the same name.
+"""The Inception network that defines FID: TensorFlow's of 2015-12-05, not torchvision's of the same name.
 
 It differs from torchvision's in its average pooling, which does not count the padding; in its last block, which pools
-by maximum; in 1,008 classes; and in how pictures come in: resized to 299 without half-pixel centres, then
-(x - 128) / 128. FID reads the 2,048 means before the classifier, which is left out here.
+by maximum; in 1,008 classes; and in its input: resized to 299 without half-pixel centres, then (x - 128) / 128. FID
+uses the 2,048 means before the classifier, which is left out here.
 
-The published weights are a plain state dict. Once, and without executing anything that the file may hold,
+The published weights are a plain state dict. Once, without executing any code in the file,
 
     python -m mlcm_rl.evaluation.inception pt_inception-2015-12-05-6726825d.pth inception.safetensors
 
-writes them as safetensors. This project had no access to them: structure, shapes, parameters and every operation are
-tested, and what the network says with the published values was not compared with anybody's published figures.
+converts them to safetensors. This project had no access to them: structure, shapes, parameters and every operation are
+tested, but no FID with the published weights was compared with published figures.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from ..storage.tensors import misfits, read_tensors, write_tensors
 
 SIDE = 299  # pixels
 NUM_FEATURES = 2048
-NUM_CLASSES = 1008  # tells the published weights from ImageNet's thousand
+NUM_CLASSES = 1008  # by which the published weights are recognised; torchvision's have 1,000
 
-# A branch is a chain of steps, each its width and its kernel; a step of two kernels reads its input with both, side by
-# side. Branches have torchvision's names, and so do the weights.
+# A branch is a chain of steps, each its width and its kernel; a step of two kernels applies both to its input and
+# concatenates. Branches and weights have torchvision's names.
 Step = tuple[int, *tuple[tuple[int, int], ...]]
 Branches = dict[str, list[Step]]
 ONE, THREE, FIVE = (1, 1), (3, 3), (5, 5)
@@ -35,7 +35,7 @@ WIDE3, TALL3, WIDE7, TALL7 = (1, 3), (3, 1), (1, 7), (7, 1)
 
 
 def _sevens(width: int) -> Branches:
-    """The branches of a block at 17 x 17, `width` between their ends."""
+    """Return the branches of a block at 17 x 17, of `width` channels inside."""
     deep: list[Step] = [(width, ONE), (width, TALL7), (width, WIDE7), (width, TALL7), (192, WIDE7)]
     return {"1x1": [(192, ONE)], "7x7": [(width, ONE), (width, WIDE7), (192, TALL7)], "7x7dbl": deep}
 
@@ -60,7 +60,7 @@ FORKS: Branches = {
 def convolution(
     width_in: int, width_out: int, kernel: tuple[int, int], stride: int = 1, padded: bool = True
 ) -> nn.Sequential:
-    """Convolution, batch norm, ReLU; `padded` keeps the size."""
+    """Return convolution, batch norm and ReLU; `padded` keeps the size."""
     padding = (kernel[0] // 2, kernel[1] // 2) if padded else 0
     layers = {
         "conv": nn.Conv2d(width_in, width_out, kernel, stride, padding, bias=False),
@@ -71,7 +71,7 @@ def convolution(
 
 
 def average_pool(x: Tensor) -> Tensor:
-    """Mean over 3 x 3 of `x` (B, C, H, W), at the border over what there is."""
+    """Return the mean over 3 x 3 of `x` (B, C, H, W), at the border over the pixels inside."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -84,7 +84,7 @@ def halving_pool(x: Tensor) -> Tensor:
 
 
 class Mixed(nn.Module):
-    """Branches over one input and a pooling beside them, concatenated.
+    """Branches over one input and a pooling of it, concatenated.
 
     With `halving_pool` the last step of every branch has stride 2; the other poolings are projected to `pool_width`.
     """
@@ -92,7 +92,7 @@ class Mixed(nn.Module):
     def __init__(self, width_in: int, branches: Branches, pool=average_pool, pool_width: int = 192):
         super().__init__()
         self.pool, halves = pool, pool is halving_pool
-        self.chains: list[list[list[str]]] = []  # branch -> step -> names of the convolutions beside one another
+        self.chains: list[list[list[str]]] = []  # branch -> step -> names of the parallel convolutions
         self.width_out = width_in if halves else pool_width
         for branch, steps in branches.items():
             width, chain = width_in, []
@@ -121,7 +121,7 @@ class Mixed(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """FID's features: pictures (B, 3, H, W) uint8 of any size to (B, 2048) float32."""
+    """FID's features (B, 2048) float32 of pictures (B, 3, H, W) uint8 of any size."""
 
     num_features = NUM_FEATURES
 
@@ -162,9 +162,9 @@ class InceptionV3(nn.Module):
 
 
 def resized(x: Tensor, side: int) -> Tensor:
-    """`x` (B, C, H, W) to (B, C, side, side), bilinear as in TensorFlow 1: output i reads the input at i * size / side.
+    """Resize `x` (B, C, H, W) to (B, C, side, side), bilinear as in TensorFlow 1: output i samples i * size / side.
 
-    There are no half-pixel centres and there is no smoothing, so that larger pictures alias: FID's own habit.
+    There are no half-pixel centres and no smoothing, so that larger pictures alias, as in FID's own code.
     """
     for dim in (-2, -1):
         size = x.shape[dim]
@@ -176,7 +176,7 @@ def resized(x: Tensor, side: int) -> Tensor:
 
 
 def load(path: Path | str, device: torch.device | str) -> InceptionV3:
-    """The network with the weights of a safetensors file, frozen. Raises ValueError for another network's."""
+    """Load the network from a safetensors file, frozen. Raise ValueError for another network's weights."""
     with torch.device("meta"):
         network = InceptionV3()
     network.load_state_dict(_checked(read_tensors(Path(path)), network, path), assign=True)
@@ -186,14 +186,14 @@ def load(path: Path | str, device: torch.device | str) -> InceptionV3:
 def convert(source: Path | str, out: Path | str) -> None:
     """Write the published state dict in `source` as the safetensors file `out`, without the classifier.
 
-    `source` is read as tensors alone: a file that would execute code is refused by torch. Raises ValueError for weights
-    of another Inception, such as torchvision's, whose figures would not be FID.
+    Only tensors are read from `source`: torch refuses a file that would execute code. Raise ValueError for weights of
+    another Inception, such as torchvision's, with which the distances would not be FID.
     """
     published = torch.load(source, map_location="cpu", weights_only=True)
     classifier = published.get("fc.weight")
     if classifier is None or classifier.shape != (NUM_CLASSES, NUM_FEATURES):
-        found = "no classifier" if classifier is None else f"one of shape {tuple(classifier.shape)}"
-        raise ValueError(f"{source}: FID's Inception has a classifier of {NUM_CLASSES} classes, this file has {found}")
+        shape = "no classifier" if classifier is None else f"one of shape {tuple(classifier.shape)}"
+        raise ValueError(f"{source}: FID's Inception has a classifier of {NUM_CLASSES} classes, this file has {shape}")
     with torch.device("meta"):
         network = InceptionV3()
     counters = {name: torch.tensor(0) for name in network.state_dict() if name.endswith("num_batches_tracked")}
@@ -202,9 +202,9 @@ def convert(source: Path | str, out: Path | str) -> None:
 
 
 def _checked(weights: dict[str, Tensor], network: nn.Module, path: Path | str) -> dict[str, Tensor]:
-    if odd := misfits(weights, network.state_dict()):
+    if names := misfits(weights, network.state_dict()):
         raise ValueError(
-            f"{path}: {len(odd)} tensors are not those of FID's Inception, for example {odd[0]}; "
+            f"{path}: {len(names)} tensors are not those of FID's Inception, for example {names[0]}; "
             "`python -m mlcm_rl.evaluation.inception` converts the published weights"
         )
     return weights

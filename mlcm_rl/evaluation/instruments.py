@@ -1,6 +1,6 @@
-"""What an evaluation measures pictures with: a judge, rewards, a CLIP, an Inception beside real pictures.
+"""The instruments of an evaluation: a judge, rewards, CLIPScore, and an Inception with real pictures.
 
-They read batch by batch, so that no picture is kept for them; what a row's readings come to is said at its end.
+They read pictures batch by batch, so that none has to be kept; metrics are computed from a row's readings at its end.
 Letters: B pictures, P prompts, I pictures of each, N = P I, D features.
 """
 
@@ -23,24 +23,24 @@ from ..storage.untrusted import Faults, brief
 from . import inception, metrics
 from . import judge as judges
 
-NUM_SUBSETS = 10  # of the prompts, for the standard error of KID
+NUM_SUBSETS = 10  # parts of the prompts, for the standard error of KID
 
 
 @dataclass(frozen=True)
 class Instruments:
-    """All that a recipe asks for; what it does not name is None or empty."""
+    """The instruments of a recipe; those that it does not name are None or empty."""
 
     judge: judges.Judge | None
     concepts: Tensor  # (P,) index among the judge's concepts, -1 where there is none
     inception: metrics.InceptionDistances | None
     clip: metrics.ClipScore | None
     rewards: dict[str, rewards.Member]
-    networks: dict[str, dict[str, Any]]  # which files measured, for the report
+    networks: dict[str, dict[str, Any]]  # the files of each network, for the report
 
     def read(self, images: Tensor, prompts: list[Prompt]) -> dict[str, Tensor]:
-        """Readings of `images` (B, 3, H, W) in [0, 1]: features (B, D) and scores (B,), on the CPU.
+        """Return readings of `images` (B, 3, H, W) in [0, 1]: features (B, D) and scores (B,), on the CPU.
 
-        A reward of a prompt in a language that it does not read is nan.
+        A reward's score is NaN for a prompt in a language that it does not read.
         """
         readings = {}
         if self.judge is not None:
@@ -54,21 +54,21 @@ class Instruments:
         return readings
 
     def values(self, readings: dict[str, Tensor], images_per_prompt: int) -> dict[str, Tensor]:
-        """One value a prompt (P,) of every metric, by its key; of KID one a subset of the prompts, of FID one.
+        """Return every metric by its key: one value per prompt (P,), per subset of the prompts for KID, one for FID.
 
-        `readings` are those of a whole row (N, ...), prompt by prompt.
+        `readings` are those of a complete row (N, ...), prompt by prompt.
         """
         by_prompt = {name: reading.unflatten(0, (-1, images_per_prompt)) for name, reading in readings.items()}
         num_subsets = max(1, min(NUM_SUBSETS, len(self.concepts) // 2))
         values: dict[str, Tensor] = {}
         if self.judge is not None:
-            values |= self._judged(self.judge, by_prompt["judge"], num_subsets)
+            values |= self._judge_metrics(self.judge, by_prompt["judge"], num_subsets)
         if self.inception is not None:
             values |= self.inception.values(by_prompt["inception"], num_subsets)
         return values | {name: by_prompt[name].mean(1) for name in readings if name not in ("judge", "inception")}
 
-    def _judged(self, judge: judges.Judge, features: Tensor, num_subsets: int) -> dict[str, Tensor]:
-        """KID, retrieval and diversity by the `judge` and its `features` (P, I, D)."""
+    def _judge_metrics(self, judge: judges.Judge, features: Tensor, num_subsets: int) -> dict[str, Tensor]:
+        """Return KID, retrieval and diversity of the `features` (P, I, D) of the `judge`."""
         images_per_prompt = features.shape[1]
         values = {"kid": metrics.kid(features, judge.reference_features.cpu(), num_subsets, gamma=1.0)}
         concepts = self.concepts.repeat_interleave(images_per_prompt).clamp(min=0)
@@ -82,13 +82,13 @@ class Instruments:
 
 
 def load(stage: Evaluate, prompts: list[Prompt], resolution: int, device: torch.device) -> Instruments:
-    """What `stage` names, on `device`; `prompts` are those of the evaluation, `resolution` is of its pictures.
+    """Load the instruments of `stage` on `device`, for its `prompts` and pictures of `resolution`.
 
-    Raises ValueError for prompts that the judge does not have or a reward cannot score, and for a folder without real
-    pictures.
+    Raise ValueError for prompts that the judge does not have or a reward cannot score, and FileNotFoundError for a
+    folder without real pictures.
     """
-    found = judges.load(Path(stage.judge), device) if stage.judge else None
-    concepts = concept_indices(prompts, found.concepts if found else [], stage.prompts)
+    judge = judges.load(Path(stage.judge), device) if stage.judge else None
+    concepts = concept_indices(prompts, judge.concepts if judge else [], stage.prompts)
     distances, clip, networks = None, None, {}
     if stage.inception is not None and stage.real_images is not None:
         real = real_pictures(Path(stage.real_images), resolution, stage.batch_size)
@@ -97,22 +97,24 @@ def load(stage: Evaluate, prompts: list[Prompt], resolution: int, device: torch.
     if stage.clip is not None:
         clip = metrics.ClipScore(stage.clip, device)
         networks["clip"] = files_of(*sorted(Path(stage.clip).glob("*.safetensors")))
-    asked = [(one, rewards.build(one, device)) for one in stage.reward_models]
-    for one, model in asked:
-        refuse_prompts(model, one.name, prompts, stage.prompts, may_skip=True)
-    members = {one.name: rewards.Member(one.name, model, chunk_size=one.chunk_size) for one, model in asked}
-    return Instruments(found, concepts, distances, clip, members, networks)
+    members = {}
+    for reward in stage.reward_models:
+        model = rewards.build(reward, device)
+        members[reward.name] = rewards.Member(reward.name, model, chunk_size=reward.chunk_size)
+    for name, member in members.items():
+        refuse_prompts(member.model, name, prompts, stage.prompts, may_skip=True)
+    return Instruments(judge, concepts, distances, clip, members, networks)
 
 
 def files_of(*weights: Path) -> dict[str, Any]:
-    """What the report says of a network: which files it was read from."""
+    """Return a report's entry of a network: the names and hashes of its files."""
     return {"files": {path.name: sha256(path) for path in weights}}
 
 
 def concept_indices(prompts: list[Prompt], concepts: list[str], path: str) -> Tensor:
-    """Index (P,) of each prompt's concept in `concepts`, -1 for a prompt without one, or for all without `concepts`.
+    """Return the index (P,) of each prompt's concept in `concepts`; -1 for a prompt without one, or without `concepts`.
 
-    Raises ValueError for a concept that is not there: the prompts are not the judge's.
+    Raise ValueError for a concept that is not among them: the prompts are not the judge's.
     """
     places: dict[str | None, int] = {concept: i for i, concept in enumerate(concepts)}
     unknown = sorted({prompt.concept for prompt in prompts if prompt.concept is not None} - set(places))
@@ -124,22 +126,22 @@ def concept_indices(prompts: list[Prompt], concepts: list[str], path: str) -> Te
 
 
 def score(reward: rewards.Member, images: Tensor, prompts: list[Prompt]) -> Tensor:
-    """`reward` of each picture (B,), nan where the prompt is in a language that it does not read."""
+    """Return the reward of each picture (B,), NaN if the reward does not read the language of its prompt."""
     model = reward.model
-    read = torch.tensor([not model.needs_prompt or prompt.language in model.languages for prompt in prompts])
+    readable = torch.tensor([not model.needs_prompt or prompt.language in model.languages for prompt in prompts])
     scores = torch.full((len(prompts),), math.nan)
-    if read.any():
-        texts = [prompt.prompt for prompt, readable in zip(prompts, read, strict=True) if readable]
-        chosen = images[read.to(images.device)]
-        scores[read] = rewards.score_in_chunks(model, reward.name, chosen, texts, reward.chunk_size).cpu()
+    if readable.any():
+        texts = [prompt.prompt for prompt, is_readable in zip(prompts, readable, strict=True) if is_readable]
+        pictures = images[readable.to(images.device)]
+        scores[readable] = rewards.score_in_chunks(model, reward.name, pictures, texts, reward.chunk_size).cpu()
     return scores
 
 
 def real_pictures(folder: Path, side: int, batch_size: int) -> Iterator[Tensor]:
-    """The pictures in `folder`, by name, in batches (B, 3, side, side) uint8: central squares, resized (Lanczos).
+    """Yield the pictures in `folder`, by name, in batches (B, 3, side, side) uint8: central squares, resized (Lanczos).
 
-    So they meet the drawn ones at one size. Raises FileNotFoundError for a folder without two pictures, and ValueError
-    after the last that names those that cannot be read.
+    They then have the size of the sampled ones. Raise FileNotFoundError for a folder of fewer than two pictures, and
+    ValueError, after the last picture, with the names of those that cannot be read.
     """
     paths, faults = pictures_of(folder), Faults()
     if len(paths) < 2:

@@ -1,6 +1,6 @@
-"""The judge: a picture encoder under which drawings of one concept in different styles lie together.
+"""The judge: a picture encoder whose features of one concept are similar in all drawing styles.
 
-It measures (retrieval, KID) and is never trained against: its features carry no gradient. Letters: B pictures,
+It is for measurement (retrieval, KID) and never trained against: its features carry no gradient. Letters: B pictures,
 D features, K concepts, S styles, N reference pictures.
 """
 
@@ -15,8 +15,8 @@ from ..storage.tensors import load_weights, read_tensors
 
 # MobileNetV2 (Sandler et al., arXiv 1801.04381, table 2) up to its twelfth block of six-fold expansion: width, stride.
 BLOCKS = ((24, 2), (24, 1), (32, 2), (32, 1), (32, 1), (64, 2), (64, 1), (64, 1), (64, 1), (96, 1), (96, 1), (96, 1))
-TAPS = (2, 5, 12)  # blocks whose output is read: the last at each of three resolutions
-CELLS = 3  # each output is read as its mean and as the means of 3 x 3 cells
+TAPS = (2, 5, 12)  # blocks whose outputs the head takes: the last at each of three resolutions
+CELLS = 3  # of each output it takes the mean and the means of 3 x 3 cells
 INPUT_SIZE, PICTURE_SIZE = 96, 64
 TAPPED_WIDTH = sum(BLOCKS[tap - 1][0] for tap in TAPS) * (1 + CELLS**2)
 
@@ -27,7 +27,7 @@ def downsample_pad(x: Tensor) -> Tensor:
 
 
 class InvertedResidual(nn.Module):
-    """Expansion, depthwise convolution, projection; a shortcut where the shape stays. Batch norms are folded in."""
+    """Expansion, depthwise convolution, projection; a shortcut if the shape stays. Batch norms are folded in."""
 
     def __init__(self, width_in: int, width_out: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class InvertedResidual(nn.Module):
 
 
 class PictureEncoder(nn.Module):
-    """The trunk of MobileNetV2, read at three depths, and a linear head."""
+    """The trunk of MobileNetV2, with a linear head over the outputs at three depths."""
 
     def __init__(self, feature_width: int) -> None:
         super().__init__()
@@ -60,15 +60,15 @@ class PictureEncoder(nn.Module):
         self.head = nn.Linear(TAPPED_WIDTH, feature_width)
 
     def tapped(self, images: Tensor) -> Tensor:
-        """Return what the head reads, (B, TAPPED_WIDTH), of images (B, 3, H, W) in [0, 1]."""
+        """Return the head's input (B, TAPPED_WIDTH) for images (B, 3, H, W) in [0, 1]."""
         resized = F.interpolate(images, INPUT_SIZE, mode="bilinear", antialias=True)
         hidden = self.first(F.relu6(self.stem(downsample_pad(resized))))
-        read = []
+        taps = []
         for number, block in enumerate(self.blocks, 1):
             hidden = block(hidden)
             if number in TAPS:
-                read += [hidden.mean((2, 3)), F.adaptive_avg_pool2d(hidden, CELLS).flatten(1)]
-        return torch.cat(read, dim=1)
+                taps += [hidden.mean((2, 3)), F.adaptive_avg_pool2d(hidden, CELLS).flatten(1)]
+        return torch.cat(taps, dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return unit features (B, D) of images (B, 3, H, W) in [0, 1]."""
@@ -76,7 +76,7 @@ class PictureEncoder(nn.Module):
 
 
 class Judge:
-    """A trained encoder with what it needs to judge: the concepts' prototypes and features of real pictures.
+    """A trained encoder with the concepts' prototypes and the features of real pictures.
 
     `concepts` are K codepoints, `prototypes` (K, D) unit vectors in their order, `style_prototypes` (K, S, D) the
     single drawings, `reference_features` (N, D) the same as a list of N = K S real pictures, named by
@@ -96,7 +96,7 @@ class Judge:
     def features(self, images: Tensor) -> Tensor:
         """Return unit features (B, D), float32 and without gradient, of images (B, 3, 64, 64) in [0, 1].
 
-        Raises ValueError for another size: the encoder has only seen 64 x 64.
+        Raise ValueError for another size: the encoder was trained on 64 x 64.
         """
         if images.shape[1:] != (3, PICTURE_SIZE, PICTURE_SIZE):
             raise ValueError(f"the judge reads pictures (B, 3, 64, 64), got {tuple(images.shape)}")
@@ -106,12 +106,12 @@ class Judge:
 def load(folder: str | Path, device: torch.device | str = "cpu") -> Judge:
     """Return the judge in `folder`: `config.json`, `judge.safetensors` (half precision), `references.safetensors`.
 
-    The references (K, S, D) hold one real picture per concept and style. Raises CheckpointError where a file is missing
-    or is not a judge's.
+    The references (K, S, D) hold one real picture per concept and style. Raise CheckpointError if a file is missing or
+    is not a judge's.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json", feature_width=int, concepts=list, styles=list)
-    with torch.device("meta"):  # the width is only what a file says: nothing is allocated for it
+    with torch.device("meta"):  # the width comes from an unverified file: nothing is allocated for it
         encoder = PictureEncoder(config["feature_width"])
     weights = read_tensors(folder / "judge.safetensors")
     load_weights(encoder, {name: weight.float() for name, weight in weights.items()}, folder / "judge.safetensors")

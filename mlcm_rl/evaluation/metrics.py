@@ -1,7 +1,7 @@
-"""What an evaluation measures, one value a prompt wherever that is possible, and the errors of their means.
+"""Metrics of an evaluation, one value per prompt where possible, and standard errors.
 
-A prompt that a metric does not apply to (the other language's, one without a concept) has the value nan; means, errors
-and paired differences are over the rest. Letters: P prompts, I pictures of each, D features, K prototypes.
+A prompt that a metric does not apply to (in another language, without a concept) has the value NaN; means, errors and
+paired differences are over the rest. Letters: P prompts, I pictures of each, D features, K prototypes.
 """
 
 import json
@@ -18,21 +18,21 @@ from transformers import CLIPModel, CLIPTokenizer
 from .inception import InceptionV3
 
 NUM_RESAMPLES = 1000
-KERNEL_ROWS = 1024  # rows of a kernel matrix held at a time: 5,000 x 5,000 in float64 would be 200 MB
+KERNEL_ROWS = 1024  # rows of a kernel matrix in memory at a time: 5,000 x 5,000 in float64 would be 200 MB
 
 
 def squared_distance(samples: Tensor, reference: Tensor) -> Tensor:
-    """Mean over a sample's elements of (samples - reference)^2, (B,) float32, for (B, ...) each."""
+    """Return the mean of (samples - reference)^2 over each sample's elements, (B,) float32, for (B, ...) each."""
     return (samples.float() - reference.float()).square().flatten(1).mean(1)
 
 
 def kid(features: Tensor, reference: Tensor, num_subsets: int = 1, gamma: float | None = None) -> Tensor:
-    """Unbiased squared MMD to `reference` (N, D) with the kernel (gamma x.y + 1)^3, (num_subsets,) float64.
+    """Return the unbiased squared MMD to `reference` (N, D) with the kernel (gamma x.y + 1)^3, (num_subsets,) float64.
 
-    `features` is (P, I, D); a subset is every num_subsets-th prompt, set against all of `reference`. The mean over
-    disjoint subsets has the expectation of the whole, so their spread gives its standard error. gamma defaults to
-    1 / D (Binkowski et al., arXiv 1801.01401, section 4); for features of unit length gamma 1 is the same kernel on
-    features rescaled to unit mean square. Raises ValueError when a subset has fewer than two pictures.
+    `features` is (P, I, D); a subset is every num_subsets-th prompt, compared with all of `reference`. The mean over
+    disjoint subsets has the expectation of the complete set's KID, so their spread gives its standard error. By default
+    gamma is 1 / D (Binkowski et al., arXiv 1801.01401, section 4); for features of unit length gamma 1 is the same
+    kernel on features rescaled to unit mean square. Raise ValueError if a subset has fewer than two pictures.
     """
     gamma = 1.0 / features.shape[-1] if gamma is None else gamma
     if features[num_subsets - 1 :: num_subsets].flatten(0, 1).shape[0] < 2 or len(reference) < 2:
@@ -50,7 +50,7 @@ def kid(features: Tensor, reference: Tensor, num_subsets: int = 1, gamma: float 
 
 
 def _mean_kernel(x: Tensor, y: Tensor | None, gamma: float) -> Tensor:
-    """Mean of (gamma x.y + 1)^3 over all pairs of `x` (N, D) and `y` (M, D); without `y`, over pairs i != j of x."""
+    """Return the mean of (gamma x.y + 1)^3 over pairs of `x` (N, D) and `y` (M, D); without `y`, over i != j of x."""
     other = x if y is None else y
     total = sum((gamma * rows @ other.T + 1.0).pow(3).sum() for rows in x.split(KERNEL_ROWS))
     if y is not None:
@@ -60,10 +60,10 @@ def _mean_kernel(x: Tensor, y: Tensor | None, gamma: float) -> Tensor:
 
 
 def ranks(features: Tensor, prototypes: Tensor, concepts: Tensor) -> Tensor:
-    """Rank (B,) int64, from 0, of each picture's own concept among the `prototypes` (K, D) by inner product.
+    """Return the rank (B,) int64, from 0, of each picture's concept among the `prototypes` (K, D) by inner product.
 
-    `features` (B, D) and `concepts` (B,) indices. A tie counts against the picture, so that features which say
-    nothing are never right by chance.
+    `features` is (B, D), `concepts` (B,) are indices. A tie counts against the picture, so that constant features are
+    never correct by chance.
     """
     similarity = features @ prototypes.T
     own = similarity.gather(1, concepts[:, None])
@@ -71,12 +71,12 @@ def ranks(features: Tensor, prototypes: Tensor, concepts: Tensor) -> Tensor:
 
 
 def recall(rank: Tensor, k: int) -> Tensor:
-    """R@k of each picture (B,) float32: 1 where its concept is among the first `k`."""
+    """Return R@k of each picture (B,) float32: 1 if its concept is among the first `k`, else 0."""
     return (rank < k).float()
 
 
 def diversity(features: Tensor) -> Tensor:
-    """Mean distance (P,) between the pictures of one prompt, over the pairs of `features` (P, I, D), I > 1."""
+    """Return the mean distance (P,) between the pictures of a prompt, over the pairs of `features` (P, I, D), I > 1."""
     count = features.shape[1]
     if count < 2:
         raise ValueError(f"diversity needs two pictures of a prompt or more, got {count}")
@@ -84,24 +84,24 @@ def diversity(features: Tensor) -> Tensor:
 
 
 def median_and_error(values: Tensor) -> tuple[float, float]:
-    """Median of `values` (N,) and the standard error of it by the bootstrap, from NUM_RESAMPLES fixed draws.
+    """Return the median of `values` (N,) and its standard error by the bootstrap, from NUM_RESAMPLES fixed draws.
 
-    The median's, since a first batch that compiles or waits is far off and would be most of a mean's error. The error
-    is nan for a single value.
+    The median, since a first batch that compiles or waits is an outlier and would dominate a mean's error. The error is
+    NaN for a single value.
     """
     values = values.double()
     if len(values) == 1:
         return values.item(), math.nan
     generator = torch.Generator().manual_seed(0)
-    drawn = values[torch.randint(len(values), (NUM_RESAMPLES, len(values)), generator=generator)]
-    return values.quantile(0.5).item(), drawn.quantile(0.5, dim=1).std().item()
+    resamples = values[torch.randint(len(values), (NUM_RESAMPLES, len(values)), generator=generator)]
+    return values.quantile(0.5).item(), resamples.quantile(0.5, dim=1).std().item()
 
 
-# ---- with networks from local files, for real bases ----
+# ---- by networks from local files ----
 
 
-class _Given(nn.Module):
-    """Lets features through, for a metric that wants to compute them itself."""
+class _Identity(nn.Module):
+    """Returns its input, for a metric that would compute the features itself."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -112,26 +112,26 @@ class _Given(nn.Module):
 
 
 class InceptionDistances:
-    """FID (by torchmetrics) and KID of drawn pictures to real ones, by the features of an Inception network.
+    """FID (by torchmetrics) and KID of sampled pictures to real ones, by the features of an Inception network.
 
-    `network` maps pictures (B, 3, H, W) uint8 to (B, num_features); `real` are batches of such pictures. Of these and
-    of a row's pictures only features are kept, (N, num_features). KID is this module's own, with an error: the one of
-    torchmetrics, to which it is equal, draws its subsets from the global generator.
+    `network` maps pictures (B, 3, H, W) uint8 to (B, num_features); `real` are batches of such pictures. Only features
+    (N, num_features) are kept, of these and of a row's pictures. KID is this module's own, with a standard error: that
+    of torchmetrics, to which it is equal, draws its subsets from the global generator.
     """
 
     def __init__(self, network: InceptionV3, real: Iterable[Tensor], device: torch.device | str):
         self.network, self.device = network, device
-        self.real = torch.cat([self._seen(batch) for batch in real])
-        self.frechet = FrechetInceptionDistance(feature=_Given(network.num_features), reset_real_features=False)
+        self.real = torch.cat([self._features_of(batch) for batch in real])
+        self.frechet = FrechetInceptionDistance(feature=_Identity(network.num_features), reset_real_features=False)
         self.frechet.update(self.real, real=True)
 
     def features(self, images: Tensor) -> Tensor:
-        """Features (B, D), on the CPU, of `images` (B, 3, H, W) in [0, 1], to 8 bits as a PNG keeps them."""
-        return self._seen((images * 255).round().to(torch.uint8))
+        """Return features (B, D), on the CPU, of `images` (B, 3, H, W) in [0, 1], rounded to 8 bits as in a PNG."""
+        return self._features_of((images * 255).round().to(torch.uint8))
 
     def values(self, features: Tensor, num_subsets: int) -> dict[str, Tensor]:
-        """Of `features` (P, I, D): "fid" (1,), "inception_kid" (num_subsets,), both in float64."""
-        self.frechet.reset()  # of the row before; the real pictures stay
+        """Return "fid" (1,) and "inception_kid" (num_subsets,) of `features` (P, I, D), both in float64."""
+        self.frechet.reset()  # forgets the row before; the real pictures stay
         self.frechet.update(features.flatten(0, 1), real=False)
         return {
             "fid": self.frechet.compute().double().reshape(1),
@@ -139,7 +139,7 @@ class InceptionDistances:
         }
 
     @torch.no_grad()
-    def _seen(self, pictures: Tensor) -> Tensor:
+    def _features_of(self, pictures: Tensor) -> Tensor:
         return self.network(pictures.to(self.device)).cpu()
 
 
@@ -161,7 +161,7 @@ class ClipScore:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """100 max(cos, 0) of picture and prompt (B,) float32, for `images` (B, 3, H, W) in [0, 1]."""
+        """Return 100 max(cos, 0) of picture and prompt (B,) float32, for `images` (B, 3, H, W) in [0, 1]."""
         tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(images.device)
         output = self.model(pixel_values=self._prepared(images), **tokens)
         cosine = F.cosine_similarity(output.image_embeds.float(), output.text_embeds.float())

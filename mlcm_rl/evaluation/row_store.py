@@ -1,8 +1,8 @@
-"""Rows that an evaluation has measured, found again by every later one that asks for the same.
+"""A store of measured rows, which later evaluations reuse.
 
 `<runs>/rows/<hash>` holds a row's record, the pictures that a page shows of it, and the reference's latents. The hash
-is of all that can change them: the network and how it was drawn, prompts, noise, instruments. So of a new student only
-its own rows are drawn, and not the teacher's, which cost far more.
+is over everything that can change them: network, sampler, prompts, noise, instruments. An evaluation of a new student
+then samples only its own rows, and not the teacher's, which cost far more.
 """
 
 import shutil
@@ -19,32 +19,39 @@ from ..storage.hashing import folder_hash
 from .rows import Row
 
 CHOICES = ("num_steps", "gammas", "grids", "students", "teacher_steps", "teacher_solvers", "also", "keep_pictures")
-DRAWN_BY = ("num_steps", "solver", "guidance_scale", "times", "gamma", "conditioned")  # of a row
+SAMPLER_FIELDS = (
+    "num_steps",
+    "solver",
+    "guidance_scale",
+    "times",
+    "gamma",
+    "conditioned",
+)  # of a row: what its pictures depend on
 
 
 @dataclass(frozen=True)
 class RowStore:
-    """The rows of one recipe's runs, for evaluations that share `measured`: all that a value depends on but the row."""
+    """The rows of one recipe's runs, for evaluations with equal `measured`: all that values depend on but the row."""
 
     folder: Path
     measured: dict[str, Any]
-    reference: str  # id of the row that distances are taken to
+    reference: str  # id of the row that distances are measured to
 
     def path(self, row: Row, student: Path | None) -> Path:
-        """Where `row` of the student in a folder, None for the teacher, is or will be."""
+        """Return the folder of `row` of the student in a folder (None for the teacher), whether or not it exists."""
         return self.folder / hashed(
-            self.measured | {"row": drawn_by(row), "student": folder_hash(student) if student else None}
+            self.measured | {"row": sampler_of(row), "student": folder_hash(student) if student else None}
         )
 
     def sweep(self) -> None:
-        """Delete what an evaluation that was killed left unfinished here."""
+        """Delete the unfinished folders of evaluations that were killed."""
         with lock.folder_lock(self.folder, wait=True):
             remove_partial(self.folder)
 
     def keep(self, row: Row, student: Path | None, record: dict[str, Any], evaluation: Path) -> None:
-        """Put `row` of the stage in `evaluation`, whose `record` is all there is to it now, here for others.
+        """Store `row` of the stage in `evaluation` with its finished `record`, unless it is stored already.
 
-        Does nothing where it is here already, and waits for other evaluations that put something here.
+        Wait for other evaluations that are storing rows.
         """
         path = self.path(row, student)
         with lock.folder_lock(self.folder, wait=True):
@@ -61,7 +68,7 @@ class RowStore:
                 shutil.copytree(reference_folder(evaluation), temporary / "reference")
 
     def bring(self, row: Row, student: Path | None, evaluation: Path) -> bool:
-        """Put `row` into the stage in `evaluation` as if it had been drawn there; False where it is not here."""
+        """Copy `row` into the stage in `evaluation` as if it was sampled there; return False if it is not stored."""
         path = self.path(row, student)
         if not path.is_dir():
             return False
@@ -75,27 +82,27 @@ class RowStore:
 
 
 def open_store(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], reference: Row, device: str) -> RowStore:
-    """The store of `recipe`'s runs for what `stage` measures on `device`, beside the rows of its table.
+    """Return the store of `recipe`'s runs for the measurements of `stage` on `device`.
 
-    `parents` maps a kind of stage to its finished folder; of these a trained teacher and a trained reward count.
+    `parents` maps a kind of stage to its finished folder; a trained teacher and a trained reward enter the hash.
     """
-    made = {kind: path.name for kind, path in parents.items() if kind in ("train_teacher", "train_reward")}
-    whole = identity(stage, recipe, made)
-    settings = {name: value for name, value in whole["stage"].items() if name not in CHOICES}
-    measured = whole | {"stage": settings, "reference": drawn_by(reference), "device": device}
+    networks = {kind: path.name for kind, path in parents.items() if kind in ("train_teacher", "train_reward")}
+    described = identity(stage, recipe, networks)
+    settings = {name: value for name, value in described["stage"].items() if name not in CHOICES}
+    measured = described | {"stage": settings, "reference": sampler_of(reference), "device": device}
     return RowStore(Path(recipe.runs) / "rows", measured, reference.id)
 
 
-def drawn_by(row: Row) -> dict[str, Any]:
-    """What of `row` its pictures depend on, beside the network."""
-    return {name: getattr(row, name) for name in DRAWN_BY}
+def sampler_of(row: Row) -> dict[str, Any]:
+    """Return the fields of `row` that its pictures depend on, beside the network."""
+    return {name: getattr(row, name) for name in SAMPLER_FIELDS}
 
 
 def record_path(evaluation: Path, row: Row) -> Path:
-    """Where the stage in `evaluation` keeps the record of a finished row until all are."""
+    """Return the file in which the stage in `evaluation` keeps the record of a row until all rows are finished."""
     return evaluation / "rows" / f"{row.id}.json"
 
 
 def reference_folder(evaluation: Path) -> Path:
-    """Where the stage in `evaluation` keeps the reference's latents, a file a sample."""
+    """Return the folder in which the stage in `evaluation` keeps the reference's latents, one file per sample."""
     return evaluation / "rows" / "reference"

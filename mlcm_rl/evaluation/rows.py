@@ -1,4 +1,4 @@
-"""The rows of an evaluation: which network, drawn by which sampler, at what cost."""
+"""The rows of an evaluation: which network, under which sampler, at which cost."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,65 +21,67 @@ class Row:
     id: str  # also the folder of its pictures
     role: str  # reference | undistilled | student
     name: str  # "teacher", or which student
-    sampler: str  # in words
+    sampler: str  # a label
     num_steps: int
     num_evaluations: int
     solver: str | None = None  # of the teacher
-    guidance_scale: float | None = None  # of the teacher; 1 is none
-    times: tuple[int, ...] | None = None  # of a student, and so are the rest
+    guidance_scale: float | None = None  # of the teacher; 1 is no guidance
+    times: tuple[int, ...] | None = None  # of a student, as all fields below
     gamma: float | None = None
     grid: str | None = None
     num_segments: int | None = None
     conditioned: bool = False
     default: bool = False  # at the student's own gamma, on the milestones
-    training: dict[str, float] | None = None  # what the student's training cost
+    training: dict[str, float] | None = None  # cost of the student's training
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A student that is to be measured, known by what its folder says and not loaded yet."""
+    """A student to measure, described by its folder and not loaded yet."""
 
     name: str
     folder: Path
     num_segments: int
     conditioned: bool
     training: training_cost.TrainingCost
-    own_gamma: float  # what suits it, or what it was tuned under
-    gammas: tuple[float, ...]  # to measure; its own first, if that is one
+    own_gamma: float  # that of its tuning, or the default for its kind
+    gammas: tuple[float, ...]  # to measure; its own first, if it is among them
 
 
 def entries(stage: Evaluate, parents: dict[str, Path], base: Base) -> list[Entry]:
-    """Every student of the table. Raises ValueError for one of another kind of teacher than `base`."""
+    """Return every student of the table. Raise ValueError for one of another family or prediction type than `base`."""
     folders = student_folders(stage, parents)
-    tuned = {name: of for name, folder in folders.items() if (of := tuned_from(folder)) is not None}
-    found: list[Entry] = []
+    origins = {name: origin for name, folder in folders.items() if (origin := tuned_from(folder)) is not None}
+    students: list[Entry] = []
     for name, folder in folders.items():
-        described = describe(folder)
+        description = describe(folder)
         for key, expected in (("family", base.family), ("prediction_type", base.prediction_type)):
-            if described[key] != expected:
-                raise ValueError(f"{folder}: the student's {key} is {described[key]}, the teacher's {expected}")
+            if description[key] != expected:
+                raise ValueError(f"{folder}: the student's {key} is {description[key]}, the teacher's {expected}")
         cost = training_cost.of_student(folder)
-        shape = (described["num_segments"], described["conditioned"])
-        own = own_gamma(folder)
-        beside = [gamma for one, (distilled, gamma) in tuned.items() if name == one or is_student_of(folder, distilled)]
-        gammas = [own] if training_cost.is_snapshot(folder) else [*stage.gammas, *beside]
-        gammas.sort(key=lambda gamma: gamma != own)
-        found.append(Entry(name, folder, *shape, cost, own, tuple(dict.fromkeys(gammas))))
-    return found
+        shape = (description["num_segments"], description["conditioned"])
+        default = own_gamma(folder)
+        # a tuned student and the one that it was tuned from are both measured at the gamma of the tuning
+        of_tuning = [
+            gamma for tuned, (distilled, gamma) in origins.items() if name == tuned or is_student_of(folder, distilled)
+        ]
+        gammas = [default] if training_cost.is_snapshot(folder) else [*stage.gammas, *of_tuning]
+        gammas.sort(key=lambda gamma: gamma != default)
+        students.append(Entry(name, folder, *shape, cost, default, tuple(dict.fromkeys(gammas))))
+    return students
 
 
 def is_student_of(folder: Path, stage: str) -> bool:
-    """Whether `folder` is what the stage in the folder named `stage` has finished with."""
+    """Return whether `folder` is the finished student of the stage in the folder named `stage`."""
     return folder.name == "student" and folder.resolve().parent.name == stage
 
 
 def student_folders(stage: Evaluate, parents: dict[str, Path]) -> dict[str, Path]:
-    """Name -> folder of every student: the recipe's own first, distilled and tuned, then those of `also`.
+    """Return the folder of every student by name: the recipe's own first, distilled and tuned, then those of `also`.
 
-    The distilled one is "student", tuned ones are named for the stage that tuned them; those of `also` for the recipe
-    that made them, by their folder too where one recipe made several. With `students: snapshots` the one after each
-    phase comes along, but for the last phase's, which is the student.
-    Raises ValueError for an entry of `also` without a student.
+    The distilled one is "student" and tuned ones have the name of their stage; those of `also` have the name of their
+    recipe, with the folder's name if the recipe has several. `students: snapshots` adds the student after each phase
+    but the last, whose student is the result. Raise ValueError for an entry of `also` without a student.
     """
     stages = {"student" if kind == "distill" else kind: parents[kind] for kind in STUDENTS if kind in parents}
     for path in map(Path, stage.also):
@@ -87,16 +89,17 @@ def student_folders(stage: Evaluate, parents: dict[str, Path]) -> dict[str, Path
             raise ValueError(f"also: {path} holds no student; name the folder of a finished distill stage")
         name = str(read_json(path / "manifest.json", recipe=dict)["recipe"].get("name"))
         stages[f"{name} ({path.name})" if name in stages else name] = path
-    found = {}
+    folders = {}
     for name, path in stages.items():
-        found[name] = path / "student"
+        folders[name] = path / "student"
         if stage.students == "snapshots":
-            found |= {f"{name} {one.name}": one for one in sorted((path / "snapshots").glob("phase-*"))[:-1]}
-    return found
+            phases = sorted((path / "snapshots").glob("phase-*"))[:-1]
+            folders |= {f"{name} {phase.name}": phase for phase in phases}
+    return folders
 
 
 def teacher_rows(stage: Evaluate, guidance_scale: float) -> list[Row]:
-    """The reference first, the other guided rows, then every solver at each of the students' numbers of evaluations.
+    """Return the reference, the other guided rows, then every solver at each of the students' numbers of evaluations.
 
     A guided step costs two evaluations, so only an even number has a guided row.
     """
@@ -117,10 +120,10 @@ def teacher_rows(stage: Evaluate, guidance_scale: float) -> list[Row]:
 
 
 def student_rows(stage: Evaluate, index: int, student: Entry) -> list[Row]:
-    """`student` at each number of steps, gamma (its own too) and grid; what would be equal pictures is one row.
+    """Return the rows of `student` at each number of steps, gamma (its own too) and grid; equal samplers are one row.
 
-    (With one step gamma changes nothing, and grids may agree.) A student told its target may stop anywhere, so it takes
-    the even grid; the others take one that holds their K boundaries.
+    With one step gamma has no effect, and grids may agree. A student conditioned on its target time may stop anywhere,
+    so it takes the even grid; the others take one that includes their K boundaries.
     """
     rows: dict[tuple[tuple[int, ...], float | None], Row] = {}
     num_segments = 1 if student.conditioned else student.num_segments

@@ -1,7 +1,7 @@
-"""What a student's training cost, read off the manifest of the stage that made it.
+"""The training cost of a student, from the manifest of its stage.
 
-The manifest keeps the whole recipe that the stage was run with, so that stages before it are counted even where their
-folders are gone (a store of trajectories is large).
+The manifest has the complete recipe of the stage, so that earlier stages are counted even if their folders were deleted
+(a store of trajectories is large).
 """
 
 from dataclasses import asdict, dataclass
@@ -19,13 +19,13 @@ from ..storage.files import read_json
 class TrainingCost:
     """Network evaluations: forward passes of a denoiser for one sample; a guided one counts two."""
 
-    samples: int  # drawn for optimiser steps, with repetition, over the whole chain of stages
-    store: int  # of the teacher for stored trajectories, held-out ones too; a store is counted once
-    online: int  # of the teacher in the steps themselves
+    samples: int  # of optimiser steps, repeated ones included, over the whole chain of stages
+    store: int  # of the teacher for stored trajectories, held-out ones included; a store is counted once
+    online: int  # of the teacher in the optimiser steps
     student: int  # of the student and of its target
 
     def record(self) -> dict[str, float]:
-        """All of it, for report.json."""
+        """Return the counts with totals and ratios, for report.json."""
         teacher = self.store + self.online
         return asdict(self) | {
             "total": teacher + self.student,
@@ -35,10 +35,10 @@ class TrainingCost:
 
 
 def of_student(folder: Path) -> TrainingCost:
-    """The cost of the student in `folder`: `student` of a stage's folder, or `snapshots/phase-<i>-K<k>`.
+    """Return the cost of the student in `folder`: `student` of a stage's folder, or `snapshots/phase-<i>-K<k>`.
 
-    A snapshot has cost its own stage's steps up to the end of its phase, and all that came before them.
-    Raises CheckpointError where the stage's folder has no manifest: it is not finished.
+    A snapshot costs its stage's steps up to the end of its phase, and all stages before. Raise CheckpointError if the
+    stage's folder has no manifest: it is not finished.
     """
     snapshot = is_snapshot(folder)
     stage = folder.parent.parent if snapshot else folder.parent
@@ -49,12 +49,12 @@ def of_student(folder: Path) -> TrainingCost:
 
 
 def is_snapshot(folder: Path) -> bool:
-    """Whether the student in `folder` is one that a distill stage kept at the end of a phase."""
+    """Return whether the student in `folder` is a distill stage's snapshot at the end of a phase."""
     return folder.parent.name == "snapshots"
 
 
 def of_stage(recipe: Recipe, position: int, num_phases: int | None = None) -> TrainingCost:
-    """The cost of what `recipe.stages[position]` makes, of its first `num_phases` phases alone where that is given.
+    """Return the cost of the student of `recipe.stages[position]`, or of its first `num_phases` phases.
 
     A stage starts from the student of an earlier one: the chain is the stage itself, that one, and so on.
     """
@@ -67,16 +67,19 @@ def of_stage(recipe: Recipe, position: int, num_phases: int | None = None) -> Tr
         passes = shortened.passes(recipe)
         online += whole_evaluations([one for one in passes if one.role == "teacher"])
         student += whole_evaluations([one for one in passes if one.role != "teacher"])
-        before = [i for i in range(position) if recipe.stages[i].kind in stage.parents]
-        for i in [i for i in before if recipe.stages[i].num_stored][-1:]:
+        parents = [i for i in range(position) if recipe.stages[i].kind in stage.parents]
+        for i in [i for i in parents if recipe.stages[i].num_stored][-1:]:  # the last store before it
             stores[i] = network_evaluations(recipe.stages[i], recipe)
-        position = max((i for i in before if recipe.stages[i].leaves_student), default=-1)
+        position = max((i for i in parents if recipe.stages[i].leaves_student), default=-1)
         num_phases = None
     return TrainingCost(samples, sum(stores.values()), online, student)
 
 
 def _position(recipe: Recipe, manifest: dict) -> int:
-    """Which of the recipe's stages the manifest is of; of equal ones the first starts from no other, the last does."""
+    """Return the position in `recipe` of the manifest's stage.
+
+    Of equal stages, the first is the one without a distilled parent and the last the one with it.
+    """
     stage: Stage = TypeAdapter(Stage).validate_python(renewed_stage(manifest["stage"]))
     places = [i for i, one in enumerate(recipe.stages) if one == stage]
     return places[-1 if "distill" in manifest["parents"] else 0]

@@ -1,4 +1,4 @@
-"""The teacher without distillation in a few network evaluations: what a user would pick instead of a student."""
+"""The teacher without distillation, sampled in a few network evaluations: the alternative to a student."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def sample(
     num_steps: int,
     guidance_scale: float,
 ) -> Tensor:
-    """The teacher's x0 (B, C, H, W) from `noise` at T - 1 in `num_steps` steps of `solver` (ddim, dpmpp, unipc).
+    """Return the teacher's x0 (B, C, H, W) from `noise` at T - 1 in `num_steps` steps of `solver` (ddim, dpmpp, unipc).
 
     A guided step costs two evaluations, one at guidance_scale 1 costs one. Every solver ends on its last step's x0.
     """
@@ -43,7 +43,7 @@ def sample(
 
 
 def _scheduler(base: Base, solver: str, num_steps: int, device: torch.device) -> Any:
-    """diffusers' own solver on the teacher's schedule; it is handed x0: prediction types are the base's affair."""
+    """Return diffusers' solver on the teacher's schedule. It takes x0, since `Base` converts prediction types."""
     name, settings = SCHEDULERS[solver]
     if base.prediction_type == "flow":
         return _flow_scheduler(base, name, settings, num_steps, device)
@@ -53,7 +53,7 @@ def _scheduler(base: Base, solver: str, num_steps: int, device: torch.device) ->
 
 
 def _flow_scheduler(base: Base, name: str, settings: dict[str, Any], num_steps: int, device: torch.device) -> Any:
-    """The solver on rectified flow, put on our own times: its own end elsewhere, and are no indices."""
+    """Return the solver on rectified flow at this package's times: its own are not indices, and end elsewhere."""
     scheduler = getattr(diffusers, name)(prediction_type="sample", use_flow_sigmas=True, **settings)
     scheduler.set_timesteps(num_steps)
     times = torch.tensor(time_grid(num_steps)[:-1], device=device)
@@ -63,9 +63,9 @@ def _flow_scheduler(base: Base, name: str, settings: dict[str, Any], num_steps: 
 
 
 def _vp_scheduler(base: Base, name: str, settings: dict[str, Any]) -> Any:
-    """The solver on the teacher's betas."""
+    """Return the solver on the teacher's betas."""
     stock = base.pipeline.scheduler
-    scheduler_class = {found.__name__: found for found in stock.compatibles}[name]
+    scheduler_class = {kind.__name__: kind for kind in stock.compatibles}[name]
     return scheduler_class.from_config(
         stock.config,
         prediction_type="sample",

@@ -1,4 +1,4 @@
-"""A teacher's autoencoder: pictures of latents and latents of pictures, in tiles where memory is short."""
+"""A teacher's autoencoder: decodes latents and encodes pictures, in tiles where memory is short."""
 
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -11,25 +11,25 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Autoencoder:
-    """The `vae` of the teacher at the path `teacher`, whose latents are `downscale` pixels a side."""
+    """The `vae` of the teacher at the path `teacher`; one of its latents covers `downscale` x `downscale` pixels."""
 
     def __init__(self, vae: AutoencoderKL, downscale: int, teacher: str, device: torch.device):
         self.vae, self.downscale, self.teacher, self.device = vae, downscale, teacher, device
 
     def decode(self, latents: Tensor, small: AutoencoderTiny | None = None) -> Tensor:
-        """Pictures (B, 3, H', W') float32 in [0, 1] of clean latents (B, C, H, W), differentiable where grad is on.
+        """Decode clean latents (B, C, H, W) into pictures (B, 3, H', W') float32 in [0, 1], differentiably.
 
-        By a `small` decoder where one is given, which reads latents as the denoiser has them.
+        A `small` decoder takes the latents in the denoiser's scale, without the autoencoder's own scale and shift.
         """
         scale, mean = self._scale
         decoded = self.vae.decode(latents.float() * scale + mean) if small is None else small.decode(latents.float())
         return (decoded.sample.float() / 2 + 0.5).clamp(0, 1)
 
     def use_tiles(self, size: int, recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False)) -> None:
-        """Let the autoencoder work in tiles of `size` pixels a side from now on: less memory, and seams are blended.
+        """Work in tiles of `size` x `size` pixels from now on, which takes less memory; seams are blended.
 
-        They overlap by a quarter. A tile is computed again in the backward pass, by `recompute`: all tiles kept would
-        be more than the whole picture. Raises ValueError for a size that is no whole number of quarters.
+        Tiles overlap by a quarter. `recompute` recomputes each tile in the backward pass, since the activations of all
+        tiles are more than those of the whole picture. Raise ValueError if a quarter is not a whole number of latents.
         """
         quarter = 4 * self.downscale
         if size % quarter:
@@ -43,14 +43,17 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Latents (B, C, H, W) of pictures (B, 3, H', W') in [0, 1]: the posterior's mean, or drawn by `generator`."""
+        """Encode pictures (B, 3, H', W') in [0, 1] into latents (B, C, H, W).
+
+        They are the posterior's mean, or a sample of it drawn by `generator`.
+        """
         posterior = self.vae.encode(images.float() * 2 - 1).latent_dist
         scale, mean = self._scale
         return ((posterior.mode() if generator is None else posterior.sample(generator)) - mean) / scale
 
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor]:
-        """Scale and mean (1, C or 1, 1, 1): what the autoencoder decodes is scale z + mean."""
+        """Return scale and mean (1, C or 1, 1, 1): for latents z, the autoencoder decodes scale z + mean."""
         settings = self.vae.config
         std, mean = settings.latents_std or [1.0], settings.latents_mean or [settings.shift_factor or 0.0]
         scale = torch.tensor(std, dtype=torch.float32, device=self.device) / settings.scaling_factor

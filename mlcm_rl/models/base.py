@@ -1,9 +1,9 @@
-"""Teachers. One file a family holds what is its own; `Base` is what the families share, thin over a diffusers pipeline.
+"""Teachers: `Base` is what all families share, a thin layer over a diffusers pipeline; each family has its own file.
 
     B batch   C latent channels   H, W latent size   L tokens   D context width   P pooled width
 
-A `Conditioning` is what a prompt has become: "context" (B, L, D) and, in families that have one, "pooled" (B, P), all
-float32 and batch first, so that it can be indexed, concatenated and stored.
+A `Conditioning` is a batch of encoded prompts: "context" (B, L, D) and, in families that have one, "pooled" (B, P). All
+tensors are float32 and batch first, so that they can be indexed, concatenated and stored.
 """
 
 import logging
@@ -28,22 +28,25 @@ from .files import MEMORY_FORMATS
 Conditioning = dict[str, Tensor]
 
 ENCODED_TOGETHER = 32  # prompts, where all are encoded ahead
-TARGET_TIME_WIDTH = 256  # sinusoids that a student conditioned on its target time is given
+TARGET_TIME_WIDTH = 256  # sinusoids of the target time, for a student conditioned on it
 
 
 class TargetTimeProjection(nn.Linear):
-    """Projects the target time's sinusoids to where those of t go: float32 weights, its input's precision out."""
+    """Projects the sinusoids of the target time to the width of those of t, which they are added to.
+
+    Its weights are float32; its output has the precision of its input.
+    """
 
     def forward(self, sinusoids: Tensor) -> Tensor:
         return super().forward(sinusoids.to(self.weight.dtype)).to(sinusoids.dtype)
 
 
 class Base(ABC):
-    """A frozen teacher: encode prompts, denoise, decode. Subclassed once a family, which says, and nothing else does:
+    """A frozen teacher: encodes prompts, denoises, decodes. Each family is one subclass.
 
-    how prompts become a `Conditioning` and what is guided away from; what the denoiser is given and what comes back
-    (`predict`); where the target time enters; the modules that an adapter changes; what its schedule is; and how a
-    finished student is sampled by stock diffusers.
+    A subclass defines how prompts are encoded and which conditioning guidance moves away from; how the denoiser is
+    called (`predict`); where the target time enters; which modules an adapter changes; the noise schedule; and how
+    stock diffusers samples a finished student. No other code depends on the family.
     """
 
     family: ClassVar[str]  # its name in recipes, and in mlcm_rl/recipe/families.py
@@ -52,15 +55,15 @@ class Base(ABC):
     denoiser_part: ClassVar[str]  # the pipeline's component that denoises
     lora_targets: ClassVar[Sequence[str]]
     card_tag: ClassVar[str]  # on the card of an exported student
-    has_target_time_pipeline: ClassVar[bool] = False  # `exported_pipeline` tells its students their target times
-    in_stability_blocks: ClassVar[bool] = False  # other tools know its blocks by Stability AI's names, not diffusers'
-    time_layer: ClassVar[str]  # the denoiser's TimestepEmbedding, beside whose sinusoids the target time enters
+    has_target_time_pipeline: ClassVar[bool] = False  # `exported_pipeline` can sample its conditioned students
+    in_stability_blocks: ClassVar[bool] = False  # other tools name its blocks as Stability AI does, not as diffusers
+    time_layer: ClassVar[str]  # the denoiser's TimestepEmbedding, whose input the target time is added to
 
     def __init__(self, teacher: Teacher, device: torch.device, pipeline: DiffusionPipeline):
         self.teacher, self.device, self.dtype = teacher, device, getattr(torch, teacher.dtype)
         self.pipeline = pipeline
         self.memory_format = MEMORY_FORMATS[teacher.memory_format]
-        self._ahead: dict[str, Conditioning] | None = None  # (L, D) and (P,) a prompt, once text encoders are gone
+        self._ahead: dict[str, Conditioning] | None = None  # (L, D) and (P,) by prompt, once the text encoders are gone
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_part)
         self.autoencoder = Autoencoder(pipeline.vae, pipeline.vae_scale_factor, teacher.path, device)
         self.resolution, self.latent_shape = self._sizes()
@@ -68,25 +71,28 @@ class Base(ABC):
         self.schedule = schedule.to(device)
         if self.schedule.num_times != NUM_TIMES:
             raise ValueError(
-                f"teacher {teacher.path}: its scheduler has {self.schedule.num_times} times; only one of {NUM_TIMES}, "
-                "on which segments and samplers stand, can be distilled"
+                f"teacher {teacher.path}: its scheduler has {self.schedule.num_times} times; segments and samplers "
+                f"are defined on {NUM_TIMES}, so only a teacher with {NUM_TIMES} times can be distilled"
             )
         logging.getLogger(self.pipeline_class.__module__).setLevel(logging.ERROR)  # it warns of every long prompt
 
-    # What the family is
+    # ---- the family ----
 
     @property
     def kohya_version(self) -> str | None:
-        """What kohya's sd-scripts calls models of this shape, in the header of a LoRA file; None for no name."""
+        """Return kohya's `ss_base_model_version` for models of this shape; None where it has none."""
         return None
 
     @property
     @abstractmethod
     def _multiple(self) -> int:
-        """Of how many latents a side is a multiple: those of a patch, or of the coarsest level."""
+        """Return the number of latents that the height and width must be multiples of."""
 
     def _sizes(self) -> tuple[int, tuple[int, int, int]]:
-        """Pixels a side, and the latents' (C, H, W). Raises ValueError where denoiser and autoencoder do not fit."""
+        """Return the pixels per side and the latents' (C, H, W).
+
+        Raise ValueError if the channels of denoiser and autoencoder differ, or for a resolution that does not fit.
+        """
         path, denoiser, factor = self.teacher.path, self.denoiser.config, self.pipeline.vae_scale_factor
         channels = self.autoencoder.vae.config.latent_channels
         if (denoiser.in_channels, denoiser.out_channels) != (channels, channels):
@@ -101,54 +107,57 @@ class Base(ABC):
 
     @abstractmethod
     def _schedule(self) -> tuple[str, Schedule]:
-        """What the denoiser predicts (a kind of `equations.prediction`), and its noise schedule (T,).
+        """Return the prediction type (a key of `equations.prediction`) and the noise schedule (T,).
 
-        Raises ValueError for a schedule that cannot be distilled.
+        Raise ValueError for a schedule that cannot be distilled.
         """
 
     @abstractmethod
     def schedule_record(self) -> dict[str, Any]:
-        """What the schedule is made of, as JSON, for a store of trajectories to say."""
+        """Return the parameters of the schedule as JSON, to be recorded with stored trajectories."""
 
     @abstractmethod
     def stock_scheduler(self, gamma: float) -> SchedulerMixin:
-        """diffusers' scheduler that walks the sampler's default grid under `gamma`, for an exported student."""
+        """Return the diffusers scheduler that visits the sampler's default grid under `gamma`, for an export."""
 
     def stock_call(self, times: list[int]) -> dict[str, Any]:
-        """What a stock pipeline with that scheduler is told, so that it visits these `times` of the default grid."""
+        """Return the arguments with which a stock pipeline with that scheduler visits `times` of the default grid."""
         return {"num_inference_steps": len(times)}
 
     def empty_denoiser(self, config: Mapping[str, Any], condition: bool) -> ModelMixin:
-        """A denoiser of this `config` on the device that is set, with a target time's projection where `condition`."""
+        """Return a new denoiser of this `config` on torch's default device.
+
+        With `condition` it has a projection of the target time.
+        """
         denoiser = self.denoiser_class.from_config(config)
         return self.with_target_time(denoiser) if condition else denoiser
 
     def with_target_time(self, denoiser: ModelMixin) -> ModelMixin:
-        """`denoiser` with a projection of the target time's sinusoids, which enters beside those of t."""
+        """Add a projection of the target time's sinusoids to `denoiser`, in place, and return it."""
         embedding = denoiser.get_submodule(self.time_layer)
         embedding.cond_proj = TargetTimeProjection(TARGET_TIME_WIDTH, embedding.linear_1.in_features, bias=False)
         return denoiser
 
     @abstractmethod
     def time_sinusoids(self, denoiser: ModelMixin, t: Tensor) -> Tensor:
-        """The sinusoids (B, D) of the times t (B,), as `time_layer` of `denoiser` is given them."""
+        """Return the sinusoids (B, D) of the times t (B,) that `denoiser` passes to its `time_layer`."""
 
     def empty_conditioning(self, count: int, num_tokens: int) -> Conditioning:
-        """A `Conditioning` (count, ...) without values on this device, as prompts of `num_tokens` tokens become."""
+        """Return an uninitialised `Conditioning` of `count` prompts of `num_tokens` tokens, on this device."""
         shapes = self.conditioning_shapes(self.denoiser.config, num_tokens)
         return {name: torch.empty(count, *shape, device=self.device) for name, shape in shapes.items()}
 
     @staticmethod
     @abstractmethod
     def conditioning_shapes(config: Mapping[str, Any], num_tokens: int) -> dict[str, tuple[int, ...]]:
-        """What a prompt of `num_tokens` tokens becomes, by the denoiser's `config`: the shape of each tensor."""
+        """Return the shapes of the conditioning of one prompt of `num_tokens` tokens, for a denoiser's `config`."""
 
-    # Prompts
+    # ---- prompts ----
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """What the family's stock pipeline makes of `prompts` (B of them), under no gradient.
+        """Encode B `prompts` as the family's stock pipeline does, without gradient.
 
-        Once prompts have been encoded ahead, those alone are known.
+        After `encode_ahead`, only the prompts encoded then can be looked up: KeyError for any other.
         """
         with autocast.own(self.device):
             if self._ahead is None:
@@ -157,23 +166,24 @@ class Base(ABC):
             return {name: torch.stack([row[name] for row in rows]).to(self.device).float() for name in rows[0]}
 
     def encode_ahead(self, prompts: Iterable[str]) -> None:
-        """Encode all `prompts` that will be asked for, each once, and let the text encoders leave memory.
+        """Encode each of `prompts` once, keep the results, and free the text encoders.
 
-        What became of them is kept on the CPU, in the teacher's precision, which is the text encoders' own.
+        The results stay on the CPU, in the teacher's precision, which is that of the text encoders.
         """
-        texts, kept = list(dict.fromkeys(prompts)), {}
+        texts = list(dict.fromkeys(prompts))
+        ahead: dict[str, Conditioning] = {}
         for part in (texts[i : i + ENCODED_TOGETHER] for i in range(0, len(texts), ENCODED_TOGETHER)):
             encoded = {name: value.to("cpu", self.dtype) for name, value in self._encode(part).items()}
             finite.refuse_encoded(encoded, part, self.dtype)
-            kept |= {text: {name: value[i] for name, value in encoded.items()} for i, text in enumerate(part)}
+            ahead |= {text: {name: value[i] for name, value in encoded.items()} for i, text in enumerate(part)}
         for name in self.pipeline.components:
             if name.startswith("text_encoder"):
                 setattr(self.pipeline, name, None)
-        self._ahead = kept
+        self._ahead = ahead
 
     @abstractmethod
     def _encode(self, prompts: list[str]) -> Conditioning:
-        """What the text encoders make of `prompts`."""
+        """Encode `prompts` by the text encoders."""
 
     @property
     def _tokenizers(self) -> list[Any]:
@@ -182,31 +192,31 @@ class Base(ABC):
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens of a prompt are read, marks of start and end too."""
+        """Return the largest number of tokens of a prompt that is encoded, start and end marks included."""
         return min(tokenizer.model_max_length for tokenizer in self._tokenizers)
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """How many tokens each prompt is, marks of start and end too; what is beyond `num_tokens` is never seen."""
+        """Return the tokens of each prompt, start and end marks included; those beyond `num_tokens` are cut off."""
         counts = [map(len, tokenizer(list(prompts))["input_ids"]) for tokenizer in self._tokenizers]
         return [max(each) for each in zip(*counts, strict=True)]
 
     def unconditional(self, batch_size: int) -> Conditioning:
-        """What the stock pipeline guides away from, `batch_size` times."""
+        """Return the conditioning that guidance moves away from, `batch_size` times."""
         with autocast.own(self.device):
-            dropped = self._dropped_prompt
-        return {name: value.repeat(batch_size, *[1] * (value.ndim - 1)) for name, value in dropped.items()}
+            conditioning = self._dropped_prompt
+        return {name: value.repeat(batch_size, *[1] * (value.ndim - 1)) for name, value in conditioning.items()}
 
     @property
     @abstractmethod
     def _dropped_prompt(self) -> Conditioning:
-        """What the stock pipeline guides away from, once (1, ...)."""
+        """Return the conditioning (1, ...) that the stock pipeline's guidance moves away from."""
 
-    # Denoising
+    # ---- denoising ----
 
     def forget_denoiser(self) -> None:
-        """Let the teacher's denoiser go where no step will ask it; its configuration stays.
+        """Free the weights of the teacher's denoiser where no step needs it; its configuration stays.
 
-        What an adapter shares with it stays with the student, and an engine may then hold that in parts too.
+        Weights that a LoRA student shares stay with the student, so that an engine may shard them too.
         """
         for parameter in self.denoiser.parameters():
             parameter.data = parameter.data.new_empty(0)
@@ -215,15 +225,15 @@ class Base(ABC):
     def predict(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
     ) -> Tensor:
-        """What `denoiser` says at (x_t (B, C, H, W), t (B,)): (B, C, H, W) float32, in its own prediction type.
+        """Return the prediction (B, C, H, W) float32 of `denoiser` at x_t (B, C, H, W), t (B,), in its prediction type.
 
-        `s` (B,) is the time that a conditioned student is to jump to; the teacher takes none.
+        `s` (B,) is the target time of a conditioned student's jump; the teacher takes none.
         """
 
     def x0(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
     ) -> Tensor:
-        """The clean latents (B, C, H, W) float32 that `denoiser` sees in x_t: f of the paper."""
+        """Return the clean latents (B, C, H, W) float32 that `denoiser` predicts from x_t: f of the paper."""
         prediction = self.predict(denoiser, x_t, t, conditioning, s)
         return x0_from_prediction(prediction, x_t, t, self.schedule, self.prediction_type)
 
@@ -231,20 +241,21 @@ class Base(ABC):
     def guided_x0(
         self, x_t: Tensor, t: Tensor, conditional: Conditioning, unconditional: Conditioning, guidance_scale: float
     ) -> Tensor:
-        """The teacher's x0 (B, C, H, W) under classifier-free guidance: both passes in one batch, or one at scale 1.
+        """Return the teacher's x0 (B, C, H, W) under classifier-free guidance, in its own precision under autocast too.
 
-        In the teacher's own precision, under autocast too.
+        Both passes are one batch; at scale 1 the conditional pass is all there is.
         """
         with autocast.own(self.device):
             if guidance_scale == 1.0:
                 return self.x0(self.denoiser, x_t, t, conditional)
             both = {name: torch.cat([unconditional[name], conditional[name]]) for name in conditional}
-            without, given = self.predict(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-            prediction = guided(given, without, guidance_scale)
+            predictions = self.predict(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+            without, with_prompt = predictions.chunk(2)
+            prediction = guided(with_prompt, without, guidance_scale)
         return x0_from_prediction(prediction, x_t, t, self.schedule, self.prediction_type)
 
     def noise(self, generator: torch.Generator | Sequence[torch.Generator], batch_size: int) -> Tensor:
-        """Standard normal (B, C, H, W) float32, drawn on the CPU so that it is the same whatever the device.
+        """Return standard normal noise (B, C, H, W) float32, drawn on the CPU so that no device changes it.
 
         One generator draws for the whole batch; with a list, each sample has its own and does not depend on the others.
         """
@@ -252,4 +263,4 @@ class Base(ABC):
             return torch.randn(batch_size, *self.latent_shape, generator=generator).to(self.device)
         if len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators for a batch of {batch_size}")
-        return torch.stack([torch.randn(*self.latent_shape, generator=one) for one in generator]).to(self.device)
+        return torch.stack([torch.randn(*self.latent_shape, generator=own) for own in generator]).to(self.device)

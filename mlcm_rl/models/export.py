@@ -1,12 +1,12 @@
-"""A finished student as a folder that diffusers opens without us, with a model card.
+"""Export a finished student as a folder that diffusers opens without this package, with a model card.
 
-The folder is a whole pipeline with the student's weights folded in. Beside them:
+The folder is a complete pipeline with the student's weights merged into the denoiser. It also has:
 
-- `pytorch_lora_weights.safetensors`: a LoRA student once more, to load over its teacher with diffusers; a tuned one
-  is one adapter too. `kohya_lora_weights.safetensors` is the same for ComfyUI and other tools;
+- `pytorch_lora_weights.safetensors`: a LoRA student as an adapter, to load over its teacher with diffusers; a tuned one
+  is one adapter too. `kohya_lora_weights.safetensors` is the same adapter for ComfyUI and other tools;
 - `pipeline.py`: for a student conditioned on its target time, which no stock pipeline samples;
-- `steps-<N>/`: for stock pipelines at N steps, an adapter (in both files) or a denoiser each, and its scheduler: the
-  snapshots of a training in phases, or what a conditioned student does when it is told the times of N steps.
+- `steps-<N>/`: for stock pipelines at N steps, an adapter (in both files) or a denoiser each, and its scheduler. These
+  are the snapshots of a training in phases, or a conditioned student with the target times of N steps merged in.
 """
 
 import copy
@@ -33,7 +33,7 @@ from .lora_files import KOHYA_FILE, LORA_FILE, Adapter, write_kohya, write_lora
 from .students import Student
 from .text_parts import write_for_transformers_4
 
-STOCK_STEPS = (2, 3, 4, 6, 8)  # for which a conditioned student without budgets of its own is written
+STOCK_STEPS = (2, 3, 4, 6, 8)  # of the folders steps-N of a conditioned student without budgets
 
 
 def export(
@@ -45,53 +45,55 @@ def export(
     gamma: float | None = None,
     languages: Sequence[str] = (),
 ) -> Path:
-    """Write the student in `student_folder` to the new folder `out`, in one rename; returns `out`.
+    """Write the student in `student_folder` to the new folder `out`, in one rename, and return `out`.
 
-    `card_table` is Markdown for the card; `snapshots` are students to ship beside it, by the number of steps that each
-    is for (a conditioned student has its own); `gamma` is what the student was tuned under, by default what suits it.
-    One between 0 and 1 is the `eta` that the card's code passes. `languages` are those that it was measured in.
-    Raises FileExistsError where `out` is taken, ValueError for a snapshot that is conditioned, or of a student that is.
+    `card_table` is Markdown for the card; `snapshots` are students to export with it, by the number of steps that each
+    is for; `gamma` is that of the student's tuning, by default the one for its kind. Between 0 and 1 it is the `eta`
+    that the card's code passes. `languages` are those of the measured prompts. Raise FileExistsError if `out` exists,
+    ValueError if there are snapshots and the student or a snapshot is conditioned.
     """
     out = Path(out)
-    refuse_taken(out)
+    refuse_existing(out)
     student = students.load_student(base, student_folder)
     gamma = student.default_gamma if gamma is None else gamma
-    beside = dict(sorted((snapshots or {}).items()))
-    if beside and (student.conditioned or any(students.describe(source)["conditioned"] for source in beside.values())):
-        raise ValueError(f"{student.folder} and its snapshots: one is conditioned on its target time, it serves alone")
+    sources = dict(sorted((snapshots or {}).items()))
+    if sources and (student.conditioned or any(students.describe(one)["conditioned"] for one in sources.values())):
+        raise ValueError(
+            f"{student.folder} and its snapshots: one is conditioned on its target time; export it without snapshots"
+        )
     remove_partial_of(out)
     with replacing(out) as folder:
         _write_pipeline(base, student, gamma, folder)
-        for num_steps, source in beside.items():  # one is in memory at a time
+        for num_steps, source in sources.items():  # one is in memory at a time
             _write_snapshot(base, students.load_student(base, source), folder / f"steps-{num_steps}")
         for num_steps in stock_steps(student):
-            _write_told(base, student, num_steps, gamma, folder / f"steps-{num_steps}")
+            _write_for_steps(base, student, num_steps, gamma, folder / f"steps-{num_steps}")
         forget_origin(folder)
         for licence in sorted(Path(base.teacher.path).glob("LICENSE*")):
-            if licence.is_file():  # and no folder LICENSES
+            if licence.is_file():  # not a folder LICENSES
                 shutil.copy(licence, folder)
         card = model_card.card(base, student, out.name, gamma, card_table, folder, languages)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return out
 
 
-def refuse_taken(out: Path) -> None:
-    """Raise FileExistsError where something is at `out`: an export makes its folder."""
-    if out.exists() or out.is_symlink():  # a link that leads nowhere is something too
+def refuse_existing(out: Path) -> None:
+    """Raise FileExistsError if `out` exists: an export creates its folder."""
+    if out.exists() or out.is_symlink():  # exists() is False for a broken link
         raise FileExistsError(f"{out} is there already; name a new folder to export to")
 
 
 def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) -> None:
-    """The whole pipeline; a conditioned student's index names a class of its own: no stock one is to open it."""
-    pipeline = copy.copy(base.pipeline)  # the teacher's keeps its own denoiser and scheduler
+    """Write the complete pipeline. A conditioned student's index names its own class, so that no stock one opens it."""
+    pipeline = copy.copy(base.pipeline)  # base.pipeline keeps the teacher's denoiser and scheduler
     has_class = student.conditioned and base.has_target_time_pipeline
     if student.conditioned and not has_class:
-        denoiser = _told(base, student, model_card.shown_steps(student), gamma)
+        denoiser = _denoiser_for_steps(base, student, model_card.example_steps(student), gamma)
     else:
         denoiser = students.merged(student, base.dtype)
     denoiser.register_to_config(sample_size=base.latent_shape[-1])  # the resolution it was distilled at
     if has_class:
-        _refuse_untold(denoiser)
+        _require_class_labels(denoiser)
     setattr(pipeline, base.denoiser_part, denoiser)
     pipeline.scheduler = base.stock_scheduler(gamma)
     if "requires_safety_checker" in pipeline.config:  # it is not loaded, so it is not exported
@@ -99,21 +101,22 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) ->
     pipeline.save_pretrained(folder)
     write_for_transformers_4(pipeline, folder)
     for config in folder.glob("text_encoder*/config.json"):
-        # transformers loads in the stated precision and diffusers in float32: stated so, a half teacher opens in one
+        # transformers loads in the precision of config.json and diffusers in float32: float32 here gives the pipeline
+        # of a half-precision teacher one precision
         _edit(config, dtype="float32")
     shutil.copy(student.folder / students.DESCRIPTION_FILE, folder)
     if has_class:
         (folder / "pipeline.py").write_text(_pipeline_code(student, gamma, type(pipeline).__name__), encoding="utf-8")
         _edit(folder / "model_index.json", _class_name=["pipeline", "TargetTimePipeline"])
-    elif not student.conditioned and (lora := students.as_one_lora(student)):
+    elif not student.conditioned and (lora := students.combined_lora(student)):
         _write_adapter(base, lora, folder)
 
 
-def _refuse_untold(denoiser: UNet2DConditionModel) -> None:
-    """Give `denoiser` an embedding of classes that is all zeros: with `class_labels` it computes what it did before.
+def _require_class_labels(denoiser: UNet2DConditionModel) -> None:
+    """Add a class embedding of zeros to `denoiser`, which then needs `class_labels` and computes the same with them.
 
-    Without, diffusers raises ValueError. So does every tool that tells models by their weights: none knows one like it.
-    A pipeline that does not say where its jumps end would otherwise run this one, and draw something else in silence.
+    Without them diffusers raises ValueError, and so does every tool that recognises models by their weights. Otherwise
+    a pipeline that passes no target times would run this denoiser and silently sample other pictures.
     """
     first = denoiser.time_embedding.linear_1
     embedding = TimestepEmbedding(first.in_features, first.out_features).requires_grad_(False)
@@ -124,45 +127,45 @@ def _refuse_untold(denoiser: UNet2DConditionModel) -> None:
 
 
 def _pipeline_code(student: Student, gamma: float, stock_class: str) -> str:
-    """Return the code of the pipeline that tells a conditioned student its target times, as a subclass of its own."""
-    code, learned = TargetTimePipeline.code, TargetTimePipeline.budgets
+    """Return the code of TargetTimePipeline for this student, as a subclass of `stock_class`."""
+    code, budgets = TargetTimePipeline.code, TargetTimePipeline.budgets
     code = code.replace("StableDiffusionXLPipeline", stock_class)
-    code = code.replace(f"budgets = {learned}", f"budgets = {student.budgets or learned}")
+    code = code.replace(f"budgets = {budgets}", f"budgets = {student.budgets or budgets}")
     return code.replace("eta = 0.0", f"eta = {gamma if gamma < 1.0 else 0.0}")
 
 
 def _edit(file: Path, **settings: Any) -> None:
-    known = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(known | settings, indent=2) + "\n", encoding="utf-8")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content | settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_snapshot(base: Base, student: Student, folder: Path) -> None:
-    """Adapter or denoiser, and the scheduler to sample it with."""
+    """Write a snapshot's adapter or denoiser, and its scheduler."""
     base.stock_scheduler(student.default_gamma).save_pretrained(folder / "scheduler")
-    if lora := students.as_one_lora(student):
+    if lora := students.combined_lora(student):
         _write_adapter(base, lora, folder)
     else:
         students.merged(student, base.dtype).save_pretrained(folder / base.denoiser_part)
 
 
 def _write_adapter(base: Base, lora: Adapter, folder: Path) -> None:
-    """For diffusers, and for the tools that read kohya's layout."""
+    """Write an adapter for diffusers, and in kohya's layout for other tools."""
     write_lora(*lora, folder / LORA_FILE, base.denoiser_part)
     if base.kohya_version is not None:
         write_kohya(*lora, base, folder / KOHYA_FILE)
 
 
 def stock_steps(student: Student) -> list[int]:
-    """The numbers of steps at which a conditioned student is written for stock pipelines too; none for others."""
+    """Return the numbers of steps for which a conditioned student has folders steps-N; none for other students."""
     return list(student.budgets or STOCK_STEPS) if student.conditioned else []
 
 
-def _write_told(base: Base, student: Student, num_steps: int, gamma: float, folder: Path) -> None:
-    """A conditioned student for N steps alone, as one that is told nothing: a stock denoiser or adapter of its own."""
+def _write_for_steps(base: Base, student: Student, num_steps: int, gamma: float, folder: Path) -> None:
+    """Write a conditioned student for exactly N steps as a stock adapter or denoiser, which takes no target time."""
     base.stock_scheduler(gamma).save_pretrained(folder / "scheduler")
-    lora = students.as_one_lora(student)
+    lora = students.combined_lora(student)
     if lora and lora[0].r >= num_steps:
-        up, down = told_update(base, student, num_steps, gamma)
+        up, down = target_time_update(base, student, num_steps, gamma)
         settings, tensors = lora
         layer, spare = f"{base.time_layer}.linear_1", settings.r - num_steps
         settings.target_modules = {*settings.target_modules, layer}
@@ -170,12 +173,12 @@ def _write_told(base: Base, student: Student, num_steps: int, gamma: float, fold
         tensors[f"{layer}.lora_B.weight"] = F.pad(up, (0, spare))
         _write_adapter(base, lora, folder)
         return
-    _told(base, student, num_steps, gamma).save_pretrained(folder / base.denoiser_part)
+    _denoiser_for_steps(base, student, num_steps, gamma).save_pretrained(folder / base.denoiser_part)
 
 
-def _told(base: Base, student: Student, num_steps: int, gamma: float) -> ModelMixin:
-    """A conditioned student's denoiser for N steps alone, which is told nothing, in the teacher's precision."""
-    up, down = told_update(base, student, num_steps, gamma)
+def _denoiser_for_steps(base: Base, student: Student, num_steps: int, gamma: float) -> ModelMixin:
+    """Return a conditioned student's denoiser for exactly N steps, without target time, in the teacher's precision."""
+    up, down = target_time_update(base, student, num_steps, gamma)
     denoiser = students.merged(student, torch.float32)
     embedding = denoiser.get_submodule(base.time_layer)
     embedding.linear_1.weight.data += up @ down
@@ -188,22 +191,22 @@ def _told(base: Base, student: Student, num_steps: int, gamma: float) -> ModelMi
 
 
 @torch.no_grad()
-def told_update(base: Base, student: Student, num_steps: int, gamma: float) -> tuple[Tensor, Tensor]:
-    """up (width, N) and down (N, D): what the first layer over t's sinusoids gains where the target times are known.
+def target_time_update(base: Base, student: Student, num_steps: int, gamma: float) -> tuple[Tensor, Tensor]:
+    """Return up (width, N) and down (N, D): up @ down merges the target times of N steps into the time embedding.
 
-    Over N steps the target is a function of t, and the layer L is linear: with e_i (D,) the sinusoids of the i-th time
-    and p_i (D,) the projected ones of its target, L (e_i + p_i) = (L + up down) e_i for every i, where up holds the
-    L p_i and down is the pseudo-inverse of e. Exact, as the sinusoids of distinct times are independent while N <= D.
-    Raises ValueError where they are not.
+    Over N steps the target is a function of t, and the first layer L over t's sinusoids is linear: with e_i (D,) the
+    sinusoids of the i-th time and p_i (D,) the projected ones of its target, L (e_i + p_i) = (L + up down) e_i for
+    every i, where up holds the L p_i and down is the pseudo-inverse of e. This is exact, since the sinusoids of
+    distinct times are linearly independent for N <= D. Raise ValueError if they are not.
     """
     times = torch.tensor(sampling_times(num_steps))
     targets = time_before_noise(torch.cat([times[1:], torch.zeros(1, dtype=times.dtype)]), gamma)
     embedding = student.denoiser.get_submodule(base.time_layer)
     device = embedding.linear_1.weight.device
-    seen = base.time_sinusoids(student.denoiser, times.to(device)).double()
-    if torch.linalg.matrix_rank(seen) < num_steps:
-        raise ValueError(f"{student.folder}: {seen.shape[1]} sinusoids do not tell {num_steps} times apart")
-    told = get_timestep_embedding(targets.to(device), TARGET_TIME_WIDTH).double()
-    projected = told @ embedding.cond_proj.weight.double().T
+    sinusoids = base.time_sinusoids(student.denoiser, times.to(device)).double()
+    if torch.linalg.matrix_rank(sinusoids) < num_steps:
+        raise ValueError(f"{student.folder}: {sinusoids.shape[1]} sinusoids of {num_steps} times are not independent")
+    target_sinusoids = get_timestep_embedding(targets.to(device), TARGET_TIME_WIDTH).double()
+    projected = target_sinusoids @ embedding.cond_proj.weight.double().T
     up = embedding.linear_1.weight.double() @ projected.T
-    return up.float().contiguous(), torch.linalg.pinv(seen).T.float().contiguous()
+    return up.float().contiguous(), torch.linalg.pinv(sinusoids).T.float().contiguous()

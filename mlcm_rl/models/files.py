@@ -1,4 +1,4 @@
-"""A teacher's files: what its folder, or a pinned revision of the hub, holds and lacks, read as a pipeline."""
+"""A teacher's files, in its folder or at a pinned revision of the hub: checked, and loaded as a pipeline."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,19 +21,18 @@ from ..storage.tensors import read_shapes
 from .published_teachers import shipped
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-SECOND_NAMES = ("encoder.embed_tokens.weight",)  # of a tensor that has another one: T5's files have either
+SECOND_NAMES = ("encoder.embed_tokens.weight",)  # T5's other name of `shared.weight`: its files have one or both
+UNUSED_PARTS = ("safety_checker", "image_encoder", "feature_extractor")
 OTHER_PARTS = ("text_encoder", "tokenizer", "safety_checker", "image_encoder", "feature_extractor")
 
 
 def load_pipeline(
     pipeline_class: type[DiffusionPipeline], teacher: Teacher, dtype: torch.dtype, device: torch.device
 ) -> DiffusionPipeline:
-    """The frozen pipeline on `device`; its autoencoder in float32, since half precision overflows in SDXL's."""
+    """Load the frozen pipeline on `device`, its autoencoder in float32, since SDXL's overflows in half precision."""
     index = index_of(pipeline_class, teacher)
-    unused = {name: None for name in ("safety_checker", "image_encoder", "feature_extractor") if name in index}
-    unused |= {
-        name: None for name, value in index.items() if value == [None, None]
-    }  # not all are optional to diffusers
+    unused: dict[str, None] = dict.fromkeys(name for name in UNUSED_PARTS if name in index)
+    unused |= {name: None for name, value in index.items() if value == [None, None]}  # diffusers requires some of them
     check_components(teacher, {name: value for name, value in index.items() if name not in unused})
     if Path(teacher.path).is_dir():
         teacher_check.refuse(Path(teacher.path), teacher.family, teacher.variant)
@@ -43,19 +42,20 @@ def load_pipeline(
         pipeline = local_first(pipeline_class.from_pretrained, teacher, use_safetensors=True, **settings)
         for name, part in pipeline.components.items():
             if name.startswith("tokenizer") and part is not None:
-                part("a")  # of a special token that is no word of its vocabulary, it is told here at the earliest
+                part("a")  # raises here if a special token is not in its vocabulary
     refuse_unknown_tokens(pipeline, teacher)
     pipeline = pipeline.to(device)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     for part in (getattr(pipeline, layout_of(teacher.family).denoiser), pipeline.vae):
-        torch.nn.Module.to(part, memory_format=MEMORY_FORMATS[teacher.memory_format])
+        memory_format = MEMORY_FORMATS[teacher.memory_format]
+        torch.nn.Module.to(part, memory_format=memory_format)  # type: ignore[call-overload]  # torch's stubs lack it
     return pipeline
 
 
 def empty_pipeline(pipeline_class: type[DiffusionPipeline], teacher: Teacher) -> DiffusionPipeline:
-    """The pipeline of a local folder with a denoiser and an autoencoder without data, and nothing else."""
+    """Return the pipeline of a local folder with a denoiser and an autoencoder without data, and nothing else."""
     folder, index = Path(teacher.path), index_of(pipeline_class, teacher)
     check_components(teacher, {name: value for name, value in index.items() if not name.startswith(OTHER_PARTS)})
     teacher_check.refuse(folder, teacher.family, teacher.variant)
@@ -63,81 +63,78 @@ def empty_pipeline(pipeline_class: type[DiffusionPipeline], teacher: Teacher) ->
         with torch.device("meta"):
             classes = layout_of(teacher.family).classes
             parts = {name: _empty(folder / name, classes[name]) for name in (layout_of(teacher.family).denoiser, "vae")}
-        others: dict[str, Any] = {name: None for name in index if name.startswith(OTHER_PARTS)}
-        if (
-            "requires_safety_checker" in signature(pipeline_class).parameters
-        ):  # no word of its absence: nothing is drawn
-            others["requires_safety_checker"] = False
-        return pipeline_class.from_pretrained(folder, local_files_only=True, **parts, **others)
+        absent: dict[str, Any] = {name: None for name in index if name.startswith(OTHER_PARTS)}
+        if "requires_safety_checker" in signature(pipeline_class).parameters:
+            absent["requires_safety_checker"] = False  # or diffusers warns that it is missing; nothing is sampled here
+        return pipeline_class.from_pretrained(folder, local_files_only=True, **parts, **absent)
 
 
 def _empty(folder: Path, kind: str) -> ModelMixin:
-    """Return the network of the class `kind` in diffusers that the configuration in `folder` describes."""
+    """Return the network of diffusers' class `kind` with the configuration in `folder`."""
     network = getattr(diffusers, kind)
     return network.from_config(network.load_config(folder))
 
 
 @contextmanager
 def in_words(teacher: Teacher) -> Iterator[None]:
-    """Raise ValueError for whatever else diffusers and transformers raise of files that they make nothing of."""
+    """Raise ValueError in place of other errors of diffusers and transformers, which damaged files cause."""
     try:
         yield
     except (OSError, ValueError, CheckpointError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
-        raise ValueError(
-            f"teacher {teacher.path}: its files make no network: {type(error).__name__}: {first}"
-        ) from error
+        message = f"teacher {teacher.path}: its files could not be loaded: {type(error).__name__}: {first}"
+        raise ValueError(message) from error
 
 
 def refuse_unknown_tokens(pipeline: DiffusionPipeline, teacher: Teacher) -> None:
-    """Raise ValueError where a tokenizer makes tokens that its text encoder does not know."""
+    """Raise ValueError if a tokenizer has more tokens than its text encoder."""
     for name, tokenizer in pipeline.components.items():
         tower = pipeline.components.get(name.replace("tokenizer", "text_encoder"))
         if name.startswith("tokenizer") and tokenizer is not None and len(tokenizer) > tower.config.vocab_size:
             raise ValueError(
-                f"teacher {teacher.path}: {name} makes {len(tokenizer)} tokens and its text encoder knows "
+                f"teacher {teacher.path}: {name} has {len(tokenizer)} tokens and its text encoder "
                 f"{tower.config.vocab_size} (vocab_size): one of its special tokens is not in its vocabulary"
             )
 
 
 def refuse_other_weights(teacher: Teacher) -> None:
-    """Raise ValueError where a local teacher's weights, by their headers, are not those that its configurations say."""
+    """Raise ValueError if the headers of a local teacher's weights do not match its configurations."""
     folder, parts = Path(teacher.path), parts_with_weights(teacher)
     expected = shapes_from_configuration(teacher, parts)
     lines = []
     for name in parts:
-        found = {_current(key): shape for key, shape in shapes(folder / name, teacher.variant).items()}
-        wanted = {_current(key): shape for key, shape in expected[name].items()}
-        differ = (key for key in found | wanted if found.get(key) != wanted.get(key))
-        odd = sorted(key for key in differ if key not in SECOND_NAMES and "position_ids" not in key)
-        if odd:
-            was, is_to_be = (kind.get(odd[0], "absent") for kind in (found, wanted))
+        in_files = {_current(key): shape for key, shape in shapes(folder / name, teacher.variant).items()}
+        in_config = {_current(key): shape for key, shape in expected[name].items()}
+        differ = (key for key in in_files | in_config if in_files.get(key) != in_config.get(key))
+        keys = sorted(key for key in differ if key not in SECOND_NAMES and "position_ids" not in key)
+        if keys:
+            shape, config_shape = (kind.get(keys[0], "absent") for kind in (in_files, in_config))
             lines.append(
-                f"teacher {folder}: {name}: {len(odd)} tensors are not those of config.json, for example {odd[0]}: "
-                f"{was} in the files, {is_to_be} by the configuration"
+                f"teacher {folder}: {name}: {len(keys)} tensors are not those of config.json, for example {keys[0]}: "
+                f"{shape} in the files, {config_shape} by the configuration"
             )
     if lines:
         raise ValueError("\n".join(lines))
 
 
 def shapes(folder: Path, variant: str | None = None) -> dict[str, list[int]]:
-    """Return the shapes of the tensors in a folder's safetensors files, read off their headers.
+    """Return the shapes of the tensors in a folder's safetensors files, from their headers.
 
-    Of several forms of the same weights those of `variant` count where there are any, else those without one.
+    If the weights are there in several variants, read `variant` if it is there, else the one without a name.
     """
     paths = {path: path.name.split(".")[1].split("-")[0] for path in sorted(folder.glob("*.safetensors"))}
-    chosen = [path for path, form in paths.items() if variant is not None and form == variant]
-    chosen = chosen or [path for path in paths if "." not in path.stem] or list(paths)
-    found: dict[str, list[int]] = {}
-    for path in chosen:
-        found |= read_shapes(path)
-    return found
+    files = [path for path, form in paths.items() if variant is not None and form == variant]
+    files = files or [path for path in paths if "." not in path.stem] or list(paths)
+    shapes: dict[str, list[int]] = {}
+    for path in files:
+        shapes |= read_shapes(path)
+    return shapes
 
 
 def _current(key: str) -> str:
-    """Return today's name of a tensor that older files have under another."""
+    """Return the current name of a tensor, which older files have under another."""
     key = key.removeprefix("text_model.")
     for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
         key = re.sub(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.", key)
@@ -145,27 +142,31 @@ def _current(key: str) -> str:
 
 
 def shapes_folder(teacher: Teacher) -> Path:
-    """Return a folder with the configurations of `teacher`: its own, one that is shipped, or a few kB of the hub.
+    """Return a folder with the configurations of `teacher`: its own, one shipped here, or one fetched from the hub.
 
-    Raise FileNotFoundError where there is none.
+    The fetched files are a few kB. Raise FileNotFoundError if there is none.
     """
     if Path(teacher.path).is_dir():
         return Path(teacher.path)
     if (folder := shipped(teacher)) is not None:
         return folder
-    asked = {"revision": teacher.revision, "allow_patterns": ["model_index.json", "*/*config.json"]}
+    patterns = ["model_index.json", "*/*config.json"]
     for local in (True, False):
         with suppress(OSError, ValueError, HfHubHTTPError):
             if teacher.revision is not None:
-                return Path(snapshot_download(teacher.path, local_files_only=local, **asked))
+                return Path(
+                    snapshot_download(
+                        teacher.path, revision=teacher.revision, local_files_only=local, allow_patterns=patterns
+                    )
+                )
     raise FileNotFoundError(
-        f"plan reads a teacher's shapes off its files: {teacher.path} is not a local folder and its JSON files could "
-        "not be fetched. They are enough, a few kB: download these alone into a folder and say teacher.path=FOLDER"
+        f"plan reads a teacher's shapes from its files: {teacher.path} is not a local folder and its JSON files could "
+        "not be fetched. They are enough, a few kB: download them into a folder and pass teacher.path=FOLDER"
     )
 
 
 def local_first(read: Callable[..., Any], teacher: Teacher, **settings: Any) -> Any:
-    """`read` of the teacher's files on this machine; the hub is asked only for a pinned revision that is not here."""
+    """Call `read` on the teacher's local files; on the hub's only for a pinned revision that is not in the cache."""
     try:
         return read(teacher.path, revision=teacher.revision, local_files_only=True, **settings)
     except OSError:
@@ -175,15 +176,15 @@ def local_first(read: Callable[..., Any], teacher: Teacher, **settings: Any) -> 
 
 
 def folder_of(teacher: Teacher) -> Path:
-    """Return the folder with the teacher's files: its own, or where a pinned revision of the hub was fetched to."""
+    """Return the folder with the teacher's files: its own, or the hub's cache of a pinned revision."""
     folder = Path(teacher.path)
     return folder if folder.is_dir() else Path(local_first(DiffusionPipeline.download, teacher, use_safetensors=True))
 
 
 def pipeline_index(teacher: Teacher) -> dict[str, Any]:
-    """What model_index.json says, from the folder or from the hub at the pinned revision.
+    """Read model_index.json from the folder, or from the hub at the pinned revision.
 
-    Raises FileNotFoundError where there is none, ValueError for a student's.
+    Raise FileNotFoundError if there is none, ValueError for a student's.
     """
     folder = Path(teacher.path)
     if teacher.revision is None and not (folder / "model_index.json").is_file():
@@ -191,15 +192,14 @@ def pipeline_index(teacher: Teacher) -> dict[str, Any]:
             f"teacher {teacher.path}: no model_index.json in {folder.resolve()}; give a folder in diffusers format "
             "or a hub name with a pinned revision"
         )
-    has_index = (folder / "model_index.json").is_file()
-    found = read_json(folder / "model_index.json") if has_index else local_first(DiffusionPipeline.load_config, teacher)
-    index = dict(found)
+    path = folder / "model_index.json"
+    index = dict(read_json(path) if path.is_file() else local_first(DiffusionPipeline.load_config, teacher))
     teacher_check.refuse_student(f"teacher {teacher.path}", folder, index)
     return index
 
 
 def index_of(pipeline_class: type[DiffusionPipeline], teacher: Teacher) -> dict[str, Any]:
-    """The same for a teacher that `pipeline_class` loads. Raises ValueError for one of another family."""
+    """Read model_index.json as `pipeline_index` does. Raise ValueError for a class other than `pipeline_class`."""
     index = pipeline_index(teacher)
     if index.get("_class_name") != pipeline_class.__name__:
         raise ValueError(
@@ -210,57 +210,62 @@ def index_of(pipeline_class: type[DiffusionPipeline], teacher: Teacher) -> dict[
 
 
 def check_components(teacher: Teacher, index: dict[str, Any]) -> None:
-    """Raise ValueError for a part that neither diffusers nor transformers defines: its module would be imported.
+    """Raise ValueError for a component that neither diffusers nor transformers defines, whose module would be imported.
 
-    Raises FileNotFoundError for the parts that a local folder's index names and the folder lacks, ValueError for
-    weights that are listed outside it.
+    Raise FileNotFoundError for components that are in the index and missing in a local folder, ValueError for weights
+    that an index lists outside the folder.
     """
     parts = {name: value for name, value in index.items() if isinstance(value, list) and value[:1] != [None]}
     for name, value in parts.items():
         library, kind = [*map(str, value), "", ""][:2]
-        if library not in ("diffusers", "transformers") or re.match("Auto[A-Z]", kind):  # those run a folder's code
+        if library not in ("diffusers", "transformers") or re.match(
+            "Auto[A-Z]", kind
+        ):  # Auto classes may run a folder's code
             raise ValueError(f"teacher {teacher.path}: {name} is a {library}.{kind}; only known classes are loaded")
     folder = Path(teacher.path)
     missing = [name for name in parts if not (folder / name).is_dir()]
     if folder.is_dir() and missing:
         raise FileNotFoundError(f"teacher {folder}: model_index.json names {', '.join(missing)}, not in the folder")
     for path in sorted(folder.glob("*/*.safetensors")):
-        read_shapes(path)  # a damaged file is told by its name, before anything is built
+        read_shapes(path)  # raises with the name of a damaged file, before anything is built
     for path in sorted(folder.glob("*/*.index*.json")):
         _refuse_shards(path)
 
 
 def _refuse_shards(index: Path) -> None:
-    """Raise ValueError where an `index` of weights in several files lists others than those beside it.
+    """Raise ValueError if the `index` of sharded weights does not list exactly the files beside it.
 
-    What a list leaves out is not loaded, and the networks stay as they were drawn.
+    Weights in files that it does not list would stay randomly initialised.
     """
-    listed = read_json(index, weight_map=dict)["weight_map"].values()
-    if climbing := [name for name in listed if not isinstance(name, str) or Path(name).name != name]:
-        raise ValueError(f"{index}: {climbing[0]!r} is not a file beside it")
-    stem, ending, variant = re.fullmatch(r"(.+)\.(\w+)\.index(\.\w+)?\.json", index.name).groups()
-    beside = {path.name for path in index.parent.glob(f"{stem}{variant or ''}-*-of-*.{ending}")}
-    if missing := sorted(set(listed) - {path.name for path in index.parent.iterdir()}):
+    shards = read_json(index, weight_map=dict)["weight_map"].values()
+    if outside := [name for name in shards if not isinstance(name, str) or Path(name).name != name]:
+        raise ValueError(f"{index}: {outside[0]!r} is not a file beside it")
+    name = re.fullmatch(r"(.+)\.(\w+)\.index(\.\w+)?\.json", index.name)
+    if name is None:
+        raise ValueError(f"{index}: not the name of an index of weights; rename or remove it")
+    stem, ending, variant = name.groups()
+    files = {path.name for path in index.parent.glob(f"{stem}{variant or ''}-*-of-*.{ending}")}
+    if missing := sorted(set(shards) - {path.name for path in index.parent.iterdir()}):
         raise ValueError(f"{index}: {missing[0]} is missing: download it too")
-    if not listed or beside - set(listed):
-        raise ValueError(f"{index}: lists {', '.join(sorted(set(listed))) or 'no file'} and not all weights beside it")
+    if not shards or files - set(shards):
+        raise ValueError(f"{index}: lists {', '.join(sorted(set(shards))) or 'no file'} and not all weights beside it")
 
 
 def parts_with_weights(teacher: Teacher) -> list[str]:
-    """The parts of the teacher in a local folder that are loaded and have weights, by name."""
+    """Return the names of a local teacher's components that are loaded and have weights."""
     index = pipeline_index(teacher)
-    named = [name for name, value in index.items() if isinstance(value, list) and value[:1] != [None]]
-    return [name for name in named if name in layout_of(teacher.family).classes]
+    present = [name for name, value in index.items() if isinstance(value, list) and value[:1] != [None]]
+    return [name for name in present if name in layout_of(teacher.family).classes]
 
 
 def shapes_from_configuration(teacher: Teacher, parts: Sequence[str]) -> dict[str, dict[str, list[int]]]:
-    """Shapes of the weights of `parts` by name, where there are configuration files and no weights yet.
+    """Return the shapes of the weights of `parts`, by name, from configuration files alone.
 
-    Raises as `load` does.
+    Raise as `load_pipeline` does.
     """
     index, folder = pipeline_index(teacher), Path(teacher.path)
     check_components(teacher, {name: index[name] for name in parts})
-    found = {}
+    shapes = {}
     for name in parts:
         library, kind = index[name]
         with in_words(teacher), torch.device("meta"):
@@ -270,5 +275,5 @@ def shapes_from_configuration(teacher: Teacher, parts: Sequence[str]) -> dict[st
                 text_encoder = getattr(transformers, kind)
                 part = text_encoder(text_encoder.config_class.from_pretrained(folder / name, local_files_only=True))
         weights = part.state_dict().items()
-        found[name] = {key: list(value.shape) for key, value in weights if key not in SECOND_NAMES}
-    return found
+        shapes[name] = {key: list(value.shape) for key, value in weights if key not in SECOND_NAMES}
+    return shapes

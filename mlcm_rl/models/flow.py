@@ -1,4 +1,4 @@
-"""What the families of rectified-flow transformers share: their schedule, and how stock diffusers samples a student."""
+"""Base of the rectified-flow transformers: their schedule, and how stock diffusers samples a student."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ class FlowBase(Base):
 
     @property
     def shift(self) -> float:
-        """How much of the time axis is near noise: one number, or one by the number of image tokens."""
+        """Return the shift of the time axis towards noise: fixed, or a function of the number of image tokens."""
         settings = self.pipeline.scheduler.config
         if not settings.use_dynamic_shifting:
             return settings.shift
@@ -35,23 +35,23 @@ class FlowBase(Base):
         return {"num_train_timesteps": self.schedule.num_times, "shift": self.shift}
 
     def stock_scheduler(self, gamma: float) -> FlowMatchEulerDiscreteScheduler | FlowMatchLCMScheduler:
-        """Euler's for gamma 0, LCM's for gamma 1; both want `stock_call`'s sigmas.
+        """Return Euler's scheduler for gamma 0, LCM's for gamma 1; both need the sigmas of `stock_call`.
 
-        LCM's draws its noise from the global generator in most pipelines. Raises ValueError for a gamma between, which
+        LCM's draws its noise from the global generator in most pipelines. Raise ValueError for any other gamma, which
         no stock scheduler of flows has.
         """
         if gamma not in (0.0, 1.0):
             raise ValueError(
-                f"gamma {gamma:g}: diffusers has no scheduler of rectified flow between deterministic steps (0) and "
-                "noise anew (1): `mlcm sample` draws with it, and an export needs a student tuned under 0 or 1"
+                f"gamma {gamma:g}: diffusers' schedulers of rectified flow are deterministic (0) or draw all noise "
+                "again (1): sample with `mlcm sample`, or export a student that was tuned under 0 or 1"
             )
         kind = FlowMatchLCMScheduler if gamma == 1.0 else FlowMatchEulerDiscreteScheduler
         return kind(num_train_timesteps=self.schedule.num_times, shift=self.shift, use_dynamic_shifting=False)
 
     def stock_call(self, times: list[int]) -> dict[str, Any]:
-        """The sigmas before the shift, which the scheduler puts to them: u = (t + 1) / T, of the sampler's own times.
+        """Return the sigmas of `times` before the shift, u = (t + 1) / T; the scheduler applies the shift itself.
 
-        Given a number alone, stock schedulers go elsewhere: their last sigma is shifted twice.
+        Given the number of steps alone, stock schedulers visit other times: they shift their last sigma twice.
         """
         sigmas = [(t + 1) / self.schedule.num_times for t in times]
         return {"num_inference_steps": len(times), "sigmas": sigmas}

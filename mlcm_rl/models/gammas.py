@@ -1,4 +1,4 @@
-"""The gamma that a student is sampled with: what it was tuned under, or what suits it."""
+"""The gamma that a student is sampled with: that of its tuning, or the default for its kind."""
 
 from pathlib import Path
 from typing import Any
@@ -10,25 +10,25 @@ from .students import describe
 
 
 def tuned_from(folder: Path) -> tuple[str, float] | None:
-    """Name of the distill stage that a tuned student in `folder` started from, and the gamma that it was tuned under.
+    """Return the distill stage that the student in `folder` was tuned from, by name, and the gamma of its tuning.
 
     None for a student that is not tuned.
     """
-    manifest = folder.parent / "manifest.json"
-    kept: dict[str, Any] = read_json(manifest) if manifest.is_file() else {"kind": None}
-    if kept["kind"] not in TUNING:
+    path = folder.parent / "manifest.json"
+    manifest: dict[str, Any] = read_json(path) if path.is_file() else {"kind": None}
+    if manifest["kind"] not in TUNING:
         return None
-    gamma = kept["stage"]["gamma"]
-    return kept["parents"]["distill"], suited_gamma(folder) if gamma is None else gamma
+    gamma = manifest["stage"]["gamma"]
+    return manifest["parents"]["distill"], default_gamma_of(folder) if gamma is None else gamma
 
 
 def own_gamma(folder: Path) -> float:
-    """The gamma that the student in `folder` was tuned under, or what suits it."""
-    tuned = tuned_from(folder)
-    return suited_gamma(folder) if tuned is None else tuned[1]
+    """Return the gamma that the student in `folder` was tuned under, or the default for its kind."""
+    origin = tuned_from(folder)
+    return default_gamma_of(folder) if origin is None else origin[1]
 
 
-def suited_gamma(folder: Path) -> float:
-    """The gamma that suits the student in `folder`, by what it says of itself."""
-    described = describe(folder)
-    return default_gamma(described["num_segments"], described["conditioned"])
+def default_gamma_of(folder: Path) -> float:
+    """Return the default gamma for the student in `folder`, by its student.json."""
+    description = describe(folder)
+    return default_gamma(description["num_segments"], description["conditioned"])

@@ -1,4 +1,4 @@
-"""Pictures: from 8 bits to latents, from tensors to PNG, and grids: prompts down the rows, steps across."""
+"""Pictures: 8-bit pictures to latents, tensors to PNG, and sample grids (a row per prompt, a column per step count)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,30 +18,28 @@ from .base import Base
 
 
 def encode(base: Base, images: Tensor, size: int) -> Tensor:
-    """Latents (N, C, H, W) on the CPU of 8-bit pictures (N, 3, H', W'), encoded `size` at a time.
+    """Encode 8-bit pictures (N, 3, H', W') into latents (N, C, H, W) on the CPU, `size` at a time.
 
-    Raises ValueError for a picture whose latents hold NaN or infinity.
+    Raise ValueError for a picture whose latents are not finite.
     """
     latents = torch.cat([base.autoencoder.encode(part.to(base.device) / 255).cpu() for part in images.split(size)])
     if (place := finite.first_bad_row(latents)) is not None:
         raise ValueError(
             f"picture {place + 1} of {len(images)}: its latents by the autoencoder of {base.teacher.path} are not "
-            "finite: its weights are damaged; fetch them again"
+            "finite: the autoencoder's weights are damaged; fetch them again"
         )
     return latents
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """A picture (3, H, W) in [0, 1] as an 8-bit RGB image. Raises ValueError for one that holds NaN."""
+    """Return a picture (3, H, W) in [0, 1] as an 8-bit RGB image. Raise ValueError if it is not finite."""
     if not finite.is_finite(image):
-        raise ValueError(
-            "a picture that was drawn is not made of finite numbers: the student or its teacher is damaged"
-        )
+        raise ValueError("a sampled picture is not finite: the weights of the student or of its teacher are damaged")
     return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def grid(images: Tensor, num_columns: int, gap: int = 4) -> Image.Image:
-    """Pictures (N, 3, H, W) in [0, 1] laid out row by row on light grey."""
+    """Return pictures (N, 3, H, W) in [0, 1] laid out row by row on light grey."""
     height, width = images.shape[-2:]
     num_rows = -(-len(images) // num_columns)
     sheet = Image.new("RGB", (num_columns * (width + gap) + gap, num_rows * (height + gap) + gap), (224, 224, 224))
@@ -51,10 +49,10 @@ def grid(images: Tensor, num_columns: int, gap: int = 4) -> Image.Image:
     return sheet
 
 
-def save_png(image: Image.Image, path: Path, said: Mapping[str, object] | None = None) -> Path:
-    """Write `image` to `path`, with what is `said` of it as PNG text, and return the path."""
+def save_png(image: Image.Image, path: Path, metadata: Mapping[str, object] | None = None) -> Path:
+    """Write `image` to `path`, with `metadata` as PNG text, and return the path."""
     text = PngInfo()
-    for key, value in (said or {}).items():
+    for key, value in (metadata or {}).items():
         text.add_itxt(key, str(value))
     with replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=text)
@@ -71,7 +69,7 @@ def sample_grid(
     conditioned: bool,
     gamma: float,
 ) -> Image.Image:
-    """The recipe's fixed prompts (rows) at its numbers of steps (columns), from the same noise in every column."""
+    """Sample the recipe's fixed prompts (rows) at its numbers of steps (columns), from equal noise in every column."""
     conditioning = base.encode_prompts(samples.prompts)
     columns = []
     for num_steps in samples.sampling_steps:
@@ -84,5 +82,5 @@ def sample_grid(
 
 
 def samples_path(folder: Path, step: int) -> Path:
-    """Where the grid after `step` steps goes."""
+    """Return the path of the sample grid after `step` optimiser steps."""
     return folder / "samples" / f"step-{step:06d}.png"

@@ -1,6 +1,6 @@
-"""Shapes of published teachers, so that `plan` needs no download: their configurations as they are published, no more.
+"""Configurations of published teachers, so that `plan` needs no download.
 
-A folder each, in diffusers' layout; of its files only what shapes, schedule and prompt lengths are read from.
+Each has a folder in diffusers' layout, with only the files that shapes, schedule and prompt lengths are read from.
 """
 
 from pathlib import Path
@@ -15,6 +15,6 @@ FOLDERS = {  # by the hub's name
 
 
 def shipped(teacher: Teacher) -> Path | None:
-    """Return the folder of shapes that stands for a teacher on the hub; None for a local one, or one not shipped."""
+    """Return the folder with the configurations of a teacher on the hub; None if it is local or not shipped here."""
     name = FOLDERS.get(teacher.path)
     return None if name is None or Path(teacher.path).is_dir() else FOLDER / name

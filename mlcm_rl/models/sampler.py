@@ -1,4 +1,4 @@
-"""Sampling: a student in a few steps, with or without gradient; the guided teacher for reference."""
+"""Sampling: a student in a few steps, with or without gradient, and the guided teacher."""
 
 from collections.abc import Iterator, Sequence
 
@@ -20,16 +20,16 @@ def sample(
     conditioned: bool = False,
     grad_steps: int = 0,
 ) -> Tensor:
-    """The student's x0 (B, C, H, W) from `noise` (B, C, H, W) at times[0], in len(times) evaluations, no guidance.
+    """Return the student's x0 (B, C, H, W) from `noise` (B, C, H, W) at times[0]: len(times) evaluations, no guidance.
 
-    Every step but the last goes on to the next of `times` (descending) by a gamma step: 0 is DDIM, 1 re-noises with
-    noise drawn from `generators` (one a sample, or one for the batch; none needed at gamma 0). The last step's x0 is
-    the answer. A `conditioned` student is told where each jump ends: the next time at gamma 0,
-    lower where noise brings the state up again, 0 at gamma 1 and in the last step. The last `grad_steps`
-    steps carry gradient.
+    Every step but the last goes to the next of `times` (descending) by a gamma step: gamma 0 is DDIM, gamma 1 draws all
+    noise again from `generators` (one per sample, or one for the batch; not needed at gamma 0). The x0 of the last step
+    is the result. A `conditioned` student takes the target time of each jump: at gamma 0 the next time, at a gamma
+    between a lower one, since noise brings the state up again, and 0 at gamma 1 and in the last step. The last
+    `grad_steps` steps carry gradient.
     """
-    for _, x0 in walk(base, denoiser, conditioning, noise, times, gamma, generators, conditioned, grad_steps):  # noqa: B007  (the last one is the answer)
-        pass  # a state is let go before the next step
+    for _, x0 in walk(base, denoiser, conditioning, noise, times, gamma, generators, conditioned, grad_steps):  # noqa: B007  (x0 of the last step is the result)
+        pass  # each state is freed before the next step
     return x0
 
 
@@ -44,9 +44,9 @@ def rollout(
     generators: torch.Generator | Sequence[torch.Generator] | None = None,
     conditioned: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The states (N, B, C, H, W) that `sample` visits, the first of them `noise`, and its answer x0 (B, C, H, W)."""
-    visited = list(walk(base, denoiser, conditioning, noise, times, gamma, generators, conditioned))
-    return torch.stack([x_t for x_t, _ in visited]), visited[-1][1]
+    """Return the states (N, B, C, H, W) that `sample` visits, the first being `noise`, and its x0 (B, C, H, W)."""
+    steps = list(walk(base, denoiser, conditioning, noise, times, gamma, generators, conditioned))
+    return torch.stack([x_t for x_t, _ in steps]), steps[-1][1]
 
 
 def walk(
@@ -60,7 +60,7 @@ def walk(
     conditioned: bool = False,
     grad_steps: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Step by step, the state x_t that `sample` stands at and the x0 that it sees from there, (B, C, H, W) each."""
+    """Yield for each step of `sample` the state x_t and the x0 predicted from it, (B, C, H, W) each."""
     x_t, last = noise, len(times) - 1
     for i, (t, s) in enumerate(jumps(times, noise)):
         with torch.set_grad_enabled(last - i < grad_steps):
@@ -68,7 +68,7 @@ def walk(
         yield x_t, x0
         if i < last:
             with torch.set_grad_enabled(last - i < grad_steps):
-                fresh = x0  # DDIM draws and uses none
+                fresh = x0  # a placeholder: at gamma 0 `gamma_step` uses no noise, and none is drawn
                 if gamma != 0.0:
                     assert generators is not None
                     fresh = base.noise(generators, len(noise))
@@ -85,7 +85,7 @@ def step_x0(
     gamma: float,
     conditioned: bool,
 ) -> Tensor:
-    """The x0 (B, C, H, W) that a sampler's step from `t` to `s` (B,) asks its student for."""
+    """Return the student's x0 (B, C, H, W) in a sampler's step from `t` to `s` (B,)."""
     return base.x0(denoiser, x_t, t, conditioning, time_before_noise(s, gamma) if conditioned else None)
 
 
@@ -98,7 +98,7 @@ def sample_teacher(
     times: Sequence[int],
     guidance_scale: float,
 ) -> Tensor:
-    """The teacher's x0 (B, C, H, W) by guided DDIM over `times` (descending): the last step's, as in `sample`."""
+    """Return the teacher's x0 (B, C, H, W) in the last step of guided DDIM over `times` (descending)."""
     x_t = noise
     for t, s in jumps(times, noise):
         x0 = base.guided_x0(x_t, t, conditional, unconditional, guidance_scale)
@@ -107,7 +107,10 @@ def sample_teacher(
 
 
 def jumps(times: Sequence[int], like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Start and end (B,) of each step; the last one ends at 0. Raises ValueError unless `times` descends to above 0."""
+    """Yield start and end (B,) of each step; the last one ends at 0.
+
+    Raise ValueError unless `times` is descending and positive.
+    """
     ends = [*times[1:], 0]
     if not times or any(t <= s for t, s in zip(times, ends, strict=True)):
         raise ValueError(f"times {list(times)} must be one or more, descending, above 0")

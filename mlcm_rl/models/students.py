@@ -1,15 +1,15 @@
-"""Students: a denoiser that starts as its teacher, what of it is trained, and the folder it is kept in.
+"""Students: a denoiser that starts as a copy of its teacher, its trainable parameters, and its folder on disk.
 
-A LoRA student shares the teacher's weights in memory and adds its own adapter; the teacher's module stays untouched, so
-that both can be called side by side and one base can carry any number of students.
+A LoRA student shares the teacher's weights in memory and adds its own adapter. The teacher's module does not change, so
+that both can be called and one base can have any number of students.
 
 A student's folder holds `student.json` and either the denoiser in diffusers' format (full weights, `unet/` say) or
-`pytorch_lora_weights.safetensors` in diffusers' layout with PEFT's configuration in its metadata, and then
-`conditioning.safetensors` where the student is conditioned on its target time. A student tuned to preferences is a
-distilled one, as it was, with `preference_lora_weights.safetensors` over it.
+`pytorch_lora_weights.safetensors` in diffusers' layout with PEFT's configuration in its metadata, and
+`conditioning.safetensors` if the student is conditioned on its target time. A student tuned to preferences is the
+distilled one, unchanged, with `preference_lora_weights.safetensors` over it.
 
-Roles over one set of base weights: the `distilled` adapter (or, of a student trained in full, the weights themselves)
-is the reference of preference learning; `preference` comes on top and is all that is trained.
+Both roles of preference learning share one set of base weights: the `distilled` adapter (or the weights of a student
+trained in full) is the reference; the `preference` adapter over it is all that is trained.
 """
 
 import copy
@@ -54,21 +54,21 @@ class Student:
     conditioned: bool
     folder: Path
     tuned: bool = False  # to preferences, by an adapter over the distilled student
-    budgets: tuple[int, ...] = ()  # steps whose jumps alone it learned, ascending; none: every number
+    budgets: tuple[int, ...] = ()  # ascending, the numbers of steps that it was trained for; empty: all
 
     @property
     def default_gamma(self) -> float:
-        """1 (re-noise) for one segment; 0 (deterministic) for more, and for a student told where its jumps end."""
+        """Return 1 (all noise drawn again) for one segment, 0 (deterministic) for more or for a conditioned student."""
         return default_gamma(self.num_segments, self.conditioned)
 
 
 def student(
     base: Base, adapter: Lora | Full, seed: int, condition_on_target: bool = False, start: Path | None = None
 ) -> ModelMixin:
-    """A trainable denoiser whose output equals the teacher's bit for bit, or that of the student in folder `start`.
+    """Return a trainable denoiser whose output equals the teacher's bit for bit, or that of the student in `start`.
 
     LoRA matrices are drawn from `seed` (the up-projections are zero). `condition_on_target` adds a zero projection of
-    the target time, trained in full. Raises ValueError where `start` holds another kind or size of student.
+    the target time, trained in full. Raise ValueError if `start` has a student of another adapter.
     """
     if start is not None:
         return _resume(base, adapter, condition_on_target, Path(start))
@@ -82,26 +82,26 @@ def student(
 
 
 def for_preference(base: Base, adapter: Lora, seed: int, start: Path) -> ModelMixin:
-    """The distilled student in folder `start`, frozen, with a fresh trainable `preference` adapter drawn from `seed`.
+    """Load the distilled student in folder `start`, frozen, with a new trainable `preference` adapter from `seed`.
 
-    Its output equals the student's. Raises ValueError where `start` has been tuned already.
+    Its output equals the student's. Raise ValueError if the student in `start` has been tuned already.
     """
     if (start / PREFERENCE_FILE).is_file():
         raise ValueError(f"{start} holds a tuned student; preference learning starts from a distilled one")
-    return preferring(base, load_student(base, start).denoiser, adapter, seed)
+    return with_preference(base, load_student(base, start).denoiser, adapter, seed)
 
 
-def preferring(base: Base, denoiser: ModelMixin, adapter: Lora, seed: int) -> ModelMixin:
-    """A distilled student's `denoiser`, frozen, with a fresh trainable `preference` adapter drawn from `seed`."""
+def with_preference(base: Base, denoiser: ModelMixin, adapter: Lora, seed: int) -> ModelMixin:
+    """Add a new trainable `preference` adapter from `seed` to a distilled student's frozen `denoiser`; return it."""
     settings = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(base.lora_targets))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return _with_preference(denoiser, settings)
+        return _add_preference(denoiser, settings)
 
 
 @contextmanager
 def as_reference(denoiser: ModelMixin) -> Iterator[ModelMixin]:
-    """`denoiser` without its `preference` adapter: the distilled student, and never the bare teacher."""
+    """Yield `denoiser` without its `preference` adapter: the distilled student, not the teacher."""
     _activate(denoiser, [name for name in denoiser.peft_config if name != PREFERENCE])
     try:
         yield denoiser
@@ -110,15 +110,15 @@ def as_reference(denoiser: ModelMixin) -> Iterator[ModelMixin]:
 
 
 def trainable_parameters(denoiser: nn.Module) -> list[nn.Parameter]:
-    """The parameters that training changes, in the module's order."""
+    """Return the parameters that require gradients, in the module's order."""
     return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
 
 
 def save_student(denoiser: ModelMixin, folder: Path | str, description: dict[str, Any]) -> None:
     """Write a student's folder in one rename, replacing an older one.
 
-    `description` goes into student.json with what the denoiser itself says ("adapter", "conditioned"); it must name
-    "num_segments" (K of the last phase), "family" and "prediction_type". Raises ValueError where it does not.
+    student.json holds `description` with the denoiser's own "adapter" and "conditioned". Raise ValueError if
+    `description` lacks "num_segments" (K of the last phase), "family" or "prediction_type".
     """
     missing = {"num_segments", "family", "prediction_type"} - set(description)
     if missing:
@@ -126,105 +126,107 @@ def save_student(denoiser: ModelMixin, folder: Path | str, description: dict[str
     settings = _lora_settings(denoiser)
     adapter = Full() if settings is None else Lora(rank=settings.r, alpha=settings.lora_alpha)
     target_time, part = target_time_of(denoiser), layout_of(description["family"]).denoiser
-    apart = settings is not None or not _is_configured(denoiser)
+    has_own_file = settings is not None or not _is_configured(denoiser)
     with replacing(Path(folder)) as partial:
         partial.mkdir()
         if settings is None:
             finite.refuse_weights(denoiser.state_dict(), "the student")
-            with _without_target_time(denoiser) if apart else nullcontext():
+            with _without_target_time(denoiser) if has_own_file else nullcontext():
                 denoiser.save_pretrained(partial / part)
             forget_origin(partial)
         else:
             _save_lora(denoiser, DISTILLED, partial / LORA_FILE, part)
-        if target_time and apart:
+        if target_time and has_own_file:
             write_tensors(partial / CONDITIONING_FILE, target_time)
-        described = {**description, "adapter": adapter.model_dump(), "conditioned": bool(target_time)}
-        write_json(partial / DESCRIPTION_FILE, described)
+        fields = {**description, "adapter": adapter.model_dump(), "conditioned": bool(target_time)}
+        write_json(partial / DESCRIPTION_FILE, fields)
 
 
 def save_tuned(denoiser: ModelMixin, start: Path, folder: Path, tuned_steps: int) -> None:
     """Write a tuned student's folder in one rename: the distilled student in `start`, and the adapter over it.
 
-    `tuned_steps` is the step that the guard kept, 0 where the student is as it was distilled.
+    `tuned_steps` is the number of optimiser steps of the weights that the guard kept; 0 is the distilled student.
     """
-    settings = _lora_settings(denoiser, PREFERENCE)
+    settings = denoiser.peft_config[PREFERENCE]
     preference = Lora(rank=settings.r, alpha=settings.lora_alpha).model_dump()
     with replacing(folder) as partial:
         shutil.copytree(start, partial)
         _save_lora(denoiser, PREFERENCE, partial / PREFERENCE_FILE, layout_of(describe(start)["family"]).denoiser)
-        described = {**describe(start), "preference": preference, "tuned_steps": tuned_steps}
-        write_json(partial / DESCRIPTION_FILE, described)
+        fields = {**describe(start), "preference": preference, "tuned_steps": tuned_steps}
+        write_json(partial / DESCRIPTION_FILE, fields)
 
 
 def load_student(base: Base, folder: Path | str) -> Student:
-    """The student in `folder`, over the weights of `base` where it is an adapter, bit for bit as it was saved.
+    """Load the student in `folder`, over the weights of `base` if it is an adapter, bit for bit as it was saved.
 
-    Its parameters ask for gradients as in training: torch multiplies by frozen matrices in another order, which would
-    change the last bits. Raises FileNotFoundError where there is none, ValueError for one of another family or
-    prediction type.
+    Its parameters require gradients as in training: torch multiplies by frozen matrices in another order, which would
+    change the last bits. Raise FileNotFoundError if there is none, ValueError for one of another family or prediction
+    type.
     """
     folder = Path(folder)
-    described = describe(folder)
+    description = describe(folder)
     for name, expected in (("family", base.family), ("prediction_type", base.prediction_type)):
-        if described[name] != expected:
-            raise ValueError(f"{folder}: the student's {name} is {described[name]}, the teacher's {expected}")
-    denoiser = _load_denoiser(base, folder, described)
-    tuned, budgets = "preference" in described, tuple(sorted(set(described["budgets"])))
-    return Student(denoiser, described["num_segments"], described["conditioned"], folder, tuned, budgets)
+        if description[name] != expected:
+            raise ValueError(f"{folder}: the student's {name} is {description[name]}, the teacher's {expected}")
+    denoiser = _load_denoiser(base, folder, description)
+    tuned, budgets = "preference" in description, tuple(sorted(set(description["budgets"])))
+    return Student(denoiser, description["num_segments"], description["conditioned"], folder, tuned, budgets)
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """What student.json in `folder` says.
+    """Read student.json in `folder`.
 
-    Raises FileNotFoundError where there is none, CheckpointError for one that is damaged.
+    Raise FileNotFoundError if there is none, CheckpointError for one that is damaged.
     """
     file = folder / DESCRIPTION_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no student: no {DESCRIPTION_FILE}; name a finished student's folder")
-    described = read_json(file, family=str, prediction_type=str, conditioned=bool, adapter=dict)
-    num_segments = described.setdefault("num_segments", described.pop("segments", None))  # its name in older folders
+    description = read_json(file, family=str, prediction_type=str, conditioned=bool, adapter=dict)
+    # in older folders num_segments is called segments, and the two keys below are missing
+    num_segments = description.setdefault("num_segments", description.pop("segments", None))
     if type(num_segments) is not int or not 1 <= num_segments <= NUM_SEGMENTS:
         message = f"num_segments must be a whole number from 1 to {NUM_SEGMENTS}, is {reprlib.repr(num_segments)}"
         raise CheckpointError(f"{file}: {message}")
-    tuned_steps = described.get("tuned_steps", 0)  # older folders do not say
+    tuned_steps = description.get("tuned_steps", 0)
     if type(tuned_steps) is not int or tuned_steps < 0:
         raise CheckpointError(f"{file}: tuned_steps must be a whole number from 0, is {reprlib.repr(tuned_steps)}")
-    budgets = described.setdefault("budgets", [])  # nor do they
+    budgets = description.setdefault("budgets", [])
     if type(budgets) is not list or not all(type(n) is int and 1 <= n <= NUM_SEGMENTS for n in budgets):
         raise CheckpointError(f"{file}: budgets must be numbers from 1 to {NUM_SEGMENTS}, are {reprlib.repr(budgets)}")
-    return described
+    return description
 
 
 def tuned_steps(folder: Path) -> int | None:
-    """The steps of preference learning that the student in `folder` has taken; None where it is not tuned, or says not.
+    """Return the optimiser steps of tuning in the student in `folder`; None if it is not tuned or an older folder.
 
-    0 is a student that its guard found no better than the distilled one, which it then is.
+    0 is the distilled student itself, since its guard found none of the tuned weights better.
     """
-    described = describe(folder)
-    return described.get("tuned_steps") if "preference" in described else None
+    description = describe(folder)
+    return description.get("tuned_steps") if "preference" in description else None
 
 
 def load_published_lora(base: Base, path: Path | str, alpha: float = 8.0) -> ModelMixin:
-    """The teacher with a LoRA file as the authors of TLCM publish it: keys as PEFT gives them, no configuration.
+    """Return the teacher with a LoRA file as the authors of TLCM publish it: PEFT's keys and no configuration.
 
-    Rank and modules are read from the tensors; `alpha` is PEFT's default of 8, which their code trains and loads with
+    Rank and modules are read from the tensors; `alpha` is PEFT's default of 8, with which their code trains and loads
     (diffusers would take alpha = rank, eight times too strong at rank 64).
     """
     tensors = {key.removeprefix("base_model.model."): value for key, value in read_tensors(Path(path)).items()}
     modules = sorted({key.rpartition(".lora_")[0] for key in tensors})
     first = tensors.get(f"{modules[0]}.lora_A.weight") if modules else None
     if first is None or first.ndim < 2:
-        raise ValueError(f"{path}: its tensors are not a LoRA's, named as PEFT names them")
+        raise ValueError(f"{path}: its tensors do not have the names of a LoRA in PEFT's layout")
     rank = first.shape[0]
     denoiser = _denoiser(base, base.denoiser, condition=False, shared=True)
     settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)
     return _fill_lora(_with_lora(denoiser, settings), DISTILLED, tensors, path)
 
 
-def as_one_lora(student: Student) -> Adapter | None:
-    """Return the adapter that makes the teacher this student, with the preference adapter of a tuned one in it.
+def combined_lora(student: Student) -> Adapter | None:
+    """Return one adapter over the teacher for this student: distilled and, if it is tuned, preference in one.
 
-    None where its weights are its own. A target time's projection is not in it. Every scale is inside B (alpha = rank).
+    None for a student trained in full. The target time's projection is not in it. Every scale is inside B (alpha =
+    rank).
     """
     if not (student.folder / LORA_FILE).is_file():
         return None
@@ -233,49 +235,49 @@ def as_one_lora(student: Student) -> Adapter | None:
 
 
 def merged(student: Student, dtype: torch.dtype) -> ModelMixin:
-    """A plain denoiser with weights of its own in `dtype` that computes what the student does.
+    """Return a copy of the student's denoiser in `dtype` with its adapters merged into the weights.
 
-    Raises ValueError where they do not fit `dtype`.
+    Raise ValueError if a weight overflows in `dtype`.
     """
     denoiser = copy.deepcopy(student.denoiser)
     if adapters := list(denoiser.__dict__.get("peft_config", {})):
         denoiser.fuse_lora(adapter_names=adapters)
         denoiser.unload_lora()
-    nn.Module.to(denoiser, dtype)  # diffusers' own `to` warns of float32 modules that a UNet has not
+    nn.Module.to(denoiser, dtype)  # diffusers' own `to` warns of float32 modules that a UNet does not have
     finite.refuse_weights(denoiser.state_dict(), "the student folded into the teacher")
     return denoiser
 
 
 def _resume(base: Base, adapter: Lora | Full, condition_on_target: bool, folder: Path) -> ModelMixin:
-    """The student in `folder`, trainable again."""
-    described = describe(folder)
-    if described["adapter"] != adapter.model_dump():
+    """Load the student in `folder` to train it further."""
+    description = describe(folder)
+    if description["adapter"] != adapter.model_dump():
         raise ValueError(
-            f"{folder} holds a student with adapter {described['adapter']}, the recipe asks for "
-            f"{adapter.model_dump()}; a stage goes on with the adapter it starts from"
+            f"{folder} holds a student with adapter {description['adapter']}, the recipe has "
+            f"{adapter.model_dump()}; a stage continues with the adapter of the student it starts from"
         )
-    if described["conditioned"] and not condition_on_target:
+    if description["conditioned"] and not condition_on_target:
         raise ValueError(f"{folder} holds a student conditioned on its target time; set condition_on_target: true")
-    return _load_denoiser(base, folder, described, condition_on_target)
+    return _load_denoiser(base, folder, description, condition_on_target)
 
 
-def _load_denoiser(base: Base, folder: Path, described: dict[str, Any], condition: bool = False) -> ModelMixin:
-    """What `folder` holds, with the parameters trainable that were so when it was made.
+def _load_denoiser(base: Base, folder: Path, description: dict[str, Any], condition: bool = False) -> ModelMixin:
+    """Load the denoiser in `folder`, with the same trainable parameters as in its training.
 
-    `condition` adds a target time where it has none.
+    `condition` adds a target time's projection if it has none.
     """
-    denoiser = _load_distilled(base, folder, described, condition or described["conditioned"])
-    if "preference" not in described:
+    denoiser = _load_distilled(base, folder, description, condition or description["conditioned"])
+    if "preference" not in description:
         return denoiser
     settings, tensors = read_lora(folder / PREFERENCE_FILE)
-    return _fill_lora(_with_preference(denoiser, settings), PREFERENCE, tensors, folder)
+    return _fill_lora(_add_preference(denoiser, settings), PREFERENCE, tensors, folder)
 
 
-def _load_distilled(base: Base, folder: Path, described: dict[str, Any], condition: bool) -> ModelMixin:
-    is_full = described["adapter"].get("kind") == "full"
-    source = _load_whole(base, folder / base.denoiser_part) if is_full else base.denoiser
+def _load_distilled(base: Base, folder: Path, description: dict[str, Any], condition: bool) -> ModelMixin:
+    is_full = description["adapter"].get("kind") == "full"
+    source = _load_full(base, folder / base.denoiser_part) if is_full else base.denoiser
     denoiser = _denoiser(base, source, condition, shared=True)
-    if described["conditioned"] and not (is_full and _is_configured(denoiser)):
+    if description["conditioned"] and not (is_full and _is_configured(denoiser)):
         projection = read_tensors(folder / CONDITIONING_FILE)
         if misfits(projection, target_time_of(denoiser)):
             raise ValueError(f"{folder / CONDITIONING_FILE} is not the target time's projection of this teacher")
@@ -286,20 +288,21 @@ def _load_distilled(base: Base, folder: Path, described: dict[str, Any], conditi
     return _fill_lora(_with_lora(denoiser, settings), DISTILLED, tensors, folder)
 
 
-def _load_whole(base: Base, folder: Path) -> ModelMixin:
-    """The denoiser in `folder`, float32, where `base` is."""
+def _load_full(base: Base, folder: Path) -> ModelMixin:
+    """Load the denoiser in `folder` in float32 on the device of `base`."""
     for path in sorted(folder.glob("*.safetensors")):
-        read_shapes(path)  # a damaged file is told by its name
-    loaded = base.denoiser_class.from_pretrained(
+        read_shapes(path)  # raises with the name of a damaged file
+    denoiser = base.denoiser_class.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
     )
-    return nn.Module.to(loaded, base.device, memory_format=base.memory_format)
+    place = {"device": base.device, "memory_format": base.memory_format}
+    return nn.Module.to(denoiser, **place)  # type: ignore[call-overload]  # torch's stubs lack memory_format
 
 
 def _denoiser(base: Base, source: ModelMixin, condition: bool, shared: bool) -> ModelMixin:
-    """A frozen module of its own with the weights of `source`: the same memory, or a float32 copy.
+    """Return a new frozen module with the weights of `source`: the same tensors, or float32 copies.
 
-    `condition` gives it diffusers' hook for an embedding beside that of t, its projection all zeros.
+    With `condition` it has a projection of the target time, which is zero unless `source` has one.
     """
     weights = source.state_dict()
     if not shared:
@@ -313,32 +316,32 @@ def _denoiser(base: Base, source: ModelMixin, condition: bool, shared: bool) -> 
 
 
 def target_time_of(denoiser: nn.Module) -> dict[str, Tensor]:
-    """The weights of the target time's projection, by name; none where `denoiser` is not conditioned on one."""
+    """Return the weights of the target time's projection, by name; empty if `denoiser` is not conditioned on one."""
     layers = denoiser.named_modules()
     return {f"{name}.weight": layer.weight for name, layer in layers if isinstance(layer, TargetTimeProjection)}
 
 
 def _is_configured(denoiser: ModelMixin) -> bool:
-    """Whether diffusers' own configuration of this denoiser says that a target time enters."""
+    """Return whether diffusers' configuration of this denoiser includes the target time's projection."""
     return "time_cond_proj_dim" in denoiser.config
 
 
 @contextmanager
 def _without_target_time(denoiser: nn.Module) -> Iterator[None]:
-    """`denoiser` as diffusers knows it, for as long as the block lasts."""
+    """Take the target time's projection out of `denoiser` inside the block, as diffusers' own class has none."""
     owners = [one for one in denoiser.modules() if isinstance(getattr(one, "cond_proj", None), TargetTimeProjection)]
-    projections = [one.cond_proj for one in owners]
+    projections = [one.get_submodule("cond_proj") for one in owners]
     try:
         for one in owners:
-            one.cond_proj = None
+            one.register_module("cond_proj", None)
         yield
     finally:
         for one, projection in zip(owners, projections, strict=True):
-            one.cond_proj = projection
+            one.register_module("cond_proj", projection)
 
 
 def _with_lora(denoiser: ModelMixin, settings: LoraConfig) -> ModelMixin:
-    """`denoiser` with a fresh float32 adapter; it and the target time's projection are trainable."""
+    """Add a new float32 adapter to `denoiser`, and make it and the target time's projection trainable."""
     denoiser.add_adapter(settings, adapter_name=DISTILLED)
     for projection in target_time_of(denoiser).values():
         projection.requires_grad_(True)
@@ -346,9 +349,9 @@ def _with_lora(denoiser: ModelMixin, settings: LoraConfig) -> ModelMixin:
     return denoiser.eval()
 
 
-def _with_preference(denoiser: ModelMixin, settings: LoraConfig) -> ModelMixin:
-    """`denoiser` with a fresh float32 `preference` adapter beside what it has; that alone asks for gradients."""
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # PEFT's, of a second adapter: it is meant
+def _add_preference(denoiser: ModelMixin, settings: LoraConfig) -> ModelMixin:
+    """Add a new float32 `preference` adapter to `denoiser`, and make it alone trainable."""
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # PEFT warns of a second adapter
         denoiser.add_adapter(settings, adapter_name=PREFERENCE)
     _activate(denoiser, list(denoiser.peft_config))
     for name, parameter in denoiser.named_parameters():
@@ -358,28 +361,30 @@ def _with_preference(denoiser: ModelMixin, settings: LoraConfig) -> ModelMixin:
 
 
 def _activate(denoiser: ModelMixin, names: list[str]) -> None:
-    """Make exactly the adapters `names` active, layer by layer; what asks for gradients stays as set.
+    """Make exactly the adapters `names` active, layer by layer; `requires_grad` of all parameters stays as it is.
 
-    PEFT's switches turn gradients on and off as well, and walk all modules for each: half a second a step on SDXL.
+    PEFT's switches set `requires_grad` too, and walk all modules for each parameter: half a second per step on SDXL.
     """
     for layer in denoiser.modules():
         if isinstance(layer, BaseTunerLayer):
-            asked = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+            flags = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
             if layer.disable_adapters == bool(names):
                 layer.enable_adapters(bool(names))
             if names:
                 layer.set_adapter(names)
-            for parameter, asks in asked:
-                parameter.requires_grad_(asks)
+            for parameter, requires_grad in flags:
+                parameter.requires_grad_(requires_grad)
 
 
 def _fill_lora(denoiser: ModelMixin, name: str, tensors: dict[str, Tensor], source: Path | str) -> ModelMixin:
-    """`denoiser` with the weights of its adapter `name` replaced.
+    """Replace the weights of adapter `name` of `denoiser`, in place, and return it.
 
-    Raises ValueError unless `tensors` are the adapter's, and all of them.
+    Raise ValueError unless names and shapes of `tensors` are exactly the adapter's.
     """
-    if odd := misfits(tensors, get_peft_model_state_dict(denoiser, adapter_name=name)):
-        raise ValueError(f"{source}: {len(odd)} LoRA tensors do not fit the teacher's denoiser, for example {odd[0]}")
+    if names := misfits(tensors, get_peft_model_state_dict(denoiser, adapter_name=name)):
+        raise ValueError(
+            f"{source}: {len(names)} LoRA tensors do not fit the teacher's denoiser, for example {names[0]}"
+        )
     set_peft_model_state_dict(denoiser, tensors, adapter_name=name)
     return denoiser
 

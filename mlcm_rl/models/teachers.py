@@ -1,4 +1,4 @@
-"""A teacher by its recipe: loaded, or as a skeleton without data; the small decoder beside its autoencoder."""
+"""Load a recipe's teacher, or its skeleton without data, and the small decoder beside its autoencoder."""
 
 from importlib import import_module
 from pathlib import Path
@@ -17,16 +17,16 @@ from .files import empty_pipeline, load_pipeline
 
 
 def class_of(family: str) -> type[Base]:
-    """Return the class of the teachers of a family, ours or another distribution's."""
+    """Return the class of a family's teachers, whether it is ours or another distribution's."""
     module, _, name = layout_of(family).implementation.partition(":")
     return getattr(import_module(module), name)
 
 
 def load(teacher: Teacher, device: torch.device | str) -> "Base":
-    """The teacher named in a recipe, frozen, on `device`.
+    """Load the recipe's teacher, frozen, on `device`.
 
-    Raises FileNotFoundError for a missing folder or component, ValueError for another family than the recipe's, or for
-    a schedule that cannot be distilled.
+    Raise FileNotFoundError for a missing folder or component, ValueError for another family than the recipe's or for a
+    schedule that cannot be distilled.
     """
     family = class_of(teacher.family)
     where = torch.device(device)
@@ -34,9 +34,9 @@ def load(teacher: Teacher, device: torch.device | str) -> "Base":
 
 
 def skeleton(teacher: Teacher) -> "Base":
-    """The same on the meta device, denoiser and autoencoder without data and no text encoders, of a local folder.
+    """Return a local teacher on the meta device: denoiser and autoencoder without data, and no text encoders.
 
-    Read from its configuration files alone: what passes take can be tried on it. Raises as `load` does.
+    It is built from the configuration files alone; memory and operations are estimated on it. Raise as `load` does.
     """
     family = class_of(teacher.family)
     pipeline = empty_pipeline(family.pipeline_class, teacher)
@@ -47,11 +47,10 @@ def skeleton(teacher: Teacher) -> "Base":
 
 
 def small_decoder(folder: str, base: Base) -> AutoencoderTiny:
-    """The AutoencoderTiny (TAESD's layout) in `folder`, frozen, on the device of `base`, whose latents it reads.
+    """Load the AutoencoderTiny (TAESD's layout) in `folder`, frozen, on the device of `base`, whose latents it decodes.
 
-    On the meta device it has no data.
-
-    Raises FileNotFoundError where it is not there, ValueError for another model or one made for other latents.
+    On the meta device it has no data. Raise FileNotFoundError if it is missing, ValueError for another model or for one
+    made for other latents.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -83,7 +82,7 @@ def small_decoder(folder: str, base: Base) -> AutoencoderTiny:
 
 
 def teacher_hash(teacher: Teacher) -> str:
-    """Identity of a teacher's weights and configuration: one sha256 over every file's, or the pinned revision."""
+    """Return the identity of a teacher's weights and configuration: one hash of all files, or the pinned revision."""
     folder = Path(teacher.path)
     if not folder.is_dir():
         return f"{teacher.path}@{teacher.revision}"
@@ -91,13 +90,13 @@ def teacher_hash(teacher: Teacher) -> str:
 
 
 def tell_truncated(base: Base, prompts: list[str], source: str) -> None:
-    """Say how many of the `prompts` in `source` are longer than the teacher reads, and which is the longest."""
+    """Report how many of the `prompts` in `source` are longer than the teacher reads, and which is the longest."""
     counts = base.count_tokens(prompts)
     num_longer = sum(count > base.num_tokens for count in counts)
     if num_longer:
         longest = counts.index(max(counts))
         say_once(
             f"{source}: {num_longer} of {len(prompts)} prompts are longer than the {base.num_tokens} tokens that the "
-            f"teacher reads; their ends are not seen. The longest is number {longest + 1}, "
+            f"teacher reads; their ends are cut off. The longest is number {longest + 1}, "
             f"of {counts[longest]} tokens: {prompts[longest][:40]!r}"
         )

@@ -1,4 +1,4 @@
-"""What the families of UNets share: Stable Diffusion, SDXL and models of their shapes, on variance-preserving noise."""
+"""Base of the UNet families, Stable Diffusion and SDXL, with variance-preserving noise."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from ..equations.schedule import Schedule, scaled_linear_betas, vp_schedule
 from ..equations.segments import NUM_SEGMENTS, sampling_times
 from .base import TARGET_TIME_WIDTH, Base, Conditioning
 
-# The modules that the published TLCM adapter changes (its inference code; the list of LCM-LoRA).
+# The modules that the published TLCM adapter changes (from its inference code; the same as LCM-LoRA's).
 LORA_TARGETS = [
     "to_q",
     "to_k",
@@ -38,7 +38,7 @@ SCHEDULE_KEYS = (
     "trained_betas",
     "rescale_betas_zero_snr",
     "prediction_type",
-    "steps_offset",  # of no effect here; Stable Diffusion's pipelines warn where it is not 1
+    "steps_offset",  # has no effect here, but Stable Diffusion's pipelines warn where it is not 1
 )
 
 
@@ -73,9 +73,10 @@ class UNetBase(Base):
         return {key: value for key, value in settings if key.startswith(("beta", "num_", "predict"))}
 
     def empty_denoiser(self, config: Mapping[str, Any], condition: bool) -> UNet2DConditionModel:
-        """Its configuration says that a target time enters, so that diffusers builds the same from it.
+        """Return a new denoiser; with `condition` its configuration has the target time's width too.
 
-        Said beside `config`, not in it: diffusers takes its own default for keys that a teacher's file did not have.
+        The width is an argument beside `config`, not in it: for keys that a teacher's file lacks, diffusers ignores
+        `config` and takes its own default.
         """
         width = TARGET_TIME_WIDTH if condition else None
         denoiser = self.denoiser_class.from_config(config, time_cond_proj_dim=width)
@@ -93,7 +94,7 @@ class UNetBase(Base):
         return denoiser.time_proj(self.schedule.network_time[t])
 
     def _added_conditions(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
-        """The denoiser's `added_cond_kwargs`, for families that have them."""
+        """Return the denoiser's `added_cond_kwargs`, for families that have them."""
         return None
 
     def predict(
@@ -111,10 +112,10 @@ class UNetBase(Base):
         )[0].float()
 
     def stock_scheduler(self, gamma: float) -> LCMScheduler | TCDScheduler:
-        """LCM's for gamma 1, else TCD's, whose `eta` is gamma.
+        """Return LCM's scheduler for gamma 1, else TCD's, whose `eta` is gamma.
 
-        Pipelines pass it eta 0 unless they are told another. TCD's last step ends at index 0, not at x0. Raises
-        ValueError where the milestones are elsewhere than these schedulers can go.
+        Pipelines pass eta 0 by default. TCD's last step ends at index 0, not at x0. Raise ValueError if the scheduler
+        cannot visit the milestones.
         """
         teacher = self.pipeline.scheduler.config
         settings = {key: teacher[key] for key in SCHEDULE_KEYS if key in teacher}
@@ -124,16 +125,16 @@ class UNetBase(Base):
         if scheduler.timesteps.tolist() != expected:
             raise ValueError(
                 f"a teacher of {self.schedule.num_times} times has milestones {expected}; "
-                f"{type(scheduler).__name__} goes to {scheduler.timesteps.tolist()}: no stock pipeline can sample it"
+                f"{type(scheduler).__name__} visits {scheduler.timesteps.tolist()}: no stock pipeline can sample it"
             )
         return scheduler
 
 
 def schedule_of(scheduler: dict[str, Any]) -> Schedule:
-    """The noise schedule (T,) that a diffusers scheduler's configuration describes.
+    """Return the noise schedule (T,) of a diffusers scheduler's configuration.
 
-    Raises ValueError for one without betas or of a form not known here, and for zero terminal SNR with epsilon
-    prediction: at alpha = 0 the noise says nothing about x0.
+    Raise ValueError for an unsupported form, and for zero terminal SNR with epsilon prediction: at alpha = 0 the noise
+    does not determine x0.
     """
     form, num_times = scheduler.get("beta_schedule"), scheduler["num_train_timesteps"]
     start, end = scheduler.get("beta_start", 0.0), scheduler.get("beta_end", 0.0)

@@ -1,4 +1,4 @@
-"""Errors of a run, in words for people."""
+"""Errors of a run, with messages for its users."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,45 +6,50 @@ from contextlib import contextmanager
 from ..storage.files import CheckpointError
 from ..training.loop import NonFiniteLoss
 
-PEOPLES_ERRORS = (CheckpointError, NonFiniteLoss, OSError, ValueError)  # their messages say what to do
+EXPECTED_ERRORS = (
+    CheckpointError,
+    NonFiniteLoss,
+    OSError,
+    ValueError,
+)  # of users and their files; the messages say what to do
 
 
 class RunError(Exception):
-    """A run failed; the message says which stage, where and why, for people."""
+    """A run failed; the message says which stage, where and why."""
 
     exit_code = 1
 
 
 class ProcessLost(RunError):
-    """Another process of the run has ended, and this one cannot go on without it."""
+    """Another process of the run has ended, and this one cannot continue without it."""
 
     exit_code = 3
 
 
 class BadArgument(RunError):
-    """What a command was asked for cannot be: nothing was loaded, nothing written."""
+    """An argument of a command is wrong; nothing was loaded and nothing written."""
 
     exit_code = 2
 
 
 @contextmanager
-def worded(what: str, kind: type[RunError] = RunError) -> Iterator[None]:
-    """What people can mend raises an error of this `kind` that begins with `what`, a command or an argument."""
+def prefix_errors(what: str, kind: type[RunError] = RunError) -> Iterator[None]:
+    """Turn expected errors inside into errors of `kind`, prefixed by `what`: a command or an argument."""
     try:
         yield
-    except PEOPLES_ERRORS as error:
-        raise kind(f"{what}: {said(error)}") from error
+    except EXPECTED_ERRORS as error:
+        raise kind(f"{what}: {message_of(error)}") from error
 
 
-def said(error: Exception) -> str:
-    """What `error` says, for people: of the system's errors the file and the reason, not the number."""
+def message_of(error: Exception) -> str:
+    """Return the message of `error`; of the system's errors the file and the reason, without the number."""
     if isinstance(error, OSError) and error.strerror:
         return ": ".join(filter(None, (error.filename and str(error.filename), error.strerror.lower())))
     return str(error)
 
 
 def way_out(trains: bool) -> str:
-    """What makes a stage smaller, one that trains a denoiser or one that does not."""
+    """Return advice on how to make a stage need less memory, one that trains a denoiser or one that does not."""
     if trains:
         return "smaller micro-batches (gradient_accumulation), gradient_checkpointing, or another --launch"
     return "a smaller batch_size"

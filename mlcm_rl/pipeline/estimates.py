@@ -1,7 +1,7 @@
-"""Estimates of memory and operations that were made before, found by all that they depend on.
+"""A cache of estimates of memory and operations.
 
-They are kept in `$MLCM_RL_ESTIMATES` (~/.cache/mlcm_rl/estimates), which may be deleted at any time. An estimate is
-found by its description and the code that made it; one that is damaged, or of another description, is made again.
+It is the folder `$MLCM_RL_ESTIMATES` (~/.cache/mlcm_rl/estimates), which may be deleted at any time. An estimate's file
+is named by a hash of all that it depends on, our code included; a damaged one is computed again.
 """
 
 import json
@@ -20,31 +20,31 @@ from ..storage.files import CheckpointError, read_json, write_json
 from ..storage.hashing import sha256_once
 from .fingerprint import hashed, reward_files, reward_sources
 
-READ_BY = ("torch", "diffusers", "transformers", "peft")  # packages whose models an estimate goes through
-# Settings of a stage that change nothing of an estimate; of those that name what is read only whether they are given.
+MODEL_PACKAGES = ("torch", "diffusers", "transformers", "peft")  # whose models an estimate runs
+# Settings of a stage that change nothing in an estimate; of settings that name files only their presence counts.
 WITHOUT = ("seed", "learning_rate", "log_every", "save_every", "sample_every", "held_out_every", "keep_checkpoints")
 
 
-def remembered(description: dict[str, Any], estimate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what `estimate` gives for what is so described, without calling it where that was done before."""
+def cached(description: dict[str, Any], estimate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the result of `estimate`, from the cache where one of this `description` is there."""
     path = folder() / f"{hashed(description)}.json"
     with suppress(CheckpointError, OSError):
-        kept = read_json(path, description=dict, estimate=dict, seal=str)
-        if kept["description"] == _as_read(description) and kept["seal"] == hashed(kept["estimate"]):
-            return kept["estimate"]
-    made = _as_read(estimate())
-    with suppress(CheckpointError, OSError):  # a disk that takes no more costs a repetition alone
-        write_json(path, {"description": description, "estimate": made, "seal": hashed(made)})
-    return made
+        entry = read_json(path, description=dict, estimate=dict, seal=str)
+        if entry["description"] == _through_json(description) and entry["seal"] == hashed(entry["estimate"]):
+            return entry["estimate"]
+    result = _through_json(estimate())
+    with suppress(CheckpointError, OSError):  # a full disk costs a repetition alone
+        write_json(path, {"description": description, "estimate": result, "seal": hashed(result)})
+    return result
 
 
 def folder() -> Path:
-    """Return where estimates are kept."""
+    """Return the folder of the cache."""
     return Path(os.environ.get("MLCM_RL_ESTIMATES", "~/.cache/mlcm_rl/estimates")).expanduser()
 
 
-def described(stage: Stage, recipe: Recipe, teacher: Path, **others: Any) -> dict[str, Any]:
-    """Return all that an estimate of `stage` depends on, of the shapes of the `teacher` in a folder and of `others`."""
+def description(stage: Stage, recipe: Recipe, teacher: Path, **others: Any) -> dict[str, Any]:
+    """Return all that an estimate of `stage` depends on; `teacher` is the folder of its shapes."""
     settings = stage.model_dump(mode="json", exclude=set(WITHOUT))
     settings |= {name: bool(settings[name]) for name in (*reads_of(stage), "also") if name in settings}
     small = getattr(stage, "small_decoder", None)
@@ -63,18 +63,18 @@ def described(stage: Stage, recipe: Recipe, teacher: Path, **others: Any) -> dic
 
 
 def _configurations(teacher: Path) -> list[Path]:
-    """Return what shapes are read from: every component's configuration, and how many tokens a prompt has."""
+    """Return the files that shapes are read from: the configurations of components and of tokenizers."""
     return sorted([*teacher.glob("model_index.json"), *teacher.glob("*/*config.json")])
 
 
 @cache
 def _code() -> dict[str, str]:
-    """Return what makes an estimate: this package's own files, and the versions of those that define the models."""
+    """Return a hash of this package's files, and the versions of the packages that define the models."""
     package = Path(__file__).parents[1]
     files = {path.relative_to(package).as_posix(): sha256_once(path) for path in sorted(package.rglob("*.py"))}
-    return {"mlcm_rl": hashed(files)} | {name: version(name) for name in READ_BY}
+    return {"mlcm_rl": hashed(files)} | {name: version(name) for name in MODEL_PACKAGES}
 
 
-def _as_read(value: dict[str, Any]) -> dict[str, Any]:
-    """Return `value` as JSON gives it back."""
+def _through_json(value: dict[str, Any]) -> dict[str, Any]:
+    """Return `value` as it is after a round trip through JSON."""
     return json.loads(json.dumps(value))

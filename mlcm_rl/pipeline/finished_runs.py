@@ -1,4 +1,4 @@
-"""What is done with a finished run: pictures, pair tables, a report, a folder to publish."""
+"""Commands on a finished run: pictures, pair tables, a report, a folder to publish."""
 
 import re
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from ..equations.segments import sampling_times
 from ..models import pictures, sampler, students, teachers
 from ..models.base import Base
 from ..models.export import export as write_export
-from ..models.export import refuse_taken
+from ..models.export import refuse_existing
 from ..models.gammas import own_gamma
 from ..models.teachers import teacher_hash, tell_truncated
 from ..preference import labels, ranking
 from ..recipe import Evaluate, Recipe, Reward, paths
 from ..recipe.experiment import STUDENTS
-from ..report import tables
+from ..report import assembly, tables, tuned_students
 from ..rewards import build
 from ..rewards.prompts import refuse_prompts
 from ..storage.files import CheckpointError, read_json
@@ -29,16 +29,16 @@ from ..storage.untrusted import is_unicode, path_inside
 from ..training.devices import device_of
 from ..training.progress import tell
 from ..training.seeding import generator
-from .errors import BadArgument, RunError, worded
+from .errors import BadArgument, RunError, prefix_errors
 from .fingerprint import Located, locate
 from .running import run_stage, sweep
 
 
 def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
-    """The latest finished stage of one of `kinds` in `run_folder`: a recipe's folder of links, or the stage itself.
+    """Return the latest finished stage of one of `kinds` in `run_folder`: a recipe's folder of links, or a stage's own.
 
-    Raises RunError where there is none, or where the latest is gone: an earlier one would be another student;
-    CheckpointError where its files are not what was written.
+    Raises RunError where there is none, or where the latest is gone: an earlier one would be another student.
+    Raises CheckpointError where its files have changed.
     """
     if (run_folder / "model_index.json").is_file():
         raise RunError(
@@ -54,7 +54,7 @@ def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
     raise RunError(f"{run_folder} holds no finished {' or '.join(kinds)} stage; `mlcm run` the recipe first")
 
 
-@worded("sample")
+@prefix_errors("sample")
 def sample(
     run_folder: Path,
     prompts: list[str],
@@ -64,10 +64,10 @@ def sample(
     out: Path,
     batch_size: int = 16,
 ) -> list[Path]:
-    """Write pictures of `prompts` by a run's last student as PNG files in `out`, `batch_size` at a time; their paths.
+    """Write pictures of `prompts` by a run's last student as PNG files in `out`, `batch_size` at a time; return paths.
 
-    The noise of picture i depends on (seed, i) alone. Files go on from the numbers that are there. Without `gamma` they
-    are drawn at what the student was tuned under, or what suits it.
+    The noise of picture i depends on (seed, i) alone. Files are numbered after those in `out`. The default `gamma` is
+    the one that the student was tuned under, or its own.
     """
     if not all(map(is_unicode, prompts)):
         raise BadArgument("--prompt: holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
@@ -82,19 +82,19 @@ def sample(
     first, files = _next_number(out), []
     for start in range(0, len(prompts), batch_size):
         indices = range(start, min(start + batch_size, len(prompts)))
-        images = _drawn(base, student, [prompts[i] for i in indices], seed, indices, times, gamma)
+        images = _sample(base, student, [prompts[i] for i in indices], seed, indices, times, gamma)
         for i, image in zip(indices, images, strict=True):
             file = out / f"{first + i:03d}-seed{seed}-steps{num_steps}.png"
-            said = {"prompt": prompts[i], "number": i, **common}
-            files.append(pictures.save_png(pictures.to_pil(image), file, said))
+            metadata = {"prompt": prompts[i], "number": i, **common}
+            files.append(pictures.save_png(pictures.to_pil(image), file, metadata))
     return files
 
 
 @torch.no_grad()
-def _drawn(
+def _sample(
     base: Base, student: students.Student, prompts: list[str], seed: int, indices: range, times: list[int], gamma: float
 ) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1] of B `prompts`, the noise of each a function of `seed` and its index."""
+    """Return pictures (B, 3, H, W) in [0, 1] of B `prompts`, the noise of each a function of `seed` and its index."""
     generators = [generator(seed, "sample", i) for i in indices]
     noise, conditioning = base.noise(generators, len(prompts)), base.encode_prompts(prompts)
     x0 = sampler.sample(base, student.denoiser, conditioning, noise, times, gamma, generators, student.conditioned)
@@ -102,7 +102,7 @@ def _drawn(
 
 
 def tell_unlike(student: students.Student, folder: Path, num_steps: int) -> None:
-    """Say of a student in a stage's `folder` that it was not tuned after all, or is not for so many steps."""
+    """Print a warning where the student in a stage's `folder` was not tuned after all, or is not for `num_steps`."""
     if students.tuned_steps(folder / "student") == 0:
         tell(f"{folder.name}:", "its guard kept step 0: this is the student as it was distilled")
     if student.budgets and num_steps not in student.budgets:
@@ -111,12 +111,12 @@ def tell_unlike(student: students.Student, folder: Path, num_steps: int) -> None
 
 
 def _next_number(out: Path) -> int:
-    """The number after those of the pictures in `out`, so that nothing there is written over."""
-    found = [re.match(r"(\d+)-seed", path.name) for path in out.glob("*.png")]
-    return max((int(one[1]) for one in found if one), default=-1) + 1
+    """Return the number after those of the pictures in `out`, so that none is overwritten."""
+    matches = [re.match(r"(\d+)-seed", path.name) for path in out.glob("*.png")]
+    return max((int(one[1]) for one in matches if one), default=-1) + 1
 
 
-@worded("pairs")
+@prefix_errors("pairs")
 def pairs(
     run_folder: Path,
     prompts: Path,
@@ -129,22 +129,24 @@ def pairs(
     seed: int,
     batch_size: int,
 ) -> tuple[int, int]:
-    """Write a pair table of samples of a run's last student, ranked by a reward; returns pairs kept and prompts."""
-    with worded("--prompts", BadArgument):
-        read = read_prompts(prompts)[:num_prompts]
+    """Write a pair table of a run's last student, ranked by a reward; return the numbers of pairs and prompts."""
+    with prefix_errors("--prompts", BadArgument):
+        prompt_list = read_prompts(prompts)[:num_prompts]
     folder = find_stage(run_folder, STUDENTS)
     student = read_json(folder / "manifest.json", fingerprint=str)["fingerprint"]
     gamma = own_gamma(folder / "student")
-    asked = ranking.Asked(student, sha256(prompts), reward, num_generations, num_steps, gamma, min_margin, seed)
+    settings = ranking.PairSettings(
+        student, sha256(prompts), reward, num_generations, num_steps, gamma, min_margin, seed
+    )
     model = build(Reward(name=reward), device_of(recipe_of(folder).device))
-    refuse_prompts(model, reward, read, prompts)
+    refuse_prompts(model, reward, prompt_list, prompts)
     base = teacher_of(folder)
-    tell_truncated(base, [prompt.prompt for prompt in read], str(prompts))
+    tell_truncated(base, [prompt.prompt for prompt in prompt_list], str(prompts))
     loaded = students.load_student(base, folder / "student")
-    return ranking.make_pairs(asked, base, loaded, model, read, out, batch_size), len(read)
+    return ranking.make_pairs(settings, base, loaded, model, prompt_list, out, batch_size), len(prompt_list)
 
 
-@worded("pairs")
+@prefix_errors("pairs")
 def pairs_by_hand(
     run_folder: Path,
     prompts: Path,
@@ -155,32 +157,32 @@ def pairs_by_hand(
     batch_size: int,
     serve: Callable[[labels.Choices], None],
 ) -> tuple[int, int]:
-    """Write a pair table of a person's choices between two samples of a prompt; returns pairs kept and prompts.
+    """Write a pair table of a person's choices between two samples; return the numbers of pairs and prompts.
 
-    Draws what is not drawn yet, then lets `serve` ask until all are judged.
+    Missing samples are drawn, then `serve` shows the page until all are judged.
     """
-    with worded("--prompts", BadArgument):
-        read = read_prompts(prompts)[:num_prompts]
+    with prefix_errors("--prompts", BadArgument):
+        prompt_list = read_prompts(prompts)[:num_prompts]
     folder = find_stage(run_folder, STUDENTS)
     student = read_json(folder / "manifest.json", fingerprint=str)["fingerprint"]
-    asked = ranking.Asked(
+    settings = ranking.PairSettings(
         student, sha256(prompts), ranking.BY_HAND, 2, num_steps, own_gamma(folder / "student"), 0.0, seed
     )
-    choices = labels.Choices(asked, read, out)
-    if labels.num_drawn(read, out) < len(read):
+    choices = labels.Choices(settings, prompt_list, out)
+    if labels.num_sampled(prompt_list, out) < len(prompt_list):
         base = teacher_of(folder)
-        tell_truncated(base, [prompt.prompt for prompt in read], str(prompts))
-        labels.draw(asked, base, students.load_student(base, folder / "student"), read, out, batch_size)
-    if len(choices.made()) < len(choices):
+        tell_truncated(base, [prompt.prompt for prompt in prompt_list], str(prompts))
+        labels.draw(settings, base, students.load_student(base, folder / "student"), prompt_list, out, batch_size)
+    if len(choices.judgements()) < len(choices):
         serve(choices)
-    return len(choices.rows()), len(read)
+    return len(choices.rows()), len(prompt_list)
 
 
-@worded("evaluate")
+@prefix_errors("evaluate")
 def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[int] | None = None) -> Path:
     """Evaluate the student of a run as its recipe's own evaluate stage would, or with other prompts and steps.
 
-    Returns the folder of the new report.
+    Return the folder of the new report.
     """
     folder = find_stage(run_folder, STUDENTS)
     recipe = recipe_of(folder)
@@ -190,61 +192,61 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
             f"the recipe of {run_folder} has no evaluate stage to take prompts from; add one and run it again"
         )
     changes = {"num_prompts": num_prompts, "sampling_steps": num_steps, "students": "last"}
-    refuse_lost(folder, recipe, stages[-1].prompts)
+    refuse_missing(folder, recipe, stages[-1].prompts)
     stage = stages[-1].model_copy(update={name: value for name, value in changes.items() if value is not None})
     if num_prompts is not None:
-        with worded("--num-prompts", BadArgument):
+        with prefix_errors("--num-prompts", BadArgument):
             first_prompts(stage.prompts, num_prompts)
     file = folder / "manifest.json"
-    distilled = read_json(file, parents=dict)["parents"].get("distill")  # of a tuned student, to compare with
+    distilled = read_json(file, parents=dict)["parents"].get("distill")  # to compare a tuned student with
     folders = [path_inside(folder.parent, distilled, file), folder] if distilled else [folder]
     if any(reward.is_of_this_recipe for reward in stage.reward_models):
         folders.append(find_stage(run_folder, ("train_reward",)))
     manifests = [read_json(one / "manifest.json", kind=str, fingerprint=str) for one in folders]
-    done = [Located(kept["kind"], kept["fingerprint"], one) for kept, one in zip(manifests, folders, strict=True)]
-    found = locate(stage, recipe, done)
-    if not is_finished(found.folder):
-        run_stage(stage, recipe, done, found)
-    sweep(found.folder)
-    return found.folder
+    earlier = [Located(one["kind"], one["fingerprint"], path) for one, path in zip(manifests, folders, strict=True)]
+    place = locate(stage, recipe, earlier)
+    if not is_finished(place.folder):
+        run_stage(stage, recipe, earlier, place)
+    sweep(place.folder)
+    return place.folder
 
 
-@worded("export")
+@prefix_errors("export")
 def export(run_folder: Path, out: Path) -> Path:
     """Write the student of a run as a folder that stock diffusers opens, with its phases' snapshots and a card."""
-    with worded("OUT", BadArgument):
-        refuse_taken(out)
+    with prefix_errors("OUT", BadArgument):
+        refuse_existing(out)
     folder = find_stage(run_folder, STUDENTS)
     base = teacher_of(folder)
     snapshots = {}
     for path in sorted((folder / "snapshots").glob("phase-*")):
-        described = students.describe(path)
-        if not described["conditioned"] and described["num_segments"] > 1:
-            snapshots[described["num_segments"]] = path
-    table, languages = _measured(run_folder)
+        student = students.describe(path)
+        if not student["conditioned"] and student["num_segments"] > 1:
+            snapshots[student["num_segments"]] = path
+    table, languages = _latest_table(run_folder)
     return write_export(folder / "student", base, out, table, snapshots, own_gamma(folder / "student"), languages)
 
 
-def _measured(run_folder: Path) -> tuple[str | None, list[str]]:
-    """The table of the run's latest report as Markdown, and its prompts' languages; nothing where it has none."""
+def _latest_table(run_folder: Path) -> tuple[str | None, list[str]]:
+    """Return the table of the run's latest report as Markdown, and its prompts' languages; None and [] without one."""
     reports = sorted(run_folder.glob("[0-9]*-evaluate/report.json"))
     if not reports:
         return None, []
-    latest = read_json(reports[-1], prompts=list)
-    return tables.markdown(latest), list(dict.fromkeys(prompt["language"] for prompt in latest["prompts"]))
+    latest = assembly.read(reports[-1])
+    return tables.markdown(latest), tuned_students.languages(latest.prompts)
 
 
 def teacher_of(folder: Path) -> Base:
-    """The teacher of the student in a finished stage, where the recipe says.
+    """Return the teacher of the student in a finished stage, loaded from the path in its recipe.
 
-    Raises CheckpointError where other files are there by now: the student, an adapter over them, would draw something
-    else. Raises as `teachers.load` does.
+    Raises CheckpointError where its files have changed: the student, an adapter over them, would draw something else.
+    Raises as `teachers.load` does.
     """
     recipe = recipe_of(folder)
-    refuse_lost(folder, recipe)
+    refuse_missing(folder, recipe)
     base = teachers.load(recipe.teacher, device_of(recipe.device))
-    made_with = students.describe(folder / "student").get("teacher_hash")  # older folders do not say
-    if made_with not in (None, teacher_hash(recipe.teacher)):
+    recorded = students.describe(folder / "student").get("teacher_hash")  # older folders have none
+    if recorded not in (None, teacher_hash(recipe.teacher)):
         raise CheckpointError(
             f"teacher {recipe.teacher.path} has changed since {folder.name} was made with it: put its files back, or "
             "`mlcm run` the recipe again"
@@ -252,19 +254,19 @@ def teacher_of(folder: Path) -> Base:
     return base
 
 
-def refuse_lost(folder: Path, recipe: Recipe, *named: str) -> None:
-    """Raise RunError where the teacher of the stage in `folder`, or a path `named` beside it, is not there any more."""
-    teacher = [] if recipe.teacher.revision else [recipe.teacher.path]  # one of the hub's may be no folder
-    lost = [path for path in (*teacher, *named) if not Path(path).exists()]
-    if lost:
+def refuse_missing(folder: Path, recipe: Recipe, *files: str) -> None:
+    """Raise RunError where the teacher of the stage in `folder`, or one of the other `files`, is not there any more."""
+    teacher = [] if recipe.teacher.revision else [recipe.teacher.path]  # a hub's name is not a path
+    missing = [path for path in (*teacher, *files) if not Path(path).exists()]
+    if missing:
         raise RunError(
-            f"{' and '.join(lost)}, by which {folder.name} was made, is neither where that was run nor in the working "
-            f"directory, here {Path.cwd()}: go to the folder that it is relative to, or put it back"
+            f"{' and '.join(missing)}, by which {folder.name} was made, is neither where that was run nor in the "
+            f"working directory, here {Path.cwd()}: go to the folder that it is relative to, or put it back"
         )
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """The recipe that a finished stage was run with, as its manifest keeps it, with paths as this process sees them."""
+    """Return the recipe of a finished stage from its manifest, with paths as they are for this process."""
     file = folder / "manifest.json"
     try:
         return paths.recorded(read_json(file, recipe=dict), folder)

@@ -1,8 +1,8 @@
-"""What a recipe will do before it does it: network evaluations, disk, memory and time a stage. Loads no weights.
+"""The plan of a recipe: network evaluations, disk, memory and time of each stage. Loads no weights.
 
-Evaluations are forward passes of a denoiser on one sample; a guided pass counts two. Sizes are read off the headers of
-the teacher's files, or off its configuration where there are no weights yet; what a stage needs of memory is found in
-`cost.memory`, how long a device is at it in `cost.flops`; both take seconds a stage, once (`estimates`).
+Evaluations are forward passes of a denoiser on one sample; a guided pass counts two. Sizes come from the headers of the
+teacher's files, or from its configuration where there are no weights yet. `cost.memory` predicts memory, `cost.flops`
+time; both take seconds a stage, and are then cached (`estimates`).
 """
 
 from collections.abc import Sequence
@@ -43,55 +43,55 @@ class PlannedStage:
     done: bool
     network_evaluations: int
     disk_bytes: int
-    memory: Memory | None = None  # where it was asked for and the stage is still to do
-    operations: float | None = None  # floating-point, of all processes; where a device was named
+    memory: Memory | None = None  # None where it was not requested, or the stage is done
+    operations: float | None = None  # floating-point, of all processes; None without a device
     seconds: float | None = None
     unknown: str | None = None  # why memory or time could not be predicted
-    share_done: float = 0.0  # of a stage that was begun, in samples or steps that are saved
+    share_done: float = 0.0  # of a stage that was begun: the saved samples or steps
 
 
 def planned_stages(
     recipe: Recipe, kind: str | None = None, launch: Launch | None = None, device: Device | None = None
 ) -> list[PlannedStage]:
-    """What `run` would do now, with its memory where a `kind` of device ("cuda", "cpu") is given.
+    """Return what `run` would do now, with its memory where a `kind` of device ("cuda", "cpu") is given.
 
-    Under `launch` (default: one process) memory is that of each process; on a `device` the time is told too. Raises
-    FileNotFoundError for files that are named and missing, ValueError where processes cannot share a batch.
+    Under `launch` (default: one process) memory is that of each process; with a `device` there is the time too.
+    Raises FileNotFoundError for missing files, ValueError where processes cannot share a batch.
     """
     launch = launch or Launch()
     sizes = Sizes(recipe)
     earlier: list[Located] = []
     planned = []
     for stage in recipe.stages:
-        found = locate(stage, recipe, earlier)
-        done = is_finished(found.folder)
+        place = locate(stage, recipe, earlier)
+        done = is_finished(place.folder)
         costs = (network_evaluations(stage, recipe), sizes.disk(stage))
-        asked = not done and bool(stage.passes(recipe))
-        share = 1.0 if done else share_done(stage, found.folder)
-        one = PlannedStage(stage.kind, found.fingerprint, found.folder, done, *costs, share_done=share)
-        planned.append(_predicted(one, stage, sizes, kind, launch, device) if asked else one)
-        earlier.append(found)
+        needs_prediction = not done and bool(stage.passes(recipe))
+        share = 1.0 if done else share_done(stage, place.folder)
+        one = PlannedStage(stage.kind, place.fingerprint, place.folder, done, *costs, share_done=share)
+        planned.append(_predicted(one, stage, sizes, kind, launch, device) if needs_prediction else one)
+        earlier.append(place)
     return planned
 
 
 def _predicted(
     one: PlannedStage, stage: Stage, sizes: "Sizes", kind: str | None, launch: Launch, device: Device | None
 ) -> PlannedStage:
-    """Return `one` with its memory on a device of this `kind`, and its time on a `device`, where each is given."""
+    """Return `one` with its memory on a device of this `kind`, and its time on a `device`, where these are given."""
     try:
-        needed = sizes.memory(stage, kind, launch) if kind is not None else None
+        memory = sizes.memory(stage, kind, launch) if kind is not None else None
         work = sizes.work(stage) if device is not None else None
-    except (CheckpointError, OSError, ValueError):  # what people can mend, and a run would stop at too
+    except (CheckpointError, OSError, ValueError):  # a run would stop at these too
         raise
-    except Exception as error:  # a network that cannot be tried without data can still be run
+    except Exception as error:  # a network that cannot run without data can still be trained
         return replace(one, unknown=in_a_line(error))
     total = sum(part.count * part.each.total for part in work) if work is not None else None
     time = flops.seconds(work, device, launch) if work is not None and device is not None else None
-    return replace(one, memory=needed, operations=total, seconds=time)
+    return replace(one, memory=memory, operations=total, seconds=time)
 
 
 def share_done(stage: Stage, folder: Path) -> float:
-    """Return how much of `stage` is saved in its folder, from 0 to 1; what is damaged there counts as nothing."""
+    """Return the share of `stage` that is saved in its folder, from 0 to 1; damaged files count as nothing."""
     if stage.num_stored:
         with suppress(CheckpointError):
             record = read_record(folder / "store.json")
@@ -102,7 +102,7 @@ def share_done(stage: Stage, folder: Path) -> float:
 
 
 def in_a_line(error: Exception) -> str:
-    """Return what is wrong where an estimate fails."""
+    """Return the kind of `error` and the first line of its message."""
     first, *_ = [*str(error).strip().splitlines(), ""]
     return f"{type(error).__name__}: {first}"
 
@@ -116,7 +116,7 @@ class Sizes:
         self.recipe = recipe = recipe.model_copy(update={"teacher": here})
         teacher_check.refuse(self.folder, here.family, here.variant)
         self.parts = {name: files.shapes(self.folder / name, here.variant) for name in files.parts_with_weights(here)}
-        if empty := [name for name, found in self.parts.items() if not found]:
+        if empty := [name for name, shapes in self.parts.items() if not shapes]:
             self.parts |= files.shapes_from_configuration(recipe.teacher, empty)
         self.family = class_of(here.family)
         denoiser = read_json(self.folder / self.family.denoiser_part / "config.json")
@@ -129,14 +129,16 @@ class Sizes:
         self.context = prod(shapes["context"])
 
     def weights(self, part: str) -> int:
+        """Return the number of weights of a `part` of the teacher's pipeline."""
         return sum(map(prod, self.parts[part].values()))
 
     @property
     def denoiser_weights(self) -> int:
+        """The number of weights of the denoiser."""
         return self.weights(self.family.denoiser_part)
 
     def trained(self, adapter: Lora | Full | None) -> int:
-        """Trained weights: all of the denoiser, or a LoRA's two matrices for every module that it changes."""
+        """Return the number of trained weights: all of the denoiser's, or a LoRA's two matrices for every target."""
         if not isinstance(adapter, Lora):
             return self.denoiser_weights
         rank, total = adapter.rank, 0
@@ -146,43 +148,45 @@ class Sizes:
         return total
 
     def work(self, stage: Stage) -> list[Work]:
-        """Return what the stage computes. What was worked out before is not worked out again."""
-        taken, distilled = passes_of(stage, self.recipe), self.distilled(stage)
-        described = {"work": asdict(taken), "distilled": distilled.model_dump()}
+        """Return what the stage computes, from the cache of estimates where it is there."""
+        tally, distilled = passes_of(stage, self.recipe), self.distilled(stage)
+        settings = {"work": asdict(tally), "distilled": distilled.model_dump()}
 
-        def found() -> dict[str, Any]:
-            return {"work": [asdict(one) for one in flops.of_stage(stage, self.recipe, taken, distilled)]}
+        def estimate() -> dict[str, Any]:
+            return {"work": [asdict(one) for one in flops.of_stage(stage, self.recipe, tally, distilled)]}
 
-        kept = estimates.remembered(estimates.described(stage, self.recipe, self.folder, **described), found)["work"]
-        return [Work(**one | {"each": Operations(**one["each"])}) for one in kept]
+        description = estimates.description(stage, self.recipe, self.folder, **settings)
+        entries = estimates.cached(description, estimate)["work"]
+        return [Work(**one | {"each": Operations(**one["each"])}) for one in entries]
 
     def memory(self, stage: Stage, kind: str, launch: Launch | None = None) -> Memory:
-        """Return what the stage takes in one process of `launch` (default: the only one) on a device of this `kind`.
+        """Return the memory of the stage in one process of `launch` (default: the only one) on a `kind` of device.
 
-        What was worked out before is not worked out again.
+        It comes from the cache of estimates where it is there.
         """
         others = sum(self.weights(part) for part in self.parts if part not in (self.family.denoiser_part, "vae"))
-        needed = others * BYTES[self.recipe.teacher.dtype]
+        other_bytes = others * BYTES[self.recipe.teacher.dtype]
         distilled = self.distilled(stage)
         for path in map(Path, stage.networks(distilled).measuring):
             measuring = files.shapes(path) if path.is_dir() else read_shapes(path)
-            needed += 4 * sum(map(prod, measuring.values()))
-        described = {"memory": kind, "others": needed, "distilled": distilled.model_dump()}
-        described["launch"] = asdict(launch or Launch())
+            other_bytes += 4 * sum(map(prod, measuring.values()))
+        settings = {"memory": kind, "others": other_bytes, "distilled": distilled.model_dump()}
+        settings["launch"] = asdict(launch or Launch())
 
-        def found() -> dict[str, Any]:
-            return asdict(of_stage(stage, self.recipe, needed, distilled, kind, launch))
+        def estimate() -> dict[str, Any]:
+            return asdict(of_stage(stage, self.recipe, other_bytes, distilled, kind, launch))
 
-        kept = estimates.remembered(estimates.described(stage, self.recipe, self.folder, **described), found)
-        return Memory(**kept | {"uncounted": tuple(kept["uncounted"])})
+        description = estimates.description(stage, self.recipe, self.folder, **settings)
+        fields = estimates.cached(description, estimate)
+        return Memory(**fields | {"uncounted": tuple(fields["uncounted"])})
 
     def distilled(self, stage: Stage) -> Lora | Full:
-        """The adapter of the student that `stage` starts from or draws with: the last one distilled before it."""
+        """Return the adapter of the student that `stage` starts from or samples: the last one distilled before it."""
         before = self.recipe.stages[: self.recipe.stages.index(stage)] if stage in self.recipe.stages else []
         return next((one.adapter for one in reversed(before) if one.kind == "distill"), Full())
 
     def disk(self, stage: Stage) -> int:
-        """Bytes of what the stage keeps, and of its newest checkpoints while it runs."""
+        """Return the bytes of the stage's results, and of its newest checkpoints while it runs."""
         values = Values(
             denoiser=self.denoiser_weights,
             trained=self.trained(stage.networks(self.distilled(stage)).trained),
@@ -194,5 +198,5 @@ class Sizes:
 
 
 def is_lora_target(name: str, targets: Sequence[str]) -> bool:
-    """Whether the weight `name` of a denoiser is of a module among the `targets` of an adapter."""
+    """Return whether the weight `name` of a denoiser belongs to a module among the `targets` of an adapter."""
     return any(name.removesuffix(".weight").endswith(f".{target}") for target in targets)

@@ -1,4 +1,4 @@
-"""What a stage needs that can be looked at before any stage runs: rewards, weights, prompts, pairs, a batch to share.
+"""Checks of a stage before any stage runs: rewards, weights, prompts, pairs, a batch that processes can share.
 
 Each check is the one that the stage itself makes, hours later.
 """
@@ -11,24 +11,24 @@ from ..data.prompts import Prompt, first_prompts, read_prompts
 from ..preference import tuning
 from ..recipe import Dpo, Evaluate, Feedback, Reward, Stage, Training, Tuning
 from ..recipe.reads import paths_of
-from ..rewards import build, refuse_without_gradient, refuse_without_weights, usable
+from ..rewards import build, checked_class, refuse_without_gradient, refuse_without_weights
 from ..rewards.prompts import refuse_prompts
 from ..training import processes
 
-PromptList = tuple[str, list[Prompt]]  # a file and those of its prompts that are drawn
+PromptList = tuple[str, list[Prompt]]  # a file, and those of its prompts that the stage uses
 
 
-def refused(stage: Stage) -> list[tuple[str, Exception]]:
-    """Return (setting, what is raised for it) of every check that `stage` does not pass."""
-    found: list[tuple[str, Exception]] = []
+def problems(stage: Stage) -> list[tuple[str, Exception]]:
+    """Return (setting, error) of every check that `stage` fails."""
+    errors: list[tuple[str, Exception]] = []
 
     @contextmanager
     def collect(key: str) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:
-            if str(error) not in [str(other) for _, other in found]:  # two settings may name one file
-                found.append((key, error))
+            if str(error) not in [str(other) for _, other in errors]:  # two settings may name one file
+                errors.append((key, error))
 
     if isinstance(stage, Training):
         with collect("batch_size"):
@@ -45,7 +45,7 @@ def refused(stage: Stage) -> list[tuple[str, Exception]]:
         is_trained_on = i < trained_on
         with collect(f"rewards[{i}]" if is_trained_on else f"guard.rewards[{i - trained_on}]"):
             _refuse_reward(stage, reward.from_folder(""), is_trained_on, _lists_for(stage, lists, is_trained_on))
-    return found
+    return errors
 
 
 def _prompt_files(stage: Stage) -> Iterator[tuple[str, str]]:
@@ -56,7 +56,7 @@ def _prompt_files(stage: Stage) -> Iterator[tuple[str, str]]:
 
 
 def _read(stage: Stage, key: str, path: str) -> list[Prompt]:
-    """Return the prompts that `stage` draws from the file of the setting `key`."""
+    """Return the prompts that `stage` uses of the file of the setting `key`."""
     if isinstance(stage, Evaluate):
         return first_prompts(path, stage.num_prompts)
     if not isinstance(stage, Tuning):
@@ -67,18 +67,19 @@ def _read(stage: Stage, key: str, path: str) -> list[Prompt]:
 
 
 def _lists_for(stage: Stage, lists: dict[str, PromptList], is_trained_on: bool) -> list[PromptList]:
-    """Return the lists whose pictures a reward is asked for; a guard watches those trained on beside its own."""
+    """Return the prompt lists whose pictures a reward scores; the guard scores by the rewards trained on too."""
     names = ["guard_prompts"] if isinstance(stage, Tuning) else ["prompts"]
     if isinstance(stage, Tuning) and is_trained_on and not (isinstance(stage, Dpo) and stage.pairs):
         names.insert(0, "prompts")
     return [lists[name] for name in names if name in lists]
 
 
-def _refuse_reward(stage: Stage, asked: Reward, is_trained_on: bool, lists: list[PromptList]) -> None:
-    model = usable(asked)
+def _refuse_reward(stage: Stage, settings: Reward, is_trained_on: bool, lists: list[PromptList]) -> None:
+    """Raise where `stage` cannot use the reward of `settings` for the prompts of `lists`."""
+    model = checked_class(settings)
     if isinstance(stage, Feedback) and is_trained_on:
-        refuse_without_gradient({asked.name: model})
-    refuse_without_weights(asked, model)
-    reward = build(asked.model_copy(update={"device": None}), "cpu") if hasattr(model, "refuse_prompt") else model
+        refuse_without_gradient({settings.name: model})
+    refuse_without_weights(settings, model)
+    reward = build(settings.model_copy(update={"device": None}), "cpu") if hasattr(model, "refuse_prompt") else model
     for path, prompts in lists:
-        refuse_prompts(reward, asked.name, prompts, path, may_skip=isinstance(stage, Evaluate))
+        refuse_prompts(reward, settings.name, prompts, path, may_skip=isinstance(stage, Evaluate))

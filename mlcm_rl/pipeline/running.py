@@ -1,4 +1,4 @@
-"""Run a recipe: a for-loop over its stages, each found again by its fingerprint."""
+"""Run a recipe: a for-loop over its stages, whose folders are named by fingerprints."""
 
 import platform
 import sys
@@ -33,7 +33,7 @@ from ..training.loop import NonFiniteLoss, StoppedBeforeUpdate
 from ..training.progress import tell
 from ..training.replay import prepare, read, write
 from . import preflight
-from .errors import PEOPLES_ERRORS, BadArgument, ProcessLost, RunError, said, way_out, worded
+from .errors import EXPECTED_ERRORS, BadArgument, ProcessLost, RunError, message_of, prefix_errors, way_out
 from .fingerprint import Located, locate, parents_of, seed_of_stage
 from .planning import PlannedStage, Sizes, in_a_line, planned_stages
 
@@ -53,34 +53,34 @@ __all__ = [
 def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
     """Run every stage of `recipe` that is not done yet, and link them under `runs/<name>`. Raises RunError.
 
-    With `skip_damaged` a stage goes on from its newest whole checkpoint; without, a damaged one above it is an error.
-    What later stages need and have not is told before the first one runs.
+    With `skip_damaged` a stage continues from its newest whole checkpoint; without, a damaged newer one is an error.
+    Whatever a later stage lacks is reported before the first one runs.
     """
     try:
         device = device_of(recipe.device)
         processes.start(device)
     except ValueError as error:
         raise RunError(str(error)) from error
-    processes.on_rank_zero(refuse_unready, recipe)  # told once, not by every process
+    processes.on_rank_zero(refuse_unready, recipe)  # reported once, not by every process
     try:
         processes.refuse_unshared(Path(recipe.runs))
-    except PEOPLES_ERRORS as error:
-        raise RunError(said(error)) from error
-    done: list[Located] = []
+    except EXPECTED_ERRORS as error:
+        raise RunError(message_of(error)) from error
+    finished: list[Located] = []
     links = Path(recipe.runs) / recipe.name
     for number, stage in enumerate(recipe.stages):
         try:
-            found = locate(stage, recipe, done)
-            if processes.broadcast(is_finished(found.folder)):
-                refuse_another(found, verify(found.folder))
-                processes.on_rank_zero(sweep, found.folder)
-                tell(stage.kind, f"{found.folder} is done")
+            place = locate(stage, recipe, finished)
+            if processes.broadcast(is_finished(place.folder)):
+                refuse_another(place, verify(place.folder))
+                processes.on_rank_zero(sweep, place.folder)
+                tell(stage.kind, f"{place.folder} is done")
             else:
-                processes.on_rank_zero(_unlink, links, range(number, sys.maxsize))  # until they are of this recipe
-                run_stage(stage, recipe, done, found, skip_damaged)
-            processes.on_rank_zero(_link, links, number, found)
-        except PEOPLES_ERRORS as error:
-            raise RunError(f"stages[{number}] ({stage.kind}): {said(error)}") from error
+                processes.on_rank_zero(_unlink, links, range(number, sys.maxsize))  # they may belong to an older recipe
+                run_stage(stage, recipe, finished, place, skip_damaged)
+            processes.on_rank_zero(_link, links, number, place)
+        except EXPECTED_ERRORS as error:
+            raise RunError(f"stages[{number}] ({stage.kind}): {message_of(error)}") from error
         except torch.OutOfMemoryError as error:
             ways = way_out(has_gradients(stage, recipe))
             raise RunError(
@@ -89,16 +89,16 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
             ) from error
         except RuntimeError as error:
             if processes.is_lost_rank(error):
-                raise ProcessLost(f"stages[{number}] ({stage.kind}): {_without_others(found.folder)}") from error
+                raise ProcessLost(f"stages[{number}] ({stage.kind}): {_without_others(place.folder)}") from error
             raise
-        done.append(found)
-    processes.on_rank_zero(_unlink, links, range(len(done), sys.maxsize))
+        finished.append(place)
+    processes.on_rank_zero(_unlink, links, range(len(finished), sys.maxsize))
     processes.finish()
-    return done
+    return finished
 
 
 def _without_others(folder: Path) -> str:
-    """Say that another process of a stage in `folder` is gone, and what it goes on from."""
+    """Return the message for a stage in `folder` that has lost another process: what it will continue from."""
     newest = checkpoints.checkpoints(folder)[-1:]
     saved = f"{newest[0]} is whole" if newest else "what was finished is as it was"
     return (
@@ -107,123 +107,124 @@ def _without_others(folder: Path) -> str:
 
 
 def refuse_unready(recipe: Recipe) -> None:
-    """Raise RunError for what stages still to do would stop at, a line each."""
-    refused = {number: found for number, stage in enumerate(recipe.stages) if (found := list(preflight.refused(stage)))}
+    """Raise RunError with a line for every problem that would stop a stage which is not done yet."""
+    problems = {number: errors for number, stage in enumerate(recipe.stages) if (errors := preflight.problems(stage))}
     earlier: list[Located] = []
-    with suppress(*PEOPLES_ERRORS):  # a stage that cannot be found is still to do
-        for number, stage in enumerate(recipe.stages[: max(refused, default=-1) + 1]):
+    with suppress(*EXPECTED_ERRORS):  # a stage whose folder is unknown is not done
+        for number, stage in enumerate(recipe.stages[: max(problems, default=-1) + 1]):
             earlier.append(locate(stage, recipe, earlier))
             if is_finished(earlier[-1].folder):
-                refused.pop(number, None)
+                problems.pop(number, None)
     lines = [
-        f"stages[{number}] ({recipe.stages[number].kind}): {key}: {said(error)}"
-        for number, found in refused.items()
-        for key, error in found
+        f"stages[{number}] ({recipe.stages[number].kind}): {key}: {message_of(error)}"
+        for number, errors in problems.items()
+        for key, error in errors
     ]
     if lines:
         raise RunError("\n".join(lines))
 
 
-@worded("plan")
+@prefix_errors("plan")
 def plan(
     recipe: Recipe, memory: bool = False, launch: Launch | None = None, device: Device | None = None
 ) -> list[PlannedStage]:
-    """What `run` would do now, stage by stage, with the `memory` of what is to do where that is asked for.
+    """Return what `run` would do now, stage by stage; with `memory` that of the stages which are not done.
 
-    Memory is that of each process of `launch`; on a `device` the time is told too. Raises RunError for files that are
-    named and missing, and where the processes cannot share a batch.
+    Memory is that of each process of `launch`; with a `device` there is the time too. Raises RunError for missing
+    files, and where the processes cannot share a batch.
     """
     return planned_stages(recipe, kind_for(recipe.device, device) if memory else None, launch, device)
 
 
-@worded("plan")
+@prefix_errors("plan")
 def device_here(recipe: Recipe) -> Device:
-    """The device that `recipe` would run on here, measured. Raises RunError where it is not here."""
+    """Return the device that `recipe` would run on here, with measured rates. Raises RunError where it is not here."""
     return this_device(device_of(recipe.device))
 
 
-def refuse_another(found: Located, manifest: dict) -> None:
-    """Raise CheckpointError where a finished folder is of another stage than the one that it is named for."""
-    if manifest.get("fingerprint") != found.fingerprint:
+def refuse_another(place: Located, manifest: dict) -> None:
+    """Raise CheckpointError where a finished folder holds another stage than its name says."""
+    if manifest.get("fingerprint") != place.fingerprint:
         other = f"{manifest.get('kind')}-{manifest.get('fingerprint')}"
         raise CheckpointError(
-            f"{found.folder} holds stage {other}, which another teacher, recipe "
+            f"{place.folder} holds stage {other}, which another teacher, recipe "
             "or seed made: delete the folder to run the stage again"
         )
 
 
-def run_stage(stage: Stage, recipe: Recipe, done: list[Located], found: Located, skip_damaged: bool = False) -> None:
-    """What is left of a stage, while no other run writes to its folder."""
-    found.folder.mkdir(parents=True, exist_ok=True)  # in every process: on a shared folder too
+def run_stage(stage: Stage, recipe: Recipe, earlier: list[Located], place: Located, skip_damaged: bool = False) -> None:
+    """Run a stage, or the rest of it, while no other run writes to its folder."""
+    place.folder.mkdir(parents=True, exist_ok=True)  # in every process, on a shared folder too
     with ExitStack() as locked:
-        processes.on_rank_zero(locked.enter_context, lock.folder_lock(found.folder))  # for all processes of this run
-        if processes.broadcast(is_finished(found.folder)):  # by the run that held it until now
+        processes.on_rank_zero(locked.enter_context, lock.folder_lock(place.folder))  # for all processes of this run
+        if processes.broadcast(is_finished(place.folder)):  # by the run that had the lock before
             return
-        processes.on_rank_zero(_clear, found.folder, skip_damaged)
-        _run_locked(stage, recipe, done, found)
+        processes.on_rank_zero(_clear, place.folder, skip_damaged)
+        _run_locked(stage, recipe, earlier, place)
 
 
 def _clear(folder: Path, skip_damaged: bool) -> None:
-    """Put aside what an earlier run left unfinished or, where that is asked for, damaged."""
+    """Remove the unfinished files of an earlier run and, with `skip_damaged`, put its damaged checkpoints aside."""
     files.remove_partial(folder)
     for skipped in checkpoints.skip_damaged(folder) if skip_damaged else []:
         tell("skipped", skipped, "yellow")
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a finished stage would have gone on from, where its process was killed before it could."""
+    """Remove the checkpoints of a finished stage whose process was killed before it removed them."""
     if unswept(folder):
         with lock.folder_lock(folder):
             checkpoint.sweep(folder)
 
 
-def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Located) -> None:
-    parents = parents_of(stage, done)
+def _run_locked(stage: Stage, recipe: Recipe, earlier: list[Located], place: Located) -> None:
+    """Run a stage and write its manifest."""
+    parents = parents_of(stage, earlier)
     if "train_teacher" in parents:
         recipe = with_teacher(recipe, parents["train_teacher"].folder)
-    tell(stage.kind, f"-> {found.folder}", "bold")
+    tell(stage.kind, f"-> {place.folder}", "bold")
     meter = _memory_meter(stage, recipe)
     started = time.monotonic()
     folders = {kind: parent.folder for kind, parent in parents.items()}
     seeded = recipe.model_copy(update={"seed": seed_of_stage(stage, recipe)})
-    asked = with_trained_reward(stage, parents["train_reward"].folder) if "train_reward" in parents else stage
+    resolved = with_trained_reward(stage, parents["train_reward"].folder) if "train_reward" in parents else stage
     try:
-        _stage_module(asked).run(asked, seeded, folders, found.folder)
+        _stage_module(resolved).run(resolved, seeded, folders, place.folder)
     except NonFiniteLoss as error:
-        bundle = processes.on_rank_zero(write, found.folder, asked, seeded, folders, error.figures)
+        bundle = processes.on_rank_zero(write, place.folder, resolved, seeded, folders, error.figures)
         raise NonFiniteLoss(f"{error}; `mlcm replay {bundle}` repeats it", error.figures) from error
     manifest = {
         "kind": stage.kind,
-        "fingerprint": found.fingerprint,
+        "fingerprint": place.fingerprint,
         "stage": stage.model_dump(mode="json"),
         "recipe": recipe.model_dump(mode="json"),
-        **paths.record(recipe, found.folder),
+        **paths.record(recipe, place.folder),
         "parents": {kind: str(parent.folder.name) for kind, parent in parents.items()},
         "network_evaluations": network_evaluations(stage, recipe),
         "seconds": round(time.monotonic() - started, 1),
         "memory": meter.record() if meter else None,
-        **({"tuned_steps": tuned_steps(found.folder / "student")} if isinstance(stage, Tuning) else {}),
+        **({"tuned_steps": tuned_steps(place.folder / "student")} if isinstance(stage, Tuning) else {}),
         "version": __version__,
         "commit": commit(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "machine": f"{platform.machine()} {platform.system()}",
     }
-    processes.on_rank_zero(finish, found.folder, manifest)
+    processes.on_rank_zero(finish, place.folder, manifest)
     if meter:
         tell("memory", str(meter))
     if isinstance(stage, Tuning):
-        tell("guard", guard.ending(found.folder), "bold")
+        tell("guard", guard.ending(place.folder), "bold")
 
 
 def _memory_meter(stage: Stage, recipe: Recipe) -> Meter | None:
-    """Return what compares a training stage's memory with its prediction, which is said where it fails."""
+    """Return a meter of a training stage's memory beside its prediction; a prediction that fails is reported."""
     if not has_gradients(stage, recipe):
         return None
     device = device_of(recipe.device)
     try:
         predicted = Sizes(recipe).memory(stage, device.type, launches.of_this_process())
-    except Exception as error:  # an estimate stands in no run's way; what is really wrong, the stage says
+    except Exception as error:  # an estimate must not stop a run; the stage reports real problems
         tell("memory could not be predicted:", in_a_line(error), "yellow")
         predicted = None
     return begin(device, predicted)
@@ -233,11 +234,11 @@ def _stage_module(stage: Stage) -> ModuleType:
     return import_module(f"mlcm_rl.stages.{stage.kind}")
 
 
-@worded("replay")
+@prefix_errors("replay")
 def replay(bundle: Path) -> tuple[dict, dict]:
-    """Repeat the step that left `bundle`, from the checkpoint beside it: its figures then and now. Raises RunError.
+    """Repeat the step that wrote `bundle`, from the checkpoint beside it; return its figures then and now.
 
-    Nothing is written to the stage's folder.
+    Nothing is written to the stage's folder. Raises RunError.
     """
     figures, stage, recipe, parents = read(bundle)
     with TemporaryDirectory() as place:
@@ -251,14 +252,14 @@ def replay(bundle: Path) -> tuple[dict, dict]:
 
 
 def with_teacher(recipe: Recipe, folder: Path) -> Recipe:
-    """`recipe` with the teacher that the `train_teacher` stage in `folder` has made."""
+    """Return `recipe` with the teacher that the `train_teacher` stage in `folder` has trained."""
     teacher = recipe.teacher.model_copy(update={"path": str(folder / "teacher"), "revision": None})
     return recipe.model_copy(update={"teacher": teacher})
 
 
 def with_trained_reward(stage: Stage, folder: Path) -> Stage:
-    """`stage` with the rewards that are of its recipe read from `folder`, where the `train_reward` stage was."""
-    assert isinstance(stage, Tuning | Evaluate), "no other stage asks a reward of its recipe"
+    """Return `stage` with the rewards of its own recipe read from `folder`, that of the `train_reward` stage."""
+    assert isinstance(stage, Tuning | Evaluate), "no other stage uses a reward of its recipe"
     changes: dict[str, object] = {"rewards": _from_folder(stage.rewards, folder)}
     if isinstance(stage, Tuning):
         held_out = _from_folder(stage.guard.rewards, folder)
@@ -267,19 +268,19 @@ def with_trained_reward(stage: Stage, folder: Path) -> Stage:
 
 
 def _from_folder(rewards: Sequence[str | Reward], folder: Path) -> list[Reward]:
-    named = [Reward(name=one) if isinstance(one, str) else one for one in rewards]
-    return [one.from_folder(str(folder)) for one in named]
+    settings = [Reward(name=one) if isinstance(one, str) else one for one in rewards]
+    return [one.from_folder(str(folder)) for one in settings]
 
 
-def _link(links: Path, number: int, found: Located) -> None:
-    """Make link `number` in the folder `links` lead to a finished stage."""
+def _link(links: Path, number: int, place: Located) -> None:
+    """Point link `number` in the folder `links` to a finished stage."""
     links.mkdir(parents=True, exist_ok=True)
     _unlink(links, range(number, number + 1))
-    (links / f"{number:02d}-{found.kind}").symlink_to(Path("..") / "stages" / found.folder.name)
+    (links / f"{number:02d}-{place.kind}").symlink_to(Path("..") / "stages" / place.folder.name)
 
 
 def _unlink(links: Path, numbers: range) -> None:
-    """Remove the links of these numbers: what stands behind them is of another version of the recipe."""
+    """Remove the links of these `numbers`, which lead to stages of another version of the recipe."""
     for link in links.glob("[0-9]*-*"):
         if link.is_symlink() and int(link.name.split("-")[0]) in numbers:
             link.unlink()

@@ -1,9 +1,9 @@
-"""The guard against reward hacking: held-out rewards, watched on fixed prompts and noise, pick the student and stop.
+"""The guard against reward hacking: early stopping by held-out rewards on fixed prompts and noise.
 
-A gain is (mean score - the reference's mean) / the reference's deviation over the watched prompts: rewards of all
-scales then have one unit, and 0 is the student as it was distilled.
+A gain is (mean score - the reference's mean) / the reference's standard deviation over the watched prompts: rewards of
+all scales then have one unit, and 0 is the student as it was distilled.
 
-The watched samples are drawn in micro-batches like a step's, each process a share of them.
+The watched samples are drawn in micro-batches like a step's, each process its share of them.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -23,28 +23,28 @@ from ..training.progress import tell
 from ..training.seeding import generator
 from . import tuning
 
-# Of a reward's largest score at the reference, the least that counts as its deviation. A reward that says nearly the
-# same of every picture (safety, at its cap) would otherwise be divided by its rounding errors and decide alone; left
-# out, it could not object when the student leaves the cap. The floor is in the scale of its scores: it has no other.
+# The least deviation of a reward, as a share of its largest score at the reference. A reward with nearly the same score
+# for every picture (safety, at its cap) would otherwise be divided by its rounding errors and decide alone; left out,
+# it could not object when the student leaves the cap. The floor is relative, since scores have no other scale.
 LEAST_DEVIATION = 0.01
 
 
 @dataclass
 class Verdict:
-    """What the guard remembers between looks; a checkpoint keeps it as JSON."""
+    """The state of the guard between looks, which a checkpoint holds as JSON."""
 
-    kept_step: int = 0  # steps done by the student that is kept; 0 is the distilled one
+    kept_step: int = 0  # steps of the best student; 0 is the distilled one
     held_out: float = 0.0  # its held-out gain
-    trained: float = 0.0  # its gain in what is trained on
+    trained: float = 0.0  # its gain in the rewards trained on
     looks_without_gain: int = 0
     warnings: list[str] = field(default_factory=list)
 
 
-class Guard:
-    """Looks at a student under preference learning every so many steps and keeps the best one by held-out reward."""
+class HackingGuard:
+    """Measures a student under preference learning every so many steps and keeps the best one by held-out reward."""
 
     def __init__(
-        self, stage: Tuning, student: tuning.Student, weights: dict[str, Tensor], rewards: Combined, seed: int
+        self, stage: Tuning, student: tuning.TunableStudent, weights: dict[str, Tensor], rewards: Combined, seed: int
     ):
         self.stage, self.student, self.weights = stage, student, weights
         self.rewards = {"trained": rewards, "held_out": combine(stage.guard.rewards, student.base.device, False)}
@@ -67,14 +67,14 @@ class Guard:
 
     @property
     def stopped(self) -> bool:
-        """Whether the run has gone on for `patience` looks without a better held-out reward."""
+        """Whether `patience` looks have passed without a better held-out reward."""
         return self.verdict.looks_without_gain >= self.stage.guard.patience
 
     def look(self, steps: int) -> dict[str, float]:
-        """Measure the student after `steps` steps; returns what there is to log.
+        """Measure the student after `steps` steps and return the record for the log.
 
-        Keeps it where its held-out gain is the best so far. Warns where that has fallen while the gain in what is
-        trained on has risen: the reward is being hacked.
+        The student is kept where its held-out gain is the best so far. A warning says where that has fallen while the
+        gain in the rewards trained on has risen: they are being hacked.
         """
         latents, scores = self._samples()
         distances = consistency.squared_l2(latents, self.reference_latents).to(self.student.base.device)
@@ -83,19 +83,20 @@ class Guard:
             record[f"guard/reward/{name}"] = values.mean().item()
             record[f"guard/win_rate/{name}"] = (values > self.reference_scores[name]).float().mean().item()
         gains = self._gain(self.stage.rewards, scores), self._gain(self.stage.guard.rewards, scores)
-        trained, held_out = processes.broadcast(gains)  # all processes draw the same, to a device's last bits
+        trained, held_out = processes.broadcast(gains)  # equal on all processes but for a device's last bits
         self._judge(steps, trained, held_out)
         return record | {"guard/trained_gain": trained, "guard/held_out_gain": held_out}
 
     def finish(self, folder: Path) -> None:
-        """Say in guard.json which student is kept (its weights are `best`) and why the run ended there."""
+        """Write to guard.json which student is kept (its weights are `best`) and whether the guard stopped the run."""
         write_json(folder / "guard.json", {"stopped": self.stopped, **self.state()})
 
     def state(self) -> dict:
+        """Return the state for a checkpoint."""
         return asdict(self.verdict)
 
     def load_state(self, state: dict) -> None:
-        """Put back what `state` gave. Raises CheckpointError where it is of another guard."""
+        """Restore a `state`. Raises CheckpointError for the state of another version."""
         if state.keys() != asdict(Verdict()).keys():
             raise CheckpointError(
                 f"the checkpoint's guard remembers {', '.join(state) or 'nothing'}: delete checkpoints/"
@@ -103,44 +104,51 @@ class Guard:
         self.verdict = Verdict(**state)
 
     def _judge(self, steps: int, trained: float, held_out: float) -> None:
-        kept = self.verdict
-        if held_out > kept.held_out:
-            kept.kept_step, kept.held_out, kept.trained, kept.looks_without_gain = steps, held_out, trained, 0
+        """Keep the student of `steps` steps where it is the best so far, else count the look and warn of hacking."""
+        record = self.verdict
+        if held_out > record.held_out:
+            record.kept_step, record.held_out, record.trained, record.looks_without_gain = (
+                steps,
+                held_out,
+                trained,
+                0,
+            )
             for name, value in self.weights.items():
                 self.best[name].copy_(value.detach())
             return
-        kept.looks_without_gain += 1
-        if trained > kept.trained and held_out < kept.held_out:
-            looks = f"{kept.looks_without_gain} of {self.stage.guard.patience} looks"
-            ending = f"stopped, step {kept.kept_step} kept" if self.stopped else f"{looks} before the run is stopped"
+        record.looks_without_gain += 1
+        if trained > record.trained and held_out < record.held_out:
+            looks = f"{record.looks_without_gain} of {self.stage.guard.patience} looks"
+            ending = f"stopped, step {record.kept_step} kept" if self.stopped else f"{looks} before the run is stopped"
             warning = (
-                f"step {steps}: the trained reward rose by {trained - kept.trained:.3g} and the held-out one fell by "
-                f"{kept.held_out - held_out:.3g} (deviations of the reference) since step {kept.kept_step}: {ending}"
+                f"step {steps}: the trained reward rose by {trained - record.trained:.3g} and the held-out one fell by "
+                f"{record.held_out - held_out:.3g} (deviations of the reference) since step {record.kept_step}: "
+                f"{ending}"
             )
-            kept.warnings.append(warning)
+            record.warnings.append(warning)
             tell("guard", warning, "yellow")
 
     def _unmeasured(self) -> list[str]:
-        """Warnings, said too, of rewards without any deviation to measure gains in: `_gain` leaves them out.
+        """Print and return a warning for each reward without a deviation, which `_gain` leaves out.
 
         Raises ValueError where no held-out reward is left.
         """
-        silent = [name for name, scores in self.reference_scores.items() if not deviation(scores)]
-        if not {reward.name for reward in self.stage.guard.rewards} - set(silent):
+        all_zero = [name for name, scores in self.reference_scores.items() if not deviation(scores)]
+        if not {reward.name for reward in self.stage.guard.rewards} - set(all_zero):
             raise ValueError(
-                f"guard.rewards: {', '.join(silent)} gives every watched sample of the distilled student 0, so that "
+                f"guard.rewards: {', '.join(all_zero)} gives every watched sample of the distilled student 0, so that "
                 "no gain can be measured: name a reward that tells them apart, or other guard_prompts"
             )
         warnings = [
             f"{name} gives every watched sample of the distilled student 0: its gain cannot be measured and is left out"
-            for name in silent
+            for name in all_zero
         ]
         for warning in warnings:
             tell("guard", warning, "yellow")
         return warnings
 
     def _gain(self, rewards: list[Reward], scores: dict[str, Tensor]) -> float:
-        """Weighted sum over `rewards` of their gains."""
+        """Return the weighted sum of the gains of `rewards`."""
         total = 0.0
         for reward in rewards:
             reference = self.reference_scores[reward.name]
@@ -149,12 +157,12 @@ class Guard:
         return total
 
     def _whole(self, part: Tensor) -> Tensor:
-        """The values (P,) of all watched prompts on the CPU, from this process's on the device. Waits for all."""
+        """Gather the values (P,) of all watched prompts on the CPU, from each process's own on its device."""
         return processes.gather(part)[: self.num_watched].cpu()
 
     @torch.no_grad()
     def _samples(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """This process's samples (p, C, H, W) of the watched prompts, and all scores (P,) under every reward."""
+        """Return this process's samples (p, C, H, W) of the watched prompts, and all scores (P,) by reward."""
         latents: list[Tensor] = []
         scores: dict[str, list[Tensor]] = {}
         for batch, states in zip(self.batches, self.noise_states, strict=True):
@@ -170,15 +178,15 @@ class Guard:
 
 
 def deviation(scores: Tensor) -> float:
-    """The unit of a reward's gains, from the reference's `scores` (P,); 0 where all of them are 0."""
+    """Return the unit of a reward's gains, from the reference's `scores` (P,); 0 where all of them are 0."""
     return max(scores.std().item(), LEAST_DEVIATION * scores.abs().max().item())
 
 
 def own_parts(total: int, size: int) -> list[list[int]]:
-    """Numbers of the `total` watched prompts that this process draws, its part of `size` samples at a time.
+    """Return the indices of this process's share of `total` watched prompts, in parts of `size` over all processes.
 
-    Every process draws as many, for weights in parts are gathered in every pass: where they cannot be shared evenly the
-    last prompt is drawn again, beyond the end of what is gathered.
+    Every process draws equally many, since sharded weights are gathered in every pass: where they cannot be shared
+    evenly the last prompt is drawn again, and cut off after the gather.
     """
     share = -(-total // processes.world_size())
     first, at_a_time = processes.rank() * share, max(1, size // processes.world_size())
@@ -187,12 +195,12 @@ def own_parts(total: int, size: int) -> list[list[int]]:
 
 
 def ending(folder: Path) -> str:
-    """Which student the guard of the finished stage in `folder` kept, in words, and whether it stopped the run."""
-    found = read_json(folder / "guard.json", kept_step=int, stopped=bool)
+    """Return in words which student the guard of a finished stage kept, and whether it stopped the run."""
+    record = read_json(folder / "guard.json", kept_step=int, stopped=bool)
     num_steps = read_json(folder / "manifest.json", stage=dict)["stage"]["num_steps"]
-    stopped = ", and stopped the run" if found["stopped"] else ""
-    if found["kept_step"]:
-        return f"kept step {found['kept_step']} of {num_steps}{stopped}"
+    stopped = ", and stopped the run" if record["stopped"] else ""
+    if record["kept_step"]:
+        return f"kept step {record['kept_step']} of {num_steps}{stopped}"
     return (
         f"kept step 0 of {num_steps}{stopped}: by the held-out reward no look was better, so that this is the student "
         "as it was distilled"

@@ -1,6 +1,6 @@
-"""A pair table made of a student's samples: of each prompt's, the best and the worst by a reward. `mlcm pairs`.
+"""A pair table of a student's samples: of each prompt the best and the worst by a reward. `mlcm pairs`.
 
-What a table made by hand (`labels.py`) shares with it is here too: what was asked for, the samples, the files.
+The settings, samples and files that a table by hand (`labels.py`) shares with it are here too.
 """
 
 import json
@@ -20,13 +20,13 @@ from ..storage.files import read_json, remove_partial, remove_partial_of, replac
 from ..training.progress import progress
 from ..training.seeding import generator
 
-INDEX = "metadata.jsonl"  # the table, written when it is whole
-PROGRESS_FILE = "progress.json"  # what each prompt has come to so far
-BY_HAND = "by hand"  # stands where a reward's name does when a person chooses
+INDEX = "metadata.jsonl"  # the table, written when it is complete
+PROGRESS_FILE = "progress.json"  # the results of the prompts so far
+BY_HAND = "by hand"  # in place of a reward's name, where a person chooses
 
 
 @dataclass(frozen=True)
-class Asked:
+class PairSettings:
     """Everything that a table depends on; one folder holds one table."""
 
     student: str  # fingerprint of its stage
@@ -40,7 +40,7 @@ class Asked:
 
 
 def make_pairs(
-    asked: Asked,
+    settings: PairSettings,
     base: Base,
     student: Student,
     reward: RewardModel,
@@ -48,63 +48,63 @@ def make_pairs(
     out: Path,
     batch_size: int,
 ) -> int:
-    """Write the pair table of `prompts` into folder `out`; returns how many of them gave a pair.
+    """Write the pair table of `prompts` into folder `out`; return how many of them have a pair.
 
-    A prompt whose best and worst samples differ by no more than `min_margin` in reward gives none. Prompt i depends on
-    (seed, i) alone. Interrupted and run again, it goes on after the last prompt that was finished; `batch_size` is how
-    many pictures are drawn at a time, in whole prompts.
+    A prompt whose best and worst samples differ by no more than `min_margin` in reward has none. Prompt i depends on
+    (seed, i) alone. Interrupted and run again, it continues after the last finished prompt; `batch_size` pictures are
+    drawn at a time, in whole prompts.
     Raises ValueError where `out` holds another table.
     """
-    rows = finished(asked, out)
+    rows = finished_rows(settings, out)
     sweep(out)
     todo = range(len(rows), len(prompts))
-    size = max(1, batch_size // asked.num_generations)
+    size = max(1, batch_size // settings.num_generations)
     with progress(len(prompts), "pairs", min(len(rows), len(prompts))) as bar:
         for first in todo[::size]:
             part = prompts[first : first + size]
-            images, scores = ranked(asked, base, student, reward, part, first)
+            images, scores = rank_samples(settings, base, student, reward, part, first)
             for i, prompt in enumerate(part):
-                rows.append(write_pair(asked, prompt, images[i], scores[i], first + i, out))
-            write_json(out / PROGRESS_FILE, {"asked": asdict(asked), "rows": rows})
+                rows.append(write_pair(settings, prompt, images[i], scores[i], first + i, out))
+            write_json(out / PROGRESS_FILE, {"asked": asdict(settings), "rows": rows})
             bar.advance(len(part), f"{sum(row is not None for row in rows)} kept")
-    kept = [row for row in rows[: len(prompts)] if row is not None]
-    write_table(kept, out)
-    return len(kept)
+    pairs = [row for row in rows[: len(prompts)] if row is not None]
+    write_table(pairs, out)
+    return len(pairs)
 
 
 def sweep(out: Path) -> None:
-    """Delete what a command that was killed had not finished writing to the table in `out`."""
+    """Delete the unfinished files of a command that was killed while it wrote the table in `out`."""
     remove_partial(out / "pictures")
     for name in (INDEX, PROGRESS_FILE):
         remove_partial_of(out / name)
 
 
 def write_table(rows: list[dict], out: Path) -> None:
-    """The index of the table in `out`: a line for each of `rows`."""
+    """Write the index of the table in `out`, a line for each of `rows`."""
     with replacing(out / INDEX) as temporary:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def finished(asked: Asked, out: Path) -> list[dict | None]:
-    """What the first prompts have come to: a row of the table, or None for those that gave no pair."""
-    return progress_of(asked, out, "rows")
+def finished_rows(settings: PairSettings, out: Path) -> list[dict | None]:
+    """Return the results of the first prompts: a row of the table each, or None for those without a pair."""
+    return progress_of(settings, out, "rows")
 
 
-def progress_of(asked: Asked, out: Path, part: str) -> list:
-    """What the progress file in `out` holds under `part`; nothing for a new folder.
+def progress_of(settings: PairSettings, out: Path, part: str) -> list:
+    """Return the list `part` of the progress file in `out`; an empty one for a new folder.
 
-    Raises ValueError for that of another table, CheckpointError for a damaged one.
+    Raises ValueError for the file of another table, CheckpointError for a damaged one.
     """
     if not (out / PROGRESS_FILE).is_file():
         if (out / INDEX).exists():
             raise ValueError(f"{out}: holds a table that was not made by this command; take another folder")
         return []
-    kept = read_json(out / PROGRESS_FILE, asked=dict)
+    recorded = read_json(out / PROGRESS_FILE, asked=dict)["asked"]
     other = [
-        f"{name} {kept['asked'].get(name)}, not {value}"
-        for name, value in asdict(asked).items()
-        if kept["asked"].get(name) != value
+        f"{name} {recorded.get(name)}, not {value}"
+        for name, value in asdict(settings).items()
+        if recorded.get(name) != value
     ]
     if other:
         raise ValueError(f"{out}: holds a table of {'; '.join(other)}: take another folder")
@@ -112,40 +112,42 @@ def progress_of(asked: Asked, out: Path, part: str) -> list:
 
 
 @torch.no_grad()
-def ranked(
-    asked: Asked, base: Base, student: Student, reward: RewardModel, prompts: list[Prompt], first: int
+def rank_samples(
+    settings: PairSettings, base: Base, student: Student, reward: RewardModel, prompts: list[Prompt], first: int
 ) -> tuple[Tensor, Tensor]:
-    """Samples (P, n, 3, H, W) of `prompts`, of which the first is number `first`, and their rewards (P, n)."""
-    images = samples(asked, base, student, prompts, first)
-    repeated = [prompt.prompt for prompt in prompts for _ in range(asked.num_generations)]
-    scores = score(reward, asked.reward, images.flatten(0, 1), repeated).cpu()
-    return images, scores.unflatten(0, (-1, asked.num_generations))
+    """Return samples (P, n, 3, H, W) of `prompts`, the first of which has number `first`, and their rewards (P, n)."""
+    images = samples(settings, base, student, prompts, first)
+    repeated = [prompt.prompt for prompt in prompts for _ in range(settings.num_generations)]
+    scores = score(reward, settings.reward, images.flatten(0, 1), repeated).cpu()
+    return images, scores.unflatten(0, (-1, settings.num_generations))
 
 
 @torch.no_grad()
-def samples(asked: Asked, base: Base, student: Student, prompts: list[Prompt], first: int) -> Tensor:
-    """Samples (P, n, 3, H, W) of `prompts`, of which the first is number `first`."""
-    count = asked.num_generations
+def samples(settings: PairSettings, base: Base, student: Student, prompts: list[Prompt], first: int) -> Tensor:
+    """Return samples (P, n, 3, H, W) of `prompts`, the first of which has number `first`."""
+    count = settings.num_generations
     repeated = [prompt.prompt for prompt in prompts for _ in range(count)]
-    generators = [generator(asked.seed, "pairs", first + i // count, i % count) for i in range(len(repeated))]
-    times = sampling_times(asked.num_steps, 1 if student.conditioned else student.num_segments)
+    generators = [generator(settings.seed, "pairs", first + i // count, i % count) for i in range(len(repeated))]
+    times = sampling_times(settings.num_steps, 1 if student.conditioned else student.num_segments)
     x0 = sampler.sample(
         base,
         student.denoiser,
         base.encode_prompts(repeated),
         base.noise(generators, len(repeated)),
         times,
-        asked.gamma,
+        settings.gamma,
         generators,
         student.conditioned,
     )
     return base.autoencoder.decode(x0).unflatten(0, (-1, count))
 
 
-def write_pair(asked: Asked, prompt: Prompt, images: Tensor, scores: Tensor, number: int, out: Path) -> dict | None:
-    """The row of one prompt, its two pictures written; None where its rewards (n,) are too near each other."""
+def write_pair(
+    settings: PairSettings, prompt: Prompt, images: Tensor, scores: Tensor, number: int, out: Path
+) -> dict | None:
+    """Write the two pictures of one prompt and return its row; None where its rewards (n,) are too near each other."""
     best, worst = int(scores.argmax()), int(scores.argmin())
-    if not scores[best] - scores[worst] > asked.min_margin:
+    if not scores[best] - scores[worst] > settings.min_margin:
         return None
     row = {"prompt": prompt.prompt, "language": prompt.language}
     for name, index in ("chosen", best), ("rejected", worst):

@@ -1,4 +1,4 @@
-"""What the stages of preference learning share: the student in its two roles, the sampler it is tuned under, prompts.
+"""Parts of the stages of preference learning: the student in its two roles, its sampler, prompts and scores.
 
 Letters beside those of `models.base`: N steps of the sampler.
 """
@@ -26,7 +26,7 @@ REWARD = "reward/"  # before a reward's name in a log
 
 
 @dataclass(frozen=True)
-class Student:
+class TunableStudent:
     """A distilled student with a trainable `preference` adapter over it, and the sampler that is tuned."""
 
     base: Base
@@ -35,25 +35,25 @@ class Student:
     gamma: float
     conditioned: bool
     num_segments: int
-    small_decoder: torch.nn.Module | None = None  # draws what the rewards trained on see, where there is one
+    small_decoder: torch.nn.Module | None = None  # decodes for the rewards trained on, where there is one
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """What is trained: the preference adapter, by name."""
+        """The trained weights, those of the preference adapter, by name."""
         return {name: value for name, value in self.denoiser.named_parameters() if value.requires_grad}
 
     def rollout(
         self, conditioning: Conditioning, noise: Tensor, generators: Sequence[torch.Generator]
     ) -> tuple[Tensor, Tensor]:
-        """The sampler's states (N, B, C, H, W) and its sample x0 (B, C, H, W), under no gradient."""
+        """Return the sampler's states (N, B, C, H, W) and its sample x0 (B, C, H, W), without gradient."""
         return sampler.rollout(
             self.base, self.denoiser, conditioning, noise, self.times, self.gamma, generators, self.conditioned
         )
 
     def walk(self, start: "Start", last: int, grad_steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x_t, x0) of the sampler's steps 0 .. `last`, the final `grad_steps` of them with gradient.
+        """Yield (x_t, x0) of the sampler's steps 0 .. `last`, the final `grad_steps` of them with gradient.
 
-        Step `last` ends at 0: its x0 is a finished sample, whatever steps the sampler would still have taken.
+        Step `last` ends at 0: its x0 is a finished sample, whatever steps would still have followed.
         """
         times = self.times[: last + 1]
         return sampler.walk(
@@ -69,40 +69,40 @@ class Student:
         )
 
     def x0(self, x_t: Tensor, t: Tensor, s: Tensor, conditioning: Conditioning, gamma: float | None = None) -> Tensor:
-        """The x0 (B, C, H, W) that a step of the sampler from `t` to `s` (B,) asks for; gradient where it is on."""
+        """Return the x0 (B, C, H, W) of a step of the sampler from `t` to `s` (B,), with gradient if enabled."""
         gamma = self.gamma if gamma is None else gamma
         return sampler.step_x0(self.base, self.denoiser, conditioning, x_t, t, s, gamma, self.conditioned)
 
     @torch.no_grad()
     def reference_x0(self, x_t: Tensor, t: Tensor, s: Tensor, conditioning: Conditioning) -> Tensor:
-        """The same of the reference: the distilled student without its preference adapter."""
+        """Return the same of the reference: the distilled student without its preference adapter."""
         with students.as_reference(self.denoiser):
             return self.x0(x_t, t, s, conditioning)
 
     def jump(self, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Start and end (B,) of the sampler's step number `step`; the last one ends at 0."""
+        """Return start and end (B,) of the sampler's step number `step`; the last one ends at 0."""
         t, s = ([*self.times, 0][i] for i in (step, step + 1))
         shape: dict[str, Any] = {"dtype": torch.int64, "device": self.base.device}
         return torch.full((batch_size,), t, **shape), torch.full((batch_size,), s, **shape)
 
     def jumps(self, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """Start and end (B,) of the sampler's steps number `steps` (B,), one for each sample."""
+        """Return start and end (B,) of the sampler's steps number `steps` (B,), one for each sample."""
         times = torch.tensor([*self.times, 0])
         return times[steps].to(self.base.device), times[steps + 1].to(self.base.device)
 
     def save_samples(self, recipe: Recipe, folder: Path, step: int) -> None:
-        """The grid of the recipe's fixed prompts and seeds, as the student is now."""
+        """Write the grid of the recipe's fixed prompts and seeds, sampled by the current student."""
         sheet = pictures.sample_grid(
             self.base, self.denoiser, recipe.samples, recipe.seed, self.num_segments, self.conditioned, self.gamma
         )
         processes.on_rank_zero(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
 
 
-def load(stage: Tuning, base: Base, start: Path, seed: int) -> Student:
-    """The distilled student in folder `start`, ready to be tuned as `stage` says.
+def load(stage: Tuning, base: Base, start: Path, seed: int) -> TunableStudent:
+    """Return the distilled student in folder `start`, ready to be tuned by `stage`.
 
-    Raises ValueError where the stage needs a random sampler and the student's own, which it leaves it to, is not, and
-    for tiles or a small decoder that do not fit the teacher.
+    Raises ValueError where the stage needs a random sampler, sets no gamma, and the student's own is 0; and for tiles
+    or a small decoder that do not fit the teacher.
     """
     described = students.describe(start)
     conditioned, num_segments = described["conditioned"], described["num_segments"]
@@ -121,11 +121,11 @@ def load(stage: Tuning, base: Base, start: Path, seed: int) -> Student:
         base.autoencoder.use_tiles(stage.autoencoder_tiles)
     small = small_decoder(stage, base)
     times = sampling_times(stage.sampling_steps, 1 if conditioned else num_segments)
-    return Student(base, denoiser, times, gamma, conditioned, num_segments, small)
+    return TunableStudent(base, denoiser, times, gamma, conditioned, num_segments, small)
 
 
 def small_decoder(stage: Tuning, base: Base) -> torch.nn.Module | None:
-    """What draws for the rewards that `stage` trains on, where it names one. Raises as `bases.small_decoder` does."""
+    """Return the small decoder of `stage`, None where it names none. Raises as `teachers.small_decoder` does."""
     if not isinstance(stage, Feedback) or stage.small_decoder is None:
         return None
     small = teachers.small_decoder(stage.small_decoder, base)
@@ -136,7 +136,7 @@ def small_decoder(stage: Tuning, base: Base) -> torch.nn.Module | None:
 
 @dataclass(frozen=True)
 class Start:
-    """Where samples begin: prompts, their conditioning, noise, and a generator each for what noise they draw later."""
+    """The start of B samples: prompts, their conditioning, noise, and a generator each for the noise of later steps."""
 
     prompts: list[str]
     languages: list[str]
@@ -147,39 +147,41 @@ class Start:
     next_languages: list[str]
 
     def repeated(self, copies: int) -> Conditioning:
-        """The conditioning of `copies` n of every sample (n B, ...), all of the first copy first."""
+        """Return the conditioning (n B, ...) of n = `copies` copies of every sample, the whole first copy first."""
         return {name: value.repeat(copies, *[1] * (value.ndim - 1)) for name, value in self.conditioning.items()}
 
 
 class Scores:
-    """What is logged of one step, a value a sample, gathered over its micro-batches: rewards as reward/<name>."""
+    """Values for the log of one step, one a sample, collected over its micro-batches; rewards as reward/<name>."""
 
     def __init__(self) -> None:
         self.values: dict[str, list[Tensor]] = {}
 
     def add(self, values: dict[str, Tensor]) -> None:
+        """Append `values` (b,) of a micro-batch, by name."""
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach().float())
 
     def add_rewards(self, raw: dict[str, Tensor]) -> None:
+        """Append the scores (b,) of a micro-batch, by reward."""
         self.add({f"{REWARD}{name}": value for name, value in raw.items()})
 
     def rewards(self) -> dict[str, Tensor]:
-        """The raw scores (B,) of the whole step by reward, of all processes. Waits for all."""
+        """Gather the raw scores (B,) of the whole step from all processes, by reward."""
         own = {name.removeprefix(REWARD): parts for name, parts in self.values.items() if name.startswith(REWARD)}
         return {name: processes.gather(torch.cat(parts)) for name, parts in own.items()}
 
     def means(self) -> dict[str, float]:
-        """What a log holds of them, over all processes. Waits for all."""
+        """Return the mean of each value over all processes, for the log. Waits for all processes."""
         if not self.values:
             return {}
         means = torch.stack([torch.cat(scores).mean() for scores in self.values.values()])
-        sums = processes.total(*means.tolist())  # read at once: each reading waits for the device
+        sums = processes.total(*means.tolist())  # in one transfer: each one waits for the device
         return {name: value / processes.world_size() for name, value in zip(self.values, sums, strict=True)}
 
 
 class Prompts:
-    """The prompts of a stage, drawn pass by pass, or by the weights of their languages."""
+    """The prompts of a stage, in epochs, or sampled by the weights of their languages."""
 
     def __init__(self, stage: Tuning, base: Base, seed: int):
         self.stage, self.seed = stage, seed
@@ -188,8 +190,10 @@ class Prompts:
         tell_truncated(base, [prompt.prompt for prompt in self.prompts], stage.prompts)
 
     def starts(self, base: Base, step: int, count: int, size: int, copies: int = 1) -> Iterator["Start"]:
-        """Starts for the `count` prompts of `step`, each prompt `copies` times in a row, in micro-batches of `size`: of
-        each the rows of this process, all copies of a prompt in one."""
+        """Yield starts for the `count` prompts of `step`, each `copies` times in a row, in micro-batches of `size`.
+
+        A micro-batch has the rows of this process; all copies of a prompt are in one.
+        """
         prompts = self.draw(step, count)
         own, after = ([one for one in each for _ in range(copies)] for each in (prompts, others(prompts, self.prompts)))
         for rows in processes.micro_batches(len(own), size, copies):
@@ -198,21 +202,23 @@ class Prompts:
 
     @property
     def languages(self) -> set[str]:
-        """The languages of all of them."""
+        """The languages of all prompts."""
         return {prompt.language for prompt in self.prompts}
 
     def texts(self, step: int, count: int) -> list[str]:
-        """The `count` prompts of `step`, as they are written."""
+        """Return the texts of the `count` prompts of `step`."""
         return [prompt.prompt for prompt in self.draw(step, count)]
 
     def draw(self, step: int, count: int) -> list[Prompt]:
-        """The `count` prompts of `step`."""
+        """Return the `count` prompts of `step`."""
         return [self.prompts[i] for i in self.order.draw(step, count).tolist()]
 
 
 def encode_ahead(stage: Tuning, recipe: Recipe, base: Base, texts: Callable[[int], list[str]]) -> None:
-    """Encode what the stage asks for, the prompts `texts` of every step, the guard's and those of the sample grid, and
-    let the text encoders leave memory; nothing where that would be too many prompts to keep."""
+    """Encode the prompts `texts` of every step, the guard's and the sample grid's, and free the text encoders.
+
+    Does nothing where these would be too many prompts to keep.
+    """
     if not stage.encodes_ahead:
         return
     watched = [prompt.prompt for prompt in watched_prompts(stage)]
@@ -221,16 +227,16 @@ def encode_ahead(stage: Tuning, recipe: Recipe, base: Base, texts: Callable[[int
 
 
 def watched_prompts(stage: Tuning) -> list[Prompt]:
-    """The prompts that the guard draws at every look. ValueError for one alone: its deviation is no number."""
+    """Return the prompts of the guard's looks. Raises ValueError for a single one: it has no standard deviation."""
     path = stage.guard_prompts or stage.prompts
-    found = spoken(read_prompts(path), stage.languages, path)[: stage.guard.num_prompts]
-    if len(found) < 2:
+    prompts = spoken(read_prompts(path), stage.languages, path)[: stage.guard.num_prompts]
+    if len(prompts) < 2:
         raise ValueError(f"guard: {path} holds 1 prompt to watch; a gain is in deviations over 2 prompts or more")
-    return found
+    return prompts
 
 
 class Order:
-    """Which of `prompts` are the ones of a step: pass by pass, or by the weights of their languages.
+    """Which of `prompts` belong to a step: in epochs, or sampled by the weights of their languages.
 
     A language's weight is shared evenly by its prompts, which are counted once.
     """
@@ -243,7 +249,7 @@ class Order:
             self.weights = torch.tensor([stage.languages[one] / counts[one] for one in languages])
 
     def draw(self, step: int, count: int) -> Tensor:
-        """The numbers (count,) of the prompts of `step`."""
+        """Return the indices (count,) of the prompts of `step`."""
         if self.weights is None:
             return epoch_order(self.size, count, step, *self.parts)
         draws = generator(*self.parts, step)
@@ -251,29 +257,34 @@ class Order:
 
 
 def sample_generators(seed: int, stage: Tuning, step: int, numbers: Iterable[int]) -> list[torch.Generator]:
-    """One generator for each of the samples `numbers` of `step`, for all the noise that the sample needs.
+    """Return one generator for each of the samples `numbers` of `step`, for all the noise that the sample needs.
 
-    A function of the sample's number in the step, so that a step is the same however it is split.
+    It is a function of the sample's number in the step, so that a step is the same however it is split.
     """
     return [generator(seed, stage.kind, "sample", step, number) for number in numbers]
 
 
 def draw_steps(num_steps: int, generators: Sequence[torch.Generator]) -> Tensor:
-    """For each sample the number of one of `num_steps` steps (B,), drawn by its own generator."""
+    """Return the number (B,) of one of `num_steps` steps for each sample, drawn by its own generator."""
     return torch.tensor([int(torch.randint(num_steps, (), generator=one)) for one in generators])
 
 
 def spoken(prompts: list[Prompt], languages: dict[str, float], path: str) -> list[Prompt]:
-    """Those of `prompts` in `languages` of weight above 0, all of them where none is named. ValueError for none."""
-    kept = [prompt for prompt in prompts if not languages or languages.get(prompt.language, 0.0) > 0.0]
-    if not kept:
+    """Return the `prompts` in `languages` of weight above 0; all where there are no `languages`.
+
+    Raises ValueError where none is left.
+    """
+    chosen = [prompt for prompt in prompts if not languages or languages.get(prompt.language, 0.0) > 0.0]
+    if not chosen:
         raise ValueError(f"languages: {path} holds no prompt in {', '.join(languages)}")
-    return kept
+    return chosen
 
 
 def others(prompts: list[Prompt], more: Sequence[Prompt] = ()) -> list[Prompt]:
-    """For each of `prompts` the next one of another text, the first after the last; where they are all alike, that of
-    `more`, and itself where there is none."""
+    """Return for each of `prompts` the next one with another text, in a circle.
+
+    Where all are alike it is the first other one of `more`, and itself where there is none.
+    """
     return [
         next((one for one in chain(prompts[i + 1 :], prompts[:i], more) if one.prompt != own.prompt), own)
         for i, own in enumerate(prompts)
@@ -283,9 +294,9 @@ def others(prompts: list[Prompt], more: Sequence[Prompt] = ()) -> list[Prompt]:
 def start(
     base: Base, prompts: list[Prompt], generators: list[torch.Generator], after: list[Prompt] | None = None
 ) -> Start:
-    """A start for each of `prompts`, its noise drawn by its own one of `generators`.
+    """Return a start for each of `prompts`, its noise drawn by its own one of `generators`.
 
-    `after` holds for each a prompt that is not its own; by default the next one here of another text.
+    `after` holds a prompt with another text for each; by default the next one here.
     """
     texts, languages = [prompt.prompt for prompt in prompts], [prompt.language for prompt in prompts]
     following = others(prompts) if after is None else after

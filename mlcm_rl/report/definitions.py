@@ -1,11 +1,11 @@
-"""What the columns of a report mean."""
+"""Definitions of a report's columns."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a key of a row's metrics stands for."""
+    """The meaning of a key of a row's metrics."""
 
     label: str
     lower_is_better: bool
@@ -13,7 +13,7 @@ class Metric:
 
 
 def metric(key: str) -> Metric:
-    """The metric of `key`: one of METRICS, r@<k>, r@<k>/<language> or reward/<name>."""
+    """Return the metric of `key`: one of METRICS, r@<k>, r@<k>/<language> or reward/<name>."""
     name, _, rest = key.partition("/")
     if name == "reward":
         return Metric(rest, False, f"Reward model `{rest}` (see its card in reward_models/), higher is better.")

@@ -1,10 +1,10 @@
-"""The looks of a guard, as its stage's log has them."""
+"""The looks of a guard, from its stage's log."""
 
 import json
 from pathlib import Path
 
 
 def history(folder: Path) -> list[dict]:
-    """The looks of a finished stage's guard, in order: the records of its log that hold them."""
+    """Return the looks of a finished stage's guard, in order, as records of its log."""
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [record for record in map(json.loads, lines) if "guard/held_out_gain" in record]

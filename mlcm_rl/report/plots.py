@@ -1,8 +1,8 @@
-"""Plots of a report as inline SVG: transparent, with text in the page's own colour, for light and dark alike."""
+"""Plots of a report as inline SVG: transparent, with text in the page's own colour, for light and dark pages."""
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from io import StringIO
 from typing import Any
@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from .definitions import metric
+from .types import Line, LossCurve, Point, Report, Row, TunedStudent
 
-INK = "#010203"  # stands for the page's text colour until the SVG is written
+INK = "#010203"  # replaced by the page's text colour when the SVG is written
 COLOURS = (
     "#2f7ed8",
     "#d9702b",
@@ -43,57 +44,49 @@ STYLE: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Line:
-    """The rows that one sampler of one network makes as its evaluations grow."""
+def lines(report: Report) -> list[Line]:
+    """Return a line for each (student, sampler), then one for each solver of the undistilled teacher.
 
-    label: str
-    colour: str
-    dash: str  # an SVG dash array, empty for a solid line
-    rows: list[dict]
-
-
-def lines(report: dict[str, Any]) -> list[Line]:
-    """One line a (student, sampler), then one a solver of the undistilled teacher; the legend is the page's.
-
-    More than MANY students are drawn at their default samplers only: the table has the rest.
+    More than MANY students have lines at their default samplers only: the table has the rest.
     """
-    groups: dict[tuple, list[dict]] = {}
-    many = len({row["name"] for row in report["rows"] if row["role"] == "student"}) > MANY
-    for row in report["rows"]:
-        if row["role"] == "undistilled" or (row["role"] == "student" and (row["default"] or not many)):
-            groups.setdefault((row["role"] == "undistilled", row["name"], row["sampler"]), []).append(row)
+    groups: dict[tuple[bool, str, str], list[Row]] = {}
+    many = len({row.name for row in report.rows if row.role == "student"}) > MANY
+    for row in report.rows:
+        if row.role == "undistilled" or (row.role == "student" and (row.default or not many)):
+            groups.setdefault((row.role == "undistilled", row.name, row.sampler), []).append(row)
     names = list(dict.fromkeys(name for undistilled, name, _ in groups if not undistilled))
-    solvers = list(dict.fromkeys(row["solver"] for row in report["rows"] if row["role"] == "undistilled"))
-    found = []
+    solvers = list(dict.fromkeys(row.solver for row in report.rows if row.role == "undistilled"))
+    result = []
     for (undistilled, name, sampler), rows in sorted(groups.items(), key=lambda item: item[0][0]):
         if undistilled:
-            colour = GREYS[solvers.index(rows[0]["solver"]) % len(GREYS)]
-            dash = "" if rows[0]["guidance_scale"] != 1.0 else "2 2"
+            colour = GREYS[solvers.index(rows[0].solver) % len(GREYS)]
+            dash = "" if rows[0].guidance_scale != 1.0 else "2 2"
         else:
-            colour, dash = COLOURS[names.index(name) % len(COLOURS)], "" if rows[0]["default"] else "5 2"
-            dash = "1 2" if rows[0]["grid"] == "paper" else dash
-        found.append(Line(f"{name}, {sampler}", colour, dash, sorted(rows, key=lambda row: row["num_evaluations"])))
-    return found
+            colour, dash = COLOURS[names.index(name) % len(COLOURS)], "" if rows[0].default else "5 2"
+            dash = "1 2" if rows[0].grid == "paper" else dash
+        result.append(Line(f"{name}, {sampler}", colour, dash, sorted(rows, key=lambda row: row.num_evaluations)))
+    return result
 
 
-def quality(report: dict[str, Any], key: str) -> str:
-    """SVG of metric `key` against network evaluations, with its standard error; the references are horizontal."""
+def quality(report: Report, key: str) -> str:
+    """Return the SVG of metric `key` against network evaluations, with standard errors; references are horizontal."""
     figure, axes = _figure(f"quality {key}")
     for line in lines(report):
-        x = [row["num_evaluations"] for row in line.rows]
-        y = [row["metrics"][key]["mean"] for row in line.rows]
-        errors = [row["metrics"][key]["se"] or 0.0 for row in line.rows]
+        x = [row.num_evaluations for row in line.rows]
+        means = [row.metrics[key].mean for row in line.rows]
+        y = [math.nan if mean is None else mean for mean in means]
+        errors = [row.metrics[key].se or 0.0 for row in line.rows]
         axes.plot(x, y, color=line.colour, ls=_dashes(line.dash), marker="o", ms=3.5, lw=1.6)
         axes.errorbar(x, y, errors, color=line.colour, ls="none", lw=1.0, alpha=0.45)
-    references = [row for row in report["rows"] if row["role"] == "reference"]
+    references = [row for row in report.rows if row.role == "reference"]
     for place, row in enumerate(references):
-        if key == "distance" and row["id"] == report["reference"]:
-            continue  # zero, and not to be had on a logarithmic axis
-        _horizontal(axes, row["metrics"][key]["mean"], f"teacher, {row['num_steps']} steps", below=place % 2 == 1)
+        if key == "distance" and row.id == report.reference:
+            continue  # zero, which a logarithmic axis does not have
+        if (mean := row.metrics[key].mean) is not None:
+            _horizontal(axes, mean, f"teacher, {row.num_steps} steps", below=place % 2 == 1)
     if key == "distance":
         _log(axes)
-    ticks = sorted({row["num_evaluations"] for row in report["rows"] if row["role"] != "reference"})
+    ticks = sorted({row.num_evaluations for row in report.rows if row.role != "reference"})
     axes.set_xticks(ticks)
     axes.set_xlabel("network evaluations")
     better = "lower" if metric(key).lower_is_better else "higher"
@@ -101,46 +94,46 @@ def quality(report: dict[str, Any], key: str) -> str:
     return _svg(figure, f"{metric(key).label} against network evaluations; the table below holds the same numbers")
 
 
-def loss(curve: dict[str, Any], several: bool) -> str:
-    """SVG of one phase's training and held-out loss against its optimiser steps; of `several` stages it names its own.
+def loss(curve: LossCurve, several: bool) -> str:
+    """Return the SVG of one phase's training and held-out loss against optimiser steps.
 
-    Reports of before format 4 have the last stage's curves alone, without a number.
+    The title names the stage where there are `several`.
     """
-    phase = f"phase {curve['phase'] + 1}"
-    name = f"distill stage {curve['stage']}, {phase}" if several else phase
+    phase = f"phase {curve.phase + 1}"
+    name = f"distill stage {curve.stage}, {phase}" if several else phase
     figure, axes = _figure(f"loss {name}")
-    for key, colour, label in (("loss", COLOURS[0], "training"), ("held_out_loss", COLOURS[1], "held out")):
-        if curve[key]:
-            axes.plot(*zip(*curve[key], strict=True), color=colour, lw=1.6, label=label)
+    for points, colour, label in ((curve.loss, COLOURS[0], "training"), (curve.held_out_loss, COLOURS[1], "held out")):
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colour, lw=1.6, label=label)
     _log(axes)
     axes.set_xlabel("optimiser step")
-    axes.set_title(f"{name.capitalize()}: K = {curve['num_segments']}", loc="left")
+    axes.set_title(f"{name.capitalize()}: K = {curve.num_segments}", loc="left")
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-    return _svg(figure, f"Loss of {name}, K = {curve['num_segments']}, against optimiser steps")
+    return _svg(figure, f"Loss of {name}, K = {curve.num_segments}, against optimiser steps")
 
 
-def gains(student: dict[str, Any]) -> str:
-    """SVG of what the guard saw of a tuned student: its gains against optimiser steps, the kept step upright."""
-    figure, axes = _figure(f"gains {student['name']}")
+def gains(student: TunedStudent) -> str:
+    """Return the SVG of a tuned student's gains against optimiser steps, with the kept step as a vertical line."""
+    figure, axes = _figure(f"gains {student.name}")
     axes.axhline(0.0, color=INK, lw=0.9, alpha=0.5)
-    curves = [student["curves"][f"guard/{which}_gain"] for which in ("trained", "held_out")]
-    _learned(axes, student, curves, ("trained on", "held out"))
+    curves = [student.curves[f"guard/{which}_gain"] for which in ("trained", "held_out")]
+    _plot_curves(axes, student, curves, ("trained on", "held out"))
     axes.set_title("Gain, in deviations of the reference", loc="left")
-    return _svg(figure, f"The guard's trained and held-out gain of {student['name']} against optimiser steps")
+    return _svg(figure, f"The guard's trained and held-out gain of {student.name} against optimiser steps")
 
 
-def learned(student: dict[str, Any], name: str) -> str:
-    """SVG of one reward of a tuned student against optimiser steps: in its batches, and on the guard's prompts."""
-    figure, axes = _figure(f"reward {student['name']} {name}")
+def reward_curve(student: TunedStudent, name: str) -> str:
+    """Return the SVG of one reward of a tuned student against optimiser steps: of batches, and of the guard's looks."""
+    figure, axes = _figure(f"reward {student.name} {name}")
     labels = {"reward/": "batches", "guard/reward/": "the guard's prompts"}
-    found = [(student["curves"].get(prefix + name, []), label) for prefix, label in labels.items()]
-    _learned(axes, student, *zip(*found, strict=True))
-    axes.set_title(f"{student['name']}: {name}, {student['rewards'][name]}", loc="left")
-    return _svg(figure, f"Reward {name} of {student['name']} against optimiser steps")
+    curves = [(student.curves.get(prefix + name, []), label) for prefix, label in labels.items()]
+    _plot_curves(axes, student, *zip(*curves, strict=True))
+    axes.set_title(f"{student.name}: {name}, {student.rewards[name]}", loc="left")
+    return _svg(figure, f"Reward {name} of {student.name} against optimiser steps")
 
 
 def reward_training(log: list[dict[str, Any]]) -> Figure:
-    """A trained reward as it learnt, from its log: its losses, and the share of held-out pairs decided right."""
+    """Return the figure of a reward's training from its log: losses, and the share of held-out pairs decided right."""
     with rc_context(STYLE):
         figure = Figure(figsize=(2 * SIZE[0], SIZE[1]), layout="constrained")
         losses, accuracy = figure.subplots(1, 2)
@@ -160,20 +153,20 @@ def reward_training(log: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _learned(axes: Axes, student: dict[str, Any], curves: Sequence[list], labels: Sequence[str]) -> None:
-    """Those of `curves` [step, value] that have points, and the step that the guard kept."""
+def _plot_curves(axes: Axes, student: TunedStudent, curves: Sequence[list[Point]], labels: Sequence[str]) -> None:
+    """Plot those of `curves` (step, value) that have points, and the step that the guard kept."""
     for colour, curve, label in zip(COLOURS, curves, labels, strict=False):
         if curve:
             few: dict[str, Any] = {"marker": "o", "ms": 3.0} if len(curve) <= 30 else {}
             axes.plot(*zip(*curve, strict=True), color=colour, lw=1.6, label=label, **few)
-    kept = student["guard"]["kept_step"]
-    axes.axvline(kept, color=INK, lw=1.0, ls=(0, (2, 2)), label=f"kept: step {kept}")
+    kept_step = student.guard.kept_step
+    axes.axvline(kept_step, color=INK, lw=1.0, ls=(0, (2, 2)), label=f"kept: step {kept_step}")
     axes.set_xlabel("optimiser step")
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
 
 
 def _horizontal(axes: Axes, value: float, text: str, below: bool) -> None:
-    """A dashed line at `value`, labelled at its right end above it, or at its left end below it."""
+    """Plot a dashed line at `value`, labelled at its right end above it, or at its left end below it."""
     axes.axhline(value, color=INK, lw=0.9, ls=(0, (6, 3)), alpha=0.7)
     place: dict[str, Any] = {"ha": "left", "va": "top"} if below else {"ha": "right", "va": "bottom"}
     xy, offset = (0.0 if below else 1.0, value), (2, -3) if below else (0, 2)
@@ -182,7 +175,7 @@ def _horizontal(axes: Axes, value: float, text: str, below: bool) -> None:
 
 
 def _figure(salt: str) -> tuple[Figure, Axes]:
-    """An empty plot; `salt` keeps the ids of several plots on one page apart, and the same from run to run."""
+    """Return an empty plot; `salt` makes its ids unique on the page, and the same from run to run."""
     with rc_context(STYLE):
         figure = Figure(figsize=SIZE)
         figure.set_gid(re.sub(r"\W", "-", salt))
@@ -196,9 +189,9 @@ def _dashes(dash: str) -> str | tuple:
 
 
 def _log(axes: Axes) -> None:
-    """A logarithmic axis with plain numbers, where every value is positive."""
-    drawn: Sequence[Any] = axes.lines
-    low = min((value for line in drawn for value in line.get_ydata()), default=0.0)
+    """Make the y axis logarithmic with plain numbers, where every value is positive."""
+    curves: Sequence[Any] = axes.lines
+    low = min((value for line in curves for value in line.get_ydata()), default=0.0)
     if low > 0:
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -206,7 +199,7 @@ def _log(axes: Axes) -> None:
 
 
 def _svg(figure: Figure, description: str) -> str:
-    """`figure` as an <svg> element that fills its column, read out as `description`."""
+    """Return `figure` as an <svg> element that fills its column; screen readers read `description`."""
     text = StringIO()
     with rc_context(STYLE | {"svg.hashsalt": figure.get_gid()}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -218,7 +211,7 @@ def _svg(figure: Figure, description: str) -> str:
 
 
 def _own_ids(body: str, prefix: str | None) -> str:
-    """`body` with the ids that something in it points to made its own, the rest dropped: a page holds several plots."""
-    pointed_to = set(re.findall(r"""(?:url\(#|href="#)([^")]+)""", body))
+    """Return `body` with `prefix` before the ids that it refers to, without the others: a page holds several plots."""
+    referenced = set(re.findall(r"""(?:url\(#|href="#)([^")]+)""", body))
     body = re.sub(r"""(url\(#|href="#)""", rf"\g<1>{prefix}-", body)
-    return re.sub(r' id="([^"]*)"', lambda found: f' id="{prefix}-{found[1]}"' if found[1] in pointed_to else "", body)
+    return re.sub(r' id="([^"]*)"', lambda match: f' id="{prefix}-{match[1]}"' if match[1] in referenced else "", body)

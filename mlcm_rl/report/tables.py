@@ -1,7 +1,6 @@
-"""A report's table of figures, for the page and for Markdown."""
+"""A report's table of figures, for the page, for Markdown and for a terminal."""
 
 import textwrap
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -10,83 +9,85 @@ from . import tuned_students
 from .comparisons import measured
 from .definitions import LATENCY, TRAINING, metric
 from .figures import number, plus_minus
+from .types import Report, Row, TrainingCost
 
 MANY_METRICS = 5  # in the terminal table
 MAIN_METRICS = ("distance", "kid", "r@5", "fid", "clip")  # beside the rewards
 
 
-def columns(report: dict[str, Any]) -> list[str]:
-    """The metrics that the table shows, in order: R@k by language where there is more than one."""
-    keys = [key for key in report["rows"][0]["metrics"] if "values" in report["rows"][0]["metrics"][key]]
-    shown = []
-    for key in keys:
-        by_language = [other for other in report["rows"][0]["metrics"] if other.startswith(f"{key}/")]
-        shown += by_language or [key]
-    return shown
+def columns(report: Report) -> list[str]:
+    """Return the metrics of the table, in order: R@k by language where there is more than one."""
+    metrics = report.rows[0].metrics
+    keys = []
+    for key in [key for key, summary in metrics.items() if summary.values]:
+        by_language = [other for other in metrics if other.startswith(f"{key}/")]
+        keys += by_language or [key]
+    return keys
 
 
-def main_metrics(report: dict[str, Any]) -> list[str]:
-    """The metrics that get a plot and a place on the terminal; R@5 is over all languages."""
-    keys = measured(report, report["rows"][0]["metrics"])
+def main_metrics(report: Report) -> list[str]:
+    """Return the metrics with a plot and a column on the terminal; R@5 is over all languages."""
+    keys = measured(report.rows, report.rows[0].metrics)
     return [key for key in keys if key in MAIN_METRICS or key.startswith("reward/")]
 
 
-def heading(row: dict[str, Any]) -> str:
-    """What a row stands under in the table."""
-    if row["role"] == "reference":
+def heading(row: Row) -> str:
+    """Return the heading of a row in the table."""
+    if row.role == "reference":
         return "Teacher, reference"
-    if row["role"] == "undistilled":
+    if row.role == "undistilled":
         return "Teacher, undistilled"
-    return f"{row['name']}: " + ("conditioned on its target" if row["conditioned"] else f"K = {row['num_segments']}")
+    return f"{row.name}: " + ("conditioned on its target" if row.conditioned else f"K = {row.num_segments}")
 
 
-def label(row: dict[str, Any]) -> str:
-    """A row's name under its heading."""
-    if row["role"] == "reference":
-        return f"{row['num_steps']} steps"
-    return row["sampler"] + (", default" if row["default"] else "")
+def label(row: Row) -> str:
+    """Return a row's name under its heading."""
+    if row.role == "reference":
+        return f"{row.num_steps} steps"
+    return row.sampler + (", default" if row.default else "")
 
 
-def groups(report: dict[str, Any]) -> dict[str, list[dict]]:
-    """The rows under their headings, in the table's order: the references, every student, the undistilled teacher."""
-    found: dict[str, list[dict]] = {}
-    for row in sorted(report["rows"], key=lambda row: ("reference", "student", "undistilled").index(row["role"])):
-        found.setdefault(heading(row), []).append(row)
-    return found
+def groups(report: Report) -> dict[str, list[Row]]:
+    """Return the rows under their headings: the references, every student, the undistilled teacher."""
+    rows_by_heading: dict[str, list[Row]] = {}
+    for row in sorted(report.rows, key=lambda row: ("reference", "student", "undistilled").index(row.role)):
+        rows_by_heading.setdefault(heading(row), []).append(row)
+    return rows_by_heading
 
 
-def cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    """The numbers of a row of the table, after its label."""
-    values = [number(row["metrics"][key]) for key in columns(report)]
-    cost = [training(row.get("training"))] if has_training(report) else []
-    return [str(row["num_evaluations"]), latency(row), *cost, *values]
+def cells(report: Report, row: Row) -> list[str]:
+    """Return the cells of a row of the table, after its label."""
+    values = [number(row.metrics[key]) for key in columns(report)]
+    cost = [training(row.training)] if has_training(report) else []
+    return [str(row.num_evaluations), latency(row), *cost, *values]
 
 
-def latency(row: dict[str, Any]) -> str:
-    """A row's milliseconds a picture, without an error where it has one batch or was kept by an earlier version."""
-    error = row.get("latency_ms_se")
-    return plus_minus(row["latency_ms"], error) if error else f"{row['latency_ms']:.3g}"
+def latency(row: Row) -> str:
+    """Return a row's milliseconds a picture, without error where it has one batch or is of an earlier version."""
+    error = row.latency_ms_se
+    return plus_minus(row.latency_ms, error) if error else f"{row.latency_ms:.3g}"
 
 
-def heads(report: dict[str, Any]) -> list[str]:
+def heads(report: Report) -> list[str]:
+    """Return the heads of the table's columns, after the label."""
     cost = ["Training evals"] if has_training(report) else []
     return ["Evals", "ms", *cost, *(metric(key).label for key in columns(report))]
 
 
-def has_training(report: dict[str, Any]) -> bool:
-    """Whether there is a student, and so a column of what training cost."""
-    return any(row.get("training") for row in report["rows"])
+def has_training(report: Report) -> bool:
+    """Return whether a row has a training cost, and the table so a column for it."""
+    return any(row.training for row in report.rows)
 
 
-def training(cost: dict[str, float] | None) -> str:
-    """A training's evaluations in all, and for each sample the teacher's + the student's; a dash for the teacher."""
+def training(cost: TrainingCost | None) -> str:
+    """Return a training's evaluations in all, and for each sample the teacher's + the student's; a dash for None."""
     if cost is None:
         return "-"
-    return f"{compact(cost['total'])} ({cost['teacher_per_sample']:.3g} + {cost['student_per_sample']:.3g})"
+    return f"{compact(cost.total)} ({cost.teacher_per_sample:.3g} + {cost.student_per_sample:.3g})"
 
 
 def compact(count: float) -> str:
-    """1234567 -> "1.23M"."""
+    """Return `count` with three digits and a unit: 1234567 -> "1.23M"."""
     for unit in ("", "k", "M"):
         if count < 999.5:
             return f"{count:.3g}{unit}"
@@ -94,39 +95,39 @@ def compact(count: float) -> str:
     return f"{count:.3g}G"
 
 
-def table(report: dict[str, Any]) -> Table:
-    """The table for a terminal: the means of the main metrics, so that it fits; the files have everything."""
+def table(report: Report) -> Table:
+    """Return the table for a terminal: the means of the main metrics, so that it fits; the files have everything."""
     keys = main_metrics(report)
-    title = f"{report['name']}: means over {len(report['prompts'])} prompts"
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    shown.add_column("Sampler", min_width=18)
+    title = f"{report.name}: means over {len(report.prompts)} prompts"
+    grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    grid.add_column("Sampler", min_width=18)
     cost = has_training(report) and len(keys) <= MANY_METRICS  # 80 columns hold no more
     heads = [metric(key).label.partition(" (")[0].replace("_", " ") for key in keys]
     for head in ("Evals", *["Train"] * cost, *heads):
-        shown.add_column("\n".join(textwrap.wrap(head, 8, break_long_words=False)), justify="right", no_wrap=True)
+        grid.add_column("\n".join(textwrap.wrap(head, 8, break_long_words=False)), justify="right", no_wrap=True)
     for name, rows in groups(report).items():
-        shown.add_row(name, style="bold")
+        grid.add_row(name, style="bold")
         for row in rows:
-            values = [row["metrics"][key]["mean"] for key in keys]
-            texts = [str(row["num_evaluations"])]
-            texts += [training(row.get("training")).partition(" ")[0]] * cost
+            values = [row.metrics[key].mean for key in keys]
+            texts = [str(row.num_evaluations)]
+            texts += [training(row.training).partition(" ")[0]] * cost
             texts += ["-" if value is None else f"{value:.3g}" for value in values]
-            shown.add_row(f"  {label(row)}", *texts, style="green" if row["default"] else "")
-        shown.add_section()
-    return shown
+            grid.add_row(f"  {label(row)}", *texts, style="green" if row.default else "")
+        grid.add_section()
+    return grid
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """report.md: the headline, the table, what its columns mean, and what preference learning changed."""
+def markdown(report: Report) -> str:
+    """Return report.md: the headline, the table, its definitions, and the tuned students."""
     head = ["Sampler", *heads(report)]
-    lines = [f"# {report['name']}", "", report["headline"]["text"], ""]
+    lines = [f"# {report.name}", "", report.headline.text, ""]
     lines += [f"| {' | '.join(head)} |", f"|---{'|--:' * (len(head) - 1)}|"]
     for name, rows in groups(report).items():
         lines.append(f"| **{name}** {'| ' * (len(head) - 1)}|")
         lines += [f"| {' | '.join([label(row), *cells(report, row)])} |" for row in rows]
     lines += [
         "",
-        f"{len(report['prompts'])} prompts; \u00b1 is one standard error over prompts.",
+        f"{len(report.prompts)} prompts; \u00b1 is one standard error over prompts.",
         "",
         f"- **ms**: {LATENCY}",
     ]
@@ -134,16 +135,16 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [f"- **{metric(key).label}**: {metric(key).definition}" for key in dict.fromkeys(columns(report))]
     lines += [f"- Network `{name}`: {text}" for name, text in network_texts(report)]
     lines += tuned_students.markdown(report)
-    lines += ["", f"Measured on {report['environment']['device']}, {report['created']}."]
+    lines += ["", f"Measured on {report.environment.device}, {report.created}."]
     return "\n".join(lines) + "\n"
 
 
-def network_texts(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """(name, text) of the networks that measured: figures by different files, or real pictures, do not compare."""
-    found = []
-    for name, network in report.get("networks", {}).items():
-        parts = [f"{file}, sha256 {checksum}" for file, checksum in network["files"].items()]
-        if "num_real_images" in network:
-            parts.append(f"{network['num_real_images']} real pictures")
-        found.append((name, "; ".join(parts)))
-    return found
+def network_texts(report: Report) -> list[tuple[str, str]]:
+    """Return (name, text) of the networks that measured: figures by different files or pictures do not compare."""
+    texts = []
+    for name, network in report.networks.items():
+        parts = [f"{file}, sha256 {checksum}" for file, checksum in network.files.items()]
+        if network.num_real_images is not None:
+            parts.append(f"{network.num_real_images} real pictures")
+        texts.append((name, "; ".join(parts)))
+    return texts

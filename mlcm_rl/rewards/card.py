@@ -1,6 +1,6 @@
-"""What a trained reward is worth: measured on the pairs that it never saw, and written beside it as its card.
+"""The card of a trained reward: its accuracy on held-out pairs and its weaknesses, measured and written beside it.
 
-N pairs, 0 the chosen picture, 1 the rejected one.
+Letters: N pairs; of each, picture 0 is the chosen one and picture 1 the rejected one.
 """
 
 import json
@@ -21,10 +21,10 @@ from ..report.figures import plus_minus, rounded
 from ..storage.files import replacing, write_json
 from ..storage.hashing import sha256
 from .contract import RewardModel, score
-from .heads import CONTRARY, right_way
+from .heads import CONTRARY, is_correct
 
 TEMPLATE = Path(__file__).with_suffix(".md")
-NUM_CLIMBED, NUM_STEPS, STEP = 16, 10, 2 / 255  # pictures that are changed to please the reward, and how far
+NUM_CLIMBED, NUM_STEPS, STEP = 16, 10, 2 / 255  # of `climb`: pictures, gradient steps, and their size in [0, 1]
 
 
 def write(
@@ -36,7 +36,7 @@ def write(
     device: torch.device,
     folder: Path,
 ) -> None:
-    """Write `card.md`, `measured.json` and `training.png` for `reward` on `device`, trained by `stage` into `folder`.
+    """Write `card.md`, `measured.json` and `training.png` of `reward`, on `device`, into the `folder` of its `stage`.
 
     `held_out` (N,) bool marks the pairs of `table` that it was not trained on.
     """
@@ -45,8 +45,8 @@ def write(
     measured = {
         "pairs": len(table),
         "held_out_pairs": int(held_out.sum()),
-        "training": accuracy(scores[~held_out], _chosen(table.prompts, ~held_out)),
-        "held_out": accuracy(scores[held_out], _chosen(table.prompts, held_out)),
+        "training": accuracy(scores[~held_out], _texts_at(table.prompts, ~held_out)),
+        "held_out": accuracy(scores[held_out], _texts_at(table.prompts, held_out)),
         "range": value_range(scores, held_out),
         "blanks": blanks(reward, stage.resolution, device),
         "climb": climb(stage, table, held_out, reward, device),
@@ -59,17 +59,17 @@ def write(
         plots.reward_training(log).savefig(path, format="png", dpi=160, facecolor="white")
 
 
-# ---- measured ----
+# ---- measurements ----
 
 
 def accuracy(scores: Tensor, prompts: list[str]) -> dict[str, Any]:
-    """The share of pairs decided right by `scores` (N, 2), averaged prompt by prompt, with its standard error.
+    """Return the share of pairs ranked correctly by `scores` (N, 2), averaged by prompt, with its standard error.
 
-    Pairs of one prompt are not independent, so that the error is over prompts. A tie is half right.
+    Pairs of one prompt are not independent, so the error is over prompts. A tie counts half.
     """
-    right = right_way(scores)
+    correct = is_correct(scores)
     by_prompt: dict[str, list[float]] = {}
-    for prompt, value in zip(prompts, right.tolist(), strict=True):
+    for prompt, value in zip(prompts, correct.tolist(), strict=True):
         by_prompt.setdefault(prompt, []).append(value)
     means = torch.tensor([sum(values) / len(values) for values in by_prompt.values()])
     mean, error = mean_and_error(means)
@@ -77,15 +77,15 @@ def accuracy(scores: Tensor, prompts: list[str]) -> dict[str, Any]:
 
 
 def value_range(scores: Tensor, held_out: Tensor) -> dict[str, float | None]:
-    """Of `scores` (N, 2): mean, deviation, where nine in ten lie; of held-out pairs the means of either side."""
+    """Return mean, deviation, 5% and 95% quantile of `scores` (N, 2), and the means of held-out pairs by side."""
     low, high = scores.flatten().quantile(torch.tensor([0.05, 0.95])).tolist()
     chosen, rejected = scores[held_out].mean(0).tolist()
-    found = {"mean": scores.mean().item(), "deviation": scores.std().item(), "low": low, "high": high}
-    return {name: rounded(value) for name, value in (found | {"chosen": chosen, "rejected": rejected}).items()}
+    spread = {"mean": scores.mean().item(), "deviation": scores.std().item(), "low": low, "high": high}
+    return {name: rounded(value) for name, value in (spread | {"chosen": chosen, "rejected": rejected}).items()}
 
 
 def blanks(reward: RewardModel, side: int, device: torch.device) -> dict[str, float | None]:
-    """Scores of pictures with nothing on them."""
+    """Return the scores of blank pictures: white, black, grey and noise."""
     greys = torch.tensor([1.0, 0.0, 0.5]).view(3, 1, 1, 1).expand(3, 3, side, side)
     noise = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     scores = _scores(reward, torch.cat([greys, noise]).to(device)).tolist()
@@ -95,9 +95,9 @@ def blanks(reward: RewardModel, side: int, device: torch.device) -> dict[str, fl
 def climb(
     stage: TrainReward, table: PairTable, held_out: Tensor, reward: RewardModel, device: torch.device
 ) -> dict[str, float | None]:
-    """What NUM_STEPS signed gradient steps of STEP in the pixels of rejected held-out pictures do to their scores.
+    """Measure how NUM_STEPS signed gradient steps of STEP in the pixels raise the scores of rejected held-out pictures.
 
-    "rise" is the mean; "overtaken" the share of them that then score above the picture that was preferred to them.
+    "rise" is the mean change; "overtaken" is the share of pictures that then score above the chosen one of their pair.
     """
     index = held_out.nonzero().flatten()[:NUM_CLIMBED].tolist()
     pairs = torch.stack([table.pictures(i, stage.resolution) for i in index]).to(device) / 255
@@ -117,17 +117,17 @@ def _scores(reward: RewardModel, images: Tensor) -> Tensor:
     return score(reward, "trained", images, [""] * len(images)).cpu()
 
 
-def _chosen(prompts: list[Prompt], which: Tensor) -> list[str]:
-    return [prompt.prompt for prompt, wanted in zip(prompts, which.tolist(), strict=True) if wanted]
+def _texts_at(prompts: list[Prompt], which: Tensor) -> list[str]:
+    return [prompt.prompt for prompt, is_chosen in zip(prompts, which.tolist(), strict=True) if is_chosen]
 
 
-# ---- said ----
+# ---- text ----
 
 
 def card(stage: TrainReward, recipe: Recipe, table: PairTable, measured: dict[str, Any]) -> str:
-    """The card of the reward that `stage` has made of `table`, in Markdown."""
+    """Return the card of the reward that `stage` trained on `table`, in Markdown."""
     held_out, training, climbed = (measured[name] for name in ("held_out", "training", "climb"))
-    spoken = [prompt.language for prompt in table.prompts]
+    languages = [prompt.language for prompt in table.prompts]
     return TEMPLATE.read_text(encoding="utf-8").format(
         name=recipe.name,
         head=trained.HEAD_FILE,
@@ -136,7 +136,7 @@ def card(stage: TrainReward, recipe: Recipe, table: PairTable, measured: dict[st
         num_trained_prompts=training["num_prompts"],
         num_held_out=measured["held_out_pairs"],
         num_held_out_prompts=held_out["num_prompts"],
-        languages=", ".join(f"{spoken.count(one)} pairs in {one}" for one in sorted(set(spoken))),
+        languages=", ".join(f"{languages.count(code)} pairs in {code}" for code in sorted(set(languages))),
         pairs=f"`{Path(stage.pairs).name}` (sha256 {_identity(stage.pairs)})",
         held_out=plus_minus(held_out["mean"], held_out["se"]),
         training=plus_minus(training["mean"], training["se"]),
@@ -153,7 +153,7 @@ def card(stage: TrainReward, recipe: Recipe, table: PairTable, measured: dict[st
 
 
 def doubt(held_out: dict[str, Any]) -> str:
-    """What must be said of a held-out accuracy that says little."""
+    """Return a warning about a held-out accuracy that proves little, or an empty string."""
     mean, error, count = held_out["mean"], held_out["se"], held_out["num_prompts"]
     if mean == 1.0:
         return f". None was wrong, which {count} prompts allow while up to {min(1.0, 3 / count):.0%} of all are"
@@ -163,6 +163,6 @@ def doubt(held_out: dict[str, Any]) -> str:
 
 
 def _identity(pairs: str) -> str:
-    """The first digits of the hash of a table's file, or of its folder's index."""
+    """Return the first digits of the hash of a table's file, or of its folder's index."""
     path = Path(pairs)
     return sha256(path / "metadata.jsonl" if path.is_dir() else path)[:12]

@@ -1,4 +1,4 @@
-"""Whether a reward model does what it declares: `mlcm rewards check`, and what a new model's own tests may call."""
+"""Checks that a reward model does what it declares, for `mlcm rewards check` and for tests of new models."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from torch import Tensor
 
 from .contract import RewardError, RewardModel, score
 
-EXAMPLE_PROMPTS = {  # things that every list of classes knows, of a colour, and quoted: so they ask for a text as well
+EXAMPLE_PROMPTS = {  # for every kind of reward: classes of every list, with a colour, and quoted as texts to render
     "en": ('a red "strawberry"', 'a yellow "lemon"', 'an orange "orange"', 'a green "banana"', 'a brown "pineapple"'),
     "zh": ("红色的「草莓」", "黄色的「柠檬」", "橙色的「橙子」", "绿色的「香蕉」", "棕色的「菠萝」"),
 }
 STEPS = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)  # of the finite differences, in units of a pixel's range
-GRADIENT_TOLERANCE = 0.05  # scores are float32, so no step is free of both curvature and rounding
-BATCH_TOLERANCE = 1e-3  # of the scores' deviation: kernels differ with the batch's size, in the last digits
+GRADIENT_TOLERANCE = 0.05  # in float32 every step has an error of curvature or of rounding
+BATCH_TOLERANCE = 1e-3  # of the scores' deviation: the last digits of kernels depend on the batch size
 
 
 class Failed(Exception):
-    """A check found what it looks for; the message says what."""
+    """A check failed; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """What came of one check, for a line of a table."""
+    """The result of one check, a row of a table."""
 
     name: str
     passed: bool
@@ -33,9 +33,9 @@ class Check:
 
 
 def check(reward: RewardModel, name: str, images: Tensor, prompts: list[str]) -> list[Check]:
-    """Every check of a built `reward` on `images` (B, 3, H, W) in [0, 1], B >= 2, float32, and their prompts, in order.
+    """Run all checks of `reward` on `images` (B, 3, H, W) in [0, 1], B >= 2, float32, and their prompts, in order.
 
-    When the first, the contract, is not kept, it is the only one.
+    If the first, the contract, fails, the others are not run.
     """
     checks: list[Check] = []
     for title, function in CHECKS.items():
@@ -49,15 +49,15 @@ def check(reward: RewardModel, name: str, images: Tensor, prompts: list[str]) ->
 
 
 def example_prompts(reward: RewardModel, count: int) -> list[str]:
-    """`count` prompts in the languages that `reward` reads, as far as examples are at hand; else English ones."""
+    """Return `count` prompts in the languages of `reward` that have examples; English ones if none has."""
     languages = [language for language in reward.languages if language in EXAMPLE_PROMPTS] or ["en"]
-    known = [prompt for language in languages for prompt in EXAMPLE_PROMPTS[language]]
-    return [known[i % len(known)] for i in range(count)]
+    prompts = [prompt for language in languages for prompt in EXAMPLE_PROMPTS[language]]
+    return [prompts[i % len(prompts)] for i in range(count)]
 
 
 @cache
-def drawn_images(count: int = 6, size: int = 96) -> Tensor:
-    """`count` pictures to check with where there are no real ones: coloured blobs, (count, 3, size, size)."""
+def random_images(count: int = 6, size: int = 96) -> Tensor:
+    """Return pictures of coloured blobs (count, 3, size, size), for checks without real ones."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(count, 3, 5, 5, generator=generator)
     fine = torch.rand(count, 3, size // 4, size // 4, generator=generator)
@@ -71,7 +71,7 @@ def _contract(reward: RewardModel, name: str, images: Tensor, prompts: list[str]
     before = images.clone()
     score(reward, name, images, prompts)
     if not torch.equal(images, before):
-        raise Failed("it changes the pictures that it is given")
+        raise Failed("it changes its input pictures in place")
     return f"({len(images)},) float32, finite"
 
 
@@ -87,8 +87,8 @@ def _determinism(reward: RewardModel, name: str, images: Tensor, prompts: list[s
 def _batch_invariance(reward: RewardModel, name: str, images: Tensor, prompts: list[str]) -> str:
     together = score(reward, name, images, prompts)
     single = torch.cat([score(reward, name, images[i : i + 1], [prompt]) for i, prompt in enumerate(prompts)])
-    turned = score(reward, name, images.flip(0), prompts[::-1]).flip(0)
-    gap = max(_gap(together, single), _gap(together, turned))
+    reordered = score(reward, name, images.flip(0), prompts[::-1]).flip(0)
+    gap = max(_gap(together, single), _gap(together, reordered))
     if gap > BATCH_TOLERANCE * max(together.std().item(), 1e-2 * together.abs().max().item(), 1e-5):
         raise Failed(f"a picture's score moves by {gap:.2g} with the pictures beside it")
     return f"alone and in any order the same, up to {gap:.1g}"
@@ -104,9 +104,9 @@ def _sizes(reward: RewardModel, name: str, images: Tensor, prompts: list[str]) -
 
 @torch.no_grad()
 def _prompts(reward: RewardModel, name: str, images: Tensor, prompts: list[str]) -> str:
-    others = prompts[1:] + prompts[:1]
-    gap = _gap(score(reward, name, images, prompts), score(reward, name, images, others))
-    if reward.needs_prompt and gap == 0 and others != prompts:
+    shifted = prompts[1:] + prompts[:1]
+    gap = _gap(score(reward, name, images, prompts), score(reward, name, images, shifted))
+    if reward.needs_prompt and gap == 0 and shifted != prompts:
         raise Failed("it declares needs_prompt, and other prompts change nothing")
     if not reward.needs_prompt and gap > 0:
         raise Failed(f"it declares that it needs no prompt, and other prompts move its scores by {gap:.2g}")
@@ -114,16 +114,18 @@ def _prompts(reward: RewardModel, name: str, images: Tensor, prompts: list[str])
 
 
 def _gradient(reward: RewardModel, name: str, images: Tensor, prompts: list[str]) -> str:
-    """Directional derivatives of one score: along four random directions and along the gradient itself.
+    """Compare directional derivatives of one score, along four random directions and its gradient, with differences.
 
-    The random directions feel a part of the picture that no gradient comes from, the gradient's own its length.
-    Each finite difference is taken at several steps, and the step at which all of them agree best counts.
+    The random directions detect a part of the picture whose gradient is missing, the gradient's own direction a wrong
+    length. Finite differences are taken at several steps; the step at which they agree best counts.
     """
     if not reward.differentiable:
         return "none, as declared"
     generator = torch.Generator().manual_seed(0)
-    grain = 0.04 * torch.randn(images[:1].shape, generator=generator).to(images.device)  # flat areas sit on kinks
-    image = (0.1 + 0.8 * images[:1] + grain).clamp(0.02, 0.98).requires_grad_()  # away from the ends of the range
+    grain = 0.04 * torch.randn(images[:1].shape, generator=generator).to(
+        images.device
+    )  # flat areas are at kinks of many scores
+    image = (0.1 + 0.8 * images[:1] + grain).clamp(0.02, 0.98).requires_grad_()  # away from 0 and 1
     with torch.enable_grad():
         value = score(reward, name, image, prompts[:1])
     if not value.requires_grad:
@@ -151,18 +153,19 @@ def _slope_gap(
     slopes: Tensor,
     step: float,
 ) -> float:
-    """The larger of two relative differences between `slopes` (D,) and central differences at `step`.
+    """Return the larger of two relative errors of `slopes` (D,) against central differences at `step`.
 
-    One over all random directions, one along the gradient, which is the last.
+    One is over all random directions, the other along the gradient, which is the last direction.
     """
-    found = []
+    differences = []
     for direction in directions:
         ahead, behind = (
             score(reward, name, image + sign * step * direction, prompts).double().item() for sign in (1, -1)
         )
-        found.append((ahead - behind) / (2 * step))
-    off = torch.tensor(found) - slopes
-    return max((off[:-1].norm() / slopes[:-1].norm().clamp(min=1e-12)).item(), (off[-1] / slopes[-1]).abs().item())
+        differences.append((ahead - behind) / (2 * step))
+    errors = torch.tensor(differences) - slopes
+    in_random = errors[:-1].norm() / slopes[:-1].norm().clamp(min=1e-12)
+    return max(in_random.item(), (errors[-1] / slopes[-1]).abs().item())
 
 
 @torch.no_grad()

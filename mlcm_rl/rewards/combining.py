@@ -1,4 +1,4 @@
-"""Several rewards as one: weights, and running normalisation."""
+"""A weighted sum of several rewards, with running normalisation."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,14 +12,15 @@ from ..recipe import Reward
 from .contract import RewardModel, refuse_unread, score_in_chunks
 from .finding import build
 
-STD_FLOOR = 1e-4  # of the running deviation: a reward that hardly varies is not blown up without bound
+STD_FLOOR = 1e-4  # of the running deviation, so that a nearly constant reward is not amplified without bound
 
 
 @dataclass
 class RunningNormaliser:
-    """Mean and deviation of every score seen, after Chan, Golub and LeVeque (1979): Welford's update by batches.
+    """Running mean and deviation of all scores, after Chan, Golub and LeVeque (1979): Welford's update by batches.
 
-    `squares` is the sum of squared differences from the mean. The state is three numbers, which JSON keeps exactly.
+    `squares` is the sum of squared differences from the mean. Old scores have the same weight as new ones for ever. The
+    state is three numbers, which JSON keeps exactly.
     """
 
     count: int = 0
@@ -27,21 +28,21 @@ class RunningNormaliser:
     squares: float = 0.0
 
     def update(self, scores: Tensor) -> None:
-        """Take in `scores` (B,)."""
-        seen = scores.detach().cpu().double()  # moved once: each figure read from a device waits for it
-        count, mean = self.count + len(seen), seen.mean().item()
+        """Add `scores` (B,) to the statistics."""
+        batch = scores.detach().cpu().double()  # moved once: each number read from a device waits for it
+        count, mean = self.count + len(batch), batch.mean().item()
         step = mean - self.mean
-        self.squares += (seen - mean).square().sum().item() + step**2 * self.count * len(seen) / count
-        self.mean += step * len(seen) / count
+        self.squares += (batch - mean).square().sum().item() + step**2 * self.count * len(batch) / count
+        self.mean += step * len(batch) / count
         self.count = count
 
     @property
     def std(self) -> float:
-        """The sample deviation (n - 1), at least STD_FLOOR; 1 until two scores have been seen."""
+        """Return the sample deviation (n - 1), at least STD_FLOOR; 1 for fewer than two scores."""
         return max((self.squares / (self.count - 1)) ** 0.5, STD_FLOOR) if self.count > 1 else 1.0
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """(scores - mean) / std, (B,); the statistics are constants to the gradient."""
+        """Return (scores - mean) / std, (B,); the statistics are constants in the gradient."""
         return (scores - self.mean) / self.std
 
 
@@ -56,10 +57,10 @@ class Member:
 
 
 class Combined:
-    """A weighted sum of rewards, each put on one scale by its running mean and deviation.
+    """A weighted sum of rewards, each normalised by its running mean and deviation.
 
-    The statistics change by `take_in` alone: a step asks by those of the steps before it, and gives all its scores
-    when it ends, so that nothing depends on how it was split. Before the first step they are those of the reference.
+    Only `take_in` changes the statistics: a step uses those of the steps before it and adds all its scores at its end,
+    so that nothing depends on how it was split. In the first step they are those of the reference's samples.
     """
 
     def __init__(self, members: Sequence[Member], normalise: bool = True):
@@ -70,19 +71,19 @@ class Combined:
 
     @property
     def needs_prompt(self) -> bool:
-        """Whether every reward depends on the prompt."""
+        """Return whether every reward depends on the prompt."""
         return all(member.model.needs_prompt for member in self.members.values())
 
     def refuse_unread(self, languages: Iterable[str]) -> None:
-        """Raises RewardError for a reward that depends on prompts and does not read one of their `languages`."""
-        asked = set(languages)
+        """Raise RewardError if a reward depends on prompts and does not read one of their `languages`."""
+        languages = set(languages)
         for name, member in self.members.items():
-            refuse_unread(member.model, name, asked)
+            refuse_unread(member.model, name, languages)
 
     def raw(self, images: Tensor, prompts: list[str], languages: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Every reward's scores (B,) on the device of `images`, as they are, with gradient; no statistics change.
+        """Return every reward's raw scores (B,) on the device of `images`, with gradient; statistics do not change.
 
-        `languages` are the prompts' own, guessed from their script where not given. Raises what `score` raises, and
+        `languages` are those of the prompts, by default guessed from their script. Raise as `score` does, and
         RewardError for a prompt in a language that a reward does not read: in training every sample needs every score.
         """
         self.refuse_unread(languages or [guess_language(prompt) for prompt in prompts])
@@ -94,44 +95,44 @@ class Combined:
     def __call__(
         self, images: Tensor, prompts: list[str], languages: Sequence[str] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(sum of weight * normalised score (B,), raw scores (B,) by name); no statistics change."""
+        """Return the sum of weight * normalised score (B,), and raw scores (B,) by name; statistics do not change."""
         raw = self.raw(images, prompts, languages)
         return self.total(raw), raw
 
     def take_in(self, raw: Mapping[str, Tensor]) -> None:
-        """Add raw scores (B,) by name, those of all processes, to the statistics; names of others are passed over."""
+        """Add the raw scores (B,) of all processes, by name, to the statistics; ignore other names."""
         for name in self.normalisers.keys() & raw.keys():
             self.normalisers[name].update(raw[name])
 
     def total(self, raw: dict[str, Tensor]) -> Tensor:
-        """The weighted sum (B,) of `raw` on the present scale; no statistics change."""
+        """Return the weighted sum (B,) of `raw` under the current statistics, which do not change."""
         terms = self.normalised(raw)
         weighted = [member.weight * terms[name] for name, member in self.members.items()]
         return torch.stack(weighted).sum(0)
 
     def normalised(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`raw` on the present scale; the same numbers where the sum is of raw scores."""
+        """Return `raw` normalised by the current statistics; `raw` itself without normalisation."""
         return {name: self.normalisers[name](scores) for name, scores in raw.items()} if self.normalisers else raw
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """The statistics by reward, for a checkpoint's JSON: it keeps floats exactly."""
+        """Return the statistics by reward, for a checkpoint's JSON, which keeps floats exactly."""
         return {name: asdict(normaliser) for name, normaliser in self.normalisers.items()}
 
     def load_state(self, state: dict[str, dict[str, Any]]) -> None:
-        """Put back what `state` gave. Raises ValueError where it was taken of other rewards."""
+        """Restore the result of `state`. Raise ValueError if it is of other rewards."""
         if state.keys() != self.normalisers.keys():
-            kept, mine = (", ".join(names) or "none" for names in (state, self.normalisers))
-            raise ValueError(f"the checkpoint holds statistics of the rewards {kept}, not of {mine}")
+            saved, own = (", ".join(names) or "none" for names in (state, self.normalisers))
+            raise ValueError(f"the checkpoint holds statistics of the rewards {saved}, not of {own}")
         if any(values.keys() != asdict(RunningNormaliser()).keys() for values in state.values()):
             raise ValueError("the checkpoint's statistics of the rewards are incomplete: delete checkpoints/")
         self.normalisers = {name: RunningNormaliser(**values) for name, values in state.items()}
 
 
 def combine(
-    asked: Iterable[Reward],
+    configs: Iterable[Reward],
     device: torch.device | str,
     normalise: bool = True,
 ) -> Combined:
-    """The rewards of a recipe, built and combined. Raises what `build` raises."""
-    members = [Member(one.name, build(one, device), one.weight, one.chunk_size) for one in asked]
+    """Build and combine the rewards of a recipe. Raise as `build` does."""
+    members = [Member(config.name, build(config, device), config.weight, config.chunk_size) for config in configs]
     return Combined(members, normalise)

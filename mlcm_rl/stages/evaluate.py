@@ -1,11 +1,11 @@
 """Stage `evaluate`: students beside their teacher on fixed prompts and noise, every row measured alike.
 
-The guided teacher at its most steps is drawn first: distances are taken to its samples. Picture j of prompt i starts
-from the same noise in every row, so that rows can be compared prompt by prompt.
+The guided teacher with the most steps is sampled first: distances are to its samples. Picture j of prompt i starts from
+the same noise in every row, so that rows can be compared prompt by prompt.
 
-Nothing in memory grows with the number of pictures but a row's readings: a batch is drawn, read, put on disk (`rows/`,
-deleted when the stage is done) and forgotten; so are encoded prompts and the reference's latents. A resumed stage goes
-on after its last whole batch; a row that any evaluation of these runs has measured is not drawn again (`row_store`).
+Nothing in memory grows with the number of pictures but a row's readings: each batch is sampled, measured and written to
+`rows/`, deleted when the stage is done; so are encoded prompts and the reference's latents. A resumed stage continues
+after its last whole batch; a row that any evaluation of these runs has measured is not sampled again (`row_store`).
 """
 
 import time
@@ -26,20 +26,21 @@ from ..models.students import Student, load_student
 from ..models.teachers import load, tell_truncated
 from ..recipe import Evaluate, Recipe
 from ..report import assembly, page, tables, tuned_students
+from ..report import types as report_types
 from ..storage import finite
 from ..storage.files import read_json, remove, write_json
 from ..storage.tensors import read_tensors, write_tensors
 from ..training import processes, progress, seeding
 from ..training.devices import device_of
 
-SHOWN_PER_LANGUAGE = 4  # prompts whose pictures are kept for the page
+SHOWN_PER_LANGUAGE = 4  # prompts whose pictures are on the page
 
 Sample = tuple[int, int]  # prompt, picture
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What every row is drawn from and read by. P prompts, I pictures of each, N = P I samples, prompt by prompt."""
+    """What all rows share. P prompts, I pictures of each, N = P I samples, prompt by prompt."""
 
     base: Base
     prompts: list[Prompt]
@@ -47,25 +48,25 @@ class Scene:
     images_per_prompt: int
     batch_size: int
     seed: int
-    shown: list[int]  # prompts whose first picture is kept for the page
+    page_prompts: list[int]  # indices of prompts whose first picture is on the page
     keep_pictures: bool
-    reference: str  # id of the row that distances are taken to, drawn first
+    reference: str  # id of the row that distances are to, the first one
     folder: Path
 
     def batches(self) -> list[list[Sample]]:
-        """(prompt, picture) of every sample, in batches."""
+        """Return (prompt, picture) of every sample, in batches."""
         samples = [(i, j) for i in range(len(self.prompts)) for j in range(self.images_per_prompt)]
         return [samples[k : k + self.batch_size] for k in range(0, len(samples), self.batch_size)]
 
     def index(self, sample: Sample) -> int:
-        """The place of `sample` among all N."""
+        """Return the index of `sample` among all N."""
         return sample[0] * self.images_per_prompt + sample[1]
 
 
 def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
-    """Measure every row; write report.json, report.md, report.html and the pictures they show into `folder`.
+    """Measure every row; write report.json, report.md, report.html and their pictures into `folder`.
 
-    `parents` maps a kind of stage to its latest finished folder. Without "distill" only `also` brings students, and
+    `parents` maps a kind of stage to its latest finished folder. Without "distill" students come from `also` alone, and
     without either the table is the teacher's. Raises ValueError for prompts that the file or the judge does not have.
     """
     base = load(recipe.teacher, device_of(recipe.device))
@@ -81,7 +82,7 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
     records = []
     with progress.progress(total, "evaluate") as bar:
         for entry, rows in table:
-            student = None  # one at a time: the last one's weights are let go before the next one's are read
+            student = None  # one at a time: its weights are freed before the next student's are loaded
             for row in rows:
                 place = entry.folder if entry is not None else None
                 if not processes.on_rank_zero(is_measured, stage, scene, store, row, place):
@@ -91,23 +92,26 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
                     processes.on_rank_zero(finish_row, scene, store, row, place)
                 else:
                     bar.advance(row.num_evaluations * len(scene.batches()), row.id)
-                records.append(read_json(record_path(folder, row)))
-    prompts = [asdict(prompt) | {"shown": i in scene.shown} for i, prompt in enumerate(scene.prompts)]
+                records.append(report_types.Row.model_validate(read_json(record_path(folder, row))))
+    prompts = [
+        report_types.Prompt(**asdict(prompt), shown=i in scene.page_prompts) for i, prompt in enumerate(scene.prompts)
+    ]
     tuned = tuned_students.read({student.name: student.folder for student in students})
     result = assembly.assemble(recipe, stage, prompts, records, base.device, curves, tuned, scene.instruments.networks)
     processes.on_rank_zero(write_report, result, folder)
     progress.console.print(tables.table(result))
-    texts = [result["headline"]["text"], *map(tuned_students.sentence, result["tuned"])]
+    texts = [result.headline.text, *map(tuned_students.sentence, result.tuned)]
     progress.console.print(Text("\n".join([*texts, str((folder / "report.html").resolve())])), soft_wrap=True)
 
 
-def write_report(result: dict, folder: Path) -> None:
+def write_report(result: report_types.Report, folder: Path) -> None:
+    """Write the report's files into `folder`."""
     assembly.write(result, folder)
     page.write(result, folder)
 
 
 def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
-    """The scene of `stage`: its first prompts, encoded once onto disk; its instruments, loaded."""
+    """Return the scene of `stage`, with its instruments loaded and its prompts encoded on disk."""
     prompts = first_prompts(stage.prompts, stage.num_prompts)
     tell_truncated(base, [prompt.prompt for prompt in prompts], stage.prompts)
     scene = Scene(
@@ -117,7 +121,7 @@ def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
         images_per_prompt=stage.images_per_prompt,
         batch_size=stage.batch_size,
         seed=recipe.seed,
-        shown=shown_prompts(prompts),
+        page_prompts=page_prompts(prompts),
         keep_pictures=stage.keep_pictures,
         reference=teacher_rows(stage, recipe.teacher.guidance_scale)[0].id,
         folder=folder,
@@ -135,8 +139,8 @@ def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
     return scene
 
 
-def shown_prompts(prompts: list[Prompt]) -> list[int]:
-    """The first few prompts of each language."""
+def page_prompts(prompts: list[Prompt]) -> list[int]:
+    """Return the indices of the first few prompts of each language."""
     languages = dict.fromkeys(prompt.language for prompt in prompts)
     spoken = {name: [i for i, prompt in enumerate(prompts) if prompt.language == name] for name in languages}
     return [i for indices in spoken.values() for i in indices[:SHOWN_PER_LANGUAGE]]
@@ -146,43 +150,45 @@ def shown_prompts(prompts: list[Prompt]) -> list[int]:
 
 
 def draw_batches(scene: Scene, row: Row, student: Student | None, bar: progress.Bar) -> None:
-    """Draw those batches of `row` that are this process's and not there yet; the same ones in every row."""
+    """Sample this process's batches of `row` that are not on disk yet; it has the same ones in every row."""
     for batch in processes.share(scene.batches()):
-        kept = batch_path(scene, row, batch)
-        if not kept.is_file():
-            write_tensors(kept, draw(scene, row, student, batch), may_lack=True)
+        path = batch_path(scene, row, batch)
+        if not path.is_file():
+            write_tensors(path, draw(scene, row, student, batch), may_lack=True)
         bar.advance(row.num_evaluations, row.id)
     bar.advance(row.num_evaluations * (len(scene.batches()) - len(processes.share(scene.batches()))), row.id)
     processes.wait()
 
 
 def is_measured(stage: Evaluate, scene: Scene, store: RowStore, row: Row, student: Path | None) -> bool:
-    """Whether the record of `row` is there: of before an interruption, or brought from the store, which has no
-    pictures for `keep_pictures`."""
+    """Return whether the record of `row` is there: from before an interruption, or copied from the store.
+
+    The store has no pictures for `keep_pictures`.
+    """
     if record_path(scene.folder, row).is_file():
         return True
     return not stage.keep_pictures and store.bring(row, student, scene.folder)
 
 
 def finish_row(scene: Scene, store: RowStore, row: Row, student: Path | None) -> None:
-    """Keep the record of a row whose batches are all there for other evaluations, and write it: it is then done."""
-    record = made(scene, row)
+    """Write the record of a row whose batches are complete, put it into the store, and remove its batches."""
+    record = record_of(scene, row).as_json()
     store.keep(row, student, record, scene.folder)
     write_json(record_path(scene.folder, row), record)
     remove(batch_folder(scene, row))
 
 
-def made(scene: Scene, row: Row) -> dict:
-    """The record of `row`, by the readings of its batches."""
+def record_of(scene: Scene, row: Row) -> report_types.Row:
+    """Return the record of `row`, from the readings of its batches."""
     parts = [read_tensors(batch_path(scene, row, batch)) for batch in scene.batches()]
     readings = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    del readings["latency_ms"]  # one of all pictures of a batch: batches are what it varies over
+    del readings["latency_ms"]  # one value a batch: its error is over batches
     latency = metrics.median_and_error(torch.stack([part["latency_ms"][0] for part in parts]))
     distances = readings.pop("distance").unflatten(0, (-1, scene.images_per_prompt)).mean(1)
     values = {"distance": distances, **scene.instruments.values(readings, scene.images_per_prompt)}
     languages = [prompt.language for prompt in scene.prompts]
     samples = {}
-    if row.role == "student" and scene.images_per_prompt > 1:  # a win is a picture's, not the mean's
+    if row.role == "student" and scene.images_per_prompt > 1:  # win rates count pictures, not means
         rewards = [name for name in readings if name.startswith("reward/")]
         samples = {name: readings[name].unflatten(0, (-1, scene.images_per_prompt)) for name in rewards}
     return assembly.record(asdict(row), values, languages, *latency, samples)
@@ -190,10 +196,10 @@ def made(scene: Scene, row: Row) -> dict:
 
 @torch.no_grad()
 def draw(scene: Scene, row: Row, student: Student | None, batch: list[Sample]) -> dict[str, Tensor]:
-    """What `row` comes to for the samples of `batch` (B of them): "distance", "latency_ms" (B,) and the readings.
+    """Return the readings of `row` for the B samples of `batch`, "distance" and "latency_ms" (B,) among them.
 
-    Latency is of sampling and decoding, a picture, the text already encoded. Pictures are left in the stage's folder,
-    and so are the reference's latents.
+    Latency is of sampling and decoding, per picture, the text already encoded. Pictures and the reference's latents are
+    written to the stage's folder.
     """
     base = scene.base
     encoded = [read_tensors(prompt_path(scene, i)) for i, _ in batch]
@@ -219,21 +225,19 @@ def draw(scene: Scene, row: Row, student: Student | None, batch: list[Sample]) -
     }
 
 
-def refuse_nonfinite(scene: Scene, row: Row, student: Student | None, batch: list[Sample], drawn: Tensor) -> None:
-    """Raise ValueError for the first sample of `batch` (B) of which `drawn` (B, ...) holds NaN or infinity."""
-    if (place := finite.first_bad_row(drawn)) is None:
+def refuse_nonfinite(scene: Scene, row: Row, student: Student | None, batch: list[Sample], values: Tensor) -> None:
+    """Raise ValueError for the first sample of `batch` (B) whose `values` (B, ...) hold NaN or infinity."""
+    if (place := finite.first_bad_row(values)) is None:
         return
     prompt = scene.prompts[batch[place][0]].prompt
     who, remedy = "the teacher", finite.way_out(scene.base.dtype)
     if student is not None:
         who, remedy = f"the student in {student.folder}", "its training has diverged: lower learning_rate"
-    raise ValueError(
-        f"row {row.id}: {who} draws what is not made of finite numbers for the prompt {prompt!r}; {remedy}"
-    )
+    raise ValueError(f"row {row.id}: {who} draws NaN or infinity for the prompt {prompt!r}; {remedy}")
 
 
 def sample(scene: Scene, row: Row, student: Student | None, batch: list[Sample], conditioning: Conditioning) -> Tensor:
-    """Latents (B, C, H, W) of `row` for the samples of `batch`; each has its own generator, whatever the batch."""
+    """Return latents (B, C, H, W) of `row` for the samples of `batch`; each has its own generator."""
     base = scene.base
     generators = [seeding.generator(scene.seed, "evaluate", i, j) for i, j in batch]
     noise = base.noise(generators, len(batch))
@@ -250,12 +254,12 @@ def sample(scene: Scene, row: Row, student: Student | None, batch: list[Sample],
 
 
 def save_pictures(scene: Scene, row: Row, batch: list[Sample], images: Tensor) -> None:
-    """Of `images` (B, 3, H, W) those that the page shows, and with `keep_pictures` all."""
+    """Write those of `images` (B, 3, H, W) that the page shows, and with `keep_pictures` all."""
     for (i, j), image in zip(batch, images, strict=True):
         if scene.keep_pictures:
-            path = kept_picture_path(scene.folder, row.id, scene.index((i, j)))
+            path = sample_path(scene.folder, row.id, scene.index((i, j)))
             pictures.save_png(pictures.to_pil(image), path)
-        if j == 0 and i in scene.shown:
+        if j == 0 and i in scene.page_prompts:
             pictures.save_png(pictures.to_pil(image), page.picture_path(scene.folder, row.id, i))
 
 
@@ -263,26 +267,26 @@ def save_pictures(scene: Scene, row: Row, batch: list[Sample], images: Tensor) -
 
 
 def batch_folder(scene: Scene, row: Row) -> Path:
-    """Where the readings of a row that is not done yet are."""
+    """Return the folder of the readings of a row that is not done yet."""
     return scene.folder / "rows" / row.id
 
 
 def batch_path(scene: Scene, row: Row, batch: list[Sample]) -> Path:
-    """Where the readings of one batch are."""
+    """Return the path of the readings of one batch."""
     first, last = scene.index(batch[0]), scene.index(batch[-1])
     return batch_folder(scene, row) / f"{first:07d}-{last:07d}.safetensors"
 
 
 def prompt_path(scene: Scene, prompt: int) -> Path:
-    """Where the conditioning of a prompt is."""
+    """Return the path of the conditioning of a prompt."""
     return scene.folder / "rows" / "prompts" / f"{prompt:07d}.safetensors"
 
 
 def reference_path(scene: Scene, sample: Sample) -> Path:
-    """Where the reference's latents of `sample` are: a file each, so that other rows may come in other batches."""
+    """Return the path of the reference's latents of `sample`: a file each, whatever the batches."""
     return reference_folder(scene.folder) / f"{scene.index(sample):07d}.safetensors"
 
 
-def kept_picture_path(folder: Path, row: str, index: int) -> Path:
-    """Where `keep_pictures` puts a row's picture of sample `index`: in a folder that holds nothing else."""
+def sample_path(folder: Path, row: str, index: int) -> Path:
+    """Return where `keep_pictures` puts a row's picture of sample `index`: in a folder that holds nothing else."""
     return folder / "samples" / row / f"{index:05d}.png"

@@ -11,7 +11,7 @@ from ..equations import consistency, feedback
 from ..models import students, teachers
 from ..models.base import Base
 from ..preference import tuning
-from ..preference.guard import Guard
+from ..preference.guard import HackingGuard
 from ..recipe import Distill, Feedback, Recipe
 from ..recipe.renamed import renewed_stage
 from ..rewards import Combined, combine, refuse_without_gradient
@@ -23,9 +23,9 @@ from ..training.processes import on_rank_zero
 def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
     """Tune the distilled student into `folder`: `student/`, `guard.json`, `log.jsonl`, `samples/`.
 
-    Interrupted at any step and run again, it ends with the same bits. The student left is the one that the guard kept.
+    Interrupted at any step and run again, it ends with the same bits. `student/` is what the guard kept.
     Raises ValueError for rewards that it cannot use or that do not read the prompts, NonFiniteLoss before an update
-    that would not be a number.
+    that is not finite.
     """
     rt = Runtime(recipe, stage, folder)
     base = teachers.load(recipe.teacher, rt.device)
@@ -42,27 +42,30 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     parameters = students.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student.denoiser, optimizer)
-    guard = Guard(stage, student, trained, rewards, recipe.seed)
+    guard = HackingGuard(stage, student, trained, rewards, recipe.seed)
     rewards.take_in(guard.reference_scores)  # their scale in the first step
 
+    # everything that a checkpoint holds beside the optimiser
     weights = {"student": trained, "best": guard.best}
     first = rt.resume(weights, rewards=rewards, guard=guard)
     for step in rt.steps(first, stage.num_steps, "feedback", lambda: guard.stopped):
+        # one update
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
         set_rate(optimizer, rate)
         draws, scores = rt.generator("draws", step), tuning.Scores()
         rt.samples = prompts.texts(step, stage.batch_size)
-        drawn = source.draw(step, student.num_segments, "next", draws) if source else None
-        stored = [drawn.rows(part) for part in rt.micro_batches()] if drawn else []
+        points = source.draw(step, student.num_segments, "next", draws) if source else None
+        stored = [points.rows(part) for part in rt.micro_batches()] if points else []
         last = last_step(stage, len(student.times), draws)
         losses = (
-            loss(stage, student, rewards, begun, source.realise(stored[i]) if source else None, last, scores)
-            for i, begun in enumerate(prompts.starts(base, step, stage.batch_size, stage.micro_batch))
+            loss(stage, student, rewards, own, source.realise(stored[i]) if source else None, last, scores)
+            for i, own in enumerate(prompts.starts(base, step, stage.batch_size, stage.micro_batch))
         )
         with rt.autocast():
             logged = rt.backward(losses) | scores.means()
         rewards.take_in(scores.rewards())
 
+        # the guard, the log, samples and checkpoints
         if rt.due(step, stage.guard.every, stage.num_steps):
             logged |= guard.look(step + 1)
         if rt.due(step, stage.log_every) or rt.due(step, stage.guard.every, stage.num_steps):
@@ -71,13 +74,14 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
             student.save_samples(recipe, folder, step)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
+    # the student that the guard kept, not the last one
     with rt.swapped(guard.best):
         rt.write(students.save_tuned, start, folder / "student", guard.verdict.kept_step)
     on_rank_zero(guard.finish, folder)
 
 
 def refuse_without_irrelevant(rewards: Combined, prompts: tuning.Prompts) -> None:
-    """Raises ValueError where no prompt can be irrelevant to another, or a reward does not ask for any."""
+    """Raise ValueError where no prompt is irrelevant to another, or a reward does not depend on prompts."""
     if not rewards.needs_prompt:
         raise ValueError("rewards: shape mps_hinge needs rewards that depend on the prompt; take hinge")
     if len({prompt.prompt for prompt in prompts.prompts}) < 2:
@@ -86,14 +90,17 @@ def refuse_without_irrelevant(rewards: Combined, prompts: tuning.Prompts) -> Non
 
 def loss(
     stage: Feedback,
-    student: tuning.Student,
+    student: tuning.TunableStudent,
     rewards: Combined,
     start: tuning.Start,
     stored: Batch | None,
     last: int,
     scores: tuning.Scores,
 ) -> Tensor:
-    """The loss of a micro-batch, one value a sample (B,) float32; its raw scores go into `scores`."""
+    """Return the loss of a micro-batch, one value a sample (B,) float32; its raw scores go into `scores`.
+
+    Reward and anchor have a value for each copy of a sample, KL and the consistency loss one for each sample.
+    """
     x_t, x0, t, copies = graded_sample(stage, student, start, last)
     images = student.base.autoencoder.decode(x0, student.small_decoder)
     value = reward_loss(stage, rewards, images, start, copies, scores)
@@ -110,20 +117,20 @@ def loss(
 
 
 def last_step(stage: Feedback, num_steps: int, draws: torch.Generator) -> int:
-    """The sampler's step that scored samples end with: its last, or for `random` one late step for all of them."""
+    """Return the sampler's step at which scored samples end: its last, or for `random` one late step for all."""
     if stage.gradient == "random":
         return feedback.random_late_step(num_steps, stage.num_grad_steps, draws)
     return num_steps - 1
 
 
 def graded_sample(
-    stage: Feedback, student: tuning.Student, start: tuning.Start, last: int
+    stage: Feedback, student: tuning.TunableStudent, start: tuning.Start, last: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The sample of steps 0 .. `last` that is scored, with the gradient that `stage.gradient` gives it.
+    """Return the sample of steps 0 .. `last` that rewards score, with the gradient of `stage.gradient`.
 
-    Returns the last state that was visited and its x0, (n B, C, H, W) each; its t (n B,); n copies of each sample.
+    Return the last state and its x0, (n B, C, H, W) each; its time t (n B,); and n, the copies of each sample.
     """
-    if stage.gradient == "low_variance":
+    if stage.gradient == "low_variance":  # DRaFT-LV: the finished sample, noised n times to the last step's time
         _, x0 = student.rollout(start.conditioning, start.noise, start.generators)
         t, _ = student.jump(last, len(x0))
         eps = torch.stack([student.base.noise(start.generators, len(x0)) for _ in range(stage.num_copies)])
@@ -132,7 +139,7 @@ def graded_sample(
         x0 = student.x0(x_t, t, torch.zeros_like(t), start.repeated(stage.num_copies))
         return x_t, x0, t, stage.num_copies
     grad_steps = 1 if stage.gradient == "random" else stage.num_grad_steps
-    for x_t, x0 in student.walk(start, last, grad_steps):  # noqa: B007  (the last step's are wanted)
+    for x_t, x0 in student.walk(start, last, grad_steps):  # noqa: B007  (those of the last step are used)
         pass
     t, _ = student.jump(last, len(start.noise))
     return x_t, x0, t, 1
@@ -141,7 +148,7 @@ def graded_sample(
 def reward_loss(
     stage: Feedback, rewards: Combined, images: Tensor, start: tuning.Start, copies: int, scores: tuning.Scores
 ) -> Tensor:
-    """The loss (n B,) on the summed reward of `images` (n B, 3, H, W), `copies` n of each of the start's prompts."""
+    """Return the loss (n B,) on the summed reward of `images` (n B, 3, H, W), n = `copies` of each prompt."""
     prompts, languages = start.prompts * copies, start.languages * copies
     total, raw = rewards(images, prompts, languages)
     scores.add_rewards(raw)
@@ -149,12 +156,13 @@ def reward_loss(
         return feedback.negative(total)
     if stage.shape == "hinge":
         return feedback.hinge(total, stage.threshold)
+    # the same pictures under the next prompt, which they should not fit
     irrelevant = rewards.total(rewards.raw(images, start.next_prompts * copies, start.next_languages * copies))
     return feedback.mps_hinge(total, irrelevant, stage.threshold)
 
 
-def step_kl(student: tuning.Student, start: tuning.Start) -> Tensor:
-    """KL (B,) to the reference of one random stochastic step of each sample, divided by a sample's elements."""
+def step_kl(student: tuning.TunableStudent, start: tuning.Start) -> Tensor:
+    """Return the KL (B,) to the reference of one random stochastic step of each sample, per element."""
     states, _ = student.rollout(start.conditioning, start.noise, start.generators)
     steps = tuning.draw_steps(len(student.times) - 1, start.generators)
     t, s = student.jumps(steps)
@@ -166,7 +174,7 @@ def step_kl(student: tuning.Student, start: tuning.Start) -> Tensor:
 
 
 def stored_states(stage: Feedback, recipe: Recipe, base: Base, parents: dict[str, Path]) -> StoredStates:
-    """The stored trajectories, drawn as the student's own distillation drew them.
+    """Return the stored trajectories as a source of points, with the settings of the student's own distillation.
 
     Raises CheckpointError for a store of another teacher.
     """
@@ -178,8 +186,8 @@ def stored_states(stage: Feedback, recipe: Recipe, base: Base, parents: dict[str
     return StoredStates(distilled, base, store, recipe.seed)
 
 
-def stored_loss(student: tuning.Student, batch: Batch) -> Tensor:
-    """Squared error (B,) of the student's jumps between stored states: what keeps it a consistency model."""
+def stored_loss(student: tuning.TunableStudent, batch: Batch) -> Tensor:
+    """Return the squared error (B,) of the student's jumps between stored states: it stays a consistency model."""
     x0 = student.x0(batch.x_t, batch.t, batch.s, batch.conditioning, gamma=0.0)
     assert batch.x_s is not None
     x_s = consistency.transfer(batch.x_t, x0, batch.t, batch.s, student.base.schedule)

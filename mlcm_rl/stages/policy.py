@@ -9,7 +9,7 @@ from torch import Tensor
 from ..equations import policy
 from ..models import students, teachers
 from ..preference import tuning
-from ..preference.guard import Guard
+from ..preference.guard import HackingGuard
 from ..recipe import Policy, Recipe
 from ..rewards import Combined, combine
 from ..training.loop import Runtime, rate_factor, set_rate
@@ -19,8 +19,8 @@ from ..training.processes import on_rank_zero
 def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
     """Tune the distilled student into `folder`: `student/`, `guard.json`, `log.jsonl`, `samples/`.
 
-    Interrupted at any step and run again, it ends with the same bits. The student left is the one that the guard kept.
-    Raises NonFiniteLoss before an update that would not be a number.
+    Interrupted at any step and run again, it ends with the same bits. `student/` is what the guard kept.
+    Raises NonFiniteLoss before an update that is not finite.
     """
     rt = Runtime(recipe, stage, folder)
     base = teachers.load(recipe.teacher, rt.device)
@@ -33,25 +33,29 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
     parameters = students.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student.denoiser, optimizer)
-    guard = Guard(stage, student, trained, rewards, recipe.seed)
+    guard = HackingGuard(stage, student, trained, rewards, recipe.seed)
     rewards.take_in(guard.reference_scores)  # their scale in the first step
 
+    # everything that a checkpoint holds beside the optimiser
     weights = {"student": trained, "best": guard.best}
     first = rt.resume(weights, rewards=rewards, guard=guard)
     for step in rt.steps(first, stage.num_steps, "policy", lambda: guard.stopped):
+        # one update
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
         set_rate(optimizer, rate)
         scores = tuning.Scores()
         rt.samples = prompts.texts(step, stage.batch_size // copies)
         with rt.autocast():
             starts = prompts.starts(base, step, stage.batch_size // copies, stage.micro_batch, copies)
-            rollouts = [rolled_out(stage, student, rewards, one, scores) for one in starts]
+            rollouts = [sample_rollout(stage, student, rewards, one, scores) for one in starts]
+            # the first update is on policy; later ones reuse its samples, and PPO's clip bounds them
             for _ in range(stage.num_iterations):
                 losses = (loss(stage, student, one, scores) for one in rollouts)
                 logged = rt.backward(losses)
         logged |= scores.means()
         rewards.take_in(scores.rewards())
 
+        # the guard, the log, samples and checkpoints
         if rt.due(step, stage.guard.every, stage.num_steps):
             logged |= guard.look(step + 1)
         if rt.due(step, stage.log_every) or rt.due(step, stage.guard.every, stage.num_steps):
@@ -60,6 +64,7 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
             student.save_samples(recipe, folder, step)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
+    # the student that the guard kept, not the last one
     with rt.swapped(guard.best):
         rt.write(students.save_tuned, start, folder / "student", guard.verdict.kept_step)
     on_rank_zero(guard.finish, folder)
@@ -67,20 +72,23 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
 
 @dataclass(frozen=True)
 class Rollout:
-    """B samples of the sampler and what became of them; the last step, without noise, is no action."""
+    """B samples of the sampler with their advantages.
+
+    The sampler's last step adds no noise: it has no density, and is not an action of the policy.
+    """
 
     start: tuning.Start
     states: Tensor  # (N, B, C, H, W)
-    log_probs: Tensor  # (N - 1, B) of the steps, under the policy that took them
+    log_probs: Tensor  # (N - 1, B) of the steps, under the policy that sampled them
     reference_means: Tensor  # (N - 1, B, C, H, W) of the same steps under the reference
     advantages: Tensor  # (B,)
 
 
 @torch.no_grad()
-def rolled_out(
-    stage: Policy, student: tuning.Student, rewards: Combined, start: tuning.Start, scores: tuning.Scores
+def sample_rollout(
+    stage: Policy, student: tuning.TunableStudent, rewards: Combined, start: tuning.Start, scores: tuning.Scores
 ) -> Rollout:
-    """Samples of the policy as it is, their advantages within each prompt's group, and the reference's view."""
+    """Return samples of the current policy, their advantages within each prompt's group, and the reference's means."""
     states, x0 = student.rollout(start.conditioning, start.noise, start.generators)
     total, raw = rewards(student.base.autoencoder.decode(x0), start.prompts, start.languages)
     scores.add_rewards(raw)
@@ -92,8 +100,8 @@ def rolled_out(
     return Rollout(start, states, torch.stack(log_probs), torch.stack(references), advantages)
 
 
-def loss(stage: Policy, student: tuning.Student, rollout: Rollout, scores: tuning.Scores) -> Tensor:
-    """PPO's clipped loss with GRPO's advantages and the exact KL to the reference, mean over the steps (B,) float32."""
+def loss(stage: Policy, student: tuning.TunableStudent, rollout: Rollout, scores: tuning.Scores) -> Tensor:
+    """Return the mean over steps (B,) float32 of PPO's clipped loss with GRPO's advantages and the exact KL."""
     values = []
     for step in range(len(student.times) - 1):
         mean, std = step_mean(student, rollout.start, rollout.states, step)
@@ -102,15 +110,16 @@ def loss(stage: Policy, student: tuning.Student, rollout: Rollout, scores: tunin
         kl = policy.gaussian_kl(mean, rollout.reference_means[step], std) / mean[0].numel()
         clipped = ((log_prob - old).exp() - 1.0).abs() > stage.clip_range
         scores.add({"kl": kl, "clipped": clipped.float()})
+        # log-probabilities are per element, and so are ratio and clip range
         surrogate = policy.clipped_surrogate(log_prob, old, rollout.advantages, stage.clip_range)
         values.append(surrogate + stage.beta * kl)
     return torch.stack(values).mean(0)
 
 
 def step_mean(
-    student: tuning.Student, start: tuning.Start, states: Tensor, step: int, reference: bool = False
+    student: tuning.TunableStudent, start: tuning.Start, states: Tensor, step: int, reference: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Mean (B, C, H, W) and std of what the sampler's step number `step` draws from its state."""
+    """Return mean (B, C, H, W) and std of the Gaussian that the sampler's step number `step` draws from."""
     t, s = student.jump(step, len(start.noise))
     network = student.reference_x0 if reference else student.x0
     x0 = network(states[step], t, s, start.conditioning)

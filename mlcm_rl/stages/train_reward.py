@@ -1,4 +1,4 @@
-"""Stage `train_reward`: a table of pairs becomes a reward model, a head trained by Bradley-Terry on frozen features."""
+"""Stage `train_reward`: train a reward model from a table of pairs, a head on frozen features, by Bradley-Terry."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,19 +13,20 @@ from ..data.pairs import PairTable
 from ..equations.preference import bradley_terry_loss
 from ..recipe import Recipe, TrainReward
 from ..rewards import card
-from ..rewards.heads import CONTRARY, FeatureScale, dropped, held_out_pairs, right_way
+from ..rewards.heads import CONTRARY, FeatureScale, dropout, held_out_pairs, is_correct
 from ..storage import files, finite, tensors
 from ..training.loop import Runtime, rate_factor, set_rate
 from ..training.processes import on_rank_zero
 from ..training.progress import progress
 from ..training.seeding import epoch_order
 
-WARMUP_STEPS = 20  # no knob, nor is CONTRARY: docs/log.md has what others make
+WARMUP_STEPS = 20  # not a setting, nor is CONTRARY: docs/log.md has the runs with other values
 
 
 def run(stage: TrainReward, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
-    """Train a head into `folder`: `reward.json` and `head.safetensors`, which are the reward `trained`; what it is
-    worth in `card.md`, `measured.json` and `training.png`; `log.jsonl`.
+    """Train a head into `folder`: `reward.json` and `head.safetensors`, which are the reward `trained`; `log.jsonl`.
+
+    Its measurements are in `card.md`, `measured.json` and `training.png`.
 
     Interrupted at any step and run again, it ends with the same bits. Raises ValueError for a table or a picture that
     cannot be read, and for pairs of one prompt only.
@@ -33,25 +34,27 @@ def run(stage: TrainReward, recipe: Recipe, parents: dict[str, Path], folder: Pa
     rt = Runtime(recipe, stage, folder)
     table = PairTable(stage.pairs)
     held_out = held_out_pairs(table.prompts, stage.held_out, recipe.seed)
-    pairs = Pairs.read(stage, table, held_out, rt.device)
+    pairs = PairFeatures.read(stage, table, held_out, rt.device)
     head = new_head(pairs.training.shape[-1], recipe.seed).to(rt.device)
     parameters = list(head.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
 
     first = rt.resume({"head": rt.prepare(head, optimizer)})
     for step in rt.steps(first, stage.num_steps, "train_reward"):
+        # one update
         set_rate(optimizer, stage.learning_rate * rate_factor(step, stage.num_steps, WARMUP_STEPS))
         index = epoch_order(len(pairs.training), stage.batch_size, step, recipe.seed, "train_reward")
         rt.samples = index.tolist()
-        inputs = dropped(pairs.training[index], stage.dropout, rt.generator("dropout", step))
+        inputs = dropout(pairs.training[index], stage.dropout, rt.generator("dropout", step))
         losses = (loss(head, inputs[part]) for part in rt.micro_batches())
         with rt.autocast():
             logged = rt.backward(losses)
 
-        looking = rt.due(step, stage.held_out_every, stage.num_steps)
-        if looking:
-            logged |= look(head, pairs.held_out)
-        if looking or rt.due(step, stage.log_every):
+        # held-out pairs, the log and checkpoints
+        is_measured = rt.due(step, stage.held_out_every, stage.num_steps)
+        if is_measured:
+            logged |= measure(head, pairs.held_out)
+        if is_measured or rt.due(step, stage.log_every):
             rt.log(step, **logged)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
@@ -61,7 +64,7 @@ def run(stage: TrainReward, recipe: Recipe, parents: dict[str, Path], folder: Pa
 
 
 def write_reward(head: nn.Sequential, stage: TrainReward, scale: FeatureScale, folder: Path) -> None:
-    """The files of the reward `trained`, with `scale` folded into the head's first layer."""
+    """Write the files of the reward `trained`, with `scale` folded into the head's first layer."""
     first = head[0]
     assert isinstance(first, nn.Linear)
     scale.fold_into(first)
@@ -70,16 +73,16 @@ def write_reward(head: nn.Sequential, stage: TrainReward, scale: FeatureScale, f
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Scaled features of a table's pairs, 0 the chosen picture, 1 the rejected one."""
+class PairFeatures:
+    """Scaled features of a table's pairs: index 0 is the chosen picture, 1 the rejected one."""
 
     training: Tensor  # (N, 2, D)
     held_out: Tensor  # (M, 2, D)
     scale: FeatureScale  # of the training pairs
 
     @classmethod
-    def read(cls, stage: TrainReward, table: PairTable, held_out: Tensor, device: torch.device) -> "Pairs":
-        """The pairs of `table`, those that `held_out` (N + M,) bool marks apart, each picture seen by the body once."""
+    def read(cls, stage: TrainReward, table: PairTable, held_out: Tensor, device: torch.device) -> "PairFeatures":
+        """Return the features of `table`, with the M pairs that `held_out` (N + M,) bool marks apart."""
         features = torch.cat(list(_features(stage, table, device)))
         if (bad := finite.first_bad_row(features)) is not None:
             raise ValueError(f"{table.places[bad]}: what {stage.backbone} sees in its pictures is not finite")
@@ -90,7 +93,7 @@ class Pairs:
 
 @torch.no_grad()
 def _features(stage: TrainReward, table: PairTable, device: torch.device) -> Iterator[Tensor]:
-    """Features (b, 2, D) of the table's pairs, in order."""
+    """Yield features (b, 2, D) of the table's pairs, in order."""
     body = trained.load_features(stage.backbone).to(device)
     with progress(len(table), "read pairs") as bar:
         for images in table.batches(stage.resolution):
@@ -99,20 +102,20 @@ def _features(stage: TrainReward, table: PairTable, device: torch.device) -> Ite
 
 
 def new_head(width: int, seed: int) -> nn.Sequential:
-    """The head before training, (B, D = `width`) to (B, 1), drawn from `seed`."""
+    """Return the head before training, (B, D = `width`) to (B, 1), drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return trained.untrained_head(width)
 
 
 def loss(head: nn.Module, pairs: Tensor) -> Tensor:
-    """The Bradley-Terry loss (B,) float32 of pairs (B, 2, D)."""
+    """Return the Bradley-Terry loss (B,) float32 of pairs (B, 2, D)."""
     chosen, rejected = head(pairs).float().squeeze(-1).unbind(1)
     return bradley_terry_loss(chosen, rejected, CONTRARY)
 
 
 @torch.no_grad()
-def look(head: nn.Module, pairs: Tensor) -> dict[str, float]:
-    """Loss on held-out pairs (M, 2, D), and the share of them decided right."""
-    right = right_way(head(pairs).squeeze(-1))
+def measure(head: nn.Module, pairs: Tensor) -> dict[str, float]:
+    """Return the loss on held-out pairs (M, 2, D), and the share of them decided right."""
+    right = is_correct(head(pairs).squeeze(-1))
     return {"held_out_loss": loss(head, pairs).mean().item(), "held_out_accuracy": right.mean().item()}

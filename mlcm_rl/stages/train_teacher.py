@@ -1,4 +1,4 @@
-"""Stage `train_teacher`: the denoiser's diffusion loss on captioned pictures makes a teacher of a folder of them."""
+"""Stage `train_teacher`: train a teacher from a folder of captioned pictures by the diffusion loss."""
 
 import shutil
 from collections.abc import Iterator
@@ -27,9 +27,9 @@ from ..training.loop import Runtime, rate_factor, set_rate
 from ..training.processes import on_rank_zero
 from ..training.seeding import epoch_order, generator
 
-KEPT_CAPTIONS = 40_000
-SAMPLE_STEPS = 25  # of the guided teacher, for the pictures shown on the way
-SAMPLE_COLUMNS = 8  # of the sheet they are on
+MAX_CAPTIONS = 40_000  # encoded captions in memory
+SAMPLE_STEPS = 25  # of the guided teacher, for the sample grids
+SAMPLE_COLUMNS = 8  # of a grid
 
 
 def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
@@ -40,7 +40,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
     """
     rt = Runtime(recipe, stage, folder)
     base = teachers.load(recipe.teacher, rt.device)
-    source = folder_of(recipe.teacher)  # of the other parts, written beside the denoiser after the last step
+    source = folder_of(recipe.teacher)  # its other parts are copied beside the denoiser after the last step
     denoiser = new_denoiser(base, stage, recipe.seed)
     parameters = list(denoiser.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
@@ -51,9 +51,11 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
     latents = pictures.encode(base, captioned.images, stage.micro_batch)
     captions = Captions(base, captioned.prompts, stage.prompt_dropout)
 
+    # everything that a checkpoint holds beside the optimiser
     weights = {"denoiser": trained, "average": average}
     first = rt.resume(weights)
     for step in rt.steps(first, stage.num_steps, "train_teacher"):
+        # pictures, times, noise and captions of the step
         set_rate(optimizer, stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps))
         index = epoch_order(len(captioned), stage.batch_size, step, recipe.seed, "train_teacher")
         rt.samples = index.tolist()
@@ -63,13 +65,17 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
         eps = torch.randn(x0.shape, generator=draws)
         conditioning = captions.draw(index, draws)
 
+        # one update
         parts = rt.micro_batches()
-        given = ({name: value[part] for name, value in conditioning.items()} for part in parts)
-        losses = (loss(stage, base, denoiser, x0[p], eps[p], t[p], c) for p, c in zip(parts, given, strict=True))
+        conditionings = ({name: value[part] for name, value in conditioning.items()} for part in parts)
+        losses = (
+            loss(stage, base, denoiser, x0[p], eps[p], t[p], c) for p, c in zip(parts, conditionings, strict=True)
+        )
         with rt.autocast():
             record = rt.backward(losses)
         ema_update_(average.values(), trained.values(), ema_decay(step, stage.ema_decay))
 
+        # the log, samples and checkpoints
         if rt.due(step, stage.log_every):
             rt.log(step, **record)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
@@ -77,12 +83,13 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
                 save_samples(recipe, base, denoiser, folder, step)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
+    # the average of the weights, not the last ones
     with rt.swapped(average):
         rt.write(write_teacher, base.denoiser_part, source, folder / "teacher")
 
 
 def new_denoiser(base: Base, stage: TrainTeacher, seed: int) -> nn.Module:
-    """The denoiser to train, float32: the teacher's own weights, or fresh ones drawn from `seed`."""
+    """Return the denoiser to train, in float32: with the teacher's own weights, or new ones drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         denoiser = type(base.denoiser).from_config(base.denoiser.config)
@@ -94,7 +101,7 @@ def new_denoiser(base: Base, stage: TrainTeacher, seed: int) -> nn.Module:
 
 
 class Captions:
-    """The pictures' captions and what they are encoded to; each is encoded when it is first drawn, and then kept."""
+    """The pictures' captions and their encodings; each is encoded when it is first drawn."""
 
     def __init__(self, base: Base, captions: list[list[str]], dropout: float):
         self.base, self.captions, self.dropout = base, captions, dropout
@@ -102,9 +109,9 @@ class Captions:
         self.encoded: dict[str, Conditioning] = {}
 
     def draw(self, index: Tensor, draws: torch.Generator) -> Conditioning:
-        """One caption's conditioning (B, ...) for each picture of `index` (B,).
+        """Return the conditioning (B, ...) of one caption of each picture of `index` (B,).
 
-        A share `dropout` of them gets none, which teaches guidance.
+        A share `dropout` of them is unconditional, for classifier-free guidance.
         """
         chances = torch.rand(len(index), 2, generator=draws).tolist()
         texts = [self._choose(self.captions[i], *pair) for i, pair in zip(index.tolist(), chances, strict=True)]
@@ -116,7 +123,7 @@ class Captions:
         return None if drop < self.dropout else captions[int(which * len(captions))]
 
     def _encode(self, texts: list[str]) -> None:
-        if len(self.encoded) > KEPT_CAPTIONS:
+        if len(self.encoded) > MAX_CAPTIONS:
             self.encoded.clear()
         if texts:
             rows = {name: value.cpu() for name, value in self.base.encode_prompts(texts).items()}
@@ -133,19 +140,19 @@ def loss(
     t: Tensor,
     conditioning: Conditioning,
 ) -> Tensor:
-    """Squared error of the network's own prediction (B,) float32 (DDPM, eq. 14), with min-SNR weight where asked."""
+    """Return the squared error (B,) float32 of the prediction (DDPM, eq. 14), with the stage's min-SNR weight."""
     x0, eps, t = (value.to(base.device) for value in (x0, eps, t))
     x_t = add_noise(x0, eps, t, base.schedule)
-    wanted = prediction_from_x0(x0, x_t, t, base.schedule, base.prediction_type)
-    given = base.predict(denoiser, x_t, t, {name: value.to(base.device) for name, value in conditioning.items()})
-    error = squared_l2(given, wanted)
+    target = prediction_from_x0(x0, x_t, t, base.schedule, base.prediction_type)
+    prediction = base.predict(denoiser, x_t, t, {name: value.to(base.device) for name, value in conditioning.items()})
+    error = squared_l2(prediction, target)
     if stage.min_snr_gamma is None:
         return error
     return error * min_snr_weight(t, base.schedule, base.prediction_type, stage.min_snr_gamma)
 
 
 def save_samples(recipe: Recipe, base: Base, denoiser: nn.Module, folder: Path, step: int) -> None:
-    """The recipe's fixed prompts and seeds at SAMPLE_STEPS guided steps, by `denoiser` in the teacher's place."""
+    """Write the grid of the recipe's fixed prompts and seeds, at SAMPLE_STEPS guided steps of `denoiser`."""
     prompts = recipe.samples.prompts
     conditioning, unconditional = base.encode_prompts(prompts), base.unconditional(len(prompts))
     noise = base.noise([generator(recipe.seed, "samples", i) for i in range(len(prompts))], len(prompts))
@@ -158,7 +165,7 @@ def save_samples(recipe: Recipe, base: Base, denoiser: nn.Module, folder: Path, 
 
 @contextmanager
 def as_teacher(base: Base, denoiser: nn.Module) -> Iterator[None]:
-    """`base` with `denoiser` in the teacher's place, for as long as the block lasts, however it ends."""
+    """Put `denoiser` in the teacher's place of `base` inside."""
     own, base.denoiser = base.denoiser, denoiser
     try:
         yield

@@ -1,4 +1,4 @@
-"""Stage `trajectories`: the teacher's guided DDIM trajectories from noise to data, every state kept."""
+"""Stage `trajectories`: the teacher's guided DDIM trajectories from noise to data, with every state."""
 
 from pathlib import Path
 
@@ -20,10 +20,10 @@ from ..training.devices import device_of
 
 
 def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
-    """Write the store of `num_trajectories` + `num_held_out` trajectories to `folder`, resuming what is there.
+    """Write the store of `num_trajectories` + `num_held_out` trajectories to `folder`, after the shards that are there.
 
-    Trajectory i takes prompt i (the prompts are gone round when there are more trajectories) and noise that is a
-    function of (seed, i) alone. States are those of any other batch size but for their last bits.
+    Trajectory i has prompt i, modulo their number, and noise that is a function of (seed, i) alone. States depend on
+    the batch size in their last bits alone.
     """
     device = device_of(recipe.device)
     base = teachers.load(recipe.teacher, device)
@@ -32,12 +32,14 @@ def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: P
     writer = Writer(folder, provenance(stage, recipe, base), stage.shard_size, stage.batch_size)
     missing = writer.missing()
     writer.require_room(missing, base.latent_shape)
-    done = writer.total - sum(map(len, missing))
-    if done:
-        progress.tell("trajectories", f"goes on after {done} that were saved")
-    with progress.progress(writer.total, "trajectories", done) as bar:
+    num_saved = writer.total - sum(map(len, missing))
+    if num_saved:
+        progress.tell("trajectories", f"goes on after {num_saved} that were saved")
+    with progress.progress(writer.total, "trajectories", num_saved) as bar:
         for first in range(0, len(missing), processes.world_size()):
-            shards = missing[first : first + processes.world_size()]  # one for each process, then all are recorded
+            shards = missing[
+                first : first + processes.world_size()
+            ]  # one for each process; then all are recorded together
             for shard in processes.share(shards):
                 parts = []
                 for start in range(shard.start, shard.stop, stage.batch_size):
@@ -59,7 +61,7 @@ def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: P
 def solve(
     base: Base, conditioning: Conditioning, noise: Tensor, grid: list[int], guidance_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Guided DDIM from `noise` (B, C, H, W) down `grid`: all states (B, len(grid), C, H, W), and the last step's x0."""
+    """Return the states (B, len(grid), C, H, W) of guided DDIM from `noise` down `grid`, and the last step's x0."""
     unconditional = base.unconditional(len(noise))
     states = [noise]
     for start, end in zip(grid, grid[1:], strict=False):
@@ -88,7 +90,7 @@ def refuse_nonfinite(states: Tensor, x0: Tensor, texts: list[str], grid: list[in
 
 
 def provenance(stage: Trajectories, recipe: Recipe, base: Base) -> Provenance:
-    """What the store of `stage` must say of itself. Raises ValueError where a milestone is not on the grid."""
+    """Return the description of the store of `stage`. Raises ValueError where a milestone is not on the grid."""
     grid = time_grid(stage.solver_steps)
     off = set(milestones(NUM_SEGMENTS).tolist()) - set(grid)
     if off:

@@ -69,7 +69,7 @@ def measure(name: str, num_steps: int, batch_size: int) -> dict[str, float]:
     return {"seconds": statistics.median(seconds[1:]), "peak_mb": peak_mb()}
 
 
-def loss(stage, student: tuning.Student, rewards, prompts: tuning.Prompts, step: int) -> torch.Tensor:
+def loss(stage, student: tuning.TunableStudent, rewards, prompts: tuning.Prompts, step: int) -> torch.Tensor:
     """The loss of one step (B,), as its stage takes it."""
     scores = tuning.Scores()
     if isinstance(stage, Feedback):
@@ -80,7 +80,7 @@ def loss(stage, student: tuning.Student, rewards, prompts: tuning.Prompts, step:
         return dpo.loss(stage, student, pairs, scores)
     copies = stage.num_generations
     (start,) = prompts.starts(student.base, step, stage.batch_size // copies, stage.batch_size, copies)
-    return policy.loss(stage, student, policy.rolled_out(stage, student, rewards, start, scores), scores)
+    return policy.loss(stage, student, policy.sample_rollout(stage, student, rewards, start, scores), scores)
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ from mlcm_rl.equations.segments import sampling_times
 from mlcm_rl.models import sampler, students
 from mlcm_rl.models.base import Base
 from mlcm_rl.models.families.sdxl import Family
-from mlcm_rl.preference.tuning import Scores, Student
+from mlcm_rl.preference.tuning import Scores, TunableStudent
 from mlcm_rl.recipe import Distill, Dpo, Full, Lora, Recipe, Teacher
 from mlcm_rl.stages import distill, dpo
 from mlcm_rl.training.loop import Runtime
@@ -187,7 +187,7 @@ class Steps:
 
     def feedback(self, num_grad_steps: int, batch_size: int) -> Callable[[], None]:
         """A reward's gradient through the autoencoder and the last of four steps; everything checkpointed."""
-        student = self._preferring()
+        student = self._with_preference()
         noise, _, conditioning = self._points(batch_size)
         times = sampling_times(4)
 
@@ -200,8 +200,8 @@ class Steps:
     def online_dpo(self, num_pairs: int) -> Callable[[], None]:
         """Four samples a pair, drawn, decoded and scored; then the loss on best and worst at every time."""
         stage = Dpo(batch_size=num_pairs, **PROMPTS, **GUARD)
-        student, times = self._preferring(), sampling_times(4)
-        tuned = Student(self.base, student, times, 0.0, False, 1)
+        student, times = self._with_preference(), sampling_times(4)
+        tuned = TunableStudent(self.base, student, times, 0.0, False, 1)
         noise, _, conditioning = self._points(num_pairs * stage.num_generations)
         draws = [torch.Generator().manual_seed(i) for i in range(num_pairs)]
 
@@ -214,7 +214,7 @@ class Steps:
             first = torch.arange(num_pairs, device=x0.device) * stage.num_generations
             index = torch.stack([first + groups.argmax(1), first + groups.argmin(1)])
             given = {name: value[first] for name, value in conditioning.items()}
-            pairs = dpo.Pairs(None, x0[index], given, torch.ones(num_pairs, device=x0.device), draws)
+            pairs = dpo.PairBatch(None, x0[index], given, torch.ones(num_pairs, device=x0.device), draws)
             return dpo.loss(stage, tuned, pairs, Scores()).mean()
 
         return self._trained(student, loss)
@@ -225,8 +225,8 @@ class Steps:
             student.enable_gradient_checkpointing()
         return student
 
-    def _preferring(self) -> nn.Module:
-        student = students.preferring(self.base, self._student(Lora(), True), Lora(rank=16, alpha=16.0), seed=0)
+    def _with_preference(self) -> nn.Module:
+        student = students.with_preference(self.base, self._student(Lora(), True), Lora(rank=16, alpha=16.0), seed=0)
         self.base.autoencoder.vae.enable_gradient_checkpointing()
         return student
 

@@ -107,8 +107,8 @@ def test_an_empty_prompt_file_and_a_tracker_that_is_not_installed_are_bad_recipe
     for command in ("run", "validate"):
         result = mlcm(command, "good.yaml", "trackers=[tensorboard, wandb]")
         assert result.exit_code == 2
-        told = "trackers[1]: wandb is not installed: pip install 'mlcm-rl[wandb]', or take it out of trackers"
-        assert told in result.stdout + result.stderr
+        message = "trackers[1]: wandb is not installed: pip install 'mlcm-rl[wandb]', or take it out of trackers"
+        assert message in result.stdout + result.stderr
     assert not Path("runs").exists()
 
 
@@ -237,13 +237,13 @@ def test_plan_refuses_a_device_and_a_launch_that_it_does_not_know(mlcm, pipeline
 def test_plan_as_json_has_every_figure_in_bytes_and_seconds(mlcm, pipeline):
     pipeline.plan = lambda recipe, memory, launch, device: [PLANNED[0], replace(PLANNED[1], seconds=7.5)]
     launch = ("--launch", str(LAUNCHES / "fsdp2.yaml"))
-    found = json.loads(mlcm("plan", "good.yaml", "--json", *launch, "--device", "h100").stdout)
-    done, distill = found["stages"]
+    result = json.loads(mlcm("plan", "good.yaml", "--json", *launch, "--device", "h100").stdout)
+    done, distill = result["stages"]
     assert (done["memory"], done["folder"], done["disk_bytes"]) == (None, "runs/stages/trajectories-0a", 9_000_000)
     assert (distill["memory"]["activations"], distill["seconds"]) == (1_000_000_000, 7.5)
     assert {"exchange", "host", "gradients"} < distill["memory"].keys()
-    assert (found["launch"]["engine"], found["launch"]["processes"]) == ("fsdp2", 2)
-    assert (found["device"]["name"], found["device"]["share"]) == ("H100 SXM", 0.4)
+    assert (result["launch"]["engine"], result["launch"]["processes"]) == ("fsdp2", 2)
+    assert (result["device"]["name"], result["device"]["share"]) == ("H100 SXM", 0.4)
     assert json.loads(mlcm("plan", "good.yaml", "--json").stdout)["device"] is None
 
 

@@ -49,7 +49,7 @@ def test_keys_choose_take_back_and_finish(window, choices, served):
     for number, key in enumerate("12", start=2):
         window.press(key)
         until(window, f"Pair {number} of 6")
-    assert choices.made() == [choices.sample_at(0, "left"), choices.sample_at(1, "right")]
+    assert choices.judgements() == [choices.sample_at(0, "left"), choices.sample_at(1, "right")]
     assert window.run(SHOWN) == ["/pictures/2/left", "/pictures/2/right"]
     assert window.run("return [byId('prompt').innerText, byId('prompt').lang]") == ["红苹果", "zh"]
     window.press("0")
@@ -58,7 +58,7 @@ def test_keys_choose_take_back_and_finish(window, choices, served):
     until(window, "Pair 3 of 6")
     window.press(BACKSPACE)
     until(window, "Pair 2 of 6")
-    assert choices.made() == [choices.sample_at(0, "left")]
+    assert choices.judgements() == [choices.sample_at(0, "left")]
     for number in range(3, 7):
         window.press("1")
         until(window, f"Pair {number} of 6")
@@ -78,7 +78,7 @@ def test_touch_and_focus_choose_too(window, choices):
     until(window, "Pair 3 of 6")
     click(window, "#undo")
     until(window, "Pair 2 of 6")
-    assert choices.made() == [choices.sample_at(0, "right")]
+    assert choices.judgements() == [choices.sample_at(0, "right")]
     for _ in range(5):
         window.press(TAB)
         if window.run("return document.activeElement.dataset.side") == "left":
@@ -87,7 +87,7 @@ def test_touch_and_focus_choose_too(window, choices):
     assert window.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
     window.press(SPACE)
     until(window, "Pair 3 of 6")
-    assert choices.made()[1] == choices.sample_at(1, "left")
+    assert choices.judgements()[1] == choices.sample_at(1, "left")
 
 
 def test_a_prompt_is_text_and_nothing_comes_from_elsewhere(window, served):
@@ -116,23 +116,23 @@ def test_another_window_that_was_faster_is_followed(window, choices):
     choices.choose(1, "left")
     window.press("2")  # of the first pair, which is judged by now
     until(window, "Pair 3 of 6")
-    assert choices.made() == [choices.sample_at(0, "left"), choices.sample_at(1, "left")]
+    assert choices.judgements() == [choices.sample_at(0, "left"), choices.sample_at(1, "left")]
 
 
 def test_trouble_is_told_and_survived(window, choices):
     gone = choices.picture(3, "left")  # two further than what is fetched ahead
-    kept = gone.read_bytes()
+    saved = gone.read_bytes()
     gone.unlink()
     for number in (2, 3):
         window.press("1")
         until(window, f"Pair {number} of 6")
     window.press("1")
     until(window, "The pictures of pair 4 cannot be shown")
-    gone.write_bytes(kept)
+    gone.write_bytes(saved)
     window.press("1")
     until(window, "Pair 4 of 6")
     assert window.run("return byId('trouble').hidden")
     window.run("fetch = () => Promise.reject(new TypeError())")
     window.press("1")
     until(window, "the command has ended")
-    assert len(choices.made()) == 3
+    assert len(choices.judgements()) == 3

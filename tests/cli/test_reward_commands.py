@@ -112,8 +112,8 @@ def test_fetch_puts_given_files_where_the_reward_finds_them(mlcm, installed, fol
     assert alone.exit_code == 1
     assert "no client can fetch head.safetensors from the authors' page" in alone.stderr
     result = mlcm("rewards", "fetch", name, "--from", head)
-    kept = tmp_path / "cache" / "rewards" / "head" / "head.safetensors"
-    assert (result.exit_code, result.stdout) == (0, f"ok  {kept}\n")
+    saved = tmp_path / "cache" / "rewards" / "head" / "head.safetensors"
+    assert (result.exit_code, result.stdout) == (0, f"ok  {saved}\n")
     assert mlcm("rewards", "fetch", name, "--from", tail).exit_code == 0  # not pinned: told by its name
     assert "here" in next(line for line in mlcm("rewards", "list").stdout.splitlines() if name in line)
     rows = [json.loads(line) for line in mlcm("score", "--reward", name, "--images", folder).stdout.splitlines()]
@@ -150,7 +150,7 @@ def test_an_unknown_reward_is_a_bad_argument_with_the_nearest_name(mlcm, folder)
 
 
 @pytest.mark.parametrize(
-    ("source", "said", "line"),
+    ("source", "message", "line"),
     [
         ("x = 1\nundefined\n", "NameError: name 'undefined' is not defined", 2),
         ("x = 1\nx = = 2\n", "SyntaxError: invalid syntax", 2),
@@ -161,17 +161,17 @@ def test_an_unknown_reward_is_a_bad_argument_with_the_nearest_name(mlcm, folder)
     ],
 )
 def test_a_reward_that_does_not_import_is_named_with_its_file_and_line(
-    mlcm, installed, folder, tmp_path, source, said, line
+    mlcm, installed, folder, tmp_path, source, message, line
 ):
     installed("odd", source)
     for arguments in commands_of("odd", folder):
         result = mlcm(*arguments)
         assert result.exit_code == 1
-        assert result.stderr.startswith(f"failed  reward odd cannot be used: {said}"), result.stderr
+        assert result.stderr.startswith(f"failed  reward odd cannot be used: {message}"), result.stderr
         assert result.stderr.endswith(f" ({tmp_path / 'site' / 'odd_reward.py'}, line {line})\n")
     result = mlcm("rewards", "list")
     assert result.exit_code == 0
-    assert f"reward odd cannot be used: {said}" in result.stdout
+    assert f"reward odd cannot be used: {message}" in result.stdout
     assert any(row.split()[:1] == ["brightness"] for row in result.stdout.splitlines())
 
 

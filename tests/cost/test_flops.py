@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import runs
 from mlcm_rl.cost.evaluations import network_evaluations, passes_of
-from mlcm_rl.cost.flops import Operations, Work, counted, of_stage, seconds, this_device
+from mlcm_rl.cost.flops import Operations, Work, count_operations, of_stage, seconds, this_device
 from mlcm_rl.cost.gpus import CPU_SHARE, DEVICES, GPU_SHARE, Device
 from mlcm_rl.cost.launches import Launch
 from mlcm_rl.pipeline.planning import planned_stages
@@ -23,20 +23,20 @@ def empty(*shape: int) -> torch.Tensor:
 
 def test_a_product_counts_two_a_term_and_twice_as_much_in_its_backward_pass():
     one, other = empty(64, 32), empty(32, 16)
-    assert counted(lambda: one @ other) == Operations(0, 2 * 64 * 32 * 16)
-    assert counted(lambda: (one @ other).sum().backward()) == Operations(0, 3 * 2 * 64 * 32 * 16)
+    assert count_operations(lambda: one @ other) == Operations(0, 2 * 64 * 32 * 16)
+    assert count_operations(lambda: (one @ other).sum().backward()) == Operations(0, 3 * 2 * 64 * 32 * 16)
 
 
 def test_convolutions_are_counted_apart():
     image, kernel = empty(2, 3, 8, 8), empty(5, 3, 3, 3)
     forward = 2 * 2 * 5 * 3 * 9 * 8 * 8
-    assert counted(lambda: F.conv2d(image, kernel, padding=1)) == Operations(forward, 0)
-    assert counted(lambda: F.conv2d(image, kernel, padding=1).sum().backward()) == Operations(3 * forward, 0)
+    assert count_operations(lambda: F.conv2d(image, kernel, padding=1)) == Operations(forward, 0)
+    assert count_operations(lambda: F.conv2d(image, kernel, padding=1).sum().backward()) == Operations(3 * forward, 0)
 
 
 def test_attention_is_counted_as_its_two_products():
     query, key, value = (empty(2, 4, 100, 8).detach() for _ in range(3))
-    attended = counted(lambda: F.scaled_dot_product_attention(query, key, value))
+    attended = count_operations(lambda: F.scaled_dot_product_attention(query, key, value))
     assert attended == Operations(0, 2 * 2 * (2 * 4 * 100 * 100 * 8))
 
 
@@ -76,8 +76,8 @@ def test_training_takes_three_times_a_pass_less_for_an_adapter_and_more_with_che
     def trained(**changes) -> float:
         stage = runs.distill(**changes)
         work = of_stage(stage, runs.recipe(tiny_sdxl, tmp_path, [stage]), passes_of(stage, recipe), Full())
-        found = {one.kind: one.each.total for one in work}
-        return found["trained"] / found["student"]
+        result = {one.kind: one.each.total for one in work}
+        return result["trained"] / result["student"]
 
     recipe = runs.recipe(tiny_sdxl, tmp_path, [runs.distill()])
     full = trained(adapter=Full(), target="consistency")
@@ -115,23 +115,25 @@ def test_autocast_decides_the_precision_of_a_step_and_weights_that_of_the_rest(t
 
 def test_a_plan_tells_time_where_a_device_is_named(tiny_sdxl, tmp_path):
     recipe = runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(runs.write_prompts(tmp_path)), runs.distill()])
-    without, told = planned_stages(recipe), planned_stages(recipe, device=DEVICES["h100"])
+    without, message = planned_stages(recipe), planned_stages(recipe, device=DEVICES["h100"])
     assert [one.seconds for one in without] == [None, None]
-    assert all(one.seconds > 0 and one.operations > 0 for one in told)
+    assert all(one.seconds > 0 and one.operations > 0 for one in message)
     halved = planned_stages(recipe, launch=Launch("whole", 2), device=DEVICES["h100"])
-    assert [one.seconds * 2 for one in halved] == pytest.approx([one.seconds for one in told])
+    assert [one.seconds * 2 for one in halved] == pytest.approx([one.seconds for one in message])
 
 
 def test_rewards_compute_in_their_own_precision_and_the_guard_draws_outside_autocast(tiny_sdxl, tmp_path):
     rewards = [{"name": "emoji_style"}]
-    for kind, drawn in (("policy", "scored"), ("feedback", "graded")):
+    for kind, pictures in (("policy", "scored"), ("feedback", "graded")):
         stage = runs.tuning(kind, runs.write_prompts(tmp_path), precision="bf16", rewards=rewards)
         recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
         work = of_stage(stage, recipe, passes_of(stage, recipe), Lora(rank=2))
         found = [(one.kind, one.precision) for one in work]
-        assert {("student", "bfloat16"), ("student", "float32"), (drawn, "bfloat16"), (drawn, "float32")} <= set(found)
+        assert {("student", "bfloat16"), ("student", "float32"), (pictures, "bfloat16"), (pictures, "float32")} <= set(
+            found
+        )
         assert {precision for one, precision in found if one == "watched"} == {"float32"}
-        (reward,) = (one for one in work if (one.kind, one.precision) == (drawn, "float32"))
+        (reward,) = (one for one in work if (one.kind, one.precision) == (pictures, "float32"))
         assert reward.each.total > 0
         outside = sum(one.count for one in work if (one.kind, one.precision) == ("student", "float32"))
         assert outside == (2 + 1) * 4 * 2  # looks, prompts, steps

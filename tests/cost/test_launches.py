@@ -10,7 +10,7 @@ from torch import nn
 import runs
 import tiny
 from mlcm_rl.cost import memory
-from mlcm_rl.cost.launches import Held, Launch, held, of_this_process, outline, part, read_launch, zero_bytes
+from mlcm_rl.cost.launches import Launch, Shard, of_this_process, outline, part, read_launch, shard, zero_bytes
 from mlcm_rl.models.base import TARGET_TIME_WIDTH
 from mlcm_rl.pipeline.planning import Sizes
 from mlcm_rl.recipe import Full, Lora
@@ -26,8 +26,8 @@ BUCKET = 2_000_000_000  # bytes of 5e8 float32 elements
 
 @pytest.mark.parametrize(("level", "gigabytes"), [(0, 120.0), (1, 31.4), (2, 16.6), (3, 1.9)])
 def test_zero_leaves_a_process_what_the_paper_says_of_seven_and_a_half_billion_weights_on_64(level, gigabytes):
-    found = zero_bytes(7_500_000_000, 64, level, parameter=2, gradient=2, optimiser=12)
-    assert sum(found) / 1e9 == pytest.approx(gigabytes, abs=0.05)  # Rajbhandari et al. 2020, figure 1
+    result = zero_bytes(7_500_000_000, 64, level, parameter=2, gradient=2, optimiser=12)
+    assert sum(result) / 1e9 == pytest.approx(gigabytes, abs=0.05)  # Rajbhandari et al. 2020, figure 1
 
 
 def test_launch_files_say_who_holds_what():
@@ -99,32 +99,32 @@ def lora_student() -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize(
     ("launch", "expected"),
     [
-        (Launch(), Held(0, 800, 1600, 800, 0, 0)),
-        (Launch("whole", 4), Held(0, 800, 1600, 800, 0, 0)),  # gradients are exchanged where they are
-        (Launch("zero1", 4), Held(0, 800, 600, 800, BUCKET, 0)),  # (8 + 4) x 200 / 4
-        (Launch("zero2", 4), Held(0, 200, 600, 800, BUCKET, 0)),
-        (Launch("zero2", 4, offload=True), Held(0, 0, 0, 800, BUCKET, 200 + 600)),
-        (Launch("zero3", 4), Held(600, 200, 600, 200, BUCKET + 800, 0)),  # the one layer is gathered
-        (Launch("fsdp2", 4), Held(600, 200, 400, 200, 800 + 800, 0)),  # with its gradients
+        (Launch(), Shard(0, 800, 1600, 800, 0, 0)),
+        (Launch("whole", 4), Shard(0, 800, 1600, 800, 0, 0)),  # gradients are exchanged where they are
+        (Launch("zero1", 4), Shard(0, 800, 600, 800, BUCKET, 0)),  # (8 + 4) x 200 / 4
+        (Launch("zero2", 4), Shard(0, 200, 600, 800, BUCKET, 0)),
+        (Launch("zero2", 4, offload=True), Shard(0, 0, 0, 800, BUCKET, 200 + 600)),
+        (Launch("zero3", 4), Shard(600, 200, 600, 200, BUCKET + 800, 0)),  # the one layer is gathered
+        (Launch("fsdp2", 4), Shard(600, 200, 400, 200, 800 + 800, 0)),  # with its gradients
     ],
 )
 def test_two_hundred_weights_trained_in_full_by_hand(launch, expected):
-    assert held(outline(*full_student(), launch.blocks), launch) == expected
+    assert shard(outline(*full_student(), launch.blocks), launch) == expected
 
 
 @pytest.mark.parametrize(
     ("launch", "expected"),
     [
-        (Launch(), Held(0, 240, 480, 240, 0, 0)),  # 2 x 10 + 20 x 2 weights
-        (Launch("zero1", 2), Held(0, 240, 360, 240, BUCKET, 0)),
-        (Launch("zero2", 2), Held(0, 120, 360, 240, BUCKET, 0)),
+        (Launch(), Shard(0, 240, 480, 240, 0, 0)),  # 2 x 10 + 20 x 2 weights
+        (Launch("zero1", 2), Shard(0, 240, 360, 240, BUCKET, 0)),
+        (Launch("zero2", 2), Shard(0, 120, 360, 240, BUCKET, 0)),
         # The frozen 400 bytes are the teacher's, whole, and a part of them comes on top: 240 - (400 + 240) / 2.
-        (Launch("zero3", 2), Held(-80, 120, 360, 120, BUCKET + 400, 0)),
-        (Launch("fsdp2", 2), Held(-80, 120, 240, 120, 640 + 240, 0)),
+        (Launch("zero3", 2), Shard(-80, 120, 360, 120, BUCKET + 400, 0)),
+        (Launch("fsdp2", 2), Shard(-80, 120, 240, 120, 640 + 240, 0)),
     ],
 )
 def test_an_adapter_of_sixty_weights_by_hand(launch, expected):
-    assert held(outline(*lora_student(), launch.blocks), launch) == expected
+    assert shard(outline(*lora_student(), launch.blocks), launch) == expected
 
 
 def test_fsdp2_gathers_what_is_in_no_block_and_the_two_largest_blocks():
@@ -190,11 +190,11 @@ def test_groups_that_processes_cannot_share_are_an_error_of_the_plan_and_before_
 ):
     stage = runs.tuning("policy", "unused", batch_size=8, num_generations=4)
     recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
-    told = "2 groups of 4 samples cannot be shared evenly by 4 processes"
-    with pytest.raises(ValueError, match=told):
+    message = "2 groups of 4 samples cannot be shared evenly by 4 processes"
+    with pytest.raises(ValueError, match=message):
         memory.of_stage(stage, recipe, 0, Lora(rank=2, alpha=2.0), "cuda", Launch("whole", 4))
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         loop.Runtime(recipe, stage, tmp_path)
 
 
@@ -224,5 +224,5 @@ def test_a_teachers_json_files_are_enough(make, tmp_path):
 
 
 def test_a_teacher_that_is_not_here_is_an_error_that_says_what_is_needed(tmp_path):
-    with pytest.raises(FileNotFoundError, match="They are enough, a few kB: download these alone"):
+    with pytest.raises(FileNotFoundError, match="They are enough, a few kB: download them"):
         Sizes(runs.recipe(Path("someone/a-model"), tmp_path, [runs.distill()]))

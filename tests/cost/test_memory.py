@@ -121,11 +121,11 @@ def test_tiles_take_less_and_a_small_decoder_is_counted_with_its_weights(tiny_sd
 def test_a_reward_is_counted_with_its_weights_and_an_absent_one_is_named(tiny_sdxl, monkeypatch, tmp_path):
     monkeypatch.setenv("MLCM_RL_CACHE", str(tmp_path))
     stage = runs.tuning("dpo", "unused", rewards=[{"name": "emoji_style"}, {"name": "image_reward"}])
-    found = of(stage, tiny_sdxl)
+    result = of(stage, tiny_sdxl)
     loaded = build(Reward(name="emoji_style"), "cpu").predictor
     sizes = [value.numel() for value in (*loaded.parameters(), *loaded.buffers())]
-    assert found.rewards == pytest.approx(4 * sum(sizes), rel=0.02)
-    assert found.uncounted == ("image_reward",)
+    assert result.rewards == pytest.approx(4 * sum(sizes), rel=0.02)
+    assert result.uncounted == ("image_reward",)
 
 
 def test_what_is_predicted_stands_beside_what_was_measured(tiny_sdxl, monkeypatch):
@@ -173,12 +173,12 @@ def test_text_encoders_that_leave_count_for_what_they_are_more_than_what_comes_a
     def total(stage, others: int) -> int:
         return memory.of_stage(stage, runs.recipe(tiny_sdxl, tiny_sdxl, [stage]), others, Full(), "cuda").total
 
-    gone, kept = runs.distill(adapter=Full()), runs.distill(source="data", images="unused", target="consistency")
+    gone, saved = runs.distill(adapter=Full()), runs.distill(source="data", images="unused", target="consistency")
     without = total(gone, 0)
     parameters = memory.of_stage(gone, runs.recipe(tiny_sdxl, tiny_sdxl, [gone]), 0, Full(), "cuda").parameters
     assert total(gone, 1000) == without
     assert total(gone, 2 * without) == parameters + 2 * without
-    assert total(kept, 1000) == total(kept, 0) + 1000
+    assert total(saved, 1000) == total(saved, 0) + 1000
 
 
 def test_a_long_stage_of_preference_learning_keeps_the_text_encoders_and_encodes_as_it_goes(tiny_sdxl, tmp_path):

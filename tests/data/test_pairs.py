@@ -234,7 +234,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_best_of_a_prompts_samples_is_chosen_and_the_worst_rejected(tmp_path):
     images = torch.tensor([0.0, 0.2, 0.4, 0.6]).view(4, 1, 1, 1).expand(4, 3, 8, 8)
-    settings = ranking.Asked("", "", "taste", num_generations=4, num_steps=1, gamma=1.0, min_margin=0.75, seed=0)
+    settings = ranking.PairSettings("", "", "taste", num_generations=4, num_steps=1, gamma=1.0, min_margin=0.75, seed=0)
     scores = torch.tensor([0.25, 1.0, 0.0, 0.5])
     row = ranking.write_pair(settings, Prompt("a cat", "en"), images, scores, 7, tmp_path)
     assert row == {
@@ -277,7 +277,7 @@ def test_a_margin_leaves_out_the_nearer_pairs(run, tmp_path):
 
 def test_an_interrupted_table_goes_on_and_ends_as_an_uninterrupted_one(run, tmp_path, monkeypatch):
     make(run, tmp_path / "whole")
-    sampled_prompts, original = [], ranking.ranked
+    sampled_prompts, original = [], ranking.rank_samples
     save_png, saved = pictures.save_png, iter(range(100))
 
     def save(image, path):
@@ -291,11 +291,11 @@ def test_an_interrupted_table_goes_on_and_ends_as_an_uninterrupted_one(run, tmp_
             make(run, tmp_path / "cut")
     assert not (tmp_path / "cut" / "metadata.jsonl").exists()
 
-    def ranked(*arguments):
+    def rank_samples(*arguments):
         sampled_prompts.extend(prompt.prompt for prompt in arguments[4])
         return original(*arguments)
 
-    monkeypatch.setattr(ranking, "ranked", ranked)
+    monkeypatch.setattr(ranking, "rank_samples", rank_samples)
     make(run, tmp_path / "cut")
     assert sampled_prompts == runs.PROMPTS[2:5]
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
@@ -352,7 +352,7 @@ def by_hand(run: Path, out: Path, judge, **changes) -> tuple[int, int]:
 
 
 def prefer_left(choices) -> None:
-    for number in range(len(choices.made()), len(choices)):
+    for number in range(len(choices.judgements()), len(choices)):
         choices.choose(number, "neither" if number == 1 else "left")
 
 
@@ -395,11 +395,11 @@ def test_choosing_goes_on_where_it_was_stopped_and_draws_nothing_again(run, tmp_
     ],
 )
 def test_a_damaged_progress_file_is_told_with_its_key(tmp_path, progress, message):
-    settings = ranking.Asked("student", "prompts", "brightness", 2, 1, 1.0, 0.0, 0)
+    settings = ranking.PairSettings("student", "prompts", "brightness", 2, 1, 1.0, 0.0, 0)
     content = progress | {"asked": asdict(settings)} if progress.get("asked") == "ours" else progress
     (tmp_path / "progress.json").write_text(json.dumps(content))
     with pytest.raises(files.CheckpointError, match=rf"progress\.json is damaged: {message}"):
-        ranking.finished(settings, tmp_path)
+        ranking.finished_rows(settings, tmp_path)
     (tmp_path / "progress.json").write_text(json.dumps(content | {"choices": 3}))
     with pytest.raises(files.CheckpointError, match=r"progress\.json is damaged: (asked|choices) must be"):
         labels.Choices(settings, [], tmp_path)

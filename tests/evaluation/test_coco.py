@@ -89,13 +89,13 @@ def test_fid_is_that_of_the_pictures_that_were_kept(report, folder, networks):
     for row in report["rows"]:
         files = sorted((folder / "samples" / row["id"]).iterdir())
         assert [file.name for file in files] == [f"{i:05d}.png" for i in range(len(PROMPTS))]
-        drawn = torch.cat([network(square(read_picture(file, str(file)), 16)[None]) for file in files])
-        x, y = real.double(), drawn.double()
+        features = torch.cat([network(square(read_picture(file, str(file)), 16)[None]) for file in files])
+        x, y = real.double(), features.double()
         root = torch.linalg.eigvals(torch.cov(x.T) @ torch.cov(y.T)).sqrt().real.sum()
         expected = (x.mean(0) - y.mean(0)).square().sum() + torch.cov(x.T).trace() + torch.cov(y.T).trace() - 2 * root
         assert row["metrics"]["fid"]["mean"] == pytest.approx(expected.item(), rel=1e-3)
-        kid = metrics.kid(drawn[:, None], real).mean().item()
-        halves = [metrics.kid(drawn[i::3, None], real).item() for i in range(3)]
+        kid = metrics.kid(features[:, None], real).mean().item()
+        halves = [metrics.kid(features[i::3, None], real).item() for i in range(3)]
         assert row["metrics"]["inception_kid"]["mean"] == pytest.approx(sum(halves) / 3, rel=1e-3)
         assert kid != pytest.approx(0.0, abs=1e-6)
 
@@ -128,8 +128,10 @@ def test_the_plan_knows_what_it_takes(place, networks, folder, tmp_path):
     (stage,) = pipeline.plan(load(RECIPE, overrides(place, networks, tmp_path)), memory=True)
     rows = json.loads((folder / "report.json").read_text(encoding="utf-8"))["rows"]
     assert stage.network_evaluations >= len(PROMPTS) * sum(row["num_evaluations"] for row in rows)
-    kept = 3 * 16 * 16 * len(PROMPTS) * len(rows)  # bytes of the pictures; those that the page shows are there thrice
-    assert kept <= stage.disk_bytes < 5 * kept
+    num_bytes = (
+        3 * 16 * 16 * len(PROMPTS) * len(rows)
+    )  # bytes of the pictures; those that the page shows are there thrice
+    assert num_bytes <= stage.disk_bytes < 5 * num_bytes
     without = overrides(place, networks, tmp_path, **{"stages.0.clip": "null"})
     (other,) = pipeline.plan(load(RECIPE, without), memory=True)
     assert stage.memory.parameters - other.memory.parameters == pytest.approx(
@@ -146,19 +148,19 @@ def test_the_recipe_asks_for_the_papers_rewards_and_is_planned_before_they_are_f
 
 
 @pytest.mark.parametrize(
-    ("changes", "key", "said"),
+    ("changes", "key", "message"),
     [
         ({"stages.0.real_images": "null"}, "stages[0].inception", "inception needs real_images: a folder of real"),
         ({"stages.0.inception": "null"}, "stages[0].real_images", "real_images needs inception: the network"),
         ({"stages.0.inception": "x.pt"}, "stages[0].inception", "inception must be a .safetensors file, found x.pt"),
     ],
 )
-def test_fid_needs_its_network_and_its_pictures(place, networks, tmp_path, changes, key, said):
+def test_fid_needs_its_network_and_its_pictures(place, networks, tmp_path, changes, key, message):
     with pytest.raises(RecipeError) as error:
         load(RECIPE, overrides(place, networks, tmp_path, **changes))
     (problem,) = error.value.problems
     assert key_text(problem.key) == key
-    assert said in problem.text
+    assert message in problem.text
 
 
 def test_real_pictures_are_central_squares_at_the_drawn_ones_size(tmp_path):

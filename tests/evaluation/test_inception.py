@@ -51,7 +51,7 @@ def test_shapes_between_blocks_are_the_published_ones(structure):
     shapes = {}
     for name, module in structure.named_children():
         module.register_forward_hook(
-            lambda _module, _given, out, name=name: shapes.update({name: tuple(out.shape[1:])})
+            lambda _module, _inputs, out, name=name: shapes.update({name: tuple(out.shape[1:])})
         )
     assert structure.eval()(torch.zeros(1, 3, 299, 299, dtype=torch.uint8, device="meta")).shape == (1, 2048)
     assert shapes["Conv2d_2b_3x3"] == (64, 147, 147)
@@ -70,9 +70,9 @@ def test_the_last_block_is_the_one_written_out():
     block.load_state_dict(weights)
     x = normal(2, 16, 8, 8)
 
-    def layer(given, name, padding=0):
+    def layer(x, name, padding=0):
         part = {key.removeprefix(f"branch{name}."): w for key, w in weights.items() if key.startswith(f"branch{name}.")}
-        hidden = F.conv2d(given, part["conv.weight"], padding=padding)
+        hidden = F.conv2d(x, part["conv.weight"], padding=padding)
         mean, variance, scale, shift = (
             part[f"bn.{key}"][:, None, None] for key in ("running_mean", "running_var", "weight", "bias")
         )
@@ -93,9 +93,9 @@ def test_the_last_block_is_the_one_written_out():
 
 
 def test_which_block_pools_how(structure):
-    found = {name: getattr(structure, name).pool.__name__ for name in structure.blocks}
-    assert {name for name, pool in found.items() if pool == "halving_pool"} == {"Mixed_6a", "Mixed_7a"}
-    assert {name for name, pool in found.items() if pool == "max_pool"} == {"Mixed_7c"}
+    pools = {name: getattr(structure, name).pool.__name__ for name in structure.blocks}
+    assert {name for name, pool in pools.items() if pool == "halving_pool"} == {"Mixed_6a", "Mixed_7a"}
+    assert {name for name, pool in pools.items() if pool == "max_pool"} == {"Mixed_7c"}
 
 
 def test_average_pooling_does_not_count_the_padding():
@@ -107,10 +107,10 @@ def test_average_pooling_does_not_count_the_padding():
 def test_pictures_are_resized_without_half_pixel_centres():
     row = torch.tensor([0.0, 10.0, 20.0, 50.0])
     # Output i of 3 reads at 0, 4/3, 8/3; of 8 at 0, 0.5, ... and past the end the last.
-    found = inception.resized(row.expand(1, 1, 4, 4), 3)
-    torch.testing.assert_close(found[0, 0, 0], torch.tensor([0.0, 10 + 10 / 3, 20 + 30 * 2 / 3]))
-    found = inception.resized(row.reshape(1, 1, 4, 1).expand(1, 1, 4, 4), 8)
-    torch.testing.assert_close(found[0, 0, :, 5], torch.tensor([0.0, 5.0, 10.0, 15.0, 20.0, 35.0, 50.0, 50.0]))
+    resized = inception.resized(row.expand(1, 1, 4, 4), 3)
+    torch.testing.assert_close(resized[0, 0, 0], torch.tensor([0.0, 10 + 10 / 3, 20 + 30 * 2 / 3]))
+    resized = inception.resized(row.reshape(1, 1, 4, 1).expand(1, 1, 4, 4), 8)
+    torch.testing.assert_close(resized[0, 0, :, 5], torch.tensor([0.0, 5.0, 10.0, 15.0, 20.0, 35.0, 50.0, 50.0]))
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def test_published_weights_are_converted_once_and_read_back(published, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"fc.weight": torch.zeros(1000, 2048)}, r"of 1008 classes, this file has one of shape \(1000, 2048\)"),
         ({"fc.weight": None}, "this file has no classifier"),
@@ -138,10 +138,10 @@ def test_published_weights_are_converted_once_and_read_back(published, tmp_path)
         ({"AuxLogits.fc.bias": torch.zeros(1000)}, "1 tensors are not those of FID's Inception, for example AuxLogits"),
     ],
 )  # fmt: skip
-def test_weights_of_another_inception_are_refused(published, tmp_path, change, said):
+def test_weights_of_another_inception_are_refused(published, tmp_path, change, message):
     weights = torch.load(published, weights_only=True) | change
     torch.save({name: value for name, value in weights.items() if value is not None}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         inception.convert(tmp_path / "other.pth", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 

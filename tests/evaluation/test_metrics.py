@@ -23,8 +23,8 @@ def test_squared_distance_is_the_mean_over_a_samples_elements():
 
 def test_kid_of_two_pairs_is_the_hand_computed_one():
     # Kernel (x y / 1 + 1)^3 in one dimension: k(0, 1) = 1, k(2, 3) = 343, cross terms 1, 1, 27, 64.
-    found = metrics.kid(torch.tensor([[[0.0]], [[1.0]]]), torch.tensor([[2.0], [3.0]]))
-    assert found.tolist() == [1 + 343 - 2 * (1 + 1 + 27 + 64) / 4]
+    value = metrics.kid(torch.tensor([[[0.0]], [[1.0]]]), torch.tensor([[2.0], [3.0]]))
+    assert value.tolist() == [1 + 343 - 2 * (1 + 1 + 27 + 64) / 4]
 
 
 @pytest.mark.parametrize("rows", [2, 1024])

@@ -18,10 +18,10 @@ class Means(torch.nn.Module):
         return pictures.float().mean((2, 3)) / 64.0
 
 
-def distances(real, drawn, num_subsets=10):
+def distances(real, sampled, num_subsets=10):
     """FID, KID and its error."""
-    made = metrics.InceptionDistances(Means(), ((batch * 255).round().byte() for batch in real), "cpu")
-    values = made.values(torch.cat([made.features(batch) for batch in drawn])[:, None], num_subsets)
+    instrument = metrics.InceptionDistances(Means(), ((batch * 255).round().byte() for batch in real), "cpu")
+    values = instrument.values(torch.cat([instrument.features(batch) for batch in sampled])[:, None], num_subsets)
     return values["fid"].item(), *statistics.mean_and_error(values["inception_kid"])
 
 
@@ -32,12 +32,12 @@ def pictures(count, low, high, seed):
 
 
 def test_fid_is_the_closed_form_of_two_gaussians():
-    real, drawn = pictures(64, 0.0, 0.5, 0), pictures(64, 0.3, 1.0, 1)
-    x, y = (Means()((torch.cat(side) * 255).round().byte()).double() for side in (real, drawn))
+    real, sampled = pictures(64, 0.0, 0.5, 0), pictures(64, 0.3, 1.0, 1)
+    x, y = (Means()((torch.cat(side) * 255).round().byte()).double() for side in (real, sampled))
     covariance = torch.cov(x.T) @ torch.cov(y.T)
     root = torch.linalg.eigvals(covariance).real.sqrt().sum()
     expected = (x.mean(0) - y.mean(0)).square().sum() + torch.cov(x.T).trace() + torch.cov(y.T).trace() - 2 * root
-    fid, kid, error = distances(real, drawn, num_subsets=4)
+    fid, kid, error = distances(real, sampled, num_subsets=4)
     assert fid == pytest.approx(expected.item(), rel=1e-4)
     assert kid > 4 * error
 
@@ -50,9 +50,9 @@ def test_fid_and_kid_of_one_distribution_are_about_zero():
 
 
 def test_a_rows_distances_do_not_depend_on_the_rows_before_it():
-    made = metrics.InceptionDistances(Means(), (batch.mul(255).byte() for batch in pictures(48, 0, 1, 4)), "cpu")
-    rows = [torch.cat([made.features(batch) for batch in pictures(40, 0, top, 5)])[:, None] for top in (0.5, 1.0)]
-    first, second, again = (made.values(rows[i], 4) for i in (0, 1, 0))
+    instrument = metrics.InceptionDistances(Means(), (batch.mul(255).byte() for batch in pictures(48, 0, 1, 4)), "cpu")
+    rows = [torch.cat([instrument.features(batch) for batch in pictures(40, 0, top, 5)])[:, None] for top in (0.5, 1.0)]
+    first, second, again = (instrument.values(rows[i], 4) for i in (0, 1, 0))
     assert first["fid"] != second["fid"]
     assert all(torch.equal(first[key], again[key]) for key in first)
 
@@ -79,6 +79,6 @@ def test_clip_sees_the_middle_of_a_wide_picture_at_its_own_size(clip):
     wide = torch.zeros(1, 3, 40, 80)
     wide[..., 20:60] = 1.0  # the middle square is white, and it is all that is left
     white = clip._prepared(torch.ones(1, 3, 20, 20))
-    found = clip._prepared(wide)
-    assert found.shape == (1, 3, 20, 20)
-    torch.testing.assert_close(found[..., 2:-2], white[..., 2:-2], atol=1e-3, rtol=0)
+    prepared = clip._prepared(wide)
+    assert prepared.shape == (1, 3, 20, 20)
+    torch.testing.assert_close(prepared[..., 2:-2], white[..., 2:-2], atol=1e-3, rtol=0)

@@ -75,7 +75,7 @@ def test_a_student_of_more_segments_lands_on_its_boundaries_and_goes_straight_by
 def write_stage(folder, kind, gamma=None):
     """What `entries` reads of a finished stage: its manifest and what its student says of itself."""
     adapter = {"kind": "lora", "rank": 2, "alpha": 2.0}
-    described = {
+    description = {
         "family": "sdxl",
         "prediction_type": "epsilon",
         "num_segments": 2,
@@ -83,7 +83,7 @@ def write_stage(folder, kind, gamma=None):
         "adapter": adapter,
     }
     (folder / "student").mkdir(parents=True)
-    (folder / "student" / "student.json").write_text(json.dumps(described))
+    (folder / "student" / "student.json").write_text(json.dumps(description))
     settings = runs.tuning(kind, "p.txt", gamma=gamma) if kind in runs.TUNING else runs.distill(num_segments=[2])
     stages = [runs.trajectories("p.txt"), runs.distill(num_segments=[2])]
     recipe = runs.recipe(folder, folder, stages if kind == "distill" else [*stages, settings])
@@ -101,50 +101,50 @@ def test_a_tuned_student_is_measured_at_the_gamma_it_was_tuned_under_and_so_is_w
     parents = {kind: write_stage(tmp_path / kind, kind, value) for kind, value in kinds.items()}
     other = write_stage(tmp_path / "other", "distill")
     base = SimpleNamespace(family="sdxl", prediction_type="epsilon")
-    asked = stage(sampling_steps=[1, 2], gammas=[0.0], also=[str(other)])
-    distilled, tuned, another = entries(asked, parents, base)
+    evaluation = stage(sampling_steps=[1, 2], gammas=[0.0], also=[str(other)])
+    distilled, tuned, another = entries(evaluation, parents, base)
     assert (distilled.own_gamma, tuned.own_gamma, another.own_gamma) == (0.0, own, 0.0)
     assert [own_gamma(folder / "student") for folder in (*parents.values(), other)] == [0.0, own, 0.0]
-    measured = [
-        {(row.num_steps, row.gamma) for row in student_rows(asked, 0, one)} for one in (distilled, tuned, another)
+    samplers = [
+        {(row.num_steps, row.gamma) for row in student_rows(evaluation, 0, one)} for one in (distilled, tuned, another)
     ]
-    assert measured[0] == {(1, 0.0), (2, 0.0), (2, own)}
-    assert measured[1] == {(1, own), (2, 0.0), (2, own)}
-    assert measured[2] == {(1, 0.0), (2, 0.0)}
-    assert {row.gamma for row in student_rows(asked, 0, tuned) if row.default} == {own}
+    assert samplers[0] == {(1, 0.0), (2, 0.0), (2, own)}
+    assert samplers[1] == {(1, own), (2, 0.0), (2, own)}
+    assert samplers[2] == {(1, 0.0), (2, 0.0)}
+    assert {row.gamma for row in student_rows(evaluation, 0, tuned) if row.default} == {own}
 
 
 def test_a_snapshot_is_measured_at_its_own_gamma_and_the_student_at_all_that_are_asked_for(tmp_path):
     distilled = write_stage(tmp_path / "distill", "distill")
     shutil.copytree(distilled / "student", distilled / "snapshots" / "phase-0-K2")
     shutil.copytree(distilled / "student", distilled / "snapshots" / "phase-1-K2")  # the last, which is the student
-    asked = stage(sampling_steps=[2, 4], gammas=[0.3, 1.0], students="snapshots")
+    evaluation = stage(sampling_steps=[2, 4], gammas=[0.3, 1.0], students="snapshots")
     finished, snapshot = entries(
-        asked, {"distill": distilled}, SimpleNamespace(family="sdxl", prediction_type="epsilon")
+        evaluation, {"distill": distilled}, SimpleNamespace(family="sdxl", prediction_type="epsilon")
     )
-    assert [(row.num_steps, row.gamma) for row in student_rows(asked, 0, finished)] == [
+    assert [(row.num_steps, row.gamma) for row in student_rows(evaluation, 0, finished)] == [
         (2, 0.3),
         (4, 0.3),
         (2, 1.0),
         (4, 1.0),
     ]
-    assert [(row.num_steps, row.gamma) for row in student_rows(asked, 1, snapshot)] == [(2, 0.0), (4, 0.0)]
+    assert [(row.num_steps, row.gamma) for row in student_rows(evaluation, 1, snapshot)] == [(2, 0.0), (4, 0.0)]
 
 
 def test_a_plan_counts_the_snapshots_of_the_recipes_phases():
     def planned(students):
-        asked = stage(sampling_steps=[2, 4], teacher_steps=[2], gammas=[0.0, 1.0], students=students)
-        stages = [runs.distill(num_segments=[8, 4, 1]), asked]
-        return sum(asked.evaluations_per_row(runs.recipe(Path("teacher"), Path("runs"), stages)))
+        evaluation = stage(sampling_steps=[2, 4], teacher_steps=[2], gammas=[0.0, 1.0], students=students)
+        stages = [runs.distill(num_segments=[8, 4, 1]), evaluation]
+        return sum(evaluation.evaluations_per_row(runs.recipe(Path("teacher"), Path("runs"), stages)))
 
     assert planned("snapshots") == planned("last") + 2 * (2 + 4)
 
 
 def test_a_plan_counts_the_rows_at_a_tuned_students_own_gamma():
     def planned(gamma):
-        asked = stage(sampling_steps=[2, 4], teacher_steps=[2], gammas=[0.0])
-        stages = [runs.distill(num_segments=[2]), runs.tuning("feedback", "p.txt", gamma=gamma), asked]
-        return sum(asked.evaluations_per_row(runs.recipe(Path("teacher"), Path("runs"), stages)))
+        evaluation = stage(sampling_steps=[2, 4], teacher_steps=[2], gammas=[0.0])
+        stages = [runs.distill(num_segments=[2]), runs.tuning("feedback", "p.txt", gamma=gamma), evaluation]
+        return sum(evaluation.evaluations_per_row(runs.recipe(Path("teacher"), Path("runs"), stages)))
 
     assert planned(None) == planned(0.0)
     assert planned(0.3) == planned(0.0) + 2 * (2 + 4)  # the tuned student, and the distilled one beside it
@@ -152,8 +152,8 @@ def test_a_plan_counts_the_rows_at_a_tuned_students_own_gamma():
 
 def test_tuned_students_stand_beside_the_distilled_one_they_start_from(tmp_path):
     parents = {"policy": tmp_path / "policy", "distill": tmp_path / "distill", "train_teacher": tmp_path / "teacher"}
-    found = student_folders(stage(), parents)
-    assert found == {"student": tmp_path / "distill" / "student", "policy": tmp_path / "policy" / "student"}
+    folders = student_folders(stage(), parents)
+    assert folders == {"student": tmp_path / "distill" / "student", "policy": tmp_path / "policy" / "student"}
 
 
 def test_snapshots_come_along_but_for_the_last_which_is_the_student(tmp_path):
@@ -163,11 +163,11 @@ def test_snapshots_come_along_but_for_the_last_which_is_the_student(tmp_path):
     (tmp_path / "distill" / "manifest.json").write_text('{"recipe": {"name": "lcm"}}')
     parents = {"distill": tmp_path / "distill"}
     assert list(student_folders(stage(), parents)) == ["student"]
-    found = student_folders(stage(students="snapshots", also=[str(tmp_path / "distill")]), parents)
-    assert list(found) == [
+    folders = student_folders(stage(students="snapshots", also=[str(tmp_path / "distill")]), parents)
+    assert list(folders) == [
         f"{name}{phase}" for name in ("student", "lcm") for phase in ("", " phase-0-K8", " phase-1-K4")
     ]
-    assert found["lcm phase-0-K8"] == tmp_path / "distill" / "snapshots" / "phase-0-K8"
+    assert folders["lcm phase-0-K8"] == tmp_path / "distill" / "snapshots" / "phase-0-K8"
     twice = student_folders(stage(also=[str(tmp_path / "distill")] * 2), {})
     assert list(twice) == ["lcm", "lcm (distill)"]
     with pytest.raises(ValueError, match="holds no student"):

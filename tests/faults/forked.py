@@ -19,7 +19,7 @@ FORKS.set_forkserver_preload(["forked", *(f"mlcm_rl.stages.{kind}" for kind in (
 def prepare() -> None:
     """Make this process like that of a test, of one thread; no plots are drawn: they take longest."""
     torch.set_num_threads(1)
-    page.render = lambda result, folder: json.dumps(result["headline"])
+    page.render = lambda report, folder: json.dumps(report.headline.as_json())
 
 
 def run(recipe: str) -> None:

@@ -9,7 +9,7 @@ import torch
 import runs
 from mlcm_rl import pipeline
 from mlcm_rl.pipeline import RunError
-from mlcm_rl.preference.guard import Guard
+from mlcm_rl.preference.guard import HackingGuard
 from mlcm_rl.rewards import Combined
 from mlcm_rl.storage import checkpoints, files
 from mlcm_rl.storage.files import CheckpointError
@@ -152,7 +152,7 @@ def test_moments_are_put_back_in_their_parameters_own_order_of_memory(tmp_path):
 
 def test_the_state_of_another_guard_or_normaliser_is_an_error():
     with pytest.raises(CheckpointError, match="remembers kept_step"):
-        Guard.load_state(object.__new__(Guard), {"kept_step": 3})
+        HackingGuard.load_state(object.__new__(HackingGuard), {"kept_step": 3})
     rewards = Combined([])
     rewards.normalisers = {"brightness": None}
     with pytest.raises(ValueError, match="incomplete"):

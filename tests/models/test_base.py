@@ -55,9 +55,9 @@ def test_teacher_of_another_family_is_refused_with_both_names(teachers):
 def test_a_student_in_the_teachers_place_is_refused(teachers, tmp_path):
     folder = copy_of(teachers["sdxl"], tmp_path)
     edit(folder / "model_index.json", scheduler=["diffusers", "LCMScheduler"])
-    for read in (load, lambda path: skeleton(recipe.Teacher(path=str(path), family="sdxl"))):
+    for loader in (load, lambda path: skeleton(recipe.Teacher(path=str(path), family="sdxl"))):
         with pytest.raises(ValueError, match=r"is a student, for a few steps, already: .* names LCMScheduler"):
-            read(folder)
+            loader(folder)
 
 
 def test_missing_component_is_named(teachers, tmp_path):
@@ -140,16 +140,16 @@ def test_a_teacher_of_another_number_of_times_is_refused(tiny_sdxl, tmp_path):
 def test_a_teacher_encodes_and_denoises_in_its_own_precision_under_autocast_too(teachers, family, dtype):
     teacher = load(teachers[{"sdxl": "sdxl", "sd": "sd15"}[family]], family, dtype=dtype)
 
-    def drawn() -> list[torch.Tensor]:
+    def outputs() -> list[torch.Tensor]:
         x_t, t, conditioning = inputs(teacher)
         unconditional = teacher.unconditional(2)
         x0 = [teacher.guided_x0(x_t, t, conditioning, unconditional, scale) for scale in (1.0, 3.0)]
         return [*x0, *conditioning.values(), *unconditional.values()]
 
-    expected = drawn()
+    expected = outputs()
     with torch.autocast("cpu", torch.bfloat16):
-        found = drawn()
-    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+        result = outputs()
+    assert all(torch.equal(one, other) for one, other in zip(expected, result, strict=True))
 
 
 # The schedule
@@ -184,16 +184,16 @@ def test_unknown_beta_schedule_is_refused_by_name():
 
 def test_a_denoiser_is_given_the_schedules_network_time(base, monkeypatch):
     """The index itself for these families; whatever the table says for others."""
-    given = []
+    times = []
     forward = base.denoiser.forward
-    monkeypatch.setattr(base.denoiser, "forward", lambda x, t, **others: given.append(t) or forward(x, t, **others))
+    monkeypatch.setattr(base.denoiser, "forward", lambda x, t, **others: times.append(t) or forward(x, t, **others))
     x_t, t, conditioning = inputs(base)
     base.x0(base.denoiser, x_t, t, conditioning)
     monkeypatch.setattr(base, "schedule", replace(base.schedule, network_time=torch.arange(1000) / 1000))
     base.x0(base.denoiser, x_t, t, conditioning)
-    assert torch.equal(given[0], t)
-    assert given[0].dtype == t.dtype
-    assert given[1].tolist() == pytest.approx([0.999, 0.374])
+    assert torch.equal(times[0], t)
+    assert times[0].dtype == t.dtype
+    assert times[1].tolist() == pytest.approx([0.999, 0.374])
 
 
 # Guidance
@@ -202,9 +202,9 @@ def test_a_denoiser_is_given_the_schedules_network_time(base, monkeypatch):
 def test_guidance_in_one_batch_is_the_formula_on_two_passes(base):
     x_t, t, conditional = inputs(base)
     unconditional = base.unconditional(2)
-    given = base.predict(base.denoiser, x_t, t, conditional)
+    with_prompt = base.predict(base.denoiser, x_t, t, conditional)
     without = base.predict(base.denoiser, x_t, t, unconditional)
-    by_hand = without + 3.0 * (given - without)
+    by_hand = without + 3.0 * (with_prompt - without)
     alpha, sigma = (value[t].reshape(-1, 1, 1, 1) for value in (base.schedule.alpha, base.schedule.sigma))
     by_hand = (x_t - sigma * by_hand) / alpha if base.prediction_type == "epsilon" else alpha * x_t - sigma * by_hand
     torch.testing.assert_close(base.guided_x0(x_t, t, conditional, unconditional, 3.0), by_hand, atol=1e-3, rtol=1e-4)
@@ -252,10 +252,10 @@ def test_encoding_is_the_posterior_mean_scaled_and_draws_with_a_generator(base):
     posterior = base.autoencoder.vae.encode(2 * images - 1).latent_dist
     latents = base.autoencoder.encode(images)
     torch.testing.assert_close(latents, posterior.mean * base.autoencoder.vae.config.scaling_factor)
-    drawn = [base.autoencoder.encode(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
-    assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
-    assert not torch.equal(drawn[0], latents)
+    samples = [base.autoencoder.encode(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(samples[0], samples[1])
+    assert not torch.equal(samples[0], samples[2])
+    assert not torch.equal(samples[0], latents)
 
 
 def test_latent_statistics_of_the_autoencoder_are_undone_and_applied(teachers, tmp_path):
@@ -295,9 +295,9 @@ def test_prompts_encoded_ahead_are_the_same_and_the_text_encoders_leave(teachers
     prompts = ["a cat", "红苹果", "a dog"]
     expected, encoder = base.encode_prompts(prompts), weakref.ref(base.pipeline.text_encoder)
     base.encode_ahead([*prompts, "a cat"])
-    found = base.encode_prompts([prompts[2], prompts[0]])
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name][[2, 0]]) for name in found)
+    result = base.encode_prompts([prompts[2], prompts[0]])
+    assert result.keys() == expected.keys()
+    assert all(torch.equal(result[name], expected[name][[2, 0]]) for name in result)
     gc.collect()
     assert encoder() is None
     with pytest.raises(KeyError, match="a snowman"):
@@ -308,10 +308,10 @@ def test_shapes_of_a_teacher_without_its_safety_checker_are_read_without_a_word(
     folder = tiny.sd(tmp_path / "sd")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"requires_safety_checker": True}))
-    said: list[str] = []
-    monkeypatch.setattr(pipeline_stable_diffusion.logger, "warning", said.append)
+    warnings: list[str] = []
+    monkeypatch.setattr(pipeline_stable_diffusion.logger, "warning", warnings.append)
     teacher = recipe.Teacher(path=str(folder), family="sd")
     skeleton(teacher)
-    assert said == []
+    assert warnings == []
     bases.load(teacher, "cpu")
-    assert "safety checker" in said[0]  # this one draws pictures, so that the licence matters
+    assert "safety checker" in warnings[0]  # this one draws pictures, so that the licence matters

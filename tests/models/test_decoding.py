@@ -57,17 +57,17 @@ def holds_in_a_direction(decode, latents) -> bool:
 
 
 def test_tiles_give_the_whole_picture_up_to_their_seams(teachers, latents):
-    whole, in_tiles = load(teachers["sdxl"]), tiled(teachers["sdxl"], 16)
-    whole, in_tiles = (base.autoencoder.decode(latents) for base in (whole, in_tiles))
-    assert in_tiles.shape == whole.shape == (1, 3, 32, 32)
-    assert 0 < (in_tiles - whole).abs().mean() < SEAMS
+    plain, in_tiles = load(teachers["sdxl"]), tiled(teachers["sdxl"], 16)
+    plain, in_tiles = (base.autoencoder.decode(latents) for base in (plain, in_tiles))
+    assert in_tiles.shape == plain.shape == (1, 3, 32, 32)
+    assert 0 < (in_tiles - plain).abs().mean() < SEAMS
 
 
 def test_where_one_tile_holds_the_picture_it_is_the_same_to_the_bit_gradient_too(teachers, latents):
-    whole, in_tiles = load(teachers["sdxl"]), tiled(teachers["sdxl"], 32)
-    assert torch.equal(whole.autoencoder.decode(latents), in_tiles.autoencoder.decode(latents))
+    plain, in_tiles = load(teachers["sdxl"]), tiled(teachers["sdxl"], 32)
+    assert torch.equal(plain.autoencoder.decode(latents), in_tiles.autoencoder.decode(latents))
     weights = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(*(gradient_of(base.autoencoder.decode, latents, weights) for base in (whole, in_tiles)))
+    assert torch.equal(*(gradient_of(base.autoencoder.decode, latents, weights) for base in (plain, in_tiles)))
 
 
 def test_the_gradient_through_tiles_is_that_of_finite_differences(teachers, latents):

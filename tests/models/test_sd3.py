@@ -86,13 +86,13 @@ def base(folders) -> Family:
 def test_prompts_are_encoded_as_the_stock_pipeline_encodes_them(pair):
     base, stock = pair
     context, no_context, pooled, no_pooled = stock.encode_prompt(PROMPTS, None, None, device="cpu")
-    found, dropped = base.encode_prompts(PROMPTS), base.unconditional(2)
+    conditioning, unconditional = base.encode_prompts(PROMPTS), base.unconditional(2)
     assert context.shape[1:] == (tiny.NUM_TOKENS + 256, 56)
     for name, expected, away in (("context", context, no_context), ("pooled", pooled, no_pooled)):
-        torch.testing.assert_close(found[name], expected, atol=2e-5, rtol=1e-5)
-        torch.testing.assert_close(dropped[name], away, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(conditioning[name], expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(unconditional[name], away, atol=2e-5, rtol=1e-5)
     alone = base.encode_prompts(PROMPTS[:1])
-    torch.testing.assert_close(alone["context"][0], found["context"][0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alone["context"][0], conditioning["context"][0], atol=1e-5, rtol=1e-5)
 
 
 def test_what_is_read_of_a_prompt_is_what_its_longest_reader_reads(pair):
@@ -109,8 +109,8 @@ def test_a_guided_trajectory_is_the_stock_pipelines(pair, num_steps):
     call = base.stock_call(times)
     assert call["sigmas"] == [(t + 1) / 1000 for t in times]
     expected = stock(PROMPTS, latents=noise, guidance_scale=5.0, output_type="latent", height=16, width=16, **call)
-    found = sampler.sample_teacher(base, base.encode_prompts(PROMPTS), base.unconditional(2), noise, times, 5.0)
-    torch.testing.assert_close(found, expected.images, atol=1e-5, rtol=1e-5)
+    x0 = sampler.sample_teacher(base, base.encode_prompts(PROMPTS), base.unconditional(2), noise, times, 5.0)
+    torch.testing.assert_close(x0, expected.images, atol=1e-5, rtol=1e-5)
 
 
 def test_pictures_are_decoded_and_encoded_with_the_shift_of_the_autoencoder(pair):
@@ -129,9 +129,9 @@ def test_pictures_are_decoded_and_encoded_with_the_shift_of_the_autoencoder(pair
 def test_stock_solvers_of_flows_come_to_the_teachers_own_end(base, solver):
     """At many steps they agree with Euler's at more; each is asked at our own times."""
     noise = base.noise(torch.Generator().manual_seed(4), 2)
-    given = (base.encode_prompts(PROMPTS), base.unconditional(2), noise)
-    finest = undistilled.sample(base, *given, "ddim", 400, 1.0)
-    errors = [(undistilled.sample(base, *given, solver, n, 1.0) - finest).square().mean().sqrt() for n in (4, 25)]
+    inputs = (base.encode_prompts(PROMPTS), base.unconditional(2), noise)
+    finest = undistilled.sample(base, *inputs, "ddim", 400, 1.0)
+    errors = [(undistilled.sample(base, *inputs, solver, n, 1.0) - finest).square().mean().sqrt() for n in (4, 25)]
     assert errors[1] < 0.5 * errors[0]
     assert errors[1] < 0.05 * finest.square().mean().sqrt()
 
@@ -144,17 +144,19 @@ def test_stock_solvers_of_flows_come_to_the_teachers_own_end(base, solver):
 def test_a_student_starts_as_its_teacher_and_is_loaded_as_it_was_saved(base, adapter, condition, tmp_path):
     denoiser = students.student(base, adapter, 0, condition)
     x_t, t = base.noise(torch.Generator().manual_seed(0), 2), torch.tensor([999, 374])
-    given, s = base.encode_prompts(PROMPTS), torch.tensor([749, 0]) if condition else None
-    assert torch.equal(base.predict(denoiser, x_t, t, given, s), base.predict(base.denoiser, x_t, t, given))
+    conditioning, s = base.encode_prompts(PROMPTS), torch.tensor([749, 0]) if condition else None
+    assert torch.equal(
+        base.predict(denoiser, x_t, t, conditioning, s), base.predict(base.denoiser, x_t, t, conditioning)
+    )
     tiny.perturb(students.trainable_parameters(denoiser), seed=1)
-    moved = base.predict(denoiser, x_t, t, given, s)
+    prediction = base.predict(denoiser, x_t, t, conditioning, s)
     if condition:
-        assert not torch.equal(moved, base.predict(denoiser, x_t, t, given, s - s))
+        assert not torch.equal(prediction, base.predict(denoiser, x_t, t, conditioning, s - s))
     description = {"num_segments": 1, "family": base.family, "prediction_type": base.prediction_type}
     students.save_student(denoiser, tmp_path / "student", description)
-    found = students.load_student(base, tmp_path / "student")
-    assert found.conditioned is condition
-    assert torch.equal(base.predict(found.denoiser, x_t, t, given, s), moved)
+    loaded = students.load_student(base, tmp_path / "student")
+    assert loaded.conditioned is condition
+    assert torch.equal(base.predict(loaded.denoiser, x_t, t, conditioning, s), prediction)
     if adapter == Full():  # the folder is a stock denoiser's, whatever stands beside it
         SD3Transformer2DModel.from_pretrained(tmp_path / "student" / "transformer")
 
@@ -208,15 +210,15 @@ def test_every_stage_runs_and_its_plan_knows_what_it_takes(folders, tmp_path, fo
     planned = pipeline.plan(recipe, True)
     assert [stage.kind for stage in planned] == [stage.kind for stage in recipe.stages]
     assert all(stage.memory is not None and stage.memory.total > 0 and stage.unknown is None for stage in planned)
-    done = pipeline.run(recipe)
-    for stage in done:
+    stages = pipeline.run(recipe)
+    for stage in stages:
         verify(stage.folder)
     losses = [
-        json.loads(line)["loss"] for line in (done[1].folder / "log.jsonl").read_text().splitlines() if "loss" in line
+        json.loads(line)["loss"] for line in (stages[1].folder / "log.jsonl").read_text().splitlines() if "loss" in line
     ]
     assert losses
     assert all(map(torch.isfinite, map(torch.tensor, losses)))
-    report = json.loads((done[-1].folder / "report.json").read_text())
+    report = json.loads((stages[-1].folder / "report.json").read_text())
     assert {row["name"] for row in report["rows"]} >= {"teacher", "student", "feedback", "dpo", "policy"}
 
 
@@ -261,8 +263,8 @@ def test_one_step_of_a_flow_has_no_signal_for_errors_of_the_noise(folders, tmp_p
 
 def test_a_store_says_its_flows_shift(folders, tmp_path):
     recipe = runs.recipe(folders[True], tmp_path, [runs.trajectories(runs.write_prompts(tmp_path))], "sd3")
-    (done,) = pipeline.run(recipe)
-    stored = json.loads((done.folder / "store.json").read_text())
+    (stage_run,) = pipeline.run(recipe)
+    stored = json.loads((stage_run.folder / "store.json").read_text())
     assert stored["provenance"]["scheduler"] == {"num_train_timesteps": 1000, "shift": 3.0}
 
 
@@ -277,23 +279,25 @@ def exported(base: Family, place: Path, adapter: Lora | Full, condition: bool, g
     return export(place / "student", base, place / "out", gamma=gamma)
 
 
-def drawn(base: Family, place: Path, num_steps: int, gamma: float, generators) -> torch.Tensor:
+def sampled(base: Family, place: Path, num_steps: int, gamma: float, generators) -> torch.Tensor:
     student = students.load_student(base, place / "student")
-    noise, given = base.noise(torch.Generator().manual_seed(4), 2), base.encode_prompts(PROMPTS)
+    noise, conditioning = base.noise(torch.Generator().manual_seed(4), 2), base.encode_prompts(PROMPTS)
     times = sampling_times(num_steps)
     with torch.no_grad():
-        return sampler.sample(base, student.denoiser, given, noise, times, gamma, generators, student.conditioned)
+        return sampler.sample(
+            base, student.denoiser, conditioning, noise, times, gamma, generators, student.conditioned
+        )
 
 
-def stock_drawn(base: Family, stock: DiffusionPipeline, num_steps: int) -> torch.Tensor:
+def stock_sampled(base: Family, stock: DiffusionPipeline, num_steps: int) -> torch.Tensor:
     noise = base.noise(torch.Generator().manual_seed(4), 2)
     stock.set_progress_bar_config(disable=True)
     call = base.stock_call(sampling_times(num_steps)) | {"height": 16, "width": 16}
     return stock(PROMPTS, latents=noise, guidance_scale=0.0, output_type="latent", **call).images
 
 
-def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((found - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1.0) * 2)
+def near(pictures: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((pictures - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1.0) * 2)
 
 
 @pytest.mark.parametrize("adapter", [LORA, Full()], ids=["lora", "full"])
@@ -302,12 +306,12 @@ def test_a_deterministic_student_is_sampled_by_the_stock_pipeline(base, adapter,
     stock = stock_of(out)
     assert type(stock.scheduler) is FlowMatchEulerDiscreteScheduler
     for num_steps in (1, 2, 3, 4, 8):
-        assert near(stock_drawn(base, stock, num_steps), drawn(base, tmp_path, num_steps, 0.0, None)), num_steps
+        assert near(stock_sampled(base, stock, num_steps), sampled(base, tmp_path, num_steps, 0.0, None)), num_steps
     if adapter != Full():
         over = stock_of(Path(base.teacher.path))
         over.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
         over.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(out / "scheduler")
-        assert near(stock_drawn(base, over, 4), drawn(base, tmp_path, 4, 0.0, None))
+        assert near(stock_sampled(base, over, 4), sampled(base, tmp_path, 4, 0.0, None))
 
 
 def test_a_renoising_student_is_sampled_by_the_stock_pipeline_with_the_global_generator(base, tmp_path):
@@ -315,16 +319,16 @@ def test_a_renoising_student_is_sampled_by_the_stock_pipeline_with_the_global_ge
     stock = stock_of(out)
     assert type(stock.scheduler) is FlowMatchLCMScheduler
     torch.manual_seed(7)
-    found = stock_drawn(base, stock, 4)
+    pictures = stock_sampled(base, stock, 4)
     ours = torch.Generator().manual_seed(7)
-    assert near(found, drawn(base, tmp_path, 4, 1.0, ours))
+    assert near(pictures, sampled(base, tmp_path, 4, 1.0, ours))
 
 
 @pytest.mark.parametrize("adapter", [LORA, Full()], ids=["lora", "full"])
 def test_a_conditioned_student_is_folded_for_each_number_of_steps(base, adapter, tmp_path):
     out = exported(base, tmp_path, adapter, condition=True)
     assert not (out / "pipeline.py").exists()
-    assert near(stock_drawn(base, stock_of(out), 4), drawn(base, tmp_path, 4, 0.0, None))
+    assert near(stock_sampled(base, stock_of(out), 4), sampled(base, tmp_path, 4, 0.0, None))
     for num_steps in (2, 3, 8):
         part, stock = out / f"steps-{num_steps}", stock_of(Path(base.teacher.path))
         if adapter == Full():
@@ -332,7 +336,7 @@ def test_a_conditioned_student_is_folded_for_each_number_of_steps(base, adapter,
         else:
             stock.load_lora_weights(part, weight_name="pytorch_lora_weights.safetensors")
         stock.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(part / "scheduler")
-        assert near(stock_drawn(base, stock, num_steps), drawn(base, tmp_path, num_steps, 0.0, None)), num_steps
+        assert near(stock_sampled(base, stock, num_steps), sampled(base, tmp_path, num_steps, 0.0, None)), num_steps
 
 
 def test_every_block_of_code_of_the_card_runs_and_leaves_a_picture(base, tmp_path):
@@ -342,14 +346,14 @@ def test_every_block_of_code_of_the_card_runs_and_leaves_a_picture(base, tmp_pat
     assert len(blocks) == 2
     for number, code in enumerate(blocks):
         code = code.replace(f'"{Path(base.teacher.path).name}"', json.dumps(base.teacher.path))
-        done = subprocess.run([sys.executable, "-c", code], cwd=out.parent, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        process = subprocess.run([sys.executable, "-c", code], cwd=out.parent, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
         assert len(list(out.parent.glob("*.png"))) == number + 1
     assert "stable-diffusion-3" in card
 
 
 def test_a_gamma_between_cannot_be_exported_and_says_so(base, tmp_path):
-    with pytest.raises(ValueError, match=r"gamma 0\.3: diffusers has no scheduler of rectified flow between"):
+    with pytest.raises(ValueError, match=r"gamma 0\.3: diffusers' schedulers of rectified flow are deterministic"):
         exported(base, tmp_path, LORA, condition=False, gamma=0.3)
     assert not (tmp_path / "out").exists()
 
@@ -358,7 +362,7 @@ def test_a_gamma_between_cannot_be_exported_and_says_so(base, tmp_path):
 
 
 def test_a_resolution_without_positions_is_refused(folders):
-    with pytest.raises(ValueError, match=r"teacher\.resolution 32 is above 24, for which"):
+    with pytest.raises(ValueError, match=r"teacher\.resolution 32 is above 24, up to which"):
         teachers.load(Teacher(path=str(folders[True]), family="sd3", resolution=32), "cpu")
 
 

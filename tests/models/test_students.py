@@ -56,16 +56,16 @@ def test_same_seed_gives_the_same_adapter_and_leaves_the_global_generator_alone(
     first, again, other = (students.student(sdxl, ADAPTERS[0], seed).state_dict() for seed in (1, 1, 2))
     students.student(sdxl, Full(), 0, condition_on_target=True)
     assert torch.equal(before, torch.get_rng_state())
-    drawn = [name for name in first if "lora_A" in name]
-    assert all(torch.equal(first[name], again[name]) for name in drawn)
-    assert not any(torch.equal(first[name], other[name]) for name in drawn)
+    matrices = [name for name in first if "lora_A" in name]
+    assert all(torch.equal(first[name], again[name]) for name in matrices)
+    assert not any(torch.equal(first[name], other[name]) for name in matrices)
 
 
 def test_lora_shares_the_teachers_memory_and_full_weights_do_not(sdxl):
-    held = {parameter.data_ptr() for parameter in sdxl.denoiser.parameters()}
+    pointers = {parameter.data_ptr() for parameter in sdxl.denoiser.parameters()}
     lora, full = (students.student(sdxl, adapter, 0) for adapter in ADAPTERS)
-    assert held <= {parameter.data_ptr() for parameter in lora.parameters()}
-    assert not held & {parameter.data_ptr() for parameter in full.parameters()}
+    assert pointers <= {parameter.data_ptr() for parameter in lora.parameters()}
+    assert not pointers & {parameter.data_ptr() for parameter in full.parameters()}
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.kind)
@@ -167,9 +167,9 @@ def test_target_time_is_added_to_a_finished_student_without_changing_it(either, 
     for adapter in ADAPTERS:
         denoiser = trained(either, adapter)
         students.save_student(denoiser, tmp_path / adapter.kind, description(either))
-        told = students.student(either, adapter, 0, condition_on_target=True, start=tmp_path / adapter.kind)
+        resumed = students.student(either, adapter, 0, condition_on_target=True, start=tmp_path / adapter.kind)
         expected = either.predict(denoiser, x_t, t, conditioning)
-        assert torch.equal(either.predict(told, x_t, t, conditioning, targets(True)), expected)
+        assert torch.equal(either.predict(resumed, x_t, t, conditioning, targets(True)), expected)
 
 
 def test_start_of_another_kind_is_refused(sdxl, tmp_path):
@@ -259,8 +259,8 @@ def test_published_layout_without_configuration_is_read_with_alpha_8(sdxl, teach
     expected = sdxl.predict(theirs, x_t, t, conditioning)
     save_file(get_peft_model_state_dict(theirs), tmp_path / "published.safetensors")
     assert all(key.startswith("base_model.model.") for key in load_file(tmp_path / "published.safetensors"))
-    read = students.load_published_lora(sdxl, tmp_path / "published.safetensors")
-    torch.testing.assert_close(sdxl.predict(read, x_t, t, conditioning), expected, atol=1e-5, rtol=1e-5)
+    loaded = students.load_published_lora(sdxl, tmp_path / "published.safetensors")
+    torch.testing.assert_close(sdxl.predict(loaded, x_t, t, conditioning), expected, atol=1e-5, rtol=1e-5)
     too_strong = students.load_published_lora(sdxl, tmp_path / "published.safetensors", alpha=64.0)
     assert (sdxl.predict(too_strong, x_t, t, conditioning) - expected).abs().max() > 0.1
 
@@ -289,5 +289,5 @@ def test_a_teacher_whose_file_says_nothing_of_target_times_has_conditioned_stude
     assert denoiser.config.time_cond_proj_dim == 256
     tiny.perturb(students.trainable_parameters(denoiser))
     students.save_student(denoiser, tmp_path / "student", description(base))
-    found = students.load_student(base, tmp_path / "student").denoiser.state_dict()
-    assert all(torch.equal(value, found[name]) for name, value in denoiser.state_dict().items())
+    weights = students.load_student(base, tmp_path / "student").denoiser.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in denoiser.state_dict().items())

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlcm_rl.models import students
-from mlcm_rl.models.export import export, told_update
+from mlcm_rl.models.export import export, target_time_update
 from mlcm_rl.models.lora_files import KOHYA_FILE, LORA_FILE, combined, kohya_names, read_lora, write_kohya
 from mlcm_rl.models.students import PREFERENCE_FILE
 from mlcm_rl.models.unet import LORA_TARGETS, Base
@@ -134,7 +134,7 @@ def test_the_adapters_of_a_conditioned_student_add_the_target_time_too(teacher, 
     files = sorted((lora_exports / "exports" / name).glob(f"steps-*/{KOHYA_FILE}"))
     assert [file.parent.name for file in files] == ["steps-2", "steps-3", "steps-4", "steps-6", "steps-8"]
     for file in files:
-        up, down = told_update(base, student, int(file.parent.name.removeprefix("steps-")), gamma=0.0)
+        up, down = target_time_update(base, student, int(file.parent.name.removeprefix("steps-")), gamma=0.0)
         expected = of_student(student.folder) | {"time_embedding.linear_1": up.double() @ down.double()}
         found = added(file, base.denoiser)
         assert found.keys() == expected.keys()

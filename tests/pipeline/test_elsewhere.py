@@ -70,9 +70,9 @@ def test_a_runs_folder_works_from_any_folder_and_after_a_move(place, tmp_path, m
 def test_a_folder_of_before_that_was_recorded_is_found_by_where_runs_are(place, tmp_path, monkeypatch):
     before = sample(Path("runs/small"), tmp_path / "before")
     for manifest in place.glob("runs/stages/distill-*/manifest.json"):
-        kept = json.loads(manifest.read_text())
-        del kept["working_directory"], kept["seal"]
-        manifest.write_text(json.dumps(kept))
+        saved = json.loads(manifest.read_text())
+        del saved["working_directory"], saved["seal"]
+        manifest.write_text(json.dumps(saved))
     monkeypatch.chdir("/")
     assert sample(place / "runs" / "small", tmp_path / "after") == before
 
@@ -90,14 +90,14 @@ def test_a_replay_finds_the_teacher_from_any_folder(place, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "lost"),
+    ("arguments", "missing"),
     [
         (("sample", "RUN", "--prompt", "a cat", "--out", "drawn"), "mine/teacher"),
         (("export", "RUN", "exported"), "mine/teacher"),
         (("evaluate", "RUN", "--num-prompts", "1"), "mine/teacher and mine/prompts.txt"),
     ],
 )
-def test_a_run_that_was_moved_without_its_teacher_is_refused_in_words(place, tmp_path, monkeypatch, arguments, lost):
+def test_a_run_that_was_moved_without_its_teacher_is_refused_in_words(place, tmp_path, monkeypatch, arguments, missing):
     (place / "runs").rename(tmp_path / "runs")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -105,7 +105,7 @@ def test_a_run_that_was_moved_without_its_teacher_is_refused_in_words(place, tmp
     run = str(tmp_path / "runs" / "small")
     result = CLI.invoke(app, [run if word == "RUN" else word for word in arguments])
     assert result.exit_code == 1, result.output
-    assert f"{lost}, by which distill-" in result.stderr
+    assert f"{missing}, by which distill-" in result.stderr
     assert f"neither where that was run nor in the working directory, here {elsewhere}" in result.stderr
     monkeypatch.chdir(place)
     assert sample(tmp_path / "runs" / "small", tmp_path / "there")

@@ -25,8 +25,8 @@ def counted(monkeypatch, tmp_path) -> list[str]:
     monkeypatch.setenv("MLCM_RL_ESTIMATES", str(tmp_path / "estimates"))
     worked_out: list[str] = []
     for name, module, function in (("memory", planning, "of_stage"), ("work", flops, "of_stage")):
-        found = getattr(module, function)
-        monkeypatch.setattr(module, function, lambda *given, n=name, f=found: worked_out.append(n) or f(*given))
+        result = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda *given, n=name, f=result: worked_out.append(n) or f(*given))
     return worked_out
 
 
@@ -54,15 +54,15 @@ def test_a_plan_works_out_once_what_it_needs_of_a_configuration(recipe, counted)
 def test_a_damaged_estimate_is_made_again(recipe, counted, damage):
     (first,) = planned_stages(recipe, "cpu")
     (path,) = estimates.folder().iterdir()
-    kept = json.loads(path.read_text())
+    saved = json.loads(path.read_text())
     changes = {
-        "smaller": kept | {"estimate": kept["estimate"] | {"parameters": 1}},
-        "another": kept | {"description": {}},
+        "smaller": saved | {"estimate": saved["estimate"] | {"parameters": 1}},
+        "another": saved | {"description": {}},
     }
     path.write_text(json.dumps(changes[damage]) if damage in changes else damage)
     assert planned_stages(recipe, "cpu") == [first]
     assert len(counted) == 2
-    assert json.loads(path.read_text()) == kept
+    assert json.loads(path.read_text()) == saved
 
 
 def test_a_plan_needs_no_folder_of_estimates_that_can_be_written(recipe, counted, tmp_path):
@@ -80,9 +80,9 @@ def test_an_estimate_that_fails_is_said_and_stops_neither_plan_nor_run(tiny_sdxl
     recipe = recipe.model_copy(update={"stages": recipe.stages[:2]})
     assert [one.unknown for one in planned_stages(recipe, "cpu")] == ["TypeError: forward() takes [2] arguments"] * 2
     done = pipeline.run(recipe)
-    said = capsys.readouterr().out
-    assert "memory could not be predicted: TypeError: forward() takes [2] arguments\n" in said
-    assert "memory measured" in said
+    message = capsys.readouterr().out
+    assert "memory could not be predicted: TypeError: forward() takes [2] arguments\n" in message
+    assert "memory measured" in message
     kept = json.loads((done[1].folder / "manifest.json").read_text())["memory"]
     assert kept["predicted"] is None
     assert kept["measured"] is not None
@@ -151,11 +151,11 @@ def test_a_step_finds_a_shape_once_however_often_it_comes(monkeypatch):
     from mlcm_rl.cost import shapes
 
     def found_out(layers: int) -> int:
-        monkeypatch.setattr(shapes, "_known", {})
+        monkeypatch.setattr(shapes, "_recipes", {})
         with Live(), torch.device("meta"):
             network = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(layers)))
             network(torch.empty(2, 8)).sum().backward()
-        return len(shapes._known)
+        return len(shapes._recipes)
 
     assert found_out(20) <= found_out(3)
 

@@ -60,11 +60,11 @@ def test_a_training_stage_says_what_memory_was_predicted_and_what_was_measured(f
 def test_links_lead_to_nothing_of_an_earlier_version_of_the_recipe(tiny_sdxl, tmp_path, monkeypatch):
     stopped_at = []
 
-    def run_stage(stage, recipe, done, found, skip_damaged):
+    def run_stage(stage, recipe, done, result, skip_damaged):
         if stage.kind in stopped_at:
             raise ValueError("stopped")
-        found.folder.mkdir(parents=True)
-        finish(found.folder, {"kind": stage.kind, "fingerprint": found.fingerprint})
+        result.folder.mkdir(parents=True)
+        finish(result.folder, {"kind": stage.kind, "fingerprint": result.fingerprint})
 
     monkeypatch.setattr(running, "run_stage", run_stage)
     recipe = runs.whole(tiny_sdxl, tmp_path, num_segments=[1])
@@ -279,8 +279,8 @@ def test_sample_draws_in_batches_the_same_pictures(finished, tmp_path, monkeypat
     recipe, _ = finished
     run, prompts = Path(recipe.runs, recipe.name), ["a cat", "熊猫", "a dog", "a red car", "a cat"]
     sizes = []
-    drawn = finished_runs._drawn
-    monkeypatch.setattr(finished_runs, "_drawn", lambda *given: sizes.append(len(given[2])) or drawn(*given))
+    original = finished_runs._sample
+    monkeypatch.setattr(finished_runs, "_sample", lambda *given: sizes.append(len(given[2])) or original(*given))
     found = {size: finished_runs.sample(run, prompts, 2, 7, None, tmp_path / str(size), size) for size in (1, 2, 5)}
     assert sizes == [1, 1, 1, 1, 1, 2, 2, 1, 5]
     for size in (1, 2):

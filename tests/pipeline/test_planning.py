@@ -64,10 +64,10 @@ def test_an_evaluation_takes_at_most_the_disk_that_is_planned(tiny_sdxl, tmp_pat
     stages = [runs.trajectories(prompts), runs.distill(num_segments=[1]), evaluation(prompts)]
     recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
     planned = planned_stages(recipe)[2].disk_bytes
-    kept = planned_stages(recipe.model_copy(update={"stages": [*stages[:2], evaluation(prompts, keep_pictures=True)]}))
-    assert kept[2].disk_bytes == planned + 3 * 16 * 16 * 4 * 3  # four pictures of three rows
-    found = pipeline.run(recipe)[2].folder
-    pictures = [path for place in (found, Path(recipe.runs) / "rows") for path in place.rglob("*.png")]
+    saved = planned_stages(recipe.model_copy(update={"stages": [*stages[:2], evaluation(prompts, keep_pictures=True)]}))
+    assert saved[2].disk_bytes == planned + 3 * 16 * 16 * 4 * 3  # four pictures of three rows
+    result = pipeline.run(recipe)[2].folder
+    pictures = [path for place in (result, Path(recipe.runs) / "rows") for path in place.rglob("*.png")]
     decoded = 3 * 16 * 16 * len(pictures)
     assert pictures
     assert decoded <= planned
@@ -95,10 +95,10 @@ def test_what_memory_leaves_out_is_said(tiny_sdxl, tmp_path, name):
 
 
 def test_memory_that_is_a_cpus_is_said_to_be_where_a_gpu_takes_less(tiny_sdxl, tmp_path):
-    said = "Memory is as on a CPU"
+    message = "Memory is as on a CPU"
     stages = [runs.trajectories(runs.write_prompts(tmp_path)), runs.distill(precision="bf16")]
     recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
-    assert said in shown(recipe, planned_stages(recipe, "cpu"))
-    assert said not in shown(recipe, planned_stages(recipe, "cuda", device=DEVICES["h100"]), DEVICES["h100"])
+    assert message in shown(recipe, planned_stages(recipe, "cpu"))
+    assert message not in shown(recipe, planned_stages(recipe, "cuda", device=DEVICES["h100"]), DEVICES["h100"])
     plain = recipe.model_copy(update={"stages": stages[:1]})
-    assert said not in shown(plain, planned_stages(plain, "cpu"))
+    assert message not in shown(plain, planned_stages(plain, "cpu"))

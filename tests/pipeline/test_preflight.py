@@ -16,10 +16,10 @@ def started(monkeypatch) -> list[str]:
     """The kinds of the stages that were run, which do nothing here."""
     kinds: list[str] = []
 
-    def run_stage(stage, recipe, done, found, skip_damaged):
+    def run_stage(stage, recipe, done, result, skip_damaged):
         kinds.append(stage.kind)
-        found.folder.mkdir(parents=True)
-        finish(found.folder, {"kind": stage.kind, "fingerprint": found.fingerprint})
+        result.folder.mkdir(parents=True)
+        finish(result.folder, {"kind": stage.kind, "fingerprint": result.fingerprint})
 
     monkeypatch.setattr(running, "run_stage", run_stage)
     return kinds
@@ -33,7 +33,7 @@ def recipe(teacher, folder, kind="feedback", num_prompts=4, **changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (
             {"rewards": [{"name": "safety"}]},
@@ -52,10 +52,10 @@ def recipe(teacher, folder, kind="feedback", num_prompts=4, **changes):
     ],
 )
 def test_what_a_later_stage_would_stop_at_is_told_before_the_first_runs(
-    tiny_sdxl, tmp_path, monkeypatch, started, changes, told
+    tiny_sdxl, tmp_path, monkeypatch, started, changes, message
 ):
     monkeypatch.setenv("MLCM_RL_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(RunError, match=told):
+    with pytest.raises(RunError, match=message):
         pipeline.run(recipe(tiny_sdxl, tmp_path, **changes))
     assert started == []
 

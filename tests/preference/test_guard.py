@@ -10,7 +10,7 @@ from mlcm_rl import pipeline
 from mlcm_rl.models import teachers
 from mlcm_rl.models.autoencoder import Autoencoder
 from mlcm_rl.preference import guard, tuning
-from mlcm_rl.preference.guard import Guard
+from mlcm_rl.preference.guard import HackingGuard
 from mlcm_rl.recipe import Lora
 from mlcm_rl.rewards import combine
 from mlcm_rl.stages import feedback, policy
@@ -29,12 +29,12 @@ def distilled(tiny_sdxl, tmp_path_factory):
     return recipe, pipeline.run(recipe)[-1].folder
 
 
-def guard_of(distilled, held_out: tuple[str, ...] = ("colourfulness",), **changes) -> Guard:
+def guard_of(distilled, held_out: tuple[str, ...] = ("colourfulness",), **changes) -> HackingGuard:
     recipe, folder = distilled
     watch = {"rewards": [{"name": name} for name in held_out], "num_prompts": 5}
     stage = runs.tuning("feedback", recipe.stages[0].prompts, **{"batch_size": 8, "guard": watch, **changes})
     student = tuning.load(stage, teachers.load(recipe.teacher, "cpu"), folder / "student", seed=0)
-    return Guard(stage, student, student.parameters, combine(stage.rewards, "cpu"), 0)
+    return HackingGuard(stage, student, student.parameters, combine(stage.rewards, "cpu"), 0)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_processes_draw_a_share_each_and_together_what_one_draws(distilled, monk
     alone = guard_of(distilled)
     decoded.clear()
     share = -(-5 // processes)
-    shares: dict[int, Guard] = {}
+    shares: dict[int, HackingGuard] = {}
     monkeypatch.setattr(distributed, "world_size", lambda: processes)
     monkeypatch.setattr(distributed, "gather", lambda part: part)
     for rank in range(processes):
@@ -93,7 +93,7 @@ def score_as(monkeypatch, name: str, low: float, high: float) -> None:
     monkeypatch.setattr(f"reward_models.{name}.{name.capitalize()}.__call__", scores)
 
 
-def held_out_gain(watching: Guard, scores: dict[str, torch.Tensor]) -> float:
+def held_out_gain(watching: HackingGuard, scores: dict[str, torch.Tensor]) -> float:
     return watching._gain(watching.stage.guard.rewards, scores)
 
 

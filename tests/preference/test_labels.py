@@ -52,9 +52,9 @@ def test_choices_are_kept_at_once_and_the_same_command_goes_on_after_them(choice
     choices.choose(0, "left")
     choices.choose(1, NEITHER)
     again = opened(choices.out)  # as after a kill: nothing was closed
-    assert again.made() == [choices.sample_at(0, "left"), None]
+    assert again.judgements() == [choices.sample_at(0, "left"), None]
     again.choose(2, "right")
-    assert len(choices.made()) == len(table(choices.out)) + 1 == 3  # and the first one knows of the other's
+    assert len(choices.judgements()) == len(table(choices.out)) + 1 == 3  # and the first one knows of the other's
 
 
 def test_the_last_choice_can_be_taken_back(choices):
@@ -62,21 +62,21 @@ def test_the_last_choice_can_be_taken_back(choices):
     choices.choose(1, "left")
     choices.undo(1)
     choices.choose(1, "right")
-    assert choices.made() == [choices.sample_at(0, "left"), choices.sample_at(1, "right")]
+    assert choices.judgements() == [choices.sample_at(0, "left"), choices.sample_at(1, "right")]
     choices.undo(1)
     choices.undo(0)
-    assert (choices.made(), table(choices.out)) == ([], [])
+    assert (choices.judgements(), table(choices.out)) == ([], [])
 
 
 @pytest.mark.parametrize("change", [lambda one: one.choose(0, "left"), lambda one: one.choose(2, "left")])
 def test_a_choice_out_of_turn_changes_nothing(choices, change):
     choices.choose(0, "right")
-    before = choices.made()
+    before = choices.judgements()
     with pytest.raises(ValueError, match="is not the one to be judged now, 1 is"):
         change(choices)
     with pytest.raises(ValueError, match="is not the last one judged, 0 is"):
         choices.undo(1)
-    assert choices.made() == before
+    assert choices.judgements() == before
 
 
 def test_more_prompts_can_be_asked_for_and_fewer_leave_the_others_choices_be(choices, opened):
@@ -98,10 +98,10 @@ def test_a_folder_with_another_table_is_refused(choices, opened, tmp_path):
 
 
 def test_only_what_is_missing_is_to_be_drawn(choices):
-    assert labels.num_drawn(choices.prompts, choices.out) == 6
+    assert labels.num_sampled(choices.prompts, choices.out) == 6
     (choices.out / labels.sample_names(4)[1]).unlink()
-    assert labels.num_drawn(choices.prompts, choices.out) == 4
-    assert labels.num_drawn(choices.prompts[:3], choices.out) == 3
+    assert labels.num_sampled(choices.prompts, choices.out) == 4
+    assert labels.num_sampled(choices.prompts[:3], choices.out) == 3
 
 
 # ---- asked for ----
@@ -117,9 +117,9 @@ class Client:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         connection.request(method, path, headers=headers)
         answer = connection.getresponse()
-        found = answer.status, answer.read(), {name.lower(): value for name, value in answer.getheaders()}
+        result = answer.status, answer.read(), {name.lower(): value for name, value in answer.getheaders()}
         connection.close()
-        return found
+        return result
 
     def post(self, path: str) -> tuple[int, dict]:
         status, body, _ = self.ask("POST", path, Origin=f"http://127.0.0.1:{self.port}")
@@ -160,7 +160,7 @@ def test_a_window_that_is_behind_is_told_where_things_stand_and_chooses_nothing(
     status, shown = client.post("/choices/0/right")  # a second click, or another window
     assert (status, shown["number"], shown["prompt"]) == (409, 1, "a dog")
     assert client.post("/undo/3")[0] == 409
-    assert choices.made() == [choices.sample_at(0, "left")]
+    assert choices.judgements() == [choices.sample_at(0, "left")]
 
 
 def test_no_other_page_reads_or_chooses(client, choices):
@@ -174,7 +174,7 @@ def test_no_other_page_reads_or_chooses(client, choices):
         for path in ("/choices/0/left", "/undo/0", "/finish"):
             assert client.ask("POST", path, **origin)[0] == 403
     assert client.ask("GET", "/choices/0/left", Origin=f"http://{at}")[0] == 405
-    assert choices.made() == []
+    assert choices.judgements() == []
     assert not client.stopped.is_set()
 
 
@@ -192,7 +192,7 @@ def test_what_is_neither_a_side_nor_a_turn_is_refused(client, choices):
     for path in ("/choices/0/middle", "/choices/-1/left", "/choices/one/left", "/undo/-1"):
         assert client.post(path)[0] == 404
     assert client.post(f"/choices/{10**30}/left")[0] == 409
-    assert choices.made() == []
+    assert choices.judgements() == []
 
 
 def test_the_page_holds_all_it_needs_and_runs_only_its_own_script(client):

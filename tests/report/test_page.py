@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 import pytest
 
 from evaluation_case import PROMPTS
-from mlcm_rl.report import page
+from mlcm_rl.report import assembly, page
 from mlcm_rl.report.figures import number
+from mlcm_rl.report.types import Row
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -52,6 +53,11 @@ def parsed(text):
     return Page(text)
 
 
+@pytest.fixture(scope="module")
+def record(finished):
+    return assembly.read(finished / "report.json")
+
+
 def test_prompts_of_both_languages_are_text_of_the_page(parsed):
     marked = {(element["text"], element["lang"]) for element in parsed.all("span") if "lang" in element}
     assert marked == set(PROMPTS)
@@ -84,10 +90,10 @@ def test_ids_are_unique_so_that_plots_do_not_share_clips(parsed):
     assert len(ids) == len(set(ids))
 
 
-def test_the_table_holds_every_row_and_number(parsed, report):
+def test_the_table_holds_every_row_and_number(parsed, record):
     cells = [element["text"] for element in parsed.all("td")]
-    for row in report["rows"]:
-        assert number(row["metrics"]["distance"]) in cells
+    for row in record.rows:
+        assert number(row.metrics["distance"]) in cells
     assert sum(element.get("class") == "default" for element in parsed.all("tr")) == 6  # 3 steps of 2 students
 
 
@@ -99,8 +105,8 @@ def test_plots_take_the_pages_colours(text):
     assert all("fill: currentColor" in word for word in words)  # none left black, unseen on a dark page
 
 
-def test_the_page_can_be_made_again_from_the_record(finished, report, text):
-    assert page.render(report, finished) == text
+def test_the_page_can_be_made_again_from_the_record(finished, record, text):
+    assert page.render(record, finished) == text
 
 
 def test_large_pictures_become_thumbnails(tmp_path):
@@ -109,7 +115,7 @@ def test_large_pictures_become_thumbnails(tmp_path):
     path = page.picture_path(tmp_path, "row", 7)
     path.parent.mkdir(parents=True)
     Image.effect_noise((600, 600), 80).convert("RGB").save(path)
-    uri = page.picture(tmp_path, {"id": "row"}, 7)
+    uri = page.picture(tmp_path, Row.model_construct(id="row"), 7)
     assert uri.startswith("data:image/webp;base64,")
     assert len(uri) < path.stat().st_size / 5
     assert page.picture(tmp_path, None, 7) is None

@@ -1,5 +1,6 @@
 """What a report says, on rows planted by hand."""
 
+import dataclasses
 import json
 import math
 import re
@@ -9,8 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from mlcm_rl.models.model_card import _under_a_heading
-from mlcm_rl.report import assembly, comparisons, definitions, figures, page, tables
+from mlcm_rl.data.prompts import Prompt
+from mlcm_rl.evaluation import rows as rows_to_measure
+from mlcm_rl.models.model_card import _without_title
+from mlcm_rl.report import assembly, comparisons, definitions, figures, page, tables, types
 from mlcm_rl.storage.files import CheckpointError
 
 LANGUAGES = ["en", "zh", "en", "zh"]
@@ -38,30 +41,44 @@ def rows(student=(0.1, 0.2, 0.1, 0.2), hits=(1.0, 1.0, 1.0, 1.0)):
 
 
 def made(planted_rows):
-    result = {"name": "planted", "rows": planted_rows, "reference": "reference", "prompts": [{}] * 4}
-    result |= {"environment": {"device": "cpu: x"}, "created": "now"}
-    return result | {"comparisons": comparisons.comparisons(result), "headline": comparisons.headline(result)}
+    environment = types.Environment(device="cpu: x", platform="here", python="3", versions={}, commit=None)
+    measurements = types.Measurements(
+        format=assembly.FORMAT,
+        name="planted",
+        created="now",
+        environment=environment,
+        teacher={},
+        settings={},
+        reference="reference",
+        prompts=[types.Prompt(prompt="a cat", language=language) for language in LANGUAGES],
+        rows=planted_rows,
+        curves=[],
+    )
+    compared = comparisons.comparisons(measurements)
+    return types.Report(
+        **dict(measurements), comparisons=compared, headline=comparisons.headline(measurements, [], None)
+    )
 
 
 def test_a_record_holds_means_errors_and_values_by_language():
-    metrics = rows()[1]["metrics"]
-    assert metrics["distance"]["mean"] == pytest.approx(1.2)
+    metrics = rows()[1].metrics
+    assert metrics["distance"].mean == pytest.approx(1.2)
     deviations = [-0.1, 0.0, -0.1, 0.2]
-    assert metrics["distance"]["se"] == pytest.approx(math.sqrt(sum(d * d for d in deviations) / 3) / 2, rel=1e-5)
-    assert metrics["r@5"]["values"] == [0.0, 1.0, 0.0, 0.0]
-    assert (metrics["r@5/en"]["mean"], metrics["r@5/zh"]["mean"]) == (0.0, 0.5)
+    assert metrics["distance"].se == pytest.approx(math.sqrt(sum(d * d for d in deviations) / 3) / 2, rel=1e-5)
+    assert metrics["r@5"].values == [0.0, 1.0, 0.0, 0.0]
+    assert (metrics["r@5/en"].mean, metrics["r@5/zh"].mean) == (0.0, 0.5)
     assert "distance/en" not in metrics
 
 
 def test_the_headline_sets_the_default_student_against_the_best_undistilled_row_of_each_metric():
-    headline = comparisons.headline(made(rows()))
-    assert headline["passed"]
-    distance, retrieval = headline["checks"]
-    assert (distance["student"], distance["teacher"]) == ("straight", "near")
-    assert distance["difference"] == pytest.approx(-0.525)  # of -0.5, -0.5, -0.5, -0.6
-    assert distance["se"] == pytest.approx(0.05 / 2)
-    assert (retrieval["student"], retrieval["teacher"]) == ("straight", "far")
-    assert (retrieval["difference"], retrieval["se"]) == (0.75, 0.25)
+    headline = made(rows()).headline
+    assert headline.passed
+    distance, retrieval = headline.checks
+    assert (distance.student, distance.teacher) == ("straight", "near")
+    assert distance.difference == pytest.approx(-0.525)  # of -0.5, -0.5, -0.5, -0.6
+    assert distance.se == pytest.approx(0.05 / 2)
+    assert (retrieval.student, retrieval.teacher) == ("straight", "far")
+    assert (retrieval.difference, retrieval.se) == (0.75, 0.25)
 
 
 @pytest.mark.parametrize(
@@ -73,35 +90,35 @@ def test_the_headline_sets_the_default_student_against_the_best_undistilled_row_
     ],
 )
 def test_the_headline_fails_unless_the_distance_is_ahead_by_two_standard_errors(student, hits):
-    headline = comparisons.headline(made(rows(student, hits)))
-    assert not headline["passed"]
-    assert headline["checks"][0]["verdict"] in ("level", "behind")
-    assert headline["checks"][0]["verdict"] in headline["text"]
+    headline = made(rows(student, hits)).headline
+    assert not headline.passed
+    assert headline.checks[0].verdict in ("level", "behind")
+    assert headline.checks[0].verdict in headline.text
 
 
 def test_the_headline_fails_where_retrieval_is_behind_and_passes_where_it_is_level():
     planted_rows = rows((0.1, 0.2, 0.1, 0.2), (0.0, 0.0, 0.0, 0.0))
     other = planted("found", "undistilled", 4, [2.0] * 4, [1.0] * 4)
-    behind = comparisons.headline(made([*planted_rows, other]))
-    assert [check["verdict"] for check in behind["checks"]] == ["ahead", "behind"]
-    assert not behind["passed"]
-    level = comparisons.headline(made(rows((0.1, 0.2, 0.1, 0.2), (0.0, 1.0, 0.0, 0.0))))
-    assert [check["verdict"] for check in level["checks"]] == ["ahead", "level"]
-    assert level["passed"]
+    behind = made([*planted_rows, other]).headline
+    assert [check.verdict for check in behind.checks] == ["ahead", "behind"]
+    assert not behind.passed
+    level = made(rows((0.1, 0.2, 0.1, 0.2), (0.0, 1.0, 0.0, 0.0))).headline
+    assert [check.verdict for check in level.checks] == ["ahead", "level"]
+    assert level.passed
 
 
 def test_the_headline_says_so_when_there_is_nothing_to_compare():
-    headline = comparisons.headline(made(rows()[:3]))
-    assert (headline["passed"], headline["checks"]) == (False, [])
-    assert "to compare" in headline["text"]
+    headline = made(rows()[:3]).headline
+    assert (headline.passed, headline.checks) == (False, [])
+    assert "to compare" in headline.text
 
 
 def test_comparisons_take_the_best_of_both_sides():
-    compared = {one["metric"]: one for one in made(rows())["comparisons"]}
-    assert compared["distance"]["num_evaluations"] == 4
-    assert (compared["distance"]["student"], compared["distance"]["teacher"]) == ("renoised", "near")
-    assert compared["distance"]["verdict"] == "ahead"
-    assert (compared["r@5"]["student"], compared["r@5"]["teacher"]) == ("straight", "far")
+    compared = {one.metric: one for one in made(rows()).comparisons}
+    assert compared["distance"].num_evaluations == 4
+    assert (compared["distance"].student, compared["distance"].teacher) == ("renoised", "near")
+    assert compared["distance"].verdict == "ahead"
+    assert (compared["r@5"].student, compared["r@5"].teacher) == ("straight", "far")
 
 
 @pytest.mark.parametrize(
@@ -126,8 +143,9 @@ def test_the_record_is_json_without_nan_and_a_row_a_line(tmp_path):
     assert "NaN" not in text
     back = json.loads(text)
     assert back["rows"][-1]["metrics"]["distance"] == {"mean": None, "se": None, "n": 0, "values": [None] * 4}
-    assert back["headline"] == comparisons.headline(back)  # it can be made again from the file
-    assert sum('"id": "' in line for line in text.splitlines()) == len(result["rows"])
+    assert assembly.read(tmp_path / "report.json") == result
+    assert comparisons.headline(result, [], None) == result.headline  # it can be made again from the file
+    assert sum('"id": "' in line for line in text.splitlines()) == len(result.rows)
     assert "| gamma 0, default | 4 | 12.3 | 0.150 \u00b1 0.029 |" in (tmp_path / "report.md").read_text(
         encoding="utf-8"
     )
@@ -146,7 +164,7 @@ def test_no_head_of_the_terminal_table_is_broken_inside_a_word():
     planted_rows = rows()
     for name in ("emoji_style", "emoji_style_judge", "emoji_alignment"):
         for row in planted_rows:
-            row["metrics"][f"reward/{name}"] = row["metrics"]["r@5"]
+            row.metrics[f"reward/{name}"] = row.metrics["r@5"]
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(tables.table(made(planted_rows)))
     lines = console.export_text().splitlines()
@@ -165,13 +183,13 @@ def test_loss_curves_are_read_phase_by_phase_and_averaged_in_bins(tmp_path):
     entries.insert(3, {"step": 3, "seconds": 2.0})
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, entries)))
     first, second = assembly.read_curves(tmp_path)
-    assert [(one["phase"], one["num_segments"], len(one["loss"])) for one in (first, second)] == [
+    assert [(one.phase, one.num_segments, len(one.loss)) for one in (first, second)] == [
         (0, 8, 100),
         (1, 1, 100),
     ]
-    assert first["loss"][:2] == [[2, 1.0], [5, 4.0]]
-    assert first["held_out_loss"] == [[299, 5.0]]
-    assert second["held_out_loss"] == []
+    assert first.loss[:2] == [(2, 1.0), (5, 4.0)]
+    assert first.held_out_loss == [(299, 5.0)]
+    assert second.held_out_loss == []
     assert assembly.read_curves(None) == assembly.read_curves(tmp_path / "nowhere") == []
 
 
@@ -189,7 +207,7 @@ def test_loss_curves_are_those_of_every_distill_stage_of_the_chain_in_order(tmp_
     first = write_distill(tmp_path / "z-first", [8, 4, 2, 1])
     second = write_distill(tmp_path / "a-second", [1], after=first)
     curves = assembly.read_curves(second)
-    assert [(one["stage"], one["phase"], one["num_segments"]) for one in curves] == [
+    assert [(one.stage, one.phase, one.num_segments) for one in curves] == [
         *((1, phase, k) for phase, k in enumerate([8, 4, 2, 1])),
         (2, 0, 1),
     ]
@@ -202,15 +220,15 @@ def test_loss_curves_are_those_of_every_distill_stage_of_the_chain_in_order(tmp_
     for plot, name in zip((plots[0], plots[3], plots[4]), names, strict=True):
         assert f'aria-label="Loss of {name}, against optimiser steps"' in plot
     ids = [re.findall(r' id="([^"]*)"', plot) for plot in plots]
-    assert len({one for found in ids for one in found}) == sum(map(len, ids))
+    assert len({one for result in ids for one in result}) == sum(map(len, ids))
     shutil.rmtree(first)  # the number is still the stage's own
-    assert [one["stage"] for one in assembly.read_curves(second)] == [2]
+    assert [one.stage for one in assembly.read_curves(second)] == [2]
     assert "distill stage 2, phase 1" in page.losses(assembly.read_curves(second))[0]
 
 
 def test_curves_of_one_stage_and_of_older_reports_are_named_for_their_phase_alone(tmp_path):
     curves = assembly.read_curves(write_distill(tmp_path / "first", [8, 1]))
-    older = [{key: value for key, value in curve.items() if key != "stage"} for curve in curves]
+    older = [types.LossCurve(**curve.model_dump(exclude={"stage"})) for curve in curves]
     assert page.losses(curves) == page.losses(older)
     assert 'aria-label="Loss of phase 2, K = 1, against optimiser steps"' in page.losses(curves)[1]
 
@@ -221,11 +239,11 @@ def test_a_distill_stage_that_goes_on_from_itself_is_damaged(tmp_path):
         assembly.read_curves(write_distill(tmp_path / "second", [8], after=first))
 
 
-COST = {"total": 1_234_567, "teacher_per_sample": 96 * 544 / 9600, "student_per_sample": 1.0}
+COST = types.TrainingCost(total=1_234_567, teacher_per_sample=96 * 544 / 9600, student_per_sample=1.0)
 
 
 def test_what_training_cost_stands_beside_every_student_and_is_explained():
-    result = made([*rows()[:3], *(row | {"training": COST} for row in rows()[3:])])
+    result = made([*rows()[:3], *(row.model_copy(update={"training": COST}) for row in rows()[3:])])
     lines = tables.markdown(result).splitlines()
     assert lines[4].startswith("| Sampler | Evals | ms | Training evals | Distance |")
     assert any(line.startswith("| gamma 0, default | 4 | 12.3 | 1.23M (5.44 + 1) | 0.150") for line in lines)
@@ -237,21 +255,40 @@ def test_what_training_cost_stands_beside_every_student_and_is_explained():
 
 
 def test_latency_is_shown_with_its_error_where_it_has_one():
-    timed = [row | {"latency_ms_se": 0.4567} for row in rows()]
+    timed = [row.model_copy(update={"latency_ms_se": 0.4567}) for row in rows()]
     assert all(tables.cells(made(timed), row)[1] == "12.35 \u00b1 0.46" for row in timed)
     of_one_batch = rows()
-    assert of_one_batch[0]["latency_ms_se"] is None
-    kept_before = [{key: value for key, value in row.items() if key != "latency_ms_se"} for row in of_one_batch]
+    assert of_one_batch[0].latency_ms_se is None
+    kept_before = [types.Row(**row.model_dump(exclude={"latency_ms_se"})) for row in of_one_batch]
     for old in (of_one_batch, kept_before):
         assert all(tables.cells(made(old), row)[1] == "12.3" for row in old)
     assert "- **ms**: Milliseconds a picture" in tables.markdown(made(kept_before))
 
 
-def test_a_report_of_format_1_is_still_read():
+def test_a_report_of_format_1_is_still_read(tmp_path):
     """Before it said what training cost, and which networks measured."""
-    text = tables.markdown(made(rows()))
+    assembly.write(made(rows()), tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) | {"format": 1}
+    del content["networks"]
+    assert not {"tuned", "product"} & content.keys()
+    (tmp_path / "report.json").write_text(json.dumps(content), encoding="utf-8")
+    text = tables.markdown(assembly.read(tmp_path / "report.json"))
     assert "Training" not in text
     assert "Network" not in text
+
+
+def test_a_report_without_its_rows_is_damaged(tmp_path):
+    (tmp_path / "report.json").write_text('{"format": 4, "name": "tiny"}', encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"report\.json is damaged"):
+        assembly.read(tmp_path / "report.json")
+
+
+def test_no_field_of_a_row_or_of_a_prompt_is_lost_in_the_report():
+    fields = [field.name for field in dataclasses.fields(rows_to_measure.Row)]
+    assert list(types.Row.model_fields)[: len(fields)] == fields
+    assert {field.name for field in dataclasses.fields(Prompt)} <= set(types.Prompt.model_fields)
+    cost = rows_to_measure.training_cost.TrainingCost(samples=1, store=0, online=0, student=1).record()
+    assert types.TrainingCost(**cost).as_json() == cost
 
 
 @pytest.mark.parametrize(
@@ -264,10 +301,10 @@ def test_large_counts_are_short(count, text):
 def test_a_report_leaves_its_title_behind_in_a_model_card():
     text = tables.markdown(made(rows()))
     assert text.startswith("# planted\n")
-    card = _under_a_heading(text)
+    card = _without_title(text)
     assert card.startswith("At 4 network evaluations: ")
     assert card == text.partition("\n")[2].strip()
-    assert _under_a_heading("| a |\n|---|\n") == "| a |\n|---|"
+    assert _without_title("| a |\n|---|\n") == "| a |\n|---|"
 
 
 def test_every_metric_is_defined():

@@ -51,13 +51,13 @@ def clip_config(activation: str) -> dict:
 
 def pictures(*sizes: tuple[int, int], seed: int = 0) -> list[Image.Image]:
     """PIL pictures of (width, height): coarse noise made smooth, and a sharp red square that overshoots."""
-    made = []
+    pictures = []
     for index, (width, height) in enumerate(sizes):
         noise = numpy.random.RandomState(seed + index).randint(0, 256, (height // 8, width // 8, 3)).astype("uint8")
         picture = Image.fromarray(noise).resize((width, height), Image.BICUBIC)
         picture.paste((255, 0, 0), (width // 3, height // 3, width // 2, height // 2))
-        made.append(picture)
-    return made
+        pictures.append(picture)
+    return pictures
 
 
 def as_tensor(picture: Image.Image) -> Tensor:
@@ -84,17 +84,17 @@ def shapes_of(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in network.state_dict().items()}
 
 
-def fetched(monkeypatch, weights: Weights, file: Path) -> Weights:
+def cached(monkeypatch, weights: Weights, file: Path) -> Weights:
     """`weights`, but fetched from `file` as by a user who brings the real ones; the cache lies beside it."""
     monkeypatch.setenv("MLCM_RL_CACHE", str(file.parent / "cache"))
     tiny = dataclasses.replace(weights, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
-    fetch(tiny, given=file)
+    fetch(tiny, local_copy=file)
     return tiny
 
 
-def given(monkeypatch, module: ModuleType, constant: str, file: Path) -> None:
+def replace_weights(monkeypatch, module: ModuleType, constant: str, file: Path) -> None:
     """Let `module`.`constant` be weights that were fetched from `file`."""
-    monkeypatch.setattr(module, constant, fetched(monkeypatch, getattr(module, constant), file))
+    monkeypatch.setattr(module, constant, cached(monkeypatch, getattr(module, constant), file))
 
 
 def merges_file(folder: Path) -> Path:
@@ -110,8 +110,8 @@ def clip_folder(folder: Path, tensors: dict[str, Tensor], config: dict) -> Path:
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model_type": "clip", **config}))
     symbols = [SHOWN[byte] for byte in sorted(SHOWN, key=lambda byte: ord(SHOWN[byte]))]
-    made = [merge.replace(" ", "") for merge in MERGES]
-    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *made, "<|startoftext|>", "<|endoftext|>"]
+    merges = [merge.replace(" ", "") for merge in MERGES]
+    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *merges, "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
     return folder
@@ -162,15 +162,15 @@ def vision_tokens(tensors: dict[str, Tensor], pixels: Tensor, num_heads: int, ac
     """(B, T, D) of the last layer, not normalised."""
     patches = tensors["vision_model.embeddings.patch_embedding.weight"]
     x = F.conv2d(pixels, patches, stride=patches.shape[-1]).flatten(2).transpose(1, 2)
-    whole = tensors["vision_model.embeddings.class_embedding"].expand(len(x), 1, -1)
-    x = torch.cat([whole, x], 1) + tensors["vision_model.embeddings.position_embedding.weight"]
+    tokens = tensors["vision_model.embeddings.class_embedding"].expand(len(x), 1, -1)
+    x = torch.cat([tokens, x], 1) + tensors["vision_model.embeddings.position_embedding.weight"]
     x = norm(tensors, "vision_model.pre_layrnorm", x, 1e-5)
     return pre_norm_layers(tensors, "vision_model", x, num_heads, activation)
 
 
 def image_features(tensors: dict[str, Tensor], pixels: Tensor, num_heads: int, activation: str) -> Tensor:
-    whole = vision_tokens(tensors, pixels, num_heads, activation)[:, 0]
-    return linear(tensors, "visual_projection", norm(tensors, "vision_model.post_layernorm", whole, 1e-5))
+    first = vision_tokens(tensors, pixels, num_heads, activation)[:, 0]
+    return linear(tensors, "visual_projection", norm(tensors, "vision_model.post_layernorm", first, 1e-5))
 
 
 def text_tokens(tensors: dict[str, Tensor], ids: Tensor, num_heads: int, activation: str) -> Tensor:
@@ -184,8 +184,8 @@ def text_tokens(tensors: dict[str, Tensor], ids: Tensor, num_heads: int, activat
 
 def text_features(tensors: dict[str, Tensor], ids: Tensor, num_heads: int, activation: str) -> Tensor:
     """At the end token, which has the highest number."""
-    read = text_tokens(tensors, ids, num_heads, activation)[torch.arange(len(ids)), ids.argmax(1)]
-    return linear(tensors, "text_projection", read)
+    last = text_tokens(tensors, ids, num_heads, activation)[torch.arange(len(ids)), ids.argmax(1)]
+    return linear(tensors, "text_projection", last)
 
 
 def token_ids(prompts: list[str], length: int = 77, padding: int = NUM_TOKENS - 1) -> Tensor:

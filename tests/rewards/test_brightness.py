@@ -24,9 +24,9 @@ def test_a_half_white_picture_and_a_quarter_yellow_one_are_told_apart(brightness
     images = torch.zeros(2, 3, 2, 4)
     images[0, :, :, :2] = 1.0
     images[1, :2, 0, :2] = 1.0  # yellow: 0.299 + 0.587, on a quarter of the page
-    found = brightness(images, ["", ""])
-    assert found.dtype == torch.float32
-    assert found.tolist() == pytest.approx([0.5, 0.886 / 4], abs=1e-7)
+    scores = brightness(images, ["", ""])
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == pytest.approx([0.5, 0.886 / 4], abs=1e-7)
 
 
 def test_its_gradient_is_the_channels_share_of_a_pixel(brightness):

@@ -40,9 +40,9 @@ def test_it_is_the_papers_formula_on_any_picture(colourfulness):
     rg, yb = r - g, 0.5 * (r + g) - b
     sigma = (rg.var((1, 2), correction=0) + yb.var((1, 2), correction=0)).sqrt()
     mu = (rg.mean((1, 2)) ** 2 + yb.mean((1, 2)) ** 2).sqrt()
-    found = colourfulness(images, [""] * 3)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, (sigma + 0.3 * mu).float())
+    scores = colourfulness(images, [""] * 3)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, (sigma + 0.3 * mu).float())
 
 
 def test_its_gradient_is_right(colourfulness):

@@ -54,12 +54,12 @@ def test_a_reward_is_built_with_its_settings_on_its_own_device_and_type(installe
     name = installed("settable", SETTABLE)
     run = torch.device("meta")
     assert build(Reward(name=name, settings={"threshold": 3}), run).built == (run, torch.float32, 3, "v2")
-    asked = Reward(name=name, settings={"threshold": 3, "version": "v1"}, dtype="bfloat16", device="cpu")
-    assert build(asked, run).built == (torch.device("cpu"), torch.bfloat16, 3, "v1")
+    config = Reward(name=name, settings={"threshold": 3, "version": "v1"}, dtype="bfloat16", device="cpu")
+    assert build(config, run).built == (torch.device("cpu"), torch.bfloat16, 3, "v1")
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("changes", "message"),
     [
         ({"settings": {"treshold": 3}}, "unknown setting 'treshold'; did you mean threshold.; its settings are thr"),
         ({"settings": {}}, "the setting 'threshold' is missing; its settings are threshold, version"),
@@ -67,10 +67,10 @@ def test_a_reward_is_built_with_its_settings_on_its_own_device_and_type(installe
         ({"settings": {"threshold": 3}, "device": "abacus"}, "cannot be built: RuntimeError: .*abacus"),
     ],
 )
-def test_what_cannot_be_built_says_which_reward_and_why(installed, asked, said):
+def test_what_cannot_be_built_says_which_reward_and_why(installed, changes, message):
     installed("settable", SETTABLE)
-    with pytest.raises(RewardError, match=f"^reward settable:? {said}"):
-        build(Reward(name="settable", **asked), "cpu")
+    with pytest.raises(RewardError, match=f"^reward settable:? {message}"):
+        build(Reward(name="settable", **changes), "cpu")
 
 
 def test_a_reward_without_settings_says_so_and_an_unknown_name_its_neighbours():
@@ -123,14 +123,14 @@ def test_scores_and_gradients_are_the_same_whatever_the_chunk(chunk_size):
 
 
 def test_no_chunk_is_larger_than_asked_and_each_has_its_own_prompts():
-    asked = []
+    chunks = []
 
     def recording(images, prompts):
-        asked.append((len(images), prompts))
+        chunks.append((len(images), prompts))
         return torch.zeros(len(images))
 
     score_in_chunks(recording, "recording", pictures(5), list("abcde"), 2)
-    assert asked == [(2, ["a", "b"]), (2, ["c", "d"]), (1, ["e"])]
+    assert chunks == [(2, ["a", "b"]), (2, ["c", "d"]), (1, ["e"])]
 
 
 # ---- normalised ----
@@ -155,7 +155,7 @@ def test_one_score_and_equal_scores_do_not_divide_by_zero():
     assert normaliser.std == 1e-4
 
 
-def taken_in(rewards: Combined, images: torch.Tensor) -> Combined:
+def with_statistics(rewards: Combined, images: torch.Tensor) -> Combined:
     """`rewards` with their scores of `images` in its statistics."""
     rewards.take_in(rewards.raw(images, [""] * len(images)))
     return rewards
@@ -163,25 +163,25 @@ def taken_in(rewards: Combined, images: torch.Tensor) -> Combined:
 
 def test_a_batch_is_normalised_by_all_that_was_taken_in_before_it_however_it_is_split():
     first, second = pictures(6, seed=1), pictures(5, seed=2)
-    rewards = taken_in(taken_in(combined(), first), second)
-    seen = rewards.raw(torch.cat([first, second]), [""] * 11)
+    rewards = with_statistics(with_statistics(combined(), first), second)
+    earlier = rewards.raw(torch.cat([first, second]), [""] * 11)
     images = pictures(4, seed=3)
-    whole, raw = rewards(images, [""] * 4)
-    expected = sum(w * (raw[n] - seen[n].mean()) / seen[n].std() for n, w in (("mean", 2.0), ("square", -0.5)))
-    torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-5)
+    total, raw = rewards(images, [""] * 4)
+    expected = sum(w * (raw[n] - earlier[n].mean()) / earlier[n].std() for n, w in (("mean", 2.0), ("square", -0.5)))
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
     parts = torch.cat([rewards(part, [""] * 2)[0] for part in images.split(2)])
-    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(parts, total)
 
 
 def test_what_is_logged_as_normalised_adds_up_to_the_total():
-    rewards = taken_in(combined(), pictures(6, seed=1))
+    rewards = with_statistics(combined(), pictures(6, seed=1))
     total, raw = rewards(pictures(6), [""] * 6)
     terms = rewards.normalised(raw)
     torch.testing.assert_close(total, 2.0 * terms["mean"] - 0.5 * terms["square"])
 
 
 def test_the_gradient_of_the_total_is_that_of_the_raw_scores_over_their_deviation():
-    rewards = taken_in(combined(), pictures(6, seed=1))
+    rewards = with_statistics(combined(), pictures(6, seed=1))
     images = pictures(6).requires_grad_()
     total, _ = rewards(images, [""] * 6)
     (gradient,) = torch.autograd.grad(total.sum(), images)
@@ -203,15 +203,15 @@ def test_held_out_scoring_leaves_the_statistics_alone():
 def test_a_state_that_went_through_json_continues_bit_for_bit():
     straight, saved = combined(), combined()
     for seed in range(3):
-        taken_in(straight, pictures(5, seed))
-        taken_in(saved, pictures(5, seed))
+        with_statistics(straight, pictures(5, seed))
+        with_statistics(saved, pictures(5, seed))
     resumed = combined()
     resumed.load_state(json.loads(json.dumps(saved.state())))
     for seed in range(3, 6):
-        expected, found = (rewards(pictures(5, seed), [""] * 5)[0] for rewards in (straight, resumed))
-        assert torch.equal(expected, found)
-        taken_in(straight, pictures(5, seed))
-        taken_in(resumed, pictures(5, seed))
+        expected, actual = (rewards(pictures(5, seed), [""] * 5)[0] for rewards in (straight, resumed))
+        assert torch.equal(expected, actual)
+        with_statistics(straight, pictures(5, seed))
+        with_statistics(resumed, pictures(5, seed))
     assert resumed.state() == straight.state()
 
 

@@ -38,8 +38,8 @@ def held_out() -> dict[str, torch.Tensor]:
 def samples() -> tuple[torch.Tensor, list[str]]:
     """The 64 samples of the teacher's card and their prompts."""
     lines = (EMOJI / "samples.md").read_text(encoding="utf-8").splitlines()
-    listed = [line.split(". ", 1)[1] for line in lines if line[:1].isdigit()]
-    return cells(EMOJI / "samples.png", gap=4), [prompt for line in listed for prompt in line.split(" · ")]
+    rows = [line.split(". ", 1)[1] for line in lines if line[:1].isdigit()]
+    return cells(EMOJI / "samples.png", gap=4), [prompt for line in rows for prompt in line.split(" · ")]
 
 
 def built(name: str, dtype: torch.dtype = torch.float32) -> rewards.RewardModel:
@@ -107,9 +107,9 @@ def test_a_score_does_not_depend_on_its_batch_and_nothing_is_trainable(name, sam
 
 def test_half_precision_changes_scores_little(samples):
     images, prompts = samples
-    wanted, found = (built("emoji_style", dtype)(images, prompts) for dtype in (torch.float32, torch.bfloat16))
-    assert found.dtype == torch.float32
-    assert torch.corrcoef(torch.stack([wanted, found]))[0, 1] > 0.99
+    expected, half = (built("emoji_style", dtype)(images, prompts) for dtype in (torch.float32, torch.bfloat16))
+    assert half.dtype == torch.float32
+    assert torch.corrcoef(torch.stack([expected, half]))[0, 1] > 0.99
 
 
 def test_the_style_judge_gives_the_log_odds_of_its_classifier(samples):

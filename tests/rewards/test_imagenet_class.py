@@ -40,7 +40,7 @@ def test_a_prompt_that_names_no_class_is_an_error(class_of, prompt):
         class_of(prompt)
 
 
-@pytest.mark.parametrize("prompt", [prompt for known in EXAMPLE_PROMPTS.values() for prompt in known])
+@pytest.mark.parametrize("prompt", [prompt for prompts in EXAMPLE_PROMPTS.values() for prompt in prompts])
 def test_the_prompts_that_rewards_are_checked_with_name_a_class(class_of, prompt):
     assert 0 <= class_of(prompt) < 1000
 
@@ -56,15 +56,15 @@ def test_the_score_is_the_log_probability_of_the_class(tmp_path, monkeypatch):
     network = EfficientNetLite0()
     with torch.no_grad():
         network.classes.weight.mul_(30)
-    given = {name: value.detach().clone() for name, value in network.state_dict().items()}
+    tensors = {name: value.detach().clone() for name, value in network.state_dict().items()}
     stand_in = tmp_path / "given.safetensors"
-    save_file(given, stand_in)
+    save_file(tensors, stand_in)
     monkeypatch.setattr(weights.Weights, "path", lambda self: stand_in)
     reward = rewards.find("imagenet_class")("cpu", torch.float32)
     images = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        wanted = network(efficientnet_pixels(images, 224)).softmax(-1)[[0, 1], [949, 954]].log()
-    torch.testing.assert_close(reward(images, ["a strawberry", "香蕉"]), wanted, rtol=1e-4, atol=1e-4)
+        expected = network(efficientnet_pixels(images, 224)).softmax(-1)[[0, 1], [949, 954]].log()
+    torch.testing.assert_close(reward(images, ["a strawberry", "香蕉"]), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_absent_weights_are_an_error_that_names_the_command(tmp_path, monkeypatch):
@@ -80,5 +80,5 @@ def test_the_fetched_classifier_tells_an_orange_from_a_zebra():
     disc = (rows.square() + columns.square() < 0.5).float()
     orange = 1 - disc * torch.tensor([0.0, 0.45, 0.95])[:, None, None]
     reward = rewards.find("imagenet_class")("cpu", torch.float32)
-    named, other = reward(orange[None].repeat(2, 1, 1, 1), ["an orange", "a zebra"])
-    assert named > other
+    right, other = reward(orange[None].repeat(2, 1, 1, 1), ["an orange", "a zebra"])
+    assert right > other

@@ -119,8 +119,8 @@ def test_a_tapped_trunk_reads_unit_vectors_of_the_blocks_it_names():
     tapped = TappedTrunk(MOBILENET_V2, (2, 4))
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     _, second, _, fourth = tapped.maps(pixels)
-    wanted = [F.normalize(x.mean((2, 3)), dim=-1) for x in (second, fourth)]
-    torch.testing.assert_close(tapped(pixels), torch.cat(wanted, dim=-1))
+    expected = [F.normalize(x.mean((2, 3)), dim=-1) for x in (second, fourth)]
+    torch.testing.assert_close(tapped(pixels), torch.cat(expected, dim=-1))
     assert tapped(pixels).shape == (2, tapped.width) == (2, 24 + 32)
     assert torch.equal(Trunk.forward(tapped, pixels), fourth)
 
@@ -138,8 +138,8 @@ def test_the_style_judges_body_is_the_judges():
 
 def test_the_shipped_part_is_the_beginning_of_the_published_network():
     try:
-        fetched = load_file(EFFICIENTNET_LITE0_WEIGHTS.path())
+        published = load_file(EFFICIENTNET_LITE0_WEIGHTS.path())
     except MissingWeights:
         pytest.skip("EfficientNet-Lite0 has not been fetched: mlcm rewards fetch imagenet_class")
     for name, value in load_file(_efficientnet_lite.SHIPPED).items():
-        assert torch.equal(value, fetched[f"trunk.{name}"].half()), name
+        assert torch.equal(value, published[f"trunk.{name}"].half()), name

@@ -39,7 +39,7 @@ def small(monkeypatch):
     return lambda **settings: ocr.Ocr("cpu", torch.float32, **settings)
 
 
-def counted_out(probabilities, label):
+def log_of_sum(probabilities, label):
     """Log of the summed probability of every path (one label a frame) that collapses to `label`."""
     num_frames, num_labels = probabilities.shape
     total = 0.0
@@ -108,22 +108,22 @@ def test_a_pattern_says_where_the_text_stands_by_a_group_or_as_a_whole(small, pa
 def test_ctc_is_the_sum_over_all_alignments(label):
     torch.manual_seed(1)
     probabilities = torch.rand(2, 6, 3).softmax(-1)
-    wanted = torch.stack([counted_out(one, label) for one in probabilities])
-    torch.testing.assert_close(ocr.ctc_log_prob(probabilities.log(), [label, label]), wanted)
+    expected = torch.stack([log_of_sum(one, label) for one in probabilities])
+    torch.testing.assert_close(ocr.ctc_log_prob(probabilities.log(), [label, label]), expected)
 
 
 @pytest.mark.parametrize("label", [[1, 2, 1], [1, 1], [1, 2, 2], [2, 2, 2]])
 def test_the_frames_needed_are_the_fewest_that_any_alignment_takes(label):
     needed = ocr.frames_needed(label)
     uniform = torch.full((needed, 3), 1 / 3)
-    assert counted_out(uniform, label).isfinite()
-    assert counted_out(uniform[1:], label).isinf()
+    assert log_of_sum(uniform, label).isfinite()
+    assert log_of_sum(uniform[1:], label).isinf()
 
 
 def test_the_score_is_per_character_and_each_prompt_has_its_own_text(small):
     images, labels = torch.rand(2, 3, 16, 16), ([1, 2], [3])
-    wanted = torch.stack([counted_out(StandIn.frames, label) / len(label) for label in labels])
-    torch.testing.assert_close(small()(images, ['"ab"', "「山」"]), wanted)
+    expected = torch.stack([log_of_sum(StandIn.frames, label) / len(label) for label in labels])
+    torch.testing.assert_close(small()(images, ['"ab"', "「山」"]), expected)
 
 
 def test_a_character_that_the_recogniser_does_not_know_is_an_error(small):
@@ -173,39 +173,39 @@ def test_without_onnxruntime_the_error_names_the_extra(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def fetched():
+def published():
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'mlcm-rl[onnx]'")
     if not ocr.PP_OCRV4_WEIGHTS.is_present():
         pytest.skip("PP-OCRv4 has not been fetched: mlcm rewards fetch ocr")
     return rewards.build(Reward(name="ocr"), "cpu")
 
 
-def written(text, font, size=(64, 64)):
+def drawing(text, font, size=(64, 64)):
     page = Image.new("RGB", size, "white")
     ImageDraw.Draw(page).text((size[0] / 2, size[1] / 2), text, fill=(200, 30, 30), font=font, anchor="mm")
     return page
 
 
-def test_latin_words_are_read(fetched):
+def test_latin_words_are_read(published):
     font = ImageFont.load_default(44)
-    images = torch.stack([square(written(text, font, (128, 128)), 128) for text in ("OPEN", "STOP")])[:, :, 32:96] / 255
-    right = fetched(images, ['a sign that says "OPEN"', "“STOP”"])
-    wrong = fetched(images, ['"STOP"', '"OPEN"'])
+    images = torch.stack([square(drawing(text, font, (128, 128)), 128) for text in ("OPEN", "STOP")])[:, :, 32:96] / 255
+    right = published(images, ['a sign that says "OPEN"', "“STOP”"])
+    wrong = published(images, ['"STOP"', '"OPEN"'])
     assert (right > -0.2).all()
     assert (wrong < -2).all()
 
 
-def test_hanzi_are_read_and_their_neighbours_are_not(fetched):
+def test_hanzi_are_read_and_their_neighbours_are_not(published):
     fonts = pytest.importorskip("pylopdf_fonts_zh_cn", reason="no Chinese font: pip install 'mlcm-rl[hanzi]'")
     font = ImageFont.truetype(str(fonts.serif_path()), 56)
-    images = torch.stack([square(written(hanzi, font), 64) for hanzi in "大天木"]) / 255
-    right = fetched(images, ["「大」", '"天"', "「木」"])
-    wrong = fetched(images, ["「天」", '"大"', "「本」"])
+    images = torch.stack([square(drawing(hanzi, font), 64) for hanzi in "大天木"]) / 255
+    right = published(images, ["「大」", '"天"', "「木」"])
+    wrong = published(images, ["「天」", '"大"', "「本」"])
     assert (right > -0.2).all()
     assert (wrong < right - 2).all()
 
 
 @pytest.mark.parametrize("width", [48, 320, 400, 640])
-def test_the_recognisers_frames_are_as_many_as_prompts_are_checked_for(fetched, width):
-    frames = fetched.read(torch.rand(1, 3, 48, width)).shape[1]
+def test_the_recognisers_frames_are_as_many_as_prompts_are_checked_for(published, width):
+    frames = published.read(torch.rand(1, 3, 48, width)).shape[1]
     assert frames == ocr.line_width(width / 48) / ocr.FRAME

@@ -16,12 +16,12 @@ from reward_models._published import normalised, resized, tokens
 from rewards.published import (
     as_tensor,
     attention,
-    given,
     image_features,
     linear,
     norm,
     pictures,
     random_tensors,
+    replace_weights,
     shapes_of,
 )
 
@@ -94,9 +94,9 @@ def plain_text_features(tensors: dict[str, Tensor], ids: Tensor) -> Tensor:
 
 
 def plain_score(tensors: dict[str, Tensor], images: Tensor, prompts: list[str]) -> Tensor:
-    seen = image_features(tensors, normalised(resized(images, [28, 28])), 4, "quick_gelu")
-    read = plain_text_features(tensors, token_ids(prompts))
-    return 100 * (F.normalize(seen) * F.normalize(read)).sum(1).float()
+    pictures = image_features(tensors, normalised(resized(images, [28, 28])), 4, "quick_gelu")
+    texts = plain_text_features(tensors, token_ids(prompts))
+    return 100 * (F.normalize(pictures) * F.normalize(texts)).sum(1).float()
 
 
 def test_prompts_are_cut_into_the_authors_tokens(folder):
@@ -124,8 +124,8 @@ def test_the_published_files_make_the_same_reward(folder, tensors, images, tmp_p
     old = {"text_model.embeddings.position_ids": torch.arange(512)[None]}
     torch.save(tensors | old, tmp_path / "pytorch_model.bin")
     monkeypatch.setattr(chinese_clip, "VIT_B_16", CONFIG)
-    given(monkeypatch, chinese_clip, "CHINESE_CLIP", tmp_path / "pytorch_model.bin")
-    given(monkeypatch, chinese_clip, "VOCABULARY", tmp_path / "vocab.txt")
+    replace_weights(monkeypatch, chinese_clip, "CHINESE_CLIP", tmp_path / "pytorch_model.bin")
+    replace_weights(monkeypatch, chinese_clip, "VOCABULARY", tmp_path / "vocab.txt")
     published = chinese_clip.ChineseClip("cpu", torch.float64)
     from_folder = chinese_clip.ChineseClip("cpu", torch.float64, folder=folder)
     assert published(images, PROMPTS).tolist() == from_folder(images, PROMPTS).tolist()
@@ -145,5 +145,5 @@ def test_it_passes_every_check_and_knows_whose_prompt_is_whose(folder, images):
     together = reward(images, PROMPTS)
     assert (reward(images, PROMPTS[::-1]) - together)[[0, 2]].abs().min() > 0.01
     assert (reward(images.flip(1), PROMPTS) - together).abs().min() > 0.01
-    found = check(reward, "tiny", images.float(), PROMPTS)
-    assert all(one.passed for one in found), [one for one in found if not one.passed]
+    checks = check(reward, "tiny", images.float(), PROMPTS)
+    assert all(one.passed for one in checks), [one for one in checks if not one.passed]

@@ -17,11 +17,11 @@ from rewards.published import (
     as_tensor,
     clip_config,
     clip_folder,
-    given,
     image_features,
     merges_file,
     pictures,
     random_tensors,
+    replace_weights,
     shapes_of,
     text_features,
     token_ids,
@@ -36,8 +36,8 @@ HEAD = {  # by the names and in the order of the published file, at another widt
 
 
 def tensors(activation: str) -> dict[str, torch.Tensor]:
-    made = random_tensors(shapes_of(CLIPModel(CLIPConfig(**clip_config(activation)))))
-    return made | {"logit_scale": torch.tensor(1.5, dtype=torch.double)}
+    tensors = random_tensors(shapes_of(CLIPModel(CLIPConfig(**clip_config(activation)))))
+    return tensors | {"logit_scale": torch.tensor(1.5, dtype=torch.double)}
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +63,13 @@ def plain_cosine(images: torch.Tensor, prompts: list[str], activation: str) -> t
 
 
 def test_prompts_are_cut_into_openais_tokens(folders, tmp_path, monkeypatch):
-    given(monkeypatch, _clip, "CLIP_MERGES", merges_file(tmp_path))
+    replace_weights(monkeypatch, _clip, "CLIP_MERGES", merges_file(tmp_path))
     prompts = [*PROMPTS, "caf\u00e9 \u72d0", ""]
     for tokenizer in (_clip.published_tokenizer(), _clip.CLIPTokenizer.from_pretrained(folders["gelu"])):
-        found = _clip.tokens(tokenizer, prompts, 77, "cpu").input_ids
-        assert found.tolist() == token_ids(prompts).tolist()
-        assert found[2, [0, 76]].tolist() == [NUM_TOKENS - 2, NUM_TOKENS - 1]  # too long: cut, the end kept
-        assert found[4].tolist() == [NUM_TOKENS - 2] + [NUM_TOKENS - 1] * 76  # padded by the end token
+        ids = _clip.tokens(tokenizer, prompts, 77, "cpu").input_ids
+        assert ids.tolist() == token_ids(prompts).tolist()
+        assert ids[2, [0, 76]].tolist() == [NUM_TOKENS - 2, NUM_TOKENS - 1]  # too long: cut, the end kept
+        assert ids[4].tolist() == [NUM_TOKENS - 2] + [NUM_TOKENS - 1] * 76  # padded by the end token
         assert tokenizer("A  Red\nFox ").input_ids == tokenizer("a red fox").input_ids
 
 
@@ -77,8 +77,8 @@ def test_of_the_published_list_only_the_first_merges_are_used(tmp_path):
     numbered = [f"left{index} right" for index in range(50_000)]
     path = tmp_path / "list.gz"
     path.write_bytes(_clip.gzip.compress("\n".join(["title", *numbered]).encode()))
-    used = bytes(_clip.merges_of(path)["merges"].tolist()).decode().split("\n")
-    assert used == numbered[: 49408 - 512 - 2]
+    merges = bytes(_clip.merges_of(path)["merges"].tolist()).decode().split("\n")
+    assert merges == numbered[: 49408 - 512 - 2]
 
 
 def test_tokens_are_numbered_as_in_the_published_vocabulary():
@@ -94,16 +94,16 @@ def test_tokens_are_numbered_as_in_the_published_vocabulary():
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_clip_score_is_100_times_the_plain_cosine(folders, images, activation):
     reward = clip_score.ClipScore("cpu", torch.float64, folder=folders[activation])
-    found = reward(images, PROMPTS)
-    torch.testing.assert_close(found, 100 * plain_cosine(images, PROMPTS, activation).float(), rtol=1e-5, atol=1e-5)
+    scores = reward(images, PROMPTS)
+    torch.testing.assert_close(scores, 100 * plain_cosine(images, PROMPTS, activation).float(), rtol=1e-5, atol=1e-5)
     other = {"gelu": "quick_gelu", "quick_gelu": "gelu"}[activation]
-    assert (found - 100 * plain_cosine(images, PROMPTS, other).float()).abs().min() > 0.01
+    assert (scores - 100 * plain_cosine(images, PROMPTS, other).float()).abs().min() > 0.01
 
 
 def test_pick_score_is_the_plain_cosine_on_the_trained_scale(folders, images):
     reward = pick_score.PickScore("cpu", torch.float64, folder=folders["gelu"])
-    wanted = torch.e**1.5 * plain_cosine(images, PROMPTS, "gelu")
-    torch.testing.assert_close(reward(images, PROMPTS), wanted.float(), rtol=1e-5, atol=1e-6)
+    expected = torch.e**1.5 * plain_cosine(images, PROMPTS, "gelu")
+    torch.testing.assert_close(reward(images, PROMPTS), expected.float(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,8 @@ def test_the_published_files_make_the_same_reward(
         f"{tower}_model.embeddings.position_ids": torch.arange(n)[None] for tower, n in (("text", 77), ("vision", 17))
     }
     save_file(tensors("gelu") | old, tmp_path / "model.safetensors")
-    given(monkeypatch, module, constant, tmp_path / "model.safetensors")
-    given(monkeypatch, _clip, "CLIP_MERGES", merges_file(tmp_path))
+    replace_weights(monkeypatch, module, constant, tmp_path / "model.safetensors")
+    replace_weights(monkeypatch, _clip, "CLIP_MERGES", merges_file(tmp_path))
     published = getattr(module, name)("cpu", torch.float64)
     from_folder = getattr(module, name)("cpu", torch.float64, folder=folders[config["text_config"]["hidden_act"]])
     assert published(images, PROMPTS).tolist() == from_folder(images, PROMPTS).tolist()
@@ -148,17 +148,17 @@ def test_aesthetic_is_the_plain_head_over_plain_features_of_unit_length(folders,
     monkeypatch.setattr(aesthetic, "VIT_L_14", clip_config("quick_gelu"))
     save_file(tensors("quick_gelu"), tmp_path / "model.safetensors")
     torch.save(head, tmp_path / "head.pth")
-    given(monkeypatch, aesthetic, "CLIP_L_14", tmp_path / "model.safetensors")
-    given(monkeypatch, aesthetic, "HEAD", tmp_path / "head.pth")
-    found = aesthetic.Aesthetic("cpu", torch.float64)(images, PROMPTS)
+    replace_weights(monkeypatch, aesthetic, "CLIP_L_14", tmp_path / "model.safetensors")
+    replace_weights(monkeypatch, aesthetic, "HEAD", tmp_path / "head.pth")
+    scores = aesthetic.Aesthetic("cpu", torch.float64)(images, PROMPTS)
     x = image_features(tensors("quick_gelu"), normalised(covered(images, 28, round)), 4, "quick_gelu")
     x = x / x.norm(dim=1, keepdim=True)
     for layer in (0, 2, 4, 6, 7):
         x = x @ head[f"layers.{layer}.weight"].T + head[f"layers.{layer}.bias"]
-    torch.testing.assert_close(found, x[:, 0].float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scores, x[:, 0].float(), rtol=1e-5, atol=1e-6)
     folder = clip_folder(tmp_path / "folder", tensors("quick_gelu") | head, clip_config("quick_gelu"))
     again = aesthetic.Aesthetic("cpu", torch.float64, folder=str(folder))(images, [""] * 3)
-    assert again.tolist() == found.tolist()
+    assert again.tolist() == scores.tolist()
 
 
 def rewards_of(folders: dict[str, str], dtype: torch.dtype) -> list:
@@ -179,15 +179,15 @@ def test_each_picture_goes_with_its_own_prompt_and_red_comes_first(folders, imag
 
 def test_they_pass_every_check(folders, images):
     for reward in rewards_of(folders, torch.float32):
-        found = check(reward, "tiny", images.float(), PROMPTS)
-        assert all(one.passed for one in found), [one for one in found if not one.passed]
+        checks = check(reward, "tiny", images.float(), PROMPTS)
+        assert all(one.passed for one in checks), [one for one in checks if not one.passed]
 
 
 def test_half_precision_is_near(folders, images):
     for reward, half in zip(rewards_of(folders, torch.float64), rewards_of(folders, torch.bfloat16), strict=True):
-        found = half(images.float(), PROMPTS)
-        assert found.dtype == torch.float32
-        assert F.cosine_similarity(found, reward(images, PROMPTS), dim=0) > 0.99
+        scores = half(images.float(), PROMPTS)
+        assert scores.dtype == torch.float32
+        assert F.cosine_similarity(scores, reward(images, PROMPTS), dim=0) > 0.99
 
 
 def test_a_folder_that_lacks_a_tensor_is_refused(tmp_path):

@@ -11,13 +11,13 @@ from reward_models import _clip, hps_v2
 from reward_models._published import network, normalised
 from rewards.published import (
     as_tensor,
+    cached,
     clip_config,
     clip_folder,
-    fetched,
-    given,
     merges_file,
     pictures,
     random_tensors,
+    replace_weights,
     shapes_of,
     token_ids,
 )
@@ -112,9 +112,9 @@ def official_score(original: OpenClip, images: Tensor, prompts: list[str]) -> Te
 
 
 def test_every_tensor_of_open_clip_finds_its_place(original):
-    converted = hps_v2.from_open_clip(original.state_dict())
-    wanted = shapes_of(CLIPModel(CLIPConfig(**CONFIG)))
-    assert {name: tuple(value.shape) for name, value in converted.items()} == wanted
+    weights = hps_v2.from_open_clip(original.state_dict())
+    expected = shapes_of(CLIPModel(CLIPConfig(**CONFIG)))
+    assert {name: tuple(value.shape) for name, value in weights.items()} == expected
 
 
 def test_the_features_are_open_clips(original, images):
@@ -122,21 +122,21 @@ def test_the_features_are_open_clips(original, images):
     pixels = normalised(images[..., :28, :28])
     torch.testing.assert_close(model.get_image_features(pixels).pooler_output, original.visual(pixels))
     for padding in (0, TEXT["eos_token_id"]):
-        read = model.get_text_features(token_ids(PROMPTS, padding=padding)).pooler_output
-        torch.testing.assert_close(read, original.read(token_ids(PROMPTS, padding=0)))
+        features = model.get_text_features(token_ids(PROMPTS, padding=padding)).pooler_output
+        torch.testing.assert_close(features, original.read(token_ids(PROMPTS, padding=0)))
 
 
 @pytest.mark.parametrize(("version", "half"), [("v2.0", False), ("v2.1", True)])
 def test_a_published_file_scores_as_the_official_code(original, images, tmp_path, monkeypatch, version, half):
     state = {name: value.half() if half else value for name, value in original.state_dict().items()}
     torch.save({"epoch": 1, "name": "hps", "state_dict": state}, tmp_path / "checkpoint.pt")
-    tiny = fetched(monkeypatch, hps_v2.VERSIONS[version], tmp_path / "checkpoint.pt")
+    tiny = cached(monkeypatch, hps_v2.VERSIONS[version], tmp_path / "checkpoint.pt")
     monkeypatch.setitem(hps_v2.VERSIONS, version, tiny)
     monkeypatch.setattr(hps_v2, "VIT_H_14", CONFIG)
-    given(monkeypatch, _clip, "CLIP_MERGES", merges_file(tmp_path))
-    found = hps_v2.HpsV2("cpu", torch.float64, version=version)(images, PROMPTS)
-    wanted = official_score(original, images, PROMPTS)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0.5 if half else 1e-4)
+    replace_weights(monkeypatch, _clip, "CLIP_MERGES", merges_file(tmp_path))
+    scores = hps_v2.HpsV2("cpu", torch.float64, version=version)(images, PROMPTS)
+    expected = official_score(original, images, PROMPTS)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=0.5 if half else 1e-4)
 
 
 def test_the_version_is_chosen_and_an_unknown_one_refused():
@@ -154,5 +154,5 @@ def test_it_passes_every_check_and_knows_whose_prompt_is_whose(original, images,
     assert (reward(images, PROMPTS[::-1]) - together)[[0, 2]].abs().min() > 0.01
     assert (reward(images.flip(1), PROMPTS) - together).abs().min() > 0.01
     single = hps_v2.HpsV2("cpu", torch.float32, folder=str(folder))
-    found = check(single, "tiny", images.float(), PROMPTS)
-    assert all(one.passed for one in found), [one for one in found if not one.passed]
+    checks = check(single, "tiny", images.float(), PROMPTS)
+    assert all(one.passed for one in checks), [one for one in checks if not one.passed]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from reward_models import image_reward
 from reward_models._published import covered, normalised
-from rewards.published import as_tensor, given
+from rewards.published import as_tensor, replace_weights
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "imagereward_small.json").read_text())
 
@@ -57,8 +57,8 @@ def reward(tmp_path_factory):
     config = {part: image_reward.BLIP_LARGE[part] | sizes[part] for part in sizes}
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(image_reward, "BLIP_LARGE", config)
-        given(monkeypatch, image_reward, "IMAGE_REWARD", folder / "ImageReward.pt")
-        given(monkeypatch, image_reward, "VOCABULARY", folder / "vocab.txt")
+        replace_weights(monkeypatch, image_reward, "IMAGE_REWARD", folder / "ImageReward.pt")
+        replace_weights(monkeypatch, image_reward, "VOCABULARY", folder / "vocab.txt")
         return image_reward.ImageReward("cpu", torch.float32)
 
 
@@ -78,8 +78,8 @@ def official_pixels(case: dict) -> torch.Tensor:
     return normalised(as_tensor(cut).float())
 
 
-def close(found: torch.Tensor, wanted: list[float] | float, tolerance: float) -> None:
-    torch.testing.assert_close(found.detach().cpu(), torch.tensor(wanted), rtol=tolerance, atol=tolerance)
+def close(actual: torch.Tensor, expected: list[float] | float, tolerance: float) -> None:
+    torch.testing.assert_close(actual.detach().cpu(), torch.tensor(expected), rtol=tolerance, atol=tolerance)
 
 
 CASES = pytest.mark.parametrize("case", FIXTURE["cases"], ids=lambda case: case["prompt"][:8])
@@ -107,15 +107,15 @@ def test_the_networks_outputs_are_the_official_classs(reward, case):
 
 @CASES
 def test_a_prompt_is_cut_into_the_official_tokens(reward, case):
-    asked = []
+    inputs = []
 
     def spy(module, args, settings):
-        asked.append(settings["input_ids"])
+        inputs.append(settings["input_ids"])
 
     hook = reward.text.register_forward_pre_hook(spy, with_kwargs=True)
     reward(torch.zeros(1, 3, 32, 32), [case["prompt"]])
     hook.remove()
-    assert asked[0].tolist() == [case["input_ids"]]
+    assert inputs[0].tolist() == [case["input_ids"]]
 
 
 def test_a_long_prompt_is_cut_to_35_tokens_with_its_end(reward):
@@ -126,8 +126,8 @@ def test_a_long_prompt_is_cut_to_35_tokens_with_its_end(reward):
 
 @CASES
 def test_a_picture_is_made_ready_as_the_official_class_does(reward, case):
-    found = normalised(covered(as_tensor(picture(case)).float(), 224, rounding=round))
-    difference = (found - official_pixels(case)).abs()
+    prepared = normalised(covered(as_tensor(picture(case)).float(), 224, rounding=round))
+    difference = (prepared - official_pixels(case)).abs()
     assert difference.max() < 1.5 / 255 / 0.26
     score = reward(as_tensor(picture(case)), [case["prompt"]])
     assert score.dtype == torch.float32
@@ -136,8 +136,8 @@ def test_a_picture_is_made_ready_as_the_official_class_does(reward, case):
 
 def test_an_odd_surplus_is_cut_as_torchvision_cuts_it(reward):
     image = torch.rand(1, 3, 224, 227, generator=torch.Generator().manual_seed(0))
-    wanted = reward.raw_reward(normalised(image[..., 2:226]), ["a fox"])
-    torch.testing.assert_close(reward(image, ["a fox"]), (wanted - image_reward.MEAN) / image_reward.DEVIATION)
+    expected = reward.raw_reward(normalised(image[..., 2:226]), ["a fox"])
+    torch.testing.assert_close(reward(image, ["a fox"]), (expected - image_reward.MEAN) / image_reward.DEVIATION)
 
 
 def test_the_published_architecture_is_the_official_one():
@@ -149,8 +149,8 @@ def test_the_published_architecture_is_the_official_one():
         ]
     unused = 256 * (1024 + 1) + 256 * (768 + 1)
     head = 768 * 1024 + 1024 * 128 + 128 * 64 + 64 * 16 + 16 + (1024 + 128 + 64 + 16 + 1)
-    found = sum(value.numel() for network in networks for value in network.parameters())
-    assert found + head + unused == 446_665_953  # counted on the official class
+    num_weights = sum(value.numel() for network in networks for value in network.parameters())
+    assert num_weights + head + unused == 446_665_953  # counted on the official class
     assert (config.text_config.num_attention_heads, config.text_config.layer_norm_eps) == (12, 1e-12)
 
 

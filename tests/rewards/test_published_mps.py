@@ -16,10 +16,10 @@ from rewards.published import (
     as_tensor,
     clip_config,
     clip_folder,
-    given,
     merges_file,
     pictures,
     random_tensors,
+    replace_weights,
     shapes_of,
     text_features,
     text_tokens,
@@ -112,8 +112,8 @@ class Score:
         for layer in range(2):
             x = x + self.look_at_text(f"layers.{layer}.0.fn", x, words, mask)
             x = x + self.look_around(f"layers.{layer}.1.fn", x)
-        whole = text_features(self.clip, ids[:1], 3, "gelu")[0]
-        return self.clip["logit_scale"].exp() * (x[0] @ whole) / x[0].norm() / whole.norm()
+        text = text_features(self.clip, ids[:1], 3, "gelu")[0]
+        return self.clip["logit_scale"].exp() * (x[0] @ text) / x[0].norm() / text.norm()
 
     def of(self, name: str, part: str) -> Tensor:
         return self.head[f"{name}.{part}.weight"]
@@ -128,35 +128,35 @@ class Score:
         for query in (x @ self.of(name, "to_q").T).split(HEAD, 1):
             heads.append(((query * HEAD**-0.5) @ key.T + mask).softmax(1) @ value)
         value, gate = (x @ self.of(name, "ff.0").T).split(INNER, 1)
-        fed = (F.silu(gate) * value) @ self.of(name, "ff.2").T
-        return torch.cat(heads, 1) @ self.of(name, "to_out").T + fed
+        hidden = (F.silu(gate) * value) @ self.of(name, "ff.2").T
+        return torch.cat(heads, 1) @ self.of(name, "to_out").T + hidden
 
     def look_around(self, name: str, x: Tensor) -> Tensor:
         fused = self.normed(name, x) @ self.of(name, "fused_attn_ff_proj").T
         *queries, key, value, _ = fused.split([HEAD] * (NUM_HEADS + 2) + [2 * INNER], 1)
-        fed, gate = fused[:, -2 * INNER :].split(INNER, 1)
+        hidden, gate = fused[:, -2 * INNER :].split(INNER, 1)
         heads = [
-            ((self.turned(name, query) * HEAD**-0.5) @ self.turned(name, key).T).softmax(1) @ value for query in queries
+            ((self.rotate(name, query) * HEAD**-0.5) @ self.rotate(name, key).T).softmax(1) @ value for query in queries
         ]
-        return torch.cat(heads, 1) @ self.of(name, "attn_out").T + (F.silu(gate) * fed) @ self.of(name, "ff_out.1").T
+        return torch.cat(heads, 1) @ self.of(name, "attn_out").T + (F.silu(gate) * hidden) @ self.of(name, "ff_out.1").T
 
-    def turned(self, name: str, x: Tensor) -> Tensor:
+    def rotate(self, name: str, x: Tensor) -> Tensor:
         """Rotary embedding by complex numbers: coordinate i and i + HEAD / 2 are one of them."""
         angles = torch.outer(torch.arange(len(x)).double(), self.head[f"{name}.rotary_emb.inv_freq"])
-        turned = torch.complex(*x.split(HEAD // 2, 1)) * torch.polar(torch.ones_like(angles), angles)
-        return torch.cat([turned.real, turned.imag], 1)
+        pairs = torch.complex(*x.split(HEAD // 2, 1)) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([pairs.real, pairs.imag], 1)
 
 
 def official_tensors() -> dict[str, Tensor]:
-    made = random_tensors(shapes_of(Official()))
-    for name in made:
+    tensors = random_tensors(shapes_of(Official()))
+    for name in tensors:
         if name.endswith("fn.norm.bias"):
-            made[name] = torch.zeros(WIDTH, dtype=torch.double)
+            tensors[name] = torch.zeros(WIDTH, dtype=torch.double)
         elif name.endswith("inv_freq"):
-            made[name] = 1 / 10000 ** (torch.arange(0, HEAD, 2, dtype=torch.double) / HEAD)
+            tensors[name] = 1 / 10000 ** (torch.arange(0, HEAD, 2, dtype=torch.double) / HEAD)
         elif name.endswith("position_ids"):
-            made[name] = torch.arange(77)[None]
-    return made | {"model.logit_scale": torch.tensor(1.5, dtype=torch.double)}
+            tensors[name] = torch.arange(77)[None]
+    return tensors | {"model.logit_scale": torch.tensor(1.5, dtype=torch.double)}
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +166,8 @@ def images() -> Tensor:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    converted = {name.removeprefix("model."): value for name, value in official_tensors().items()}
-    return str(clip_folder(tmp_path_factory.mktemp("mps"), converted, CONFIG))
+    weights = {name.removeprefix("model."): value for name, value in official_tensors().items()}
+    return str(clip_folder(tmp_path_factory.mktemp("mps"), weights, CONFIG))
 
 
 def official_scores(images: Tensor, prompts: list[str], condition: str, threshold: float) -> Tensor:
@@ -180,22 +180,22 @@ def official_scores(images: Tensor, prompts: list[str], condition: str, threshol
 @pytest.mark.parametrize("threshold", [0.3, 0.8, 0.01])
 def test_the_score_is_the_official_arithmetics(folder, images, threshold):
     reward = mps.Mps("cpu", torch.float64, folder=folder, condition=CONDITION, threshold=threshold)
-    wanted = official_scores(images, PROMPTS, CONDITION, threshold)
-    torch.testing.assert_close(reward(images, PROMPTS), wanted, rtol=1e-5, atol=1e-6)
+    expected = official_scores(images, PROMPTS, CONDITION, threshold)
+    torch.testing.assert_close(reward(images, PROMPTS), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_condition_and_the_threshold_decide_which_words_are_seen(folder, images):
     words, _ = mps.Mps("cpu", torch.float64, folder=folder).text(PROMPTS)
-    seen = [
+    words_in_use = [
         mps.Mps("cpu", torch.float64, folder=folder, condition=CONDITION, threshold=threshold).seen(words)
         for threshold in (-100.0, 0.3, 0.8, 0.9999)
     ]
-    assert seen[0].all()
-    assert [rows.sum(1).tolist() for rows in seen[1:]] == sorted(
-        [rows.sum(1).tolist() for rows in seen[1:]], reverse=True
+    assert words_in_use[0].all()
+    assert [rows.sum(1).tolist() for rows in words_in_use[1:]] == sorted(
+        [rows.sum(1).tolist() for rows in words_in_use[1:]], reverse=True
     )
-    assert (seen[2].sum(1) < 77).all()
-    assert (seen[3].sum(1) >= 1).all()  # the best word is always seen, so no row of the attention is empty
+    assert (words_in_use[2].sum(1) < 77).all()
+    assert (words_in_use[3].sum(1) >= 1).all()  # the best word is always seen, so no row of the attention is empty
     default = mps.Mps("cpu", torch.float64, folder=folder)
     assert default.threshold == 0.3
     assert default.condition.tolist() == default.text([mps.OVERALL])[0][0].tolist()
@@ -213,8 +213,8 @@ def test_no_score_depends_on_its_neighbours_and_red_comes_first(folder, images):
 
 def test_it_passes_every_check(folder, images):
     reward = mps.Mps("cpu", torch.float32, folder=folder, condition=CONDITION)
-    found = check(reward, "tiny", images.float(), PROMPTS)
-    assert all(one.passed for one in found), [one for one in found if not one.passed]
+    checks = check(reward, "tiny", images.float(), PROMPTS)
+    assert all(one.passed for one in checks), [one for one in checks if not one.passed]
 
 
 def test_a_head_of_another_form_is_refused():
@@ -250,10 +250,10 @@ def checkpoint(tmp_path, monkeypatch):
 
 
 def test_the_pickled_module_is_read_without_its_code(checkpoint):
-    converted = mps.convert(checkpoint)
-    wanted = {name.removeprefix("model."): value for name, value in official_tensors().items()}
-    assert converted.keys() == wanted.keys()  # the buffer that is not kept in state dicts is left out
-    assert all(torch.equal(converted[name], wanted[name]) for name in wanted)
+    weights = mps.convert(checkpoint)
+    expected = {name.removeprefix("model."): value for name, value in official_tensors().items()}
+    assert weights.keys() == expected.keys()  # the buffer that is not kept in state dicts is left out
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert not sys.modules.keys() & set(OFFICIAL_MODULES)
 
 
@@ -274,8 +274,8 @@ def test_nothing_that_a_checkpoint_names_is_run(tmp_path, capsys):
 
 def test_the_published_files_make_the_same_reward(checkpoint, folder, images, tmp_path, monkeypatch):
     monkeypatch.setattr(mps, "VIT_H_14", CONFIG)
-    given(monkeypatch, mps, "MPS_OVERALL", checkpoint)
-    given(monkeypatch, _clip, "CLIP_MERGES", merges_file(tmp_path))
+    replace_weights(monkeypatch, mps, "MPS_OVERALL", checkpoint)
+    replace_weights(monkeypatch, _clip, "CLIP_MERGES", merges_file(tmp_path))
     published = mps.Mps("cpu", torch.float64, condition=CONDITION)
     from_folder = mps.Mps("cpu", torch.float64, condition=CONDITION, folder=folder)
     assert published(images, PROMPTS).tolist() == from_folder(images, PROMPTS).tolist()

@@ -23,8 +23,8 @@ def by_pil(picture: Image.Image, width: int, height: int, resample=Image.BICUBIC
 @pytest.mark.parametrize("size", SIZES)
 def test_resizing_is_pils_bicubic_to_a_level_or_so(size):
     (picture,) = pictures(size)
-    found = resized(as_tensor(picture), [40, 56])
-    difference = (found - by_pil(picture, 56, 40)).abs()
+    prepared = resized(as_tensor(picture), [40, 56])
+    difference = (prepared - by_pil(picture, 56, 40)).abs()
     assert difference.max() < 1.5 * LEVEL
     assert difference.mean() < 0.4 * LEVEL
 
@@ -32,8 +32,8 @@ def test_resizing_is_pils_bicubic_to_a_level_or_so(size):
 @pytest.mark.parametrize("resample", [Image.BILINEAR, Image.LANCZOS, Image.BOX, Image.NEAREST])
 def test_another_filter_is_told_from_it(resample):
     (picture,) = pictures((200, 133))
-    found = resized(as_tensor(picture), [40, 56])
-    assert (found - by_pil(picture, 56, 40, resample)).abs().max() > 5 * LEVEL
+    prepared = resized(as_tensor(picture), [40, 56])
+    assert (prepared - by_pil(picture, 56, 40, resample)).abs().max() > 5 * LEVEL
 
 
 def test_what_overshoots_is_cut_off_between_rows_and_columns():
@@ -52,10 +52,10 @@ def test_shrinking_without_a_wider_filter_is_told_from_it():
 def test_covering_and_normalising_are_transformers_own(size):
     (picture,) = pictures(size)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    wanted = torch.as_tensor(numpy.array(processor(picture)["pixel_values"]))
-    found = normalised(covered(as_tensor(picture), 28))
-    assert found.shape == wanted.shape == (1, 3, 28, 28)
-    assert (found - wanted).abs().max() < 1.5 * LEVEL / 0.26
+    expected = torch.as_tensor(numpy.array(processor(picture)["pixel_values"]))
+    prepared = normalised(covered(as_tensor(picture), 28))
+    assert prepared.shape == expected.shape == (1, 3, 28, 28)
+    assert (prepared - expected).abs().max() < 1.5 * LEVEL / 0.26
 
 
 @pytest.mark.parametrize(("surplus", "floor", "nearest"), [(0, 0, 0), (1, 0, 0), (3, 1, 2), (5, 2, 2), (7, 3, 4)])
@@ -74,19 +74,19 @@ def test_the_longer_side_is_rounded_down():
 
 def test_black_bars_fill_the_shorter_side():
     (picture,) = pictures((100, 61))  # 28 x 17.08
-    found = padded(as_tensor(picture), 28)
-    assert found.shape == (1, 3, 28, 28)
-    assert found[..., :5, :].abs().max() == 0
-    assert found[..., 22:, :].abs().max() == 0
-    assert found.max() > 1 + LEVEL  # what overshoots is kept, so near sharp edges PIL's picture is another
-    assert (found[..., 5:22, :].clamp(0, 1) - by_pil(picture, 28, 17)).abs().mean() < LEVEL
-    torch.testing.assert_close(padded(as_tensor(picture).mT, 28), found.mT)
+    prepared = padded(as_tensor(picture), 28)
+    assert prepared.shape == (1, 3, 28, 28)
+    assert prepared[..., :5, :].abs().max() == 0
+    assert prepared[..., 22:, :].abs().max() == 0
+    assert prepared.max() > 1 + LEVEL  # what overshoots is kept, so near sharp edges PIL's picture is another
+    assert (prepared[..., 5:22, :].clamp(0, 1) - by_pil(picture, 28, 17)).abs().mean() < LEVEL
+    torch.testing.assert_close(padded(as_tensor(picture).mT, 28), prepared.mT)
 
 
 def test_channels_are_normalised_by_their_own_constants_red_first():
     image = torch.tensor([0.1, 0.5, 0.9], dtype=torch.double).reshape(1, 3, 1, 1)
-    wanted = [(0.1 - 0.48145466) / 0.26862954, (0.5 - 0.4578275) / 0.26130258, (0.9 - 0.40821073) / 0.27577711]
-    torch.testing.assert_close(normalised(image).flatten(), torch.tensor(wanted, dtype=torch.double))
+    expected = [(0.1 - 0.48145466) / 0.26862954, (0.5 - 0.4578275) / 0.26130258, (0.9 - 0.40821073) / 0.27577711]
+    torch.testing.assert_close(normalised(image).flatten(), torch.tensor(expected, dtype=torch.double))
 
 
 @pytest.mark.parametrize("prepared", [lambda image: covered(image, 6), lambda image: padded(image, 6)])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mlcm_rl.rewards import find
-from mlcm_rl.rewards.check import CHECKS, check, drawn_images, example_prompts
+from mlcm_rl.rewards.check import CHECKS, check, example_prompts, random_images
 
 
 class Sound:
@@ -94,7 +94,7 @@ class TwoDimensional(Sound):
 
 
 def failed(reward):
-    checks = check(reward, "planted", drawn_images(), example_prompts(reward, 6))
+    checks = check(reward, "planted", random_images(), example_prompts(reward, 6))
     return {one.name: one.detail for one in checks if not one.passed}
 
 
@@ -102,12 +102,12 @@ def failed(reward):
     "reward", [Sound(), *(find(name)("cpu", torch.float32) for name in ("brightness", "sharpness"))]
 )
 def test_a_sound_reward_passes_every_check(reward):
-    checks = check(reward, "sound", drawn_images(), example_prompts(reward, 6))
+    checks = check(reward, "sound", random_images(), example_prompts(reward, 6))
     assert [one.name for one in checks if one.passed] == list(CHECKS)
 
 
 @pytest.mark.parametrize(
-    ("reward", "name", "said"),
+    ("reward", "name", "message"),
     [
         (Hidden(), "gradient", "declares differentiable, and its score has no gradient"),
         (HalfHidden(), "gradient", "off finite differences"),
@@ -115,7 +115,7 @@ def test_a_sound_reward_passes_every_check(reward):
         (Rounded(), "gradient", "length 0"),
         (Drawn(), "determinism", "two calls differ by up to"),
         (Ranked(), "batch invariance", "score moves by .* with the pictures beside it"),
-        (Overwriting(), "contract", "it changes the pictures"),
+        (Overwriting(), "contract", "it changes its input pictures"),
         (TwoDimensional(), "contract", r"must return shape \(6,\)"),
         (Deaf(), "prompt", "declares needs_prompt, and other prompts change nothing"),
         (Listening(), "prompt", "other prompts move its scores"),
@@ -123,9 +123,9 @@ def test_a_sound_reward_passes_every_check(reward):
         (OneSize(), "sizes", "planted failed: ValueError: expected 96 x 96"),
     ],
 )
-def test_each_fault_is_seen_by_its_check(reward, name, said):
-    found = failed(reward)
-    assert re.search(said, found.get(name, "")), found
+def test_each_fault_is_seen_by_its_check(reward, name, message):
+    failures = failed(reward)
+    assert re.search(message, failures.get(name, "")), failures
 
 
 def test_a_fault_in_one_thing_is_not_blamed_on_another():
@@ -136,7 +136,7 @@ def test_a_fault_in_one_thing_is_not_blamed_on_another():
 
 
 def test_a_broken_contract_ends_the_checks():
-    assert len(check(TwoDimensional(), "planted", drawn_images(), example_prompts(Sound(), 6))) == 1
+    assert len(check(TwoDimensional(), "planted", random_images(), example_prompts(Sound(), 6))) == 1
 
 
 def test_examples_are_in_the_languages_that_a_reward_reads():

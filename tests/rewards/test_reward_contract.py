@@ -33,9 +33,9 @@ def registered(monkeypatch):
     """A function that registers entry points, as other distributions do."""
 
     def register(**points):
-        made = [EntryPoint(name, value, finding.ENTRY_POINTS) for name, value in points.items()]
+        entries = [EntryPoint(name, value, finding.ENTRY_POINTS) for name, value in points.items()]
 
-        monkeypatch.setattr(finding, "entry_points", lambda group: EntryPoints(made))
+        monkeypatch.setattr(finding, "entry_points", lambda group: EntryPoints(entries))
 
     return register
 
@@ -86,7 +86,7 @@ def test_a_name_that_a_file_and_an_entry_point_claim_is_refused(registered):
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("x = 1\n", "must define one public class, defines none"),
         (GOOD + "class Another(Good): pass\n", "defines Good, Another"),
@@ -103,9 +103,9 @@ def test_a_name_that_a_file_and_an_entry_point_claim_is_refused(registered):
         (GOOD + "    weights = ('a file',)\n", "Good.weights must be a tuple of mlcm_rl.rewards.Weights"),
     ],
 )
-def test_a_file_that_does_not_keep_the_contract_is_refused(extra_files, source, said):
+def test_a_file_that_does_not_keep_the_contract_is_refused(extra_files, source, message):
     name = extra_files(f"odd{abs(hash(source))}", source)
-    with pytest.raises(TypeError, match=f"{name}.py: .*{said}"):
+    with pytest.raises(TypeError, match=f"{name}.py: .*{message}"):
         find(name)
 
 
@@ -114,7 +114,7 @@ def test_private_classes_are_the_files_own_business(extra_files):
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "message"),
     [
         (torch.zeros(2, 1), r"must return shape \(2,\), returned \(2, 1\)"),
         (torch.zeros(2, dtype=torch.float64), "must return a float32 tensor.*float64"),
@@ -123,8 +123,8 @@ def test_private_classes_are_the_files_own_business(extra_files):
         (torch.tensor([math.inf, 0.0]), "returned inf for prompt 'a'"),
     ],
 )
-def test_a_bad_answer_is_refused_by_name(answer, said):
-    with pytest.raises(RewardError, match=f"^reward planted: {said}"):
+def test_a_bad_answer_is_refused_by_name(answer, message):
+    with pytest.raises(RewardError, match=f"^reward planted: {message}"):
         score(model(answer), "planted", torch.zeros(2, 3, 4, 4), ["a", "b"])
 
 

@@ -32,24 +32,24 @@ def mlcm(tmp_path):
     place = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
     def command(*arguments: str) -> subprocess.CompletedProcess:
-        whole = [sys.executable, "-m", "mlcm_rl", *arguments]
-        return subprocess.run(whole, cwd=tmp_path, env=place, capture_output=True, text=True)
+        command = [sys.executable, "-m", "mlcm_rl", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=place, capture_output=True, text=True)
 
     return command
 
 
 def test_a_users_folder_adds_to_ours_and_its_rewards_are_checked(mlcm):
-    listed = mlcm("rewards", "list")
-    assert "mine" in listed.stdout, listed.stderr
-    assert "brightness" in listed.stdout
-    checked = mlcm("rewards", "check", "mine")
-    assert checked.returncode == 0, checked.stdout + checked.stderr
+    listing = mlcm("rewards", "list")
+    assert "mine" in listing.stdout, listing.stderr
+    assert "brightness" in listing.stdout
+    check = mlcm("rewards", "check", "mine")
+    assert check.returncode == 0, check.stdout + check.stderr
 
 
 def test_a_file_of_a_shipped_name_is_refused_in_words(mlcm, tmp_path):
     (tmp_path / "reward_models" / "brightness.py").write_text(MINE.format(name="Brightness"))
     refused = mlcm("rewards", "check", "brightness")
     assert refused.returncode != 0
-    said = refused.stdout + refused.stderr
-    assert "claimed twice, by reward_models/brightness.py and by" in said
-    assert "rename one of them" in said
+    output = refused.stdout + refused.stderr
+    assert "claimed twice, by reward_models/brightness.py and by" in output
+    assert "rename one of them" in output

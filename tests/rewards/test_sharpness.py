@@ -43,9 +43,9 @@ def test_it_is_the_variance_of_a_laplacian_written_out_by_slices(sharpness):
     red, green, blue = images.unbind(1)
     y = 0.299 * red + 0.587 * green + 0.114 * blue
     laplacian = y[:, :-2, 1:-1] + y[:, 2:, 1:-1] + y[:, 1:-1, :-2] + y[:, 1:-1, 2:] - 4 * y[:, 1:-1, 1:-1]
-    found = sharpness(images, [""] * 3)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, torch.log10(laplacian.var((1, 2), correction=0) + 1e-8).float())
+    scores = sharpness(images, [""] * 3)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, torch.log10(laplacian.var((1, 2), correction=0) + 1e-8).float())
 
 
 def test_a_blurred_picture_scores_lower_than_itself(sharpness):
@@ -65,5 +65,5 @@ def test_its_gradient_is_right(sharpness):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_narrow_type_gives_nearly_the_same(sharpness, dtype):
     images = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(4))
-    found = Sharpness("cpu", dtype)(images, ["", ""])
-    torch.testing.assert_close(found, sharpness(images, ["", ""]), atol=0.02, rtol=0)
+    scores = Sharpness("cpu", dtype)(images, ["", ""])
+    torch.testing.assert_close(scores, sharpness(images, ["", ""]), atol=0.02, rtol=0)

@@ -292,7 +292,7 @@ def test_a_vocabulary_without_its_special_tokens_is_told_when_it_is_loaded(copie
     path = folder / "tokenizer" / "vocab.json"
     words = json.loads(path.read_text())
     path.write_text(json.dumps({word: number for word, number in words.items() if 2 <= number < 20}))
-    with pytest.raises(ValueError, match=r"its files make no network: .*not found in the vocabulary"):
+    with pytest.raises(ValueError, match=r"its files could not be loaded: .*not found in the vocabulary"):
         teachers.load(Teacher(path=str(folder), family=family), "cpu")
 
 

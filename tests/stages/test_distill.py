@@ -75,12 +75,12 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
         with pytest.raises(SystemExit):
             train(tiny_sdxl, store, tmp_path / "cut", **EVERYTHING)
     resumed = train(tiny_sdxl, store, tmp_path / "cut", **EVERYTHING)
-    told = f"distill goes on from step {step}, where it was saved"
-    assert [line for line in capsys.readouterr().out.splitlines() if "goes on from" in line] == [told]
+    message = f"distill goes on from step {step}, where it was saved"
+    assert [line for line in capsys.readouterr().out.splitlines() if "goes on from" in line] == [message]
 
-    expected, found = student_weights(whole), student_weights(resumed)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, result = student_weights(whole), student_weights(resumed)
+    assert expected.keys() == result.keys()
+    assert all(torch.equal(expected[name], result[name]) for name in expected)
     assert records(whole) == records(resumed)  # every loss, rate and phase, none twice
     assert {path.name for path in (whole / "snapshots").iterdir()} == {"phase-0-K8", "phase-1-K2", "phase-2-K1"}
     states = [load_file(sorted(f.glob("checkpoints/*/state.safetensors"))[-1]) for f in (whole, resumed)]

@@ -24,10 +24,10 @@ def base(tiny_sdxl):
 @pytest.fixture
 def sizes(base, monkeypatch) -> list[int]:
     """How many pictures `base` was given to encode, each time."""
-    found: list[int] = []
+    result: list[int] = []
     encode = base.autoencoder.encode
-    monkeypatch.setattr(base.autoencoder, "encode", lambda images: found.append(len(images)) or encode(images))
-    return found
+    monkeypatch.setattr(base.autoencoder, "encode", lambda images: result.append(len(images)) or encode(images))
+    return result
 
 
 SPLIT = {"batch_size": 6, "gradient_accumulation": 2}

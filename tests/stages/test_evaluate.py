@@ -16,9 +16,9 @@ from mlcm_rl.stages import evaluate
 from mlcm_rl.storage import manifest
 
 
-def row(report, **wanted):
-    (found,) = [row for row in report["rows"] if all(row[key] == value for key, value in wanted.items())]
-    return found
+def row(report, **expected):
+    (result,) = [row for row in report["rows"] if all(row[key] == value for key, value in expected.items())]
+    return result
 
 
 def test_every_row_has_every_metric(report):
@@ -110,12 +110,12 @@ def test_an_interrupted_evaluation_goes_on_after_its_last_batch(place, tmp_path,
     at["stop"] = 5  # in the middle of the second row's three batches
     with pytest.raises(KeyboardInterrupt):
         run(place, tmp_path / "cut", **few)
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut" / "samples").rglob("*.png")}
+    saved = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut" / "samples").rglob("*.png")}
     resumed = run(place, tmp_path / "cut", **few)
     assert batches == [*expected[:5], *expected[4:]]  # only the batch that was cut was begun again
     assert [one["metrics"] for one in resumed["rows"]] == [one["metrics"] for one in whole["rows"]]
-    assert len(kept) == 4 * 2
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(saved) == 4 * 2
+    assert {path: path.stat().st_mtime_ns for path in saved} == saved
     manifest.finish(tmp_path / "cut", {})
     assert not (tmp_path / "cut" / "rows").exists()
 
@@ -279,7 +279,7 @@ def test_samples_that_are_not_numbers_stop_the_evaluation(place, tmp_path, monke
     monkeypatch.setattr(evaluate, "sample", lambda scene, *_: torch.full((1, *scene.base.latent_shape), math.nan))
     with pytest.raises(
         ValueError,
-        match="row teacher-3: the teacher draws what is not made of finite numbers for the prompt 'a red apple'",
+        match="row teacher-3: the teacher draws NaN or infinity for the prompt 'a red apple'",
     ):
         run(place, tmp_path / "run")
 
@@ -299,7 +299,7 @@ def test_a_concept_that_the_judge_does_not_know_is_refused():
 
 def test_shown_prompts_are_the_first_of_each_language():
     prompts = [Prompt(str(i), "zh" if i % 3 == 0 else "en") for i in range(12)]
-    assert evaluate.shown_prompts(prompts) == [0, 3, 6, 9, 1, 2, 4, 5]
+    assert evaluate.page_prompts(prompts) == [0, 3, 6, 9, 1, 2, 4, 5]
 
 
 def test_a_reward_scores_only_the_languages_that_it_reads():

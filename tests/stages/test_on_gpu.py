@@ -23,8 +23,8 @@ def test_a_gpu_gives_the_cpus_losses_and_student(tiny_sdxl, tmp_path):
     cpu, gpu = (run(tiny_sdxl, tmp_path / device, device)[1].folder for device in ("cpu", "cuda"))
     for a, b in zip(records(cpu), records(gpu), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
-    expected, found = student_weights(cpu), student_weights(gpu)
-    assert max((expected[name] - found[name]).abs().max() for name in expected) < 2e-2
+    expected, result = student_weights(cpu), student_weights(gpu)
+    assert max((expected[name] - result[name]).abs().max() for name in expected) < 2e-2
 
 
 def test_bfloat16_trains_close_to_single_precision(tiny_sdxl, tmp_path):

@@ -69,20 +69,20 @@ def test_a_batch_of_8_in_1_2_or_4_parts_draws_the_same_and_makes_the_same_update
     original = base.Base.noise
 
     def noise(self, generators, count):
-        drawn = original(self, generators, count)
-        noises.extend(drawn)
-        return drawn
+        sampled = original(self, generators, count)
+        noises.extend(sampled)
+        return sampled
 
     monkeypatch.setattr(base.Base, "noise", noise)
-    drawn, found = [], []
+    sampled, result = [], []
     for parts in SPLITS:
         noises.clear()
         kind = variant.split("-")[0]
-        found.append(tuned(distilled, tmp_path / str(parts), kind, gradient_accumulation=parts, **settings))
-        drawn.append(sorted(one.double().sum().item() for one in noises))
-    first_records, first_weights = found[0]
-    for noise_of_split, (records, weights) in zip(drawn[1:], found[1:], strict=True):
-        assert noise_of_split == drawn[0]
+        result.append(tuned(distilled, tmp_path / str(parts), kind, gradient_accumulation=parts, **settings))
+        sampled.append(sorted(one.double().sum().item() for one in noises))
+    first_records, first_weights = result[0]
+    for noise_of_split, (records, weights) in zip(sampled[1:], result[1:], strict=True):
+        assert noise_of_split == sampled[0]
         for one, other in zip(first_records, records, strict=True):
             for name in ("loss", "grad_norm", *(name for name in one if name.startswith("reward/"))):
                 assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name

@@ -19,7 +19,7 @@ from mlcm_rl.rewards import RewardError, build
 from mlcm_rl.rewards import card as reward_card
 from mlcm_rl.rewards.card import accuracy, doubt
 from mlcm_rl.rewards.check import check
-from mlcm_rl.rewards.heads import FeatureScale, dropped, held_out_pairs
+from mlcm_rl.rewards.heads import FeatureScale, dropout, held_out_pairs
 from mlcm_rl.stages import train_reward
 from mlcm_rl.training.loop import Runtime
 
@@ -113,9 +113,9 @@ def test_the_scale_folded_into_the_first_layer_changes_no_answer():
 
 
 def test_dropped_features_keep_their_mean():
-    found = dropped(torch.ones(200, 50), 0.25, torch.Generator().manual_seed(0))
-    assert found.unique().tolist() == [0.0, pytest.approx(4 / 3)]
-    assert found.mean().item() == pytest.approx(1.0, abs=0.02)
+    result = dropout(torch.ones(200, 50), 0.25, torch.Generator().manual_seed(0))
+    assert result.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    assert result.mean().item() == pytest.approx(1.0, abs=0.02)
 
 
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(taste, tiny_sdxl, tmp_path, monkeypatch):
@@ -211,17 +211,17 @@ def test_an_accuracy_that_says_little_is_said_to(mean, error, told):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"format": 9}, "has format 9, this version reads 1: train it again"),
         ({"backbone": "resnet"}, "stands on resnet; known backbones are efficientnet_lite0, mobilenet_v2"),
         ({"backbone_sha256": "0"}, "was trained on other weights of efficientnet_lite0 than are shipped here"),
     ],
 )
-def test_a_folder_of_other_features_or_format_is_refused(learnt, tmp_path, changes, told):
+def test_a_folder_of_other_features_or_format_is_refused(learnt, tmp_path, changes, message):
     described = json.loads((learnt[1] / "reward.json").read_text())
     (tmp_path / "reward.json").write_text(json.dumps(described | changes))
-    with pytest.raises(RewardError, match=f"reward trained cannot be built: .*{told}"):
+    with pytest.raises(RewardError, match=f"reward trained cannot be built: .*{message}"):
         trained_by(tmp_path)
 
 

@@ -111,8 +111,8 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(distilled, tmp
     resumed = tune(distilled, tmp_path / "cut", variant, num_steps=3)
     assert records(whole) == records(resumed)
     assert (whole / "guard.json").read_text() == (resumed / "guard.json").read_text()
-    expected, found = adapter_of(whole), adapter_of(resumed)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, result = adapter_of(whole), adapter_of(resumed)
+    assert all(torch.equal(expected[name], result[name]) for name in expected)
 
 
 @pytest.mark.parametrize("variant", ["feedback-all-steps", "dpo", "policy"])

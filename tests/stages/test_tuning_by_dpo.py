@@ -24,7 +24,7 @@ def test_the_chosen_samples_are_the_brighter_ones_and_become_more_likely(distill
     rewards = combine(stage.rewards, "cpu")
     prompts = tuning.Prompts(stage, student.base, 0)
     (begun,) = prompts.starts(student.base, 0, 4, 12, copies=3)
-    pairs = dpo.ranked(stage, student, rewards, begun, tuning.Scores())
+    pairs = dpo.rank_samples(stage, student, rewards, begun, tuning.Scores())
     chosen, rejected = (student.base.autoencoder.decode(x0).mean((1, 2, 3)) for x0 in pairs.x0)
     assert (chosen > rejected).all()
     optimizer = torch.optim.Adam(student.parameters.values(), lr=1e-4)
@@ -53,15 +53,15 @@ def stored(distilled, tmp_path):
 def test_pairs_of_a_table_are_its_pictures_encoded_and_their_prompts(stored):
     _, student, source = stored
     (pairs,) = source.batches(0, tuning.Scores())
-    drawn = [source.prompts[i] for i in source.order.draw(0, 4).tolist()]
-    for i, prompt in enumerate(drawn):
+    sampled = [source.prompts[i] for i in source.order.draw(0, 4).tolist()]
+    for i, prompt in enumerate(sampled):
         number = runs.PROMPTS.index(prompt.prompt)
         for x0, colour in zip(pairs.x0[:, i], ((200 + 5 * number, 220, 210), (30, 10 + 5 * number, 20)), strict=True):
             picture = torch.tensor(colour).float().div(255).view(1, 3, 1, 1).expand(1, 3, 16, 16)
             torch.testing.assert_close(x0[None], student.base.autoencoder.encode(picture), rtol=0, atol=1e-5)
         alone = student.base.encode_prompts([prompt.prompt])
         torch.testing.assert_close(pairs.conditioning["context"][i : i + 1], alone["context"], rtol=0, atol=1e-5)
-    assert pairs.kept.tolist() == [1.0] * 4
+    assert pairs.weight.tolist() == [1.0] * 4
 
 
 def test_pairs_of_a_table_are_those_of_the_languages_that_are_tuned_for(stored):
@@ -78,7 +78,7 @@ def test_kappa_makes_the_log_ratios_those_of_offline_pso(stored, form):
     stage = stage.model_copy(update={"form": form, "kappa": 0.1})
     tiny.perturb(list(student.parameters.values()))
     (pairs,) = source.batches(0, tuning.Scores())
-    found = dpo.log_ratios(stage, student, pairs)
+    result = dpo.log_ratios(stage, student, pairs)
     draws, factor = tuning.sample_generators(0, stage, 0, range(4)), 1.0
     steps = [torch.full((4,), step) for step in range(len(student.times))]
     if form == "diffusion_dpo":
@@ -88,8 +88,8 @@ def test_kappa_makes_the_log_ratios_those_of_offline_pso(stored, form):
     for step in steps:
         own, reference = dpo.denoising_errors(stage, student, pairs, step, eps)
         expected += factor * torch.stack(offline_pso_log_ratios(own[0], reference[0], own[1], reference[1], 0.1))
-    torch.testing.assert_close(torch.stack(found), expected)
-    assert found[1].abs().min() > 0
+    torch.testing.assert_close(torch.stack(result), expected)
+    assert result[1].abs().min() > 0
 
 
 @pytest.mark.parametrize("variant", ["dpo-table", "dpo-table-endpoint"])

@@ -8,7 +8,7 @@ import runs
 import tiny
 from mlcm_rl.data.prompts import Prompt
 from mlcm_rl.preference import tuning
-from mlcm_rl.preference.guard import Guard
+from mlcm_rl.preference.guard import HackingGuard
 from mlcm_rl.rewards import Combined, Member, combine
 from mlcm_rl.stages import feedback
 from mlcm_rl.training.seeding import generator
@@ -20,7 +20,7 @@ def reference_scores(distilled, **changes) -> dict[str, torch.Tensor]:
         student_of(distilled, **changes),
         runs.tuning("feedback", distilled[0].stages[0].prompts, **changes),
     )
-    return Guard(stage, student, student.parameters, combine(stage.rewards, "cpu"), 0).reference_scores
+    return HackingGuard(stage, student, student.parameters, combine(stage.rewards, "cpu"), 0).reference_scores
 
 
 def test_a_small_decoder_moves_the_gradient_and_never_what_the_guard_sees(distilled, tmp_path):
@@ -28,8 +28,8 @@ def test_a_small_decoder_moves_the_gradient_and_never_what_the_guard_sees(distil
     seen = [reference_scores(distilled, **changes) for changes in ({}, {"small_decoder": small})]
     assert all(torch.equal(seen[0][name], seen[1][name]) for name in ("brightness", "colourfulness"))
     real = tune(distilled, tmp_path / "real", "feedback", num_steps=1)
-    drawn = tune(distilled, tmp_path / "small", "feedback", num_steps=1, small_decoder=small)
-    norms = [[record["grad_norm"] for record in records(folder)] for folder in (real, drawn)]
+    sampled = tune(distilled, tmp_path / "small", "feedback", num_steps=1, small_decoder=small)
+    norms = [[record["grad_norm"] for record in records(folder)] for folder in (real, sampled)]
     assert min(norms[1]) > 0
     assert norms[0] != pytest.approx(norms[1], rel=1e-2)
 
@@ -87,8 +87,8 @@ def test_irrelevant_prompts_are_those_of_the_whole_step_however_it_is_split(dist
     student, stage = student_of(distilled), runs.tuning("feedback", distilled[0].stages[0].prompts)
     prompts = tuning.Prompts(stage, student.base, 0)
     texts = prompts.texts(0, 4)  # of one pass over the prompts: all different
-    found = [text for one in prompts.starts(student.base, 0, 4, size) for text in one.next_prompts]
-    assert found == [texts[1], texts[2], texts[3], texts[0]]
+    result = [text for one in prompts.starts(student.base, 0, 4, size) for text in one.next_prompts]
+    assert result == [texts[1], texts[2], texts[3], texts[0]]
 
 
 def test_a_micro_batch_of_one_has_an_irrelevant_prompt_too(distilled, tmp_path, monkeypatch):

@@ -17,9 +17,9 @@ def test_iterations_in_bfloat16_see_the_updates_before_them(distilled, tmp_path,
     norms, original = [], Runtime.backward
 
     def backward(self, *arguments):
-        found = original(self, *arguments)
-        norms.append(found["grad_norm"])
-        return found
+        result = original(self, *arguments)
+        norms.append(result["grad_norm"])
+        return result
 
     monkeypatch.setattr(Runtime, "backward", backward)
     changes = {"precision": "bf16", "num_iterations": 3, "num_steps": 1, "clip_range": 10.0, "learning_rate": 1e-1}

@@ -64,19 +64,19 @@ def test_a_guard_that_keeps_step_0_is_told_wherever_its_student_goes(tiny_sdxl, 
     recipe = runs.recipe(
         tiny_sdxl, tmp_path, [runs.trajectories(prompts), runs.distill(num_segments=[2]), tuned, evaluate]
     )
-    found = pipeline.run(recipe)[2].folder
+    result = pipeline.run(recipe)[2].folder
     lines = capsys.readouterr().out.splitlines()
     last = next(i for i, line in enumerate(lines) if line.startswith("evaluate ->")) - 1
     assert lines[last].startswith("guard kept step 0 of 2: by the held-out reward no look was better")
-    assert files.read_json(found / "manifest.json")["tuned_steps"] == 0
-    assert files.read_json(found / "student" / "student.json")["tuned_steps"] == 0
+    assert files.read_json(result / "manifest.json")["tuned_steps"] == 0
+    assert files.read_json(result / "student" / "student.json")["tuned_steps"] == 0
     run = Path(recipe.runs, recipe.name)
     report = (run / "03-evaluate" / "report.md").read_text()
     assert "It is the student as it was distilled: the guard of feedback kept step 0." in report
-    (drawn,) = finished_runs.sample(run, ["a cat"], 2, 0, None, tmp_path / "tuned")
+    (picture,) = finished_runs.sample(run, ["a cat"], 2, 0, None, tmp_path / "tuned")
     assert "its guard kept step 0: this is the student as it was distilled" in capsys.readouterr().out
     (other,) = finished_runs.sample(run / "01-distill", ["a cat"], 2, 0, None, tmp_path / "distilled")
-    assert Image.open(drawn).tobytes() == Image.open(other).tobytes()
+    assert Image.open(picture).tobytes() == Image.open(other).tobytes()
     assert "kept step 0" not in capsys.readouterr().out
 
 

@@ -73,7 +73,7 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def student_of(distilled, **changes) -> tuning.Student:
+def student_of(distilled, **changes) -> tuning.TunableStudent:
     recipe, (_, student) = distilled
     stage = runs.tuning("feedback", recipe.stages[0].prompts, **changes)
     return tuning.load(stage, teachers.load(recipe.teacher, "cpu"), student / "student", seed=0)

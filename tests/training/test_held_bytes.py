@@ -12,7 +12,7 @@ from accelerate.commands import launch
 from launched_runs import LAUNCHES, ROOT, SECONDS
 
 import runs
-from mlcm_rl.cost.launches import held, outline, read_launch
+from mlcm_rl.cost.launches import outline, read_launch, shard
 from mlcm_rl.models import students, teachers
 from mlcm_rl.recipe import Distill
 
@@ -38,7 +38,7 @@ def test_tensors_of_an_engine_add_up_to_what_is_predicted(mode, adapter, tiny_sd
     student = students.student(base, stage.adapter, 0)
     launch_settings = read_launch(LAUNCHES / f"{mode}.yaml")
     sizes = outline(student, base.denoiser, launch_settings.blocks)
-    expected = held(sizes, launch_settings)
+    expected = shard(sizes, launch_settings)
     for actual in measured(mode, tiny_sdxl, tmp_path, stage.model_dump(mode="json")):
         assert actual["gradients"] == pytest.approx(expected.gradients, rel=0.02)
         assert actual["optimiser"] == pytest.approx(expected.optimiser, rel=0.02)

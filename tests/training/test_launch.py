@@ -103,7 +103,7 @@ def test_every_shipped_recipe_runs_on_up_to_eight_processes(path, processes, mon
     monkeypatch.setattr(distributed, "world_size", lambda: processes)
     for stage in load(path).stages:
         if isinstance(stage, Training):
-            assert dict(preflight.refused(stage)).get("batch_size") is None
+            assert dict(preflight.problems(stage)).get("batch_size") is None
 
 
 def test_a_process_takes_its_rows_and_its_items(monkeypatch):

@@ -1,1 +1,1 @@
-"""One file a family of teachers."""
+"""The families of teachers, one per file."""

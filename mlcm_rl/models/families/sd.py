@@ -10,7 +10,7 @@ from ..unet import UNetBase
 
 
 class Family(UNetBase):
-    """Stable Diffusion 1 and 2 and models of their shape, whatever their widths."""
+    """Stable Diffusion 1 and 2, and models of the same structure at any width."""
 
     family = "sd"
     card_tag = "stable-diffusion"
@@ -18,18 +18,18 @@ class Family(UNetBase):
 
     @property
     def kohya_version(self) -> str:
-        """`sd_v1` or `sd_v2`, which projects linearly, and `_v` where it predicts v."""
+        """Return `sd_v1`, or `sd_v2` for linear projections, with `_v` appended for v prediction."""
         version = "sd_v2" if self.denoiser.config.use_linear_projection else "sd_v1"
         return f"{version}_v" if self.prediction_type == "v_prediction" else version
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:
-        """The tower's last states (B, L, D), after its final norm."""
+        """Return the text tower's last states (B, L, D), after its final norm."""
         context, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
         return {"context": context.float()}
 
     @cached_property
     @torch.no_grad()
     def _dropped_prompt(self) -> Conditioning:
-        """The empty prompt."""
+        """Return the encoding of the empty prompt."""
         return self._encode([""])

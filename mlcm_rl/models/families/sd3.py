@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: a transformer over picture and text together; two CLIP towers, and T5 or none."""
+"""Stable Diffusion 3 and 3.5: a joint transformer over picture and text; two CLIP towers, with or without T5."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -12,14 +12,14 @@ from torch import Tensor
 from ..base import TARGET_TIME_WIDTH, Conditioning
 from ..flow import FlowBase
 
-T5_TOKENS = 256  # that the stock pipeline gives to T5; zeros stand for them where it is absent
+T5_TOKENS = 256  # T5's tokens in the stock pipeline; without T5 their states are zeros
 
 
 class TimesAndText(CombinedTimestepTextProjEmbeddings):
-    """The stock embedding of time and pooled text, given times (B,), or (B, 2): t, and the time to jump to."""
+    """The stock embedding of time and pooled text, of times (B,), or (B, 2): t and the target time."""
 
     def forward(self, times: Tensor, pooled: Tensor) -> Tensor:
-        """Return (B, width). The target time's sinusoids enter beside those of t."""
+        """Return (B, width). The projected sinusoids of the target time are added to those of t."""
         t, s = (times, None) if times.ndim == 1 else times.unbind(1)
         target_time = None if s is None else get_timestep_embedding(s, TARGET_TIME_WIDTH).to(pooled.dtype)
         embedded = self.timestep_embedder(self.time_proj(t).to(pooled.dtype), target_time)
@@ -27,7 +27,7 @@ class TimesAndText(CombinedTimestepTextProjEmbeddings):
 
 
 class Family(FlowBase):
-    """Stable Diffusion 3 and 3.5 and models of their shape, whatever their widths."""
+    """Stable Diffusion 3 and 3.5, and models of the same structure at any width."""
 
     family = "sd3"
     card_tag = "stable-diffusion-3"
@@ -45,7 +45,7 @@ class Family(FlowBase):
         if latent_shape[-1] > most:
             largest = most * self.pipeline.vae_scale_factor
             raise ValueError(
-                f"teacher.resolution {resolution} is above {largest}, for which {self.teacher.path} has positions"
+                f"teacher.resolution {resolution} is above {largest}, up to which {self.teacher.path} has positions"
             )
         return resolution, latent_shape
 
@@ -56,7 +56,7 @@ class Family(FlowBase):
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:
-        """CLIP's states side by side, padded to T5's width, then T5's (B, L, D); both pooled vectors (B, P)."""
+        """Return CLIP's states, concatenated and padded to T5's width, then T5's (B, L, D); pooled vectors (B, P)."""
         context, _, pooled, _ = self.pipeline.encode_prompt(
             prompts,
             prompt_2=None,
@@ -69,12 +69,12 @@ class Family(FlowBase):
 
     @cached_property
     def _dropped_prompt(self) -> Conditioning:
-        """The empty prompt, in all encoders."""
+        """Return the encoding of the empty prompt by all encoders."""
         return self._encode([""])
 
     @property
     def _tokenizers(self) -> list[Any]:
-        """T5's reads the most of a prompt; without it, CLIP's."""
+        """Return T5's tokenizer, which has the most tokens; without T5, CLIP's."""
         return [self.pipeline.tokenizer_3] if self.pipeline.tokenizer_3 is not None else super()._tokenizers
 
     @property

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: text towers side by side, a pooled vector, sizes as a condition."""
+"""Stable Diffusion XL: two text towers concatenated, a pooled vector, picture sizes as a condition."""
 
 from functools import cached_property
 
@@ -11,7 +11,7 @@ from ..unet import UNetBase
 
 
 class Family(UNetBase):
-    """SDXL and models of its shape, whatever their widths."""
+    """SDXL, and models of the same structure at any width."""
 
     family = "sdxl"
     card_tag = "stable-diffusion-xl"
@@ -24,7 +24,7 @@ class Family(UNetBase):
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:
-        """The towers' penultimate states side by side (B, L, D) and the last tower's pooled vector (B, P)."""
+        """Return the towers' penultimate states, concatenated (B, L, D), and the last tower's pooled vector (B, P)."""
         encoded = self.pipeline.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
         context, _, pooled, _ = encoded
         return {"context": context.float(), "pooled": pooled.float()}
@@ -32,12 +32,12 @@ class Family(UNetBase):
     @cached_property
     @torch.no_grad()
     def _dropped_prompt(self) -> Conditioning:
-        """Zeros where the model says `force_zeros_for_empty_prompt`, else the empty prompt: the pipeline decides."""
+        """Return zeros if the pipeline has `force_zeros_for_empty_prompt`, else the encoding of the empty prompt."""
         _, context, _, pooled = self.pipeline.encode_prompt("", device=self.device)
         return {"context": context.float(), "pooled": pooled.float()}
 
     def _added_conditions(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The pooled vector, and original size, crop corner and target size: nothing cropped, the stock default."""
+        """Return the pooled vector with original size, crop corner and target size: uncropped, the stock default."""
         pooled, size = conditioning["pooled"].to(dtype), (self.resolution, self.resolution)
         time_ids = self.pipeline._get_add_time_ids(size, (0, 0), size, dtype, pooled.shape[-1]).to(pooled.device)
         return {"text_embeds": pooled, "time_ids": time_ids.expand(len(pooled), -1)}

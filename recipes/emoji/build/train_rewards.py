@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from captions import teacher_concepts
 from mlcm_rl.equations.preference import bradley_terry_loss
-from mlcm_rl.rewards.heads import FeatureScale, dropped
+from mlcm_rl.rewards.heads import FeatureScale, dropout
 from mlcm_rl.rewards.weights import fetch
 from reward_models import _efficientnet_lite, emoji_style, emoji_style_judge
 from reward_models._efficientnet_lite import EFFICIENTNET_LITE0_WEIGHTS
@@ -85,7 +85,7 @@ def train_head(
     updates = Updates(head.parameters(), settings.learning_rate, settings.num_steps, settings.weight_decay)
     for _ in range(settings.num_steps):
         batch = standard[torch.randint(len(standard), (settings.num_concepts,), generator=generator)]
-        loss = loss_of(head(dropped(batch, settings.dropout, generator)), settings.contrary).mean()
+        loss = loss_of(head(dropout(batch, settings.dropout, generator)), settings.contrary).mean()
         updates.take(loss)
     scale.fold_into(head[0] if isinstance(head, nn.Sequential) else head)
 

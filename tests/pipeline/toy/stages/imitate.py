@@ -36,7 +36,7 @@ def run(stage: Imitate, recipe: Recipe, parents: dict[str, Path], folder: Path) 
 def losses(rt: Runtime, recipe: Recipe, base: Base, student: torch.nn.Module, noise: Tensor) -> Iterator[Tensor]:
     """Yield the squared distance (b,) of the student's x0 to the guided teacher's, a micro-batch at a time."""
     for part in rt.micro_batches():
-        x_t, given = noise[part], base.encode_prompts(rt.samples[part])
+        x_t, conditioning = noise[part], base.encode_prompts(rt.samples[part])
         t = torch.full((len(x_t),), base.schedule.num_times - 1, device=base.device)
-        wanted = base.guided_x0(x_t, t, given, base.unconditional(len(x_t)), recipe.teacher.guidance_scale)
-        yield squared_l2(base.x0(student, x_t, t, given), wanted)
+        target = base.guided_x0(x_t, t, conditioning, base.unconditional(len(x_t)), recipe.teacher.guidance_scale)
+        yield squared_l2(base.x0(student, x_t, t, conditioning), target)
