@@ -66,7 +66,7 @@ def test_a_step_that_takes_too_long_after_a_signal_is_left_and_so_is_one_at_a_se
     with pytest.raises(signals.Stopped, match="took over") as stopped:
         step(1, 20)
     assert stopped.value.code == code
-    with pytest.raises(signals.Stopped, match="stopped within a step; what was saved"):
+    with pytest.raises(signals.Stopped, match="stopped within a step; the last save is intact"):
         step(2, 0)
     step(1, 0)
     time.sleep(0.2)  # no alarm is left behind

@@ -21,17 +21,17 @@ NAMES = {*joining.RENDEZVOUS, *joining.COUNTS, *joining.RANKS, "SLURM_NTASKS"}
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 says .* LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"),
-        ({"RANK": "1"}, "RANK=1 says .* WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 means .* LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"),
+        ({"RANK": "1"}, "RANK=1 means .* WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"),
         (
             {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"},
-            "WORLD_SIZE=8 says .* and LOCAL_RANK is not set",
+            "WORLD_SIZE=8 means .* and LOCAL_RANK is not set",
         ),
         (
             {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"},
-            r"SLURM_STEP_NUM_TASKS=2 says .* \(under srun: --ntasks=1\)",
+            r"SLURM_STEP_NUM_TASKS=2 means .* \(under srun: --ntasks=1\)",
         ),
-        ({"SLURM_PROCID": "3"}, "SLURM_PROCID=3 says .*`torchrun -m mlcm_rl run"),
+        ({"SLURM_PROCID": "3"}, "SLURM_PROCID=3 means .*`torchrun -m mlcm_rl run"),
         ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}, "unset OMPI_COMM_WORLD_SIZE"),
     ],
 )
@@ -53,7 +53,7 @@ VARIABLES = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "
         ("RANK", "2", "RANK: expected a whole number from 0 to 1, found '2'"),
         ("RANK", "-1", "RANK: expected a whole number from 0 to 1, found '-1'"),
         ("RANK", "first", "RANK: expected a whole number from 0 to 1, found 'first'"),
-        ("RANK", "", "WORLD_SIZE=2 says .* and RANK is not set"),
+        ("RANK", "", "WORLD_SIZE=2 means .* and RANK is not set"),
         ("LOCAL_RANK", "x", "LOCAL_RANK: expected a whole number from 0 to 1"),
         ("MASTER_PORT", "99999", "MASTER_PORT: expected a whole number from 1 to 65535"),
         ("MASTER_ADDR", "", "MASTER_ADDR is not set"),
