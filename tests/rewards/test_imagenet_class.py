@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from mlcm_rl import rewards
+from mlcm_rl.rewards import weights
 from mlcm_rl.rewards.check import EXAMPLE_PROMPTS
 from mlcm_rl.rewards.weights import MissingWeights
 from reward_models import imagenet_class
@@ -55,9 +56,9 @@ def test_the_score_is_the_log_probability_of_the_class(tmp_path, monkeypatch):
     network = EfficientNetLite0()
     with torch.no_grad():
         network.classes.weight.mul_(30)
-    weights = {name: value.detach().clone() for name, value in network.state_dict().items()}
+    tensors = {name: value.detach().clone() for name, value in network.state_dict().items()}
     stand_in = tmp_path / "given.safetensors"
-    save_file(weights, stand_in)
+    save_file(tensors, stand_in)
     monkeypatch.setattr(weights.Weights, "path", lambda self: stand_in)
     reward = rewards.find("imagenet_class")("cpu", torch.float32)
     images = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(1))
