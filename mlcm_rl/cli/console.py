@@ -85,7 +85,7 @@ def print_problems(to: Console, path: Path, error: RecipeError) -> None:
 def imported(name: str, interrupted: str = "Interrupted.") -> Iterator[ModuleType]:
     """The module mlcm_rl.`name`, imported only here. What fails ends with its message, a signal with one line."""
     try:
-        with signals.raised():
+        with signals.raise_on_sigterm():
             module = import_module(f"mlcm_rl.{name}")
             try:
                 yield module

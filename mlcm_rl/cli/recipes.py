@@ -212,7 +212,7 @@ def _tell_path(note: str) -> None:
 
 def _launched(launch: Path, arguments: list[str]) -> int:
     """`mlcm run` with `arguments` in the processes that `launch` describes; its exit code, 2 where none can start."""
-    from ..training.launch import LOST, Killed, LaunchError, run_under
+    from ..training.launch import LOST_PEER, Killed, LaunchError, run_under
 
     try:
         return run_under(launch, arguments)
@@ -221,7 +221,7 @@ def _launched(launch: Path, arguments: list[str]) -> int:
         return 2
     except Killed as error:
         error_console.print(Text.assemble(("failed", "bold red"), f"  {error}"), soft_wrap=True)
-        return LOST
+        return LOST_PEER
 
 
 def _read_launch(path: Path | None) -> "Launch":

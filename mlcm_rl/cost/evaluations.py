@@ -63,4 +63,4 @@ def kind_of(one: Pass) -> str:
 def kind_of_pictures(one: Pass) -> str:
     """Return which of a tally's pictures come of `one`, if any."""
     of_rewards = "graded" if one.gradient else "scored"
-    return {"": "", "person": "decoded", "rewards": of_rewards, "guard": "watched"}[one.seen_by]
+    return {"": "", "person": "decoded", "rewards": of_rewards, "guard": "watched"}[one.viewer]

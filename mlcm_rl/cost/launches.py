@@ -17,7 +17,7 @@ from torch import nn
 
 from ..training.engines import blocks_of
 from ..training.launch import LaunchError, read
-from ..training.processes import count, uses_deepspeed, uses_fsdp
+from ..training.processes import uses_deepspeed, uses_fsdp, world_size
 
 FLOAT = 4  # bytes of a weight, a gradient and a copy
 ADAM = 8  # two float32 moments a weight
@@ -56,7 +56,7 @@ def read_launch(path: Path) -> Launch:
 
 def of_this_process() -> Launch:
     """The launch that this process is one of, as accelerate's launcher says in the environment."""
-    processes = count()
+    processes = world_size()
     if uses_deepspeed():
         offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE") == "cpu"
         return Launch(f"zero{os.environ['ACCELERATE_DEEPSPEED_ZERO_STAGE']}", processes, offload)

@@ -154,7 +154,7 @@ def roles_of(
     base = teachers.skeleton(recipe.teacher)
     networks = stage.networks(distilled)
     student = _student(networks, base)
-    if not networks.asks_teacher:
+    if not networks.uses_teacher:
         base.forget_denoiser()
     if isinstance(stage, Training) and stage.precision == "bf16":
         autocast.frozen_in_bfloat16(student)
@@ -193,7 +193,7 @@ def _student(networks: Networks, base: Base) -> nn.Module:
 
 def rewards_of(stage: Stage, recipe: Recipe) -> tuple[dict[str, RewardModel], set[str]]:
     """The rewards that `stage` keeps in memory, by name, and the names of those that cannot be built now."""
-    asked = stage.reward_models if any(one.seen_by == "guard" for one in stage.passes(recipe)) else stage.trained_on
+    asked = stage.reward_models if any(one.viewer == "guard" for one in stage.passes(recipe)) else stage.trained_on
     built: dict[str, RewardModel] = {}
     missing = set()
     for one in asked:

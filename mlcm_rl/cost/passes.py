@@ -118,7 +118,7 @@ def _terms(stage: Stage, recipe: Recipe, roles: Roles, part: int) -> Iterator[Te
             continue
         if not taken.gradient:
             _without_gradient(taken, stage, recipe, roles)
-        elif taken.seen_by:
+        elif taken.viewer:
             steps = int(taken.evaluations)
             alive.append(roles.sample(taken.batch, steps) if taken.is_chained else roles.x0(taken.batch))
             for _ in range(taken.num_looks):
@@ -146,13 +146,13 @@ def _without_gradient(taken: Pass, stage: Stage, recipe: Recipe, roles: Roles) -
         "reference": lambda: roles.reference_x0(taken.batch),
         "encoder": lambda: roles.encode(taken.batch),
     }[taken.role]()
-    if taken.seen_by:
+    if taken.viewer:
         _seen(taken, stage, roles, found)
 
 
 def _seen(taken: Pass, stage: Stage, roles: Roles, x0: Tensor) -> Tensor:
     """Return what those say (B,) who see the pictures of `x0` (B, C, H, W)."""
-    if taken.seen_by == "person":
+    if taken.viewer == "person":
         return roles.base.autoencoder.decode(x0)
-    small = roles.small_decoder if taken.seen_by == "rewards" else None
-    return roles.scores(x0, stage.trained_on if taken.seen_by == "rewards" else stage.reward_models, small)
+    small = roles.small_decoder if taken.viewer == "rewards" else None
+    return roles.scores(x0, stage.trained_on if taken.viewer == "rewards" else stage.reward_models, small)

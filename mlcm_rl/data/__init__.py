@@ -1,1 +1,1 @@
-"""Prompts, pictures, pairs of pictures, stored trajectories, and the points that training draws of them."""
+"""Prompts, pictures, pairs of pictures, stored trajectories, and the points that training draws from them."""

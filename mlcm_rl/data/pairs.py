@@ -1,4 +1,4 @@
-"""Preference pairs as a table in TRL's columns: a prompt, the picture chosen, the picture rejected."""
+"""Preference pairs as a table with TRL's columns: a prompt, the chosen picture, the rejected picture."""
 
 import filecmp
 from collections.abc import Iterator
@@ -17,23 +17,23 @@ from .prompts import Prompt, guess_language, records_of, refuse_no_text
 
 COLUMNS = ("prompt", "chosen", "rejected")
 INDEX = "metadata.jsonl"
-READ_AT_A_TIME = 32
-MAX_TABLE_BYTES = 2**34  # of a Parquet file, unpacked: it is held in memory
+BATCH_SIZE = 32
+MAX_TABLE_BYTES = 2**34  # of a Parquet file, unpacked: it stays in memory
 
 
 class PairTable:
-    """The N pairs of a Parquet file or of a folder, their pictures read when they are asked for.
+    """The N pairs of a Parquet file or of a folder; pictures are read when they are used.
 
-    A Parquet file (`Dataset.to_parquet` writes one, hubs keep them) has pictures in its columns `chosen` and
+    A Parquet file (`Dataset.to_parquet` writes one, hubs hold them) has pictures in its columns `chosen` and
     `rejected`, or the names of files beside it. A folder has `metadata.jsonl`, one {"prompt": ..., "chosen": file,
     "rejected": file} a pair, beside the pictures; `mlcm pairs` writes one. Both may have a column `language`, which is
-    else guessed from the script; further columns are left to whoever needs them.
+    else guessed from the script. Other columns are ignored.
 
-    Pairs whose two pictures are one and the same say nothing: they are left out, and it is said which.
+    Pairs of two equal pictures carry no preference: they are left out, with a message.
 
-    prompts: N of them, in the table's order.
-    Raises ValueError with file and row for what cannot be read or is not there, FileNotFoundError where there is no
-    such table.
+    prompts: N, in the order of the table.
+    Raises ValueError with file and row for what cannot be read or is missing, FileNotFoundError if there is no such
+    table.
     """
 
     def __init__(self, path: str | Path):
@@ -44,7 +44,7 @@ class PairTable:
             raise ValueError(f"{self.path}: holds no pairs")
         languages = self.rows["language"] if "language" in self.rows.column_names else [None] * len(self)
         self.prompts = list(map(_prompt, self.rows["prompt"], languages, self.places))
-        for name in COLUMNS[1:]:  # undecoded, so that a picture that is none is told with its row
+        for name in COLUMNS[1:]:  # undecoded, so that the error for a broken picture has its row
             self.rows = self.rows.cast_column(name, datasets.Image(decode=False))
         self._leave_out_ties()
 
@@ -52,18 +52,18 @@ class PairTable:
         return len(self.rows)
 
     def pictures(self, index: int, resolution: int) -> Tensor:
-        """Chosen and rejected (2, 3, H, W) uint8 of a pair: central squares, H = W = `resolution`, laid on white."""
+        """Return chosen and rejected (2, 3, H, W) uint8 of a pair: central squares on white, H = W = `resolution`."""
         row = self.rows[index]
         return torch.stack([self._picture(row[name], name, index, resolution) for name in COLUMNS[1:]])
 
     def batches(self, resolution: int) -> Iterator[Tensor]:
-        """All pairs in order, chosen and rejected (b, 2, 3, H, W) in [0, 1], a few at a time."""
-        for first in range(0, len(self), READ_AT_A_TIME):
-            part = range(first, min(first + READ_AT_A_TIME, len(self)))
+        """Yield all pairs in order, chosen and rejected (b, 2, 3, H, W) in [0, 1], a few at a time."""
+        for first in range(0, len(self), BATCH_SIZE):
+            part = range(first, min(first + BATCH_SIZE, len(self)))
             yield torch.stack([self.pictures(i, resolution) for i in part]) / 255
 
     def _leave_out_ties(self) -> None:
-        """Leave out the rows whose two pictures are the same bytes. Raise ValueError for pictures that are missing."""
+        """Leave out the rows whose two pictures have the same bytes. Raise ValueError for pictures that are missing."""
         faults = Faults()
         different: list[int] = []
         ties: list[int] = []
@@ -74,16 +74,16 @@ class PairTable:
         faults.raise_all()
         if not ties:
             return
-        told = f"the picture chosen is the one rejected: {first_few([self.places[i] for i in ties])}"
+        message = f"the chosen picture is the rejected one: {first_few([self.places[i] for i in ties])}"
         if not different:
-            raise ValueError(f"{self.path}: holds no pairs of two pictures; {told}")
-        say_once(f"{len(ties)} of {len(self.rows)} pairs are left out, where {told}")
+            raise ValueError(f"{self.path}: holds no pairs of two pictures; {message}")
+        say_once(f"{len(ties)} of {len(self.rows)} pairs are left out, where {message}")
         self.rows = self.rows.select(different)
         self.prompts = [self.prompts[i] for i in different]
         self.places = [self.places[i] for i in different]
 
     def _source(self, stored: dict[str, Any] | None, name: str, index: int) -> Path | bytes:
-        """The bytes in the table, else the path of a file beside it; what lies elsewhere is not opened."""
+        """Return the bytes in the table, else the path of a file beside it. Files elsewhere are not opened."""
         place = self.places[index]
         if stored is None:
             raise ValueError(f"{place}: there is no {name} picture")
@@ -94,15 +94,15 @@ class PairTable:
         return square(read_picture(source, f"{self.places[index]}: {name}"), resolution)
 
 
-def _same(one: Path | bytes, other: Path | bytes) -> bool:
-    """Whether two pictures are the same bytes."""
-    if isinstance(one, Path) and isinstance(other, Path):
-        return filecmp.cmp(one, other, shallow=False)
-    return one == other
+def _same(first: Path | bytes, second: Path | bytes) -> bool:
+    """Return whether two pictures have the same bytes."""
+    if isinstance(first, Path) and isinstance(second, Path):
+        return filecmp.cmp(first, second, shallow=False)
+    return first == second
 
 
 def _from_folder(folder: Path) -> tuple[datasets.Dataset, list[str]]:
-    """One row a line of the index, pictures by path; and each row's "file:line"."""
+    """Return the table of a folder's index, one row a line, pictures by path; and each row's "file:line"."""
     columns: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, "language")}
     places = []
     for where, record in records_of(folder / INDEX):
@@ -117,7 +117,7 @@ def _from_folder(folder: Path) -> tuple[datasets.Dataset, list[str]]:
 
 
 def _from_parquet(path: Path) -> tuple[datasets.Dataset, list[str]]:
-    """The table of a file, undecoded; and each row's "file: row", counted from 0 as `datasets` does."""
+    """Return the table of a file, undecoded; and each row's "file: row", counted from 0 as in `datasets`."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
     try:
@@ -129,8 +129,8 @@ def _from_parquet(path: Path) -> tuple[datasets.Dataset, list[str]]:
         for name in COLUMNS:
             if name not in names:
                 raise ValueError(f"there is no column {name}; it has {', '.join(names)}")
-        if twice := [name for name in (*COLUMNS, "language") if names.count(name) > 1]:
-            raise ValueError(f"there are several columns {twice[0]}: leave one")
+        if duplicates := [name for name in (*COLUMNS, "language") if names.count(name) > 1]:
+            raise ValueError(f"there are several columns {duplicates[0]}: leave one")
         table = file.read([name for name in names if name in (*COLUMNS, "language")], use_threads=False)
         table.validate(full=True)
         rows = datasets.Dataset(datasets.table.InMemoryTable(table.replace_schema_metadata(None)))
@@ -139,15 +139,20 @@ def _from_parquet(path: Path) -> tuple[datasets.Dataset, list[str]]:
     for name in COLUMNS[1:]:
         feature = rows.features[name]
         stored = feature.get("bytes") if isinstance(feature, dict) else feature
-        kinds = ("binary", "large_binary", *["null"] * isinstance(feature, dict))  # null where all are but named
+        kinds = (
+            "binary",
+            "large_binary",
+            *["null"] * isinstance(feature, dict),
+        )  # null where all pictures are named by path
         if stored not in map(datasets.Value, kinds):
             raise ValueError(f"{path}: the column {name} holds {feature}, not pictures")
     return rows, [f"{path}: row {i}" for i in range(len(rows))]
 
 
 def _prompt(text: object, language: object, where: str) -> Prompt:
+    """Return the prompt of a row. Raise ValueError that begins with `where` if text or language is not text."""
     refuse_no_text(text, f"{where}: prompt")
     if language is not None and not isinstance(language, str):
         raise ValueError(f"{where}: language must be text, got {brief(language)}")
-    assert isinstance(text, str)  # as was seen to
+    assert isinstance(text, str)  # checked by refuse_no_text
     return Prompt(text, language or guess_language(text))

@@ -1,6 +1,6 @@
-"""Picture files of other people, read the one way: upright, 8 bits a channel, RGB, transparency laid on white.
+"""Reading picture files, always the same way: upright, 8 bits a channel, RGB, transparency on white.
 
-Whoever reads a picture reads it here: captioned folders, real pictures, pair tables, `mlcm score`.
+All pictures are read here: captioned folders, real pictures, pair tables, `mlcm score`.
 """
 
 import os
@@ -16,39 +16,39 @@ import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..storage.untrusted import brief, held, read_bytes
+from ..storage.untrusted import brief, path_inside, read_bytes
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # decoded in this process; Pillow has Ghostscript open others
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # decoded in this process; Pillow runs Ghostscript for some others
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 MAX_PICTURE_BYTES = 2**28
 MAX_PIXELS = 2**26  # 8192 x 8192; 200 MB as RGB
-# What Pillow's decoders raise for damaged files: UnidentifiedImageError is an OSError, a PNG's chunks SyntaxError.
+# Raised by Pillow's decoders for damaged files: UnidentifiedImageError is an OSError, a PNG's chunks raise SyntaxError.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 
 def picture_in(folder: Path, name: str, where: str) -> Path:
-    """Return the path of the picture that a record at `where` names. Raise ValueError if it is no file in `folder`."""
-    path = held(folder, name, where)
+    """Return the path of the picture `name` of a record at `where`. Raise ValueError if `folder` has no such file."""
+    path = path_inside(folder, name, where)
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long for the file system
         raise ValueError(f"{where}: there is no picture {path if len(name) < 256 else brief(name)}")
     return path
 
 
 def pictures_of(folder: Path) -> list[Path]:
-    """Return the picture files in `folder`, sorted by name. Hidden ones are left out: macOS writes `._x.png`.
+    """Return the picture files in `folder`, sorted by name, without hidden ones: macOS writes `._x.png`.
 
-    A link that leads nowhere and a pipe are among them: whoever reads them is told, and does not miss them in silence.
+    Dangling links and pipes are included, so that reading them raises an error instead of skipping them silently.
     """
     files = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
     return sorted(path for path in files if not path.is_dir())
 
 
 def read_picture(source: Path | bytes, what: str) -> Image.Image:
-    """Return the picture in a file or in bytes as 8-bit RGB, turned as its EXIF says and laid on white.
+    """Return the picture in a file or in bytes as 8-bit RGB, rotated by its EXIF and laid on white.
 
-    Of an animation the first frame is read; 16-bit greys are scaled to 8 bits.
-    Raise ValueError that begins with `what` if it cannot be read, is of another format than FORMATS, or has more than
-    MAX_PICTURE_BYTES or MAX_PIXELS: a file of a few bytes may ask for all the memory there is.
+    An animation gives its first frame; 16-bit greys are scaled to 8 bits. Raise ValueError that begins with `what` if
+    the picture cannot be read, has another format than FORMATS, or has more than MAX_PICTURE_BYTES or MAX_PIXELS: a
+    file of a few bytes may need all of a machine's memory.
     """
     try:
         data = source if isinstance(source, bytes) else read_bytes(source, MAX_PICTURE_BYTES)
@@ -58,13 +58,13 @@ def read_picture(source: Path | bytes, what: str) -> Image.Image:
             image = Image.open(BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS:,}")
-        clear = _clear(image)  # before the pixels are decoded: the depth of the file is forgotten then
+        clear = _clear(image)  # before the pixels are decoded, which loses the depth of the file
         image.load()
         image.info |= {} if clear is None else {"transparency": clear}
         return _on_white(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise ValueError(f"{what} is not read: over {MAX_PIXELS:,} pixels") from error
-    except UnidentifiedImageError as error:  # its own words are the address of an object
+    except UnidentifiedImageError as error:  # its own message is the address of an object
         raise ValueError(f"{what} is not a readable picture (none of {', '.join(FORMATS)}, or damaged)") from error
     except DECODING_ERRORS as error:
         raise ValueError(f"{what} is not a readable picture ({error})") from error
@@ -81,9 +81,9 @@ def square(image: Image.Image, side: int) -> Tensor:
 
 
 def _clear(image: ImageFile.ImageFile) -> Any:
-    """Return the value that stands for transparent in an image that is opened, as its decoded pixels have it.
+    """Return the transparent value of an opened image, on the scale of its decoded pixels.
 
-    A PNG says it at its own depth: greys of 2 and 4 bits are spread to 8, and of a colour's 16 bits the upper 8 remain.
+    A PNG stores it at its own depth: greys of 2 and 4 bits are scaled to 8, and a colour of 16 bits has its upper 8.
     """
     clear, layout = image.info.get("transparency"), image.tile[0][3] if image.tile else ""
     if isinstance(clear, int) and layout in ("L;2", "L;4"):
@@ -103,7 +103,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Return a 16-bit grey image as L, or as LA where one grey stands for transparent. Pillow would clip at 255."""
+    """Return a 16-bit grey image as L, or as LA if one grey is transparent. Pillow would clip it at 255."""
     values = numpy.asarray(image).astype(numpy.uint32)
     grey = Image.fromarray(((values + 128) // 257).astype(numpy.uint8))
     if (clear := image.info.get("transparency")) is not None:

@@ -1,4 +1,4 @@
-"""Prompts and captioned pictures, read from plain files. Whatever is wrong is reported with its file and line."""
+"""Prompts and captioned pictures, read from plain files. Every error has its file and line."""
 
 import codecs
 import re
@@ -16,7 +16,7 @@ HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of a prompt file. `concept` is what a judge looks for in the picture, `style` how it is drawn."""
+    """One line of a prompt file. `concept` is what a judge looks for in the picture, `style` the style of drawing."""
 
     prompt: str
     language: str
@@ -25,16 +25,16 @@ class Prompt:
 
 
 def guess_language(text: str) -> str:
-    """ "zh" for a text that holds a Han character, else "en"."""
+    """Return "zh" for a text with a Han character, else "en"."""
     return "zh" if HAN.search(text) else "en"
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """The prompts of a file, in its order: one a line (.txt), or one JSON object a line (.jsonl).
+    """Return the prompts of a file, in its order: one a line (.txt), or one JSON object a line (.jsonl).
 
     A line of a .jsonl file is {"prompt": ..., "language": ..., "concept": ..., "style": ...}, all but the first
-    optional. A language not given is guessed from the script; empty lines are passed over.
-    Raises ValueError with file and line for what cannot be read, and for a file without prompts.
+    optional. A missing language is guessed from the script; empty lines are skipped.
+    Raise ValueError with file and line for what cannot be read, and for a file without prompts.
     """
     return [prompt for _, prompt in prompts_with_lines(path)]
 
@@ -54,19 +54,19 @@ def prompts_with_lines(path: str | Path) -> list[tuple[str, Prompt]]:
 
 
 def first_prompts(path: str | Path, count: int) -> list[Prompt]:
-    """The first `count` prompts of a file. Raises what `read_prompts` raises, and ValueError where it holds fewer."""
+    """Return the first `count` prompts of a file. Raise as `read_prompts`, and ValueError if it has fewer."""
     prompts = read_prompts(path)
     if len(prompts) < count:
-        raise ValueError(f"{path} holds {len(prompts)} prompts, num_prompts asks for {count}")
+        raise ValueError(f"{path} holds {len(prompts)} prompts, num_prompts is {count}")
     return prompts[:count]
 
 
 class CaptionedImages:
-    """A folder of pictures with their captions, held in memory.
+    """A folder of pictures with their captions, in memory.
 
-    `metadata.jsonl` in the folder has one {"file_name": ..., "prompts": [...]} a picture; further keys are for people
-    and programs that need them (`records` keeps them). Pictures are cropped to a square about their centre and resized
-    (Lanczos) to `resolution`; transparent ones are laid on white.
+    `metadata.jsonl` in the folder has one {"file_name": ..., "prompts": [...]} a picture; `records` has its other keys
+    too. Pictures are cropped to their central square and resized (Lanczos) to `resolution`; transparent ones are laid
+    on white.
 
     images: (N, 3, H, W) uint8; prompts: N lists of at least one caption each.
     Raises ValueError with file and line for a record or a picture that cannot be read.
@@ -95,15 +95,15 @@ class CaptionedImages:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """("file:number", stripped text) of every line with something on it."""
+    """Yield ("file:number", stripped text) of every line that is not blank."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     for number, line in enumerate(_as_utf8(path).splitlines(), start=1):
         where = f"{path}:{number}"
         if b"\0" in line:
-            raise ValueError(f"{where}: a NUL byte, so that it is no UTF-8 text (UTF-16, perhaps): save it as UTF-8")
+            raise ValueError(f"{where}: a NUL byte, so that it is not UTF-8 text (UTF-16, perhaps): save it as UTF-8")
         try:
-            text = line.decode().lstrip("\ufeff").strip()  # a mark that several files put together have inside too
+            text = line.decode().lstrip("\ufeff").strip()  # a byte-order mark, which joined files have inside too
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
         if text:
@@ -111,18 +111,18 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _as_utf8(path: Path) -> bytes:
-    """Return the content of a text file; what begins with the mark of UTF-16, as Windows writes it, is converted."""
+    """Return the content of a text file; UTF-16 with a byte-order mark, as Windows writes it, is converted."""
     content = read_bytes(path)
     if not content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content
     try:
         return content.decode("utf-16").encode()
     except UnicodeError as error:
-        raise ValueError(f"{path}: begins with the mark of UTF-16, which it is not: save it as UTF-8") from error
+        raise ValueError(f"{path}: begins with the mark of UTF-16 but is not UTF-16: save it as UTF-8") from error
 
 
 def records_of(path: Path) -> Iterator[tuple[str, dict]]:
-    """("file:number", object) of every line of a .jsonl file. ValueError with that place for what is not JSON."""
+    """Yield ("file:number", object) of every line of a .jsonl file. Raise ValueError with that place if not JSON."""
     for where, text in _lines(path):
         try:
             record = parse_json(text)
@@ -134,9 +134,9 @@ def records_of(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _plain_prompt(line: str, where: str) -> Prompt:
-    """Return the prompt of a .txt file's line. Raise ValueError for an object of JSON: it would be drawn from whole."""
+    """Return the prompt of a .txt file's line. Raise ValueError for a JSON object, which would be the prompt itself."""
     if line.startswith("{") and _is_object(line):
-        raise ValueError(f"{where}: an object of JSON, where a .txt file has a prompt a line: name the file .jsonl")
+        raise ValueError(f"{where}: a JSON object, where a .txt file has a prompt a line: name the file .jsonl")
     return Prompt(line, guess_language(line))
 
 
@@ -161,7 +161,7 @@ def _prompt(record: dict, where: str) -> Prompt:
 
 
 def _captions(record: dict, where: str) -> list[str]:
-    """The captions of a picture; also checks its `file_name`."""
+    """Return the captions of a picture. Raise ValueError if they or its `file_name` are not right."""
     if not isinstance(record.get("file_name"), str):
         raise ValueError(f"{where}: file_name must be text, got {brief(record.get('file_name'))}")
     prompts = record.get("prompts")
@@ -173,7 +173,7 @@ def _captions(record: dict, where: str) -> list[str]:
 
 
 def refuse_no_text(value: object, what: str) -> None:
-    """Raise ValueError that begins with `what` unless `value` is text to draw from: not blank, and without NUL."""
+    """Raise ValueError that begins with `what` unless `value` is a usable prompt: text, not blank, without NUL."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{what} must be text that is not empty, got {brief(value)}")
     if "\0" in value:

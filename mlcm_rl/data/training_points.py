@@ -1,7 +1,7 @@
-"""Where the points of a distillation step come from: stored trajectories, the teacher on line, or noised data.
+"""Sources of the points of a distillation step: stored trajectories, the online teacher, or noised data.
 
-A source draws times and noise for a whole step (`draw`), then makes the states of a part of it (`realise`), so that a
-step is the same however it is split into micro-batches.
+A source draws times and noise for a whole step (`draw`), then computes the states of a part of it (`realise`), so that
+a step is the same for every split into micro-batches.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -22,22 +22,22 @@ from .trajectory_store import Store
 
 @dataclass(frozen=True)
 class Draw:
-    """One step's choices (B,): which sample, its times t > r >= s, and noise for sources that start from some."""
+    """The random choices of one step: which samples, their times t > r >= s, and noise for sources that need it."""
 
     index: Tensor  # (B,) row of the store, the prompt file or the picture folder
     t: Tensor  # (B,)
     r: Tensor  # (B,)
     s: Tensor  # (B,)
     noise: Tensor | None = None  # (B, C, H, W), on the CPU
-    seed: Tensor | None = None  # (B,) for sources that draw more noise as they go
+    seed: Tensor | None = None  # (B,) for sources whose sampler draws more noise
     caption: Tensor | None = None  # (B,) in [0, 1): which of a picture's captions
 
     def split(self, size: int) -> list["Draw"]:
-        """Parts of `size` samples."""
+        """Return the draw in parts of `size` samples."""
         return [self.rows(slice(i, i + size)) for i in range(0, len(self.t), size)]
 
     def rows(self, part: slice) -> "Draw":
-        """The samples `part` of it."""
+        """Return the draw of the samples `part`."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
         rows: dict[str, Any] = {name: None if value is None else value[part] for name, value in columns.items()}
         return Draw(**rows)
@@ -45,7 +45,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Batch:
-    """Points on trajectories, on the device: x_t at t, x_r at r, and where states are stored x_s at s."""
+    """Points on trajectories, on the device: x_t at t, x_r at r, and, if states are stored, x_s at s."""
 
     x_t: Tensor  # (B, C, H, W)
     x_r: Tensor | None
@@ -57,9 +57,10 @@ class Batch:
 
 
 def draw_target(t: Tensor, num_segments: int, any_milestone: bool, generator: torch.Generator) -> Tensor:
-    """s (B,): the start of t's segment, or, for a conditioned student, any milestone from there up to below t.
+    """Return s (B,): the start of t's segment or, for a conditioned student, any milestone from there to below t.
 
-    With fewer segments the range grows and keeps the earlier phases' targets in it, so that they are not forgotten.
+    With fewer segments the range grows and still includes the targets of earlier phases, so that the student does not
+    forget them.
     """
     start = segment_start(t, num_segments)
     if not any_milestone:
@@ -71,7 +72,7 @@ def draw_target(t: Tensor, num_segments: int, any_milestone: bool, generator: to
 
 
 class StoredStates:
-    """`source: trajectories`: points of stored trajectories. No teacher evaluation."""
+    """`source: trajectories`: points of stored trajectories, without evaluations of the teacher."""
 
     def __init__(self, stage: Distill, base: Base, store: Store, seed: int):
         self.stage, self.base, self.store, self.seed = stage, base, store, seed
@@ -83,8 +84,8 @@ class StoredStates:
         return self.draw_for(index, num_segments, pair, generator)
 
     def draw_for(self, index: Tensor, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
-        """Times for the trajectories `index` (B,)."""
-        if self.stage.budgets:
+        """Draw times for the trajectories `index` (B,)."""
+        if self.stage.budgets:  # jumps of samplers, whatever `num_segments` is
             t, s = draw_jumps(self.stage.budgets, len(index), generator)
         else:
             t = self.times[torch.randint(len(self.times) - 1, index.shape, generator=generator)]
@@ -103,7 +104,7 @@ class StoredStates:
 
 
 class OnLine:
-    """`source: online`: TLCM's Algorithm 1. L = 8 - s guided DDIM steps from noise to t, then one more to r."""
+    """`source: online`: TLCM's Algorithm 1. 8 - k guided DDIM steps from noise to t in segment k, then one to r."""
 
     def __init__(self, stage: Distill, base: Base, prompts: list[str], seed: int):
         self.stage, self.base, self.prompts, self.seed = stage, base, prompts, seed
@@ -130,7 +131,7 @@ class OnLine:
 
 
 class NoisedData:
-    """`source: data`: latents of real pictures plus noise, then one guided DDIM step, as LCM trains."""
+    """`source: data`: latents of real pictures with noise, then one guided DDIM step, as in LCM."""
 
     def __init__(self, stage: Distill, base: Base, latents: Tensor, captions: list[list[str]], seed: int):
         self.stage, self.base, self.latents, self.captions, self.seed = stage, base, latents, captions, seed
@@ -145,7 +146,10 @@ class NoisedData:
         assert draw.noise is not None
         assert draw.caption is not None
         captions = (self.captions[i] for i in draw.index.tolist())
-        texts = [each[int(part * len(each))] for each, part in zip(captions, draw.caption.tolist(), strict=True)]
+        texts = [
+            texts_of_one[int(part * len(texts_of_one))]
+            for texts_of_one, part in zip(captions, draw.caption.tolist(), strict=True)
+        ]
         conditioning = base.encode_prompts(texts)
         t, r = draw.t.to(base.device), draw.r.to(base.device)
         x_t = add_noise(self.latents[draw.index].to(base.device), draw.noise.to(base.device), t, base.schedule)
@@ -154,8 +158,10 @@ class NoisedData:
 
 
 class RenoisedSamples:
-    """`method: inter_segment`: clean samples, stored ones or the student's own, re-noised to a milestone; then p
-    teacher steps down to the milestone below (TLCM v6, Algorithm 2)."""
+    """`method: inter_segment`: clean samples with noise to a milestone, then p teacher steps to the milestone below.
+
+    The samples are stored ones or the student's own (TLCM v6, Algorithm 2).
+    """
 
     def __init__(
         self,
@@ -197,7 +203,7 @@ class RenoisedSamples:
         return _on(base.device, x_t, x_r, None, draw, conditioning)
 
     def _samples(self, draw: Draw) -> tuple[Tensor, Conditioning]:
-        """Clean latents (B, C, H, W) and their prompts' conditioning, on the device."""
+        """Return clean latents (B, C, H, W) and the conditioning of their prompts, on the device."""
         device = self.base.device
         if self.store:
             conditioning = {name: value.to(device) for name, value in self.store.conditioning(draw.index).items()}
@@ -218,7 +224,7 @@ Source = StoredStates | OnLine | NoisedData | RenoisedSamples
 def _draw_between_milestones(
     base: Base, stage: Distill, index: Tensor, num_segments: int, pair: str, generator: torch.Generator
 ) -> Draw:
-    """t uniform over the times above 0, r `stage.skip` below it (or uniform down to s) but never below s."""
+    """Draw t uniformly from the times above 0, and r: `stage.skip` below t (or uniform from s to t), never below s."""
     t = torch.randint(1, base.schedule.num_times, index.shape, generator=generator)
     s = draw_target(t, num_segments, stage.condition_on_target, generator)
     below = s + (torch.rand(index.shape, generator=generator) * (t - s)).long()
@@ -236,10 +242,10 @@ def _guided_step(
     guidance_scale: float,
     rows: Tensor | slice = slice(None),
 ) -> Tensor:
-    """One guided DDIM step of the teacher from t to r for `rows` of the batch."""
+    """Return the states after one guided DDIM step of the teacher from t to r, for `rows` of the batch."""
     x_t, t, r = x_t[rows], t[rows], r[rows]
-    given = {name: value[rows] for name, value in conditioning.items()}
-    x0 = base.guided_x0(x_t, t, given, base.unconditional(len(x_t)), guidance_scale)
+    conditioning_rows = {name: value[rows] for name, value in conditioning.items()}
+    x0 = base.guided_x0(x_t, t, conditioning_rows, base.unconditional(len(x_t)), guidance_scale)
     return ddim_step(x_t, x0, t, r, base.schedule)
 
 

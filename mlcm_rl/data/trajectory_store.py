@@ -2,7 +2,7 @@
 
 A store is a folder of `shard-*.safetensors`, each with `states` (n, steps + 1, C, H, W) from noise at the first grid
 time to index 0, `x0` (n, C, H, W), the last step's own estimate of the clean latents, and one entry for every tensor of
-the prompts' conditioning. `store.json` says how they were made and holds every shard's sha256.
+the prompts' conditioning. `store.json` has their provenance and every shard's sha256.
 """
 
 import json
@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class Provenance:
-    """Everything that decides what the states are."""
+    """Everything that determines the states."""
 
     teacher_hash: str
     scheduler: dict
@@ -50,10 +50,10 @@ class Provenance:
 
 
 def expected_of(teacher: Teacher, base: Base) -> dict[str, Any]:
-    """What the store of a stage that trains by `teacher` must say of itself.
+    """Return the provenance that the store of a stage with this `teacher` must have.
 
-    Seed, prompts, grid and precision are the trajectories stage's own. The weights are known by content: where they
-    are does not matter.
+    Seed, prompts, grid and precision are settings of the trajectories stage. The teacher's weights are compared by
+    content, wherever they are.
     """
     return {
         "teacher_hash": teacher_hash(teacher),
@@ -63,12 +63,12 @@ def expected_of(teacher: Teacher, base: Base) -> dict[str, Any]:
 
 
 class Writer:
-    """Writes a store resumably: shards that are there and whole are kept, the rest are asked for.
+    """Writes a store and resumes it: whole shards stay, and `missing` returns the others.
 
-    The sizes of the batches that states were solved in stand in store.json: of another size they agree to about 1e-5 of
-    the largest, since a device sums in another order. That is no part of the provenance, so that memory that does not
-    suffice is no reason to begin anew. Raises CheckpointError where what is there is damaged, or was made by another
-    teacher or from another seed.
+    store.json lists the sizes of the batches that states were solved in: in another size they agree to about 1e-5 of
+    the largest, since a device sums in another order. The size is not part of the provenance, so that a run which is
+    out of memory can go on with smaller batches. Raises CheckpointError if the folder has damaged shards, or those of
+    another teacher or seed.
     """
 
     def __init__(self, folder: Path, provenance: Provenance, shard_size: int, batch_size: int):
@@ -82,35 +82,38 @@ class Writer:
             self.shard_size = self.record["shard_size"]
 
     def missing(self) -> list[range]:
-        """The index ranges of the shards still to write."""
+        """Return the index ranges of the shards that are not written yet."""
         return [indices for indices in shard_ranges(self.total, self.shard_size) if not self._is_whole(indices)]
 
     def require_room(self, missing: Sequence[range], latent_shape: Sequence[int]) -> None:
-        """Raise CheckpointError where the disk has no room for the states (each of `latent_shape`) of `missing`."""
+        """Raise CheckpointError if the disk has no room for the states (each of `latent_shape`) of `missing`."""
         count = sum(map(len, missing)) * (len(self.provenance.grid) + 1)  # and x0
         require_space(self.folder, count * math.prod(latent_shape) * DTYPES[self.provenance.dtype].itemsize)
 
     def write(self, indices: range, states: Tensor, x0: Tensor, conditioning: Conditioning) -> None:
-        """One shard: states (n, steps + 1, C, H, W), x0 (n, C, H, W), conditioning (n, ...). `record_shards` tells."""
+        """Write one shard: states (n, steps + 1, C, H, W), x0 (n, C, H, W), conditioning (n, ...).
+
+        `record_shards` enters it in store.json. Raise ValueError for values that are not finite in the store's dtype.
+        """
         path = self.folder / shard_name(indices)
         dtype = DTYPES[self.provenance.dtype]
-        kept = {f"conditioning.{name}": value.to(dtype) for name, value in conditioning.items()}
-        kept |= {"states": states.to(dtype), "x0": x0.to(dtype)}
-        if (name := finite.first_nonfinite(kept)) is not None:
+        tensors = {f"conditioning.{name}": value.to(dtype) for name, value in conditioning.items()}
+        tensors |= {"states": states.to(dtype), "x0": x0.to(dtype)}
+        if (name := finite.first_nonfinite(tensors)) is not None:
             raise ValueError(
                 f"trajectories {indices.start} to {indices.stop - 1}: their {name} do not fit {self.provenance.dtype}, "
                 f"whose largest is {finite.LARGEST[dtype]}: set dtype: float32 in the trajectories stage"
             )
-        write_tensors(path, kept)
+        write_tensors(path, tensors)
         self.record["shards"][path.name] = sha256(path)
         sizes = self.record.get("batch_sizes", [])
         self.record["batch_sizes"] = sorted({*sizes, self.batch_size})
 
     def record_shards(self) -> None:
-        """Say in store.json which shards are whole, those of every process. Waits for all."""
-        for shards in processes.collected(self.record["shards"]):
+        """Write the whole shards of every process into store.json. Waits for all."""
+        for shards in processes.gather_objects(self.record["shards"]):
             self.record["shards"] |= shards
-        processes.by_first(write_json, self.folder / "store.json", self.record)
+        processes.on_rank_zero(write_json, self.folder / "store.json", self.record)
 
     def _is_whole(self, indices: range) -> bool:
         path = self.folder / shard_name(indices)
@@ -122,10 +125,10 @@ class Writer:
 
 
 class Store:
-    """A finished store, read lazily: only the states asked for leave the disk.
+    """A finished store, read lazily: only the states in use leave the disk.
 
-    Raises CheckpointError where a shard is missing or damaged, or where a field of `expected` (names of Provenance) is
-    another in what was stored; without it the store is taken for whatever it is.
+    Raises CheckpointError if a shard is missing or damaged, or if the store's provenance differs from a field of
+    `expected` (names of Provenance); without `expected` any store will do.
     """
 
     def __init__(self, folder: Path, expected: Mapping[str, Any] | None = None):
@@ -140,17 +143,20 @@ class Store:
         self.grid = self.provenance.grid
         self.num_trajectories, self.num_held_out = self.provenance.num_trajectories, self.provenance.num_held_out
         self.shard_size = record["shard_size"]
-        self._names = self._verified(record["shards"])
+        self._names = self._check(record["shards"])
 
-    def _verified(self, checksums: dict[str, str]) -> list[str]:
-        """The shards' names, in order; all must be there, unchanged, and hold what the store says."""
+    def _check(self, checksums: dict[str, str]) -> list[str]:
+        """Return the names of the shards, in order, after checking their sha256, names, shapes and row counts.
+
+        Raise CheckpointError if one is missing, changed or has another content than store.json says.
+        """
         total = self.num_trajectories + self.num_held_out
-        if -(-total // self.shard_size) != len(checksums):  # before a range of as many as it says is gone through
+        if -(-total // self.shard_size) != len(checksums):  # before a loop over as many shards as it says
             raise CheckpointError(
                 f"{self.folder / 'store.json'} is damaged: {total} trajectories in shards of {self.shard_size} "
                 f"are not {len(checksums)} shards"
             )
-        expected = None
+        expected_shapes = None
         ranges = shard_ranges(total, self.shard_size)
         for indices in ranges:
             path = self.folder / shard_name(indices)
@@ -160,11 +166,11 @@ class Store:
                     "command makes it again"
                 )
             shapes = {name: tuple(shape) for name, shape in read_shapes(path).items()}
-            found = {name: shape[1:] for name, shape in shapes.items()}
-            expected = expected or found
+            row_shapes = {name: shape[1:] for name, shape in shapes.items()}
+            expected_shapes = expected_shapes or row_shapes
             num_rows = {shape[:1] for shape in shapes.values()}
-            whole = found.get("states", ())[:1] == (len(self.grid),) and "x0" in found
-            if not whole or found != expected or num_rows != {(len(indices),)}:
+            whole = row_shapes.get("states", ())[:1] == (len(self.grid),) and "x0" in row_shapes
+            if not whole or row_shapes != expected_shapes or num_rows != {(len(indices),)}:
                 raise CheckpointError(f"{path} does not hold {len(indices)} trajectories of {len(self.grid)} states")
         return [shard_name(indices) for indices in ranges]
 
@@ -178,15 +184,15 @@ class Store:
         return range(self.num_trajectories, self.num_trajectories + self.num_held_out)
 
     def states(self, indices: Tensor, points: Tensor) -> Tensor:
-        """States (B, C, H, W) float32 of trajectories `indices` (B,) at grid positions `points` (B,); 0 is noise."""
+        """Return states (B, C, H, W) float32 of trajectories `indices` (B,) at grid positions `points`; 0 is noise."""
         return self._rows("states", indices, points)
 
     def x0(self, indices: Tensor) -> Tensor:
-        """The teacher's samples (B, C, H, W) float32: the last step's x0 of trajectories `indices` (B,)."""
+        """Return the teacher's samples (B, C, H, W) float32: the last step's x0 of trajectories `indices` (B,)."""
         return self._rows("x0", indices)
 
     def conditioning(self, indices: Tensor) -> Conditioning:
-        """The prompts' conditioning (B, ...) float32 of trajectories `indices` (B,)."""
+        """Return the prompts' conditioning (B, ...) float32 of trajectories `indices` (B,)."""
         names = [name for name in self._shards[0] if name.startswith("conditioning.")]
         return {name.removeprefix("conditioning."): self._rows(name, indices) for name in names}
 
@@ -198,7 +204,7 @@ class Store:
 
 
 def shard_ranges(total: int, size: int) -> list[range]:
-    """The trajectories of every shard, `size` each but for the last."""
+    """Return the range of trajectories of every shard, `size` each except the last."""
     return [range(i, min(i + size, total)) for i in range(0, total, size)]
 
 
@@ -207,29 +213,29 @@ def shard_name(indices: range) -> str:
 
 
 def read_record(path: Path) -> dict:
-    """What store.json says. Raises CheckpointError where it is missing or damaged."""
+    """Return the content of store.json. Raise CheckpointError if it is missing or damaged."""
     record = read_json(path, provenance=dict, shard_size=int, shards=dict)
     if record["shard_size"] < 1:
         raise CheckpointError(f"{path} is damaged: shard_size is {record['shard_size']}")
     return record
 
 
-def read_provenance(stated: dict, path: Path) -> Provenance:
-    """`stated` in the file `path` as a Provenance. Raises CheckpointError for a field that is missing or wrong."""
+def read_provenance(record: dict, path: Path) -> Provenance:
+    """Return the `record` of the file `path` as a Provenance. Raise CheckpointError for a missing or wrong field."""
     try:
-        return TypeAdapter(Provenance).validate_json(json.dumps(stated), strict=True)
+        return TypeAdapter(Provenance).validate_json(json.dumps(record), strict=True)
     except ValidationError as error:
         wrong = error.errors()[0]
         key = ".".join(map(str, ("provenance", *wrong["loc"])))
         raise CheckpointError(f"{path} is damaged: {key}: {wrong['msg']}") from error
 
 
-def refuse_mismatch(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise CheckpointError naming every field in which a store differs from what the run expects."""
+def refuse_mismatch(path: Path, actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise CheckpointError with every field in which the `actual` provenance differs from the `expected` one."""
     differences = [
-        f"{name} is {found.get(name)!r}, expected {wanted!r}"
-        for name, wanted in expected.items()
-        if found.get(name) != wanted
+        f"{name} is {actual.get(name)!r}, expected {value!r}"
+        for name, value in expected.items()
+        if actual.get(name) != value
     ]
     if differences:
         raise CheckpointError(f"{path} does not belong to this run: " + "; ".join(differences))

@@ -34,8 +34,8 @@ def log_l2(a: Tensor, b: Tensor, c: float = 1e-3) -> Tensor:
     """log sqrt(mean (a - b)^2 + c^2), (B,) float32: only the relative size of an error counts.
 
     For a student that learns jumps of many lengths at once. The squared error of the longest is a hundred times that
-    of the shortest, and its gradient drowns theirs; under the logarithm all weigh alike. It is what weighting by a
-    learned uncertainty comes to (EDM2, arXiv 2312.02696, section 3.4 and eq. 21, with each sample its own estimate).
+    of the shortest, and its gradient drowns theirs; under the logarithm all weigh alike. It equals weighting by a
+    learned uncertainty (EDM2, arXiv 2312.02696, section 3.4 and eq. 21) where each sample is its own estimate.
     """
     return 0.5 * (squared_l2(a, b) + c * c).log()
 
@@ -56,10 +56,10 @@ def loss_in_z(
 def loss_in_x0(
     x0: Tensor, x_t: Tensor, t: Tensor, target: Tensor, s: Tensor, schedule: Schedule, distance: Distance
 ) -> Tensor:
-    """(SNR_t + 1) distance(f, the x0 that leads to `target`) (B,): the same error, seen at t = 0; needs s < t.
+    """(SNR_t + 1) distance(f, the x0 that leads to `target`) (B,): the error measured at t = 0; needs s < t.
 
-    The target is carried back by the inverse DDIM step and the weight is that of Multistep Consistency Models,
-    section 3.1; for one segment it spends the loss on all times alike, where z spends it near t = T.
+    The inverse DDIM step carries the target back, and the weight is that of Multistep Consistency Models, section 3.1.
+    Take it for one segment: it spends the loss on all times alike, where `loss_in_z` spends it near t = T.
     """
     return (snr(t, schedule) + 1.0) * distance(x0, inverse_ddim_step(x_t, target, t, s, schedule))
 
@@ -68,8 +68,8 @@ LOSSES = {"z": loss_in_z, "x0": loss_in_x0}
 
 
 def inter_segment_target(x0_at_r: Tensor, x_r: Tensor, r: Tensor) -> Tensor:
-    """The x0 (B, ...) that a state at milestone `r` stands for: f(x_r, r), and x_r itself at r = 0.
+    """The x0 (B, ...) of a state at milestone `r` (B,): f(x_r, r), and x_r itself at r = 0, where it is x0 already.
 
-    Second stage of TLCM (v6, eq. 10): global consistency from milestone to milestone; at r = 0 the state is the answer.
+    Second stage of TLCM (v6, eq. 10): global consistency from milestone to milestone.
     """
     return torch.where(expand(r == 0, x_r), x_r, x0_at_r)

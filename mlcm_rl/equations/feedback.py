@@ -1,4 +1,4 @@
-"""Reward feedback: losses on a differentiable reward, the step its gradient enters at, the anchor to a reference."""
+"""Reward feedback: losses on a differentiable reward, the step that carries its gradient, the tie to a reference."""
 
 import torch
 from torch import Tensor
@@ -13,24 +13,24 @@ def negative(reward: Tensor) -> Tensor:
 
 
 def hinge(reward: Tensor, threshold: float) -> Tensor:
-    """relu(threshold - r) (B,): no more to gain from `threshold` on (ReFL, arXiv 2304.05977: 2 for ImageReward)."""
+    """relu(threshold - r) (B,): no gradient above `threshold` (ReFL, arXiv 2304.05977: 2 for ImageReward)."""
     return torch.relu(threshold - reward)
 
 
 def mps_hinge(positive: Tensor, negative: Tensor, threshold: float = 16.0) -> Tensor:
     """relu(threshold - s(x0, prompt)) + relu(s(x0, irrelevant prompt)) (B,) (TLCM v6, eq. 11).
 
-    `positive` and `negative` (B,) are the scores of one picture under its own prompt and under an irrelevant one. 16 is
-    the paper's, on the scale of the MPS model; another reward model needs its own.
+    `positive` and `negative` (B,) are the scores of one picture under its own prompt and under an irrelevant one. The
+    paper's 16 is on the scale of the MPS model; another reward model needs its own threshold.
     """
     return torch.relu(threshold - positive) + torch.relu(negative)
 
 
 def random_late_step(num_steps: int, num_late_steps: int, generator: torch.Generator) -> int:
-    """The one step that carries gradient, uniform over the last `num_late_steps` of 0 .. num_steps - 1.
+    """Return the one step that carries gradient, uniform over the last `num_late_steps` of 0 .. num_steps - 1.
 
-    The sampler stops there and its x0 at that step is what is scored (ReFL, arXiv 2304.05977, algorithm 1: the last 10
-    of 40). Raises ValueError unless 1 <= num_late_steps <= num_steps.
+    The sampler stops there and its x0 at that step is scored (ReFL, arXiv 2304.05977, algorithm 1: the last 10 of 40).
+    Raises ValueError unless 1 <= num_late_steps <= num_steps.
     """
     if not 1 <= num_late_steps <= num_steps:
         raise ValueError(f"num_late_steps is {num_late_steps}; of {num_steps} sampling steps it takes 1 to {num_steps}")
@@ -41,8 +41,8 @@ def random_late_step(num_steps: int, num_late_steps: int, generator: torch.Gener
 def renoised_copies(x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
     """n noised copies (n B, ...) at `t` (B,) of the finished samples `x0` (B, ...), for `eps` (n, B, ...); no gradient.
 
-    DRaFT-LV (arXiv 2309.17400): each copy takes the last step, t the last of the sampling times, once more, and the n
-    rewards are averaged: a gradient of less variance for n evaluations instead of n chains. All of copy 1 come first.
+    DRaFT-LV (arXiv 2309.17400): each copy repeats the last sampling step, from `t`, and the n rewards are averaged. The
+    gradient has less variance, for n evaluations instead of n chains. The rows of copy 1 come first.
     """
     copies = len(eps)
     repeated = x0.detach().repeat(copies, *[1] * (x0.ndim - 1))
@@ -56,7 +56,7 @@ def step_kl(x0: Tensor, reference_x0: Tensor, t: Tensor, s: Tensor, gamma: float
     sum over elements; divide by their number to weigh pictures of all sizes alike. x_t moves both means alike and drops
     out; for gamma < 1 the coefficient of x0 and the std are the step's. Raises ValueError at gamma 0, which has no KL.
     """
-    anywhere = torch.zeros_like(x0)
-    mean, std = step_gaussian(anywhere, x0, t, s, gamma, schedule)
-    reference_mean, _ = step_gaussian(anywhere, reference_x0, t, s, gamma, schedule)
+    x_t = torch.zeros_like(x0)  # any state: it moves both means alike
+    mean, std = step_gaussian(x_t, x0, t, s, gamma, schedule)
+    reference_mean, _ = step_gaussian(x_t, reference_x0, t, s, gamma, schedule)
     return gaussian_kl(mean, reference_mean, std)

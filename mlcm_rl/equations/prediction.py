@@ -16,7 +16,7 @@ KINDS = ("epsilon", "v_prediction", "sample", "flow")
 
 
 def x0_from_prediction(prediction: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, kind: str) -> Tensor:
-    """x0 (B, ...) from what the network said at (x_t, t). Raises ValueError for an unknown `kind`."""
+    """x0 (B, ...) from a network's prediction at (x_t, t). Raises ValueError for an unknown `kind`."""
     alpha, sigma = schedule.at(t, x_t)
     if kind == "epsilon":
         return (x_t - sigma * prediction) / alpha
@@ -30,7 +30,10 @@ def x0_from_prediction(prediction: Tensor, x_t: Tensor, t: Tensor, schedule: Sch
 
 
 def prediction_from_x0(x0: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, kind: str) -> Tensor:
-    """What a network of this `kind` must say at (x_t, t) for x0 (B, ...) to come out: the inverse of the above."""
+    """The prediction (B, ...) of this `kind` at (x_t, t) that stands for `x0`: the inverse of `x0_from_prediction`.
+
+    Raises ValueError for an unknown `kind`.
+    """
     alpha, sigma = schedule.at(t, x_t)
     eps = (x_t - alpha * x0) / sigma
     if kind == "epsilon":
@@ -45,11 +48,16 @@ def prediction_from_x0(x0: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, k
 
 
 def min_snr_weight(t: Tensor, schedule: Schedule, kind: str, gamma: float) -> Tensor:
-    """Weight (B,) of the squared error of a prediction of this `kind`: that of x0 counts min(SNR_t, gamma).
+    """Weight (B,) of a prediction's squared error, such that the error of x0 weighs min(SNR_t, gamma).
 
-    Min-SNR (arXiv 2303.09556): over SNR_t for epsilon, 1 where SNR_t is 0, and over SNR_t + 1 for
-    v_prediction; an error of flow's is `sigma / (alpha + sigma)` times as large in x0. All but epsilon's are 0 where
-    SNR_t is 0. Raises ValueError for an unknown `kind`.
+    Min-SNR (arXiv 2303.09556), for every `kind`:
+
+        epsilon        min(SNR_t, gamma) / SNR_t, 1 where SNR_t is 0
+        v_prediction   min(SNR_t, gamma) / (SNR_t + 1)
+        sample         min(SNR_t, gamma)
+        flow           min(SNR_t, gamma) (sigma / (alpha + sigma))^2
+
+    All but epsilon's are 0 where SNR_t is 0. Raises ValueError for an unknown `kind`.
     """
     ratio = snr(t, schedule)
     weight = ratio.clamp(max=gamma)

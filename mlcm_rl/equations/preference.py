@@ -1,6 +1,6 @@
 """Preference pairs: log-ratios of student to reference in four forms, and the losses on their difference.
 
-Every form gives log pi / pi_ref of the chosen and of the rejected sample, up to a scale that beta takes up:
+Every form gives log pi / pi_ref of the chosen and of the rejected sample, up to a scale that beta absorbs:
 
     Diffusion-DPO   (l_ref - l) / 2                              l the denoising error at one time
     offline PSO     l_ref - l, times kappa on the rejected       l as above, in eps space
@@ -23,11 +23,11 @@ SMOOTHED = ("robust", "conservative")
 
 
 def denoising_error(x0: Tensor, target: Tensor, t: Tensor, schedule: Schedule, space: str) -> Tensor:
-    """w_t mean (x0 - target)^2 (B,): `x0` (B, ...) is what the network makes of `target` (B, ...) noised to `t` (B,).
+    """w_t mean (x0 - target)^2 (B,): `x0` (B, ...) is the network's estimate from `target` (B, ...) noised to `t` (B,).
 
     `space` "x0" is w_t = 1; "eps" is w_t = SNR_t, which makes it the mean squared error of the noise, whatever the
-    network predicts (1 / sigma^2 in the scale of EDM): 0 at a time without signal, the last of a rectified flow. Raises
-    ValueError for another `space`.
+    network predicts (1 / sigma^2 in the scale of EDM). That is 0 at a time without signal, the last of a rectified
+    flow. Raises ValueError for another `space`.
     """
     if space not in ("x0", "eps"):
         raise ValueError(f"error space {space!r} is none of x0, eps")
@@ -39,7 +39,8 @@ def denoising_error(x0: Tensor, target: Tensor, t: Tensor, schedule: Schedule, s
 def diffusion_dpo_log_ratio(error: Tensor, reference_error: Tensor) -> Tensor:
     """(l_ref - l) / 2 (B,), l the error at one t (Diffusion-DPO, arXiv 2311.12908, eq. 14; the 1/2 is its code's).
 
-    Chosen and rejected share eps and t. For the mean over elements beta is 2,000 to 5,000: it holds T and their number.
+    Chosen and rejected share eps and t. With the mean over elements beta is 2,000 to 5,000, since it includes T and the
+    number of elements.
     """
     return 0.5 * (reference_error - error)
 
@@ -114,7 +115,7 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, contrary: float = 0.0) 
     """-log P of a judgement (...) between scores (...), P(chosen over rejected) = sigmoid(chosen - rejected).
 
     (Bradley and Terry, 1952; the reward models' loss of arXiv 2203.02155, eq. 1.) A share `contrary` of the judgements
-    is taken to go the other way, as some people's do: it bounds the margin, at log((1 - contrary) / contrary).
+    is assumed to be reversed, which bounds the margin at log((1 - contrary) / contrary).
     Raises ValueError for `contrary` outside [0, 0.5).
     """
     loss_type = "conservative" if contrary else "sigmoid"
@@ -127,5 +128,5 @@ def implicit_margin(log_ratio_chosen: Tensor, log_ratio_rejected: Tensor, beta: 
 
 
 def implicit_accuracy(log_ratio_chosen: Tensor, log_ratio_rejected: Tensor) -> Tensor:
-    """1 where h > 0, else 0 (B,) float32: TRL's rewards/accuracies. Equal policies count as wrong."""
+    """1 where h > 0, else 0, (B,) float32: TRL's rewards/accuracies. A margin of exactly 0 counts as wrong."""
     return (log_ratio_chosen > log_ratio_rejected).float()

@@ -12,7 +12,7 @@ from .segments import NUM_TIMES
 
 @dataclass(frozen=True)
 class Schedule:
-    """Three tables over the integer times 0 .. T-1: `x_t = alpha[t] x0 + sigma[t] eps`, and what a network takes for t.
+    """Three tables over the integer times 0 .. T-1: `x_t = alpha[t] x0 + sigma[t] eps`, and the network's own time.
 
     The scales are float32 whatever the network's precision: in bfloat16 the exact anchor of the consistency loss is off
     by up to 8e-3. `network_time` is the time in the unit that the network was trained with: the index itself for
@@ -66,7 +66,7 @@ def vp_schedule(betas: Tensor) -> Schedule:
 
 
 def in_thousandths(sigma: Tensor) -> Tensor:
-    """1000 sigma (T,): the time that diffusers' FlowMatchEulerDiscreteScheduler passes on, to Stable Diffusion 3."""
+    """1000 sigma (T,): the time that diffusers' FlowMatchEulerDiscreteScheduler gives to Stable Diffusion 3."""
     return NUM_TIMES * sigma
 
 
@@ -74,8 +74,8 @@ def flow_schedule(shift: float = 1.0, network_time: Callable[[Tensor], Tensor] =
     """Rectified flow: alpha = 1 - sigma with sigma = shift u / (1 + (shift - 1) u), u = (t + 1) / T.
 
     The shift is that of Stable Diffusion 3 (arXiv 2403.03206, eq. 23); the last time is pure noise, and the milestones
-    of K segments are u = 1, (K - 1) / K, ... but for the last, 1 / T. `network_time` makes of sigma (T,) what the
-    network takes for a time: 1000 sigma, or sigma, 1 - sigma and others.
+    of K segments are u = 1, (K - 1) / K, ... but for the last, 1 / T. `network_time` turns sigma (T,) into the time
+    that the network was trained with: 1000 sigma, sigma, 1 - sigma or another.
     """
     u = torch.arange(1, NUM_TIMES + 1, dtype=torch.float64) / NUM_TIMES
     sigma = shift * u / (1.0 + (shift - 1.0) * u)

@@ -34,15 +34,16 @@ def milestones(num_segments: int) -> Tensor:
 
 
 def segment_start(t: Tensor, num_segments: int) -> Tensor:
-    """The milestone that the segment of `t` (B,) starts at, (B,): t in (t^s, t^(s+1)] belongs to t^s; 0 to itself."""
+    """The milestone (B,) where the segment of `t` (B,) starts: t in (t^s, t^(s+1)] belongs to t^s, and 0 to itself."""
     ends = milestones(num_segments).to(t.device)
     return ends[(torch.searchsorted(ends, t) - 1).clamp(min=0)]
 
 
 def phase_at(step: int, num_steps: list[int]) -> tuple[int, int]:
-    """The phase of a progressive schedule that `step` falls in, and the step within it.
+    """Return the phase of a progressive schedule that `step` falls in, and the step within it.
 
-    `num_steps[i]` is the length of phase i; segments go 8, 4, 2, 1 over the phases (MLCM). Past the end: IndexError.
+    `num_steps[i]` is the length of phase i; segments go 8, 4, 2, 1 over the phases (MLCM). Raises IndexError past the
+    end.
     """
     for phase, length in enumerate(num_steps):
         if step < length:
@@ -55,8 +56,9 @@ def sampling_times(num_steps: int, num_segments: int = 1) -> list[int]:
     """The N times that an N-step sampler visits, from T - 1 down, all of them milestones of 8 segments.
 
     With one segment they are those of `LCMScheduler(original_inference_steps=8)`: 999, 749, 499, 249 for N = 4. A
-    student of K > 1 segments is only right when it lands on its K boundaries, so for N >= K every segment gets N // K
-    steps, the noisiest ones the rest; for N < K no grid can hold them all and the first rule stands.
+    student of K > 1 segments is only right where it ends on its K boundaries. So for N >= K every segment gets N // K
+    steps and the noisiest segments one of the rest each; for N < K no grid has all boundaries, and the grid is that of
+    one segment.
     Raises ValueError unless 1 <= N <= 8 and K divides 8.
     """
     if not 1 <= num_steps <= NUM_SEGMENTS:
@@ -66,18 +68,19 @@ def sampling_times(num_steps: int, num_segments: int = 1) -> list[int]:
     if num_steps < num_segments:
         num_segments = 1
     per_segment = NUM_SEGMENTS // num_segments
-    kept = []
+    positions = []  # among the milestones of 8 segments, counted from T - 1 down
     for segment in range(num_segments):
         steps = num_steps // num_segments + (segment < num_steps % num_segments)
-        kept += [segment * per_segment + i * per_segment // steps for i in range(steps)]
+        positions += [segment * per_segment + i * per_segment // steps for i in range(steps)]
     ends = milestones(NUM_SEGMENTS).flip(0)
-    return ends[kept].tolist()
+    return ends[positions].tolist()
 
 
 def draw_jumps(budgets: list[int], size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Start t and end s (B,) of steps that samplers take: a number of steps from `budgets`, then one of its steps.
+    """Start t and end s (B,) of sampling steps: each draws a number of steps from `budgets`, then one of its steps.
 
-    Both are drawn uniformly, so that every budget has the same share of a batch and every step of it too.
+    Both draws are uniform, so that every budget has the same share of a batch, and every step the same share of its
+    budget.
     """
     num_steps = torch.tensor(budgets)
     starts = torch.stack([torch.tensor(sampling_times(n) + [0] * (NUM_SEGMENTS + 1 - n)) for n in budgets])
@@ -87,7 +90,10 @@ def draw_jumps(budgets: list[int], size: int, generator: torch.Generator) -> tup
 
 
 def paper_times(num_steps: int) -> list[int]:
-    """The authors' own subset of the milestones for N = 1 to 8: 999, 749, 499, 124 for N = 4 (always 124 from 3 on)."""
+    """The authors' own subset of the milestones for N = 1 to 8: 999, 749, 499, 124 for N = 4 (124 is in all from 3 on).
+
+    Raises ValueError for another N.
+    """
     if num_steps not in PAPER_GRIDS:
         raise ValueError(f"num_steps is {num_steps}; the paper's grids are given for 1 to 8")
     return list(PAPER_GRIDS[num_steps])

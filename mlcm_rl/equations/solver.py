@@ -38,9 +38,9 @@ def inverse_ddim_step(x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor, schedule: 
 
 
 def time_before_noise(s: Tensor, gamma: float) -> Tensor:
-    """s' = floor((1 - gamma) s) (B,): how far down a gamma step to `s` goes before noise brings it back up.
+    """s' = floor((1 - gamma) s) (B,): the time that a gamma step to `s` goes down to before noise brings it back up.
 
-    This, not `s`, is where the network's own jump ends: what a student conditioned on its target time must be told.
+    This, not `s`, is where the network's own jump ends, and what a student conditioned on its target time is given.
     """
     return ((1.0 - gamma) * s).long()
 
@@ -52,8 +52,8 @@ def gamma_step(
 
     gamma 0 is DDIM, gamma 1 is alpha_s x0 + sigma_s noise (the consistency sampler: s' is then clean data); between
     them x_s = a x_s' + sqrt(sigma_s^2 - a^2 sigma_s'^2) noise with a = alpha_s / alpha_s', which for a
-    variance-preserving schedule is trajectory consistency distillation's step (arXiv 2402.19159, section 4.2).
-    Under every schedule x_s has the distribution of time s where x_s' has that of s'. Needs s < T - 1: alpha may be 0.
+    variance-preserving schedule is trajectory consistency distillation's step (arXiv 2402.19159, section 4.2). Under
+    every schedule x_s has the distribution of time s where x_s' has that of s'. Needs s < T - 1, where alpha may be 0.
     """
     if gamma == 0.0:
         return ddim_step(x_t, x0, t, s, schedule)
@@ -63,4 +63,5 @@ def gamma_step(
     below = time_before_noise(s, gamma)
     alpha, sigma = schedule.at(below, x_t)
     up = alpha_s / alpha
+    # Exactly sigma_s^2 >= (up sigma)^2; rounding in float32 may put it below, and a square root of that is NaN.
     return up * ddim_step(x_t, x0, t, below, schedule) + (sigma_s**2 - (up * sigma) ** 2).clamp(min=0).sqrt() * noise

@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean of the `values` (P,) that are not nan and its standard error sd / sqrt(n), sd with n - 1.
+    """Mean of the `values` (P,) that are not NaN and its standard error sd / sqrt(n), sd with n - 1.
 
-    The error is nan for a single value, both are nan for none.
+    The error is NaN for a single value; both are NaN for none.
     """
     values = values[~values.isnan()].double()
     if len(values) == 0:
@@ -20,6 +20,6 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 def paired_difference(values: Tensor, others: Tensor) -> tuple[float, float]:
     """Mean of values - others (P,) over prompts that have both, and its standard error.
 
-    The same prompts and noise stand in both, so what they share (a hard prompt is hard for everybody) drops out.
+    Both are of the same prompts and noise, so that their common part drops out (a hard prompt is hard for all).
     """
     return mean_and_error(values.double() - others.double())

@@ -45,7 +45,7 @@ class RowStore:
 
     def sweep(self) -> None:
         """Delete the unfinished folders of evaluations that were killed."""
-        with lock.held(self.folder, wait=True):
+        with lock.folder_lock(self.folder, wait=True):
             remove_partial(self.folder)
 
     def keep(self, row: Row, student: Path | None, record: dict[str, Any], evaluation: Path) -> None:
@@ -54,7 +54,7 @@ class RowStore:
         Wait for other evaluations that are storing rows.
         """
         path = self.path(row, student)
-        with lock.held(self.folder, wait=True):
+        with lock.folder_lock(self.folder, wait=True):
             if path.exists():
                 return
             self._write(row, record, evaluation, path)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe import Recipe, Stage
-from ..recipe.reads import read_by
+from ..recipe.reads import reads_of
 from ..rewards.weights import cache_folder
 from ..storage.files import CheckpointError, read_json, write_json
 from ..storage.hashing import sha256_once
@@ -46,7 +46,7 @@ def folder() -> Path:
 def described(stage: Stage, recipe: Recipe, teacher: Path, **others: Any) -> dict[str, Any]:
     """Return all that an estimate of `stage` depends on, of the shapes of the `teacher` in a folder and of `others`."""
     settings = stage.model_dump(mode="json", exclude=set(WITHOUT))
-    settings |= {name: bool(settings[name]) for name in (*read_by(stage), "also") if name in settings}
+    settings |= {name: bool(settings[name]) for name in (*reads_of(stage), "also") if name in settings}
     small = getattr(stage, "small_decoder", None)
     return {
         "stage": settings,

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..models.teachers import teacher_hash
 from ..recipe import Recipe, Stage, Strict
-from ..recipe.reads import Reads, named_by
+from ..recipe.reads import Reads, paths_of
 from ..recipe.renamed import under_first_names
 from ..rewards.source import source_hashes
 from ..storage.files import read_json
@@ -51,7 +51,7 @@ def identity(stage: Stage, recipe: Recipe, parents: dict[str, str]) -> dict:
 
     Raises FileNotFoundError naming a file that it reads and that is not there.
     """
-    read: dict[str, Any] = {name: content_of(path, mark) for name, (path, mark) in named_by(stage).items()}
+    read: dict[str, Any] = {name: content_of(path, mark) for name, (path, mark) in paths_of(stage).items()}
     if students := getattr(stage, "also", None):
         read["also"] = list(map(student_hash, students))
     return {
@@ -73,7 +73,7 @@ def maths_number(stage: Stage) -> int:
     That of a stage that reads them is one higher since they are all read alike: 16-bit greys were white, and some
     readers left out the turn that EXIF asks for, or what transparency is laid on.
     """
-    reads_pictures = any(mark.of_pictures for _, mark in named_by(stage).values())
+    reads_pictures = any(mark.of_pictures for _, mark in paths_of(stage).values())
     return stage.maths + stage.corrections + reads_pictures
 
 
@@ -110,7 +110,7 @@ def as_written(value: Any, recipe: Recipe) -> Any:
         return {as_written(key, recipe): as_written(one, recipe) for key, one in value.items()}
     if isinstance(value, list):
         return [as_written(one, recipe) for one in value]
-    return recipe._written.get(value, value) if isinstance(value, str) else value
+    return recipe._file_texts.get(value, value) if isinstance(value, str) else value
 
 
 def reward_files(stage: Stage) -> dict[str, dict[str, str]]:

@@ -25,7 +25,7 @@ from ..rewards.prompts import refuse_prompts
 from ..storage.files import CheckpointError, read_json
 from ..storage.hashing import sha256
 from ..storage.manifest import is_finished, verify
-from ..storage.untrusted import held, is_unicode
+from ..storage.untrusted import is_unicode, path_inside
 from ..training.devices import device_of
 from ..training.progress import tell
 from ..training.seeding import generator
@@ -197,7 +197,7 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
             first_prompts(stage.prompts, num_prompts)
     file = folder / "manifest.json"
     distilled = read_json(file, parents=dict)["parents"].get("distill")  # of a tuned student, to compare with
-    folders = [held(folder.parent, distilled, file), folder] if distilled else [folder]
+    folders = [path_inside(folder.parent, distilled, file), folder] if distilled else [folder]
     if any(reward.is_of_this_recipe for reward in stage.reward_models):
         folders.append(find_stage(run_folder, ("train_reward",)))
     manifests = [read_json(one / "manifest.json", kind=str, fingerprint=str) for one in folders]

@@ -10,7 +10,7 @@ from ..data.pairs import PairTable
 from ..data.prompts import Prompt, first_prompts, read_prompts
 from ..preference import tuning
 from ..recipe import Dpo, Evaluate, Feedback, Reward, Stage, Training, Tuning
-from ..recipe.reads import named_by
+from ..recipe.reads import paths_of
 from ..rewards import build, checked_class, refuse_without_gradient, refuse_without_weights
 from ..rewards.prompts import refuse_prompts
 from ..training import processes
@@ -32,7 +32,7 @@ def refused(stage: Stage) -> list[tuple[str, Exception]]:
 
     if isinstance(stage, Training):
         with collect("batch_size"):
-            processes.part(stage.micro_batch, processes.count(), stage.samples_together)
+            processes.part(stage.micro_batch, processes.world_size(), stage.samples_together)
     lists: dict[str, PromptList] = {}
     for key, path in _prompt_files(stage):
         with collect(key):
@@ -50,7 +50,7 @@ def refused(stage: Stage) -> list[tuple[str, Exception]]:
 
 def _prompt_files(stage: Stage) -> Iterator[tuple[str, str]]:
     """Yield (setting, path) of the prompt files that `stage` reads."""
-    yield from ((name, path) for name, (path, mark) in named_by(stage).items() if mark.of_prompts)
+    yield from ((name, path) for name, (path, mark) in paths_of(stage).items() if mark.of_prompts)
     if isinstance(stage, Tuning) and not stage.guard_prompts:
         yield "guard_prompts", stage.prompts
 

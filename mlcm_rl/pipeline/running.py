@@ -61,7 +61,7 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
         processes.start(device)
     except ValueError as error:
         raise RunError(str(error)) from error
-    processes.by_first(refuse_unready, recipe)  # told once, not by every process
+    processes.on_rank_zero(refuse_unready, recipe)  # told once, not by every process
     try:
         processes.refuse_unshared(Path(recipe.runs))
     except PEOPLES_ERRORS as error:
@@ -71,14 +71,14 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
     for number, stage in enumerate(recipe.stages):
         try:
             found = locate(stage, recipe, done)
-            if processes.agreed(is_finished(found.folder)):
+            if processes.broadcast(is_finished(found.folder)):
                 refuse_another(found, verify(found.folder))
-                processes.by_first(sweep, found.folder)
+                processes.on_rank_zero(sweep, found.folder)
                 tell(stage.kind, f"{found.folder} is done")
             else:
-                processes.by_first(_unlink, links, range(number, sys.maxsize))  # until they are of this recipe
+                processes.on_rank_zero(_unlink, links, range(number, sys.maxsize))  # until they are of this recipe
                 run_stage(stage, recipe, done, found, skip_damaged)
-            processes.by_first(_link, links, number, found)
+            processes.on_rank_zero(_link, links, number, found)
         except PEOPLES_ERRORS as error:
             raise RunError(f"stages[{number}] ({stage.kind}): {said(error)}") from error
         except torch.OutOfMemoryError as error:
@@ -88,11 +88,11 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
                 "`mlcm plan` says what a stage needs. Finished stages and checkpoints are as they were"
             ) from error
         except RuntimeError as error:
-            if processes.is_loss(error):
+            if processes.is_lost_rank(error):
                 raise ProcessLost(f"stages[{number}] ({stage.kind}): {_without_others(found.folder)}") from error
             raise
         done.append(found)
-    processes.by_first(_unlink, links, range(len(done), sys.maxsize))
+    processes.on_rank_zero(_unlink, links, range(len(done), sys.maxsize))
     processes.finish()
     return done
 
@@ -156,10 +156,10 @@ def run_stage(stage: Stage, recipe: Recipe, done: list[Located], found: Located,
     """What is left of a stage, while no other run writes to its folder."""
     found.folder.mkdir(parents=True, exist_ok=True)  # in every process: on a shared folder too
     with ExitStack() as locked:
-        processes.by_first(locked.enter_context, lock.held(found.folder))  # for all processes of this run
-        if processes.agreed(is_finished(found.folder)):  # by the run that held it until now
+        processes.on_rank_zero(locked.enter_context, lock.folder_lock(found.folder))  # for all processes of this run
+        if processes.broadcast(is_finished(found.folder)):  # by the run that held it until now
             return
-        processes.by_first(_clear, found.folder, skip_damaged)
+        processes.on_rank_zero(_clear, found.folder, skip_damaged)
         _run_locked(stage, recipe, done, found)
 
 
@@ -173,7 +173,7 @@ def _clear(folder: Path, skip_damaged: bool) -> None:
 def sweep(folder: Path) -> None:
     """Remove what a finished stage would have gone on from, where its process was killed before it could."""
     if unswept(folder):
-        with lock.held(folder):
+        with lock.folder_lock(folder):
             checkpoint.sweep(folder)
 
 
@@ -190,7 +190,7 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
     try:
         _stage_module(asked).run(asked, seeded, folders, found.folder)
     except NonFiniteLoss as error:
-        bundle = processes.by_first(write, found.folder, asked, seeded, folders, error.figures)
+        bundle = processes.on_rank_zero(write, found.folder, asked, seeded, folders, error.figures)
         raise NonFiniteLoss(f"{error}; `mlcm replay {bundle}` repeats it", error.figures) from error
     manifest = {
         "kind": stage.kind,
@@ -209,7 +209,7 @@ def _run_locked(stage: Stage, recipe: Recipe, done: list[Located], found: Locate
         "torch": torch.__version__,
         "machine": f"{platform.machine()} {platform.system()}",
     }
-    processes.by_first(finish, found.folder, manifest)
+    processes.on_rank_zero(finish, found.folder, manifest)
     if meter:
         tell("memory", str(meter))
     if isinstance(stage, Tuning):

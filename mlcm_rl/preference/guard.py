@@ -83,7 +83,7 @@ class Guard:
             record[f"guard/reward/{name}"] = values.mean().item()
             record[f"guard/win_rate/{name}"] = (values > self.reference_scores[name]).float().mean().item()
         gains = self._gain(self.stage.rewards, scores), self._gain(self.stage.guard.rewards, scores)
-        trained, held_out = processes.agreed(gains)  # all processes draw the same, to a device's last bits
+        trained, held_out = processes.broadcast(gains)  # all processes draw the same, to a device's last bits
         self._judge(steps, trained, held_out)
         return record | {"guard/trained_gain": trained, "guard/held_out_gain": held_out}
 
@@ -180,8 +180,8 @@ def own_parts(total: int, size: int) -> list[list[int]]:
     Every process draws as many, for weights in parts are gathered in every pass: where they cannot be shared evenly the
     last prompt is drawn again, beyond the end of what is gathered.
     """
-    share = -(-total // processes.count())
-    first, at_a_time = processes.rank() * share, max(1, size // processes.count())
+    share = -(-total // processes.world_size())
+    first, at_a_time = processes.rank() * share, max(1, size // processes.world_size())
     own = [min(number, total - 1) for number in range(first, first + share)]
     return [own[i : i + at_a_time] for i in range(0, share, at_a_time)]
 

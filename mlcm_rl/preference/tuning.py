@@ -95,7 +95,7 @@ class TunableStudent:
         sheet = pictures.sample_grid(
             self.base, self.denoiser, recipe.samples, recipe.seed, self.num_segments, self.conditioned, self.gamma
         )
-        processes.by_first(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
+        processes.on_rank_zero(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
 
 
 def load(stage: Tuning, base: Base, start: Path, seed: int) -> TunableStudent:
@@ -175,7 +175,7 @@ class Scores:
             return {}
         means = torch.stack([torch.cat(scores).mean() for scores in self.values.values()])
         sums = processes.total(*means.tolist())  # read at once: each reading waits for the device
-        return {name: value / processes.count() for name, value in zip(self.values, sums, strict=True)}
+        return {name: value / processes.world_size() for name, value in zip(self.values, sums, strict=True)}
 
 
 class Prompts:

@@ -1,10 +1,10 @@
 """The recipe: every setting of a run as strict types, and nothing that needs torch.
 
-A recipe names a teacher and a list of stages. `kind` picks the stage; unknown keys are errors. A field marked with
-`presentation` cannot change a result (how often to log, where to put files) and stays out of the fingerprint.
+A recipe has a teacher and a list of stages. `kind` selects the type of a stage; unknown keys are errors. A field marked
+with `presentation` cannot change a result (how often to log, where to put files) and stays out of the fingerprint.
 
-Only types stand here: `file.py` loads a file into them and says what is wrong with it. A validator's message
-begins with the name of the setting that it is about, so that the error points at that setting's line.
+Only the types are exported here: `file.py` loads a file into them and reports what is wrong with it. A validator's
+message begins with the name of the setting that it is about, so that the error points at that setting's line.
 """
 
 from .distill import Distill

@@ -1,4 +1,4 @@
-"""The stage that distils: multistep consistency, in phases of fewer and fewer segments."""
+"""The distill stage: multistep consistency distillation, in phases of fewer and fewer segments."""
 
 from copy import deepcopy
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -13,12 +13,12 @@ from .types import Fraction, Full, Lora, PositiveInt, default_gamma, presentatio
 if TYPE_CHECKING:
     from .experiment import Recipe
 
-MEAN_ONLINE_STEPS = 4.5  # of Algorithm 1: 1 to 8 steps, segments drawn evenly
-MOMENTS_BYTES = 12  # a trained float32 weight and its two moments, in a checkpoint
+MEAN_ONLINE_STEPS = 4.5  # of Algorithm 1: 1 to 8 steps, segments drawn uniformly
+MOMENTS_BYTES = 12  # in a checkpoint, for each trained float32 weight and its two moments
 
 NumSegments = Literal[8, 4, 2, 1]
-# What a distill stage is that leaves its form open: the one that the study found best. It leaves it open where it names
-# none of OWN_FORM, no list of phases, and nothing but OPEN of what is not for this form.
+# The settings of a distill stage whose form is open: the best one of the study. The form is open if the stage sets none
+# of OWN_FORM, has no list with an entry a phase, and has the values of OPEN, which this form needs.
 RECOMMENDED = {"condition_on_target": True, "num_segments": [1], "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"}
 OWN_FORM = ("condition_on_target", "num_segments", "budgets")
 PER_PHASE = ("num_steps", "learning_rate", "target", "pair", "space", "distance", "optimizer_state")
@@ -26,9 +26,10 @@ OPEN = {"method": "segments", "source": "trajectories", "target": "trajectory", 
 
 
 class Distill(Training):
-    """Multistep consistency distillation. A list holds one entry a phase; a single value is meant for every phase.
+    """Multistep consistency distillation. A list has one entry a phase; a single value counts for every phase.
 
-    A stage that leaves its form open is the recommended one: told its target, one student for budgets [2, 3, 4, 6, 8].
+    A stage whose form is open takes the recommended one: one student, conditioned on its target time, for the budgets
+    [2, 3, 4, 6, 8].
     """
 
     leaves_student: ClassVar[bool] = True
@@ -88,11 +89,11 @@ class Distill(Training):
 
     @model_validator(mode="after")
     def _open_form_is_the_recommended(self):
-        said = self.model_fields_set
+        explicit = self.model_fields_set
         has_phases = any(isinstance(getattr(self, name), list) for name in PER_PHASE)
         is_open = all(getattr(self, name) == value for name, value in OPEN.items())
-        if is_open and not has_phases and not said & set(OWN_FORM):
-            self.__dict__.update({name: value for name, value in deepcopy(RECOMMENDED).items() if name not in said})
+        if is_open and not has_phases and not explicit & set(OWN_FORM):
+            self.__dict__.update({name: value for name, value in deepcopy(RECOMMENDED).items() if name not in explicit})
         return self
 
     @model_validator(mode="after")
@@ -132,21 +133,21 @@ class Distill(Training):
 
     @property
     def reads_trajectories(self) -> bool:
-        """Whether a store of trajectories is needed."""
+        """Whether the stage needs a store of trajectories."""
         return self.renoise == "stored" if self.method == "inter_segment" else self.source == "trajectories"
 
     @property
-    def asks_teacher(self) -> bool:
-        """Whether steps encode prompts and ask the teacher; its networks can leave before the first where none does."""
+    def uses_teacher(self) -> bool:
+        """Whether steps encode prompts and evaluate the teacher; if not, its networks leave memory before the first."""
         return self.method == "inter_segment" or self.source != "trajectories"
 
     @property
     def default_gamma(self) -> float:
-        """The sampler's gamma that suits the finished student."""
+        """The sampler's default gamma for the finished student."""
         return default_gamma(self.num_segments[-1], self.condition_on_target)
 
     def per_phase(self, name: str) -> list:
-        """The value of `name` for each phase."""
+        """Return the value of `name` for each phase."""
         value = getattr(self, name)
         return list(value) if isinstance(value, list) else [value] * len(self.num_segments)
 
@@ -162,53 +163,53 @@ class Distill(Training):
 
     @property
     def jumps_again(self) -> list[bool]:
-        """Of each phase, whether its target is a jump of the student's own, or of its average."""
+        """For each phase, whether its target is another jump, of the student or of its average."""
         return [self.method == "inter_segment" or target == "consistency" for target in self.per_phase("target")]
 
     @property
     def corrections(self) -> int:
-        """The average was not seen under autocast; a picture's caption was tied to the time."""
+        """Two: the average was not used under autocast; the caption of a picture depended on the time."""
         unseen = self.precision == "bf16" and self.target_ema > 0 and any(self.jumps_again)
         return unseen + (self.method == "segments" and self.source == "data")
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """The teacher, the store where one is read, and the student to go on with."""
+        """The teacher, the store if one is read, and the student to go on with."""
         return (*super().parents, *["trajectories"] * self.reads_trajectories, "distill")
 
     def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
-        """Return the passes of a step, with pictures' encoding before the first and sample grids between them."""
+        """Return the passes of a step, the encoding of pictures before the first step, and sample grids."""
         batch, steps = part or self.micro_batch, self.steps_per_phase
         samples = sum(steps) * self.batch_size
         again = sum(n for n, jumps in zip(steps, self.jumps_again, strict=True) if jumps) * self.batch_size
-        found = [Pass("student", samples, batch=batch, gradient=True)]
-        if self.asks_teacher:
-            found.insert(0, Pass("teacher", samples, self._teacher_steps * recipe.teacher.evaluations, batch))
+        passes = [Pass("student", samples, batch=batch, gradient=True)]
+        if self.uses_teacher:
+            passes.insert(0, Pass("teacher", samples, self._teacher_steps * recipe.teacher.evaluations, batch))
         if again:
-            found.append(Pass("target", again, batch=batch))
+            passes.append(Pass("target", again, batch=batch))
         if self.method == "inter_segment" and self.renoise == "student":
-            found.append(Pass("student", samples, self.num_student_steps, is_chained=True))
+            passes.append(Pass("student", samples, self.num_student_steps, is_chained=True))
         if self.method == "segments" and self.source == "data":
-            found.append(Pass("encoder", batch=self.micro_batch, in_step=False))
-        return found + self.sample_grids(recipe)
+            passes.append(Pass("encoder", batch=self.micro_batch, in_step=False))
+        return passes + self.sample_grids(recipe)
 
     @property
     def _teacher_steps(self) -> float:
-        """Steps of the teacher for a sample of a step: online, down to its first point and on to the second."""
+        """Steps of the teacher for each sample of a step; online, to its first point and from there to the second."""
         if self.method == "inter_segment":
             return self.num_teacher_steps
         return {"trajectories": 0, "online": MEAN_ONLINE_STEPS + 1, "data": 1}[self.source]
 
     def networks(self, distilled: Lora | Full) -> Networks:
-        """Return the student's, and the teacher's where steps ask it."""
+        """Return the student, and the teacher if steps evaluate it."""
         return Networks(
             self.adapter,
             is_conditioned=self.condition_on_target,
-            asks_teacher=self.asks_teacher,
-            encodes_ahead=not self.asks_teacher,
+            uses_teacher=self.uses_teacher,
+            encodes_ahead=not self.uses_teacher,
             has_average=self.target_ema > 0,
         )
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
-        """Return the bytes of the student, of its snapshots and of checkpoints."""
+        """Return the bytes of the student, its snapshots and its checkpoints."""
         return values.trained * (4 * (1 + len(self.num_segments)) + self.keep_checkpoints * MOMENTS_BYTES)

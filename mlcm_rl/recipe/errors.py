@@ -1,6 +1,6 @@
-"""What pydantic refused in a recipe, said to a person: expected, found, and the nearest valid name.
+"""Messages for pydantic's errors in a recipe: what was expected, what was found, and the nearest valid name.
 
-What was expected is worded from the types' JSON schema, so an editor and the command line say the same.
+The expectation comes from the types' JSON schema, so that an editor and the command line say the same.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,8 +21,8 @@ PATTERNS = {
 
 
 @dataclass(frozen=True)
-class _Refused:
-    """Where an error stands: the key, what the types say there and about the mapping around it, what the file holds."""
+class _Location:
+    """The place of an error: its key, the schema there and of the mapping around it, and the node of the file."""
 
     key: Key
     schema: Schema
@@ -31,28 +31,29 @@ class _Refused:
 
 
 def problems(errors: Iterable[Mapping[str, Any]], schema: Schema, tree: Node, file: str) -> list[Problem]:
-    """One problem an error of `ValidationError.errors()`, placed in `tree`; `schema` is the model's JSON schema.
+    """Return a problem for each of `ValidationError.errors()`, with its place in `tree`.
 
-    A value that may be single or a list is refused by pydantic as both: only what fits the form written is kept.
+    `schema` is the JSON schema of the model. For a value that may be single or a list pydantic reports the errors of
+    both forms: only those of the form in the file stay.
     """
     root = _inline(schema, schema["$defs"])
-    found = []
+    result = []
     for error in errors:
-        refused = _follow(error["loc"], root, tree)
-        if refused is not None:
-            key, message, suggestion = _worded(error, refused)
-            found.append(Problem(key, message, suggestion, file, tree.nearest_place(key)))
-    return found
+        location = _follow(error["loc"], root, tree)
+        if location is not None:
+            key, message, suggestion = _describe(error, location)
+            result.append(Problem(key, message, suggestion, file, tree.nearest_place(key)))
+    return result
 
 
-def _worded(error: Mapping[str, Any], refused: _Refused) -> tuple[Key, str, str]:
-    """Key, message and nearest name of one error."""
-    key, schema, node = refused.key, refused.schema, refused.node
+def _describe(error: Mapping[str, Any], location: _Location) -> tuple[Key, str, str]:
+    """Return the key, the message and the nearest name of one error."""
+    key, schema, node = location.key, location.schema, location.node
     match error["type"]:
         case "extra_forbidden":
-            known = list(refused.around["properties"])
-            suggestion = nearest(str(key[-1]), known)
-            return key, "unknown key" if suggestion else f"unknown key; known are {', '.join(known)}", suggestion
+            known_keys = list(location.around["properties"])
+            suggestion = nearest(str(key[-1]), known_keys)
+            return key, "unknown key" if suggestion else f"unknown key; known are {', '.join(known_keys)}", suggestion
         case "missing":
             description = (
                 f" ({schema['description']})" if schema.get("type") != "object" and "description" in schema else ""
@@ -63,17 +64,17 @@ def _worded(error: Mapping[str, Any], refused: _Refused) -> tuple[Key, str, str]
             kind = node.child("kind") if node else None
             if kind is None:
                 return (*key, "kind"), f"missing: expected {expected(kinds)}", ""
-            return (*key, "kind"), *_expected_but_found(kinds, kind)
-        case "value_error":  # of a validator of ours, whose message begins with the setting that it is about
+            return (*key, "kind"), *_mismatch(kinds, kind)
+        case "value_error":  # of our own validators, whose messages begin with the name of the setting
             message = str(error["ctx"]["error"])
             name = message.split()[0].rstrip(":")
             return (*key, name) if node and node.child(name) else key, message, ""
         case _:
-            return key, *_expected_but_found(schema, node)
+            return key, *_mismatch(schema, node)
 
 
 def expected(schema: Schema) -> str:
-    """What a value must be, in words: `a whole number above 0`, `one of no, fp16, bf16`."""
+    """Return what a value must be, in words: `a whole number above 0`, `one of no, fp16, bf16`."""
     if "anyOf" in schema:
         return " or ".join(expected(member) for member in schema["anyOf"])
     if "enum" in schema or "const" in schema:
@@ -101,14 +102,14 @@ def expected(schema: Schema) -> str:
             return other
 
 
-def _expected_but_found(schema: Schema, node: Node | None) -> tuple[str, str]:
-    """The message for a value of the wrong type, size or name, and the nearest name where names are expected."""
+def _mismatch(schema: Schema, node: Node | None) -> tuple[str, str]:
+    """Return the message for a value of the wrong type, size or name, and the nearest name if names are expected."""
     value = node.content if node else None
     suggestion = nearest(value, _names(schema)) if isinstance(value, str) else ""
-    return f"expected {expected(schema)}, found {_found(value)}{_hint(schema, value)}", suggestion
+    return f"expected {expected(schema)}, found {_describe_value(value)}{_hint(schema, value)}", suggestion
 
 
-def _found(value: object) -> str:
+def _describe_value(value: object) -> str:
     match value:
         case None:
             return "nothing"
@@ -125,7 +126,7 @@ def _found(value: object) -> str:
 
 
 def _hint(schema: Schema, value: object) -> str:
-    """What to change, where the value is nearly right: a quoted number, an unquoted name, 1e3 for 1000."""
+    """Return what to change if the value is nearly right: a quoted number, an unquoted name, 1e3 for 1000."""
     types = {member.get("type") for member in _members(schema)}
     if isinstance(value, str) and types & {"integer", "number"} and _is_number(value):
         return ": remove the quotes"
@@ -155,32 +156,32 @@ def _bounds(schema: Schema) -> str:
 
 
 def _names(schema: Schema) -> list[str]:
-    """The literals that a schema allows, as they are written."""
+    """Return the literals that a schema allows, as text."""
     literals = [one for member in _members(schema) for one in member.get("enum", [member.get("const")])]
     return [str(one) for one in literals if one is not None]
 
 
 def _kinds(schema: Schema) -> list[str]:
-    """What `kind` may be in a union of models, in the order of the types."""
+    """Return the values of `kind` in a union of models, in the order of the types."""
     return [model["properties"]["kind"]["const"] for model in schema["oneOf"]]
 
 
 def _members(schema: Schema) -> list[Schema]:
-    """The forms a value may take, null aside."""
+    """Return the schemas of the forms that a value may have, without null."""
     return [member for member in schema.get("anyOf", [schema]) if member.get("type") != "null"]
 
 
 def _child(schema: Schema, part: str | int) -> Schema:
     if isinstance(part, int):
         return schema["prefixItems"][part] if "prefixItems" in schema else schema["items"]
-    more = schema.get("additionalProperties")  # of a mapping whose names are free
+    more = schema.get("additionalProperties")  # of a mapping with free names
     return schema.get("properties", {}).get(part, more if isinstance(more, dict) else {})
 
 
-def _follow(loc: tuple[str | int, ...], root: Schema, tree: Node) -> _Refused | None:
-    """Where pydantic's `loc` leads; None where it is about a form (single, list) that was not written.
+def _follow(loc: tuple[str | int, ...], root: Schema, tree: Node) -> _Location | None:
+    """Return the location of pydantic's `loc`; None if it is about a form (single, list) that the file does not have.
 
-    Between the file's own keys, `loc` names the kind chosen in a union of models and the form tried in a plain union.
+    Between the file's own keys, `loc` has the chosen kind in a union of models and the attempted form in a plain union.
     """
     key: Key = ()
     schema = form = root
@@ -190,39 +191,39 @@ def _follow(loc: tuple[str | int, ...], root: Schema, tree: Node) -> _Refused | 
         members = _members(form)
         if len(members) > 1:
             forms = {_form_of(member): member for member in reversed(members)}
-            written = _form_written(node) if _form_written(node) in forms else _form_of(members[0])
-            if _form_tried(part, members) != written:
+            form_in_file = _form_in_file(node) if _form_in_file(node) in forms else _form_of(members[0])
+            if _form_in_loc(part, members) != form_in_file:
                 return None
-            form = forms[written]
+            form = forms[form_in_file]
         elif "discriminator" in members[0]:
             schema = form = members[0]["discriminator"]["mapping"][part]
         else:
             key, around = (*key, part), members[0]
             schema = form = _child(around, part)
             node = node.child(part) if node else None
-    return _Refused(key, schema, around, node)
+    return _Location(key, schema, around, node)
 
 
 def _form_of(schema: Schema) -> str:
-    """The form of value that a schema is for: array, object or single."""
+    """Return the form of a schema's values: array, object or single."""
     return schema["type"] if schema.get("type") in ("array", "object") else "single"
 
 
-def _form_written(node: Node | None) -> str:
-    """The form of what the file holds."""
+def _form_in_file(node: Node | None) -> str:
+    """Return the form of the value in the file."""
     forms: dict[type, str] = {list: "array", dict: "object"}
     return forms.get(type(node.content), "single") if node else "single"
 
 
-def _form_tried(part: str | int, members: list[Schema]) -> str:
-    """The form that pydantic tried, by what it says of it in an error's `loc`: a list's type, a model's name."""
+def _form_in_loc(part: str | int, members: list[Schema]) -> str:
+    """Return the form that pydantic attempted, by the part of an error's `loc`: a list's type, or a model's name."""
     if str(part).startswith("list["):
         return "array"
     return "object" if part in [member.get("title") for member in members if _form_of(member) == "object"] else "single"
 
 
 def _inline(schema: Any, definitions: Schema) -> Any:
-    """The schema with every reference replaced by what it refers to."""
+    """Return the schema with every reference replaced by its definition."""
     if isinstance(schema, list):
         return [_inline(one, definitions) for one in schema]
     if isinstance(schema, str) and schema.startswith("#/$defs/"):

@@ -1,4 +1,4 @@
-"""The stage that measures."""
+"""The evaluate stage."""
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -14,7 +14,7 @@ from .types import Fraction, Full, Lora, PositiveInt, Reward, presentation
 if TYPE_CHECKING:
     from .experiment import Recipe
 
-MOST_SHOWN = 8  # pictures of a row that a page shows, where prompts are of two languages
+MAX_SHOWN = 8  # pictures of a row on the page, if prompts are of two languages
 
 
 class Evaluate(OneStage):
@@ -62,7 +62,7 @@ class Evaluate(OneStage):
 
     @property
     def reward_models(self) -> list[Reward]:
-        """Every reward model that measures, a name alone with its defaults."""
+        """The reward models of the table; one that is only a name has its defaults."""
         return [Reward(name=one) if isinstance(one, str) else one for one in self.rewards]
 
     @model_validator(mode="after")
@@ -90,13 +90,13 @@ class Evaluate(OneStage):
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """The teacher, every student of the recipe, and its reward where that is asked."""
-        from .experiment import STUDENTS  # which is read off all kinds of stages, this one too
+        """The teacher, every student of the recipe, and its own reward if that is used."""
+        from .experiment import STUDENTS  # computed from all kinds of stages, this one included
 
         return (*super().parents, *STUDENTS)
 
     def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
-        """Return the passes that draw the pictures of each row."""
+        """Return the passes that sample the pictures of each row."""
         num_pictures = self.num_prompts * self.images_per_prompt
         rows: list[tuple[Role, int]] = [("teacher", n) for n in self.rows_of_teacher(recipe)]
         rows += [("student", n) for n in self.rows_of_students(recipe)]
@@ -104,25 +104,25 @@ class Evaluate(OneStage):
             len(rows) - 1
         )  # a row of the teacher's holds what any other holds, or more
         return [
-            Pass(role, num_pictures, n, batch, is_chained=True, seen_by="person", in_step=False)
+            Pass(role, num_pictures, n, batch, is_chained=True, viewer="person", in_step=False)
             for (role, n), batch in zip(rows, batches, strict=True)
         ]
 
     def evaluations_per_row(self, recipe: "Recipe") -> list[int]:
-        """Return the evaluations that a picture of each row takes."""
+        """Return the evaluations a picture for each row."""
         return self.rows_of_teacher(recipe) + self.rows_of_students(recipe)
 
     def rows_of_teacher(self, recipe: "Recipe") -> list[int]:
-        """Return the evaluations that a picture takes, of the references' rows and of the undistilled teacher's."""
+        """Return the evaluations a picture for each row of the references and of the undistilled teacher."""
         guided = recipe.teacher.evaluations
         references = [guided * n for n in self.teacher_steps]
         undistilled = [n for n in self.sampling_steps for _ in range(2 if guided == 2 and n % 2 == 0 else 1)]
         return references + undistilled * len(self.teacher_solvers)
 
     def rows_of_students(self, recipe: "Recipe") -> list[int]:
-        """Return the evaluations that a picture takes, of the students' rows, at most: equal ones are drawn once.
+        """Return the evaluations a picture for each row of the students, an upper bound: equal rows are sampled once.
 
-        Students are those of `also` and the recipe's own; the snapshots of `also` are not known before it is read.
+        Students are those of `also` and the recipe's own; snapshots in `also` are unknown until its folders are read.
         """
         num_students = len(self.also) + len({one.kind for one in recipe.stages if one.leaves_student})
         tuned = {one.kind: one.gamma_in(recipe) for one in recipe.stages if isinstance(one, Tuning)}
@@ -135,15 +135,15 @@ class Evaluate(OneStage):
         return self.sampling_steps * num_rows
 
     def networks(self, distilled: Lora | Full) -> Networks:
-        """Return the student's, the teacher's and those that measure."""
+        """Return the student, the teacher and the networks of the metrics."""
         return Networks(distilled, measuring=tuple(path for path in (self.inception, self.clip) if path))
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
-        """Return the bytes of encoded prompts, of the reference's latents, and of pictures before PNG shrinks them.
+        """Return the bytes of encoded prompts, of the reference's latents, and of pictures before PNG compresses them.
 
-        Those that the page shows and the reference are kept a second time, for later evaluations.
+        The reference and the pictures on the page are stored twice, for later evaluations.
         """
         rows = len(self.evaluations_per_row(recipe))
         samples = self.num_prompts * self.images_per_prompt
-        pictures = samples * rows * self.keep_pictures + 2 * rows * min(self.num_prompts, MOST_SHOWN)
+        pictures = samples * rows * self.keep_pictures + 2 * rows * min(self.num_prompts, MAX_SHOWN)
         return 4 * (self.num_prompts * values.prompt + 2 * samples * values.latent) + 3 * values.pixels * pictures

@@ -42,7 +42,7 @@ class Recipe(Strict):
     runs: str = presentation("runs", description="folder that holds every run")
     device: Literal["auto", "cpu", "cuda", "mps"] = presentation("auto")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = presentation(["tensorboard"])
-    _written: dict[str, str] = PrivateAttr(default_factory=dict)  # paths in rewards' settings -> the file's text
+    _file_texts: dict[str, str] = PrivateAttr(default_factory=dict)  # paths in rewards' settings -> the file's text
 
     @model_validator(mode="after")
     def _name_is_free(self):

@@ -1,6 +1,6 @@
-"""The families of teachers by name: what a folder of each holds, and where the class is that loads it. No torch.
+"""The families of teachers by name: the components of their folders, and the class that loads them. No torch.
 
-A family may come from another distribution too: its entry point in the group `mlcm_rl.families` names a `Layout`.
+A family may come from another distribution too: its entry point in the group `mlcm_rl.families` is a `Layout`.
 """
 
 from dataclasses import dataclass, field
@@ -12,10 +12,10 @@ ENTRY_POINTS = "mlcm_rl.families"
 
 @dataclass(frozen=True)
 class Layout:
-    """What model_index.json names in a folder of one family, and the class `implementation`, as module:name.
+    """The components in model_index.json of one family, and its class `implementation`, as module:name.
 
-    `text` are the text encoders that must be there, by component, with their classes; `optional` those that may be.
-    Each reads what the tokenizer of the same number makes.
+    `text` are the required text encoders, component -> class; `optional` are those that a folder may lack. Each reads
+    the tokens of the tokenizer with the same number.
     """
 
     implementation: str
@@ -24,26 +24,26 @@ class Layout:
     denoiser_class: str
     text: dict[str, str]
     optional: dict[str, str] = field(default_factory=dict)
-    is_flow: bool = False  # its schedule is a rectified flow's, else it preserves variance
+    is_flow: bool = False  # the schedule is a rectified flow; else it is variance-preserving
 
     @property
     def required(self) -> list[str]:
-        """The components that must be there."""
+        """The required components."""
         return [self.denoiser, "vae", "scheduler", *self.text, *map(tokenizer_of, self.text)]
 
     @property
     def possible(self) -> list[str]:
-        """The components that are loaded where they are there."""
+        """The components that are loaded if the folder has them."""
         return [*self.optional, *map(tokenizer_of, self.optional)]
 
     @property
     def classes(self) -> dict[str, str]:
-        """Classes of the networks, by component."""
+        """The classes of the networks, by component."""
         return {self.denoiser: self.denoiser_class, "vae": "AutoencoderKL", **self.text, **self.optional}
 
 
 def tokenizer_of(text_encoder: str) -> str:
-    """Return the component whose tokens a text encoder reads."""
+    """Return the tokenizer component of a text encoder."""
     return text_encoder.replace("text_encoder", "tokenizer")
 
 
@@ -82,23 +82,23 @@ def names() -> list[str]:
 
 @cache
 def layout_of(family: str) -> Layout:
-    """Return the layout of a family. Raise LookupError for an unknown one, TypeError where an entry point is none."""
+    """Return the layout of a family. Raise LookupError if it is unknown, TypeError if its entry point is not one."""
     if family in FAMILIES:
         return FAMILIES[family]
     point = _others().get(family)
     if point is None:
         raise LookupError(f"no family is called {family}; known are {', '.join(names())}")
-    found = point.load()
-    if not isinstance(found, Layout):
-        raise TypeError(f"family {family}: the entry point {point.value} is no mlcm_rl.recipe.families.Layout")
-    return found
+    layout = point.load()
+    if not isinstance(layout, Layout):
+        raise TypeError(f"family {family}: the entry point {point.value} is not a mlcm_rl.recipe.families.Layout")
+    return layout
 
 
 def family_of(pipeline: str) -> str | None:
-    """Return the family that loads models of the class `pipeline` in diffusers; None where there is none."""
+    """Return the family that loads models of diffusers' class `pipeline`; None without one."""
     return next((name for name in names() if layout_of(name).pipeline == pipeline), None)
 
 
 def _others() -> dict[str, EntryPoint]:
-    """Return the entry points of other distributions' families; a name of ours stays ours."""
+    """Return the entry points of other distributions' families; they cannot replace one of ours."""
     return {point.name: point for point in entry_points(group=ENTRY_POINTS) if point.name not in FAMILIES}

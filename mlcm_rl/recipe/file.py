@@ -1,7 +1,7 @@
-"""From a YAML file to a `Recipe`, or to all that is wrong with it.
+"""Loading a YAML file into a `Recipe`, or reporting everything that is wrong with it.
 
-`load` is the door. The file is read by `tree.py`, which knows the line of everything; the types of `recipe`
-judge it; what they refuse is worded by `errors.py`; `check` looks beyond the types. No torch on any of the way.
+`load` is the entry. `tree.py` reads the file and keeps the line of every value; the types of `recipe` validate it;
+`errors.py` turns their errors into messages; `check` looks at what the types cannot know. Nothing imports torch.
 """
 
 import itertools
@@ -24,9 +24,9 @@ from .distill import Distill
 from .evaluation import Evaluate
 from .experiment import Recipe, missing_trackers
 from .families import family_of, layout_of
-from .paths import Folders, resolved, rewards_named
+from .paths import Folders, resolved, rewards_in
 from .preference import Feedback, Tuning
-from .reads import read_by
+from .reads import reads_of
 from .schema import json_schema
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
 from .types import TRAINED, Lora, Reward, Teacher
@@ -38,12 +38,11 @@ def load(
     root: Path | None = None,
     tell: Callable[[str], object] = partial(print, file=sys.stderr),
 ) -> Recipe:
-    """The recipe in a YAML file, with settings of the command line (`stages.1.learning_rate=1e-4`) put over it.
+    """Return the recipe in a YAML file, with `overrides` of the command line (`stages.1.learning_rate=1e-4`).
 
     Its paths are as this process sees them (`paths.py`). A path that may mean another file, and a key under an old
-    name, is reported by `tell`, a line each. With
-    `root`, the working directory, a recipe of the right types is put to `check` too. Raises RecipeError, which carries
-    every error at once.
+    name, is reported by `tell`, a line each. With `root`, the working directory, a recipe of the right types goes
+    through `check` too. Raise RecipeError, which has all errors at once.
     """
     tree, problems = read(Path(path))
     tree, warnings, twice = renamed.renew_tree(tree, str(path))
@@ -55,15 +54,15 @@ def load(
         except RecipeError as error:
             problems += error.problems
     try:
-        # JSON, because a list in a file may be meant for a tuple; strict, because "100" in quotes is no number.
+        # JSON, because a list in a file may be meant for a tuple; strict, because "100" in quotes is not a number.
         recipe = Recipe.model_validate_json(json.dumps(tree.plain()), strict=True)
     except ValidationError as error:
-        told = {problem.key for problem in problems}
-        refused = errors.problems(error.errors(), json_schema(), tree, str(path))
-        raise RecipeError(problems + [problem for problem in refused if problem.key not in told]) from error
+        keys = {problem.key for problem in problems}
+        of_types = errors.problems(error.errors(), json_schema(), tree, str(path))
+        raise RecipeError(problems + [problem for problem in of_types if problem.key not in keys]) from error
     folders = Folders(Path(path).parent, root or Path.cwd(), lambda key: bool(tree.nearest_place(key).override))
     if root is not None:
-        problems += [_placed(problem, tree, str(path)) for problem in check(recipe, folders)]
+        problems += [_with_place(problem, tree, str(path)) for problem in check(recipe, folders)]
     if problems:
         raise RecipeError(problems)
     recipe, notes = resolved(recipe, folders)
@@ -73,11 +72,11 @@ def load(
 
 
 def check(recipe: Recipe, folders: Folders) -> list[Problem]:
-    """What is wrong with a recipe beyond its types, as far as can be told without opening weights.
+    """Return what is wrong with a recipe beyond its types, without opening weights.
 
-    Files and folders that it names must be there (relative ones in `folders`; a teacher only when its path looks
-    local), rewards must exist, each stage must find what it needs among the stages before it, draw what it can
-    learn from, and train in a precision that small gradients survive.
+    Its files and folders must exist (relative ones in `folders`; a teacher only if its path looks local), rewards must
+    exist, each stage must have the stages that it needs before it, a source that fits its target, and a precision in
+    which small gradients survive.
     """
     return [
         *_teacher_problems(recipe.teacher, folders),
@@ -92,22 +91,27 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
 
 
 def reward_names() -> list[str]:
-    """The rewards that `mlcm_rl.rewards` would find, by name, without importing it or them (they need torch)."""
+    """Return the names of the rewards that `mlcm_rl.rewards` would find, without importing them (they need torch)."""
     files = reward_package.names(list(reward_package.package().__path__))
     return sorted(files | entry_points(group="mlcm_rl.reward_models").names)
 
 
-def _placed(problem: Problem, tree: Node, file: str) -> Problem:
+def _with_place(problem: Problem, tree: Node, file: str) -> Problem:
     return replace(problem, file=file, place=tree.nearest_place(problem.key))
 
 
 def _teacher_problems(teacher: Teacher, folders: Folders) -> Iterator[Problem]:
-    """A hub name is `owner/model`: one slash, and no folder `owner` here; with a revision, `model` alone too."""
+    """Yield what is wrong with the teacher's folder or hub name.
+
+    A hub name is `owner/model`: one slash, and no folder `owner` here; with a revision, `model` alone too.
+    """
     key = ("teacher", "path")
     name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", teacher.path)
     is_hub_name = name and name[1] and not any(os.path.isdir((one / teacher.path).parent) for one in folders.of(key))
     if teacher.revision is None and is_hub_name:
-        message = f"missing: {teacher.path} is no folder here, and a hub name needs its commit, 40 hexadecimal digits"
+        message = (
+            f"missing: {teacher.path} is not a folder here, and a hub name needs its commit, 40 hexadecimal digits"
+        )
         yield Problem(("teacher", "revision"), message, looked_in=folders.looked_in(key, teacher.path))
     elif teacher.revision is None or not name:
         folder = folders.place(key, teacher.path)
@@ -120,7 +124,7 @@ def _teacher_problems(teacher: Teacher, folders: Folders) -> Iterator[Problem]:
 
 
 def _family_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
-    """The folder holds a student, or another family's. An index that is not there or damaged is told elsewhere."""
+    """Yield a problem for the folder of a student or of another family. `teacher_check` reports a damaged index."""
     with suppress(OSError, ValueError, RecursionError):
         index = json.loads(read_bytes(folder / "model_index.json"))
         if not isinstance(index, dict):
@@ -130,21 +134,24 @@ def _family_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
         except ValueError as error:
             yield Problem(("teacher", "path"), str(error))
             return
-        found = index.get("_class_name")
-        if isinstance(found, str) and found != layout_of(teacher.family).pipeline:
-            message = f"{teacher.family} does not load the {found} that is in {teacher.path}"
-            yield Problem(("teacher", "family"), message, family_of(found) or "")
+        class_name = index.get("_class_name")
+        if isinstance(class_name, str) and class_name != layout_of(teacher.family).pipeline:
+            message = f"{teacher.family} does not load the {class_name} that is in {teacher.path}"
+            yield Problem(("teacher", "family"), message, family_of(class_name) or "")
 
 
 def _resolution_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
-    """A side that autoencoder and denoiser cannot halve as often as they do. Damaged files are told elsewhere."""
+    """Yield a problem for a side that is not a multiple of what autoencoder and denoiser need.
+
+    `teacher_check` reports damaged files.
+    """
     if teacher.resolution is None:
         return
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         smallest = 1
         for part in ("vae", layout_of(teacher.family).denoiser):
             config = json.loads(read_bytes(folder / part / "config.json"))
-            halved = "block_out_channels" in config  # once less often than there are blocks; else cut into patches
+            halved = "block_out_channels" in config  # one time less than there are blocks; else cut into patches
             smallest *= 2 ** (len(config["block_out_channels"]) - 1) if halved else config["patch_size"]
         if teacher.resolution % smallest:
             message = f"expected a multiple of {smallest}, as {teacher.path} needs, found {teacher.resolution}"
@@ -152,25 +159,25 @@ def _resolution_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
 
 
 def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
-    known = reward_names()
+    known_rewards = reward_names()
     for i, stage in enumerate(recipe.stages):
-        settings = stage.model_dump(include={*read_by(stage), "also"})
-        for name, mark in read_by(stage).items():
+        settings = stage.model_dump(include={*reads_of(stage), "also"})
+        for name, mark in reads_of(stage).items():
             if (path := settings[name]) is not None:
                 is_table = name == "pairs" and Path(path).suffix == ".parquet"
                 yield from _absent(("stages", i, name), path, folders, holding=None if is_table else mark.holding)
         for name in ("prompts", "guard_prompts"):
-            path, named = settings.get(name), ("stages", i, name)
-            if path and Path(path).suffix not in (".txt", ".jsonl") and not os.path.isdir(folders.place(named, path)):
-                yield Problem(named, f"expected a .txt or .jsonl file, found {path}")
-            elif path and _is_blank(folders.place(named, path)):
-                yield Problem(named, f"{path} holds no prompt: write one a line")
+            path, entry = settings.get(name), ("stages", i, name)
+            if path and Path(path).suffix not in (".txt", ".jsonl") and not os.path.isdir(folders.place(entry, path)):
+                yield Problem(entry, f"expected a .txt or .jsonl file, found {path}")
+            elif path and _is_blank(folders.place(entry, path)):
+                yield Problem(entry, f"{path} holds no prompt: write one a line")
         for j, other in enumerate(settings.get("also", [])):
             yield from _absent(("stages", i, "also", j), other, folders, holding="manifest.json")
-        for key, reward in rewards_named(("stages", i), stage):
-            if reward.name not in known:
-                message = f"no reward is called {reward.name}; known are {', '.join(known) or 'none'}"
-                yield Problem(key, message, nearest(reward.name, known))
+        for key, reward in rewards_in(("stages", i), stage):
+            if reward.name not in known_rewards:
+                message = f"no reward is called {reward.name}; known are {', '.join(known_rewards) or 'none'}"
+                yield Problem(key, message, nearest(reward.name, known_rewards))
             yield from _endless((*key[:-1], "settings"), reward, folders)
             folder = reward.settings.get("folder") if reward.name == TRAINED else None
             if isinstance(folder, str):
@@ -178,7 +185,7 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
 
 
 def _endless(key: Key, reward: Reward, folders: Folders) -> Iterator[Problem]:
-    """Settings of a reward that name what is there and is neither a file nor a folder."""
+    """Yield a problem for each setting of a reward that is the path of a pipe, a socket or a device."""
     for name, text in reward.settings.items():
         place = folders.place((*key, name), text) if isinstance(text, str) else None
         if place is not None and os.path.exists(place):
@@ -190,12 +197,12 @@ def _endless(key: Key, reward: Reward, folders: Folders) -> Iterator[Problem]:
 
 def _runs_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
     if not recipe.runs or os.path.isfile(folders.working / recipe.runs):
-        found = f"the file {recipe.runs}" if recipe.runs else "empty text"
-        yield Problem(("runs",), f"expected a folder, which need not be there yet, found {found}")
+        actual = f"the file {recipe.runs}" if recipe.runs else "empty text"
+        yield Problem(("runs",), f"expected a folder, which need not be there yet, found {actual}")
 
 
 def _absent(key: Key, name: str, folders: Folders, holding: str | None = None) -> Iterator[Problem]:
-    """A problem where `name` is no file, or with `holding`, no folder with that file in it."""
+    """Yield a problem if `name` is not a file or, with `holding`, not a folder that has that file in it."""
     path, looked_in = folders.place(key, name), folders.looked_in(key, name)
     if not name:
         yield Problem(key, "expected a path, found empty text")
@@ -213,7 +220,7 @@ def _absent(key: Key, name: str, folders: Folders, holding: str | None = None) -
 
 
 def _is_blank(path: Path) -> bool:
-    """Whether the file `path` holds nothing but white space; a file that is not there is told elsewhere."""
+    """Return whether the file `path` has only white space. False without such a file, which `_absent` reports."""
     if not os.path.isfile(path):
         return False
     with suppress(OSError), path.open("rb") as file:
@@ -222,10 +229,10 @@ def _is_blank(path: Path) -> bool:
 
 
 def _beside(key: Key, name: str, folders: Folders, pattern: str) -> str:
-    """The nearest name to one that is not there, relative to the folder that it is found in where that is."""
+    """Return the nearest existing name to a missing one, relative to the folder of a recipe's paths; empty if none."""
     for folder in folders.of(key):
-        if found := nearest_file(folder / name, pattern):
-            return found if Path(name).is_absolute() else os.path.relpath(found, folder)
+        if nearest_path := nearest_file(folder / name, pattern):
+            return nearest_path if Path(name).is_absolute() else os.path.relpath(nearest_path, folder)
     return ""
 
 
@@ -240,7 +247,7 @@ def _order_problems(recipe: Recipe) -> Iterator[Problem]:
         if isinstance(stage, Tuning) and "distill" not in before:
             yield Problem(("stages", i), f"{stage.kind} tunes a distilled student: it needs an earlier distill stage")
         if "train_reward" not in before:
-            for key, reward in rewards_named(("stages", i), stage):
+            for key, reward in rewards_in(("stages", i), stage):
                 if reward.is_of_this_recipe:
                     message = f"{TRAINED} needs settings: {{folder: ...}}, or an earlier train_reward stage to read"
                     yield Problem(key, message)
@@ -252,8 +259,8 @@ def _order_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _tuning_problems(recipe: Recipe) -> Iterator[Problem]:
-    """What stages of preference learning would otherwise stop at, hours later, when the student is there."""
-    gamma = None  # that suits the student distilled last
+    """Yield what would stop a tuning stage, hours later, when the student is finished."""
+    gamma = None  # default of the last student
     for i, stage in enumerate(recipe.stages):
         if isinstance(stage, Distill):
             gamma = stage.default_gamma
@@ -261,20 +268,22 @@ def _tuning_problems(recipe: Recipe) -> Iterator[Problem]:
             continue
         if stage.needs_random_steps and stage.gamma is None and gamma == 0.0:
             message = f"{stage.kind} needs random steps here, and the student distilled before it samples without noise"
-            yield Problem(("stages", i, "gamma"), f"{message} (gamma 0) unless told otherwise: set gamma, such as 0.3")
+            yield Problem(("stages", i, "gamma"), f"{message} (gamma 0) by default: set gamma, such as 0.3")
         if stage.languages and not sum(stage.languages.values()):
             yield Problem(("stages", i, "languages"), "all weights are 0, so that no prompt can be drawn")
-        told = set()
-        for key, reward in rewards_named(("stages", i), stage):
-            named = (*key[:-2], reward.name)
-            if named in told:
+        reward_keys = set()
+        for key, reward in rewards_in(("stages", i), stage):
+            reward_key = (*key[:-2], reward.name)
+            if reward_key in reward_keys:
                 yield Problem(key, f"{reward.name} is named twice; a sum has one weight for each reward")
-            told.add(named)
+            reward_keys.add(reward_key)
 
 
 def _precision_problems(recipe: Recipe) -> Iterator[Problem]:
-    """An adapter beside a teacher's float16 weights, without autocast, would be trained in float16, where small
-    gradients are zeros."""
+    """Yield a problem for each adapter that would train in float16, where small gradients become zero.
+
+    An adapter has the dtype of the teacher's weights if there is no autocast.
+    """
     if recipe.teacher.dtype != "float16":
         return
     adapter = None
@@ -287,12 +296,12 @@ def _precision_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _resume_problems(recipe: Recipe) -> Iterator[Problem]:
-    """A distill stage goes on with the student of the one before it, which has the adapter and the input it has."""
+    """Yield a problem for each distill stage that does not fit the student of the one before, which it goes on with."""
     stages = [(i, stage) for i, stage in enumerate(recipe.stages) if isinstance(stage, Distill)]
     for (j, before), (i, stage) in itertools.pairwise(stages):
         if stage.adapter != before.adapter:
             message = f"adapter must be that of stages[{j}], whose student this stage goes on with: "
             yield Problem(("stages", i, "adapter"), message + str(before.adapter.model_dump()))
         if before.condition_on_target and not stage.condition_on_target:
-            message = f"condition_on_target must be true: the student of stages[{j}] is told its target time"
+            message = f"condition_on_target must be true: the student of stages[{j}] takes its target time"
             yield Problem(("stages", i, "condition_on_target"), message)

@@ -1,6 +1,6 @@
-"""The hinges on a reward: their settings by default, and those that contradict each other. Imports no torch.
+"""The hinges on a reward: their default settings, and which settings contradict each other. Imports no torch.
 
-Eq. 11 of TLCM v6 is relu(16 - s) + relu(s') on raw scores of the MPS model: the threshold is on the scale of those.
+Eq. 11 of TLCM v6 is relu(16 - s) + relu(s') on raw scores of the MPS model: its threshold is on their scale.
 """
 
 from typing import TYPE_CHECKING
@@ -12,9 +12,9 @@ PAPERS_THRESHOLD = 16.0
 
 
 def settle(stage: "Feedback") -> "Feedback":
-    """Return `stage`, what it does not set of `mps_hinge` as in the paper: raw scores, and its threshold of MPS.
+    """Return `stage` with the paper's defaults for `mps_hinge`: raw scores, and the threshold of MPS.
 
-    Raise ValueError where a hinge has no threshold that means something, or another shape has one.
+    Raise ValueError if a hinge needs a threshold that is not set, or if another shape has one.
     """
     if stage.shape == "negative" and stage.threshold != 0.0:
         raise ValueError("threshold has no meaning for shape negative: leave it out, or take shape hinge")

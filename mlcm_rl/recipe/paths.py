@@ -1,11 +1,11 @@
-"""What a path in a recipe means: the one place that decides it.
+"""The meaning of paths in a recipe, decided here alone.
 
-What a recipe reads is relative to the folder of its file. `runs`, and the finished stages in `also`, are relative to
-the working directory, where `mlcm run` leaves them, and so is all that an override of the command line names. A path
-that is only found in the working directory is read there, as it was before this rule, and the new form is told.
+Files that a recipe reads are relative to the folder of its file. `runs`, and the finished stages in `also`, are
+relative to the working directory, where `mlcm run` writes them, and so are all paths in overrides of the command line.
+A path that exists only in the working directory is read there, as it was before this rule, with a note of the new form.
 
-A loaded recipe holds its paths as this process sees them: short where they lie under the working directory, else
-absolute. What a reward's setting said stays known, since its text is part of a fingerprint. No torch here.
+A loaded recipe has its paths as this process sees them: relative if they lie under the working directory, else
+absolute. The text of a reward's setting is kept as well, since a fingerprint has it. No torch here.
 """
 
 import os
@@ -19,35 +19,35 @@ from typing import Any
 from .evaluation import Evaluate
 from .experiment import Recipe, Stage
 from .preference import Tuning
-from .reads import read_by
+from .reads import reads_of
 from .renamed import renewed
 from .tree import Key, key_text
 from .types import Reward
 
-PATH_SETTINGS = ("folder", "file", "path")  # of a reward, by name; others where their text looks like a path
+PATH_SETTINGS = ("folder", "file", "path")  # of a reward, by name; others if their text looks like a path
 
 
 @dataclass(frozen=True)
 class Folders:
-    """The folders that relative paths are looked for in: of the recipe's file, and the working directory."""
+    """The folders that relative paths may start from: the one of the recipe's file, and the working directory."""
 
     recipe: Path
     working: Path
     is_overridden: Callable[[Key], bool] = field(default=lambda key: False)
 
     def of(self, key: Key) -> list[Path]:
-        """Those that count for the path at `key`, in order."""
+        """Return the folders for the path at `key`, in order."""
         is_one = os.path.realpath(self.recipe) == os.path.realpath(self.working)
         is_of_working = "also" in key or self.is_overridden(key)
         return [self.working] if is_one or is_of_working else [self.recipe, self.working]
 
     def place(self, key: Key, text: str) -> Path:
-        """Where `text` at `key` is; where it is in none of the folders, what it would be in the first."""
+        """Return the path of `text` at `key`: in the first folder that has it, or in the first of all if none has."""
         places = [folder / text for folder in self.of(key)]
         return next(filter(os.path.exists, places), places[0])
 
     def looked_in(self, key: Key, text: str) -> str:
-        """A sentence on where `text` at `key` was looked for; none for an absolute path."""
+        """Return a sentence on where `text` at `key` was looked for; empty for an absolute path."""
         if os.path.isabs(text):
             return ""
         if self.is_overridden(key):
@@ -59,75 +59,77 @@ class Folders:
 
 
 def resolved(recipe: Recipe, folders: Folders) -> tuple[Recipe, list[str]]:
-    """`recipe` with its paths as this process sees them, and a line on each that could have meant something else."""
+    """Return `recipe` with its paths as this process sees them, and a note on each ambiguous one."""
     notes: dict[str, str] = {}
-    read = {("stages", i, name) for i, stage in enumerate(recipe.stages) for name in read_by(stage)}
+    input_keys = {("stages", i, name) for i, stage in enumerate(recipe.stages) for name in reads_of(stage)}
 
-    def seen(key: Key, text: str) -> str:
+    def local_path(key: Key, text: str) -> str:
         if not text or os.path.isabs(text):
             return text
         if note := _note(key, text, folders):
             notes.setdefault(text, f"{key_text(key)}: {note}")
         place = folders.place(key, text)
         if os.path.exists(place):
-            return _shown(place, folders.working)
-        return str(place) if key in read else text  # of a hub's name, or a word for a reward, nothing is there
+            return _short(place, folders.working)
+        return str(place) if key in input_keys else text  # a hub's name, or another text of a reward's settings
 
-    return _changed(recipe, named(recipe), seen, {}), list(notes.values())
+    return _with_paths(recipe, paths_in(recipe), local_path, {}), list(notes.values())
 
 
 def record(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """What else a manifest in `folder` says of `recipe`, so that its paths are found from any working directory.
+    """Return what a manifest in `folder` needs beside `recipe`, so that its paths are found from anywhere.
 
-    That it is relative where `folder` lies under it: both may then be moved together.
+    The working directory is relative if `folder` lies under it, so that both can be moved together.
     """
     here, place = Path.cwd(), folder.resolve()
     working = os.path.relpath(here, place) if place.is_relative_to(here.resolve()) else str(here)
-    return {"working_directory": working} | ({"written": recipe._written} if recipe._written else {})
+    return {"working_directory": working} | ({"written": recipe._file_texts} if recipe._file_texts else {})
 
 
 def recorded(described: dict[str, Any], folder: Path) -> Recipe:
-    """The recipe that a manifest in `folder` holds, its paths as this process sees them.
+    """Return the recipe of a manifest in `folder`, with its paths as this process sees them.
 
-    What is not there any more is left as it stands. Raises pydantic's ValidationError for another version's recipe.
+    Paths that no longer exist stay as they are. Raise pydantic's ValidationError for another version's recipe.
     """
     recipe = Recipe.model_validate(renewed(described["recipe"]))
     working = _working_directory(recipe, described, folder.resolve())
 
-    def seen(key: Key, text: str) -> str:
+    def local_path(key: Key, text: str) -> str:
         place = working / text
         is_known = key == ("runs",) or (text and os.path.exists(place))
         return os.path.abspath(place) if is_known and not is_here else text
 
     is_here = os.path.realpath(working) == os.path.realpath(Path.cwd())
-    written = described.get("written")
-    return _changed(recipe, [*named(recipe), *_of_runs(recipe)], seen, written if isinstance(written, dict) else {})
+    file_texts = described.get("written")
+    return _with_paths(
+        recipe, [*paths_in(recipe), *_of_runs(recipe)], local_path, file_texts if isinstance(file_texts, dict) else {}
+    )
 
 
 def _working_directory(recipe: Recipe, described: dict[str, Any], folder: Path) -> Path:
-    """Where the process worked that left the stage in `folder`. Older manifests do not say: it held `runs`."""
-    if isinstance(said := described.get("working_directory"), str):
-        return folder / said
+    """Return the working directory of the run that wrote `folder`; without a record, the one that has `runs` in it."""
+    if isinstance(directory := described.get("working_directory"), str):
+        return folder / directory
     runs = Path(recipe.runs).parts
     is_below = not os.path.isabs(recipe.runs) and folder.parts[-2 - len(runs) : -2] == runs
     return folder.parents[1 + len(runs)] if is_below else Path.cwd()
 
 
-def named(recipe: Recipe) -> Iterator[tuple[Key, str]]:
-    """(key, text) of every path that `recipe` names, those of finished runs left out."""
+def paths_in(recipe: Recipe) -> Iterator[tuple[Key, str]]:
+    """Yield (key, text) of every path in `recipe`, except those of finished runs."""
     yield ("teacher", "path"), recipe.teacher.path
     for i, stage in enumerate(recipe.stages):
-        for name in read_by(stage):
+        for name in reads_of(stage):
             if (text := getattr(stage, name)) is not None:
                 yield ("stages", i, name), text
-        for key, reward in rewards_named(("stages", i), stage):
+        for key, reward in rewards_in(("stages", i), stage):
             for name, text in reward.settings.items():
                 if isinstance(text, str) and _is_path_like(name, text):
                     yield (*key[:-1], "settings", name), text
 
 
-def rewards_named(key: Key, stage: Stage) -> Iterator[tuple[Key, Reward]]:
-    """(key of its name, reward) of every reward model that a stage at `key` names: by a name alone, or by an entry."""
+def rewards_in(key: Key, stage: Stage) -> Iterator[tuple[Key, Reward]]:
+    """Yield (key of its name, reward) of every reward model in a stage at `key`, given by name or as an entry."""
     places: list[tuple[Key, Sequence[str | Reward]]] = []
     if isinstance(stage, Tuning | Evaluate):
         places.append((("rewards",), stage.rewards))
@@ -146,25 +148,25 @@ def _of_runs(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             yield ("stages", i, "also", j), text
 
 
-def _changed(
-    recipe: Recipe, paths: Iterable[tuple[Key, str]], seen: Callable[[Key, str], str], written: dict[str, str]
+def _with_paths(
+    recipe: Recipe, paths: Iterable[tuple[Key, str]], local_path: Callable[[Key, str], str], file_texts: dict[str, str]
 ) -> Recipe:
-    """`recipe` with its `paths` made what `seen` says of them; `written` is what the file said for some of them."""
+    """Return `recipe` with `local_path` of each of `paths`; `file_texts` are the texts in the file of some of them."""
     plain: Any = recipe.model_dump()
     of_settings = {}
     for key, text in paths:
         *parts, last = key
         holder = reduce(getitem, parts, plain)
-        holder[last] = seen(key, text)
-        if "settings" in key and (text in written or holder[last] != text):
-            of_settings[holder[last]] = written.get(text, text)
-    changed = Recipe.model_validate(plain)
-    changed._written = of_settings
-    return changed
+        holder[last] = local_path(key, text)
+        if "settings" in key and (text in file_texts or holder[last] != text):
+            of_settings[holder[last]] = file_texts.get(text, text)
+    copy = Recipe.model_validate(plain)
+    copy._file_texts = of_settings
+    return copy
 
 
 def _note(key: Key, text: str, folders: Folders) -> str:
-    """What there is to say of a path that one of two folders could have been meant for; nothing where it is plain."""
+    """Return a note on a path that two folders could have; empty if it is not ambiguous."""
     places = [folder / text for folder in folders.of(key) if os.path.exists(folder / text)]
     if len(places) > 1 and not os.path.samefile(*places):
         return f"{text} is beside the recipe and in the working directory; {places[0]} is read"
@@ -174,8 +176,8 @@ def _note(key: Key, text: str, folders: Folders) -> str:
     return ""
 
 
-def _shown(place: Path, working: Path) -> str:
-    """`place` relative to the folder `working` where it lies under it, which all does under /, else absolute."""
+def _short(place: Path, working: Path) -> str:
+    """Return `place` relative to the folder `working` if it lies under it and that is not the root; else absolute."""
     plain = Path(os.path.normpath(place))
     if os.path.realpath(plain) != os.path.realpath(place):  # `..` behind a link
         return os.path.abspath(place.parent.resolve() / place.name)
@@ -185,5 +187,5 @@ def _shown(place: Path, working: Path) -> str:
 
 
 def _is_path_like(name: str, text: str) -> bool:
-    """Whether a reward's setting may be a path: by its name, or by a slash or an ending in its text."""
+    """Return whether a reward's setting may be a path: by its name, or by a slash or a suffix in its text."""
     return name in PATH_SETTINGS or "/" in text or bool(Path(text).suffix)

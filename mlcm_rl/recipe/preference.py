@@ -1,4 +1,4 @@
-"""Stages of preference learning, and the one that trains a reward for them."""
+"""The stages of preference learning, and the one that trains a reward for them."""
 
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -26,11 +26,11 @@ from .types import (
 if TYPE_CHECKING:
     from .experiment import Recipe
 
-MOST_ENCODED_AHEAD = 8192  # prompts of a stage's steps that are kept encoded
+MAX_ENCODED_AHEAD = 8192  # prompts of a stage that are encoded before its first step
 
 
 class TrainReward(Training):
-    """A head over frozen picture features, by Bradley-Terry on a table of pairs: a taste made the reward `trained`."""
+    """Trains the reward `trained` on a table of pairs, by Bradley-Terry: a head over frozen picture features."""
 
     kind: Literal["train_reward"] = "train_reward"
     pairs: Annotated[str, PICTURES] = Field(
@@ -61,7 +61,7 @@ class TrainReward(Training):
 
 
 class Tuning(Training):
-    """What the stages of preference learning have in common: the student's sampler, the rewards, the guard."""
+    """What all stages of preference learning share: the student's sampler, the rewards, the guard."""
 
     leaves_student: ClassVar[bool] = True
 
@@ -98,18 +98,18 @@ class Tuning(Training):
     def encodes_ahead(self) -> bool:
         """Whether all prompts are encoded before the first step, so that text encoders can leave memory.
 
-        Of a long run they are not: each would be kept in every process's own memory, 0.3 MB of SDXL's.
+        In a long run they are not: every process would hold all of them, 0.3 MB each for SDXL.
         """
-        return self.num_steps * self.batch_size <= MOST_ENCODED_AHEAD
+        return self.num_steps * self.batch_size <= MAX_ENCODED_AHEAD
 
     @property
     def reward_models(self) -> list[Reward]:
-        """Every reward model that the stage asks: those trained on, then those held out."""
+        """The reward models of the stage: those trained on, then those held out."""
         return [*self.rewards, *self.guard.rewards]
 
     @property
     def trained_on(self) -> list[Reward]:
-        """The rewards whose sum is the reward."""
+        """The rewards whose weighted sum is trained on."""
         return self.rewards
 
     @property
@@ -118,14 +118,14 @@ class Tuning(Training):
         return False
 
     def gamma_in(self, recipe: "Recipe") -> float:
-        """Return the gamma that it tunes under: its own, or what suits the student that `recipe` distils last."""
+        """Return the gamma of the stage's sampler: its own, or the default of the last student in `recipe`."""
         if self.gamma is not None:
             return self.gamma
         return [one for one in recipe.stages if isinstance(one, Distill)][-1].default_gamma
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """The teacher, the student to tune, and the reward of this recipe where it is asked."""
+        """The teacher, the student to tune, and the reward of this recipe if it is used."""
         return (*super().parents, "distill")
 
     @property
@@ -135,29 +135,29 @@ class Tuning(Training):
 
     @abstractmethod
     def step(self, samples: int, part: int) -> list[Pass]:
-        """Return what an optimiser step takes: over the whole stage `samples`, `part` of them in memory at a time."""
+        """Return the passes of all optimiser steps: of `samples` in all, `part` of them in memory at a time."""
 
     def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
-        """Return the passes of a step, and what comes between: the guard's looks and sample grids."""
+        """Return the passes of the steps, the guard's looks and sample grids."""
         part = part or self.micro_batch
         num_looks = -(-self.num_steps // self.guard.every) + 1  # and one at the reference
         watched, batch = num_looks * self.guard.num_prompts, min(part, self.guard.num_prompts)
-        look = Pass("student", watched, self.sampling_steps, batch, is_chained=True, seen_by="guard", in_step=False)
+        look = Pass("student", watched, self.sampling_steps, batch, is_chained=True, viewer="guard", in_step=False)
         return [*self.step(self.num_steps * self.batch_size, part), look, *self.sample_grids(recipe)]
 
     def networks(self, distilled: Lora | Full) -> Networks:
-        """Return the distilled student with the preference adapter; the teacher's denoiser is gone."""
+        """Return the distilled student with the preference adapter, without the teacher's denoiser."""
         return Networks(
             distilled,
             preference=self.adapter,
-            asks_teacher=False,
+            uses_teacher=False,
             encodes_ahead=self.encodes_ahead,
             has_average=True,
             tiles=self.autoencoder_tiles,
         )
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
-        """Return the bytes of the distilled student once more, at most all of it, and of the adapter."""
+        """Return the bytes of a copy of the distilled student, an upper bound, and of the adapter and checkpoints."""
         return 4 * values.denoiser + values.trained * (4 + self.keep_checkpoints * (4 + MOMENTS_BYTES))
 
 
@@ -206,11 +206,11 @@ class Feedback(Tuning):
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """Those of all tuning, and the store that the student was distilled from where it is read."""
+        """Those of all tuning, and the student's store of trajectories if it is read."""
         return (*super().parents, *["trajectories"] * self.reads_trajectories)
 
     def step(self, samples: int, part: int) -> list[Pass]:
-        """Return the sample's last steps with gradient, those before, and what each term beside the reward takes."""
+        """Return the sampling steps without and with gradient, and the passes of each term beside the reward."""
         steps, copies = self.sampling_steps, self.num_copies if self.gradient == "low_variance" else 1
         graded = {"last": self.num_grad_steps, "random": 1, "low_variance": 1}[self.gradient]
         before = {
@@ -225,16 +225,16 @@ class Feedback(Tuning):
             part * copies,
             gradient=True,
             is_chained=self.gradient != "low_variance",
-            seen_by="rewards",
+            viewer="rewards",
             num_looks=2 if self.shape == "mps_hinge" else 1,
         )
-        found = [Pass("student", samples, before, is_chained=True), scored]
+        passes = [Pass("student", samples, before, is_chained=True), scored]
         if self.anchor:
-            found.append(Pass("reference", samples * copies, batch=part * copies))
+            passes.append(Pass("reference", samples * copies, batch=part * copies))
         if self.kl:  # of one step of a sample of its own
-            found += [Pass("student", samples, steps, is_chained=True), Pass("reference", samples)]
+            passes += [Pass("student", samples, steps, is_chained=True), Pass("reference", samples)]
         own_terms = (self.kl > 0) + (self.consistency > 0)
-        return found + [Pass("student", samples, batch=part, gradient=True)] * own_terms
+        return passes + [Pass("student", samples, batch=part, gradient=True)] * own_terms
 
 
 class Dpo(Tuning):
@@ -290,16 +290,16 @@ class Dpo(Tuning):
         return self.form == "pso"
 
     def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
-        """Return those of all tuning, and the encoding of a table's pictures."""
+        """Return the passes of all tuning, and the encoding of a table's pictures."""
         encoded = Pass("encoder", batch=part or self.micro_batch, in_step=False)
         return [encoded] * (self.pairs is not None) + super().passes(recipe, part)
 
     def step(self, samples: int, part: int) -> list[Pass]:
-        """Return the samples that are ranked, and the measures of chosen and rejected that their log-ratio takes."""
+        """Return the samples to rank, and the evaluations of chosen and rejected for their log-ratios."""
         steps = self.sampling_steps
         measures = {"endpoint": steps, "diffusion_dpo": 1, "pso": steps - 1}[self.form]
         own, copies = Pass("student", 2 * samples, measures, 2 * part, gradient=True), self.num_generations
-        ranked = Pass("student", samples * copies, steps, part * copies, is_chained=True, seen_by="rewards")
+        ranked = Pass("student", samples * copies, steps, part * copies, is_chained=True, viewer="rewards")
         return [ranked] * (self.pairs is None) + [Pass("reference", 2 * samples, measures), own]
 
 
@@ -333,14 +333,14 @@ class Policy(Tuning):
 
     @property
     def samples_together(self) -> int:
-        """Samples that one process must have together: a prompt's group."""
+        """Samples that must be in one process together: a prompt's group."""
         return self.num_generations
 
     def step(self, samples: int, part: int) -> list[Pass]:
-        """Return the samples, the log-probabilities of their random steps then and under the reference, and now."""
+        """Return the samples, and the evaluations for log-probabilities: old, of the reference, and current."""
         steps, actions = self.sampling_steps, self.sampling_steps - 1
         return [
-            Pass("student", samples, steps, part, is_chained=True, seen_by="rewards"),
+            Pass("student", samples, steps, part, is_chained=True, viewer="rewards"),
             Pass("student", samples, actions),
             Pass("reference", samples, actions),
             Pass("student", samples * self.num_iterations, actions, part, gradient=True),

@@ -1,7 +1,7 @@
-"""Keys of recipes that had another name once.
+"""Keys of recipes that once had another name.
 
-A file that still says the old one is read with a warning that names the new one; a recipe recorded by a finished run is
-read without. Fingerprints go on hashing the old names, so that no finished stage is lost (pipeline/fingerprint.py).
+A file with an old key is read with a warning that has the new one; the recipe of a finished run is read without a
+warning. Fingerprints hash the first names for ever, so that finished stages are found (pipeline/fingerprint.py).
 """
 
 from dataclasses import replace
@@ -19,47 +19,47 @@ OF_STAGES = {  # kind -> {old name: new name}
 
 
 def renewed(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recorded recipe, as dicts and lists, under the names of today."""
-    changed = dict(recipe)
+    """Return a recorded recipe, as dicts and lists, with today's keys."""
+    current = dict(recipe)
     if isinstance(samples := recipe.get("samples"), dict):
-        changed["samples"] = _renewed(samples, OF_SAMPLES)
+        current["samples"] = _renewed(samples, OF_SAMPLES)
     if isinstance(stages := recipe.get("stages"), list):
-        changed["stages"] = [renewed_stage(stage) if isinstance(stage, dict) else stage for stage in stages]
-    return changed
+        current["stages"] = [renewed_stage(stage) if isinstance(stage, dict) else stage for stage in stages]
+    return current
 
 
 def renewed_stage(stage: dict[str, Any]) -> dict[str, Any]:
-    """Return a recorded stage under the names of today."""
+    """Return a recorded stage with today's keys."""
     return _renewed(stage, _names(stage.get("kind")))
 
 
 def under_first_names(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a stage of `kind` under the name that each had first, as fingerprints hash them."""
+    """Return the settings of a stage of `kind` with the first name of each key, as fingerprints hash them."""
     return _renewed(settings, {new: old for old, new in _names(kind).items()})
 
 
 def renew_tree(tree: Node, file: str) -> tuple[Node, list[str], list[Problem]]:
-    """Return the tree of a recipe's file under the names of today, a warning for each old one, and what is wrong.
+    """Return the tree of a recipe's file with today's keys, a warning for each old one, and problems.
 
-    Wrong is a file that gives a key under both names; where the command line gave one of them, that one counts.
+    A problem is a key that the file has under both names. If one of them is from the command line, that one counts.
     """
     if not isinstance(tree.content, dict):
         return tree, [], []
-    pen = _Pen(file)
+    renamer = _Renamer(file)
     content = dict(tree.content)
     if "samples" in content:
-        content["samples"] = pen.renew(content["samples"], ("samples",), OF_SAMPLES)
+        content["samples"] = renamer.renew(content["samples"], ("samples",), OF_SAMPLES)
     if "stages" in content and isinstance(stages := content["stages"].content, list):
         renewed_stages = []
         for i, stage in enumerate(stages):
             kind = stage.child("kind")
-            renewed_stages.append(pen.renew(stage, ("stages", i), _names(kind.content if kind else None)))
+            renewed_stages.append(renamer.renew(stage, ("stages", i), _names(kind.content if kind else None)))
         content["stages"] = replace(content["stages"], content=renewed_stages)
-    return replace(tree, content=content), pen.warnings, pen.problems
+    return replace(tree, content=content), renamer.warnings, renamer.problems
 
 
-class _Pen:
-    """What renames keys of a file and writes down what there is to say of it."""
+class _Renamer:
+    """Renames the keys of a file, and collects warnings and problems."""
 
     def __init__(self, file: str) -> None:
         self.file = file

@@ -1,7 +1,7 @@
-"""Where reward files are: ours, beside this package, and a user's, in `reward_models` of the working directory.
+"""The folders of reward files: ours, beside this package, and a user's, `reward_models` in the working directory.
 
 Python would look for `reward_models` in the working directory first, where a folder of that name would replace ours.
-Nothing here imports torch, nor a reward file.
+Nothing here imports torch or a reward file.
 """
 
 import pkgutil
@@ -15,9 +15,9 @@ OURS = Path(__file__).resolve().parents[2] / NAME
 
 
 def package() -> ModuleType:
-    """Return the package of reward files: our own, with the folder of the working directory behind it.
+    """Return the package of reward files: ours, then the folder of the working directory.
 
-    The name `reward_models` is then bound to it for every import.
+    Afterwards every import of `reward_models` is this package.
     """
     module = sys.modules.get(NAME)
     if module is None or not _is_ours(module):
@@ -33,7 +33,7 @@ def package() -> ModuleType:
 
 
 def folders() -> list[Path]:
-    """Return the folders of reward files, ours first; the working directory of a checkout of ours brings none."""
+    """Return the folders of reward files, ours first; a checkout of this package as working directory adds none."""
     theirs = Path.cwd() / NAME
     is_checkout = (theirs.parent / Path(__file__).parents[1].name / "__init__.py").is_file()
     return [OURS, theirs] if theirs.is_dir() and not is_checkout else [OURS]

@@ -1,4 +1,4 @@
-"""The JSON schema of a recipe, from which editors complete and check it, and from which errors are worded."""
+"""The JSON schema of a recipe: editors complete and check recipes with it, and error messages are built from it."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from .experiment import Recipe
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe, for editors: descriptions, defaults and names come from the types."""
+    """Return the JSON schema of a recipe; descriptions, defaults and names come from the types."""
     schema = Recipe.model_json_schema()
     for definition in schema["$defs"].values():
-        if "kind" in definition["properties"]:  # has a default for Python, but a file must say it
+        if "kind" in definition["properties"]:  # has a default in Python, but a file must have it
             definition["required"] = ["kind", *definition.get("required", [])]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,7 +1,7 @@
-"""What every stage says of itself, and what all stages that train have in common.
+"""The base types of all stages, and of those that train.
 
-A kind of stage is a type here with its settings, and a module of its name in `stages` with `run`. All else that is to
-be known of it stands in the type: what it starts from, its maths number, what it reads, takes and leaves.
+A kind of stage is a type in this package with its settings, and a module of its name in `stages` with `run`. Everything
+else about it is in the type: its parents, its maths number, what it reads, and the passes, networks and disk it takes.
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -25,52 +25,52 @@ class OneStage(Strict):
 
     @property
     def corrections(self) -> int:
-        """Before how many corrections a stage set like this one came out wrongly; they left all others as they were.
+        """How many bug fixes changed the result of these settings, and not that of others.
 
-        Its maths number is higher by as much: raising that of the kind would orphan the folders of the others.
+        The number is added to `maths`: raising `maths` itself would orphan finished stages that the fixes left alone.
         """
         return 0
 
     @property
     def reward_models(self) -> list[Reward]:
-        """Every reward model that the stage asks."""
+        """The reward models of the stage."""
         return []
 
     @property
     def trained_on(self) -> list[Reward]:
-        """Those of them that its steps ask."""
+        """The reward models that its steps train on."""
         return []
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """The kinds of earlier stages that it starts from, the latest of each, where the recipe has them."""
-        asks_trained = any(reward.is_of_this_recipe for reward in self.reward_models)
-        return ("train_teacher", "train_reward") if asks_trained else ("train_teacher",)
+        """The kinds of earlier stages that it starts from: the latest of each that the recipe has."""
+        uses_trained = any(reward.is_of_this_recipe for reward in self.reward_models)
+        return ("train_teacher", "train_reward") if uses_trained else ("train_teacher",)
 
     @property
     def steps_per_phase(self) -> list[int]:
-        """Optimiser steps of each phase, most stages having one; none where nothing is trained."""
+        """Optimiser steps of each phase; most stages have one phase, and none if nothing is trained."""
         return []
 
     @property
     def num_stored(self) -> int:
-        """Trajectories that it stores, shard by shard."""
+        """Number of trajectories that it stores."""
         return 0
 
     def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
-        """Return its passes, in the order in which a step takes them.
+        """Return its passes, in the order of a step.
 
-        `part`: samples of a micro-batch that a process has, where several share it; 0 where one has all of them. An
-        empty list stands for so little that nobody plans for it.
+        `part` is the number of a micro-batch's samples in each of several processes, 0 for a single process. An empty
+        list means that the stage takes too little to plan for.
         """
         return []
 
     def networks(self, distilled: Lora | Full) -> Networks:
-        """Return what it has in memory; `distilled` is the adapter of the student that it starts from or draws with."""
+        """Return the networks in memory; `distilled` is the adapter of the student that it starts from or samples."""
         return Networks()
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
-        """Return the bytes that it leaves, with its newest checkpoints while it runs."""
+        """Return the bytes of its results and, while it runs, of its newest checkpoints."""
         return 0
 
 
@@ -78,7 +78,7 @@ class Training(OneStage):
     """What every stage that trains has in common."""
 
     if TYPE_CHECKING:
-        kind: str  # which each of them gives its own value
+        kind: str  # each type has its own value
 
     batch_size: int = Field(gt=0, le=65_536, description="samples per optimiser step")
     gradient_accumulation: PositiveInt = Field(
@@ -106,15 +106,15 @@ class Training(OneStage):
 
     @property
     def micro_batch(self) -> int:
-        """Samples that are in memory at a time."""
+        """Number of samples in memory at a time."""
         return self.batch_size // self.gradient_accumulation
 
     @property
     def samples_together(self) -> int:
-        """Samples that one process must have together."""
+        """Number of samples that must be in one process together."""
         return 1
 
     def sample_grids(self, recipe: "Recipe", role: Literal["teacher", "student"] = "student") -> list[Pass]:
-        """Return the pass that draws the recipe's fixed prompts, where it has any."""
+        """Return the pass that samples the recipe's fixed prompts, if it has any."""
         count = len(recipe.samples.prompts)
-        return [Pass(role, batch=count, is_chained=True, seen_by="person", in_step=False)] if count else []
+        return [Pass(role, batch=count, is_chained=True, viewer="person", in_step=False)] if count else []

@@ -1,7 +1,7 @@
-"""What a stage takes, as data: its passes through the networks, the networks that stay in memory, what it leaves.
+"""What a stage takes, as data: its passes through networks, the networks in memory, the values on disk.
 
-Each stage's type says it once, beside its settings. Evaluations, floating-point operations, memory, time and disk are
-all derived from that, in `cost` and `pipeline`, and nothing there knows one stage from another. Imports no torch.
+Each stage's type states it once, beside its settings. Evaluations, FLOPs, memory, time and disk are all derived from
+that, in `cost` and `pipeline`, which do not distinguish kinds of stages. Imports no torch.
 """
 
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ Role = Literal["teacher", "student", "target", "reference", "encoder"]
 class Pass:
     """Passes of one kind through one network.
 
-    role         teacher: guided; student: what is trained or draws; target: the student's weights, or their average;
-                 reference: the student without its preference adapter; encoder: of pictures, by the autoencoder
-    samples      that go through over the whole stage; 0 for what is small beside the rest and not counted
-    evaluations  of the denoiser that each of them takes; a guided pass of the teacher is two
-    batch        of them in memory at a time in one process; 0 where another pass beside it holds more
+    role         teacher: guided; student: trained or sampled; target: the student's weights, or their average;
+                 reference: the student without its preference adapter; encoder: the autoencoder's, of pictures
+    samples      number over the whole stage; 0 if it is small beside the rest and not counted
+    evaluations  of the denoiser for each sample; a guided pass of the teacher is two
+    batch        samples in memory at a time in one process; 0 if another pass beside it has more
     gradient     whether the graph stays for the backward pass
-    is_chained   whether each evaluation starts where the one before ended, as a sampler's does
-    output       what comes of it: the sample, or the network's own prediction
-    seen_by      who looks at the decoded pictures: no one, a person, the rewards trained on, or all rewards
-    num_looks    how often they look at each in one step
+    is_chained   whether each evaluation starts where the one before ended, as in a sampler
+    output       the sample x0, or the network's own prediction
+    viewer       of the decoded pictures: no one, a person, the rewards trained on, or ("guard") all rewards
+    num_looks    how often each picture is scored in one step
     in_step      whether it is part of an optimiser step, under autocast; else it is alone in memory
     """
 
@@ -36,29 +36,29 @@ class Pass:
     gradient: bool = False
     is_chained: bool = False
     output: Literal["x0", "prediction"] = "x0"
-    seen_by: Literal["", "person", "rewards", "guard"] = ""
+    viewer: Literal["", "person", "rewards", "guard"] = ""
     num_looks: int = 1
     in_step: bool = True
 
 
 @dataclass(frozen=True)
 class Networks:
-    """What a stage has in memory beside what its passes hold.
+    """The networks that a stage has in memory, beside the activations of its passes.
 
-    student        the adapter of the student, or that all its weights are its own; none where the teacher draws
-    is_conditioned whether the student is given its target time
-    preference     the adapter over the student that is trained in its place
-    asks_teacher   whether the teacher's denoiser stays
-    encodes_ahead  whether text encoders have left when the first step comes
+    student        the student's adapter, or Full for weights of its own; None if only the teacher samples
+    is_conditioned whether the student takes its target time
+    preference     the adapter over the student that is trained instead of it
+    uses_teacher   whether the teacher's denoiser stays in memory
+    encodes_ahead  whether text encoders leave memory before the first step
     has_average    whether there is a second set of trained weights: an average, or the guard's best
-    tiles          pixels a side of the tiles that the autoencoder works in
-    measuring      files and folders of networks that only measure
+    tiles          pixels a side of the autoencoder's tiles
+    measuring      files and folders of the networks of metrics
     """
 
     student: Lora | Full | None = None
     is_conditioned: bool = False
     preference: Lora | None = None
-    asks_teacher: bool = True
+    uses_teacher: bool = True
     encodes_ahead: bool = False
     has_average: bool = False
     tiles: int | None = None
@@ -66,16 +66,16 @@ class Networks:
 
     @property
     def trained(self) -> Lora | Full | None:
-        """What a stage that trains would train."""
+        """What a training stage trains: the preference adapter, else the student."""
         return self.preference or self.student
 
 
 @dataclass(frozen=True)
 class Values:
-    """How many numbers things are made of, for what a stage leaves on disk."""
+    """Numbers of elements, for the bytes that a stage writes to disk."""
 
     denoiser: int
     trained: int
     latent: int
-    prompt: int  # encoded
-    pixels: int  # of a picture, before its three colours
+    prompt: int  # of its conditioning
+    pixels: int  # of a picture, each with three colours

@@ -1,7 +1,7 @@
-"""A teacher's folder, looked through before anything of it is built or loaded. No torch.
+"""Checks of a teacher's folder before anything in it is built or loaded. No torch.
 
-Every problem is a line that names file and key. What is checked are the configurations (`teacher_types`), that they
-agree with each other, that files are files, and that weights are there in a form that is read.
+Every problem is a line with file and key. The checks are: each configuration (`teacher_types`), that they fit each
+other, that there are only files and folders, and that weights exist in a form that is read.
 """
 
 from collections.abc import Iterator
@@ -23,33 +23,33 @@ from .teacher_types import (
     Tokenizer,
 )
 
-MOST_BYTES = 2**22  # of a configuration: far above any
-MOST_BYTES_OF_WORDS = 2**26  # of a tokenizer's file
+MAX_BYTES = 2**22  # of a configuration: far above any real one
+MAX_BYTES_OF_WORDS = 2**26  # of a tokenizer's file
 WORDS = ("vocab.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")  # of a tokenizer, all objects
-CONFIGURATIONS: dict[str, type[Configuration]] = {  # by the class that is built; of others, any JSON object
+CONFIGURATIONS: dict[str, type[Configuration]] = {  # by class; the file of another class may be any JSON object
     "UNet2DConditionModel": Denoiser,
     "AutoencoderKL": Autoencoder,
     "CLIPTextModel": TextEncoder,
     "CLIPTextModelWithProjection": TextEncoder,
 }
-OF_STUDENTS = ("LCMScheduler", "TCDScheduler")  # schedulers that only models of a few steps are published with
-Read = TypeVar("Read", bound=Configuration)
+OF_STUDENTS = ("LCMScheduler", "TCDScheduler")  # schedulers that only few-step models are published with
+AnyConfiguration = TypeVar("AnyConfiguration", bound=Configuration)
 
 
-class Refused(ValueError):
-    """A file of a teacher that cannot be read or says what cannot be; the message holds a line for each key."""
+class TeacherFileError(ValueError):
+    """A file of a teacher cannot be read or has wrong values; the message has a line for each key."""
 
 
 def refuse(folder: Path, family: str, variant: str | None = None) -> None:
     """Raise ValueError with all that is wrong with the teacher in `folder`, a line each."""
-    if found := problems(folder, family, variant):
-        raise ValueError("\n".join(f"teacher {folder}: {one}" for one in found))
+    if faults := problems(folder, family, variant):
+        raise ValueError("\n".join(f"teacher {folder}: {one}" for one in faults))
 
 
 def refuse_student(path: str, folder: Path, index: dict[str, Any]) -> None:
-    """Raise ValueError where the model `path` is a student already, by its model_index.json or by what is in `folder`.
+    """Raise ValueError if the model `path` is a student already, by its model_index.json or a file in `folder`.
 
-    It would be taken for the teacher: its few steps would be imitated as if they were the many of the real one.
+    Distilled as a teacher, its few steps would be imitated as if they were the many steps of the real one.
     """
     scheduler = [*index["scheduler"], "", ""][1] if isinstance(index.get("scheduler"), list) else ""
     if (folder / "student.json").is_file():
@@ -65,55 +65,57 @@ def problems(folder: Path, family: str, variant: str | None = None) -> list[str]
     """Return what is wrong with the teacher in `folder`, a line each: file, key, what was expected."""
     try:
         index = read(folder / "model_index.json", Index)
-    except Refused as error:
+    except TeacherFileError as error:
         return str(error).splitlines()
     layout = layout_of(family)
-    found = [f"model_index.json: {name}: missing" for name in layout.required if index.component(name) is None]
+    faults = [f"model_index.json: {name}: missing" for name in layout.required if index.component(name) is None]
     parts = [name for name in [*layout.required, *layout.possible] if index.component(name) is not None]
-    found += [f"model_index.json: {name}: no such folder" for name in parts if not (folder / name).is_dir()]
+    faults += [f"model_index.json: {name}: no such folder" for name in parts if not (folder / name).is_dir()]
     kinds = {name: (index.component(name) or [])[1:] for name in parts if name in layout.classes}
-    found += [
+    faults += [
         f"model_index.json: {name}: expected {layout.classes[name]}, found {' '.join(map(str, kind)) or 'no class'}"
         for name, kind in kinds.items()
         if kind != [layout.classes[name]]
     ]
-    if found:
-        return found
+    if faults:
+        return faults
     networks = [part for part in parts if part in layout.classes]
-    found = [*_irregular(folder, parts), *_of_parts(folder, family, parts), *_of_weights(folder, networks, variant)]
-    return found or list(_of_tokenizers(folder, parts))
+    faults = [*_irregular(folder, parts), *_of_parts(folder, family, parts), *_of_weights(folder, networks, variant)]
+    return faults or list(_of_tokenizers(folder, parts))
 
 
-def read(path: Path, kind: type[Read]) -> Read:
-    """Return the configuration in a file. Raise Refused with a line for each key that is wrong."""
-    found = _object(path, MOST_BYTES)
+def read(path: Path, kind: type[AnyConfiguration]) -> AnyConfiguration:
+    """Return the configuration in a file. Raise TeacherFileError with a line for each wrong key."""
+    content = _object(path, MAX_BYTES)
     try:
-        return kind.model_validate(found)
+        return kind.model_validate(content)
     except ValidationError as error:
-        raise Refused("\n".join(dict.fromkeys(f"{_named(path)}: {line}" for line in _worded(error)))) from error
+        raise TeacherFileError(
+            "\n".join(dict.fromkeys(f"{_display_name(path)}: {line}" for line in _lines(error)))
+        ) from error
 
 
-def _named(path: Path) -> str:
-    """Return how a teacher's file is told."""
+def _display_name(path: Path) -> str:
+    """Return the name of a teacher's file in messages."""
     return path.name if path.name == "model_index.json" else f"{path.parent.name}/{path.name}"
 
 
 def _object(path: Path, limit: int) -> dict[str, Any]:
-    """Return the JSON object in a file of at most `limit` bytes. Raise Refused."""
+    """Return the JSON object in a file. Raise TeacherFileError if it has none, or over `limit` bytes."""
     try:
-        found = parse_json(read_bytes(path, limit).decode("utf-8"))
+        content = parse_json(read_bytes(path, limit).decode("utf-8"))
     except FileNotFoundError:
-        raise Refused(f"{_named(path)}: missing") from None
+        raise TeacherFileError(f"{_display_name(path)}: missing") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
-        raise Refused(f"{_named(path)}: {reason}") from error
-    if not isinstance(found, dict):
-        raise Refused(f"{_named(path)}: expected an object in braces")
-    return found
+        raise TeacherFileError(f"{_display_name(path)}: {reason}") from error
+    if not isinstance(content, dict):
+        raise TeacherFileError(f"{_display_name(path)}: expected an object in braces")
+    return content
 
 
-def _worded(error: ValidationError) -> Iterator[str]:
-    """Yield a line for each key that pydantic refused."""
+def _lines(error: ValidationError) -> Iterator[str]:
+    """Yield a line for each of pydantic's errors."""
     for one in error.errors():
         if one["type"] == "value_error":
             yield str(one["ctx"]["error"])
@@ -123,13 +125,13 @@ def _worded(error: ValidationError) -> Iterator[str]:
             yield f"{''.join(keys)}: missing"
             continue
         value = repr(one["input"])
-        shown = value if len(value) < 50 else f"{value[:40]}..."
+        text = value if len(value) < 50 else f"{value[:40]}..."
         message = one["msg"].replace("Input should be", "expected")
-        yield f"{''.join(keys)}: {message}, found {shown}"
+        yield f"{''.join(keys)}: {message}, found {text}"
 
 
 def _irregular(folder: Path, parts: list[str]) -> Iterator[str]:
-    """Yield what lies in the loaded parts and is neither a file nor a folder: reading it would not end."""
+    """Yield a line for whatever is neither a file nor a folder in the loaded components: reading it would not end."""
     for part in parts:
         try:
             inside = sorted((folder / part).iterdir())
@@ -140,30 +142,30 @@ def _irregular(folder: Path, parts: list[str]) -> Iterator[str]:
             try:
                 regular(path)
             except FileNotFoundError:
-                yield f"{_named(path)}: a link that leads nowhere"
+                yield f"{_display_name(path)}: a link that leads nowhere"
             except OSError as error:
-                yield f"{_named(path)}: {error.strerror}"
+                yield f"{_display_name(path)}: {error.strerror}"
             except ValueError as error:
-                yield str(error).replace(str(path), _named(path))
+                yield str(error).replace(str(path), _display_name(path))
 
 
 def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
-    """Return what configurations say that cannot be, and where they do not fit each other."""
-    layout, read_here, wrong = layout_of(family), dict[str, Configuration](), list[str]()
+    """Return a line for each wrong value in the configurations, and for each two that do not fit each other."""
+    layout, configurations, faults = layout_of(family), dict[str, Configuration](), list[str]()
     for part in parts:
         file, kind = _file_of(part, layout)
         try:
-            read_here[part] = read(folder / part / file, kind)
-        except Refused as error:
-            wrong += str(error).splitlines()
-    unet, vae = read_here.get("unet"), read_here.get("vae")
-    if wrong or not (isinstance(unet, Denoiser) and isinstance(vae, Autoencoder)):
-        return wrong  # other denoisers are built, without data, before their weights are read: that tells the rest
-    return list(_misfits(family, unet, vae, read_here))
+            configurations[part] = read(folder / part / file, kind)
+        except TeacherFileError as error:
+            faults += str(error).splitlines()
+    unet, vae = configurations.get("unet"), configurations.get("vae")
+    if faults or not (isinstance(unet, Denoiser) and isinstance(vae, Autoencoder)):
+        return faults  # other denoisers are built on meta before their weights are read, which finds the rest
+    return list(_misfits(family, unet, vae, configurations))
 
 
 def _file_of(part: str, layout: Layout) -> tuple[str, type[Configuration]]:
-    """Return the file that configures a part, and what it may say."""
+    """Return the name of a component's configuration file, and its type."""
     if part == "scheduler":
         return "scheduler_config.json", FlowScheduler if layout.is_flow else Scheduler
     if part.startswith("tokenizer"):
@@ -171,30 +173,30 @@ def _file_of(part: str, layout: Layout) -> tuple[str, type[Configuration]]:
     return "config.json", CONFIGURATIONS.get(layout.classes[part], Configuration)
 
 
-def _misfits(family: str, unet: Denoiser, vae: Autoencoder, found: dict[str, Configuration]) -> Iterator[str]:
-    """Yield where the configurations of one teacher, each right by itself, do not fit each other."""
+def _misfits(family: str, unet: Denoiser, vae: Autoencoder, configurations: dict[str, Configuration]) -> Iterator[str]:
+    """Yield a line for each two configurations of a teacher that are right alone but do not fit each other."""
     if (unet.in_channels, unet.out_channels) != (vae.latent_channels, vae.latent_channels):
         yield (
             f"unet/config.json: in_channels: the denoiser maps {unet.in_channels} channels to {unet.out_channels} and "
             f"the autoencoder has {vae.latent_channels}; only plain text-to-image teachers can be distilled"
         )
-    towers = {name: one for name, one in found.items() if isinstance(one, TextEncoder)}
+    towers = {name: one for name, one in configurations.items() if isinstance(one, TextEncoder)}
     width = sum(one.hidden_size for one in towers.values())
     if unet.cross_attention_dim != width:
         names = " and ".join(sorted(towers))
-        found_width = unet.cross_attention_dim
-        yield f"unet/config.json: cross_attention_dim: expected {width}, the width of {names}, found {found_width}"
-    for name, one in found.items():
+        actual_width = unet.cross_attention_dim
+        yield f"unet/config.json: cross_attention_dim: expected {width}, the width of {names}, found {actual_width}"
+    for name, one in configurations.items():
         tower = towers.get(name.replace("tokenizer", "text_encoder"))
         if isinstance(one, Tokenizer) and tower and one.model_max_length > tower.max_position_embeddings:
             yield (
                 f"{name}/tokenizer_config.json: model_max_length: expected at most {tower.max_position_embeddings}, "
                 f"which the text encoder reads, found {one.model_max_length}"
             )
-    lengths = {name: one.model_max_length for name, one in found.items() if isinstance(one, Tokenizer)}
+    lengths = {name: one.model_max_length for name, one in configurations.items() if isinstance(one, Tokenizer)}
     if len(set(lengths.values())) > 1:
-        named = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        yield f"tokenizer/tokenizer_config.json: model_max_length: expected one length of all tokenizers, found {named}"
+        listing = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        yield f"tokenizer/tokenizer_config.json: model_max_length: expected one for all tokenizers, found {listing}"
     if family == "sd" and unet.addition_embed_type is not None:
         yield f"unet/config.json: addition_embed_type: expected none, found {unet.addition_embed_type}"
     if family == "sdxl":
@@ -202,28 +204,28 @@ def _misfits(family: str, unet: Denoiser, vae: Autoencoder, found: dict[str, Con
 
 
 def _misfits_of_sizes(unet: Denoiser, tower: TextEncoder) -> Iterator[str]:
-    """Yield where SDXL's denoiser does not take six sizes and what its second tower makes."""
+    """Yield a line if SDXL's denoiser does not take six sizes and the projection of its second text encoder."""
     if unet.addition_embed_type is None:
         yield "unet/config.json: addition_embed_type: expected text_time, as StableDiffusionXLPipeline gives"
     else:
-        made = 6 * (unet.addition_time_embed_dim or 0) + tower.projection_dim
-        if (taken := unet.projection_class_embeddings_input_dim) != made:
+        expected_width = 6 * (unet.addition_time_embed_dim or 0) + tower.projection_dim
+        if (actual_width := unet.projection_class_embeddings_input_dim) != expected_width:
             yield (
-                f"unet/config.json: projection_class_embeddings_input_dim: expected {made}, six sizes of "
-                f"addition_time_embed_dim and text_encoder_2's projection_dim, found {taken}"
+                f"unet/config.json: projection_class_embeddings_input_dim: expected {expected_width}, six sizes of "
+                f"addition_time_embed_dim and text_encoder_2's projection_dim, found {actual_width}"
             )
 
 
 def _of_weights(folder: Path, networks: list[str], variant: str | None) -> Iterator[str]:
-    """Yield networks whose weights are not read; a folder with no weights at all has shapes to plan with."""
+    """Yield a line for each network without readable weights. A folder without any weights is for planning alone."""
     files = {part: sorted(path.name for path in (folder / part).glob("*")) for part in networks}
     if not _has_weights(folder):
         return
     for part, names in files.items():
         tensors = [name for name in names if name.endswith(".safetensors")]
         plain = [name for name in tensors if "." not in name.removesuffix(".safetensors")]
-        wanted = [name for name in tensors if variant is not None and name.split(".")[1].split("-")[0] == variant]
-        if plain or wanted:
+        of_variant = [name for name in tensors if variant is not None and name.split(".")[1].split("-")[0] == variant]
+        if plain or of_variant:
             continue
         others = sorted({name.split(".")[1].split("-")[0] for name in tensors})
         if others:
@@ -238,31 +240,31 @@ def _of_weights(folder: Path, networks: list[str], variant: str | None) -> Itera
 
 
 def _has_weights(folder: Path) -> bool:
-    """Return whether there are weights, or shapes to plan with alone."""
+    """Return whether the folder has weights; without them it has only shapes, to plan with."""
     return any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*/*"))
 
 
 def _of_tokenizers(folder: Path, parts: list[str]) -> Iterator[str]:
-    """Yield what is missing of the files that tokenizers are read from, or cannot be in them."""
+    """Yield a line for each tokenizer without its files, or with wrong values in them."""
     for part in [name for name in parts if name.startswith("tokenizer") and _has_weights(folder)]:
         names = {path.name for path in (folder / part).glob("*")}
         if not names & {"tokenizer.json", "spiece.model"} and not {"vocab.json", "merges.txt"} <= names:
             yield f"{part}: neither tokenizer.json nor vocab.json and merges.txt: download them"
         for path in [folder / part / name for name in WORDS if (folder / part / name).is_file()]:
             try:
-                found = _object(path, MOST_BYTES_OF_WORDS)
+                words = _object(path, MAX_BYTES_OF_WORDS)
                 if path.name == "vocab.json":
-                    _refuse_unknown(path, found, folder / part.replace("tokenizer", "text_encoder") / "config.json")
-            except Refused as error:
+                    _refuse_unknown(path, words, folder / part.replace("tokenizer", "text_encoder") / "config.json")
+            except TeacherFileError as error:
                 yield str(error)
 
 
 def _refuse_unknown(path: Path, words: dict[str, Any], config: Path) -> None:
-    """Raise Refused where one of the `words` in a vocabulary has a number that its text encoder does not know."""
+    """Raise TeacherFileError if one of a vocabulary's `words` has a number beyond its text encoder's vocabulary."""
     size = read(config, TextEncoder).vocab_size
     for word, number in words.items():
         if type(number) is not int or not 0 <= number < size:
-            raise Refused(
-                f"{_named(path)}: {brief(word)}: expected a whole number below {size}, the vocab_size of "
+            raise TeacherFileError(
+                f"{_display_name(path)}: {brief(word)}: expected a whole number below {size}, the vocab_size of "
                 f"{config.parent.name}, found {brief(number)}"
             )

@@ -1,4 +1,4 @@
-"""Stages of the teacher: its own training, and its trajectories."""
+"""The stages of the teacher: its own training, and its trajectories."""
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,7 +16,7 @@ BYTES = {"float32": 4, "float16": 2}
 
 
 class TrainTeacher(Training):
-    """The denoiser's diffusion loss on a captioned image folder: trains the teacher itself."""
+    """Trains the teacher itself, by the denoiser's diffusion loss on a captioned image folder."""
 
     kind: Literal["train_teacher"] = "train_teacher"
     images: Annotated[str, PICTURES] = Field(
@@ -32,7 +32,7 @@ class TrainTeacher(Training):
 
     @property
     def corrections(self) -> int:
-        """One where the min-SNR weight was epsilon's, whatever the teacher predicts."""
+        """One: the min-SNR weight was that of epsilon, whatever the teacher predicts."""
         return int(self.min_snr_gamma is not None)
 
     @property
@@ -46,7 +46,7 @@ class TrainTeacher(Training):
         return [self.num_steps]
 
     def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
-        """Return the pictures' encoding, the steps' own passes, and sample grids, which the trained network draws."""
+        """Return the encoding of pictures, the passes of the steps, and sample grids by the trained network."""
         samples, batch = self.num_steps * self.batch_size, part or self.micro_batch
         return [
             Pass("encoder", batch=self.micro_batch, in_step=False),
@@ -55,7 +55,7 @@ class TrainTeacher(Training):
         ]
 
     def networks(self, distilled: Lora | Full) -> Networks:
-        """Return a second denoiser beside the teacher's, and its average."""
+        """Return a second denoiser beside the teacher's, with its average."""
         return Networks(Full(), has_average=True)
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
@@ -64,7 +64,7 @@ class TrainTeacher(Training):
 
 
 class Trajectories(OneStage):
-    """The teacher's guided DDIM trajectories from noise to data, every state kept."""
+    """Stores the teacher's guided DDIM trajectories from noise to data, with every state."""
 
     kind: Literal["trajectories"] = "trajectories"
     prompts: Annotated[str, PROMPTS] = Field(description=".txt (one a line) or .jsonl ({prompt, language, ...}) file")
@@ -87,7 +87,7 @@ class Trajectories(OneStage):
 
     @property
     def num_stored(self) -> int:
-        """Trajectories that it stores."""
+        """Number of trajectories that it stores."""
         return self.num_trajectories + self.num_held_out
 
     def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:

@@ -1,7 +1,7 @@
-"""What the configuration files of a teacher may say: what our families feed to its networks, in sizes that exist.
+"""Types of a teacher's configuration files: the values that our families can use, in sizes that exist.
 
-A type a file. Keys that change nothing here are let through where they are well formed; keys that ask for an input that
-no family gives must be as diffusers leaves them out.
+Keys without an effect here may have any well-formed value. Keys for an input that no family gives must have diffusers'
+default.
 """
 
 import math
@@ -20,7 +20,7 @@ Kernel = Annotated[int, Field(ge=1, le=7)]
 Beta = Annotated[float, Field(gt=0, lt=1)]
 Activation = Literal["silu", "swish", "mish", "gelu", "relu"]
 Token = str | dict[str, JsonValue] | None
-LEAST_SIGNAL = 1e-8  # of the last time's alpha^2: below, x0 is a quotient of rounding errors
+MIN_SIGNAL = 1e-8  # of alpha^2 at the last time: below, x0 is a quotient of rounding errors
 
 
 class Configuration(BaseModel):
@@ -45,7 +45,7 @@ class _Blocks(Configuration):
         return self
 
     def fits(self, key: str, entries: object) -> None:
-        """Raise ValueError where a list has not an entry for each block."""
+        """Raise ValueError if a list does not have one entry for each block."""
         if isinstance(entries, list) and len(entries) != len(self.block_out_channels):
             raise ValueError(f"{key} has {len(entries)} entries for {len(self.block_out_channels)} block_out_channels")
 
@@ -109,7 +109,7 @@ class Denoiser(_Blocks):
         for key in ("conv_in_kernel", "conv_out_kernel"):
             if getattr(self, key) % 2 == 0:
                 raise ValueError(f"{key} {getattr(self, key)} is even: pictures would shrink")
-        heads = self.attention_head_dim  # of the published models, this key is their number
+        heads = self.attention_head_dim  # in the published models this key is the number of heads
         heads = heads if isinstance(heads, list) else [heads] * len(self.block_out_channels)
         attend = [kind.startswith("CrossAttn") for kind in self.down_block_types]
         attend[-1] = attend[-1] or self.mid_block_type == "UNetMidBlock2DCrossAttn"
@@ -159,13 +159,13 @@ class Autoencoder(_Blocks):
         self.fits("down_block_types", self.down_block_types)
         self.fits("up_block_types", self.up_block_types)
         for key in ("latents_mean", "latents_std"):
-            if (found := getattr(self, key)) is not None and len(found) != self.latent_channels:
-                raise ValueError(f"{key} has {len(found)} entries for {self.latent_channels} latent_channels")
+            if (entries := getattr(self, key)) is not None and len(entries) != self.latent_channels:
+                raise ValueError(f"{key} has {len(entries)} entries for {self.latent_channels} latent_channels")
         return self
 
 
 class TextEncoder(Configuration):
-    """text_encoder/config.json: a CLIP text tower, with what transformers asks of any configuration."""
+    """text_encoder/config.json: a CLIP text tower, with the keys that transformers reads of any configuration."""
 
     vocab_size: Annotated[int, Field(gt=0, le=10_000_000)]
     hidden_size: Width
@@ -187,7 +187,7 @@ class TextEncoder(Configuration):
     architectures: list[str] | None = None
     transformers_version: str | None = None
     id2label: dict[str, str] | None = None
-    num_labels: Annotated[int, Field(ge=0, le=10_000)] | None = None  # a name is made for each
+    num_labels: Annotated[int, Field(ge=0, le=10_000)] | None = None  # transformers makes a name for each
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     output_hidden_states: Literal[False] = False
@@ -264,7 +264,7 @@ class Scheduler(Configuration):
             start, end = (beta ** (1 / power) for beta in (self.beta_start, self.beta_end))
             steps = self.num_train_timesteps - 1
             betas = [(start + (end - start) * t / steps) ** power for t in range(steps + 1)]
-        if sum(math.log1p(-beta) for beta in betas) < math.log(LEAST_SIGNAL):
+        if sum(math.log1p(-beta) for beta in betas) < math.log(MIN_SIGNAL):
             key = "trained_betas" if self.trained_betas is not None else "beta_end"
             raise ValueError(f"{key}: so much noise leaves no signal at the last time")
         return self

@@ -1,8 +1,8 @@
-"""A YAML file as a tree that remembers where everything stands, and the errors that point there.
+"""A YAML file as a tree with the place of every value, and the errors that point at those places.
 
-It knows nothing of a recipe's types. It reads YAML 1.2 through ruamel.yaml's nodes, which keep lines, columns and
-duplicated keys; sets the values that a command line overrides; and defines `Problem`, one error of a recipe, and
-`RecipeError`, all of them together.
+Nothing here knows the types of a recipe. `read` reads YAML 1.2 through ruamel.yaml's nodes, which have lines, columns
+and duplicate keys; `override` sets a value from the command line; `Problem` is one error of a recipe, and `RecipeError`
+all of them together.
 """
 
 import difflib
@@ -25,11 +25,11 @@ from ..storage.untrusted import brief, read_bytes
 Key = tuple[str | int, ...]
 
 MAX_DEPTH = 40
-MAX_NODES = 10_000  # the longest recipe of the tree has two hundred
+MAX_NODES = 10_000  # the longest recipe here has two hundred
 MAX_BYTES = 2**20
 _TAG = "tag:yaml.org,2002:"
-_READ_AS_TEXT = (_TAG + "str", _TAG + "timestamp", _TAG + "merge")
-_NUMBERS_AND_WORDS = (_TAG + "int", _TAG + "float", _TAG + "bool", _TAG + "null")
+_TEXT_TAGS = (_TAG + "str", _TAG + "timestamp", _TAG + "merge")
+_SCALAR_TAGS = (_TAG + "int", _TAG + "float", _TAG + "bool", _TAG + "null")
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Problem:
-    """One error of a recipe: where, at which key, what was expected and found, and the nearest valid name if any."""
+    """One error of a recipe: its key and place, what was expected and found, and the nearest valid name if any."""
 
     key: Key
     message: str
     nearest: str = ""
     file: str = ""
     place: Place | None = None
-    looked_in: str = ""  # of a path that is not there: a sentence on where it was looked for
+    looked_in: str = ""  # a sentence on where a missing path was looked for
 
     @property
     def where(self) -> str:
-        """`recipes/x.yaml:12:5`, or the file and the override."""
+        """The file with line and column (`recipes/x.yaml:12:5`), or with the override."""
         if self.place is None:
             return self.file
         if self.place.override:
@@ -63,7 +63,7 @@ class Problem:
 
     @property
     def text(self) -> str:
-        """What is wrong, with the suggestion."""
+        """The message with the suggestion."""
         return f"{self.message}; did you mean {self.nearest}?" if self.nearest else self.message
 
     def __str__(self) -> str:
@@ -71,9 +71,9 @@ class Problem:
 
 
 class RecipeError(Exception):
-    """A recipe that cannot be used; `problems` holds all its errors in the order of the file, overrides last.
+    """A recipe cannot be used; `problems` has all its errors in the order of the file, overrides last.
 
-    `note` says, where paths of it are not there, where they were looked for.
+    `note` says where missing paths were looked for.
     """
 
     def __init__(self, problems: Iterable[Problem]):
@@ -84,13 +84,13 @@ class RecipeError(Exception):
 
 @dataclass(frozen=True)
 class Node:
-    """A value of the file. `place` is that of its key where it has one, so that errors point at the key's line."""
+    """A value of the file. `place` is that of its key if it has one, so that errors point at the key's line."""
 
     content: "dict[str, Node] | list[Node] | str | int | float | bool | None"
     place: Place
 
     def plain(self) -> object:
-        """The value as dicts, lists and scalars."""
+        """Return the value as dicts, lists and scalars."""
         if isinstance(self.content, dict):
             return {key: child.plain() for key, child in self.content.items()}
         if isinstance(self.content, list):
@@ -98,7 +98,7 @@ class Node:
         return self.content
 
     def child(self, part: str | int) -> "Node | None":
-        """The value at a key or index, None where there is none."""
+        """Return the value at a key or index; None without one."""
         if isinstance(self.content, dict) and isinstance(part, str):
             return self.content.get(part)
         if isinstance(self.content, list) and isinstance(part, int) and part < len(self.content):
@@ -106,7 +106,7 @@ class Node:
         return None
 
     def nearest_place(self, key: Key) -> Place:
-        """The place of `key`, or of the innermost value around it that the file does hold."""
+        """Return the place of `key`, or of the innermost value around it that the file has."""
         node = self
         for part in key:
             child = node.child(part)
@@ -117,28 +117,28 @@ class Node:
 
 
 def key_text(key: Key) -> str:
-    """`stages[1].learning_rate`."""
+    """Return a key as text: `stages[1].learning_rate`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name that looks most like `name`, capitals aside; empty where none does."""
-    by_lower_case = {one.lower(): one for one in known}
-    found = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
-    return by_lower_case[found[0]] if found else ""
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """Return the candidate that is most like `name`, ignoring case; empty if none is."""
+    by_lower_case = {one.lower(): one for one in candidates}
+    matches = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
+    return by_lower_case[matches[0]] if matches else ""
 
 
 def nearest_file(path: Path, pattern: str) -> str:
-    """The path beside `path` whose name, endings aside, looks most like its name; empty where none does."""
+    """Return the path beside `path` whose name, without suffix, is most like its name; empty if none is."""
     beside = path.parent.glob(pattern) if os.path.isdir(path.parent) else []
     by_stem = {other.stem: str(other) for other in beside}
     return by_stem.get(nearest(path.stem, by_stem), "")
 
 
 def read(path: Path) -> tuple[Node, list[Problem]]:
-    """The file's tree, and the errors that leave a tree to look at (duplicated keys, tags that mean nothing here).
+    """Return the file's tree, and the errors in spite of which there is one (duplicate keys, unknown tags).
 
-    Raises RecipeError for what cannot be read at all: no file, not UTF-8, not YAML, empty.
+    Raise RecipeError if there is none: no file, not UTF-8, not YAML, empty.
     """
     tree, problems = parse(_text(path), str(path))
     if tree.content is None and not problems:
@@ -147,9 +147,9 @@ def read(path: Path) -> tuple[Node, list[Problem]]:
 
 
 def parse(text: str, file: str, override: str = "") -> tuple[Node, list[Problem]]:
-    """As `read`, for text, which may be empty. With `override` every place is that override of the command line."""
+    """Return what `read` returns, for a text, which may be empty. With `override`, every place is that override."""
     yaml = _Yaml(typ="safe", pure=True)
-    yaml.composer.warn_double_anchors = False  # they are legal; the last one before an alias counts
+    yaml.composer.warn_double_anchors = False  # double anchors are legal; the last one before an alias counts
     try:
         root = yaml.compose(text)
     except MarkedYAMLError as error:
@@ -170,10 +170,10 @@ def parse(text: str, file: str, override: str = "") -> tuple[Node, list[Problem]
 
 
 def override(tree: Node, text: str, file: str) -> Node:
-    """The tree with one value set, as `stages.1.learning_rate=1e-4` or `stages[distill].num_steps=[100, 50]` says.
+    """Return the tree with one value set by `stages.1.learning_rate=1e-4` or `stages[distill].num_steps=[100, 50]`.
 
-    A list's entry is named by its number, from 0, or by its `kind` where only one entry has that kind. Raises
-    RecipeError where the key does not lead anywhere or the value is not YAML.
+    An entry of a list is named by its number, from 0, or by its `kind` if no other entry has that kind. Raise
+    RecipeError if the key does not exist or the value is not YAML.
     """
     place = Place(override=text)
     path, equals, value = text.partition("=")
@@ -187,11 +187,11 @@ def override(tree: Node, text: str, file: str) -> Node:
 
 
 class _TooLong(ValueError):
-    """A file of more values than a recipe has."""
+    """A file has more values than any recipe."""
 
 
 class _ShortComposer(Composer):
-    """ruamel's composer, which takes a millisecond for ten values and stops after MAX_NODES."""
+    """ruamel's composer, stopped after MAX_NODES: it takes a millisecond for ten values."""
 
     def __init__(self, loader: YAML) -> None:
         super().__init__(loader)
@@ -205,7 +205,7 @@ class _ShortComposer(Composer):
 
 
 class _Yaml(YAML):
-    """ruamel's reader with that composer."""
+    """ruamel's reader with a _ShortComposer."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -213,7 +213,7 @@ class _Yaml(YAML):
 
 
 class _Converter:
-    """ruamel's nodes made ours; collects `problems` on the way."""
+    """Converts ruamel's nodes to ours and collects `problems`."""
 
     def __init__(self, yaml: YAML, file: str, override: str):
         self.yaml, self.file, self.override = yaml, file, override
@@ -223,7 +223,7 @@ class _Converter:
     def convert(self, node: YamlNode, key: Key, parents: tuple[YamlNode, ...]) -> Node:
         place = self._place_of(node)
         if any(node is parent for parent in parents):
-            self._complain(key, place, "an alias stands inside what it names")
+            self._complain(key, place, "an alias is inside the value that it refers to")
             return Node(None, place)
         if len(parents) > MAX_DEPTH:
             self._complain(key, place, "nested too deeply to be a recipe")
@@ -238,7 +238,7 @@ class _Converter:
         if isinstance(node, SequenceNode) and node.tag == _TAG + "seq":
             children = enumerate(node.value)
             return Node([self.convert(child, (*key, i), (*parents, node)) for i, child in children], place)
-        if isinstance(node, ScalarNode) and node.tag in _READ_AS_TEXT + _NUMBERS_AND_WORDS:
+        if isinstance(node, ScalarNode) and node.tag in _TEXT_TAGS + _SCALAR_TAGS:
             return Node(self._scalar(node, key), place)
         self._complain(key, place, f"the YAML tag {_tag_name(node)} means nothing in a recipe")
         return Node(None, place)
@@ -258,10 +258,10 @@ class _Converter:
         return children
 
     def _scalar(self, node: ScalarNode, key: Key) -> str | int | float | bool | None:
-        """Text as it stands (dates too), numbers and words as YAML 1.2 reads them."""
+        """Return text as it is (dates too), and numbers and words as in YAML 1.2."""
         try:
             node.value.encode()
-            value = node.value if node.tag in _READ_AS_TEXT else self.yaml.constructor.construct_object(node)
+            value = node.value if node.tag in _TEXT_TAGS else self.yaml.constructor.construct_object(node)
             str(value)
         except (ValueError, LookupError):  # half a surrogate pair, `!!int x`, `!!bool x`, digits by the thousand
             self._complain(key, self._place_of(node), f"{node.value[:40]!r} cannot be read as YAML's {_tag_name(node)}")
@@ -309,7 +309,7 @@ def _syntax_problem(error: MarkedYAMLError, text: str, file: str, override: str)
     elif problem.startswith("mapping values"):
         message = "a key is not expected here: check the indentation, and put text that holds ': ' in quotes"
     elif problem.startswith("expected <block end>"):
-        message = f"the indentation does not fit the block that this line stands in{began}"
+        message = f"the indentation does not fit the block of this line{began}"
     elif "<stream end>" in problem or "end of stream" in problem:
         message = f"the file ends inside a bracket or quotes{began}"
     elif problem.startswith("found undefined alias"):
@@ -320,24 +320,24 @@ def _syntax_problem(error: MarkedYAMLError, text: str, file: str, override: str)
 
 
 def _with(node: Node, parts: list[str], value: Node, key: Key, file: str) -> Node:
-    """`node` with `value` at `parts`; mappings that the path needs are made, lists are not."""
+    """Return `node` with `value` at `parts`. Missing mappings on the way are created, missing entries of lists not."""
     if not parts:
         return value
     first, *rest = parts
     if isinstance(node.content, list):
         i = _entry(node.content, first, key, file, value.place)
-        changed = _with(node.content[i], rest, value, (*key, i), file)
-        return replace(node, content=[*node.content[:i], changed, *node.content[i + 1 :]])
+        child = _with(node.content[i], rest, value, (*key, i), file)
+        return replace(node, content=[*node.content[:i], child, *node.content[i + 1 :]])
     if isinstance(node.content, dict | None):
         children = node.content or {}
-        changed = _with(children.get(first, Node({}, value.place)), rest, value, (*key, first), file)
-        return replace(node, content=children | {first: changed})
+        child = _with(children.get(first, Node({}, value.place)), rest, value, (*key, first), file)
+        return replace(node, content=children | {first: child})
     message = f"holds the single value {brief(node.content)}, which has no key {first}"
     raise RecipeError([Problem(key, message, file=file, place=value.place)])
 
 
 def _entry(entries: list[Node], name: str, key: Key, file: str, place: Place) -> int:
-    """The index of the entry that an override names by number or by kind."""
+    """Return the index of the entry that an override names by number or by kind."""
     kinds = [str(kind.content) if (kind := entry.child("kind")) else "" for entry in entries]
     matching = [i for i, kind in enumerate(kinds) if name in (str(i), kind)]
     if len(matching) == 1:

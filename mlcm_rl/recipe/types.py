@@ -1,4 +1,4 @@
-"""What a recipe's types are made of: strictness, settings that change no result, the teacher, adapters, rewards."""
+"""The parts of a recipe's types: strictness, presentation fields, the teacher, adapters, rewards, the guard."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -7,38 +7,38 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 from . import families
 
 
-def _no_speck(weight: float) -> float:
-    """Return a weight. Raise ValueError for one beside which the draw in float32 would be of nothing."""
-    if 0 < weight < LEAST_WEIGHT:
+def _not_negligible(weight: float) -> float:
+    """Return a weight. Raise ValueError if it is above 0 and so small that float32 would never draw its language."""
+    if 0 < weight < MIN_WEIGHT:
         raise ValueError(
-            f"weight {weight} is above 0 and below {LEAST_WEIGHT}: weights are compared, so write larger ones"
+            f"weight {weight} is above 0 and below {MIN_WEIGHT}: weights are compared, so write larger ones"
         )
     return weight
 
 
-LEAST_WEIGHT = 1e-6
-Weight = Annotated[float, Field(ge=0, le=1_000_000), AfterValidator(_no_speck)]
+MIN_WEIGHT = 1e-6
+Weight = Annotated[float, Field(ge=0, le=1_000_000), AfterValidator(_not_negligible)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 COMMIT = r"^[0-9a-f]{40}$"
 VARIANT = r"^[a-z0-9_]+$"
-# Counts end somewhere: beyond, a number is a slip, and what is made of so many fills any memory before it is refused.
+# Counts have a limit: a larger number is a slip, and objects of that number would fill any memory before an error.
 PositiveInt = Annotated[int, Field(gt=0, le=1_000_000_000)]
 if TYPE_CHECKING:
     Family = str
 else:
     Family = Literal[tuple(families.names())]  # those of other distributions too
-TRAINED = "trained"  # the reward model that reads what a `train_reward` stage has made
+TRAINED = "trained"  # the reward model of a `train_reward` stage
 
 
 def default_gamma(num_segments: int, conditioned: bool) -> float:
-    """The sampler's gamma that suits a student: 1 (re-noise) for one segment, else 0, as when told where jumps end."""
+    """Return a student's default gamma: 1 (re-noising) for one segment without a target time, else 0."""
     return 1.0 if num_segments == 1 and not conditioned else 0.0
 
 
 def presentation(default: Any, **settings: Any) -> Any:
-    """A field that cannot change a stage's result and is therefore not hashed into its fingerprint."""
+    """Return a field that cannot change a stage's result and is therefore not in its fingerprint."""
     return Field(default, json_schema_extra={"presentation": True}, **settings)
 
 
@@ -64,12 +64,12 @@ class Teacher(Strict):
 
     @property
     def evaluations(self) -> int:
-        """What a guided pass counts: the network is evaluated with the prompt and, where that changes it, without."""
+        """Evaluations of a guided pass: one with the prompt and, unless the guidance scale is 1, one without."""
         return 1 if self.guidance_scale == 1.0 else 2
 
 
 class Samples(Strict):
-    """The fixed prompts and seeds of the grids that runs leave behind."""
+    """The fixed prompts and seeds of the sample grids."""
 
     prompts: list[str] = Field([], description="prompts of the sample grids, any language")
     sampling_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 4, 8], min_length=1)
@@ -90,7 +90,7 @@ class Full(Strict):
 
 
 class Reward(Strict):
-    """A reward model, and what it weighs in a sum of several."""
+    """A reward model and its weight in a sum of several."""
 
     name: str = Field(description="file in reward_models, or another distribution's; see `mlcm rewards list`")
     weight: float = 1.0
@@ -101,28 +101,28 @@ class Reward(Strict):
 
     @property
     def is_of_this_recipe(self) -> bool:
-        """Whether it is what the recipe's own `train_reward` stage makes: `trained`, from no folder named here."""
+        """Whether it is the reward of the recipe's own `train_reward` stage: `trained`, without a folder."""
         return self.name == TRAINED and "folder" not in self.settings
 
     def from_folder(self, folder: str) -> "Reward":
-        """The same, read from `folder` where it is the recipe's own."""
+        """Return the reward with `folder` in its settings if it is the recipe's own, else as it is."""
         return (
             self.model_copy(update={"settings": self.settings | {"folder": folder}}) if self.is_of_this_recipe else self
         )
 
 
-def _named(one: str | Reward) -> Reward:
+def _as_reward(one: str | Reward) -> Reward:
     return Reward(name=one) if isinstance(one, str) else one
 
 
 if TYPE_CHECKING:
     RewardEntry = Reward
 else:  # in a file a name alone stands for an entry with that name
-    RewardEntry = Annotated[str | Reward, AfterValidator(_named)]
+    RewardEntry = Annotated[str | Reward, AfterValidator(_as_reward)]
 
 
 class Guard(Strict):
-    """What stops a run that hacks its reward: rewards that it is not trained on, watched on fixed prompts and noise."""
+    """Stops a run that hacks its reward, by held-out rewards on fixed prompts and noise."""
 
     rewards: list[RewardEntry] = Field(min_length=1, description="held out: never trained on; names, or entries")
     num_prompts: int = Field(

@@ -15,7 +15,7 @@ from ..recipe import Evaluate, Recipe
 from ..recipe.experiment import STUDENTS
 from ..storage.commit import commit
 from ..storage.files import CheckpointError, public, read_json, replacing
-from ..storage.untrusted import held
+from ..storage.untrusted import path_inside
 from . import tuned_students
 from .comparisons import comparisons, headline
 from .figures import binned, listed, rounded, summary
@@ -142,7 +142,7 @@ def distill_stages(folder: Path) -> list[Path]:
         name = read_json(file, parents=dict)["parents"].get("distill")
         if name is None:
             break
-        earlier = held(stages[0].parent, name, file).resolve()
+        earlier = path_inside(stages[0].parent, name, file).resolve()
         if earlier in stages:
             raise CheckpointError(f"{file} is damaged: the stage goes on from itself")
         stages.insert(0, earlier)

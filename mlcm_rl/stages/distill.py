@@ -18,7 +18,7 @@ from ..models.teachers import tell_truncated
 from ..recipe import Distill, Recipe, types
 from ..storage import files
 from ..training.loop import Runtime, rate_factor, set_rate
-from ..training.processes import by_first
+from ..training.processes import on_rank_zero
 from ..training.seeding import generator
 
 Weights = dict[str, Tensor]  # the trained parameters by name, or their average
@@ -34,7 +34,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     base = teachers.load(recipe.teacher, rt.device)
     start = parents["distill"] / "student" if "distill" in parents else None
     student = students.student(base, stage.adapter, recipe.seed, stage.condition_on_target, start)
-    if not stage.asks_teacher:
+    if not stage.uses_teacher:
         base.forget_denoiser()
     if stage.gradient_checkpointing:
         student.enable_gradient_checkpointing()
@@ -43,7 +43,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     trained = rt.prepare(student, optimizer)
     average = {name: value.detach().clone() for name, value in trained.items()} if stage.target_ema else trained
     source = make_source(stage, recipe, base, student, parents)
-    if not stage.asks_teacher:
+    if not stage.uses_teacher:
         base.encode_ahead(recipe.samples.prompts)  # the store has all others
     lengths = stage.per_phase("num_steps")
 
@@ -207,4 +207,4 @@ def save_samples(
     conditioned = stage.condition_on_target
     gamma = types.default_gamma(num_segments, conditioned)
     sheet = pictures.sample_grid(base, student, recipe.samples, recipe.seed, num_segments, conditioned, gamma)
-    by_first(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
+    on_rank_zero(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))

@@ -23,7 +23,7 @@ from ..recipe import Dpo, Recipe
 from ..rewards import Combined, combine
 from ..training import processes
 from ..training.loop import Runtime, rate_factor, set_rate
-from ..training.processes import by_first
+from ..training.processes import on_rank_zero
 from ..training.progress import progress
 
 
@@ -70,7 +70,7 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
             rt.save(step + 1)
     with rt.swapped(guard.best):
         rt.write(students.save_tuned, start, folder / "student", guard.verdict.kept_step)
-    by_first(guard.finish, folder)
+    on_rank_zero(guard.finish, folder)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class StoredPairs:
 
     def _encoded(self, table: PairTable, index: list[int]) -> Iterator[Tensor]:
         """Latents (2, b, C, H, W) of the pairs `index`, as many pictures at a time as a process has pairs in a step."""
-        size = processes.part(self.stage.micro_batch, processes.count())
+        size = processes.part(self.stage.micro_batch, processes.world_size())
         with progress(len(index), "encode pairs") as bar:
             for part in (index[i : i + size] for i in range(0, len(index), size)):
                 images = torch.stack([table.pictures(i, self.base.resolution) for i in part], dim=1)

@@ -74,7 +74,7 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
     scene = prepare(stage, recipe, base, folder)
     teachers = teacher_rows(stage, recipe.teacher.guidance_scale)
     store = open_store(stage, recipe, parents, teachers[0], base.device.type)
-    processes.by_first(store.sweep)
+    processes.on_rank_zero(store.sweep)
     table: list[tuple[Entry | None, list[Row]]] = [(None, teachers)]
     table += [(student, student_rows(stage, index, student)) for index, student in enumerate(students)]
     total = len(scene.batches()) * sum(row.num_evaluations for _, rows in table for row in rows)
@@ -84,18 +84,18 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
             student = None  # one at a time: the last one's weights are let go before the next one's are read
             for row in rows:
                 place = entry.folder if entry is not None else None
-                if not processes.by_first(is_measured, stage, scene, store, row, place):
+                if not processes.on_rank_zero(is_measured, stage, scene, store, row, place):
                     if entry is not None and student is None:
                         student = load_student(base, entry.folder)
                     draw_batches(scene, row, student, bar)
-                    processes.by_first(finish_row, scene, store, row, place)
+                    processes.on_rank_zero(finish_row, scene, store, row, place)
                 else:
                     bar.advance(row.num_evaluations * len(scene.batches()), row.id)
                 records.append(read_json(record_path(folder, row)))
     prompts = [asdict(prompt) | {"shown": i in scene.shown} for i, prompt in enumerate(scene.prompts)]
     tuned = tuned_students.read({student.name: student.folder for student in students})
     result = assembly.assemble(recipe, stage, prompts, records, base.device, curves, tuned, scene.instruments.networks)
-    processes.by_first(write_report, result, folder)
+    processes.on_rank_zero(write_report, result, folder)
     progress.console.print(tables.table(result))
     texts = [result["headline"]["text"], *map(tuned_students.sentence, result["tuned"])]
     progress.console.print(Text("\n".join([*texts, str((folder / "report.html").resolve())])), soft_wrap=True)

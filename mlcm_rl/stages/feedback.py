@@ -17,7 +17,7 @@ from ..recipe.renamed import renewed_stage
 from ..rewards import Combined, combine, refuse_without_gradient
 from ..storage import files
 from ..training.loop import Runtime, rate_factor, set_rate
-from ..training.processes import by_first
+from ..training.processes import on_rank_zero
 
 
 def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
@@ -73,7 +73,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
             rt.save(step + 1)
     with rt.swapped(guard.best):
         rt.write(students.save_tuned, start, folder / "student", guard.verdict.kept_step)
-    by_first(guard.finish, folder)
+    on_rank_zero(guard.finish, folder)
 
 
 def refuse_without_irrelevant(rewards: Combined, prompts: tuning.Prompts) -> None:

@@ -13,7 +13,7 @@ from ..preference.guard import Guard
 from ..recipe import Policy, Recipe
 from ..rewards import Combined, combine
 from ..training.loop import Runtime, rate_factor, set_rate
-from ..training.processes import by_first
+from ..training.processes import on_rank_zero
 
 
 def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
@@ -62,7 +62,7 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
             rt.save(step + 1)
     with rt.swapped(guard.best):
         rt.write(students.save_tuned, start, folder / "student", guard.verdict.kept_step)
-    by_first(guard.finish, folder)
+    on_rank_zero(guard.finish, folder)
 
 
 @dataclass(frozen=True)

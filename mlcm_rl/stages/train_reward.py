@@ -16,7 +16,7 @@ from ..rewards import card
 from ..rewards.heads import CONTRARY, FeatureScale, dropout, held_out_pairs, is_correct
 from ..storage import files, finite, tensors
 from ..training.loop import Runtime, rate_factor, set_rate
-from ..training.processes import by_first
+from ..training.processes import on_rank_zero
 from ..training.progress import progress
 from ..training.seeding import epoch_order
 
@@ -57,7 +57,7 @@ def run(stage: TrainReward, recipe: Recipe, parents: dict[str, Path], folder: Pa
             rt.save(step + 1)
     rt.write(write_reward, stage, pairs.scale, folder)
     reward = trained.Trained(rt.device, torch.float32, str(folder))
-    by_first(card.write, stage, recipe, table, held_out, reward, rt.device, folder)
+    on_rank_zero(card.write, stage, recipe, table, held_out, reward, rt.device, folder)
 
 
 def write_reward(head: nn.Sequential, stage: TrainReward, scale: FeatureScale, folder: Path) -> None:

@@ -24,7 +24,7 @@ from ..recipe import Recipe, TrainTeacher
 from ..storage import files, finite
 from ..training import autocast
 from ..training.loop import Runtime, rate_factor, set_rate
-from ..training.processes import by_first
+from ..training.processes import on_rank_zero
 from ..training.seeding import epoch_order, generator
 
 KEPT_CAPTIONS = 40_000
@@ -153,7 +153,7 @@ def save_samples(recipe: Recipe, base: Base, denoiser: nn.Module, folder: Path, 
     with as_teacher(base, denoiser):
         x0 = sample_teacher(base, conditioning, unconditional, noise, times, recipe.teacher.guidance_scale)
     sheet = pictures.grid(base.autoencoder.decode(x0), num_columns=SAMPLE_COLUMNS)
-    by_first(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
+    on_rank_zero(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
 
 
 @contextmanager

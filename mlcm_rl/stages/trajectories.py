@@ -36,8 +36,8 @@ def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: P
     if done:
         progress.tell("trajectories", f"goes on after {done} that were saved")
     with progress.progress(writer.total, "trajectories", done) as bar:
-        for first in range(0, len(missing), processes.count()):
-            shards = missing[first : first + processes.count()]  # one for each process, then all are recorded
+        for first in range(0, len(missing), processes.world_size()):
+            shards = missing[first : first + processes.world_size()]  # one for each process, then all are recorded
             for shard in processes.share(shards):
                 parts = []
                 for start in range(shard.start, shard.stop, stage.batch_size):

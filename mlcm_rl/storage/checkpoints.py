@@ -12,11 +12,10 @@ STATE_FORMAT = 2  # of checkpoints
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, Tensor], record: dict | None = None, keep: int = 2) -> Path:
-    """Write the state after `step` steps as `checkpoints/step-<n>`; the newest `keep` stay.
+    """Write the state after `step` steps to `checkpoints/step-<n>`, and delete all but the newest `keep` checkpoints.
 
-    `record` is what else a loop must know to go on, as JSON.
-
-    The folder appears by rename with its checksums inside; older ones go only after it is there.
+    `record` is whatever else a loop needs to go on, as JSON. The folder appears by rename with its checksums inside;
+    older ones are deleted only after that.
     """
     path = state_path(folder, step)
     with replacing(path) as temporary:
@@ -31,24 +30,24 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], record: dict
 
 
 def load_state(folder: Path) -> tuple[int, dict[str, Tensor], dict] | None:
-    """The newest checkpoint of a stage's folder: steps done, tensors on the CPU, record; None where there is none.
+    """Return the newest checkpoint of a stage's folder: number of steps, tensors on the CPU, record. None without one.
 
-    Raises CheckpointError where it is damaged: nothing restarts from zero, or from an older state, in silence.
+    Raise CheckpointError if it is damaged: no run restarts silently from zero or from an older state.
     """
-    found = checkpoints(folder)
-    if not found:
+    paths = checkpoints(folder)
+    if not paths:
         return None
-    wrong = damage(found[-1])
-    if wrong:
-        whole = next((path for path in reversed(found[:-1]) if not damage(path)), None)
+    fault = damage(paths[-1])
+    if fault:
+        whole = next((path for path in reversed(paths[:-1]) if not damage(path)), None)
         instead = f"the one before it, {whole.name}" if whole else "the start of the stage, since no other is whole"
-        raise CheckpointError(f"{found[-1]} is damaged ({wrong}): `mlcm run --skip-damaged` goes on from {instead}")
-    state = read_json(found[-1] / "state.json", step=int, record=dict)
-    return state["step"], read_tensors(found[-1] / "state.safetensors"), state["record"]
+        raise CheckpointError(f"{paths[-1]} is damaged ({fault}): `mlcm run --skip-damaged` goes on from {instead}")
+    state = read_json(paths[-1] / "state.json", step=int, record=dict)
+    return state["step"], read_tensors(paths[-1] / "state.safetensors"), state["record"]
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint `path`; None where it is whole."""
+    """Return what is wrong with the checkpoint `path`; None if it is whole."""
     try:
         state = read_json(path / "state.json", sha256=str)
     except CheckpointError as error:
@@ -63,25 +62,25 @@ def damage(path: Path) -> str | None:
 
 
 def skip_damaged(folder: Path) -> list[str]:
-    """Put the damaged checkpoints above the newest whole one aside, as `damaged-step-<n>`; returns what was wrong."""
+    """Rename the checkpoints after the newest whole one to `damaged-step-<n>`. Return what is wrong with each."""
     skipped = []
     for path in reversed(checkpoints(folder)):
-        wrong = damage(path)
-        if not wrong:
+        fault = damage(path)
+        if not fault:
             break
         remove(path.with_name(f"damaged-{path.name}"))
         path.rename(path.with_name(f"damaged-{path.name}"))
-        skipped.append(f"{path}: {wrong}")
+        skipped.append(f"{path}: {fault}")
     return skipped
 
 
 def state_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps is."""
+    """Return the path of the checkpoint after `step` steps."""
     return folder / "checkpoints" / f"step-{step:08d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a stage's folder, oldest first."""
+    """Return the checkpoints of a stage's folder, oldest first."""
     return sorted((folder / "checkpoints").glob("step-*"))
 
 

@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from .hashing import sha256
 from .untrusted import parse_json, read_bytes
 
-PARTIAL = ".part"  # ends the names of what is not whole yet
-SPARE_BYTES = 2**20  # of a disk, left free for logs and for the next small file
+PARTIAL = ".part"  # ending of files and folders that are not whole yet
+SPARE_BYTES = 2**20  # of a disk, for logs and for the next small file
 UMASK = os.umask(0)  # which can only be read by setting it
 os.umask(UMASK)
-REFUSALS = (  # of a disk, or of what is there, to be written
+REFUSALS = (  # a disk, a file or a folder cannot be written
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.EISDIR, errno.ENOTDIR),
 )
@@ -32,9 +32,9 @@ class CheckpointError(Exception):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write a file or folder to; it becomes `path` by rename when the block ends.
+    """Yield a temporary path beside `path` to write a file or folder to. It is renamed to `path` when the block ends.
 
-    It has reached the disk by then. Raises CheckpointError where the disk refuses; what was at `path` is still there.
+    Its bytes have reached the disk before that. Raise CheckpointError if the disk refuses; `path` is then unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         share(temporary)
         sync(temporary)
-        if path.is_dir() and temporary.is_dir():  # a file takes no folder's place: the rename is refused then
+        if path.is_dir() and temporary.is_dir():  # a file never replaces a folder: the system refuses that rename
             remove(path)
         temporary.replace(path)
         sync(path.parent, inside=False)
@@ -51,14 +51,14 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno not in REFUSALS:
             raise
         reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
-        raise CheckpointError(f"{path} could not be written ({reason}); what was there before is as it was") from error
+        raise CheckpointError(f"{path} could not be written ({reason}); what was there before is unchanged") from error
     finally:
         remove(temporary)
 
 
 @contextmanager
-def told_of(path: Path) -> Iterator[None]:
-    """Raise CheckpointError that names `path` where the open file there is refused a write: the system names none."""
+def report_write_errors(path: Path) -> Iterator[None]:
+    """Raise CheckpointError with `path` if a write to the open file fails: the system's error has no path then."""
     try:
         yield
     except OSError as error:
@@ -68,16 +68,16 @@ def told_of(path: Path) -> Iterator[None]:
 
 
 def share(path: Path) -> None:
-    """Give tensor files, `path` or under it, the mode of any new file: safetensors lets none but their owner read."""
-    for one in [path, *path.rglob("*.safetensors")]:
-        if one.is_file():
-            one.chmod(0o666 & ~UMASK)
+    """Give tensor files, `path` or under it, the mode of any new file: safetensors lets only their owner read them."""
+    for file in [path, *path.rglob("*.safetensors")]:
+        if file.is_file():
+            file.chmod(0o666 & ~UMASK)
 
 
 def sync(path: Path, inside: bool = True) -> None:
-    """Wait until a file, or a folder and, with `inside`, all that it holds, has reached the disk."""
-    for one in [path, *(path.rglob("*") if inside else ())]:
-        descriptor = os.open(one, os.O_RDONLY)
+    """Wait until `path` has reached the disk; with `inside`, everything in the folder `path` too."""
+    for member in [path, *(path.rglob("*") if inside else ())]:
+        descriptor = os.open(member, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -85,19 +85,19 @@ def sync(path: Path, inside: bool = True) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete what a process that was killed had not finished writing, or removing, under `folder`."""
+    """Delete the partial files under `folder` of a process that was killed while it wrote or removed something."""
     for path in list(folder.rglob(f".*{PARTIAL}")):
         remove(path)
 
 
 def remove_partial_of(path: Path) -> None:
-    """Delete what a process that was killed left beside `path` of writing or removing it."""
+    """Delete the partial files beside `path` of a process that was killed while it wrote or removed `path`."""
     for part in list(path.parent.glob(f".{path.name}.*{PARTIAL}")):
         remove(part)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there. A folder goes at once: no part of it is ever seen under its name."""
+    """Delete a file or a folder, if it exists. A folder is renamed first, so that it is never seen in part."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return
@@ -109,13 +109,13 @@ def remove(path: Path) -> None:
 
 
 def require_space(path: Path, size: int) -> None:
-    """Raise CheckpointError where the disk of `path` has no room for `size` bytes more."""
+    """Raise CheckpointError if the disk of `path` has no room for another `size` bytes."""
     free = shutil.disk_usage(path.parent).free
     if size + SPARE_BYTES > free:
-        needed, left = (f"{count / 1e6:,.1f} MB" for count in (size, free))
+        needed, available = (f"{count / 1e6:,.1f} MB" for count in (size, free))
         raise CheckpointError(
-            f"{path} needs {needed} and its disk has {left} left: make room, and the same command goes on from what "
-            "was saved before"
+            f"{path} needs {needed} and its disk has {available} left: make room, and the same command goes on from "
+            "what was saved before"
         )
 
 
@@ -123,6 +123,7 @@ def require_space(path: Path, size: int) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
+    """Write `value` to `path` as JSON. Raise CheckpointError if it holds NaN or infinity, or the disk refuses."""
     with replacing(path) as temporary:
         try:
             text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
@@ -132,47 +133,47 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path, **kinds: type) -> dict[str, Any]:
-    """The object in `path`; `kinds` are keys that it must have, and what their values must be.
+    """Return the JSON object in `path`; `kinds` are the keys that it must have, with the types of their values.
 
-    Raises CheckpointError where it is missing, not such an object, or longer than any that is written here.
+    Raise CheckpointError if the file is missing, holds another object, or is longer than any that is written here.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
-        found = parse_json(read_bytes(path).decode("utf-8"))
+        content = parse_json(read_bytes(path).decode("utf-8"))
     except ValueError as error:  # not UTF-8 too
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it does not hold a JSON object")
     for name, kind in kinds.items():
-        if type(found.get(name)) is not kind:  # True is no number here
+        if type(content.get(name)) is not kind:  # not isinstance: True would be an int
             raise CheckpointError(
-                f"{path} is damaged: {name} must be of type {kind.__name__}, is {reprlib.repr(found.get(name))}"
+                f"{path} is damaged: {name} must be of type {kind.__name__}, is {reprlib.repr(content.get(name))}"
             )
-    return found
+    return content
 
 
 def checksums(folder: Path, skip: tuple[str, ...] = ()) -> dict[str, str]:
-    """sha256 of every file under `folder`, by relative path, but for those that match a pattern of `skip`."""
+    """Return the sha256 of every file under `folder`, by relative path, except those that match a pattern of `skip`."""
     names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {name: sha256(path) for name, path in names.items() if not any(fnmatch(name, pattern) for pattern in skip)}
 
 
-# ---- what others may read ----
+# ---- files that are published ----
 
 
 def public(value: Any) -> Any:
-    """`value` for others to read: of paths that only this machine has, and that may name its user, the last part."""
+    """Return `value` to publish: of paths of this machine, which may name its user, only the last part."""
     if isinstance(value, dict):
-        return {key: public(one) for key, one in value.items()}
+        return {key: public(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [public(one) for one in value]
+        return [public(item) for item in value]
     path = Path(value) if isinstance(value, str) else Path()
     return path.name if path.is_absolute() or ".." in path.parts else value
 
 
 def forget_origin(folder: Path) -> None:
-    """Take the place that diffusers loaded each part from out of the configurations under `folder`."""
+    """Delete from the configurations under `folder` the path that diffusers loaded each component from."""
     for path in [*folder.rglob("model_index.json"), *folder.rglob("*config.json")]:
         content = read_json(path)
         if content.pop("_name_or_path", None) is not None:

@@ -1,4 +1,4 @@
-"""What is computed becomes a file only where it is made of finite numbers: else hours are spent on what is none."""
+"""Checks for NaN and infinity: only finite tensors are written, so that no later stage goes on from a broken one."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,24 +9,24 @@ LARGEST = {torch.float16: "65,504", torch.bfloat16: "3.4e38", torch.float32: "3.
 
 
 def is_finite(values: Tensor) -> bool:
-    """Return whether `values` hold neither NaN nor infinity. Makes no copy of them."""
+    """Return whether `values` hold neither NaN nor infinity. They are not copied."""
     if not values.is_floating_point() or not values.numel():
         return True
-    return bool(torch.stack(torch.aminmax(values.detach())).isfinite().all())  # NaN is both least and greatest
+    return bool(torch.stack(torch.aminmax(values.detach())).isfinite().all())  # with a NaN both are NaN
 
 
 def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the first of `tensors` that holds NaN or infinity; None where none does."""
+    """Return the name of the first of `tensors` that holds NaN or infinity; None if all are finite."""
     return next((name for name, values in tensors.items() if not is_finite(values)), None)
 
 
 def first_bad_row(values: Tensor) -> int | None:
-    """Return the place of the first row of `values` (B, ...) that holds NaN or infinity; None where none does."""
+    """Return the index of the first row of `values` (B, ...) that holds NaN or infinity; None if all are finite."""
     return None if is_finite(values) else next(place for place, row in enumerate(values) if not is_finite(row))
 
 
 def refuse_weights(weights: Mapping[str, Tensor], what: str) -> None:
-    """Raise ValueError where one of the `weights`, as they are to be written, holds NaN or infinity."""
+    """Raise ValueError if one of the `weights`, in the dtype to be written, holds NaN or infinity."""
     if (name := first_nonfinite(weights)) is not None:
         dtype = weights[name].dtype
         raise ValueError(
@@ -46,8 +46,8 @@ def refuse_encoded(conditioning: Mapping[str, Tensor], prompts: Sequence[str], d
 
 
 def way_out(dtype: torch.dtype) -> str:
-    """Return what to do about a teacher that yields NaN or infinity in `dtype`."""
-    damaged = "its weights are damaged, or are no teacher's: fetch them again"
+    """Return the advice for a teacher that yields NaN or infinity in `dtype`."""
+    damaged = "its weights are damaged, or are not a teacher's: fetch them again"
     if dtype == torch.float32:
         return f"the largest float32 is {LARGEST[dtype]}: {damaged}"
     precision = f"the largest {_short(dtype)} is {LARGEST[dtype]}: set teacher.dtype: float32"

@@ -1,4 +1,4 @@
-"""One process at a time on a stage's folder."""
+"""A lock on a stage's folder: one process at a time writes to it."""
 
 import fcntl
 import os
@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from .files import CheckpointError, told_of
+from .files import CheckpointError, report_write_errors
 
 FILE = ".lock"  # stays behind, empty: deleting it would let two processes lock two files of one name
 
 
 @contextmanager
-def held(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Keep other processes out of `folder` for as long as the block runs.
+def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Keep other processes out of `folder` while the block runs.
 
-    The system lets go of the lock when the process ends, however it ends. Raises CheckpointError that names the process
-    which has it; with `wait` its end is waited for instead.
+    The system releases the lock when the process ends, however it ends. Raise CheckpointError with the name of the
+    process that has the lock; with `wait`, wait for its end instead.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / FILE).open("a+", encoding="utf-8") as file:
@@ -34,7 +34,7 @@ def held(folder: Path, wait: bool = False) -> Iterator[None]:
             raise CheckpointError(
                 f"{folder / FILE} cannot be locked ({(error.strerror or str(error)).lower()})"
             ) from error
-        with told_of(folder / FILE):
+        with report_write_errors(folder / FILE):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}")
             file.flush()

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: checked when they are read, refused where they are not finite."""
+"""Tensors in safetensors files: checked when they are read, and refused when they are not finite."""
 
 import json
 from collections.abc import Mapping
@@ -17,18 +17,18 @@ MAX_HEADER = 10**8  # bytes, of a safetensors file: the format's own limit
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU. Raises CheckpointError where it is missing or damaged."""
+    """Return the tensors of a safetensors file, on the CPU. Raise CheckpointError if it is missing or damaged."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
-        refuse_twice(path)
+        refuse_duplicate_names(path)
         return load_file(path)
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def refuse_twice(path: Path) -> None:
-    """Raise ValueError for a safetensors header that is no JSON or has a name twice, of which readers take either."""
+def refuse_duplicate_names(path: Path) -> None:
+    """Raise ValueError if a safetensors header is not JSON or has a name twice: readers differ in which they take."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(min(length, MAX_HEADER))
@@ -36,26 +36,26 @@ def refuse_twice(path: Path) -> None:
 
 
 def load_weights(network: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Give `network` the `tensors` of the file `path` for its own. Raises CheckpointError where they are another's."""
+    """Load the `tensors` of the file `path` into `network`. Raise CheckpointError if names or shapes differ."""
     if odd := misfits(tensors, network.state_dict()):
         raise CheckpointError(f"{path}: {len(odd)} tensors do not fit the network, for example {odd[0]}")
     network.load_state_dict(tensors, assign=True)
 
 
-def misfits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """The names that only one of two sets of tensors has, or under which their shapes differ."""
-    shapes = [{name: value.shape for name, value in tensors.items()} for tensors in (found, expected)]
+def misfits(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Return the names, sorted, that only one of two sets of tensors has, or whose shapes differ."""
+    shapes = [{name: value.shape for name, value in tensors.items()} for tensors in (actual, expected)]
     return sorted(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name))
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
-    """The shapes of the tensors in a safetensors file, from its header. Raises CheckpointError as `read_tensors`."""
+    """Return the shapes of a safetensors file's tensors, from its header. Raise CheckpointError as `read_tensors`."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
-        refuse_twice(path)
+        refuse_duplicate_names(path)
         with safe_open(path, "pt") as file:  # compares the header with the file's size
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
@@ -63,10 +63,10 @@ def read_shapes(path: Path) -> dict[str, list[int]]:
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, may_lack: bool = False
 ) -> None:
-    """Save `tensors` as safetensors, on the CPU and contiguous; with `may_lack` NaN may stand where there is no value.
+    """Write `tensors` as safetensors, on the CPU and contiguous. With `may_lack`, NaN marks a missing value.
 
-    The same tensors and metadata are the same bytes. Raises CheckpointError where the disk is too full, and for NaN or
-    infinity.
+    The same tensors and metadata give the same bytes. Raise CheckpointError for NaN or infinity, and if the disk is
+    too full.
     """
     if not may_lack and (name := finite.first_nonfinite(tensors)) is not None:
         raise CheckpointError(f"{path} was not written: {name} is not made of finite numbers")
@@ -78,7 +78,7 @@ def write_tensors(
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file in order, in place: the library writes it in one drawn at random."""
+    """Sort the metadata of a safetensors file in place: the library writes it in random order."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

@@ -1,6 +1,6 @@
-"""Files that somebody else may have written: read within limits, and what they name is held inside their folder.
+"""Reading files that may come from anyone: within limits of size, and only paths inside their own folder.
 
-Every function raises ValueError in words. Nothing here imports torch.
+Every function raises ValueError with a message for the user. Nothing here imports torch.
 """
 
 import json
@@ -13,26 +13,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-MAX_TEXT_BYTES = 2**28  # of a recipe, a manifest, a prompt file: far above any real one, far below what fills a memory
-
+MAX_TEXT_BYTES = 2**28  # of a recipe, a manifest, a prompt file: far above any real one, far below a machine's memory
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80  # other: bytes too
 
 
 def brief(value: object) -> str:
-    """Return `value` as Python writes it, shortened in its middle: a file may hold megabytes where a word belongs."""
+    """Return the repr of `value`, shortened in its middle: a file may hold megabytes where a word belongs."""
     return _REPR.repr(value)
 
 
 def first_few(texts: Sequence[str], count: int = 5) -> str:
-    """Return the first `count` of `texts` in one line, and how many more there are."""
+    """Return the first `count` of `texts` in one line, with the number of the others."""
     more = [f"and {len(texts) - count} more"] if len(texts) > count else []
     return "; ".join([*texts[:count], *more])
 
 
 class Faults:
-    """What is wrong with the parts of a whole, so that all of it is told at once."""
+    """A collection of errors, so that all of them are reported at once."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -52,9 +51,10 @@ class Faults:
 
 
 def regular(path: Path) -> Path:
-    """Return `path`, whose bytes come to an end.
+    """Return `path` if it is a file or a folder.
 
-    Raise ValueError for a pipe, a socket or a device, which would be waited for or read for ever; FileNotFoundError.
+    Raise ValueError for a pipe, a socket or a device, which a reader would wait for or read without end, and
+    FileNotFoundError.
     """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
@@ -63,16 +63,19 @@ def regular(path: Path) -> Path:
 
 
 def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
-    """The content of the file `path`. Raises ValueError for one of more than `limit` bytes, FileNotFoundError."""
+    """Return the content of the file `path`. Raise ValueError for more than `limit` bytes, and FileNotFoundError."""
     with regular(path).open("rb") as file:
-        content = file.read(limit + 1)  # a size that is asked first may be another by now, and a device has none
+        content = file.read(limit + 1)  # not by its size: that may change before the read, and a device has none
     if len(content) > limit:
         raise ValueError(f"{path}: more than {limit:,} bytes, which no such file has")
     return content
 
 
 def parse_json(text: str) -> Any:
-    """What `text` says. Raises ValueError for what is not JSON, nested too deeply, no Unicode, or a key given twice."""
+    """Return the value of the JSON `text`.
+
+    Raise ValueError if it is not JSON, is nested too deeply, is not Unicode, or has a key twice.
+    """
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -80,7 +83,7 @@ def parse_json(text: str) -> Any:
         raise ValueError(f"not JSON: {error.msg} at {line}column {error.colno}") from error
     except RecursionError as error:
         raise ValueError("not JSON that is read here: nested too deeply") from error
-    except ValueError as error:  # digits by the thousand, a key given twice
+    except ValueError as error:  # thousands of digits, a duplicate key
         raise ValueError(f"not JSON that is read here: {error}") from error
     if "\\u" in text and not is_unicode(json.dumps(value, ensure_ascii=False)):
         raise ValueError("not Unicode: it holds half a surrogate pair")
@@ -88,16 +91,16 @@ def parse_json(text: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for a key that it has twice: readers differ in which one counts."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for name, number in Counter(name for name, _ in pairs).items() if number > 1)
-        raise ValueError(f"the key {twice[:40]!r} is given twice")
-    return found
+    """Return a JSON object. Raise ValueError for a duplicate key: readers differ in which value they take."""
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        duplicate = next(name for name, number in Counter(name for name, _ in pairs).items() if number > 1)
+        raise ValueError(f"the key {duplicate[:40]!r} is given twice")
+    return mapping
 
 
 def is_unicode(text: str) -> bool:
-    """Whether `text` can be written as UTF-8: half a surrogate pair, which JSON and a shell let through, cannot."""
+    """Return whether `text` can be written as UTF-8. Half a surrogate pair, which JSON and shells accept, cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -105,10 +108,10 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def held(folder: Path, name: object, where: object) -> Path:
-    """The path of the file `name` of `folder`, where the name stands in data.
+def path_inside(folder: Path, name: object, where: object) -> Path:
+    """Return the path of the file `name` in `folder`, for a name that was read from data.
 
-    Raises ValueError that begins with `where` for a name that is none, or that leads out of the folder: absolute,
+    Raise ValueError, beginning with `where`, if it is not a file name or leads out of the folder: as an absolute path,
     through `..`, or over a link.
     """
     if not isinstance(name, str) or not name or "\0" in name or not is_unicode(name):

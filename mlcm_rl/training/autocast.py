@@ -1,4 +1,4 @@
-"""Precisions beside one another: autocast is for the student's passes, and what is frozen computes in its own."""
+"""Precisions beside one another: autocast for the student's passes, and frozen networks in their own precision."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 @contextmanager
 def own(device: torch.device) -> Iterator[None]:
-    """Autocast is off inside, for a text encoder, a teacher or a reward: weights say what it computes in."""
-    if device.type == "meta":  # has no autocast
+    """Switch autocast off for the block: text encoders, teachers and rewards compute in the dtype of their weights."""
+    if device.type == "meta":  # which has no autocast
         yield
         return
     with torch.autocast(device.type, enabled=False):
@@ -18,15 +18,15 @@ def own(device: torch.device) -> Iterator[None]:
 
 
 def forget_copies() -> None:
-    """Autocast casts trained weights anew, for when they have changed or changed places.
+    """Clear autocast's cache, after trained weights were changed or swapped.
 
-    It keeps its copies until the outermost block ends, by tensor and not by what is in it.
+    Autocast keeps its copies until the outermost block ends, by tensor object and not by content.
     """
     torch.clear_autocast_cache()
 
 
 def frozen_in_bfloat16(student: torch.nn.Module) -> None:
-    """Take frozen float16 weights in bfloat16, for passes that are.
+    """Convert the student's frozen float16 weights to bfloat16, for passes in bfloat16.
 
     Autocast to bfloat16 refuses some operations on float16, and for the others copies a frozen weight at every use.
     """
@@ -37,18 +37,18 @@ def frozen_in_bfloat16(student: torch.nn.Module) -> None:
 
 @contextmanager
 def swapped(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """The `weights` in place of those of `parameters` that have their names, for as long as the block lasts."""
-    own = {name: parameters[name] for name in weights}
-    if all(weights[name] is parameter for name, parameter in own.items()):
+    """Put `weights` in place of the `parameters` of the same names while the block runs."""
+    targets = {name: parameters[name] for name in weights}
+    if all(weights[name] is parameter for name, parameter in targets.items()):
         yield
         return
-    held = {name: parameter.data for name, parameter in own.items()}
+    originals = {name: parameter.data for name, parameter in targets.items()}
     forget_copies()
     try:
-        for name, parameter in own.items():
+        for name, parameter in targets.items():
             parameter.data = weights[name].data
         yield
     finally:
-        for name, parameter in own.items():
-            parameter.data = held[name]
+        for name, parameter in targets.items():
+            parameter.data = originals[name]
         forget_copies()

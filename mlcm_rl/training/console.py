@@ -1,4 +1,4 @@
-"""A console that takes text as it is. Imports no torch."""
+"""A console that prints text as it is. Imports no torch."""
 
 from typing import Any
 
@@ -6,5 +6,5 @@ from rich.console import Console
 
 
 def plain_console(**settings: Any) -> Console:
-    """Return a console to which brackets and colons, as the names of people's files have them, are no markup."""
+    """Return a console without markup: brackets and colons, as in file names, are printed as they are."""
     return Console(highlight=False, markup=False, emoji=False, **settings)

@@ -1,4 +1,4 @@
-"""The device that a recipe names. torch is imported only to ask what is here."""
+"""The device that a recipe names. torch is imported only when a device is looked for."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,10 @@ if TYPE_CHECKING:
 
 
 def device_of(name: str) -> "torch.device":
-    """The device that is asked for; `auto` takes CUDA, then MPS, then the CPU. Raises ValueError for one not here."""
+    """Return the device of a recipe's `device`; `auto` takes CUDA, then MPS, then the CPU.
+
+    Raise ValueError for a device that this machine does not have.
+    """
     import torch
 
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,9 +1,9 @@
-"""Who holds what of a training student: every process all of it, or each a part (DeepSpeed's ZeRO, PyTorch's FSDP2).
+"""Engines: every process holds the whole training student, or a part of it (DeepSpeed's ZeRO, PyTorch's FSDP2).
 
-An engine takes a student and its optimiser over in place: the module that a loop calls stays the same object. Where it
+An engine takes over a student and its optimiser in place: the module that a loop calls stays the same object. Where it
 is sharded, a process sees its own part of every trained weight (`parts`), which is enough for averages of weights and
-other arithmetic element by element; `full` puts the parts together, and that is what checkpoints and students are
-written from, whatever the engine.
+other element-wise arithmetic. `full` gathers the parts; checkpoints and students are written from that, whatever the
+engine.
 """
 
 import copy
@@ -35,23 +35,25 @@ Weights = dict[str, Tensor]
 
 
 def accelerator(recipe: Recipe, stage: Training, folder: Path, device: torch.device) -> Accelerator:
-    """The stage's accelerator, under the launch file's engine. Precision is the loop's own autocast, not accelerate's:
-    weights, moments and sums over processes stay float32 in every engine. Raises ValueError for a tracker that is not
-    installed."""
-    for _, missing in missing_trackers(recipe):  # accelerate would leave it out in silence
+    """Return the stage's accelerator, for the engine of the launch file.
+
+    Precision is the loop's own autocast, not accelerate's: weights, moments and sums over processes stay float32 in
+    every engine. Raise ValueError for a tracker that is not installed.
+    """
+    for _, missing in missing_trackers(recipe):  # accelerate would leave it out silently
         raise ValueError(f"trackers: {missing}")
     AcceleratorState._reset_state()  # accelerate keeps the first stage's settings for the whole process otherwise
     plugin = DeepSpeedPlugin() if processes.uses_deepspeed() else None
     if plugin is not None:
         plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": max(1, stage.micro_batch // processes.count()),
+            "train_micro_batch_size_per_gpu": max(1, stage.micro_batch // processes.world_size()),
             "gradient_accumulation_steps": stage.gradient_accumulation,
             "gradient_clipping": stage.max_grad_norm,
             "zero_force_ds_cpu_optimizer": False,  # accelerate would rebuild AdamW with L2 decay, off the set rate
         }
         plugin.deepspeed_config["zero_optimization"] |= {
             "stage3_param_persistence_threshold": 0,  # all weights in parts,
-            "stage3_max_live_parameters": 0,  # gathered anew for every pass: parts change places with an average's
+            "stage3_max_live_parameters": 0,  # gathered anew for every pass, since parts are swapped with an average's
             "stage3_max_reuse_distance": 0,
         }
     started = Accelerator(
@@ -68,9 +70,11 @@ def accelerator(recipe: Recipe, stage: Training, folder: Path, device: torch.dev
 
 
 def _keep_frozen_models_whole() -> None:
-    """Let transformers forget ZeRO-3: it would split text encoders and rewards as it loads them. No engine puts those
-    together again, and diffusers loads a pipeline's parts in an order that differs from process to process, so that one
-    would wait for another part than its neighbour sends."""
+    """Keep transformers from splitting text encoders and rewards under ZeRO-3 as it loads them.
+
+    No engine would gather those, and diffusers loads a pipeline's components in an order that differs from process to
+    process, so that one process would wait for another component than its neighbour sends.
+    """
     from transformers.integrations import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
@@ -79,7 +83,7 @@ def _keep_frozen_models_whole() -> None:
 def take_over(
     accelerator: Accelerator, student: nn.Module, optimizer: torch.optim.Optimizer, stage: Training
 ) -> "Whole":
-    """The engine that the launch file asks for, with `student` and `optimizer` in its hands."""
+    """Return the engine of the launch file, which takes over `student` and `optimizer` in place."""
     if processes.uses_deepspeed():
         return Zero(accelerator, student, optimizer, stage)
     if processes.uses_fsdp():
@@ -88,84 +92,87 @@ def take_over(
 
 
 class Whole:
-    """Every process holds all weights and moments; with several, gradients are averaged before the update."""
+    """Every process holds all weights and moments; several average their gradients before the update."""
 
-    holds_all = True  # so that each could save them alone
+    holds_all = True  # whether each process could write a checkpoint alone
 
     def __init__(self, student: nn.Module, optimizer: torch.optim.Optimizer, stage: Training):
         self.student, self.optimizer, self.stage = student, optimizer, stage
-        self.trained = trained_of(student)  # found once: a large student has thousands of parameters
-        self.shapes = {name: value.shape for name, value in self.trained.items()}  # whole, whoever holds them
+        self.trained = trained_of(student)  # once: a large student has thousands of parameters
+        self.shapes = {
+            name: value.shape for name, value in self.trained.items()
+        }  # of the whole weights, not of a process's parts
 
     def parts(self) -> Weights:
-        """This process's part of what is trained; it changes with the weights."""
+        """Return this process's part of the trained weights, by name; the tensors change as they are trained."""
         return dict(self.trained)
 
     def full(self) -> Weights:
-        """What is trained, whole. Waits for all processes where they hold parts."""
+        """Return the whole trained weights, by name. Waits for all processes if they hold parts."""
         return {name: value.detach() for name, value in self.trained.items()}
 
     def fill(self, weights: Weights) -> None:
-        """Put whole `weights` in place."""
+        """Replace the trained weights by the whole `weights`."""
         for name, value in self.trained.items():
             value.data.copy_(weights[name])
 
     def moments(self) -> Weights:
-        """The optimiser's state, whole: `optimizer.<index>.<name>`."""
+        """Return the whole state of the optimiser, by `optimizer.<index>.<name>`."""
         return states.optimizer_tensors(self.optimizer)
 
     def fill_moments(self, tensors: Weights) -> None:
-        """Put back what `moments` gave, after `fill`."""
+        """Load what `moments` returned, after `fill`."""
         states.load_optimizer(self.optimizer, tensors)
 
     @contextmanager
     def swapped(self, parts: Weights) -> Iterator[None]:
-        """The student with `parts` in place of its own, for as long as the block lasts."""
+        """Put `parts` in place of the student's own while the block runs."""
         with autocast.swapped(self.trained, parts):
             yield
 
     def whole_student(self) -> nn.Module:
-        """A student from which its files can be written."""
+        """Return a student with whole weights, to write its files from."""
         return self.student
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`, a micro-batch's share of the step's."""
+        """Add the gradients of `loss`, a micro-batch's share of the step's loss."""
         loss.backward()
 
-    def step(self, figures: Tensor, wanted: bool) -> tuple[list[float], float]:
-        """Clip and, where an update is `wanted`, make it if `figures` (n,) and the gradients are finite.
+    def step(self, figures: Tensor, should_update: bool) -> tuple[list[float], float]:
+        """Clip the gradients and, with `should_update`, update if they and `figures` (n,) are finite.
 
-        Returns the figures and the gradients' norm before clipping, read together: each reading waits for the device.
+        Return the figures and the gradients' norm before clipping. They are read together, since each reading waits for
+        the device.
         """
-        *found, norm = torch.cat([figures, self._clip().reshape(1)]).tolist()
-        self._update(wanted and math.isfinite(sum(found)) and norm < float("inf"))
-        return found, norm
+        *values, norm = torch.cat([figures, self._clip().reshape(1)]).tolist()
+        self._update(should_update and math.isfinite(sum(values)) and norm < float("inf"))
+        return values, norm
 
     def _clip(self) -> Tensor:
-        """The norm () of the gradients of all processes before clipping, on the device."""
-        if processes.count() > 1:
+        """Clip the gradients, averaged over the processes. Return their norm () before clipping, on the device."""
+        if processes.world_size() > 1:
             processes.average_([value.grad for value in self.trained.values() if value.grad is not None])
         return nn.utils.clip_grad_norm_(self.trained.values(), self.stage.max_grad_norm)
 
-    def _update(self, wanted: bool) -> None:
-        if wanted:
+    def _update(self, should_update: bool) -> None:
+        if should_update:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
 
 class _InParts(Whole):
-    """What engines share in which a process holds a part of every trained weight."""
+    """What the engines share in which a process holds a part of every trained weight."""
 
     holds_all = False
 
     def __init__(self, student: nn.Module, optimizer: torch.optim.Optimizer, stage: Training):
         super().__init__(student, optimizer, stage)
         empty = {id(value): _empty(value) for value in student.parameters()}
-        self._outline = copy.deepcopy(student, memo=empty)  # structure without weights, to write files from
+        self._outline = copy.deepcopy(student, memo=empty)  # modules without weights, to write files from
 
     @contextmanager
     def swapped(self, parts: Weights) -> Iterator[None]:
-        """As above; parts stay where an engine knows them to be, so contents change places."""
+        """As in Whole, but contents are exchanged: an engine refers to the parts by their tensors."""
         own = self.parts()
         if all(parts[name] is value for name, value in own.items()):
             yield
@@ -183,29 +190,32 @@ class _InParts(Whole):
         return self._outline
 
 
-def blocks_of(denoiser: nn.Module, named: Sequence[str]) -> list[nn.Module]:
-    """The blocks of `denoiser` that are gathered one by one: of the classes `named` by a launch file, or, where it has
-    none of them, of those that diffusers keeps on one device."""
+def blocks_of(denoiser: nn.Module, class_names: Sequence[str]) -> list[nn.Module]:
+    """Return the blocks of `denoiser` that are gathered one by one.
+
+    They are of the classes `class_names` of a launch file or, if it has none of them, of those that diffusers keeps on
+    one device.
+    """
     modules = list(denoiser.modules())
-    for names in (named, getattr(denoiser, "_no_split_modules", None) or ()):
-        if found := [module for module in modules if type(module).__name__ in names]:
-            return found
+    for names in (class_names, getattr(denoiser, "_no_split_modules", None) or ()):
+        if blocks := [module for module in modules if type(module).__name__ in names]:
+            return blocks
     return []
 
 
 class Sharded(_InParts):
-    """PyTorch's FSDP2, block by block as the launch file says. (accelerate's own preparation leaves a CPU out.)"""
+    """PyTorch's FSDP2, by the blocks of the launch file. (accelerate's own preparation does not work on a CPU.)"""
 
     trained: dict[str, Any]  # parameters that are distributed tensors
 
     def __init__(self, accelerator: Accelerator, student: nn.Module, optimizer: torch.optim.Optimizer, stage: Training):
         super().__init__(student, optimizer, stage)
         plugin = FullyShardedDataParallelPlugin()
-        mesh = init_device_mesh(accelerator.device.type, (processes.count(),))
+        mesh = init_device_mesh(accelerator.device.type, (processes.world_size(),))
         settings = {"mesh": mesh, "reshard_after_forward": plugin.reshard_after_forward}
         for block in [*reversed(blocks_of(student, plugin.transformer_cls_names_to_wrap or ())), student]:
             fully_shard(block, **settings)
-        self.trained = trained_of(student)  # they are new ones: parts
+        self.trained = trained_of(student)  # new parameters: fully_shard replaces them by distributed tensors
         optimizer.param_groups[0]["params"] = list(self.trained.values())
         self._whole = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
 
@@ -231,13 +241,13 @@ class Sharded(_InParts):
         }
 
     def fill_moments(self, tensors: Weights) -> None:
-        found: dict[str, Any] = get_optimizer_state_dict(self.student, self.optimizer, options=self._whole)
+        optimizer_state: dict[str, Any] = get_optimizer_state_dict(self.student, self.optimizer, options=self._whole)
         for index, name in enumerate(self.trained):
-            entry = found["state"][name]
-            found["state"][name] = {
+            entry = optimizer_state["state"][name]
+            optimizer_state["state"][name] = {
                 key: tensors[f"optimizer.{index}.{key}"].to(value.device) for key, value in entry.items()
             }
-        set_optimizer_state_dict(self.student, self.optimizer, found, options=self._whole)
+        set_optimizer_state_dict(self.student, self.optimizer, optimizer_state, options=self._whole)
 
     def _clip(self) -> Tensor:
         norm: Any = nn.utils.clip_grad_norm_(self.trained.values(), self.stage.max_grad_norm)
@@ -245,15 +255,15 @@ class Sharded(_InParts):
 
 
 class Zero(_InParts):
-    """DeepSpeed's ZeRO through accelerate; stages 1 and 2 hold whole weights and parts of what Adam knows of them."""
+    """DeepSpeed's ZeRO through accelerate; stages 1 and 2 hold whole weights and parts of Adam's state."""
 
-    trained: dict[str, Any]  # parameters with what DeepSpeed has put on them
+    trained: dict[str, Any]  # parameters with DeepSpeed's attributes
 
     def __init__(self, accelerator: Accelerator, student: nn.Module, optimizer: torch.optim.Optimizer, stage: Training):
         super().__init__(student, optimizer, stage)
         self.engine, _ = accelerator.prepare(student, optimizer)
         self.zero = self.engine.optimizer
-        self.zero.check_grad_overflow = True  # in float32 too: no update where gradients are no numbers
+        self.zero.check_grad_overflow = True  # in float32 too: no update if gradients are not finite
         self.micro_batches = 0  # of this step, so far
         self.weights_in_parts = self.engine.zero_optimization_partition_weights()
 
@@ -263,18 +273,18 @@ class Zero(_InParts):
         return {name: value.ds_tensor for name, value in self.trained.items()}
 
     def swapped(self, parts: Weights) -> _GeneratorContextManager[None]:
-        """As above; whole weights only point elsewhere: autograd has kept some, and they must not change."""
+        """As in _InParts; whole weights are replaced instead, since autograd may refer to the old ones."""
         return super().swapped(parts) if self.weights_in_parts else Whole.swapped(self, parts)
 
     def full(self) -> Weights:
-        found = {}
+        weights = {}
         for name, value in self.trained.items():
             with self._gathered(value):
-                found[name] = value.detach().cpu().clone()
-        return found
+                weights[name] = value.detach().cpu().clone()
+        return weights
 
     def fill(self, weights: Weights) -> None:
-        """As above; the copy that the optimiser updates too."""
+        """As in Whole, and replace the float32 copy that the optimiser updates too."""
         from deepspeed.utils import safe_set_full_fp32_param
 
         for name, value in self.trained.items():
@@ -287,12 +297,12 @@ class Zero(_InParts):
 
         self._link()
         step = self.optimizer.state[self._flats()[0]]["step"].detach().cpu()
-        found = {}
+        moments = {}
         for index, value in enumerate(self.trained.values()):
-            found[f"optimizer.{index}.step"] = step.clone()
+            moments[f"optimizer.{index}.step"] = step.clone()
             for key in ("exp_avg", "exp_avg_sq"):
-                found[f"optimizer.{index}.{key}"] = safe_get_full_optimizer_state(value, key).cpu()
-        return found
+                moments[f"optimizer.{index}.{key}"] = safe_get_full_optimizer_state(value, key).cpu()
+        return moments
 
     def fill_moments(self, tensors: Weights) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
@@ -304,8 +314,11 @@ class Zero(_InParts):
                 safe_set_full_optimizer_state(value, moment, key)
 
     def backward(self, loss: Tensor) -> None:
-        """The loop calls the module itself, several times a loss, so that what DeepSpeed's forward would have hooked to
-        its one output is said here; it divides by the number of micro-batches, which the loss has already been."""
+        """Add the gradients of `loss`, with the calls that DeepSpeed's own forward would have hooked to its output.
+
+        The loop calls the module itself, several times a loss. The loss is divided by the number of micro-batches
+        already, which `scale_wrt_gas` would do again.
+        """
         self.micro_batches += 1
         last = self.micro_batches == self.stage.gradient_accumulation
         self.engine.set_gradient_accumulation_boundary(last)
@@ -315,30 +328,30 @@ class Zero(_InParts):
         self.zero.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, figures: Tensor, wanted: bool) -> tuple[list[float], float]:
-        """As above, but that DeepSpeed clips and updates at once, so that the figures are read before."""
+    def step(self, figures: Tensor, should_update: bool) -> tuple[list[float], float]:
+        """As in Whole, but the figures are read first, since DeepSpeed clips and updates at once."""
         self.micro_batches = 0
-        found = figures.tolist()
-        if not (wanted and math.isfinite(sum(found))):
-            return found, float("nan")
+        values = figures.tolist()
+        if not (should_update and math.isfinite(sum(values))):
+            return values, float("nan")
         self.engine.step()
-        return found, float(self.engine.get_global_grad_norm())  # infinite where it has updated nothing
+        return values, float(self.engine.get_global_grad_norm())  # infinite if nothing was updated
 
     def _flats(self) -> list[Tensor]:
-        """This process's parts of the float32 weights, one a group, as the optimiser inside knows them."""
+        """Return this process's parts of the float32 weights, one a group: the inner optimiser's parameters."""
         if self.weights_in_parts:
             return list(self.zero.fp32_partitioned_groups_flat)
         return list(self.zero.single_partition_of_fp32_groups)
 
     def _make_room(self, step: Tensor) -> None:
-        """Adam's state, all zeros, before a first step would have made it."""
+        """Create Adam's state with zeros, which its first step would else do."""
         for flat in self._flats():
             zeros = {key: torch.zeros_like(flat) for key in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[flat] = {"step": step.to(flat.device, copy=True), **zeros}
         self._link()
 
     def _link(self) -> None:
-        """Let DeepSpeed know which of Adam's state is whose: it does so once, and a loop may reset the state later."""
+        """Tell DeepSpeed anew which parameter each of Adam's states belongs to: a loop may have reset the state."""
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
         if not self.weights_in_parts:
@@ -357,7 +370,7 @@ class Zero(_InParts):
 
 
 def trained_of(student: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained of `student`, by name."""
+    """Return the trained parameters of `student`, by name."""
     return {name: value for name, value in student.named_parameters() if value.requires_grad}
 
 
@@ -367,7 +380,7 @@ def _empty(parameter: nn.Parameter) -> nn.Parameter:
 
 @torch.no_grad()
 def _exchange(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> None:
-    for one, other in zip(ours, theirs, strict=True):
-        kept = one.clone()
-        one.copy_(other)
-        other.copy_(kept)
+    for our, their in zip(ours, theirs, strict=True):
+        previous = our.clone()
+        our.copy_(their)
+        their.copy_(previous)

@@ -1,4 +1,4 @@
-"""A recipe in the processes of a launch file: `mlcm run` once more, under `accelerate launch`."""
+"""Running a recipe in the processes of a launch file: `mlcm run` again, under `accelerate launch`."""
 
 import logging
 import os
@@ -18,47 +18,45 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from ..recipe.tree import nearest
 from ..storage.untrusted import read_bytes
 
-ALONE = ("NO", "MULTI_CPU")  # accelerate starts one process, whatever the number says
+ALONE = ("NO", "MULTI_CPU")  # accelerate starts one process, whatever `num_processes` is
 CHOICES = {
     "distributed_type": (*ALONE, "MULTI_GPU", "DEEPSPEED", "FSDP"),  # what `engines` can train under
     "compute_environment": ("LOCAL_MACHINE",),
     "mixed_precision": ("no", "fp16", "bf16", "fp8"),
 }
-RANGES = {  # a number above is a slip, and would be tried: a million processes fill a memory
+RANGES = {  # a larger number is a slip, and accelerate would try: a million processes fill any memory
     "num_processes": (1, 100_000),
     "num_machines": (1, 100_000),
     "machine_rank": (0, 99_999),
     "main_process_port": (0, 65_535),
 }
-MOST_BYTES = 2**16  # of a launch file, whose reader takes a millisecond for ten values
+MAX_BYTES = 2**16  # of a launch file, whose reader takes a millisecond for ten values
 SWITCHES = ("use_cpu", "debug", "same_network", "enable_cpu_affinity")
-UNQUOTED = {"distributed_type": "NO", "mixed_precision": "no"}  # what false was, before a reader of YAML 1.1
+UNQUOTED = {"distributed_type": "NO", "mixed_precision": "no"}  # words that YAML 1.1 reads as false without quotes
 MAY_BE_EMPTY = ("mixed_precision", "main_process_port", "gpu_ids")
-OLD_KEYS = ("fp16", "dynamo_backend")  # that accelerate still reads
-
-
-LOST = 3  # the exit code where one of several processes was killed
+OLD_KEYS = ("fp16", "dynamo_backend")  # which accelerate still reads
+LOST_PEER = 3  # exit code of a process that lost another one, which was killed
 
 
 class LaunchError(Exception):
-    """The processes cannot be started; the message says what is missing, for people."""
+    """The processes cannot be started; the message, for the user, says what is missing."""
 
 
 class Killed(Exception):
-    """One of several processes was killed; the message says which and how, for people."""
+    """One of several processes was killed; the message, for the user, says which and how."""
 
 
 def run_under(launch: Path, arguments: list[str]) -> int:
-    """`mlcm run` with `arguments` in the processes that the accelerate configuration `launch` describes.
+    """Run `mlcm run` with `arguments` in the processes of the accelerate configuration `launch`.
 
-    One process takes the place of this one: signals reach it, and its exit code is its own. Of several, returns the
-    exit code: of the first that failed, or 128 and the number of the signal that ended them all.
+    A single process replaces this one, so that signals reach it and its exit code is its own. For several, return the
+    exit code of the first that failed, or 128 plus the number of the signal that ended them all.
 
-    Raises LaunchError for a file that is no such configuration, and for DeepSpeed where it is not installed; Killed
-    where one process of several was.
+    Raise LaunchError if the file is not such a configuration, or asks for DeepSpeed and it is not installed. Raise
+    Killed if one of several processes was killed.
     """
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for one and warn, here and below
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for a GPU and warns, here and below
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     settings = read(launch)
@@ -68,16 +66,16 @@ def run_under(launch: Path, arguments: list[str]) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # `device: auto` then takes the CPU
     threads = max(1, (os.cpu_count() or 1) // settings["num_processes"])
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    logging.disable(logging.ERROR)  # torchrun's account of a failure: the process that failed has said why
-    said = ["--num_processes", str(settings["num_processes"])]
+    logging.disable(logging.ERROR)  # torchrun's account of a failure: the process that failed has reported it
+    options = ["--num_processes", str(settings["num_processes"])]
     if settings.get("mixed_precision") == "no":
-        said += ["--mixed_precision", "no"]  # accelerate cannot read it without quotes
-    command = ["--config_file", str(launch), *said, "--module", "mlcm_rl", "run", *arguments]
-    asked = launch_command_parser().parse_args(command)
+        options += ["--mixed_precision", "no"]  # accelerate cannot read it without quotes
+    command = ["--config_file", str(launch), *options, "--module", "mlcm_rl", "run", *arguments]
+    parsed_arguments = launch_command_parser().parse_args(command)
     try:
         if settings["distributed_type"] in ALONE:
-            _become(asked)
-        launch_command(asked)
+            _become(parsed_arguments)
+        launch_command(parsed_arguments)
     except ChildFailedError as error:
         refuse_killed(error, settings["num_processes"])
         return exit_code(error)
@@ -89,15 +87,14 @@ def run_under(launch: Path, arguments: list[str]) -> int:
 
 
 def exit_code(error: ChildFailedError) -> int:
-    """Return the exit code of the first process that failed of itself; those that lost it say LOST."""
-    failures = sorted(error.failures.values(), key=lambda one: one.timestamp)
-    return next((one.exitcode for one in failures if one.exitcode != LOST), LOST)
+    """Return the exit code of the first process that failed by itself; those that lost it exit with LOST_PEER."""
+    failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
+    return next((failure.exitcode for failure in failures if failure.exitcode != LOST_PEER), LOST_PEER)
 
 
 def refuse_killed(error: ChildFailedError, count: int) -> None:
-    """Raise Killed where one of the `count` processes that failed was ended by a signal of its own; the launcher ends
-    the others by SIGTERM."""
-    signals = {rank: -one.exitcode for rank, one in error.failures.items() if one.exitcode < 0}
+    """Raise Killed if one of the `count` processes was ended by a signal other than the launcher's SIGTERM."""
+    signals = {rank: -failure.exitcode for rank, failure in error.failures.items() if failure.exitcode < 0}
     own = {rank: number for rank, number in signals.items() if number != signal.SIGTERM}
     for rank, number in own.items():
         raise Killed(
@@ -108,15 +105,15 @@ def refuse_killed(error: ChildFailedError, count: int) -> None:
         ) from error
 
 
-def _become(asked: Any) -> None:
-    """Let the one process that accelerate would start and wait for take the place of this one. Does not return.
+def _become(parsed_arguments: Any) -> None:
+    """Replace this process by the single one that accelerate would start and wait for. Does not return.
 
-    Its launcher dies of a signal and leaves its child behind, and ends in a traceback where the child fails.
+    accelerate's launcher leaves its child behind when a signal ends it, and prints a traceback when the child fails.
     """
     from accelerate.commands import launch
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
-    filled, _, _ = launch._validate_launch_command(asked)
+    filled, _, _ = launch._validate_launch_command(parsed_arguments)
     command, environment = prepare_simple_launcher_cmd_env(filled)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -124,9 +121,9 @@ def _become(asked: Any) -> None:
 
 
 def read(launch: Path) -> dict[str, Any]:
-    """What the configuration file `launch` says, `num_processes` always among it.
+    """Return the settings of the configuration file `launch`, `num_processes` always among them.
 
-    Raises LaunchError, with the key and what it should be, for what accelerate or this package cannot start.
+    Raise LaunchError, with the key and the expected value, for what accelerate or this package cannot start.
     """
     from accelerate.commands.config.config_args import ClusterConfig
 
@@ -136,17 +133,19 @@ def read(launch: Path) -> dict[str, Any]:
         settings = reader.load(_text(launch))
     except RecursionError as error:
         raise LaunchError(f"{launch} is nested too deeply to be a configuration") from error
-    except (YAMLError, ValueError) as error:  # a date that is none, say
+    except (YAMLError, ValueError) as error:  # such as an impossible date
         raise LaunchError(f"{launch} is not YAML: {error}") from error
     if not isinstance(settings, dict) or "distributed_type" not in settings:
-        raise LaunchError(f"{launch} is no accelerate configuration (no distributed_type): take one of recipes/launch")
+        raise LaunchError(
+            f"{launch} is not an accelerate configuration (no distributed_type): take one of recipes/launch"
+        )
     settings |= {key: word for key, word in UNQUOTED.items() if settings.get(key) is False}
     if settings["distributed_type"] == "NO":
         settings.setdefault("num_processes", 1)
-    known = (*ClusterConfig.__dataclass_fields__, *OLD_KEYS)
+    known_keys = (*ClusterConfig.__dataclass_fields__, *OLD_KEYS)
     for key, value in ({"distributed_type": None, "num_processes": None} | settings).items():
-        if key not in known:
-            near = nearest(str(key), known)
+        if key not in known_keys:
+            near = nearest(str(key), known_keys)
             raise LaunchError(f"{launch}: {key}: unknown key" + (f"; did you mean {near}?" if near else ""))
         if (expected := _expected(key, value)) is not None:
             raise LaunchError(f"{launch}: {key}: expected {expected}, found {reprlib.repr(value)}")
@@ -159,9 +158,9 @@ def read(launch: Path) -> dict[str, Any]:
 
 
 def _text(launch: Path) -> str:
-    """Return what stands in the file `launch`. Raise LaunchError where it is no file, too long, or not UTF-8."""
+    """Return the text of the file `launch`. Raise LaunchError if it is not a file, too long, or not UTF-8."""
     try:
-        return read_bytes(launch, MOST_BYTES).decode("utf-8")
+        return read_bytes(launch, MAX_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise LaunchError(f"{launch} is not UTF-8: {error.reason} at byte {error.start}") from error
     except OSError as error:
@@ -171,7 +170,7 @@ def _text(launch: Path) -> str:
 
 
 def _expected(key: str, value: object) -> str | None:
-    """What the value of a known `key` should be, in words; None where `value` may stand there."""
+    """Return what the value of a known `key` should be, in words; None if `value` is right."""
     if value is None and (key in MAY_BE_EMPTY or key.endswith("_config")):
         return None
     if key in CHOICES:
@@ -179,7 +178,7 @@ def _expected(key: str, value: object) -> str | None:
         fits, expected = value in CHOICES[key], f"one of {words}" if len(CHOICES[key]) > 1 else words
     elif key in RANGES:
         least, most = RANGES[key]
-        fits = type(value) is int and least <= value <= most  # True is no number here
+        fits = type(value) is int and least <= value <= most  # not isinstance: True would be an int
         expected = f"a whole number from {least} to {most:,}"
     elif key in SWITCHES:
         fits, expected = isinstance(value, bool), "true or false"

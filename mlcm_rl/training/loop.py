@@ -1,4 +1,4 @@
-"""What surrounds a loop: device, progress with ETA, seeds that follow progress, logs, signals, the step itself."""
+"""What surrounds a training loop: device, progress with ETA, seeds by step, logs, signals, and the optimiser step."""
 
 import json
 import math
@@ -21,11 +21,11 @@ from .progress import progress, tell
 from .seeding import seed_of
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, need not look for one and warn
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, if it is installed, looks for a GPU and warns
 
 
 class StoppedBeforeUpdate(Exception):
-    """A step that went as far as its gradient and changed nothing; `figures` say how it came out, as JSON."""
+    """A step computed its gradient and updated nothing; `figures` are its losses, norm and seeds, as JSON."""
 
     def __init__(self, text: str, figures: dict):
         super().__init__(text)
@@ -33,14 +33,14 @@ class StoppedBeforeUpdate(Exception):
 
 
 class NonFiniteLoss(StoppedBeforeUpdate):
-    """A loss or gradient stopped being a number; nothing was updated."""
+    """A loss or a gradient is NaN or infinite; nothing was updated."""
 
 
 # ---- where it runs ----
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies in bfloat16 itself; one that does not took 17 times as long a pass as in float32."""
+    """Return whether this CPU multiplies in bfloat16 itself; one that does not took 17 times as long as in float32."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -48,44 +48,46 @@ def cpu_has_bfloat16() -> bool:
 
 
 class Stateful(Protocol):
-    """What changes from step to step beside weights: its state is JSON, and is refused where it is of another one."""
+    """An object that changes from step to step beside the weights. `load_state` raises if the state does not fit."""
 
-    def state(self) -> dict: ...
+    def state(self) -> dict: ...  # as JSON
 
     def load_state(self, state: dict) -> None: ...
 
 
 class Runtime:
-    """One training stage's surroundings: `steps` yields step numbers, `backward` makes the update, `log` records."""
+    """The surroundings of a training stage: `steps` yields step numbers, `backward` updates, `log` records."""
 
     def __init__(self, recipe: Recipe, stage: Training, folder: Path):
         self.recipe, self.stage, self.folder = recipe, stage, folder
         device = device_of(recipe.device)
         processes.start(device)
-        processes.rows(stage.micro_batch, stage.samples_together)  # raises where processes cannot share it
+        processes.rows(stage.micro_batch, stage.samples_together)  # raises if processes cannot share it
         self.accelerator = engines.accelerator(recipe, stage, folder, device)
         self.device = self.accelerator.device
         self.pending = signals.Pending()
         self.all_stop = False
         self.last_loss = math.nan
         self.seeds: dict[str, int] = {}  # of the step, by purpose
-        self.samples: list = []  # what the step's losses are of: rows of what the stage reads, or prompts
-        self.replayed = replay.asked(folder)
+        self.samples: list = []  # of the step's losses: rows of the stage's data, or prompts
+        self.replayed = replay.stop_point(folder)
         if stage.precision == "bf16" and self.device.type == "cpu" and not cpu_has_bfloat16():
-            told = f"{stage.kind}: this CPU has no bfloat16 arithmetic and emulates it, many times slower than float32"
-            tell("precision", f"{told}: set precision: no", "yellow")
+            problem = (
+                f"{stage.kind}: this CPU has no bfloat16 arithmetic and emulates it, many times slower than float32"
+            )
+            tell("precision", f"{problem}: set precision: no", "yellow")
         name = "tensorboard" if recipe.trackers == ["tensorboard"] else recipe.name
         self.accelerator.init_trackers(name, config=flat(files.public(recipe.model_dump(mode="json"))))
 
     @property
     def stopping(self) -> bool:
-        """Whether a signal has come, in one of the processes, so that this step is the last and is saved."""
-        return self.all_stop if processes.count() > 1 else self.pending.number is not None
+        """Whether one of the processes received a signal, so that this step is the last and is saved."""
+        return self.all_stop if processes.world_size() > 1 else self.pending.number is not None
 
     def prepare(self, student: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Give the student to the launch file's engine; what is trained of it by name, this process's part of it.
+        """Give the student to the launch file's engine. Return this process's part of its trained weights, by name.
 
-        Its frozen weights are taken in the precision of the stage's passes.
+        The student's frozen float16 weights become bfloat16 if the stage's passes are in bfloat16.
         """
         self.optimizer = optimizer
         if self.stage.precision == "bf16":
@@ -94,31 +96,32 @@ class Runtime:
         return self.engine.parts()
 
     def micro_batches(self) -> list[slice]:
-        """Of each micro-batch of a step, the rows of this process."""
+        """Return this process's rows of each micro-batch of a step."""
         stage = self.stage
         own = processes.micro_batches(stage.batch_size, stage.micro_batch, stage.samples_together)
         return [slice(rows.start, rows.stop) for rows in own]
 
     def generator(self, purpose: str, step: int) -> torch.Generator:
+        """Return a CPU generator for `purpose` at `step`, and note its seed for the replay of a step."""
         self.seeds[purpose] = seed_of(self.recipe.seed, self.stage.kind, purpose, step)
         return torch.Generator().manual_seed(self.seeds[purpose])
 
     def resume(self, weights: dict[str, dict[str, Tensor]], **parts: Stateful) -> int:
-        """Put the newest checkpoint back into groups of `weights`, as `prepare` gave them, the optimiser and `parts`;
-        returns the steps done.
+        """Load the newest checkpoint into groups of `weights` (as `prepare` returned them), the optimiser and `parts`.
 
-        From here on `save` keeps them. Raises CheckpointError where one of them cannot be put back.
+        Return the number of finished steps, 0 without a checkpoint. From here on `save` writes the same groups and
+        parts. Raise CheckpointError if one of them cannot be loaded.
         """
         self.weights, self.parts = weights, parts
-        found = states.read_training(self.folder, dict.fromkeys(weights, self.engine.shapes), parts)
-        if found is None:
+        checkpoint = states.read_training(self.folder, dict.fromkeys(weights, self.engine.shapes), parts)
+        if checkpoint is None:
             return 0
-        steps, tensors, record = found
-        for prefix, group in reversed(weights.items()):  # those of the student itself last
+        steps, tensors, record = checkpoint
+        for prefix, group in reversed(weights.items()):  # the student's own last
             with self.engine.swapped(group):
-                self.engine.fill(states.taken(prefix, tensors))
+                self.engine.fill(states.under_prefix(prefix, tensors))
         try:
-            if states.taken("optimizer", tensors):
+            if states.under_prefix("optimizer", tensors):
                 self.engine.fill_moments(tensors)
         except ValueError as error:
             place = checkpoints.checkpoints(self.folder)[-1]
@@ -129,30 +132,31 @@ class Runtime:
         return steps
 
     def save(self, steps: int) -> None:
-        """A checkpoint after `steps` steps: whole tensors by name, so that any number of processes goes on with it."""
+        """Write a checkpoint after `steps` steps: whole tensors by name, from which any world size can go on."""
         self._save(steps, {name: part.state() for name, part in self.parts.items()})
 
     def _save(self, steps: int, record: dict) -> None:
         keep = self.stage.keep_checkpoints
-        processes.by_first(checkpoints.save_state, self.folder, steps, self._tensors(), record, keep)
+        processes.on_rank_zero(checkpoints.save_state, self.folder, steps, self._tensors(), record, keep)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return the optimiser's state and every group of weights, whole. Waits for all where they hold parts."""
+        """Return the whole state of the optimiser and all groups of weights. Waits for all processes."""
         tensors = self.engine.moments() if self.optimizer.state else {}
         for prefix, group in self.weights.items():
             with self.engine.swapped(group):
-                tensors |= states.named(prefix, self.engine.full())
+                tensors |= states.add_prefix(prefix, self.engine.full())
         return tensors
 
     def steps(
         self, first: int, total: int, description: str, finished: Callable[[], bool] = lambda: False
     ) -> Iterator[int]:
-        """Step numbers `first` .. `total` - 1 under a progress bar, or up to where `finished` says yes.
+        """Yield the step numbers `first` .. `total` - 1 under a progress bar, until `finished()` is true.
 
         SIGTERM and Ctrl-C stop the loop after a whole step: `stopping` is then true, so that the loop saves, and
-        Stopped is raised."""
+        Stopped is raised.
+        """
         self._truncate_log(first)
-        with signals.kept_back() as self.pending, progress(total, description, first) as bar:
+        with signals.deferral() as self.pending, progress(total, description, first) as bar:
             for step in range(first, total):
                 if finished():
                     break
@@ -167,28 +171,28 @@ class Runtime:
             tracker.finish()
 
     def due(self, step: int, every: int, total: int | None = None) -> bool:
-        """Whether something done every so many steps, and after the last of `total`, is due after `step`."""
+        """Return whether `step` is one of every `every` steps, or the last of `total`."""
         return (step + 1) % every == 0 or step + 1 == total
 
     def backward(self, losses: Iterable[Tensor]) -> dict[str, float]:
-        """One optimiser step from the per-sample `losses` (b,) of a step's micro-batches, each a lazy forward pass.
+        """Make one optimiser step from the per-sample `losses` (b,) of its micro-batches, each a lazy forward pass.
 
-        The mean over all samples of the step is minimised, whatever the split and the number of processes, whose
-        gradients are averaged. Returns loss and gradient norm. Raises NonFiniteLoss, in every process, before anything
-        is updated; the state before the step is then saved, to repeat it from.
+        The mean over all samples of the step is minimised, whatever the split into micro-batches and the world size:
+        gradients are averaged over the processes. Return loss and gradient norm. Raise NonFiniteLoss, in every process,
+        before anything is updated; the state before the step is then saved, to repeat the step from.
         """
         count, each, sums = self.stage.batch_size, [], []
         for loss in losses:
             total = loss.sum()
-            with autocast.own(self.device):  # the gradient of an operation has the precision that it was taken in
-                self.engine.backward(total * processes.count() / count)
+            with autocast.own(self.device):  # each gradient then has the precision of its forward operation
+                self.engine.backward(total * processes.world_size() / count)
             sums.append(total.detach())
             each.append(loss.detach())
-        # Nothing is read before all of it is under way: a GPU would stand still while each figure is waited for.
+        # Nothing is read before all micro-batches are queued: a GPU would be idle while each figure is waited for.
         figures = torch.stack([*sums, sums[0].new_full((), self.pending.number is not None)])
         replaying = self.replayed == (self.step, self.update)
-        with self._saved_if_others_are_lost():
-            (*totals, stopping), norm = self.engine.step(processes.summed(figures), not replaying)
+        with self._save_if_a_rank_is_lost():
+            (*totals, stopping), norm = self.engine.step(processes.all_reduce(figures), not replaying)
         self.last_loss = sum(totals) / count
         autocast.forget_copies()
         if not (math.isfinite(self.last_loss) and math.isfinite(norm)):
@@ -199,33 +203,33 @@ class Runtime:
             raise NonFiniteLoss(text, self._figures(each, norm))
         if replaying:
             raise StoppedBeforeUpdate(f"step {self.step + 1} was repeated", self._figures(each, norm))
-        self.all_stop = stopping > 0  # agreed, so that all processes save and leave after the same step
+        self.all_stop = stopping > 0  # summed over the processes, so that all save and leave after the same step
         self.update += 1
         return {"loss": self.last_loss, "grad_norm": norm}
 
     def _save_before(self) -> None:
-        """Save the state that this step began with, where it is still there, to repeat the step from."""
-        if self._is_intact() and not processes.agreed(checkpoints.state_path(self.folder, self.step).exists()):
+        """Save the state at the start of this step, if it is still there, to repeat the step from."""
+        if self._is_intact() and not processes.broadcast(checkpoints.state_path(self.folder, self.step).exists()):
             self._save(self.step, self.before)
 
     def _is_intact(self) -> bool:
-        """Return whether the state that this step began with is still there: no update of the step is made.
+        """Return whether the state at the start of this step is still there: the step has made no update yet.
 
-        A phase that begins without the optimiser's state has let go of it; a replay then starts a checkpoint earlier.
+        A phase that resets the optimiser's state has deleted it; a replay then starts from an earlier checkpoint.
         """
         return self.update == 0 and (self.step == 0 or bool(self.optimizer.state))
 
     @contextmanager
-    def _saved_if_others_are_lost(self) -> Iterator[None]:
-        """Where another process ends inside, save the state that this step began with, if this one holds all of it.
+    def _save_if_a_rank_is_lost(self) -> Iterator[None]:
+        """Save the state at the start of this step if another process ends inside the block and this one holds it all.
 
-        The first process does, or the only one that is left of two: no two write at once.
+        Only rank 0 does, or the other one of two: no two processes write at once.
         """
         try:
             yield
         except RuntimeError as error:
-            is_writer = processes.rank() == 0 or processes.count() == 2
-            if processes.is_loss(error) and is_writer and self.engine.holds_all and self._is_intact():
+            is_writer = processes.rank() == 0 or processes.world_size() == 2
+            if processes.is_lost_rank(error) and is_writer and self.engine.holds_all and self._is_intact():
                 place = checkpoints.state_path(self.folder, self.step)
                 if self.step > 0 and not place.exists():
                     tensors, keep = self._tensors(), self.stage.keep_checkpoints
@@ -233,10 +237,10 @@ class Runtime:
             raise
 
     def _figures(self, each: list[Tensor], norm: float) -> dict:
-        """What there is to say of the step; `each` holds this process's losses (b,), one tensor a micro-batch."""
+        """Return the figures of the step, as JSON; `each` has this process's losses (b,), one tensor a micro-batch."""
         loss, grad_norm = replay.plain([self.last_loss, norm])
         own = [losses.tolist() for losses in each]
-        together = zip(*processes.collected(own), strict=True)  # a micro-batch's, process by process
+        together = zip(*processes.gather_objects(own), strict=True)  # a micro-batch's, process by process
         return {
             "step": self.step,
             "update": self.update,
@@ -249,19 +253,19 @@ class Runtime:
         }
 
     def swapped(self, parts: dict[str, Tensor]) -> AbstractContextManager[None]:
-        """The student with `parts` of other weights in place of its own, for as long as the block lasts."""
+        """Put `parts` of other weights in place of the student's own while the block runs."""
         return self.engine.swapped(parts)
 
     def write(self, function: Callable[..., object], *arguments: object) -> None:
-        """Call `function` with a student to write files from and `arguments`, in the first process; all others wait."""
-        processes.by_first(function, self.engine.whole_student(), *arguments)
+        """Call `function` on rank 0 with a student to write files from and `arguments`; the other processes wait."""
+        processes.on_rank_zero(function, self.engine.whole_student(), *arguments)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """The stage's precision for the student's passes.
+        """Run the student's passes in the stage's precision.
 
-        In bfloat16 on a CPU attention is written out: PyTorch's fused one takes five times as long there in its
-        backward pass, and a third of a whole step.
+        In bfloat16 on a CPU attention is computed by separate operations: the backward pass of PyTorch's fused one
+        takes five times as long there, a third of a whole step.
         """
         slow = self.device.type == "cpu" and self.stage.precision == "bf16"
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.stage.precision == "bf16")
@@ -269,42 +273,42 @@ class Runtime:
             yield
 
     def log(self, step: int, **values: float) -> None:
-        """Append a record to log.jsonl and send it to the trackers, in the first process."""
+        """Append a record to log.jsonl and send it to the trackers, on rank 0."""
         if processes.rank() > 0:
             return
         path = self.folder / "log.jsonl"
-        with files.told_of(path), path.open("a", encoding="utf-8") as file:
+        with files.report_write_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step + 1, **values}) + "\n")
             file.flush()
-            os.fsync(file.fileno())  # before a checkpoint that is past it
+            os.fsync(file.fileno())  # before a later checkpoint
         self.accelerator.log(values, step=step + 1)
 
     def _truncate_log(self, first: int) -> None:
-        """Forget records past the step that is resumed from: they will be written again."""
+        """Delete the records after step `first`, from which the run resumes: they will be written again."""
         path = self.folder / "log.jsonl"
         if path.is_file() and processes.rank() == 0:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]  # a kill can cut the last one short
-            kept = "".join(line for line in whole if json.loads(line)["step"] <= first)
+            records = "".join(line for line in whole if json.loads(line)["step"] <= first)
             with files.replacing(path) as temporary:
-                temporary.write_text(kept, encoding="utf-8")
+                temporary.write_text(records, encoding="utf-8")
 
 
 def flat(settings: Any, name: str = "") -> dict[str, Any]:
-    """`settings` for a tracker: one level, `stages.1.learning_rate`, with what is not a number or a word as text."""
+    """Return `settings` for a tracker, in one level (`stages.1.learning_rate`), other values than scalars as text."""
     if isinstance(settings, dict | list):
-        named = settings.items() if isinstance(settings, dict) else enumerate(settings)
-        parts = [flat(value, f"{name}.{key}".removeprefix(".")) for key, value in named]
+        items = settings.items() if isinstance(settings, dict) else enumerate(settings)
+        parts = [flat(value, f"{name}.{key}".removeprefix(".")) for key, value in items]
         return {key: value for part in parts for key, value in part.items()}
     return {name: settings if isinstance(settings, bool | int | float | str) else str(settings)}
 
 
 def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:
-    """Learning-rate factor in [0, 1]: linear warm-up, then a cosine that would reach 0 at `num_steps`."""
+    """Return the learning-rate factor in [0, 1]: linear warm-up, then a cosine that would reach 0 at `num_steps`."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    progress_made = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return 0.5 * (1.0 + math.cos(math.pi * progress_made))
+    fraction = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * fraction))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

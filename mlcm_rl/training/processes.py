@@ -1,9 +1,9 @@
-"""Several processes of one run: who this one is, its part of a batch, and what all of them do together.
+"""Several processes of one run: the rank of this one, its part of a batch, and what all of them do together.
 
-Every process draws the whole batch of a step, since draws are a function of (seed, purpose, step), and takes its rows
-of it: the same batch, whatever the number of processes. One on its own runs the same code and waits for nobody.
+Every process draws the whole batch of a step, since draws are a function of (seed, purpose, step), and takes its own
+rows: the batch is the same for every world size. A single process runs the same code and waits for nobody.
 
-Whatever waits for the other processes says so: all of them must call it, in the same order.
+A function that waits for the other processes says so: all of them must call it, in the same order.
 """
 
 import os
@@ -24,16 +24,16 @@ from ..storage.files import write_json
 from .joining import launched, number, refuse_strangers
 
 Item = TypeVar("Item")
-LOOKS, LOOK_SECONDS = 20, 0.5  # for a file that another machine wrote: a shared folder may show it late
+LOOKS, LOOK_SECONDS = 20, 0.5  # for a file that another machine wrote: it may appear late in a shared folder
 
 
 def rank() -> int:
-    """The number of this process among all: the first, 0, writes and prints."""
+    """Return the rank of this process. Rank 0 writes and prints."""
     return number("RANK") if launched() else 0
 
 
-def count() -> int:
-    """How many processes run this recipe."""
+def world_size() -> int:
+    """Return how many processes run this recipe."""
     return max(1, number("WORLD_SIZE")) if launched() else 1
 
 
@@ -48,7 +48,8 @@ def uses_fsdp() -> bool:
 def start(device: torch.device) -> None:
     """Join the other processes, once, on `device`: over gloo on a CPU, else over the accelerator's own backend.
 
-    Raises ValueError where DeepSpeed is asked for and not installed, or where the processes do not find each other.
+    Raise ValueError if the launch file asks for DeepSpeed and it is not installed, or if the processes do not find each
+    other.
     """
     refuse_strangers()
     if not launched():
@@ -56,7 +57,7 @@ def start(device: torch.device) -> None:
     on_cpu = device.type == "cpu"
     settings: dict[str, Any] = {"cpu": on_cpu}
     if on_cpu and uses_deepspeed():
-        # Told of no backend, accelerate finds none for DeepSpeed on a CPU and takes every process for the only one.
+        # Without a backend, accelerate finds none for DeepSpeed on a CPU and takes every process for the only one.
         settings = {"backend": "gloo"}
         _compile_nothing()
     try:
@@ -65,15 +66,17 @@ def start(device: torch.device) -> None:
         raise ValueError(f"DeepSpeed cannot start: {error}") from error
     except torch.distributed.DistError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ValueError(f"the {count()} processes of this run did not find each other at {place}: {error}") from error
-    if state.num_processes != count():
-        raise ValueError(f"{count()} processes were launched and {state.num_processes} found each other")
+        raise ValueError(
+            f"the {world_size()} processes of this run did not find each other at {place}: {error}"
+        ) from error
+    if state.num_processes != world_size():
+        raise ValueError(f"{world_size()} processes were launched and {state.num_processes} found each other")
 
 
 def _compile_nothing() -> None:
-    """Keep DeepSpeed from building, at its start on a CPU, the all-reduce of its inference, which is not called here.
+    """Keep DeepSpeed from building the all-reduce of its inference, which it does at its start on a CPU.
 
-    That takes a C++ compiler, ninja and a minute, and waits for ever where an earlier build was killed.
+    It is not called here. The build takes a C++ compiler, ninja and a minute, and hangs if an earlier one was killed.
     """
     from deepspeed import ops
 
@@ -81,17 +84,17 @@ def _compile_nothing() -> None:
 
 
 def finish() -> None:
-    """Part from the other processes."""
+    """Leave the group of processes."""
     if launched():
         torch.distributed.destroy_process_group()
 
 
 def leave(error: BaseException | None) -> None:
-    """End this process at once where it is one of several: with `error`'s exit code, and its traceback where it is
-    not a SystemExit.
+    """End this process at once if it is one of several, with the exit code of `error`.
 
-    PyTorch lets threads of gloo run on, and a process whose interpreter ends before they do is now and then aborted
-    ("terminate called without an active exception"): its exit code, and the launch, would say that it was killed.
+    Print the traceback of `error` unless it is a SystemExit. PyTorch lets threads of gloo run on, and a process whose
+    interpreter ends before they do is sometimes aborted ("terminate called without an active exception"): its exit
+    code, and so the launch, would report that it was killed.
     """
     if not launched():
         return
@@ -104,20 +107,20 @@ def leave(error: BaseException | None) -> None:
 
 
 def refuse_unshared(folder: Path) -> None:
-    """Raise ValueError, in every process, where one of them does not see in `folder` what the first writes there.
+    """Raise ValueError, in every process, if one of them does not see in `folder` what rank 0 writes there.
 
-    Waits for all of them; a process on its own is asked nothing.
+    Waits for all; a single process checks nothing.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
-    check = folder / f".seen-{agreed(secrets.token_hex(8))}.json"
-    by_first(write_json, check, {"processes": count()})
-    blind = [str(number) for number, sees in enumerate(collected(_appears(check))) if not sees]
-    by_first(check.unlink)
+    check = folder / f".seen-{broadcast(secrets.token_hex(8))}.json"
+    on_rank_zero(write_json, check, {"processes": world_size()})
+    blind = [str(number) for number, sees in enumerate(gather_objects(_appears(check))) if not sees]
+    on_rank_zero(check.unlink)
     if blind:
         raise ValueError(
-            f"runs: process {', '.join(blind)} of {count()} does not see in {folder.resolve()} what process 0 wrote "
-            "there: every machine needs the same folder, on a disk that they share; set runs: to one that is"
+            f"runs: process {', '.join(blind)} of {world_size()} does not see in {folder.resolve()} what process 0 "
+            "wrote there: every machine needs the same folder, on a disk that they share; set runs: to one that is"
         )
 
 
@@ -129,9 +132,9 @@ def _appears(path: Path) -> bool:
     return False
 
 
-def is_loss(error: Exception) -> bool:
-    """Return whether `error` is how a process learns, in the midst of an exchange, that another one is gone."""
-    if count() == 1 or not isinstance(error, RuntimeError):
+def is_lost_rank(error: Exception) -> bool:
+    """Return whether `error`, raised in an exchange between processes, means that another one has ended."""
+    if world_size() == 1 or not isinstance(error, RuntimeError):
         return False
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
     return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)
@@ -141,9 +144,9 @@ def is_loss(error: Exception) -> bool:
 
 
 def part(size: int, processes: int, together: int = 1) -> int:
-    """How many of `size` samples are one process's, groups of `together` in one piece.
+    """Return how many of `size` samples each of `processes` takes, with groups of `together` not split.
 
-    Raises ValueError where the parts cannot be equal.
+    Raise ValueError if the parts cannot be equal.
     """
     if size % (processes * together):
         what, whole = f"{size} samples", "is a multiple of the number of processes"
@@ -157,18 +160,18 @@ def part(size: int, processes: int, together: int = 1) -> int:
 
 
 def rows(size: int, together: int = 1) -> slice:
-    """Which rows of a batch of `size` are this process's, groups of `together` in one piece.
+    """Return this process's rows of a batch of `size`, with groups of `together` not split.
 
-    Raises ValueError where the parts cannot be equal.
+    Raise ValueError if the parts cannot be equal.
     """
-    own = part(size, count(), together)
+    own = part(size, world_size(), together)
     return slice(rank() * own, (rank() + 1) * own)
 
 
 def micro_batches(total: int, size: int, together: int = 1) -> Iterator[range]:
-    """Of each `size` of `total` samples, the numbers of this process's, groups of `together` in one piece.
+    """Yield this process's indices of each micro-batch of `size` of `total` samples, groups of `together` not split.
 
-    Raises ValueError where the parts cannot be equal.
+    Raise ValueError if the parts cannot be equal.
     """
     for first in range(0, total, size):
         own = rows(min(size, total - first), together)
@@ -176,64 +179,65 @@ def micro_batches(total: int, size: int, together: int = 1) -> Iterator[range]:
 
 
 def share(items: Sequence[Item]) -> list[Item]:
-    """The items of this process: every so many-th one."""
-    return list(items[rank() :: count()])
+    """Return the items of this process: every n-th one, for a world size of n."""
+    return list(items[rank() :: world_size()])
 
 
 # ---- together ----
 
 
 def gather(part: Tensor) -> Tensor:
-    """The rows (B, ...) of all processes, in order, from each one's `part` (b, ...). Waits for all."""
-    return accelerate_gather(part.contiguous()) if count() > 1 else part
+    """Return the rows (B, ...) of all processes, by rank, from each one's `part` (b, ...). Waits for all."""
+    return accelerate_gather(part.contiguous()) if world_size() > 1 else part
 
 
 def total(*values: float) -> list[float]:
-    """Each of `values`, summed over the processes. Waits for all."""
-    if count() == 1:
+    """Return each of `values` summed over the processes. Waits for all."""
+    if world_size() == 1:
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64, device=PartialState().device)
     torch.distributed.all_reduce(sums)
     return sums.tolist()
 
 
-def summed(figures: Tensor) -> Tensor:
-    """`figures` (n,) summed over the processes, where they are and on their device. Waits for all."""
-    if count() > 1:
+def all_reduce(figures: Tensor) -> Tensor:
+    """Sum `figures` (n,) over the processes, in place and on their device, and return them. Waits for all."""
+    if world_size() > 1:
         torch.distributed.all_reduce(figures)
     return figures
 
 
 def average_(tensors: Sequence[Tensor]) -> None:
-    """Put the mean over the processes into each of `tensors`, where it is: no copy of them is made. Waits for all."""
+    """Replace each of `tensors` by its mean over the processes, in place and without a copy. Waits for all."""
     for exchange in [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
         exchange.wait()
-    torch._foreach_div_(list(tensors), count())
+    torch._foreach_div_(list(tensors), world_size())
 
 
 def wait() -> None:
-    """Go on when all processes are here."""
+    """Wait for all processes."""
     total(0.0)
 
 
-def agreed(value: Item) -> Item:
-    """`value` as the first process has it, for what must not depend on a device's last bits. Waits for all."""
-    return broadcast_object_list([value])[0] if count() > 1 else value
+def broadcast(value: Item) -> Item:
+    """Return rank 0's `value`, so that nothing depends on the last bits of a device. Waits for all."""
+    return broadcast_object_list([value])[0] if world_size() > 1 else value
 
 
-def collected(value: Item) -> list[Item]:
-    """The `value` of every process, in order. Waits for all."""
-    if count() == 1:
+def gather_objects(value: Item) -> list[Item]:
+    """Return the `value` of every process, by rank. Waits for all."""
+    if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * count()
+    values: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(values, value)
     return values
 
 
-def by_first(function: Callable[..., Item], *arguments: Any) -> Item:
-    """What `function` returns, when all are here, in the first process: what it wrote is then there for all.
+def on_rank_zero(function: Callable[..., Item], *arguments: Any) -> Item:
+    """Run `function` on rank 0 when all processes are here, then broadcast its result. Waits for all.
 
-    Where it raises, the first process goes on raising and the others leave: its message says why.
+    What it writes is there for all processes afterwards. If it raises, rank 0 raises and the others exit without a
+    message of their own.
     """
     wait()
     done = False
@@ -244,6 +248,6 @@ def by_first(function: Callable[..., Item], *arguments: Any) -> Item:
         done = True
     finally:
         (succeeded,) = total(float(done))
-    if succeeded < count():
+    if succeeded < world_size():
         sys.exit(1)
-    return agreed(result)
+    return broadcast(result)

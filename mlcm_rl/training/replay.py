@@ -1,7 +1,7 @@
-"""What a step that stopped before its update leaves behind, and what repeats that step from it.
+"""The bundle that a step leaves behind when it stops before its update, and how that step is repeated from it.
 
-All randomness is a function of (seed, purpose, step), so that a checkpoint from before the step is all that its figures
-need: the bundle beside it says which step of which stage it was, and what came out.
+All randomness is a function of (seed, purpose, step), so that a checkpoint from before the step is enough to repeat it.
+The bundle beside it records which step of which stage it was, and its figures.
 """
 
 import math
@@ -12,14 +12,14 @@ from pydantic import ValidationError
 from ..recipe import Recipe, Stage, paths
 from ..storage.checkpoints import checkpoints
 from ..storage.files import CheckpointError, read_json, write_json
-from ..storage.untrusted import held
+from ..storage.untrusted import path_inside
 
 FORMAT = 1  # of a bundle
-ASKED = "replay.json"  # in a folder made for a replay: the step to stop before
+REQUEST = "replay.json"  # in the folder of a replay: the step to stop in, before its update
 
 
 def write(folder: Path, stage: Stage, recipe: Recipe, parents: dict[str, Path], figures: dict) -> Path:
-    """Leave the bundle of a step of `stage` in its folder: the `figures` that it stopped with, and what made them."""
+    """Write the bundle of a step of `stage` into its folder, with the step's `figures`. Return its path."""
     path = folder / f"nonfinite-{figures['step'] + 1}.json"
     bundle = {
         "format": FORMAT,
@@ -33,14 +33,14 @@ def write(folder: Path, stage: Stage, recipe: Recipe, parents: dict[str, Path], 
 
 
 def read(path: Path) -> tuple[dict, Stage, Recipe, dict[str, Path]]:
-    """The figures of a bundle, its stage, its recipe without trackers, and the folders that the stage starts from.
+    """Return the figures of a bundle, its stage, its recipe without trackers, and the folders of the stage's parents.
 
-    Raises CheckpointError where it is no bundle or a folder is gone.
+    Raise CheckpointError if the file is not a bundle or a folder does not exist.
     """
     bundle = read_json(path)
     if bundle.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is no bundle of format {FORMAT}: a step that stops leaves a nonfinite-<step>.json"
+            f"{path} is not a bundle of format {FORMAT}: a step that stops leaves a nonfinite-<step>.json"
         )
     bundle = read_json(path, figures=dict, stage=dict, recipe=dict, parents=dict)
     try:
@@ -48,34 +48,34 @@ def read(path: Path) -> tuple[dict, Stage, Recipe, dict[str, Path]]:
         alone = bundle["recipe"] | {"stages": [bundle["stage"]]}
         (stage,) = paths.recorded(bundle | {"recipe": alone}, path.parent).stages
     except ValidationError as error:
-        raise CheckpointError(f"{path} is of another version: {error.error_count()} settings are not known") from error
-    parents = {kind: held(path.parent.parent, name, path) for kind, name in bundle["parents"].items()}
+        raise CheckpointError(f"{path} is of another version: {error.error_count()} settings are unknown") from error
+    parents = {kind: path_inside(path.parent.parent, name, path) for kind, name in bundle["parents"].items()}
     for kind, folder in parents.items():
         if not folder.is_dir():
             raise CheckpointError(f"{path} starts from the {kind} stage in {folder}, which is not there")
     figures = bundle["figures"]
     if any(type(figures.get(name)) is not int for name in ("step", "update")):
-        raise CheckpointError(f"{path} is damaged: its figures are of no step")
+        raise CheckpointError(f"{path} is damaged: its figures do not say their step")
     return figures, stage, recipe, parents
 
 
 def prepare(figures: dict, bundle: Path, folder: Path) -> None:
-    """Make `folder` one in which the stage goes on from the bundle's checkpoint and stops before the step's update."""
+    """Fill `folder` so that the stage goes on in it from the bundle's checkpoint and stops before the step's update."""
     (folder / "checkpoints").mkdir()
-    for kept in checkpoints(bundle.parent.resolve()):
-        if int(kept.name.removeprefix("step-")) <= figures["step"]:
-            (folder / "checkpoints" / kept.name).symlink_to(kept)
-    write_json(folder / ASKED, {"step": figures["step"], "update": figures["update"]})
+    for checkpoint in checkpoints(bundle.parent.resolve()):
+        if int(checkpoint.name.removeprefix("step-")) <= figures["step"]:
+            (folder / "checkpoints" / checkpoint.name).symlink_to(checkpoint)
+    write_json(folder / REQUEST, {"step": figures["step"], "update": figures["update"]})
 
 
-def asked(folder: Path) -> tuple[int, int] | None:
-    """The step, and the update within it, that a replay in `folder` stops before; None where `folder` is a stage's."""
-    if not (folder / ASKED).is_file():
+def stop_point(folder: Path) -> tuple[int, int] | None:
+    """Return the step, and the update within it, before which a replay in `folder` stops; None without a replay."""
+    if not (folder / REQUEST).is_file():
         return None
-    found = read_json(folder / ASKED)
-    return found["step"], found["update"]
+    request = read_json(folder / REQUEST)
+    return request["step"], request["update"]
 
 
 def plain(values: list[float]) -> list[float | str]:
-    """`values` for JSON, which has no word for those that are not numbers."""
+    """Return `values` for JSON, which has no NaN or infinity: those as text."""
     return [value if math.isfinite(value) else str(value) for value in values]

@@ -1,4 +1,4 @@
-"""Randomness as a function of (seed, purpose, step): resuming needs no state of a generator."""
+"""Randomness as a function of (seed, purpose, step), so that resuming needs no state of a generator."""
 
 import hashlib
 
@@ -7,18 +7,18 @@ from torch import Tensor
 
 
 def seed_of(*parts: object) -> int:
-    """A 63-bit seed from what it is for: seed, purpose, step. The same parts give the same seed on every machine."""
+    """Return a 63-bit seed from its `parts`: seed, purpose, step. The same on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def generator(*parts: object) -> torch.Generator:
-    """A CPU generator seeded by `parts`. Randomness is a function of (seed, purpose, step): resuming needs no state."""
+    """Return a CPU generator with the seed of `parts`."""
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
 def epoch_order(num_items: int, batch_size: int, step: int, *parts: object) -> Tensor:
-    """Indices (batch_size,) of the batch of `step`: every item once per pass, each pass in an order of its own."""
+    """Return the indices (batch_size,) of the batch of `step`: every item once an epoch, each epoch in a new order."""
     positions = range(step * batch_size, (step + 1) * batch_size)
     orders: dict[int, Tensor] = {}
     for epoch in {position // num_items for position in positions}:

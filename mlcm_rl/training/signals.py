@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: outside a training loop they end the work where it is, inside one after a step that is saved.
+"""SIGTERM and Ctrl-C: outside a training loop they end a run at once, inside one after the current step is saved.
 
 Whatever they interrupt, files appear whole or not at all, so that the same command goes on. Imports no torch.
 """
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STEP_SECONDS = 25.0  # that a step may still take; clusters kill 30 seconds after SIGTERM
+STEP_SECONDS = 25.0  # for the current step and its save; clusters kill 30 seconds after SIGTERM
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked for the end; the process ends with `code`, which is 128 and the signal's number, as in a shell."""
+    """A signal ended the run; the process exits with `code`, 128 plus the signal's number, as in a shell."""
 
     def __init__(self, number: int, text: str = ""):
         super().__init__(text)
@@ -21,8 +21,8 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def raised() -> Iterator[None]:
-    """SIGTERM raises Stopped wherever the program is, as Ctrl-C raises KeyboardInterrupt."""
+def raise_on_sigterm() -> Iterator[None]:
+    """Raise Stopped on SIGTERM wherever the program is, as Ctrl-C raises KeyboardInterrupt."""
 
     def stop(number: int, _frame: FrameType | None) -> None:
         raise Stopped(number)
@@ -32,30 +32,30 @@ def raised() -> Iterator[None]:
 
 
 class Pending:
-    """The signal that has come while it is kept back, if any."""
+    """The number of a signal that came during a `deferral`, if any."""
 
     number: int | None = None
 
 
 @contextmanager
-def kept_back() -> Iterator[Pending]:
-    """SIGTERM and Ctrl-C are only noted, so that a step can be finished and saved.
+def deferral() -> Iterator[Pending]:
+    """Only note SIGTERM and Ctrl-C while the block runs, so that a step can be finished and saved.
 
-    A second one, or a step that takes STEP_SECONDS longer, raises Stopped where the program is: what was saved last
-    then stands.
+    A second signal, or a step that takes STEP_SECONDS longer, raises Stopped where the program is; the last save is
+    intact.
     """
     pending = Pending()
 
     def note(number: int, _frame: FrameType | None) -> None:
         if pending.number is not None:
-            raise Stopped(number, "stopped within a step; what was saved before it stands")
+            raise Stopped(number, "stopped within a step; the last save is intact")
         pending.number = number
         signal.setitimer(signal.ITIMER_REAL, STEP_SECONDS)
 
     def too_long(_number: int, _frame: FrameType | None) -> None:
         raise Stopped(
             pending.number or signal.SIGTERM,
-            f"stopped within a step that took over {STEP_SECONDS:.0f} s; what was saved before it stands",
+            f"stopped within a step that took over {STEP_SECONDS:.0f} s; the last save is intact",
         )
 
     with _handled({**dict.fromkeys(NUMBERS, note), signal.SIGALRM: too_long}):
@@ -67,7 +67,7 @@ def kept_back() -> Iterator[Pending]:
 
 @contextmanager
 def _handled(handlers: dict) -> Iterator[None]:
-    """These handlers for the block, the old ones after it."""
+    """Install `handlers` for the block, and the old ones after it."""
     old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a training loop puts into a checkpoint and takes out of it: the optimiser's state, groups of weights by name."""
+"""The content of a training loop's checkpoint: the optimiser's state, and groups of weights by name."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,15 +11,15 @@ from ..storage.files import CheckpointError
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as flat tensors: `optimizer.<parameter index>.<name>`. Rates are functions of the step."""
+    """Return the optimiser's state as `optimizer.<parameter index>.<name>`, without rates: the step gives them."""
     state = optimizer.state_dict()["state"]
     return {f"optimizer.{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took. Raises ValueError where it was taken of other parameters."""
+    """Load the state that `optimizer_tensors` returned. Raise ValueError if it is of other parameters."""
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in taken("optimizer", tensors).items():
+    for key, value in under_prefix("optimizer", tensors).items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -36,32 +36,32 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
 def read_training(
     folder: Path, shapes: dict[str, dict[str, torch.Size]], parts: Iterable[str] = ()
 ) -> tuple[int, dict[str, Tensor], dict] | None:
-    """The newest checkpoint in `folder`: steps done, tensors, record; None where there is none.
+    """Return the newest checkpoint in `folder`: number of steps, tensors, record; None without one.
 
-    Raises CheckpointError where it holds weights of other `shapes`, by group and name, no state of the optimiser, or
-    nothing of one of `parts` in its record: training would go on, and end elsewhere.
+    Raise CheckpointError if its weights have other `shapes` (by group and name), if it has no state of the optimiser,
+    or if its record lacks one of `parts`: training would go on, with another result.
     """
-    found = load_state(folder)
-    if found is None:
+    checkpoint = load_state(folder)
+    if checkpoint is None:
         return None
-    steps, tensors, record = found
+    steps, tensors, record = checkpoint
     place = checkpoints(folder)[-1]
     for prefix, group in shapes.items():
-        if {name: value.shape for name, value in taken(prefix, tensors).items()} != group:
+        if {name: value.shape for name, value in under_prefix(prefix, tensors).items()} != group:
             raise CheckpointError(f"{place} holds other weights than this {prefix}: delete checkpoints/")
     missing = [name for name in parts if name not in record]
-    if steps and not taken("optimizer", tensors):
+    if steps and not under_prefix("optimizer", tensors):
         missing.append("optimizer")
     if missing:
         raise CheckpointError(f"{place} holds nothing of {', '.join(missing)} to go on from: delete checkpoints/")
     return steps, tensors, record
 
 
-def named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` with `prefix.` before every name."""
+def add_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `tensors` with `prefix.` before every name."""
     return {f"{prefix}.{name}": value for name, value in tensors.items()}
 
 
-def taken(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of `tensors` under `prefix.`, without it: the inverse of `named`."""
+def under_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the entries of `tensors` whose names begin with `prefix.`, without it: the inverse of `add_prefix`."""
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}

@@ -76,7 +76,7 @@ def measure(name: str, num_steps: int, batch_size: int) -> dict[str, float]:
             if stage.source == "data"
             else distill.make_source(stage, recipe, base, student, {"trajectories": Path(place)})
         )
-        if not stage.asks_teacher:
+        if not stage.uses_teacher:
             base.forget_denoiser()
         rt = Runtime(recipe, stage, Path(place))
         return found | time_steps(rt, base, student, source, num_steps) | {"peak_mb": peak_mb()}

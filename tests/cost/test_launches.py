@@ -193,7 +193,7 @@ def test_groups_that_processes_cannot_share_are_an_error_of_the_plan_and_before_
     told = "2 groups of 4 samples cannot be shared evenly by 4 processes"
     with pytest.raises(ValueError, match=told):
         memory.of_stage(stage, recipe, 0, Lora(rank=2, alpha=2.0), "cuda", Launch("whole", 4))
-    monkeypatch.setattr(distributed, "count", lambda: 4)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
     with pytest.raises(ValueError, match=told):
         loop.Runtime(recipe, stage, tmp_path)
 

@@ -1,4 +1,4 @@
-"""Pair tables: read from a folder or a Parquet file alike, what is wrong told with its row, made of a run's samples."""
+"""Pair tables: read from a folder or a Parquet file alike, errors with their row, written from a run's samples."""
 
 import json
 import os
@@ -99,7 +99,7 @@ def test_a_language_that_a_table_gives_is_not_guessed(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"prompt": " "}, r"metadata\.jsonl:2: prompt must be text that is not empty"),
         ({"chosen": None}, r"metadata\.jsonl:2: chosen must be text, got None"),
@@ -107,10 +107,10 @@ def test_a_language_that_a_table_gives_is_not_guessed(folder):
         ({"language": 3}, r"metadata\.jsonl:2: language must be text, got 3"),
     ],
 )
-def test_a_wrong_row_of_a_folder_is_told_with_its_line(folder, change, told):
+def test_a_wrong_row_of_a_folder_is_told_with_its_line(folder, change, message):
     first, second, *rest = rows_of(folder)
     rewrite(folder, [first, second | change, *rest])
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         PairTable(folder)
 
 
@@ -125,7 +125,7 @@ def test_a_picture_that_is_none_is_told_with_its_row(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("columns", "told"),
+    ("columns", "message"),
     [
         ({"prompt": ["a"], "chosen": [b""]}, "there is no column rejected; it has prompt, chosen"),
         ({"prompt": ["a"], "chosen": ["a.png"], "rejected": ["b.png"]}, "the column chosen holds .*, not pictures"),
@@ -133,9 +133,9 @@ def test_a_picture_that_is_none_is_told_with_its_row(folder, tmp_path):
         ({"prompt": [], "chosen": [], "rejected": []}, "holds no pairs|not pictures"),
     ],
 )
-def test_a_parquet_file_that_is_no_pair_table_is_told(tmp_path, columns, told):
+def test_a_parquet_file_that_is_no_pair_table_is_told(tmp_path, columns, message):
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "table.parquet")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         PairTable(tmp_path / "table.parquet")
 
 
@@ -179,8 +179,8 @@ def test_rows_whose_two_pictures_are_the_same_are_left_out_and_named(folder, tmp
         table = PairTable(path)
         assert [prompt.prompt for prompt in table.prompts] == [runs.PROMPTS[i] for i in (0, 2, 3, 5)]
         assert torch.equal(table.pictures(1, 8)[0], square(read_picture(folder / rows[2]["chosen"], ""), 8))
-        told = rf"2 of 6 pairs are left out, where the picture chosen is the one rejected: .*{places}\n"
-        assert re.search(told, capsys.readouterr().out)
+        message = rf"2 of 6 pairs are left out, where the chosen picture is the rejected one: .*{places}\n"
+        assert re.search(message, capsys.readouterr().out)
     rewrite(folder, [rows[1]])
     with pytest.raises(ValueError, match=r"holds no pairs of two pictures; .*jsonl:1"):
         PairTable(folder)
@@ -209,10 +209,10 @@ def test_a_stage_is_found_by_the_content_of_its_table_and_takes_no_samples(tiny_
     stage = runs.tuning("dpo", prompts, pairs=str(folder))
     recipe = runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(prompts), runs.distill(), stage])
     before = locate(stage, recipe, []).fingerprint
-    moved = folder.rename(tmp_path / "moved")
-    stage = stage.model_copy(update={"pairs": str(moved)})
+    new_folder = folder.rename(tmp_path / "moved")
+    stage = stage.model_copy(update={"pairs": str(new_folder)})
     assert locate(stage, recipe, []).fingerprint == before
-    rewrite(moved, rows_of(moved)[:-1])
+    rewrite(new_folder, rows_of(new_folder)[:-1])
     assert locate(stage, recipe, []).fingerprint != before
     own = runs.tuning("dpo", prompts)
     assert evaluations.evaluations_of(stage.step(1, 1)) == 2 * 2 * 2  # two times; pair; student, reference
@@ -234,9 +234,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_best_of_a_prompts_samples_is_chosen_and_the_worst_rejected(tmp_path):
     images = torch.tensor([0.0, 0.2, 0.4, 0.6]).view(4, 1, 1, 1).expand(4, 3, 8, 8)
-    asked = ranking.Asked("", "", "taste", num_generations=4, num_steps=1, gamma=1.0, min_margin=0.75, seed=0)
+    settings = ranking.Asked("", "", "taste", num_generations=4, num_steps=1, gamma=1.0, min_margin=0.75, seed=0)
     scores = torch.tensor([0.25, 1.0, 0.0, 0.5])
-    row = ranking.write_pair(asked, Prompt("a cat", "en"), images, scores, 7, tmp_path)
+    row = ranking.write_pair(settings, Prompt("a cat", "en"), images, scores, 7, tmp_path)
     assert row == {
         "prompt": "a cat",
         "language": "en",
@@ -247,7 +247,9 @@ def test_the_best_of_a_prompts_samples_is_chosen_and_the_worst_rejected(tmp_path
     }
     assert image(tmp_path / row["chosen"]).unique().item() == pytest.approx(0.2)
     assert image(tmp_path / row["rejected"]).unique().item() == pytest.approx(0.4)
-    assert ranking.write_pair(asked, Prompt("a cat", "en"), images, 0.75 * scores, 8, tmp_path) is None  # not beyond it
+    assert (
+        ranking.write_pair(settings, Prompt("a cat", "en"), images, 0.75 * scores, 8, tmp_path) is None
+    )  # not beyond it
     assert not (tmp_path / "pictures" / "000008-chosen.png").exists()
 
 
@@ -269,13 +271,13 @@ def test_a_margin_leaves_out_the_nearer_pairs(run, tmp_path):
     gaps = [row["chosen_score"] - row["rejected_score"] for row in rows_of(tmp_path / "all")]
     median = sorted(gaps)[2]
     assert make(run, tmp_path / "wide", min_margin=median) == (2, 5)
-    kept = [row["prompt"] for row in rows_of(tmp_path / "wide")]
-    assert kept == [prompt for prompt, gap in zip(runs.PROMPTS, gaps, strict=False) if gap > median]
+    prompts = [row["prompt"] for row in rows_of(tmp_path / "wide")]
+    assert prompts == [prompt for prompt, gap in zip(runs.PROMPTS, gaps, strict=False) if gap > median]
 
 
 def test_an_interrupted_table_goes_on_and_ends_as_an_uninterrupted_one(run, tmp_path, monkeypatch):
     make(run, tmp_path / "whole")
-    drawn, original = [], ranking.ranked
+    sampled_prompts, original = [], ranking.ranked
     save_png, saved = pictures.save_png, iter(range(100))
 
     def save(image, path):
@@ -290,15 +292,15 @@ def test_an_interrupted_table_goes_on_and_ends_as_an_uninterrupted_one(run, tmp_
     assert not (tmp_path / "cut" / "metadata.jsonl").exists()
 
     def ranked(*arguments):
-        drawn.extend(prompt.prompt for prompt in arguments[4])
+        sampled_prompts.extend(prompt.prompt for prompt in arguments[4])
         return original(*arguments)
 
     monkeypatch.setattr(ranking, "ranked", ranked)
     make(run, tmp_path / "cut")
-    assert drawn == runs.PROMPTS[2:5]
+    assert sampled_prompts == runs.PROMPTS[2:5]
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     make(run, tmp_path / "cut", num_prompts=6)  # and a finished one takes more prompts
-    assert drawn == runs.PROMPTS[2:6]
+    assert sampled_prompts == runs.PROMPTS[2:6]
     assert len(rows_of(tmp_path / "cut")) == 6
 
 
@@ -335,9 +337,9 @@ def test_the_command_says_how_many_pairs_were_kept_and_where(run, tmp_path, monk
     arguments = ["--prompts", runs.write_prompts(tmp_path), "--out", str(out), "--num-prompts", "2", "--steps", "1"]
     result = CliRunner().invoke(app, ["pairs", str(run), *arguments, "--reward", "brightness"])
     assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, f"{out}  2 pairs of 2 prompts")
-    refused = CliRunner().invoke(app, ["pairs", str(run), *arguments, "--reward", "brightnes"])
-    assert refused.exit_code == 2
-    assert "did you mean brightness?" in " ".join(refused.stderr.replace("│", " ").split())
+    result = CliRunner().invoke(app, ["pairs", str(run), *arguments, "--reward", "brightnes"])
+    assert result.exit_code == 2
+    assert "did you mean brightness?" in " ".join(result.stderr.replace("│", " ").split())
 
 
 # ---- made by hand: the choices themselves and the page are in test_labels.py ----
@@ -384,7 +386,7 @@ def test_choosing_goes_on_where_it_was_stopped_and_draws_nothing_again(run, tmp_
 
 
 @pytest.mark.parametrize(
-    ("kept", "told"),
+    ("progress", "message"),
     [
         ({}, "asked must be of type dict, is None"),
         ({"asked": 3}, "asked must be of type dict, is 3"),
@@ -392,15 +394,15 @@ def test_choosing_goes_on_where_it_was_stopped_and_draws_nothing_again(run, tmp_
         ({"asked": "ours", "rows": {}}, "rows must be of type list, is {}"),
     ],
 )
-def test_a_damaged_progress_file_is_told_with_its_key(tmp_path, kept, told):
-    asked = ranking.Asked("student", "prompts", "brightness", 2, 1, 1.0, 0.0, 0)
-    content = kept | {"asked": asdict(asked)} if kept.get("asked") == "ours" else kept
+def test_a_damaged_progress_file_is_told_with_its_key(tmp_path, progress, message):
+    settings = ranking.Asked("student", "prompts", "brightness", 2, 1, 1.0, 0.0, 0)
+    content = progress | {"asked": asdict(settings)} if progress.get("asked") == "ours" else progress
     (tmp_path / "progress.json").write_text(json.dumps(content))
-    with pytest.raises(files.CheckpointError, match=rf"progress\.json is damaged: {told}"):
-        ranking.finished(asked, tmp_path)
+    with pytest.raises(files.CheckpointError, match=rf"progress\.json is damaged: {message}"):
+        ranking.finished(settings, tmp_path)
     (tmp_path / "progress.json").write_text(json.dumps(content | {"choices": 3}))
     with pytest.raises(files.CheckpointError, match=r"progress\.json is damaged: (asked|choices) must be"):
-        labels.Choices(asked, [], tmp_path)
+        labels.Choices(settings, [], tmp_path)
 
 
 def test_ctrl_c_ends_the_page_and_is_told_as_everywhere(run, tmp_path, monkeypatch):
@@ -430,7 +432,7 @@ def test_without_the_extra_the_command_says_what_to_install(run, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], "say who chooses: --reward NAME, or --by-hand for yourself"),
         (["--by-hand", "--reward", "brightness"], "--reward means nothing beside --by-hand"),
@@ -439,12 +441,12 @@ def test_without_the_extra_the_command_says_what_to_install(run, tmp_path, monke
         (["--reward", "brightness", "--port", "8000"], "--port means nothing beside --reward"),
     ],
 )
-def test_who_chooses_is_said_once(tmp_path, monkeypatch, arguments, told):
+def test_who_chooses_is_said_once(tmp_path, monkeypatch, arguments, message):
     monkeypatch.setenv("COLUMNS", "200")
-    given = ["--prompts", runs.write_prompts(tmp_path), "--out", str(tmp_path / "out")]
-    refused = CliRunner().invoke(app, ["pairs", str(tmp_path), *given, *arguments])
-    assert refused.exit_code == 2
-    assert told in " ".join(refused.stderr.replace("│", " ").split())
+    options = ["--prompts", runs.write_prompts(tmp_path), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, ["pairs", str(tmp_path), *options, *arguments])
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
 
 
 def test_a_made_table_trains_a_student(run, tmp_path):

@@ -1,4 +1,4 @@
-"""Prompt files and captioned pictures: what is read, and what is said of a file that is wrong."""
+"""Prompt files and captioned pictures: what is read, and the errors of a wrong file."""
 
 import json
 
@@ -31,17 +31,17 @@ def test_a_text_file_is_read_by_its_mark(tmp_path, encoding):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("a red apple\r\n红苹果".encode("utf-16-le"), r"prompts\.txt:1: a NUL byte.*save it as UTF-8"),
         (b"a cat\na\0dog\n", r"prompts\.txt:2: a NUL byte"),
-        (b"\xff\xfea\0b", r"prompts\.txt: begins with the mark of UTF-16, which it is not"),
+        (b"\xff\xfea\0b", r"prompts\.txt: begins with the mark of UTF-16 but is not UTF-16"),
         ("a cat".encode("utf-32"), r"prompts\.txt:1: a NUL byte"),
     ],
 )
-def test_what_is_no_utf8_text_is_refused_in_words(tmp_path, content, said):
+def test_what_is_no_utf8_text_is_refused_in_words(tmp_path, content, message):
     (tmp_path / "prompts.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         read_prompts(tmp_path / "prompts.txt")
 
 
@@ -54,7 +54,7 @@ def test_files_put_together_leave_no_mark_in_a_prompt(tmp_path):
 def test_objects_of_json_are_no_prompts_and_braces_are(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text('{artist} draws a cat\n{"prompt": "a cat"}\n')
-    with pytest.raises(ValueError, match=r"prompts\.txt:2: an object of JSON.*name the file \.jsonl"):
+    with pytest.raises(ValueError, match=r"prompts\.txt:2: a JSON object.*name the file \.jsonl"):
         read_prompts(path)
     path.write_text('{artist} draws a cat\n"{a}"\n[1]\n')
     assert [prompt.prompt for prompt in read_prompts(path)] == ["{artist} draws a cat", '"{a}"', "[1]"]
@@ -82,7 +82,7 @@ def test_a_han_character_makes_a_prompt_chinese(text, language):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         (b"{", ":2: not JSON: Expecting property name"),
         (b"[1]", ":2: expected an object in braces, got list"),
@@ -93,15 +93,15 @@ def test_a_han_character_makes_a_prompt_chinese(text, language):
         (b'{"prompt": null}', ":2: prompt must be text"),
         (b"\xff\xfe", ":2: not UTF-8"),
         (b'{"prompt": "a\\u0000cat"}', ":2: prompt holds the character NUL"),
-        ('{"prompt": "x"}'.encode("utf-16-le"), ":2: a NUL byte, so that it is no UTF-8 text (UTF-16, perhaps)"),
+        ('{"prompt": "x"}'.encode("utf-16-le"), ":2: a NUL byte, so that it is not UTF-8 text (UTF-16, perhaps)"),
     ],
 )
-def test_a_bad_line_is_reported_with_file_and_number(tmp_path, line, said):
+def test_a_bad_line_is_reported_with_file_and_number(tmp_path, line, message):
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"prompt": "good"}\n' + line + b"\n")
     with pytest.raises(ValueError) as error:
         read_prompts(path)
-    assert str(path) + said in str(error.value)
+    assert str(path) + message in str(error.value)
 
 
 def test_files_without_prompts_and_of_other_kinds_are_refused(tmp_path):
@@ -148,7 +148,7 @@ def test_pictures_are_squared_about_their_centre_and_laid_on_white(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "message"),
     [
         ({"file_name": "gone.png", "prompts": ["x"]}, ":2: there is no picture"),
         ({"file_name": "text.png", "prompts": ["x"]}, ":2: .*text.png is not a readable picture"),
@@ -158,9 +158,9 @@ def test_pictures_are_squared_about_their_centre_and_laid_on_white(tmp_path):
         ({"file_name": "good.png", "prompts": ["x", "a\0b"]}, ":2: each of prompts holds the character NUL"),
     ],
 )
-def test_a_bad_picture_is_reported_with_file_and_number(tmp_path, record, said):
+def test_a_bad_picture_is_reported_with_file_and_number(tmp_path, record, message):
     Image.new("RGB", (4, 4)).save(tmp_path / "good.png")
     (tmp_path / "text.png").write_text("no picture")
     jsonl(tmp_path / "metadata.jsonl", {"file_name": "good.png", "prompts": ["x"]}, record)
-    with pytest.raises(ValueError, match=f"metadata.jsonl{said}"):
+    with pytest.raises(ValueError, match=f"metadata.jsonl{message}"):
         CaptionedImages(tmp_path, resolution=4)

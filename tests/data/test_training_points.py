@@ -58,9 +58,9 @@ def test_stored_points_are_of_one_trajectory_in_order(base, store, num_segments,
 
 def test_every_trajectory_is_seen_once_a_pass(base, store):
     source = StoredStates(runs.distill(batch_size=2), base, store, seed=0)
-    seen = torch.cat([source.draw(step, 1, "next", generator(step)).index for step in range(3)])
-    assert sorted(seen.tolist()) == list(range(store.num_trajectories))
-    assert not set(seen.tolist()) & set(store.held_out)
+    indices = torch.cat([source.draw(step, 1, "next", generator(step)).index for step in range(3)])
+    assert sorted(indices.tolist()) == list(range(store.num_trajectories))
+    assert not set(indices.tolist()) & set(store.held_out)
 
 
 def test_a_conditioned_student_is_asked_for_every_later_milestone_of_its_range():

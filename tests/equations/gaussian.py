@@ -66,11 +66,11 @@ class LineMixture(Mixture):
 
     def flow(self, x_t: Tensor, t: Tensor, s: Tensor, schedule: Schedule) -> Tensor:
         """x_s (B, 1) = F_s^-1(F_t(x_t)), by bisection to float64's limit."""
-        wanted = self._quantile(x_t, t, schedule)
+        quantile = self._quantile(x_t, t, schedule)
         low, high = torch.full_like(x_t, -20.0), torch.full_like(x_t, 20.0)
         for _ in range(60):
             middle = (low + high) / 2
-            above = self._quantile(middle, s, schedule) > wanted
+            above = self._quantile(middle, s, schedule) > quantile
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)
         return (low + high) / 2
 
@@ -105,7 +105,7 @@ class Gaussian:
         return self.mean + self.std / self.marginal_std(t, schedule) * self._centred(x_t, t, schedule)
 
     def f(self, x_t: Tensor, t: Tensor, s: Tensor, schedule: Schedule) -> Tensor:
-        """What a perfect student says at (x_t, t) (B, D): the x0 whose DDIM step to `s` is exactly the flow to `s`."""
+        """The x0 of a perfect student at (x_t, t) (B, D): the x0 whose DDIM step to `s` is exactly the flow to `s`."""
         ratio = (schedule.sigma[s].double() / schedule.sigma[t].double())[:, None]
         gain = schedule.alpha[s].double()[:, None] - schedule.alpha[t].double()[:, None] * ratio
         scale = self.marginal_std(s, schedule) / self.marginal_std(t, schedule)

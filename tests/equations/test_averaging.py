@@ -56,7 +56,7 @@ def test_averaging_leaves_no_graph_and_refuses_unequal_lists():
 
 
 class Operations(TorchDispatchMode):
-    """What torch is asked to compute, by name."""
+    """The names of the operations that torch dispatches."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +72,7 @@ def test_all_parameters_are_averaged_in_one_call_to_the_bits_of_one_by_one(decay
     draws = torch.Generator().manual_seed(0)
     means, values = ([torch.randn(7, size, generator=draws) for size in (1, 33, 1000)] for _ in range(2))
     expected = [mean.clone().lerp_(value, 1.0 - decay) for mean, value in zip(means, values, strict=True)]
-    with Operations() as asked:
+    with Operations() as dispatched:
         ema_update_(means, values, decay)
     assert all(torch.equal(mean, one) for mean, one in zip(means, expected, strict=True))
-    assert [name for name in asked.names if "lerp" in name] == ["aten::_foreach_lerp_.Scalar"]
+    assert [name for name in dispatched.names if "lerp" in name] == ["aten::_foreach_lerp_.Scalar"]

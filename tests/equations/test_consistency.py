@@ -92,7 +92,7 @@ def test_loss_in_z_by_hand():
 
 
 def test_loss_in_x0_by_hand():
-    """From x_t = 11 a target of 12 asks for x0 = (12 - 0.75 * 11) / (0.8 - 0.6 * 0.75) = 75 / 7; SNR + 1 = 25 / 16."""
+    """From x_t = 11 a target of 12 needs x0 = (12 - 0.75 * 11) / (0.8 - 0.6 * 0.75) = 75 / 7; SNR + 1 = 25 / 16."""
     x_t, x0, target = torch.tensor([[11.0]]), torch.tensor([[5.0]]), torch.tensor([[12.0]])
     t, s = torch.tensor([1]), torch.tensor([0])
     expected = torch.tensor([25 / 16 * (5 - 75 / 7) ** 2])
@@ -102,7 +102,7 @@ def test_loss_in_x0_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_segments", [8, 4, 2, 1])
 def test_the_target_at_a_segments_start_is_the_state_itself(num_segments, dtype):
-    """The anchor: where r has reached s, whatever the network says there is ignored, to the last bit."""
+    """The anchor: at r = s the network's prediction is ignored, to the last bit."""
     r = s = milestones(num_segments)
     x_r = normal(len(s), 4, 8, 8).to(dtype)
     for guess in (normal(len(s), 4, 8, 8, seed=1).to(dtype), torch.full_like(x_r, float("nan"))):
@@ -133,13 +133,13 @@ def test_with_a_segment_per_grid_step_the_loss_is_one_teacher_step(schedule):
     t, r = on_grid(200, grid)
     assert torch.equal(segment_start(t, 48), r)
     x_t = normal(200, 2)
-    said = teacher.posterior_mean(x_t, t, schedule)
-    x_r = ddim_step(x_t, said, t, r, schedule)
+    x0 = teacher.posterior_mean(x_t, t, schedule)
+    x_r = ddim_step(x_t, x0, t, r, schedule)
     target = transfer(x_r, normal(200, 2, seed=1), r, segment_start(t, 48), schedule)
-    assert loss_in_z(said, x_t, t, target, r, schedule, squared_l2).max() == 0.0
+    assert loss_in_z(x0, x_t, t, target, r, schedule, squared_l2).max() == 0.0
 
     gain = schedule.alpha[r] - schedule.alpha[t] * schedule.sigma[r] / schedule.sigma[t]
-    off_by_one = loss_in_z(said + 1.0, x_t, t, target, r, schedule, squared_l2)
+    off_by_one = loss_in_z(x0 + 1.0, x_t, t, target, r, schedule, squared_l2)
     torch.testing.assert_close(off_by_one, gain**2, rtol=1e-3, atol=0)
 
 
@@ -179,7 +179,9 @@ def test_the_exact_student_of_gaussian_data_has_no_loss_on_its_trajectory(schedu
     f_r = torch.where(inside, target.f(x_r, r, torch.where(r > s, s, r - 1).clamp(min=0), schedule), 0.0)
     for aim in (transfer(x_r, f_r, r, s, schedule), x_s):
         assert loss_in_z(f_t, x_t, t, aim, s, schedule, squared_l2).max() < 1e-11
-    assert loss_in_z(f_t, x_t, t, x_r, s, schedule, squared_l2).mean() > 1e-4  # the pair's second point is no target
+    assert (
+        loss_in_z(f_t, x_t, t, x_r, s, schedule, squared_l2).mean() > 1e-4
+    )  # the pair's second point is not the target
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
@@ -209,12 +211,12 @@ def test_for_rectified_flow_the_loss_in_x0_is_one_of_velocities(shift):
     t, s = torch.tensor([999, 600, 21]), torch.tensor([874, 0, 0])
     x_t, x_s, v = normal(3, 3, 4)
     target = inverse_ddim_step(x_t, x_s, t, s, schedule)
-    wanted = prediction_from_x0(target, x_t, t, schedule, "flow")
+    target_velocity = prediction_from_x0(target, x_t, t, schedule, "flow")
     x0 = x0_from_prediction(v, x_t, t, schedule, "flow")
     share = schedule.alpha[t] ** 2 + schedule.sigma[t] ** 2
-    found = loss_in_x0(x0, x_t, t, x_s, s, schedule, squared_l2_in_double)
-    torch.testing.assert_close(found, share * squared_l2_in_double(v, wanted), rtol=1e-5, atol=0)
-    assert found[0] > 0.1  # the last time counts, where there is no signal
+    loss = loss_in_x0(x0, x_t, t, x_s, s, schedule, squared_l2_in_double)
+    torch.testing.assert_close(loss, share * squared_l2_in_double(v, target_velocity), rtol=1e-5, atol=0)
+    assert loss[0] > 0.1  # the last time counts, where there is no signal
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
@@ -255,7 +257,7 @@ def test_the_inter_segment_target_is_f_and_at_zero_the_state():
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "flow"])
 def test_the_inter_segment_loss_is_nothing_for_the_exact_consistency_function(schedule):
-    """One trajectory, two milestones, one clean end; at r = 0 the state stands for it up to the noise it holds."""
+    """One trajectory, two milestones, one clean end; at r = 0 the state is it, up to its noise."""
     target = gaussian_2d()
     t, r = milestones(8)[1:], milestones(8)[:-1]
     x_t = target.marginal_std(t, schedule) * normal(8, 2) + schedule.alpha[t].double()[:, None] * target.mean

@@ -21,15 +21,15 @@ times = st.integers(0, 998).map(lambda time: torch.tensor([time]))  # at 999 rec
 def test_x0_survives_the_round_trip(schedule, kind, x0, x_t, t):
     if kind == "v_prediction" and schedule is FLOW:
         return  # v is defined on the circle only
-    said = prediction_from_x0(x0, x_t, t, schedule, kind)
-    torch.testing.assert_close(x0_from_prediction(said, x_t, t, schedule, kind), x0, atol=1e-6, rtol=1e-6)
+    prediction = prediction_from_x0(x0, x_t, t, schedule, kind)
+    torch.testing.assert_close(x0_from_prediction(prediction, x_t, t, schedule, kind), x0, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(said=latents, x_t=latents, t=times)
-def test_the_prediction_survives_the_round_trip(kind, said, x_t, t):
-    x0 = x0_from_prediction(said, x_t, t, VP, kind)
-    torch.testing.assert_close(prediction_from_x0(x0, x_t, t, VP, kind), said, atol=5e-5, rtol=1e-5)
+@given(prediction=latents, x_t=latents, t=times)
+def test_the_prediction_survives_the_round_trip(kind, prediction, x_t, t):
+    x0 = x0_from_prediction(prediction, x_t, t, VP, kind)
+    torch.testing.assert_close(prediction_from_x0(x0, x_t, t, VP, kind), prediction, atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -37,14 +37,14 @@ def test_the_prediction_survives_the_round_trip(kind, said, x_t, t):
 def test_all_kinds_tell_of_the_same_point(kind, x0, eps, t):
     """From x_t = alpha x0 + sigma eps every kind finds the x0 and the eps that it was made of."""
     x_t = add_noise(x0, eps, t, VP)
-    said = prediction_from_x0(x0, x_t, t, VP, kind)
-    found = x0_from_prediction(said, x_t, t, VP, kind)
-    torch.testing.assert_close(found, x0, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(prediction_from_x0(found, x_t, t, VP, "epsilon"), eps, atol=2e-5, rtol=1e-5)
+    prediction = prediction_from_x0(x0, x_t, t, VP, kind)
+    estimate = x0_from_prediction(prediction, x_t, t, VP, kind)
+    torch.testing.assert_close(estimate, x0, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(prediction_from_x0(estimate, x_t, t, VP, "epsilon"), eps, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "prediction"),
     [
         ("epsilon", 5.0),  # eps
         ("v_prediction", 0.8 * 5 - 0.6 * 10),  # alpha eps - sigma x0 = -2
@@ -52,11 +52,11 @@ def test_all_kinds_tell_of_the_same_point(kind, x0, eps, t):
         ("flow", 5.0 - 10.0),  # eps - x0
     ],
 )
-def test_each_kind_by_hand(kind, said):
+def test_each_kind_by_hand(kind, prediction):
     """x0 = 10 and eps = 5 at alpha 0.8, sigma 0.6: x_t = 11."""
     x0, x_t, t = torch.tensor([[10.0]]), torch.tensor([[11.0]]), torch.tensor([0])
-    torch.testing.assert_close(prediction_from_x0(x0, x_t, t, BY_HAND, kind), torch.tensor([[said]]))
-    torch.testing.assert_close(x0_from_prediction(torch.tensor([[said]]), x_t, t, BY_HAND, kind), x0)
+    torch.testing.assert_close(prediction_from_x0(x0, x_t, t, BY_HAND, kind), torch.tensor([[prediction]]))
+    torch.testing.assert_close(x0_from_prediction(torch.tensor([[prediction]]), x_t, t, BY_HAND, kind), x0)
 
 
 def test_rectified_flow_by_hand():
@@ -75,9 +75,9 @@ def test_conversions_equal_stock_ddim(kind, time):
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=kind, clip_sample=False
     )
     stock.set_timesteps(8)
-    said, x_t = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(time))
-    ours = x0_from_prediction(said, x_t, torch.full((3,), time), VP, kind)
-    torch.testing.assert_close(ours, stock.step(said, time, x_t).pred_original_sample, atol=2e-4, rtol=1e-5)
+    prediction, x_t = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(time))
+    ours = x0_from_prediction(prediction, x_t, torch.full((3,), time), VP, kind)
+    torch.testing.assert_close(ours, stock.step(prediction, time, x_t).pred_original_sample, atol=2e-4, rtol=1e-5)
 
 
 def test_v_equals_stock_velocity():
@@ -89,7 +89,7 @@ def test_v_equals_stock_velocity():
 
 
 def test_rectified_flow_needs_no_signal_to_be_read():
-    """At the last time x_t is pure noise: eps cannot tell x0, the velocity can."""
+    """At the last time x_t is pure noise: x0 does not follow from eps, but from the velocity."""
     t, x0, eps = torch.tensor([999]), torch.tensor([[3.0]]), torch.tensor([[-1.0]])
     x_t = add_noise(x0, eps, t, FLOW)
     torch.testing.assert_close(x_t, eps)
@@ -126,11 +126,11 @@ def test_min_snr_weights_by_hand_also_where_there_is_no_signal(kind, gamma, expe
 def test_min_snr_weighs_the_error_of_x0_alike_whatever_is_predicted(kind):
     schedule = FLOW if kind == "flow" else VP
     t = torch.tensor([1, 300, 600, 990])
-    x_t, said, other = torch.randn(3, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    errors = x0_from_prediction(said, x_t, t, schedule, kind) - x0_from_prediction(other, x_t, t, schedule, kind)
+    x_t, prediction, other = torch.randn(3, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    errors = x0_from_prediction(prediction, x_t, t, schedule, kind) - x0_from_prediction(other, x_t, t, schedule, kind)
     expected = snr(t, schedule).clamp(max=5.0) * errors.square().mean(1)
-    found = min_snr_weight(t, schedule, kind, 5.0) * (said - other).square().mean(1)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    weighted = min_snr_weight(t, schedule, kind, 5.0) * (prediction - other).square().mean(1)
+    torch.testing.assert_close(weighted, expected, rtol=1e-5, atol=0)
 
 
 def test_min_snr_for_rectified_flow_is_alpha_or_sigma_squared_and_nothing_without_signal():

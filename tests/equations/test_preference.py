@@ -75,8 +75,8 @@ def test_denoising_errors_by_hand():
 def test_the_error_in_eps_space_is_that_of_the_noise(schedule):
     x0, target, eps = normal(3, 4, 2, 5)
     t = torch.tensor([998, 749, 499, 20])
-    said = prediction_from_x0(x0, add_noise(target, eps, t, schedule), t, schedule, "epsilon")
-    expected = (said - eps).square().flatten(1).mean(1)
+    predicted_eps = prediction_from_x0(x0, add_noise(target, eps, t, schedule), t, schedule, "epsilon")
+    expected = (predicted_eps - eps).square().flatten(1).mean(1)
     torch.testing.assert_close(denoising_error(x0, target, t, schedule, "eps"), expected, rtol=1e-5, atol=0)
 
 
@@ -85,16 +85,16 @@ def test_in_eps_space_rectified_flow_learns_nothing_at_its_last_time():
     schedule, t = flow_schedule(3.0), torch.tensor([999, 749, 20])
     x_t, target, v = normal(3, 3, 4)
     x0 = x0_from_prediction(v, x_t, t, schedule, "flow")
-    wanted = prediction_from_x0(target, x_t, t, schedule, "flow")
+    target_velocity = prediction_from_x0(target, x_t, t, schedule, "flow")
     error = denoising_error(x0, target, t, schedule, "eps")
-    velocity = (v - wanted).square().mean(1)
+    velocity = (v - target_velocity).square().mean(1)
     torch.testing.assert_close(error, schedule.alpha[t] ** 2 * velocity, rtol=1e-5, atol=0)
     assert error[0] == 0.0
     torch.testing.assert_close(denoising_error(x0, target, t, schedule, "x0")[0], velocity[0])
 
 
 def test_errors_are_one_float32_a_sample_in_half_precision():
-    """And not rounded on the way: 1 + 1/256 is no bfloat16, and nor is a mean of squares."""
+    """Without rounding on the way: 1 + 1/256 is not a bfloat16, nor is a mean of squares."""
     x0, target = torch.full((3, 4, 8, 8), 1 + 1 / 128, dtype=torch.bfloat16), torch.full((3, 4, 8, 8), 1 / 256)
     error = denoising_error(x0, target.bfloat16(), torch.tensor([1, 1, 1]), VP, "x0")
     assert (error.dtype, error.shape) == (torch.float32, (3,))

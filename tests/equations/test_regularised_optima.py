@@ -1,4 +1,4 @@
-"""Every objective, by plain gradient descent, ends at the known optimum of what it is said to optimise.
+"""Every objective, by plain gradient descent, ends at the known optimum of what it claims to optimise.
 
 The student is one number: its x0 (1,), the same whatever it is shown. One stochastic step of the sampler makes it a
 policy N(mean, std^2) with a mean linear in that number and a std that the schedule fixes; the reference is another.
@@ -70,14 +70,15 @@ class Step:
         self.x_t = torch.full_like(noise, STATE)
         self.reference_mean, self.std = self.policy(torch.tensor([REFERENCE], dtype=torch.float64))
 
-    def shown(self, x0: torch.Tensor) -> torch.Tensor:
+    def batch_of(self, x0: torch.Tensor) -> torch.Tensor:
+        """The estimate `x0` (1,), once a row of noise (B, 1)."""
         return x0.expand(len(self.noise), 1)
 
     def policy(self, x0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return step_gaussian(self.x_t, self.shown(x0), self.t, self.s, self.gamma, self.schedule)
+        return step_gaussian(self.x_t, self.batch_of(x0), self.t, self.s, self.gamma, self.schedule)
 
     def draw(self, x0: torch.Tensor) -> torch.Tensor:
-        return gamma_step(self.x_t, self.shown(x0), self.t, self.s, self.noise, self.gamma, self.schedule)
+        return gamma_step(self.x_t, self.batch_of(x0), self.t, self.s, self.noise, self.gamma, self.schedule)
 
     def trained_mean(self, loss, rate: float = 0.5, num_steps: int = 200) -> float:
         start = torch.tensor([START], dtype=torch.float64)
@@ -97,10 +98,10 @@ class Step:
 @pytest.mark.parametrize("shape", [negative, lambda r: hinge(r, 100.0)], ids=["negative", "hinge"])
 def test_reward_feedback_with_its_anchor(shape, gamma, schedule):
     step = Step(quantiles(51), gamma, schedule)
-    reference_x0 = step.shown(torch.tensor([REFERENCE], dtype=torch.float64))
+    reference_x0 = step.batch_of(torch.tensor([REFERENCE], dtype=torch.float64))
 
     def loss(x0):
-        anchor = step_kl(step.shown(x0), reference_x0, step.t, step.s, gamma, schedule)
+        anchor = step_kl(step.batch_of(x0), reference_x0, step.t, step.s, gamma, schedule)
         return (shape(reward(step.draw(x0))) + WEIGHT * anchor).mean()
 
     assert step.trained_mean(loss) == pytest.approx(step.tuned_mean(WEIGHT), abs=1e-6)
@@ -212,7 +213,7 @@ def test_online_dpo_of_a_linear_reward_is_a_shifted_reference(loss_type, flipped
 
 
 def test_ipo_of_a_linear_preference_is_a_shifted_reference():
-    """P(x beats y) = 1/2 + k (x - y) asks log-ratios to differ by (2 P - 1) / (2 beta): a shift of k std^2 / beta."""
+    """P(x beats y) = 1/2 + k (x - y) needs log-ratios (2 P - 1) / (2 beta) apart: a shift of k std^2 / beta."""
     slope, beta = 0.08, 0.1
     step = Step(quantiles(31), 1.0)
 
@@ -250,8 +251,8 @@ def test_offline_pairs_of_a_linear_reward_shift_the_reference(form, num_times, s
     wins = differences(slope * pictures.flatten()).sigmoid()
 
     def errors(x0):
-        shown = x0.expand(len(pictures), 1)
-        return torch.stack([denoising_error(shown, pictures, t.expand(len(pictures)), VP, "eps") for t in times])
+        estimate = x0.expand(len(pictures), 1)
+        return torch.stack([denoising_error(estimate, pictures, t.expand(len(pictures)), VP, "eps") for t in times])
 
     reference_errors = errors(torch.tensor([REFERENCE], dtype=torch.float64))
     start = torch.tensor([START], dtype=torch.float64)

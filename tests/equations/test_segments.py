@@ -141,9 +141,9 @@ def test_jumps_are_steps_of_samplers_and_every_budget_has_the_same_share():
     budgets = [2, 4, 8]
     t, s = draw_jumps(budgets, 6_000, torch.Generator().manual_seed(0))
     steps = {n: list(zip(sampling_times(n), [*sampling_times(n)[1:], 0], strict=True)) for n in budgets}
-    drawn = Counter(zip(t.tolist(), s.tolist(), strict=True))
+    counts = Counter(zip(t.tolist(), s.tolist(), strict=True))
     expected = Counter()
     for n, jumps in steps.items():
         expected.update(dict.fromkeys(jumps, 6000 / 3 / n))
-    assert drawn.keys() == expected.keys()
-    assert all(abs(drawn[jump] - count) < 5 * count**0.5 for jump, count in expected.items())
+    assert counts.keys() == expected.keys()
+    assert all(abs(counts[jump] - count) < 5 * count**0.5 for jump, count in expected.items())

@@ -51,9 +51,9 @@ def test_ddim_step_by_hand():
 def test_ddim_step_equals_stock_ddim(kind, t, s, num_steps):
     stock = DDIMScheduler(**SD, prediction_type=kind, clip_sample=False, set_alpha_to_one=False)
     stock.set_timesteps(num_steps)
-    said, x_t = latents(2, seed=t)
-    expected = stock.step(said, t, x_t, eta=0.0).prev_sample
-    x0 = x0_from_prediction(said, x_t, at(t), VP, kind)
+    prediction, x_t = latents(2, seed=t)
+    expected = stock.step(prediction, t, x_t, eta=0.0).prev_sample
+    x0 = x0_from_prediction(prediction, x_t, at(t), VP, kind)
     torch.testing.assert_close(ddim_step(x_t, x0, at(t), at(s), VP), expected, atol=2e-5, rtol=2e-5)
 
 
@@ -205,7 +205,7 @@ def test_every_gamma_step_of_every_grid_is_finite_and_never_adds_negative_varian
 
 
 def test_a_gamma_step_back_up_from_no_signal_is_nothing_over_nothing():
-    """Where it breaks: alpha_s' = 0 needs s' = s = T - 1, which is no end of a jump; then 0 / 0."""
+    """Where it breaks: alpha_s' = 0 needs s' = s = T - 1, where no jump ends; then 0 / 0."""
     t = at(999, 1)
     zero = torch.zeros(1, 1)
     assert time_before_noise(t, 1e-9).item() == 999

@@ -15,7 +15,7 @@ from mlcm_rl.storage import checkpoints, files
 from mlcm_rl.storage.files import CheckpointError
 from mlcm_rl.storage.tensors import write_tensors
 from mlcm_rl.training.loop import Runtime
-from mlcm_rl.training.states import load_optimizer, named, optimizer_tensors, read_training
+from mlcm_rl.training.states import add_prefix, load_optimizer, optimizer_tensors, read_training
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -102,7 +102,7 @@ def test_too_full_a_disk_is_seen_before_anything_is_written(tmp_path, monkeypatc
 def test_what_cannot_be_put_back_is_an_error(tmp_path):
     weights, optimizer = stepped()
     shapes = {name: value.shape for name, value in weights.items()}
-    tensors = optimizer_tensors(optimizer) | named("student", weights)
+    tensors = optimizer_tensors(optimizer) | add_prefix("student", weights)
     checkpoints.save_state(tmp_path, 1, tensors, {"guard": {}})
     steps, _, record = read_training(tmp_path, {"student": shapes}, ["guard"])
     assert (steps, record) == (1, {"guard": {}})
@@ -115,7 +115,7 @@ def test_what_cannot_be_put_back_is_an_error(tmp_path):
         read_training(tmp_path, {"student": {name: value.shape for name, value in other.items()}})
     with pytest.raises(ValueError, match="optimiser's state number 0 is of another parameter"):
         load_optimizer(its, tensors)
-    checkpoints.save_state(tmp_path, 2, named("student", weights))
+    checkpoints.save_state(tmp_path, 2, add_prefix("student", weights))
     with pytest.raises(CheckpointError, match=r"step-00000002 holds nothing of optimizer"):
         read_training(tmp_path, {"student": shapes})
 

@@ -96,7 +96,7 @@ def test_a_folder_in_use_is_refused_by_name_and_free_again_when_its_process_is_k
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        with lock.held(folder):
+        with lock.folder_lock(folder):
             os.write(writing, b"held")
             signal.pause()
     try:
@@ -107,7 +107,7 @@ def test_a_folder_in_use_is_refused_by_name_and_free_again_when_its_process_is_k
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    with lock.held(folder):
+    with lock.folder_lock(folder):
         assert f"process {os.getpid()} " in (folder / lock.FILE).read_text()
     assert (folder / lock.FILE).read_text() == ""
 
@@ -188,5 +188,5 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lock.fcntl, "flock", unknown)
     told = r"stage/\.lock cannot be locked \(no locks available\)"
-    with pytest.raises(CheckpointError, match=told), lock.held(tmp_path / "stage"):
+    with pytest.raises(CheckpointError, match=told), lock.folder_lock(tmp_path / "stage"):
         pytest.fail("it is taken for locked")

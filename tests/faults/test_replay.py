@@ -98,5 +98,5 @@ def test_a_run_that_diverges_says_how_to_repeat_the_step_and_the_command_prints_
 def test_what_is_no_bundle_is_refused_in_words(tmp_path):
     path = tmp_path / "nonfinite-1.json"
     path.write_text("{}")
-    with pytest.raises(CheckpointError, match="is no bundle of format 1"):
+    with pytest.raises(CheckpointError, match="is not a bundle of format 1"):
         replay.read(path)

@@ -57,7 +57,7 @@ def test_a_step_that_takes_too_long_after_a_signal_is_left_and_so_is_one_at_a_se
     monkeypatch.setattr(signals, "STEP_SECONDS", 0.1)
 
     def step(count: int, seconds: float) -> None:
-        with signals.kept_back() as pending:
+        with signals.deferral() as pending:
             for _ in range(count):
                 os.kill(os.getpid(), number)
                 assert pending.number == number

@@ -48,7 +48,7 @@ def recipe(teacher, folder, kind="feedback", num_prompts=4, **changes):
             r"stages\[2\] \(feedback\): guard.rewards\[0\]: .*`mlcm rewards fetch ocr`",
         ),
         ({"languages": {"fr": 1.0}}, r"stages\[2\] \(feedback\): prompts: languages: .* holds no prompt in fr"),
-        ({"num_prompts": 7}, r"stages\[3\] \(evaluate\): prompts: .* holds 6 prompts, num_prompts asks for 7"),
+        ({"num_prompts": 7}, r"stages\[3\] \(evaluate\): prompts: .* holds 6 prompts, num_prompts is 7"),
     ],
 )
 def test_what_a_later_stage_would_stop_at_is_told_before_the_first_runs(

@@ -69,7 +69,7 @@ def test_processes_draw_a_share_each_and_together_what_one_draws(distilled, monk
     decoded.clear()
     share = -(-5 // processes)
     shares: dict[int, Guard] = {}
-    monkeypatch.setattr(distributed, "count", lambda: processes)
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
     monkeypatch.setattr(distributed, "gather", lambda part: part)
     for rank in range(processes):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)

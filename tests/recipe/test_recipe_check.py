@@ -53,7 +53,7 @@ def test_only_a_folder_is_proposed_for_a_folder(broken, root):
 
 
 @pytest.mark.parametrize(
-    ("found", "told"),
+    ("class_name", "message"),
     [
         (
             "StableDiffusionPipeline",
@@ -62,10 +62,10 @@ def test_only_a_folder_is_proposed_for_a_folder(broken, root):
         ("FluxPipeline", "sdxl does not load the FluxPipeline that is in teacher"),
     ],
 )
-def test_a_teacher_of_another_family_is_told_when_the_recipe_is_read(broken, root, found, told):
-    (root / "teacher" / "model_index.json").write_text(f'{{"_class_name": "{found}"}}')
+def test_a_teacher_of_another_family_is_told_when_the_recipe_is_read(broken, root, class_name, message):
+    (root / "teacher" / "model_index.json").write_text(f'{{"_class_name": "{class_name}"}}')
     (problem,) = broken(overrides=("seed=1",))
-    assert (key_text(problem.key), problem.text) == ("teacher.family", told)
+    assert (key_text(problem.key), problem.text) == ("teacher.family", message)
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", ["pipeline", "TargetTimePipeline"]], ids=str)
@@ -117,7 +117,7 @@ def test_a_hub_name_is_not_looked_for_on_disk_and_needs_a_revision(broken, root,
     assert load(root / "good.yaml", [f"teacher.path={path}", REVISION], root).teacher.path == path
     (problem,) = broken(overrides=(f"teacher.path={path}",))
     assert key_text(problem.key) == "teacher.revision"
-    assert f"{path} is no folder here, and a hub name needs its commit" in problem.text
+    assert f"{path} is not a folder here, and a hub name needs its commit" in problem.text
 
 
 @pytest.mark.parametrize("revision", ["main", "0" * 39, "0" * 41, "g" * 40])
@@ -133,21 +133,21 @@ def test_a_path_that_is_no_hub_name_is_looked_for_whatever_the_revision(broken):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         ("data/prompts.txt", "teacher", "expected a file, found the folder teacher"),
         ("judge: judge", "judge: data/eval.jsonl", "expected a folder, found the file data/eval.jsonl"),
     ],
 )
-def test_a_folder_in_place_of_a_file_is_called_one(broken, old, new, told):
-    assert {problem.text for problem in broken((old, new))} == {told}
+def test_a_folder_in_place_of_a_file_is_called_one(broken, old, new, message):
+    assert {problem.text for problem in broken((old, new))} == {message}
 
 
-@pytest.mark.parametrize(("runs", "found"), [("", "empty text"), ("good.yaml", "the file good.yaml")])
-def test_runs_are_kept_in_a_folder(broken, runs, found):
+@pytest.mark.parametrize(("runs", "value"), [("", "empty text"), ("good.yaml", "the file good.yaml")])
+def test_runs_are_kept_in_a_folder(broken, runs, value):
     (problem,) = broken(overrides=(f"runs='{runs}'",))
     assert key_text(problem.key) == "runs"
-    assert problem.text == f"expected a folder, which need not be there yet, found {found}"
+    assert problem.text == f"expected a folder, which need not be there yet, found {value}"
 
 
 def test_what_paths_are_relative_to_is_said_once(root):
@@ -249,8 +249,8 @@ def test_a_distill_stage_goes_on_with_the_adapter_and_the_input_of_the_one_befor
     (problem,) = broken(change)  # its adapter is the default one
     assert key_text(problem.key) == "stages[2].adapter"
     assert "adapter must be that of stages[1]" in problem.text
-    found = broken(change, overrides=("stages.1.condition_on_target=true", "stages.1.target=trajectory"))
-    assert [key_text(problem.key) for problem in found] == ["stages[2].adapter", "stages[2].condition_on_target"]
+    problems = broken(change, overrides=("stages.1.condition_on_target=true", "stages.1.target=trajectory"))
+    assert [key_text(problem.key) for problem in problems] == ["stages[2].adapter", "stages[2].condition_on_target"]
     text = (root / "good.yaml").read_text("utf-8").replace(*change)
     (root / "good.yaml").write_text(text, "utf-8")
     assert len(load(root / "good.yaml", ["stages.2.adapter={kind: lora, rank: 8}"], root).stages) == 4

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe is told all at once, each error with line, key, expectation and nearest name."""
+"""All errors of a recipe are reported at once, each with line, key, expectation and nearest name."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from mlcm_rl.recipe.schema import json_schema
 from mlcm_rl.recipe.tree import RecipeError, key_text
 
 
-def told(problem) -> tuple[int, str, str]:
+def place_and_text(problem) -> tuple[int, str, str]:
     return problem.place.line, key_text(problem.key), problem.text
 
 
@@ -78,7 +78,13 @@ def test_a_good_recipe_means_what_a_person_reads_in_it(root):
         ("name: good", "name: [good]", 2, "name", "found a list of 1"),
         ("name: good", "name: !secret good", 2, "name", "the YAML tag !secret means nothing in a recipe"),
         ("name: good", "name: !!int good", 2, "name", "'good' cannot be read as YAML's int"),
-        ("[a red apple, 红苹果]", "&it [a red apple, *it]", 27, "samples.prompts[1]", "an alias stands inside what it"),
+        (
+            "[a red apple, 红苹果]",
+            "&it [a red apple, *it]",
+            27,
+            "samples.prompts[1]",
+            "an alias is inside the value that it",
+        ),
         (
             "    num_trajectories: 64",
             "    num_trajectories: 1e3",
@@ -190,30 +196,34 @@ def test_a_good_recipe_means_what_a_person_reads_in_it(root):
 )
 def test_an_error_names_line_key_expectation_and_nearest_name(broken, old, new, line, key, text):
     (problem,) = broken((old, new))
-    assert told(problem)[:2] == (line, key)
+    assert place_and_text(problem)[:2] == (line, key)
     assert text in problem.text
 
 
 def test_a_missing_key_is_told_where_it_should_stand_with_its_description(broken):
     (problem,) = broken(("  path: teacher\n", ""))
-    assert told(problem)[:2] == (4, "teacher.path")
+    assert place_and_text(problem)[:2] == (4, "teacher.path")
     assert problem.text.startswith("missing: expected text (folder in diffusers format")
 
 
 def test_all_errors_are_told_at_once_in_the_order_of_the_file(broken):
     problems = broken(("seed: 7", "seed: x"), ("kind: distill", "kind: distil"), ("  judge: judge", "  jugde: judge"))
-    assert [told(problem)[:2] for problem in problems] == [(3, "seed"), (12, "stages[1].kind"), (24, "stages[2].jugde")]
+    assert [place_and_text(problem)[:2] for problem in problems] == [
+        (3, "seed"),
+        (12, "stages[1].kind"),
+        (24, "stages[2].jugde"),
+    ]
 
 
 def test_a_stage_of_unknown_kind_is_told_nothing_about_other_kinds(broken):
     (problem,) = broken(("kind: trajectories", "kind: dance"))
-    assert told(problem)[:2] == (9, "stages[0].kind")
+    assert place_and_text(problem)[:2] == (9, "stages[0].kind")
 
 
 def test_a_duplicated_key_names_both_lines_and_hides_no_other_error(broken):
     twice, other = broken(("seed: 7", "seed: 7\nseed: 8"), ("    num_prompts: 8", "    num_prompts: none"))
-    assert told(twice) == (4, "seed", "the key is given twice, on lines 3 and 4")
-    assert told(other)[:2] == (24, "stages[2].num_prompts")
+    assert place_and_text(twice) == (4, "seed", "the key is given twice, on lines 3 and 4")
+    assert place_and_text(other)[:2] == (24, "stages[2].num_prompts")
 
 
 def test_an_error_is_printed_with_file_line_and_column(broken, root):
@@ -274,7 +284,7 @@ def test_a_folder_is_not_read_as_a_recipe(root):
 def test_what_every_setting_must_be_can_be_said():
     """Of each form that a value may have, down to the entries of lists and of mappings whose names are free."""
     schema = json_schema()
-    waiting, worded = [errors._inline(schema, schema["$defs"])], 0
+    waiting, num_described = [errors._inline(schema, schema["$defs"])], 0
     while waiting:
         one = waiting.pop()
         waiting += one.get("properties", {}).values()
@@ -282,8 +292,8 @@ def test_what_every_setting_must_be_can_be_said():
         waiting += [part for name in ("items", "additionalProperties") if isinstance(part := one.get(name), dict)]
         if {"type", "anyOf", "enum", "const", "discriminator"} & one.keys():  # else anything may stand there
             assert errors.expected(one)
-            worded += 1
-    assert worded > 300
+            num_described += 1
+    assert num_described > 300
 
 
 @pytest.mark.parametrize("value", ["FP16", "a-b", "7", "[fp16]"])

@@ -32,12 +32,12 @@ LONG = [
 SCRAPS = WORDS.split() + CHARACTERS + LONG
 
 replaced = st.tuples(st.just("replace"), st.integers(0, len(GOOD)), st.integers(0, 12), st.sampled_from(SCRAPS))
-written = st.tuples(st.just("replace"), st.integers(0, len(GOOD)), st.integers(0, 3), st.text(max_size=5))
-moved = st.tuples(
+insertions = st.tuples(st.just("replace"), st.integers(0, len(GOOD)), st.integers(0, 3), st.text(max_size=5))
+moves = st.tuples(
     st.just("line"), st.integers(0, 40), st.integers(0, 40), st.sampled_from(["drop", "repeat", "indent"])
 )
 valued = st.tuples(st.just("value"), st.integers(0, 40), st.just(0), st.sampled_from(SCRAPS))
-mutations = st.lists(st.one_of(replaced, written, moved, valued), min_size=1, max_size=4)
+mutations = st.lists(st.one_of(replaced, insertions, moves, valued), min_size=1, max_size=4)
 
 keys = st.sampled_from(
     ["seed", "stages", "stages.1", "stages.1.num_steps.0", "stages[distill].adapter.rank", "samples.x"]

@@ -19,8 +19,8 @@ def test_a_stage_is_named_by_number_or_by_kind(root, path):
 
 
 def test_a_value_is_read_as_yaml_like_the_file(root):
-    changed = distill(root, "stages[distill].num_steps=[4, 3, 2, 1]", "stages.1.precision=no", "stages.1.space=x0")
-    assert (changed.num_steps, changed.precision, changed.space) == ([4, 3, 2, 1], "no", "x0")
+    stage = distill(root, "stages[distill].num_steps=[4, 3, 2, 1]", "stages.1.precision=no", "stages.1.space=x0")
+    assert (stage.num_steps, stage.precision, stage.space) == ([4, 3, 2, 1], "no", "x0")
 
 
 def test_a_setting_that_the_file_does_not_have_is_added_with_what_stands_around_it(root):

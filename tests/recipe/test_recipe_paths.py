@@ -1,4 +1,4 @@
-"""What a path in a recipe means, wherever the command is typed."""
+"""The meaning of paths in a recipe, for every working directory."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from mlcm_rl.recipe.file import load
 from mlcm_rl.recipe.tree import RecipeError
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
-RECORDED = ["trajectories-e09327c42d0ddccb", "distill-4ca666c98aacc2da"]  # of emoji_demo, in people's folders
+RECORDED = ["trajectories-e09327c42d0ddccb", "distill-4ca666c98aacc2da"]  # of emoji_demo, in users' folders
 TRAINED = """
   - kind: feedback
     prompts: data/prompts.txt
@@ -23,19 +23,19 @@ TRAINED = """
 
 
 @pytest.fixture
-def told():
+def notes():
     return []
 
 
 @pytest.fixture
-def read(root, told):
+def load_beside(root, notes):
     """A function that loads the good recipe, moved to a folder beside the one that all it names is in."""
 
     def loaded(*overrides: str, text: str | None = None, working: Path = root):
         (root / "mine").mkdir(exist_ok=True)
         file = root / "mine" / "good.yaml"
         file.write_text(text or (root / "good.yaml").read_text("utf-8"), "utf-8")
-        return load(file, overrides, working, tell=told.append)
+        return load(file, overrides, working, tell=notes.append)
 
     return loaded
 
@@ -43,70 +43,70 @@ def read(root, told):
 @pytest.mark.parametrize("working", [SHIPPED.parent, SHIPPED, SHIPPED / "launch", Path("/")])
 def test_a_shipped_recipe_is_the_same_run_from_any_folder(working, monkeypatch):
     monkeypatch.chdir(working)
-    recipe, done = load(SHIPPED / "emoji_demo.yaml", root=working, tell=pytest.fail), []
+    recipe, stages = load(SHIPPED / "emoji_demo.yaml", root=working, tell=pytest.fail), []
     for stage in recipe.stages[:2]:
-        done.append(locate(stage, recipe, done))
-    assert [one.folder for one in done] == [Path("runs/stages") / name for name in RECORDED]
+        stages.append(locate(stage, recipe, stages))
+    assert [one.folder for one in stages] == [Path("runs/stages") / name for name in RECORDED]
 
 
-def test_paths_are_relative_to_the_recipes_file(root, read, told):
+def test_paths_are_relative_to_the_recipes_file(root, load_beside, notes):
     text = (root / "good.yaml").read_text("utf-8").replace("path: teacher", "path: ../teacher")
     for name in ("data/prompts.txt", "data/eval.jsonl"):
         text = text.replace(name, f"../{name}")
-    recipe = read(text=text.replace("judge: judge", "judge: ../judge"))
+    recipe = load_beside(text=text.replace("judge: judge", "judge: ../judge"))
     assert (recipe.teacher.path, recipe.stages[0].prompts, recipe.stages[2].judge) == (
         "teacher",
         "data/prompts.txt",
         "judge",
     )
-    assert (recipe.runs, told) == ("runs", [])
-    elsewhere = read(text=text.replace("judge: judge", "judge: ../judge"), working=root / "data")
+    assert (recipe.runs, notes) == ("runs", [])
+    elsewhere = load_beside(text=text.replace("judge: judge", "judge: ../judge"), working=root / "data")
     assert elsewhere.teacher.path == str(root / "teacher")
 
 
-def test_a_path_of_the_working_directory_is_still_read_and_the_new_form_told(root, read, told):
-    recipe = read()
+def test_a_path_of_the_working_directory_is_still_read_and_the_new_form_told(root, load_beside, notes):
+    recipe = load_beside()
     assert (recipe.teacher.path, recipe.stages[0].prompts) == ("teacher", "data/prompts.txt")
-    assert len(told) == 4
-    assert "teacher.path: teacher is read in the working directory" in told[0]
-    assert told[0].endswith("write ../teacher")
+    assert len(notes) == 4
+    assert "teacher.path: teacher is read in the working directory" in notes[0]
+    assert notes[0].endswith("write ../teacher")
 
 
-def test_of_two_meanings_the_recipes_folder_wins_and_that_is_said(root, read, told):
+def test_of_two_meanings_the_recipes_folder_wins_and_that_is_said(root, load_beside, notes):
     (root / "mine" / "data").mkdir(parents=True)
     (root / "mine" / "data" / "prompts.txt").write_text("a dog")
-    assert read().stages[0].prompts == "mine/data/prompts.txt"
-    (line,) = [line for line in told if "stages[0].prompts" in line]
+    assert load_beside().stages[0].prompts == "mine/data/prompts.txt"
+    (line,) = [line for line in notes if "stages[0].prompts" in line]
     assert f"data/prompts.txt is beside the recipe and in the working directory; {root / 'mine'}" in line
 
 
-def test_an_override_is_relative_to_the_working_directory(root, read, told):
+def test_an_override_is_relative_to_the_working_directory(root, load_beside, notes):
     (root / "mine").mkdir()
     (root / "mine" / "other.txt").write_text("a dog")
     (root / "other.txt").write_text("a dog")
-    assert read("stages.0.prompts=other.txt").stages[0].prompts == "other.txt"
-    assert not any("other.txt" in line for line in told)
+    assert load_beside("stages.0.prompts=other.txt").stages[0].prompts == "other.txt"
+    assert not any("other.txt" in line for line in notes)
     (root / "other.txt").unlink()
     with pytest.raises(RecipeError, match=r"no such file: other\.txt") as raised:
-        read("stages.0.prompts=other.txt")
+        load_beside("stages.0.prompts=other.txt")
     assert raised.value.note == f"paths on the command line are relative to the working directory, here {root}"
 
 
-def test_a_path_that_is_nowhere_is_told_as_written_with_both_folders(root, read):
+def test_a_path_that_is_nowhere_is_told_as_written_with_both_folders(root, load_beside):
     (root / "data" / "prompts.txt").unlink()
     with pytest.raises(RecipeError, match=r"no such file: data/prompts\.txt") as raised:
-        read()
+        load_beside()
     assert str(root / "mine") in raised.value.note
     assert f"looked for from the working directory too, {root})" in raised.value.note
 
 
-def test_a_link_before_dots_is_followed_as_the_system_does(root, read, told):
+def test_a_link_before_dots_is_followed_as_the_system_does(root, load_beside, notes):
     (root / "far" / "deep").mkdir(parents=True)
     (root / "far" / "other.txt").write_text("a dog")
     (root / "mine").mkdir()
     (root / "mine" / "link").symlink_to(root / "far" / "deep")
     text = (root / "good.yaml").read_text("utf-8").replace("data/prompts.txt", "link/../other.txt")
-    assert os.path.samefile(read(text=text).stages[0].prompts, root / "far" / "other.txt")
+    assert os.path.samefile(load_beside(text=text).stages[0].prompts, root / "far" / "other.txt")
 
 
 @pytest.fixture
@@ -154,9 +154,9 @@ def test_a_recorded_recipe_finds_its_paths_from_anywhere_and_after_a_move(root, 
     assert fingerprint(there) == before
     older = paths.recorded({"recipe": described["recipe"]}, folder)  # which did not say where it was made
     assert older == there
-    moved = root.with_name(root.name + "-moved")
-    root.rename(moved)
-    assert paths.recorded(described, moved / folder.relative_to(root)).teacher.path == str(moved / "teacher")
+    new_root = root.with_name(root.name + "-moved")
+    root.rename(new_root)
+    assert paths.recorded(described, new_root / folder.relative_to(root)).teacher.path == str(new_root / "teacher")
 
 
 def test_a_recipe_read_from_afar_keeps_what_its_rewards_said(root, with_taste, monkeypatch):

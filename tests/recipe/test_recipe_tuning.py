@@ -11,7 +11,7 @@ MPS = {"shape": "mps_hinge", "rewards": [{"name": "mps"}]}
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "told"),
+    ("kind", "changes", "message"),
     [
         ("feedback", {"num_grad_steps": 3}, "num_grad_steps 3 is more than sampling_steps 2"),
         ("feedback", {"kl": 0.1, "gamma": 0.0}, "kl needs gamma above 0"),
@@ -44,8 +44,8 @@ MPS = {"shape": "mps_hinge", "rewards": [{"name": "mps"}]}
         ("policy", {"sampling_steps": 1}, "sampling_steps 2 or more"),
     ],
 )
-def test_a_stage_that_cannot_work_is_refused(kind, changes, told):
-    with pytest.raises(ValidationError, match=told):
+def test_a_stage_that_cannot_work_is_refused(kind, changes, message):
+    with pytest.raises(ValidationError, match=message):
         runs.tuning(kind, "prompts.txt", **changes)
 
 
@@ -69,7 +69,7 @@ def test_the_hinge_of_mps_is_the_papers_by_default_and_what_is_set_is_kept(chang
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"condition_on_target": False}, "they need condition_on_target: true"),
         ({"num_segments": [8, 1]}, "and num_segments: \\[1\\]"),
@@ -77,10 +77,10 @@ def test_the_hinge_of_mps_is_the_papers_by_default_and_what_is_set_is_kept(chang
         ({"budgets": [9]}, "less than or equal to 8"),
     ],
 )
-def test_budgets_are_refused_where_no_stored_jump_can_teach_them(changes, told):
+def test_budgets_are_refused_where_no_stored_jump_can_teach_them(changes, message):
     settings = {"num_steps": 1, "batch_size": 1, "num_segments": [1], "budgets": [2, 4], "condition_on_target": True}
     Distill(**settings)
-    with pytest.raises(ValidationError, match=told):
+    with pytest.raises(ValidationError, match=message):
         Distill(**(settings | changes))
 
 
@@ -113,19 +113,19 @@ def test_a_reward_that_does_not_exist_is_refused_by_name_and_place(broken):
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [
         ("pears", "no such folder: pears; did you mean pairs?"),
         ("data", "the folder data holds no metadata.jsonl"),
         ("pairs.parquet", "no such file: pairs.parquet"),
     ],
 )
-def test_a_pair_table_that_is_not_there_is_told(broken, root, path, told):
+def test_a_pair_table_that_is_not_there_is_told(broken, root, path, message):
     (root / "pairs").mkdir()
     stage = FEEDBACK.replace("feedback", f"dpo\n    pairs: {path}")
     (problem,) = broken(("  - kind: evaluate\n", stage + "  - kind: evaluate\n"))
     assert problem.key == ("stages", 2, "pairs")
-    assert told in problem.text
+    assert message in problem.text
 
 
 def test_a_small_decoder_that_is_not_there_is_told(broken, root):

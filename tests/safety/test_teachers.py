@@ -211,7 +211,7 @@ BOMBS = {
     "objects": '{"a":' * 10**5,
     "twice": '{"in_channels": 4, "in_channels": 4}',
     "digits": '{"in_channels": ' + "9" * 10_000 + "}",
-    "long": " " * (teacher_check.MOST_BYTES + 1),
+    "long": " " * (teacher_check.MAX_BYTES + 1),
     "no text": b"\xff\xfe\x00",
     "a list": "[]",
     "nothing": "",

@@ -25,7 +25,7 @@ from mlcm_rl.recipe.tree import RecipeError
 from mlcm_rl.storage import hashing, untrusted
 from mlcm_rl.storage.files import CheckpointError, read_json
 from mlcm_rl.storage.manifest import finish, verify
-from mlcm_rl.storage.untrusted import held
+from mlcm_rl.storage.untrusted import path_inside
 
 
 @pytest.fixture
@@ -65,12 +65,12 @@ def test_a_name_that_leaves_its_folder_is_refused_with_file_and_line(folder, nam
 @pytest.mark.parametrize("name", ["", "a\0b", None, 3, "\ud800"])
 def test_what_is_no_name_is_refused(folder, name):
     with pytest.raises(ValueError, match="here: expected the name of a file, got"):
-        held(folder, name, "here")
+        path_inside(folder, name, "here")
 
 
 def test_a_name_in_the_folder_is_held_by_a_link_to_it_too(folder):
     (folder.parent / "run").symlink_to(folder)
-    assert held(folder.parent / "run", "a.png", "here").samefile(folder / "a.png")
+    assert path_inside(folder.parent / "run", "a.png", "here").samefile(folder / "a.png")
 
 
 def test_a_manifest_lists_files_of_its_folder_alone(tmp_path):

@@ -52,7 +52,7 @@ def test_pictures_to_train_a_teacher_on_are_encoded_a_micro_batch_at_a_time(tiny
 def test_pictures_of_pairs_are_encoded_as_many_at_a_time_as_a_process_has_pairs(
     base, sizes, tmp_path, monkeypatch, processes
 ):
-    monkeypatch.setattr(distributed, "count", lambda: processes)
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
     pairs = runs.write_pairs(tmp_path / "pairs")
     source = dpo.StoredPairs(runs.tuning("dpo", "unused", pairs=pairs, **SPLIT), base, seed=0)
     assert max(sizes) == 3 // processes

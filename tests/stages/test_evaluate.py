@@ -285,7 +285,7 @@ def test_samples_that_are_not_numbers_stop_the_evaluation(place, tmp_path, monke
 
 
 def test_more_prompts_than_there_are_is_refused(place, tmp_path):
-    with pytest.raises(ValueError, match=f"holds {len(PROMPTS)} prompts, num_prompts asks for 7"):
+    with pytest.raises(ValueError, match=f"holds {len(PROMPTS)} prompts, num_prompts is 7"):
         run(place, tmp_path / "run", num_prompts=7)
 
 

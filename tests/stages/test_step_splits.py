@@ -101,7 +101,7 @@ def test_what_a_sample_starts_from_is_its_own_whatever_the_split_and_the_number_
     def starts(size: int, processes: int = 1) -> dict[int, tuple[str, torch.Tensor, torch.Tensor]]:
         """By number in the step: prompt, noise, and what its generator gives next."""
         found = {}
-        monkeypatch.setattr(distributed, "count", lambda: processes)
+        monkeypatch.setattr(distributed, "world_size", lambda: processes)
         for rank in range(processes):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             parts = micro_batches(8, size, 2)

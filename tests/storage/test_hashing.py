@@ -1,4 +1,4 @@
-"""A folder's identity is that of what is loaded from it, through links, and comes to an end."""
+"""The hash of a folder is that of the files loaded from it, links followed, and never runs without end."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What a process holds of a training student, tensor by tensor, as JSON: one file a process.
+"""Measure the bytes of a training student in each process, tensor by tensor, as JSON: one file a process.
 
 held_bytes.py TEACHER FOLDER SETTINGS          (SETTINGS of the distill stage, as JSON)
 """
@@ -27,8 +27,8 @@ def parameters(student: torch.nn.Module) -> list[Tensor]:
     return [getattr(value, "ds_tensor", value) for value in student.parameters()]
 
 
-class Seen:
-    """Bytes when the gradients of a step have come together, and what its update has left."""
+class Meter:
+    """Bytes of the gradients of a step when they are complete, and of the tensors after its update."""
 
     def __init__(self, rt: Runtime, student: torch.nn.Module):
         self.rt, self.student, self.bytes = rt, student, {"exchange": 0, "gradients": 0}
@@ -56,17 +56,18 @@ class Seen:
         buffers = [one.buffer for one in self.zero.ipg_buckets.values()]
         return size(part for one in buffers for part in (one if isinstance(one, list) else [one]))
 
-    def before(self, figures: Tensor, wanted: bool) -> tuple[list[float], float]:
+    def before(self, figures: Tensor, should_update: bool) -> tuple[list[float], float]:
         self.bytes["gradients"] = max(self.bytes["gradients"], self.gradients())
         if self.rt.engine.__dict__.get("weights_in_parts"):
             self.bytes["exchange"] = self.exchange()
-        return self.step(figures, wanted)
+        return self.step(figures, should_update)
 
     def after(self) -> dict[str, int]:
         moments = [one for state in self.rt.optimizer.state.values() for one in state.values()]
-        kept = {one.untyped_storage().data_ptr() for one in parameters(self.student) if not hasattr(one, "to_local")}
+        whole = [one for one in parameters(self.student) if not hasattr(one, "to_local")]
+        originals = {one.untyped_storage().data_ptr() for one in whole}
         flats = self.rt.engine._flats() if self.zero is not None else []
-        copies = [one for one in flats if one.untyped_storage().data_ptr() not in kept]
+        copies = [one for one in flats if one.untyped_storage().data_ptr() not in originals]
         optimiser = size(moments) + size(copies)
         return self.bytes | {"parameters": size(parameters(self.student)), "optimiser": optimiser}
 
@@ -81,14 +82,16 @@ def main(teacher: Path, folder: Path, settings: dict) -> None:
     whole = [weakref.ref(value.untyped_storage()) for value in student.parameters()]
     optimizer = torch.optim.AdamW(students.trainable_parameters(student), lr=1e-3, fused=True)
     rt.prepare(student, optimizer)
-    seen = Seen(rt, student)
+    meter = Meter(rt, student)
     rt.parts, rt.step, rt.update = {}, 0, 0
-    own = stage.micro_batch // processes.count()
-    given = base.encode_prompts(["a cat"] * own)
+    own = stage.micro_batch // processes.world_size()
+    conditioning = base.encode_prompts(["a cat"] * own)
     x_t, t = torch.zeros(own, *base.latent_shape), torch.full((own,), 500)
-    rt.backward(base.x0(student, x_t, t, given).square().mean((1, 2, 3)) for _ in range(stage.gradient_accumulation))
-    kept = sum(storage.nbytes() for one in whole if (storage := one()) is not None)
-    (folder / f"{processes.rank()}.json").write_text(json.dumps(seen.after() | {"kept": kept}))
+    rt.backward(
+        base.x0(student, x_t, t, conditioning).square().mean((1, 2, 3)) for _ in range(stage.gradient_accumulation)
+    )
+    originals = sum(storage.nbytes() for one in whole if (storage := one()) is not None)
+    (folder / f"{processes.rank()}.json").write_text(json.dumps(meter.after() | {"originals": originals}))
     processes.finish()
 
 

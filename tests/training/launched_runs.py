@@ -44,9 +44,9 @@ def launch(recipe: Recipe, folder: Path, mode: str, **changes: str) -> subproces
 
 
 def launched(recipe: Recipe, folder: Path, mode: str) -> None:
-    done = launch(recipe, folder, mode)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("done  ") == 1  # one process speaks
+    process = launch(recipe, folder, mode)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.count("done  ") == 1  # one process speaks
 
 
 def stage_folders(recipe: Recipe) -> list[Path]:
@@ -74,13 +74,13 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 def assert_alike(alone: Recipe, together: Recipe) -> None:
     """Same fingerprints, logs and students, up to the order of sums."""
     for one, other in zip(stage_folders(alone), stage_folders(together), strict=True):
-        assert one.resolve().name == other.resolve().name  # the launch is no part of the fingerprint
+        assert one.resolve().name == other.resolve().name  # the launch is not part of the fingerprint
         assert len(records(one)) == len(records(other))
-        for expected, found in zip(records(one), records(other), strict=True):
-            assert found["step"] == expected["step"]
-            assert found.keys() == expected.keys()
+        for expected, actual in zip(records(one), records(other), strict=True):
+            assert actual["step"] == expected["step"]
+            assert actual.keys() == expected.keys()
             for name in {"loss", "grad_norm", "held_out_loss"} & expected.keys():
-                assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), (one.name, name)
+                assert actual[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), (one.name, name)
         if weights(one):
             assert distance(weights(one), weights(other)) < 1e-4
 

@@ -91,10 +91,10 @@ def check_mode(
     builds = together / "builds"
     place = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     place["TORCH_EXTENSIONS_DIR"] = str(builds)
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, json.dumps(settings)], env=os.environ | place, capture_output=True, text=True, timeout=SECONDS
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     assert not builds.exists()  # nothing was compiled
 
     assert_same_training(alone[0], together)
@@ -109,9 +109,9 @@ def assert_same_training(alone: Path, together: Path) -> None:
 
     A policy's loss is what is left of terms near one that cancel: their rounding is its absolute tolerance.
     """
-    for expected, found in zip(records(alone), records(together), strict=True):
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4, abs=1e-5)
-        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+    for expected, actual in zip(records(alone), records(together), strict=True):
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-4, abs=1e-5)
+        assert actual["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
     assert distance(state(alone), state(together)) < 1e-4
     assert distance(weights(alone), weights(together)) < 1e-4
 
@@ -136,8 +136,8 @@ def test_every_kind_of_student_trains_under_every_engine(mode, name, tiny_sdxl, 
 def test_preference_learning_under_zero3_trains_saves_and_reloads_as_one_process(kind, distilled, tiny_sdxl, tmp_path):
     prompts = runs.write_prompts(tmp_path)
     stages = [runs.trajectories(prompts), runs.distill(num_segments=[2], adapter=distilled)]
-    found = pipeline.run(runs.recipe(tiny_sdxl, tmp_path, stages))
-    parents = {"trajectories": found[0].folder, "distill": found[1].folder}
+    stages_alone = pipeline.run(runs.recipe(tiny_sdxl, tmp_path, stages))
+    parents = {"trajectories": stages_alone[0].folder, "distill": stages_alone[1].folder}
     settings = {"prompts": prompts, **TUNING[kind]}
     alone = train_alone(tiny_sdxl, tmp_path / "alone", kind, parents, settings)
     check_mode("zero3", tiny_sdxl, tmp_path / "together", kind, parents, settings, alone)

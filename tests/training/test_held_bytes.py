@@ -1,4 +1,4 @@
-"""What is predicted that an engine holds is what its tensors add up to, in each of two processes on the CPU."""
+"""The predicted bytes of an engine are the sum of its tensors, in each of two processes on the CPU."""
 
 import json
 import os
@@ -18,12 +18,12 @@ from mlcm_rl.recipe import Distill
 
 
 def measured(mode: str, teacher: Path, folder: Path, settings: dict) -> list[dict[str, int]]:
-    """The bytes that each process found, under the launch file `mode`."""
+    """Return the bytes of each process under the launch file `mode`."""
     script = [str(ROOT / "tests" / "training" / "held_bytes.py"), str(teacher), str(folder), json.dumps(settings)]
     command = [sys.executable, launch.__file__, "--config_file", str(LAUNCHES / f"{mode}.yaml"), *script]
     place = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=os.environ | place, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(command, env=os.environ | place, capture_output=True, text=True, timeout=SECONDS)
+    assert process.returncode == 0, process.stdout + process.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -36,14 +36,14 @@ def test_tensors_of_an_engine_add_up_to_what_is_predicted(mode, adapter, tiny_sd
     stage: Distill = runs.distill(adapter={"kind": adapter})
     base = teachers.skeleton(runs.recipe(tiny_sdxl, tmp_path, [stage]).teacher)
     student = students.student(base, stage.adapter, 0)
-    asked = read_launch(LAUNCHES / f"{mode}.yaml")
-    sizes = outline(student, base.denoiser, asked.blocks)
-    expected = held(sizes, asked)
-    for found in measured(mode, tiny_sdxl, tmp_path, stage.model_dump(mode="json")):
-        assert found["gradients"] == pytest.approx(expected.gradients, rel=0.02)
-        assert found["optimiser"] == pytest.approx(expected.optimiser, rel=0.02)
-        assert found["parameters"] == pytest.approx(sizes.weights / (2 if asked.level == 3 else 1), rel=0.02)
-        if asked.level == 3:
-            assert found["kept"] == 0  # of the weights as they were loaded, frozen ones too
+    launch_settings = read_launch(LAUNCHES / f"{mode}.yaml")
+    sizes = outline(student, base.denoiser, launch_settings.blocks)
+    expected = held(sizes, launch_settings)
+    for actual in measured(mode, tiny_sdxl, tmp_path, stage.model_dump(mode="json")):
+        assert actual["gradients"] == pytest.approx(expected.gradients, rel=0.02)
+        assert actual["optimiser"] == pytest.approx(expected.optimiser, rel=0.02)
+        assert actual["parameters"] == pytest.approx(sizes.weights / (2 if launch_settings.level == 3 else 1), rel=0.02)
+        if launch_settings.level == 3:
+            assert actual["originals"] == 0  # of the weights as they were loaded, frozen ones too
         if mode.startswith("zero"):
-            assert found["exchange"] == pytest.approx(expected.exchange, rel=0.02)  # as large whatever the student
+            assert actual["exchange"] == pytest.approx(expected.exchange, rel=0.02)  # the same for every student

@@ -13,9 +13,9 @@ import runs
 from mlcm_rl.recipe import Recipe
 from mlcm_rl.training import joining
 from mlcm_rl.training import processes as distributed
-from mlcm_rl.training.processes import count, refuse_unshared, start
+from mlcm_rl.training.processes import refuse_unshared, start, world_size
 
-NAMES = {*joining.RENDEZVOUS, *joining.COUNTS, *joining.PLACES, "SLURM_NTASKS"}
+NAMES = {*joining.RENDEZVOUS, *joining.COUNTS, *joining.RANKS, "SLURM_NTASKS"}
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_one_of_several_that_cannot_find_the_others_is_refused(monkeypatch, vari
         start(torch.device("cpu"))
 
 
-TOLD = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+VARIABLES = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,13 @@ TOLD = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0
     ],
 )
 def test_a_place_among_others_that_cannot_be_is_refused_by_name(monkeypatch, name, value, words):
-    """Also under a launcher that says nothing of them itself."""
+    """Also under a launcher that does not check them itself."""
     for other in NAMES:
         monkeypatch.delenv(other, raising=False)
-    for other, text in (TOLD | {name: value, "TORCHELASTIC_RUN_ID": "none"}).items():
+    for other, text in (VARIABLES | {name: value, "TORCHELASTIC_RUN_ID": "none"}).items():
         monkeypatch.setenv(other, text)
-    assert distributed.rank() >= 0  # asked on import, before anything can be told
-    assert count() > 0
+    assert distributed.rank() >= 0  # called on import, before an error can be reported
+    assert world_size() > 0
     with pytest.raises(ValueError, match=words):
         start(torch.device("cpu"))
 
@@ -91,7 +91,7 @@ def test_a_process_on_its_own_is_asked_nothing(monkeypatch, tmp_path, variables)
     monkeypatch.setattr(distributed, "PartialState", lambda **_: pytest.fail("it waits for others"))
     start(torch.device("cpu"))
     refuse_unshared(tmp_path / "runs")
-    assert (distributed.rank(), count()) == (0, 1)
+    assert (distributed.rank(), world_size()) == (0, 1)
     assert not list(tmp_path.iterdir())
 
 
@@ -114,7 +114,7 @@ def test_a_process_of_several_ends_at_once_with_its_code(ends, code, says):
     ]
     ended = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)],
-        env=environment(**TOLD),
+        env=environment(**VARIABLES),
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -125,13 +125,13 @@ def test_a_process_of_several_ends_at_once_with_its_code(ends, code, says):
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def joined(recipe: Recipe, folders: list[Path]) -> list[subprocess.CompletedProcess]:
-    """`mlcm run` in one process for each of `folders`, each with the recipe, told of the others as a cluster can."""
+    """`mlcm run` in one process for each of `folders`, each with the recipe and the variables that a cluster sets."""
     port, processes = str(free_port()), []
     for rank, folder in enumerate(folders):
         places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(folders))}
@@ -140,10 +140,10 @@ def joined(recipe: Recipe, folders: list[Path]) -> list[subprocess.CompletedProc
         command = [sys.executable, "-m", "mlcm_rl", "run", "small.yaml"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, cwd=folder, env=place, **pipes))
-    said = [process.communicate(timeout=SECONDS) for process in processes]
+    outputs = [process.communicate(timeout=SECONDS) for process in processes]
     return [
         subprocess.CompletedProcess([], process.returncode, *both)
-        for process, both in zip(processes, said, strict=True)
+        for process, both in zip(processes, outputs, strict=True)
     ]
 
 
@@ -155,12 +155,12 @@ def test_processes_that_are_told_of_each_other_share_a_run_and_two_machines_with
     folders = [tmp_path / "one", tmp_path / "other"]
     for folder in folders:
         folder.mkdir()
-    for rank, done in enumerate(joined(recipe, folders)):
-        assert done.returncode == 1, done.stdout + done.stderr
-        assert f"failed  runs: process 1 of 2 does not see in {folders[rank] / 'runs'} what process 0" in done.stderr
-        assert "Traceback" not in done.stderr
+    for rank, process in enumerate(joined(recipe, folders)):
+        assert process.returncode == 1, process.stdout + process.stderr
+        assert f"failed  runs: process 1 of 2 does not see in {folders[rank] / 'runs'} what process 0" in process.stderr
+        assert "Traceback" not in process.stderr
     assert [path.name for path in tmp_path.glob("*/runs/*")] == []
     together = joined(recipe, [folders[0], folders[0]])
-    assert [done.returncode for done in together] == [0, 0], together
-    assert [done.stdout.count("done  1 stages") for done in together] == [1, 0]
+    assert [process.returncode for process in together] == [0, 0], together
+    assert [process.stdout.count("done  1 stages") for process in together] == [1, 0]
     assert len(list(tmp_path.glob("one/runs/stages/trajectories-*/shard-*"))) == 4

@@ -1,4 +1,4 @@
-"""Several processes of one recipe make what one process makes; what cannot be launched is said in words."""
+"""Several processes of one recipe have the result of one; what cannot be launched is reported."""
 
 import os
 import re
@@ -91,8 +91,8 @@ def test_processes_that_cannot_share_a_batch_are_told_once_before_any_stage(tiny
     recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
     failed = launch(recipe, tmp_path, "cpu2")
     assert failed.returncode == 1
-    told = "stages[1] (distill): batch_size: 3 samples cannot be shared evenly by 2 processes"
-    assert failed.stderr.count(told) == 1
+    message = "stages[1] (distill): batch_size: 3 samples cannot be shared evenly by 2 processes"
+    assert failed.stderr.count(message) == 1
     assert "Traceback" not in failed.stderr
     assert not Path(recipe.runs).exists()
 
@@ -100,14 +100,14 @@ def test_processes_that_cannot_share_a_batch_are_told_once_before_any_stage(tiny
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_runs_on_up_to_eight_processes(path, processes, monkeypatch):
-    monkeypatch.setattr(distributed, "count", lambda: processes)
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
     for stage in load(path).stages:
         if isinstance(stage, Training):
             assert dict(preflight.refused(stage)).get("batch_size") is None
 
 
 def test_a_process_takes_its_rows_and_its_items(monkeypatch):
-    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     assert rows(6) == slice(3, 6)
     assert share(range(5)) == [1, 3]
@@ -116,7 +116,7 @@ def test_a_process_takes_its_rows_and_its_items(monkeypatch):
 
 
 def test_a_group_of_samples_stays_in_one_process(monkeypatch):
-    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     assert rows(8, together=4) == slice(4, 8)
     with pytest.raises(ValueError, match="3 groups of 2 samples cannot be shared evenly by 2 processes"):
@@ -142,7 +142,7 @@ TWO = "distributed_type: MULTI_GPU\n"
     ("text", "problem"),
     [
         (b"a: [", "is not YAML"),
-        (b"a: 1", "is no accelerate configuration"),
+        (b"a: 1", "is not an accelerate configuration"),
         (b"distributed_type: 'NO' # \xe9", "is not UTF-8: .* at byte 25"),
         (
             "distributed_type: FOO",
@@ -205,8 +205,8 @@ def test_the_words_that_people_leave_unquoted_are_read_as_accelerate_reads_them(
     (tmp_path / "launch.yaml").write_text(
         "distributed_type: NO\nmixed_precision: no\nmain_process_port:\nfsdp_config:\n"
     )
-    found = read(tmp_path / "launch.yaml")
-    assert (found["distributed_type"], found["mixed_precision"], found["num_processes"]) == ("NO", "no", 1)
+    settings = read(tmp_path / "launch.yaml")
+    assert (settings["distributed_type"], settings["mixed_precision"], settings["num_processes"]) == ("NO", "no", 1)
 
 
 # ---- one process ----
@@ -250,7 +250,7 @@ def test_a_signal_to_a_launch_of_one_process_ends_the_training_after_a_step_that
     assert "Traceback" not in errors
     (folder,) = (log.parent for log in logs)
     assert checkpoints.checkpoints(folder)
-    with lock.held(folder):  # nobody is left behind who holds it
+    with lock.folder_lock(folder):  # nobody is left behind who holds it
         pass
 
 
@@ -271,8 +271,8 @@ def children(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_process_that_is_killed_ends_the_launch_in_words_that_say_what_is_saved(tiny_sdxl, tmp_path, lost):
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_process_that_is_killed_ends_the_launch_in_words_that_say_what_is_saved(tiny_sdxl, tmp_path, rank):
     stages = [
         runs.trajectories(runs.write_prompts(tmp_path)),
         runs.distill(num_steps=100_000, save_every=50_000, log_every=1),
@@ -284,7 +284,7 @@ def test_a_process_that_is_killed_ends_the_launch_in_words_that_say_what_is_save
         while not any(tmp_path.glob("runs/stages/distill-*/log.jsonl")) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.kill(children(process.pid)[lost], signal.SIGKILL)
+        os.kill(children(process.pid)[rank], signal.SIGKILL)
         output, errors = process.communicate(timeout=SECONDS)
     finally:
         process.kill()
@@ -294,7 +294,7 @@ def test_a_process_that_is_killed_ends_the_launch_in_words_that_say_what_is_save
         "the same command goes on",
         errors,
     ), errors
-    assert f"process {lost} of 2 was ended by SIGKILL (the system does that where memory runs out)" in errors
+    assert f"process {rank} of 2 was ended by SIGKILL (the system does that where memory runs out)" in errors
     assert "Traceback" not in errors
     (folder,) = tmp_path.glob("runs/stages/distill-*")
     (saved,) = checkpoints.checkpoints(folder)  # by the process that is left: none was due

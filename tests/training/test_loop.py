@@ -1,4 +1,4 @@
-"""What surrounds a training loop: its precision, and what is said before it begins."""
+"""The surroundings of a training loop: its precision, its figures, and the messages before it begins."""
 
 import math
 import os
@@ -63,8 +63,8 @@ def test_a_git_that_does_not_name_the_commit_is_none(tmp_path, monkeypatch, kind
 
 def test_the_commit_is_that_of_a_checkout_of_this_package_alone(tmp_path, monkeypatch):
     """Installed into an environment that lies within another checkout, it has none."""
-    found = commit.commit()
-    assert found is None or len(found) == 40
+    name = commit.commit()
+    assert name is None or len(name) == 40
     inside = Path(commit.__file__).parents[2] / "venv" / "mlcm_rl" / "storage" / "commit.py"
     monkeypatch.setattr(commit, "__file__", str(inside))
     assert commit.commit() is None
@@ -74,9 +74,9 @@ def test_trackers_are_given_the_recipe_without_a_path_of_this_machine(tmp_path):
     stage = runs.distill()
     loop.Runtime(runs.recipe(tmp_path / "teacher", tmp_path, [stage], trackers=["tensorboard"]), stage, tmp_path)
     (file,) = tmp_path.glob("tensorboard/*/hparams.yml")
-    kept = YAML(typ="safe").load(file)
-    assert (kept["stages.0.kind"], kept["stages.0.learning_rate"], kept["seed"]) == ("distill", 1e-3, 0)
-    assert (kept["teacher.path"], kept["teacher.revision"]) == ("teacher", "None")
+    config = YAML(typ="safe").load(file)
+    assert (config["stages.0.kind"], config["stages.0.learning_rate"], config["seed"]) == ("distill", 1e-3, 0)
+    assert (config["teacher.path"], config["teacher.revision"]) == ("teacher", "None")
     assert str(tmp_path) not in file.read_text()
 
 
@@ -112,11 +112,11 @@ def test_weights_swapped_in_bfloat16_are_the_ones_that_a_pass_takes(tiny_sdxl, t
     with rt.autocast():
         own = base.x0(student, x_t, t, conditioning)
         with rt.swapped(average), torch.no_grad():
-            found = base.x0(student, x_t, t, conditioning)
+            x0 = base.x0(student, x_t, t, conditioning)
         again = base.x0(student, x_t, t, conditioning)
-    assert torch.equal(found, expected)
+    assert torch.equal(x0, expected)
     assert torch.equal(own, again)
-    assert not torch.equal(own, found)
+    assert not torch.equal(own, x0)
 
 
 # ---- a step ----
@@ -147,20 +147,20 @@ def losses_of(student: nn.Module, accumulation: int):
 @pytest.fixture
 def readings(monkeypatch) -> list[str]:
     """How figures are read from tensors, one entry a reading: on a GPU each waits for all that is under way."""
-    found: list[str] = []
+    names: list[str] = []
 
     def counted(name: str):
         original = getattr(torch.Tensor, name)
 
-        def read(self, *arguments):
-            found.append(name)
+        def read_and_note(self, *arguments):
+            names.append(name)
             return original(self, *arguments)
 
-        monkeypatch.setattr(torch.Tensor, name, read)
+        monkeypatch.setattr(torch.Tensor, name, read_and_note)
 
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
         counted(name)
-    return found
+    return names
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 8])
@@ -178,8 +178,8 @@ def test_the_loss_is_the_sum_of_the_micro_batches_in_their_order_to_the_bit(line
     rt, student = linear(4)
     sums = [loss.sum().item() for loss in losses_of(student, 4)]
     for _ in rt.steps(0, 1, "distill"):
-        found = rt.backward(losses_of(student, 4))
-    assert found["loss"] == sum(sums) / 8
+        figures = rt.backward(losses_of(student, 4))
+    assert figures["loss"] == sum(sums) / 8
 
 
 @pytest.mark.parametrize("position", [0, 3])
@@ -218,7 +218,7 @@ def test_gradients_are_averaged_where_they_are(monkeypatch):
         return SimpleNamespace(wait=lambda: tensor.mul_(4))  # it is there when it was waited for
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
     gradients = [torch.ones(2, 3), torch.ones(4, dtype=torch.bfloat16), torch.ones(())]
     places = [one.data_ptr() for one in gradients]
     processes.average_(gradients)
