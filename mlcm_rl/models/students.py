@@ -262,7 +262,10 @@ def _resume(base: Base, adapter: Lora | Full, condition_on_target: bool, folder:
             f"{adapter.model_dump()}; a stage continues with the adapter of the student it starts from"
         )
     if description["conditioned"] and not condition_on_target:
-        raise ValueError(f"{folder} holds a student conditioned on its target time; set condition_on_target: true")
+        raise ValueError(
+            f"{folder} holds a student conditioned on its target time, and the stage would go on without: a stage "
+            "continues with the inputs of the student it starts from"
+        )
     return _load_denoiser(base, folder, description, condition_on_target)
 
 

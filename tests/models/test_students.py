@@ -177,7 +177,7 @@ def test_start_of_another_kind_is_refused(sdxl, tmp_path):
     for other in (Lora(rank=4, alpha=4.0), Lora(rank=8, alpha=8.0), Full()):
         with pytest.raises(ValueError, match="'rank': 4"):
             students.student(sdxl, other, 0, True, start=tmp_path / "student")
-    with pytest.raises(ValueError, match="condition_on_target: true"):
+    with pytest.raises(ValueError, match="conditioned on its target time, and the stage would go on without"):
         students.student(sdxl, ADAPTERS[0], 0, False, start=tmp_path / "student")
 
 
