@@ -102,11 +102,16 @@ def _with_place(problem: Problem, tree: Node, file: str) -> Problem:
 
 
 def _teacher_problems(teacher: Teacher, folders: Folders) -> Iterator[Problem]:
-    """Yield what is wrong with the teacher's folder or hub name.
+    """Yield what is wrong with the teacher's family, when another distribution's, and its folder or hub name.
 
     A hub name is `owner/model`: one slash, and no folder `owner` here; with a revision, `model` alone too.
     """
     key = ("teacher", "path")
+    try:
+        layout_of(teacher.family)
+    except ValueError as error:
+        yield Problem(("teacher", "family"), str(error))
+        return
     name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", teacher.path)
     is_hub_name = name and name[1] and not any(os.path.isdir((one / teacher.path).parent) for one in folders.of(key))
     if teacher.revision is None and is_hub_name:
