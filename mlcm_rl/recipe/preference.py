@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from . import hinges
+from . import hinge_defaults
 from .distill import MOMENTS_BYTES, Distill
 from .reads import PICTURES, PROMPTS, Reads
 from .stage import OneStage, Requirement, States, Training
@@ -188,7 +188,7 @@ class Feedback(Tuning):
     small_decoder: Annotated[str | None, Reads(holding="config.json", is_network=True)] = Field(
         None, description="folder of an AutoencoderTiny that draws for the rewards trained on, never for the guard"
     )
-    _hinge_is_settled = model_validator(mode="after")(hinges.settle)
+    _hinge_is_settled = model_validator(mode="after")(hinge_defaults.settle)
 
     @model_validator(mode="after")
     def _sampler_has_those_steps(self):

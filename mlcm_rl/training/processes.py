@@ -21,7 +21,7 @@ from accelerate.utils import gather as accelerate_gather
 from torch import Tensor
 
 from ..storage.files import write_json
-from .joining import launched, number, refuse_strangers
+from .launch_environment import launched, number, refuse_strangers
 
 Item = TypeVar("Item")
 LOOKS, LOOK_SECONDS = 20, 0.5  # for a file that another machine wrote: it may appear late in a shared folder
