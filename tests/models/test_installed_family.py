@@ -12,6 +12,9 @@ import pytest
 
 import runs
 import tiny
+from mlcm_rl.models.base import Base
+from mlcm_rl.models.flow import FlowBase
+from mlcm_rl.models.unet import UNetBase
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILY = """
@@ -98,6 +101,14 @@ def test_a_slip_in_the_distribution_is_one_line_that_names_the_entry_point(
     assert "the entry point my_family = my_package.layout:LAYOUT of mlcm_rl.families" in told
     assert message in told
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("base", [Base, UNetBase, FlowBase])
+def test_the_page_names_all_that_is_left_to_write(base):
+    page = (ROOT / "docs" / "add_a_family.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| `{base.__name__}` \|.*\| (.*) \|$", page, re.MULTILINE)
+    attributes = {name for name in Base.__annotations__ if not hasattr(base, name)}
+    assert set(re.findall(r"`(\w+)`", row)) == attributes | base.__abstractmethods__
 
 
 def test_a_copy_of_a_family_keeps_the_checks_of_its_teacher(site, recipe, tmp_path):
