@@ -143,11 +143,12 @@ def check_reward(
         with _argument("--prompts"):
             texts = _texts(reward, name, prompts, len(pictures))
         checks = check.check(reward, name, pictures, texts)
-    table = Table("check", "", "what was found", box=None, header_style="bold")
+    table = Table("check", "", "result", box=None, header_style="bold")
     for one in checks:
         table.add_row(one.name, Text("ok", "green") if one.passed else Text("failed", "bold red"), Text(one.detail))
     console.print(table)
-    _line(Text(f"\n{name} on {len(pictures)} {source}"))
+    asked = "" if prompts or not reward.needs_prompt else ", example prompts; --prompts FILE takes others"
+    _line(Text(f"\n{name} on {len(pictures)} {source}{asked}"))
     if not all(one.passed for one in checks):
         raise typer.Exit(1)
 

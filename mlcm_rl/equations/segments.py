@@ -34,7 +34,7 @@ def milestones(num_segments: int) -> Tensor:
 
 
 def segment_start(t: Tensor, num_segments: int) -> Tensor:
-    """The milestone (B,) where the segment of `t` (B,) starts: t in (t^s, t^(s+1)] belongs to t^s, and 0 to itself."""
+    """The milestone (B,) where the segment of `t` (B,) starts: t in (t^k, t^(k+1)] belongs to t^k, and 0 to itself."""
     ends = milestones(num_segments).to(t.device)
     return ends[(torch.searchsorted(ends, t) - 1).clamp(min=0)]
 
@@ -42,8 +42,7 @@ def segment_start(t: Tensor, num_segments: int) -> Tensor:
 def phase_at(step: int, num_steps: list[int]) -> tuple[int, int]:
     """Return the phase of a progressive schedule that `step` falls in, and the step within it.
 
-    `num_steps[i]` is the length of phase i; segments go 8, 4, 2, 1 over the phases (MLCM). Raises IndexError past the
-    end.
+    `num_steps[i]` is the length of phase i. Raises IndexError past the end.
     """
     for phase, length in enumerate(num_steps):
         if step < length:

@@ -9,6 +9,7 @@ from ..models.gammas import own_gamma, tuned_from
 from ..models.students import DESCRIPTION_FILE, describe
 from ..recipe import Evaluate
 from ..recipe.experiment import STUDENTS
+from ..recipe.types import sampling_segments
 from ..storage.files import read_json
 from . import training_cost
 from .undistilled import LABELS
@@ -126,7 +127,7 @@ def student_rows(stage: Evaluate, index: int, student: Entry) -> list[Row]:
     so it takes the even grid; the others take one that includes their K boundaries.
     """
     rows: dict[tuple[tuple[int, ...], float | None], Row] = {}
-    num_segments = 1 if student.conditioned else student.num_segments
+    num_segments = sampling_segments(student.num_segments, student.conditioned)
     for gamma in student.gammas:
         for grid in sorted(stage.grids):  # milestones, paper
             for n in stage.sampling_steps:

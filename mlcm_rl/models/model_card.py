@@ -302,7 +302,6 @@ def _row(part: Path, prefix: str, steps: list[int]) -> str:
 
 def _grids(base: Base, student: Student) -> str:
     """Return the table of arguments for which N steps visit the default grid, the paper's, or that of K segments."""
-    num_segments = 1 if student.conditioned else student.num_segments
     key = "sigmas" if "sigmas" in base.stock_call([1]) else "timesteps"
     visits = "`num_inference_steps=N` visits the default grid; for another, pass its `timesteps` instead. "
     if key == "sigmas":
@@ -314,7 +313,11 @@ def _grids(base: Base, student: Student) -> str:
         "|---|---|---|---|",
     ]
     for num_steps in student.budgets or range(1, NUM_SEGMENTS + 1):
-        grids = [sampling_times(num_steps), paper_times(num_steps), sampling_times(num_steps, num_segments)]
+        grids = [
+            sampling_times(num_steps),
+            paper_times(num_steps),
+            sampling_times(num_steps, student.sampling_segments),
+        ]
         default, *_ = cells = [base.stock_call(times).get("sigmas", times) for times in grids]
         texts = [str(cell) if cell != default or i == 0 else "as default" for i, cell in enumerate(cells)]
         rows.append(f"| {num_steps} | {' | '.join(texts)} |")

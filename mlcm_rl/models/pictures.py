@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..equations.segments import sampling_times
 from ..recipe import Samples
+from ..recipe.types import sampling_segments
 from ..storage import finite
 from ..storage.files import replacing
 from ..training.seeding import generator
@@ -73,7 +74,7 @@ def sample_grid(
     conditioning = base.encode_prompts(samples.prompts)
     columns = []
     for num_steps in samples.sampling_steps:
-        times = sampling_times(num_steps, 1 if conditioned else num_segments)
+        times = sampling_times(num_steps, sampling_segments(num_segments, conditioned))
         seeds = [generator(seed, "samples", i) for i in range(len(samples.prompts))]
         noise = base.noise(seeds, len(seeds))
         x0 = sampler.sample(base, denoiser, conditioning, noise, times, gamma, seeds, conditioned)

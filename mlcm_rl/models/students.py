@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ..equations.segments import NUM_SEGMENTS
 from ..recipe import Full, Lora
 from ..recipe.families import layout_of
-from ..recipe.types import default_gamma
+from ..recipe.types import default_gamma, sampling_segments
 from ..storage import finite
 from ..storage.files import CheckpointError, forget_origin, read_json, replacing, write_json
 from ..storage.tensors import misfits, read_shapes, read_tensors, write_tensors
@@ -60,6 +60,11 @@ class Student:
     def default_gamma(self) -> float:
         """Return 1 (all noise drawn again) for one segment, 0 (deterministic) for more or for a conditioned student."""
         return default_gamma(self.num_segments, self.conditioned)
+
+    @property
+    def sampling_segments(self) -> int:
+        """Return the segments whose boundaries its sampler visits: 1 for a conditioned student."""
+        return sampling_segments(self.num_segments, self.conditioned)
 
 
 def student(
@@ -257,7 +262,10 @@ def _resume(base: Base, adapter: Lora | Full, condition_on_target: bool, folder:
             f"{adapter.model_dump()}; a stage continues with the adapter of the student it starts from"
         )
     if description["conditioned"] and not condition_on_target:
-        raise ValueError(f"{folder} holds a student conditioned on its target time; set condition_on_target: true")
+        raise ValueError(
+            f"{folder} holds a student conditioned on its target time, and the stage would go on without: a stage "
+            "continues with the inputs of the student it starts from"
+        )
     return _load_denoiser(base, folder, description, condition_on_target)
 
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from ..recipe import Teacher
-from ..recipe.families import layout_of
+from ..recipe.families import layout_of, origin
 from ..storage.files import read_json
 from ..storage.hashing import folder_hash
 from ..storage.tensors import read_shapes
@@ -17,9 +17,24 @@ from .files import empty_pipeline, load_pipeline
 
 
 def class_of(family: str) -> type[Base]:
-    """Return the class of a family's teachers, whether it is ours or another distribution's."""
-    module, _, name = layout_of(family).implementation.partition(":")
-    return getattr(import_module(module), name)
+    """Return the class of a family's teachers, whether it is ours or another distribution's.
+
+    Raise ValueError if it cannot be loaded, is no `Base`, or has another `family` than its name in recipes.
+    """
+    implementation = layout_of(family).implementation
+    module, _, name = implementation.partition(":")
+    try:
+        loaded = getattr(import_module(module), name)
+    except Exception as error:  # of another's code
+        reason = f"cannot be loaded: {type(error).__name__}: {error}"
+        raise ValueError(f"{origin(family)}: implementation {implementation} {reason}") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Base)):
+        raise ValueError(
+            f"{origin(family)}: implementation {implementation} is no subclass of mlcm_rl.models.base.Base"
+        )
+    if (actual := getattr(loaded, "family", None)) != family:
+        raise ValueError(f"{origin(family)}: {implementation} has family {actual!r}, expected {family!r}")
+    return loaded
 
 
 def load(teacher: Teacher, device: torch.device | str) -> "Base":

@@ -76,7 +76,7 @@ def sample(
     tell_truncated(base, prompts, "--prompt")
     student = students.load_student(base, folder / "student")
     tell_unlike(student, folder, num_steps)
-    times = sampling_times(num_steps, 1 if student.conditioned else student.num_segments)
+    times = sampling_times(num_steps, student.sampling_segments)
     gamma = own_gamma(folder / "student") if gamma is None else gamma
     common = {"seed": seed, "steps": num_steps, "gamma": gamma, "student": folder.name}
     first, files = _next_number(out), []

@@ -128,7 +128,7 @@ def samples(settings: PairSettings, base: Base, student: Student, prompts: list[
     count = settings.num_generations
     repeated = [prompt.prompt for prompt in prompts for _ in range(count)]
     generators = [generator(settings.seed, "pairs", first + i // count, i % count) for i in range(len(repeated))]
-    times = sampling_times(settings.num_steps, 1 if student.conditioned else student.num_segments)
+    times = sampling_times(settings.num_steps, student.sampling_segments)
     x0 = sampler.sample(
         base,
         student.denoiser,

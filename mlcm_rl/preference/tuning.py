@@ -120,7 +120,7 @@ def load(stage: Tuning, base: Base, start: Path, seed: int) -> TunableStudent:
     if stage.autoencoder_tiles:
         base.autoencoder.use_tiles(stage.autoencoder_tiles)
     small = small_decoder(stage, base)
-    times = sampling_times(stage.sampling_steps, 1 if conditioned else num_segments)
+    times = sampling_times(stage.sampling_steps, types.sampling_segments(num_segments, conditioned))
     return TunableStudent(base, denoiser, times, gamma, conditioned, num_segments, small)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, PositiveFloat, model_validator
 
 from .reads import PICTURES, PROMPTS
-from .stage import OneStage, States, Training
+from .stage import OneStage, Requirement, States, Training
 from .takes import Networks, Pass, Values
 from .types import Fraction, Full, Lora, PositiveInt, default_gamma, presentation
 
@@ -186,6 +186,14 @@ class Distill(Training):
     def parents(self) -> tuple[str, ...]:
         """The teacher, the store if one is read, and the student to go on with."""
         return (*super().parents, *["trajectories"] * self.reads_trajectories, "distill")
+
+    @property
+    def requirements(self) -> list[Requirement]:
+        """The store, if it is read."""
+        if not self.reads_trajectories:
+            return []
+        setting = "source" if self.method == "segments" else "renoise"
+        return [Requirement(("trajectories",), f"{setting}: {getattr(self, setting)} needs", setting)]
 
     def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
         """Return the passes of a step, the encoding of pictures before the first step, and sample grids."""

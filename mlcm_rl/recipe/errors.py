@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .experiment import NAME
+from .families import ENTRY_POINTS
 from .tree import Key, Node, Problem, nearest
 from .types import COMMIT, VARIANT
 
@@ -70,7 +71,10 @@ def _describe(error: Mapping[str, Any], location: _Location) -> tuple[Key, str, 
             name = message.split()[0].rstrip(":")
             return (*key, name) if node and node.child(name) else key, message, ""
         case _:
-            return key, *_mismatch(schema, node)
+            message, suggestion = _mismatch(schema, node)
+            if key == ("teacher", "family") and node and not suggestion:
+                message += f"; a family of another distribution has an entry point of {ENTRY_POINTS}, and is installed"
+            return key, message, suggestion
 
 
 def expected(schema: Schema) -> str:

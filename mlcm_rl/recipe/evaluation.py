@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from .distill import Distill
 from .preference import Tuning
 from .reads import PROMPTS, Reads
-from .stage import OneStage
+from .stage import OneStage, Requirement
 from .takes import Networks, Pass, Role, Values
 from .types import Fraction, Full, Lora, PositiveInt, Reward, presentation
 
@@ -94,6 +94,15 @@ class Evaluate(OneStage):
         from .experiment import STUDENTS  # computed from all kinds of stages, this one included
 
         return (*super().parents, *STUDENTS)
+
+    @property
+    def requirements(self) -> list[Requirement]:
+        """A student, unless there are others' in `also`."""
+        from .experiment import STUDENTS
+
+        if self.also:
+            return []
+        return [Requirement(STUDENTS, "nothing to evaluate, without finished stages in also: it needs")]
 
     def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
         """Return the passes that sample the pictures of each row."""

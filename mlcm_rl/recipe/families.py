@@ -3,9 +3,11 @@
 A family may come from another distribution too: its entry point in the group `mlcm_rl.families` is a `Layout`.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 
 ENTRY_POINTS = "mlcm_rl.families"
 
@@ -25,6 +27,7 @@ class Layout:
     text: dict[str, str]
     optional: dict[str, str] = field(default_factory=dict)
     is_flow: bool = False  # the schedule is a rectified flow; else it is variance-preserving
+    pooled_by: str = ""  # text encoder whose projection a UNet takes with six picture sizes; "" where it takes neither
 
     @property
     def required(self) -> list[str]:
@@ -55,6 +58,7 @@ FAMILIES = {
         denoiser_class="UNet2DConditionModel",
         text={"text_encoder_2": "CLIPTextModelWithProjection"},
         optional={"text_encoder": "CLIPTextModel"},
+        pooled_by="text_encoder_2",
     ),
     "sd": Layout(
         implementation="mlcm_rl.models.families.sd:Family",
@@ -82,21 +86,48 @@ def names() -> list[str]:
 
 @cache
 def layout_of(family: str) -> Layout:
-    """Return the layout of a family. Raise LookupError if it is unknown, TypeError if its entry point is not one."""
+    """Return the layout of a family.
+
+    Raise LookupError if it is unknown, ValueError if its entry point is no layout or names a module that is not there.
+    """
     if family in FAMILIES:
         return FAMILIES[family]
     point = _others().get(family)
     if point is None:
         raise LookupError(f"no family is called {family}; known are {', '.join(names())}")
-    layout = point.load()
+    try:
+        layout = point.load()
+    except Exception as error:  # of another's code
+        raise ValueError(f"{origin(family)} cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(layout, Layout):
-        raise TypeError(f"family {family}: the entry point {point.value} is not a mlcm_rl.recipe.families.Layout")
+        raise ValueError(f"{origin(family)} is not a mlcm_rl.recipe.families.Layout")
+    module, colon, name = layout.implementation.partition(":")
+    if not (colon and name and _is_module(module)):
+        raise ValueError(f"{origin(family)}: implementation {layout.implementation} names no class as module:name")
     return layout
+
+
+def origin(family: str) -> str:
+    """Return where a family comes from, for messages: its entry point, or this file."""
+    point = _others().get(family)
+    return f"the entry point {point.name} = {point.value} of {ENTRY_POINTS}" if point else f"family {family}"
 
 
 def family_of(pipeline: str) -> str | None:
     """Return the family that loads models of diffusers' class `pipeline`; None without one."""
-    return next((name for name in names() if layout_of(name).pipeline == pipeline), None)
+    for name in names():
+        with suppress(ValueError):  # another distribution's that is broken
+            if layout_of(name).pipeline == pipeline:
+                return name
+    return None
+
+
+def _is_module(name: str) -> bool:
+    """Return whether there is a module `name`, without importing it; the packages that it is in are imported."""
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _others() -> dict[str, EntryPoint]:

@@ -21,11 +21,10 @@ from pydantic import ValidationError
 from ..storage.untrusted import read_bytes, regular
 from . import errors, renamed, reward_package, teacher_check
 from .distill import Distill
-from .evaluation import Evaluate
 from .experiment import Recipe, missing_trackers
 from .families import family_of, layout_of
 from .paths import Folders, resolved, rewards_in
-from .preference import Feedback, Tuning
+from .preference import Tuning
 from .reads import reads_of
 from .schema import json_schema
 from .teacher_stages import Trajectories
@@ -106,11 +105,16 @@ def _with_place(problem: Problem, tree: Node, file: str) -> Problem:
 
 
 def _teacher_problems(teacher: Teacher, folders: Folders) -> Iterator[Problem]:
-    """Yield what is wrong with the teacher's folder or hub name.
+    """Yield what is wrong with the teacher's family, when another distribution's, and its folder or hub name.
 
     A hub name is `owner/model`: one slash, and no folder `owner` here; with a revision, `model` alone too.
     """
     key = ("teacher", "path")
+    try:
+        layout_of(teacher.family)
+    except ValueError as error:
+        yield Problem(("teacher", "family"), str(error))
+        return
     name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", teacher.path)
     is_hub_name = name and name[1] and not any(os.path.isdir((one / teacher.path).parent) for one in folders.of(key))
     if teacher.revision is None and is_hub_name:
@@ -244,23 +248,15 @@ def _beside(key: Key, name: str, folders: Folders, pattern: str) -> str:
 def _order_problems(recipe: Recipe) -> Iterator[Problem]:
     for i, stage in enumerate(recipe.stages):
         before = {earlier.kind for earlier in recipe.stages[:i]}
-        if isinstance(stage, Distill) and "trajectories" not in before:
-            if stage.method == "segments" and stage.source == "trajectories":
-                yield Problem(("stages", i, "source"), "source: trajectories needs an earlier trajectories stage")
-            if stage.method == "inter_segment" and stage.renoise == "stored":
-                yield Problem(("stages", i, "renoise"), "renoise: stored needs an earlier trajectories stage")
-        if isinstance(stage, Tuning) and "distill" not in before:
-            yield Problem(("stages", i), f"{stage.kind} tunes a distilled student: it needs an earlier distill stage")
+        for one in stage.requirements:
+            if not before & set(one.kinds):
+                key: Key = ("stages", i, one.setting) if one.setting else ("stages", i)
+                yield Problem(key, f"{one.reason or f'{stage.kind} needs'} an earlier {one.kinds[0]} stage")
         if "train_reward" not in before:
             for key, reward in rewards_in(("stages", i), stage):
                 if reward.is_of_this_recipe:
                     message = f"{TRAINED} needs settings: {{folder: ...}}, or an earlier train_reward stage to read"
                     yield Problem(key, message)
-        if isinstance(stage, Feedback) and stage.consistency and "trajectories" not in before:
-            yield Problem(("stages", i, "consistency"), "consistency needs an earlier trajectories stage")
-        if isinstance(stage, Evaluate) and "distill" not in before and not stage.also:
-            message = "nothing to evaluate: needs an earlier distill stage, or finished ones in also"
-            yield Problem(("stages", i), message)
 
 
 def _store_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from . import hinges
+from . import hinge_defaults
 from .distill import MOMENTS_BYTES, Distill
 from .reads import PICTURES, PROMPTS, Reads
-from .stage import OneStage, States, Training
+from .stage import OneStage, Requirement, States, Training
 from .takes import Networks, Pass, Values
 from .types import (
     Fraction,
@@ -130,6 +130,11 @@ class Tuning(Training):
         return (*super().parents, "distill")
 
     @property
+    def requirements(self) -> list[Requirement]:
+        """The student to tune."""
+        return [Requirement(("distill",), f"{self.kind} tunes a distilled student: it needs")]
+
+    @property
     def steps_per_phase(self) -> list[int]:
         """Optimiser steps, in one phase."""
         return [self.num_steps]
@@ -183,7 +188,7 @@ class Feedback(Tuning):
     small_decoder: Annotated[str | None, Reads(holding="config.json", is_network=True)] = Field(
         None, description="folder of an AutoencoderTiny that draws for the rewards trained on, never for the guard"
     )
-    _hinge_is_settled = model_validator(mode="after")(hinges.settle)
+    _hinge_is_settled = model_validator(mode="after")(hinge_defaults.settle)
 
     @model_validator(mode="after")
     def _sampler_has_those_steps(self):
@@ -214,6 +219,12 @@ class Feedback(Tuning):
     def parents(self) -> tuple[str, ...]:
         """Those of all tuning, and the student's store of trajectories if it is read."""
         return (*super().parents, *["trajectories"] * self.reads_trajectories)
+
+    @property
+    def requirements(self) -> list[Requirement]:
+        """Those of all tuning, and the student's store of trajectories if it is read."""
+        store = Requirement(("trajectories",), "consistency needs", "consistency")
+        return [*super().requirements, *[store] * self.reads_trajectories]
 
     def step(self, samples: int, part: int) -> list[Pass]:
         """Return the sampling steps without and with gradient, and the passes of each term beside the reward."""

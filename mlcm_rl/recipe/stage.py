@@ -5,6 +5,7 @@ else about it is in the type: its parents, its maths number, what it reads, and 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
@@ -16,6 +17,19 @@ if TYPE_CHECKING:
     from .experiment import Recipe
 
 States = Literal["milestones", "all"]
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A stage that must stand earlier in the recipe: one of these `kinds`, the first of which the message names.
+
+    `reason` begins the message; the default is the stage's kind and "needs". `setting` is the key at fault; the default
+    is the stage itself.
+    """
+
+    kinds: tuple[str, ...]
+    reason: str = ""
+    setting: str = ""
 
 
 class OneStage(Strict):
@@ -49,6 +63,11 @@ class OneStage(Strict):
         """The kinds of earlier stages that it starts from: the latest of each that the recipe has."""
         uses_trained = any(reward.is_of_this_recipe for reward in self.reward_models)
         return ("train_teacher", "train_reward") if uses_trained else ("train_teacher",)
+
+    @property
+    def requirements(self) -> list[Requirement]:
+        """The earlier stages that it cannot run without; a recipe that lacks one is refused."""
+        return []
 
     @property
     def steps_per_phase(self) -> list[int]:

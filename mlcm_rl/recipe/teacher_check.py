@@ -161,7 +161,7 @@ def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
     unet, vae = configurations.get("unet"), configurations.get("vae")
     if faults or not (isinstance(unet, Denoiser) and isinstance(vae, Autoencoder)):
         return faults  # other denoisers are built on meta before their weights are read, which finds the rest
-    return list(_misfits(family, unet, vae, configurations))
+    return list(_misfits(layout, unet, vae, configurations))
 
 
 def _file_of(part: str, layout: Layout) -> tuple[str, type[Configuration]]:
@@ -173,7 +173,9 @@ def _file_of(part: str, layout: Layout) -> tuple[str, type[Configuration]]:
     return "config.json", CONFIGURATIONS.get(layout.classes[part], Configuration)
 
 
-def _misfits(family: str, unet: Denoiser, vae: Autoencoder, configurations: dict[str, Configuration]) -> Iterator[str]:
+def _misfits(
+    layout: Layout, unet: Denoiser, vae: Autoencoder, configurations: dict[str, Configuration]
+) -> Iterator[str]:
     """Yield a line for each two configurations of a teacher that are right alone but do not fit each other."""
     if (unet.in_channels, unet.out_channels) != (vae.latent_channels, vae.latent_channels):
         yield (
@@ -197,22 +199,22 @@ def _misfits(family: str, unet: Denoiser, vae: Autoencoder, configurations: dict
     if len(set(lengths.values())) > 1:
         listing = ", ".join(f"{name} {length}" for name, length in lengths.items())
         yield f"tokenizer/tokenizer_config.json: model_max_length: expected one for all tokenizers, found {listing}"
-    if family == "sd" and unet.addition_embed_type is not None:
+    if layout.pooled_by:
+        yield from _misfits_of_sizes(layout, unet, towers[layout.pooled_by])
+    elif unet.addition_embed_type is not None:
         yield f"unet/config.json: addition_embed_type: expected none, found {unet.addition_embed_type}"
-    if family == "sdxl":
-        yield from _misfits_of_sizes(unet, towers["text_encoder_2"])
 
 
-def _misfits_of_sizes(unet: Denoiser, tower: TextEncoder) -> Iterator[str]:
-    """Yield a line if SDXL's denoiser does not take six sizes and the projection of its second text encoder."""
+def _misfits_of_sizes(layout: Layout, unet: Denoiser, tower: TextEncoder) -> Iterator[str]:
+    """Yield a line if the denoiser does not take six sizes and the projection of its text encoder `tower`."""
     if unet.addition_embed_type is None:
-        yield "unet/config.json: addition_embed_type: expected text_time, as StableDiffusionXLPipeline gives"
+        yield f"unet/config.json: addition_embed_type: expected text_time, as {layout.pipeline} gives"
     else:
         expected_width = 6 * (unet.addition_time_embed_dim or 0) + tower.projection_dim
         if (actual_width := unet.projection_class_embeddings_input_dim) != expected_width:
             yield (
                 f"unet/config.json: projection_class_embeddings_input_dim: expected {expected_width}, six sizes of "
-                f"addition_time_embed_dim and text_encoder_2's projection_dim, found {actual_width}"
+                f"addition_time_embed_dim and {layout.pooled_by}'s projection_dim, found {actual_width}"
             )
 
 

@@ -37,6 +37,11 @@ def default_gamma(num_segments: int, conditioned: bool) -> float:
     return 1.0 if num_segments == 1 and not conditioned else 0.0
 
 
+def sampling_segments(num_segments: int, conditioned: bool) -> int:
+    """Return the segments whose boundaries a student's sampler visits: its own, or 1 where it knows its target time."""
+    return 1 if conditioned else num_segments
+
+
 def presentation(default: Any, **settings: Any) -> Any:
     """Return a field that cannot change a stage's result and is therefore not in its fingerprint."""
     return Field(default, json_schema_extra={"presentation": True}, **settings)

@@ -15,7 +15,7 @@ from ..recipe.experiment import TUNING
 from ..storage.files import read_json
 from .definitions import WIN_RATE, metric
 from .figures import binned, number, samples_of, summary, values_of
-from .looks import history
+from .guard_history import history
 from .types import GuardRecord, Measurements, Point, Prompt, Report, Row, Summary, TunedComparison, TunedStudent
 
 NUM_ERRORS = 2.0  # standard errors that ahead and behind ask for

@@ -22,7 +22,7 @@ from accelerate.utils import gather as accelerate_gather
 from torch import Tensor
 
 from ..storage.files import write_json
-from .joining import launched, number, refuse_strangers
+from .launch_environment import launched, number, refuse_strangers
 
 Item = TypeVar("Item")
 LONGEST_WAIT = timedelta(hours=2)  # for a process that is still at work, on a file of slow trajectories, say

@@ -205,6 +205,7 @@ def test_check_prints_a_line_a_check_and_ends_with_0(mlcm):
     for name in ("contract", "determinism", "batch invariance", "sizes", "prompt", "gradient", "range"):
         assert any(line.split(name)[-1].split()[:1] == ["ok"] for line in result.stdout.splitlines() if name in line)
     assert "brightness on 6 drawn pictures" in result.stdout
+    assert "--prompts" not in result.stdout  # it reads none
 
 
 def test_check_ends_with_1_when_one_fails(mlcm, installed):
@@ -212,6 +213,16 @@ def test_check_ends_with_1_when_one_fails(mlcm, installed):
     result = mlcm("rewards", "check", "wordy", "--setting", "factor=0")
     assert result.exit_code == 1
     assert "declares needs_prompt, and other prompts change nothing" in flat(result.stdout)
+
+
+def test_a_reward_that_refuses_the_example_prompts_is_checked_with_others(mlcm, installed, tmp_path):
+    place = "        scores = images"
+    installed("wordy", LENGTH.replace(place, f"        assert 'cat' in prompts[0], 'no cat'\n{place}"))
+    result = mlcm("rewards", "check", "wordy")
+    assert (result.exit_code, "no cat" in flat(result.stdout)) == (1, True)
+    assert "example prompts; --prompts FILE takes others" in flat(result.stdout)
+    result = mlcm("rewards", "check", "wordy", "--prompts", prompt_file(tmp_path, "a cat"))
+    assert "example prompts" not in flat(result.stdout)
 
 
 def test_check_looks_at_real_pictures_and_prompts(mlcm, installed, folder, tmp_path):

@@ -93,7 +93,7 @@ def test_progressive_training_reaches_the_true_map_of_each_phase(line, tmp_path,
 
 
 def start_of_the_segment_above(t: Tensor, num_segments: int) -> Tensor:
-    """Wrong: t in [t^s, t^(s+1)), so that a milestone is its own start."""
+    """Wrong: t in [t^k, t^(k+1)), so that a milestone is its own start."""
     ends = milestones(num_segments)
     return ends[(torch.searchsorted(ends, t, right=True) - 1).clamp(max=num_segments - 1)]
 

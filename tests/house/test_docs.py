@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
+SOURCES = ("StoredStates", "OnLine", "NoisedData", "RenoisedSamples")
 
 
 def blocks(page: str) -> list[str]:
@@ -46,11 +47,16 @@ def test_the_map_names_what_is_there():
         assert any((folder / file).exists() for folder in (ROOT, ROOT / "mlcm_rl")), file
     for page in re.findall(r"\]\((\w+\.md)\)", text):
         assert (DOCS / page).is_file(), page
-    for file, name in {
-        "stages/distill.py": "loss",
-        "storage/files.py": "replacing",
-        "training/loop.py": "Runtime",
-    }.items():
-        assert f"`{name}" in text or f"`{name}." in text
+    names = [
+        (file, name)
+        for file, bracket in re.findall(r"`([\w/]+\.py)` \(((?:`[\w.]+`(?:, )?)+)\)", text)
+        for name in re.findall(r"[\w.]+", bracket)
+    ]
+    names += [(file, name) for name, file in re.findall(r"`([\w.]+)` in `([\w/]+\.py)`", text)]
+    names += [("stages/distill.py", "loss"), *(("data/training_points.py", name) for name in SOURCES)]
+    assert len(names) > 10
+    for file, name in names:
         tree = ast.parse((ROOT / "mlcm_rl" / file).read_text(encoding="utf-8"))
-        assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert f"`{name}`" in text
+        assert name.split(".")[0] in defined, (file, name)

@@ -177,7 +177,7 @@ def test_start_of_another_kind_is_refused(sdxl, tmp_path):
     for other in (Lora(rank=4, alpha=4.0), Lora(rank=8, alpha=8.0), Full()):
         with pytest.raises(ValueError, match="'rank': 4"):
             students.student(sdxl, other, 0, True, start=tmp_path / "student")
-    with pytest.raises(ValueError, match="condition_on_target: true"):
+    with pytest.raises(ValueError, match="conditioned on its target time, and the stage would go on without"):
         students.student(sdxl, ADAPTERS[0], 0, False, start=tmp_path / "student")
 
 
@@ -205,12 +205,14 @@ def test_budgets_are_kept_and_a_damaged_list_of_them_is_refused(sdxl, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("num_segments", "conditioned", "gamma"), [(1, False, 1.0), (2, False, 0.0), (8, False, 0.0), (1, True, 0.0)]
+    ("num_segments", "conditioned", "gamma", "segments_of_sampler"),
+    [(1, False, 1.0, 1), (2, False, 0.0, 2), (8, False, 0.0, 8), (1, True, 0.0, 1), (4, True, 0.0, 1)],
 )
-def test_default_gamma_follows_the_student(sdxl, tmp_path, num_segments, conditioned, gamma):
+def test_sampler_by_default_follows_the_student(sdxl, tmp_path, num_segments, conditioned, gamma, segments_of_sampler):
     denoiser = students.student(sdxl, ADAPTERS[0], 0, conditioned)
     students.save_student(denoiser, tmp_path / "student", description(sdxl, num_segments))
-    assert students.load_student(sdxl, tmp_path / "student").default_gamma == gamma
+    student = students.load_student(sdxl, tmp_path / "student")
+    assert (student.default_gamma, student.sampling_segments) == (gamma, segments_of_sampler)
 
 
 def test_merged_student_is_plain_and_computes_the_same(either, tmp_path):

@@ -13,6 +13,7 @@ from mlcm_rl import pipeline
 from mlcm_rl.cli import plan_table
 from mlcm_rl.cost.gpus import DEVICES, Device, kind_for
 from mlcm_rl.cost.launches import Launch
+from mlcm_rl.data.trajectory_store import FORMAT
 from mlcm_rl.pipeline.fingerprint import locate
 from mlcm_rl.pipeline.planning import planned_stages, share_done
 from mlcm_rl.recipe import Evaluate, Recipe
@@ -37,7 +38,10 @@ def test_a_stage_that_was_begun_is_planned_with_what_is_left(tiny_sdxl, tmp_path
     recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
     store, student = planned_stages(recipe)
     assert (store.share_done, student.share_done) == (0.0, 0.0)
-    record = {"provenance": {}, "shard_size": 2, "shards": {"one": "", "two": "", "three": ""}}
+    record = {"provenance": {"format": FORMAT}, "shard_size": 2, "num_prompts": 6, "prompts": {}}
+    record["shards"] = {"one": [1, ""], "two": [1, ""]}
+    (store.folder / "shard-0000004.safetensors.json").parent.mkdir(parents=True)
+    (store.folder / "shard-0000004.safetensors.json").touch()  # of a file that is not in the record yet
     files.write_json(store.folder / "store.json", record)
     for step in (2, 4):
         checkpoints.save_state(student.folder, step, {"value": torch.ones(1)})

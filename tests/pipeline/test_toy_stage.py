@@ -31,7 +31,7 @@ runs: {runs}
 samples: {{prompts: [a cat], sampling_steps: [1]}}
 stages:
   - {{kind: trajectories, prompts: {prompts}, num_trajectories: 4, solver_steps: 8}}
-  - {{kind: distill, adapter: {{kind: lora, rank: 2}}, num_segments: [1], num_steps: 2, batch_size: 2}}
+  - {{kind: distill, adapter: {{kind: lora, rank: 2}}, num_steps: 2, batch_size: 2}}
   - {{kind: imitate, adapter: {{kind: lora, rank: 2}}, prompts: {prompts}, num_steps: 3, batch_size: 4}}
   - {{kind: evaluate, prompts: {prompts}, num_prompts: 2, sampling_steps: [1], gammas: [0.0], teacher_steps: [2]}}
 """
@@ -68,12 +68,21 @@ def recipe(tiny_sdxl, tmp_path_factory) -> Path:
     return file
 
 
-def python(package: Path, *arguments: object) -> str:
+def python(package: Path, *arguments: object, code: int = 0) -> str:
     environment = os.environ | {"PYTHONPATH": str(package), "MLCM_RL_ESTIMATES": str(package / "estimates")}
+    environment["COLUMNS"] = "200"
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", ["validate", "plan", "run"])
+def test_what_its_type_requires_is_looked_for_in_the_recipe(package, recipe, tmp_path, command):
+    lines = [line for line in recipe.read_text().splitlines() if "kind: distill" not in line]
+    (tmp_path / "toy.yaml").write_text("\n".join(lines))
+    told = python(package, "-m", "mlcm_rl", command, tmp_path / "toy.yaml", code=2)
+    assert "imitate needs an earlier distill stage" in " ".join(told.split())
 
 
 def test_a_stage_is_its_type_its_loop_and_its_name_in_one_list(package, recipe):

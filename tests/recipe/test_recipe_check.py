@@ -208,7 +208,7 @@ def test_evaluation_needs_a_student_of_this_recipe_or_another(broken, root):
     early = evaluate + "  - kind: distill"
     (problem,) = broken(("  - kind: distill", early))
     assert (problem.place.line, key_text(problem.key)) == (12, "stages[1]")
-    assert problem.text == "nothing to evaluate: needs an earlier distill stage, or finished ones in also"
+    assert problem.text == "nothing to evaluate, without finished stages in also: it needs an earlier distill stage"
     (root / "other").mkdir()
     (root / "other" / "manifest.json").touch()
     text = (

@@ -1,16 +1,18 @@
 """Several machines: two launches on this one, each with its rank, as two machines would start them."""
 
+import os
 import re
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
-from launched_runs import LAUNCHES, SECONDS, assert_alike, command_of, environment, stage_folders
+from launched_runs import LAUNCHES, ROOT, SECONDS, assert_alike, command_of, environment, stage_folders
 
 import runs
 from mlcm_rl import pipeline
 from mlcm_rl.recipe import Evaluate, Recipe
+from mlcm_rl.recipe.file import load
 from mlcm_rl.training import launch
 from mlcm_rl.training.launch import LaunchError, Machine, read, refuse_machines, run_under
 
@@ -45,9 +47,11 @@ def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
 
 @pytest.fixture
 def on_the_cpu(tmp_path) -> Path:
-    """The shipped launch file of two machines, on their CPUs."""
-    path = tmp_path / "two_nodes_cpu.yaml"
-    path.write_text((LAUNCHES / "two_nodes.yaml").read_text(encoding="utf-8") + "use_cpu: true\n", encoding="utf-8")
+    """The launch file of docs/several_machines.md for a rehearsal: that of two processes, as two machines."""
+    text = (LAUNCHES / "cpu2.yaml").read_text(encoding="utf-8")
+    assert "num_machines: 1\n" in text
+    path = tmp_path / "rehearsal.yaml"
+    path.write_text(text.replace("num_machines: 1\n", "num_machines: 2\n"), encoding="utf-8")
     return path
 
 
@@ -137,6 +141,38 @@ def test_an_address_that_is_not_there_or_in_use_is_told(tmp_path):
         port = place.getsockname()[1]
         with pytest.raises(LaunchError, match=f"port {port} is in use on this machine, by another run or by a second"):
             run_under(LAUNCHES / "two_nodes.yaml", [], Machine(0, f"127.0.0.1:{port}"))
+
+
+SLURM = {
+    "scontrol": "echo node0; echo node1",
+    "srun": 'shift; for rank in 0 1; do SLURM_NODEID=$rank "$@"; done',
+    "mlcm": 'while [ "$1" != --launch ]; do echo "argument $1"; shift; done; echo "$@"; cp "$2" "launch$4.yaml"',
+}
+
+
+@pytest.mark.parametrize("name", ["two_nodes", "zero2", "fsdp2"])
+def test_the_script_for_slurm_launches_a_process_for_each_gpu_of_the_job(tmp_path, name):
+    """In place of Slurm's commands and of `mlcm` are scripts that say what they were given."""
+    for command, body in SLURM.items():
+        (tmp_path / command).write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
+        (tmp_path / command).chmod(0o755)
+    job = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_NODELIST": "node[0-1]", "TMPDIR": str(tmp_path)}
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "LAUNCH": str(LAUNCHES / f"{name}.yaml")}
+    command = ["bash", str(LAUNCHES / "two_nodes.sbatch"), "recipe.yaml", "seed=1"]
+    script = subprocess.run(command, cwd=tmp_path, env=os.environ | job | path, capture_output=True, text=True)
+    assert script.returncode == 0, script.stderr
+    assert script.stdout.count("argument run\nargument recipe.yaml\nargument seed=1\n--launch ") == 2
+    for rank in (0, 1):
+        assert f"--machine-rank {rank} --main-address node0:29500" in script.stdout
+        settings = read(tmp_path / f"launch{rank}.yaml")
+        assert (settings["num_machines"], settings["num_processes"]) == (2, 16)
+        refuse_machines(LAUNCHES, settings | {"main_process_ip": "node0", "main_process_port": 29500})
+
+
+def test_the_shipped_recipe_is_shared_by_the_gpus_of_two_machines():
+    """As docs/several_machines.md says: with gradient_accumulation=2 sixteen processes share a step."""
+    distill = load(ROOT / "recipes" / "sdxl_mlcm.yaml", ["stages.distill.gradient_accumulation=2"]).stages[1]
+    assert distill.micro_batch % 16 == 0
 
 
 def test_the_shipped_file_is_for_two_machines():

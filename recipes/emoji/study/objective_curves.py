@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from mlcm_rl.cost.evaluations import evaluations_of
 from mlcm_rl.recipe import Tuning
-from mlcm_rl.report.looks import history
+from mlcm_rl.report.guard_history import history
 from mlcm_rl.report.plots import COLOURS
 
 SIZE, DOTS_PER_INCH = (10.0, 4.2), 110

@@ -3,7 +3,7 @@
     python recipes/emoji/study/objectives.py [--seeds 3] [--prompts 1000] [--rows feedback,...] [KEY=VALUE ...]
 
 Each row is a stage of `recipes/emoji_preference.yaml` with other settings, on one distilled student; a seed is that of
-the tuning alone. Interrupted, it goes on where it was: finished stages are found again. Ends with a picture
+the tuning alone. Interrupted, it goes on where it was: finished stages are reused. Ends with a picture
 (objective_curves.py), the table, and the targets in words (objective_summary.py).
 """
 

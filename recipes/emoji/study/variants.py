@@ -6,7 +6,7 @@ Each row is the recipe `recipes/emoji_mlcm.yaml` with other distill settings. Al
 but for `budgets_long` and `lcm_long` (four times as many and more) and `progressive_second_stage` (a fifth more).
 What a student measured is kept, prompt by prompt, in a file of its own in `--results`, and a student that has one is
 done: the study may be cut off, go on elsewhere, or be shared among machines (`--seeds 1 --first-seed 2`). Its table,
-`variants.tsv` in that folder, is of all files that are there. Finished stages are found again too.
+`variants.tsv` in that folder, is of all files that are there. Finished stages are reused too.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def keep(recipe: Recipe, path: Path) -> None:
 
 
 def teacher_recipe(base: Recipe, num_prompts: int) -> Recipe:
-    """The rows without a student; the reference is found again by the students' evaluations."""
+    """The rows without a student; the reference is reused by the students' evaluations."""
     return base.model_copy(
         update={
             "name": variant_values.TEACHER,

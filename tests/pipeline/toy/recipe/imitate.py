@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import PositiveFloat
 
 from .reads import PROMPTS
-from .stage import Training
+from .stage import Requirement, Training
 from .takes import Networks, Pass, Values
 from .types import Full, Lora, PositiveInt
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Imitate(Training):
     """Teaches the distilled student the teacher's first guess at every prompt."""
 
-    maths: ClassVar[int] = 7
+    maths: ClassVar[int] = 7  # any number: another is another result
     leaves_student: ClassVar[bool] = True
 
     kind: Literal["imitate"] = "imitate"
@@ -29,6 +29,11 @@ class Imitate(Training):
     def parents(self) -> tuple[str, ...]:
         """The teacher and the student to go on with."""
         return (*super().parents, "distill")
+
+    @property
+    def requirements(self) -> list[Requirement]:
+        """The student to go on with."""
+        return [Requirement(("distill",))]
 
     @property
     def steps_per_phase(self) -> list[int]:

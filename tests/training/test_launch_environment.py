@@ -11,11 +11,11 @@ from launched_runs import SECONDS, environment
 
 import runs
 from mlcm_rl.recipe import Recipe
-from mlcm_rl.training import joining
+from mlcm_rl.training import launch_environment
 from mlcm_rl.training import processes as distributed
 from mlcm_rl.training.processes import refuse_unshared, start, world_size
 
-NAMES = {*joining.RENDEZVOUS, *joining.COUNTS, *joining.RANKS, "SLURM_NTASKS"}
+NAMES = {*launch_environment.RENDEZVOUS, *launch_environment.COUNTS, *launch_environment.RANKS, "SLURM_NTASKS"}
 
 
 @pytest.mark.parametrize(
