@@ -77,9 +77,7 @@ def run(
     Each of several machines runs the same command, with its own --machine-rank; all must see the folder of runs.
     """
     if launch is None and (machine_rank, main_address) != (None, None):
-        raise typer.BadParameter(
-            "--machine-rank and --main-address go with --launch", param_hint="--launch"
-        )
+        raise typer.BadParameter("--machine-rank and --main-address go with --launch", param_hint="--launch")
     loaded = _load(recipe, overrides, quiet=launch is not None)  # the first process prints
     if launch is not None:
         flags = ["--skip-damaged"] if skip_damaged else []
