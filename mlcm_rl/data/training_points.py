@@ -86,6 +86,11 @@ class StoredStates:
                 "trajectories stage"
             )
 
+    @property
+    def texts(self) -> list[str]:
+        """Return the texts that it encodes: none, since the store has their conditioning."""
+        return []
+
     def draw(self, step: int, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
         index = epoch_order(self.store.num_trajectories, self.stage.batch_size, step, self.seed, "distill")
         return self.draw_for(index, num_segments, pair, generator)
@@ -117,6 +122,11 @@ class OnLine:
     def __init__(self, stage: Distill, base: Base, prompts: list[str], seed: int):
         self.stage, self.base, self.prompts, self.seed = stage, base, prompts, seed
 
+    @property
+    def texts(self) -> list[str]:
+        """Return the texts that it encodes."""
+        return self.prompts
+
     def draw(self, step: int, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
         index = epoch_order(len(self.prompts), self.stage.batch_size, step, self.seed, "distill")
         return _draw_between_milestones(self.base, self.stage, index, num_segments, pair, generator)
@@ -143,6 +153,11 @@ class NoisedData:
 
     def __init__(self, stage: Distill, base: Base, latents: Tensor, captions: list[list[str]], seed: int):
         self.stage, self.base, self.latents, self.captions, self.seed = stage, base, latents, captions, seed
+
+    @property
+    def texts(self) -> list[str]:
+        """Return the texts that it encodes: all captions of all pictures."""
+        return [text for captions in self.captions for text in captions]
 
     def draw(self, step: int, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
         index = epoch_order(len(self.latents), self.stage.batch_size, step, self.seed, "distill")
@@ -189,6 +204,11 @@ class RenoisedSamples:
             seed,
         )
         self.num_samples = store.num_trajectories if store else len(prompts or ())
+
+    @property
+    def texts(self) -> list[str]:
+        """Return the texts that it encodes; none where samples are stored."""
+        return self.prompts or []
 
     def draw(self, step: int, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
         index = epoch_order(self.num_samples, self.stage.batch_size, step, self.seed, "distill")

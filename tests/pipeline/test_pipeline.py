@@ -178,8 +178,9 @@ def test_a_correction_moves_the_folders_of_the_stages_that_it_changes_and_no_oth
     assert runs.distill(**averaged, precision="bf16").corrections == 1
     assert runs.distill(**averaged).corrections == 0
     assert runs.distill(target="consistency", precision="bf16").corrections == 0
-    assert runs.distill(target="consistency", **noised).corrections == 1
-    assert runs.distill(**averaged, **noised, precision="bf16").corrections == 2
+    assert runs.distill(target="consistency", source="online", prompts="unused").corrections == 1
+    assert runs.distill(target="consistency", **noised).corrections == 2
+    assert runs.distill(**averaged, **noised, precision="bf16").corrections == 3
     assert runs.distill(method="inter_segment", num_segments=[1], **noised).corrections == 0
 
 
