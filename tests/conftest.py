@@ -22,7 +22,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has it
 def pytest_configure(config: pytest.Config) -> None:
     """Keep estimates and checksums beside pytest's own cache, for the processes that tests start too."""
     os.environ["MLCM_RL_ESTIMATES"] = str(config.cache.mkdir("mlcm_rl-estimates"))
-    os.environ["MLCM_RL_VERIFIED"] = str(config.cache.mkdir("mlcm_rl-verified"))
+    os.environ["MLCM_RL_CHECKSUMS"] = str(config.cache.mkdir("mlcm_rl-checksums"))
 
 
 @pytest.fixture(scope="session")

@@ -19,9 +19,8 @@ from torch import Tensor
 from ..models.base import Conditioning
 from ..storage import finite
 from ..storage.files import CheckpointError, read_json, remove, require_space, write_json
-from ..storage.hashing import sha256
+from ..storage.hashing import sha256, sha256_once
 from ..storage.tensors import write_tensors
-from ..storage.verification import Verified
 from ..training import processes
 from .trajectory_store import (
     DTYPES,
@@ -91,12 +90,12 @@ class Writer:
 
     def _refuse_damaged(self, record: dict[str, Any]) -> None:
         """Forget files of `record` that are not there; raise CheckpointError for one that is not as it was written."""
-        verified, sizes = Verified(self.folder), sizes_in(self.folder)
+        sizes = sizes_in(self.folder)
         for kind in ("prompts", "shards"):
             for name in [name for name in record[kind] if name not in sizes]:
                 del record[kind][name]
             for name, (size, checksum) in record[kind].items():
-                if sizes[name] != size or not verified.matches(self.folder / name, checksum):
+                if sizes[name] != size or sha256_once(self.folder / name) != checksum:
                     raise CheckpointError(
                         f"{self.folder / name} is damaged (its sha256 changed): delete it, and it is made again"
                     )

@@ -2,10 +2,10 @@
 
 Hashed: the stage's settings but for those marked `presentation`, the content of the files and folders it reads, the
 source and weights of its rewards (rewards/source.py), the teacher's weights, the seed, the stages it starts
-from, and a maths number per stage that is raised by hand. Not hashed: the commit, names, where runs live, and settings
-at their defaults, so that a new setting does not orphan finished stages (whoever changes a default raises the maths
-number). It is raised, too, for changes of our own code outside `reward_models`. Never hashed: packages of others that a
-reward imports, and pictures that a Parquet table of pairs only names.
+from, and a maths number per stage that is raised by hand for changes of our own code outside `reward_models`. Not
+hashed: the commit, names, where runs live, and settings at their defaults, so that a new setting does not orphan
+finished stages (whoever changes a default enters the old one in recipe/renamed.py). Never hashed: packages of others
+that a reward imports, and pictures that a Parquet table of pairs only names.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import Any
 from ..models.teachers import teacher_hash
 from ..recipe import Recipe, Stage, Strict
 from ..recipe.reads import Reads, paths_of
-from ..recipe.renamed import under_first_names
+from ..recipe.renamed import FIRST_DEFAULTS, under_first_names
 from ..rewards.source import source_hashes
 from ..storage.files import read_json
 from ..storage.hashing import contents_hash, folder_hash, sha256
@@ -96,14 +96,15 @@ def seed_of_stage(stage: Stage, recipe: Recipe) -> int:
 
 
 def settings(model: Strict) -> dict:
-    """Return the settings of `model` that can change a result and are not at their defaults, without a stage's seed."""
+    """Return the settings of `model` that can change a result and are not at their first defaults, without the seed."""
+    kind = getattr(model, "kind", "")
     dumped = model.model_dump(mode="json", exclude={"kind", "seed"})
     return {
         name: dumped[name]
         for name, field in type(model).model_fields.items()
         if name in dumped
         and not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("presentation"))
-        and getattr(model, name) != field.get_default(call_default_factory=True)
+        and getattr(model, name) != FIRST_DEFAULTS.get((kind, name), field.get_default(call_default_factory=True))
     }
 
 

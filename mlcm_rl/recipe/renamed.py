@@ -1,7 +1,8 @@
-"""Keys of recipes that once had another name.
+"""Keys of recipes that once had another name, or another default.
 
 A file with an old key is read with a warning that has the new one; the recipe of a finished run is read without a
-warning. Fingerprints hash the first names for ever, so that finished stages are found (pipeline/fingerprint.py).
+warning. Fingerprints hash the first names, and settings that are not at their first defaults, for ever, so that
+finished stages are found (pipeline/fingerprint.py).
 """
 
 from dataclasses import replace
@@ -16,6 +17,8 @@ OF_STAGES = {  # kind -> {old name: new name}
     "policy": {"epsilon": "clip_range"},
     "evaluate": {"num_steps": "sampling_steps"},
 }
+
+FIRST_DEFAULTS: dict[tuple[str, str], Any] = {("trajectories", "solver_steps"): 48}  # (kind, today's key) -> value
 
 
 def renewed(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Trajectories(OneStage):
     prompts: Annotated[str, PROMPTS] = Field(description=".txt (one a line) or .jsonl ({prompt, language, ...}) file")
     num_trajectories: int = Field(gt=0, le=10_000_000)
     num_held_out: int = Field(0, ge=0, le=10_000_000, description="trajectories after those, for the held-out loss")
-    solver_steps: int = Field(48, ge=8, le=992, description="solver steps: 8 segments of 6")
+    solver_steps: int = Field(24, ge=8, le=992, description="steps of the teacher's solver: 8 segments of 3")
     batch_size: int = presentation(
         16, gt=0, le=65_536, description="solved at a time; another number moves the states in their last bits"
     )

@@ -1,14 +1,25 @@
-"""Identities of files and folders: hashes of the files that would be loaded, links followed."""
+"""Identities of files and folders: hashes of the files that would be loaded, links followed.
+
+A file is hashed once while it stays as it is. Checksums of large files are remembered by size, time of change and inode
+in `$MLCM_RL_CHECKSUMS` (~/.cache/mlcm_rl/checksums), on the machine that computed them; the folder may be deleted at
+any time. The time is that of the inode (ctime), which no program sets back: a file that is written to, or replaced, is
+hashed again.
+"""
 
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from .untrusted import regular
 
+LARGE = 2**20  # bytes from which reading a file takes longer than looking it up
+SETTLED_NS = 2 * 10**9  # a file that changed less than so long ago may change again within one tick of its clock
 LOADED = (".safetensors", ".json", ".txt")  # the files that are loaded from a folder of weights and configuration
 
 
@@ -19,14 +30,56 @@ def sha256(path: Path) -> str:
 
 
 def sha256_once(path: Path) -> str:
-    """Return `sha256(path)`, cached by size and time of change, so that a process reads gigabytes once."""
-    status = regular(path).stat()
-    return _sha256_at(path.resolve(), status.st_size, status.st_mtime_ns)
+    """Return `sha256(path)`, without reading a file that was read before and has stayed as it was.
+
+    Raise FileNotFoundError if it is not there, ValueError for a pipe, a socket or a device.
+    """
+    path = regular(path).resolve()
+    memory, before = _memory(path.parent), _identity(path)
+    if (entry := memory.get(path.name)) is not None and entry[:-1] == before:
+        return entry[-1]
+    checksum = sha256(path)
+    if _identity(path) == before:
+        memory[path.name] = [*before, checksum]
+        if before[0] >= LARGE and time.time_ns() - before[1] > SETTLED_NS:
+            _remember(path, memory[path.name])
+    return checksum
 
 
 @cache
-def _sha256_at(path: Path, size: int, mtime_ns: int) -> str:
-    return sha256(path)
+def _memory(folder: Path) -> dict[str, list[Any]]:
+    """Return size, time of change, inode and sha256 of the files of `folder` that were hashed before, by name.
+
+    A line of the memory that is not whole counts for nothing.
+    """
+    known: dict[str, list[Any]] = {}
+    with suppress(OSError):
+        for line in _memory_file(folder).read_text("utf-8", errors="replace").splitlines():
+            with suppress(ValueError, TypeError):
+                name, *entry = json.loads(line)
+                if isinstance(name, str) and [type(one) for one in entry] == [int, int, int, str]:
+                    known[name] = entry
+    return known
+
+
+def _remember(path: Path, entry: list[Any]) -> None:
+    """Append one line: several processes write here at once, each line in one piece."""
+    file = _memory_file(path.parent)
+    with suppress(OSError):  # without it the file is hashed again, no more
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps([path.name, *entry]) + "\n")
+
+
+def _memory_file(folder: Path) -> Path:
+    place = Path(os.environ.get("MLCM_RL_CHECKSUMS", "~/.cache/mlcm_rl/checksums")).expanduser()
+    return place / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}.jsonl"
+
+
+def _identity(path: Path) -> list[int]:
+    """Return size, time of change and inode of the file `path`."""
+    status = path.stat()
+    return [status.st_size, status.st_ctime_ns, status.st_ino]
 
 
 def folder_hash(folder: Path) -> str:

@@ -87,7 +87,7 @@ def main() -> None:
         return
     console = Console()
     with tempfile.TemporaryDirectory() as place:
-        environment = os.environ | {"MLCM_RL_VERIFIED": f"{place}/verified"}
+        environment = os.environ | {"MLCM_RL_CHECKSUMS": f"{place}/checksums"}
         table = Table("trajectories", "", "open, s", "first step, ms", "step, ms", "to the first row", box=SIMPLE_HEAD)
         first = None
         for size in arguments.sizes:

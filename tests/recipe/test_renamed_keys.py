@@ -8,7 +8,7 @@ import runs
 from mlcm_rl.pipeline.fingerprint import settings
 from mlcm_rl.recipe import Distill, Evaluate, Policy, Recipe, Trajectories
 from mlcm_rl.recipe.file import load
-from mlcm_rl.recipe.renamed import OF_SAMPLES, OF_STAGES, renewed, under_first_names
+from mlcm_rl.recipe.renamed import FIRST_DEFAULTS, OF_SAMPLES, OF_STAGES, renewed, under_first_names
 from mlcm_rl.recipe.tree import RecipeError
 
 OLD = """
@@ -114,6 +114,16 @@ def test_fingerprints_hash_the_first_name():
     stage = runs.distill(num_segments=[2])
     assert under_first_names("distill", settings(stage))["segments"] == [2]
     assert "num_segments" not in under_first_names("distill", settings(stage))
+
+
+def test_a_changed_default_orphans_no_finished_stage():
+    """What stands at the first default is hashed as if nothing were said, whatever today's is."""
+    for (kind, name), first in FIRST_DEFAULTS.items():
+        model = {"trajectories": Trajectories}[kind]
+        today = model(prompts="p.txt", num_trajectories=1)
+        assert getattr(today, name) != first
+        assert settings(today)[name] == getattr(today, name)
+        assert name not in settings(today.model_copy(update={name: first}))
 
 
 def test_every_new_name_is_a_key_and_no_old_one_is():
