@@ -136,14 +136,13 @@ class OnLine:
         assert draw.noise is not None
         conditioning = base.encode_prompts([self.prompts[i] for i in draw.index.tolist()])
         x_t, t, r = draw.noise.to(base.device, copy=True), draw.t.to(base.device), draw.r.to(base.device)
-        segment = torch.searchsorted(milestones(NUM_SEGMENTS), draw.t) - 1
-        num_steps = NUM_SEGMENTS - segment.to(base.device)
-        top = base.schedule.num_times - 1
-        for step in range(NUM_SEGMENTS):
-            active = num_steps > step
-            if active.any():
-                start, end = (top - (top - t) * (step + j) // num_steps for j in (0, 1))
-                x_t[active] = _guided_step(base, x_t, start, end, conditioning, weight, active)
+        steps_of_each = NUM_SEGMENTS + 1 - torch.searchsorted(milestones(NUM_SEGMENTS), draw.t)
+        num_steps, top = steps_of_each.to(base.device), base.schedule.num_times - 1
+        for step in range(int(steps_of_each.max())):
+            # rows are chosen on the CPU: a choice by a mask on the device would wait for it
+            rows = (steps_of_each > step).nonzero().flatten().to(base.device)
+            start, end = (top - (top - t) * (step + j) // num_steps for j in (0, 1))
+            x_t[rows] = _guided_step(base, x_t, start, end, conditioning, weight, rows)
         x_r = _guided_step(base, x_t, t, r, conditioning, weight)
         return _on(base.device, x_t, x_r, None, draw, conditioning)
 
