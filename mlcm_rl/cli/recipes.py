@@ -232,7 +232,8 @@ def _run_under(launch: Path, arguments: list[str], machine_rank: int | None, mai
     try:
         return run_under(launch, arguments, Machine(machine_rank, main_address))
     except LaunchError as error:
-        error_console.print(Text.assemble(("bad", "bold red"), f"  --launch: {error}"), soft_wrap=True)
+        message = str(error) if str(error).startswith("--") else f"--launch: {error}"
+        error_console.print(Text.assemble(("bad", "bold red"), f"  {message}"), soft_wrap=True)
         return 2
     except Killed as error:
         error_console.print(Text.assemble(("failed", "bold red"), f"  {error}"), soft_wrap=True)

@@ -8,6 +8,7 @@ it. At the end the first process gathers the records in store.json. `trajectory_
 
 import math
 import os
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..models.base import Conditioning
 from ..storage import finite
 from ..storage.files import CheckpointError, read_json, remove, require_space, write_json
-from ..storage.hashing import sha256, sha256_once
+from ..storage.hashing import is_unchanged, sha256
 from ..storage.tensors import write_tensors
 from ..training import processes
 from .trajectory_store import (
@@ -29,6 +30,8 @@ from .trajectory_store import (
     EncodedPrompts,
     Files,
     Provenance,
+    Store,
+    as_pair,
     prompts_name,
     read_record,
     refuse_mismatch,
@@ -39,7 +42,7 @@ from .trajectory_store import (
 
 Kind = Literal["prompts", "shards"]
 NAMES = {"prompts": prompts_name, "shards": shard_name}
-CLAIMS = "claims"  # a folder beside the files, while they are written
+CLAIMS = "claims-"  # begins the name of a folder beside the files, of this run alone, while they are written
 LOOKS, LOOK_SECONDS = 20, 0.5  # for a file that another machine wrote: a shared folder may show it late
 
 
@@ -56,6 +59,7 @@ class Writer:
     def __init__(self, folder: Path, provenance: Provenance, num_prompts: int, shard_size: int, batch_size: int):
         self.folder, self.provenance, self.batch_size = folder, provenance, batch_size
         self.num_prompts = min(num_prompts, provenance.total)
+        self.claims = folder / f"{CLAIMS}{processes.broadcast(secrets.token_hex(4))}"
         self.record = processes.on_rank_zero(self._begun, shard_size)
         self.shard_size: int = self.record["shard_size"]
 
@@ -63,7 +67,9 @@ class Writer:
         """Return store.json as it stands, with the records of those that were stopped; in the first process alone."""
         path = self.folder / "store.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        remove(self.folder / CLAIMS)
+        for claims in self.folder.glob(f"{CLAIMS}*"):  # of a run that ended, or will find that it was given up
+            remove(claims)
+        self.claims.mkdir()
         record: dict[str, Any] = {
             "provenance": vars(self.provenance),
             "shard_size": shard_size,
@@ -81,6 +87,7 @@ class Writer:
                 )
             record = read_record(path)
             refuse_mismatch(path, record["provenance"], vars(self.provenance))
+            refuse_odd_record(record, path)
             record |= {"num_prompts": self.num_prompts}
         else:
             write_json(path, record)
@@ -95,7 +102,7 @@ class Writer:
             for name in [name for name in record[kind] if name not in sizes]:
                 del record[kind][name]
             for name, (size, checksum) in record[kind].items():
-                if sizes[name] != size or sha256_once(self.folder / name) != checksum:
+                if sizes[name] != size or not is_unchanged(self.folder / name, checksum):
                     raise CheckpointError(
                         f"{self.folder / name} is damaged (its sha256 changed): delete it, and it is made again"
                     )
@@ -110,14 +117,17 @@ class Writer:
 
     def claimed(self, kind: Kind) -> Iterator[range]:
         """Yield one after the other the rows of those files that this process is the first to claim."""
-        folder, missing = self.folder / CLAIMS, self.missing(kind)
-        folder.mkdir(exist_ok=True)
+        missing = self.missing(kind)
         first = len(missing) * processes.rank() // processes.world_size()  # apart, so that two seldom meet
         for rows in missing[first:] + missing[:first]:
             try:
-                os.close(os.open(folder / f"{kind}-{rows.start}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                os.close(os.open(self.claims / f"{kind}-{rows.start}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             except FileExistsError:
                 continue
+            except FileNotFoundError as error:
+                raise CheckpointError(
+                    f"{self.folder} is being written by another run, which began after this one: this one ends"
+                ) from error
             yield rows
 
     def num_written(self) -> int:
@@ -166,9 +176,13 @@ class Writer:
         write_json(path.with_name(f"{name}.json"), record)
 
     def finish(self) -> None:
-        """Put the records of all trajectories into store.json. Waits for all processes."""
+        """Put the records of all trajectories into store.json, and open the store as its readers will.
+
+        Wait for all processes. Raise CheckpointError if the files are not those of a store.
+        """
         self.gather("shards")
-        processes.on_rank_zero(remove, self.folder / CLAIMS)
+        processes.on_rank_zero(remove, self.claims)
+        processes.on_rank_zero(lambda: Store(self.folder).num_trajectories)
 
     def gather(self, kind: Kind) -> None:
         """Put the records of all processes into store.json, those of every file of this `kind`. Waits for all.
@@ -185,8 +199,8 @@ class Writer:
                 return self.record
             time.sleep(LOOK_SECONDS)
         raise CheckpointError(
-            f"{self.folder / min(absent)} was written by another process and is not seen here after "
-            f"{LOOKS * LOOK_SECONDS:.0f} s: every machine needs the same folder, on a disk that they share. What is "
+            f"{self.folder / min(absent)} was claimed by another process and is not seen here after "
+            f"{LOOKS * LOOK_SECONDS:.0f} s: that process has ended, or its machine does not share this folder. What is "
             "there is as it was, and the same command goes on from it"
         )
 
@@ -194,7 +208,10 @@ class Writer:
         """Move the records that lie beside files into `record` and store.json. In the first process alone."""
         beside = sorted(self.folder.glob("*.safetensors.json"))
         for path in beside:
-            one = read_json(path, size=int, sha256=str, batch_size=int)
+            try:
+                one = read_json(path, size=int, sha256=str, batch_size=int)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}: delete it, and the file that it is of is made again") from error
             kind = "prompts" if path.name.startswith("prompts-") else "shards"
             record[kind][path.name.removesuffix(".json")] = [one["size"], one["sha256"]]
             if kind == "shards":
@@ -205,6 +222,18 @@ class Writer:
             write_json(self.folder / "store.json", record)
             for path in beside:
                 path.unlink()
+
+
+def refuse_odd_record(record: dict[str, Any], path: Path) -> None:
+    """Raise CheckpointError if the `record` of an unfinished store is not as `Writer` writes it to `path`."""
+    sizes = record.get("batch_sizes")
+    is_right = isinstance(sizes, list) and all(type(size) is int for size in sizes)
+    entries = [*record["shards"].values(), *record["prompts"].values()]
+    if not is_right or any([type(one) for one in as_pair(entry)] != [int, str] for entry in entries):
+        raise CheckpointError(
+            f"{path} is damaged: batch_sizes must be numbers, and every file must have its size and its sha256: "
+            "delete it, and the same command makes the store anew"
+        )
 
 
 def share_written(folder: Path, num_stored: int) -> float:

@@ -29,7 +29,7 @@ from ..models.base import Base, Conditioning
 from ..models.teachers import teacher_hash
 from ..recipe import Teacher
 from ..storage.files import CheckpointError, read_json
-from ..storage.hashing import sha256_once
+from ..storage.hashing import identity_of, is_unchanged
 from ..storage.tensors import read_tensors
 
 FORMAT = 2  # of the files
@@ -78,12 +78,14 @@ def expected_of(teacher: Teacher, base: Base) -> dict[str, Any]:
 class Files:
     """The files of a store, each compared with its checksum when it is first read, then memory-mapped.
 
+    It is compared again when its size, time of change or inode are not those that it had then.
+
     Raises CheckpointError for the first one that is not there, or not of its size.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, tuple[int | None, str]]):
         self.folder, self._files = folder, files
-        self._open: dict[str, dict[str, Tensor]] = {}
+        self._open: dict[str, tuple[list[int], dict[str, Tensor]]] = {}
         sizes = sizes_in(folder)
         for name, (size, _) in files.items():
             if name not in sizes or size not in (None, sizes[name]):
@@ -94,19 +96,27 @@ class Files:
 
         `complaint` says what is wrong with the tensors where they are not what the file should hold.
         """
-        if name not in self._open:
-            path, (_, checksum) = self.folder / name, self._files[name]
-            try:
-                whole = sha256_once(path) == checksum
-            except FileNotFoundError:
-                whole = False
-            if not whole:
-                raise self._damaged(name)
-            tensors = read_tensors(path)
-            if (wrong := complaint(tensors)) is not None:
-                raise CheckpointError(f"{path} {wrong}")
-            self._open[name] = tensors
-        return self._open[name]
+        path, (_, checksum) = self.folder / name, self._files[name]
+        try:
+            identity = identity_of(path)
+            compared, tensors = self._open.get(name, (None, None))
+            if tensors is not None and identity == compared:
+                return tensors
+            whole = is_unchanged(path, checksum)
+        except FileNotFoundError:
+            whole = False
+        if not whole and name in self._open:
+            raise CheckpointError(
+                f"{path} was changed while it was read, and what was trained since is not to be trusted: delete it, "
+                f"{self.folder / 'manifest.json'} and the folder of this stage, and run again"
+            )
+        if not whole:
+            raise self._damaged(name)
+        tensors = read_tensors(path)
+        if (wrong := complaint(tensors)) is not None:
+            raise CheckpointError(f"{path} {wrong}")
+        self._open[name] = (identity, tensors)
+        return tensors
 
     def _damaged(self, name: str) -> CheckpointError:
         return CheckpointError(

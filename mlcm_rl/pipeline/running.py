@@ -274,9 +274,12 @@ def _from_folder(rewards: Sequence[str | Reward], folder: Path) -> list[Reward]:
 
 def _link(links: Path, number: int, place: Located) -> None:
     """Point link `number` in the folder `links` to a finished stage."""
+    link, target = links / f"{number:02d}-{place.kind}", Path("..") / "stages" / place.folder.name
+    if link.is_symlink() and link.readlink() == target:  # nothing to write: the disk may be read-only by now
+        return
     links.mkdir(parents=True, exist_ok=True)
     _unlink(links, range(number, number + 1))
-    (links / f"{number:02d}-{place.kind}").symlink_to(Path("..") / "stages" / place.folder.name)
+    link.symlink_to(target)
 
 
 def _unlink(links: Path, numbers: range) -> None:

@@ -50,10 +50,13 @@ def load(
     problems += twice
     for text in overrides:
         try:
-            tree, more, _ = renamed.renew_tree(override(tree, text, str(path)), str(path))
+            renewed = partial(renamed.renew_parts, text=text, file=str(path), warnings=warnings)
+            tree, more, _ = renamed.renew_tree(override(tree, text, str(path), renewed), str(path))
             warnings += more
         except RecipeError as error:
             problems += error.problems
+    for warning in warnings:
+        tell(warning)
     try:
         # JSON, because a list in a file may be meant for a tuple; strict, because "100" in quotes is not a number.
         recipe = Recipe.model_validate_json(json.dumps(tree.plain()), strict=True)
@@ -67,8 +70,8 @@ def load(
     if problems:
         raise RecipeError(problems)
     recipe, notes = resolved(recipe, folders)
-    for note in (*warnings, *(f"{path}: {note}" for note in notes)):
-        tell(note)
+    for note in notes:
+        tell(f"{path}: {note}")
     return recipe
 
 

@@ -8,7 +8,7 @@ finished stages are found (pipeline/fingerprint.py).
 from dataclasses import replace
 from typing import Any
 
-from .tree import Key, Node, Problem
+from .tree import Key, Node, Place, Problem
 
 OF_SAMPLES = {"num_steps": "sampling_steps"}
 OF_STAGES = {  # kind -> {old name: new name}
@@ -59,6 +59,28 @@ def renew_tree(tree: Node, file: str) -> tuple[Node, list[str], list[Problem]]:
             renewed_stages.append(renamer.renew(stage, ("stages", i), _names(kind.content if kind else None)))
         content["stages"] = replace(content["stages"], content=renewed_stages)
     return replace(tree, content=content), renamer.warnings, renamer.problems
+
+
+def renew_parts(tree: Node, parts: list[str], text: str, file: str, warnings: list[str]) -> list[str]:
+    """Return the parts of the key of an override with today's names; append a warning for an old one.
+
+    `text` is the override as it was given, over the recipe `tree` of `file`.
+    """
+    content = tree.content if isinstance(tree.content, dict) else {}
+    place, names = 1, OF_SAMPLES
+    if parts[0] == "stages" and len(parts) > 1 and "stages" in content:
+        stages = content["stages"].content
+        kinds = [one.child("kind") for one in stages] if isinstance(stages, list) else []
+        found = kinds[int(parts[1])] if parts[1].isdecimal() and int(parts[1]) < len(kinds) else None
+        place, names = 2, _names(found.content if found else parts[1])
+    elif parts[0] != "samples":
+        return parts
+    if len(parts) <= place or parts[place] not in names:
+        return parts
+    new = [*parts[:place], names[parts[place]], *parts[place + 1 :]]
+    message = f"is called {names[parts[place]]} now, and still read"
+    warnings.append(str(Problem((".".join(parts),), message, file=file, place=Place(override=text))))
+    return new
 
 
 class _Renamer:

@@ -8,7 +8,7 @@ all of them together.
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -169,11 +169,14 @@ def parse(text: str, file: str, override: str = "") -> tuple[Node, list[Problem]
     return converter.convert(root, (), ()), converter.problems
 
 
-def override(tree: Node, text: str, file: str) -> Node:
+def override(
+    tree: Node, text: str, file: str, renewed: Callable[[Node, list[str]], list[str]] = lambda _, parts: parts
+) -> Node:
     """Return the tree with one value set by `stages.1.learning_rate=1e-4` or `stages[distill].num_steps=[100, 50]`.
 
-    An entry of a list is named by its number, from 0, or by its `kind` if no other entry has that kind. Raise
-    RecipeError if the key does not exist or the value is not YAML.
+    An entry of a list is named by its number, from 0, or by its `kind` if no other entry has that kind. `renewed` gives
+    the parts of the key that are read in place of those that are written. Raise RecipeError if the key does not exist
+    or the value is not YAML.
     """
     place = Place(override=text)
     path, equals, value = text.partition("=")
@@ -183,7 +186,7 @@ def override(tree: Node, text: str, file: str) -> Node:
     node, problems = parse(value, file, override=text)
     if problems:
         raise RecipeError(problems)
-    return _with(tree, re.findall(r"[^.\[\]]+", path), node, (), file)
+    return _with(tree, renewed(tree, re.findall(r"[^.\[\]]+", path)), node, (), file)
 
 
 class _TooLong(ValueError):

@@ -56,7 +56,8 @@ def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: P
                 bar.advance(len(batch))
             writer.write(shard, torch.cat([states for states, _ in parts]), torch.cat([x0 for _, x0 in parts]))
             bar.advance(max(0, writer.num_written() - bar.num_finished))  # those of the other processes
-    writer.finish()
+        writer.finish()
+        bar.advance(writer.provenance.total - bar.num_finished)
 
 
 def encode(stage: Trajectories, base: Base, prompts: list[str], writer: Writer) -> None:

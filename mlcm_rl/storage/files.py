@@ -112,10 +112,10 @@ def require_space(path: Path, size: int) -> None:
     """Raise CheckpointError if the disk of `path` has no room for another `size` bytes."""
     free = shutil.disk_usage(path.parent).free
     if size + SPARE_BYTES > free:
-        needed, available = (f"{count / 1e6:,.1f} MB" for count in (size, free))
+        needed, available, spare = (f"{count / 1e6:,.1f} MB" for count in (size, free, SPARE_BYTES))
         raise CheckpointError(
-            f"{path} needs {needed} and its disk has {available} left: make room, and the same command goes on from "
-            "what was saved before"
+            f"{path} needs {needed}, {spare} to spare, and its disk has {available} left: make room, and the same "
+            "command goes on from what was saved before"
         )
 
 

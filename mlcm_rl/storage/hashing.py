@@ -2,8 +2,9 @@
 
 A file is hashed once while it stays as it is. Checksums of large files are remembered by size, time of change and inode
 in `$MLCM_RL_CHECKSUMS` (~/.cache/mlcm_rl/checksums), on the machine that computed them; the folder may be deleted at
-any time. The time is that of the inode (ctime), which no program sets back: a file that is written to, or replaced, is
-hashed again.
+any time, and set to nothing to remember nothing. The time is that of the inode (ctime), which no program sets back: a
+file that is written to, or replaced, is hashed again. (Not one that a process goes on changing through a memory map
+that it opened before: the system may change its time later.)
 """
 
 import hashlib
@@ -35,15 +36,23 @@ def sha256_once(path: Path) -> str:
     Raise FileNotFoundError if it is not there, ValueError for a pipe, a socket or a device.
     """
     path = regular(path).resolve()
-    memory, before = _memory(path.parent), _identity(path)
+    memory, before = _memory(path.parent), identity_of(path)
     if (entry := memory.get(path.name)) is not None and entry[:-1] == before:
         return entry[-1]
     checksum = sha256(path)
-    if _identity(path) == before:
+    if identity_of(path) == before:
         memory[path.name] = [*before, checksum]
         if before[0] >= LARGE and time.time_ns() - before[1] > SETTLED_NS:
             _remember(path, memory[path.name])
     return checksum
+
+
+def is_unchanged(path: Path, checksum: str) -> bool:
+    """Return whether the sha256 of the file `path` is `checksum`; what is remembered calls no file damaged.
+
+    Raise FileNotFoundError if it is not there.
+    """
+    return sha256_once(path) == checksum or sha256(path) == checksum
 
 
 @cache
@@ -53,30 +62,43 @@ def _memory(folder: Path) -> dict[str, list[Any]]:
     A line of the memory that is not whole counts for nothing.
     """
     known: dict[str, list[Any]] = {}
+    file = _memory_file(folder)
     with suppress(OSError):
-        for line in _memory_file(folder).read_text("utf-8", errors="replace").splitlines():
-            with suppress(ValueError, TypeError):
-                name, *entry = json.loads(line)
-                if isinstance(name, str) and [type(one) for one in entry] == [int, int, int, str]:
-                    known[name] = entry
+        for line in file.read_text("utf-8", errors="replace").splitlines() if file else ():
+            seal, _, text = line.partition(" ")
+            if seal == _seal(text):
+                name, *entry = json.loads(text)
+                known[name] = entry
     return known
 
 
 def _remember(path: Path, entry: list[Any]) -> None:
     """Append one line: several processes write here at once, each line in one piece."""
+    text = json.dumps([path.name, *entry])
     file = _memory_file(path.parent)
+    if file is None:
+        return
     with suppress(OSError):  # without it the file is hashed again, no more
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps([path.name, *entry]) + "\n")
+            lines.write(f"{_seal(text)} {text}\n")
 
 
-def _memory_file(folder: Path) -> Path:
-    place = Path(os.environ.get("MLCM_RL_CHECKSUMS", "~/.cache/mlcm_rl/checksums")).expanduser()
-    return place / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}.jsonl"
+def _seal(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _identity(path: Path) -> list[int]:
+def _memory_file(folder: Path) -> Path | None:
+    """Return where the checksums of the files in `folder` are remembered; None if nowhere."""
+    place = os.environ.get("MLCM_RL_CHECKSUMS", "~/.cache/mlcm_rl/checksums")
+    try:
+        memory = Path(place).expanduser()
+    except RuntimeError:  # no home folder
+        return None
+    return memory / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}.jsonl" if place else None
+
+
+def identity_of(path: Path) -> list[int]:
     """Return size, time of change and inode of the file `path`."""
     status = path.stat()
     return [status.st_size, status.st_ctime_ns, status.st_ino]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .files import PARTIAL, CheckpointError, checksums, read_json, remove, remove_partial, write_json
-from .hashing import seal_of, sha256_once
+from .hashing import is_unchanged, seal_of
 from .untrusted import path_inside
 
 FORMAT = 1  # of manifest.json; raised when its layout changes
@@ -62,6 +62,6 @@ def verify(folder: Path) -> dict:
         path = path_inside(folder, name, folder / "manifest.json")
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: delete {folder} to run the stage again")
-        if sha256_once(path) != expected:
+        if not is_unchanged(path, expected):
             raise CheckpointError(f"{path} is damaged (its sha256 changed): delete {folder} to run the stage again")
     return manifest

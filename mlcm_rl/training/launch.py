@@ -4,6 +4,7 @@ import logging
 import os
 import reprlib
 import signal
+import socket
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,11 +14,14 @@ from typing import Any
 import torch
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from ..recipe.tree import nearest
 from ..storage.untrusted import read_bytes
+from . import progress
 
 ALONE = ("NO", "MULTI_CPU")  # accelerate starts one process, whatever `num_processes` is
 CHOICES = {
@@ -36,6 +40,7 @@ SWITCHES = ("use_cpu", "debug", "same_network", "enable_cpu_affinity")
 UNQUOTED = {"distributed_type": "NO", "mixed_precision": "no"}  # words that YAML 1.1 reads as false without quotes
 MAY_BE_EMPTY = ("mixed_precision", "main_process_port", "gpu_ids")
 OLD_KEYS = ("fp16", "dynamo_backend")  # which accelerate still reads
+MEETING_SECONDS = 900  # that a machine waits for the others
 LOST_PEER = 3  # exit code of a process that lost another one, which was killed
 
 
@@ -84,6 +89,8 @@ def run_under(launch: Path, arguments: list[str], machine: Machine | None = None
     if settings.get("mixed_precision") == "no":
         options += ["--mixed_precision", "no"]  # accelerate cannot read it without quotes
     if settings.get("num_machines", 1) > 1:
+        options += ["--rdzv_conf", f"timeout={MEETING_SECONDS}"]
+        progress.tell("machines", _meeting(settings))
         for key in ("machine_rank", "main_process_ip", "main_process_port"):
             options += [f"--{key}", str(settings[key])]
     command = ["--config_file", str(launch), *options, "--module", "mlcm_rl", "run", *arguments]
@@ -97,6 +104,11 @@ def run_under(launch: Path, arguments: list[str], machine: Machine | None = None
         return exit_code(error)
     except SignalException as stop:
         return 128 + stop.sigval
+    except (RendezvousError, DistError) as error:
+        raise LaunchError(
+            f"{launch}: the {settings['num_machines']} machines did not find each other: {error}. Does the command "
+            "run on each, with the same --main-address and a --machine-rank of its own?"
+        ) from error
     except ValueError as error:  # of accelerate, for keys that do not go together
         raise LaunchError(f"{launch}: {error}") from error
     return 0
@@ -133,6 +145,33 @@ def refuse_machines(launch: Path, settings: dict[str, Any]) -> None:
             f"{launch}: num_processes: expected as many for each of {machines} machines, found "
             f"{settings['num_processes']} in all"
         )
+
+
+def _meeting(settings: dict[str, Any]) -> str:
+    """Return a line on where the machines of `settings` meet.
+
+    Raise LaunchError if the address cannot be found from here, or, on the machine that it is of, is in use.
+    """
+    host, port = settings["main_process_ip"], settings["main_process_port"]
+    try:
+        family, kind, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise LaunchError(f"--main-address: {host} cannot be found from this machine ({error.strerror})") from error
+    rank = settings.get("machine_rank", 0)
+    if rank == 0:
+        with socket.socket(family, kind) as place:
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                place.bind(("", port))
+            except OSError as error:
+                raise LaunchError(
+                    f"--main-address: port {port} is in use on this machine, by another run or by a second command "
+                    "with --machine-rank 0: choose another port for all, or give every machine a rank of its own"
+                ) from error
+    return (
+        f"{rank} of 0 to {settings['num_machines'] - 1} meets the others at {host}:{port}, and waits for them up to "
+        f"{MEETING_SECONDS // 60} minutes"
+    )
 
 
 def exit_code(error: ChildFailedError) -> int:

@@ -11,6 +11,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from ..storage.files import write_json
 from .joining import launched, number, refuse_strangers
 
 Item = TypeVar("Item")
+LONGEST_WAIT = timedelta(hours=2)  # for a process that is still at work, on a file of slow trajectories, say
 LOOKS, LOOK_SECONDS = 20, 0.5  # for a file that another machine wrote: it may appear late in a shared folder
 
 
@@ -61,7 +63,7 @@ def start(device: torch.device) -> None:
         settings = {"backend": "gloo"}
         _compile_nothing()
     try:
-        state = PartialState(**settings)
+        state = PartialState(timeout=LONGEST_WAIT, **settings)
     except ImportError as error:
         raise ValueError(f"DeepSpeed cannot start: {error}") from error
     except torch.distributed.DistError as error:

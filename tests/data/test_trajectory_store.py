@@ -1,6 +1,7 @@
 """The store as files: what is kept of a trajectory and of a prompt, who writes it, how it is opened and read."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -196,7 +197,7 @@ def test_a_file_that_another_machine_wrote_and_that_does_not_appear_is_told(tmp_
     monkeypatch.setattr(store_writer, "LOOK_SECONDS", 0.0)
     writer = Writer(tmp_path, provenance(), 4, shard_size=2, batch_size=2)
     list(writer.claimed("prompts"))  # by a process that writes to a folder of its own
-    with pytest.raises(CheckpointError, match=r"prompts-0000000\.safetensors was written by another process"):
+    with pytest.raises(CheckpointError, match=r"prompts-0000000\.safetensors was claimed by another process"):
         writer.gather("prompts")
 
 
@@ -213,6 +214,53 @@ def test_a_file_that_appears_late_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(store_writer.time, "sleep", sleep)
     writer.gather("prompts")
     assert len(looks) == 2
+
+
+def test_a_run_that_another_one_took_over_writes_no_more(tmp_path):
+    """The launcher was killed, a process of it lives on, and the same command was given again."""
+    orphan = Writer(tmp_path, provenance(), 4, shard_size=1, batch_size=1)
+    claims = orphan.claimed("shards")
+    next(claims)
+    Writer(tmp_path, provenance(), 4, shard_size=1, batch_size=1)
+    with pytest.raises(CheckpointError, match="is being written by another run, which began after this one"):
+        next(claims)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_sizes": None},
+        {"batch_sizes": ["x"]},
+        {"shards": {"shard-0000000.safetensors": None}},
+        {"prompts": {"x": "ab"}},
+    ],
+    ids=str,
+)
+def test_a_damaged_record_of_an_unfinished_store_says_what_to_do(tmp_path, change):
+    Writer(tmp_path, provenance(), 4, shard_size=2, batch_size=2)
+    write_json(tmp_path / "store.json", read_json(tmp_path / "store.json") | change)
+    with pytest.raises(CheckpointError, match=r"store\.json is damaged: .* delete it"):
+        Writer(tmp_path, provenance(), 4, shard_size=2, batch_size=2)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff"], ids=str)
+def test_a_damaged_record_of_a_file_says_what_to_do(tmp_path, content):
+    Writer(tmp_path, provenance(), 4, shard_size=2, batch_size=2)
+    (tmp_path / "shard-0000000.safetensors.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"damaged: .*: delete it, and the file that it is of is made again"):
+        Writer(tmp_path, provenance(), 4, shard_size=2, batch_size=2)
+
+
+def test_a_store_whose_files_are_not_all_its_own_is_not_finished(tmp_path):
+    writer = Writer(tmp_path, provenance(), 4, shard_size=2, batch_size=2)
+    for rows in writer.claimed("prompts"):
+        writer.write_prompts(rows, prompts_of(rows), torch.float16)
+    for rows in writer.claimed("shards"):
+        writer.write(rows, *states_of(rows))
+    shutil.copy(tmp_path / "shard-0000000.safetensors", tmp_path / "shard-0000099.safetensors")
+    shutil.copy(tmp_path / "shard-0000000.safetensors.json", tmp_path / "shard-0000099.safetensors.json")
+    with pytest.raises(CheckpointError, match="are not the 5 files that it names"):
+        writer.finish()
 
 
 # ---- older stores ----
@@ -242,6 +290,22 @@ def test_an_unfinished_store_of_format_1_is_refused_in_words(tmp_path):
     write_json(tmp_path / "store.json", {"provenance": old, "shard_size": 2, "shards": {}})
     with pytest.raises(CheckpointError, match=r"was begun by an older version of this package.*delete"):
         Writer(tmp_path, provenance(), 4, shard_size=2, batch_size=2)
+
+
+# ---- reading ----
+
+
+def test_a_file_that_is_written_to_while_it_is_read_reaches_no_further_step(tmp_path):
+    store, first = write(tmp_path), torch.tensor([0])
+    store.x0(first)
+    path = tmp_path / "shard-0000000.safetensors"
+    path.chmod(0o600)  # another time of change, the same bytes
+    store.x0(first)
+    with path.open("r+b") as file:
+        file.seek(-8, 2)
+        file.write(b"12345678")
+    with pytest.raises(CheckpointError, match=r"was changed while it was read, and what was trained since"):
+        store.x0(first)
 
 
 # ---- opening ----

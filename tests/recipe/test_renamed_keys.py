@@ -131,3 +131,29 @@ def test_every_new_name_is_a_key_and_no_old_one_is():
         names = OF_STAGES[stage.model_fields["kind"].default]
         assert set(names.values()) <= set(stage.model_fields)
         assert not set(names) & set(stage.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("stages.1.segments.0=8", lambda recipe: recipe.stages[1].num_segments == [8, 1]),
+        ("stages[distill].segments[0]=8", lambda recipe: recipe.stages[1].num_segments == [8, 1]),
+        ("samples.num_steps.0=3", lambda recipe: recipe.samples.sampling_steps == [3]),
+        ("stages.evaluate.num_steps.0=4", lambda recipe: recipe.stages[3].sampling_steps == [4]),
+        ("stages.distill.num_steps=7", lambda recipe: recipe.stages[1].num_steps == 7),
+    ],
+    ids=["number", "kind", "samples", "evaluate", "not renamed"],
+)
+def test_an_override_below_an_old_name_reaches_it(old, root, override, value):
+    warnings: list[str] = []
+    assert value(load(old, [override], root, tell=warnings.append))
+    assert sum(override in warning for warning in warnings) == ("distill.num_steps" not in override)
+
+
+def test_warnings_are_told_before_errors(old, root):
+    """An error speaks of the new name, which is not in the file."""
+    old.write_text(OLD.replace("num_steps: 24", "num_steps: 25"), "utf-8")
+    warnings: list[str] = []
+    with pytest.raises(RecipeError, match="solver_steps 25 must be a multiple of 8"):
+        load(old, root=root, tell=warnings.append)
+    assert any("stages[0].num_steps: is called solver_steps now" in warning for warning in warnings)

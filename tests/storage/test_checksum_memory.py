@@ -5,7 +5,7 @@ import os
 import pytest
 
 from mlcm_rl.storage import hashing
-from mlcm_rl.storage.hashing import sha256_once
+from mlcm_rl.storage.hashing import is_unchanged, sha256_once
 
 
 @pytest.fixture
@@ -75,3 +75,33 @@ def test_without_a_place_to_write_checksums_are_computed_all_the_same(tmp_path, 
     monkeypatch.setenv("MLCM_RL_CHECKSUMS", str(tmp_path / "file" / "below"))
     (tmp_path / "x").write_bytes(b"one")
     assert sha256_once(tmp_path / "x") == hashing.sha256(tmp_path / "x")
+
+
+def test_without_a_home_folder_nothing_is_remembered(tmp_path, read, monkeypatch):
+    def nowhere(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(hashing.Path, "expanduser", nowhere)
+    (tmp_path / "x").write_bytes(b"one")
+    assert sha256_once(tmp_path / "x") == hashing.sha256(tmp_path / "x")
+    assert not (tmp_path / "memory").exists()
+
+
+def test_a_line_with_another_checksum_is_not_believed(tmp_path, read):
+    path = tmp_path / "x"
+    path.write_bytes(b"one")
+    first = sha256_once(path)
+    memory = next((tmp_path / "memory").iterdir())
+    memory.write_text(memory.read_text(encoding="utf-8").replace(first[:8], "0" * 8), encoding="utf-8")
+    next_process()
+    assert sha256_once(path) == first
+
+
+def test_what_is_remembered_calls_no_file_damaged(tmp_path, read, monkeypatch):
+    path = tmp_path / "x"
+    path.write_bytes(b"one")
+    right = sha256_once(path)
+    hashing._memory(tmp_path)["x"][-1] = "0" * 64
+    assert sha256_once(path) == "0" * 64
+    assert is_unchanged(path, right)
+    assert not is_unchanged(path, "1" * 64)

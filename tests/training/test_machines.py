@@ -11,6 +11,7 @@ from launched_runs import LAUNCHES, SECONDS, assert_alike, command_of, environme
 import runs
 from mlcm_rl import pipeline
 from mlcm_rl.recipe import Evaluate, Recipe
+from mlcm_rl.training import launch
 from mlcm_rl.training.launch import LaunchError, Machine, read, refuse_machines, run_under
 
 
@@ -116,6 +117,26 @@ def test_machines_that_could_not_find_each_other_are_told(tmp_path, changes, mac
     (tmp_path / "launch.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(LaunchError, match=re.escape(message)):
         run_under(tmp_path / "launch.yaml", [], machine)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_machine_that_the_others_do_not_join_says_so(tmp_path, monkeypatch, capfd, rank):
+    monkeypatch.setattr(launch, "MEETING_SECONDS", 3)
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(LaunchError, match=r"the 2 machines did not find each other: .* Does the command run on each"):
+        run_under(LAUNCHES / "two_nodes.yaml", [], Machine(rank, address))
+    assert f"{rank} of 0 to 1 meets the others at {address}" in capfd.readouterr().out
+
+
+def test_an_address_that_is_not_there_or_in_use_is_told(tmp_path):
+    with pytest.raises(LaunchError, match=r"nowhere\.invalid cannot be found from this machine"):
+        run_under(LAUNCHES / "two_nodes.yaml", [], Machine(1, "nowhere.invalid:29500"))
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        place.listen()
+        port = place.getsockname()[1]
+        with pytest.raises(LaunchError, match=f"port {port} is in use on this machine, by another run or by a second"):
+            run_under(LAUNCHES / "two_nodes.yaml", [], Machine(0, f"127.0.0.1:{port}"))
 
 
 def test_the_shipped_file_is_for_two_machines():
