@@ -44,6 +44,7 @@ benchmark: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/distillation.py
 	$(BIN)/python tests/benchmarks/preference.py
 	$(BIN)/python tests/benchmarks/before_after.py
+	$(BIN)/python tests/benchmarks/teacher.py
 
 study: $(VENV)/installed
 	$(BIN)/python recipes/emoji/study/variants.py

@@ -70,7 +70,7 @@ class Roles:
     def teacher_x0(self, count: int, guidance_scale: float) -> Tensor:
         """Return the guided teacher's x0 (count, C, H, W)."""
         x_t, t, conditioning = self.points(count)
-        with self.own_precision():
+        with self.own_precision(), self.base.same_prompts(self.base.denoiser):  # what it keeps is in memory too
             return self.base.guided_x0(x_t, t, conditioning, conditioning, guidance_scale)
 
     def sample(self, count: int, grad_steps: int = 0) -> Tensor:

@@ -224,9 +224,10 @@ class RenoisedSamples:
         x0, conditioning = self._samples(draw)
         t, r = draw.t.to(base.device), draw.r.to(base.device)
         x_t = x_r = add_noise(x0, draw.noise.to(base.device), t, base.schedule)
-        for step in range(num_steps):
-            start, end = (t - (t - r) * (step + j) // num_steps for j in (0, 1))
-            x_r = _guided_step(base, x_r, start, end, conditioning, base.teacher.guidance_scale)
+        with base.same_prompts(base.denoiser):
+            for step in range(num_steps):
+                start, end = (t - (t - r) * (step + j) // num_steps for j in (0, 1))
+                x_r = _guided_step(base, x_r, start, end, conditioning, base.teacher.guidance_scale)
         return _on(base.device, x_t, x_r, None, draw, conditioning)
 
     def _samples(self, draw: Draw) -> tuple[Tensor, Conditioning]:

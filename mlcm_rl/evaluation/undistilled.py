@@ -36,9 +36,10 @@ def sample(
         return sampler.sample_teacher(base, conditional, unconditional, noise, times, guidance_scale)
     scheduler = _scheduler(base, solver, num_steps, noise.device)
     x_t = noise
-    for t in scheduler.timesteps:
-        x0 = base.guided_x0(x_t, t.expand(len(x_t)), conditional, unconditional, guidance_scale)
-        x_t = scheduler.step(x0, t, x_t, return_dict=False)[0]
+    with base.same_prompts(base.denoiser):
+        for t in scheduler.timesteps:
+            x0 = base.guided_x0(x_t, t.expand(len(x_t)), conditional, unconditional, guidance_scale)
+            x_t = scheduler.step(x0, t, x_t, return_dict=False)[0]
     return x_t
 
 

@@ -9,6 +9,7 @@ tensors are float32 and batch first, so that they can be indexed, concatenated a
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -215,6 +216,13 @@ class Base(ABC):
         """Return the conditioning (1, ...) that the stock pipeline's guidance moves away from."""
 
     # ---- denoising ----
+
+    def same_prompts(self, denoiser: torch.nn.Module) -> AbstractContextManager[None]:
+        """Return a block in which every pass of `denoiser` has the same prompts and weights, and no gradient.
+
+        A family computes there once what depends on nothing else; results are the same bits. This one computes nothing.
+        """
+        return nullcontext()
 
     def forget_denoiser(self) -> None:
         """Free the weights of the teacher's denoiser where no step needs it; its configuration stays.

@@ -1,6 +1,7 @@
 """Sampling: a student in a few steps, with or without gradient, and the guided teacher."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -28,8 +29,9 @@ def sample(
     between a lower one, since noise brings the state up again, and 0 at gamma 1 and in the last step. The last
     `grad_steps` steps carry gradient.
     """
-    for _, x0 in walk(base, denoiser, conditioning, noise, times, gamma, generators, conditioned, grad_steps):  # noqa: B007  (x0 of the last step is the result)
-        pass  # each state is freed before the next step
+    with nullcontext() if grad_steps else base.same_prompts(denoiser):
+        for _, x0 in walk(base, denoiser, conditioning, noise, times, gamma, generators, conditioned, grad_steps):  # noqa: B007  (x0 of the last step is the result)
+            pass  # each state is freed before the next step
     return x0
 
 
@@ -45,7 +47,8 @@ def rollout(
     conditioned: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the states (N, B, C, H, W) that `sample` visits, the first being `noise`, and its x0 (B, C, H, W)."""
-    steps = list(walk(base, denoiser, conditioning, noise, times, gamma, generators, conditioned))
+    with base.same_prompts(denoiser):
+        steps = list(walk(base, denoiser, conditioning, noise, times, gamma, generators, conditioned))
     return torch.stack([x_t for x_t, _ in steps]), steps[-1][1]
 
 
@@ -100,9 +103,10 @@ def sample_teacher(
 ) -> Tensor:
     """Return the teacher's x0 (B, C, H, W) in the last step of guided DDIM over `times` (descending)."""
     x_t = noise
-    for t, s in jumps(times, noise):
-        x0 = base.guided_x0(x_t, t, conditional, unconditional, guidance_scale)
-        x_t = ddim_step(x_t, x0, t, s, base.schedule)
+    with base.same_prompts(base.denoiser):
+        for t, s in jumps(times, noise):
+            x0 = base.guided_x0(x_t, t, conditional, unconditional, guidance_scale)
+            x_t = ddim_step(x_t, x0, t, s, base.schedule)
     return x0
 
 

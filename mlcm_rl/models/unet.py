@@ -1,6 +1,7 @@
 """Base of the UNet families, Stable Diffusion and SDXL, with variance-preserving noise."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,6 +98,22 @@ class UNetBase(Base):
         """Return the denoiser's `added_cond_kwargs`, for families that have them."""
         return None
 
+    @contextmanager
+    def same_prompts(self, denoiser: torch.nn.Module) -> Iterator[None]:
+        """Keep the keys and values of the cross-attention, which are functions of the prompts, from the first pass."""
+        names = (".attn2.to_k", ".attn2.to_v")
+        layers = [layer for name, layer in denoiser.named_modules() if name.endswith(names)]
+        before = [vars(layer).get("forward") for layer in layers]  # of a layer that something else has wrapped
+        for layer in layers:
+            layer.forward = _once(layer.forward)
+        try:
+            yield
+        finally:
+            for layer, forward in zip(layers, before, strict=True):
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward
+
     def predict(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
     ) -> Tensor:
@@ -128,6 +145,18 @@ class UNetBase(Base):
                 f"{type(scheduler).__name__} visits {scheduler.timesteps.tolist()}: no stock pipeline can sample it"
             )
         return scheduler
+
+
+def _once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function that calls `function` the first time, and later returns that result whatever it is given."""
+    results: list[Tensor] = []
+
+    def first_result(*arguments: Any, **settings: Any) -> Tensor:
+        if not results:
+            results.append(function(*arguments, **settings))
+        return results[0]
+
+    return first_result
 
 
 def schedule_of(scheduler: dict[str, Any]) -> Schedule:

@@ -27,7 +27,7 @@ from ..storage import manifest as checkpoint
 from ..storage.commit import commit
 from ..storage.files import CheckpointError
 from ..storage.manifest import finish, is_finished, unswept, verify
-from ..training import processes
+from ..training import allocator, processes
 from ..training.devices import device_of
 from ..training.loop import NonFiniteLoss, StoppedBeforeUpdate
 from ..training.progress import tell
@@ -58,6 +58,8 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
     """
     try:
         device = device_of(recipe.device)
+        if device.type == "cpu":
+            allocator.keep_freed_memory()
         processes.start(device)
     except ValueError as error:
         raise RunError(str(error)) from error

@@ -83,10 +83,11 @@ def solve(
     """Return the states (B, len(grid), C, H, W) of guided DDIM from `noise` down `grid`, and the last step's x0."""
     unconditional = base.unconditional(len(noise))
     states = [noise]
-    for start, end in zip(grid, grid[1:], strict=False):
-        t, s = (torch.full((len(noise),), time, device=noise.device) for time in (start, end))
-        x0 = base.guided_x0(states[-1], t, conditioning, unconditional, guidance_scale)
-        states.append(ddim_step(states[-1], x0, t, s, base.schedule))
+    with base.same_prompts(base.denoiser):
+        for start, end in zip(grid, grid[1:], strict=False):
+            t, s = (torch.full((len(noise),), time, device=noise.device) for time in (start, end))
+            x0 = base.guided_x0(states[-1], t, conditioning, unconditional, guidance_scale)
+            states.append(ddim_step(states[-1], x0, t, s, base.schedule))
     return torch.stack(states, dim=1), x0
 
 

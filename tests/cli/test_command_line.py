@@ -341,3 +341,12 @@ def test_help_breaks_no_line_that_the_terminal_would_not(mlcm, monkeypatch):
 
 def test_the_version_is_printed(mlcm):
     assert mlcm("--version").output == f"mlcm_rl {__version__}\n"
+
+
+@pytest.mark.parametrize("own", [None, "active"])
+def test_threads_wait_asleep_unless_the_user_says_otherwise(own):
+    """The variable is set before anything can import torch, which reads it once; a launch hands it on."""
+    program = "import sys, mlcm_rl.__main__, os; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    environment = _environment() | ({} if own is None else {"OMP_WAIT_POLICY": own})
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == [own or "passive", "False"]

@@ -1,9 +1,16 @@
 """The few-step sampler on tiny teachers: what it evaluates, draws, and carries gradient through."""
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 
-from mlcm_rl.models import sampler
+import tiny
+from mlcm_rl.equations.segments import time_grid
+from mlcm_rl.evaluation import undistilled
+from mlcm_rl.models import sampler, students
+from mlcm_rl.recipe import Lora
+from mlcm_rl.stages import trajectories
 
 TIMES = [999, 749, 499, 249]
 
@@ -94,3 +101,88 @@ def test_times_that_do_not_descend_to_above_zero_are_refused(sdxl, times):
     noise = sdxl.noise(torch.Generator().manual_seed(0), 1)
     with pytest.raises(ValueError, match="times"):
         sampler.sample(sdxl, sdxl.denoiser, sdxl.unconditional(1), noise, times, 0.0)
+
+
+# Keys and values of the prompts, computed once
+
+
+@contextmanager
+def projections(denoiser):
+    """Yield the list of the cross-attention's key and value projections, as they are computed."""
+    calls, forward = [], torch.nn.Linear.forward
+    names = {
+        getattr(layer, "base_layer", layer): name  # of a LoRA
+        for name, layer in denoiser.named_modules()
+        if name.endswith((".attn2.to_k", ".attn2.to_v"))
+    }
+
+    def counted(self, x):
+        if self in names:
+            calls.append(names[self])
+        return forward(self, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Linear, "forward", counted)
+        yield calls
+
+
+def without_same_prompts(monkeypatch, base):
+    monkeypatch.setattr(type(base), "same_prompts", lambda self, denoiser: nullcontext())
+
+
+def test_keys_and_values_of_a_trajectory_are_computed_once_and_are_the_same_bits(base, monkeypatch):
+    conditioning, noise = base.encode_prompts(["a cat", "red apple"]), base.noise(torch.Generator().manual_seed(0), 2)
+    dropped = base.unconditional(2)
+    ways = {
+        "trajectories": lambda: trajectories.solve(base, conditioning, noise, time_grid(8), 3.0),
+        **{
+            solver: lambda solver=solver: (
+                undistilled.sample(base, conditioning, dropped, noise, solver, num_steps=4, guidance_scale=3.0),
+            )
+            for solver in undistilled.LABELS
+        },
+    }
+    results = {}
+    for name, way in ways.items():
+        with projections(base.denoiser) as calls:
+            results[name] = way()
+        assert len(calls) == len(set(calls)) > 0, name
+    without_same_prompts(monkeypatch, base)
+    for name, way in ways.items():
+        assert all(torch.equal(*pair) for pair in zip(results[name], way(), strict=True)), name
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_student_without_gradient_computes_them_once_too(sdxl, autocast, monkeypatch):
+    student = students.student(sdxl, Lora(rank=4, alpha=4.0), seed=0)
+    tiny.perturb(students.trainable_parameters(student))
+    noise = sdxl.noise(torch.Generator().manual_seed(0), 2)
+
+    def sample(grad_steps=0):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), projections(student) as calls:
+            x0 = sampler.sample(
+                sdxl, student, sdxl.encode_prompts(["a cat", "dog"]), noise, TIMES, 0.0, grad_steps=grad_steps
+            )
+            return x0.detach(), len(calls) / len(set(calls))
+
+    once, several = sample(), sample(grad_steps=2)
+    assert (once[1], several[1]) == (1, len(TIMES))  # a step with gradient has a graph of its own
+    assert torch.equal(once[0], several[0])
+    states, x0 = sampler.rollout(sdxl, student, sdxl.encode_prompts(["a cat", "dog"]), noise, TIMES, 0.0)
+    without_same_prompts(monkeypatch, sdxl)
+    assert torch.equal(once[0], sample()[0])
+    expected = sampler.rollout(sdxl, student, sdxl.encode_prompts(["a cat", "dog"]), noise, TIMES, 0.0)
+    assert torch.equal(states, expected[0])
+    assert torch.equal(x0, expected[1])
+
+
+def test_after_the_block_every_layer_computes_again(sdxl):
+    at = (torch.randn(1, *sdxl.latent_shape), torch.tensor([500]))
+    cat, dog = (sdxl.encode_prompts([prompt]) for prompt in ("a cat", "a dog"))
+    expected = [sdxl.predict(sdxl.denoiser, *at, prompt) for prompt in (cat, dog)]
+    with sdxl.same_prompts(sdxl.denoiser):
+        assert torch.equal(sdxl.predict(sdxl.denoiser, *at, cat), expected[0])
+    with pytest.raises(RuntimeError), sdxl.same_prompts(sdxl.denoiser):
+        sdxl.predict(sdxl.denoiser, torch.randn(1, 1, 8, 8), at[1], cat)
+    assert torch.equal(sdxl.predict(sdxl.denoiser, *at, dog), expected[1])
+    assert not any("forward" in vars(layer) for layer in sdxl.denoiser.modules())

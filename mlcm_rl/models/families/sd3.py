@@ -27,7 +27,10 @@ class TimesAndText(CombinedTimestepTextProjEmbeddings):
 
 
 class Family(FlowBase):
-    """Stable Diffusion 3 and 3.5, and models of the same structure at any width."""
+    """Stable Diffusion 3 and 3.5, and models of the same structure at any width.
+
+    Each block changes the states of the prompt by those of the picture, so `same_prompts` has nothing to compute once.
+    """
 
     family = "sd3"
     card_tag = "stable-diffusion-3"
