@@ -43,6 +43,7 @@ lint: $(VENV)/installed
 benchmark: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/distillation.py
 	$(BIN)/python tests/benchmarks/preference.py
+	$(BIN)/python tests/benchmarks/before_after.py
 	$(BIN)/python tests/benchmarks/teacher.py
 
 study: $(VENV)/installed

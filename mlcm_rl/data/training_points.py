@@ -86,6 +86,11 @@ class StoredStates:
                 "trajectories stage"
             )
 
+    @property
+    def texts(self) -> list[str]:
+        """Return the texts that it encodes: none, since the store has their conditioning."""
+        return []
+
     def draw(self, step: int, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
         index = epoch_order(self.store.num_trajectories, self.stage.batch_size, step, self.seed, "distill")
         return self.draw_for(index, num_segments, pair, generator)
@@ -117,6 +122,11 @@ class OnLine:
     def __init__(self, stage: Distill, base: Base, prompts: list[str], seed: int):
         self.stage, self.base, self.prompts, self.seed = stage, base, prompts, seed
 
+    @property
+    def texts(self) -> list[str]:
+        """Return the texts that it encodes."""
+        return self.prompts
+
     def draw(self, step: int, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
         index = epoch_order(len(self.prompts), self.stage.batch_size, step, self.seed, "distill")
         return _draw_between_milestones(self.base, self.stage, index, num_segments, pair, generator)
@@ -126,14 +136,13 @@ class OnLine:
         assert draw.noise is not None
         conditioning = base.encode_prompts([self.prompts[i] for i in draw.index.tolist()])
         x_t, t, r = draw.noise.to(base.device, copy=True), draw.t.to(base.device), draw.r.to(base.device)
-        segment = torch.searchsorted(milestones(NUM_SEGMENTS), draw.t) - 1
-        num_steps = NUM_SEGMENTS - segment.to(base.device)
-        top = base.schedule.num_times - 1
-        for step in range(NUM_SEGMENTS):
-            active = num_steps > step
-            if active.any():
-                start, end = (top - (top - t) * (step + j) // num_steps for j in (0, 1))
-                x_t[active] = _guided_step(base, x_t, start, end, conditioning, weight, active)
+        steps_of_each = NUM_SEGMENTS + 1 - torch.searchsorted(milestones(NUM_SEGMENTS), draw.t)
+        num_steps, top = steps_of_each.to(base.device), base.schedule.num_times - 1
+        for step in range(int(steps_of_each.max())):
+            # rows are chosen on the CPU: a choice by a mask on the device would wait for it
+            rows = (steps_of_each > step).nonzero().flatten().to(base.device)
+            start, end = (top - (top - t) * (step + j) // num_steps for j in (0, 1))
+            x_t[rows] = _guided_step(base, x_t, start, end, conditioning, weight, rows)
         x_r = _guided_step(base, x_t, t, r, conditioning, weight)
         return _on(base.device, x_t, x_r, None, draw, conditioning)
 
@@ -143,6 +152,11 @@ class NoisedData:
 
     def __init__(self, stage: Distill, base: Base, latents: Tensor, captions: list[list[str]], seed: int):
         self.stage, self.base, self.latents, self.captions, self.seed = stage, base, latents, captions, seed
+
+    @property
+    def texts(self) -> list[str]:
+        """Return the texts that it encodes: all captions of all pictures."""
+        return [text for captions in self.captions for text in captions]
 
     def draw(self, step: int, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
         index = epoch_order(len(self.latents), self.stage.batch_size, step, self.seed, "distill")
@@ -189,6 +203,11 @@ class RenoisedSamples:
             seed,
         )
         self.num_samples = store.num_trajectories if store else len(prompts or ())
+
+    @property
+    def texts(self) -> list[str]:
+        """Return the texts that it encodes; none where samples are stored."""
+        return self.prompts or []
 
     def draw(self, step: int, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
         index = epoch_order(self.num_samples, self.stage.batch_size, step, self.seed, "distill")

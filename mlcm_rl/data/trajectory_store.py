@@ -142,21 +142,21 @@ class EncodedPrompts:
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         if LENGTHS in columns:
             columns["context"] = list(torch.nn.utils.rnn.pad_sequence(columns["context"], batch_first=True))
-        whole = {name: torch.stack(values) for name, values in columns.items()}
-        return {name: value if name == LENGTHS else value.float() for name, value in whole.items()}
+        return {name: torch.stack(values) for name, values in columns.items()}
 
     def _row(self, index: int) -> dict[str, Tensor]:
-        """Return the conditioning of one prompt, without a batch dimension."""
+        """Return the conditioning of one prompt in float32, without a batch dimension."""
         row = index % self._size
         count = min(self._size, self.count - index + row)
         tensors = self._files.read(self._name(index - row), lambda tensors: self._complaint(tensors, count))
         named = [name for name in tensors if name.startswith(self._prefix)]
         values = {name.removeprefix(self._prefix): tensors[name] for name in named}
-        if LENGTHS not in values:
-            return {name: value[row] for name, value in values.items()}
-        end = int(values[LENGTHS][: row + 1].sum())
-        context = values["context"][end - int(values[LENGTHS][row]) : end]
-        return {name: context if name == "context" else value[row] for name, value in values.items()}
+        rows = {name: value[row] for name, value in values.items() if not (name == "context" and LENGTHS in values)}
+        if LENGTHS in values:
+            end = int(values[LENGTHS][: row + 1].sum())
+            rows["context"] = values["context"][end - int(values[LENGTHS][row]) : end]
+        # Before rows are stacked: autocast on a CPU stacks no halves.
+        return {name: value if name == LENGTHS else value.float() for name, value in rows.items()}
 
     def _complaint(self, tensors: dict[str, Tensor], count: int) -> str | None:
         names = [name for name in tensors if name.startswith(self._prefix)]

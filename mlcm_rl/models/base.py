@@ -65,6 +65,7 @@ class Base(ABC):
         self.pipeline = pipeline
         self.memory_format = MEMORY_FORMATS[teacher.memory_format]
         self._ahead: dict[str, Conditioning] | None = None  # (L, D) and (P,) by prompt, once the text encoders are gone
+        self._dropped: Conditioning | None = None  # what guidance moves away from, once they are
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_part)
         self.autoencoder = Autoencoder(pipeline.vae, pipeline.vae_scale_factor, teacher.path, device)
         self.resolution, self.latent_shape = self._sizes()
@@ -169,8 +170,10 @@ class Base(ABC):
     def encode_ahead(self, prompts: Iterable[str]) -> None:
         """Encode each of `prompts` once, keep the results, and free the text encoders.
 
-        The results stay on the CPU, in the teacher's precision, which is that of the text encoders.
+        The results stay on the CPU, in the teacher's precision, which is that of the text encoders. `unconditional`
+        works as before.
         """
+        self._dropped = self._dropped_prompt
         texts = list(dict.fromkeys(prompts))
         ahead: dict[str, Conditioning] = {}
         for part in (texts[i : i + ENCODED_TOGETHER] for i in range(0, len(texts), ENCODED_TOGETHER)):
@@ -204,7 +207,7 @@ class Base(ABC):
     def unconditional(self, batch_size: int) -> Conditioning:
         """Return the conditioning that guidance moves away from, `batch_size` times."""
         with autocast.own(self.device):
-            conditioning = self._dropped_prompt
+            conditioning = self._dropped_prompt if self._dropped is None else self._dropped
         return {name: value.repeat(batch_size, *[1] * (value.ndim - 1)) for name, value in conditioning.items()}
 
     @property

@@ -107,11 +107,12 @@ def with_preference(base: Base, denoiser: ModelMixin, adapter: Lora, seed: int) 
 @contextmanager
 def as_reference(denoiser: ModelMixin) -> Iterator[ModelMixin]:
     """Yield `denoiser` without its `preference` adapter: the distilled student, not the teacher."""
-    _activate(denoiser, [name for name in denoiser.peft_config if name != PREFERENCE])
+    layers = _adapted(denoiser)
+    _activate(layers, [name for name in denoiser.peft_config if name != PREFERENCE])
     try:
         yield denoiser
     finally:
-        _activate(denoiser, list(denoiser.peft_config))
+        _activate(layers, list(denoiser.peft_config))
 
 
 def trainable_parameters(denoiser: nn.Module) -> list[nn.Parameter]:
@@ -361,27 +362,27 @@ def _add_preference(denoiser: ModelMixin, settings: LoraConfig) -> ModelMixin:
     """Add a new float32 `preference` adapter to `denoiser`, and make it alone trainable."""
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # PEFT warns of a second adapter
         denoiser.add_adapter(settings, adapter_name=PREFERENCE)
-    _activate(denoiser, list(denoiser.peft_config))
+    _activate(_adapted(denoiser), list(denoiser.peft_config))
     for name, parameter in denoiser.named_parameters():
         parameter.requires_grad_(f".{PREFERENCE}." in name)
     cast_training_params(denoiser, torch.float32)
     return denoiser.eval()
 
 
-def _activate(denoiser: ModelMixin, names: list[str]) -> None:
-    """Make exactly the adapters `names` active, layer by layer; `requires_grad` of all parameters stays as it is.
+def _adapted(denoiser: ModelMixin) -> list[BaseTunerLayer]:
+    """Return the layers of `denoiser` that have adapters."""
+    return [layer for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer)]
 
-    PEFT's switches set `requires_grad` too, and walk all modules for each parameter: half a second per step on SDXL.
+
+def _activate(layers: list[BaseTunerLayer], names: list[str]) -> None:
+    """Make exactly the adapters `names` active in `layers`; `requires_grad` of all parameters stays as it is.
+
+    PEFT's switches set `requires_grad` too, which would have to be put back: five times as long.
     """
-    for layer in denoiser.modules():
-        if isinstance(layer, BaseTunerLayer):
-            flags = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
-            if layer.disable_adapters == bool(names):
-                layer.enable_adapters(bool(names))
-            if names:
-                layer.set_adapter(names)
-            for parameter, requires_grad in flags:
-                parameter.requires_grad_(requires_grad)
+    for layer in layers:
+        layer._disable_adapters = not names
+        if names:
+            layer._active_adapter = names
 
 
 def _fill_lora(denoiser: ModelMixin, name: str, tensors: dict[str, Tensor], source: Path | str) -> ModelMixin:

@@ -16,6 +16,7 @@ from ..models import pictures, students, teachers
 from ..models.base import Base
 from ..models.teachers import tell_truncated
 from ..recipe import Distill, Recipe, types
+from ..recipe.preference import MAX_ENCODED_AHEAD
 from ..storage import files
 from ..training.loop import Runtime, rate_factor, set_rate
 from ..training.processes import on_rank_zero
@@ -43,8 +44,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     trained = rt.prepare(student, optimizer)
     average = {name: value.detach().clone() for name, value in trained.items()} if stage.target_ema else trained
     source = make_source(stage, recipe, base, student, parents)
-    if not stage.uses_teacher:
-        base.encode_ahead(recipe.samples.prompts)  # the store has all others
+    encode_ahead(stage, recipe, base, source)
     lengths = stage.per_phase("num_steps")
 
     # everything that a checkpoint holds beside the optimiser
@@ -117,6 +117,16 @@ def make_source(
     tell_truncated(base, [text for captions in folder.prompts for text in captions], stage.images)
     latents = pictures.encode(base, folder.images, stage.micro_batch)
     return NoisedData(stage, base, latents, folder.prompts, recipe.seed)
+
+
+def encode_ahead(stage: Distill, recipe: Recipe, base: Base, source: Source) -> None:
+    """Encode the texts of `source` and the sample grid's once, and free the text encoders.
+
+    Does nothing where these would be too many to keep, or more than the steps draw.
+    """
+    num_drawn = sum(stage.steps_per_phase) * stage.batch_size
+    if len(set(source.texts)) <= min(num_drawn, MAX_ENCODED_AHEAD):
+        base.encode_ahead([*recipe.samples.prompts, *source.texts])
 
 
 def read_texts(stage: Distill, base: Base) -> list[str]:

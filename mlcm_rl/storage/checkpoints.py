@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .files import CheckpointError, read_json, remove, replacing, write_json
 from .hashing import seal_of, sha256
-from .tensors import read_tensors, write_tensors
+from .tensors import TensorFile, write_tensors
 
 STATE_FORMAT = 2  # of checkpoints
 
@@ -29,8 +29,10 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], record: dict
     return path
 
 
-def load_state(folder: Path) -> tuple[int, dict[str, Tensor], dict] | None:
+def load_state(folder: Path) -> tuple[int, TensorFile, dict] | None:
     """Return the newest checkpoint of a stage's folder: number of steps, tensors on the CPU, record. None without one.
+
+    Each tensor is read when it is looked up, so that no checkpoint is in memory beside what is filled from it.
 
     Raise CheckpointError if it is damaged: no run restarts silently from zero or from an older state.
     """
@@ -43,7 +45,7 @@ def load_state(folder: Path) -> tuple[int, dict[str, Tensor], dict] | None:
         instead = f"the one before it, {whole.name}" if whole else "the start of the stage, since no other is whole"
         raise CheckpointError(f"{paths[-1]} is damaged ({fault}): `mlcm run --skip-damaged` goes on from {instead}")
     state = read_json(paths[-1] / "state.json", step=int, record=dict)
-    return state["step"], read_tensors(paths[-1] / "state.safetensors"), state["record"]
+    return state["step"], TensorFile(paths[-1] / "state.safetensors"), state["record"]
 
 
 def damage(path: Path) -> str | None:

@@ -1,8 +1,9 @@
 """Tensors in safetensors files: checked when they are read, and refused when they are not finite."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +15,7 @@ from .files import CheckpointError, replacing, require_space
 from .untrusted import parse_json
 
 MAX_HEADER = 10**8  # bytes, of a safetensors file: the format's own limit
+MAX_MAPPED = 2**25  # bytes read of a file, after which it is mapped anew
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -25,6 +27,37 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, on the CPU, each read when it is looked up and not remembered.
+
+    Raise CheckpointError if the file is missing or damaged. What was read of a mapped file counts as memory of the
+    process until the mapping is closed, so that the file is mapped anew after every `MAX_MAPPED` bytes.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.shapes = path, read_shapes(path)
+        self._file: Any = None
+        self._num_bytes = 0  # that were read of this mapping
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        try:
+            if self._file is None or self._num_bytes > MAX_MAPPED:
+                self._file, self._num_bytes = safe_open(self.path, "pt"), 0
+            tensor = self._file.get_tensor(name)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{self.path} is damaged: {error}") from error
+        self._num_bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def refuse_duplicate_names(path: Path) -> None:

@@ -8,7 +8,7 @@ engine.
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import _GeneratorContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ class Whole:
         """Return the whole trained weights, by name. Waits for all processes if they hold parts."""
         return {name: value.detach() for name, value in self.trained.items()}
 
-    def fill(self, weights: Weights) -> None:
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
         """Replace the trained weights by the whole `weights`."""
         for name, value in self.trained.items():
             value.data.copy_(weights[name])
@@ -120,7 +120,7 @@ class Whole:
         """Return the whole state of the optimiser, by `optimizer.<index>.<name>`."""
         return states.optimizer_tensors(self.optimizer)
 
-    def fill_moments(self, tensors: Weights) -> None:
+    def fill_moments(self, tensors: Mapping[str, Tensor]) -> None:
         """Load what `moments` returned, after `fill`."""
         states.load_optimizer(self.optimizer, tensors)
 
@@ -226,7 +226,7 @@ class Sharded(_InParts):
         whole: dict[str, Any] = get_model_state_dict(self.student, options=self._whole)  # the model's buffers too
         return {name: value.cpu() for name, value in whole.items() if name in self.trained}
 
-    def fill(self, weights: Weights) -> None:
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
         device = next(iter(self.parts().values())).device
         set_model_state_dict(
             self.student, {name: value.to(device) for name, value in weights.items()}, options=self._whole
@@ -240,7 +240,7 @@ class Sharded(_InParts):
             for key, value in state[name].items()
         }
 
-    def fill_moments(self, tensors: Weights) -> None:
+    def fill_moments(self, tensors: Mapping[str, Tensor]) -> None:
         optimizer_state: dict[str, Any] = get_optimizer_state_dict(self.student, self.optimizer, options=self._whole)
         for index, name in enumerate(self.trained):
             entry = optimizer_state["state"][name]
@@ -283,7 +283,7 @@ class Zero(_InParts):
                 weights[name] = value.detach().cpu().clone()
         return weights
 
-    def fill(self, weights: Weights) -> None:
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
         """As in Whole, and replace the float32 copy that the optimiser updates too."""
         from deepspeed.utils import safe_set_full_fp32_param
 
@@ -304,7 +304,7 @@ class Zero(_InParts):
                 moments[f"optimizer.{index}.{key}"] = safe_get_full_optimizer_state(value, key).cpu()
         return moments
 
-    def fill_moments(self, tensors: Weights) -> None:
+    def fill_moments(self, tensors: Mapping[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         self._make_room(tensors["optimizer.0.step"])

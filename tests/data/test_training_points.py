@@ -1,5 +1,7 @@
 """Where training points come from: each source against the same points made step by step by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -92,6 +94,21 @@ def test_online_points_are_those_of_algorithm_1(base):
         assert r == max(t - 20, s)
         assert torch.allclose(batch.x_r[i : i + 1], step_by_hand(base, x, t, r, prompt), atol=1e-4)
     assert len(segments) > 2
+
+
+def test_online_points_are_made_without_reading_the_device(base):
+    """On `meta`, whose tensors have no values to read."""
+    meta = torch.device("meta")
+    blind = SimpleNamespace(
+        device=meta,
+        teacher=base.teacher,
+        schedule=base.schedule.to(meta),
+        encode_prompts=lambda texts: {"context": torch.empty(len(texts), 1, 1, device=meta)},
+        unconditional=lambda count: {},
+        guided_x0=lambda x_t, *_: x_t,
+    )
+    draw = OnLine(online(), base, runs.PROMPTS, seed=0).draw(0, 8, "next", generator(4))
+    assert OnLine(online(), blind, runs.PROMPTS, seed=0).realise(draw).x_r.is_meta
 
 
 def test_noised_data_is_latents_plus_noise_and_one_guided_step(base):

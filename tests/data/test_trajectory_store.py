@@ -74,6 +74,14 @@ def test_a_prompt_is_stored_once_without_padding_in_the_encoders_type(tmp_path):
     assert store.conditioning(torch.tensor([0, 3]))["context"].shape == (2, 1, 2)  # as long as the longest of them
 
 
+def test_prompts_in_half_precision_are_read_under_autocast(tmp_path):
+    store = write(tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = store.conditioning(torch.tensor([0, 2]))
+    plain = store.conditioning(torch.tensor([0, 2]))
+    assert all(torch.equal(under[name], plain[name]) and under[name].dtype == plain[name].dtype for name in plain)
+
+
 def test_lengths_that_are_not_those_of_the_tokens_are_refused(tmp_path):
     store = write(tmp_path)
     path = tmp_path / "prompts-0000000.safetensors"

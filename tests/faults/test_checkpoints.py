@@ -1,21 +1,23 @@
 """Checkpoints: whole or refused, the newest whole one when told, and nothing restored by halves."""
 
+import weakref
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import runs
 from mlcm_rl import pipeline
 from mlcm_rl.pipeline import RunError
 from mlcm_rl.preference.guard import HackingGuard
 from mlcm_rl.rewards import Combined
-from mlcm_rl.storage import checkpoints, files
+from mlcm_rl.storage import checkpoints, files, tensors
 from mlcm_rl.storage.files import CheckpointError
 from mlcm_rl.storage.tensors import write_tensors
 from mlcm_rl.training.loop import Runtime
-from mlcm_rl.training.states import add_prefix, load_optimizer, optimizer_tensors, read_training
+from mlcm_rl.training.states import add_prefix, load_optimizer, optimizer_tensors, read_training, under_prefix
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -93,7 +95,9 @@ def test_a_file_never_takes_a_folders_place(tmp_path):
 def test_too_full_a_disk_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     save(tmp_path, 1)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: Usage(2**30, 2**30 - 1000, 1000))
-    with pytest.raises(CheckpointError, match=r"state\.safetensors needs 4\.0 MB and its disk has 0\.0 MB left"):
+    with pytest.raises(
+        CheckpointError, match=r"state\.safetensors needs 4\.0 MB, 1\.0 MB to spare, and its disk has 0\.0 MB left"
+    ):
         checkpoints.save_state(tmp_path, 2, {"value": torch.zeros(10**6)})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert checkpoints.load_state(tmp_path)[0] == 1
@@ -102,8 +106,8 @@ def test_too_full_a_disk_is_seen_before_anything_is_written(tmp_path, monkeypatc
 def test_what_cannot_be_put_back_is_an_error(tmp_path):
     weights, optimizer = stepped()
     shapes = {name: value.shape for name, value in weights.items()}
-    tensors = optimizer_tensors(optimizer) | add_prefix("student", weights)
-    checkpoints.save_state(tmp_path, 1, tensors, {"guard": {}})
+    state = optimizer_tensors(optimizer) | add_prefix("student", weights)
+    checkpoints.save_state(tmp_path, 1, state, {"guard": {}})
     steps, _, record = read_training(tmp_path, {"student": shapes}, ["guard"])
     assert (steps, record) == (1, {"guard": {}})
     with pytest.raises(CheckpointError, match=r"step-00000001 holds nothing of rewards"):
@@ -114,7 +118,7 @@ def test_what_cannot_be_put_back_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="other weights than this student"):
         read_training(tmp_path, {"student": {name: value.shape for name, value in other.items()}})
     with pytest.raises(ValueError, match="optimiser's state number 0 is of another parameter"):
-        load_optimizer(its, tensors)
+        load_optimizer(its, state)
     checkpoints.save_state(tmp_path, 2, add_prefix("student", weights))
     with pytest.raises(CheckpointError, match=r"step-00000002 holds nothing of optimizer"):
         read_training(tmp_path, {"student": shapes})
@@ -148,6 +152,44 @@ def test_moments_are_put_back_in_their_parameters_own_order_of_memory(tmp_path):
         return parameter.detach()
 
     assert torch.equal(steps(resumed_after=1), steps(resumed_after=None))
+
+
+def test_a_checkpoint_is_put_back_tensor_by_tensor(tmp_path, monkeypatch):
+    """Never more than two of its tensors are in memory, nor more than `MAX_MAPPED` bytes of it and one tensor."""
+    weights, optimizer = stepped((40, 10))
+    for value in (first := [torch.randn(40, 10) for _ in range(9)]):
+        weights[f"other.{len(weights)}"] = value
+    checkpoints.save_state(tmp_path, 1, optimizer_tensors(optimizer) | add_prefix("student", weights))
+    mappings: list[int] = []  # bytes read of each
+    looked_up: list[weakref.ref] = []
+    most = 0
+
+    def mapped(*arguments):
+        mappings.append(0)
+        return safe_open(*arguments)
+
+    def get(self, name):
+        nonlocal most
+        tensor = read(self, name)
+        mappings[-1] += tensor.nbytes
+        looked_up.append(weakref.ref(tensor))
+        most = max(most, sum(one() is not None for one in looked_up))
+        return tensor
+
+    read = tensors.TensorFile.__getitem__
+    monkeypatch.setattr(tensors, "MAX_MAPPED", 2 * first[0].nbytes)
+    monkeypatch.setattr(tensors, "safe_open", mapped)
+    monkeypatch.setattr(tensors.TensorFile, "__getitem__", get)
+    _, state, _ = read_training(tmp_path, {"student": {name: value.shape for name, value in weights.items()}})
+    again = stepped((40, 10))[1]
+    load_optimizer(again, state)
+    filled = {name: value.clone() for name, value in under_prefix("student", state).items()}
+    assert most == 2  # the one that is copied, and the next
+    assert max(mappings) <= 3 * first[0].nbytes
+    assert filled.keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in filled.items())
+    moments, expected = optimizer_tensors(again), optimizer_tensors(optimizer)
+    assert all(torch.equal(value, expected[name]) for name, value in moments.items())
 
 
 def test_the_state_of_another_guard_or_normaliser_is_an_error():

@@ -1,8 +1,14 @@
-"""Pictures that a stage reads: encoded a micro-batch at a time, in the memory that is predicted of it."""
+"""Pictures that a stage reads: encoded a micro-batch at a time, in the memory that is predicted of it.
+
+Prompts: each is encoded once, where a stage has few.
+"""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import runs
 from mlcm_rl.cost import memory
@@ -10,10 +16,13 @@ from mlcm_rl.cost.launches import Launch
 from mlcm_rl.data.prompts import CaptionedImages
 from mlcm_rl.models import pictures, teachers
 from mlcm_rl.models.autoencoder import Autoencoder
-from mlcm_rl.recipe import Full, Teacher, TrainTeacher
+from mlcm_rl.models.families import sdxl
+from mlcm_rl.models.lora_files import LORA_FILE
+from mlcm_rl.recipe import Distill, Full, Teacher, TrainTeacher
 from mlcm_rl.stages import distill, dpo, train_teacher
 from mlcm_rl.training import processes as distributed
 from mlcm_rl.training.processes import part
+from mlcm_rl.training.seeding import generator
 
 
 @pytest.fixture
@@ -96,3 +105,57 @@ def test_what_the_encoder_holds_is_predicted(tiny_sdxl, monkeypatch, stage, proc
     )
     share = part(4, processes) if asked.kind == "dpo" else 4
     assert share * gigabyte <= found.activations + found.gradients < (share + 1) * gigabyte
+
+
+SOURCES = {
+    "online": {"source": "online", "target": "consistency", "num_segments": [2]},
+    "data": {"source": "data", "target": "consistency", "num_segments": [1]},
+    "student": {"method": "inter_segment", "num_segments": [1], "renoise": "student"},
+}
+
+
+def stage_of(name: str, folder: Path, **settings) -> Distill:
+    paths = {"images": runs.write_images(folder)} if name == "data" else {"prompts": runs.write_prompts(folder)}
+    return runs.distill(**(SOURCES[name] | paths | {"num_steps": 3, "batch_size": 4} | settings))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_run_encodes_each_of_its_prompts_once(tiny_sdxl, tmp_path, monkeypatch, name):
+    encoded: list[str] = []
+    encode = sdxl.Family._encode
+    monkeypatch.setattr(sdxl.Family, "_encode", lambda self, texts: encoded.extend(texts) or encode(self, texts))
+    stage = stage_of(name, tmp_path)
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
+    for folder in ("stage", "again"):
+        (tmp_path / folder).mkdir()
+    distill.run(stage, recipe, {}, tmp_path / "stage")
+    assert len(encoded) == len(set(encoded)) == (4 if name == "data" else len(runs.PROMPTS))
+    encoded.clear()
+    monkeypatch.setattr(distill, "MAX_ENCODED_AHEAD", 1)  # as if there were more than memory holds
+    distill.run(stage, recipe, {}, tmp_path / "again")
+    assert len(encoded) == 3 * 4
+    first, again = (load_file(tmp_path / one / "student" / LORA_FILE) for one in ("stage", "again"))
+    assert all(torch.equal(value, again[key]) for key, value in first.items())
+
+
+def test_prompts_that_a_short_run_does_not_draw_are_not_encoded_ahead(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "encode_ahead", lambda texts: pytest.fail("it encodes more than is drawn"))
+    stage = stage_of("online", tmp_path, num_steps=1, batch_size=len(runs.PROMPTS) - 1)
+    recipe = runs.recipe(tmp_path, tmp_path, [stage])
+    distill.encode_ahead(stage, recipe, base, distill.make_source(stage, recipe, base, base.denoiser, {}))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_points_of_prompts_encoded_ahead_are_near_whatever_the_micro_batch(base, tmp_path, name):
+    stage = stage_of(name, tmp_path)
+    recipe = runs.recipe(tmp_path, tmp_path, [stage])
+    source = distill.make_source(stage, recipe, base, base.denoiser, {})
+    draw = source.draw(0, 1, "next", generator(0))
+    before = [source.realise(part).conditioning for size in (1, 3, 4) for part in draw.split(size)]
+    distill.encode_ahead(stage, recipe, base, source)
+    assert base.pipeline.text_encoder is None
+    after = [source.realise(part).conditioning for size in (1, 3, 4) for part in draw.split(size)]
+    for old, new in zip(before, after, strict=True):
+        for key, value in old.items():
+            assert (value - new[key]).abs().max() <= 1e-6 * value.abs().max()
+    assert all(torch.equal(value, after[-1][key]) for key, value in before[-1].items())  # four at a time: the same bits

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from tuning_runs import VARIANTS, adapter_of, over_both, records, scored_by_length, student_of, tune
 
@@ -50,6 +51,25 @@ def test_only_the_preference_adapter_asks_for_gradients_also_after_every_switch(
         assert all(".preference." in name for name in asking)
         with students.as_reference(student.denoiser):
             assert [name for name, value in student.denoiser.named_parameters() if value.requires_grad] == asking
+
+
+def test_a_switch_has_the_bits_of_pefts_own_and_walks_no_parameters(distilled, monkeypatch):
+    student = student_of(distilled)
+    tiny.perturb(list(student.parameters.values()))
+    prompts = tuning.Prompts(runs.tuning("dpo", distilled[0].stages[0].prompts), student.base, 0)
+    begun = tuning.start(student.base, prompts.draw(0, 2), [generator(0), generator(1)])
+    t, s = student.jump(0, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "named_parameters", lambda *_: pytest.fail("a switch walked the parameters"))
+        with students.as_reference(student.denoiser):
+            pass
+    reference = student.reference_x0(begun.noise, t, s, begun.conditioning)
+    others = [name for name in student.denoiser.peft_config if name != "preference"]
+    for layer in student.denoiser.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_adapter(others, inference_mode=True) if others else layer.enable_adapters(False)
+    with torch.no_grad():
+        assert torch.equal(student.x0(begun.noise, t, s, begun.conditioning), reference)
 
 
 @pytest.mark.parametrize(
