@@ -2,11 +2,14 @@
 
     python tests/benchmarks/sdxl_step.py [--steps 5] [--shape sdxl] [--device cuda] [--out FOLDER]
 
-1024-pixel latents, bfloat16. Distillation reads stored states; feedback goes through the autoencoder and a ViT of
-BLIP-large's size; the baseline (plain_script.py) encodes pixels and text, asks the teacher twice and keeps a target of
-its own. The share is of the rate that one large product reaches on the same device. Quality cannot be compared: there
-are no weights. The result goes to <out>/<device's name>.json with the versions. `--shape tiny --device cpu` takes the
-same code through a small shape, and its numbers mean nothing.
+1024-pixel latents, bfloat16. The teacher's rows are guided steps of its solver; distillation reads stored states;
+feedback goes through the autoencoder and a ViT of BLIP-large's size; the baseline (plain_script.py) encodes pixels and
+text, evaluates the teacher twice and keeps a target of its own. Shares are of the rate that one large product of random
+matrices reaches on the same device: `useful_share` of the operations that the step needs, `hardware_share` of those that
+it does, recomputation by checkpointing among them. `predicted_gib` is what `mlcm plan` says of the same step. Quality
+cannot be compared: there are no weights. The result goes to <out>/<device's name>.json with the versions, after every
+row. `--steps 3 --batches 1 4` takes about five minutes of an H200. `--shape tiny --device cpu` takes the same code
+through a small shape, and its numbers mean nothing.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -36,14 +40,18 @@ from plain_script import PlainScript
 import tiny
 from mlcm_rl.data.training_points import Batch
 from mlcm_rl.equations.segments import sampling_times
+from mlcm_rl.equations.solver import ddim_step
 from mlcm_rl.models import sampler, students
 from mlcm_rl.models.base import Base
 from mlcm_rl.models.families.sdxl import Family
+from mlcm_rl.pipeline.planning import Sizes
 from mlcm_rl.preference.tuning import Scores, TunableStudent
-from mlcm_rl.recipe import Distill, Dpo, Full, Lora, Recipe, Teacher
+from mlcm_rl.recipe import Distill, Dpo, Feedback, Full, Lora, Recipe, Stage, Teacher
+from mlcm_rl.recipe.file import load
 from mlcm_rl.stages import distill, dpo
 from mlcm_rl.training.loop import Runtime
 
+CONTIGUOUS = torch.contiguous_format
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {
     "sdxl": {
@@ -155,11 +163,30 @@ class Reward(nn.Module):
 
 
 class Steps:
-    """What is timed: each method makes a function that takes one whole training step."""
+    """What is timed: each method makes a function that takes one whole step."""
 
     def __init__(self, base: Base, shape: dict):
         self.base, self.reward, self.kind = base, Reward(shape, base.device), base.device.type
         self.place = tempfile.TemporaryDirectory()
+        self.undo: Callable[[], object] = lambda: None  # what the row before did to the teacher
+
+    def guided(self, batch_size: int, memory_format: str, is_compiled: bool) -> Callable[[], None]:
+        """A guided step of the teacher's solver, as stage trajectories takes it."""
+        base, layout = self.base, getattr(torch, memory_format)
+        base.denoiser.to(memory_format=layout)
+        x_t, t, conditioning = self._points(batch_size)
+        unconditional, s = base.unconditional(batch_size), t - 20
+        forward = base.denoiser.forward
+        if is_compiled:
+            base.denoiser.forward = torch.compile(forward)
+
+        @torch.no_grad()
+        def step() -> None:
+            x0 = base.guided_x0(x_t, t, conditioning, unconditional, base.teacher.guidance_scale)
+            ddim_step(x_t, x0, t, s, base.schedule)
+
+        self.undo = lambda: (setattr(base.denoiser, "forward", forward), base.denoiser.to(memory_format=CONTIGUOUS))
+        return step
 
     def distil(self, adapter: Lora | Full, batch_size: int, checkpointing: bool) -> Callable[[], None]:
         """A step on stored states, as stage distill takes it."""
@@ -249,25 +276,56 @@ class Steps:
         return step
 
 
-def measure(make: Callable[[], Callable[[], None]], samples: int, num_steps: int, rate: float, device: torch.device):
-    """One row: median seconds of a step after one to warm up, its share of `rate`, and peak memory on a GPU."""
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: what makes its step, the samples of a step, and the row whose operations a sample needs.
+
+    `stage` is the recipe's, for the prediction of its memory.
+    """
+
+    make: Callable[[], Callable[[], None]]
+    samples: int
+    needs: str | None = None  # default: its own
+    stage: Stage | None = None
+
+
+def measure(steps: Steps, row: Row, num_steps: int, rate: float, needed: dict[str, float]) -> dict[str, object]:
+    """Return median seconds of a step after one to warm up, its shares of `rate`, and peak memory on a GPU.
+
+    `needed` is operations a sample by the row's name; a row without checkpointing enters its own there.
+    """
+    device = steps.base.device
+    steps.undo()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        step = make()
+        step = row.make()
         with FlopCounterMode(display=False) as counter:
             step()
         seconds = [timed(step, device) for _ in range(num_steps)]
     except torch.cuda.OutOfMemoryError:
         return {"out_of_memory": True}
-    median = statistics.median(seconds)
-    row = {"seconds": median, "samples_a_second": samples / median}
-    row["share_of_matrix_rate"] = counter.get_total_flops() / median / rate
+    median, done = statistics.median(seconds), counter.get_total_flops()
+    useful = needed.get(row.needs or "", done / row.samples) * row.samples
+    result = {"seconds": median, "samples_a_second": row.samples / median}
+    result |= {"useful_share": useful / median / rate, "hardware_share": done / median / rate}
+    result["operations_a_sample"] = done / row.samples
     if device.type == "cuda":
-        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return row
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return result
+
+
+def predicted_gib(stage: Stage) -> float:
+    """Return what `mlcm plan` says of the memory of `stage` over SDXL as it is published, on a GPU, in GiB."""
+    recipe = load(Path(__file__).resolve().parents[2] / "recipes" / "sdxl_mlcm.yaml")
+    teacher = recipe.teacher.model_copy(update={"dtype": "bfloat16"})
+    samples = recipe.samples.model_copy(update={"prompts": []})
+    distilled = recipe.stages[1].model_copy(update={"adapter": getattr(stage, "adapter", Lora())})
+    stages = [recipe.stages[0], *([] if isinstance(stage, Distill) else [distilled]), stage]
+    whole = recipe.model_copy(update={"teacher": teacher, "samples": samples, "stages": stages})
+    return Sizes(whole).memory(stage, "cuda").total / 2**30
 
 
 def timed(step: Callable[[], object], device: torch.device) -> float:
@@ -281,15 +339,21 @@ def timed(step: Callable[[], object], device: torch.device) -> float:
 
 def matrix_rate(size: int, device: torch.device) -> float:
     """Operations a second of a product of two square bfloat16 matrices."""
-    matrix = torch.ones(size, size, dtype=torch.bfloat16, device=device)
+    matrix = torch.randn(size, size, device=device).bfloat16()  # of zeros and ones a card makes more of them
     for _ in range(3):
         matrix @ matrix
     return 2 * size**3 / min(timed(lambda: matrix @ matrix, device) for _ in range(10))
 
 
-def rows(steps: Steps, batches: list[int]) -> dict[str, tuple[Callable[[], Callable[[], None]], int]]:
-    """What makes each row's step, and its samples, by the row's name."""
-    made: dict[str, tuple[Callable[[], Callable[[], None]], int]] = {}
+def rows(steps: Steps, batches: list[int], is_compiled: bool) -> dict[str, Row]:
+    """Return the rows by name; those without checkpointing come before those with it."""
+    made: dict[str, Row] = {}
+    for batch in [size for size in batches if size > 1] or batches:
+        for memory_format in ("contiguous_format", "channels_last"):
+            for compiled in (False, True)[: 1 + is_compiled]:
+                settings = (batch, memory_format, compiled)
+                name = f"teacher, guided step, {memory_format.removesuffix('_format')}{', compiled' * compiled}"
+                made[f"{name}, batch {batch}"] = Row(lambda s=settings: steps.guided(*s), batch)
     for adapter in (Lora(), Full()):
         for checkpointing in (False, True):
             for batch in batches:
@@ -297,14 +361,27 @@ def rows(steps: Steps, batches: list[int]) -> dict[str, tuple[Callable[[], Calla
                     (adapter, batch, checkpointing),
                     "checkpointing" if checkpointing else "no checkpointing",
                 )
-                name = f"{adapter.kind}, {how}, batch {batch}"
-                made[f"plain script, {name}"] = (lambda s=settings: steps.plain(*s), batch)
-                made[f"distil, {name}"] = (lambda s=settings: steps.distil(*s), batch)
+                name, first = (
+                    f"{adapter.kind}, {how}, batch {batch}",
+                    f"{adapter.kind}, no checkpointing, batch {batches[0]}",
+                )
+                stage = Distill(
+                    adapter=adapter,
+                    num_segments=[1],
+                    num_steps=1,
+                    batch_size=batch,
+                    gradient_checkpointing=checkpointing,
+                    precision="bf16",
+                )
+                made[f"plain script, {name}"] = Row(lambda s=settings: steps.plain(*s), batch, f"plain script, {first}")
+                made[f"distil, {name}"] = Row(lambda s=settings: steps.distil(*s), batch, f"distil, {first}", stage)
     for grad_steps in (1, 2):
         for batch in (1, 2):
             name = f"feedback, K = {grad_steps}, batch {batch}"
-            made[name] = (lambda k=grad_steps, b=batch: steps.feedback(k, b), batch)
-    made["dpo online, 2 pairs"] = (lambda: steps.online_dpo(2), 2)
+            settings = {"num_grad_steps": grad_steps, "batch_size": batch, "gradient_checkpointing": True}
+            stage = Feedback(**settings, precision="bf16", **PROMPTS, **GUARD)
+            made[name] = Row(lambda k=grad_steps, b=batch: steps.feedback(k, b), batch, stage=stage)
+    made["dpo online, 2 pairs"] = Row(lambda: steps.online_dpo(2), 2)
     return made
 
 
@@ -314,6 +391,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="sdxl")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--compile", action="store_true", help="the teacher's rows compiled too")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     if asked.device == "cuda" and not torch.cuda.is_available():
@@ -332,8 +410,12 @@ def main() -> None:
     }
     asked.out.mkdir(parents=True, exist_ok=True)
     file = asked.out / f"{re.sub('[^a-z0-9]+', '-', hardware.lower()).strip('-')}-{asked.shape}.json"
-    for name, (make, samples) in rows(steps, asked.batches).items():
-        found["rows"][name] = measure(make, samples, asked.steps, rate, device)
+    needed: dict[str, float] = {}
+    for name, row in rows(steps, asked.batches, asked.compile).items():
+        found["rows"][name] = measured = measure(steps, row, asked.steps, rate, needed)
+        needed.setdefault(name, measured.get("operations_a_sample", 0.0))
+        if row.stage is not None and asked.shape == "sdxl":
+            measured["predicted_gib"] = predicted_gib(row.stage)
         print(name, json.dumps(found["rows"][name]), flush=True)
         file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(file)

@@ -46,5 +46,12 @@ def test_every_row_of_the_gpu_benchmark_runs_at_a_small_shape(tmp_path):
     (file,) = tmp_path.glob("*-tiny.json")
     result = json.loads(file.read_text(encoding="utf-8"))
     assert result["versions"]["torch"] == torch.__version__
-    assert len(result["rows"]) == 13
-    assert all(row["seconds"] > 0 and row["share_of_matrix_rate"] > 0 for row in result["rows"].values())
+    assert len(result["rows"]) == 15
+    assert all(row["seconds"] > 0 and row["useful_share"] > 0 for row in result["rows"].values())
+    plain, checkpointed = (
+        result["rows"][f"distil, full, {how}checkpointing, batch 1"] for how in ("no ", "")
+    )  # which does its forward pass twice
+    assert plain["useful_share"] == plain["hardware_share"]
+    assert checkpointed["hardware_share"] / checkpointed["useful_share"] == pytest.approx(
+        1.25, abs=0.09
+    )  # 4 / 3 where all is recomputed
