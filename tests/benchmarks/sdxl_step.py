@@ -8,8 +8,8 @@ text, evaluates the teacher twice and keeps a target of its own. Shares are of t
 matrices reaches on the same device: `useful_share` of the operations that the step needs, `hardware_share` of those
 that it does, recomputation by checkpointing among them. `predicted_gib` is what `mlcm plan` says of the same step.
 Quality cannot be compared: there are no weights. The result goes to <out>/<device's name>.json with the versions, after
-every row. `--steps 3 --batches 1 4` takes about five minutes of an H200. `--shape tiny --device cpu` takes the same code
-through a small shape, and its numbers mean nothing.
+every row. `--steps 3 --batches 1 4` takes about five minutes of an H200. `--shape tiny --device cpu` takes the
+same code through a small shape, and its numbers mean nothing.
 """
 
 import argparse
