@@ -36,6 +36,7 @@ def test_launch_files_say_who_holds_what():
         "ddp": ("whole", 2, False),
         "fsdp2": ("fsdp2", 2, False),
         "one_gpu": ("whole", 1, False),
+        "two_nodes": ("whole", 2, False),
         "zero1": ("zero1", 2, False),
         "zero2": ("zero2", 2, False),
         "zero2_offload": ("zero2", 2, True),

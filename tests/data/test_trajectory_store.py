@@ -1,5 +1,6 @@
 """The store as files: what is kept of a trajectory and of a prompt, who writes it, how it is opened and read."""
 
+import copy
 import json
 import shutil
 import threading
@@ -168,7 +169,8 @@ def test_a_store_of_milestones_that_is_asked_for_more_says_what_to_set(tiny_sdxl
 
 def test_files_are_claimed_each_by_one_process(tmp_path, monkeypatch):
     """Four writers at once, as four processes have them, each in a thread: every file is written by one of them."""
-    writers = [Writer(tmp_path, provenance(num_trajectories=40), 4, shard_size=1, batch_size=1) for _ in range(4)]
+    first = Writer(tmp_path, provenance(num_trajectories=40), 4, shard_size=1, batch_size=1)
+    writers = [first, *(copy.copy(first) for _ in range(3))]
     taken: list[list[range]] = [[] for _ in writers]
     start = threading.Barrier(4)
 

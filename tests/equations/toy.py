@@ -184,6 +184,7 @@ def store_of(teacher: Mixture, schedule: str, num_trajectories: int, num_held_ou
         prompts=str(folder / "prompts.txt"),
         num_trajectories=num_trajectories,
         num_held_out=num_held_out,
+        solver_steps=48,
         batch_size=1024,
         shard_size=1024,
     )

@@ -1,5 +1,6 @@
 """The undistilled teacher's solvers on Gaussian data, whose probability-flow ODE is known."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,10 @@ class GaussianBase:
     def __init__(self, scheduler=DDIMScheduler):
         self.schedule = vp_schedule(scaled_linear_betas())
         self.pipeline = SimpleNamespace(scheduler=scheduler(**BETAS, steps_offset=1))
-        self.num_calls, self.prediction_type = 0, "epsilon"
+        self.num_calls, self.prediction_type, self.denoiser = 0, "epsilon", None
+
+    def same_prompts(self, denoiser):
+        return nullcontext()
 
     def guided_x0(self, x_t, t, conditional, unconditional, guidance_scale):
         self.num_calls += 1

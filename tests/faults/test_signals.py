@@ -45,7 +45,7 @@ def test_a_signal_outside_a_training_loop_ends_with_its_code_and_what_is_whole_s
         run_signalled(trajectories, "solve", number, code)
         (folder,) = (tmp_path / "runs" / "stages").glob("trajectories-*")
         whole = [f"shard-{2 * i:07d}.safetensors" for i in range(count)]
-        assert sorted(shard.name for shard in folder.glob("*shard*")) == whole
+        assert sorted(shard.name for shard in folder.glob("shard-*.safetensors")) == whole
     for number, code in CODES:
         run_signalled(evaluate, "draw", number, code)
     assert CliRunner().invoke(app, ["run", str(path)]).exit_code == 0
