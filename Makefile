@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: help demo test test-all lint benchmark study teacher clean
 
 help:
-	@echo "make demo       install, then teacher -> trajectories -> student -> tuned student -> report (five to thirteen minutes on two cores)"
+	@echo "make demo       install, then teacher -> trajectories -> student -> tuned student -> report (five to six minutes on two cores with AVX-512)"
 	@echo "make test       install, then lint, type check and tests"
 	@echo "make test-all   the long tests too: browser, fuzzing, matrices"
 	@echo "make benchmark  speed and memory, as ratios measured side by side"
