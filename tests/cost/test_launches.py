@@ -155,7 +155,7 @@ def test_a_recipe_is_predicted_under_every_launch_file(name, adapter, teachers, 
     stage = next(one for one in recipe.stages if one.kind == "distill").model_copy(update={"adapter": adapter})
     found = {name: sizes.memory(stage, "cuda", launch) for name, launch in FILES.items()}
     one, ddp = found["one_gpu"], found["ddp"]
-    size = sizes.trained(stage)
+    size = sizes.trained(adapter)
     if stage.condition_on_target:  # a projection of the target time comes on top
         size += TARGET_TIME_WIDTH * sizes.parts["unet"]["conv_in.weight"][0]
     assert (one.gradients, one.optimiser, one.exchange, one.host) == (4 * size, 8 * size, 0, 0)
