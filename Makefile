@@ -45,6 +45,7 @@ benchmark: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/preference.py
 	$(BIN)/python tests/benchmarks/before_after.py
 	$(BIN)/python tests/benchmarks/teacher.py
+	$(BIN)/python tests/benchmarks/store.py
 
 study: $(VENV)/installed
 	$(BIN)/python recipes/emoji/study/variants.py
