@@ -31,7 +31,7 @@ from .trajectory_store import (
     Files,
     Provenance,
     Store,
-    as_pair,
+    is_entry,
     prompts_name,
     read_record,
     refuse_mismatch,
@@ -43,7 +43,6 @@ from .trajectory_store import (
 Kind = Literal["prompts", "shards"]
 NAMES = {"prompts": prompts_name, "shards": shard_name}
 CLAIMS = "claims-"  # begins the name of a folder beside the files, of this run alone, while they are written
-LOOKS, LOOK_SECONDS = 20, 0.5  # for a file that another machine wrote: a shared folder may show it late
 
 
 class Writer:
@@ -132,8 +131,7 @@ class Writer:
 
     def num_written(self) -> int:
         """Return how many trajectories are on the disk by now, by whichever process."""
-        new = sum(1 for name in sizes_in(self.folder) if name.startswith("shard-") and name.endswith(".json"))
-        return min(self.provenance.total, (len(self.record["shards"]) + new) * self.shard_size)
+        return min(self.provenance.total, _num_files_written(self.folder, self.record) * self.shard_size)
 
     def require_room(self, latent_shape: Sequence[int]) -> None:
         """Raise CheckpointError where the disk has no room for the states (each of `latent_shape`) still to write."""
@@ -193,15 +191,16 @@ class Writer:
         self.record = processes.on_rank_zero(self._gathered, names)
 
     def _gathered(self, names: set[str]) -> dict[str, Any]:
-        for _ in range(LOOKS):
+        for _ in range(processes.LOOKS):
             self._gather(self.record)
             if not (absent := names - set(self.record["shards"]) - set(self.record["prompts"])):
                 return self.record
-            time.sleep(LOOK_SECONDS)
+            time.sleep(processes.LOOK_SECONDS)
+        seconds = processes.LOOKS * processes.LOOK_SECONDS
         raise CheckpointError(
-            f"{self.folder / min(absent)} was claimed by another process and is not seen here after "
-            f"{LOOKS * LOOK_SECONDS:.0f} s: that process has ended, or its machine does not share this folder. What is "
-            "there is as it was, and the same command goes on from it"
+            f"{self.folder / min(absent)} was claimed by another process and is not seen here after {seconds:.0f} s: that "
+            "process has ended, or its machine does not share this folder. What is there is as it was, and the same "
+            "command goes on from it"
         )
 
     def _gather(self, record: dict[str, Any]) -> None:
@@ -229,7 +228,7 @@ def refuse_odd_record(record: dict[str, Any], path: Path) -> None:
     sizes = record.get("batch_sizes")
     is_right = isinstance(sizes, list) and all(type(size) is int for size in sizes)
     entries = [*record["shards"].values(), *record["prompts"].values()]
-    if not is_right or any([type(one) for one in as_pair(entry)] != [int, str] for entry in entries):
+    if not is_right or not all(map(is_entry, entries)):
         raise CheckpointError(
             f"{path} is damaged: batch_sizes must be numbers, and every file must have its size and its sha256: "
             "delete it, and the same command makes the store anew"
@@ -242,5 +241,9 @@ def share_written(folder: Path, num_stored: int) -> float:
     Raise CheckpointError where store.json is missing or damaged.
     """
     record = read_record(folder / "store.json")
-    new = len(list(folder.glob("shard-*.safetensors.json")))
-    return min(1.0, (len(record["shards"]) + new) * record["shard_size"] / num_stored)
+    return min(1.0, _num_files_written(folder, record) * record["shard_size"] / num_stored)
+
+
+def _num_files_written(folder: Path, record: dict[str, Any]) -> int:
+    """Return how many files of trajectories are in `record` or have one beside them in `folder`."""
+    return len(record["shards"]) + len(list(folder.glob("shard-*.safetensors.json")))

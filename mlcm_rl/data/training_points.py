@@ -13,7 +13,7 @@ from torch import Tensor
 from ..equations.schedule import add_noise
 from ..equations.segments import NUM_SEGMENTS, draw_jumps, milestones, sampling_times, segment_start
 from ..equations.solver import ddim_step
-from ..models.base import Base, Conditioning
+from ..models.base import Base, Conditioning, on_device
 from ..models.sampler import sample
 from ..recipe import Distill
 from ..storage.files import CheckpointError
@@ -234,7 +234,7 @@ class RenoisedSamples:
         """Return clean latents (B, C, H, W) and the conditioning of their prompts, on the device."""
         device = self.base.device
         if self.store:
-            conditioning = {name: value.to(device) for name, value in self.store.conditioning(draw.index).items()}
+            conditioning = on_device(self.store.conditioning(draw.index), device)
             return self.store.x0(draw.index).to(device), conditioning
         assert self.prompts is not None
         assert draw.seed is not None
@@ -282,5 +282,4 @@ def _on(
 ) -> Batch:
     x_r, x_s = (None if x is None else x.to(device) for x in (x_r, x_s))
     t, r, s = (time.to(device) for time in (draw.t, draw.r, draw.s))
-    on_device = {name: value.to(device) for name, value in conditioning.items()}
-    return Batch(x_t.to(device), x_r, x_s, t, r, s, on_device)
+    return Batch(x_t.to(device), x_r, x_s, t, r, s, on_device(conditioning, device))

@@ -284,16 +284,16 @@ def files_of(record: dict[str, Any], path: Path) -> dict[str, tuple[int | None, 
                 "that it names"
             )
         for name, value in named.items():
-            size, checksum = (None, value) if provenance.format == 1 else as_pair(value)
-            if type(checksum) is not str or (provenance.format != 1 and type(size) is not int):
+            entry = [0, value] if provenance.format == 1 else value
+            if not is_entry(entry):
                 raise CheckpointError(f"{path} is damaged: {name} must have its size and its sha256")
-            files[name] = (size, checksum)
+            files[name] = (None if provenance.format == 1 else entry[0], entry[1])
     return files
 
 
-def as_pair(value: object) -> tuple[Any, Any]:
-    """Return a list of two as a pair, anything else as two nothings."""
-    return (value[0], value[1]) if isinstance(value, list) and len(value) == 2 else (None, None)
+def is_entry(value: object) -> bool:
+    """Return whether `value` is what store.json says of a file: its size in bytes and its sha256."""
+    return isinstance(value, list) and [type(one) for one in value] == [int, str]
 
 
 def read_provenance(stated: dict, path: Path) -> Provenance:

@@ -32,6 +32,11 @@ ENCODED_TOGETHER = 32  # prompts, where all are encoded ahead
 TARGET_TIME_WIDTH = 256  # sinusoids of the target time, for a student conditioned on it
 
 
+def on_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
+    """Return `conditioning` with its tensors on `device`."""
+    return {name: value.to(device) for name, value in conditioning.items()}
+
+
 class TargetTimeProjection(nn.Linear):
     """Projects the sinusoids of the target time to the width of those of t, which they are added to.
 

@@ -16,7 +16,7 @@ from ..equations.prediction import min_snr_weight, prediction_from_x0
 from ..equations.schedule import add_noise
 from ..equations.segments import time_grid
 from ..models import pictures, teachers
-from ..models.base import Base, Conditioning
+from ..models.base import Base, Conditioning, on_device
 from ..models.files import folder_of
 from ..models.sampler import sample_teacher
 from ..models.teachers import tell_truncated
@@ -144,7 +144,7 @@ def loss(
     x0, eps, t = (value.to(base.device) for value in (x0, eps, t))
     x_t = add_noise(x0, eps, t, base.schedule)
     target = prediction_from_x0(x0, x_t, t, base.schedule, base.prediction_type)
-    prediction = base.predict(denoiser, x_t, t, {name: value.to(base.device) for name, value in conditioning.items()})
+    prediction = base.predict(denoiser, x_t, t, on_device(conditioning, base.device))
     error = squared_l2(prediction, target)
     if stage.min_snr_gamma is None:
         return error

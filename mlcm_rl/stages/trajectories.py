@@ -11,7 +11,7 @@ from ..data.trajectory_store import Provenance
 from ..equations.segments import NUM_SEGMENTS, milestones, time_grid
 from ..equations.solver import ddim_step
 from ..models import teachers
-from ..models.base import Base, Conditioning
+from ..models.base import Base, Conditioning, on_device
 from ..models.teachers import teacher_hash
 from ..recipe import Recipe, Trajectories
 from ..storage import finite
@@ -71,10 +71,6 @@ def encode(stage: Trajectories, base: Base, prompts: list[str], writer: Writer) 
             parts.append(conditioning)
         whole = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
         writer.write_prompts(rows, whole, base.dtype)
-
-
-def on_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
-    return {name: value.to(device) for name, value in conditioning.items()}
 
 
 def solve(

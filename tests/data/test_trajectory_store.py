@@ -18,6 +18,7 @@ from mlcm_rl.equations.segments import milestones
 from mlcm_rl.storage.files import CheckpointError, read_json, write_json
 from mlcm_rl.storage.hashing import sha256
 from mlcm_rl.storage.tensors import read_tensors, write_tensors
+from mlcm_rl.training import processes
 
 BUDGETS = {"num_segments": [1], "condition_on_target": True, "budgets": [2, 4], "distance": "log_l2"}
 
@@ -204,7 +205,7 @@ def test_what_a_process_that_died_had_claimed_is_made_at_the_next_start(tmp_path
 
 
 def test_a_file_that_another_machine_wrote_and_that_does_not_appear_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_writer, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(processes, "LOOK_SECONDS", 0.0)
     writer = Writer(tmp_path, provenance(), 4, shard_size=2, batch_size=2)
     list(writer.claimed("prompts"))  # by a process that writes to a folder of its own
     with pytest.raises(CheckpointError, match=r"prompts-0000000\.safetensors was claimed by another process"):

@@ -18,11 +18,23 @@ from safetensors.torch import load_file
 
 import runs
 from mlcm_rl import pipeline
-from mlcm_rl.recipe import Recipe
+from mlcm_rl.recipe import Evaluate, Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHES = ROOT / "recipes" / "launch"
 SECONDS = 900  # a save that hangs must not hang the tests; ZeRO-3 on busy cores takes minutes
+
+
+def all_stages(prompts: str) -> list:
+    """Every kind of stage that a launch shares among processes, small."""
+    return [
+        runs.trajectories(prompts, shard_size=2),
+        runs.distill(num_segments=[2], num_steps=3, condition_on_target=True),
+        runs.tuning("feedback", prompts, gradient_accumulation=2, num_grad_steps=2),
+        runs.tuning("dpo", prompts, gamma=1.0),
+        runs.tuning("policy", prompts, num_iterations=2),
+        Evaluate(prompts=prompts, num_prompts=4, sampling_steps=[1, 2], teacher_steps=[3, 4], batch_size=2),
+    ]
 
 
 def command_of(recipe: Recipe, folder: Path, mode: str) -> list[str]:

@@ -12,6 +12,7 @@ from launched_runs import (
     LAUNCHES,
     ROOT,
     SECONDS,
+    all_stages,
     assert_alike,
     command_of,
     environment,
@@ -28,7 +29,7 @@ import tiny
 from mlcm_rl import pipeline
 from mlcm_rl.cli.app import app
 from mlcm_rl.pipeline import preflight
-from mlcm_rl.recipe import Evaluate, Training
+from mlcm_rl.recipe import Training
 from mlcm_rl.recipe.file import load
 from mlcm_rl.storage import checkpoints, lock
 from mlcm_rl.training import launch as launcher
@@ -51,15 +52,7 @@ def test_two_processes_make_what_one_makes(tiny_sdxl, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["cpu2", "zero2", "zero3", "fsdp2"])
 def test_every_stage_runs_in_two_processes(tiny_sdxl, tmp_path, mode):
-    prompts = runs.write_prompts(tmp_path)
-    stages = [
-        runs.trajectories(prompts, shard_size=2),
-        runs.distill(num_segments=[2], num_steps=3, condition_on_target=True),
-        runs.tuning("feedback", prompts, gradient_accumulation=2, num_grad_steps=2),
-        runs.tuning("dpo", prompts, gamma=1.0),
-        runs.tuning("policy", prompts, num_iterations=2),
-        Evaluate(prompts=prompts, num_prompts=4, sampling_steps=[1, 2], teacher_steps=[3, 4], batch_size=2),
-    ]
+    stages = all_stages(runs.write_prompts(tmp_path))
     alone, together = whole_and_launched(tiny_sdxl, tmp_path, stages, mode)
     assert_alike(alone, together)
     launched(together, tmp_path, mode)  # again: every stage is found, none is run

@@ -7,11 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from launched_runs import LAUNCHES, ROOT, SECONDS, assert_alike, command_of, environment, stage_folders
+from launched_runs import LAUNCHES, ROOT, SECONDS, all_stages, assert_alike, command_of, environment, stage_folders
 
 import runs
 from mlcm_rl import pipeline
-from mlcm_rl.recipe import Evaluate, Recipe
+from mlcm_rl.recipe import Recipe
 from mlcm_rl.recipe.file import load
 from mlcm_rl.training import launch
 from mlcm_rl.training.launch import LaunchError, Machine, read, refuse_machines, run_under
@@ -53,17 +53,6 @@ def on_the_cpu(tmp_path) -> Path:
     path = tmp_path / "rehearsal.yaml"
     path.write_text(text.replace("num_machines: 1\n", "num_machines: 2\n"), encoding="utf-8")
     return path
-
-
-def all_stages(prompts: str) -> list:
-    return [
-        runs.trajectories(prompts, shard_size=2),
-        runs.distill(num_segments=[2], num_steps=3, condition_on_target=True),
-        runs.tuning("feedback", prompts, gradient_accumulation=2, num_grad_steps=2),
-        runs.tuning("dpo", prompts, gamma=1.0),
-        runs.tuning("policy", prompts, num_iterations=2),
-        Evaluate(prompts=prompts, num_prompts=4, sampling_steps=[1, 2], teacher_steps=[3, 4], batch_size=2),
-    ]
 
 
 @pytest.mark.slow
