@@ -199,8 +199,8 @@ class Writer:
         seconds = processes.LOOKS * processes.LOOK_SECONDS
         raise CheckpointError(
             f"{self.folder / min(absent)} was claimed by another process and is not seen here after {seconds:.0f} s: "
-            "that process has ended, or its machine does not share this folder. What is there is as it was, and the same "
-            "command goes on from it"
+            "that process has ended, or its machine does not share this folder. What is there is as it was, and the "
+            "same command goes on from it"
         )
 
     def _gather(self, record: dict[str, Any]) -> None:
