@@ -122,6 +122,16 @@ FAMILIES = {
         optional={"text_encoder_3": "T5EncoderModel"},
         is_flow=True,
     ),
+    "z_image": Layout(
+        implementation="mlcm_rl.models.families.z_image:Family",
+        pipeline="ZImagePipeline",
+        denoiser="transformer",
+        denoiser_class="ZImageTransformer2DModel",
+        text={"text_encoder": "Qwen3Model"},
+        is_flow=True,
+        side=128,
+        distilled={"scheduler.shift": (3.0, "Z-Image, of shift 6")},  # Z-Image-Turbo's; all other files agree
+    ),
 }
 
 
