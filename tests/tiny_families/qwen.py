@@ -3,6 +3,7 @@
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer
 
+PROMPTS = ("红苹果, 3d", "熊猫" * 300)  # the second is longer than any encoder reads
 MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT = (
     "{% for one in messages %}<|im_start|>{{ one.role }}\n{{ one.content }}<|im_end|>\n{% endfor %}"

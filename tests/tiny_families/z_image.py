@@ -1,4 +1,4 @@
-"""A tiny Z-Image."""
+"""Z-Image, and Z-Image-Turbo, which is refused."""
 
 from pathlib import Path
 
@@ -7,11 +7,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTra
 from transformers import Qwen3Config, Qwen3Model
 
 import tiny
+from mlcm_rl.models.conditioning import LENGTHS, Conditioning, stacked
 from tiny_families import qwen
+from tiny_families.case import Case
 
 
-def write(folder: Path | str, shift: float = 6.0, seed: int = 0) -> Path:
-    """Write a ZImagePipeline and return `folder`. Its shift is Z-Image's; Turbo has 3."""
+def z_image(folder: Path | str, shift: float = 6.0, seed: int = 0) -> Path:
+    """Write a ZImagePipeline and return `folder`; `shift` is Z-Image's, and 3 is Turbo's."""
     words = qwen.tokenizer()
     with tiny._seeded(seed):
         transformer = ZImageTransformer2DModel(
@@ -49,3 +51,21 @@ def write(folder: Path | str, shift: float = 6.0, seed: int = 0) -> Path:
         )
     pipeline.save_pretrained(folder)
     return Path(folder)
+
+
+def encoded(stock: ZImagePipeline, prompts: list[str]) -> tuple[Conditioning, Conditioning]:
+    conditional, unconditional = (
+        stacked([{"context": one, LENGTHS: torch.tensor(len(one))} for one in captions])
+        for captions in stock.encode_prompt(prompts, device="cpu")
+    )
+    return conditional, unconditional
+
+
+CASE = Case(
+    family="z_image",
+    write=z_image,
+    encoded=encoded,
+    guidance={"guidance_scale": 4.0},  # of 5.0: it adds 4 times the difference to the conditional velocity
+    prompts=qwen.PROMPTS,
+    resolution=tiny.LATENT_SIZE * tiny.DOWNSCALE,
+)
