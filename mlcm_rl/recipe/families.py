@@ -132,6 +132,18 @@ FAMILIES = {
         side=128,
         distilled={"scheduler.shift": (3.0, "Z-Image, of shift 6")},  # Z-Image-Turbo's; all other files agree
     ),
+    "qwen_image": Layout(
+        implementation="mlcm_rl.models.families.qwen_image:Family",
+        pipeline="QwenImagePipeline",
+        denoiser="transformer",
+        denoiser_class="QwenImageTransformer2DModel",
+        text={"text_encoder": "Qwen2_5_VLForConditionalGeneration"},
+        is_flow=True,
+        autoencoder="AutoencoderKLQwenImage",
+        packs=2,
+        side=128,
+        distilled={"transformer.guidance_embeds": (True, "Qwen-Image")},
+    ),
 }
 
 
