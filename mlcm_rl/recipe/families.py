@@ -122,6 +122,18 @@ FAMILIES = {
         optional={"text_encoder_3": "T5EncoderModel"},
         is_flow=True,
     ),
+    "flux": Layout(
+        implementation="mlcm_rl.models.families.flux:Family",
+        pipeline="FluxPipeline",
+        denoiser="transformer",
+        denoiser_class="FluxTransformer2DModel",
+        text={"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
+        is_flow=True,
+        packs=2,
+        side=128,
+        embeds_guidance=True,
+        distilled={"transformer.guidance_embeds": (False, "FLUX.1-dev")},
+    ),
 }
 
 
