@@ -120,6 +120,24 @@ def trainable_parameters(denoiser: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
 
 
+def expected_of(base: Base) -> dict[str, Any]:
+    """Return what a student of `base` must say of itself.
+
+    Where the guidance scale is an input of the denoiser, that scale is among it: the student learned no other.
+    """
+    record: dict[str, Any] = {"family": base.family, "prediction_type": base.prediction_type}
+    if layout_of(base.family).embeds_guidance:
+        record["guidance_scale"] = base.teacher.guidance_scale
+    return record
+
+
+def refuse_other(folder: Path, description: dict[str, Any], base: Base) -> None:
+    """Raise ValueError if the student in `folder` is not one of `base`, by its `description`."""
+    for name, expected in expected_of(base).items():
+        if (actual := description.get(name)) != expected:
+            raise ValueError(f"{folder}: the student's {name} is {actual}, the teacher's {expected}")
+
+
 def save_student(denoiser: ModelMixin, folder: Path | str, description: dict[str, Any]) -> None:
     """Write a student's folder in one rename, replacing an older one.
 
@@ -166,14 +184,11 @@ def load_student(base: Base, folder: Path | str) -> Student:
     """Load the student in `folder`, over the weights of `base` if it is an adapter, bit for bit as it was saved.
 
     Its parameters require gradients as in training: torch multiplies by frozen matrices in another order, which would
-    change the last bits. Raise FileNotFoundError if there is none, ValueError for one of another family or prediction
-    type.
+    change the last bits. Raise FileNotFoundError if there is none, ValueError for one of another teacher (`expected_of`).
     """
     folder = Path(folder)
     description = describe(folder)
-    for name, expected in (("family", base.family), ("prediction_type", base.prediction_type)):
-        if description[name] != expected:
-            raise ValueError(f"{folder}: the student's {name} is {description[name]}, the teacher's {expected}")
+    refuse_other(folder, description, base)
     denoiser = _load_denoiser(base, folder, description)
     tuned, budgets = "preference" in description, tuple(sorted(set(description["budgets"])))
     return Student(denoiser, description["num_segments"], description["conditioned"], folder, tuned, budgets)

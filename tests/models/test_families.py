@@ -133,8 +133,7 @@ def test_the_adapters_modules_are_there(base):
 
 
 def save(base: Base, denoiser: torch.nn.Module, place: Path) -> None:
-    description = {"num_segments": 1, "family": base.family, "prediction_type": base.prediction_type}
-    students.save_student(denoiser, place, description)
+    students.save_student(denoiser, place, {"num_segments": 1, **students.expected_of(base)})
 
 
 # ---- every stage ----

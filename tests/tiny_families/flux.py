@@ -1,11 +1,15 @@
-"""A tiny FLUX.1: 17 x 17 latents would not pack, 8 x 8 are 16 tokens."""
+"""FLUX.1-dev, and FLUX.1-schnell, which is refused."""
 
 from pathlib import Path
 
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
 import tiny
+from mlcm_rl.models.base import Base
+from mlcm_rl.models.conditioning import Conditioning
+from tiny_families.case import Case
 
 CHANNELS = 6
 
@@ -34,3 +38,29 @@ def flux(folder: Path | str, is_dev: bool = True, seed: int = 0) -> Path:
             tokenizer_2=tiny.t5_tokenizer(),
         )
     return tiny._save(pipeline, Path(folder))
+
+
+def encoded(stock: FluxPipeline, prompts: list[str]) -> tuple[Conditioning, Conditioning]:
+    pairs = (stock.encode_prompt(texts, None, device="cpu") for texts in (prompts, [""] * len(prompts)))
+    conditional, unconditional = ({"context": context, "pooled": pooled} for context, pooled, _ in pairs)
+    return conditional, unconditional
+
+
+def to_stock(base: Base, latents: Tensor) -> Tensor:
+    return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+def from_stock(base: Base, tokens: Tensor) -> Tensor:
+    return FluxPipeline._unpack_latents(tokens, base.resolution, base.resolution, base.geometry.downscale)
+
+
+CASE = Case(
+    family="flux",
+    write=flux,
+    encoded=encoded,
+    guidance={"guidance_scale": 5.0},
+    resolution=tiny.LATENT_SIZE * tiny.DOWNSCALE,
+    to_stock=to_stock,
+    from_stock=from_stock,
+    renoises=False,  # it draws noise of tokens
+)
