@@ -199,4 +199,5 @@ class Sizes:
 
 def is_lora_target(name: str, targets: Sequence[str]) -> bool:
     """Return whether the weight `name` of a denoiser belongs to a module among the `targets` of an adapter."""
-    return any(name.removesuffix(".weight").endswith(f".{target}") for target in targets)
+    module = f".{name.removesuffix('.weight')}"
+    return any(module.endswith(f".{target}") for target in targets)
