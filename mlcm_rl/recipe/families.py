@@ -134,6 +134,16 @@ FAMILIES = {
         embeds_guidance=True,
         distilled={"transformer.guidance_embeds": (False, "FLUX.1-dev")},
     ),
+    "z_image": Layout(
+        implementation="mlcm_rl.models.families.z_image:Family",
+        pipeline="ZImagePipeline",
+        denoiser="transformer",
+        denoiser_class="ZImageTransformer2DModel",
+        text={"text_encoder": "Qwen3Model"},
+        is_flow=True,
+        side=128,
+        distilled={"scheduler.shift": (3.0, "Z-Image, of shift 6")},  # Z-Image-Turbo's; all other files agree
+    ),
 }
 
 
