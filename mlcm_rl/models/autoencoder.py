@@ -26,8 +26,7 @@ class Autoencoder:
 
         A `small` decoder takes the latents in the denoiser's scale, without the autoencoder's own scale and shift.
         """
-        scale, mean = self._scale
-        decoded = self.vae.decode(latents.float() * scale + mean) if small is None else small.decode(latents.float())
+        decoded = self.vae.decode(self._to_own(latents.float())) if small is None else small.decode(latents.float())
         return (decoded.sample.float() / 2 + 0.5).clamp(0, 1)
 
     def use_tiles(self, size: int, recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False)) -> None:
@@ -53,8 +52,17 @@ class Autoencoder:
         They are the posterior's mean, or a sample of it drawn by `generator`.
         """
         posterior = self.vae.encode(images.float() * 2 - 1).latent_dist
+        return self._from_own(posterior.mode() if generator is None else posterior.sample(generator))
+
+    def _to_own(self, latents: Tensor) -> Tensor:
+        """Return what the autoencoder decodes for the denoiser's `latents` (B, C, H, W)."""
         scale, mean = self._scale
-        return ((posterior.mode() if generator is None else posterior.sample(generator)) - mean) / scale
+        return latents * scale + mean
+
+    def _from_own(self, latents: Tensor) -> Tensor:
+        """Return the denoiser's latents (B, C, H, W) of those that the autoencoder encodes."""
+        scale, mean = self._scale
+        return (latents - mean) / scale
 
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor]:

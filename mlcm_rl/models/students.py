@@ -80,7 +80,7 @@ def student(
     denoiser = _denoiser(base, base.denoiser, condition_on_target, shared=isinstance(adapter, Lora))
     if isinstance(adapter, Full):
         return denoiser.requires_grad_(True)
-    settings = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(base.lora_targets))
+    settings = _new_settings(base, adapter)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return _with_lora(denoiser, settings)
@@ -98,7 +98,7 @@ def for_preference(base: Base, adapter: Lora, seed: int, start: Path) -> ModelMi
 
 def with_preference(base: Base, denoiser: ModelMixin, adapter: Lora, seed: int) -> ModelMixin:
     """Add a new trainable `preference` adapter from `seed` to a distilled student's frozen `denoiser`; return it."""
-    settings = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(base.lora_targets))
+    settings = _new_settings(base, adapter)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return _add_preference(denoiser, settings)
@@ -415,6 +415,11 @@ def _fill_lora(denoiser: ModelMixin, name: str, tensors: dict[str, Tensor], sour
         )
     set_peft_model_state_dict(denoiser, tensors, adapter_name=name)
     return denoiser
+
+
+def _new_settings(base: Base, adapter: Lora) -> LoraConfig:
+    modules = list(base.adapted_modules(base.denoiser.config))
+    return LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=modules)
 
 
 def _lora_settings(denoiser: ModelMixin, name: str = DISTILLED) -> LoraConfig | None:

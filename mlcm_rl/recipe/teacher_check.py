@@ -82,7 +82,7 @@ def problems(folder: Path, family: str, variant: str | None = None) -> list[str]
     if faults:
         return faults
     networks = [part for part in parts if part in layout.classes]
-    faults = [*_irregular(folder, parts), *_of_parts(folder, family, parts), *_of_weights(folder, networks, variant)]
+    faults = [*_irregular(folder, parts), *_of_parts(folder, family, parts, index), *_of_weights(folder, networks, variant)]
     return faults or list(_of_tokenizers(folder, layout, parts))
 
 
@@ -151,7 +151,7 @@ def _irregular(folder: Path, parts: list[str]) -> Iterator[str]:
                 yield str(error).replace(str(path), _display_name(path))
 
 
-def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
+def _of_parts(folder: Path, family: str, parts: list[str], index: Index) -> list[str]:
     """Return a line for each wrong value in the configurations, and for each two that do not fit each other."""
     layout, configurations, faults = layout_of(family), dict[str, Configuration](), list[str]()
     for part in parts:
@@ -161,7 +161,7 @@ def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
         except TeacherFileError as error:
             faults += str(error).splitlines()
     if not faults:
-        faults += _distilled(layout, configurations)
+        faults += _distilled(layout, {"model_index": index, **configurations})
     unet, vae = configurations.get("unet"), configurations.get("vae")
     if faults or not (isinstance(unet, Denoiser) and isinstance(vae, Autoencoder)):
         return faults  # other denoisers are built on meta before their weights are read, which finds the rest
@@ -173,9 +173,10 @@ def _distilled(layout: Layout, configurations: dict[str, Configuration]) -> Iter
     for path, (value, original) in layout.distilled.items():
         part, key = path.split(".")
         if configurations[part].model_dump().get(key) == value:
+            file = "model_index.json" if part == "model_index" else f"{part}/{_file_of(part, layout)[0]}"
             yield (
-                f"{part}/{_file_of(part, layout)[0]}: {key}: {json.dumps(value)} is of a model that is distilled to a "
-                f"few steps already; name the model that it was made from, {original}"
+                f"{file}: {key}: {json.dumps(value)} is of a model that is distilled to a few steps already; name the "
+                f"model that it was made from, {original}"
             )
 
 

@@ -3,7 +3,7 @@
 `tests/models/test_families.py` holds every one of them to the same tests.
 """
 
-from tiny_families import flux, sd3, z_image
+from tiny_families import flux, flux2_klein, sd3, z_image
 from tiny_families.case import Case
 
-CASES: dict[str, Case] = {case.family: case for case in (flux.CASE, sd3.CASE, z_image.CASE)}
+CASES: dict[str, Case] = {case.family: case for case in (flux.CASE, flux2_klein.CASE, sd3.CASE, z_image.CASE)}

@@ -95,7 +95,7 @@ class Family(FlowBase):
         return self.with_target_time(denoiser)
 
     def time_sinusoids(self, denoiser: FluxTransformer2DModel, t: Tensor) -> Tensor:
-        return denoiser.time_text_embed.time_proj(self._times(denoiser, t) * self.schedule.num_times)
+        return denoiser.time_text_embed.time_proj(self.divided_times(denoiser, t) * self.schedule.num_times)
 
     def predict(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
@@ -129,18 +129,13 @@ class Family(FlowBase):
             hidden_states=as_tokens(patchified(x_t.to(dtype), patch)),
             encoder_hidden_states=context,
             pooled_projections=pooled,
-            timestep=self._times(denoiser, t),
+            timestep=self.divided_times(denoiser, t),
             guidance=torch.full((len(x_t),), guidance_scale, device=x_t.device),
             txt_ids=torch.zeros(context.shape[1], 3, device=x_t.device),
             img_ids=self._positions,
             return_dict=False,
         )[0]
         return unpatchified(as_latents(tokens, x_t.shape[-1] // patch), patch).float()
-
-    def _times(self, denoiser: torch.nn.Module, t: Tensor) -> Tensor:
-        """Return the times (B,) that the transformer is given, rounded as in the stock pipeline; it multiplies by T."""
-        dtype = next(denoiser.parameters()).dtype
-        return self.schedule.network_time[t].to(dtype) / self.schedule.num_times
 
     @cached_property
     def _positions(self) -> Tensor:
