@@ -31,7 +31,9 @@ def flux(folder: Path | str, is_dev: bool = True, seed: int = 0) -> Path:
                 axes_dims_rope=(2, 4, 4),
             ),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if is_dev else 1.0, use_dynamic_shifting=is_dev),
-            vae=tiny._autoencoder(CHANNELS, 0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+            vae=tiny._autoencoder(
+                CHANNELS, 0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
+            ),
             text_encoder=CLIPTextModel(tiny._text_config(width=28, layers=2)),
             tokenizer=tiny.tokenizer(),
             text_encoder_2=T5EncoderModel(tiny._t5_config(width=44)),
