@@ -184,7 +184,7 @@ def load_student(base: Base, folder: Path | str) -> Student:
     """Load the student in `folder`, over the weights of `base` if it is an adapter, bit for bit as it was saved.
 
     Its parameters require gradients as in training: torch multiplies by frozen matrices in another order, which would
-    change the last bits. Raise FileNotFoundError if there is none, ValueError for one of another teacher (`expected_of`).
+    change the last bits. Raise FileNotFoundError if there is none, ValueError for another teacher's (`expected_of`).
     """
     folder = Path(folder)
     description = describe(folder)

@@ -161,7 +161,7 @@ def test_the_distilled_klein_is_refused_when_the_recipe_is_read(tmp_path):
     expected = f"{line}name the model that it was made from, FLUX.2-klein-base"
     assert teacher_check.problems(folder, "flux2_klein") == [expected]
     recipe = runs.recipe(folder, tmp_path, [runs.trajectories(runs.write_prompts(tmp_path))], "flux2_klein")
-    (problem,) = check(recipe, Folders(tmp_path))
+    (problem,) = check(recipe, Folders(tmp_path, tmp_path))
     assert (problem.key, problem.text) == (("teacher", "path"), f"{folder}: {expected}")
 
 
