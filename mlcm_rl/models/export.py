@@ -99,6 +99,8 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) ->
     pipeline.scheduler = base.stock_scheduler(gamma)
     if "requires_safety_checker" in pipeline.config:  # it is not loaded, so it is not exported
         pipeline.register_to_config(requires_safety_checker=False)
+    if "is_distilled" in pipeline.config:  # its pipeline guides no second time, whatever the scale
+        pipeline.register_to_config(is_distilled=True)
     pipeline.save_pretrained(folder)
     write_for_transformers_4(pipeline, folder)
     for config in folder.glob("text_encoder*/config.json"):

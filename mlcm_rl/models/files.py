@@ -21,7 +21,8 @@ from ..storage.tensors import read_shapes
 from .published_teachers import shipped
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-SECOND_NAMES = ("encoder.embed_tokens.weight",)  # T5's other name of `shared.weight`: its files have one or both
+# Other names of the words' embedding, of T5 and of Qwen3 as a language model: files have one or both.
+SECOND_NAMES = ("encoder.embed_tokens.weight", "lm_head.weight")
 UNUSED_PARTS = ("safety_checker", "image_encoder", "feature_extractor")
 OTHER_PARTS = ("text_encoder", "tokenizer", "safety_checker", "image_encoder", "feature_extractor")
 

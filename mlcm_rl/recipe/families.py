@@ -36,7 +36,9 @@ class Layout:
     patchifies: int = 1  # latents a side of the autoencoder that are one latent, of more channels, of the denoiser
     side: int = 0  # latents a side by default, where the denoiser's configuration has no sample_size
     embeds_guidance: bool = False  # the guidance scale is an input of the denoiser: a guided pass is one evaluation
-    distilled: dict[str, tuple[Any, str]] = field(default_factory=dict)  # component.key: value, model to name
+    distilled: dict[str, tuple[Any, str]] = field(
+        default_factory=dict
+    )  # component.key, or model_index.key: value, model to name
 
     @property
     def required(self) -> list[str]:
@@ -124,6 +126,30 @@ FAMILIES = {
         text={"text_encoder": "CLIPTextModelWithProjection", "text_encoder_2": "CLIPTextModelWithProjection"},
         optional={"text_encoder_3": "T5EncoderModel"},
         is_flow=True,
+    ),
+    "flux": Layout(
+        implementation="mlcm_rl.models.families.flux:Family",
+        pipeline="FluxPipeline",
+        denoiser="transformer",
+        denoiser_class="FluxTransformer2DModel",
+        text={"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
+        is_flow=True,
+        packs=2,
+        side=128,
+        embeds_guidance=True,
+        distilled={"transformer.guidance_embeds": (False, "FLUX.1-dev")},
+    ),
+    "flux2_klein": Layout(
+        implementation="mlcm_rl.models.families.flux2_klein:Family",
+        pipeline="Flux2KleinPipeline",
+        denoiser="transformer",
+        denoiser_class="Flux2Transformer2DModel",
+        text={"text_encoder": "Qwen3ForCausalLM"},
+        autoencoder="AutoencoderKLFlux2",
+        is_flow=True,
+        patchifies=2,
+        side=64,
+        distilled={"model_index.is_distilled": (True, "FLUX.2-klein-base")},
     ),
     "z_image": Layout(
         implementation="mlcm_rl.models.families.z_image:Family",

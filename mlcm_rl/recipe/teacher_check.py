@@ -82,7 +82,11 @@ def problems(folder: Path, family: str, variant: str | None = None) -> list[str]
     if faults:
         return faults
     networks = [part for part in parts if part in layout.classes]
-    faults = [*_irregular(folder, parts), *_of_parts(folder, family, parts), *_of_weights(folder, networks, variant)]
+    faults = [
+        *_irregular(folder, parts),
+        *_of_parts(folder, family, parts, index),
+        *_of_weights(folder, networks, variant),
+    ]
     return faults or list(_of_tokenizers(folder, layout, parts))
 
 
@@ -151,7 +155,7 @@ def _irregular(folder: Path, parts: list[str]) -> Iterator[str]:
                 yield str(error).replace(str(path), _display_name(path))
 
 
-def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
+def _of_parts(folder: Path, family: str, parts: list[str], index: Index) -> list[str]:
     """Return a line for each wrong value in the configurations, and for each two that do not fit each other."""
     layout, configurations, faults = layout_of(family), dict[str, Configuration](), list[str]()
     for part in parts:
@@ -161,11 +165,26 @@ def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
         except TeacherFileError as error:
             faults += str(error).splitlines()
     if not faults:
-        faults += _distilled(layout, configurations)
-    unet, vae = configurations.get("unet"), configurations.get("vae")
-    if faults or not (isinstance(unet, Denoiser) and isinstance(vae, Autoencoder)):
-        return faults  # other denoisers are built on meta before their weights are read, which finds the rest
-    return list(_misfits(layout, unet, vae, configurations))
+        faults += _distilled(layout, {"model_index": index, **configurations})
+    denoiser, vae = configurations.get(layout.denoiser), configurations.get("vae")
+    if faults or denoiser is None or vae is None:
+        return faults
+    if isinstance(denoiser, Denoiser) and isinstance(vae, Autoencoder):
+        return list(_misfits(layout, denoiser, vae, configurations))
+    # other denoisers are built on meta before their weights are read, which finds the rest
+    return list(_other_channels(layout, denoiser.model_dump(), vae.model_dump()))
+
+
+def _other_channels(layout: Layout, denoiser: dict[str, Any], vae: dict[str, Any]) -> Iterator[str]:
+    """Yield a line if the denoiser takes more than the autoencoder's latents, as inpainting models do."""
+    actual, latents = denoiser.get("in_channels"), vae.get("latent_channels", vae.get("z_dim"))
+    if isinstance(actual, int) and isinstance(latents, int):
+        expected = latents * (layout.packs * layout.patchifies) ** 2
+        if actual != expected:
+            yield (
+                f"{layout.denoiser}/config.json: in_channels: expected {expected}, as the autoencoder has {latents}, "
+                f"found {actual}; only plain text-to-image teachers can be distilled"
+            )
 
 
 def _distilled(layout: Layout, configurations: dict[str, Configuration]) -> Iterator[str]:
@@ -173,9 +192,10 @@ def _distilled(layout: Layout, configurations: dict[str, Configuration]) -> Iter
     for path, (value, original) in layout.distilled.items():
         part, key = path.split(".")
         if configurations[part].model_dump().get(key) == value:
+            file = "model_index.json" if part == "model_index" else f"{part}/{_file_of(part, layout)[0]}"
             yield (
-                f"{part}/{_file_of(part, layout)[0]}: {key}: {json.dumps(value)} is of a model that is distilled to a "
-                f"few steps already; name the model that it was made from, {original}"
+                f"{file}: {key}: {json.dumps(value)} is of a model that is distilled to a few steps already; name the "
+                f"model that it was made from, {original}"
             )
 
 

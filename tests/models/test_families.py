@@ -128,13 +128,12 @@ def test_a_student_starts_as_its_teacher_and_is_loaded_as_it_was_saved(case, bas
 
 def test_the_adapters_modules_are_there(base):
     modules = [name for name, _ in base.denoiser.named_modules()]
-    for target in base.lora_targets:
-        assert any(name.endswith(f".{target}") for name in modules), target
+    for target in base.adapted_modules(base.denoiser.config):
+        assert any(f".{name}".endswith(f".{target}") for name in modules), target
 
 
 def save(base: Base, denoiser: torch.nn.Module, place: Path) -> None:
-    description = {"num_segments": 1, "family": base.family, "prediction_type": base.prediction_type}
-    students.save_student(denoiser, place, description)
+    students.save_student(denoiser, place, {"num_segments": 1, **students.expected_of(base)})
 
 
 # ---- every stage ----
