@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers import LCMScheduler, TCDScheduler, UNet2DConditionModel
-from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
 
@@ -82,7 +81,8 @@ class UNetBase(Base):
 
     @staticmethod
     def conditioning_shapes(config: Mapping[str, Any], num_tokens: int) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {"context": (num_tokens, config["cross_attention_dim"])}
+        width = config.get("encoder_hid_dim") or config["cross_attention_dim"]
+        shapes: dict[str, tuple[int, ...]] = {"context": (num_tokens, width)}
         if config.get("addition_embed_type") is not None:
             sizes = 6 * config["addition_time_embed_dim"]
             shapes["pooled"] = (config["projection_class_embeddings_input_dim"] - sizes,)
@@ -90,6 +90,10 @@ class UNetBase(Base):
 
     def time_sinusoids(self, denoiser: UNet2DConditionModel, t: Tensor) -> Tensor:
         return denoiser.time_proj(self.schedule.network_time[t])
+
+    def target_time_sinusoids(self, s: Tensor) -> Tensor:
+        """Return the sinusoids of the network's own times, which are those of an exported pipeline's scheduler."""
+        return super().target_time_sinusoids(self.schedule.network_time[s])
 
     def _added_conditions(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
         """Return the denoiser's `added_cond_kwargs`, for families that have them."""
@@ -115,7 +119,7 @@ class UNetBase(Base):
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
     ) -> Tensor:
         dtype = next(denoiser.parameters()).dtype
-        target_time = None if s is None else get_timestep_embedding(s, TARGET_TIME_WIDTH).to(dtype)
+        target_time = None if s is None else self.target_time_sinusoids(s).to(dtype)
         return denoiser(
             x_t.to(dtype),
             self.schedule.network_time[t],
@@ -135,10 +139,10 @@ class UNetBase(Base):
         settings = {key: teacher[key] for key in SCHEDULE_KEYS if key in teacher}
         scheduler = (LCMScheduler if gamma == 1.0 else TCDScheduler)(**settings, original_inference_steps=NUM_SEGMENTS)
         scheduler.set_timesteps(NUM_SEGMENTS)
-        expected = sampling_times(NUM_SEGMENTS)
+        expected = self.schedule.network_time[sampling_times(NUM_SEGMENTS)].tolist()
         if scheduler.timesteps.tolist() != expected:
             raise ValueError(
-                f"a teacher of {self.schedule.num_times} times has milestones {expected}; "
+                f"a teacher of {teacher['num_train_timesteps']} times has milestones {expected}; "
                 f"{type(scheduler).__name__} visits {scheduler.timesteps.tolist()}: no stock pipeline can sample it"
             )
         return scheduler
