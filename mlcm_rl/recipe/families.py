@@ -36,7 +36,7 @@ class Layout:
     patchifies: int = 1  # latents a side of the autoencoder that are one latent, of more channels, of the denoiser
     side: int = 0  # latents a side by default, where the denoiser's configuration has no sample_size
     embeds_guidance: bool = False  # the guidance scale is an input of the denoiser: a guided pass is one evaluation
-    distilled: dict[str, tuple[Any, str]] = field(default_factory=dict)  # key of the denoiser: value, model to name
+    distilled: dict[str, tuple[Any, str]] = field(default_factory=dict)  # component.key: value, model to name
 
     @property
     def required(self) -> list[str]:
