@@ -60,7 +60,8 @@ class Base(ABC):
     autoencoder_class: ClassVar[type[Autoencoder]] = Autoencoder
     has_target_time_pipeline: ClassVar[bool] = False  # `exported_pipeline` can sample its conditioned students
     in_stability_blocks: ClassVar[bool] = False  # other tools name its blocks as Stability AI does, not as diffusers
-    time_layer: ClassVar[str]  # the denoiser's TimestepEmbedding, whose input the target time is added to
+    time_layer: ClassVar[str]  # the denoiser's embedding of times, whose input the target time is added to
+    time_input: ClassVar[str] = "linear_1"  # the linear layer in it that takes the sinusoids
 
     def __init__(self, teacher: Teacher, device: torch.device, pipeline: DiffusionPipeline):
         self.teacher, self.device, self.dtype = teacher, device, getattr(torch, teacher.dtype)
@@ -134,6 +135,13 @@ class Base(ABC):
         """Return the arguments with which a stock pipeline samples a student: one pass a step, without guidance."""
         return {"guidance_scale": 0.0}
 
+    @property
+    def stock_size(self) -> dict[str, int]:
+        """Return the arguments for this resolution; none where the denoiser's configuration has it."""
+        if "sample_size" in self.denoiser.config:
+            return {}
+        return {"height": self.resolution, "width": self.resolution}
+
     def empty_denoiser(self, config: Mapping[str, Any], condition: bool) -> ModelMixin:
         """Return a new denoiser of this `config` on torch's default device.
 
@@ -145,7 +153,8 @@ class Base(ABC):
     def with_target_time(self, denoiser: ModelMixin) -> ModelMixin:
         """Add a projection of the target time's sinusoids to `denoiser`, in place, and return it."""
         embedding = denoiser.get_submodule(self.time_layer)
-        embedding.cond_proj = TargetTimeProjection(TARGET_TIME_WIDTH, embedding.linear_1.in_features, bias=False)
+        width = embedding.get_submodule(self.time_input).in_features
+        embedding.cond_proj = TargetTimeProjection(TARGET_TIME_WIDTH, width, bias=False)
         return denoiser
 
     @abstractmethod

@@ -91,7 +91,8 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) ->
         denoiser = _denoiser_for_steps(base, student, model_card.example_steps(student), gamma)
     else:
         denoiser = students.merged(student, base.dtype)
-    denoiser.register_to_config(sample_size=base.latent_shape[-1])  # the resolution it was distilled at
+    if not base.stock_size:
+        denoiser.register_to_config(sample_size=base.latent_shape[-1])  # the resolution it was distilled at
     if has_class:
         _require_class_labels(denoiser)
     setattr(pipeline, base.denoiser_part, denoiser)
@@ -167,7 +168,7 @@ def _write_for_steps(base: Base, student: Student, num_steps: int, gamma: float,
     if lora and lora[0].r >= num_steps:
         up, down = target_time_update(base, student, num_steps, gamma)
         settings, tensors = lora
-        layer, spare = f"{base.time_layer}.linear_1", settings.r - num_steps
+        layer, spare = f"{base.time_layer}.{base.time_input}", settings.r - num_steps
         settings.target_modules = {*settings.target_modules, layer}
         tensors[f"{layer}.lora_A.weight"] = F.pad(down, (0, 0, 0, spare))
         tensors[f"{layer}.lora_B.weight"] = F.pad(up, (0, spare))
@@ -181,7 +182,7 @@ def _denoiser_for_steps(base: Base, student: Student, num_steps: int, gamma: flo
     up, down = target_time_update(base, student, num_steps, gamma)
     denoiser = students.merged(student, torch.float32)
     embedding = denoiser.get_submodule(base.time_layer)
-    embedding.linear_1.weight.data += up @ down
+    embedding.get_submodule(base.time_input).weight.data += up @ down
     embedding.cond_proj = None
     if "time_cond_proj_dim" in denoiser.config:
         denoiser.register_to_config(time_cond_proj_dim=None)
@@ -202,11 +203,12 @@ def target_time_update(base: Base, student: Student, num_steps: int, gamma: floa
     times = torch.tensor(sampling_times(num_steps))
     targets = time_before_noise(torch.cat([times[1:], torch.zeros(1, dtype=times.dtype)]), gamma)
     embedding = student.denoiser.get_submodule(base.time_layer)
-    device = embedding.linear_1.weight.device
+    layer = embedding.get_submodule(base.time_input)
+    device = layer.weight.device
     sinusoids = base.time_sinusoids(student.denoiser, times.to(device)).double()
     if torch.linalg.matrix_rank(sinusoids) < num_steps:
         raise ValueError(f"{student.folder}: {sinusoids.shape[1]} sinusoids of {num_steps} times are not independent")
     target_sinusoids = base.target_time_sinusoids(targets.to(device)).double()
     projected = target_sinusoids @ embedding.cond_proj.weight.double().T
-    up = embedding.linear_1.weight.double() @ projected.T
+    up = layer.weight.double() @ projected.T
     return up.float().contiguous(), torch.linalg.pinv(sinusoids).T.float().contiguous()

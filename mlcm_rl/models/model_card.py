@@ -225,7 +225,7 @@ def _instead(base: Base) -> str:
 
 
 def _call(base: Base, num_steps: int, gamma: float) -> str:
-    arguments = base.stock_call(sampling_times(num_steps)) | base.stock_guidance
+    arguments = base.stock_call(sampling_times(num_steps)) | base.stock_guidance | base.stock_size
     eta = {"eta": gamma} if 0.0 < gamma < 1.0 else {}
     return f'pipe("a red apple", {_arguments(arguments | eta)}, generator=seed)'
 

@@ -39,7 +39,7 @@ class Layout:
     embeds_guidance: bool = False  # the guidance scale is an input of the denoiser: a guided pass is one evaluation
     num_times: int = USUAL_TIMES  # of a variance-preserving schedule
     extras: dict[str, str] = field(default_factory=dict)  # module that the family needs: extra of ours that has it
-    distilled: dict[str, tuple[Any, str]] = field(default_factory=dict)  # key of the denoiser: value, model to name
+    distilled: dict[str, tuple[Any, str]] = field(default_factory=dict)  # component.key: value, model to name
 
     @property
     def required(self) -> list[str]:

@@ -164,7 +164,7 @@ def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
         except TeacherFileError as error:
             faults += str(error).splitlines()
     if not faults:
-        faults += _distilled(layout, configurations[layout.denoiser])
+        faults += _distilled(layout, configurations)
         faults += _of_other_times(layout, configurations["scheduler"])
     unet, vae = configurations.get("unet"), configurations.get("vae")
     if faults or not (isinstance(unet, Denoiser) and isinstance(vae, Autoencoder)):
@@ -172,14 +172,14 @@ def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
     return list(_misfits(layout, unet, vae, configurations))
 
 
-def _distilled(layout: Layout, denoiser: Configuration) -> Iterator[str]:
-    """Yield a line for a value of the denoiser's configuration that only few-step models of this family have."""
-    values = denoiser.model_dump()
-    for key, (value, original) in layout.distilled.items():
-        if values.get(key) == value:
+def _distilled(layout: Layout, configurations: dict[str, Configuration]) -> Iterator[str]:
+    """Yield a line for a value that only few-step models of this family have in a component's configuration."""
+    for path, (value, original) in layout.distilled.items():
+        part, key = path.split(".")
+        if configurations[part].model_dump().get(key) == value:
             yield (
-                f"{layout.denoiser}/config.json: {key}: {json.dumps(value)} is of a model that is distilled to a few "
-                f"steps already; name the model that it was made from, {original}"
+                f"{part}/{_file_of(part, layout)[0]}: {key}: {json.dumps(value)} is of a model that is distilled to a "
+                f"few steps already; name the model that it was made from, {original}"
             )
 
 

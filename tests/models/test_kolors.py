@@ -2,25 +2,21 @@
 
 import importlib.util
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, TCDScheduler, UNet2DConditionModel
+from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler, UNet2DConditionModel
 
-import runs
 import tiny
-from mlcm_rl import pipeline
 from mlcm_rl.equations.schedule import at_indices, betas_of, vp_schedule
 from mlcm_rl.equations.segments import sampling_times
 from mlcm_rl.evaluation import undistilled
 from mlcm_rl.models import sampler, students, teachers
 from mlcm_rl.models.export import export
 from mlcm_rl.models.families.kolors import Family
-from mlcm_rl.models.unet import schedule_of
 from mlcm_rl.recipe import Lora, Teacher, families, teacher_check
-from tiny_families.kolors import WIDTH, kolors
+from tiny_families.kolors import kolors
 
 PROMPTS = ["红苹果在桌子上", "a small blue house by the sea"]
 LORA = Lora(rank=8, alpha=8.0)
