@@ -271,6 +271,7 @@ class ChatGLM(_OfTransformers):
 class TokenizerOfPipeline(Configuration):
     """tokenizer/tokenizer_config.json of a pipeline that says how many tokens it reads."""
 
+    model_max_length: Annotated[int, Field(ge=3)] | None = None
     tokenizer_class: str | None = None
     backend: str | None = None
     bos_token: Token = None

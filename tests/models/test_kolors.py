@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler, UNet2DConditionModel
+from diffusers import KolorsPipeline, LCMScheduler, TCDScheduler, UNet2DConditionModel
 
 import tiny
 from mlcm_rl.equations.schedule import at_indices, betas_of, vp_schedule
@@ -89,9 +89,15 @@ def exported(base: Family, place: Path, condition: bool, gamma: float | None = N
 def test_a_conditioned_student_is_sampled_by_the_class_in_its_folder(base, tmp_path):
     """Its target times are those of its scheduler, as in training; LCM's grid, whose last step ends at x0."""
     out = exported(base, tmp_path, condition=True, gamma=1.0)
-    stock = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
+    place = importlib.util.spec_from_file_location("pipeline_of_kolors", out / "pipeline.py")
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    assert issubclass(module.TargetTimePipeline, KolorsPipeline)
+    stock = module.TargetTimePipeline.from_pipe(
+        KolorsPipeline.from_pretrained(base.teacher.path, unet=UNet2DConditionModel.from_pretrained(out / "unet"))
+    )
+    stock.scheduler = LCMScheduler.from_pretrained(out / "scheduler")
     stock.set_progress_bar_config(disable=True)
-    assert type(stock).__name__ == "TargetTimePipeline"
     student = students.load_student(base, tmp_path / "student")
     conditioning = base.encode_prompts(PROMPTS)
     for num_steps in (1, 2, 3, 4, 8):

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from diffusers import EulerDiscreteScheduler, KolorsPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler, KolorsPipeline, UNet2DConditionModel
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
 
 import tiny
+from mlcm_rl.models.base import Base
+from mlcm_rl.models.conditioning import Conditioning
+from tiny_families.case import Case
 
 TEXTS = ["a red apple on a table", "a small blue house by the sea", "红苹果在桌子上", "一座蓝色的小房子", "熊猫"]
 WIDTH = 40  # of the text encoder
@@ -40,7 +43,7 @@ def kolors(folder: Path | str, seed: int = 0) -> Path:
 
 
 def tokenizer(file: Path) -> ChatGLMTokenizer:
-    """ChatGLM's tokenizer, whose pieces are learned from a few texts and written to `file`; other characters are bytes."""
+    """ChatGLM's tokenizer, whose pieces are learned from a few texts and written to `file`; the rest are bytes."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 20),
@@ -78,3 +81,23 @@ def text_encoder(vocabulary: int) -> ChatGLMModel:
             is_scale = "norm" in name
             parameter.normal_(mean=float(is_scale), std=0.1)
     return model
+
+
+def encoded(stock: DiffusionPipeline, prompts: list[str]) -> tuple[Conditioning, Conditioning]:
+    context, no_context, pooled, no_pooled = stock.encode_prompt(prompts, device="cpu")
+    return {"context": context, "pooled": pooled}, {"context": no_context, "pooled": no_pooled}
+
+
+def at_times(base: Base, stock: DiffusionPipeline, times: list[int]) -> dict:
+    """Euler's steps of the stock scheduler are DDIM's; it takes any times."""
+    return {"timesteps": base.schedule.network_time[times].tolist()}
+
+
+CASE = Case(
+    family="kolors",
+    write=kolors,
+    encoded=encoded,
+    guidance={"guidance_scale": 5.0},
+    prompts=("红苹果在桌子上", "熊猫" * 200),
+    schedules=at_times,
+)
