@@ -281,7 +281,9 @@ def shapes_from_configuration(teacher: Teacher, parts: Sequence[str]) -> dict[st
                 part = _empty(folder / name, kind)
             else:
                 text_encoder = getattr(_module(library), kind)
-                part = text_encoder(text_encoder.config_class.from_pretrained(folder / name, local_files_only=True))
+                where = {"device": "meta"} if "device" in signature(text_encoder).parameters else {}
+                settings = text_encoder.config_class.from_pretrained(folder / name, local_files_only=True)
+                part = text_encoder(settings, **where)  # of its own; ChatGLM's does not see torch's default device
         weights = part.state_dict().items()
         shapes[name] = {key: list(value.shape) for key, value in weights if key not in SECOND_NAMES}
     return shapes

@@ -92,7 +92,8 @@ def card(
         sections.append("Or the adapter alone, over its teacher:\n\n" + _part_usage(base, student, name, folder, gamma))
     if step_folders := sorted(folder.glob("steps-*"), key=_num_steps):
         sections.append(_steps_usage(base, student, name, step_folders, gamma))
-    if tuple(getattr(base.denoiser.config, "block_out_channels", ())) in PUBLISHED_WIDTHS:
+    widths = tuple(getattr(base.denoiser.config, "block_out_channels", ()))
+    if base.kohya_version is not None and widths in PUBLISHED_WIDTHS:
         sections.append("## ComfyUI and other tools\n\n" + _other_tools(student, folder, step_folders, gamma))
     sections.append("## Grids\n\n" + _grids(base, student))
     if table:
@@ -329,7 +330,8 @@ def _grids(base: Base, student: Student) -> str:
             paper_times(num_steps),
             sampling_times(num_steps, student.sampling_segments),
         ]
-        default, *_ = cells = [base.stock_call(times).get("sigmas", times) for times in grids]
+        network_time = base.schedule.network_time
+        default, *_ = cells = [base.stock_call(times).get("sigmas", network_time[times].tolist()) for times in grids]
         texts = [str(cell) if cell != default or i == 0 else "as default" for i, cell in enumerate(cells)]
         rows.append(f"| {num_steps} | {' | '.join(texts)} |")
     return "\n".join(rows)
