@@ -1,5 +1,6 @@
-"""Every transformer family: beside its stock pipeline, through every stage, exported and sampled by stock diffusers."""
+"""Every family beyond Stable Diffusion: beside its stock pipeline, through every stage, exported to stock diffusers."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -8,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, TCDScheduler
 
 import runs
 import tiny
 from mlcm_rl import pipeline
 from mlcm_rl.equations.segments import sampling_times
+from mlcm_rl.equations.solver import ddim_step
 from mlcm_rl.models import sampler, students
 from mlcm_rl.models.base import Base
 from mlcm_rl.models.conditioning import rows_of
@@ -128,13 +130,12 @@ def test_a_student_starts_as_its_teacher_and_is_loaded_as_it_was_saved(case, bas
 
 def test_the_adapters_modules_are_there(base):
     modules = [name for name, _ in base.denoiser.named_modules()]
-    for target in base.lora_targets:
-        assert any(name.endswith(f".{target}") for name in modules), target
+    for target in base.adapted_modules(base.denoiser.config):
+        assert any(f".{name}".endswith(f".{target}") for name in modules), target
 
 
 def save(base: Base, denoiser: torch.nn.Module, place: Path) -> None:
-    description = {"num_segments": 1, "family": base.family, "prediction_type": base.prediction_type}
-    students.save_student(denoiser, place, description)
+    students.save_student(denoiser, place, {"num_segments": 1, **students.expected_of(base)})
 
 
 # ---- every stage ----
@@ -188,7 +189,19 @@ def sampled(base: Base, case: Case, place: Path, num_steps: int, gamma: float, g
     student = students.load_student(base, place / "student")
     inputs = (base, student.denoiser, conditioning_of(base, case), noise_of(base, case), sampling_times(num_steps))
     with torch.no_grad():
-        return sampler.sample(*inputs, gamma, generators, student.conditioned)
+        x0 = sampler.sample(*inputs, gamma, generators, student.conditioned)
+        ends_at_index_0 = isinstance(base.stock_scheduler(gamma), TCDScheduler)
+        return at_index_0(*inputs, student.conditioned, x0) if ends_at_index_0 else x0
+
+
+def at_index_0(base: Base, denoiser, conditioning, x_t, times: list[int], condition: bool, end) -> torch.Tensor:
+    """Return where TCD's scheduler ends: DDIM from the last time to index 0, not the x0 of the sampler, `end`."""
+    for t, s in itertools.pairwise([*times, 0]):
+        t, s = torch.full((len(x_t),), t), torch.full((len(x_t),), s)
+        x0 = base.x0(denoiser, x_t, t, conditioning, s if condition else None)
+        x_t = ddim_step(x_t, x0, t, s, base.schedule)
+    assert torch.equal(x0, end)
+    return x_t
 
 
 def stock_sampled(base: Base, case: Case, stock: DiffusionPipeline, num_steps: int) -> torch.Tensor:
@@ -257,7 +270,7 @@ def test_every_block_of_code_of_the_card_runs_and_leaves_a_picture(case, base, t
 
 def test_a_gamma_that_no_stock_scheduler_has_is_refused(case, base, tmp_path):
     if not isinstance(base.stock_scheduler(0.0), FlowMatchEulerDiscreteScheduler):
-        pytest.skip("TCD's scheduler has every gamma")
+        pytest.skip("its stock scheduler is not of a flow")
     with pytest.raises(ValueError, match=r"gamma 0\.3: diffusers' schedulers of rectified flow are deterministic"):
         exported(base, tmp_path, LORA, condition=False, gamma=0.3)
     assert not (tmp_path / "out").exists()
