@@ -46,6 +46,10 @@ class Autoencoder:
         self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = size, 4 * size // quarter
         self.vae.decoder.forward = partial(recompute, self.vae.decoder.forward)
 
+    def checkpoint_blocks(self, recompute: Callable[..., Any] | None = None) -> None:
+        """Compute blocks again in the backward pass from now on, which takes less memory, through `recompute`."""
+        self.vae.enable_gradient_checkpointing(recompute)
+
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Encode pictures (B, 3, H', W') in [0, 1] into latents (B, C, H, W).

@@ -35,6 +35,7 @@ class Layout:
     packs: int = 1  # latents a side that the pipeline packs into one token of the denoiser
     patchifies: int = 1  # latents a side of the autoencoder that are one latent, of more channels, of the denoiser
     side: int = 0  # latents a side by default, where the denoiser's configuration has no sample_size
+    has_checkpointing: bool = True  # the denoiser can compute its blocks again in the backward pass, for less memory
     embeds_guidance: bool = False  # the guidance scale is an input of the denoiser: a guided pass is one evaluation
     distilled: dict[str, tuple[Any, str]] = field(default_factory=dict)  # component.key: value, model to name
 
@@ -121,6 +122,14 @@ FAMILIES = {
         text={"text_encoder": "CLIPTextModelWithProjection", "text_encoder_2": "CLIPTextModelWithProjection"},
         optional={"text_encoder_3": "T5EncoderModel"},
         is_flow=True,
+    ),
+    "hunyuan_dit": Layout(
+        implementation="mlcm_rl.models.families.hunyuan_dit:Family",
+        pipeline="HunyuanDiTPipeline",
+        denoiser="transformer",
+        denoiser_class="HunyuanDiT2DModel",
+        text={"text_encoder": "BertModel", "text_encoder_2": "T5EncoderModel"},
+        has_checkpointing=False,
     ),
 }
 
