@@ -6,19 +6,22 @@ other, that there are only files and folders, and that weights exist in a form t
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from ..storage.untrusted import brief, parse_json, read_bytes, regular
-from .families import Layout, layout_of
+from .families import Layout, geometry, layout_of
 from .teacher_types import (
     Autoencoder,
     Configuration,
     Denoiser,
     FlowScheduler,
+    HunyuanDenoiser,
     Index,
+    PixArtDenoiser,
     Scheduler,
     TextEncoder,
     Tokenizer,
@@ -29,6 +32,8 @@ MAX_BYTES_OF_WORDS = 2**26  # of a tokenizer's file
 WORDS = ("vocab.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")  # of a tokenizer, all objects
 CONFIGURATIONS: dict[str, type[Configuration]] = {  # by class; the file of another class may be any JSON object
     "UNet2DConditionModel": Denoiser,
+    "HunyuanDiT2DModel": HunyuanDenoiser,
+    "PixArtTransformer2DModel": PixArtDenoiser,
     "AutoencoderKL": Autoencoder,
     "CLIPTextModel": TextEncoder,
     "CLIPTextModelWithProjection": TextEncoder,
@@ -162,10 +167,13 @@ def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
             faults += str(error).splitlines()
     if not faults:
         faults += _distilled(layout, configurations)
-    unet, vae = configurations.get("unet"), configurations.get("vae")
-    if faults or not (isinstance(unet, Denoiser) and isinstance(vae, Autoencoder)):
-        return faults  # other denoisers are built on meta before their weights are read, which finds the rest
-    return list(_misfits(layout, unet, vae, configurations))
+    denoiser, vae = configurations.get(layout.denoiser), configurations.get("vae")
+    if faults or denoiser is None or vae is None:
+        return faults
+    if isinstance(denoiser, Denoiser) and isinstance(vae, Autoencoder):
+        return list(_misfits(layout, denoiser, vae, configurations))
+    # these denoisers are built on meta before their weights are read, which finds the rest
+    return list(_other_channels(layout, denoiser.model_dump(), vae.model_dump()))
 
 
 def _distilled(layout: Layout, configurations: dict[str, Configuration]) -> Iterator[str]:
@@ -176,6 +184,18 @@ def _distilled(layout: Layout, configurations: dict[str, Configuration]) -> Iter
             yield (
                 f"{part}/{_file_of(part, layout)[0]}: {key}: {json.dumps(value)} is of a model that is distilled to a "
                 f"few steps already; name the model that it was made from, {original}"
+            )
+
+
+def _other_channels(layout: Layout, denoiser: dict[str, Any], vae: dict[str, Any]) -> Iterator[str]:
+    """Yield a line if a transformer takes other latents than the autoencoder has, where both say how many."""
+    latents = vae.get("latent_channels") or vae.get("z_dim")
+    with suppress(LookupError, TypeError):
+        channels = geometry(layout, denoiser, vae).channels
+        if latents is not None and channels != latents * layout.patchifies**2:
+            yield (
+                f"{layout.denoiser}/config.json: in_channels: the denoiser takes latents of {channels} channels and "
+                f"the autoencoder has {latents}; only plain text-to-image teachers can be distilled"
             )
 
 

@@ -135,6 +135,39 @@ class Denoiser(_Blocks):
         return self
 
 
+class HunyuanDenoiser(Configuration):
+    """transformer/config.json: a HunyuanDiT2DModel that predicts a variance beside v, as the stock pipeline expects."""
+
+    learn_sigma: Literal[True] = True
+    use_style_cond_and_image_meta_size: bool = True
+
+    @model_validator(mode="after")
+    def _takes_no_sizes(self):
+        if self.use_style_cond_and_image_meta_size:
+            raise ValueError(
+                "use_style_cond_and_image_meta_size: true is of Hunyuan-DiT before 1.2, which is given a style and "
+                "sizes; name Hunyuan-DiT 1.2 or a model made from it"
+            )
+        return self
+
+
+class PixArtDenoiser(Configuration):
+    """transformer/config.json: a PixArtTransformer2DModel, under that name or the older Transformer2DModel."""
+
+    sample_size: Annotated[int, Field(gt=0, le=4_096)] = 128
+    norm_type: Literal["ada_norm_single"] = "ada_norm_single"
+    use_additional_conditions: bool | None = None
+
+    @model_validator(mode="after")
+    def _takes_no_sizes(self):
+        if self.use_additional_conditions or (self.use_additional_conditions is None and self.sample_size == 128):
+            raise ValueError(
+                "use_additional_conditions: true, or absent at sample_size 128, is of PixArt-alpha, which is given "
+                "sizes; name PixArt-Sigma or a model made from it"
+            )
+        return self
+
+
 class Autoencoder(_Blocks):
     """vae/config.json: an AutoencoderKL of pictures in three colours."""
 
