@@ -137,8 +137,8 @@ def shapes(folder: Path, variant: str | None = None) -> dict[str, list[int]]:
 
 
 def _current(key: str) -> str:
-    """Return the current name of a tensor, which older files have under another."""
-    key = key.removeprefix("text_model.")
+    """Return the name of a tensor without what differs between files: a tower's own prefixes, older layers' names."""
+    key = re.sub(r"^((text_)?model\.|language_model\.)+", "", key)
     for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
         key = re.sub(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.", key)
     return key

@@ -134,6 +134,28 @@ FAMILIES = {
         text={"text_encoder": "BertModel", "text_encoder_2": "T5EncoderModel"},
         has_checkpointing=False,
     ),
+    "z_image": Layout(
+        implementation="mlcm_rl.models.families.z_image:Family",
+        pipeline="ZImagePipeline",
+        denoiser="transformer",
+        denoiser_class="ZImageTransformer2DModel",
+        text={"text_encoder": "Qwen3Model"},
+        is_flow=True,
+        side=128,
+        distilled={"scheduler.shift": (3.0, "Z-Image, of shift 6")},  # Z-Image-Turbo's; all other files agree
+    ),
+    "qwen_image": Layout(
+        implementation="mlcm_rl.models.families.qwen_image:Family",
+        pipeline="QwenImagePipeline",
+        denoiser="transformer",
+        denoiser_class="QwenImageTransformer2DModel",
+        text={"text_encoder": "Qwen2_5_VLForConditionalGeneration"},
+        is_flow=True,
+        autoencoder="AutoencoderKLQwenImage",
+        packs=2,
+        side=128,
+        distilled={"transformer.guidance_embeds": (True, "Qwen-Image")},
+    ),
 }
 
 

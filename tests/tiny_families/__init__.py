@@ -3,7 +3,7 @@
 `tests/models/test_families.py` holds every one of them to the same tests.
 """
 
-from tiny_families import hunyuan_dit, sd3
+from tiny_families import hunyuan_dit, qwen_image, sd3, z_image
 from tiny_families.case import Case
 
-CASES: dict[str, Case] = {case.family: case for case in (sd3.CASE, hunyuan_dit.CASE)}
+CASES: dict[str, Case] = {case.family: case for case in (sd3.CASE, z_image.CASE, qwen_image.CASE, hunyuan_dit.CASE)}
