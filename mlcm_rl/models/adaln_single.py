@@ -41,11 +41,12 @@ class AdaLNSingleBase(Base):
     denoiser_part = "transformer"
     times: ClassVar[str]  # the denoiser's embedding of times
 
-    def _kept(self, context: Tensor, mask: Tensor) -> Conditioning:
-        """Return the states (B, L, D) of the tokens that `mask` (B, L) has, which come first, and their numbers."""
+    @staticmethod
+    def _without_padding(context: Tensor, mask: Tensor) -> Conditioning:
+        """Return the states (B, L, D) of the tokens in `mask` (B, 300), which come first, and their numbers."""
         lengths = mask.sum(1)
         longest = int(lengths.max())
-        own = mask[:, :longest, None].bool()
+        own = mask[:, :longest, None] == 1
         return {CONTEXT: context[:, :longest].float() * own, LENGTHS: lengths}
 
     @property

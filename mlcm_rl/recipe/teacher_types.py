@@ -18,6 +18,7 @@ Scale = Annotated[float, Field(gt=0, le=1_000)]
 Flag = Annotated[int, Field(ge=0, le=1)]
 Kernel = Annotated[int, Field(ge=1, le=7)]
 Beta = Annotated[float, Field(gt=0, lt=1)]
+Infinite = Annotated[float, Field(allow_inf_nan=True)]  # -Infinity in files of diffusers' multistep solvers
 Activation = Literal["silu", "swish", "mish", "gelu", "relu"]
 Token = str | dict[str, JsonValue] | None
 MIN_SIGNAL = 1e-8  # of alpha^2 at the last time: below, x0 is a quotient of rounding errors
@@ -277,6 +278,7 @@ class Scheduler(Configuration):
     use_karras_sigmas: bool | None = False
     use_exponential_sigmas: bool | None = False
     use_beta_sigmas: bool | None = False
+    lambda_min_clipped: Infinite = -math.inf
 
     @model_validator(mode="after")
     def _preserves_variance(self):
@@ -315,11 +317,14 @@ class Scheduler(Configuration):
 class FlowScheduler(Configuration):
     """scheduler/scheduler_config.json: a rectified flow of a thousand times with one shift."""
 
-    class_name: Literal["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"] = Field(
-        alias="_class_name"
-    )
+    class_name: Literal[
+        "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "DPMSolverMultistepScheduler"
+    ] = Field(alias="_class_name")
     num_train_timesteps: Literal[1000] = 1000
     shift: Annotated[float, Field(gt=0, le=1_000)] = 1.0
+    flow_shift: Annotated[float, Field(gt=0, le=1_000)] = 1.0  # of DPMSolverMultistepScheduler, with the two below
+    use_flow_sigmas: bool = False
+    prediction_type: str = "epsilon"
     use_dynamic_shifting: bool = False
     base_shift: float | None = 0.5
     max_shift: float | None = 1.15
@@ -330,6 +335,17 @@ class FlowScheduler(Configuration):
     use_karras_sigmas: Literal[False] | None = False
     use_exponential_sigmas: Literal[False] | None = False
     use_beta_sigmas: Literal[False] | None = False
+    lambda_min_clipped: Infinite = -math.inf
+
+    @model_validator(mode="after")
+    def _is_a_flow(self):
+        is_solver = self.class_name.startswith("DPMSolver")
+        for key, expected in (("use_flow_sigmas", True), ("prediction_type", "flow_prediction")):
+            if is_solver and getattr(self, key) != expected:
+                raise ValueError(f"{key}: expected {expected}, as a rectified flow has, found {getattr(self, key)}")
+        if is_solver and self.use_dynamic_shifting:
+            raise ValueError("use_dynamic_shifting: expected False in a DPMSolverMultistepScheduler, found True")
+        return self
 
 
 class Index(Configuration):

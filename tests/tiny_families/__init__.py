@@ -3,7 +3,8 @@
 `tests/models/test_families.py` holds every one of them to the same tests.
 """
 
-from tiny_families import hunyuan_dit, qwen_image, sd3, z_image
+from tiny_families import hunyuan_dit, pixart_sigma, qwen_image, sana, sd3, z_image
 from tiny_families.case import Case
 
-CASES: dict[str, Case] = {case.family: case for case in (sd3.CASE, z_image.CASE, qwen_image.CASE, hunyuan_dit.CASE)}
+MODULES = (sd3, z_image, qwen_image, hunyuan_dit, pixart_sigma, sana)
+CASES: dict[str, Case] = {module.CASE.family: module.CASE for module in MODULES}
