@@ -87,7 +87,8 @@ class Autoencoder:
     def _scale(self) -> tuple[Tensor, Tensor]:
         """Return scale and mean (1, C or 1, 1, 1): for latents z, the autoencoder decodes scale z + mean."""
         settings = self.vae.config
-        std, mean = settings.latents_std or [1.0], settings.latents_mean or [settings.get("shift_factor") or 0.0]
+        std = settings.get("latents_std") or [1.0]
+        mean = settings.get("latents_mean") or [settings.get("shift_factor") or 0.0]
         scale = torch.tensor(std, dtype=torch.float32, device=self.device) / settings.get("scaling_factor", 1.0)
         shift = torch.tensor(mean, dtype=torch.float32, device=self.device)
         return scale.reshape(1, -1, 1, 1), shift.reshape(1, -1, 1, 1)

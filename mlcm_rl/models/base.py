@@ -156,6 +156,11 @@ class Base(ABC):
         return {"guidance_scale": 0.0}
 
     @property
+    def loads_adapters(self) -> bool:
+        """Return whether the family's stock pipeline can load an adapter over the teacher."""
+        return hasattr(self.pipeline_class, "load_lora_weights")
+
+    @property
     def stock_size(self) -> dict[str, int]:
         """Return the arguments for this resolution; none where the denoiser's configuration has it."""
         if "sample_size" in self.denoiser.config:

@@ -32,10 +32,12 @@ class Layout:
     is_flow: bool = False  # the schedule is a rectified flow; else it is variance-preserving
     pooled_by: str = ""  # text encoder whose projection a UNet takes with six picture sizes; "" where it takes neither
     autoencoder: str = "AutoencoderKL"
+    older_classes: dict[str, str] = field(default_factory=dict)  # component -> name of its class in older files
     own_library: str = ""  # the pipeline's folder in diffusers, where model_index.json names classes of its own by it
     packs: int = 1  # latents a side that the pipeline packs into one token of the denoiser
     patchifies: int = 1  # latents a side of the autoencoder that are one latent, of more channels, of the denoiser
     side: int = 0  # latents a side by default, where the denoiser's configuration has no sample_size
+    has_checkpointing: bool = True  # the denoiser can compute its blocks again in the backward pass, for less memory
     embeds_guidance: bool = False  # the guidance scale is an input of the denoiser: a guided pass is one evaluation
     num_times: int = USUAL_TIMES  # of a variance-preserving schedule
     extras: dict[str, str] = field(default_factory=dict)  # module that the family needs: extra of ours that has it
@@ -163,6 +165,32 @@ FAMILIES = {
         patchifies=2,
         side=64,
         distilled={"model_index.is_distilled": (True, "FLUX.2-klein-base")},
+    ),
+    "hunyuan_dit": Layout(
+        implementation="mlcm_rl.models.families.hunyuan_dit:Family",
+        pipeline="HunyuanDiTPipeline",
+        denoiser="transformer",
+        denoiser_class="HunyuanDiT2DModel",
+        text={"text_encoder": "BertModel", "text_encoder_2": "T5EncoderModel"},
+        has_checkpointing=False,
+    ),
+    "pixart_sigma": Layout(
+        implementation="mlcm_rl.models.families.pixart_sigma:Family",
+        pipeline="PixArtSigmaPipeline",
+        denoiser="transformer",
+        denoiser_class="PixArtTransformer2DModel",
+        older_classes={"transformer": "Transformer2DModel"},
+        text={"text_encoder": "T5EncoderModel"},
+    ),
+    "sana": Layout(
+        implementation="mlcm_rl.models.families.sana:Family",
+        pipeline="SanaPipeline",
+        denoiser="transformer",
+        denoiser_class="SanaTransformer2DModel",
+        text={"text_encoder": "Gemma2Model"},
+        autoencoder="AutoencoderDC",
+        is_flow=True,
+        distilled={"transformer.guidance_embeds": (True, "Sana or SANA1.5")},
     ),
     "z_image": Layout(
         implementation="mlcm_rl.models.families.z_image:Family",

@@ -1,6 +1,5 @@
 """Every family beyond Stable Diffusion: beside its stock pipeline, through every stage, exported to stock diffusers."""
 
-import itertools
 import json
 import re
 import subprocess
@@ -186,22 +185,14 @@ def exported(base: Base, place: Path, adapter: Lora | Full, condition: bool, gam
 
 
 def sampled(base: Base, case: Case, place: Path, num_steps: int, gamma: float, generators=None) -> torch.Tensor:
-    student = students.load_student(base, place / "student")
-    inputs = (base, student.denoiser, conditioning_of(base, case), noise_of(base, case), sampling_times(num_steps))
-    with torch.no_grad():
-        x0 = sampler.sample(*inputs, gamma, generators, student.conditioned)
-        ends_at_index_0 = isinstance(base.stock_scheduler(gamma), TCDScheduler)
-        return at_index_0(*inputs, student.conditioned, x0) if ends_at_index_0 else x0
-
-
-def at_index_0(base: Base, denoiser, conditioning, x_t, times: list[int], condition: bool, end) -> torch.Tensor:
-    """Return where TCD's scheduler ends: DDIM from the last time to index 0, not the x0 of the sampler, `end`."""
-    for t, s in itertools.pairwise([*times, 0]):
-        t, s = torch.full((len(x_t),), t), torch.full((len(x_t),), s)
-        x0 = base.x0(denoiser, x_t, t, conditioning, s if condition else None)
-        x_t = ddim_step(x_t, x0, t, s, base.schedule)
-    assert torch.equal(x0, end)
-    return x_t
+    """Return the last x0, or what TCD's scheduler makes of it, which ends at index 0."""
+    student, times = students.load_student(base, place / "student"), sampling_times(num_steps)
+    inputs = (base, student.denoiser, conditioning_of(base, case), noise_of(base, case), times)
+    states, x0 = sampler.rollout(*inputs, gamma, generators, student.conditioned)
+    if not isinstance(base.stock_scheduler(gamma), TCDScheduler):
+        return x0
+    t, end = torch.tensor([times[-1]]), torch.tensor([0])
+    return ddim_step(states[-1], x0, t, end, base.schedule)
 
 
 def stock_sampled(base: Base, case: Case, stock: DiffusionPipeline, num_steps: int) -> torch.Tensor:
