@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cost import flops
-from ..cost.evaluations import network_evaluations, passes_of
+from ..cost.evaluations import network_evaluations
 from ..cost.flops import Operations, Work
 from ..cost.gpus import Device
 from ..cost.launches import Launch
@@ -148,11 +148,11 @@ class Sizes:
 
     def work(self, stage: Stage) -> list[Work]:
         """Return what the stage computes, from the cache of estimates where it is there."""
-        tally, distilled = passes_of(stage, self.recipe), self.distilled(stage)
-        settings = {"work": asdict(tally), "distilled": distilled.model_dump()}
+        distilled = self.distilled(stage)
+        settings = {"work": list(map(asdict, stage.passes(self.recipe))), "distilled": distilled.model_dump()}
 
         def estimate() -> dict[str, Any]:
-            return {"work": [asdict(one) for one in flops.of_stage(stage, self.recipe, tally, distilled)]}
+            return {"work": [asdict(one) for one in flops.of_stage(stage, self.recipe, distilled)]}
 
         description = estimates.description(stage, self.recipe, self.folder, **settings)
         entries = estimates.cached(description, estimate)["work"]

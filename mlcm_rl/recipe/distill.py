@@ -205,11 +205,13 @@ class Distill(Training):
         again = sum(n for n, jumps in zip(steps, self.jumps_again, strict=True) if jumps) * self.batch_size
         passes = [Pass("student", samples, batch=batch, gradient=True)]
         if self.uses_teacher:
-            passes.insert(0, Pass("teacher", samples, self._teacher_steps * recipe.teacher.evaluations, batch))
+            guided = recipe.teacher.evaluations
+            evaluations, with_keys = self._teacher_steps * guided, guided if self.method == "inter_segment" else None
+            passes.insert(0, Pass("teacher", samples, evaluations, batch, num_with_keys=with_keys))
         if again:
             passes.append(Pass("target", again, batch=batch))
         if self.method == "inter_segment" and self.renoise == "student":
-            passes.append(Pass("student", samples, self.num_student_steps, is_chained=True))
+            passes.append(Pass("student", samples, self.num_student_steps, is_chained=True, num_with_keys=1))
         if self.method == "segments" and self.source == "data":
             passes.append(Pass("encoder", batch=self.micro_batch, in_step=False))
         return passes + self.sample_grids(recipe)

@@ -27,6 +27,8 @@ class Pass:
     viewer       of the decoded pictures: no one, a person, the rewards trained on, or ("guard") all rewards
     num_looks    how often each picture is scored in one step
     in_step      whether it is part of an optimiser step, under autocast; else it is alone in memory
+    num_with_keys  of the evaluations of a sample, those that compute the keys and values of its prompt, which the
+                 others take from them (`Base.same_prompts`); None: all
     """
 
     role: Role
@@ -39,6 +41,12 @@ class Pass:
     viewer: Literal["", "person", "rewards", "guard"] = ""
     num_looks: int = 1
     in_step: bool = True
+    num_with_keys: int | None = None
+
+    @property
+    def num_without_keys(self) -> float:
+        """The other evaluations of each sample."""
+        return 0.0 if self.num_with_keys is None else max(0.0, self.evaluations - self.num_with_keys)
 
 
 @dataclass(frozen=True)
