@@ -148,8 +148,9 @@ class Evaluate(OneStage):
         return self.sampling_steps * num_rows
 
     def networks(self, distilled: Lora | Full) -> Networks:
-        """Return the student, the teacher and the networks of the metrics."""
-        return Networks(distilled, measuring=tuple(path for path in (self.inception, self.clip) if path))
+        """Return the student, the teacher and the networks of the metrics; prompts are encoded before the first row."""
+        measuring = tuple(path for path in (self.inception, self.clip) if path)
+        return Networks(distilled, encodes_ahead=True, measuring=measuring)
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
         """Return the bytes of encoded prompts, of the reference's latents, and of pictures before PNG compresses them.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, PositiveFloat, model_validator
 
 from . import hinge_defaults
-from .distill import MOMENTS_BYTES, Distill
+from .distill import MAX_ENCODED_AHEAD, MOMENTS_BYTES, Distill
 from .reads import PICTURES, PROMPTS, Reads
 from .stage import OneStage, Requirement, States, Training
 from .takes import Networks, Pass, Values
@@ -27,8 +27,6 @@ from .types import (
 
 if TYPE_CHECKING:
     from .experiment import Recipe
-
-MAX_ENCODED_AHEAD = 8192  # prompts of a stage that are encoded before its first step
 
 
 class TrainReward(Training):

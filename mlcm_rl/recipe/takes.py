@@ -58,6 +58,8 @@ class Networks:
     preference     the adapter over the student that is trained instead of it
     uses_teacher   whether the teacher's denoiser stays in memory
     encodes_ahead  whether text encoders leave memory before the first step
+    texts          with it: a prompt file or a folder of captioned pictures; they stay if it has more than `most_texts`
+    most_texts     different ones
     has_average    whether there is a second set of trained weights: an average, or the guard's best
     tiles          pixels a side of the autoencoder's tiles
     measuring      files and folders of the networks of metrics
@@ -68,6 +70,8 @@ class Networks:
     preference: Lora | None = None
     uses_teacher: bool = True
     encodes_ahead: bool = False
+    texts: str | None = None
+    most_texts: int = 0
     has_average: bool = False
     tiles: int | None = None
     measuring: tuple[str, ...] = ()

@@ -135,6 +135,7 @@ def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
             finite.refuse_encoded(encoded, texts, base.dtype)
             for place, path in enumerate(paths):
                 write_tensors(path, {name: value[place] for name, value in encoded.items()})
+    base.encode_ahead([])  # the prompts are on disk: no text encoder is needed any more
     processes.wait()
     return scene
 
