@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..equations.segments import time_grid
 from ..models import sampler
-from ..models.base import Base, Conditioning
+from ..models.base import Base
+from ..models.conditioning import Conditioning
 
 # Stock schedulers of diffusers by the recipe's names, on the same even spacing of times as everything else.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {

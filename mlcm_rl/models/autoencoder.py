@@ -16,6 +16,11 @@ class Autoencoder:
     def __init__(self, vae: AutoencoderKL, downscale: int, teacher: str, device: torch.device):
         self.vae, self.downscale, self.teacher, self.device = vae, downscale, teacher, device
 
+    @property
+    def latent_channels(self) -> int:
+        """The channels C of the latents that the denoiser takes."""
+        return self.vae.config.latent_channels
+
     def decode(self, latents: Tensor, small: AutoencoderTiny | None = None) -> Tensor:
         """Decode clean latents (B, C, H, W) into pictures (B, 3, H', W') float32 in [0, 1], differentiably.
 

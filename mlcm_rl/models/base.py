@@ -2,8 +2,8 @@
 
     B batch   C latent channels   H, W latent size   L tokens   D context width   P pooled width
 
-A `Conditioning` is a batch of encoded prompts: "context" (B, L, D) and, in families that have one, "pooled" (B, P). All
-tensors are float32 and batch first, so that they can be indexed, concatenated and stored.
+A `Conditioning` is a batch of encoded prompts: "context" (B, L, D) and, in families that have one, "pooled" (B, P)
+(`conditioning`). Latents and predictions are float32.
 """
 
 import logging
@@ -21,20 +21,15 @@ from ..equations.schedule import Schedule
 from ..equations.segments import NUM_TIMES
 from ..equations.solver import guided
 from ..recipe import Teacher
+from ..recipe.families import geometry, layout_of
 from ..storage import finite
 from ..training import autocast
 from .autoencoder import Autoencoder
+from .conditioning import LENGTHS, Conditioning, concatenated, in_dtype, on_device, rows_of, stacked
 from .files import MEMORY_FORMATS
-
-Conditioning = dict[str, Tensor]
 
 ENCODED_TOGETHER = 32  # prompts, where all are encoded ahead
 TARGET_TIME_WIDTH = 256  # sinusoids of the target time, for a student conditioned on it
-
-
-def on_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
-    """Return `conditioning` with its tensors on `device`."""
-    return {name: value.to(device) for name, value in conditioning.items()}
 
 
 class TargetTimeProjection(nn.Linear):
@@ -61,6 +56,7 @@ class Base(ABC):
     denoiser_part: ClassVar[str]  # the pipeline's component that denoises
     lora_targets: ClassVar[Sequence[str]]
     card_tag: ClassVar[str]  # on the card of an exported student
+    autoencoder_class: ClassVar[type[Autoencoder]] = Autoencoder
     has_target_time_pipeline: ClassVar[bool] = False  # `exported_pipeline` can sample its conditioned students
     in_stability_blocks: ClassVar[bool] = False  # other tools name its blocks as Stability AI does, not as diffusers
     time_layer: ClassVar[str]  # the denoiser's TimestepEmbedding, whose input the target time is added to
@@ -72,7 +68,8 @@ class Base(ABC):
         self._ahead: dict[str, Conditioning] | None = None  # (L, D) and (P,) by prompt, once the text encoders are gone
         self._dropped: Conditioning | None = None  # what guidance moves away from, once they are
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_part)
-        self.autoencoder = Autoencoder(pipeline.vae, pipeline.vae_scale_factor, teacher.path, device)
+        self.geometry = geometry(layout_of(self.family), self.denoiser.config, pipeline.vae.config)
+        self.autoencoder = self.autoencoder_class(pipeline.vae, self.geometry.downscale, teacher.path, device)
         self.resolution, self.latent_shape = self._sizes()
         self.prediction_type, schedule = self._schedule()
         self.schedule = schedule.to(device)
@@ -90,27 +87,27 @@ class Base(ABC):
         """Return kohya's `ss_base_model_version` for models of this shape; None where it has none."""
         return None
 
-    @property
-    @abstractmethod
-    def _multiple(self) -> int:
-        """Return the number of latents that the height and width must be multiples of."""
-
     def _sizes(self) -> tuple[int, tuple[int, int, int]]:
         """Return the pixels per side and the latents' (C, H, W).
 
         Raise ValueError if the channels of denoiser and autoencoder differ, or for a resolution that does not fit.
         """
-        path, denoiser, factor = self.teacher.path, self.denoiser.config, self.pipeline.vae_scale_factor
-        channels = self.autoencoder.vae.config.latent_channels
-        if (denoiser.in_channels, denoiser.out_channels) != (channels, channels):
+        path, geometry, channels = self.teacher.path, self.geometry, self.autoencoder.latent_channels
+        if (geometry.channels, self._predicted_channels) != (channels, channels):
             raise ValueError(
-                f"teacher {path}: the denoiser maps {denoiser.in_channels} channels to {denoiser.out_channels} and the "
+                f"teacher {path}: the denoiser maps {geometry.channels} channels to {self._predicted_channels} and the "
                 f"autoencoder has {channels}; only plain text-to-image teachers can be distilled"
             )
-        resolution, smallest = self.teacher.resolution or denoiser.sample_size * factor, factor * self._multiple
-        if resolution % smallest:
-            raise ValueError(f"teacher.resolution {resolution} is not a multiple of {smallest}, as {path} needs")
-        return resolution, (channels, resolution // factor, resolution // factor)
+        resolution = self.teacher.resolution or geometry.side * geometry.downscale
+        if resolution % geometry.pixels:
+            raise ValueError(f"teacher.resolution {resolution} is not a multiple of {geometry.pixels}, as {path} needs")
+        side = resolution // geometry.downscale
+        return resolution, (channels, side, side)
+
+    @property
+    def _predicted_channels(self) -> int:
+        """Return the channels of a prediction, C."""
+        return self.denoiser.config.out_channels
 
     @abstractmethod
     def _schedule(self) -> tuple[str, Schedule]:
@@ -130,6 +127,11 @@ class Base(ABC):
     def stock_call(self, times: list[int]) -> dict[str, Any]:
         """Return the arguments with which a stock pipeline with that scheduler visits `times` of the default grid."""
         return {"num_inference_steps": len(times)}
+
+    @property
+    def stock_guidance(self) -> dict[str, float]:
+        """Return the arguments with which a stock pipeline samples a student: one pass a step, without guidance."""
+        return {"guidance_scale": 0.0}
 
     def empty_denoiser(self, config: Mapping[str, Any], condition: bool) -> ModelMixin:
         """Return a new denoiser of this `config` on torch's default device.
@@ -152,7 +154,11 @@ class Base(ABC):
     def empty_conditioning(self, count: int, num_tokens: int) -> Conditioning:
         """Return an uninitialised `Conditioning` of `count` prompts of `num_tokens` tokens, on this device."""
         shapes = self.conditioning_shapes(self.denoiser.config, num_tokens)
-        return {name: torch.empty(count, *shape, device=self.device) for name, shape in shapes.items()}
+        dtypes = {LENGTHS: torch.int64}
+        return {
+            name: torch.empty(count, *shape, dtype=dtypes.get(name), device=self.device)
+            for name, shape in shapes.items()
+        }
 
     @staticmethod
     @abstractmethod
@@ -169,8 +175,8 @@ class Base(ABC):
         with autocast.own(self.device):
             if self._ahead is None:
                 return self._encode(prompts)
-            rows = [self._ahead[prompt] for prompt in prompts]
-            return {name: torch.stack([row[name] for row in rows]).to(self.device).float() for name in rows[0]}
+            rows = stacked([self._ahead[prompt] for prompt in prompts])
+            return in_dtype(on_device(rows, self.device), torch.float32)
 
     def encode_ahead(self, prompts: Iterable[str]) -> None:
         """Encode each of `prompts` once, keep the results, and free the text encoders.
@@ -182,9 +188,9 @@ class Base(ABC):
         texts = list(dict.fromkeys(prompts))
         ahead: dict[str, Conditioning] = {}
         for part in (texts[i : i + ENCODED_TOGETHER] for i in range(0, len(texts), ENCODED_TOGETHER)):
-            encoded = {name: value.to("cpu", self.dtype) for name, value in self._encode(part).items()}
+            encoded = in_dtype(on_device(self._encode(part), torch.device("cpu")), self.dtype)
             finite.refuse_encoded(encoded, part, self.dtype)
-            ahead |= {text: {name: value[i] for name, value in encoded.items()} for i, text in enumerate(part)}
+            ahead |= zip(part, rows_of(encoded), strict=True)
         for name in self.pipeline.components:
             if name.startswith("text_encoder"):
                 setattr(self.pipeline, name, None)
@@ -264,11 +270,15 @@ class Base(ABC):
         with autocast.own(self.device):
             if guidance_scale == 1.0:
                 return self.x0(self.denoiser, x_t, t, conditional)
-            both = {name: torch.cat([unconditional[name], conditional[name]]) for name in conditional}
+            both = concatenated([unconditional, conditional])
             predictions = self.predict(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
             without, with_prompt = predictions.chunk(2)
-            prediction = guided(with_prompt, without, guidance_scale)
+            prediction = self._guided(with_prompt, without, guidance_scale)
         return x0_from_prediction(prediction, x_t, t, self.schedule, self.prediction_type)
+
+    def _guided(self, with_prompt: Tensor, without: Tensor, guidance_scale: float) -> Tensor:
+        """Return the guided prediction (B, C, H, W) of two predictions, as the family's stock pipeline computes it."""
+        return guided(with_prompt, without, guidance_scale)
 
     def noise(self, generator: torch.Generator | Sequence[torch.Generator], batch_size: int) -> Tensor:
         """Return standard normal noise (B, C, H, W) float32, drawn on the CPU so that no device changes it.

@@ -14,17 +14,13 @@ class FlowBase(Base):
     denoiser_part = "transformer"
 
     @property
-    def _multiple(self) -> int:
-        return self.denoiser.config.patch_size
-
-    @property
     def shift(self) -> float:
         """Return the shift of the time axis towards noise: fixed, or a function of the number of image tokens."""
         settings = self.pipeline.scheduler.config
         if not settings.use_dynamic_shifting:
             return settings.shift
         _, height, width = self.latent_shape
-        tokens = height * width // self.denoiser.config.patch_size**2
+        tokens = height * width // self.geometry.multiple**2
         names = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
         return flow_shift(tokens, *(settings[name] for name in names))
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -38,7 +39,7 @@ NOTES_ON_CLASS = """\
   should be provided"), and the `AutoPipeline` classes do not know it: for all of these use the folders steps-N."""
 NOTES_ON_FLOW = """\
 - Pass `sigmas`, as the code does: given `num_inference_steps` alone the scheduler goes through other times.
-- Say `guidance_scale=0`: diffusers' default guides a second time, which takes twice as long and draws another
+- Say `{guidance}`: diffusers' default guides a second time, which takes twice as long and draws another
   picture.
 - On a GPU: `.to("cuda")`, and `torch_dtype=torch.bfloat16` in `from_pretrained` for half precision."""
 NOTES = """\
@@ -80,7 +81,7 @@ def card(
         _front_matter(base, metadata, folder),
         f"# {name}\n\nA student of `{public(base.teacher.path)}` for {_budgets(student)} steps, made by multistep "
         f"consistency distillation with `mlcm-rl` (guidance {base.teacher.guidance_scale:g} is inside: sample with "
-        f"`guidance_scale=0`). {_kind(student)}",
+        f"`{_arguments(base.stock_guidance)}`). {_kind(student)}",
         f"## Use\n\n{_usage(base, student, name, gamma)}\n\n{_notes(base, student, folder)}",
     ]
     if (folder / LORA_FILE).is_file():
@@ -223,9 +224,14 @@ def _instead(base: Base) -> str:
 
 
 def _call(base: Base, num_steps: int, gamma: float) -> str:
-    grid = "".join(f", {name}={value}" for name, value in base.stock_call(sampling_times(num_steps)).items())
-    eta = f", eta={gamma:g}" if 0.0 < gamma < 1.0 else ""
-    return f'pipe("a red apple"{grid}, guidance_scale=0{eta}, generator=seed)'
+    arguments = base.stock_call(sampling_times(num_steps)) | base.stock_guidance
+    eta = {"eta": gamma} if 0.0 < gamma < 1.0 else {}
+    return f'pipe("a red apple", {_arguments(arguments | eta)}, generator=seed)'
+
+
+def _arguments(values: dict[str, Any]) -> str:
+    """Return `values` as the arguments of a call in Python."""
+    return ", ".join(f"{name}={f'{value:g}' if isinstance(value, float) else value}" for name, value in values.items())
 
 
 def _code(imports: str, setup: list[str], call: str, picture: str) -> str:
@@ -265,7 +271,7 @@ def _scheduler(folder: Path) -> str:
 def _notes(base: Base, student: Student, folder: Path) -> str:
     """Return the pitfalls and their remedies as a list."""
     if not base.has_target_time_pipeline:
-        return NOTES_ON_FLOW
+        return NOTES_ON_FLOW.format(guidance=_arguments(base.stock_guidance))
     notes = [NOTES_ON_CLASS if student.conditioned else NOTES_ON_STOCK, NOTES]
     if base.pipeline.config.get("requires_safety_checker"):
         notes.append("- The teacher's safety checker is not in this folder: pictures are not filtered.")

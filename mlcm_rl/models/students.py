@@ -321,6 +321,10 @@ def _denoiser(base: Base, source: ModelMixin, condition: bool, shared: bool) -> 
     for name, value in target_time_of(denoiser).items():
         weights.setdefault(name, torch.zeros(value.shape, device=source.device))
     denoiser.load_state_dict(weights, assign=True)
+    for name, buffer in source.named_buffers():
+        if name not in weights:  # computed, not saved
+            module, _, attribute = name.rpartition(".")
+            denoiser.get_submodule(module).register_buffer(attribute, buffer, persistent=False)
     return denoiser.requires_grad_(False).eval()
 
 

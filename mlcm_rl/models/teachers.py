@@ -81,7 +81,7 @@ def small_decoder(folder: str, base: Base) -> AutoencoderTiny:
         "scaling_factor": settings.scaling_factor,
         "shift_factor": settings.shift_factor,
     }
-    needs = dict(zip(has, (base.latent_shape[0], base.pipeline.vae_scale_factor, 1.0, 0.0), strict=True))
+    needs = dict(zip(has, (base.latent_shape[0], base.geometry.downscale, 1.0, 0.0), strict=True))
     for name, value in needs.items():
         if has[name] != value:
             raise ValueError(

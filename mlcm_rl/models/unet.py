@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..equations.schedule import Schedule, scaled_linear_betas, vp_schedule
 from ..equations.segments import NUM_SEGMENTS, sampling_times
-from .base import TARGET_TIME_WIDTH, Base, Conditioning
+from .base import TARGET_TIME_WIDTH, Base
+from .conditioning import Conditioning
 
 # The modules that the published TLCM adapter changes (from its inference code; the same as LCM-LoRA's).
 LORA_TARGETS = [
@@ -51,10 +52,6 @@ class UNetBase(Base):
     lora_targets = LORA_TARGETS
     time_layer = "time_embedding"
     has_target_time_pipeline = True
-
-    @property
-    def _multiple(self) -> int:
-        return 2 ** (len(self.denoiser.config.block_out_channels) - 1)
 
     def _sizes(self) -> tuple[int, tuple[int, int, int]]:
         guidance = self.denoiser.config.time_cond_proj_dim

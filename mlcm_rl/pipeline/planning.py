@@ -23,6 +23,7 @@ from ..data.store_writer import share_written
 from ..models import files
 from ..models.teachers import class_of
 from ..recipe import Full, Lora, Recipe, Stage, teacher_check
+from ..recipe.families import geometry, layout_of
 from ..recipe.takes import Networks, Values
 from ..storage.checkpoints import checkpoints, step_of
 from ..storage.files import CheckpointError, read_json
@@ -120,11 +121,11 @@ class Sizes:
             self.parts |= files.shapes_from_configuration(recipe.teacher, empty)
         self.family = class_of(here.family)
         denoiser = read_json(self.folder / self.family.denoiser_part / "config.json")
-        vae = read_json(self.folder / "vae" / "config.json", block_out_channels=list)
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        side = recipe.teacher.resolution // factor if recipe.teacher.resolution else denoiser["sample_size"]
-        self.latent = denoiser["in_channels"] * side * side
-        self.pixels = (side * factor) ** 2
+        vae = read_json(self.folder / "vae" / "config.json")
+        latents = geometry(layout_of(here.family), denoiser, vae)
+        side = recipe.teacher.resolution // latents.downscale if recipe.teacher.resolution else latents.side
+        self.latent = latents.channels * side * side
+        self.pixels = (side * latents.downscale) ** 2
         shapes = self.family.conditioning_shapes(denoiser, num_tokens(self.folder))
         self.context = prod(shapes["context"])
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..data.prompts import Prompt, read_prompts
 from ..equations.segments import sampling_times
 from ..models import pictures, sampler, students, teachers
-from ..models.base import Base, Conditioning
+from ..models.base import Base
+from ..models.conditioning import Conditioning
 from ..models.teachers import tell_truncated
 from ..recipe import Feedback, Recipe, Tuning, types
 from ..training import processes

@@ -124,12 +124,12 @@ class Evaluate(OneStage):
     def rows_of_teacher(self, recipe: "Recipe") -> list[tuple[int, int]]:
         """Return the evaluations of a picture, and those of a step, of each row of the teacher's.
 
-        They are the references, and the undistilled teacher without guidance and, at an even number, with it.
+        They are the references, and the undistilled teacher with guidance, where whole steps fit, and without.
         """
         guided = recipe.teacher.evaluations
         references = [(guided * n, guided) for n in self.teacher_steps]
-        ways = [(n, of_a_step) for n in self.sampling_steps for of_a_step in sorted({guided, 1})]
-        undistilled = [(n, of_a_step) for n, of_a_step in ways if n % of_a_step == 0]
+        ways = (guided, 1) if recipe.teacher.guidance_scale != 1.0 else (1,)
+        undistilled = [(n, of_a_step) for n in self.sampling_steps for of_a_step in ways if n % of_a_step == 0]
         return references + undistilled * len(self.teacher_solvers)
 
     def rows_of_students(self, recipe: "Recipe") -> list[int]:

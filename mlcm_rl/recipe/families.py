@@ -3,11 +3,13 @@
 A family may come from another distribution too: its entry point in the group `mlcm_rl.families` is a `Layout`.
 """
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
+from typing import Any
 
 ENTRY_POINTS = "mlcm_rl.families"
 
@@ -28,6 +30,13 @@ class Layout:
     optional: dict[str, str] = field(default_factory=dict)
     is_flow: bool = False  # the schedule is a rectified flow; else it is variance-preserving
     pooled_by: str = ""  # text encoder whose projection a UNet takes with six picture sizes; "" where it takes neither
+    autoencoder: str = "AutoencoderKL"
+    own_library: str = ""  # the pipeline's folder in diffusers, where model_index.json names classes of its own by it
+    packs: int = 1  # latents a side that the pipeline packs into one token of the denoiser
+    patchifies: int = 1  # latents a side of the autoencoder that are one latent, of more channels, of the denoiser
+    side: int = 0  # latents a side by default, where the denoiser's configuration has no sample_size
+    embeds_guidance: bool = False  # the guidance scale is an input of the denoiser: a guided pass is one evaluation
+    distilled: dict[str, tuple[Any, str]] = field(default_factory=dict)  # key of the denoiser: value, model to name
 
     @property
     def required(self) -> list[str]:
@@ -42,7 +51,47 @@ class Layout:
     @property
     def classes(self) -> dict[str, str]:
         """The classes of the networks, by component."""
-        return {self.denoiser: self.denoiser_class, "vae": "AutoencoderKL", **self.text, **self.optional}
+        return {self.denoiser: self.denoiser_class, "vae": self.autoencoder, **self.text, **self.optional}
+
+
+LEVELS = ("block_out_channels", "encoder_block_out_channels", "dim_mult")  # keys with an entry a level, by autoencoder
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The latents of a teacher: `channels` C, `side` H = W by default, a multiple of `multiple`.
+
+    One latent covers `downscale` x `downscale` pixels.
+    """
+
+    channels: int
+    side: int
+    multiple: int
+    downscale: int
+
+    @property
+    def pixels(self) -> int:
+        """The number of pixels that a picture's side is a multiple of."""
+        return self.multiple * self.downscale
+
+
+def geometry(layout: Layout, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
+    """Return the geometry of a teacher from the configurations of its denoiser and its autoencoder.
+
+    Raise LookupError where one lacks the key that the family's sizes are in.
+    """
+    levels = vae[next((key for key in LEVELS if key in vae), LEVELS[0])]
+    if "block_out_channels" in denoiser:  # a UNet halves one time less than it has blocks
+        multiple = 2 ** (len(denoiser["block_out_channels"]) - 1)
+    else:
+        patch = denoiser["patch_size"] if "patch_size" in denoiser else denoiser["all_patch_size"][0]
+        multiple = layout.packs if layout.packs > 1 else patch
+    return Geometry(
+        channels=denoiser["in_channels"] // layout.packs**2,
+        side=denoiser.get("sample_size") or layout.side,
+        multiple=multiple,
+        downscale=layout.patchifies * 2 ** (len(levels) - 1),
+    )
 
 
 def tokenizer_of(text_encoder: str) -> str:

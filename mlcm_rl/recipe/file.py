@@ -22,7 +22,7 @@ from ..storage.untrusted import read_bytes, regular
 from . import errors, renamed, reward_package, teacher_check
 from .distill import Distill
 from .experiment import Recipe, missing_trackers
-from .families import family_of, layout_of
+from .families import family_of, geometry, layout_of
 from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
 from .reads import reads_of
@@ -157,11 +157,9 @@ def _resolution_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
     if teacher.resolution is None:
         return
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        smallest = 1
-        for part in ("vae", layout_of(teacher.family).denoiser):
-            config = json.loads(read_bytes(folder / part / "config.json"))
-            halved = "block_out_channels" in config  # one time less than there are blocks; else cut into patches
-            smallest *= 2 ** (len(config["block_out_channels"]) - 1) if halved else config["patch_size"]
+        layout = layout_of(teacher.family)
+        configs = [json.loads(read_bytes(folder / part / "config.json")) for part in (layout.denoiser, "vae")]
+        smallest = geometry(layout, *configs).pixels
         if teacher.resolution % smallest:
             message = f"expected a multiple of {smallest}, as {teacher.path} needs, found {teacher.resolution}"
             yield Problem(("teacher", "resolution"), message)

@@ -4,6 +4,7 @@ Every problem is a line with file and key. The checks are: each configuration (`
 other, that there are only files and folders, and that weights exist in a form that is read.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ CONFIGURATIONS: dict[str, type[Configuration]] = {  # by class; the file of anot
     "CLIPTextModel": TextEncoder,
     "CLIPTextModelWithProjection": TextEncoder,
 }
+SINGLE_WORD_FILES = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt"}  # each a vocabulary alone
 OF_STUDENTS = ("LCMScheduler", "TCDScheduler")  # schedulers that only few-step models are published with
 AnyConfiguration = TypeVar("AnyConfiguration", bound=Configuration)
 
@@ -81,7 +83,7 @@ def problems(folder: Path, family: str, variant: str | None = None) -> list[str]
         return faults
     networks = [part for part in parts if part in layout.classes]
     faults = [*_irregular(folder, parts), *_of_parts(folder, family, parts), *_of_weights(folder, networks, variant)]
-    return faults or list(_of_tokenizers(folder, parts))
+    return faults or list(_of_tokenizers(folder, layout, parts))
 
 
 def read(path: Path, kind: type[AnyConfiguration]) -> AnyConfiguration:
@@ -158,10 +160,23 @@ def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
             configurations[part] = read(folder / part / file, kind)
         except TeacherFileError as error:
             faults += str(error).splitlines()
+    if not faults:
+        faults += _distilled(layout, configurations[layout.denoiser])
     unet, vae = configurations.get("unet"), configurations.get("vae")
     if faults or not (isinstance(unet, Denoiser) and isinstance(vae, Autoencoder)):
         return faults  # other denoisers are built on meta before their weights are read, which finds the rest
     return list(_misfits(layout, unet, vae, configurations))
+
+
+def _distilled(layout: Layout, denoiser: Configuration) -> Iterator[str]:
+    """Yield a line for a value of the denoiser's configuration that only few-step models of this family have."""
+    values = denoiser.model_dump()
+    for key, (value, original) in layout.distilled.items():
+        if values.get(key) == value:
+            yield (
+                f"{layout.denoiser}/config.json: {key}: {json.dumps(value)} is of a model that is distilled to a few "
+                f"steps already; name the model that it was made from, {original}"
+            )
 
 
 def _file_of(part: str, layout: Layout) -> tuple[str, type[Configuration]]:
@@ -246,17 +261,17 @@ def _has_weights(folder: Path) -> bool:
     return any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*/*"))
 
 
-def _of_tokenizers(folder: Path, parts: list[str]) -> Iterator[str]:
+def _of_tokenizers(folder: Path, layout: Layout, parts: list[str]) -> Iterator[str]:
     """Yield a line for each tokenizer without its files, or with wrong values in them."""
     for part in [name for name in parts if name.startswith("tokenizer") and _has_weights(folder)]:
-        names = {path.name for path in (folder / part).glob("*")}
-        if not names & {"tokenizer.json", "spiece.model"} and not {"vocab.json", "merges.txt"} <= names:
+        names, tower = {path.name for path in (folder / part).glob("*")}, part.replace("tokenizer", "text_encoder")
+        if not names & SINGLE_WORD_FILES and not {"vocab.json", "merges.txt"} <= names:
             yield f"{part}: neither tokenizer.json nor vocab.json and merges.txt: download them"
         for path in [folder / part / name for name in WORDS if (folder / part / name).is_file()]:
             try:
                 words = _object(path, MAX_BYTES_OF_WORDS)
-                if path.name == "vocab.json":
-                    _refuse_unknown(path, words, folder / part.replace("tokenizer", "text_encoder") / "config.json")
+                if path.name == "vocab.json" and CONFIGURATIONS.get(layout.classes[tower]) is TextEncoder:
+                    _refuse_unknown(path, words, folder / tower / "config.json")
             except TeacherFileError as error:
                 yield str(error)
 

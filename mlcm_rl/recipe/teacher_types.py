@@ -210,7 +210,7 @@ class TextEncoder(Configuration):
 class Tokenizer(Configuration):
     """tokenizer/tokenizer_config.json."""
 
-    model_max_length: Annotated[int, Field(ge=3, le=65_536)]
+    model_max_length: Annotated[int, Field(ge=3)]  # of some a number beyond any prompt
     tokenizer_class: str | None = None
     backend: str | None = None
     bos_token: Token = None

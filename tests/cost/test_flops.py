@@ -145,8 +145,8 @@ def test_rows_of_an_evaluation_take_the_keys_of_their_first_step(tmp_path):
     assert rows == [
         ("teacher", 8, 6),
         ("teacher", 1, 0),
-        ("teacher", 2, 1),  # two steps without guidance
-        ("teacher", 2, 0),  # one step with it
+        ("teacher", 2, 0),  # one step with guidance
+        ("teacher", 2, 1),  # two without
         ("student", 1, 0),
         ("student", 2, 1),
     ]

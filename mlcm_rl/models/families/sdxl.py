@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from ..base import Conditioning
+from ..conditioning import Conditioning
 from ..unet import UNetBase
 
 
