@@ -50,8 +50,9 @@ def load_pipeline(
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     for part in (getattr(pipeline, layout_of(teacher.family).denoiser), pipeline.vae):
-        memory_format = MEMORY_FORMATS[teacher.memory_format]
-        torch.nn.Module.to(part, memory_format=memory_format)  # type: ignore[call-overload]  # torch's stubs lack it
+        for weight in part.parameters():
+            if weight.ndim == 4:  # an autoencoder of videos has weights of five dimensions, which have no such format
+                weight.data = weight.data.to(memory_format=MEMORY_FORMATS[teacher.memory_format])
     return pipeline
 
 
