@@ -83,6 +83,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
     """
     return [
         *_teacher_problems(recipe.teacher, folders),
+        *_lora_problems(recipe, folders),
         *_file_problems(recipe, folders),
         *_runs_problems(recipe, folders),
         *(Problem(("trackers", i), message) for i, message in missing_trackers(recipe)),
@@ -130,6 +131,22 @@ def _teacher_problems(teacher: Teacher, folders: Folders) -> Iterator[Problem]:
         if not wrong and os.path.exists(folder / "model_index.json"):
             for one in teacher_check.problems(folder, teacher.family, teacher.variant):
                 yield Problem(key, f"{teacher.path}: {one}")
+
+
+def _lora_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
+    """Yield what is wrong with the file of the teacher's LoRA. Its tensors are compared when the teacher is loaded."""
+    name, key = recipe.teacher.lora, ("teacher", "lora")
+    if name is None:
+        if recipe.teacher.lora_weight != 1.0:
+            yield Problem(("teacher", "lora_weight"), "it has no effect without teacher.lora")
+        return
+    if name and os.path.isfile(folders.place(key, name)) and Path(name).suffix != ".safetensors":
+        yield Problem(key, f"expected a .safetensors file, found {name}: other formats can run code and are not read")
+    yield from _absent(key, name, folders)
+    for i, stage in enumerate(recipe.stages):
+        if stage.kind == "train_teacher":
+            message = "train_teacher writes a checkpoint of its own, into which teacher.lora would go in part: merge "
+            yield Problem(("stages", i), f"{message}the LoRA into the checkpoint of teacher.path, or leave it out")
 
 
 def _family_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
