@@ -83,9 +83,9 @@ def card(
         metadata += ["language:", *codes] if codes else []
     sections = [
         _front_matter(base, metadata, folder),
-        f"# {name}\n\nA student of `{public(base.teacher.path)}`{_with_lora(base)} for {_budgets(student)} steps, made by "
-        f"multistep consistency distillation with `mlcm-rl` (guidance {base.teacher.guidance_scale:g} is inside: sample with "
-        f"`{_arguments(base.stock_guidance)}`). {_kind(student)}",
+        f"# {name}\n\nA student of `{public(base.teacher.path)}`{_with_lora(base)} for {_budgets(student)} steps, made "
+        f"by multistep consistency distillation with `mlcm-rl` (guidance {base.teacher.guidance_scale:g} is inside: "
+        f"sample with `{_arguments(base.stock_guidance)}`). {_kind(student)}",
         f"## Use\n\n{_usage(base, student, name, gamma)}\n\n{_notes(base, student, folder)}",
     ]
     if (folder / LORA_FILE).is_file():

@@ -131,6 +131,8 @@ def _teacher_problems(teacher: Teacher, folders: Folders) -> Iterator[Problem]:
         if not wrong and os.path.exists(folder / "model_index.json"):
             for one in teacher_check.problems(folder, teacher.family, teacher.variant):
                 yield Problem(key, f"{teacher.path}: {one}")
+    elif fault := teacher_check.fault_of_name(teacher.path):
+        yield Problem(key, f"{teacher.path} is {fault}")
 
 
 def _lora_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
@@ -161,7 +163,9 @@ def _family_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
             yield Problem(("teacher", "path"), str(error))
             return
         class_name = index.get("_class_name")
-        if isinstance(class_name, str) and class_name != layout_of(teacher.family).pipeline:
+        if isinstance(class_name, str) and (fault := teacher_check.fault_of_class(class_name)):
+            yield Problem(("teacher", "path"), f"{teacher.path} is {fault}")
+        elif isinstance(class_name, str) and class_name != layout_of(teacher.family).pipeline:
             message = f"{teacher.family} does not load the {class_name} that is in {teacher.path}"
             yield Problem(("teacher", "family"), message, family_of(class_name) or "")
 

@@ -5,6 +5,7 @@ other, that there are only files and folders, and that weights exist in a form t
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,11 @@ CONFIGURATIONS: dict[str, type[Configuration]] = {  # by class; the file of anot
 }
 SINGLE_WORD_FILES = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt"}  # each a vocabulary alone
 OF_STUDENTS = ("LCMScheduler", "TCDScheduler")  # schedulers that only few-step models are published with
+IN_NAMES = {  # words in a model's name, and what they say of it
+    r"turbo|lightning|lcm|tcd|hyper|dmd2?|schnell": "distilled to a few steps already",
+    r"inpaint(ing)?|refiner|img2img|pix2pix|controlnet|upscaler": "no plain text-to-image model",
+}
+OF_OTHER_TASKS = ("Inpaint", "Img2Img", "InstructPix2Pix", "ControlNet", "Upscale")  # in names of diffusers' classes
 AnyConfiguration = TypeVar("AnyConfiguration", bound=Configuration)
 
 
@@ -61,6 +67,25 @@ def refuse_student(path: str, folder: Path, index: dict[str, Any]) -> None:
     else:
         return
     raise ValueError(f"{path} is a student, for a few steps, already: {reason}; name the teacher that it was made from")
+
+
+def fault_of_name(name: object) -> str:
+    """Return why the model called `name` cannot be a teacher, and what to name instead; empty if it may be one.
+
+    Of a path only the last part counts.
+    """
+    last = name.rstrip("/").rpartition("/")[2].lower() if isinstance(name, str) else ""
+    for words, fault in IN_NAMES.items():
+        if match := re.search(rf"(?<![a-z])({words})(?![a-z])", last):
+            return f"{fault}, by its name ({match[1]}): name the text-to-image model that it was made from"
+    return ""
+
+
+def fault_of_class(name: str) -> str:
+    """Return why a model of diffusers' class `name` cannot be a teacher, where that is its task; else empty."""
+    if not any(task in name for task in OF_OTHER_TASKS):
+        return ""
+    return f"of the class {name}, no plain text-to-image model: name the one that it was made from (a refiner's base)"
 
 
 def problems(folder: Path, family: str, variant: str | None = None) -> list[str]:
@@ -129,6 +154,8 @@ def _lines(error: ValidationError) -> Iterator[str]:
         value = repr(one["input"])
         text = value if len(value) < 50 else f"{value[:40]}..."
         message = one["msg"].replace("Input should be", "expected")
+        if keys == ["prediction_type"]:
+            text += "; no other prediction can be distilled: name a teacher with one of these"
         yield f"{''.join(keys)}: {message}, found {text}"
 
 
@@ -162,6 +189,7 @@ def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
             faults += str(error).splitlines()
     if not faults:
         faults += _distilled(layout, configurations[layout.denoiser])
+        faults += _misnamed(layout, folder)
     unet, vae = configurations.get("unet"), configurations.get("vae")
     if faults or not (isinstance(unet, Denoiser) and isinstance(vae, Autoencoder)):
         return faults  # other denoisers are built on meta before their weights are read, which finds the rest
@@ -177,6 +205,14 @@ def _distilled(layout: Layout, denoiser: Configuration) -> Iterator[str]:
                 f"{layout.denoiser}/config.json: {key}: {json.dumps(value)} is of a model that is distilled to a few "
                 f"steps already; name the model that it was made from, {original}"
             )
+
+
+def _misnamed(layout: Layout, folder: Path) -> Iterator[str]:
+    """Yield a line for each name in the files of pipeline and denoiser that is one of a model that cannot be taught."""
+    for path in (folder / "model_index.json", folder / layout.denoiser / "config.json"):
+        name = _object(path, MAX_BYTES).get("_name_or_path")
+        if fault := fault_of_name(name):
+            yield f"{_display_name(path)}: _name_or_path: {brief(name)} is {fault}; delete the key if it is not"
 
 
 def _file_of(part: str, layout: Layout) -> tuple[str, type[Configuration]]:
@@ -196,6 +232,7 @@ def _misfits(
         yield (
             f"unet/config.json: in_channels: the denoiser maps {unet.in_channels} channels to {unet.out_channels} and "
             f"the autoencoder has {vae.latent_channels}; only plain text-to-image teachers can be distilled"
+            + ("; nine are of an inpainting model: name the one that it was made from" if unet.in_channels == 9 else "")
         )
     towers = {name: one for name, one in configurations.items() if isinstance(one, TextEncoder)}
     width = sum(one.hidden_size for one in towers.values())
@@ -225,11 +262,14 @@ def _misfits_of_sizes(layout: Layout, unet: Denoiser, tower: TextEncoder) -> Ite
     if unet.addition_embed_type is None:
         yield f"unet/config.json: addition_embed_type: expected text_time, as {layout.pipeline} gives"
     else:
-        expected_width = 6 * (unet.addition_time_embed_dim or 0) + tower.projection_dim
+        expected_width, refiners_width = (
+            n * (unet.addition_time_embed_dim or 0) + tower.projection_dim for n in (6, 5)
+        )
         if (actual_width := unet.projection_class_embeddings_input_dim) != expected_width:
             yield (
                 f"unet/config.json: projection_class_embeddings_input_dim: expected {expected_width}, six sizes of "
                 f"addition_time_embed_dim and {layout.pooled_by}'s projection_dim, found {actual_width}"
+                + ("; five sizes are of a refiner: name its base model" if actual_width == refiners_width else "")
             )
 
 
