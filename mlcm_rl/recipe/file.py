@@ -125,6 +125,12 @@ def _teacher_problems(teacher: Teacher, folders: Folders) -> Iterator[Problem]:
         yield Problem(("teacher", "revision"), message, looked_in=folders.looked_in(key, teacher.path))
     elif teacher.revision is None or not name:
         folder = folders.place(key, teacher.path)
+        if Path(teacher.path).suffix == ".safetensors" and os.path.isfile(folder):
+            message = (
+                f"{teacher.path} is one file: `mlcm convert {teacher.path} FOLDER --like BASE` makes a folder of it "
+            )
+            yield Problem(key, f"{message}to name here, where BASE is its base model's folder in diffusers format")
+            return
         yield from _absent(key, teacher.path, folders, holding="model_index.json")
         yield from (wrong := list(_family_problems(teacher, folder)))
         yield from _resolution_problems(teacher, folder)

@@ -108,7 +108,9 @@ def problems(folder: Path, family: str, variant: str | None = None) -> list[str]
         return faults
     networks = [part for part in parts if part in layout.classes]
     faults = [*_irregular(folder, parts), *_of_parts(folder, family, parts), *_of_weights(folder, networks, variant)]
-    return faults or list(_of_tokenizers(folder, layout, parts))
+    if faults or not _has_weights(folder):
+        return faults
+    return list(_of_tokenizers(folder, layout, parts))
 
 
 def read(path: Path, kind: type[AnyConfiguration]) -> AnyConfiguration:
@@ -301,9 +303,16 @@ def _has_weights(folder: Path) -> bool:
     return any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*/*"))
 
 
+def faults_of_tokenizers(folder: Path, family: str) -> list[str]:
+    """Return a line for each tokenizer of a good teacher's folder without its files, or with wrong values in them."""
+    index, layout = read(folder / "model_index.json", Index), layout_of(family)
+    parts = [name for name in [*layout.required, *layout.possible] if index.component(name) is not None]
+    return list(_of_tokenizers(folder, layout, parts))
+
+
 def _of_tokenizers(folder: Path, layout: Layout, parts: list[str]) -> Iterator[str]:
     """Yield a line for each tokenizer without its files, or with wrong values in them."""
-    for part in [name for name in parts if name.startswith("tokenizer") and _has_weights(folder)]:
+    for part in [name for name in parts if name.startswith("tokenizer")]:
         names, tower = {path.name for path in (folder / part).glob("*")}, part.replace("tokenizer", "text_encoder")
         if not names & SINGLE_WORD_FILES and not {"vocab.json", "merges.txt"} <= names:
             yield f"{part}: neither tokenizer.json nor vocab.json and merges.txt: download them"
