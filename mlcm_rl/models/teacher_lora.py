@@ -149,6 +149,10 @@ def _in_diffusers_names(
     pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], where: str
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return `tensors` under diffusers' names, which begin with the component's, and kohya's alphas."""
+    if not hasattr(pipeline, "lora_state_dict"):
+        raise ValueError(
+            f"{where}: diffusers loads no LoRA into a {type(pipeline).__name__}: merge it into the checkpoint"
+        )
     blocks = {"unet_config": pipeline.unet.config} if "unet" in pipeline.components else {}
     try:
         converted = type(pipeline).lora_state_dict(dict(tensors), **blocks)

@@ -185,6 +185,15 @@ def test_trailing_times_are_no_students_by_themselves(root):
         load(root / "good.yaml", root=root)
 
 
+def test_a_single_file_is_told_with_the_command_that_makes_a_folder_of_it(broken, root):
+    (root / "model.safetensors").touch()
+    (problem,) = broken(("path: teacher", "path: model.safetensors"))
+    assert key_text(problem.key) == "teacher.path"
+    assert problem.text.startswith(
+        "model.safetensors is one file: `mlcm convert model.safetensors FOLDER --like BASE` makes a folder of it"
+    )
+
+
 @pytest.mark.parametrize(
     ("lora", "key", "text"),
     [
