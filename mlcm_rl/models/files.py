@@ -19,6 +19,7 @@ from ..recipe.families import layout_of
 from ..storage.files import CheckpointError, read_json
 from ..storage.tensors import read_shapes
 from .published_teachers import shipped
+from .quantised import quantise_
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SECOND_NAMES = ("encoder.embed_tokens.weight",)  # T5's other name of `shared.weight`: its files have one or both
@@ -44,6 +45,8 @@ def load_pipeline(
             if name.startswith("tokenizer") and part is not None:
                 part("a")  # raises here if a special token is not in its vocabulary
     refuse_unknown_tokens(pipeline, teacher)
+    if teacher.quantise is not None:  # before the move, since the device may not have room for floats
+        quantise_(getattr(pipeline, layout_of(teacher.family).denoiser), teacher.quantise, device)
     pipeline = pipeline.to(device)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
