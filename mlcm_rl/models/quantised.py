@@ -89,7 +89,8 @@ def quantise_(network: nn.Module, kind: Quantised, device: torch.device) -> None
     if message := missing_library(kind):
         raise ValueError(f"teacher.quantise: {message}")
     for name, layer in list(network.named_modules()):
-        if type(layer) is nn.Linear:  # subclasses use their weights in other ways
+        # Subclasses use their weights in other ways, and an odd number of columns does not go into bytes of two.
+        if type(layer) is nn.Linear and layer.in_features % 2 == 0:
             weight, scales = _integers(layer.weight.detach().to(device), kind)
             if not scales.is_meta and not finite.is_finite(scales):
                 raise ValueError(f"teacher.quantise: {name} has weights that are not finite in float16: leave it out")

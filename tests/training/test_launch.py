@@ -76,6 +76,21 @@ def test_stable_diffusion_3_is_trained_in_two_processes(tmp_path, mode):
     assert_alike(alone, together)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "kind"), [("cpu2", "int8"), ("zero2", "int8"), ("zero3", "nf4"), ("fsdp2", "nf4")])
+def test_a_quantised_teacher_s_students_train_in_two_processes(tiny_sdxl, tmp_path, mode, kind):
+    """Each process has all of the quantised weights, which no engine shards, and its part of what is trained."""
+    pytest.importorskip("bitsandbytes", reason="needs the extra `quantised`")
+    prompts = runs.write_prompts(tmp_path)
+    stages = [
+        runs.trajectories(prompts, shard_size=2),
+        runs.distill(num_segments=[2], num_steps=3, condition_on_target=True),
+        runs.tuning("dpo", prompts, gamma=1.0),
+    ]
+    alone, together = whole_and_launched(tiny_sdxl, tmp_path, stages, mode, quantise=kind)
+    assert_alike(alone, together)
+
+
 def test_processes_that_cannot_share_a_batch_are_told_once_before_any_stage(tiny_sdxl, tmp_path):
     stages = [
         runs.trajectories(runs.write_prompts(tmp_path)),
