@@ -15,7 +15,7 @@ from mlcm_rl.cost import memory
 from mlcm_rl.data.trajectory_store import Store, expected_of
 from mlcm_rl.models import students, teachers
 from mlcm_rl.models.quantised import QuantisedLinear, quantise_
-from mlcm_rl.pipeline import finished_runs, fingerprint
+from mlcm_rl.pipeline import fingerprint, finished_runs
 from mlcm_rl.recipe import Evaluate, Full, Lora, Teacher, experiment
 from mlcm_rl.stages import distill
 from mlcm_rl.storage.files import CheckpointError
