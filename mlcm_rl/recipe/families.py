@@ -54,6 +54,9 @@ class Layout:
         return {self.denoiser: self.denoiser_class, "vae": self.autoencoder, **self.text, **self.optional}
 
 
+LEVELS = ("block_out_channels", "encoder_block_out_channels", "dim_mult")  # keys with an entry a level, by autoencoder
+
+
 @dataclass(frozen=True)
 class Geometry:
     """The latents of a teacher: `channels` C, `side` H = W by default, a multiple of `multiple`.
@@ -77,7 +80,7 @@ def geometry(layout: Layout, denoiser: Mapping[str, Any], vae: Mapping[str, Any]
 
     Raise LookupError where one lacks the key that the family's sizes are in.
     """
-    levels = next(vae[key] for key in ("block_out_channels", "encoder_block_out_channels", "dim_mult") if vae.get(key))
+    levels = vae[next((key for key in LEVELS if key in vae), LEVELS[0])]
     if "block_out_channels" in denoiser:  # a UNet halves one time less than it has blocks
         multiple = 2 ** (len(denoiser["block_out_channels"]) - 1)
     else:
