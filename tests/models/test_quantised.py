@@ -1,5 +1,6 @@
 """A frozen denoiser in integers: its size, its products and gradients, its students, and what is refused."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import runs
 import tiny
@@ -253,3 +255,20 @@ def test_a_plan_counts_as_many_bytes_less_as_are_loaded_less(kind, tiny_sdxl, tm
 
     (whole, whole_loaded), (predicted, loaded) = sizes(None), sizes(kind)
     assert whole - predicted == whole_loaded - loaded > 0.3 * whole_loaded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_predicted_passes_are_those_that_torch_allocates(kind, tiny_sdxl, tmp_path):
+    stage = runs.distill(batch_size=4, adapter=Lora(rank=2, alpha=2.0))
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [stage], quantise=kind)
+    predicted = memory.of_stage(stage, recipe, 0, stage.adapter, "cpu")
+    base = teachers.load(recipe.teacher, "cpu")
+    student = students.student(base, stage.adapter, 0)
+    x_t, t = torch.zeros(4, *base.latent_shape), torch.full((4,), 500)
+    conditioning = base.encode_prompts(["a cat"] * 4)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        base.x0(student, x_t, t, conditioning).square().mean().backward()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    measured = max(itertools.accumulate(event.nbytes() for event in events))
+    assert predicted.activations + predicted.gradients == pytest.approx(measured, rel=0.1)
