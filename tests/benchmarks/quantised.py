@@ -1,6 +1,6 @@
 """Loss, error and bytes of a denoiser in int8 and nf4 beside the one in floats, and what a plan says of SDXL.
 
-    python tests/benchmarks/quantised.py [--steps 40] [--batch-size 8]        (or: make benchmark)
+    python tests/benchmarks/quantised.py [--steps 24] [--batch-size 4]        (or: make benchmark)
 
 A LoRA student of the emoji teacher is distilled from one small store, that of the teacher in floats, with the same
 seeds. `prediction` is the relative error of the teacher's guided x0 over all milestones. The held-out loss is that of
@@ -35,7 +35,7 @@ from mlcm_rl.training.loop import Runtime
 PROMPTS = "recipes/emoji/prompts/train.jsonl"
 TEACHER = Teacher(path="recipes/emoji/teacher", family="sdxl", guidance_scale=4.0)
 KINDS: tuple[Quantised | None, ...] = (None, "int8", "nf4")
-STORE = Trajectories(prompts=PROMPTS, num_trajectories=32, num_held_out=16, solver_steps=16, batch_size=16)
+STORE = Trajectories(prompts=PROMPTS, num_trajectories=32, num_held_out=16, solver_steps=8, batch_size=16)
 SDXL = "recipes/sdxl_mlcm.yaml"
 SMALLEST = ["stages.trajectories.batch_size=1", "stages.distill.gradient_accumulation=32"]
 GIB = 2**30
@@ -134,8 +134,8 @@ def planned() -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--batch-size", type=int, default=4)
     arguments = parser.parse_args()
     console = Console(width=120)
     console.print(trained(arguments.steps, arguments.batch_size))
