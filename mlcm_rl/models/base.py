@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from ..equations.prediction import x0_from_prediction
@@ -59,7 +60,8 @@ class Base(ABC):
     autoencoder_class: ClassVar[type[Autoencoder]] = Autoencoder
     has_target_time_pipeline: ClassVar[bool] = False  # `exported_pipeline` can sample its conditioned students
     in_stability_blocks: ClassVar[bool] = False  # other tools name its blocks as Stability AI does, not as diffusers
-    time_layer: ClassVar[str]  # the denoiser's TimestepEmbedding, whose input the target time is added to
+    time_layer: ClassVar[str]  # the denoiser's embedding of times, whose input the target time is added to
+    time_input: ClassVar[str] = "linear_1"  # the linear layer in it that takes the sinusoids
 
     def __init__(self, teacher: Teacher, device: torch.device, pipeline: DiffusionPipeline):
         self.teacher, self.device, self.dtype = teacher, device, getattr(torch, teacher.dtype)
@@ -68,6 +70,7 @@ class Base(ABC):
         self._ahead: dict[str, Conditioning] | None = None  # (L, D) and (P,) by prompt, once the text encoders are gone
         self._dropped: Conditioning | None = None  # what guidance moves away from, once they are
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_part)
+        self._refuse_distilled()
         self.geometry = geometry(layout_of(self.family), self.denoiser.config, pipeline.vae.config)
         self.autoencoder = self.autoencoder_class(pipeline.vae, self.geometry.downscale, teacher.path, device)
         self.resolution, self.latent_shape = self._sizes()
@@ -82,10 +85,29 @@ class Base(ABC):
 
     # ---- the family ----
 
+    @classmethod
+    def adapted_modules(cls, config: Mapping[str, Any]) -> Sequence[str]:
+        """Return the ends of the names of the modules that an adapter changes in a denoiser of this `config`."""
+        return cls.lora_targets
+
     @property
     def kohya_version(self) -> str | None:
         """Return kohya's `ss_base_model_version` for models of this shape; None where it has none."""
         return None
+
+    def _refuse_distilled(self) -> None:
+        """Raise ValueError for a value that only few-step models of this family have.
+
+        A local folder's is found when the recipe is read (`recipe.teacher_check`), a hub model's here.
+        """
+        for path, (value, original) in layout_of(self.family).distilled.items():
+            part, key = path.split(".")
+            config = (self.pipeline if part == "model_index" else getattr(self.pipeline, part)).config
+            if config.get(key) == value:
+                raise ValueError(
+                    f"teacher {self.teacher.path}: {path} is {value}, as of a model that is distilled to a few steps "
+                    f"already; name the model that it was made from, {original}"
+                )
 
     def _sizes(self) -> tuple[int, tuple[int, int, int]]:
         """Return the pixels per side and the latents' (C, H, W).
@@ -133,6 +155,18 @@ class Base(ABC):
         """Return the arguments with which a stock pipeline samples a student: one pass a step, without guidance."""
         return {"guidance_scale": 0.0}
 
+    @property
+    def loads_adapters(self) -> bool:
+        """Return whether the family's stock pipeline can load an adapter over the teacher."""
+        return hasattr(self.pipeline_class, "load_lora_weights")
+
+    @property
+    def stock_size(self) -> dict[str, int]:
+        """Return the arguments for this resolution; none where the denoiser's configuration has it."""
+        if "sample_size" in self.denoiser.config:
+            return {}
+        return {"height": self.resolution, "width": self.resolution}
+
     def empty_denoiser(self, config: Mapping[str, Any], condition: bool) -> ModelMixin:
         """Return a new denoiser of this `config` on torch's default device.
 
@@ -144,12 +178,17 @@ class Base(ABC):
     def with_target_time(self, denoiser: ModelMixin) -> ModelMixin:
         """Add a projection of the target time's sinusoids to `denoiser`, in place, and return it."""
         embedding = denoiser.get_submodule(self.time_layer)
-        embedding.cond_proj = TargetTimeProjection(TARGET_TIME_WIDTH, embedding.linear_1.in_features, bias=False)
+        width = embedding.get_submodule(self.time_input).in_features
+        embedding.cond_proj = TargetTimeProjection(TARGET_TIME_WIDTH, width, bias=False)
         return denoiser
 
     @abstractmethod
     def time_sinusoids(self, denoiser: ModelMixin, t: Tensor) -> Tensor:
         """Return the sinusoids (B, D) of the times t (B,) that `denoiser` passes to its `time_layer`."""
+
+    def target_time_sinusoids(self, s: Tensor) -> Tensor:
+        """Return the sinusoids (B, TARGET_TIME_WIDTH) of the target times s (B,), which a student projects."""
+        return get_timestep_embedding(s, TARGET_TIME_WIDTH)
 
     def empty_conditioning(self, count: int, num_tokens: int) -> Conditioning:
         """Return an uninitialised `Conditioning` of `count` prompts of `num_tokens` tokens, on this device."""
