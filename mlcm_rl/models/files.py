@@ -20,6 +20,7 @@ from ..storage.files import CheckpointError, read_json
 from ..storage.tensors import read_shapes
 from . import teacher_lora
 from .published_teachers import shipped
+from .quantised import quantise_
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # Other names of the words' embedding, of T5 and of Qwen3 as a language model: files have one or both.
@@ -48,6 +49,8 @@ def load_pipeline(
     refuse_unknown_tokens(pipeline, teacher)
     if teacher.lora is not None:
         teacher_lora.fuse(pipeline, teacher)
+    if teacher.quantise is not None:  # before the move, since the device may not have room for floats
+        quantise_(getattr(pipeline, layout_of(teacher.family).denoiser), teacher.quantise, device)
     pipeline = pipeline.to(device)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):

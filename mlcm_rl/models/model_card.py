@@ -173,6 +173,10 @@ def _kind(student: Student) -> str:
         if student.conditioned
         else f"Segments at the end of its training: {student.num_segments}."
     )
+    if (kind := students.describe(student.folder).get("quantise")) is not None:
+        distilled += (
+            f" It was trained and measured over the teacher's weights in {kind}; here it is over those of its files."
+        )
     if not student.tuned:
         return distilled
     if students.describe(student.folder).get("tuned_steps") == 0:  # older folders lack the key

@@ -14,6 +14,7 @@ from ..storage.tensors import read_shapes
 from ..training.progress import say_once
 from .base import Base
 from .files import empty_pipeline, load_pipeline
+from .quantised import quantise_
 
 
 def class_of(family: str) -> type[Base]:
@@ -61,6 +62,8 @@ def skeleton(teacher: Teacher) -> "Base":
     denoiser = getattr(pipeline, family.denoiser_part)
     for part, dtype in ((denoiser, getattr(torch, teacher.dtype)), (pipeline.vae, torch.float32)):
         torch.nn.Module.to(part, dtype).requires_grad_(False).eval()  # diffusers' own `to` warns without reason
+    if teacher.quantise is not None:
+        quantise_(denoiser, teacher.quantise, torch.device("meta"))
     return family(teacher, torch.device("meta"), pipeline)
 
 
@@ -102,13 +105,13 @@ def small_decoder(folder: str, base: Base) -> AutoencoderTiny:
 def teacher_hash(teacher: Teacher) -> str:
     """Return the identity of a teacher's weights and configuration: one hash of all files, or the pinned revision.
 
-    With a LoRA of its own it is followed by that file's hash and weight.
+    A LoRA of its own is part of it, and the integers that the weights are rounded to.
     """
     folder = Path(teacher.path)
     identity = folder_hash(folder) if folder.is_dir() else f"{teacher.path}@{teacher.revision}"
-    if teacher.lora is None:
-        return identity
-    return f"{identity}+{sha256_once(Path(teacher.lora))}*{teacher.lora_weight}"
+    if teacher.lora is not None:
+        identity += f"+{sha256_once(Path(teacher.lora))}*{teacher.lora_weight}"
+    return identity if teacher.quantise is None else f"{identity} in {teacher.quantise}"
 
 
 def tell_truncated(base: Base, prompts: list[str], source: str) -> None:

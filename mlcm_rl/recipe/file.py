@@ -21,16 +21,16 @@ from pydantic import ValidationError
 from ..storage.untrusted import read_bytes, regular
 from . import errors, renamed, reward_package, teacher_check
 from .distill import Distill
-from .experiment import Recipe, missing_trackers
+from .experiment import Recipe, missing_library, missing_trackers
 from .families import absent_extras, family_of, geometry, layout_of
 from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
 from .reads import reads_of
 from .schema import json_schema
 from .stage import Training
-from .teacher_stages import Trajectories
+from .teacher_stages import TrainTeacher, Trajectories
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
-from .types import TRAINED, Lora, Reward, Teacher
+from .types import TRAINED, Full, Lora, Reward, Teacher
 
 
 def load(
@@ -92,6 +92,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
         *_store_problems(recipe),
         *_tuning_problems(recipe),
         *_precision_problems(recipe),
+        *_quantised_problems(recipe),
         *_checkpointing_problems(recipe),
         *_resume_problems(recipe),
     ]
@@ -334,6 +335,22 @@ def _precision_problems(recipe: Recipe) -> Iterator[Problem]:
         if isinstance(stage, Distill | Tuning) and isinstance(adapter, Lora) and stage.precision == "no":
             message = "no would train in the float16 of teacher.dtype, where small gradients are lost: write bf16, or "
             yield Problem(("stages", i, "precision"), message + "teacher.dtype: float32")
+
+
+def _quantised_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield what does not go with a quantised teacher: a missing library, and all weights trained."""
+    kind = recipe.teacher.quantise
+    if kind is None:
+        return
+    if message := missing_library(kind):
+        yield Problem(("teacher", "quantise"), message)
+    for i, stage in enumerate(recipe.stages):
+        message = f"trains all weights, and teacher.quantise keeps them in {kind}: "
+        if isinstance(stage, TrainTeacher):
+            message += "leave it out, and quantise in a recipe of its own, over the trained teacher"
+            yield Problem(("teacher", "quantise"), f"stages[{i}] {message}")
+        if isinstance(stage, Distill) and isinstance(stage.adapter, Full):
+            yield Problem(("stages", i, "adapter"), f"full {message}train a lora, or leave teacher.quantise out")
 
 
 def _checkpointing_problems(recipe: Recipe) -> Iterator[Problem]:

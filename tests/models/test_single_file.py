@@ -4,13 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
-import original_layout
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from transformers import CLIPTextModelWithProjection
 
+import original_layout
 import tiny
 from mlcm_rl.models import files, single_file, teachers
 from mlcm_rl.recipe import Teacher, teacher_check

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from mlcm_rl import rewards
-from mlcm_rl.recipe import Teacher
+from mlcm_rl.recipe import Teacher, experiment
 from mlcm_rl.recipe.families import FAMILIES
 from mlcm_rl.recipe.file import check, load, reward_names
 from mlcm_rl.recipe.paths import Folders
@@ -371,6 +371,25 @@ def test_an_adapter_is_not_trained_in_float16(broken, root):
     # A full student has weights of its own, in float32.
     for changes in ("stages.distill.precision=bf16",), ("stages.distill.adapter={kind: full}",):
         assert load(root / "good.yaml", [half, *changes], root).teacher.dtype == "float16"
+
+
+def test_all_weights_are_not_trained_over_a_quantised_teacher_and_its_library_must_be_there(broken, monkeypatch):
+    monkeypatch.setattr(experiment, "find_spec", lambda name: name)
+    quantised = "teacher.quantise=nf4"
+    (full,) = broken(overrides=(quantised, "stages.distill.adapter={kind: full}"))
+    assert key_text(full.key) == "stages[1].adapter"
+    assert full.text.endswith("keeps them in nf4: train a lora, or leave teacher.quantise out")
+    first = "  - kind: train_teacher\n    images: data\n    num_steps: 4\n    batch_size: 2\n  - kind: trajectories\n"
+    problems = {
+        key_text(one.key): one.text for one in broken(("  - kind: trajectories\n", first), overrides=(quantised,))
+    }
+    assert problems["teacher.quantise"].startswith("stages[0] trains all weights")
+    monkeypatch.setattr(experiment, "find_spec", lambda name: None if name == "bitsandbytes" else name)
+    (missing,) = broken(overrides=(quantised,))
+    assert key_text(missing.key) == "teacher.quantise"
+    assert "bitsandbytes, which is not installed: pip install 'mlcm-rl[quantised]'" in missing.text
+    (unknown,) = broken(overrides=("teacher.quantise=int4",))
+    assert "int8" in unknown.text
 
 
 AGAIN = "  - kind: distill\n    method: inter_segment\n    num_segments: [1]\n    batch_size: 16\n    num_steps: 10\n"
