@@ -28,9 +28,8 @@ class Autoencoder:
 
         A `small` decoder takes the latents in the denoiser's scale, without the autoencoder's own scale and shift.
         """
-        scale, mean = self._scale
         latents = latents.float()
-        decoded = self._decoded(latents * scale + mean) if small is None else small.decode(latents).sample
+        decoded = self._decoded(self._to_own(latents)) if small is None else small.decode(latents).sample
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     def checkpoint_blocks(self, recompute: Callable[..., Any] = RECOMPUTE) -> None:
@@ -57,8 +56,7 @@ class Autoencoder:
 
         They are the posterior's mean, or a sample of it drawn by `generator`.
         """
-        scale, mean = self._scale
-        return (self._encoded(images.float() * 2 - 1, generator) - mean) / scale
+        return self._from_own(self._encoded(images.float() * 2 - 1, generator))
 
     def _decoded(self, latents: Tensor) -> Tensor:
         """Return the pictures (B, 3, H', W') in [-1, 1] of latents (B, C, H, W) in the autoencoder's own scale."""
@@ -74,6 +72,16 @@ class Autoencoder:
         self.vae.enable_tiling()
         self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = size, size // self.downscale
         self.vae.decoder.forward = partial(recompute, self.vae.decoder.forward)
+
+    def _to_own(self, latents: Tensor) -> Tensor:
+        """Return what the autoencoder decodes for the denoiser's `latents` (B, C, H, W)."""
+        scale, mean = self._scale
+        return latents * scale + mean
+
+    def _from_own(self, latents: Tensor) -> Tensor:
+        """Return the denoiser's latents (B, C, H, W) of those that the autoencoder encodes."""
+        scale, mean = self._scale
+        return (latents - mean) / scale
 
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor]:

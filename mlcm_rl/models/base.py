@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from ..equations.prediction import x0_from_prediction
@@ -69,6 +70,7 @@ class Base(ABC):
         self._ahead: dict[str, Conditioning] | None = None  # (L, D) and (P,) by prompt, once the text encoders are gone
         self._dropped: Conditioning | None = None  # what guidance moves away from, once they are
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_part)
+        self._refuse_distilled()
         self.geometry = geometry(layout_of(self.family), self.denoiser.config, pipeline.vae.config)
         self.autoencoder = self.autoencoder_class(pipeline.vae, self.geometry.downscale, teacher.path, device)
         self.resolution, self.latent_shape = self._sizes()
@@ -83,10 +85,29 @@ class Base(ABC):
 
     # ---- the family ----
 
+    @classmethod
+    def adapted_modules(cls, config: Mapping[str, Any]) -> Sequence[str]:
+        """Return the ends of the names of the modules that an adapter changes in a denoiser of this `config`."""
+        return cls.lora_targets
+
     @property
     def kohya_version(self) -> str | None:
         """Return kohya's `ss_base_model_version` for models of this shape; None where it has none."""
         return None
+
+    def _refuse_distilled(self) -> None:
+        """Raise ValueError for a value that only few-step models of this family have.
+
+        A local folder's is found when the recipe is read (`recipe.teacher_check`), a hub model's here.
+        """
+        for path, (value, original) in layout_of(self.family).distilled.items():
+            part, key = path.split(".")
+            config = (self.pipeline if part == "model_index" else getattr(self.pipeline, part)).config
+            if config.get(key) == value:
+                raise ValueError(
+                    f"teacher {self.teacher.path}: {path} is {value}, as of a model that is distilled to a few steps "
+                    f"already; name the model that it was made from, {original}"
+                )
 
     def _sizes(self) -> tuple[int, tuple[int, int, int]]:
         """Return the pixels per side and the latents' (C, H, W).
@@ -164,6 +185,10 @@ class Base(ABC):
     @abstractmethod
     def time_sinusoids(self, denoiser: ModelMixin, t: Tensor) -> Tensor:
         """Return the sinusoids (B, D) of the times t (B,) that `denoiser` passes to its `time_layer`."""
+
+    def target_time_sinusoids(self, s: Tensor) -> Tensor:
+        """Return the sinusoids (B, TARGET_TIME_WIDTH) of the target times s (B,), which a student projects."""
+        return get_timestep_embedding(s, TARGET_TIME_WIDTH)
 
     def empty_conditioning(self, count: int, num_tokens: int) -> Conditioning:
         """Return an uninitialised `Conditioning` of `count` prompts of `num_tokens` tokens, on this device."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
-from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
+from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,7 +28,7 @@ from ..equations.solver import time_before_noise
 from ..storage import finite
 from ..storage.files import forget_origin, remove_partial_of, replacing
 from . import model_card, students
-from .base import TARGET_TIME_WIDTH, Base
+from .base import Base
 from .exported_pipeline import TargetTimePipeline
 from .lora_files import KOHYA_FILE, LORA_FILE, Adapter, write_kohya, write_lora
 from .students import Student
@@ -100,6 +100,8 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) ->
     pipeline.scheduler = base.stock_scheduler(gamma)
     if "requires_safety_checker" in pipeline.config:  # it is not loaded, so it is not exported
         pipeline.register_to_config(requires_safety_checker=False)
+    if "is_distilled" in pipeline.config:  # its pipeline guides no second time, whatever the scale
+        pipeline.register_to_config(is_distilled=True)
     pipeline.save_pretrained(folder)
     write_for_transformers_4(pipeline, folder)
     for config in folder.glob("text_encoder*/config.json"):
@@ -217,7 +219,7 @@ def target_time_update(base: Base, student: Student, num_steps: int, gamma: floa
     sinusoids = base.time_sinusoids(student.denoiser, times.to(device)).double()
     if torch.linalg.matrix_rank(sinusoids) < num_steps:
         raise ValueError(f"{student.folder}: {sinusoids.shape[1]} sinusoids of {num_steps} times are not independent")
-    target_sinusoids = get_timestep_embedding(targets.to(device), TARGET_TIME_WIDTH).double()
+    target_sinusoids = base.target_time_sinusoids(targets.to(device)).double()
     projected = target_sinusoids @ embedding.cond_proj.weight.double().T
     up = layer.weight.double() @ projected.T
     return up.float().contiguous(), torch.linalg.pinv(sinusoids).T.float().contiguous()

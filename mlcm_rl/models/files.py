@@ -21,7 +21,8 @@ from ..storage.tensors import read_shapes
 from .published_teachers import shipped
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-SECOND_NAMES = ("encoder.embed_tokens.weight",)  # T5's other name of `shared.weight`: its files have one or both
+# Other names of the words' embedding, of T5 and of Qwen3 as a language model: files have one or both.
+SECOND_NAMES = ("encoder.embed_tokens.weight", "lm_head.weight")
 UNUSED_PARTS = ("safety_checker", "image_encoder", "feature_extractor")
 OTHER_PARTS = ("text_encoder", "tokenizer", "safety_checker", "image_encoder", "feature_extractor")
 
@@ -280,7 +281,9 @@ def shapes_from_configuration(teacher: Teacher, parts: Sequence[str]) -> dict[st
                 part = _empty(folder / name, kind)
             else:
                 text_encoder = getattr(_module(library), kind)
-                part = text_encoder(text_encoder.config_class.from_pretrained(folder / name, local_files_only=True))
+                where = {"device": "meta"} if "device" in signature(text_encoder).parameters else {}
+                settings = text_encoder.config_class.from_pretrained(folder / name, local_files_only=True)
+                part = text_encoder(settings, **where)  # of its own; ChatGLM's does not see torch's default device
         weights = part.state_dict().items()
         shapes[name] = {key: list(value.shape) for key, value in weights if key not in SECOND_NAMES}
     return shapes

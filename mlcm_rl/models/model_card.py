@@ -40,9 +40,12 @@ NOTES_ON_CLASS = """\
   should be provided"), and the `AutoPipeline` classes do not know it: for all of these use the folders steps-N."""
 NOTES_ON_FLOW = """\
 - Pass `sigmas`, as the code does: given `num_inference_steps` alone the scheduler goes through other times.
-- Say `{guidance}`: diffusers' default guides a second time, which takes twice as long and draws another
-  picture.
 - On a GPU: `.to("cuda")`, and `torch_dtype=torch.bfloat16` in `from_pretrained` for half precision."""
+GUIDED_TWICE = """\
+- Say `{guidance}`: diffusers' default guides a second time, which takes twice as long and draws another
+  picture."""
+GIVEN_GUIDANCE = """\
+- Say `{guidance}`: the scale is an input of the denoiser, and the student learned no other."""
 NOTE_ON_SIZE = """\
 - Pass `{size}`, as the code does: the student learned pictures of this size."""
 NOTE_ON_MERGED = """\
@@ -93,7 +96,8 @@ def card(
         sections.append("Or the adapter alone, over its teacher:\n\n" + _part_usage(base, student, name, folder, gamma))
     if step_folders := sorted(folder.glob("steps-*"), key=_num_steps):
         sections.append(_steps_usage(base, student, name, step_folders, gamma))
-    if tuple(getattr(base.denoiser.config, "block_out_channels", ())) in PUBLISHED_WIDTHS:
+    widths = tuple(getattr(base.denoiser.config, "block_out_channels", ()))
+    if base.kohya_version is not None and widths in PUBLISHED_WIDTHS:
         sections.append("## ComfyUI and other tools\n\n" + _other_tools(student, folder, step_folders, gamma))
     sections.append("## Grids\n\n" + _grids(base, student))
     if table:
@@ -231,7 +235,7 @@ def _instead(base: Base) -> str:
 def _call(base: Base, num_steps: int, gamma: float) -> str:
     arguments = base.stock_call(sampling_times(num_steps)) | base.stock_guidance | base.stock_size
     eta = {"eta": gamma} if 0.0 < gamma < 1.0 else {}
-    return f'pipe("a red apple", {_arguments(arguments | eta)}, generator=seed)'
+    return f'pipe(prompt="a red apple", {_arguments(arguments | eta)}, generator=seed)'
 
 
 def _arguments(values: dict[str, Any]) -> str:
@@ -275,7 +279,7 @@ def _scheduler(folder: Path) -> str:
 
 def _notes(base: Base, student: Student, folder: Path) -> str:
     """Return the pitfalls and their remedies as a list."""
-    notes = [NOTES_ON_FLOW]
+    notes = [NOTES_ON_FLOW, GIVEN_GUIDANCE if layout_of(base.family).embeds_guidance else GUIDED_TWICE]
     if not layout_of(base.family).is_flow:
         has_class = student.conditioned and base.has_target_time_pipeline
         notes = [NOTES_ON_CLASS if has_class else NOTES_ON_STOCK, NOTES]
@@ -342,7 +346,8 @@ def _grids(base: Base, student: Student) -> str:
             paper_times(num_steps),
             sampling_times(num_steps, student.sampling_segments),
         ]
-        default, *_ = cells = [base.stock_call(times).get("sigmas", times) for times in grids]
+        network_time = base.schedule.network_time
+        default, *_ = cells = [base.stock_call(times).get("sigmas", network_time[times].tolist()) for times in grids]
         texts = [str(cell) if cell != default or i == 0 else "as default" for i, cell in enumerate(cells)]
         rows.append(f"| {num_steps} | {' | '.join(texts)} |")
     return "\n".join(rows)

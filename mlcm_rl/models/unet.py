@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from .base import TARGET_TIME_WIDTH
@@ -63,7 +62,8 @@ class UNetBase(VPBase):
 
     @staticmethod
     def conditioning_shapes(config: Mapping[str, Any], num_tokens: int) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {"context": (num_tokens, config["cross_attention_dim"])}
+        width = config.get("encoder_hid_dim") or config["cross_attention_dim"]
+        shapes: dict[str, tuple[int, ...]] = {"context": (num_tokens, width)}
         if config.get("addition_embed_type") is not None:
             sizes = 6 * config["addition_time_embed_dim"]
             shapes["pooled"] = (config["projection_class_embeddings_input_dim"] - sizes,)
@@ -71,6 +71,10 @@ class UNetBase(VPBase):
 
     def time_sinusoids(self, denoiser: UNet2DConditionModel, t: Tensor) -> Tensor:
         return denoiser.time_proj(self.schedule.network_time[t])
+
+    def target_time_sinusoids(self, s: Tensor) -> Tensor:
+        """Return the sinusoids of the network's own times, which are those of an exported pipeline's scheduler."""
+        return super().target_time_sinusoids(self.schedule.network_time[s])
 
     def _added_conditions(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
         """Return the denoiser's `added_cond_kwargs`, for families that have them."""
@@ -83,7 +87,7 @@ class UNetBase(VPBase):
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
     ) -> Tensor:
         dtype = next(denoiser.parameters()).dtype
-        target_time = None if s is None else get_timestep_embedding(s, TARGET_TIME_WIDTH).to(dtype)
+        target_time = None if s is None else self.target_time_sinusoids(s).to(dtype)
         return denoiser(
             x_t.to(dtype),
             self.schedule.network_time[t],

@@ -43,10 +43,10 @@ class VPBase(Base):
         settings = {key: teacher[key] for key in SCHEDULE_KEYS if key in teacher}
         scheduler = (LCMScheduler if gamma == 1.0 else TCDScheduler)(**settings, original_inference_steps=NUM_SEGMENTS)
         scheduler.set_timesteps(NUM_SEGMENTS)
-        expected = sampling_times(NUM_SEGMENTS)
+        expected = self.schedule.network_time[sampling_times(NUM_SEGMENTS)].tolist()
         if scheduler.timesteps.tolist() != expected:
             raise ValueError(
-                f"a teacher of {self.schedule.num_times} times has milestones {expected}; "
+                f"a teacher of {teacher['num_train_timesteps']} times has milestones {expected}; "
                 f"{type(scheduler).__name__} visits {scheduler.timesteps.tolist()}: no stock pipeline can sample it"
             )
         return scheduler

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 ENTRY_POINTS = "mlcm_rl.families"
+USUAL_TIMES = 1000  # of a schedule
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class Layout:
     side: int = 0  # latents a side by default, where the denoiser's configuration has no sample_size
     has_checkpointing: bool = True  # the denoiser can compute its blocks again in the backward pass, for less memory
     embeds_guidance: bool = False  # the guidance scale is an input of the denoiser: a guided pass is one evaluation
-    distilled: dict[str, tuple[Any, str]] = field(default_factory=dict)  # component.key: value, model to name
+    num_times: int = USUAL_TIMES  # of a variance-preserving schedule
+    extras: dict[str, str] = field(default_factory=dict)  # module that the family needs: extra of ours that has it
+    # key in a file (component.key or model_index.key): value of a few-step model, model to name instead
+    distilled: dict[str, tuple[Any, str]] = field(default_factory=dict)
 
     @property
     def required(self) -> list[str]:
@@ -118,6 +122,17 @@ FAMILIES = {
         denoiser_class="UNet2DConditionModel",
         text={"text_encoder": "CLIPTextModel"},
     ),
+    "kolors": Layout(
+        implementation="mlcm_rl.models.families.kolors:Family",
+        pipeline="KolorsPipeline",
+        denoiser="unet",
+        denoiser_class="UNet2DConditionModel",
+        text={"text_encoder": "ChatGLMModel"},
+        pooled_by="text_encoder",
+        own_library="kolors",
+        num_times=1100,
+        extras={"sentencepiece": "kolors"},
+    ),
     "sd3": Layout(
         implementation="mlcm_rl.models.families.sd3:Family",
         pipeline="StableDiffusion3Pipeline",
@@ -126,6 +141,30 @@ FAMILIES = {
         text={"text_encoder": "CLIPTextModelWithProjection", "text_encoder_2": "CLIPTextModelWithProjection"},
         optional={"text_encoder_3": "T5EncoderModel"},
         is_flow=True,
+    ),
+    "flux": Layout(
+        implementation="mlcm_rl.models.families.flux:Family",
+        pipeline="FluxPipeline",
+        denoiser="transformer",
+        denoiser_class="FluxTransformer2DModel",
+        text={"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
+        is_flow=True,
+        packs=2,
+        side=128,
+        embeds_guidance=True,
+        distilled={"transformer.guidance_embeds": (False, "FLUX.1-dev")},
+    ),
+    "flux2_klein": Layout(
+        implementation="mlcm_rl.models.families.flux2_klein:Family",
+        pipeline="Flux2KleinPipeline",
+        denoiser="transformer",
+        denoiser_class="Flux2Transformer2DModel",
+        text={"text_encoder": "Qwen3ForCausalLM"},
+        autoencoder="AutoencoderKLFlux2",
+        is_flow=True,
+        patchifies=2,
+        side=64,
+        distilled={"model_index.is_distilled": (True, "FLUX.2-klein-base")},
     ),
     "hunyuan_dit": Layout(
         implementation="mlcm_rl.models.families.hunyuan_dit:Family",
@@ -204,6 +243,15 @@ def layout_of(family: str) -> Layout:
     if not (colon and name and _is_module(module)):
         raise ValueError(f"{origin(family)}: implementation {layout.implementation} names no class as module:name")
     return layout
+
+
+def absent_extras(family: str) -> list[str]:
+    """Return what to install before models of `family` can be loaded, a line for each module that is missing."""
+    return [
+        f"{family} needs {module}, which is not installed: pip install 'mlcm-rl[{extra}]'"
+        for module, extra in layout_of(family).extras.items()
+        if find_spec(module) is None
+    ]
 
 
 def origin(family: str) -> str:

@@ -22,7 +22,7 @@ from ..storage.untrusted import read_bytes, regular
 from . import errors, renamed, reward_package, teacher_check
 from .distill import Distill
 from .experiment import Recipe, missing_trackers
-from .families import family_of, geometry, layout_of
+from .families import absent_extras, family_of, geometry, layout_of
 from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
 from .reads import reads_of
@@ -117,6 +117,8 @@ def _teacher_problems(teacher: Teacher, folders: Folders) -> Iterator[Problem]:
     except ValueError as error:
         yield Problem(("teacher", "family"), str(error))
         return
+    for message in absent_extras(teacher.family):
+        yield Problem(("teacher", "family"), message)
     name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", teacher.path)
     is_hub_name = name and name[1] and not any(os.path.isdir((one / teacher.path).parent) for one in folders.of(key))
     if teacher.revision is None and is_hub_name:

@@ -16,6 +16,7 @@ from ..storage.untrusted import brief, parse_json, read_bytes, regular
 from .families import Layout, geometry, layout_of
 from .teacher_types import (
     Autoencoder,
+    ChatGLM,
     Configuration,
     Denoiser,
     FlowScheduler,
@@ -25,6 +26,7 @@ from .teacher_types import (
     Scheduler,
     TextEncoder,
     Tokenizer,
+    TokenizerOfPipeline,
 )
 
 MAX_BYTES = 2**22  # of a configuration: far above any real one
@@ -37,6 +39,7 @@ CONFIGURATIONS: dict[str, type[Configuration]] = {  # by class; the file of anot
     "AutoencoderKL": Autoencoder,
     "CLIPTextModel": TextEncoder,
     "CLIPTextModelWithProjection": TextEncoder,
+    "ChatGLMModel": ChatGLM,
 }
 SINGLE_WORD_FILES = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt"}  # each a vocabulary alone
 OF_STUDENTS = ("LCMScheduler", "TCDScheduler")  # schedulers that only few-step models are published with
@@ -87,7 +90,11 @@ def problems(folder: Path, family: str, variant: str | None = None) -> list[str]
     if faults:
         return faults
     networks = [part for part in parts if part in layout.classes]
-    faults = [*_irregular(folder, parts), *_of_parts(folder, family, parts), *_of_weights(folder, networks, variant)]
+    faults = [
+        *_irregular(folder, parts),
+        *_of_parts(folder, family, parts, index),
+        *_of_weights(folder, networks, variant),
+    ]
     return faults or list(_of_tokenizers(folder, layout, parts))
 
 
@@ -156,7 +163,7 @@ def _irregular(folder: Path, parts: list[str]) -> Iterator[str]:
                 yield str(error).replace(str(path), _display_name(path))
 
 
-def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
+def _of_parts(folder: Path, family: str, parts: list[str], index: Index) -> list[str]:
     """Return a line for each wrong value in the configurations, and for each two that do not fit each other."""
     layout, configurations, faults = layout_of(family), dict[str, Configuration](), list[str]()
     for part in parts:
@@ -166,7 +173,8 @@ def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
         except TeacherFileError as error:
             faults += str(error).splitlines()
     if not faults:
-        faults += _distilled(layout, configurations)
+        faults += _distilled(layout, {"model_index": index, **configurations})
+        faults += _of_other_times(layout, configurations["scheduler"])
     denoiser, vae = configurations.get(layout.denoiser), configurations.get("vae")
     if faults or denoiser is None or vae is None:
         return faults
@@ -181,10 +189,18 @@ def _distilled(layout: Layout, configurations: dict[str, Configuration]) -> Iter
     for path, (value, original) in layout.distilled.items():
         part, key = path.split(".")
         if configurations[part].model_dump().get(key) == value:
+            file = "model_index.json" if part == "model_index" else f"{part}/{_file_of(part, layout)[0]}"
             yield (
-                f"{part}/{_file_of(part, layout)[0]}: {key}: {json.dumps(value)} is of a model that is distilled to a "
-                f"few steps already; name the model that it was made from, {original}"
+                f"{file}: {key}: {json.dumps(value)} is of a model that is distilled to a few steps already; name the "
+                f"model that it was made from, {original}"
             )
+
+
+def _of_other_times(layout: Layout, scheduler: Configuration) -> Iterator[str]:
+    """Yield a line for a schedule of another number of times than this family's."""
+    if isinstance(scheduler, Scheduler) and (num_times := scheduler.num_train_timesteps) != layout.num_times:
+        message = f"expected {layout.num_times}, found {num_times}"
+        yield f"scheduler/scheduler_config.json: num_train_timesteps: {message}"
 
 
 def _other_channels(layout: Layout, denoiser: dict[str, Any], vae: dict[str, Any]) -> Iterator[str]:
@@ -204,7 +220,7 @@ def _file_of(part: str, layout: Layout) -> tuple[str, type[Configuration]]:
     if part == "scheduler":
         return "scheduler_config.json", FlowScheduler if layout.is_flow else Scheduler
     if part.startswith("tokenizer"):
-        return "tokenizer_config.json", Tokenizer
+        return "tokenizer_config.json", TokenizerOfPipeline if layout.own_library else Tokenizer
     return "config.json", CONFIGURATIONS.get(layout.classes[part], Configuration)
 
 
@@ -217,20 +233,19 @@ def _misfits(
             f"unet/config.json: in_channels: the denoiser maps {unet.in_channels} channels to {unet.out_channels} and "
             f"the autoencoder has {vae.latent_channels}; only plain text-to-image teachers can be distilled"
         )
-    towers = {name: one for name, one in configurations.items() if isinstance(one, TextEncoder)}
+    towers = {name: one for name, one in configurations.items() if isinstance(one, TextEncoder | ChatGLM)}
     width = sum(one.hidden_size for one in towers.values())
-    if unet.cross_attention_dim != width:
-        names = " and ".join(sorted(towers))
-        actual_width = unet.cross_attention_dim
-        yield f"unet/config.json: cross_attention_dim: expected {width}, the width of {names}, found {actual_width}"
-    for name, one in configurations.items():
+    if unet.context_width != width:
+        names, key = " and ".join(sorted(towers)), "encoder_hid_dim" if unet.encoder_hid_dim else "cross_attention_dim"
+        yield f"unet/config.json: {key}: expected {width}, the width of {names}, found {unet.context_width}"
+    lengths = {name: one.model_max_length for name, one in configurations.items() if isinstance(one, Tokenizer)}
+    for name, length in lengths.items():
         tower = towers.get(name.replace("tokenizer", "text_encoder"))
-        if isinstance(one, Tokenizer) and tower and one.model_max_length > tower.max_position_embeddings:
+        if isinstance(tower, TextEncoder) and length > tower.max_position_embeddings:
             yield (
                 f"{name}/tokenizer_config.json: model_max_length: expected at most {tower.max_position_embeddings}, "
-                f"which the text encoder reads, found {one.model_max_length}"
+                f"which the text encoder reads, found {length}"
             )
-    lengths = {name: one.model_max_length for name, one in configurations.items() if isinstance(one, Tokenizer)}
     if len(set(lengths.values())) > 1:
         listing = ", ".join(f"{name} {length}" for name, length in lengths.items())
         yield f"tokenizer/tokenizer_config.json: model_max_length: expected one for all tokenizers, found {listing}"
@@ -240,16 +255,16 @@ def _misfits(
         yield f"unet/config.json: addition_embed_type: expected none, found {unet.addition_embed_type}"
 
 
-def _misfits_of_sizes(layout: Layout, unet: Denoiser, tower: TextEncoder) -> Iterator[str]:
+def _misfits_of_sizes(layout: Layout, unet: Denoiser, tower: TextEncoder | ChatGLM) -> Iterator[str]:
     """Yield a line if the denoiser does not take six sizes and the projection of its text encoder `tower`."""
     if unet.addition_embed_type is None:
         yield f"unet/config.json: addition_embed_type: expected text_time, as {layout.pipeline} gives"
     else:
-        expected_width = 6 * (unet.addition_time_embed_dim or 0) + tower.projection_dim
+        expected_width = 6 * (unet.addition_time_embed_dim or 0) + tower.pooled_width
         if (actual_width := unet.projection_class_embeddings_input_dim) != expected_width:
             yield (
                 f"unet/config.json: projection_class_embeddings_input_dim: expected {expected_width}, six sizes of "
-                f"addition_time_embed_dim and {layout.pooled_by}'s projection_dim, found {actual_width}"
+                f"addition_time_embed_dim and {layout.pooled_by}'s pooled vector, found {actual_width}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Every transformer family: beside its stock pipeline, through every stage, exported and sampled by stock diffusers."""
+"""Every family beyond Stable Diffusion: beside its stock pipeline, through every stage, exported to stock diffusers."""
 
 import json
 import re
@@ -129,13 +129,12 @@ def test_a_student_starts_as_its_teacher_and_is_loaded_as_it_was_saved(case, bas
 
 def test_the_adapters_modules_are_there(base):
     modules = [name for name, _ in base.denoiser.named_modules()]
-    for target in base.lora_targets:
-        assert any(name.endswith(f".{target}") for name in modules), target
+    for target in base.adapted_modules(base.denoiser.config):
+        assert any(f".{name}".endswith(f".{target}") for name in modules), target
 
 
 def save(base: Base, denoiser: torch.nn.Module, place: Path) -> None:
-    description = {"num_segments": 1, "family": base.family, "prediction_type": base.prediction_type}
-    students.save_student(denoiser, place, description)
+    students.save_student(denoiser, place, {"num_segments": 1, **students.expected_of(base)})
 
 
 # ---- every stage ----
@@ -262,7 +261,7 @@ def test_every_block_of_code_of_the_card_runs_and_leaves_a_picture(case, base, t
 
 def test_a_gamma_that_no_stock_scheduler_has_is_refused(case, base, tmp_path):
     if not isinstance(base.stock_scheduler(0.0), FlowMatchEulerDiscreteScheduler):
-        pytest.skip("TCD's scheduler has every gamma")
+        pytest.skip("its stock scheduler is not of a flow")
     with pytest.raises(ValueError, match=r"gamma 0\.3: diffusers' schedulers of rectified flow are deterministic"):
         exported(base, tmp_path, LORA, condition=False, gamma=0.3)
     assert not (tmp_path / "out").exists()

@@ -88,5 +88,5 @@ class Case:
         size = {"height": base.resolution, "width": base.resolution} | base.stock_size
         latents = self.to_stock(base, noise)
         with torch.no_grad():
-            images = stock(list(self.prompts), latents=latents, output_type="latent", **size, **call).images
+            images = stock(prompt=list(self.prompts), latents=latents, output_type="latent", **size, **call).images
         return self.from_stock(base, images)

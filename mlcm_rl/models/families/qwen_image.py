@@ -10,7 +10,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.transformers.transformer_qwenimage import QwenTimestepProjEmbeddings
 from torch import Tensor
 
-from ..autoencoder import Autoencoder
+from ..autoencoder import RECOMPUTE, Autoencoder
 from ..base import TARGET_TIME_WIDTH
 from ..conditioning import CONTEXT, LENGTHS, Conditioning
 from ..flow import FlowBase
@@ -49,7 +49,7 @@ class FrameAutoencoder(Autoencoder):
     def latent_channels(self) -> int:
         return self.vae.config.z_dim
 
-    def checkpoint_blocks(self, recompute: Callable[..., Any]) -> None:
+    def checkpoint_blocks(self, recompute: Callable[..., Any] = RECOMPUTE) -> None:
         for block in (self.vae.decoder.mid_block, *self.vae.decoder.up_blocks):
             block.forward = partial(_without_cache, partial(recompute, block.forward))
 
