@@ -11,6 +11,7 @@ FOLDER = Path(__file__).with_name("published")
 FOLDERS = {  # by the hub's name
     "stabilityai/stable-diffusion-xl-base-1.0": "stable-diffusion-xl-base-1.0",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "stable-diffusion-v1-5",
+    "Kwai-Kolors/Kolors-diffusers": "kolors",
 }
 
 
