@@ -6,7 +6,7 @@ from pathlib import Path
 from ..equations.segments import paper_times, sampling_times
 from ..models.base import Base
 from ..models.gammas import own_gamma, tuned_from
-from ..models.students import DESCRIPTION_FILE, describe
+from ..models.students import DESCRIPTION_FILE, describe, refuse_other
 from ..recipe import Evaluate, Teacher
 from ..recipe.experiment import STUDENTS
 from ..recipe.types import sampling_segments
@@ -50,15 +50,13 @@ class Entry:
 
 
 def entries(stage: Evaluate, parents: dict[str, Path], base: Base) -> list[Entry]:
-    """Return every student of the table. Raise ValueError for one of another family or prediction type than `base`."""
+    """Return every student of the table. Raise ValueError for one that is not a student of `base`."""
     folders = student_folders(stage, parents)
     origins = {name: origin for name, folder in folders.items() if (origin := tuned_from(folder)) is not None}
     students: list[Entry] = []
     for name, folder in folders.items():
         description = describe(folder)
-        for key, expected in (("family", base.family), ("prediction_type", base.prediction_type)):
-            if description[key] != expected:
-                raise ValueError(f"{folder}: the student's {key} is {description[key]}, the teacher's {expected}")
+        refuse_other(folder, description, base)
         cost = training_cost.of_student(folder)
         shape = (description["num_segments"], description["conditioned"])
         default = own_gamma(folder)

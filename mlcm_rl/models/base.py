@@ -70,6 +70,7 @@ class Base(ABC):
         self._ahead: dict[str, Conditioning] | None = None  # (L, D) and (P,) by prompt, once the text encoders are gone
         self._dropped: Conditioning | None = None  # what guidance moves away from, once they are
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_part)
+        self._refuse_distilled()
         self.geometry = geometry(layout_of(self.family), self.denoiser.config, pipeline.vae.config)
         self.autoencoder = self.autoencoder_class(pipeline.vae, self.geometry.downscale, teacher.path, device)
         self.resolution, self.latent_shape = self._sizes()
@@ -84,10 +85,29 @@ class Base(ABC):
 
     # ---- the family ----
 
+    @classmethod
+    def adapted_modules(cls, config: Mapping[str, Any]) -> Sequence[str]:
+        """Return the ends of the names of the modules that an adapter changes in a denoiser of this `config`."""
+        return cls.lora_targets
+
     @property
     def kohya_version(self) -> str | None:
         """Return kohya's `ss_base_model_version` for models of this shape; None where it has none."""
         return None
+
+    def _refuse_distilled(self) -> None:
+        """Raise ValueError for a value that only few-step models of this family have.
+
+        A local folder's is found when the recipe is read (`recipe.teacher_check`), a hub model's here.
+        """
+        for path, (value, original) in layout_of(self.family).distilled.items():
+            part, key = path.split(".")
+            config = (self.pipeline if part == "model_index" else getattr(self.pipeline, part)).config
+            if config.get(key) == value:
+                raise ValueError(
+                    f"teacher {self.teacher.path}: {path} is {value}, as of a model that is distilled to a few steps "
+                    f"already; name the model that it was made from, {original}"
+                )
 
     def _sizes(self) -> tuple[int, tuple[int, int, int]]:
         """Return the pixels per side and the latents' (C, H, W).
@@ -134,6 +154,11 @@ class Base(ABC):
     def stock_guidance(self) -> dict[str, float]:
         """Return the arguments with which a stock pipeline samples a student: one pass a step, without guidance."""
         return {"guidance_scale": 0.0}
+
+    @property
+    def loads_adapters(self) -> bool:
+        """Return whether the family's stock pipeline can load an adapter over the teacher."""
+        return hasattr(self.pipeline_class, "load_lora_weights")
 
     @property
     def stock_size(self) -> dict[str, int]:

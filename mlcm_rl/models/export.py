@@ -2,8 +2,9 @@
 
 The folder is a complete pipeline with the student's weights merged into the denoiser. It also has:
 
-- `pytorch_lora_weights.safetensors`: a LoRA student as an adapter, to load over its teacher with diffusers; a tuned one
-  is one adapter too. `kohya_lora_weights.safetensors` is the same adapter for ComfyUI and other tools;
+- `pytorch_lora_weights.safetensors`: a LoRA student as an adapter, to load over its teacher with diffusers, if its
+  pipeline loads adapters; a tuned one is one adapter too. `kohya_lora_weights.safetensors` is the same adapter for
+  ComfyUI and other tools;
 - `pipeline.py`: for a student conditioned on its target time, which no stock pipeline samples;
 - `steps-<N>/`: for stock pipelines at N steps, an adapter (in both files) or a denoiser each, and its scheduler. These
   are the snapshots of a training in phases, or a conditioned student with the target times of N steps merged in.
@@ -99,6 +100,8 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) ->
     pipeline.scheduler = base.stock_scheduler(gamma)
     if "requires_safety_checker" in pipeline.config:  # it is not loaded, so it is not exported
         pipeline.register_to_config(requires_safety_checker=False)
+    if "is_distilled" in pipeline.config:  # its pipeline guides no second time, whatever the scale
+        pipeline.register_to_config(is_distilled=True)
     pipeline.save_pretrained(folder)
     write_for_transformers_4(pipeline, folder)
     for config in folder.glob("text_encoder*/config.json"):
@@ -109,7 +112,7 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) ->
     if has_class:
         (folder / "pipeline.py").write_text(_pipeline_code(student, gamma, type(pipeline).__name__), encoding="utf-8")
         _edit(folder / "model_index.json", _class_name=["pipeline", "TargetTimePipeline"])
-    elif not student.conditioned and (lora := students.combined_lora(student)):
+    elif not student.conditioned and (lora := _adapter(base, student)):
         _write_adapter(base, lora, folder)
 
 
@@ -143,10 +146,18 @@ def _edit(file: Path, **settings: Any) -> None:
 def _write_snapshot(base: Base, student: Student, folder: Path) -> None:
     """Write a snapshot's adapter or denoiser, and its scheduler."""
     base.stock_scheduler(student.default_gamma).save_pretrained(folder / "scheduler")
-    if lora := students.combined_lora(student):
+    if lora := _adapter(base, student):
         _write_adapter(base, lora, folder)
     else:
         students.merged(student, base.dtype).save_pretrained(folder / base.denoiser_part)
+
+
+def _adapter(base: Base, student: Student) -> Adapter | None:
+    """Return the student as one adapter over its teacher.
+
+    None for a student trained in full, and where the stock pipeline loads no adapters.
+    """
+    return students.combined_lora(student) if base.loads_adapters else None
 
 
 def _write_adapter(base: Base, lora: Adapter, folder: Path) -> None:
@@ -164,7 +175,7 @@ def stock_steps(student: Student) -> list[int]:
 def _write_for_steps(base: Base, student: Student, num_steps: int, gamma: float, folder: Path) -> None:
     """Write a conditioned student for exactly N steps as a stock adapter or denoiser, which takes no target time."""
     base.stock_scheduler(gamma).save_pretrained(folder / "scheduler")
-    lora = students.combined_lora(student)
+    lora = _adapter(base, student)
     if lora and lora[0].r >= num_steps:
         up, down = target_time_update(base, student, num_steps, gamma)
         settings, tensors = lora

@@ -21,7 +21,8 @@ from ..storage.tensors import read_shapes
 from .published_teachers import shipped
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-SECOND_NAMES = ("encoder.embed_tokens.weight",)  # T5's other name of `shared.weight`: its files have one or both
+# Other names of the words' embedding, of T5 and of Qwen3 as a language model: files have one or both.
+SECOND_NAMES = ("encoder.embed_tokens.weight", "lm_head.weight")
 UNUSED_PARTS = ("safety_checker", "image_encoder", "feature_extractor")
 OTHER_PARTS = ("text_encoder", "tokenizer", "safety_checker", "image_encoder", "feature_extractor")
 
@@ -137,8 +138,8 @@ def shapes(folder: Path, variant: str | None = None) -> dict[str, list[int]]:
 
 
 def _current(key: str) -> str:
-    """Return the current name of a tensor, which older files have under another."""
-    key = key.removeprefix("text_model.")
+    """Return the name of a tensor without what differs between files: a tower's own prefixes, older layers' names."""
+    key = re.sub(r"^((text_)?model\.|language_model\.)+", "", key)
     for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
         key = re.sub(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.", key)
     return key

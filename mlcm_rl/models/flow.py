@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+from torch import Tensor
 
 from ..equations.schedule import Schedule, flow_schedule, flow_shift
 from .base import Base
@@ -18,7 +20,7 @@ class FlowBase(Base):
         """Return the shift of the time axis towards noise: fixed, or a function of the number of image tokens."""
         settings = self.pipeline.scheduler.config
         if not settings.use_dynamic_shifting:
-            return settings.shift
+            return settings.get("shift") or settings.flow_shift  # as diffusers' multistep solvers call it
         _, height, width = self.latent_shape
         tokens = height * width // self.geometry.multiple**2
         names = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
@@ -26,6 +28,14 @@ class FlowBase(Base):
 
     def _schedule(self) -> tuple[str, Schedule]:
         return "flow", flow_schedule(self.shift)
+
+    def divided_times(self, denoiser: torch.nn.Module, t: Tensor) -> Tensor:
+        """Return the times (B,) of t as pipelines give them to a denoiser that multiplies by T: rounded, then divided.
+
+        Half precision rounds them here as it does there.
+        """
+        dtype = next(denoiser.parameters()).dtype
+        return self.schedule.network_time[t].to(dtype) / self.schedule.num_times
 
     def schedule_record(self) -> dict[str, Any]:
         return {"num_train_timesteps": self.schedule.num_times, "shift": self.shift}

@@ -12,6 +12,10 @@ FOLDERS = {  # by the hub's name
     "stabilityai/stable-diffusion-xl-base-1.0": "stable-diffusion-xl-base-1.0",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "stable-diffusion-v1-5",
     "Kwai-Kolors/Kolors-diffusers": "kolors",
+    "black-forest-labs/FLUX.1-dev": "flux.1-dev",
+    "black-forest-labs/FLUX.2-klein-base-4B": "flux.2-klein-base-4b",
+    "Tongyi-MAI/Z-Image": "z-image",
+    "Qwen/Qwen-Image": "qwen-image",
 }
 
 

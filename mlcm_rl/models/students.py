@@ -80,7 +80,7 @@ def student(
     denoiser = _denoiser(base, base.denoiser, condition_on_target, shared=isinstance(adapter, Lora))
     if isinstance(adapter, Full):
         return denoiser.requires_grad_(True)
-    settings = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(base.lora_targets))
+    settings = _new_settings(base, adapter)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return _with_lora(denoiser, settings)
@@ -98,7 +98,7 @@ def for_preference(base: Base, adapter: Lora, seed: int, start: Path) -> ModelMi
 
 def with_preference(base: Base, denoiser: ModelMixin, adapter: Lora, seed: int) -> ModelMixin:
     """Add a new trainable `preference` adapter from `seed` to a distilled student's frozen `denoiser`; return it."""
-    settings = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(base.lora_targets))
+    settings = _new_settings(base, adapter)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return _add_preference(denoiser, settings)
@@ -118,6 +118,24 @@ def as_reference(denoiser: ModelMixin) -> Iterator[ModelMixin]:
 def trainable_parameters(denoiser: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that require gradients, in the module's order."""
     return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+
+
+def expected_of(base: Base) -> dict[str, Any]:
+    """Return what a student of `base` must say of itself.
+
+    Where the guidance scale is an input of the denoiser, that scale is among it: the student learned no other.
+    """
+    record: dict[str, Any] = {"family": base.family, "prediction_type": base.prediction_type}
+    if layout_of(base.family).embeds_guidance:
+        record["guidance_scale"] = base.teacher.guidance_scale
+    return record
+
+
+def refuse_other(folder: Path, description: dict[str, Any], base: Base) -> None:
+    """Raise ValueError if the student in `folder` is not one of `base`, by its `description`."""
+    for name, expected in expected_of(base).items():
+        if (actual := description.get(name)) != expected:
+            raise ValueError(f"{folder}: the student's {name} is {actual}, the teacher's {expected}")
 
 
 def save_student(denoiser: ModelMixin, folder: Path | str, description: dict[str, Any]) -> None:
@@ -166,14 +184,11 @@ def load_student(base: Base, folder: Path | str) -> Student:
     """Load the student in `folder`, over the weights of `base` if it is an adapter, bit for bit as it was saved.
 
     Its parameters require gradients as in training: torch multiplies by frozen matrices in another order, which would
-    change the last bits. Raise FileNotFoundError if there is none, ValueError for one of another family or prediction
-    type.
+    change the last bits. Raise FileNotFoundError if there is none, ValueError for another teacher's (`expected_of`).
     """
     folder = Path(folder)
     description = describe(folder)
-    for name, expected in (("family", base.family), ("prediction_type", base.prediction_type)):
-        if description[name] != expected:
-            raise ValueError(f"{folder}: the student's {name} is {description[name]}, the teacher's {expected}")
+    refuse_other(folder, description, base)
     denoiser = _load_denoiser(base, folder, description)
     tuned, budgets = "preference" in description, tuple(sorted(set(description["budgets"])))
     return Student(denoiser, description["num_segments"], description["conditioned"], folder, tuned, budgets)
@@ -408,6 +423,11 @@ def _fill_lora(denoiser: ModelMixin, name: str, tensors: dict[str, Tensor], sour
         )
     set_peft_model_state_dict(denoiser, tensors, adapter_name=name)
     return denoiser
+
+
+def _new_settings(base: Base, adapter: Lora) -> LoraConfig:
+    modules = list(base.adapted_modules(base.denoiser.config))
+    return LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=modules)
 
 
 def _lora_settings(denoiser: ModelMixin, name: str = DISTILLED) -> LoraConfig | None:

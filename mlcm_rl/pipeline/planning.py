@@ -127,6 +127,7 @@ class Sizes:
         self.pixels = (side * latents.downscale) ** 2
         shapes = self.family.conditioning_shapes(denoiser, num_tokens(self.folder))
         self.context = prod(shapes["context"])
+        self.adapted = self.family.adapted_modules(denoiser)
 
     def weights(self, part: str) -> int:
         """Return the number of weights of a `part` of the teacher's pipeline."""
@@ -143,7 +144,7 @@ class Sizes:
             return self.denoiser_weights
         rank, total = adapter.rank, 0
         for name, shape in self.parts[self.family.denoiser_part].items():
-            if len(shape) > 1 and is_lora_target(name, self.family.lora_targets):
+            if len(shape) > 1 and is_lora_target(name, self.adapted):
                 total += rank * (prod(shape[1:]) + shape[0])
         return total
 
@@ -199,4 +200,5 @@ class Sizes:
 
 def is_lora_target(name: str, targets: Sequence[str]) -> bool:
     """Return whether the weight `name` of a denoiser belongs to a module among the `targets` of an adapter."""
-    return any(name.removesuffix(".weight").endswith(f".{target}") for target in targets)
+    module = f".{name.removesuffix('.weight')}"
+    return any(module.endswith(f".{target}") for target in targets)

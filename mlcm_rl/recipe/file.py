@@ -27,6 +27,7 @@ from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
 from .reads import reads_of
 from .schema import json_schema
+from .stage import Training
 from .teacher_stages import Trajectories
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
 from .types import TRAINED, Lora, Reward, Teacher
@@ -90,6 +91,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
         *_store_problems(recipe),
         *_tuning_problems(recipe),
         *_precision_problems(recipe),
+        *_checkpointing_problems(recipe),
         *_resume_problems(recipe),
     ]
 
@@ -305,6 +307,17 @@ def _precision_problems(recipe: Recipe) -> Iterator[Problem]:
         if isinstance(stage, Distill | Tuning) and isinstance(adapter, Lora) and stage.precision == "no":
             message = "no would train in the float16 of teacher.dtype, where small gradients are lost: write bf16, or "
             yield Problem(("stages", i, "precision"), message + "teacher.dtype: float32")
+
+
+def _checkpointing_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield a problem for each stage that would train a denoiser with checkpoints that its class does not have."""
+    with suppress(ValueError):  # of a family's entry point, which `_teacher_problems` reports
+        layout = layout_of(recipe.teacher.family)
+        for i, stage in enumerate(recipe.stages):
+            if isinstance(stage, Training) and stage.gradient_checkpointing and not layout.has_checkpointing:
+                message = f"true needs a denoiser that can compute its blocks again, and {layout.denoiser_class} cannot"
+                key = ("stages", i, "gradient_checkpointing")
+                yield Problem(key, f"{message}: write false, and smaller micro-batches (gradient_accumulation)")
 
 
 def _resume_problems(recipe: Recipe) -> Iterator[Problem]:

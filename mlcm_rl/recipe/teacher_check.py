@@ -6,20 +6,23 @@ other, that there are only files and folders, and that weights exist in a form t
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from ..storage.untrusted import brief, parse_json, read_bytes, regular
-from .families import Layout, layout_of
+from .families import Layout, geometry, layout_of
 from .teacher_types import (
     Autoencoder,
     ChatGLM,
     Configuration,
     Denoiser,
     FlowScheduler,
+    HunyuanDenoiser,
     Index,
+    PixArtDenoiser,
     Scheduler,
     TextEncoder,
     Tokenizer,
@@ -31,6 +34,8 @@ MAX_BYTES_OF_WORDS = 2**26  # of a tokenizer's file
 WORDS = ("vocab.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")  # of a tokenizer, all objects
 CONFIGURATIONS: dict[str, type[Configuration]] = {  # by class; the file of another class may be any JSON object
     "UNet2DConditionModel": Denoiser,
+    "HunyuanDiT2DModel": HunyuanDenoiser,
+    "PixArtTransformer2DModel": PixArtDenoiser,
     "AutoencoderKL": Autoencoder,
     "CLIPTextModel": TextEncoder,
     "CLIPTextModelWithProjection": TextEncoder,
@@ -80,12 +85,16 @@ def problems(folder: Path, family: str, variant: str | None = None) -> list[str]
     faults += [
         f"model_index.json: {name}: expected {layout.classes[name]}, found {' '.join(map(str, kind)) or 'no class'}"
         for name, kind in kinds.items()
-        if kind != [layout.classes[name]]
+        if kind != [layout.classes[name]] and kind != [layout.older_classes.get(name)]
     ]
     if faults:
         return faults
     networks = [part for part in parts if part in layout.classes]
-    faults = [*_irregular(folder, parts), *_of_parts(folder, family, parts), *_of_weights(folder, networks, variant)]
+    faults = [
+        *_irregular(folder, parts),
+        *_of_parts(folder, family, parts, index),
+        *_of_weights(folder, networks, variant),
+    ]
     return faults or list(_of_tokenizers(folder, layout, parts))
 
 
@@ -154,7 +163,7 @@ def _irregular(folder: Path, parts: list[str]) -> Iterator[str]:
                 yield str(error).replace(str(path), _display_name(path))
 
 
-def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
+def _of_parts(folder: Path, family: str, parts: list[str], index: Index) -> list[str]:
     """Return a line for each wrong value in the configurations, and for each two that do not fit each other."""
     layout, configurations, faults = layout_of(family), dict[str, Configuration](), list[str]()
     for part in parts:
@@ -164,12 +173,15 @@ def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
         except TeacherFileError as error:
             faults += str(error).splitlines()
     if not faults:
-        faults += _distilled(layout, configurations)
+        faults += _distilled(layout, {"model_index": index, **configurations})
         faults += _of_other_times(layout, configurations["scheduler"])
-    unet, vae = configurations.get("unet"), configurations.get("vae")
-    if faults or not (isinstance(unet, Denoiser) and isinstance(vae, Autoencoder)):
-        return faults  # other denoisers are built on meta before their weights are read, which finds the rest
-    return list(_misfits(layout, unet, vae, configurations))
+    denoiser, vae = configurations.get(layout.denoiser), configurations.get("vae")
+    if faults or denoiser is None or vae is None:
+        return faults
+    if isinstance(denoiser, Denoiser) and isinstance(vae, Autoencoder):
+        return list(_misfits(layout, denoiser, vae, configurations))
+    # these denoisers are built on meta before their weights are read, which finds the rest
+    return list(_other_channels(layout, denoiser.model_dump(), vae.model_dump()))
 
 
 def _distilled(layout: Layout, configurations: dict[str, Configuration]) -> Iterator[str]:
@@ -177,9 +189,10 @@ def _distilled(layout: Layout, configurations: dict[str, Configuration]) -> Iter
     for path, (value, original) in layout.distilled.items():
         part, key = path.split(".")
         if configurations[part].model_dump().get(key) == value:
+            file = "model_index.json" if part == "model_index" else f"{part}/{_file_of(part, layout)[0]}"
             yield (
-                f"{part}/{_file_of(part, layout)[0]}: {key}: {json.dumps(value)} is of a model that is distilled to a "
-                f"few steps already; name the model that it was made from, {original}"
+                f"{file}: {key}: {json.dumps(value)} is of a model that is distilled to a few steps already; name the "
+                f"model that it was made from, {original}"
             )
 
 
@@ -188,6 +201,18 @@ def _of_other_times(layout: Layout, scheduler: Configuration) -> Iterator[str]:
     if isinstance(scheduler, Scheduler) and (num_times := scheduler.num_train_timesteps) != layout.num_times:
         message = f"expected {layout.num_times}, found {num_times}"
         yield f"scheduler/scheduler_config.json: num_train_timesteps: {message}"
+
+
+def _other_channels(layout: Layout, denoiser: dict[str, Any], vae: dict[str, Any]) -> Iterator[str]:
+    """Yield a line if a transformer takes other latents than the autoencoder has, where both say how many."""
+    latents = vae.get("latent_channels") or vae.get("z_dim")
+    with suppress(LookupError, TypeError):
+        channels = geometry(layout, denoiser, vae).channels
+        if latents is not None and channels != latents * layout.patchifies**2:
+            yield (
+                f"{layout.denoiser}/config.json: in_channels: the denoiser takes latents of {channels} channels and "
+                f"the autoencoder has {latents}; only plain text-to-image teachers can be distilled"
+            )
 
 
 def _file_of(part: str, layout: Layout) -> tuple[str, type[Configuration]]:

@@ -18,6 +18,7 @@ Scale = Annotated[float, Field(gt=0, le=1_000)]
 Flag = Annotated[int, Field(ge=0, le=1)]
 Kernel = Annotated[int, Field(ge=1, le=7)]
 Beta = Annotated[float, Field(gt=0, lt=1)]
+Infinite = Annotated[float, Field(allow_inf_nan=True)]  # -Infinity in files of diffusers' multistep solvers
 Activation = Literal["silu", "swish", "mish", "gelu", "relu"]
 Token = str | dict[str, JsonValue] | None
 MIN_SIGNAL = 1e-8  # of alpha^2 at the last time: below, x0 is a quotient of rounding errors
@@ -145,6 +146,39 @@ class Denoiser(_Blocks):
         for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
             if self.addition_embed_type is not None and getattr(self, key) is None:
                 raise ValueError(f"{key} is missing, which addition_embed_type {self.addition_embed_type} needs")
+        return self
+
+
+class HunyuanDenoiser(Configuration):
+    """transformer/config.json: a HunyuanDiT2DModel that predicts a variance beside v, as the stock pipeline expects."""
+
+    learn_sigma: Literal[True] = True
+    use_style_cond_and_image_meta_size: bool = True
+
+    @model_validator(mode="after")
+    def _takes_no_sizes(self):
+        if self.use_style_cond_and_image_meta_size:
+            raise ValueError(
+                "use_style_cond_and_image_meta_size: true is of Hunyuan-DiT before 1.2, which is given a style and "
+                "sizes; name Hunyuan-DiT 1.2 or a model made from it"
+            )
+        return self
+
+
+class PixArtDenoiser(Configuration):
+    """transformer/config.json: a PixArtTransformer2DModel, under that name or the older Transformer2DModel."""
+
+    sample_size: Annotated[int, Field(gt=0, le=4_096)] = 128
+    norm_type: Literal["ada_norm_single"] = "ada_norm_single"
+    use_additional_conditions: bool | None = None
+
+    @model_validator(mode="after")
+    def _takes_no_sizes(self):
+        if self.use_additional_conditions or (self.use_additional_conditions is None and self.sample_size == 128):
+            raise ValueError(
+                "use_additional_conditions: true, or absent at sample_size 128, is of PixArt-alpha, which is given "
+                "sizes; name PixArt-Sigma or a model made from it"
+            )
         return self
 
 
@@ -312,6 +346,7 @@ class Scheduler(Configuration):
     use_karras_sigmas: bool | None = False
     use_exponential_sigmas: bool | None = False
     use_beta_sigmas: bool | None = False
+    lambda_min_clipped: Infinite = -math.inf
 
     @model_validator(mode="after")
     def _preserves_variance(self):
@@ -350,11 +385,14 @@ class Scheduler(Configuration):
 class FlowScheduler(Configuration):
     """scheduler/scheduler_config.json: a rectified flow of a thousand times with one shift."""
 
-    class_name: Literal["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"] = Field(
-        alias="_class_name"
-    )
+    class_name: Literal[
+        "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "DPMSolverMultistepScheduler"
+    ] = Field(alias="_class_name")
     num_train_timesteps: Literal[1000] = 1000
     shift: Annotated[float, Field(gt=0, le=1_000)] = 1.0
+    flow_shift: Annotated[float, Field(gt=0, le=1_000)] = 1.0  # of DPMSolverMultistepScheduler, with the two below
+    use_flow_sigmas: bool = False
+    prediction_type: str = "epsilon"
     use_dynamic_shifting: bool = False
     base_shift: float | None = 0.5
     max_shift: float | None = 1.15
@@ -365,6 +403,17 @@ class FlowScheduler(Configuration):
     use_karras_sigmas: Literal[False] | None = False
     use_exponential_sigmas: Literal[False] | None = False
     use_beta_sigmas: Literal[False] | None = False
+    lambda_min_clipped: Infinite = -math.inf
+
+    @model_validator(mode="after")
+    def _is_a_flow(self):
+        is_solver = self.class_name.startswith("DPMSolver")
+        for key, expected in (("use_flow_sigmas", True), ("prediction_type", "flow_prediction")):
+            if is_solver and getattr(self, key) != expected:
+                raise ValueError(f"{key}: expected {expected}, as a rectified flow has, found {getattr(self, key)}")
+        if is_solver and self.use_dynamic_shifting:
+            raise ValueError("use_dynamic_shifting: expected False in a DPMSolverMultistepScheduler, found True")
+        return self
 
 
 class Index(Configuration):

@@ -1,6 +1,5 @@
 """Every family beyond Stable Diffusion: beside its stock pipeline, through every stage, exported to stock diffusers."""
 
-import itertools
 import json
 import re
 import subprocess
@@ -130,13 +129,12 @@ def test_a_student_starts_as_its_teacher_and_is_loaded_as_it_was_saved(case, bas
 
 def test_the_adapters_modules_are_there(base):
     modules = [name for name, _ in base.denoiser.named_modules()]
-    for target in base.lora_targets:
-        assert any(name.endswith(f".{target}") for name in modules), target
+    for target in base.adapted_modules(base.denoiser.config):
+        assert any(f".{name}".endswith(f".{target}") for name in modules), target
 
 
 def save(base: Base, denoiser: torch.nn.Module, place: Path) -> None:
-    description = {"num_segments": 1, "family": base.family, "prediction_type": base.prediction_type}
-    students.save_student(denoiser, place, description)
+    students.save_student(denoiser, place, {"num_segments": 1, **students.expected_of(base)})
 
 
 # ---- every stage ----
@@ -187,22 +185,14 @@ def exported(base: Base, place: Path, adapter: Lora | Full, condition: bool, gam
 
 
 def sampled(base: Base, case: Case, place: Path, num_steps: int, gamma: float, generators=None) -> torch.Tensor:
-    student = students.load_student(base, place / "student")
-    inputs = (base, student.denoiser, conditioning_of(base, case), noise_of(base, case), sampling_times(num_steps))
-    with torch.no_grad():
-        x0 = sampler.sample(*inputs, gamma, generators, student.conditioned)
-        ends_at_index_0 = isinstance(base.stock_scheduler(gamma), TCDScheduler)
-        return at_index_0(*inputs, student.conditioned, x0) if ends_at_index_0 else x0
-
-
-def at_index_0(base: Base, denoiser, conditioning, x_t, times: list[int], condition: bool, end) -> torch.Tensor:
-    """Return where TCD's scheduler ends: DDIM from the last time to index 0, not the x0 of the sampler, `end`."""
-    for t, s in itertools.pairwise([*times, 0]):
-        t, s = torch.full((len(x_t),), t), torch.full((len(x_t),), s)
-        x0 = base.x0(denoiser, x_t, t, conditioning, s if condition else None)
-        x_t = ddim_step(x_t, x0, t, s, base.schedule)
-    assert torch.equal(x0, end)
-    return x_t
+    """Return the last x0, or what TCD's scheduler makes of it, which ends at index 0."""
+    student, times = students.load_student(base, place / "student"), sampling_times(num_steps)
+    inputs = (base, student.denoiser, conditioning_of(base, case), noise_of(base, case), times)
+    states, x0 = sampler.rollout(*inputs, gamma, generators, student.conditioned)
+    if not isinstance(base.stock_scheduler(gamma), TCDScheduler):
+        return x0
+    t, end = torch.tensor([times[-1]]), torch.tensor([0])
+    return ddim_step(states[-1], x0, t, end, base.schedule)
 
 
 def stock_sampled(base: Base, case: Case, stock: DiffusionPipeline, num_steps: int) -> torch.Tensor:
