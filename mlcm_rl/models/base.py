@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from ..equations.prediction import x0_from_prediction
@@ -155,6 +156,11 @@ class Base(ABC):
         return {"guidance_scale": 0.0}
 
     @property
+    def loads_adapters(self) -> bool:
+        """Return whether the family's stock pipeline can load an adapter over the teacher."""
+        return hasattr(self.pipeline_class, "load_lora_weights")
+
+    @property
     def stock_size(self) -> dict[str, int]:
         """Return the arguments for this resolution; none where the denoiser's configuration has it."""
         if "sample_size" in self.denoiser.config:
@@ -179,6 +185,10 @@ class Base(ABC):
     @abstractmethod
     def time_sinusoids(self, denoiser: ModelMixin, t: Tensor) -> Tensor:
         """Return the sinusoids (B, D) of the times t (B,) that `denoiser` passes to its `time_layer`."""
+
+    def target_time_sinusoids(self, s: Tensor) -> Tensor:
+        """Return the sinusoids (B, TARGET_TIME_WIDTH) of the target times s (B,), which a student projects."""
+        return get_timestep_embedding(s, TARGET_TIME_WIDTH)
 
     def empty_conditioning(self, count: int, num_tokens: int) -> Conditioning:
         """Return an uninitialised `Conditioning` of `count` prompts of `num_tokens` tokens, on this device."""

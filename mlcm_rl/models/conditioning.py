@@ -55,6 +55,12 @@ def concatenated(parts: Sequence[Conditioning]) -> Conditioning:
     return {name: torch.cat(values) for name, values in columns.items()}
 
 
+def mask_of(conditioning: Conditioning) -> Tensor:
+    """Return which tokens (B, L) of a context are the prompts' own, as booleans."""
+    context = conditioning[CONTEXT]
+    return torch.arange(context.shape[1], device=context.device) < conditioning[LENGTHS][:, None]
+
+
 def _padded(context: Tensor, length: int) -> Tensor:
     """Return `context` (B, L, D) with zeros up to `length` tokens."""
     return torch.nn.functional.pad(context, (0, 0, 0, length - context.shape[1]))

@@ -138,8 +138,8 @@ def shapes(folder: Path, variant: str | None = None) -> dict[str, list[int]]:
 
 
 def _current(key: str) -> str:
-    """Return the current name of a tensor, which older files have under another."""
-    key = key.removeprefix("text_model.")
+    """Return the name of a tensor without what differs between files: a tower's own prefixes, older layers' names."""
+    key = re.sub(r"^((text_)?model\.|language_model\.)+", "", key)
     for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
         key = re.sub(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.", key)
     return key
@@ -281,7 +281,9 @@ def shapes_from_configuration(teacher: Teacher, parts: Sequence[str]) -> dict[st
                 part = _empty(folder / name, kind)
             else:
                 text_encoder = getattr(_module(library), kind)
-                part = text_encoder(text_encoder.config_class.from_pretrained(folder / name, local_files_only=True))
+                where = {"device": "meta"} if "device" in signature(text_encoder).parameters else {}
+                settings = text_encoder.config_class.from_pretrained(folder / name, local_files_only=True)
+                part = text_encoder(settings, **where)  # of its own; ChatGLM's does not see torch's default device
         weights = part.state_dict().items()
         shapes[name] = {key: list(value.shape) for key, value in weights if key not in SECOND_NAMES}
     return shapes

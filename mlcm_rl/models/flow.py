@@ -20,7 +20,7 @@ class FlowBase(Base):
         """Return the shift of the time axis towards noise: fixed, or a function of the number of image tokens."""
         settings = self.pipeline.scheduler.config
         if not settings.use_dynamic_shifting:
-            return settings.shift
+            return settings.get("shift") or settings.flow_shift  # as diffusers' multistep solvers call it
         _, height, width = self.latent_shape
         tokens = height * width // self.geometry.multiple**2
         names = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,16 @@ NOTES_ON_CLASS = """\
   should be provided"), and the `AutoPipeline` classes do not know it: for all of these use the folders steps-N."""
 NOTES_ON_FLOW = """\
 - Pass `sigmas`, as the code does: given `num_inference_steps` alone the scheduler goes through other times.
-{guidance}
 - On a GPU: `.to("cuda")`, and `torch_dtype=torch.bfloat16` in `from_pretrained` for half precision."""
 GUIDED_TWICE = """\
 - Say `{guidance}`: diffusers' default guides a second time, which takes twice as long and draws another
   picture."""
 GIVEN_GUIDANCE = """\
 - Say `{guidance}`: the scale is an input of the denoiser, and the student learned no other."""
+NOTE_ON_SIZE = """\
+- Pass `{size}`, as the code does: the student learned pictures of this size."""
+NOTE_ON_MERGED = """\
+- The student was trained as an adapter, which is merged into the weights here: `{pipeline}` loads no adapters."""
 NOTES = """\
 - Take the scheduler of this folder. `{scheduler}.from_config` of the teacher's goes through other times (LCM's own 4
   are 999, 759, 499, 259), and the picture is another one.
@@ -92,7 +96,8 @@ def card(
         sections.append("Or the adapter alone, over its teacher:\n\n" + _part_usage(base, student, name, folder, gamma))
     if step_folders := sorted(folder.glob("steps-*"), key=_num_steps):
         sections.append(_steps_usage(base, student, name, step_folders, gamma))
-    if tuple(getattr(base.denoiser.config, "block_out_channels", ())) in PUBLISHED_WIDTHS:
+    widths = tuple(getattr(base.denoiser.config, "block_out_channels", ()))
+    if base.kohya_version is not None and widths in PUBLISHED_WIDTHS:
         sections.append("## ComfyUI and other tools\n\n" + _other_tools(student, folder, step_folders, gamma))
     sections.append("## Grids\n\n" + _grids(base, student))
     if table:
@@ -274,13 +279,23 @@ def _scheduler(folder: Path) -> str:
 
 def _notes(base: Base, student: Student, folder: Path) -> str:
     """Return the pitfalls and their remedies as a list."""
-    if not base.has_target_time_pipeline:
-        note = GIVEN_GUIDANCE if layout_of(base.family).embeds_guidance else GUIDED_TWICE
-        return NOTES_ON_FLOW.format(guidance=note.format(guidance=_arguments(base.stock_guidance)))
-    notes = [NOTES_ON_CLASS if student.conditioned else NOTES_ON_STOCK, NOTES]
+    notes = [NOTES_ON_FLOW, GIVEN_GUIDANCE if layout_of(base.family).embeds_guidance else GUIDED_TWICE]
+    if not layout_of(base.family).is_flow:
+        has_class = student.conditioned and base.has_target_time_pipeline
+        notes = [NOTES_ON_CLASS if has_class else NOTES_ON_STOCK, NOTES]
+    if base.stock_size:
+        notes.append(NOTE_ON_SIZE)
+    if not base.loads_adapters and (student.folder / LORA_FILE).is_file():
+        notes.append(NOTE_ON_MERGED)
     if base.pipeline.config.get("requires_safety_checker"):
         notes.append("- The teacher's safety checker is not in this folder: pictures are not filtered.")
-    return "\n".join(notes).format(scheduler=_scheduler(folder), steps=example_steps(student))
+    return "\n".join(notes).format(
+        scheduler=_scheduler(folder),
+        steps=example_steps(student),
+        guidance=_arguments(base.stock_guidance),
+        size=_arguments(base.stock_size),
+        pipeline=base.pipeline_class.__name__,
+    )
 
 
 # ---- other tools ----
@@ -317,6 +332,8 @@ def _grids(base: Base, student: Student) -> str:
     visits = "`num_inference_steps=N` visits the default grid; for another, pass its `timesteps` instead. "
     if key == "sigmas":
         visits = "Every grid is passed as `sigmas`, before the shift, which the scheduler adds. "
+    elif key not in signature(base.pipeline_class.__call__).parameters:
+        visits = "`num_inference_steps=N` visits the default grid; the others are for `mlcm sample` alone. "
     rows = [
         f"{visits}A student of several segments is at its best on a grid that holds all their boundaries, where N "
         "allows it: its own.\n",
@@ -329,7 +346,8 @@ def _grids(base: Base, student: Student) -> str:
             paper_times(num_steps),
             sampling_times(num_steps, student.sampling_segments),
         ]
-        default, *_ = cells = [base.stock_call(times).get("sigmas", times) for times in grids]
+        network_time = base.schedule.network_time
+        default, *_ = cells = [base.stock_call(times).get("sigmas", network_time[times].tolist()) for times in grids]
         texts = [str(cell) if cell != default or i == 0 else "as default" for i, cell in enumerate(cells)]
         rows.append(f"| {num_steps} | {' | '.join(texts)} |")
     return "\n".join(rows)

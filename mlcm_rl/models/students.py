@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -262,8 +262,7 @@ def merged(student: Student, dtype: torch.dtype) -> ModelMixin:
     """
     denoiser = copy.deepcopy(student.denoiser)
     if adapters := list(denoiser.__dict__.get("peft_config", {})):
-        denoiser.fuse_lora(adapter_names=adapters)
-        denoiser.unload_lora()
+        _merge(denoiser, adapters)
     nn.Module.to(denoiser, dtype)  # diffusers' own `to` warns of float32 modules that a UNet does not have
     finite.refuse_weights(denoiser.state_dict(), "the student folded into the teacher")
     return denoiser
@@ -370,7 +369,7 @@ def _without_target_time(denoiser: nn.Module) -> Iterator[None]:
 
 def _with_lora(denoiser: ModelMixin, settings: LoraConfig) -> ModelMixin:
     """Add a new float32 adapter to `denoiser`, and make it and the target time's projection trainable."""
-    denoiser.add_adapter(settings, adapter_name=DISTILLED)
+    inject_adapter_in_model(settings, denoiser, DISTILLED)
     for projection in target_time_of(denoiser).values():
         projection.requires_grad_(True)
     cast_training_params(denoiser, torch.float32)
@@ -380,7 +379,7 @@ def _with_lora(denoiser: ModelMixin, settings: LoraConfig) -> ModelMixin:
 def _add_preference(denoiser: ModelMixin, settings: LoraConfig) -> ModelMixin:
     """Add a new float32 `preference` adapter to `denoiser`, and make it alone trainable."""
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # PEFT warns of a second adapter
-        denoiser.add_adapter(settings, adapter_name=PREFERENCE)
+        inject_adapter_in_model(settings, denoiser, PREFERENCE)
     _activate(_adapted(denoiser), list(denoiser.peft_config))
     for name, parameter in denoiser.named_parameters():
         parameter.requires_grad_(f".{PREFERENCE}." in name)
@@ -391,6 +390,15 @@ def _add_preference(denoiser: ModelMixin, settings: LoraConfig) -> ModelMixin:
 def _adapted(denoiser: ModelMixin) -> list[BaseTunerLayer]:
     """Return the layers of `denoiser` that have adapters."""
     return [layer for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def _merge(denoiser: ModelMixin, names: list[str]) -> None:
+    """Add the adapters `names` to the weights of `denoiser`, in place, and take all adapters out of it."""
+    for name, layer in list(denoiser.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge(adapter_names=names)
+            denoiser.set_submodule(name, layer.get_base_layer())
+    del denoiser.peft_config
 
 
 def _activate(layers: list[BaseTunerLayer], names: list[str]) -> None:

@@ -117,7 +117,7 @@ def load(stage: Tuning, base: Base, start: Path, seed: int) -> TunableStudent:
     base.forget_denoiser()  # the reference is the student
     if stage.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-        base.autoencoder.vae.enable_gradient_checkpointing()
+        base.autoencoder.checkpoint_blocks()
     if stage.autoencoder_tiles:
         base.autoencoder.use_tiles(stage.autoencoder_tiles)
     small = small_decoder(stage, base)

@@ -6,22 +6,27 @@ other, that there are only files and folders, and that weights exist in a form t
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from ..storage.untrusted import brief, parse_json, read_bytes, regular
-from .families import Layout, layout_of
+from .families import Layout, geometry, layout_of
 from .teacher_types import (
     Autoencoder,
+    ChatGLM,
     Configuration,
     Denoiser,
     FlowScheduler,
+    HunyuanDenoiser,
     Index,
+    PixArtDenoiser,
     Scheduler,
     TextEncoder,
     Tokenizer,
+    TokenizerOfPipeline,
 )
 
 MAX_BYTES = 2**22  # of a configuration: far above any real one
@@ -29,9 +34,12 @@ MAX_BYTES_OF_WORDS = 2**26  # of a tokenizer's file
 WORDS = ("vocab.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")  # of a tokenizer, all objects
 CONFIGURATIONS: dict[str, type[Configuration]] = {  # by class; the file of another class may be any JSON object
     "UNet2DConditionModel": Denoiser,
+    "HunyuanDiT2DModel": HunyuanDenoiser,
+    "PixArtTransformer2DModel": PixArtDenoiser,
     "AutoencoderKL": Autoencoder,
     "CLIPTextModel": TextEncoder,
     "CLIPTextModelWithProjection": TextEncoder,
+    "ChatGLMModel": ChatGLM,
 }
 SINGLE_WORD_FILES = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt"}  # each a vocabulary alone
 OF_STUDENTS = ("LCMScheduler", "TCDScheduler")  # schedulers that only few-step models are published with
@@ -77,7 +85,7 @@ def problems(folder: Path, family: str, variant: str | None = None) -> list[str]
     faults += [
         f"model_index.json: {name}: expected {layout.classes[name]}, found {' '.join(map(str, kind)) or 'no class'}"
         for name, kind in kinds.items()
-        if kind != [layout.classes[name]]
+        if kind != [layout.classes[name]] and kind != [layout.older_classes.get(name)]
     ]
     if faults:
         return faults
@@ -166,25 +174,14 @@ def _of_parts(folder: Path, family: str, parts: list[str], index: Index) -> list
             faults += str(error).splitlines()
     if not faults:
         faults += _distilled(layout, {"model_index": index, **configurations})
+        faults += _of_other_times(layout, configurations["scheduler"])
     denoiser, vae = configurations.get(layout.denoiser), configurations.get("vae")
     if faults or denoiser is None or vae is None:
         return faults
     if isinstance(denoiser, Denoiser) and isinstance(vae, Autoencoder):
         return list(_misfits(layout, denoiser, vae, configurations))
-    # other denoisers are built on meta before their weights are read, which finds the rest
+    # these denoisers are built on meta before their weights are read, which finds the rest
     return list(_other_channels(layout, denoiser.model_dump(), vae.model_dump()))
-
-
-def _other_channels(layout: Layout, denoiser: dict[str, Any], vae: dict[str, Any]) -> Iterator[str]:
-    """Yield a line if the denoiser takes more than the autoencoder's latents, as inpainting models do."""
-    actual, latents = denoiser.get("in_channels"), vae.get("latent_channels", vae.get("z_dim"))
-    if isinstance(actual, int) and isinstance(latents, int):
-        expected = latents * (layout.packs * layout.patchifies) ** 2
-        if actual != expected:
-            yield (
-                f"{layout.denoiser}/config.json: in_channels: expected {expected}, as the autoencoder has {latents}, "
-                f"found {actual}; only plain text-to-image teachers can be distilled"
-            )
 
 
 def _distilled(layout: Layout, configurations: dict[str, Configuration]) -> Iterator[str]:
@@ -199,12 +196,31 @@ def _distilled(layout: Layout, configurations: dict[str, Configuration]) -> Iter
             )
 
 
+def _of_other_times(layout: Layout, scheduler: Configuration) -> Iterator[str]:
+    """Yield a line for a schedule of another number of times than this family's."""
+    if isinstance(scheduler, Scheduler) and (num_times := scheduler.num_train_timesteps) != layout.num_times:
+        message = f"expected {layout.num_times}, found {num_times}"
+        yield f"scheduler/scheduler_config.json: num_train_timesteps: {message}"
+
+
+def _other_channels(layout: Layout, denoiser: dict[str, Any], vae: dict[str, Any]) -> Iterator[str]:
+    """Yield a line if a transformer takes other latents than the autoencoder has, where both say how many."""
+    latents = vae.get("latent_channels") or vae.get("z_dim")
+    with suppress(LookupError, TypeError):
+        channels = geometry(layout, denoiser, vae).channels
+        if latents is not None and channels != latents * layout.patchifies**2:
+            yield (
+                f"{layout.denoiser}/config.json: in_channels: the denoiser takes latents of {channels} channels and "
+                f"the autoencoder has {latents}; only plain text-to-image teachers can be distilled"
+            )
+
+
 def _file_of(part: str, layout: Layout) -> tuple[str, type[Configuration]]:
     """Return the name of a component's configuration file, and its type."""
     if part == "scheduler":
         return "scheduler_config.json", FlowScheduler if layout.is_flow else Scheduler
     if part.startswith("tokenizer"):
-        return "tokenizer_config.json", Tokenizer
+        return "tokenizer_config.json", TokenizerOfPipeline if layout.own_library else Tokenizer
     return "config.json", CONFIGURATIONS.get(layout.classes[part], Configuration)
 
 
@@ -217,20 +233,19 @@ def _misfits(
             f"unet/config.json: in_channels: the denoiser maps {unet.in_channels} channels to {unet.out_channels} and "
             f"the autoencoder has {vae.latent_channels}; only plain text-to-image teachers can be distilled"
         )
-    towers = {name: one for name, one in configurations.items() if isinstance(one, TextEncoder)}
+    towers = {name: one for name, one in configurations.items() if isinstance(one, TextEncoder | ChatGLM)}
     width = sum(one.hidden_size for one in towers.values())
-    if unet.cross_attention_dim != width:
-        names = " and ".join(sorted(towers))
-        actual_width = unet.cross_attention_dim
-        yield f"unet/config.json: cross_attention_dim: expected {width}, the width of {names}, found {actual_width}"
-    for name, one in configurations.items():
+    if unet.context_width != width:
+        names, key = " and ".join(sorted(towers)), "encoder_hid_dim" if unet.encoder_hid_dim else "cross_attention_dim"
+        yield f"unet/config.json: {key}: expected {width}, the width of {names}, found {unet.context_width}"
+    lengths = {name: one.model_max_length for name, one in configurations.items() if isinstance(one, Tokenizer)}
+    for name, length in lengths.items():
         tower = towers.get(name.replace("tokenizer", "text_encoder"))
-        if isinstance(one, Tokenizer) and tower and one.model_max_length > tower.max_position_embeddings:
+        if isinstance(tower, TextEncoder) and length > tower.max_position_embeddings:
             yield (
                 f"{name}/tokenizer_config.json: model_max_length: expected at most {tower.max_position_embeddings}, "
-                f"which the text encoder reads, found {one.model_max_length}"
+                f"which the text encoder reads, found {length}"
             )
-    lengths = {name: one.model_max_length for name, one in configurations.items() if isinstance(one, Tokenizer)}
     if len(set(lengths.values())) > 1:
         listing = ", ".join(f"{name} {length}" for name, length in lengths.items())
         yield f"tokenizer/tokenizer_config.json: model_max_length: expected one for all tokenizers, found {listing}"
@@ -240,16 +255,16 @@ def _misfits(
         yield f"unet/config.json: addition_embed_type: expected none, found {unet.addition_embed_type}"
 
 
-def _misfits_of_sizes(layout: Layout, unet: Denoiser, tower: TextEncoder) -> Iterator[str]:
+def _misfits_of_sizes(layout: Layout, unet: Denoiser, tower: TextEncoder | ChatGLM) -> Iterator[str]:
     """Yield a line if the denoiser does not take six sizes and the projection of its text encoder `tower`."""
     if unet.addition_embed_type is None:
         yield f"unet/config.json: addition_embed_type: expected text_time, as {layout.pipeline} gives"
     else:
-        expected_width = 6 * (unet.addition_time_embed_dim or 0) + tower.projection_dim
+        expected_width = 6 * (unet.addition_time_embed_dim or 0) + tower.pooled_width
         if (actual_width := unet.projection_class_embeddings_input_dim) != expected_width:
             yield (
                 f"unet/config.json: projection_class_embeddings_input_dim: expected {expected_width}, six sizes of "
-                f"addition_time_embed_dim and {layout.pooled_by}'s projection_dim, found {actual_width}"
+                f"addition_time_embed_dim and {layout.pooled_by}'s pooled vector, found {actual_width}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Every transformer family: beside its stock pipeline, through every stage, exported and sampled by stock diffusers."""
+"""Every family beyond Stable Diffusion: beside its stock pipeline, through every stage, exported to stock diffusers."""
 
 import json
 import re
@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, TCDScheduler
 
 import runs
 import tiny
 from mlcm_rl import pipeline
 from mlcm_rl.equations.segments import sampling_times
+from mlcm_rl.equations.solver import ddim_step
 from mlcm_rl.models import sampler, students
 from mlcm_rl.models.base import Base
 from mlcm_rl.models.conditioning import rows_of
@@ -184,10 +185,14 @@ def exported(base: Base, place: Path, adapter: Lora | Full, condition: bool, gam
 
 
 def sampled(base: Base, case: Case, place: Path, num_steps: int, gamma: float, generators=None) -> torch.Tensor:
-    student = students.load_student(base, place / "student")
-    inputs = (base, student.denoiser, conditioning_of(base, case), noise_of(base, case), sampling_times(num_steps))
-    with torch.no_grad():
-        return sampler.sample(*inputs, gamma, generators, student.conditioned)
+    """Return the last x0, or what TCD's scheduler makes of it, which ends at index 0."""
+    student, times = students.load_student(base, place / "student"), sampling_times(num_steps)
+    inputs = (base, student.denoiser, conditioning_of(base, case), noise_of(base, case), times)
+    states, x0 = sampler.rollout(*inputs, gamma, generators, student.conditioned)
+    if not isinstance(base.stock_scheduler(gamma), TCDScheduler):
+        return x0
+    t, end = torch.tensor([times[-1]]), torch.tensor([0])
+    return ddim_step(states[-1], x0, t, end, base.schedule)
 
 
 def stock_sampled(base: Base, case: Case, stock: DiffusionPipeline, num_steps: int) -> torch.Tensor:
@@ -256,7 +261,7 @@ def test_every_block_of_code_of_the_card_runs_and_leaves_a_picture(case, base, t
 
 def test_a_gamma_that_no_stock_scheduler_has_is_refused(case, base, tmp_path):
     if not isinstance(base.stock_scheduler(0.0), FlowMatchEulerDiscreteScheduler):
-        pytest.skip("TCD's scheduler has every gamma")
+        pytest.skip("its stock scheduler is not of a flow")
     with pytest.raises(ValueError, match=r"gamma 0\.3: diffusers' schedulers of rectified flow are deterministic"):
         exported(base, tmp_path, LORA, condition=False, gamma=0.3)
     assert not (tmp_path / "out").exists()

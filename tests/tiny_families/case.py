@@ -85,7 +85,7 @@ class Case:
 
     def draw(self, base: Base, stock: DiffusionPipeline, noise: Tensor, call: dict) -> Tensor:
         """Return the latents (B, C, H, W) that the stock pipeline draws from `noise` with the arguments `call`."""
-        size = {"height": base.resolution, "width": base.resolution}
+        size = {"height": base.resolution, "width": base.resolution} | base.stock_size
         latents = self.to_stock(base, noise)
         with torch.no_grad():
             images = stock(prompt=list(self.prompts), latents=latents, output_type="latent", **size, **call).images

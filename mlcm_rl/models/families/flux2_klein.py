@@ -57,8 +57,8 @@ class PatchAutoencoder(Autoencoder):
     def _from_own(self, latents: Tensor) -> Tensor:
         return super()._from_own(patchified(latents, self._patch))
 
-    def use_tiles(self, size: int, *recompute: Callable[..., Any]) -> None:
-        super().use_tiles(size, *recompute)
+    def _tile(self, size: int, recompute: Callable[..., Any]) -> None:
+        super()._tile(size, recompute)
         self.vae.tile_latent_min_size *= self._patch
 
 

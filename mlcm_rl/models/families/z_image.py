@@ -106,7 +106,7 @@ class Family(FlowBase):
         captions = [one[:length] for one, length in zip(context.to(dtype), lengths, strict=True)]
         times = self.schedule.network_time[t]
         if s is not None:
-            times = torch.stack([times, s / denoiser.config["t_scale"]], 1)  # the denoiser multiplies all times by it
+            times = torch.stack([times, s / self.denoiser.config.t_scale], 1)  # the denoiser multiplies all times by it
         states = list(x_t.to(dtype).unsqueeze(2).unbind(0))
         velocities = denoiser(states, times, captions, return_dict=False)[0]
         return -torch.stack(velocities).squeeze(2).float()
