@@ -153,8 +153,8 @@ def test_other_channels_are_refused(tmp_path):
     folder = flux(tmp_path / "flux")
     config = folder / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 96}))
-    line = "transformer/config.json: in_channels: expected 24, as the autoencoder has 6, found 96; only plain "
-    assert teacher_check.problems(folder, "flux") == [f"{line}text-to-image teachers can be distilled"]
+    line = "transformer/config.json: in_channels: the denoiser takes latents of 24 channels and the autoencoder has 6; "
+    assert teacher_check.problems(folder, "flux") == [f"{line}only plain text-to-image teachers can be distilled"]
 
 
 def test_a_distilled_teacher_is_refused(tmp_path):
