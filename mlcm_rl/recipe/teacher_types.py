@@ -125,10 +125,11 @@ class Denoiser(_Blocks):
         return self.encoder_hid_dim or self.cross_attention_dim
 
     @model_validator(mode="after")
-    def _projection_of_the_prompt_is_whole(self):
-        if (self.encoder_hid_dim is None) != (self.encoder_hid_dim_type is None):
-            key = "encoder_hid_dim" if self.encoder_hid_dim is None else "encoder_hid_dim_type"
-            raise ValueError(f"{key} is missing: the width of a prompt's states and text_proj go together")
+    def _projection_of_the_prompt_has_a_width(self):
+        if self.encoder_hid_dim_type is not None and self.encoder_hid_dim is None:
+            raise ValueError(
+                f"encoder_hid_dim is missing, which encoder_hid_dim_type {self.encoder_hid_dim_type} needs"
+            )
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from diffusers import StableDiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from ruamel.yaml import YAML
 
 import tiny
@@ -67,7 +68,8 @@ def of_teacher(base: Base, **changes) -> Base:
 def of_published_shape(base: Base) -> Base:
     """`base` as if its denoiser were as wide as SDXL's."""
     other = copy.copy(base)
-    other.denoiser = SimpleNamespace(config=SimpleNamespace(block_out_channels=[320, 640, 1280]))
+    config = FrozenDict(block_out_channels=[320, 640, 1280], sample_size=128)
+    other.denoiser = SimpleNamespace(config=config)
     return other
 
 

@@ -59,7 +59,7 @@ def test_only_a_folder_is_proposed_for_a_folder(broken, root):
             "StableDiffusionPipeline",
             "sdxl does not load the StableDiffusionPipeline that is in teacher; did you mean sd?",
         ),
-        ("FluxPipeline", "sdxl does not load the FluxPipeline that is in teacher"),
+        ("ChromaPipeline", "sdxl does not load the ChromaPipeline that is in teacher"),
     ],
 )
 def test_a_teacher_of_another_family_is_told_when_the_recipe_is_read(broken, root, class_name, message):
