@@ -18,6 +18,7 @@ from ..recipe import Teacher, teacher_check
 from ..recipe.families import layout_of
 from ..storage.files import CheckpointError, read_json
 from ..storage.tensors import read_shapes
+from . import teacher_lora
 from .published_teachers import shipped
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -46,13 +47,16 @@ def load_pipeline(
             if name.startswith("tokenizer") and part is not None:
                 part("a")  # raises here if a special token is not in its vocabulary
     refuse_unknown_tokens(pipeline, teacher)
+    if teacher.lora is not None:
+        teacher_lora.fuse(pipeline, teacher)
     pipeline = pipeline.to(device)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     for part in (getattr(pipeline, layout_of(teacher.family).denoiser), pipeline.vae):
-        memory_format = MEMORY_FORMATS[teacher.memory_format]
-        torch.nn.Module.to(part, memory_format=memory_format)  # type: ignore[call-overload]  # torch's stubs lack it
+        for weight in part.parameters():
+            if weight.ndim == 4:  # an autoencoder of videos has weights of five dimensions, which have no such format
+                weight.data = weight.data.to(memory_format=MEMORY_FORMATS[teacher.memory_format])
     return pipeline
 
 

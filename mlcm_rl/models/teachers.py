@@ -9,7 +9,7 @@ from diffusers import AutoencoderTiny
 from ..recipe import Teacher
 from ..recipe.families import absent_extras, layout_of, origin
 from ..storage.files import read_json
-from ..storage.hashing import folder_hash
+from ..storage.hashing import folder_hash, sha256_once
 from ..storage.tensors import read_shapes
 from ..training.progress import say_once
 from .base import Base
@@ -100,11 +100,15 @@ def small_decoder(folder: str, base: Base) -> AutoencoderTiny:
 
 
 def teacher_hash(teacher: Teacher) -> str:
-    """Return the identity of a teacher's weights and configuration: one hash of all files, or the pinned revision."""
+    """Return the identity of a teacher's weights and configuration: one hash of all files, or the pinned revision.
+
+    With a LoRA of its own it is followed by that file's hash and weight.
+    """
     folder = Path(teacher.path)
-    if not folder.is_dir():
-        return f"{teacher.path}@{teacher.revision}"
-    return folder_hash(folder)
+    identity = folder_hash(folder) if folder.is_dir() else f"{teacher.path}@{teacher.revision}"
+    if teacher.lora is None:
+        return identity
+    return f"{identity}+{sha256_once(Path(teacher.lora))}*{teacher.lora_weight}"
 
 
 def tell_truncated(base: Base, prompts: list[str], source: str) -> None:
