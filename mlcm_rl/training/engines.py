@@ -167,7 +167,8 @@ class _InParts(Whole):
 
     def __init__(self, student: nn.Module, optimizer: torch.optim.Optimizer, stage: Training):
         super().__init__(student, optimizer, stage)
-        empty = {id(value): _empty(value) for value in student.parameters()}
+        empty: dict[int, Any] = {id(value): _empty(value) for value in student.parameters()}
+        empty |= {id(value): value for value in student.buffers()}  # never written: no copy of quantised weights
         self._outline = copy.deepcopy(student, memo=empty)  # modules without weights, to write files from
 
     @contextmanager
