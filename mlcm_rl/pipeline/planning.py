@@ -127,7 +127,7 @@ class Sizes:
         self.latent = latents.channels * side * side
         self.pixels = (side * latents.downscale) ** 2
         shapes = self.family.conditioning_shapes(denoiser, num_tokens(self.folder))
-        self.context = prod(shapes["context"])
+        self.conditioning = sum(map(prod, shapes.values()))
         self.adapted = self.family.adapted_modules(denoiser)
 
     def weights(self, part: str) -> int:
@@ -196,7 +196,7 @@ class Sizes:
             denoiser=self.denoiser_weights,
             trained=self.trained(stage.networks(self.distilled(stage)).trained),
             latent=self.latent,
-            prompt=self.context,
+            prompt=self.conditioning,
             pixels=self.pixels,
         )
         return stage.disk(self.recipe, values)

@@ -42,7 +42,7 @@ def test_launch_files_say_who_holds_what():
         "zero2_offload": ("zero2", 2, True),
         "zero3": ("zero3", 2, False),
     }
-    assert FILES["fsdp2"].blocks == ("BasicTransformerBlock", "ResnetBlock2D")
+    assert FILES["fsdp2"].blocks == ("BasicTransformerBlock", "ResnetBlock2D", "HunyuanDiTBlock")
 
 
 @pytest.mark.parametrize(
