@@ -1,0 +1,287 @@
+"""Train the scenes' tokenizer and two CLIP text towers, so that wordings and languages of one request agree.
+
+The table of tokens is frozen: its rows are multilingual-e5's vectors of the tokens' own texts, so that a word that no
+caption has lies near those it means the same as. What the denoiser reads is what is trained: the pooled vector says all
+fields of a request to linear heads, and each of the last positions of the context, which are padding in every prompt
+that is not cut, says one field.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+import drawings  # noqa: F401  puts the emoji teacher's programs on the path
+from captions import label_and_tags
+from e5 import encode_texts
+from mlcm_rl.training.loop import cpu_has_bfloat16
+from scenes import BACKGROUNDS, LANGUAGES, MEASURED, RELATIONS, STYLES, Request, draw_scene, read_concepts
+from sources import cache_folder, list_concepts, write_text
+from train_text_towers import save, tokenize, train_tokenizer
+from updates import Updates, say_every
+from wordings import BODIES, COLOUR_WORDS, COLOURED, STYLE_WORDS, STYLED, WORDINGS, Writer, plural
+
+ARRANGEMENTS = ("single", "2", "3", "4", "beside", "above")
+RELATION_SHARES = (0.1, 0.2, 0.35, 0.35)
+NOISE = 0.5  # of the tokens' vectors in training, in units of their standard deviation
+
+
+@dataclass(frozen=True)
+class TowerSettings:
+    """Sizes and schedule. A step sees `num_pairs` requests, each worded in English and in Chinese."""
+
+    vocabulary: int = 4096
+    max_length: int = 36
+    width: int = 128
+    num_layers: int = 4
+    num_steps: int = 600
+    num_pairs: int = 48
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+
+class Fields:
+    """A request as class indices: arrangement, first and second concept, style, background; the last of each is none.
+
+    "none" is the second concept of a request with one, and a style or background that is left open.
+    """
+
+    def __init__(self, concepts: Sequence[str]) -> None:
+        self.concepts = list(concepts)
+        self.sizes = {
+            "arrangement": len(ARRANGEMENTS),
+            "first": len(concepts),
+            "second": len(concepts) + 1,
+            "style": len(STYLES) + 1,
+            "background": len(BACKGROUNDS) + 1,
+        }
+
+    def of(self, request: Request) -> list[int]:
+        """Return the index of each field."""
+        first, *rest = (self.concepts.index(concept) for concept in request.concepts)
+        return [
+            ARRANGEMENTS.index(str(request.count) if request.relation == "count" else request.relation),
+            first,
+            rest[0] if rest else len(self.concepts),
+            len(STYLES) if request.style is None else STYLES.index(request.style),
+            len(BACKGROUNDS) if request.background is None else list(BACKGROUNDS).index(request.background),
+        ]
+
+
+def tokenizer_corpus(draw: random.Random) -> list[str]:
+    """Return the texts that the tokenizer learns words from: those of the captions that are trained on, often, and all
+    emoji's names and tags, seldom.
+
+    A Chinese word stands alone and before random characters, for no space ends it in a sentence.
+    """
+    emoji, own = ({language: set[str]() for language in LANGUAGES} for _ in range(2))
+    for concept in list_concepts():
+        for language in LANGUAGES:
+            label, tags = label_and_tags(concept, language)
+            emoji[language] |= {label, *tags}
+    for language in LANGUAGES:
+        for concept in read_concepts():
+            own[language] |= {*concept.names[language]}
+        for choice in (*STYLE_WORDS[language].values(), *COLOUR_WORDS[language].values()):
+            own[language] |= {*choice.trained}
+        for choice in (*BODIES[language].values(), STYLED[language], COLOURED[language]):
+            own[language] |= {part for frame in choice.trained for part in split_frame(frame)}
+    measures = {number + c.measure for c in read_concepts() for number in ("一", "两", "三", "四")}
+    own["zh"] |= {*measures, *(c.measure for c in read_concepts())}
+    characters = sorted({letter for text in emoji["zh"] for letter in text if letter > "\u3400"})
+    english = sorted(emoji["en"]) * 2 + [plural(name) for name in sorted(own["en"])] * 30 + sorted(own["en"]) * 60
+    chinese = sorted(emoji["zh"]) * 2
+    for word in sorted(own["zh"]):
+        chinese += [word] * 30 + [word + draw.choice(characters) for _ in range(90)]
+    return english + chinese
+
+
+def split_frame(frame: str) -> list[str]:
+    """Return the texts between the places of a frame."""
+    for mark in "{}，：,:":
+        frame = frame.replace(mark, "|")
+    places = {"a", "b", "n", "name", "names", "body", "style", "colour"}
+    return [part.strip() for part in frame.split("|") if part.strip() and part.strip() not in places]
+
+
+def token_vectors(tokenizer: CLIPTokenizer, width: int) -> Tensor:
+    """Return the table of tokens (V, width): e5's vector of each token's text, on its principal directions, of unit
+    variance over all. A token that is a part of a character, and bos and eos, have small random rows."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    texts = [tokenizer.convert_tokens_to_string([token]).strip() for token in tokens]
+    known = [i for i, text in enumerate(texts) if text and "\ufffd" not in text and not text.startswith("<|")]
+    vectors = encode_texts([texts[i] for i in known])
+    vectors = vectors - vectors.mean(0)
+    _, _, directions = torch.linalg.svd(vectors, full_matrices=False)
+    projected = vectors @ directions[:width].T
+    table = torch.randn(len(tokens), width, generator=torch.Generator().manual_seed(0)) * 0.3
+    table[known] = projected / projected.std()
+    return table
+
+
+def build_tower(tokenizer: CLIPTokenizer, table: Tensor, settings: TowerSettings, seed: int):
+    """Return an untrained tower over the frozen table, whose bos, eos and pad are the tokenizer's."""
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.width,
+        intermediate_size=4 * settings.width,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=4,
+        projection_dim=settings.width,
+        max_position_embeddings=settings.max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_act="gelu",
+        initializer_factor=1.0,
+    )
+    tower = CLIPTextModelWithProjection(config)
+    embeddings = tower.text_model.embeddings
+    with torch.no_grad():
+        embeddings.token_embedding.weight.copy_(table)
+        embeddings.position_embedding.weight.normal_(std=0.5)
+    embeddings.token_embedding.weight.requires_grad_(False)
+    return tower
+
+
+def read_tower(tower: CLIPTextModelWithProjection, ids: Tensor, num_fields: int) -> Tensor:
+    """Return what the denoiser reads of token ids (B, L): the last states of the context and the pooled vector,
+    (B, num_fields + 1, width)."""
+    output = tower(input_ids=ids, output_hidden_states=True)
+    return torch.cat([output.hidden_states[-2][:, -num_fields:], output.text_embeds[:, None]], 1)
+
+
+class Heads(nn.Module):
+    """Throw-away linear heads of one tower: each field from its own state, and all fields from the pooled vector."""
+
+    def __init__(self, width: int, sizes: dict[str, int]) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.own = nn.ModuleList(nn.Linear(width, size) for size in sizes.values())
+        self.pooled = nn.ModuleList(nn.Linear(width, size) for size in sizes.values())
+
+    def forward(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return for each field the logits from its own state and those from the pooled vector."""
+        normed = self.norm(states)
+        pairs = zip(self.own, self.pooled, strict=True)
+        return [(own(normed[:, i]), pool(normed[:, -1])) for i, (own, pool) in enumerate(pairs)]
+
+
+def towers_loss(
+    towers: Sequence[CLIPTextModelWithProjection], heads: Sequence[Heads], ids: Tensor, fields: Tensor
+) -> Tensor:
+    """Return the loss, a scalar: cross entropy of every field, and one less the cosine between the two languages.
+
+    `ids` (2P, L) hold P English prompts, then P Chinese ones of the same requests; `fields` (P, F).
+    """
+    loss, both = torch.zeros(()), fields.repeat(2, 1)
+    for tower, head in zip(towers, heads, strict=True):
+        states = read_tower(tower, ids, fields.shape[1]).float()
+        for i, logits in enumerate(head(states)):
+            loss = loss + sum(F.cross_entropy(part, both[:, i]) for part in logits)
+        english, chinese = (states - states.mean(0)).chunk(2)
+        loss = loss + (1 - F.cosine_similarity(english, chinese, dim=-1)).mean()
+    return loss
+
+
+class Requests:
+    """Draws requests that no test has, and words them."""
+
+    def __init__(self, concepts: Sequence[str], seed: int) -> None:
+        self.concepts, self.draw = list(concepts), random.Random(seed)
+        self.writer, self.fields = Writer(read_concepts()), Fields(concepts)
+
+    def some(self, count: int, held_out: bool = False) -> list[Request]:
+        """Return random requests; held-out combinations have more than one object."""
+        shares = (0.0, *RELATION_SHARES[1:]) if held_out else RELATION_SHARES
+        scenes = [
+            draw_scene(self.draw, self.concepts, relation, held_out)
+            for relation in self.draw.choices(RELATIONS, shares, k=count)
+        ]
+        return [scene.request(self.draw.random() < 0.6, self.draw.random() < 0.6) for scene in scenes]
+
+    def prompts(self, requests: Sequence[Request], wording: str = "trained") -> list[str]:
+        """Return one prompt of each request in English, then one of each in Chinese."""
+        return [self.writer.write(r, language, wording, self.draw) for language in LANGUAGES for r in requests]
+
+
+@torch.no_grad()
+def measure(towers, heads: Sequence[Heads], tokenizer: CLIPTokenizer, requests: Requests, count: int = 300):
+    """Return the share of prompts of held-out combinations whose fields are all read right, and of each field, by
+    wording and language: the logits of both towers, from states and pooled vectors, summed."""
+    report = {}
+    for wording in WORDINGS:
+        asked = requests.some(count, held_out=True)
+        ids = tokenize(tokenizer, requests.prompts(asked, wording))
+        wanted = torch.tensor([requests.fields.of(r) for r in asked])
+        both = [[sum(pair) for pair in read(t, h, ids)] for t, h in zip(towers, heads, strict=True)]
+        totals = [sum(parts) for parts in zip(*both, strict=True)]
+        seen = torch.stack([total.argmax(-1) for total in totals], 1)
+        for language, part in zip(LANGUAGES, seen.chunk(2), strict=True):
+            right = part == wanted
+            shares = dict(zip(requests.fields.sizes, right.float().mean(0).tolist(), strict=True))
+            report[f"{wording} {language}"] = {"all": right.all(1).float().mean().item()} | shares
+    return {key: {name: round(value, 3) for name, value in row.items()} for key, row in report.items()}
+
+
+def read(tower, head: Heads, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the heads' logits of token ids (B, L)."""
+    return head(read_tower(tower, ids, len(head.own)))
+
+
+def main() -> None:
+    """Train with progress lines; tokenizer and towers go to `scene_towers/` in the cache."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=TowerSettings.num_steps)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    settings, started = TowerSettings(num_steps=arguments.steps), time.time()
+    requests = Requests([concept.codepoint for concept in read_concepts()], settings.seed)
+    tokenizer = train_tokenizer(tokenizer_corpus(random.Random(0)), settings.vocabulary, settings.max_length)
+    for wording in WORDINGS:
+        lengths = sorted(len(ids) for ids in tokenizer(requests.prompts(requests.some(2000), wording)).input_ids)
+        print(f"{wording}: tokens {[lengths[int(s * (len(lengths) - 1))] for s in (0.5, 0.95, 0.99, 1)]}", flush=True)
+    table = token_vectors(tokenizer, settings.width)
+    print(f"table {tuple(table.shape)}, {time.time() - started:.0f} s", flush=True)
+    towers = [build_tower(tokenizer, table, settings, seed) for seed in (1, 2)]
+    heads = [Heads(settings.width, requests.fields.sizes) for _ in towers]
+    parameters = [p for module in (*towers, *heads) for p in module.parameters() if p.requires_grad]
+    for tower in towers:
+        tower.text_model.embeddings.token_embedding.register_forward_hook(
+            lambda module, arguments, output: output + NOISE * torch.randn_like(output) * module.training
+        )
+    updates = Updates(
+        parameters, settings.learning_rate, settings.num_steps, weight_decay=0.02, betas=(0.9, 0.98), max_norm=1.0
+    )
+    say = say_every(25, settings.num_steps)
+    for step in range(1, settings.num_steps + 1):
+        asked = requests.some(settings.num_pairs)
+        ids = tokenize(tokenizer, requests.prompts(asked))
+        fields = torch.tensor([requests.fields.of(request) for request in asked])
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16()):
+            loss = towers_loss(towers, heads, ids, fields)
+        updates.take(loss)
+        say(step, loss.item())
+        if step % 200 == 0 or step == settings.num_steps:
+            for module in (*towers, *heads):
+                module.eval()
+            report = measure(towers, heads, tokenizer, requests)
+            print(json.dumps(report), flush=True)
+            save(tokenizer, towers, cache_folder() / "scene_towers")
+            for module in (*towers, *heads):
+                module.train()
+    minutes = round((time.time() - started) / 60, 1)
+    write_text(MEASURED / "towers.json", json.dumps({"minutes": minutes} | report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
