@@ -64,7 +64,7 @@ def main() -> None:
         if path.exists():
             continue
         pictures = np.stack([drawings.paint(scene) for scene in scenes_of_part(part, concepts)])
-        latents = encode_pictures(vae, pictures).half()
+        latents = encode_pictures(vae, pictures).half().contiguous()
         path.parent.mkdir(exist_ok=True)
         save_file({"latents": latents}, path.with_suffix(".partial"))
         path.with_suffix(".partial").replace(path)

@@ -20,7 +20,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from drawings import CANVAS
 from mlcm_rl.equations.averaging import ema_decay, ema_update_
-from mlcm_rl.equations.schedule import flow_schedule
+from mlcm_rl.equations.schedule import flow_schedule, logit_normal_times
 from mlcm_rl.training.loop import cpu_has_bfloat16
 from scene_latents import load_parts
 from scenes import LANGUAGES, RELATIONS, SUBJECT, Scene, read_concepts
@@ -103,12 +103,6 @@ def build_optimizers(denoiser: nn.Module, rate: float) -> list[torch.optim.Optim
         torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
     ]
-
-
-def logit_normal_times(count: int, num_times: int, generator: torch.Generator) -> Tensor:
-    """Return times (count,) of a rectified flow whose u is logit-normal, of mean 0 and scale 1 (2403.03206)."""
-    u = torch.randn(count, generator=generator).sigmoid()
-    return (u * num_times).long().clamp(max=num_times - 1)
 
 
 class Checkpoint:
@@ -195,7 +189,7 @@ def main() -> None:
         draw, generator = random.Random(f"denoiser {step}"), torch.Generator().manual_seed(step)
         x0, prompts = batches.draw(arguments.batch_size, SHARES["first" if step < arguments.first else "then"], draw)
         context, pooled = encoder.encode(prompts)
-        t = logit_normal_times(len(x0), schedule.num_times, generator)
+        t = logit_normal_times(torch.randn(len(x0), generator=generator), schedule.num_times)
         eps = torch.randn(x0.shape, generator=generator)
         alpha, sigma = schedule.at(t, x0)
         # one update
