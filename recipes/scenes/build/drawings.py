@@ -1,4 +1,4 @@
-"""The pictures of scenes: drawings rendered once with their transparency, and laid on a canvas."""
+"""The pictures of scenes: drawings with their transparency, rendered once into a sheet, and laid on a canvas."""
 
 import base64
 import io
@@ -11,11 +11,12 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[2] / "emoji" / "build"))  # its packages and its small tools serve here too
 
-from scenes import BACKGROUNDS, STYLES, Scene, read_concepts
-from sources import cache_folder, read_drawings
+from scenes import BACKGROUNDS, STYLES, SUBJECT, Scene, read_concepts
+from sources import read_drawings
 
 CANVAS, CELL, DRAWING = 128, 64, 60  # pixels a side
 MARGIN = (CELL - DRAWING) // 2
+SHEET, COLUMNS = SUBJECT / "drawings.png", 8  # all drawings, so many concepts a row
 
 
 def render_transparent(svg: str, size: int) -> np.ndarray:
@@ -50,13 +51,25 @@ class Drawings:
 
 
 def load_drawings() -> Drawings:
-    """Return the drawings of all concepts, rendered once and kept in the cache."""
-    concepts = [concept.codepoint for concept in read_concepts()]
-    path = cache_folder() / f"scene_drawings_{DRAWING}.npy"
-    if not path.exists():
-        sources = [read_drawings(style) for style in STYLES]
-        pixels = np.stack([np.stack([render_transparent(s[c], DRAWING) for s in sources]) for c in concepts])
-        partial = path.with_suffix(".partial.npy")
-        np.save(partial, pixels)
-        partial.replace(path)
-    return Drawings(np.load(path), concepts)
+    """Return the drawings of all concepts, out of the sheet."""
+    sheet = np.asarray(Image.open(SHEET).convert("RGBA"))
+    rows = sheet.reshape(sheet.shape[0] // DRAWING, DRAWING, COLUMNS, len(STYLES), DRAWING, 4)
+    return Drawings(
+        rows.transpose(0, 2, 3, 1, 4, 5).reshape(-1, len(STYLES), DRAWING, DRAWING, 4),
+        [concept.codepoint for concept in read_concepts()],
+    )
+
+
+def main() -> None:
+    """Render every concept in every style into the sheet: COLUMNS concepts a row, each in the order of STYLES."""
+    sources = [read_drawings(style) for style in STYLES]
+    pixels = np.stack([[render_transparent(s[c.codepoint], DRAWING) for s in sources] for c in read_concepts()])
+    pixels[pixels[..., 3] == 0] = 0
+    rows = pixels.reshape(-1, COLUMNS, len(STYLES), DRAWING, DRAWING, 4).transpose(0, 3, 1, 2, 4, 5)
+    sheet = rows.reshape(len(rows) * DRAWING, -1, 4)
+    Image.fromarray(sheet).save(SHEET, optimize=True)
+    print(f"{SHEET.name}: {pixels.shape[0]} concepts, {SHEET.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,8 +12,10 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
@@ -39,10 +41,10 @@ class TowerSettings:
 
     vocabulary: int = 4096
     max_length: int = 36
-    width: int = 128
-    num_layers: int = 4
+    widths: tuple[int, int] = (128, 64)
+    num_layers: tuple[int, int] = (4, 2)
     num_steps: int = 600
-    num_pairs: int = 48
+    num_pairs: int = 32
     learning_rate: float = 2e-3
     seed: int = 0
 
@@ -117,7 +119,10 @@ def token_vectors(tokenizer: CLIPTokenizer, width: int) -> Tensor:
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     texts = [tokenizer.convert_tokens_to_string([token]).strip() for token in tokens]
     known = [i for i, text in enumerate(texts) if text and "\ufffd" not in text and not text.startswith("<|")]
-    vectors = encode_texts([texts[i] for i in known])
+    path = cache_folder() / f"scene_tokens_{sha256(json.dumps(tokens).encode()).hexdigest()[:16]}.safetensors"
+    if not path.exists():  # it costs a minute
+        save_file({"vectors": encode_texts([texts[i] for i in known])}, path)
+    vectors = load_file(path)["vectors"]
     vectors = vectors - vectors.mean(0)
     _, _, directions = torch.linalg.svd(vectors, full_matrices=False)
     projected = vectors @ directions[:width].T
@@ -126,16 +131,17 @@ def token_vectors(tokenizer: CLIPTokenizer, width: int) -> Tensor:
     return table
 
 
-def build_tower(tokenizer: CLIPTokenizer, table: Tensor, settings: TowerSettings, seed: int):
-    """Return an untrained tower over the frozen table, whose bos, eos and pad are the tokenizer's."""
-    torch.manual_seed(seed)
+def build_tower(tokenizer: CLIPTokenizer, table: Tensor, settings: TowerSettings, number: int):
+    """Return an untrained tower over the first columns of the frozen table; bos, eos and pad are the tokenizer's."""
+    torch.manual_seed(settings.seed + number)
+    width = settings.widths[number]
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=settings.width,
-        intermediate_size=4 * settings.width,
-        num_hidden_layers=settings.num_layers,
-        num_attention_heads=4,
-        projection_dim=settings.width,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=settings.num_layers[number],
+        num_attention_heads=width // 32,
+        projection_dim=width,
         max_position_embeddings=settings.max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -146,7 +152,7 @@ def build_tower(tokenizer: CLIPTokenizer, table: Tensor, settings: TowerSettings
     tower = CLIPTextModelWithProjection(config)
     embeddings = tower.text_model.embeddings
     with torch.no_grad():
-        embeddings.token_embedding.weight.copy_(table)
+        embeddings.token_embedding.weight.copy_(table[:, :width])
         embeddings.position_embedding.weight.normal_(std=0.5)
     embeddings.token_embedding.weight.requires_grad_(False)
     return tower
@@ -250,10 +256,10 @@ def main() -> None:
     for wording in WORDINGS:
         lengths = sorted(len(ids) for ids in tokenizer(requests.prompts(requests.some(2000), wording)).input_ids)
         print(f"{wording}: tokens {[lengths[int(s * (len(lengths) - 1))] for s in (0.5, 0.95, 0.99, 1)]}", flush=True)
-    table = token_vectors(tokenizer, settings.width)
+    table = token_vectors(tokenizer, max(settings.widths))
     print(f"table {tuple(table.shape)}, {time.time() - started:.0f} s", flush=True)
-    towers = [build_tower(tokenizer, table, settings, seed) for seed in (1, 2)]
-    heads = [Heads(settings.width, requests.fields.sizes) for _ in towers]
+    towers = [build_tower(tokenizer, table, settings, number) for number in range(2)]
+    heads = [Heads(width, requests.fields.sizes) for width in settings.widths]
     parameters = [p for module in (*towers, *heads) for p in module.parameters() if p.requires_grad]
     for tower in towers:
         tower.text_model.embeddings.token_embedding.register_forward_hook(

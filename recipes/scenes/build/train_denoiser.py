@@ -48,9 +48,9 @@ def build_denoiser(seed: int = 0) -> SD3Transformer2DModel:
         num_layers=5,
         attention_head_dim=48,
         num_attention_heads=4,
-        joint_attention_dim=256,
+        joint_attention_dim=192,
         caption_projection_dim=192,
-        pooled_projection_dim=256,
+        pooled_projection_dim=192,
         pos_embed_max_size=LATENT // 2,
         qk_norm="rms_norm",
     )
