@@ -32,7 +32,9 @@ from wordings import BODIES, COLOUR_WORDS, COLOURED, STYLE_WORDS, STYLED, WORDIN
 
 ARRANGEMENTS = ("single", "2", "3", "4", "beside", "above")
 RELATION_SHARES = (0.1, 0.2, 0.35, 0.35)
-NOISE = 0.5  # of the tokens' vectors in training, in units of their standard deviation
+FIRST_SHARES = (0.5, 0.3, 0.1, 0.1)  # of the first steps: one concept a prompt is learned before two
+TEMPERATURE = 0.1  # of the cosines to the concepts
+NOISE = 0.25  # of the tokens' vectors in training, in units of their standard deviation
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class TowerSettings:
     widths: tuple[int, int] = (128, 64)
     num_layers: tuple[int, int] = (4, 2)
     num_steps: int = 600
+    num_first: int = 150
     num_pairs: int = 32
     learning_rate: float = 2e-3
     seed: int = 0
@@ -158,41 +161,107 @@ def build_tower(tokenizer: CLIPTokenizer, table: Tensor, settings: TowerSettings
     return tower
 
 
-def read_tower(tower: CLIPTextModelWithProjection, ids: Tensor, num_fields: int) -> Tensor:
-    """Return what the denoiser reads of token ids (B, L): the last states of the context and the pooled vector,
-    (B, num_fields + 1, width)."""
+def read_tower(tower: CLIPTextModelWithProjection, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the denoiser reads of token ids (B, L), the context (B, L, width) and the pooled vector, and the
+    states a layer before the context."""
     output = tower(input_ids=ids, output_hidden_states=True)
-    return torch.cat([output.hidden_states[-2][:, -num_fields:], output.text_embeds[:, None]], 1)
+    return output.hidden_states[-2].float(), output.text_embeds.float(), output.hidden_states[-3].float()
+
+
+class ConceptHead(nn.Module):
+    """Says which concept a state is of: cosines between its projection, at first itself, and the concepts' vectors.
+
+    A head with weights of its own for each concept finds none in hundreds of steps: this one learns for all at once.
+    """
+
+    def __init__(self, prototypes: Tensor) -> None:
+        super().__init__()
+        self.project = nn.Linear(prototypes.shape[1], prototypes.shape[1])
+        with torch.no_grad():
+            self.project.weight.copy_(torch.eye(prototypes.shape[1]))
+        self.register_buffer("prototypes", prototypes)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return logits (..., K) of states (..., width)."""
+        return F.normalize(self.project(states), dim=-1) @ self.prototypes.T / TEMPERATURE
 
 
 class Heads(nn.Module):
-    """Throw-away linear heads of one tower: each field from its own state, and all fields from the pooled vector."""
+    """Throw-away heads of one tower: each field from its own state, all fields from the pooled vector, and the concepts
+    from any state."""
 
-    def __init__(self, width: int, sizes: dict[str, int]) -> None:
+    def __init__(self, prototypes: Tensor, sizes: dict[str, int]) -> None:
         super().__init__()
+        width = prototypes.shape[1]
         self.norm = nn.LayerNorm(width)
-        self.own = nn.ModuleList(nn.Linear(width, size) for size in sizes.values())
-        self.pooled = nn.ModuleList(nn.Linear(width, size) for size in sizes.values())
 
-    def forward(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return for each field the logits from its own state and those from the pooled vector."""
-        normed = self.norm(states)
-        pairs = zip(self.own, self.pooled, strict=True)
-        return [(own(normed[:, i]), pool(normed[:, -1])) for i, (own, pool) in enumerate(pairs)]
+        def heads() -> nn.ModuleList:
+            kinds = {"first": prototypes[:-1], "second": prototypes}
+            return nn.ModuleList(
+                ConceptHead(kinds[name]) if name in kinds else nn.Linear(width, size) for name, size in sizes.items()
+            )
+
+        self.own, self.pooled, self.present = heads(), heads(), ConceptHead(prototypes[:-1])
+        self.mentioned = nn.ModuleList([ConceptHead(prototypes[:-1]), ConceptHead(prototypes)])
+        self.swapped = nn.Linear(width, 2)
+
+    def forward(self, context: Tensor, pooled: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return for each field the logits from its own state of the context, and those from the pooled vector."""
+        last, pooled = self.norm(context[:, -len(self.own) :]), self.norm(pooled)
+        pairs = enumerate(zip(self.own, self.pooled, strict=True))
+        return [(own(last[:, i]), pool(pooled)) for i, (own, pool) in pairs]
+
+    def concepts_present(self, context: Tensor) -> Tensor:
+        """Return log-shares (B, C) of the concepts in the prompt, each by the state that is most like it."""
+        return (self.present(self.norm(context)).logsumexp(1)).log_softmax(-1)
+
+    def order_loss(self, states: Tensor, mentioned: Tensor, swapped: Tensor) -> Tensor:
+        """Return the loss of what has to be known before the concepts are put in their order, a scalar.
+
+        A layer before the context, the two positions before those of the fields say which concept is `mentioned` (B, 2)
+        first and second, and the positions of the two concepts say whether that is `swapped` (B,), -1 for one concept.
+        Without this the towers know both concepts and toss a coin which is left.
+        """
+        normed, num_fields = self.norm(states), len(self.own)
+        loss = torch.zeros(())
+        for i, head in enumerate(self.mentioned):
+            loss = loss + F.cross_entropy(head(normed[:, i - num_fields - 2]), mentioned[:, i])
+            loss = loss + F.cross_entropy(self.swapped(normed[:, i - num_fields + 1]), swapped, ignore_index=-1)
+        return loss
+
+
+def concept_prototypes(tokenizer: CLIPTokenizer, table: Tensor) -> Tensor:
+    """Return a unit vector (C + 1, width) a concept, the mean of its trained names' tokens; the last is of none."""
+    means = []
+    for concept in read_concepts():
+        names = [name for language in LANGUAGES for name in concept.names[language]]
+        means.append(torch.stack([table[tokenizer(name).input_ids[1:-1]].mean(0) for name in names]).mean(0))
+    vectors = torch.stack(means)
+    vectors = torch.cat([vectors - vectors.mean(0), torch.randn(1, table.shape[1])])
+    return F.normalize(vectors, dim=-1)
 
 
 def towers_loss(
-    towers: Sequence[CLIPTextModelWithProjection], heads: Sequence[Heads], ids: Tensor, fields: Tensor
+    towers: Sequence[CLIPTextModelWithProjection], heads: Sequence[Heads], ids: Tensor, fields: Tensor, swapped: Tensor
 ) -> Tensor:
     """Return the loss, a scalar: cross entropy of every field, and one less the cosine between the two languages.
 
-    `ids` (2P, L) hold P English prompts, then P Chinese ones of the same requests; `fields` (P, F).
+    `ids` (2P, L) hold P English prompts, then P Chinese ones of the same requests; `fields` (P, F); `swapped` (2P,) is
+    1 for prompts that name the second concept first.
     """
     loss, both = torch.zeros(()), fields.repeat(2, 1)
+    order = torch.where(swapped[:, None] == 1, both[:, [2, 1]], both[:, [1, 2]])
+    alone = both[:, 2] == heads[0].present.prototypes.shape[0]
     for tower, head in zip(towers, heads, strict=True):
-        states = read_tower(tower, ids, fields.shape[1]).float()
-        for i, logits in enumerate(head(states)):
+        context, pooled, before = read_tower(tower, ids)
+        if tower.config.num_hidden_layers > 2:  # a layer before the context is the second or a later one
+            loss = loss + head.order_loss(before, order, swapped.masked_fill(alone, -1))
+        for i, logits in enumerate(head(context, pooled)):
             loss = loss + sum(F.cross_entropy(part, both[:, i]) for part in logits)
+        num_concepts = len(head.present.prototypes)
+        shares = F.one_hot(both[:, 1:3], num_concepts + 1)[..., :-1].float().sum(1)
+        loss = loss - (shares * head.concepts_present(context)).sum(-1).mean()
+        states = torch.cat([context[:, -len(head.own) :], pooled[:, None]], 1)
         english, chinese = (states - states.mean(0)).chunk(2)
         loss = loss + (1 - F.cosine_similarity(english, chinese, dim=-1)).mean()
     return loss
@@ -205,18 +274,19 @@ class Requests:
         self.concepts, self.draw = list(concepts), random.Random(seed)
         self.writer, self.fields = Writer(read_concepts()), Fields(concepts)
 
-    def some(self, count: int, held_out: bool = False) -> list[Request]:
+    def some(self, count: int, held_out: bool = False, shares: Sequence[float] = RELATION_SHARES) -> list[Request]:
         """Return random requests; held-out combinations have more than one object."""
-        shares = (0.0, *RELATION_SHARES[1:]) if held_out else RELATION_SHARES
+        shares = (0.0, *shares[1:]) if held_out else shares
         scenes = [
             draw_scene(self.draw, self.concepts, relation, held_out)
             for relation in self.draw.choices(RELATIONS, shares, k=count)
         ]
         return [scene.request(self.draw.random() < 0.6, self.draw.random() < 0.6) for scene in scenes]
 
-    def prompts(self, requests: Sequence[Request], wording: str = "trained") -> list[str]:
-        """Return one prompt of each request in English, then one of each in Chinese."""
-        return [self.writer.write(r, language, wording, self.draw) for language in LANGUAGES for r in requests]
+    def prompts(self, requests: Sequence[Request], wording: str = "trained") -> tuple[list[str], Tensor]:
+        """Return one prompt of each request in English, then one of each in Chinese, and which are swapped (2P,)."""
+        pairs = [self.writer.write_in_order(r, lang, wording, self.draw) for lang in LANGUAGES for r in requests]
+        return [text for text, _ in pairs], torch.tensor([int(swapped) for _, swapped in pairs])
 
 
 @torch.no_grad()
@@ -226,7 +296,7 @@ def measure(towers, heads: Sequence[Heads], tokenizer: CLIPTokenizer, requests: 
     report = {}
     for wording in WORDINGS:
         asked = requests.some(count, held_out=True)
-        ids = tokenize(tokenizer, requests.prompts(asked, wording))
+        ids = tokenize(tokenizer, requests.prompts(asked, wording)[0])
         wanted = torch.tensor([requests.fields.of(r) for r in asked])
         both = [[sum(pair) for pair in read(t, h, ids)] for t, h in zip(towers, heads, strict=True)]
         totals = [sum(parts) for parts in zip(*both, strict=True)]
@@ -240,26 +310,36 @@ def measure(towers, heads: Sequence[Heads], tokenizer: CLIPTokenizer, requests: 
 
 def read(tower, head: Heads, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return the heads' logits of token ids (B, L)."""
-    return head(read_tower(tower, ids, len(head.own)))
+    return head(*read_tower(tower, ids)[:2])
 
 
 def main() -> None:
     """Train with progress lines; tokenizer and towers go to `scene_towers/` in the cache."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=TowerSettings.num_steps)
+    parser.add_argument("--first", type=int, default=TowerSettings.num_first, help="steps mostly of one concept")
+    parser.add_argument("--learning-rate", type=float, default=TowerSettings.learning_rate)
+    parser.add_argument("--start", help="folder of towers in the cache to go on from")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    settings, started = TowerSettings(num_steps=arguments.steps), time.time()
+    settings, started = (
+        TowerSettings(num_steps=arguments.steps, num_first=arguments.first, learning_rate=arguments.learning_rate),
+        time.time(),
+    )
     requests = Requests([concept.codepoint for concept in read_concepts()], settings.seed)
     tokenizer = train_tokenizer(tokenizer_corpus(random.Random(0)), settings.vocabulary, settings.max_length)
     for wording in WORDINGS:
-        lengths = sorted(len(ids) for ids in tokenizer(requests.prompts(requests.some(2000), wording)).input_ids)
+        lengths = sorted(len(ids) for ids in tokenizer(requests.prompts(requests.some(500), wording)[0]).input_ids)
         print(f"{wording}: tokens {[lengths[int(s * (len(lengths) - 1))] for s in (0.5, 0.95, 0.99, 1)]}", flush=True)
     table = token_vectors(tokenizer, max(settings.widths))
     print(f"table {tuple(table.shape)}, {time.time() - started:.0f} s", flush=True)
     towers = [build_tower(tokenizer, table, settings, number) for number in range(2)]
-    heads = [Heads(width, requests.fields.sizes) for width in settings.widths]
+    prototypes = [concept_prototypes(tokenizer, table[:, :width]) for width in settings.widths]
+    heads = [Heads(vectors, requests.fields.sizes) for vectors in prototypes]
+    if arguments.start:
+        for tower, name in zip(towers, ("text_encoder", "text_encoder_2"), strict=True):
+            tower.load_state_dict(load_file(cache_folder() / arguments.start / name / "model.safetensors"))
     parameters = [p for module in (*towers, *heads) for p in module.parameters() if p.requires_grad]
     for tower in towers:
         tower.text_model.embeddings.token_embedding.register_forward_hook(
@@ -270,11 +350,14 @@ def main() -> None:
     )
     say = say_every(25, settings.num_steps)
     for step in range(1, settings.num_steps + 1):
-        asked = requests.some(settings.num_pairs)
-        ids = tokenize(tokenizer, requests.prompts(asked))
+        asked = requests.some(
+            settings.num_pairs, shares=FIRST_SHARES if step <= settings.num_first else RELATION_SHARES
+        )
+        prompts, swapped = requests.prompts(asked)
+        ids = tokenize(tokenizer, prompts)
         fields = torch.tensor([requests.fields.of(request) for request in asked])
         with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16()):
-            loss = towers_loss(towers, heads, ids, fields)
+            loss = towers_loss(towers, heads, ids, fields, swapped)
         updates.take(loss)
         say(step, loss.item())
         if step % 200 == 0 or step == settings.num_steps:

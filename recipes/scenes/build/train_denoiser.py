@@ -33,7 +33,7 @@ LATENT = CANVAS // 8  # values a side
 SHIFT = 2.0  # of the times towards noise, where it is decided what stands in which cell
 STATED = 0.6  # share of prompts that state the style, and of those that state the background
 DROPOUT = 0.1  # share of empty prompts, for classifier-free guidance
-SHARES = {"first": (0.55, 0.15, 0.15, 0.15), "then": (0.12, 0.28, 0.3, 0.3)}  # of RELATIONS: a curriculum
+SHARES = {"first": (0.5, 0.5, 0.0, 0.0), "then": (0.12, 0.28, 0.3, 0.3)}  # of RELATIONS: a curriculum
 MATRICES = ("attn", "ff")  # names of the parts whose matrices Muon trains; AdamW trains the rest
 
 
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--start", choices=("random", "teacher"), default="random")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--name", default="scene_denoiser", help="folder in the cache")
+    parser.add_argument("--towers", default="scene_towers", help="folder of the text towers in the cache")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     denoiser = build_denoiser()
@@ -176,7 +177,7 @@ def main() -> None:
     first = checkpoint.load(denoiser, average, optimizers)
     scenes, latents = load_parts(arguments.concepts)
     batches = Batches(scenes, latents, Writer(read_concepts()))
-    encoder, schedule = Encoder(cache_folder() / "scene_towers"), flow_schedule(SHIFT)
+    encoder, schedule = Encoder(cache_folder() / arguments.towers), flow_schedule(SHIFT)
     stopping: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, frame: stopping.append(received))

@@ -208,10 +208,14 @@ class Writer:
 
         Clauses of style and background stand around the body in either order.
         """
+        return self.write_in_order(request, language, wording, draw)[0]
+
+    def write_in_order(self, request: Request, language: str, wording: str, draw: random.Random) -> tuple[str, bool]:
+        """Return a prompt as `write`, and whether it names the second concept of the request before the first."""
         new_frame, new_words = wording == "frames", wording == "synonyms"
-        body = draw.choice(BODIES[language][request.relation].of(new_frame)).format(
-            **self._names(request, language, new_words, draw)
-        )
+        frame = draw.choice(BODIES[language][request.relation].of(new_frame))
+        swapped = -1 < frame.find("{b}") < frame.find("{a}")
+        body = frame.format(**self._names(request, language, new_words, draw))
         clauses = []
         if request.style is not None:
             word = draw.choice(STYLE_WORDS[language][request.style].of(new_words))
@@ -222,7 +226,7 @@ class Writer:
         draw.shuffle(clauses)
         for frame, words in clauses:
             body = frame.format(body=body, **words)
-        return body
+        return body, swapped
 
     def _names(self, request: Request, language: str, new_words: bool, draw: random.Random) -> dict[str, str]:
         chosen = [self.concepts[codepoint] for codepoint in request.concepts]
