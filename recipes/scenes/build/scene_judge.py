@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,8 +27,20 @@ from mlcm_rl.evaluation.judge import BLOCKS, TAPPED_WIDTH, PictureEncoder
 from mlcm_rl.storage.files import read_json
 from mlcm_rl.storage.tensors import load_weights, read_tensors
 from mobilenet import trunk_weights
-from scenes import BACKGROUNDS, RELATIONS, STYLES, SUBJECT, Reading, Scene, answers, draw_scene, read_concepts
-from sources import read_drawings, write_text
+from scenes import (
+    BACKGROUNDS,
+    NUM_CELLS,
+    RELATIONS,
+    STYLES,
+    SUBJECT,
+    Object,
+    Reading,
+    Scene,
+    answers,
+    draw_scene,
+    read_concepts,
+)
+from sources import cache_folder, read_drawings, write_text
 from updates import Updates, say_every
 
 UNKNOWN = "unknown"
@@ -111,7 +124,8 @@ def on_background(drawing: np.ndarray, background: Sequence[int], shift: tuple[i
 def training_cells(drawings: Drawings, concepts: Sequence[str], rounds: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return cells (N, 3, CELL, CELL), classes (N,) and styles (N,); the style of no object is -1.
 
-    Every round has every drawing on a random background, empty cells, other emoji, mixtures and smears.
+    Every round has every drawing as it is, on the next background, and moved or softened, on a random one; empty cells,
+    other emoji, mixtures and smears.
     """
     draw, noise = random.Random("judge"), torch.Generator().manual_seed(0)
     sources = [read_drawings(style) for style in STYLES]
@@ -119,8 +133,10 @@ def training_cells(drawings: Drawings, concepts: Sequence[str], rounds: int) -> 
     others = [render_transparent(draw.choice(sources)[c], DRAWING) for c in draw.sample(others, NUM_OTHERS)]
     cells, classes, styles = [], [], []
 
+    palette = list(BACKGROUNDS.values())
+
     def colour() -> tuple[int, ...]:
-        return BACKGROUNDS[draw.choice(list(BACKGROUNDS))]
+        return draw.choice(palette)
 
     def shift() -> tuple[int, int]:
         return draw.randint(-MAX_SHIFT, MAX_SHIFT), draw.randint(-MAX_SHIFT, MAX_SHIFT)
@@ -135,15 +151,17 @@ def training_cells(drawings: Drawings, concepts: Sequence[str], rounds: int) -> 
         return F.interpolate(small, CELL, mode="bilinear")[0]
 
     empty, unknown, pixels = len(concepts), len(concepts) + 1, drawings.pixels.reshape(-1, DRAWING, DRAWING, 4)
-    for _ in range(rounds):
+    for number in range(rounds):
         for (concept, style), (i, j) in drawings.places.items():
+            label = concepts.index(concept), STYLES.index(style)
+            add(on_background(drawings.pixels[i, j], palette[(i + j + number) % len(palette)]), *label)
             cell = on_background(drawings.pixels[i, j], colour(), shift())
-            add(soften(cell, 0.7) if draw.random() < 0.4 else cell, concepts.index(concept), STYLES.index(style))
+            add(soften(cell, 0.7) if draw.random() < 0.4 else cell, *label)
         for _ in range(len(others) // 4):
             add(on_background(np.zeros((DRAWING, DRAWING, 4), np.uint8), colour()), empty)
-        for other in others:
+        for other in others[number % 2 :: 2]:
             add(on_background(other, colour(), shift()), unknown)
-        for _ in range(len(others)):
+        for _ in range(len(others) // 2):
             back, (one, two) = colour(), (pixels[draw.randrange(len(pixels))] for _ in range(2))
             share = draw.uniform(0.35, 0.65)
             mixed = share * on_background(one, back) + (1 - share) * on_background(two, back)
@@ -152,17 +170,39 @@ def training_cells(drawings: Drawings, concepts: Sequence[str], rounds: int) -> 
     return torch.stack(cells), torch.tensor(classes), torch.tensor(styles)
 
 
-def train_head(judge: SceneJudge, tapped: Tensor, classes: Tensor, styles: Tensor, num_steps: int = 600) -> None:
+@torch.no_grad()
+def rebuilt_cells(
+    drawings: Drawings, concepts: Sequence[str], vae: AutoencoderKL, rounds: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return cells, classes and styles of every drawing as the autoencoder rebuilds it, `rounds` times: beside others,
+    on random backgrounds, with and without a little noise of the latents. Samples look like that, drawings do not."""
+    draw, noise = random.Random("rebuilt"), torch.Generator().manual_seed(0)
+    cells, classes, styles = [], [], []
+    for number in range(rounds):
+        places = draw.sample(list(drawings.places), len(drawings.places))
+        groups = [places[i : i + NUM_CELLS] for i in range(0, len(places), NUM_CELLS)]
+        for group in groups:
+            objects = tuple(Object(*place, cell) for cell, place in enumerate(group))
+            picture = paint_all(drawings, [Scene("count", objects, draw.choice(list(BACKGROUNDS)))])
+            latents = vae.encode(picture * 2 - 1).latent_dist.mean
+            latents = latents + 0.1 * (number % 2) * torch.randn(latents.shape, generator=noise)
+            cells.append(cells_of(vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)[: len(group)])
+            classes += [concepts.index(concept) for concept, _ in group]
+            styles += [STYLES.index(style) for _, style in group]
+    return torch.cat(cells), torch.tensor(classes), torch.tensor(styles)
+
+
+def train_head(judge: SceneJudge, tapped: Tensor, classes: Tensor, styles: Tensor, num_steps: int = 2000) -> None:
     """Train the head in place on what the trunk reads of cells, (N, TAPPED_WIDTH), standardised while training."""
     generator, head = torch.Generator().manual_seed(0), judge.encoder.head
     mean, scale = tapped.mean(0), tapped.std(0) + 1e-3
     standard, say = (tapped - mean) / scale, say_every(100, num_steps)
     head.requires_grad_(True)
-    updates = Updates(head.parameters(), 2e-3, num_steps, weight_decay=0.1)
+    updates = Updates(head.parameters(), 2e-3, num_steps, weight_decay=0.02)
     for step in range(1, num_steps + 1):
         rows = torch.randint(len(standard), (512,), generator=generator)
-        kept = torch.rand((512, TAPPED_WIDTH), generator=generator) >= 0.2
-        logits = head(standard[rows] * kept / 0.8)
+        kept = torch.rand((512, TAPPED_WIDTH), generator=generator) >= 0.1
+        logits = head(standard[rows] * kept / 0.9)
         concept, style = logits.split([len(judge.concepts) + 2, len(STYLES)], dim=1)
         loss = F.cross_entropy(concept, classes[rows]) + F.cross_entropy(style, styles[rows], ignore_index=-1)
         updates.take(loss)
@@ -202,7 +242,7 @@ def read_in_parts(judge: SceneJudge, images: Tensor, batch_size: int = 32) -> li
 def main() -> None:
     """Train, measure, and write `judge/` with `training.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -210,7 +250,9 @@ def main() -> None:
     concepts = [concept.codepoint for concept in read_concepts()]
     judge = SceneJudge(concepts)
     judge.encoder.load_state_dict(trunk_weights(len(BLOCKS)), strict=False)
-    cells, classes, styles = training_cells(drawings, concepts, arguments.rounds)
+    vae = AutoencoderKL.from_pretrained(cache_folder() / "scene_autoencoder").eval()
+    parts = training_cells(drawings, concepts, arguments.rounds), rebuilt_cells(drawings, concepts, vae, 6)
+    cells, classes, styles = (torch.cat(both) for both in zip(*parts, strict=True))
     with torch.no_grad():
         tapped = torch.cat([judge.encoder.tapped(part) for part in cells.split(64)])
     print(f"{len(cells)} cells through the trunk, {time.time() - started:.0f} s", flush=True)

@@ -45,8 +45,8 @@ class TowerSettings:
     max_length: int = 36
     widths: tuple[int, int] = (128, 64)
     num_layers: tuple[int, int] = (4, 2)
-    num_steps: int = 600
-    num_first: int = 150
+    num_steps: int = 700
+    num_first: int = 100
     num_pairs: int = 32
     learning_rate: float = 2e-3
     seed: int = 0
