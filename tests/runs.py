@@ -73,9 +73,11 @@ def distill(**changes: Any) -> Distill:
     return Distill(**(settings | changes))
 
 
-def recipe(teacher: Path, folder: Path, stages: list, family: str = "sdxl", **changes: Any) -> Recipe:
+def recipe(
+    teacher: Path, folder: Path, stages: list, family: str = "sdxl", resolution: int | None = None, **changes: Any
+) -> Recipe:
     settings = {"name": "small", "runs": str(folder / "runs"), "device": "cpu", "trackers": []}
-    guided = Teacher(path=str(teacher), family=family, guidance_scale=3.0)
+    guided = Teacher(path=str(teacher), family=family, guidance_scale=3.0, resolution=resolution)
     return Recipe(teacher=guided, stages=stages, **(settings | changes))
 
 

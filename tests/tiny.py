@@ -34,6 +34,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+CHINESE = "红苹果在桌子上一座蓝色的小房熊猫"  # characters that tokenizers for Chinese know
 START, END = "<|startoftext|>", "<|endoftext|>"
 NUM_TOKENS = 24
 LATENT_SIZE = 8
@@ -142,17 +143,17 @@ def sd3(folder: Path | str, with_t5: bool = True, seed: int = 0) -> Path:
     return _save(pipeline, Path(folder))
 
 
-def t5_tokenizer() -> T5TokenizerFast:
-    """A T5 tokenizer whose words are letters."""
-    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789,."]
+def t5_tokenizer(more: str = "") -> T5TokenizerFast:
+    """A T5 tokenizer whose words are letters, and the characters `more`."""
+    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789,." + more]
     return T5TokenizerFast(
         vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters], extra_ids=0, model_max_length=512
     )
 
 
-def _t5_config(width: int) -> T5Config:
+def _t5_config(width: int, more: str = "") -> T5Config:
     return T5Config(
-        vocab_size=len(t5_tokenizer()),
+        vocab_size=len(t5_tokenizer(more)),
         d_model=width,
         d_kv=10,
         d_ff=2 * width,
@@ -188,12 +189,14 @@ def _save(pipeline: DiffusionPipeline, folder: Path) -> Path:
     return folder
 
 
-def _autoencoder(latent_channels: int, scaling_factor: float, **settings: float) -> AutoencoderKL:
+def _autoencoder(
+    latent_channels: int, scaling_factor: float, widths: tuple[int, ...] = (8, 12), **settings: float
+) -> AutoencoderKL:
     return AutoencoderKL(
         **settings,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 12),
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
         layers_per_block=1,
         latent_channels=latent_channels,
         norm_num_groups=4,

@@ -166,7 +166,7 @@ def roles_of(
     if isinstance(stage, Training) and stage.gradient_checkpointing:
         _checkpoint(student, recompute)
         if networks.preference is not None:  # gradients come through it
-            _checkpoint(base.autoencoder.vae, recompute)
+            base.autoencoder.checkpoint_blocks(recompute)
         if small is not None:
             _checkpoint(small, recompute)
     if networks.tiles:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..equations.segments import sampling_times
 from ..models import sampler, students
-from ..models.base import Base, Conditioning
+from ..models.base import Base
+from ..models.conditioning import Conditioning
 from ..recipe import Recipe, Reward, Stage
 from ..recipe.takes import Pass
 from ..rewards import RewardModel

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..models.base import Conditioning
+from ..models.conditioning import CONTEXT, LENGTHS, Conditioning, in_dtype, rows_of
 from ..storage import finite
 from ..storage.files import CheckpointError, read_json, remove, require_space, write_json
 from ..storage.hashing import is_unchanged, sha256
@@ -26,7 +26,6 @@ from ..training import processes
 from .trajectory_store import (
     DTYPES,
     FORMAT,
-    LENGTHS,
     EncodedPrompts,
     Files,
     Provenance,
@@ -148,12 +147,9 @@ class Writer:
 
     def write_prompts(self, rows: range, conditioning: Conditioning, dtype: torch.dtype) -> None:
         """Write what the prompts `rows` became, (m, ...) float32, in the `dtype` that their encoders compute in."""
-        tensors = {name: value if name == LENGTHS else value.to(dtype) for name, value in conditioning.items()}
+        tensors = in_dtype(conditioning, dtype)
         if LENGTHS in tensors:
-            lengths = tensors[LENGTHS].tolist()
-            tensors["context"] = torch.cat(
-                [row[:length] for row, length in zip(tensors["context"], lengths, strict=True)]
-            )
+            tensors[CONTEXT] = torch.cat([row[CONTEXT] for row in rows_of(tensors)])
         self._write(prompts_name(rows.start), tensors)
 
     def write(self, rows: range, states: Tensor, x0: Tensor) -> None:

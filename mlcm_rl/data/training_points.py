@@ -13,7 +13,8 @@ from torch import Tensor
 from ..equations.schedule import add_noise
 from ..equations.segments import NUM_SEGMENTS, draw_jumps, milestones, sampling_times, segment_start
 from ..equations.solver import ddim_step
-from ..models.base import Base, Conditioning, on_device
+from ..models.base import Base
+from ..models.conditioning import Conditioning, on_device
 from ..models.sampler import sample
 from ..recipe import Distill
 from ..storage.files import CheckpointError

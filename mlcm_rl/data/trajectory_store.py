@@ -25,7 +25,8 @@ import torch
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
-from ..models.base import Base, Conditioning
+from ..models.base import Base
+from ..models.conditioning import CONTEXT, LENGTHS, Conditioning, in_dtype, stacked
 from ..models.teachers import teacher_hash
 from ..recipe import Teacher
 from ..storage.files import CheckpointError, read_json
@@ -34,7 +35,6 @@ from ..storage.tensors import read_tensors
 
 FORMAT = 2  # of the files
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-LENGTHS = "lengths"  # of a conditioning whose prompts differ in length: how many tokens of "context" are the prompt's
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,7 @@ class EncodedPrompts:
         Where prompts differ in length, "context" is as long as the longest of them, zeros after the shorter, and
         "lengths" (B,) says how many tokens count.
         """
-        rows = [self._row(i % self.count) for i in indices.tolist()]
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        if LENGTHS in columns:
-            columns["context"] = list(torch.nn.utils.rnn.pad_sequence(columns["context"], batch_first=True))
-        return {name: torch.stack(values) for name, values in columns.items()}
+        return stacked([self._row(i % self.count) for i in indices.tolist()])
 
     def _row(self, index: int) -> dict[str, Tensor]:
         """Return the conditioning of one prompt in float32, without a batch dimension."""
@@ -151,22 +147,22 @@ class EncodedPrompts:
         tensors = self._files.read(self._name(index - row), lambda tensors: self._complaint(tensors, count))
         named = [name for name in tensors if name.startswith(self._prefix)]
         values = {name.removeprefix(self._prefix): tensors[name] for name in named}
-        rows = {name: value[row] for name, value in values.items() if not (name == "context" and LENGTHS in values)}
+        rows = {name: value[row] for name, value in values.items() if not (name == CONTEXT and LENGTHS in values)}
         if LENGTHS in values:
             end = int(values[LENGTHS][: row + 1].sum())
-            rows["context"] = values["context"][end - int(values[LENGTHS][row]) : end]
+            rows[CONTEXT] = values[CONTEXT][end - int(values[LENGTHS][row]) : end]
         # Before rows are stacked: autocast on a CPU stacks no halves.
-        return {name: value if name == LENGTHS else value.float() for name, value in rows.items()}
+        return in_dtype(rows, torch.float32)
 
     def _complaint(self, tensors: dict[str, Tensor], count: int) -> str | None:
         names = [name for name in tensors if name.startswith(self._prefix)]
-        rows = {name: len(tensors[name]) for name in names if not (name == "context" and LENGTHS in tensors)}
+        rows = {name: len(tensors[name]) for name in names if not (name == CONTEXT and LENGTHS in tensors)}
         if not rows or set(rows.values()) != {count}:
             return f"does not hold what {count} prompts became"
         if LENGTHS in tensors and (
-            "context" not in tensors
+            CONTEXT not in tensors
             or int(tensors[LENGTHS].min()) < 0
-            or int(tensors[LENGTHS].sum()) != len(tensors["context"])
+            or int(tensors[LENGTHS].sum()) != len(tensors[CONTEXT])
         ):
             return "does not hold as many tokens as its lengths say"
         return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .segments import NUM_TIMES
+from .segments import NUM_SEGMENTS, NUM_TIMES
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,24 @@ def vp_schedule(betas: Tensor) -> Schedule:
     alpha_squared = torch.cumprod(1.0 - betas.double(), dim=0)
     indices = torch.arange(len(betas), device=betas.device)
     return Schedule(alpha_squared.sqrt().float(), (1.0 - alpha_squared).sqrt().float(), indices)
+
+
+def betas_of(schedule: Schedule) -> Tensor:
+    """The betas (T,) float64 of a variance-preserving schedule: 1 - (alpha_t / alpha_(t-1))^2, with alpha_(-1) = 1."""
+    alpha_squared = schedule.alpha.double() ** 2
+    return 1.0 - alpha_squared / torch.cat([alpha_squared.new_ones(1), alpha_squared[:-1]])
+
+
+def at_indices(schedule: Schedule) -> Schedule:
+    """The T rows of a `schedule` of T' times that our indices stand for: time round(S (t + 1) / T) - 1 for the index t.
+
+    S = K floor(T' / K) with K = NUM_SEGMENTS, so that the milestones are k floor(T' / K) - 1: those that diffusers'
+    LCMScheduler and TCDScheduler visit with `original_inference_steps` K. The identity for T' = T.
+    """
+    last = NUM_SEGMENTS * (schedule.num_times // NUM_SEGMENTS)
+    t = torch.arange(1, NUM_TIMES + 1, device=schedule.network_time.device)
+    rows = (2 * last * t + NUM_TIMES) // (2 * NUM_TIMES) - 1  # rounded exactly
+    return Schedule(schedule.alpha[rows], schedule.sigma[rows], schedule.network_time[rows])
 
 
 def in_thousandths(sigma: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from pathlib import Path
 from ..equations.segments import paper_times, sampling_times
 from ..models.base import Base
 from ..models.gammas import own_gamma, tuned_from
-from ..models.students import DESCRIPTION_FILE, describe
-from ..recipe import Evaluate
+from ..models.students import DESCRIPTION_FILE, describe, refuse_other
+from ..recipe import Evaluate, Teacher
 from ..recipe.experiment import STUDENTS
 from ..recipe.types import sampling_segments
 from ..storage.files import read_json
@@ -50,15 +50,13 @@ class Entry:
 
 
 def entries(stage: Evaluate, parents: dict[str, Path], base: Base) -> list[Entry]:
-    """Return every student of the table. Raise ValueError for one of another family or prediction type than `base`."""
+    """Return every student of the table. Raise ValueError for one that is not a student of `base`."""
     folders = student_folders(stage, parents)
     origins = {name: origin for name, folder in folders.items() if (origin := tuned_from(folder)) is not None}
     students: list[Entry] = []
     for name, folder in folders.items():
         description = describe(folder)
-        for key, expected in (("family", base.family), ("prediction_type", base.prediction_type)):
-            if description[key] != expected:
-                raise ValueError(f"{folder}: the student's {key} is {description[key]}, the teacher's {expected}")
+        refuse_other(folder, description, base)
         cost = training_cost.of_student(folder)
         shape = (description["num_segments"], description["conditioned"])
         default = own_gamma(folder)
@@ -99,23 +97,24 @@ def student_folders(stage: Evaluate, parents: dict[str, Path]) -> dict[str, Path
     return folders
 
 
-def teacher_rows(stage: Evaluate, guidance_scale: float) -> list[Row]:
+def teacher_rows(stage: Evaluate, teacher: Teacher) -> list[Row]:
     """Return the reference, the other guided rows, then every solver at each of the students' numbers of evaluations.
 
-    A guided step costs two evaluations, so only an even number has a guided row.
+    Where a guided step costs two evaluations, only an even number has a guided row.
     """
+    guidance_scale, cost = teacher.guidance_scale, teacher.evaluations
     guided = guidance_scale != 1.0
     label = "DDIM, guided" if guided else "DDIM"
     rows = [
-        Row(f"teacher-{n}", "reference", "teacher", label, n, (1 + guided) * n, "ddim", guidance_scale)
+        Row(f"teacher-{n}", "reference", "teacher", label, n, cost * n, "ddim", guidance_scale)
         for n in dict.fromkeys(reversed(stage.teacher_steps))
     ]
     for solver in stage.teacher_solvers:
         for n in stage.sampling_steps:
             at = ("undistilled", "teacher")
-            if guided and n % 2 == 0:
+            if guided and n % cost == 0:
                 label = f"{LABELS[solver]}, guided"
-                rows.append(Row(f"{solver}-guided-{n}", *at, label, n // 2, n, solver, guidance_scale))
+                rows.append(Row(f"{solver}-guided-{n}", *at, label, n // cost, n, solver, guidance_scale))
             rows.append(Row(f"{solver}-unguided-{n}", *at, f"{LABELS[solver]}, unguided", n, n, solver, 1.0))
     return rows
 

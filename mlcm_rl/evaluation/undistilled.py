@@ -6,9 +6,11 @@ import diffusers
 import torch
 from torch import Tensor
 
+from ..equations.schedule import betas_of
 from ..equations.segments import time_grid
 from ..models import sampler
-from ..models.base import Base, Conditioning
+from ..models.base import Base
+from ..models.conditioning import Conditioning
 
 # Stock schedulers of diffusers by the recipe's names, on the same even spacing of times as everything else.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,8 +66,11 @@ def _flow_scheduler(base: Base, name: str, settings: dict[str, Any], num_steps: 
 
 
 def _vp_scheduler(base: Base, name: str, settings: dict[str, Any]) -> Any:
-    """Return the solver on the teacher's betas."""
+    """Return the solver on the teacher's betas; on those of our indices where its schedule has other times."""
     stock = base.pipeline.scheduler
+    if stock.config.num_train_timesteps != base.schedule.num_times:
+        betas = betas_of(base.schedule).tolist()
+        settings = {**settings, "num_train_timesteps": base.schedule.num_times, "trained_betas": betas}
     scheduler_class = {kind.__name__: kind for kind in stock.compatibles}[name]
     return scheduler_class.from_config(
         stock.config,

@@ -9,6 +9,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+RECOMPUTE = partial(checkpoint, use_reentrant=False)
+
 
 class Autoencoder:
     """The `vae` of the teacher at the path `teacher`; one of its latents covers `downscale` x `downscale` pixels."""
@@ -16,16 +18,25 @@ class Autoencoder:
     def __init__(self, vae: AutoencoderKL, downscale: int, teacher: str, device: torch.device):
         self.vae, self.downscale, self.teacher, self.device = vae, downscale, teacher, device
 
+    @property
+    def latent_channels(self) -> int:
+        """The channels C of the latents that the denoiser takes."""
+        return self.vae.config.latent_channels
+
     def decode(self, latents: Tensor, small: AutoencoderTiny | None = None) -> Tensor:
         """Decode clean latents (B, C, H, W) into pictures (B, 3, H', W') float32 in [0, 1], differentiably.
 
         A `small` decoder takes the latents in the denoiser's scale, without the autoencoder's own scale and shift.
         """
-        scale, mean = self._scale
-        decoded = self.vae.decode(latents.float() * scale + mean) if small is None else small.decode(latents.float())
-        return (decoded.sample.float() / 2 + 0.5).clamp(0, 1)
+        latents = latents.float()
+        decoded = self._decoded(self._to_own(latents)) if small is None else small.decode(latents).sample
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
-    def use_tiles(self, size: int, recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False)) -> None:
+    def checkpoint_blocks(self, recompute: Callable[..., Any] = RECOMPUTE) -> None:
+        """Let the decoder compute its blocks again in the backward pass, by `recompute`: the same gradients."""
+        self.vae.enable_gradient_checkpointing(recompute)
+
+    def use_tiles(self, size: int, recompute: Callable[..., Any] = RECOMPUTE) -> None:
         """Work in tiles of `size` x `size` pixels from now on, which takes less memory; seams are blended.
 
         Tiles overlap by a quarter. `recompute` recomputes each tile in the backward pass, since the activations of all
@@ -37,9 +48,7 @@ class Autoencoder:
                 f"autoencoder_tiles: {size} is not a multiple of {quarter}: tiles of {self.teacher} overlap by a "
                 "quarter, which must be whole latents"
             )
-        self.vae.enable_tiling()
-        self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = size, 4 * size // quarter
-        self.vae.decoder.forward = partial(recompute, self.vae.decoder.forward)
+        self._tile(size, recompute)
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -47,15 +56,39 @@ class Autoencoder:
 
         They are the posterior's mean, or a sample of it drawn by `generator`.
         """
-        posterior = self.vae.encode(images.float() * 2 - 1).latent_dist
+        return self._from_own(self._encoded(images.float() * 2 - 1, generator))
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Return the pictures (B, 3, H', W') in [-1, 1] of latents (B, C, H, W) in the autoencoder's own scale."""
+        return self.vae.decode(latents).sample
+
+    def _encoded(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return latents (B, C, H, W) in the autoencoder's own scale of pictures (B, 3, H', W') in [-1, 1]."""
+        posterior = self.vae.encode(images).latent_dist
+        return posterior.mode() if generator is None else posterior.sample(generator)
+
+    def _tile(self, size: int, recompute: Callable[..., Any]) -> None:
+        """Work in tiles of `size` x `size` pixels, which overlap by a quarter."""
+        self.vae.enable_tiling()
+        self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = size, size // self.downscale
+        self.vae.decoder.forward = partial(recompute, self.vae.decoder.forward)
+
+    def _to_own(self, latents: Tensor) -> Tensor:
+        """Return what the autoencoder decodes for the denoiser's `latents` (B, C, H, W)."""
         scale, mean = self._scale
-        return ((posterior.mode() if generator is None else posterior.sample(generator)) - mean) / scale
+        return latents * scale + mean
+
+    def _from_own(self, latents: Tensor) -> Tensor:
+        """Return the denoiser's latents (B, C, H, W) of those that the autoencoder encodes."""
+        scale, mean = self._scale
+        return (latents - mean) / scale
 
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor]:
         """Return scale and mean (1, C or 1, 1, 1): for latents z, the autoencoder decodes scale z + mean."""
         settings = self.vae.config
-        std, mean = settings.latents_std or [1.0], settings.latents_mean or [settings.shift_factor or 0.0]
-        scale = torch.tensor(std, dtype=torch.float32, device=self.device) / settings.scaling_factor
+        std = settings.get("latents_std") or [1.0]
+        mean = settings.get("latents_mean") or [settings.get("shift_factor") or 0.0]
+        scale = torch.tensor(std, dtype=torch.float32, device=self.device) / settings.get("scaling_factor", 1.0)
         shift = torch.tensor(mean, dtype=torch.float32, device=self.device)
         return scale.reshape(1, -1, 1, 1), shift.reshape(1, -1, 1, 1)

@@ -2,8 +2,8 @@
 
     B batch   C latent channels   H, W latent size   L tokens   D context width   P pooled width
 
-A `Conditioning` is a batch of encoded prompts: "context" (B, L, D) and, in families that have one, "pooled" (B, P). All
-tensors are float32 and batch first, so that they can be indexed, concatenated and stored.
+A `Conditioning` is a batch of encoded prompts: "context" (B, L, D) and, in families that have one, "pooled" (B, P)
+(`conditioning`). Latents and predictions are float32.
 """
 
 import logging
@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from ..equations.prediction import x0_from_prediction
@@ -21,20 +22,15 @@ from ..equations.schedule import Schedule
 from ..equations.segments import NUM_TIMES
 from ..equations.solver import guided
 from ..recipe import Teacher
+from ..recipe.families import geometry, layout_of
 from ..storage import finite
 from ..training import autocast
 from .autoencoder import Autoencoder
+from .conditioning import LENGTHS, Conditioning, concatenated, in_dtype, on_device, rows_of, stacked
 from .files import MEMORY_FORMATS
-
-Conditioning = dict[str, Tensor]
 
 ENCODED_TOGETHER = 32  # prompts, where all are encoded ahead
 TARGET_TIME_WIDTH = 256  # sinusoids of the target time, for a student conditioned on it
-
-
-def on_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
-    """Return `conditioning` with its tensors on `device`."""
-    return {name: value.to(device) for name, value in conditioning.items()}
 
 
 class TargetTimeProjection(nn.Linear):
@@ -61,9 +57,11 @@ class Base(ABC):
     denoiser_part: ClassVar[str]  # the pipeline's component that denoises
     lora_targets: ClassVar[Sequence[str]]
     card_tag: ClassVar[str]  # on the card of an exported student
+    autoencoder_class: ClassVar[type[Autoencoder]] = Autoencoder
     has_target_time_pipeline: ClassVar[bool] = False  # `exported_pipeline` can sample its conditioned students
     in_stability_blocks: ClassVar[bool] = False  # other tools name its blocks as Stability AI does, not as diffusers
-    time_layer: ClassVar[str]  # the denoiser's TimestepEmbedding, whose input the target time is added to
+    time_layer: ClassVar[str]  # the denoiser's embedding of times, whose input the target time is added to
+    time_input: ClassVar[str] = "linear_1"  # the linear layer in it that takes the sinusoids
 
     def __init__(self, teacher: Teacher, device: torch.device, pipeline: DiffusionPipeline):
         self.teacher, self.device, self.dtype = teacher, device, getattr(torch, teacher.dtype)
@@ -72,7 +70,9 @@ class Base(ABC):
         self._ahead: dict[str, Conditioning] | None = None  # (L, D) and (P,) by prompt, once the text encoders are gone
         self._dropped: Conditioning | None = None  # what guidance moves away from, once they are
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_part)
-        self.autoencoder = Autoencoder(pipeline.vae, pipeline.vae_scale_factor, teacher.path, device)
+        self._refuse_distilled()
+        self.geometry = geometry(layout_of(self.family), self.denoiser.config, pipeline.vae.config)
+        self.autoencoder = self.autoencoder_class(pipeline.vae, self.geometry.downscale, teacher.path, device)
         self.resolution, self.latent_shape = self._sizes()
         self.prediction_type, schedule = self._schedule()
         self.schedule = schedule.to(device)
@@ -85,32 +85,51 @@ class Base(ABC):
 
     # ---- the family ----
 
+    @classmethod
+    def adapted_modules(cls, config: Mapping[str, Any]) -> Sequence[str]:
+        """Return the ends of the names of the modules that an adapter changes in a denoiser of this `config`."""
+        return cls.lora_targets
+
     @property
     def kohya_version(self) -> str | None:
         """Return kohya's `ss_base_model_version` for models of this shape; None where it has none."""
         return None
 
-    @property
-    @abstractmethod
-    def _multiple(self) -> int:
-        """Return the number of latents that the height and width must be multiples of."""
+    def _refuse_distilled(self) -> None:
+        """Raise ValueError for a value that only few-step models of this family have.
+
+        A local folder's is found when the recipe is read (`recipe.teacher_check`), a hub model's here.
+        """
+        for path, (value, original) in layout_of(self.family).distilled.items():
+            part, key = path.split(".")
+            config = (self.pipeline if part == "model_index" else getattr(self.pipeline, part)).config
+            if config.get(key) == value:
+                raise ValueError(
+                    f"teacher {self.teacher.path}: {path} is {value}, as of a model that is distilled to a few steps "
+                    f"already; name the model that it was made from, {original}"
+                )
 
     def _sizes(self) -> tuple[int, tuple[int, int, int]]:
         """Return the pixels per side and the latents' (C, H, W).
 
         Raise ValueError if the channels of denoiser and autoencoder differ, or for a resolution that does not fit.
         """
-        path, denoiser, factor = self.teacher.path, self.denoiser.config, self.pipeline.vae_scale_factor
-        channels = self.autoencoder.vae.config.latent_channels
-        if (denoiser.in_channels, denoiser.out_channels) != (channels, channels):
+        path, geometry, channels = self.teacher.path, self.geometry, self.autoencoder.latent_channels
+        if (geometry.channels, self._predicted_channels) != (channels, channels):
             raise ValueError(
-                f"teacher {path}: the denoiser maps {denoiser.in_channels} channels to {denoiser.out_channels} and the "
+                f"teacher {path}: the denoiser maps {geometry.channels} channels to {self._predicted_channels} and the "
                 f"autoencoder has {channels}; only plain text-to-image teachers can be distilled"
             )
-        resolution, smallest = self.teacher.resolution or denoiser.sample_size * factor, factor * self._multiple
-        if resolution % smallest:
-            raise ValueError(f"teacher.resolution {resolution} is not a multiple of {smallest}, as {path} needs")
-        return resolution, (channels, resolution // factor, resolution // factor)
+        resolution = self.teacher.resolution or geometry.side * geometry.downscale
+        if resolution % geometry.pixels:
+            raise ValueError(f"teacher.resolution {resolution} is not a multiple of {geometry.pixels}, as {path} needs")
+        side = resolution // geometry.downscale
+        return resolution, (channels, side, side)
+
+    @property
+    def _predicted_channels(self) -> int:
+        """Return the channels of a prediction, C."""
+        return self.denoiser.config.out_channels
 
     @abstractmethod
     def _schedule(self) -> tuple[str, Schedule]:
@@ -131,6 +150,23 @@ class Base(ABC):
         """Return the arguments with which a stock pipeline with that scheduler visits `times` of the default grid."""
         return {"num_inference_steps": len(times)}
 
+    @property
+    def stock_guidance(self) -> dict[str, float]:
+        """Return the arguments with which a stock pipeline samples a student: one pass a step, without guidance."""
+        return {"guidance_scale": 0.0}
+
+    @property
+    def loads_adapters(self) -> bool:
+        """Return whether the family's stock pipeline can load an adapter over the teacher."""
+        return hasattr(self.pipeline_class, "load_lora_weights")
+
+    @property
+    def stock_size(self) -> dict[str, int]:
+        """Return the arguments for this resolution; none where the denoiser's configuration has it."""
+        if "sample_size" in self.denoiser.config:
+            return {}
+        return {"height": self.resolution, "width": self.resolution}
+
     def empty_denoiser(self, config: Mapping[str, Any], condition: bool) -> ModelMixin:
         """Return a new denoiser of this `config` on torch's default device.
 
@@ -142,17 +178,26 @@ class Base(ABC):
     def with_target_time(self, denoiser: ModelMixin) -> ModelMixin:
         """Add a projection of the target time's sinusoids to `denoiser`, in place, and return it."""
         embedding = denoiser.get_submodule(self.time_layer)
-        embedding.cond_proj = TargetTimeProjection(TARGET_TIME_WIDTH, embedding.linear_1.in_features, bias=False)
+        width = embedding.get_submodule(self.time_input).in_features
+        embedding.cond_proj = TargetTimeProjection(TARGET_TIME_WIDTH, width, bias=False)
         return denoiser
 
     @abstractmethod
     def time_sinusoids(self, denoiser: ModelMixin, t: Tensor) -> Tensor:
         """Return the sinusoids (B, D) of the times t (B,) that `denoiser` passes to its `time_layer`."""
 
+    def target_time_sinusoids(self, s: Tensor) -> Tensor:
+        """Return the sinusoids (B, TARGET_TIME_WIDTH) of the target times s (B,), which a student projects."""
+        return get_timestep_embedding(s, TARGET_TIME_WIDTH)
+
     def empty_conditioning(self, count: int, num_tokens: int) -> Conditioning:
         """Return an uninitialised `Conditioning` of `count` prompts of `num_tokens` tokens, on this device."""
         shapes = self.conditioning_shapes(self.denoiser.config, num_tokens)
-        return {name: torch.empty(count, *shape, device=self.device) for name, shape in shapes.items()}
+        dtypes = {LENGTHS: torch.int64}
+        return {
+            name: torch.empty(count, *shape, dtype=dtypes.get(name), device=self.device)
+            for name, shape in shapes.items()
+        }
 
     @staticmethod
     @abstractmethod
@@ -169,8 +214,8 @@ class Base(ABC):
         with autocast.own(self.device):
             if self._ahead is None:
                 return self._encode(prompts)
-            rows = [self._ahead[prompt] for prompt in prompts]
-            return {name: torch.stack([row[name] for row in rows]).to(self.device).float() for name in rows[0]}
+            rows = stacked([self._ahead[prompt] for prompt in prompts])
+            return in_dtype(on_device(rows, self.device), torch.float32)
 
     def encode_ahead(self, prompts: Iterable[str]) -> None:
         """Encode each of `prompts` once, keep the results, and free the text encoders.
@@ -182,9 +227,9 @@ class Base(ABC):
         texts = list(dict.fromkeys(prompts))
         ahead: dict[str, Conditioning] = {}
         for part in (texts[i : i + ENCODED_TOGETHER] for i in range(0, len(texts), ENCODED_TOGETHER)):
-            encoded = {name: value.to("cpu", self.dtype) for name, value in self._encode(part).items()}
+            encoded = in_dtype(on_device(self._encode(part), torch.device("cpu")), self.dtype)
             finite.refuse_encoded(encoded, part, self.dtype)
-            ahead |= {text: {name: value[i] for name, value in encoded.items()} for i, text in enumerate(part)}
+            ahead |= zip(part, rows_of(encoded), strict=True)
         for name in self.pipeline.components:
             if name.startswith("text_encoder"):
                 setattr(self.pipeline, name, None)
@@ -264,11 +309,15 @@ class Base(ABC):
         with autocast.own(self.device):
             if guidance_scale == 1.0:
                 return self.x0(self.denoiser, x_t, t, conditional)
-            both = {name: torch.cat([unconditional[name], conditional[name]]) for name in conditional}
+            both = concatenated([unconditional, conditional])
             predictions = self.predict(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
             without, with_prompt = predictions.chunk(2)
-            prediction = guided(with_prompt, without, guidance_scale)
+            prediction = self._guided(with_prompt, without, guidance_scale)
         return x0_from_prediction(prediction, x_t, t, self.schedule, self.prediction_type)
+
+    def _guided(self, with_prompt: Tensor, without: Tensor, guidance_scale: float) -> Tensor:
+        """Return the guided prediction (B, C, H, W) of two predictions, as the family's stock pipeline computes it."""
+        return guided(with_prompt, without, guidance_scale)
 
     def noise(self, generator: torch.Generator | Sequence[torch.Generator], batch_size: int) -> Tensor:
         """Return standard normal noise (B, C, H, W) float32, drawn on the CPU so that no device changes it.

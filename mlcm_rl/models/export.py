@@ -2,8 +2,9 @@
 
 The folder is a complete pipeline with the student's weights merged into the denoiser. It also has:
 
-- `pytorch_lora_weights.safetensors`: a LoRA student as an adapter, to load over its teacher with diffusers; a tuned one
-  is one adapter too. `kohya_lora_weights.safetensors` is the same adapter for ComfyUI and other tools;
+- `pytorch_lora_weights.safetensors`: a LoRA student as an adapter, to load over its teacher with diffusers, if its
+  pipeline loads adapters; a tuned one is one adapter too. `kohya_lora_weights.safetensors` is the same adapter for
+  ComfyUI and other tools;
 - `pipeline.py`: for a student conditioned on its target time, which no stock pipeline samples;
 - `steps-<N>/`: for stock pipelines at N steps, an adapter (in both files) or a denoiser each, and its scheduler. These
   are the snapshots of a training in phases, or a conditioned student with the target times of N steps merged in.
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
-from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
+from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,7 +28,7 @@ from ..equations.solver import time_before_noise
 from ..storage import finite
 from ..storage.files import forget_origin, remove_partial_of, replacing
 from . import model_card, students
-from .base import TARGET_TIME_WIDTH, Base
+from .base import Base
 from .exported_pipeline import TargetTimePipeline
 from .lora_files import KOHYA_FILE, LORA_FILE, Adapter, write_kohya, write_lora
 from .students import Student
@@ -91,13 +92,16 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) ->
         denoiser = _denoiser_for_steps(base, student, model_card.example_steps(student), gamma)
     else:
         denoiser = students.merged(student, base.dtype)
-    denoiser.register_to_config(sample_size=base.latent_shape[-1])  # the resolution it was distilled at
+    if not base.stock_size:
+        denoiser.register_to_config(sample_size=base.latent_shape[-1])  # the resolution it was distilled at
     if has_class:
         _require_class_labels(denoiser)
     setattr(pipeline, base.denoiser_part, denoiser)
     pipeline.scheduler = base.stock_scheduler(gamma)
     if "requires_safety_checker" in pipeline.config:  # it is not loaded, so it is not exported
         pipeline.register_to_config(requires_safety_checker=False)
+    if "is_distilled" in pipeline.config:  # its pipeline guides no second time, whatever the scale
+        pipeline.register_to_config(is_distilled=True)
     pipeline.save_pretrained(folder)
     write_for_transformers_4(pipeline, folder)
     for config in folder.glob("text_encoder*/config.json"):
@@ -108,7 +112,7 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) ->
     if has_class:
         (folder / "pipeline.py").write_text(_pipeline_code(student, gamma, type(pipeline).__name__), encoding="utf-8")
         _edit(folder / "model_index.json", _class_name=["pipeline", "TargetTimePipeline"])
-    elif not student.conditioned and (lora := students.combined_lora(student)):
+    elif not student.conditioned and (lora := _adapter(base, student)):
         _write_adapter(base, lora, folder)
 
 
@@ -142,10 +146,18 @@ def _edit(file: Path, **settings: Any) -> None:
 def _write_snapshot(base: Base, student: Student, folder: Path) -> None:
     """Write a snapshot's adapter or denoiser, and its scheduler."""
     base.stock_scheduler(student.default_gamma).save_pretrained(folder / "scheduler")
-    if lora := students.combined_lora(student):
+    if lora := _adapter(base, student):
         _write_adapter(base, lora, folder)
     else:
         students.merged(student, base.dtype).save_pretrained(folder / base.denoiser_part)
+
+
+def _adapter(base: Base, student: Student) -> Adapter | None:
+    """Return the student as one adapter over its teacher.
+
+    None for a student trained in full, and where the stock pipeline loads no adapters.
+    """
+    return students.combined_lora(student) if base.loads_adapters else None
 
 
 def _write_adapter(base: Base, lora: Adapter, folder: Path) -> None:
@@ -163,11 +175,11 @@ def stock_steps(student: Student) -> list[int]:
 def _write_for_steps(base: Base, student: Student, num_steps: int, gamma: float, folder: Path) -> None:
     """Write a conditioned student for exactly N steps as a stock adapter or denoiser, which takes no target time."""
     base.stock_scheduler(gamma).save_pretrained(folder / "scheduler")
-    lora = students.combined_lora(student)
+    lora = _adapter(base, student)
     if lora and lora[0].r >= num_steps:
         up, down = target_time_update(base, student, num_steps, gamma)
         settings, tensors = lora
-        layer, spare = f"{base.time_layer}.linear_1", settings.r - num_steps
+        layer, spare = f"{base.time_layer}.{base.time_input}", settings.r - num_steps
         settings.target_modules = {*settings.target_modules, layer}
         tensors[f"{layer}.lora_A.weight"] = F.pad(down, (0, 0, 0, spare))
         tensors[f"{layer}.lora_B.weight"] = F.pad(up, (0, spare))
@@ -181,7 +193,7 @@ def _denoiser_for_steps(base: Base, student: Student, num_steps: int, gamma: flo
     up, down = target_time_update(base, student, num_steps, gamma)
     denoiser = students.merged(student, torch.float32)
     embedding = denoiser.get_submodule(base.time_layer)
-    embedding.linear_1.weight.data += up @ down
+    embedding.get_submodule(base.time_input).weight.data += up @ down
     embedding.cond_proj = None
     if "time_cond_proj_dim" in denoiser.config:
         denoiser.register_to_config(time_cond_proj_dim=None)
@@ -202,11 +214,12 @@ def target_time_update(base: Base, student: Student, num_steps: int, gamma: floa
     times = torch.tensor(sampling_times(num_steps))
     targets = time_before_noise(torch.cat([times[1:], torch.zeros(1, dtype=times.dtype)]), gamma)
     embedding = student.denoiser.get_submodule(base.time_layer)
-    device = embedding.linear_1.weight.device
+    layer = embedding.get_submodule(base.time_input)
+    device = layer.weight.device
     sinusoids = base.time_sinusoids(student.denoiser, times.to(device)).double()
     if torch.linalg.matrix_rank(sinusoids) < num_steps:
         raise ValueError(f"{student.folder}: {sinusoids.shape[1]} sinusoids of {num_steps} times are not independent")
-    target_sinusoids = get_timestep_embedding(targets.to(device), TARGET_TIME_WIDTH).double()
+    target_sinusoids = base.target_time_sinusoids(targets.to(device)).double()
     projected = target_sinusoids @ embedding.cond_proj.weight.double().T
-    up = embedding.linear_1.weight.double() @ projected.T
+    up = layer.weight.double() @ projected.T
     return up.float().contiguous(), torch.linalg.pinv(sinusoids).T.float().contiguous()

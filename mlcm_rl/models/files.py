@@ -21,7 +21,8 @@ from ..storage.tensors import read_shapes
 from .published_teachers import shipped
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-SECOND_NAMES = ("encoder.embed_tokens.weight",)  # T5's other name of `shared.weight`: its files have one or both
+# Other names of the words' embedding, of T5 and of Qwen3 as a language model: files have one or both.
+SECOND_NAMES = ("encoder.embed_tokens.weight", "lm_head.weight")
 UNUSED_PARTS = ("safety_checker", "image_encoder", "feature_extractor")
 OTHER_PARTS = ("text_encoder", "tokenizer", "safety_checker", "image_encoder", "feature_extractor")
 
@@ -91,11 +92,14 @@ def in_words(teacher: Teacher) -> Iterator[None]:
 def refuse_unknown_tokens(pipeline: DiffusionPipeline, teacher: Teacher) -> None:
     """Raise ValueError if a tokenizer has more tokens than its text encoder."""
     for name, tokenizer in pipeline.components.items():
-        tower = pipeline.components.get(name.replace("tokenizer", "text_encoder"))
-        if name.startswith("tokenizer") and tokenizer is not None and len(tokenizer) > tower.config.vocab_size:
+        if not name.startswith("tokenizer") or tokenizer is None:
+            continue
+        tower = pipeline.components[name.replace("tokenizer", "text_encoder")]
+        size = tower.get_input_embeddings().num_embeddings
+        if len(tokenizer) > size:
             raise ValueError(
-                f"teacher {teacher.path}: {name} has {len(tokenizer)} tokens and its text encoder "
-                f"{tower.config.vocab_size} (vocab_size): one of its special tokens is not in its vocabulary"
+                f"teacher {teacher.path}: {name} has {len(tokenizer)} tokens and its text encoder {size} "
+                "(vocab_size): one of its special tokens is not in its vocabulary"
             )
 
 
@@ -134,8 +138,8 @@ def shapes(folder: Path, variant: str | None = None) -> dict[str, list[int]]:
 
 
 def _current(key: str) -> str:
-    """Return the current name of a tensor, which older files have under another."""
-    key = key.removeprefix("text_model.")
+    """Return the name of a tensor without what differs between files: a tower's own prefixes, older layers' names."""
+    key = re.sub(r"^((text_)?model\.|language_model\.)+", "", key)
     for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
         key = re.sub(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.", key)
     return key
@@ -218,9 +222,8 @@ def check_components(teacher: Teacher, index: dict[str, Any]) -> None:
     parts = {name: value for name, value in index.items() if isinstance(value, list) and value[:1] != [None]}
     for name, value in parts.items():
         library, kind = [*map(str, value), "", ""][:2]
-        if library not in ("diffusers", "transformers") or re.match(
-            "Auto[A-Z]", kind
-        ):  # Auto classes may run a folder's code
+        known = ("diffusers", "transformers", *filter(None, [layout_of(teacher.family).own_library]))
+        if library not in known or re.match("Auto[A-Z]", kind):  # Auto classes may run a folder's code
             raise ValueError(f"teacher {teacher.path}: {name} is a {library}.{kind}; only known classes are loaded")
     folder = Path(teacher.path)
     missing = [name for name in parts if not (folder / name).is_dir()]
@@ -251,6 +254,11 @@ def _refuse_shards(index: Path) -> None:
         raise ValueError(f"{index}: lists {', '.join(sorted(set(shards))) or 'no file'} and not all weights beside it")
 
 
+def _module(library: str) -> Any:
+    """Return the module of a `library` in model_index.json: transformers, or the pipeline's own in diffusers."""
+    return transformers if library == "transformers" else getattr(diffusers.pipelines, library)
+
+
 def parts_with_weights(teacher: Teacher) -> list[str]:
     """Return the names of a local teacher's components that are loaded and have weights."""
     index = pipeline_index(teacher)
@@ -272,8 +280,10 @@ def shapes_from_configuration(teacher: Teacher, parts: Sequence[str]) -> dict[st
             if library == "diffusers":
                 part = _empty(folder / name, kind)
             else:
-                text_encoder = getattr(transformers, kind)
-                part = text_encoder(text_encoder.config_class.from_pretrained(folder / name, local_files_only=True))
+                text_encoder = getattr(_module(library), kind)
+                where = {"device": "meta"} if "device" in signature(text_encoder).parameters else {}
+                settings = text_encoder.config_class.from_pretrained(folder / name, local_files_only=True)
+                part = text_encoder(settings, **where)  # of its own; ChatGLM's does not see torch's default device
         weights = part.state_dict().items()
         shapes[name] = {key: list(value.shape) for key, value in weights if key not in SECOND_NAMES}
     return shapes

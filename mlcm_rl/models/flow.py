@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+from torch import Tensor
 
 from ..equations.schedule import Schedule, flow_schedule, flow_shift
 from .base import Base
@@ -14,22 +16,26 @@ class FlowBase(Base):
     denoiser_part = "transformer"
 
     @property
-    def _multiple(self) -> int:
-        return self.denoiser.config.patch_size
-
-    @property
     def shift(self) -> float:
         """Return the shift of the time axis towards noise: fixed, or a function of the number of image tokens."""
         settings = self.pipeline.scheduler.config
         if not settings.use_dynamic_shifting:
-            return settings.shift
+            return settings.get("shift") or settings.flow_shift  # as diffusers' multistep solvers call it
         _, height, width = self.latent_shape
-        tokens = height * width // self.denoiser.config.patch_size**2
+        tokens = height * width // self.geometry.multiple**2
         names = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
         return flow_shift(tokens, *(settings[name] for name in names))
 
     def _schedule(self) -> tuple[str, Schedule]:
         return "flow", flow_schedule(self.shift)
+
+    def divided_times(self, denoiser: torch.nn.Module, t: Tensor) -> Tensor:
+        """Return the times (B,) of t as pipelines give them to a denoiser that multiplies by T: rounded, then divided.
+
+        Half precision rounds them here as it does there.
+        """
+        dtype = next(denoiser.parameters()).dtype
+        return self.schedule.network_time[t].to(dtype) / self.schedule.num_times
 
     def schedule_record(self) -> dict[str, Any]:
         return {"num_train_timesteps": self.schedule.num_times, "shift": self.shift}

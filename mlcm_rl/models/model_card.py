@@ -3,7 +3,9 @@
 import json
 import re
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -38,9 +40,16 @@ NOTES_ON_CLASS = """\
   should be provided"), and the `AutoPipeline` classes do not know it: for all of these use the folders steps-N."""
 NOTES_ON_FLOW = """\
 - Pass `sigmas`, as the code does: given `num_inference_steps` alone the scheduler goes through other times.
-- Say `guidance_scale=0`: diffusers' default guides a second time, which takes twice as long and draws another
-  picture.
 - On a GPU: `.to("cuda")`, and `torch_dtype=torch.bfloat16` in `from_pretrained` for half precision."""
+GUIDED_TWICE = """\
+- Say `{guidance}`: diffusers' default guides a second time, which takes twice as long and draws another
+  picture."""
+GIVEN_GUIDANCE = """\
+- Say `{guidance}`: the scale is an input of the denoiser, and the student learned no other."""
+NOTE_ON_SIZE = """\
+- Pass `{size}`, as the code does: the student learned pictures of this size."""
+NOTE_ON_MERGED = """\
+- The student was trained as an adapter, which is merged into the weights here: `{pipeline}` loads no adapters."""
 NOTES = """\
 - Take the scheduler of this folder. `{scheduler}.from_config` of the teacher's goes through other times (LCM's own 4
   are 999, 759, 499, 259), and the picture is another one.
@@ -80,14 +89,15 @@ def card(
         _front_matter(base, metadata, folder),
         f"# {name}\n\nA student of `{public(base.teacher.path)}` for {_budgets(student)} steps, made by multistep "
         f"consistency distillation with `mlcm-rl` (guidance {base.teacher.guidance_scale:g} is inside: sample with "
-        f"`guidance_scale=0`). {_kind(student)}",
+        f"`{_arguments(base.stock_guidance)}`). {_kind(student)}",
         f"## Use\n\n{_usage(base, student, name, gamma)}\n\n{_notes(base, student, folder)}",
     ]
     if (folder / LORA_FILE).is_file():
         sections.append("Or the adapter alone, over its teacher:\n\n" + _part_usage(base, student, name, folder, gamma))
     if step_folders := sorted(folder.glob("steps-*"), key=_num_steps):
         sections.append(_steps_usage(base, student, name, step_folders, gamma))
-    if tuple(getattr(base.denoiser.config, "block_out_channels", ())) in PUBLISHED_WIDTHS:
+    widths = tuple(getattr(base.denoiser.config, "block_out_channels", ()))
+    if base.kohya_version is not None and widths in PUBLISHED_WIDTHS:
         sections.append("## ComfyUI and other tools\n\n" + _other_tools(student, folder, step_folders, gamma))
     sections.append("## Grids\n\n" + _grids(base, student))
     if table:
@@ -223,9 +233,14 @@ def _instead(base: Base) -> str:
 
 
 def _call(base: Base, num_steps: int, gamma: float) -> str:
-    grid = "".join(f", {name}={value}" for name, value in base.stock_call(sampling_times(num_steps)).items())
-    eta = f", eta={gamma:g}" if 0.0 < gamma < 1.0 else ""
-    return f'pipe("a red apple"{grid}, guidance_scale=0{eta}, generator=seed)'
+    arguments = base.stock_call(sampling_times(num_steps)) | base.stock_guidance | base.stock_size
+    eta = {"eta": gamma} if 0.0 < gamma < 1.0 else {}
+    return f'pipe(prompt="a red apple", {_arguments(arguments | eta)}, generator=seed)'
+
+
+def _arguments(values: dict[str, Any]) -> str:
+    """Return `values` as the arguments of a call in Python."""
+    return ", ".join(f"{name}={f'{value:g}' if isinstance(value, float) else value}" for name, value in values.items())
 
 
 def _code(imports: str, setup: list[str], call: str, picture: str) -> str:
@@ -264,12 +279,23 @@ def _scheduler(folder: Path) -> str:
 
 def _notes(base: Base, student: Student, folder: Path) -> str:
     """Return the pitfalls and their remedies as a list."""
-    if not base.has_target_time_pipeline:
-        return NOTES_ON_FLOW
-    notes = [NOTES_ON_CLASS if student.conditioned else NOTES_ON_STOCK, NOTES]
+    notes = [NOTES_ON_FLOW, GIVEN_GUIDANCE if layout_of(base.family).embeds_guidance else GUIDED_TWICE]
+    if not layout_of(base.family).is_flow:
+        has_class = student.conditioned and base.has_target_time_pipeline
+        notes = [NOTES_ON_CLASS if has_class else NOTES_ON_STOCK, NOTES]
+    if base.stock_size:
+        notes.append(NOTE_ON_SIZE)
+    if not base.loads_adapters and (student.folder / LORA_FILE).is_file():
+        notes.append(NOTE_ON_MERGED)
     if base.pipeline.config.get("requires_safety_checker"):
         notes.append("- The teacher's safety checker is not in this folder: pictures are not filtered.")
-    return "\n".join(notes).format(scheduler=_scheduler(folder), steps=example_steps(student))
+    return "\n".join(notes).format(
+        scheduler=_scheduler(folder),
+        steps=example_steps(student),
+        guidance=_arguments(base.stock_guidance),
+        size=_arguments(base.stock_size),
+        pipeline=base.pipeline_class.__name__,
+    )
 
 
 # ---- other tools ----
@@ -306,6 +332,8 @@ def _grids(base: Base, student: Student) -> str:
     visits = "`num_inference_steps=N` visits the default grid; for another, pass its `timesteps` instead. "
     if key == "sigmas":
         visits = "Every grid is passed as `sigmas`, before the shift, which the scheduler adds. "
+    elif key not in signature(base.pipeline_class.__call__).parameters:
+        visits = "`num_inference_steps=N` visits the default grid; the others are for `mlcm sample` alone. "
     rows = [
         f"{visits}A student of several segments is at its best on a grid that holds all their boundaries, where N "
         "allows it: its own.\n",
@@ -318,7 +346,8 @@ def _grids(base: Base, student: Student) -> str:
             paper_times(num_steps),
             sampling_times(num_steps, student.sampling_segments),
         ]
-        default, *_ = cells = [base.stock_call(times).get("sigmas", times) for times in grids]
+        network_time = base.schedule.network_time
+        default, *_ = cells = [base.stock_call(times).get("sigmas", network_time[times].tolist()) for times in grids]
         texts = [str(cell) if cell != default or i == 0 else "as default" for i, cell in enumerate(cells)]
         rows.append(f"| {num_steps} | {' | '.join(texts)} |")
     return "\n".join(rows)

@@ -11,6 +11,10 @@ FOLDER = Path(__file__).with_name("published")
 FOLDERS = {  # by the hub's name
     "stabilityai/stable-diffusion-xl-base-1.0": "stable-diffusion-xl-base-1.0",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "stable-diffusion-v1-5",
+    "black-forest-labs/FLUX.1-dev": "flux.1-dev",
+    "black-forest-labs/FLUX.2-klein-base-4B": "flux.2-klein-base-4b",
+    "Tongyi-MAI/Z-Image": "z-image",
+    "Qwen/Qwen-Image": "qwen-image",
 }
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..equations.solver import ddim_step, gamma_step, time_before_noise
-from .base import Base, Conditioning
+from .base import Base
+from .conditioning import Conditioning
 
 
 def sample(

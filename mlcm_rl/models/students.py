@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -80,7 +80,7 @@ def student(
     denoiser = _denoiser(base, base.denoiser, condition_on_target, shared=isinstance(adapter, Lora))
     if isinstance(adapter, Full):
         return denoiser.requires_grad_(True)
-    settings = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(base.lora_targets))
+    settings = _new_settings(base, adapter)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return _with_lora(denoiser, settings)
@@ -98,7 +98,7 @@ def for_preference(base: Base, adapter: Lora, seed: int, start: Path) -> ModelMi
 
 def with_preference(base: Base, denoiser: ModelMixin, adapter: Lora, seed: int) -> ModelMixin:
     """Add a new trainable `preference` adapter from `seed` to a distilled student's frozen `denoiser`; return it."""
-    settings = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(base.lora_targets))
+    settings = _new_settings(base, adapter)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return _add_preference(denoiser, settings)
@@ -118,6 +118,24 @@ def as_reference(denoiser: ModelMixin) -> Iterator[ModelMixin]:
 def trainable_parameters(denoiser: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that require gradients, in the module's order."""
     return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+
+
+def expected_of(base: Base) -> dict[str, Any]:
+    """Return what a student of `base` must say of itself.
+
+    Where the guidance scale is an input of the denoiser, that scale is among it: the student learned no other.
+    """
+    record: dict[str, Any] = {"family": base.family, "prediction_type": base.prediction_type}
+    if layout_of(base.family).embeds_guidance:
+        record["guidance_scale"] = base.teacher.guidance_scale
+    return record
+
+
+def refuse_other(folder: Path, description: dict[str, Any], base: Base) -> None:
+    """Raise ValueError if the student in `folder` is not one of `base`, by its `description`."""
+    for name, expected in expected_of(base).items():
+        if (actual := description.get(name)) != expected:
+            raise ValueError(f"{folder}: the student's {name} is {actual}, the teacher's {expected}")
 
 
 def save_student(denoiser: ModelMixin, folder: Path | str, description: dict[str, Any]) -> None:
@@ -166,14 +184,11 @@ def load_student(base: Base, folder: Path | str) -> Student:
     """Load the student in `folder`, over the weights of `base` if it is an adapter, bit for bit as it was saved.
 
     Its parameters require gradients as in training: torch multiplies by frozen matrices in another order, which would
-    change the last bits. Raise FileNotFoundError if there is none, ValueError for one of another family or prediction
-    type.
+    change the last bits. Raise FileNotFoundError if there is none, ValueError for another teacher's (`expected_of`).
     """
     folder = Path(folder)
     description = describe(folder)
-    for name, expected in (("family", base.family), ("prediction_type", base.prediction_type)):
-        if description[name] != expected:
-            raise ValueError(f"{folder}: the student's {name} is {description[name]}, the teacher's {expected}")
+    refuse_other(folder, description, base)
     denoiser = _load_denoiser(base, folder, description)
     tuned, budgets = "preference" in description, tuple(sorted(set(description["budgets"])))
     return Student(denoiser, description["num_segments"], description["conditioned"], folder, tuned, budgets)
@@ -247,8 +262,7 @@ def merged(student: Student, dtype: torch.dtype) -> ModelMixin:
     """
     denoiser = copy.deepcopy(student.denoiser)
     if adapters := list(denoiser.__dict__.get("peft_config", {})):
-        denoiser.fuse_lora(adapter_names=adapters)
-        denoiser.unload_lora()
+        _merge(denoiser, adapters)
     nn.Module.to(denoiser, dtype)  # diffusers' own `to` warns of float32 modules that a UNet does not have
     finite.refuse_weights(denoiser.state_dict(), "the student folded into the teacher")
     return denoiser
@@ -321,6 +335,10 @@ def _denoiser(base: Base, source: ModelMixin, condition: bool, shared: bool) -> 
     for name, value in target_time_of(denoiser).items():
         weights.setdefault(name, torch.zeros(value.shape, device=source.device))
     denoiser.load_state_dict(weights, assign=True)
+    for name, buffer in source.named_buffers():
+        if name not in weights:  # computed, not saved
+            module, _, attribute = name.rpartition(".")
+            denoiser.get_submodule(module).register_buffer(attribute, buffer, persistent=False)
     return denoiser.requires_grad_(False).eval()
 
 
@@ -351,7 +369,7 @@ def _without_target_time(denoiser: nn.Module) -> Iterator[None]:
 
 def _with_lora(denoiser: ModelMixin, settings: LoraConfig) -> ModelMixin:
     """Add a new float32 adapter to `denoiser`, and make it and the target time's projection trainable."""
-    denoiser.add_adapter(settings, adapter_name=DISTILLED)
+    inject_adapter_in_model(settings, denoiser, DISTILLED)
     for projection in target_time_of(denoiser).values():
         projection.requires_grad_(True)
     cast_training_params(denoiser, torch.float32)
@@ -361,7 +379,7 @@ def _with_lora(denoiser: ModelMixin, settings: LoraConfig) -> ModelMixin:
 def _add_preference(denoiser: ModelMixin, settings: LoraConfig) -> ModelMixin:
     """Add a new float32 `preference` adapter to `denoiser`, and make it alone trainable."""
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # PEFT warns of a second adapter
-        denoiser.add_adapter(settings, adapter_name=PREFERENCE)
+        inject_adapter_in_model(settings, denoiser, PREFERENCE)
     _activate(_adapted(denoiser), list(denoiser.peft_config))
     for name, parameter in denoiser.named_parameters():
         parameter.requires_grad_(f".{PREFERENCE}." in name)
@@ -372,6 +390,15 @@ def _add_preference(denoiser: ModelMixin, settings: LoraConfig) -> ModelMixin:
 def _adapted(denoiser: ModelMixin) -> list[BaseTunerLayer]:
     """Return the layers of `denoiser` that have adapters."""
     return [layer for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def _merge(denoiser: ModelMixin, names: list[str]) -> None:
+    """Add the adapters `names` to the weights of `denoiser`, in place, and take all adapters out of it."""
+    for name, layer in list(denoiser.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge(adapter_names=names)
+            denoiser.set_submodule(name, layer.get_base_layer())
+    del denoiser.peft_config
 
 
 def _activate(layers: list[BaseTunerLayer], names: list[str]) -> None:
@@ -396,6 +423,11 @@ def _fill_lora(denoiser: ModelMixin, name: str, tensors: dict[str, Tensor], sour
         )
     set_peft_model_state_dict(denoiser, tensors, adapter_name=name)
     return denoiser
+
+
+def _new_settings(base: Base, adapter: Lora) -> LoraConfig:
+    modules = list(base.adapted_modules(base.denoiser.config))
+    return LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=modules)
 
 
 def _lora_settings(denoiser: ModelMixin, name: str = DISTILLED) -> LoraConfig | None:

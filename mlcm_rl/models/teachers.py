@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from ..recipe import Teacher
-from ..recipe.families import layout_of, origin
+from ..recipe.families import absent_extras, layout_of, origin
 from ..storage.files import read_json
 from ..storage.hashing import folder_hash
 from ..storage.tensors import read_shapes
@@ -19,8 +19,11 @@ from .files import empty_pipeline, load_pipeline
 def class_of(family: str) -> type[Base]:
     """Return the class of a family's teachers, whether it is ours or another distribution's.
 
-    Raise ValueError if it cannot be loaded, is no `Base`, or has another `family` than its name in recipes.
+    Raise ValueError if it cannot be loaded, is no `Base`, or has another `family` than its name in recipes, and
+    ImportError if it needs a module that is not installed.
     """
+    if messages := absent_extras(family):
+        raise ImportError("; ".join(messages))
     implementation = layout_of(family).implementation
     module, _, name = implementation.partition(":")
     try:
@@ -81,7 +84,7 @@ def small_decoder(folder: str, base: Base) -> AutoencoderTiny:
         "scaling_factor": settings.scaling_factor,
         "shift_factor": settings.shift_factor,
     }
-    needs = dict(zip(has, (base.latent_shape[0], base.pipeline.vae_scale_factor, 1.0, 0.0), strict=True))
+    needs = dict(zip(has, (base.latent_shape[0], base.geometry.downscale, 1.0, 0.0), strict=True))
     for name, value in needs.items():
         if has[name] != value:
             raise ValueError(

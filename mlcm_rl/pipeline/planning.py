@@ -22,6 +22,7 @@ from ..data.store_writer import share_written
 from ..models import files
 from ..models.teachers import class_of
 from ..recipe import Full, Lora, Recipe, Stage, teacher_check
+from ..recipe.families import geometry, layout_of
 from ..recipe.takes import Values
 from ..storage.checkpoints import checkpoints, step_of
 from ..storage.files import CheckpointError, read_json
@@ -119,13 +120,14 @@ class Sizes:
             self.parts |= files.shapes_from_configuration(recipe.teacher, empty)
         self.family = class_of(here.family)
         denoiser = read_json(self.folder / self.family.denoiser_part / "config.json")
-        vae = read_json(self.folder / "vae" / "config.json", block_out_channels=list)
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        side = recipe.teacher.resolution // factor if recipe.teacher.resolution else denoiser["sample_size"]
-        self.latent = denoiser["in_channels"] * side * side
-        self.pixels = (side * factor) ** 2
+        vae = read_json(self.folder / "vae" / "config.json")
+        latents = geometry(layout_of(here.family), denoiser, vae)
+        side = recipe.teacher.resolution // latents.downscale if recipe.teacher.resolution else latents.side
+        self.latent = latents.channels * side * side
+        self.pixels = (side * latents.downscale) ** 2
         shapes = self.family.conditioning_shapes(denoiser, num_tokens(self.folder))
         self.context = prod(shapes["context"])
+        self.adapted = self.family.adapted_modules(denoiser)
 
     def weights(self, part: str) -> int:
         """Return the number of weights of a `part` of the teacher's pipeline."""
@@ -142,7 +144,7 @@ class Sizes:
             return self.denoiser_weights
         rank, total = adapter.rank, 0
         for name, shape in self.parts[self.family.denoiser_part].items():
-            if len(shape) > 1 and is_lora_target(name, self.family.lora_targets):
+            if len(shape) > 1 and is_lora_target(name, self.adapted):
                 total += rank * (prod(shape[1:]) + shape[0])
         return total
 
@@ -198,4 +200,5 @@ class Sizes:
 
 def is_lora_target(name: str, targets: Sequence[str]) -> bool:
     """Return whether the weight `name` of a denoiser belongs to a module among the `targets` of an adapter."""
-    return any(name.removesuffix(".weight").endswith(f".{target}") for target in targets)
+    module = f".{name.removesuffix('.weight')}"
+    return any(module.endswith(f".{target}") for target in targets)

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..data.prompts import Prompt, read_prompts
 from ..equations.segments import sampling_times
 from ..models import pictures, sampler, students, teachers
-from ..models.base import Base, Conditioning
+from ..models.base import Base
+from ..models.conditioning import Conditioning
 from ..models.teachers import tell_truncated
 from ..recipe import Feedback, Recipe, Tuning, types
 from ..training import processes
@@ -116,7 +117,7 @@ def load(stage: Tuning, base: Base, start: Path, seed: int) -> TunableStudent:
     base.forget_denoiser()  # the reference is the student
     if stage.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-        base.autoencoder.vae.enable_gradient_checkpointing()
+        base.autoencoder.checkpoint_blocks()
     if stage.autoencoder_tiles:
         base.autoencoder.use_tiles(stage.autoencoder_tiles)
     small = small_decoder(stage, base)

@@ -125,7 +125,8 @@ class Evaluate(OneStage):
         """Return the evaluations a picture for each row of the references and of the undistilled teacher."""
         guided = recipe.teacher.evaluations
         references = [guided * n for n in self.teacher_steps]
-        undistilled = [n for n in self.sampling_steps for _ in range(2 if guided == 2 and n % 2 == 0 else 1)]
+        both = recipe.teacher.guidance_scale != 1.0  # guided and unguided
+        undistilled = [n for n in self.sampling_steps for _ in range(2 if both and n % guided == 0 else 1)]
         return references + undistilled * len(self.teacher_solvers)
 
     def rows_of_students(self, recipe: "Recipe") -> list[int]:

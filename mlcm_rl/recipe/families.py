@@ -3,13 +3,16 @@
 A family may come from another distribution too: its entry point in the group `mlcm_rl.families` is a `Layout`.
 """
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
+from typing import Any
 
 ENTRY_POINTS = "mlcm_rl.families"
+USUAL_TIMES = 1000  # of a schedule
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,18 @@ class Layout:
     optional: dict[str, str] = field(default_factory=dict)
     is_flow: bool = False  # the schedule is a rectified flow; else it is variance-preserving
     pooled_by: str = ""  # text encoder whose projection a UNet takes with six picture sizes; "" where it takes neither
+    autoencoder: str = "AutoencoderKL"
+    older_classes: dict[str, str] = field(default_factory=dict)  # component -> name of its class in older files
+    own_library: str = ""  # the pipeline's folder in diffusers, where model_index.json names classes of its own by it
+    packs: int = 1  # latents a side that the pipeline packs into one token of the denoiser
+    patchifies: int = 1  # latents a side of the autoencoder that are one latent, of more channels, of the denoiser
+    side: int = 0  # latents a side by default, where the denoiser's configuration has no sample_size
+    has_checkpointing: bool = True  # the denoiser can compute its blocks again in the backward pass, for less memory
+    embeds_guidance: bool = False  # the guidance scale is an input of the denoiser: a guided pass is one evaluation
+    num_times: int = USUAL_TIMES  # of a variance-preserving schedule
+    extras: dict[str, str] = field(default_factory=dict)  # module that the family needs: extra of ours that has it
+    # key in a file (component.key or model_index.key): value of a few-step model, model to name instead
+    distilled: dict[str, tuple[Any, str]] = field(default_factory=dict)
 
     @property
     def required(self) -> list[str]:
@@ -42,7 +57,47 @@ class Layout:
     @property
     def classes(self) -> dict[str, str]:
         """The classes of the networks, by component."""
-        return {self.denoiser: self.denoiser_class, "vae": "AutoencoderKL", **self.text, **self.optional}
+        return {self.denoiser: self.denoiser_class, "vae": self.autoencoder, **self.text, **self.optional}
+
+
+LEVELS = ("block_out_channels", "encoder_block_out_channels", "dim_mult")  # keys with an entry a level, by autoencoder
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The latents of a teacher: `channels` C, `side` H = W by default, a multiple of `multiple`.
+
+    One latent covers `downscale` x `downscale` pixels.
+    """
+
+    channels: int
+    side: int
+    multiple: int
+    downscale: int
+
+    @property
+    def pixels(self) -> int:
+        """The number of pixels that a picture's side is a multiple of."""
+        return self.multiple * self.downscale
+
+
+def geometry(layout: Layout, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
+    """Return the geometry of a teacher from the configurations of its denoiser and its autoencoder.
+
+    Raise LookupError where one lacks the key that the family's sizes are in.
+    """
+    levels = vae[next((key for key in LEVELS if key in vae), LEVELS[0])]
+    if "block_out_channels" in denoiser:  # a UNet halves one time less than it has blocks
+        multiple = 2 ** (len(denoiser["block_out_channels"]) - 1)
+    else:
+        patch = denoiser["patch_size"] if "patch_size" in denoiser else denoiser["all_patch_size"][0]
+        multiple = layout.packs if layout.packs > 1 else patch
+    return Geometry(
+        channels=denoiser["in_channels"] // layout.packs**2,
+        side=denoiser.get("sample_size") or layout.side,
+        multiple=multiple,
+        downscale=layout.patchifies * 2 ** (len(levels) - 1),
+    )
 
 
 def tokenizer_of(text_encoder: str) -> str:
@@ -67,6 +122,17 @@ FAMILIES = {
         denoiser_class="UNet2DConditionModel",
         text={"text_encoder": "CLIPTextModel"},
     ),
+    "kolors": Layout(
+        implementation="mlcm_rl.models.families.kolors:Family",
+        pipeline="KolorsPipeline",
+        denoiser="unet",
+        denoiser_class="UNet2DConditionModel",
+        text={"text_encoder": "ChatGLMModel"},
+        pooled_by="text_encoder",
+        own_library="kolors",
+        num_times=1100,
+        extras={"sentencepiece": "kolors"},
+    ),
     "sd3": Layout(
         implementation="mlcm_rl.models.families.sd3:Family",
         pipeline="StableDiffusion3Pipeline",
@@ -75,6 +141,78 @@ FAMILIES = {
         text={"text_encoder": "CLIPTextModelWithProjection", "text_encoder_2": "CLIPTextModelWithProjection"},
         optional={"text_encoder_3": "T5EncoderModel"},
         is_flow=True,
+    ),
+    "flux": Layout(
+        implementation="mlcm_rl.models.families.flux:Family",
+        pipeline="FluxPipeline",
+        denoiser="transformer",
+        denoiser_class="FluxTransformer2DModel",
+        text={"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
+        is_flow=True,
+        packs=2,
+        side=128,
+        embeds_guidance=True,
+        distilled={"transformer.guidance_embeds": (False, "FLUX.1-dev")},
+    ),
+    "flux2_klein": Layout(
+        implementation="mlcm_rl.models.families.flux2_klein:Family",
+        pipeline="Flux2KleinPipeline",
+        denoiser="transformer",
+        denoiser_class="Flux2Transformer2DModel",
+        text={"text_encoder": "Qwen3ForCausalLM"},
+        autoencoder="AutoencoderKLFlux2",
+        is_flow=True,
+        patchifies=2,
+        side=64,
+        distilled={"model_index.is_distilled": (True, "FLUX.2-klein-base")},
+    ),
+    "hunyuan_dit": Layout(
+        implementation="mlcm_rl.models.families.hunyuan_dit:Family",
+        pipeline="HunyuanDiTPipeline",
+        denoiser="transformer",
+        denoiser_class="HunyuanDiT2DModel",
+        text={"text_encoder": "BertModel", "text_encoder_2": "T5EncoderModel"},
+        has_checkpointing=False,
+    ),
+    "pixart_sigma": Layout(
+        implementation="mlcm_rl.models.families.pixart_sigma:Family",
+        pipeline="PixArtSigmaPipeline",
+        denoiser="transformer",
+        denoiser_class="PixArtTransformer2DModel",
+        older_classes={"transformer": "Transformer2DModel"},
+        text={"text_encoder": "T5EncoderModel"},
+    ),
+    "sana": Layout(
+        implementation="mlcm_rl.models.families.sana:Family",
+        pipeline="SanaPipeline",
+        denoiser="transformer",
+        denoiser_class="SanaTransformer2DModel",
+        text={"text_encoder": "Gemma2Model"},
+        autoencoder="AutoencoderDC",
+        is_flow=True,
+        distilled={"transformer.guidance_embeds": (True, "Sana or SANA1.5")},
+    ),
+    "z_image": Layout(
+        implementation="mlcm_rl.models.families.z_image:Family",
+        pipeline="ZImagePipeline",
+        denoiser="transformer",
+        denoiser_class="ZImageTransformer2DModel",
+        text={"text_encoder": "Qwen3Model"},
+        is_flow=True,
+        side=128,
+        distilled={"scheduler.shift": (3.0, "Z-Image, of shift 6")},  # Z-Image-Turbo's; all other files agree
+    ),
+    "qwen_image": Layout(
+        implementation="mlcm_rl.models.families.qwen_image:Family",
+        pipeline="QwenImagePipeline",
+        denoiser="transformer",
+        denoiser_class="QwenImageTransformer2DModel",
+        text={"text_encoder": "Qwen2_5_VLForConditionalGeneration"},
+        is_flow=True,
+        autoencoder="AutoencoderKLQwenImage",
+        packs=2,
+        side=128,
+        distilled={"transformer.guidance_embeds": (True, "Qwen-Image")},
     ),
 }
 
@@ -105,6 +243,15 @@ def layout_of(family: str) -> Layout:
     if not (colon and name and _is_module(module)):
         raise ValueError(f"{origin(family)}: implementation {layout.implementation} names no class as module:name")
     return layout
+
+
+def absent_extras(family: str) -> list[str]:
+    """Return what to install before models of `family` can be loaded, a line for each module that is missing."""
+    return [
+        f"{family} needs {module}, which is not installed: pip install 'mlcm-rl[{extra}]'"
+        for module, extra in layout_of(family).extras.items()
+        if find_spec(module) is None
+    ]
 
 
 def origin(family: str) -> str:

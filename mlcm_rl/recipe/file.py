@@ -22,11 +22,12 @@ from ..storage.untrusted import read_bytes, regular
 from . import errors, renamed, reward_package, teacher_check
 from .distill import Distill
 from .experiment import Recipe, missing_trackers
-from .families import family_of, layout_of
+from .families import absent_extras, family_of, geometry, layout_of
 from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
 from .reads import reads_of
 from .schema import json_schema
+from .stage import Training
 from .teacher_stages import Trajectories
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
 from .types import TRAINED, Lora, Reward, Teacher
@@ -90,6 +91,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
         *_store_problems(recipe),
         *_tuning_problems(recipe),
         *_precision_problems(recipe),
+        *_checkpointing_problems(recipe),
         *_resume_problems(recipe),
     ]
 
@@ -115,6 +117,8 @@ def _teacher_problems(teacher: Teacher, folders: Folders) -> Iterator[Problem]:
     except ValueError as error:
         yield Problem(("teacher", "family"), str(error))
         return
+    for message in absent_extras(teacher.family):
+        yield Problem(("teacher", "family"), message)
     name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", teacher.path)
     is_hub_name = name and name[1] and not any(os.path.isdir((one / teacher.path).parent) for one in folders.of(key))
     if teacher.revision is None and is_hub_name:
@@ -157,11 +161,9 @@ def _resolution_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
     if teacher.resolution is None:
         return
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        smallest = 1
-        for part in ("vae", layout_of(teacher.family).denoiser):
-            config = json.loads(read_bytes(folder / part / "config.json"))
-            halved = "block_out_channels" in config  # one time less than there are blocks; else cut into patches
-            smallest *= 2 ** (len(config["block_out_channels"]) - 1) if halved else config["patch_size"]
+        layout = layout_of(teacher.family)
+        configs = [json.loads(read_bytes(folder / part / "config.json")) for part in (layout.denoiser, "vae")]
+        smallest = geometry(layout, *configs).pixels
         if teacher.resolution % smallest:
             message = f"expected a multiple of {smallest}, as {teacher.path} needs, found {teacher.resolution}"
             yield Problem(("teacher", "resolution"), message)
@@ -305,6 +307,17 @@ def _precision_problems(recipe: Recipe) -> Iterator[Problem]:
         if isinstance(stage, Distill | Tuning) and isinstance(adapter, Lora) and stage.precision == "no":
             message = "no would train in the float16 of teacher.dtype, where small gradients are lost: write bf16, or "
             yield Problem(("stages", i, "precision"), message + "teacher.dtype: float32")
+
+
+def _checkpointing_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield a problem for each stage that would train a denoiser with checkpoints that its class does not have."""
+    with suppress(ValueError):  # of a family's entry point, which `_teacher_problems` reports
+        layout = layout_of(recipe.teacher.family)
+        for i, stage in enumerate(recipe.stages):
+            if isinstance(stage, Training) and stage.gradient_checkpointing and not layout.has_checkpointing:
+                message = f"true needs a denoiser that can compute its blocks again, and {layout.denoiser_class} cannot"
+                key = ("stages", i, "gradient_checkpointing")
+                yield Problem(key, f"{message}: write false, and smaller micro-batches (gradient_accumulation)")
 
 
 def _resume_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -4,23 +4,29 @@ Every problem is a line with file and key. The checks are: each configuration (`
 other, that there are only files and folders, and that weights exist in a form that is read.
 """
 
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from ..storage.untrusted import brief, parse_json, read_bytes, regular
-from .families import Layout, layout_of
+from .families import Layout, geometry, layout_of
 from .teacher_types import (
     Autoencoder,
+    ChatGLM,
     Configuration,
     Denoiser,
     FlowScheduler,
+    HunyuanDenoiser,
     Index,
+    PixArtDenoiser,
     Scheduler,
     TextEncoder,
     Tokenizer,
+    TokenizerOfPipeline,
 )
 
 MAX_BYTES = 2**22  # of a configuration: far above any real one
@@ -28,10 +34,14 @@ MAX_BYTES_OF_WORDS = 2**26  # of a tokenizer's file
 WORDS = ("vocab.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")  # of a tokenizer, all objects
 CONFIGURATIONS: dict[str, type[Configuration]] = {  # by class; the file of another class may be any JSON object
     "UNet2DConditionModel": Denoiser,
+    "HunyuanDiT2DModel": HunyuanDenoiser,
+    "PixArtTransformer2DModel": PixArtDenoiser,
     "AutoencoderKL": Autoencoder,
     "CLIPTextModel": TextEncoder,
     "CLIPTextModelWithProjection": TextEncoder,
+    "ChatGLMModel": ChatGLM,
 }
+SINGLE_WORD_FILES = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt"}  # each a vocabulary alone
 OF_STUDENTS = ("LCMScheduler", "TCDScheduler")  # schedulers that only few-step models are published with
 AnyConfiguration = TypeVar("AnyConfiguration", bound=Configuration)
 
@@ -75,13 +85,17 @@ def problems(folder: Path, family: str, variant: str | None = None) -> list[str]
     faults += [
         f"model_index.json: {name}: expected {layout.classes[name]}, found {' '.join(map(str, kind)) or 'no class'}"
         for name, kind in kinds.items()
-        if kind != [layout.classes[name]]
+        if kind != [layout.classes[name]] and kind != [layout.older_classes.get(name)]
     ]
     if faults:
         return faults
     networks = [part for part in parts if part in layout.classes]
-    faults = [*_irregular(folder, parts), *_of_parts(folder, family, parts), *_of_weights(folder, networks, variant)]
-    return faults or list(_of_tokenizers(folder, parts))
+    faults = [
+        *_irregular(folder, parts),
+        *_of_parts(folder, family, parts, index),
+        *_of_weights(folder, networks, variant),
+    ]
+    return faults or list(_of_tokenizers(folder, layout, parts))
 
 
 def read(path: Path, kind: type[AnyConfiguration]) -> AnyConfiguration:
@@ -149,7 +163,7 @@ def _irregular(folder: Path, parts: list[str]) -> Iterator[str]:
                 yield str(error).replace(str(path), _display_name(path))
 
 
-def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
+def _of_parts(folder: Path, family: str, parts: list[str], index: Index) -> list[str]:
     """Return a line for each wrong value in the configurations, and for each two that do not fit each other."""
     layout, configurations, faults = layout_of(family), dict[str, Configuration](), list[str]()
     for part in parts:
@@ -158,10 +172,47 @@ def _of_parts(folder: Path, family: str, parts: list[str]) -> list[str]:
             configurations[part] = read(folder / part / file, kind)
         except TeacherFileError as error:
             faults += str(error).splitlines()
-    unet, vae = configurations.get("unet"), configurations.get("vae")
-    if faults or not (isinstance(unet, Denoiser) and isinstance(vae, Autoencoder)):
-        return faults  # other denoisers are built on meta before their weights are read, which finds the rest
-    return list(_misfits(layout, unet, vae, configurations))
+    if not faults:
+        faults += _distilled(layout, {"model_index": index, **configurations})
+        faults += _of_other_times(layout, configurations["scheduler"])
+    denoiser, vae = configurations.get(layout.denoiser), configurations.get("vae")
+    if faults or denoiser is None or vae is None:
+        return faults
+    if isinstance(denoiser, Denoiser) and isinstance(vae, Autoencoder):
+        return list(_misfits(layout, denoiser, vae, configurations))
+    # these denoisers are built on meta before their weights are read, which finds the rest
+    return list(_other_channels(layout, denoiser.model_dump(), vae.model_dump()))
+
+
+def _distilled(layout: Layout, configurations: dict[str, Configuration]) -> Iterator[str]:
+    """Yield a line for a value that only few-step models of this family have in a component's configuration."""
+    for path, (value, original) in layout.distilled.items():
+        part, key = path.split(".")
+        if configurations[part].model_dump().get(key) == value:
+            file = "model_index.json" if part == "model_index" else f"{part}/{_file_of(part, layout)[0]}"
+            yield (
+                f"{file}: {key}: {json.dumps(value)} is of a model that is distilled to a few steps already; name the "
+                f"model that it was made from, {original}"
+            )
+
+
+def _of_other_times(layout: Layout, scheduler: Configuration) -> Iterator[str]:
+    """Yield a line for a schedule of another number of times than this family's."""
+    if isinstance(scheduler, Scheduler) and (num_times := scheduler.num_train_timesteps) != layout.num_times:
+        message = f"expected {layout.num_times}, found {num_times}"
+        yield f"scheduler/scheduler_config.json: num_train_timesteps: {message}"
+
+
+def _other_channels(layout: Layout, denoiser: dict[str, Any], vae: dict[str, Any]) -> Iterator[str]:
+    """Yield a line if a transformer takes other latents than the autoencoder has, where both say how many."""
+    latents = vae.get("latent_channels") or vae.get("z_dim")
+    with suppress(LookupError, TypeError):
+        channels = geometry(layout, denoiser, vae).channels
+        if latents is not None and channels != latents * layout.patchifies**2:
+            yield (
+                f"{layout.denoiser}/config.json: in_channels: the denoiser takes latents of {channels} channels and "
+                f"the autoencoder has {latents}; only plain text-to-image teachers can be distilled"
+            )
 
 
 def _file_of(part: str, layout: Layout) -> tuple[str, type[Configuration]]:
@@ -169,7 +220,7 @@ def _file_of(part: str, layout: Layout) -> tuple[str, type[Configuration]]:
     if part == "scheduler":
         return "scheduler_config.json", FlowScheduler if layout.is_flow else Scheduler
     if part.startswith("tokenizer"):
-        return "tokenizer_config.json", Tokenizer
+        return "tokenizer_config.json", TokenizerOfPipeline if layout.own_library else Tokenizer
     return "config.json", CONFIGURATIONS.get(layout.classes[part], Configuration)
 
 
@@ -182,20 +233,19 @@ def _misfits(
             f"unet/config.json: in_channels: the denoiser maps {unet.in_channels} channels to {unet.out_channels} and "
             f"the autoencoder has {vae.latent_channels}; only plain text-to-image teachers can be distilled"
         )
-    towers = {name: one for name, one in configurations.items() if isinstance(one, TextEncoder)}
+    towers = {name: one for name, one in configurations.items() if isinstance(one, TextEncoder | ChatGLM)}
     width = sum(one.hidden_size for one in towers.values())
-    if unet.cross_attention_dim != width:
-        names = " and ".join(sorted(towers))
-        actual_width = unet.cross_attention_dim
-        yield f"unet/config.json: cross_attention_dim: expected {width}, the width of {names}, found {actual_width}"
-    for name, one in configurations.items():
+    if unet.context_width != width:
+        names, key = " and ".join(sorted(towers)), "encoder_hid_dim" if unet.encoder_hid_dim else "cross_attention_dim"
+        yield f"unet/config.json: {key}: expected {width}, the width of {names}, found {unet.context_width}"
+    lengths = {name: one.model_max_length for name, one in configurations.items() if isinstance(one, Tokenizer)}
+    for name, length in lengths.items():
         tower = towers.get(name.replace("tokenizer", "text_encoder"))
-        if isinstance(one, Tokenizer) and tower and one.model_max_length > tower.max_position_embeddings:
+        if isinstance(tower, TextEncoder) and length > tower.max_position_embeddings:
             yield (
                 f"{name}/tokenizer_config.json: model_max_length: expected at most {tower.max_position_embeddings}, "
-                f"which the text encoder reads, found {one.model_max_length}"
+                f"which the text encoder reads, found {length}"
             )
-    lengths = {name: one.model_max_length for name, one in configurations.items() if isinstance(one, Tokenizer)}
     if len(set(lengths.values())) > 1:
         listing = ", ".join(f"{name} {length}" for name, length in lengths.items())
         yield f"tokenizer/tokenizer_config.json: model_max_length: expected one for all tokenizers, found {listing}"
@@ -205,16 +255,16 @@ def _misfits(
         yield f"unet/config.json: addition_embed_type: expected none, found {unet.addition_embed_type}"
 
 
-def _misfits_of_sizes(layout: Layout, unet: Denoiser, tower: TextEncoder) -> Iterator[str]:
+def _misfits_of_sizes(layout: Layout, unet: Denoiser, tower: TextEncoder | ChatGLM) -> Iterator[str]:
     """Yield a line if the denoiser does not take six sizes and the projection of its text encoder `tower`."""
     if unet.addition_embed_type is None:
         yield f"unet/config.json: addition_embed_type: expected text_time, as {layout.pipeline} gives"
     else:
-        expected_width = 6 * (unet.addition_time_embed_dim or 0) + tower.projection_dim
+        expected_width = 6 * (unet.addition_time_embed_dim or 0) + tower.pooled_width
         if (actual_width := unet.projection_class_embeddings_input_dim) != expected_width:
             yield (
                 f"unet/config.json: projection_class_embeddings_input_dim: expected {expected_width}, six sizes of "
-                f"addition_time_embed_dim and {layout.pooled_by}'s projection_dim, found {actual_width}"
+                f"addition_time_embed_dim and {layout.pooled_by}'s pooled vector, found {actual_width}"
             )
 
 
@@ -246,17 +296,17 @@ def _has_weights(folder: Path) -> bool:
     return any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*/*"))
 
 
-def _of_tokenizers(folder: Path, parts: list[str]) -> Iterator[str]:
+def _of_tokenizers(folder: Path, layout: Layout, parts: list[str]) -> Iterator[str]:
     """Yield a line for each tokenizer without its files, or with wrong values in them."""
     for part in [name for name in parts if name.startswith("tokenizer") and _has_weights(folder)]:
-        names = {path.name for path in (folder / part).glob("*")}
-        if not names & {"tokenizer.json", "spiece.model"} and not {"vocab.json", "merges.txt"} <= names:
+        names, tower = {path.name for path in (folder / part).glob("*")}, part.replace("tokenizer", "text_encoder")
+        if not names & SINGLE_WORD_FILES and not {"vocab.json", "merges.txt"} <= names:
             yield f"{part}: neither tokenizer.json nor vocab.json and merges.txt: download them"
         for path in [folder / part / name for name in WORDS if (folder / part / name).is_file()]:
             try:
                 words = _object(path, MAX_BYTES_OF_WORDS)
-                if path.name == "vocab.json":
-                    _refuse_unknown(path, words, folder / part.replace("tokenizer", "text_encoder") / "config.json")
+                if path.name == "vocab.json" and CONFIGURATIONS.get(layout.classes[tower]) is TextEncoder:
+                    _refuse_unknown(path, words, folder / tower / "config.json")
             except TeacherFileError as error:
                 yield str(error)
 

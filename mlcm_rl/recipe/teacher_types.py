@@ -18,6 +18,7 @@ Scale = Annotated[float, Field(gt=0, le=1_000)]
 Flag = Annotated[int, Field(ge=0, le=1)]
 Kernel = Annotated[int, Field(ge=1, le=7)]
 Beta = Annotated[float, Field(gt=0, lt=1)]
+Infinite = Annotated[float, Field(allow_inf_nan=True)]  # -Infinity in files of diffusers' multistep solvers
 Activation = Literal["silu", "swish", "mish", "gelu", "relu"]
 Token = str | dict[str, JsonValue] | None
 MIN_SIGNAL = 1e-8  # of alpha^2 at the last time: below, x0 is a quotient of rounding errors
@@ -74,6 +75,8 @@ class Denoiser(_Blocks):
     attention_head_dim: Width | list[Width] = 8
     use_linear_projection: bool = False
     upcast_attention: bool = False
+    encoder_hid_dim: Width | None = None
+    encoder_hid_dim_type: Literal["text_proj"] | None = None
     addition_embed_type: Literal["text_time"] | None = None
     addition_time_embed_dim: Width | None = None
     projection_class_embeddings_input_dim: Width | None = None
@@ -94,8 +97,6 @@ class Denoiser(_Blocks):
     dual_cross_attention: Literal[False] = False
     class_embed_type: None = None
     num_class_embeds: None = None
-    encoder_hid_dim: None = None
-    encoder_hid_dim_type: None = None
     attention_type: Literal["default"] = "default"
     class_embeddings_concat: Literal[False] = False
     cross_attention_norm: None = None
@@ -118,6 +119,18 @@ class Denoiser(_Blocks):
                 raise ValueError(f"attention_head_dim {number} does not divide block_out_channels {width}")
         return self
 
+    @property
+    def context_width(self) -> int:
+        """The width of a prompt's states, which the denoiser may project to that of its cross-attention."""
+        return self.encoder_hid_dim or self.cross_attention_dim
+
+    @model_validator(mode="after")
+    def _projection_of_the_prompt_is_whole(self):
+        if (self.encoder_hid_dim is None) != (self.encoder_hid_dim_type is None):
+            key = "encoder_hid_dim" if self.encoder_hid_dim is None else "encoder_hid_dim_type"
+            raise ValueError(f"{key} is missing: the width of a prompt's states and text_proj go together")
+        return self
+
     @model_validator(mode="after")
     def _is_no_student(self):
         if self.time_cond_proj_dim is not None:
@@ -132,6 +145,39 @@ class Denoiser(_Blocks):
         for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
             if self.addition_embed_type is not None and getattr(self, key) is None:
                 raise ValueError(f"{key} is missing, which addition_embed_type {self.addition_embed_type} needs")
+        return self
+
+
+class HunyuanDenoiser(Configuration):
+    """transformer/config.json: a HunyuanDiT2DModel that predicts a variance beside v, as the stock pipeline expects."""
+
+    learn_sigma: Literal[True] = True
+    use_style_cond_and_image_meta_size: bool = True
+
+    @model_validator(mode="after")
+    def _takes_no_sizes(self):
+        if self.use_style_cond_and_image_meta_size:
+            raise ValueError(
+                "use_style_cond_and_image_meta_size: true is of Hunyuan-DiT before 1.2, which is given a style and "
+                "sizes; name Hunyuan-DiT 1.2 or a model made from it"
+            )
+        return self
+
+
+class PixArtDenoiser(Configuration):
+    """transformer/config.json: a PixArtTransformer2DModel, under that name or the older Transformer2DModel."""
+
+    sample_size: Annotated[int, Field(gt=0, le=4_096)] = 128
+    norm_type: Literal["ada_norm_single"] = "ada_norm_single"
+    use_additional_conditions: bool | None = None
+
+    @model_validator(mode="after")
+    def _takes_no_sizes(self):
+        if self.use_additional_conditions or (self.use_additional_conditions is None and self.sample_size == 128):
+            raise ValueError(
+                "use_additional_conditions: true, or absent at sample_size 128, is of PixArt-alpha, which is given "
+                "sizes; name PixArt-Sigma or a model made from it"
+            )
         return self
 
 
@@ -164,8 +210,25 @@ class Autoencoder(_Blocks):
         return self
 
 
-class TextEncoder(Configuration):
-    """text_encoder/config.json: a CLIP text tower, with the keys that transformers reads of any configuration."""
+class _OfTransformers(Configuration):
+    """The keys that transformers reads of any configuration."""
+
+    architectures: list[str] | None = None
+    transformers_version: str | None = None
+    id2label: dict[str, str] | None = None
+    num_labels: Annotated[int, Field(ge=0, le=10_000)] | None = None  # transformers makes a name for each
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    output_hidden_states: Literal[False] = False
+    output_attentions: Literal[False] = False
+    return_dict: Literal[True] = True
+    use_return_dict: Literal[True] = True
+    chunk_size_feed_forward: Literal[0] = 0
+    is_encoder_decoder: Literal[False] = False
+
+
+class TextEncoder(_OfTransformers):
+    """text_encoder/config.json: a CLIP text tower."""
 
     vocab_size: Annotated[int, Field(gt=0, le=10_000_000)]
     hidden_size: Width
@@ -184,18 +247,11 @@ class TextEncoder(Configuration):
     bos_token_id: Annotated[int, Field(ge=0)] | None = None
     eos_token_id: Annotated[int, Field(ge=0)] = 49407
     model_type: Literal["clip_text_model"] = "clip_text_model"
-    architectures: list[str] | None = None
-    transformers_version: str | None = None
-    id2label: dict[str, str] | None = None
-    num_labels: Annotated[int, Field(ge=0, le=10_000)] | None = None  # transformers makes a name for each
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    output_hidden_states: Literal[False] = False
-    output_attentions: Literal[False] = False
-    return_dict: Literal[True] = True
-    use_return_dict: Literal[True] = True
-    chunk_size_feed_forward: Literal[0] = 0
-    is_encoder_decoder: Literal[False] = False
+
+    @property
+    def pooled_width(self) -> int:
+        """The width of the vector that a UNet takes with six picture sizes."""
+        return self.projection_dim
 
     @model_validator(mode="after")
     def _sizes_agree(self):
@@ -207,10 +263,49 @@ class TextEncoder(Configuration):
         return self
 
 
-class Tokenizer(Configuration):
-    """tokenizer/tokenizer_config.json."""
+class ChatGLM(_OfTransformers):
+    """text_encoder/config.json: ChatGLM3, whose last state at the last token is the pooled vector."""
 
-    model_max_length: Annotated[int, Field(ge=3, le=65_536)]
+    num_layers: Layers = 28
+    padded_vocab_size: Annotated[int, Field(gt=0, le=10_000_000)] = 65024
+    hidden_size: Width = 4096
+    ffn_hidden_size: Width = 13696
+    kv_channels: Annotated[int, Field(gt=0, le=65_536, multiple_of=4)] = 128
+    num_attention_heads: Width = 32
+    seq_length: Annotated[int, Field(ge=256, le=65_536)] = 2048  # the pipeline pads prompts to 256
+    hidden_dropout: Share = 0.0
+    attention_dropout: Share = 0.0
+    layernorm_epsilon: Small = 1e-5
+    rmsnorm: bool = True
+    apply_residual_connection_post_layernorm: bool = False
+    post_layer_norm: bool = True
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    multi_query_attention: bool = False
+    multi_query_group_num: Width = 1
+    apply_query_key_layer_scaling: bool = True
+    attention_softmax_in_fp32: bool = True
+    fp32_residual_connection: bool = False
+    original_rope: bool
+    quantization_bit: Literal[0] = 0
+    pre_seq_len: None = None
+
+    @property
+    def pooled_width(self) -> int:
+        """The width of the vector that a UNet takes with six picture sizes."""
+        return self.hidden_size
+
+    @model_validator(mode="after")
+    def _heads_share_keys(self):
+        if self.multi_query_attention and self.num_attention_heads % self.multi_query_group_num:
+            raise ValueError(f"multi_query_group_num {self.multi_query_group_num} does not divide num_attention_heads")
+        return self
+
+
+class TokenizerOfPipeline(Configuration):
+    """tokenizer/tokenizer_config.json of a pipeline that says how many tokens it reads."""
+
+    model_max_length: Annotated[int, Field(ge=3)] | None = None
     tokenizer_class: str | None = None
     backend: str | None = None
     bos_token: Token = None
@@ -219,11 +314,17 @@ class Tokenizer(Configuration):
     pad_token: Token = None
 
 
+class Tokenizer(TokenizerOfPipeline):
+    """tokenizer/tokenizer_config.json."""
+
+    model_max_length: Annotated[int, Field(ge=3)]  # of some a number beyond any prompt
+
+
 class Scheduler(Configuration):
-    """scheduler/scheduler_config.json: a variance-preserving schedule of a thousand times."""
+    """scheduler/scheduler_config.json: a variance-preserving schedule."""
 
     class_name: str = Field("", alias="_class_name")
-    num_train_timesteps: Literal[1000] = 1000
+    num_train_timesteps: Annotated[int, Field(ge=2, le=10_000)] = 1000
     beta_start: Beta = 0.0001
     beta_end: Beta = 0.02
     beta_schedule: Literal["scaled_linear", "linear"] | None = "linear"
@@ -244,6 +345,7 @@ class Scheduler(Configuration):
     use_karras_sigmas: bool | None = False
     use_exponential_sigmas: bool | None = False
     use_beta_sigmas: bool | None = False
+    lambda_min_clipped: Infinite = -math.inf
 
     @model_validator(mode="after")
     def _preserves_variance(self):
@@ -282,11 +384,14 @@ class Scheduler(Configuration):
 class FlowScheduler(Configuration):
     """scheduler/scheduler_config.json: a rectified flow of a thousand times with one shift."""
 
-    class_name: Literal["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"] = Field(
-        alias="_class_name"
-    )
+    class_name: Literal[
+        "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "DPMSolverMultistepScheduler"
+    ] = Field(alias="_class_name")
     num_train_timesteps: Literal[1000] = 1000
     shift: Annotated[float, Field(gt=0, le=1_000)] = 1.0
+    flow_shift: Annotated[float, Field(gt=0, le=1_000)] = 1.0  # of DPMSolverMultistepScheduler, with the two below
+    use_flow_sigmas: bool = False
+    prediction_type: str = "epsilon"
     use_dynamic_shifting: bool = False
     base_shift: float | None = 0.5
     max_shift: float | None = 1.15
@@ -297,6 +402,17 @@ class FlowScheduler(Configuration):
     use_karras_sigmas: Literal[False] | None = False
     use_exponential_sigmas: Literal[False] | None = False
     use_beta_sigmas: Literal[False] | None = False
+    lambda_min_clipped: Infinite = -math.inf
+
+    @model_validator(mode="after")
+    def _is_a_flow(self):
+        is_solver = self.class_name.startswith("DPMSolver")
+        for key, expected in (("use_flow_sigmas", True), ("prediction_type", "flow_prediction")):
+            if is_solver and getattr(self, key) != expected:
+                raise ValueError(f"{key}: expected {expected}, as a rectified flow has, found {getattr(self, key)}")
+        if is_solver and self.use_dynamic_shifting:
+            raise ValueError("use_dynamic_shifting: expected False in a DPMSolverMultistepScheduler, found True")
+        return self
 
 
 class Index(Configuration):

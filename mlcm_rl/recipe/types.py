@@ -69,8 +69,11 @@ class Teacher(Strict):
 
     @property
     def evaluations(self) -> int:
-        """Evaluations of a guided pass: one with the prompt and, unless the guidance scale is 1, one without."""
-        return 1 if self.guidance_scale == 1.0 else 2
+        """Evaluations of a guided pass: one with the prompt and, unless the guidance scale is 1, one without.
+
+        One too where the scale is an input of the denoiser.
+        """
+        return 1 if self.guidance_scale == 1.0 or families.layout_of(self.family).embeds_guidance else 2
 
 
 class Samples(Strict):

@@ -208,8 +208,7 @@ def save_student(
         "num_segments": num_segments,
         "budgets": stage.budgets,
         "conditioned": stage.condition_on_target,
-        "family": base.family,
-        "prediction_type": base.prediction_type,
+        **students.expected_of(base),
         "teacher": files.public(recipe.teacher.path),
         "teacher_hash": teachers.teacher_hash(recipe.teacher),
     }

@@ -15,7 +15,8 @@ from ..equations import preference
 from ..equations.policy import step_gaussian
 from ..equations.schedule import add_noise
 from ..models import pictures, students, teachers
-from ..models.base import Base, Conditioning
+from ..models.base import Base
+from ..models.conditioning import Conditioning
 from ..models.teachers import tell_truncated
 from ..preference import tuning
 from ..preference.guard import HackingGuard

@@ -21,7 +21,8 @@ from ..evaluation import instruments, metrics, undistilled
 from ..evaluation.row_store import RowStore, open_store, record_path, reference_folder
 from ..evaluation.rows import Entry, Row, entries, student_rows, teacher_rows
 from ..models import pictures, sampler
-from ..models.base import Base, Conditioning
+from ..models.base import Base
+from ..models.conditioning import Conditioning, on_device, rows_of, stacked
 from ..models.students import Student, load_student
 from ..models.teachers import load, tell_truncated
 from ..recipe import Evaluate, Recipe
@@ -73,7 +74,7 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
     students = entries(stage, parents, base)
     curves = assembly.read_curves(parents.get("distill"))
     scene = prepare(stage, recipe, base, folder)
-    teachers = teacher_rows(stage, recipe.teacher.guidance_scale)
+    teachers = teacher_rows(stage, recipe.teacher)
     store = open_store(stage, recipe, parents, teachers[0], base.device.type)
     processes.on_rank_zero(store.sweep)
     table: list[tuple[Entry | None, list[Row]]] = [(None, teachers)]
@@ -123,7 +124,7 @@ def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
         seed=recipe.seed,
         page_prompts=page_prompts(prompts),
         keep_pictures=stage.keep_pictures,
-        reference=teacher_rows(stage, recipe.teacher.guidance_scale)[0].id,
+        reference=teacher_rows(stage, recipe.teacher)[0].id,
         folder=folder,
     )
     for first in processes.share(range(0, len(prompts), stage.batch_size)):
@@ -133,8 +134,8 @@ def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
             texts = [prompt.prompt for prompt in batch]
             encoded = base.encode_prompts(texts)
             finite.refuse_encoded(encoded, texts, base.dtype)
-            for place, path in enumerate(paths):
-                write_tensors(path, {name: value[place] for name, value in encoded.items()})
+            for path, row in zip(paths, rows_of(encoded), strict=True):
+                write_tensors(path, row)
     processes.wait()
     return scene
 
@@ -203,7 +204,7 @@ def draw(scene: Scene, row: Row, student: Student | None, batch: list[Sample]) -
     """
     base = scene.base
     encoded = [read_tensors(prompt_path(scene, i)) for i, _ in batch]
-    conditioning = {name: torch.stack([one[name] for one in encoded]).to(base.device) for name in encoded[0]}
+    conditioning = on_device(stacked(encoded), base.device)
     started = time.perf_counter()
     latents = sample(scene, row, student, batch, conditioning)
     images = base.autoencoder.decode(latents)

@@ -16,7 +16,8 @@ from ..equations.prediction import min_snr_weight, prediction_from_x0
 from ..equations.schedule import add_noise, logit_normal_times
 from ..equations.segments import time_grid
 from ..models import pictures, teachers
-from ..models.base import Base, Conditioning, on_device
+from ..models.base import Base
+from ..models.conditioning import Conditioning, on_device, rows_of, stacked
 from ..models.files import folder_of
 from ..models.sampler import sample_teacher
 from ..models.teachers import tell_truncated
@@ -105,7 +106,7 @@ class Captions:
 
     def __init__(self, base: Base, captions: list[list[str]], dropout: float):
         self.base, self.captions, self.dropout = base, captions, dropout
-        self.dropped = {name: value[0].cpu() for name, value in base.unconditional(1).items()}
+        (self.dropped,) = rows_of(on_device(base.unconditional(1), torch.device("cpu")))
         self.encoded: dict[str, Conditioning] = {}
 
     def draw(self, index: Tensor, draws: torch.Generator) -> Conditioning:
@@ -117,7 +118,7 @@ class Captions:
         texts = [self._choose(self.captions[i], *pair) for i, pair in zip(index.tolist(), chances, strict=True)]
         self._encode(sorted({text for text in texts if text is not None} - self.encoded.keys()))
         rows = [self.dropped if text is None else self.encoded[text] for text in texts]
-        return {name: torch.stack([row[name] for row in rows]) for name in self.dropped}
+        return stacked(rows)
 
     def _choose(self, captions: list[str], which: float, drop: float) -> str | None:
         return None if drop < self.dropout else captions[int(which * len(captions))]

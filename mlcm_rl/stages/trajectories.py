@@ -11,7 +11,8 @@ from ..data.trajectory_store import Provenance
 from ..equations.segments import NUM_SEGMENTS, milestones, time_grid
 from ..equations.solver import ddim_step
 from ..models import teachers
-from ..models.base import Base, Conditioning, on_device
+from ..models.base import Base
+from ..models.conditioning import Conditioning, concatenated, on_device
 from ..models.teachers import teacher_hash
 from ..recipe import Recipe, Trajectories
 from ..storage import finite
@@ -68,9 +69,8 @@ def encode(stage: Trajectories, base: Base, prompts: list[str], writer: Writer) 
             texts = prompts[start : min(start + stage.batch_size, rows.stop)]
             conditioning = base.encode_prompts(texts)
             finite.refuse_encoded(conditioning, texts, base.dtype)
-            parts.append(conditioning)
-        whole = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
-        writer.write_prompts(rows, whole, base.dtype)
+            parts.append(on_device(conditioning, torch.device("cpu")))
+        writer.write_prompts(rows, concatenated(parts), base.dtype)
 
 
 def solve(

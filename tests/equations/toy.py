@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, StableDiffusionPipeline
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
@@ -150,7 +150,7 @@ class MixtureBase(UNetBase):
 
 def base_of(denoiser: Denoiser) -> MixtureBase:
     """A base whose teacher is `denoiser`, as `teachers.load` would return it."""
-    latents = SimpleNamespace(latent_channels=denoiser.config.in_channels)
+    latents = FrozenDict(latent_channels=denoiser.config.in_channels, block_out_channels=(1,))
     pipeline = SimpleNamespace(
         unet=denoiser,
         vae=SimpleNamespace(config=latents),

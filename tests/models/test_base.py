@@ -16,7 +16,7 @@ import tiny
 from mlcm_rl import recipe
 from mlcm_rl.models import teachers as bases
 from mlcm_rl.models.teachers import skeleton
-from mlcm_rl.models.unet import schedule_of
+from mlcm_rl.models.vp import schedule_of
 
 
 def load(folder, family="sdxl", **settings):

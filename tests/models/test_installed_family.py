@@ -15,6 +15,7 @@ import tiny
 from mlcm_rl.models.base import Base
 from mlcm_rl.models.flow import FlowBase
 from mlcm_rl.models.unet import UNetBase
+from mlcm_rl.recipe.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILY = """
@@ -72,7 +73,7 @@ def test_a_recipe_names_it_and_every_stage_runs(site, recipe, tmp_path):
 def test_without_the_distribution_the_known_families_are_told(recipe, tmp_path):
     refused = mlcm(tmp_path, "validate", recipe)
     assert refused.returncode == 2
-    assert "expected one of sdxl, sd, sd3, found the text 'my_family'" in refused.stdout
+    assert f"expected one of {', '.join(FAMILIES)}, found the text 'my_family'" in " ".join(refused.stdout.split())
     assert "has an entry point of mlcm_rl.families" in " ".join(refused.stdout.split())
 
 

@@ -1,9 +1,6 @@
-"""Stable Diffusion 3: beside its stock pipeline, through every stage, and exported to be sampled by stock diffusers."""
+"""Stable Diffusion 3 alone: with T5 and without, its published shapes, a flow's schedule (see test_families)."""
 
 import json
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,15 +12,12 @@ import tiny
 from mlcm_rl import pipeline
 from mlcm_rl.equations.segments import sampling_times
 from mlcm_rl.evaluation import undistilled
-from mlcm_rl.models import sampler, students, teachers
-from mlcm_rl.models.export import export
+from mlcm_rl.models import sampler, teachers
 from mlcm_rl.models.families.sd3 import Family
-from mlcm_rl.recipe import Evaluate, Full, Lora, Samples, Teacher
-from mlcm_rl.storage.manifest import verify
+from mlcm_rl.recipe import Teacher
 from mlcm_rl.training.loop import Runtime
 
 PROMPTS = ["a red apple, 3d", "x" * 600]  # the second is longer than any encoder reads
-LORA = Lora(rank=8, alpha=8.0)
 # A configuration as published, and its parameters (counted on the published checkpoints).
 PUBLISHED = {
     "stable-diffusion-3-medium": (
@@ -113,18 +107,6 @@ def test_a_guided_trajectory_is_the_stock_pipelines(pair, num_steps):
     torch.testing.assert_close(x0, expected.images, atol=1e-5, rtol=1e-5)
 
 
-def test_pictures_are_decoded_and_encoded_with_the_shift_of_the_autoencoder(pair):
-    base, stock = pair
-    latents = base.noise(torch.Generator().manual_seed(4), 2)
-    settings = stock.vae.config
-    image = stock.vae.decode(latents / settings.scaling_factor + settings.shift_factor, return_dict=False)[0]
-    expected = stock.image_processor.postprocess(image.detach(), output_type="pt")
-    torch.testing.assert_close(base.autoencoder.decode(latents), expected, atol=1e-6, rtol=1e-6)
-    mean = stock.vae.encode(expected * 2 - 1).latent_dist.mode()
-    by_hand = (mean - settings.shift_factor) * settings.scaling_factor
-    torch.testing.assert_close(base.autoencoder.encode(expected), by_hand, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("solver", ["dpmpp", "unipc"])
 def test_stock_solvers_of_flows_come_to_the_teachers_own_end(base, solver):
     """At many steps they agree with Euler's at more; each is asked at our own times."""
@@ -137,28 +119,6 @@ def test_stock_solvers_of_flows_come_to_the_teachers_own_end(base, solver):
 
 
 # ---- students ----
-
-
-@pytest.mark.parametrize("adapter", [LORA, Full()], ids=["lora", "full"])
-@pytest.mark.parametrize("condition", [False, True], ids=["plain", "conditioned"])
-def test_a_student_starts_as_its_teacher_and_is_loaded_as_it_was_saved(base, adapter, condition, tmp_path):
-    denoiser = students.student(base, adapter, 0, condition)
-    x_t, t = base.noise(torch.Generator().manual_seed(0), 2), torch.tensor([999, 374])
-    conditioning, s = base.encode_prompts(PROMPTS), torch.tensor([749, 0]) if condition else None
-    assert torch.equal(
-        base.predict(denoiser, x_t, t, conditioning, s), base.predict(base.denoiser, x_t, t, conditioning)
-    )
-    tiny.perturb(students.trainable_parameters(denoiser), seed=1)
-    prediction = base.predict(denoiser, x_t, t, conditioning, s)
-    if condition:
-        assert not torch.equal(prediction, base.predict(denoiser, x_t, t, conditioning, s - s))
-    description = {"num_segments": 1, "family": base.family, "prediction_type": base.prediction_type}
-    students.save_student(denoiser, tmp_path / "student", description)
-    loaded = students.load_student(base, tmp_path / "student")
-    assert loaded.conditioned is condition
-    assert torch.equal(base.predict(loaded.denoiser, x_t, t, conditioning, s), prediction)
-    if adapter == Full():  # the folder is a stock denoiser's, whatever stands beside it
-        SD3Transformer2DModel.from_pretrained(tmp_path / "student" / "transformer")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -186,40 +146,6 @@ def test_published_configurations_have_their_counts_and_the_adapters_names(name)
 
 
 # ---- every stage ----
-
-
-def recipe_of(folder: Path, place: Path, **distill):
-    prompts = runs.write_prompts(place)
-    tuned = [runs.tuning(kind, prompts) for kind in ("feedback", "dpo", "policy")]
-    evaluate = Evaluate(prompts=prompts, num_prompts=4, sampling_steps=[1, 2], teacher_steps=[3, 4], batch_size=4)
-    stages = [runs.trajectories(prompts), runs.distill(**distill), *tuned, evaluate]
-    samples = Samples(prompts=["a cat"], sampling_steps=[1, 2])
-    return runs.recipe(folder, place, stages, "sd3", samples=samples)
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        {"num_segments": [2, 1], "adapter": {"kind": "lora", "rank": 2, "alpha": 2.0}},
-        {"num_segments": [1], "condition_on_target": True, "budgets": [2, 4], "adapter": {"kind": "full"}},
-    ],
-    ids=["lora", "conditioned-full"],
-)
-def test_every_stage_runs_and_its_plan_knows_what_it_takes(folders, tmp_path, form):
-    recipe = recipe_of(folders[True], tmp_path, **form)
-    planned = pipeline.plan(recipe, True)
-    assert [stage.kind for stage in planned] == [stage.kind for stage in recipe.stages]
-    assert all(stage.memory is not None and stage.memory.total > 0 and stage.unknown is None for stage in planned)
-    stages = pipeline.run(recipe)
-    for stage in stages:
-        verify(stage.folder)
-    losses = [
-        json.loads(line)["loss"] for line in (stages[1].folder / "log.jsonl").read_text().splitlines() if "loss" in line
-    ]
-    assert losses
-    assert all(map(torch.isfinite, map(torch.tensor, losses)))
-    report = json.loads((stages[-1].folder / "report.json").read_text())
-    assert {row["name"] for row in report["rows"]} >= {"teacher", "student", "feedback", "dpo", "policy"}
 
 
 def test_an_interrupted_distillation_ends_with_the_same_bits(folders, tmp_path):
@@ -271,91 +197,9 @@ def test_a_store_says_its_flows_shift(folders, tmp_path):
 # ---- exported ----
 
 
-def exported(base: Family, place: Path, adapter: Lora | Full, condition: bool, gamma: float | None = None) -> Path:
-    denoiser = students.student(base, adapter, 0, condition)
-    tiny.perturb(students.trainable_parameters(denoiser), seed=1, scale=0.02)
-    description = {"num_segments": 1, "family": base.family, "prediction_type": base.prediction_type}
-    students.save_student(denoiser, place / "student", description)
-    return export(place / "student", base, place / "out", gamma=gamma)
-
-
-def sampled(base: Family, place: Path, num_steps: int, gamma: float, generators) -> torch.Tensor:
-    student = students.load_student(base, place / "student")
-    noise, conditioning = base.noise(torch.Generator().manual_seed(4), 2), base.encode_prompts(PROMPTS)
-    times = sampling_times(num_steps)
-    with torch.no_grad():
-        return sampler.sample(
-            base, student.denoiser, conditioning, noise, times, gamma, generators, student.conditioned
-        )
-
-
-def stock_sampled(base: Family, stock: DiffusionPipeline, num_steps: int) -> torch.Tensor:
-    noise = base.noise(torch.Generator().manual_seed(4), 2)
-    stock.set_progress_bar_config(disable=True)
-    call = base.stock_call(sampling_times(num_steps)) | {"height": 16, "width": 16}
-    return stock(PROMPTS, latents=noise, guidance_scale=0.0, output_type="latent", **call).images
-
-
-def near(pictures: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((pictures - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1.0) * 2)
-
-
-@pytest.mark.parametrize("adapter", [LORA, Full()], ids=["lora", "full"])
-def test_a_deterministic_student_is_sampled_by_the_stock_pipeline(base, adapter, tmp_path):
-    out = exported(base, tmp_path, adapter, condition=False, gamma=0.0)
-    stock = stock_of(out)
-    assert type(stock.scheduler) is FlowMatchEulerDiscreteScheduler
-    for num_steps in (1, 2, 3, 4, 8):
-        assert near(stock_sampled(base, stock, num_steps), sampled(base, tmp_path, num_steps, 0.0, None)), num_steps
-    if adapter != Full():
-        over = stock_of(Path(base.teacher.path))
-        over.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
-        over.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(out / "scheduler")
-        assert near(stock_sampled(base, over, 4), sampled(base, tmp_path, 4, 0.0, None))
-
-
-def test_a_renoising_student_is_sampled_by_the_stock_pipeline_with_the_global_generator(base, tmp_path):
-    out = exported(base, tmp_path, LORA, condition=False)
-    stock = stock_of(out)
-    assert type(stock.scheduler) is FlowMatchLCMScheduler
-    torch.manual_seed(7)
-    pictures = stock_sampled(base, stock, 4)
-    ours = torch.Generator().manual_seed(7)
-    assert near(pictures, sampled(base, tmp_path, 4, 1.0, ours))
-
-
-@pytest.mark.parametrize("adapter", [LORA, Full()], ids=["lora", "full"])
-def test_a_conditioned_student_is_folded_for_each_number_of_steps(base, adapter, tmp_path):
-    out = exported(base, tmp_path, adapter, condition=True)
-    assert not (out / "pipeline.py").exists()
-    assert near(stock_sampled(base, stock_of(out), 4), sampled(base, tmp_path, 4, 0.0, None))
-    for num_steps in (2, 3, 8):
-        part, stock = out / f"steps-{num_steps}", stock_of(Path(base.teacher.path))
-        if adapter == Full():
-            stock.transformer = SD3Transformer2DModel.from_pretrained(part / "transformer")
-        else:
-            stock.load_lora_weights(part, weight_name="pytorch_lora_weights.safetensors")
-        stock.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(part / "scheduler")
-        assert near(stock_sampled(base, stock, num_steps), sampled(base, tmp_path, num_steps, 0.0, None)), num_steps
-
-
-def test_every_block_of_code_of_the_card_runs_and_leaves_a_picture(base, tmp_path):
-    out = exported(base, tmp_path, LORA, condition=True)
-    card = (out / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    assert len(blocks) == 2
-    for number, code in enumerate(blocks):
-        code = code.replace(f'"{Path(base.teacher.path).name}"', json.dumps(base.teacher.path))
-        process = subprocess.run([sys.executable, "-c", code], cwd=out.parent, capture_output=True, text=True)
-        assert process.returncode == 0, process.stderr
-        assert len(list(out.parent.glob("*.png"))) == number + 1
-    assert "stable-diffusion-3" in card
-
-
-def test_a_gamma_between_cannot_be_exported_and_says_so(base, tmp_path):
-    with pytest.raises(ValueError, match=r"gamma 0\.3: diffusers' schedulers of rectified flow are deterministic"):
-        exported(base, tmp_path, LORA, condition=False, gamma=0.3)
-    assert not (tmp_path / "out").exists()
+def test_gamma_0_is_eulers_scheduler_and_gamma_1_lcms(base):
+    assert type(base.stock_scheduler(0.0)) is FlowMatchEulerDiscreteScheduler
+    assert type(base.stock_scheduler(1.0)) is FlowMatchLCMScheduler
 
 
 # ---- refused ----

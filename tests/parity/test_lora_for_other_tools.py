@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlcm_rl.models import students
+from mlcm_rl.models.base import Base
 from mlcm_rl.models.export import export, target_time_update
 from mlcm_rl.models.lora_files import KOHYA_FILE, LORA_FILE, combined, kohya_names, read_lora, write_kohya
 from mlcm_rl.models.students import PREFERENCE_FILE
-from mlcm_rl.models.unet import LORA_TARGETS, Base
+from mlcm_rl.models.unet import LORA_TARGETS
 from mlcm_rl.recipe import Full
 
 # ---- the rule of the tools ----

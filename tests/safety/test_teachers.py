@@ -28,11 +28,13 @@ from mlcm_rl.recipe.teacher_types import Autoencoder, Denoiser
 from mlcm_rl.recipe.tree import RecipeError
 from mlcm_rl.storage.files import CheckpointError
 from mlcm_rl.storage.tensors import read_shapes
+from tiny_families.kolors import kolors
 
 OURS = (ValueError, CheckpointError, OSError)
 CONFIGURATIONS = {
     "sd": ["unet", "vae", "scheduler", "text_encoder", "tokenizer"],
     "sdxl": ["unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"],
+    "kolors": ["unet", "vae", "scheduler", "text_encoder", "tokenizer"],
 }
 FILES = {
     "scheduler": "scheduler_config.json",
@@ -135,6 +137,10 @@ def passing(family: str, folder: Path, every: int) -> None:
 
 def test_any_value_of_any_key_is_refused_by_name_or_runs(teacher):
     passing(*teacher, every=25)
+
+
+def test_any_value_of_any_key_of_kolors_is_refused_by_name_or_runs(tmp_path):
+    passing("kolors", kolors(tmp_path / "kolors"), every=25)
 
 
 @pytest.mark.slow

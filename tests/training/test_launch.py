@@ -36,6 +36,7 @@ from mlcm_rl.training import launch as launcher
 from mlcm_rl.training import processes as distributed
 from mlcm_rl.training.launch import Killed, LaunchError, exit_code, read, refuse_killed, run_under
 from mlcm_rl.training.processes import rows, share
+from tiny_families import CASES
 
 
 def test_two_processes_make_what_one_makes(tiny_sdxl, tmp_path):
@@ -74,6 +75,21 @@ def test_stable_diffusion_3_is_trained_in_two_processes(tmp_path, mode):
     ]
     alone, together = whole_and_launched(tiny.sd3(tmp_path / "teacher"), tmp_path, stages, mode, "sd3")
     assert_alike(alone, together)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [{"kind": "lora", "rank": 2, "alpha": 2.0}, {"kind": "full"}], ids=["lora", "full"])
+@pytest.mark.parametrize("mode", ["cpu2", "zero2", "zero3", "fsdp2"])
+def test_a_denoiser_with_weights_that_no_loss_reaches_is_trained_in_two_processes(tmp_path, mode, adapter):
+    """The last block of Qwen-Image's denoiser changes the prompt's states, which nothing reads."""
+    prompts, case = runs.write_prompts(tmp_path), CASES["qwen_image"]
+    stages = [
+        runs.trajectories(prompts, shard_size=2),
+        runs.distill(num_segments=[2], num_steps=3, condition_on_target=True, adapter=adapter),
+        runs.tuning("feedback", prompts, gradient_accumulation=2, num_grad_steps=2, normalise=False),
+    ]
+    folder = case.write(tmp_path / "teacher")
+    assert_alike(*whole_and_launched(folder, tmp_path, stages, mode, case.family, case.resolution))
 
 
 def test_processes_that_cannot_share_a_batch_are_told_once_before_any_stage(tiny_sdxl, tmp_path):

@@ -5,7 +5,7 @@ from functools import cached_property
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ..base import Conditioning
+from ..conditioning import Conditioning
 from ..unet import UNetBase
 
 

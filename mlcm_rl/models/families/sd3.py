@@ -9,7 +9,8 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings, get_timestep_embedding
 from torch import Tensor
 
-from ..base import TARGET_TIME_WIDTH, Conditioning
+from ..base import TARGET_TIME_WIDTH
+from ..conditioning import Conditioning
 from ..flow import FlowBase
 
 T5_TOKENS = 256  # T5's tokens in the stock pipeline; without T5 their states are zeros
@@ -46,7 +47,7 @@ class Family(FlowBase):
         resolution, latent_shape = super()._sizes()
         most = self.denoiser.config.pos_embed_max_size * self.denoiser.config.patch_size
         if latent_shape[-1] > most:
-            largest = most * self.pipeline.vae_scale_factor
+            largest = most * self.geometry.downscale
             raise ValueError(
                 f"teacher.resolution {resolution} is above {largest}, up to which {self.teacher.path} has positions"
             )

@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from ..base import Conditioning
+from ..conditioning import Conditioning
 from ..unet import UNetBase
 
 
@@ -19,7 +19,7 @@ class Family(UNetBase):
     in_stability_blocks = True
 
     @property
-    def kohya_version(self) -> str:
+    def kohya_version(self) -> str | None:
         return "sdxl_base_v1-0"
 
     @torch.no_grad()

@@ -1,0 +1,267 @@
+"""Every family beyond Stable Diffusion: beside its stock pipeline, through every stage, exported to stock diffusers."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, TCDScheduler
+
+import runs
+import tiny
+from mlcm_rl import pipeline
+from mlcm_rl.equations.segments import sampling_times
+from mlcm_rl.equations.solver import ddim_step
+from mlcm_rl.models import sampler, students
+from mlcm_rl.models.base import Base
+from mlcm_rl.models.conditioning import rows_of
+from mlcm_rl.models.export import export
+from mlcm_rl.recipe import Evaluate, Full, Lora, Samples
+from mlcm_rl.storage.manifest import verify
+from tiny_families import CASES
+from tiny_families.case import Case
+
+LORA = Lora(rank=8, alpha=8.0)
+ADAPTERS = pytest.mark.parametrize("adapter", [LORA, Full()], ids=["lora", "full"])
+
+
+@pytest.fixture(scope="module", params=sorted(CASES))
+def case(request) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(case, tmp_path_factory) -> Path:
+    return case.write(tmp_path_factory.mktemp(case.family) / "teacher")
+
+
+@pytest.fixture(scope="module")
+def base(case, folder) -> Base:
+    return case.load(folder)
+
+
+@pytest.fixture(scope="module")
+def stock(case, folder) -> DiffusionPipeline:
+    return case.stock(folder)
+
+
+def noise_of(base: Base, case: Case) -> torch.Tensor:
+    return base.noise(torch.Generator().manual_seed(4), len(case.prompts))
+
+
+def conditioning_of(base: Base, case: Case):
+    return base.encode_prompts(list(case.prompts))
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) -> None:
+    """Equal to `tolerance` of the largest of `expected`, or of 1."""
+    largest = expected.abs().max().clamp(min=1.0)
+    torch.testing.assert_close(actual / largest, expected / largest, atol=tolerance, rtol=0.0)
+
+
+# ---- beside the stock pipeline ----
+
+
+def test_prompts_are_encoded_as_the_stock_pipeline_encodes_them(case, base, stock):
+    expected, expected_away = case.encoded(stock, list(case.prompts))
+    conditioning = conditioning_of(base, case)
+    unconditional = base.unconditional(len(case.prompts))
+    for actual, wanted in ((conditioning, expected), (unconditional, expected_away)):
+        assert set(actual) == set(wanted)
+        for row, wanted_row in zip(rows_of(actual), rows_of(wanted), strict=True):
+            for name, value in row.items():
+                torch.testing.assert_close(value, wanted_row[name], atol=2e-5, rtol=1e-5)
+    (alone,), first = rows_of(base.encode_prompts([case.prompts[0]])), rows_of(conditioning)[0]
+    for name, value in alone.items():
+        torch.testing.assert_close(value, first[name], atol=2e-5, rtol=1e-5)
+
+
+def test_what_is_read_of_a_prompt_is_counted(case, base):
+    counts = base.count_tokens(list(case.prompts))
+    assert counts[0] < base.num_tokens < counts[1]
+
+
+@pytest.mark.parametrize("num_steps", [4, 3])
+def test_a_guided_trajectory_is_the_stock_pipelines(case, base, stock, num_steps):
+    times, noise = sampling_times(num_steps), noise_of(base, case)
+    expected = case.draw(base, stock, noise, case.guided_call(base, stock, times))
+    unconditional = base.unconditional(len(noise))
+    conditioning = conditioning_of(base, case)
+    x0 = sampler.sample_teacher(base, conditioning, unconditional, noise, times, case.guidance_scale)
+    assert_near(x0, expected, case.tolerance)
+
+
+def test_pictures_are_decoded_and_encoded_as_the_stock_pipeline_does(case, base, stock):
+    latents = noise_of(base, case)
+    expected = case.decoded(stock, latents)
+    torch.testing.assert_close(base.autoencoder.decode(latents), expected, atol=2e-6, rtol=1e-6)
+    by_hand = case.encoded_pictures(stock, expected)
+    assert by_hand.shape == latents.shape
+    torch.testing.assert_close(base.autoencoder.encode(expected), by_hand, atol=1e-5, rtol=1e-5)
+
+
+# ---- students ----
+
+
+@ADAPTERS
+@pytest.mark.parametrize("condition", [False, True], ids=["plain", "conditioned"])
+def test_a_student_starts_as_its_teacher_and_is_loaded_as_it_was_saved(case, base, adapter, condition, tmp_path):
+    denoiser = students.student(base, adapter, 0, condition)
+    x_t, t = noise_of(base, case), torch.tensor([999, 374])
+    conditioning, s = conditioning_of(base, case), torch.tensor([749, 0]) if condition else None
+    assert torch.equal(
+        base.predict(denoiser, x_t, t, conditioning, s), base.predict(base.denoiser, x_t, t, conditioning)
+    )
+    tiny.perturb(students.trainable_parameters(denoiser), seed=1)
+    prediction = base.predict(denoiser, x_t, t, conditioning, s)
+    if condition:
+        assert not torch.equal(prediction, base.predict(denoiser, x_t, t, conditioning, s - s))
+    save(base, denoiser, tmp_path / "student")
+    loaded = students.load_student(base, tmp_path / "student")
+    assert loaded.conditioned is condition
+    assert torch.equal(base.predict(loaded.denoiser, x_t, t, conditioning, s), prediction)
+    if adapter == Full():  # the folder is a stock denoiser's, whatever stands beside it
+        base.denoiser_class.from_pretrained(tmp_path / "student" / base.denoiser_part)
+
+
+def test_the_adapters_modules_are_there(base):
+    modules = [name for name, _ in base.denoiser.named_modules()]
+    for target in base.adapted_modules(base.denoiser.config):
+        assert any(f".{name}".endswith(f".{target}") for name in modules), target
+
+
+def save(base: Base, denoiser: torch.nn.Module, place: Path) -> None:
+    students.save_student(denoiser, place, {"num_segments": 1, **students.expected_of(base)})
+
+
+# ---- every stage ----
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"num_segments": [2, 1], "adapter": {"kind": "lora", "rank": 2, "alpha": 2.0}},
+        pytest.param(
+            {"num_segments": [1], "condition_on_target": True, "budgets": [2, 4], "adapter": {"kind": "full"}},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["lora", "conditioned-full"],
+)
+def test_every_stage_runs_and_its_plan_knows_what_it_takes(case, folder, tmp_path, form):
+    prompts = runs.write_prompts(tmp_path)
+    tuned = [runs.tuning(kind, prompts) for kind in ("feedback", "dpo", "policy")]
+    evaluate = Evaluate(prompts=prompts, num_prompts=4, sampling_steps=[1, 2], teacher_steps=[3, 4], batch_size=4)
+    stages = [runs.trajectories(prompts), runs.distill(**form), *tuned, evaluate]
+    samples = Samples(prompts=["a cat", "熊猫"], sampling_steps=[1, 2])
+    recipe = runs.recipe(folder, tmp_path, stages, case.family, samples=samples)
+    recipe = recipe.model_copy(update={"teacher": case.teacher(folder)})
+    if case.planned:
+        planned = pipeline.plan(recipe, True)
+        assert [stage.kind for stage in planned] == [stage.kind for stage in recipe.stages]
+        assert all(stage.memory is not None and stage.memory.total > 0 and stage.unknown is None for stage in planned)
+    stage_runs = pipeline.run(recipe)
+    for one in stage_runs:
+        verify(one.folder)
+    log = (stage_runs[1].folder / "log.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in log if "loss" in line]
+    assert losses
+    assert all(map(torch.isfinite, map(torch.tensor, losses)))
+    report = json.loads((stage_runs[-1].folder / "report.json").read_text())
+    assert {row["name"] for row in report["rows"]} >= {"teacher", "student", "feedback", "dpo", "policy"}
+
+
+# ---- exported ----
+
+
+def exported(base: Base, place: Path, adapter: Lora | Full, condition: bool, gamma: float | None = None) -> Path:
+    denoiser = students.student(base, adapter, 0, condition)
+    tiny.perturb(students.trainable_parameters(denoiser), seed=1, scale=0.02)
+    save(base, denoiser, place / "student")
+    return export(place / "student", base, place / "out", gamma=gamma)
+
+
+def sampled(base: Base, case: Case, place: Path, num_steps: int, gamma: float, generators=None) -> torch.Tensor:
+    """Return the last x0, or what TCD's scheduler makes of it, which ends at index 0."""
+    student, times = students.load_student(base, place / "student"), sampling_times(num_steps)
+    inputs = (base, student.denoiser, conditioning_of(base, case), noise_of(base, case), times)
+    states, x0 = sampler.rollout(*inputs, gamma, generators, student.conditioned)
+    if not isinstance(base.stock_scheduler(gamma), TCDScheduler):
+        return x0
+    t, end = torch.tensor([times[-1]]), torch.tensor([0])
+    return ddim_step(states[-1], x0, t, end, base.schedule)
+
+
+def stock_sampled(base: Base, case: Case, stock: DiffusionPipeline, num_steps: int) -> torch.Tensor:
+    return case.draw(
+        base, stock, noise_of(base, case), base.stock_call(sampling_times(num_steps)) | base.stock_guidance
+    )
+
+
+@ADAPTERS
+def test_a_deterministic_student_is_sampled_by_the_stock_pipeline(case, base, adapter, tmp_path):
+    out = exported(base, tmp_path, adapter, condition=False, gamma=0.0)
+    stock = case.stock(out)
+    for num_steps in (1, 2, 3, 4, 8):
+        assert_near(
+            stock_sampled(base, case, stock, num_steps), sampled(base, case, tmp_path, num_steps, 0.0), case.tolerance
+        )
+    if adapter != Full() and case.loads_lora:
+        over = case.stock(Path(base.teacher.path))
+        over.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
+        over.scheduler = stock.scheduler
+        assert_near(stock_sampled(base, case, over, 4), sampled(base, case, tmp_path, 4, 0.0), case.tolerance)
+
+
+def test_a_renoising_student_is_sampled_by_the_stock_pipeline(case, base, tmp_path):
+    if not case.renoises:
+        pytest.skip("its stock pipeline draws the noise of its steps in another order; see the family's own tests")
+    stock = case.stock(exported(base, tmp_path, LORA, condition=False))
+    torch.manual_seed(7)
+    pictures = stock_sampled(base, case, stock, 4)
+    ours = torch.Generator().manual_seed(7)
+    assert_near(pictures, sampled(base, case, tmp_path, 4, 1.0, ours), case.tolerance)
+
+
+@ADAPTERS
+def test_a_conditioned_student_is_folded_for_each_number_of_steps(case, base, adapter, tmp_path):
+    out = exported(base, tmp_path, adapter, condition=True)
+    if not base.has_target_time_pipeline:
+        assert_near(
+            stock_sampled(base, case, case.stock(out), 4), sampled(base, case, tmp_path, 4, 0.0), case.tolerance
+        )
+    for num_steps in (2, 3, 8):
+        part, stock = out / f"steps-{num_steps}", case.stock(Path(base.teacher.path))
+        if (part / base.denoiser_part).is_dir():
+            setattr(stock, base.denoiser_part, base.denoiser_class.from_pretrained(part / base.denoiser_part))
+        else:
+            stock.load_lora_weights(part, weight_name="pytorch_lora_weights.safetensors")
+        stock.scheduler = type(base.stock_scheduler(0.0)).from_pretrained(part / "scheduler")
+        assert_near(
+            stock_sampled(base, case, stock, num_steps), sampled(base, case, tmp_path, num_steps, 0.0), case.tolerance
+        )
+
+
+@pytest.mark.slow
+def test_every_block_of_code_of_the_card_runs_and_leaves_a_picture(case, base, tmp_path):
+    out = exported(base, tmp_path, LORA, condition=True)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert blocks
+    for number, code in enumerate(blocks):
+        code = code.replace(f'"{Path(base.teacher.path).name}"', json.dumps(base.teacher.path))
+        process = subprocess.run([sys.executable, "-c", code], cwd=out.parent, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        assert len(list(out.parent.glob("*.png"))) == number + 1
+    assert base.card_tag in card
+
+
+def test_a_gamma_that_no_stock_scheduler_has_is_refused(case, base, tmp_path):
+    if not isinstance(base.stock_scheduler(0.0), FlowMatchEulerDiscreteScheduler):
+        pytest.skip("its stock scheduler is not of a flow")
+    with pytest.raises(ValueError, match=r"gamma 0\.3: diffusers' schedulers of rectified flow are deterministic"):
+        exported(base, tmp_path, LORA, condition=False, gamma=0.3)
+    assert not (tmp_path / "out").exists()
