@@ -5,7 +5,8 @@
 A LoRA student of the emoji teacher is distilled from one small store, that of the teacher in floats, with the same
 seeds. `prediction` is the relative error of the teacher's guided x0 over all milestones. The held-out loss is that of
 trajectories which are never trained on: before the first step, after the last, and with the trained adapter over the
-teacher in floats, as an export has it. Times are the process's own, medians over steps. The second table is predicted from shapes.
+teacher in floats, as an export has it. Times are the process's own, medians over steps. The second table is predicted
+from shapes.
 """
 
 import argparse
