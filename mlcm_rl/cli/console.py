@@ -7,7 +7,6 @@ import inspect
 import io
 import os
 import sys
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -73,8 +72,8 @@ def print_problems(to: Console, path: Path, error: RecipeError) -> None:
         if to.is_terminal:
             place = Text.assemble(f"  {problem.where}  ", (key_text(problem.key), "bold cyan"))
             to.print(place, soft_wrap=True)
-            lines = textwrap.fill(problem.text, to.width - 6, break_long_words=False, break_on_hyphens=False)
-            to.print(Text(textwrap.indent(lines, " " * 6)), soft_wrap=True)
+            for row in Text(problem.text).wrap(to, to.width - 6, overflow="ignore"):  # a long word, a path, stays whole
+                to.print(Text.assemble(" " * 6, row), soft_wrap=True)
         else:
             to.print(Text(str(problem)), soft_wrap=True)
     if error.note:
