@@ -65,8 +65,8 @@ def prompts(
     """Count the prompts of files by language, and write those that are kept.
 
     The language of a line is its `language` in a .jsonl file, else that of most of its East Asian characters: zh for
-    Chinese ones, ja for kana, ko for hangul, and en without any. Of prompts with the same words, whatever their punctuation, width and case of
-    letters, the first is kept.
+    Chinese ones, ja for kana, ko for hangul, and en without any. Of prompts with the same words, whatever their
+    punctuation, width and case of letters, the first is kept.
     """
     from ..data import prompt_selection
 

@@ -131,4 +131,4 @@ def test_an_error_in_chinese_is_as_wide_as_the_terminal(tmp_path):
     assert all(line.startswith(" " * 6) for line in lines)
     assert " ".join("".join(f"{line} " for line in lines).split()) == f"{words} {'/folder' * 20}"
     assert max(cell_len(line.rstrip()) for line in lines[:-1]) <= 60
-    assert len(lines) == 8
+    assert len(lines) == 8  # three words of 14 columns a line, and the path
