@@ -53,6 +53,16 @@ def prompts_with_lines(path: str | Path) -> list[tuple[str, Prompt]]:
     return prompts
 
 
+def texts_of(path: str | Path) -> list[str]:
+    """Return the texts of a prompt file, or all captions of a folder of pictures without reading the pictures.
+
+    Raise as `read_prompts` and `CaptionedImages`.
+    """
+    if not Path(path).is_dir():
+        return [prompt.prompt for prompt in read_prompts(path)]
+    return [text for where, record in records_of(Path(path) / "metadata.jsonl") for text in _captions(record, where)]
+
+
 def first_prompts(path: str | Path, count: int) -> list[Prompt]:
     """Return the first `count` prompts of a file. Raise as `read_prompts`, and ValueError if it has fewer."""
     prompts = read_prompts(path)

@@ -442,4 +442,5 @@ def _lora_settings(denoiser: ModelMixin, name: str = DISTILLED) -> LoraConfig | 
 
 
 def _save_lora(denoiser: ModelMixin, name: str, file: Path, part: str) -> None:
-    write_lora(_lora_settings(denoiser, name), get_peft_model_state_dict(denoiser, adapter_name=name), file, part)
+    adapter = _lora_settings(denoiser, name), get_peft_model_state_dict(denoiser, adapter_name=name)
+    write_lora({part: adapter}, file)

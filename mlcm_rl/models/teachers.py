@@ -9,7 +9,7 @@ from diffusers import AutoencoderTiny
 from ..recipe import Teacher
 from ..recipe.families import absent_extras, layout_of, origin
 from ..storage.files import read_json
-from ..storage.hashing import folder_hash
+from ..storage.hashing import folder_hash, sha256_once
 from ..storage.tensors import read_shapes
 from ..training.progress import say_once
 from .base import Base
@@ -105,11 +105,13 @@ def small_decoder(folder: str, base: Base) -> AutoencoderTiny:
 def teacher_hash(teacher: Teacher) -> str:
     """Return the identity of a teacher's weights and configuration: one hash of all files, or the pinned revision.
 
-    Integers that the weights are rounded to are part of it.
+    A LoRA of its own is part of it, and the integers that the weights are rounded to.
     """
     folder = Path(teacher.path)
-    whole = folder_hash(folder) if folder.is_dir() else f"{teacher.path}@{teacher.revision}"
-    return whole if teacher.quantise is None else f"{whole} in {teacher.quantise}"
+    identity = folder_hash(folder) if folder.is_dir() else f"{teacher.path}@{teacher.revision}"
+    if teacher.lora is not None:
+        identity += f"+{sha256_once(Path(teacher.lora))}*{teacher.lora_weight}"
+    return identity if teacher.quantise is None else f"{identity} in {teacher.quantise}"
 
 
 def tell_truncated(base: Base, prompts: list[str], source: str) -> None:

@@ -64,6 +64,10 @@ class Teacher(Strict):
     variant: str | None = Field(
         None, pattern=VARIANT, description="of its weight files, fp16 for model.fp16.safetensors; default: none"
     )
+    lora: str | None = Field(
+        None, description="file of a LoRA over it, .safetensors in diffusers' or kohya's layout: part of the teacher"
+    )
+    lora_weight: float = Field(1.0, description="factor of what `lora` adds")
     memory_format: Literal["contiguous", "channels_last"] = Field(
         "contiguous", description="layout of the convolutions' weights; channels_last draws faster on most hardware"
     )
