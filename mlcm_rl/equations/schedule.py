@@ -116,6 +116,15 @@ def flow_shift(
     return math.exp(base_shift + slope * (num_tokens - base_seq_len))
 
 
+def logit_normal_times(normal: Tensor, num_times: int = NUM_TIMES) -> Tensor:
+    """Return integer times (B,) whose u = (t + 1) / T is logit-normal, from standard normals (B,).
+
+    Stable Diffusion 3 is trained at such times (arXiv 2403.03206, section 3.1, mean 0 and scale 1). A shift of the
+    schedule then moves their noise, as it moves that of even steps.
+    """
+    return (normal.sigmoid() * num_times).long().clamp(max=num_times - 1)
+
+
 def add_noise(x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
     """x_t = alpha_t x0 + sigma_t eps (B, ...), for `t` (B,)."""
     alpha, sigma = schedule.at(t, x0)

@@ -21,21 +21,26 @@ LARGEST = 127  # of int8
 
 
 class QuantisedLinear(nn.Linear):
-    """A frozen linear layer with an integer `weight`, int8 (out, in) or nf4 two in a byte, and float32 `scales`.
+    """A frozen linear layer with its weights in `integers`, int8 (out, in) or nf4 two in a byte, and float32 `scales`.
 
-    By the integers and by `compute_dtype` PEFT and diffusers recognise such a layer, and take its precision from there.
+    Its bias and the precision `dtype` that its weights had are those of the layer `source`.
     """
 
-    weight: Tensor  # type: ignore[assignment]  # a buffer, since integers have no gradient
+    integers: Tensor
     scales: Tensor
 
-    def __init__(self, floats: nn.Linear, kind: Quantised, weight: Tensor, scales: Tensor):
+    def __init__(self, source: nn.Linear, kind: Quantised, integers: Tensor, scales: Tensor, dtype: torch.dtype):
         nn.Module.__init__(self)
-        self.in_features, self.out_features = floats.in_features, floats.out_features
-        self.kind, self.compute_dtype = kind, getattr(floats, "compute_dtype", floats.weight.dtype)
-        self.register_buffer("weight", weight)
+        self.in_features, self.out_features = source.in_features, source.out_features
+        self.kind, self.dtype = kind, dtype
+        self.register_buffer("integers", integers)
         self.register_buffer("scales", scales)
-        self.bias = floats.bias
+        self.bias = source.bias
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weights (out, in) as floats, a new tensor each time, for modules that do not call this layer."""
+        return self.floats(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product in the precision of `x`, or in autocast's."""
@@ -47,17 +52,17 @@ class QuantisedLinear(nn.Linear):
     def floats(self, dtype: torch.dtype) -> Tensor:
         """Return the weights (out, in) in `dtype`, a new tensor."""
         if self.kind == "int8":
-            return self.weight.to(dtype).mul_(self.scales[:, None] / LARGEST)
+            return self.integers.to(dtype).mul_(self.scales[:, None] / LARGEST)
         from bitsandbytes import functional
 
         shape = torch.Size((self.out_features, self.in_features))
         state = functional.QuantState(self.scales, shape=shape, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
-        return functional.dequantize_4bit(self.weight, state)
+        return functional.dequantize_4bit(self.integers, state)
 
     def empty(self) -> "QuantisedLinear":
         """Return a layer like this one on the meta device."""
-        weight, scales = (torch.empty_like(one, device="meta") for one in (self.weight, self.scales))
-        layer = QuantisedLinear(self, self.kind, weight, scales)
+        integers, scales = (torch.empty_like(one, device="meta") for one in (self.integers, self.scales))
+        layer = QuantisedLinear(self, self.kind, integers, scales, self.dtype)
         if self.bias is not None:
             layer.bias = nn.Parameter(torch.empty_like(self.bias, device="meta"), requires_grad=False)
         return layer
@@ -91,10 +96,10 @@ def quantise_(network: nn.Module, kind: Quantised, device: torch.device) -> None
     for name, layer in list(network.named_modules()):
         # Subclasses use their weights in other ways, and an odd number of columns does not go into bytes of two.
         if type(layer) is nn.Linear and layer.in_features % 2 == 0:
-            weight, scales = _integers(layer.weight.detach().to(device), kind)
+            integers, scales = _integers(layer.weight.detach().to(device), kind)
             if not scales.is_meta and not finite.is_finite(scales):
                 raise ValueError(f"teacher.quantise: {name} has weights that are not finite in float16: leave it out")
-            network.set_submodule(name, QuantisedLinear(layer, kind, weight, scales))
+            network.set_submodule(name, QuantisedLinear(layer, kind, integers, scales, layer.weight.dtype))
 
 
 def _integers(weight: Tensor, kind: Quantised) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,9 @@ class TrainTeacher(Training):
     ema_decay: Fraction = 0.999
     prompt_dropout: Fraction = Field(0.1, description="share of prompts dropped for classifier-free guidance")
     min_snr_gamma: PositiveFloat | None = Field(None, description="most an error of x0 weighs, arXiv 2303.09556")
+    times: Literal["uniform", "logit_normal"] = Field(
+        "uniform", description="how times are drawn; logit_normal: seldom near both ends, as Stable Diffusion 3"
+    )
     start: Literal["teacher", "random"] = Field("random", description="denoiser weights to begin from")
 
     @property

@@ -13,7 +13,7 @@ from ..data.prompts import CaptionedImages
 from ..equations.averaging import ema_decay, ema_update_
 from ..equations.consistency import squared_l2
 from ..equations.prediction import min_snr_weight, prediction_from_x0
-from ..equations.schedule import add_noise
+from ..equations.schedule import add_noise, logit_normal_times
 from ..equations.segments import time_grid
 from ..models import pictures, teachers
 from ..models.base import Base
@@ -62,7 +62,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
         rt.samples = index.tolist()
         x0 = latents[index]
         draws = rt.generator("noise", step)
-        t = torch.randint(base.schedule.num_times, (stage.batch_size,), generator=draws)
+        t = draw_times(stage, base.schedule.num_times, draws)
         eps = torch.randn(x0.shape, generator=draws)
         conditioning = captions.draw(index, draws)
 
@@ -130,6 +130,13 @@ class Captions:
             rows = {name: value.cpu() for name, value in self.base.encode_prompts(texts).items()}
             finite.refuse_encoded(rows, texts, self.base.dtype)
             self.encoded |= {text: {name: value[i] for name, value in rows.items()} for i, text in enumerate(texts)}
+
+
+def draw_times(stage: TrainTeacher, num_times: int, draws: torch.Generator) -> Tensor:
+    """Return the times (B,) of a step, distributed as the stage says."""
+    if stage.times == "logit_normal":
+        return logit_normal_times(torch.randn(stage.batch_size, generator=draws), num_times)
+    return torch.randint(num_times, (stage.batch_size,), generator=draws)
 
 
 def loss(

@@ -5,7 +5,8 @@
 A LoRA student of the emoji teacher is distilled from one small store, that of the teacher in floats, with the same
 seeds. `prediction` is the relative error of the teacher's guided x0 over all milestones. The held-out loss is that of
 trajectories which are never trained on: before the first step, after the last, and with the trained adapter over the
-teacher in floats, as an export has it. Times are medians over steps. The second table is predicted from shapes.
+teacher in floats, as an export has it. Times are the process's own, medians over steps. The second table is predicted
+from shapes.
 """
 
 import argparse
@@ -63,7 +64,7 @@ class Trial:
         return distill.held_out_loss(self.rt, self.stage, self.settings, base, student, {}, self.source)
 
     def train(self) -> tuple[float, float, float]:
-        """Seconds a step, and the held-out loss before the first and after the last; the student is in `folder`."""
+        """CPU seconds a step, and the held-out loss before the first and after the last; the student is in `folder`."""
         stage, rt = self.stage, self.rt
         student = students.student(self.base, stage.adapter, 0, stage.condition_on_target)
         parameters = students.trainable_parameters(student)
@@ -71,11 +72,11 @@ class Trial:
         rt.resume({"student": rt.prepare(student, optimizer)})
         before, seconds = self.held_out_loss(self.base, student), []
         for step in rt.steps(0, stage.num_steps, "distill"):
-            started = time.perf_counter()
+            started = time.process_time()
             points = self.source.draw(step, self.settings.num_segments, self.settings.pair, rt.generator("times", step))
             parts = (self.source.realise(points.rows(part)) for part in rt.micro_batches())
             rt.backward(distill.loss(rt, stage, self.settings, self.base, student, {}, part) for part in parts)
-            seconds.append(time.perf_counter() - started)
+            seconds.append(time.process_time() - started)
         distill.save_student(student, stage, self.recipe, self.base, stage.num_segments[-1], self.folder / "student")
         return statistics.median(seconds), before, self.held_out_loss(self.base, student)
 
@@ -97,7 +98,7 @@ def megabytes(base: Base) -> float:
 def trained(num_steps: int, batch_size: int) -> Table:
     """The table of measurements."""
     table = Table("weights", title=f"LoRA distillation, {num_steps} steps of {batch_size}", box=SIMPLE_HEAD)
-    for head in ("MB", "ms a step", "prediction", "held-out loss before", "after", "adapter over floats"):
+    for head in ("MB", "CPU ms a step", "prediction", "held-out loss before", "after", "adapter over floats"):
         table.add_column(head, justify="right")
     with tempfile.TemporaryDirectory() as place:
         store = Path(place) / "store"

@@ -54,7 +54,7 @@ def inputs(base):
 @pytest.mark.parametrize(("kind", "bytes_a_weight", "error"), [("int8", 1.0, 0.01), ("nf4", 0.5, 0.1)])
 def test_a_weight_is_a_byte_or_half_and_close_to_what_it_was(kind, bytes_a_weight, error):
     floats, layer = linear(kind)
-    assert layer.weight.nbytes == bytes_a_weight * floats.weight.numel()
+    assert layer.integers.nbytes == bytes_a_weight * floats.weight.numel()
     assert layer.scales.nbytes == 4 * (96 if kind == "int8" else floats.weight.numel() // 64)
     apart = (layer.floats(torch.float32) - floats.weight).norm() / floats.weight.norm()
     assert 0.1 * error < apart < error
@@ -64,7 +64,7 @@ def test_int8_rounds_each_row_to_127_steps_of_its_largest_weight():
     floats, layer = linear("int8")
     steps = floats.weight.abs().amax(1, keepdim=True) / 127
     assert ((layer.floats(torch.float32) - floats.weight).abs() / steps).max() < 0.6  # not 0.5, as float16 rounds first
-    assert torch.equal(layer.weight.abs().amax(1), torch.full((96,), 127, dtype=torch.int8))
+    assert torch.equal(layer.integers.abs().amax(1), torch.full((96,), 127, dtype=torch.int8))
 
 
 @pytest.mark.parametrize("shape", [(96, 128), (5, 2), (7, 66)])
@@ -140,7 +140,7 @@ def test_a_student_shares_the_integers_and_starts_as_its_teacher(kind, condition
     assert torch.equal(base.predict(student, x_t, t, conditioning, targets), expected)
     own = {value.data_ptr() for value in base.denoiser.buffers()}
     layers = [layer for layer in student.modules() if isinstance(layer, QuantisedLinear)]
-    assert all({layer.weight.data_ptr(), layer.scales.data_ptr()} <= own for layer in layers)
+    assert all({layer.integers.data_ptr(), layer.scales.data_ptr()} <= own for layer in layers)
     assert len(layers) == sum(isinstance(layer, QuantisedLinear) for layer in base.denoiser.modules())
 
 

@@ -34,6 +34,21 @@ def test_the_min_snr_weight_is_that_of_what_the_teacher_predicts(tmp_path, kind)
     torch.testing.assert_close(weight, min_snr_weight(t, base.schedule, kind, 5.0))
 
 
+def test_times_are_drawn_as_the_stage_says():
+    draws = torch.Generator().manual_seed(0)
+    shares = {}
+    for times in ("uniform", "logit_normal"):
+        stage = TrainTeacher(images="unused", num_steps=1, batch_size=20_000, times=times)
+        t = train_teacher.draw_times(stage, 1000, draws)
+        assert t.dtype == torch.int64
+        assert 0 <= t.min() <= t.max() < 1000
+        shares[times] = [((t >= low) & (t < low + 100)).float().mean().item() for low in (0, 450, 900)]
+    assert shares["uniform"] == pytest.approx([0.1, 0.1, 0.1], abs=0.01)
+    ends = torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor([0.1, 0.45, 0.55]).logit())
+    expected = [ends[0].item(), (ends[2] - ends[1]).item(), ends[0].item()]
+    assert shares["logit_normal"] == pytest.approx(expected, abs=0.01)
+
+
 REVISION = "0123456789" * 4
 
 
