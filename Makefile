@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "mlcm-rl needs Python 3.11 or newer, found " + sys.version.split()[0] + ": make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch setuptools wheel ninja
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev,emoji,hanzi,kolors,label,onnx]'
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev,emoji,hanzi,kolors,label,onnx,quantised]'
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[deepspeed]' || echo 'DeepSpeed did not build: its tests will be skipped'
 	touch $@
 
@@ -46,6 +46,7 @@ benchmark: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/before_after.py
 	$(BIN)/python tests/benchmarks/teacher.py
 	$(BIN)/python tests/benchmarks/store.py
+	$(BIN)/python tests/benchmarks/quantised.py
 
 study: $(VENV)/installed
 	$(BIN)/python recipes/emoji/study/variants.py

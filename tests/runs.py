@@ -74,10 +74,16 @@ def distill(**changes: Any) -> Distill:
 
 
 def recipe(
-    teacher: Path, folder: Path, stages: list, family: str = "sdxl", resolution: int | None = None, **changes: Any
+    teacher: Path,
+    folder: Path,
+    stages: list,
+    family: str = "sdxl",
+    resolution: int | None = None,
+    quantise: str | None = None,
+    **changes: Any,
 ) -> Recipe:
     settings = {"name": "small", "runs": str(folder / "runs"), "device": "cpu", "trackers": []}
-    guided = Teacher(path=str(teacher), family=family, guidance_scale=3.0, resolution=resolution)
+    guided = Teacher(path=str(teacher), family=family, guidance_scale=3.0, resolution=resolution, quantise=quantise)
     return Recipe(teacher=guided, stages=stages, **(settings | changes))
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import recipes, reward_commands, students
+from . import prompts, recipes, reward_commands, students, teachers
 from .console import error_console, output_may_refuse, unbreak_help, write_anything
 
 app = typer.Typer(
@@ -48,10 +48,12 @@ for command in (
     recipes.run,
     recipes.validate,
     recipes.plan,
+    prompts.prompts,
     students.sample,
     students.pairs,
     students.evaluate,
     students.export,
+    teachers.convert,
     recipes.replay,
     recipes.schema,
     reward_commands.score,

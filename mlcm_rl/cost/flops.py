@@ -1,16 +1,18 @@
 """The floating-point operations (FLOPs) of a stage, and the time that a device takes for them.
 
 Counted are those of matrix products and convolutions: one pass of each kind, forward and backward, is taken on the meta
-device and multiplied by the number of such passes in the stage. Left out, as small beside these: text encoders, an
+device and multiplied by the number of such passes in the stage; where the prompt's keys and values are computed once
+for several passes (`Base.same_prompts`), so are they here. Left out, as small beside these: text encoders, an
 evaluation's own networks, sample grids, held-out losses, reading and writing, communication between processes.
 """
 
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from ..recipe import Full, Lora, Recipe, Reward, Stage, Training
+from ..recipe.takes import Pass
 from . import memory
-from .evaluations import Tally, evaluations_of, kind_of
 from .gpus import THIS, Device
 from .launches import Launch
 from .passes import Roles
@@ -87,47 +89,89 @@ class _Counter(Shapes):
         return out
 
 
-def of_stage(stage: Stage, recipe: Recipe, passes: Tally, distilled: Lora | Full) -> list[Work]:
+def of_stage(stage: Stage, recipe: Recipe, distilled: Lora | Full) -> list[Work]:
     """Return the work of `stage`, one kind of pass after another; `distilled` as in `memory.of_stage`."""
     with Shapes():
         models, _ = memory.rewards_of(stage, recipe)
         roles = memory.roles_of(stage, recipe, distilled, models, partial(checkpoint, use_reentrant=False))
-    one_of_each = _one_of_each(stage, roles)
-    precisions = _precisions(stage, recipe, distilled)
-    work = [
-        Work(kind, n, count_operations(one_of_each[kind]), precisions[kind]) for kind, n in asdict(passes).items() if n
-    ]
-    return [part for one in work for part in _split(one, stage, recipe, roles, distilled)]
+    evaluations: dict[tuple[str, bool, str], float] = defaultdict(float)
+    pictures: dict[tuple[str, str], float] = defaultdict(float)
+    for one in stage.passes(recipe):
+        kind = kind_of(one)
+        precision = _precision(kind, one.in_step, stage, recipe, distilled)
+        evaluations[kind, True, precision] += one.samples * (one.evaluations - one.num_without_keys)
+        evaluations[kind, False, precision] += one.samples * one.num_without_keys
+        if one.viewer:
+            seen = kind_of_pictures(one)
+            pictures[seen, _precision(seen, one.in_step, stage, recipe, distilled)] += one.samples
+    each = cache(lambda kind, with_keys: _evaluation(kind, with_keys, roles))
+    work = [Work(kind, n, each(kind, keys), precision) for (kind, keys, precision), n in evaluations.items() if n]
+    of_pictures = [_scoring(kind, n, precision, stage, roles) for (kind, precision), n in pictures.items() if n]
+    return [*work, *chain.from_iterable(of_pictures)]
 
 
-def _split(work: Work, stage: Stage, recipe: Recipe, roles: Roles, distilled: Lora | Full) -> list[Work]:
-    """Return `work` in parts of one precision each.
+def kind_of(one: Pass) -> str:
+    """Return the kind of the evaluations of `one`: of the teacher, or of the student without or with gradient.
 
-    Samples between steps are outside autocast, and a reward computes in its own precision.
+    Those of the target and of the reference are the student's.
     """
-    if work.kind == "student" and isinstance(stage, Training):
-        passes = stage.passes(recipe)
-        outside = evaluations_of(one for one in passes if kind_of(one) == "student" and not one.in_step)
-        own = _precisions(stage.model_copy(update={"precision": "no"}), recipe, distilled)["student"]
-        if stage.precision == "bf16" and own == "float16":
-            own = "bfloat16"  # as its frozen weights are cast then
-        parts = [replace(work, count=work.count - outside), replace(work, count=outside, precision=own)]
-        return [part for part in parts if part.count]
-    if work.kind not in ("scored", "graded", "watched"):
-        return [work]
-    decoding = count_operations(_of_pictures(work.kind, roles, []))
-    rewards = stage.reward_models if work.kind == "watched" else stage.trained_on
-    return [replace(work, each=decoding)] + [
-        replace(work, each=count_operations(_of_pictures(work.kind, roles, [one])) - decoding, precision=one.dtype)
-        for one in rewards
-    ]
+    return "teacher" if one.role == "teacher" else "trained" if one.gradient else "student"
 
 
-def _of_pictures(kind: str, roles: Roles, rewards: list[Reward]) -> Callable[[], Any]:
-    """Return a function that decodes one picture and scores it by `rewards`."""
-    if kind == "graded":
-        return lambda: _graded(roles, rewards)
-    return torch.no_grad()(lambda: roles.scores(_latents(roles), rewards))
+def kind_of_pictures(one: Pass) -> str:
+    """Return the kind of the pictures of `one`: sampled and nothing more, scored without or with gradient, watched."""
+    of_rewards = "graded" if one.gradient else "scored"
+    return {"person": "decoded", "rewards": of_rewards, "guard": "watched"}[one.viewer]
+
+
+def _evaluation(kind: str, with_keys: bool, roles: Roles) -> Operations:
+    """Return the operations of one evaluation of this `kind`, or without the keys and values of the prompt."""
+    evaluate: Callable[[], Any] = {
+        "teacher": torch.no_grad()(lambda: roles.teacher_x0(1, 1.0)),
+        "student": torch.no_grad()(lambda: roles.x0(1)),
+        "trained": lambda: roles.x0(1).sum().backward(),
+    }[kind]
+    if with_keys:
+        return count_operations(evaluate)
+    with roles.base.same_prompts(roles.base.denoiser if kind == "teacher" else roles.student):
+        count_operations(evaluate)
+        return count_operations(evaluate)
+
+
+def _scoring(kind: str, count: float, precision: str, stage: Stage, roles: Roles) -> list[Work]:
+    """Return the work of `count` pictures of this `kind`: decoding, and each reward in its own precision."""
+    rewards = {"decoded": [], "watched": stage.reward_models}.get(kind, stage.trained_on)
+
+    def operations(rewards: list[Reward]) -> Operations:
+        if kind == "graded":
+            return count_operations(lambda: _graded(roles, rewards))
+        return count_operations(torch.no_grad()(lambda: roles.scores(_latents(roles), rewards)))
+
+    decoding = operations([])
+    scoring = [Work(kind, count, operations([one]) - decoding, one.dtype) for one in rewards]
+    return [Work(kind, count, decoding, precision), *scoring]
+
+
+def _latents(roles: Roles) -> Tensor:
+    return roles.points(1)[0]
+
+
+def _graded(roles: Roles, rewards: list[Reward]) -> None:
+    roles.scores(_latents(roles).requires_grad_(), rewards, roles.small_decoder).sum().backward()
+
+
+def _precision(kind: str, in_step: bool, stage: Stage, recipe: Recipe, distilled: Lora | Full) -> str:
+    """Return the precision of a `kind` of pass: autocast's inside a student's step, else that of the weights."""
+    has_autocast = isinstance(stage, Training) and stage.precision == "bf16"
+    if kind == "teacher":
+        return recipe.teacher.dtype
+    if has_autocast and in_step:
+        return "bfloat16"
+    if kind not in ("student", "trained"):
+        return "float32"  # of pictures
+    is_own = isinstance(stage.networks(distilled).student, Full)
+    own = "float32" if is_own and isinstance(stage, Training) else recipe.teacher.dtype
+    return "bfloat16" if has_autocast and own == "float16" else own  # as frozen weights are cast then
 
 
 def seconds(work: list[Work], device: Device, launch: Launch) -> float:
@@ -145,41 +189,6 @@ def this_device(device: torch.device) -> Device:
     rates = {name: _rate(device, dtype, SIDES[name]) for name, dtype in PRECISIONS.items()}
     rates["tf32"] = _tf32_rate(device) if device.type == "cuda" else rates["float32"]
     return Device(THIS, device.type, size, rates)
-
-
-def _one_of_each(stage: Stage, roles: Roles) -> dict[str, Callable[[], Any]]:
-    """Return a function for each kind of pass that takes it with one sample."""
-    trained_on, watched = stage.trained_on, stage.reward_models
-    return {
-        "teacher": torch.no_grad()(lambda: roles.teacher_x0(1, 1.0)),
-        "student": torch.no_grad()(lambda: roles.x0(1)),
-        "trained": lambda: roles.x0(1).sum().backward(),
-        "decoded": torch.no_grad()(lambda: roles.scores(_latents(roles), [])),
-        "scored": torch.no_grad()(lambda: roles.scores(_latents(roles), trained_on)),
-        "graded": lambda: _graded(roles, trained_on),
-        "watched": torch.no_grad()(lambda: roles.scores(_latents(roles), watched)),
-    }
-
-
-def _latents(roles: Roles) -> Tensor:
-    return roles.points(1)[0]
-
-
-def _graded(roles: Roles, rewards: list[Reward]) -> None:
-    roles.scores(_latents(roles).requires_grad_(), rewards, roles.small_decoder).sum().backward()
-
-
-def _precisions(stage: Stage, recipe: Recipe, distilled: Lora | Full) -> dict[str, str]:
-    """Return the precision of each kind of pass: autocast's inside a student's step, else that of the weights."""
-    is_own = isinstance(stage.networks(distilled).student, Full)
-    own = "float32" if is_own and isinstance(stage, Training) else recipe.teacher.dtype
-    teacher, pictures = recipe.teacher.dtype, "float32"
-    if isinstance(stage, Training) and stage.precision == "bf16":
-        inside = "bfloat16"
-        precisions = dict.fromkeys(("student", "trained", "decoded", "scored", "graded"), inside)
-        return precisions | {"teacher": teacher, "watched": pictures}
-    precisions = {"teacher": teacher, "student": own, "trained": own}
-    return precisions | dict.fromkeys(("decoded", "scored", "graded", "watched"), pictures)
 
 
 def _rate(device: torch.device, dtype: torch.dtype, side: int) -> float:

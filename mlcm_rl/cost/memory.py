@@ -62,17 +62,23 @@ class Memory:
 
 
 def of_stage(
-    stage: Stage, recipe: Recipe, others: int, distilled: Lora | Full, device: str, launch: Launch | None = None
+    stage: Stage,
+    recipe: Recipe,
+    others: int,
+    distilled: Lora | Full,
+    device: str,
+    launch: Launch | None = None,
+    leaving: int = 0,
 ) -> Memory:
     """Return the memory of `stage` in one process of `launch` (default: the only one), on a `device` ("cuda", "cpu").
 
-    `others`: bytes of the networks that no pass here needs, text encoders and an evaluation's own. Where the stage
-    encodes its prompts ahead they are gone before gradients exist, so only their excess over what comes later counts.
-    `distilled`: the adapter of the student that it starts from.
+    `others`: bytes of the networks that no pass here needs, text encoders and an evaluation's own. `leaving`: those of
+    text encoders that are gone before the first step, when pictures are encoded too: the peak is then or later, and
+    what it has more then counts as parameters. `distilled`: the adapter of the student that it starts from.
     Raises ValueError where processes cannot share a micro-batch evenly.
     """
     launch = launch if launch is not None and isinstance(stage, Training) else Launch()
-    live, networks = Live(), stage.networks(distilled)
+    live, has_average = Live(), stage.networks(distilled).has_average
     kernels = Kernels(device, isinstance(stage, Training) and stage.precision == "bf16")
     with live:
         models, missing = rewards_of(stage, recipe)
@@ -83,29 +89,30 @@ def of_stage(
         parameters = live.now - rewards
         trained = students.trainable_parameters(roles.student) if isinstance(stage, Training) else []
         outline = launches.outline(roles.student, roles.base.denoiser, launch.blocks)
-        highest = peak_of_passes(stage, recipe, roles, trained, live, kernels, launch)
+        ahead, highest = peaks_of_passes(stage, recipe, roles, trained, live, kernels, launch)
     uncounted = tuple(sorted(missing | roles.failed))
     if not trained:
-        return Memory(parameters + others, activations=highest, rewards=rewards, uncounted=uncounted)
+        parameters += others + max(0, leaving - highest)
+        return Memory(parameters, activations=highest, rewards=rewards, uncounted=uncounted)
     whole = 0 if launch.level > 1 else launches.FLOAT * outline.trained
     activations = max(0, highest - whole)
     shard = launches.shard(outline, launch)
     memory = Memory(
-        parameters=parameters - shard.saved,
+        parameters=parameters + others - shard.saved,
         gradients=shard.gradients,
         optimiser=shard.optimiser,
-        averages=shard.averaged * networks.has_average,
+        averages=shard.averaged * has_average,
         activations=activations,
         exchange=shard.exchange,
         rewards=rewards,
         host=shard.host,
         uncounted=uncounted,
     )
-    later = memory.total - memory.parameters - rewards if networks.encodes_ahead else 0
-    return replace(memory, parameters=memory.parameters + max(0, others - later))
+    later = memory.gradients + memory.optimiser + memory.activations + memory.exchange
+    return replace(memory, parameters=memory.parameters + max(0, leaving + ahead - later))
 
 
-def peak_of_passes(
+def peaks_of_passes(
     stage: Stage,
     recipe: Recipe,
     roles: passes.Roles,
@@ -113,8 +120,8 @@ def peak_of_passes(
     live: Live,
     kernels: Kernels,
     launch: Launch,
-) -> int:
-    """Return the peak in bytes of passes and gradients, in a step or between steps.
+) -> tuple[int, int]:
+    """Return the peaks in bytes before the first step, and of all passes and gradients.
 
     Where gradients are sharded they are freed as they are computed, and are not in it.
     """
@@ -123,6 +130,8 @@ def peak_of_passes(
     if isinstance(stage, Training):
         part = processes.part(stage.micro_batch, launch.processes, stage.samples_together)
     with Kernels(kernels.kind, autocast=False):
+        passes.before_steps(stage, recipe, roles, part)
+        ahead = live.peak - start
         passes.between_steps(stage, recipe, roles, part)
     if isinstance(stage, Training):
         if launch.level > 1:
@@ -133,7 +142,7 @@ def peak_of_passes(
                 value.grad = torch.empty_like(value)
         with kernels:
             passes.step(stage, recipe, roles, part).backward()
-    return live.peak - start
+    return ahead, live.peak - start
 
 
 def _free_gradient(value: Tensor) -> None:

@@ -133,11 +133,17 @@ def _terms(stage: Stage, recipe: Recipe, roles: Roles, part: int) -> Iterator[Te
             yield torch.stack([network(one_pass.batch).square().mean() for _ in range(int(one_pass.evaluations))]).sum()
 
 
-@torch.no_grad()
-def between_steps(stage: Stage, recipe: Recipe, roles: Roles, part: int = 0) -> None:
-    """Take the passes outside the steps: encoding, sample grids, the guard's looks, a stage without gradients."""
+def before_steps(stage: Stage, recipe: Recipe, roles: Roles, part: int = 0) -> None:
+    """Take the passes before the first step: pictures are encoded."""
     for one_pass in stage.passes(recipe, part):
-        if one_pass.batch and not one_pass.in_step:
+        if one_pass.batch and one_pass.role == "encoder":
+            _without_gradient(one_pass, stage, recipe, roles)
+
+
+def between_steps(stage: Stage, recipe: Recipe, roles: Roles, part: int = 0) -> None:
+    """Take the passes between steps: sample grids, the guard's looks, a stage without gradients."""
+    for one_pass in stage.passes(recipe, part):
+        if one_pass.batch and not one_pass.in_step and one_pass.role != "encoder":
             _without_gradient(one_pass, stage, recipe, roles)
 
 

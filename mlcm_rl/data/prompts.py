@@ -11,6 +11,8 @@ import torch
 from ..storage.untrusted import Faults, brief, parse_json, read_bytes
 from .picture_files import picture_in, read_picture, square
 
+KANA = re.compile("[\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\uff66-\uff9f]")
+HANGUL = re.compile("[\u1100-\u11ff\u3130-\u318f\uac00-\ud7af]")
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 
 
@@ -25,8 +27,13 @@ class Prompt:
 
 
 def guess_language(text: str) -> str:
-    """Return "zh" for a text with a Han character, else "en"."""
-    return "zh" if HAN.search(text) else "en"
+    """Return the language of the script that most East Asian characters of a text have, "en" for a text without any.
+
+    It is "zh" for Han characters, "ja" for kana and "ko" for hangul; with as many of another, "zh".
+    """
+    counts = {name: len(script.findall(text)) for name, script in (("zh", HAN), ("ja", KANA), ("ko", HANGUL))}
+    language = max(counts, key=lambda name: counts[name])
+    return language if counts[language] else "en"
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
@@ -51,6 +58,16 @@ def prompts_with_lines(path: str | Path) -> list[tuple[str, Prompt]]:
     if not prompts:
         raise ValueError(f"{path}: holds no prompts")
     return prompts
+
+
+def texts_of(path: str | Path) -> list[str]:
+    """Return the texts of a prompt file, or all captions of a folder of pictures without reading the pictures.
+
+    Raise as `read_prompts` and `CaptionedImages`.
+    """
+    if not Path(path).is_dir():
+        return [prompt.prompt for prompt in read_prompts(path)]
+    return [text for where, record in records_of(Path(path) / "metadata.jsonl") for text in _captions(record, where)]
 
 
 def first_prompts(path: str | Path, count: int) -> list[Prompt]:

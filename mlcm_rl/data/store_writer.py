@@ -32,6 +32,7 @@ from .trajectory_store import (
     Store,
     is_entry,
     prompts_name,
+    read_provenance,
     read_record,
     refuse_mismatch,
     shard_name,
@@ -84,6 +85,7 @@ class Writer:
                     f"delete {self.folder}, and the same command begins anew"
                 )
             record = read_record(path)
+            self._refuse_misplaced(record, path)
             refuse_mismatch(path, record["provenance"], vars(self.provenance))
             refuse_odd_record(record, path)
             record |= {"num_prompts": self.num_prompts}
@@ -92,6 +94,17 @@ class Writer:
         self._gather(record)
         self._refuse_damaged(record)
         return record
+
+    def _refuse_misplaced(self, record: dict[str, Any], path: Path) -> None:
+        """Raise CheckpointError if `path`, which holds `record`, was begun with other states than its name says."""
+        begun = read_provenance(record["provenance"], path)
+        own = begun.own_folder(self.folder)
+        if begun.times != self.provenance.times and own != self.folder:
+            count, expected = (len(one.times or one.grid) for one in (begun, self.provenance))
+            raise CheckpointError(
+                f"{path} was begun with {count} states of each trajectory, and the folder's name is that of a store of "
+                f"{expected}: move {self.folder} to {own}, or delete it, and run again"
+            )
 
     def _refuse_damaged(self, record: dict[str, Any]) -> None:
         """Forget files of `record` that are not there; raise CheckpointError for one that is not as it was written."""

@@ -81,10 +81,13 @@ class StoredStates:
         self.times = torch.tensor(store.times)
         self.position = {time: i for i, time in enumerate(store.times)}
         if stage.states_drawn == "all" and len(store.times) < len(store.provenance.grid):
+            own = store.provenance.own_folder(store.folder)
+            way = "set keep: all in the trajectories stage"
+            if own != store.folder:
+                way = f"its name is that of a store of all: move it to {own}, or delete it, and run again"
             raise CheckpointError(
                 f"{store.folder} holds {len(store.times)} of {len(store.provenance.grid)} states of each trajectory, "
-                "those of the milestones, and jumps without budgets begin at any state: set keep: all in the "
-                "trajectories stage"
+                f"those of the milestones, and jumps without budgets begin at any state: {way}"
             )
 
     @property

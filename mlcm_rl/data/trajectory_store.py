@@ -35,6 +35,7 @@ from ..storage.tensors import read_tensors
 
 FORMAT = 2  # of the files
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+OF_MILESTONES = "-milestones"  # ends the name of the folder of a store that has no other states
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class Provenance:
     def total(self) -> int:
         """Trajectories, those that are held out among them."""
         return self.num_trajectories + self.num_held_out
+
+    def own_folder(self, folder: Path) -> Path:
+        """Return `folder` under the name that says which states are stored, all of the grid or those of milestones."""
+        name = folder.name.removesuffix(OF_MILESTONES)
+        return folder.with_name(name if self.times in (None, self.grid) else f"{name}{OF_MILESTONES}")
 
 
 def expected_of(teacher: Teacher, base: Base) -> dict[str, Any]:

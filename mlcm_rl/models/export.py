@@ -3,8 +3,8 @@
 The folder is a complete pipeline with the student's weights merged into the denoiser. It also has:
 
 - `pytorch_lora_weights.safetensors`: a LoRA student as an adapter, to load over its teacher with diffusers, if its
-  pipeline loads adapters; a tuned one is one adapter too. `kohya_lora_weights.safetensors` is the same adapter for
-  ComfyUI and other tools;
+  pipeline loads adapters; a tuned one is one adapter too, and a LoRA of the teacher's own is in it.
+  `kohya_lora_weights.safetensors` is the same adapter for ComfyUI and other tools;
 - `pipeline.py`: for a student conditioned on its target time, which no stock pipeline samples;
 - `steps-<N>/`: for stock pipelines at N steps, an adapter (in both files) or a denoiser each, and its scheduler. These
   are the snapshots of a training in phases, or a conditioned student with the target times of N steps merged in.
@@ -27,10 +27,10 @@ from ..equations.segments import sampling_times
 from ..equations.solver import time_before_noise
 from ..storage import finite
 from ..storage.files import forget_origin, remove_partial_of, replacing
-from . import model_card, students
+from . import model_card, students, teacher_lora
 from .base import Base
 from .exported_pipeline import TargetTimePipeline
-from .lora_files import KOHYA_FILE, LORA_FILE, Adapter, write_kohya, write_lora
+from .lora_files import KOHYA_FILE, LORA_FILE, Adapter, combined, write_kohya, write_lora
 from .students import Student
 from .text_parts import write_for_transformers_4
 
@@ -161,10 +161,16 @@ def _adapter(base: Base, student: Student) -> Adapter | None:
 
 
 def _write_adapter(base: Base, lora: Adapter, folder: Path) -> None:
-    """Write an adapter for diffusers, and in kohya's layout for other tools."""
-    write_lora(*lora, folder / LORA_FILE, base.denoiser_part)
+    """Write an adapter for diffusers, and in kohya's layout for other tools.
+
+    It is over the checkpoint `teacher.path`: the teacher's own LoRA is in it, so that one file serves for both.
+    """
+    adapters = teacher_lora.adapters(base.pipeline, base.teacher) if base.teacher.lora else {}
+    own = [adapters[base.denoiser_part]] if base.denoiser_part in adapters else []
+    adapters[base.denoiser_part] = combined([*own, lora]) if own else lora
+    write_lora(adapters, folder / LORA_FILE)
     if base.kohya_version is not None:
-        write_kohya(*lora, base, folder / KOHYA_FILE)
+        write_kohya(adapters, base, folder / KOHYA_FILE)
 
 
 def stock_steps(student: Student) -> list[int]:

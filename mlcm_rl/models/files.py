@@ -18,10 +18,13 @@ from ..recipe import Teacher, teacher_check
 from ..recipe.families import layout_of
 from ..storage.files import CheckpointError, read_json
 from ..storage.tensors import read_shapes
+from . import teacher_lora
 from .published_teachers import shipped
+from .quantised import quantise_
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-# Other names of the words' embedding, of T5 and of Qwen3 as a language model: files have one or both.
+# Other names of the words' embedding, of T5 and of Qwen3 as a language model (whose own, where it has another matrix,
+# no pipeline uses): files have one or both.
 SECOND_NAMES = ("encoder.embed_tokens.weight", "lm_head.weight")
 UNUSED_PARTS = ("safety_checker", "image_encoder", "feature_extractor")
 OTHER_PARTS = ("text_encoder", "tokenizer", "safety_checker", "image_encoder", "feature_extractor")
@@ -45,13 +48,18 @@ def load_pipeline(
             if name.startswith("tokenizer") and part is not None:
                 part("a")  # raises here if a special token is not in its vocabulary
     refuse_unknown_tokens(pipeline, teacher)
+    if teacher.lora is not None:
+        teacher_lora.fuse(pipeline, teacher)
+    if teacher.quantise is not None:  # before the move, since the device may not have room for floats
+        quantise_(getattr(pipeline, layout_of(teacher.family).denoiser), teacher.quantise, device)
     pipeline = pipeline.to(device)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     for part in (getattr(pipeline, layout_of(teacher.family).denoiser), pipeline.vae):
-        memory_format = MEMORY_FORMATS[teacher.memory_format]
-        torch.nn.Module.to(part, memory_format=memory_format)  # type: ignore[call-overload]  # torch's stubs lack it
+        for weight in part.parameters():
+            if weight.ndim == 4:  # an autoencoder of videos has weights of five dimensions, which have no such format
+                weight.data = weight.data.to(memory_format=MEMORY_FORMATS[teacher.memory_format])
     return pipeline
 
 
@@ -284,6 +292,7 @@ def shapes_from_configuration(teacher: Teacher, parts: Sequence[str]) -> dict[st
                 where = {"device": "meta"} if "device" in signature(text_encoder).parameters else {}
                 settings = text_encoder.config_class.from_pretrained(folder / name, local_files_only=True)
                 part = text_encoder(settings, **where)  # of its own; ChatGLM's does not see torch's default device
-        weights = part.state_dict().items()
-        shapes[name] = {key: list(value.shape) for key, value in weights if key not in SECOND_NAMES}
+        weights = part.state_dict(keep_vars=True)
+        first_names = {id(value): key for key, value in reversed(weights.items())}  # of a weight that has several
+        shapes[name] = {key: list(value.shape) for key, value in weights.items() if first_names[id(value)] == key}
     return shapes

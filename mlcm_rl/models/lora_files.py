@@ -7,9 +7,9 @@ and `<module>.lora_B.weight` (out, rank, ...). It adds (alpha / rank) B A to the
 import json
 import math
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import ModelMixin
@@ -20,7 +20,9 @@ from torch import Tensor
 from ..storage.files import CheckpointError
 from ..storage.tensors import read_tensors, write_tensors
 from ..storage.untrusted import parse_json
-from .base import Base
+
+if TYPE_CHECKING:
+    from .base import Base
 
 Adapter = tuple[LoraConfig, dict[str, Tensor]]
 
@@ -71,32 +73,41 @@ def combined(adapters: Sequence[Adapter]) -> Adapter:
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=modules), tensors
 
 
-def write_lora(settings: LoraConfig, tensors: dict[str, Tensor], file: Path, part: str) -> None:
-    """Write an adapter of the pipeline's component `part` as `load_lora_weights` reads it, configuration in the header.
+def write_lora(adapters: Mapping[str, Adapter], file: Path) -> None:
+    """Write adapters, by pipeline component, as `load_lora_weights` reads them, configurations in the header.
 
     The file is that of diffusers' own save, without its second header key and the fields that have their defaults.
     """
-    config = settings.to_dict() | {"target_modules": sorted(settings.target_modules)}
-    fields = {f"{part}.{key}": config[key] for key in SAVED_FIELDS}
-    weights = {f"{part}.{key}": value for key, value in tensors.items()}
+    fields: dict[str, Any] = {}
+    weights: dict[str, Tensor] = {}
+    for part, (settings, tensors) in adapters.items():
+        config = settings.to_dict() | {"target_modules": sorted(settings.target_modules)}
+        fields |= {f"{part}.{key}": config[key] for key in SAVED_FIELDS}
+        weights |= {f"{part}.{key}": value for key, value in tensors.items()}
     write_tensors(file, weights, {METADATA_KEY: json.dumps(fields, indent=2, sort_keys=True)})
 
 
-def write_kohya(settings: LoraConfig, tensors: dict[str, Tensor], base: Base, file: Path) -> None:
-    """Write an adapter over `base` in the layout of kohya's sd-scripts, which ComfyUI, Forge, A1111 and InvokeAI read.
+def write_kohya(adapters: Mapping[str, Adapter], base: "Base", file: Path) -> None:
+    """Write adapters over `base`, by pipeline component, in the layout of kohya's sd-scripts.
 
-    In float32: with float16 factors the update differs from the student's by 3e-4 of its norm. Raise ValueError for a
-    base without a `kohya_version`.
+    ComfyUI, Forge, A1111 and InvokeAI read it. In float32: with float16 factors the update differs from the student's
+    by 3e-4 of its norm. Raise ValueError for a base without a `kohya_version`.
     """
     version = base.kohya_version
     if version is None:
         raise ValueError(f"{file}: kohya's tools have no name for a teacher of family {base.family}")
-    names = kohya_names({_module(key) for key in tensors}, base.denoiser, base.in_stability_blocks)
     weights = {}
-    for key, value in tensors.items():
-        module = _module(key)
-        weights[f"{names[module]}.{KOHYA_PARTS[key.removeprefix(f'{module}.')]}"] = value
-        weights[f"{names[module]}.alpha"] = torch.tensor(float(settings.lora_alpha))
+    for part, (adapter, tensors) in adapters.items():
+        modules = {_module(key) for key in tensors}
+        if part == base.denoiser_part:
+            names = kohya_names(modules, base.denoiser, base.in_stability_blocks)
+        else:
+            names = kohya_text_names(modules, part, base.family)
+        for key, value in tensors.items():
+            module = _module(key)
+            weights[f"{names[module]}.{KOHYA_PARTS[key.removeprefix(f'{module}.')]}"] = value
+            weights[f"{names[module]}.alpha"] = torch.tensor(float(adapter.lora_alpha))
+    settings, _ = adapters[base.denoiser_part]
     header = {
         "ss_base_model_version": version,
         "ss_v2": str(version.startswith("sd_v2")),  # by which A1111 recognises SD 2
@@ -116,6 +127,12 @@ def kohya_names(modules: Iterable[str], denoiser: ModelMixin, in_stability_block
     places = _stability_blocks(denoiser) if in_stability_blocks else {}
     names = {module: _stability_name(module, places) if places else module for module in modules}
     return {module: f"lora_unet_{name.replace('.', '_')}" for module, name in names.items()}
+
+
+def kohya_text_names(modules: Iterable[str], part: str, family: str) -> dict[str, str]:
+    """Return the names of `modules` of the text encoder `part` in kohya's layout, by their own names."""
+    prefix = "lora_te2" if part == "text_encoder_2" else "lora_te1" if family == "sdxl" else "lora_te"
+    return {module: f"{prefix}_{module.replace('.', '_')}" for module in modules}
 
 
 def _module(key: str) -> str:

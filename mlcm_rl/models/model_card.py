@@ -65,6 +65,10 @@ another scheduler or number of steps it goes through times that the student did 
 
 `{kohya}`, where there is one, is the adapter for Forge, A1111, sd-scripts and InvokeAI too. `{lora}` is for diffusers
 alone: other tools apply it in part, or not at all."""
+OF_LORA = """\
+The teacher's LoRA, `{lora}`, is in every adapter and denoiser here: do not load it over them again. Only where a
+denoiser is taken alone, and the LoRA changes the text encoders too, load it over those: strength_model 0, strength_clip
+{weight:g}."""
 
 
 def card(
@@ -87,18 +91,19 @@ def card(
         metadata += ["language:", *codes] if codes else []
     sections = [
         _front_matter(base, metadata, folder),
-        f"# {name}\n\nA student of `{public(base.teacher.path)}` for {_budgets(student)} steps, made by multistep "
-        f"consistency distillation with `mlcm-rl` (guidance {base.teacher.guidance_scale:g} is inside: sample with "
-        f"`{_arguments(base.stock_guidance)}`). {_kind(student)}",
+        f"# {name}\n\nA student of `{public(base.teacher.path)}`{_with_lora(base)} for {_budgets(student)} steps, made "
+        f"by multistep consistency distillation with `mlcm-rl` (guidance {base.teacher.guidance_scale:g} is inside: "
+        f"sample with `{_arguments(base.stock_guidance)}`). {_kind(student)}",
         f"## Use\n\n{_usage(base, student, name, gamma)}\n\n{_notes(base, student, folder)}",
     ]
     if (folder / LORA_FILE).is_file():
-        sections.append("Or the adapter alone, over its teacher:\n\n" + _part_usage(base, student, name, folder, gamma))
+        place = "the teacher's checkpoint, with its LoRA inside" if base.teacher.lora else "its teacher"
+        sections.append(f"Or the adapter alone, over {place}:\n\n" + _part_usage(base, student, name, folder, gamma))
     if step_folders := sorted(folder.glob("steps-*"), key=_num_steps):
         sections.append(_steps_usage(base, student, name, step_folders, gamma))
     widths = tuple(getattr(base.denoiser.config, "block_out_channels", ()))
     if base.kohya_version is not None and widths in PUBLISHED_WIDTHS:
-        sections.append("## ComfyUI and other tools\n\n" + _other_tools(student, folder, step_folders, gamma))
+        sections.append("## ComfyUI and other tools\n\n" + _other_tools(base, student, folder, step_folders, gamma))
     sections.append("## Grids\n\n" + _grids(base, student))
     if table:
         sections.append("## Measured\n\n" + _without_title(table))
@@ -148,6 +153,12 @@ def _front_matter(base: Base, metadata: list[str], folder: Path) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
+def _with_lora(base: Base) -> str:
+    """Return the teacher's LoRA in a phrase; empty without one."""
+    lora = base.teacher.lora
+    return f" with the LoRA `{Path(lora).name}` at weight {base.teacher.lora_weight:g}" if lora else ""
+
+
 def _budgets(student: Student) -> str:
     """Return the numbers of steps that the student was trained for, in words: `2, 3, 4, 6 and 8`."""
     if not student.budgets:
@@ -162,6 +173,10 @@ def _kind(student: Student) -> str:
         if student.conditioned
         else f"Segments at the end of its training: {student.num_segments}."
     )
+    if (kind := students.describe(student.folder).get("quantise")) is not None:
+        distilled += (
+            f" It was trained and measured over the teacher's weights in {kind}; here it is over those of its files."
+        )
     if not student.tuned:
         return distilled
     if students.describe(student.folder).get("tuned_steps") == 0:  # older folders lack the key
@@ -202,6 +217,10 @@ def _part_usage(base: Base, student: Student, name: str, part: Path, gamma: floa
     else:
         network, at = base.denoiser_class.__name__, base.denoiser_part
         classes.append(network)
+        if base.teacher.lora is not None:  # for the text encoders
+            setup.append(f"pipe.load_lora_weights({_quoted(public(base.teacher.lora))})")
+            setup.append(f"pipe.fuse_lora(lora_scale={base.teacher.lora_weight})")
+            setup.append("pipe.unload_lora_weights()")
         setup.append(f'pipe.{at} = {network}.from_pretrained({_quoted(name)}, subfolder="{inside}/{at}")')
     place = f"{inside}/scheduler".removeprefix("/")
     setup.append(f'pipe.scheduler = {_scheduler(part)}.from_pretrained({_quoted(name)}, subfolder="{place}")')
@@ -301,7 +320,7 @@ def _notes(base: Base, student: Student, folder: Path) -> str:
 # ---- other tools ----
 
 
-def _other_tools(student: Student, folder: Path, step_folders: list[Path], gamma: float) -> str:
+def _other_tools(base: Base, student: Student, folder: Path, step_folders: list[Path], gamma: float) -> str:
     """Return the table of files for ComfyUI: where each goes, and the sampler's settings."""
     if 0.0 < gamma < 1.0:
         return f"No sampler of other tools is known that puts noise back as `eta={gamma:g}` does: use diffusers."
@@ -310,7 +329,10 @@ def _other_tools(student: Student, folder: Path, step_folders: list[Path], gamma
     rows += [
         _row(part, f"{part.name}/", [_num_steps(part)]) for part in step_folders if _num_steps(part) in EXACT_STEPS
     ]
-    return OTHER_TOOLS.format(rows="\n".join(rows), kohya=KOHYA_FILE, lora=LORA_FILE)
+    text = OTHER_TOOLS.format(rows="\n".join(rows), kohya=KOHYA_FILE, lora=LORA_FILE)
+    if base.teacher.lora is None:
+        return text
+    return f"{text}\n\n{OF_LORA.format(lora=Path(base.teacher.lora).name, weight=base.teacher.lora_weight)}"
 
 
 def _row(part: Path, prefix: str, steps: list[int]) -> str:

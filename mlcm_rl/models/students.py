@@ -38,6 +38,7 @@ from ..storage.files import CheckpointError, forget_origin, read_json, replacing
 from ..storage.tensors import misfits, read_shapes, read_tensors, write_tensors
 from .base import Base, TargetTimeProjection
 from .lora_files import LORA_FILE, Adapter, combined, read_lora, write_lora
+from .quantised import is_quantised, quantise_like_
 
 DISTILLED, PREFERENCE = "distilled", "preference"  # names of adapters
 PREFERENCE_FILE = "preference_lora_weights.safetensors"
@@ -73,8 +74,11 @@ def student(
     """Return a trainable denoiser whose output equals the teacher's bit for bit, or that of the student in `start`.
 
     LoRA matrices are drawn from `seed` (the up-projections are zero). `condition_on_target` adds a zero projection of
-    the target time, trained in full. Raise ValueError if `start` has a student of another adapter.
+    the target time, trained in full. Raise ValueError if `start` has a student of another adapter, and for full weights
+    over a quantised teacher.
     """
+    if isinstance(adapter, Full) and is_quantised(base.denoiser):
+        raise ValueError("full weights cannot be trained in integers: train a LoRA, or leave teacher.quantise out")
     if start is not None:
         return _resume(base, adapter, condition_on_target, Path(start))
     denoiser = _denoiser(base, base.denoiser, condition_on_target, shared=isinstance(adapter, Lora))
@@ -258,8 +262,10 @@ def combined_lora(student: Student) -> Adapter | None:
 def merged(student: Student, dtype: torch.dtype) -> ModelMixin:
     """Return a copy of the student's denoiser in `dtype` with its adapters merged into the weights.
 
-    Raise ValueError if a weight overflows in `dtype`.
+    Raise ValueError if a weight overflows in `dtype`, and over a quantised teacher.
     """
+    if is_quantised(student.denoiser):
+        raise ValueError(f"{student.folder}: an adapter is merged into floats: load the teacher without quantise")
     denoiser = copy.deepcopy(student.denoiser)
     if adapters := list(denoiser.__dict__.get("peft_config", {})):
         _merge(denoiser, adapters)
@@ -332,6 +338,7 @@ def _denoiser(base: Base, source: ModelMixin, condition: bool, shared: bool) -> 
         weights = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
     with torch.device("meta"):
         denoiser = base.empty_denoiser(source.config, condition)
+    quantise_like_(denoiser, source)
     for name, value in target_time_of(denoiser).items():
         weights.setdefault(name, torch.zeros(value.shape, device=source.device))
     denoiser.load_state_dict(weights, assign=True)
@@ -435,4 +442,5 @@ def _lora_settings(denoiser: ModelMixin, name: str = DISTILLED) -> LoraConfig | 
 
 
 def _save_lora(denoiser: ModelMixin, name: str, file: Path, part: str) -> None:
-    write_lora(_lora_settings(denoiser, name), get_peft_model_state_dict(denoiser, adapter_name=name), file, part)
+    adapter = _lora_settings(denoiser, name), get_peft_model_state_dict(denoiser, adapter_name=name)
+    write_lora({part: adapter}, file)

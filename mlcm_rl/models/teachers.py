@@ -9,11 +9,12 @@ from diffusers import AutoencoderTiny
 from ..recipe import Teacher
 from ..recipe.families import absent_extras, layout_of, origin
 from ..storage.files import read_json
-from ..storage.hashing import folder_hash
+from ..storage.hashing import folder_hash, sha256_once
 from ..storage.tensors import read_shapes
 from ..training.progress import say_once
 from .base import Base
 from .files import empty_pipeline, load_pipeline
+from .quantised import quantise_
 
 
 def class_of(family: str) -> type[Base]:
@@ -61,6 +62,8 @@ def skeleton(teacher: Teacher) -> "Base":
     denoiser = getattr(pipeline, family.denoiser_part)
     for part, dtype in ((denoiser, getattr(torch, teacher.dtype)), (pipeline.vae, torch.float32)):
         torch.nn.Module.to(part, dtype).requires_grad_(False).eval()  # diffusers' own `to` warns without reason
+    if teacher.quantise is not None:
+        quantise_(denoiser, teacher.quantise, torch.device("meta"))
     return family(teacher, torch.device("meta"), pipeline)
 
 
@@ -100,11 +103,15 @@ def small_decoder(folder: str, base: Base) -> AutoencoderTiny:
 
 
 def teacher_hash(teacher: Teacher) -> str:
-    """Return the identity of a teacher's weights and configuration: one hash of all files, or the pinned revision."""
+    """Return the identity of a teacher's weights and configuration: one hash of all files, or the pinned revision.
+
+    A LoRA of its own is part of it, and the integers that the weights are rounded to.
+    """
     folder = Path(teacher.path)
-    if not folder.is_dir():
-        return f"{teacher.path}@{teacher.revision}"
-    return folder_hash(folder)
+    identity = folder_hash(folder) if folder.is_dir() else f"{teacher.path}@{teacher.revision}"
+    if teacher.lora is not None:
+        identity += f"+{sha256_once(Path(teacher.lora))}*{teacher.lora_weight}"
+    return identity if teacher.quantise is None else f"{identity} in {teacher.quantise}"
 
 
 def tell_truncated(base: Base, prompts: list[str], source: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.teachers import teacher_hash
-from ..recipe import Recipe, Stage, Strict
+from ..recipe import Recipe, Stage, Strict, Teacher
 from ..recipe.reads import Reads, paths_of
 from ..recipe.renamed import FIRST_DEFAULTS, under_first_names
 from ..rewards.source import source_hashes
@@ -64,10 +64,16 @@ def identity(stage: Stage, recipe: Recipe, parents: dict[str, str]) -> dict:
         "stage": with_recipe_paths(under_first_names(stage.kind, settings(stage)), recipe) | contents,
         **with_recipe_paths(reward_files(stage), recipe),
         **reward_sources(stage),
-        "teacher": settings(recipe.teacher) | {"path": teacher_hash(recipe.teacher)},
+        "teacher": teacher_identity(recipe.teacher),
         "parents": parents,
         "seed": seed_of_stage(stage, recipe),
     }
+
+
+def teacher_identity(teacher: Teacher) -> dict[str, Any]:
+    """Return the settings of a teacher that can change a result, with the content of its files for their paths."""
+    described = settings(teacher) | {"path": teacher_hash(teacher)}
+    return {name: value for name, value in described.items() if name != "lora"}
 
 
 def maths_number(stage: Stage) -> int:

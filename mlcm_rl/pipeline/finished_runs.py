@@ -217,7 +217,7 @@ def export(run_folder: Path, out: Path) -> Path:
     with prefix_errors("OUT", BadArgument):
         refuse_existing(out)
     folder = find_stage(run_folder, STUDENTS)
-    base = teacher_of(folder)
+    base = teacher_of(folder, in_floats=True)
     snapshots = {}
     for path in sorted((folder / "snapshots").glob("phase-*")):
         student = students.describe(path)
@@ -236,15 +236,17 @@ def _latest_table(run_folder: Path) -> tuple[str | None, list[str]]:
     return tables.markdown(latest), tuned_students.languages(latest.prompts)
 
 
-def teacher_of(folder: Path) -> Base:
+def teacher_of(folder: Path, in_floats: bool = False) -> Base:
     """Return the teacher of the student in a finished stage, loaded from the path in its recipe.
 
+    Where the recipe quantises it, `in_floats` leaves that out: an export has adapters merged into the weights.
     Raises CheckpointError where its files have changed: the student, an adapter over them, would draw something else.
     Raises as `teachers.load` does.
     """
     recipe = recipe_of(folder)
     refuse_missing(folder, recipe)
-    base = teachers.load(recipe.teacher, device_of(recipe.device))
+    teacher = recipe.teacher.model_copy(update={"quantise": None}) if in_floats else recipe.teacher
+    base = teachers.load(teacher, device_of(recipe.device))
     recorded = students.describe(folder / "student").get("teacher_hash")  # older folders have none
     if recorded not in (None, teacher_hash(recipe.teacher)):
         raise CheckpointError(
@@ -257,6 +259,7 @@ def teacher_of(folder: Path) -> Base:
 def refuse_missing(folder: Path, recipe: Recipe, *files: str) -> None:
     """Raise RunError where the teacher of the stage in `folder`, or one of the other `files`, is not there any more."""
     teacher = [] if recipe.teacher.revision else [recipe.teacher.path]  # a hub's name is not a path
+    teacher += [recipe.teacher.lora] if recipe.teacher.lora else []
     missing = [path for path in (*teacher, *files) if not Path(path).exists()]
     if missing:
         raise RunError(

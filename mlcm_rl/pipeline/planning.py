@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from ..cost import flops
-from ..cost.evaluations import network_evaluations, passes_of
+from ..cost.evaluations import network_evaluations
 from ..cost.flops import Operations, Work
 from ..cost.gpus import Device
 from ..cost.launches import Launch
 from ..cost.memory import Memory, num_tokens, of_stage
+from ..data.prompts import texts_of
 from ..data.store_writer import share_written
 from ..models import files
 from ..models.teachers import class_of
 from ..recipe import Full, Lora, Recipe, Stage, teacher_check
 from ..recipe.families import geometry, layout_of
-from ..recipe.takes import Values
+from ..recipe.takes import Networks, Values
 from ..storage.checkpoints import checkpoints, step_of
 from ..storage.files import CheckpointError, read_json
 from ..storage.manifest import is_finished
@@ -126,7 +127,7 @@ class Sizes:
         self.latent = latents.channels * side * side
         self.pixels = (side * latents.downscale) ** 2
         shapes = self.family.conditioning_shapes(denoiser, num_tokens(self.folder))
-        self.context = prod(shapes["context"])
+        self.conditioning = sum(map(prod, shapes.values()))
         self.adapted = self.family.adapted_modules(denoiser)
 
     def weights(self, part: str) -> int:
@@ -150,11 +151,11 @@ class Sizes:
 
     def work(self, stage: Stage) -> list[Work]:
         """Return what the stage computes, from the cache of estimates where it is there."""
-        tally, distilled = passes_of(stage, self.recipe), self.distilled(stage)
-        settings = {"work": asdict(tally), "distilled": distilled.model_dump()}
+        distilled = self.distilled(stage)
+        settings = {"work": list(map(asdict, stage.passes(self.recipe))), "distilled": distilled.model_dump()}
 
         def estimate() -> dict[str, Any]:
-            return {"work": [asdict(one) for one in flops.of_stage(stage, self.recipe, tally, distilled)]}
+            return {"work": [asdict(one) for one in flops.of_stage(stage, self.recipe, distilled)]}
 
         description = estimates.description(stage, self.recipe, self.folder, **settings)
         entries = estimates.cached(description, estimate)["work"]
@@ -165,17 +166,20 @@ class Sizes:
 
         It comes from the cache of estimates where it is there.
         """
-        others = sum(self.weights(part) for part in self.parts if part not in (self.family.denoiser_part, "vae"))
-        other_bytes = others * BYTES[self.recipe.teacher.dtype]
         distilled = self.distilled(stage)
-        for path in map(Path, stage.networks(distilled).measuring):
+        networks = stage.networks(distilled)
+        encoders = sum(self.weights(part) for part in self.parts if part not in (self.family.denoiser_part, "vae"))
+        others = {"staying": 0, "leaving": 0}
+        others["leaving" if encodes_ahead(networks) else "staying"] += encoders * BYTES[self.recipe.teacher.dtype]
+        for path in map(Path, networks.measuring):
             measuring = files.shapes(path) if path.is_dir() else read_shapes(path)
-            other_bytes += 4 * sum(map(prod, measuring.values()))
-        settings = {"memory": kind, "others": other_bytes, "distilled": distilled.model_dump()}
+            others["staying"] += 4 * sum(map(prod, measuring.values()))
+        settings = {"memory": kind, "others": others, "distilled": distilled.model_dump()}
         settings["launch"] = asdict(launch or Launch())
 
         def estimate() -> dict[str, Any]:
-            return asdict(of_stage(stage, self.recipe, other_bytes, distilled, kind, launch))
+            staying, leaving = others["staying"], others["leaving"]
+            return asdict(of_stage(stage, self.recipe, staying, distilled, kind, launch, leaving))
 
         description = estimates.description(stage, self.recipe, self.folder, **settings)
         fields = estimates.cached(description, estimate)
@@ -192,10 +196,17 @@ class Sizes:
             denoiser=self.denoiser_weights,
             trained=self.trained(stage.networks(self.distilled(stage)).trained),
             latent=self.latent,
-            prompt=self.context,
+            prompt=self.conditioning,
             pixels=self.pixels,
         )
         return stage.disk(self.recipe, values)
+
+
+def encodes_ahead(networks: Networks) -> bool:
+    """Return whether text encoders leave memory before the first step. Raises as `texts_of` where that matters."""
+    if not networks.encodes_ahead or networks.texts is None:
+        return networks.encodes_ahead
+    return len(set(texts_of(networks.texts))) <= networks.most_texts
 
 
 def is_lora_target(name: str, targets: Sequence[str]) -> bool:

@@ -14,6 +14,7 @@ from .types import Fraction, Full, Lora, PositiveInt, default_gamma, presentatio
 if TYPE_CHECKING:
     from .experiment import Recipe
 
+MAX_ENCODED_AHEAD = 8192  # prompts of a stage that are encoded before its first step
 MEAN_ONLINE_STEPS = 4.5  # of Algorithm 1: 1 to 8 steps, segments drawn uniformly
 MOMENTS_BYTES = 12  # in a checkpoint, for each trained float32 weight and its two moments
 
@@ -148,8 +149,23 @@ class Distill(Training):
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether steps encode prompts and evaluate the teacher; if not, its networks leave memory before the first."""
+        """Whether steps evaluate the teacher; if not, its denoiser leaves memory before the first."""
         return self.method == "inter_segment" or self.source != "trajectories"
+
+    @property
+    def texts(self) -> str | None:
+        """The prompt file or the folder of captioned pictures whose texts it encodes; None where these are stored."""
+        if self.reads_trajectories:
+            return None
+        return self.images if self.method == "segments" and self.source == "data" else self.prompts
+
+    @property
+    def most_encoded_ahead(self) -> int:
+        """How many different texts are encoded before the first step at most: what fits memory, and what is drawn.
+
+        The text encoders then leave memory; of more texts each step encodes its own.
+        """
+        return min(sum(self.steps_per_phase) * self.batch_size, MAX_ENCODED_AHEAD)
 
     @property
     def default_gamma(self) -> float:
@@ -205,11 +221,13 @@ class Distill(Training):
         again = sum(n for n, jumps in zip(steps, self.jumps_again, strict=True) if jumps) * self.batch_size
         passes = [Pass("student", samples, batch=batch, gradient=True)]
         if self.uses_teacher:
-            passes.insert(0, Pass("teacher", samples, self._teacher_steps * recipe.teacher.evaluations, batch))
+            guided = recipe.teacher.evaluations
+            evaluations, with_keys = self._teacher_steps * guided, guided if self.method == "inter_segment" else None
+            passes.insert(0, Pass("teacher", samples, evaluations, batch, num_with_keys=with_keys))
         if again:
             passes.append(Pass("target", again, batch=batch))
         if self.method == "inter_segment" and self.renoise == "student":
-            passes.append(Pass("student", samples, self.num_student_steps, is_chained=True))
+            passes.append(Pass("student", samples, self.num_student_steps, is_chained=True, num_with_keys=1))
         if self.method == "segments" and self.source == "data":
             passes.append(Pass("encoder", batch=self.micro_batch, in_step=False))
         return passes + self.sample_grids(recipe)
@@ -222,15 +240,14 @@ class Distill(Training):
         return {"trajectories": 0, "online": MEAN_ONLINE_STEPS + 1, "data": 1}[self.source]
 
     def networks(self, distilled: Lora | Full) -> Networks:
-        """Return the student, and the teacher if steps evaluate it.
-
-        Text encoders leave memory where a stage has few prompts too, but no prompt file is read here.
-        """
+        """Return the student, and the teacher if steps evaluate it."""
         return Networks(
             self.adapter,
             is_conditioned=self.condition_on_target,
             uses_teacher=self.uses_teacher,
-            encodes_ahead=not self.uses_teacher,
+            encodes_ahead=True,
+            texts=self.texts,
+            most_texts=self.most_encoded_ahead,
             has_average=self.target_ema > 0,
         )
 

@@ -1,5 +1,6 @@
 """The evaluate stage."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -107,26 +108,28 @@ class Evaluate(OneStage):
     def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
         """Return the passes that sample the pictures of each row."""
         num_pictures = self.num_prompts * self.images_per_prompt
-        rows: list[tuple[Role, int]] = [("teacher", n) for n in self.rows_of_teacher(recipe)]
-        rows += [("student", n) for n in self.rows_of_students(recipe)]
-        batches = [self.batch_size] + [0] * (
-            len(rows) - 1
-        )  # a row of the teacher's holds what any other holds, or more
-        return [
-            Pass(role, num_pictures, n, batch, is_chained=True, viewer="person", in_step=False)
-            for (role, n), batch in zip(rows, batches, strict=True)
+        rows: list[tuple[Role, int, int]] = [("teacher", *row) for row in self.rows_of_teacher(recipe)]
+        rows += [("student", n, 1) for n in self.rows_of_students(recipe)]
+        passes = [
+            Pass(role, num_pictures, n, is_chained=True, viewer="person", in_step=False, num_with_keys=at_once)
+            for role, n, at_once in rows
         ]
+        # the first row, which is the teacher's, has as much in memory as any other, or more
+        return [replace(passes[0], batch=self.batch_size), *passes[1:]]
 
     def evaluations_per_row(self, recipe: "Recipe") -> list[int]:
         """Return the evaluations a picture for each row."""
-        return self.rows_of_teacher(recipe) + self.rows_of_students(recipe)
+        return [n for n, _ in self.rows_of_teacher(recipe)] + self.rows_of_students(recipe)
 
-    def rows_of_teacher(self, recipe: "Recipe") -> list[int]:
-        """Return the evaluations a picture for each row of the references and of the undistilled teacher."""
+    def rows_of_teacher(self, recipe: "Recipe") -> list[tuple[int, int]]:
+        """Return the evaluations of a picture, and those of a step, of each row of the teacher's.
+
+        They are the references, and the undistilled teacher with guidance, where whole steps fit, and without.
+        """
         guided = recipe.teacher.evaluations
-        references = [guided * n for n in self.teacher_steps]
-        both = recipe.teacher.guidance_scale != 1.0  # guided and unguided
-        undistilled = [n for n in self.sampling_steps for _ in range(2 if both and n % guided == 0 else 1)]
+        references = [(guided * n, guided) for n in self.teacher_steps]
+        ways = (guided, 1) if recipe.teacher.guidance_scale != 1.0 else (1,)
+        undistilled = [(n, of_a_step) for n in self.sampling_steps for of_a_step in ways if n % of_a_step == 0]
         return references + undistilled * len(self.teacher_solvers)
 
     def rows_of_students(self, recipe: "Recipe") -> list[int]:
@@ -145,8 +148,9 @@ class Evaluate(OneStage):
         return self.sampling_steps * num_rows
 
     def networks(self, distilled: Lora | Full) -> Networks:
-        """Return the student, the teacher and the networks of the metrics."""
-        return Networks(distilled, measuring=tuple(path for path in (self.inception, self.clip) if path))
+        """Return the student, the teacher and the networks of the metrics; prompts are encoded before the first row."""
+        measuring = tuple(path for path in (self.inception, self.clip) if path)
+        return Networks(distilled, encodes_ahead=True, measuring=measuring)
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
         """Return the bytes of encoded prompts, of the reference's latents, and of pictures before PNG compresses them.

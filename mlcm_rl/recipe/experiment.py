@@ -51,6 +51,13 @@ class Recipe(Strict):
         return self
 
 
+def missing_library(quantise: str | None) -> str | None:
+    """Return what to do where `teacher.quantise` needs a library that is not installed; None where nothing is to do."""
+    if quantise is None or find_spec("bitsandbytes") is not None:
+        return None
+    return f"{quantise} needs bitsandbytes, which is not installed: pip install 'mlcm-rl[quantised]', or leave it out"
+
+
 def missing_trackers(recipe: Recipe) -> Iterator[tuple[int, str]]:
     """Yield (its place in `trackers`, what to do) of every tracker of `recipe` that is not installed."""
     for i, name in enumerate(recipe.trackers):

@@ -21,16 +21,16 @@ from pydantic import ValidationError
 from ..storage.untrusted import read_bytes, regular
 from . import errors, renamed, reward_package, teacher_check
 from .distill import Distill
-from .experiment import Recipe, missing_trackers
+from .experiment import Recipe, missing_library, missing_trackers
 from .families import absent_extras, family_of, geometry, layout_of
 from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
 from .reads import reads_of
 from .schema import json_schema
 from .stage import Training
-from .teacher_stages import Trajectories
+from .teacher_stages import TrainTeacher, Trajectories
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
-from .types import TRAINED, Lora, Reward, Teacher
+from .types import TRAINED, Full, Lora, Reward, Teacher
 
 
 def load(
@@ -84,6 +84,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
     """
     return [
         *_teacher_problems(recipe.teacher, folders),
+        *_lora_problems(recipe, folders),
         *_file_problems(recipe, folders),
         *_runs_problems(recipe, folders),
         *(Problem(("trackers", i), message) for i, message in missing_trackers(recipe)),
@@ -91,6 +92,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
         *_store_problems(recipe),
         *_tuning_problems(recipe),
         *_precision_problems(recipe),
+        *_quantised_problems(recipe),
         *_checkpointing_problems(recipe),
         *_resume_problems(recipe),
     ]
@@ -128,12 +130,36 @@ def _teacher_problems(teacher: Teacher, folders: Folders) -> Iterator[Problem]:
         yield Problem(("teacher", "revision"), message, looked_in=folders.looked_in(key, teacher.path))
     elif teacher.revision is None or not name:
         folder = folders.place(key, teacher.path)
+        if Path(teacher.path).suffix == ".safetensors" and os.path.isfile(folder):
+            message = (
+                f"{teacher.path} is one file: `mlcm convert {teacher.path} FOLDER --like BASE` makes a folder of it "
+            )
+            yield Problem(key, f"{message}to name here, where BASE is its base model's folder in diffusers format")
+            return
         yield from _absent(key, teacher.path, folders, holding="model_index.json")
         yield from (wrong := list(_family_problems(teacher, folder)))
         yield from _resolution_problems(teacher, folder)
         if not wrong and os.path.exists(folder / "model_index.json"):
             for one in teacher_check.problems(folder, teacher.family, teacher.variant):
                 yield Problem(key, f"{teacher.path}: {one}")
+    elif fault := teacher_check.fault_of_name(teacher.path):
+        yield Problem(key, f"{teacher.path} is {fault}")
+
+
+def _lora_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
+    """Yield what is wrong with the file of the teacher's LoRA. Its tensors are compared when the teacher is loaded."""
+    name, key = recipe.teacher.lora, ("teacher", "lora")
+    if name is None:
+        if recipe.teacher.lora_weight != 1.0:
+            yield Problem(("teacher", "lora_weight"), "it has no effect without teacher.lora")
+        return
+    if name and os.path.isfile(folders.place(key, name)) and Path(name).suffix != ".safetensors":
+        yield Problem(key, f"expected a .safetensors file, found {name}: other formats can run code and are not read")
+    yield from _absent(key, name, folders)
+    for i, stage in enumerate(recipe.stages):
+        if stage.kind == "train_teacher":
+            message = "train_teacher writes a checkpoint of its own, into which teacher.lora would go in part: merge "
+            yield Problem(("stages", i), f"{message}the LoRA into the checkpoint of teacher.path, or leave it out")
 
 
 def _family_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
@@ -148,7 +174,9 @@ def _family_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
             yield Problem(("teacher", "path"), str(error))
             return
         class_name = index.get("_class_name")
-        if isinstance(class_name, str) and class_name != layout_of(teacher.family).pipeline:
+        if isinstance(class_name, str) and (fault := teacher_check.fault_of_class(class_name)):
+            yield Problem(("teacher", "path"), f"{teacher.path} is {fault}")
+        elif isinstance(class_name, str) and class_name != layout_of(teacher.family).pipeline:
             message = f"{teacher.family} does not load the {class_name} that is in {teacher.path}"
             yield Problem(("teacher", "family"), message, family_of(class_name) or "")
 
@@ -307,6 +335,22 @@ def _precision_problems(recipe: Recipe) -> Iterator[Problem]:
         if isinstance(stage, Distill | Tuning) and isinstance(adapter, Lora) and stage.precision == "no":
             message = "no would train in the float16 of teacher.dtype, where small gradients are lost: write bf16, or "
             yield Problem(("stages", i, "precision"), message + "teacher.dtype: float32")
+
+
+def _quantised_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield what does not go with a quantised teacher: a missing library, and all weights trained."""
+    kind = recipe.teacher.quantise
+    if kind is None:
+        return
+    if message := missing_library(kind):
+        yield Problem(("teacher", "quantise"), message)
+    for i, stage in enumerate(recipe.stages):
+        message = f"trains all weights, and teacher.quantise keeps them in {kind}: "
+        if isinstance(stage, TrainTeacher):
+            message += "leave it out, and quantise in a recipe of its own, over the trained teacher"
+            yield Problem(("teacher", "quantise"), f"stages[{i}] {message}")
+        if isinstance(stage, Distill) and isinstance(stage.adapter, Full):
+            yield Problem(("stages", i, "adapter"), f"full {message}train a lora, or leave teacher.quantise out")
 
 
 def _checkpointing_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -61,7 +61,8 @@ class Folders:
 def resolved(recipe: Recipe, folders: Folders) -> tuple[Recipe, list[str]]:
     """Return `recipe` with its paths as this process sees them, and a note on each ambiguous one."""
     notes: dict[str, str] = {}
-    input_keys = {("stages", i, name) for i, stage in enumerate(recipe.stages) for name in reads_of(stage)}
+    input_keys: set[Key] = {("stages", i, name) for i, stage in enumerate(recipe.stages) for name in reads_of(stage)}
+    input_keys.add(("teacher", "lora"))
 
     def local_path(key: Key, text: str) -> str:
         if not text or os.path.isabs(text):
@@ -118,6 +119,8 @@ def _working_directory(recipe: Recipe, described: dict[str, Any], folder: Path) 
 def paths_in(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     """Yield (key, text) of every path in `recipe`, except those of finished runs."""
     yield ("teacher", "path"), recipe.teacher.path
+    if recipe.teacher.lora is not None:
+        yield ("teacher", "lora"), recipe.teacher.lora
     for i, stage in enumerate(recipe.stages):
         for name in reads_of(stage):
             if (text := getattr(stage, name)) is not None:

@@ -2,12 +2,13 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
 from . import hinge_defaults
-from .distill import MOMENTS_BYTES, Distill
+from .distill import MAX_ENCODED_AHEAD, MOMENTS_BYTES, Distill
 from .reads import PICTURES, PROMPTS, Reads
 from .stage import OneStage, Requirement, States, Training
 from .takes import Networks, Pass, Values
@@ -26,8 +27,6 @@ from .types import (
 
 if TYPE_CHECKING:
     from .experiment import Recipe
-
-MAX_ENCODED_AHEAD = 8192  # prompts of a stage that are encoded before its first step
 
 
 class TrainReward(Training):
@@ -148,7 +147,8 @@ class Tuning(Training):
         part = part or self.micro_batch
         num_looks = -(-self.num_steps // self.guard.every) + 1  # and one at the reference
         watched, batch = num_looks * self.guard.num_prompts, min(part, self.guard.num_prompts)
-        look = Pass("student", watched, self.sampling_steps, batch, is_chained=True, viewer="guard", in_step=False)
+        sampled = Pass("student", watched, self.sampling_steps, batch, is_chained=True, num_with_keys=1)
+        look = replace(sampled, viewer="guard", in_step=False)
         return [*self.step(self.num_steps * self.batch_size, part), look, *self.sample_grids(recipe)]
 
     def networks(self, distilled: Lora | Full) -> Networks:
@@ -245,11 +245,13 @@ class Feedback(Tuning):
             viewer="rewards",
             num_looks=2 if self.shape == "mps_hinge" else 1,
         )
-        passes = [Pass("student", samples, before, is_chained=True), scored]
+        with_keys = 1 if self.gradient == "low_variance" else None  # the others have gradient in the same sampler
+        passes = [Pass("student", samples, before, is_chained=True, num_with_keys=with_keys), scored]
         if self.anchor:
             passes.append(Pass("reference", samples * copies, batch=part * copies))
         if self.kl:  # of one step of a sample of its own
-            passes += [Pass("student", samples, steps, is_chained=True), Pass("reference", samples)]
+            sampled = Pass("student", samples, steps, is_chained=True, num_with_keys=1)
+            passes += [sampled, Pass("reference", samples)]
         own_terms = (self.kl > 0) + (self.consistency > 0)
         return passes + [Pass("student", samples, batch=part, gradient=True)] * own_terms
 
@@ -316,8 +318,11 @@ class Dpo(Tuning):
         steps = self.sampling_steps
         measures = {"endpoint": steps, "diffusion_dpo": 1, "pso": steps - 1}[self.form]
         own, copies = Pass("student", 2 * samples, measures, 2 * part, gradient=True), self.num_generations
-        ranked = Pass("student", samples * copies, steps, part * copies, is_chained=True, viewer="rewards")
-        return [ranked] * (self.pairs is None) + [Pass("reference", 2 * samples, measures), own]
+        sampled = Pass("student", samples * copies, steps, part * copies, is_chained=True, num_with_keys=1)
+        return [replace(sampled, viewer="rewards")] * (self.pairs is None) + [
+            Pass("reference", 2 * samples, measures),
+            own,
+        ]
 
 
 class Policy(Tuning):
@@ -357,7 +362,7 @@ class Policy(Tuning):
         """Return the samples, and the evaluations for log-probabilities: old, of the reference, and current."""
         steps, actions = self.sampling_steps, self.sampling_steps - 1
         return [
-            Pass("student", samples, steps, part, is_chained=True, viewer="rewards"),
+            Pass("student", samples, steps, part, is_chained=True, viewer="rewards", num_with_keys=1),
             Pass("student", samples, actions),
             Pass("reference", samples, actions),
             Pass("student", samples * self.num_iterations, actions, part, gradient=True),

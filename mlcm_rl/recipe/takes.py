@@ -27,6 +27,8 @@ class Pass:
     viewer       of the decoded pictures: no one, a person, the rewards trained on, or ("guard") all rewards
     num_looks    how often each picture is scored in one step
     in_step      whether it is part of an optimiser step, under autocast; else it is alone in memory
+    num_with_keys  of the evaluations of a sample, those that compute the keys and values of its prompt, which the
+                 others take from them (`Base.same_prompts`); None: all
     """
 
     role: Role
@@ -39,6 +41,12 @@ class Pass:
     viewer: Literal["", "person", "rewards", "guard"] = ""
     num_looks: int = 1
     in_step: bool = True
+    num_with_keys: int | None = None
+
+    @property
+    def num_without_keys(self) -> float:
+        """The other evaluations of each sample."""
+        return 0.0 if self.num_with_keys is None else max(0.0, self.evaluations - self.num_with_keys)
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,8 @@ class Networks:
     preference     the adapter over the student that is trained instead of it
     uses_teacher   whether the teacher's denoiser stays in memory
     encodes_ahead  whether text encoders leave memory before the first step
+    texts          with it: a prompt file or a folder of captioned pictures; they stay if it has more than `most_texts`
+    most_texts     different ones
     has_average    whether there is a second set of trained weights: an average, or the guard's best
     tiles          pixels a side of the autoencoder's tiles
     measuring      files and folders of the networks of metrics
@@ -60,6 +70,8 @@ class Networks:
     preference: Lora | None = None
     uses_teacher: bool = True
     encodes_ahead: bool = False
+    texts: str | None = None
+    most_texts: int = 0
     has_average: bool = False
     tiles: int | None = None
     measuring: tuple[str, ...] = ()

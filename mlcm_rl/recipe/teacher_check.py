@@ -5,6 +5,7 @@ other, that there are only files and folders, and that weights exist in a form t
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -43,6 +44,11 @@ CONFIGURATIONS: dict[str, type[Configuration]] = {  # by class; the file of anot
 }
 SINGLE_WORD_FILES = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt"}  # each a vocabulary alone
 OF_STUDENTS = ("LCMScheduler", "TCDScheduler")  # schedulers that only few-step models are published with
+IN_NAMES = {  # words in a model's name, and what they say of it
+    r"turbo|lightning|lcm|tcd|hyper|dmd2?|schnell": "distilled to a few steps already",
+    r"inpaint(ing)?|refiner|img2img|pix2pix|controlnet|upscaler": "no plain text-to-image model",
+}
+OF_OTHER_TASKS = ("Inpaint", "Img2Img", "InstructPix2Pix", "ControlNet", "Upscale")  # in names of diffusers' classes
 AnyConfiguration = TypeVar("AnyConfiguration", bound=Configuration)
 
 
@@ -71,6 +77,25 @@ def refuse_student(path: str, folder: Path, index: dict[str, Any]) -> None:
     raise ValueError(f"{path} is a student, for a few steps, already: {reason}; name the teacher that it was made from")
 
 
+def fault_of_name(name: object) -> str:
+    """Return why the model called `name` cannot be a teacher, and what to name instead; empty if it may be one.
+
+    Of a path only the last part counts.
+    """
+    last = name.rstrip("/").rpartition("/")[2].lower() if isinstance(name, str) else ""
+    for words, fault in IN_NAMES.items():
+        if match := re.search(rf"(?<![a-z])({words})(?![a-z])", last):
+            return f"{fault}, by its name ({match[1]}): name the text-to-image model that it was made from"
+    return ""
+
+
+def fault_of_class(name: str) -> str:
+    """Return why a model of diffusers' class `name` cannot be a teacher, where that is its task; else empty."""
+    if not any(task in name for task in OF_OTHER_TASKS):
+        return ""
+    return f"of the class {name}, no plain text-to-image model: name the one that it was made from (a refiner's base)"
+
+
 def problems(folder: Path, family: str, variant: str | None = None) -> list[str]:
     """Return what is wrong with the teacher in `folder`, a line each: file, key, what was expected."""
     try:
@@ -95,7 +120,9 @@ def problems(folder: Path, family: str, variant: str | None = None) -> list[str]
         *_of_parts(folder, family, parts, index),
         *_of_weights(folder, networks, variant),
     ]
-    return faults or list(_of_tokenizers(folder, layout, parts))
+    if faults or not _has_weights(folder):
+        return faults
+    return list(_of_tokenizers(folder, layout, parts))
 
 
 def read(path: Path, kind: type[AnyConfiguration]) -> AnyConfiguration:
@@ -141,6 +168,8 @@ def _lines(error: ValidationError) -> Iterator[str]:
         value = repr(one["input"])
         text = value if len(value) < 50 else f"{value[:40]}..."
         message = one["msg"].replace("Input should be", "expected")
+        if keys == ["prediction_type"]:
+            text += "; no other prediction can be distilled: name a teacher with one of these"
         yield f"{''.join(keys)}: {message}, found {text}"
 
 
@@ -175,6 +204,7 @@ def _of_parts(folder: Path, family: str, parts: list[str], index: Index) -> list
     if not faults:
         faults += _distilled(layout, {"model_index": index, **configurations})
         faults += _of_other_times(layout, configurations["scheduler"])
+        faults += _misnamed(layout, folder)
     denoiser, vae = configurations.get(layout.denoiser), configurations.get("vae")
     if faults or denoiser is None or vae is None:
         return faults
@@ -215,6 +245,14 @@ def _other_channels(layout: Layout, denoiser: dict[str, Any], vae: dict[str, Any
             )
 
 
+def _misnamed(layout: Layout, folder: Path) -> Iterator[str]:
+    """Yield a line for each name in the files of pipeline and denoiser that is one of a model that cannot be taught."""
+    for path in (folder / "model_index.json", folder / layout.denoiser / "config.json"):
+        name = _object(path, MAX_BYTES).get("_name_or_path")
+        if fault := fault_of_name(name):
+            yield f"{_display_name(path)}: _name_or_path: {brief(name)} is {fault}; delete the key if it is not"
+
+
 def _file_of(part: str, layout: Layout) -> tuple[str, type[Configuration]]:
     """Return the name of a component's configuration file, and its type."""
     if part == "scheduler":
@@ -232,6 +270,7 @@ def _misfits(
         yield (
             f"unet/config.json: in_channels: the denoiser maps {unet.in_channels} channels to {unet.out_channels} and "
             f"the autoencoder has {vae.latent_channels}; only plain text-to-image teachers can be distilled"
+            + ("; nine are of an inpainting model: name the one that it was made from" if unet.in_channels == 9 else "")
         )
     towers = {name: one for name, one in configurations.items() if isinstance(one, TextEncoder | ChatGLM)}
     width = sum(one.hidden_size for one in towers.values())
@@ -260,11 +299,12 @@ def _misfits_of_sizes(layout: Layout, unet: Denoiser, tower: TextEncoder | ChatG
     if unet.addition_embed_type is None:
         yield f"unet/config.json: addition_embed_type: expected text_time, as {layout.pipeline} gives"
     else:
-        expected_width = 6 * (unet.addition_time_embed_dim or 0) + tower.pooled_width
+        expected_width, refiners_width = (n * (unet.addition_time_embed_dim or 0) + tower.pooled_width for n in (6, 5))
         if (actual_width := unet.projection_class_embeddings_input_dim) != expected_width:
             yield (
                 f"unet/config.json: projection_class_embeddings_input_dim: expected {expected_width}, six sizes of "
                 f"addition_time_embed_dim and {layout.pooled_by}'s pooled vector, found {actual_width}"
+                + ("; five sizes are of a refiner: name its base model" if actual_width == refiners_width else "")
             )
 
 
@@ -296,9 +336,16 @@ def _has_weights(folder: Path) -> bool:
     return any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*/*"))
 
 
+def faults_of_tokenizers(folder: Path, family: str) -> list[str]:
+    """Return a line for each tokenizer of a good teacher's folder without its files, or with wrong values in them."""
+    index, layout = read(folder / "model_index.json", Index), layout_of(family)
+    parts = [name for name in [*layout.required, *layout.possible] if index.component(name) is not None]
+    return list(_of_tokenizers(folder, layout, parts))
+
+
 def _of_tokenizers(folder: Path, layout: Layout, parts: list[str]) -> Iterator[str]:
     """Yield a line for each tokenizer without its files, or with wrong values in them."""
-    for part in [name for name in parts if name.startswith("tokenizer") and _has_weights(folder)]:
+    for part in [name for name in parts if name.startswith("tokenizer")]:
         names, tower = {path.name for path in (folder / part).glob("*")}, part.replace("tokenizer", "text_encoder")
         if not names & SINGLE_WORD_FILES and not {"vocab.json", "merges.txt"} <= names:
             yield f"{part}: neither tokenizer.json nor vocab.json and merges.txt: download them"

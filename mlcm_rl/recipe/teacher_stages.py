@@ -117,8 +117,12 @@ class Trajectories(OneStage):
 
     def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
         """Return the solver's passes."""
-        evaluations = self.solver_steps * recipe.teacher.evaluations
-        return [Pass("teacher", self.num_stored, evaluations, self.batch_size, in_step=False)]
+        guided, steps = recipe.teacher.evaluations, self.solver_steps
+        return [Pass("teacher", self.num_stored, steps * guided, self.batch_size, in_step=False, num_with_keys=guided)]
+
+    def networks(self, distilled: Lora | Full) -> Networks:
+        """Return the teacher, whose text encoders leave memory when all prompts are encoded."""
+        return Networks(encodes_ahead=True)
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
         """Return the bytes of the states, of the last x0, and of the encoded prompts, one a trajectory at most."""

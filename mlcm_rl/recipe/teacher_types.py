@@ -125,10 +125,11 @@ class Denoiser(_Blocks):
         return self.encoder_hid_dim or self.cross_attention_dim
 
     @model_validator(mode="after")
-    def _projection_of_the_prompt_is_whole(self):
-        if (self.encoder_hid_dim is None) != (self.encoder_hid_dim_type is None):
-            key = "encoder_hid_dim" if self.encoder_hid_dim is None else "encoder_hid_dim_type"
-            raise ValueError(f"{key} is missing: the width of a prompt's states and text_proj go together")
+    def _projection_of_the_prompt_has_a_width(self):
+        if self.encoder_hid_dim_type is not None and self.encoder_hid_dim is None:
+            raise ValueError(
+                f"encoder_hid_dim is missing, which encoder_hid_dim_type {self.encoder_hid_dim_type} needs"
+            )
         return self
 
     @model_validator(mode="after")
@@ -372,6 +373,17 @@ class Scheduler(Configuration):
         return self
 
     @model_validator(mode="after")
+    def _is_of_many_steps(self):
+        is_euler = self.class_name.startswith("Euler")
+        if is_euler and self.timestep_spacing == "trailing" and self.prediction_type == "epsilon":
+            raise ValueError(
+                f"timestep_spacing trailing of a {self.class_name} that predicts epsilon is how models that are "
+                "distilled to a few steps are published (Turbo, Lightning); name the model that it was made from, or "
+                "write leading if it is not distilled: the key has no other effect here"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _the_last_time_says_something(self):
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
@@ -420,7 +432,16 @@ class Index(Configuration):
 
     class_name: str = Field(alias="_class_name")
     force_zeros_for_empty_prompt: bool = True
-    requires_aesthetics_score: Literal[False] = False
+    requires_aesthetics_score: bool = False
+
+    @model_validator(mode="after")
+    def _is_no_refiner(self):
+        if self.requires_aesthetics_score:
+            raise ValueError(
+                "requires_aesthetics_score true is of a refiner, which only finishes the pictures of another model; "
+                "name that one, the base model"
+            )
+        return self
 
     def component(self, name: str) -> list[Any] | None:
         """Return [library, class] of a component that the pipeline has."""

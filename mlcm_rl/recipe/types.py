@@ -25,6 +25,7 @@ COMMIT = r"^[0-9a-f]{40}$"
 VARIANT = r"^[a-z0-9_]+$"
 # Counts have a limit: a larger number is a slip, and objects of that number would fill any memory before an error.
 PositiveInt = Annotated[int, Field(gt=0, le=1_000_000_000)]
+Quantised = Literal["int8", "nf4"]
 if TYPE_CHECKING:
     Family = str
 else:
@@ -63,8 +64,18 @@ class Teacher(Strict):
     variant: str | None = Field(
         None, pattern=VARIANT, description="of its weight files, fp16 for model.fp16.safetensors; default: none"
     )
+    lora: str | None = Field(
+        None, description="file of a LoRA over it, .safetensors in diffusers' or kohya's layout: part of the teacher"
+    )
+    lora_weight: float = Field(1.0, description="factor of what `lora` adds")
     memory_format: Literal["contiguous", "channels_last"] = Field(
         "contiguous", description="layout of the convolutions' weights; channels_last draws faster on most hardware"
+    )
+
+    quantise: Quantised | None = Field(
+        None,
+        description="integers that the denoiser's linear layers are stored in, for LoRA students: int8 has 1 byte a "
+        "weight, nf4 0.56; default: dtype",
     )
 
     @property

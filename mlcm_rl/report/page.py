@@ -28,7 +28,7 @@ from .types import (
 )
 
 THUMBNAIL = 256  # pixels a side at most; smaller pictures stay lossless
-LANGUAGES = {"en": "English", "zh": "Chinese"}
+LANGUAGES = {"en": "English", "zh": "Chinese", "ja": "Japanese", "ko": "Korean"}
 
 
 def picture_path(folder: Path, row: str, prompt: int) -> Path:

@@ -16,7 +16,6 @@ from ..models import pictures, students, teachers
 from ..models.base import Base
 from ..models.teachers import tell_truncated
 from ..recipe import Distill, Recipe, types
-from ..recipe.preference import MAX_ENCODED_AHEAD
 from ..storage import files
 from ..training.loop import Runtime, rate_factor, set_rate
 from ..training.processes import on_rank_zero
@@ -124,8 +123,7 @@ def encode_ahead(stage: Distill, recipe: Recipe, base: Base, source: Source) -> 
 
     Does nothing where these would be too many to keep, or more than the steps draw.
     """
-    num_drawn = sum(stage.steps_per_phase) * stage.batch_size
-    if len(set(source.texts)) <= min(num_drawn, MAX_ENCODED_AHEAD):
+    if len(set(source.texts)) <= stage.most_encoded_ahead:
         base.encode_ahead([*recipe.samples.prompts, *source.texts])
 
 
@@ -212,6 +210,8 @@ def save_student(
         "teacher": files.public(recipe.teacher.path),
         "teacher_hash": teachers.teacher_hash(recipe.teacher),
     }
+    if recipe.teacher.quantise is not None:
+        description["quantise"] = recipe.teacher.quantise
     students.save_student(student, folder, description)
 
 

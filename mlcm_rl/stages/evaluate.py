@@ -136,6 +136,7 @@ def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
             finite.refuse_encoded(encoded, texts, base.dtype)
             for path, row in zip(paths, rows_of(encoded), strict=True):
                 write_tensors(path, row)
+    base.encode_ahead([])  # the prompts are on disk: no text encoder is needed any more
     processes.wait()
     return scene
 

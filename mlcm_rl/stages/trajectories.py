@@ -35,8 +35,9 @@ def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: P
     writer.require_room(base.latent_shape)
     encode(stage, base, prompts, writer)
 
-    # Every process reads what all of them have encoded.
+    # Every process reads what all of them have encoded, and no text encoder is needed any more.
     writer.gather("prompts")
+    base.encode_ahead([])
     encoded = writer.encoded()
     grid, guidance_scale = writer.provenance.grid, recipe.teacher.guidance_scale
     stored = torch.tensor([grid.index(time) for time in writer.provenance.times or grid])

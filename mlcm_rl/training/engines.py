@@ -167,7 +167,8 @@ class _InParts(Whole):
 
     def __init__(self, student: nn.Module, optimizer: torch.optim.Optimizer, stage: Training):
         super().__init__(student, optimizer, stage)
-        empty = {id(value): _empty(value) for value in student.parameters()}
+        empty: dict[int, Any] = {id(value): _empty(value) for value in student.parameters()}
+        empty |= {id(value): value for value in student.buffers()}  # never written: no copy of quantised weights
         self._outline = copy.deepcopy(student, memo=empty)  # modules without weights, to write files from
 
     @contextmanager
@@ -237,7 +238,7 @@ class Sharded(_InParts):
         return {
             f"optimizer.{index}.{key}": value.cpu()
             for index, name in enumerate(self.trained)
-            for key, value in state[name].items()
+            for key, value in state.get(name, {}).items()  # none for weights that no loss reaches
         }
 
     def fill_moments(self, tensors: Mapping[str, Tensor]) -> None:
@@ -245,7 +246,7 @@ class Sharded(_InParts):
         for index, name in enumerate(self.trained):
             entry = optimizer_state["state"][name]
             optimizer_state["state"][name] = {
-                key: tensors[f"optimizer.{index}.{key}"].to(value.device) for key, value in entry.items()
+                key: tensors.get(f"optimizer.{index}.{key}", value).to(value.device) for key, value in entry.items()
             }
         set_optimizer_state_dict(self.student, self.optimizer, optimizer_state, options=self._whole)
 
@@ -310,8 +311,9 @@ class Zero(_InParts):
         self._make_room(tensors["optimizer.0.step"])
         for index, value in enumerate(self.trained.values()):
             for key in ("exp_avg", "exp_avg_sq"):
-                moment = tensors[f"optimizer.{index}.{key}"].to(value.device)
-                safe_set_full_optimizer_state(value, moment, key)
+                moment = tensors.get(f"optimizer.{index}.{key}")
+                if moment is not None:  # else of a weight that no loss reaches, whose moments stay zero
+                    safe_set_full_optimizer_state(value, moment.to(value.device), key)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, with the calls that DeepSpeed's own forward would have hooked to its output.

@@ -5,13 +5,18 @@ import os
 import re
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.cells import cell_len
+from rich.console import Console
 
 import runs
+from mlcm_rl.cli.console import print_problems
 from mlcm_rl.recipe import Recipe
+from mlcm_rl.recipe.tree import Problem, RecipeError
 
 LONG = "红苹果" * 40  # more than the teacher reads, which is said with the prompt
 PLACES = {  # the second is also the encoding of a file that is opened without one
@@ -115,3 +120,15 @@ def test_an_output_on_a_full_disk_is_told_in_words(arguments):
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, encoding="utf-8", check=False)
     assert done.returncode == 1
     assert done.stderr == "failed  what it prints could not be written: no space left on device\n"
+
+
+def test_an_error_in_chinese_is_as_wide_as_the_terminal(tmp_path):
+    """Chinese characters take two columns; lines are broken at spaces, and a long word stays whole."""
+    words = " ".join(["红苹果在桌子上"] * 20)
+    console = Console(file=StringIO(), width=60, force_terminal=True, color_system=None, markup=False, highlight=False)
+    print_problems(console, tmp_path / "a.yaml", RecipeError([Problem(("seed",), f"{words} {'/folder' * 20}")]))
+    lines = console.file.getvalue().splitlines()[2:]
+    assert all(line.startswith(" " * 6) for line in lines)
+    assert " ".join("".join(f"{line} " for line in lines).split()) == f"{words} {'/folder' * 20}"
+    assert max(cell_len(line.rstrip()) for line in lines[:-1]) <= 60
+    assert len(lines) == 8  # three words of 14 columns a line, and the path

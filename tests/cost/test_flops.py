@@ -7,12 +7,15 @@ import torch
 from torch.nn import functional as F
 
 import runs
-from mlcm_rl.cost.evaluations import network_evaluations, passes_of
+from mlcm_rl.cost import memory
+from mlcm_rl.cost.evaluations import network_evaluations
 from mlcm_rl.cost.flops import Operations, Work, count_operations, of_stage, seconds, this_device
 from mlcm_rl.cost.gpus import CPU_SHARE, DEVICES, GPU_SHARE, Device
 from mlcm_rl.cost.launches import Launch
+from mlcm_rl.equations.segments import time_grid
+from mlcm_rl.models import sampler, teachers
 from mlcm_rl.pipeline.planning import planned_stages
-from mlcm_rl.recipe import Full, Lora, Teacher
+from mlcm_rl.recipe import Evaluate, Full, Lora, Teacher
 
 EMOJI = Path(__file__).resolve().parents[2] / "recipes" / "emoji" / "teacher"
 
@@ -67,19 +70,18 @@ def test_every_named_device_has_every_rate_and_this_one_is_measured():
 def test_a_pass_of_the_emoji_teacher_is_half_a_billion_operations(tmp_path):
     stage = runs.trajectories(runs.write_prompts(tmp_path))
     recipe = runs.recipe(EMOJI, tmp_path, [stage])
-    (teacher,) = of_stage(stage, recipe, passes_of(stage, recipe), Full())
-    assert teacher.count == network_evaluations(stage, recipe)
-    assert teacher.each.total == pytest.approx(0.466e9, rel=0.01)
+    first, later = of_stage(stage, recipe, Full())
+    assert first.count + later.count == network_evaluations(stage, recipe)
+    assert first.each.total == pytest.approx(0.466e9, rel=0.01)
 
 
 def test_training_takes_three_times_a_pass_less_for_an_adapter_and_more_with_checkpointing(tiny_sdxl, tmp_path):
     def trained(**changes) -> float:
         stage = runs.distill(**changes)
-        work = of_stage(stage, runs.recipe(tiny_sdxl, tmp_path, [stage]), passes_of(stage, recipe), Full())
+        work = of_stage(stage, runs.recipe(tiny_sdxl, tmp_path, [stage]), Full())
         result = {one.kind: one.each.total for one in work}
         return result["trained"] / result["student"]
 
-    recipe = runs.recipe(tiny_sdxl, tmp_path, [runs.distill()])
     full = trained(adapter=Full(), target="consistency")
     assert full == pytest.approx(3, rel=0.05)  # nothing asks for the gradient of what comes in
     assert 2 < trained(adapter=Lora(rank=2), target="consistency") < full
@@ -90,14 +92,64 @@ def test_training_takes_three_times_a_pass_less_for_an_adapter_and_more_with_che
 def test_the_passes_of_a_tuning_stage_are_its_evaluations_and_what_its_rewards_see(kind, tiny_sdxl, tmp_path):
     stage = runs.tuning(kind, "unused", num_steps=3, batch_size=4, sampling_steps=2)
     recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
-    found = passes_of(stage, recipe)
+    work = of_stage(stage, recipe, Full())
+    evaluations = {name: sum(one.count for one in work if one.kind == name) for name in ("student", "trained")}
+    seen = {one.kind: one.count for one in work if one.kind not in evaluations}  # by each of the rewards alike
     trained = {"feedback": 3 * 4, "dpo": 3 * 4 * 2 * 2, "policy": 3 * 4}
-    pictures = {"feedback": (0, 12), "dpo": (12 * stage.num_generations if kind == "dpo" else 0, 0), "policy": (12, 0)}
-    assert (found.trained, (found.scored, found.graded)) == (trained[kind], pictures[kind])
-    assert found.watched == (3 + 1) * 4  # a look after each step, and one at the reference
-    assert found.student + found.trained == network_evaluations(stage, recipe)
-    kinds = {one.kind for one in of_stage(stage, recipe, found, Full())}
-    assert kinds == {"student", "trained", "watched", "graded" if kind == "feedback" else "scored"}
+    pictures = {"feedback": {"graded": 12}, "dpo": {"scored": 12 * 4}, "policy": {"scored": 12}}
+    assert evaluations["trained"] == trained[kind]
+    assert sum(evaluations.values()) == network_evaluations(stage, recipe)
+    assert seen == pictures[kind] | {"watched": (3 + 1) * 4}  # a look after each step, and one at the reference
+
+
+def test_keys_and_values_of_the_prompt_count_once_for_a_sampler(tiny_sdxl, tmp_path):
+    """By hand: two products for each cross-attention; and as a whole, where the teacher's own sampler is counted."""
+    stage = runs.trajectories("unused", solver_steps=8)
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
+    first, later = of_stage(stage, recipe, Full())
+    base = teachers.skeleton(recipe.teacher)
+    tokens = memory.num_tokens(tiny_sdxl)
+    layers = [one for name, one in base.denoiser.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v"))]
+    by_hand = sum(2 * tokens * one.in_features * one.out_features for one in layers)
+    assert layers
+    assert first.each - later.each == Operations(0, by_hand)
+
+    noise, prompt = torch.empty(1, *base.latent_shape, device="meta"), base.empty_conditioning(1, tokens)
+    sampled = count_operations(
+        lambda: sampler.sample_teacher(base, prompt, prompt, noise, time_grid(8)[:-1], recipe.teacher.guidance_scale)
+    )
+    counted = sum(one.count * one.each.total for one in (first, later))
+    assert counted == pytest.approx(sampled.total * stage.num_stored)
+
+
+@pytest.mark.parametrize(
+    ("stage", "with_keys"),
+    [
+        (runs.distill(source="online", prompts="unused", target="consistency"), None),  # rows have their own steps
+        (runs.distill(method="inter_segment", num_segments=[1], num_teacher_steps=3), 2),
+        (runs.tuning("feedback", "unused", num_steps=3, sampling_steps=4), None),  # a part of it has gradient
+    ],
+    ids=["online", "inter_segment", "feedback"],
+)
+def test_which_passes_of_a_step_take_the_keys_of_others(stage, with_keys, tmp_path):
+    recipe = runs.recipe(tmp_path, tmp_path, [stage])
+    sampled = next(one for one in stage.passes(recipe) if one.evaluations > 1)
+    assert sampled.num_with_keys == with_keys
+    assert sampled.num_without_keys == (0 if with_keys is None else 4)
+
+
+def test_rows_of_an_evaluation_take_the_keys_of_their_first_step(tmp_path):
+    stage = Evaluate(prompts="unused", sampling_steps=[1, 2], teacher_steps=[4], gammas=[0.0], num_prompts=1)
+    recipe = runs.recipe(tmp_path, tmp_path, [runs.trajectories("unused"), runs.distill(), stage])
+    rows = [(one.role, one.evaluations, one.num_without_keys) for one in stage.passes(recipe)]
+    assert rows == [
+        ("teacher", 8, 6),
+        ("teacher", 1, 0),
+        ("teacher", 2, 0),  # one step with guidance
+        ("teacher", 2, 1),  # two without
+        ("student", 1, 0),
+        ("student", 2, 1),
+    ]
 
 
 def test_autocast_decides_the_precision_of_a_step_and_weights_that_of_the_rest(tiny_sdxl, tmp_path):
@@ -106,7 +158,7 @@ def test_autocast_decides_the_precision_of_a_step_and_weights_that_of_the_rest(t
         recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
         teacher = Teacher(path=str(tiny_sdxl), family="sdxl", dtype=teacher_dtype)
         recipe = recipe.model_copy(update={"teacher": teacher})
-        return {one.kind: one.precision for one in of_stage(stage, recipe, passes_of(stage, recipe), Full())}
+        return {one.kind: one.precision for one in of_stage(stage, recipe, Full())}
 
     assert precisions("float16", precision="bf16") == {"student": "bfloat16", "trained": "bfloat16"}
     assert precisions("float16", adapter=Full()) == {"student": "float32", "trained": "float32"}
@@ -127,7 +179,7 @@ def test_rewards_compute_in_their_own_precision_and_the_guard_draws_outside_auto
     for kind, pictures in (("policy", "scored"), ("feedback", "graded")):
         stage = runs.tuning(kind, runs.write_prompts(tmp_path), precision="bf16", rewards=rewards)
         recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
-        work = of_stage(stage, recipe, passes_of(stage, recipe), Lora(rank=2))
+        work = of_stage(stage, recipe, Lora(rank=2))
         found = [(one.kind, one.precision) for one in work]
         assert {("student", "bfloat16"), ("student", "float32"), (pictures, "bfloat16"), (pictures, "float32")} <= set(
             found

@@ -12,7 +12,8 @@ import tiny
 from mlcm_rl.cost import memory, peak
 from mlcm_rl.cost.live_bytes import Kernels, Live
 from mlcm_rl.models import published_teachers
-from mlcm_rl.pipeline.planning import planned_stages
+from mlcm_rl.models.autoencoder import Autoencoder
+from mlcm_rl.pipeline.planning import Sizes, planned_stages
 from mlcm_rl.preference import tuning
 from mlcm_rl.recipe import Full, Lora, Reward, Teacher
 from mlcm_rl.rewards import build
@@ -165,20 +166,51 @@ def test_a_plan_has_the_memory_of_what_is_to_do_where_it_is_asked_for(tiny_sdxl,
     assert without.memory is None
     alone = of(stage, tiny_sdxl)
     headers = (path.stat().st_size for path in tiny_sdxl.glob("text_encoder*/*.safetensors"))
-    assert given.memory.parameters - alone.parameters == pytest.approx(sum(headers), rel=0.1)  # the text towers
+    encoders = sum(headers)  # gone before the first sample, whose pass takes more
+    assert given.memory.total == alone.total == alone.parameters + max(encoders, alone.activations)
     assert given.memory.gradients == 0
 
 
 def test_text_encoders_that_leave_count_for_what_they_are_more_than_what_comes_after(tiny_sdxl):
-    def total(stage, others: int) -> int:
-        return memory.of_stage(stage, runs.recipe(tiny_sdxl, tiny_sdxl, [stage]), others, Full(), "cuda").total
+    def found(leaving: int, staying: int = 0, **changes) -> memory.Memory:
+        stage = runs.distill(adapter=Full(), target_ema=0.9, **changes)
+        recipe = runs.recipe(tiny_sdxl, tiny_sdxl, [stage])
+        return memory.of_stage(stage, recipe, staying, Full(), "cuda", leaving=leaving)
 
-    gone, saved = runs.distill(adapter=Full()), runs.distill(source="data", images="unused", target="consistency")
-    without = total(gone, 0)
-    parameters = memory.of_stage(gone, runs.recipe(tiny_sdxl, tiny_sdxl, [gone]), 0, Full(), "cuda").parameters
-    assert total(gone, 1000) == without
-    assert total(gone, 2 * without) == parameters + 2 * without
-    assert total(saved, 1000) == total(saved, 0) + 1000
+    without = found(0)
+    size = 2 * without.total
+    assert found(1000).total == without.total
+    assert found(size).total == without.parameters + without.averages + size  # the average is there before them
+    assert found(0, staying=1000).total == without.total + 1000
+
+
+def test_text_encoders_are_there_while_pictures_are_encoded(tiny_sdxl, monkeypatch):
+    """By hand, with an autoencoder whose encoder takes a gigabyte a picture."""
+    stage = runs.distill(source="data", images="unused", target="consistency", batch_size=2)
+    gigabyte, encode = 2**30, Autoencoder.encode
+
+    def large(self, images):
+        taken = images.new_empty(len(images), gigabyte // 4)
+        assert taken.is_meta
+        return encode(self, images)
+
+    monkeypatch.setattr(Autoencoder, "encode", large)
+    recipe = runs.recipe(tiny_sdxl, tiny_sdxl, [stage])
+    without, with_encoders = (
+        memory.of_stage(stage, recipe, 0, Full(), "cuda", leaving=leaving) for leaving in (0, gigabyte)
+    )
+    more = with_encoders.total - without.total
+    # the moments come after the pictures: only what exceeds them is more
+    assert more == pytest.approx(gigabyte - without.optimiser - without.gradients, abs=without.gradients)
+
+
+def test_a_plan_counts_text_encoders_that_stay_for_many_texts(tiny_sdxl, tmp_path, monkeypatch):
+    stage = runs.distill(source="data", images=runs.write_images(tmp_path), target="consistency", num_segments=[2])
+    sizes = Sizes(runs.recipe(tiny_sdxl, tmp_path, [stage]))
+    leaving = sizes.memory(stage, "cuda").total
+    monkeypatch.setattr("mlcm_rl.recipe.distill.MAX_ENCODED_AHEAD", 3)  # captions, one fewer than there are
+    weights = sum(map(sizes.weights, ("text_encoder", "text_encoder_2")))
+    assert sizes.memory(stage, "cuda").total == leaving + 4 * weights
 
 
 def test_a_long_stage_of_preference_learning_keeps_the_text_encoders_and_encodes_as_it_goes(tiny_sdxl, tmp_path):

@@ -75,9 +75,20 @@ def test_jsonl_keeps_what_it_says_and_guesses_the_language_it_does_not(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("text", "language"), [("苹果 apple", "zh"), ("\U00020000", "zh"), ("ひらがな", "en"), ("", "en")]
+    ("text", "language"),
+    [
+        *(("苹果 apple", "zh"), ("\U00020000", "zh"), ("", "en"), ("красное яблоко", "en")),
+        *(
+            ("りんごが赤い", "ja"),
+            ("リンゴ", "ja"),
+            ("奈良の鹿", "zh"),
+            ("の山", "zh"),
+            ("빨간 사과", "ko"),
+            ("대한 大韓", "zh"),
+        ),
+    ],
 )
-def test_a_han_character_makes_a_prompt_chinese(text, language):
+def test_most_east_asian_characters_say_the_language_of_a_prompt(text, language):
     assert guess_language(text) == language
 
 

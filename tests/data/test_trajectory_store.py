@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -163,6 +164,27 @@ def test_a_store_of_milestones_that_is_asked_for_more_says_what_to_set(tiny_sdxl
     stages = [runs.trajectories(prompts, keep="milestones", solver_steps=24), runs.distill(num_segments=[1])]
     with pytest.raises(pipeline.RunError, match=r"holds 9 of 25 states of each trajectory.*set keep: all"):
         pipeline.run(runs.recipe(tiny_sdxl, tmp_path, stages))
+
+
+def test_a_store_of_milestones_under_the_name_of_a_whole_one_is_to_be_moved(tiny_sdxl, tmp_path):
+    prompts = runs.write_prompts(tmp_path)
+    few = [runs.trajectories(prompts, solver_steps=24), runs.distill(**BUDGETS)]
+    whole = [runs.trajectories(prompts, solver_steps=24), runs.distill(num_segments=[1])]
+    store, _ = pipeline.run(runs.recipe(tiny_sdxl, tmp_path, few))
+    misplaced = pipeline.plan(runs.recipe(tiny_sdxl, tmp_path, whole))[0].folder
+    assert store.folder.name == f"{misplaced.name}-milestones"
+
+    def refused(expected: str) -> None:
+        way = rf"{expected}.*move .*to {re.escape(str(store.folder))}, or delete it, and run again"
+        with pytest.raises(pipeline.RunError, match=way):
+            pipeline.run(runs.recipe(tiny_sdxl, tmp_path, whole))
+
+    store.folder.rename(misplaced)
+    refused(r"stages\[1\] \(distill\).*holds 9 of 25 states of each trajectory.*its name is that of a store of all")
+    (misplaced / "manifest.json").unlink()  # one that was not finished
+    refused(
+        r"stages\[0\] \(trajectories\).*begun with 9 states of each trajectory.*folder's name is that of a store of 25"
+    )
 
 
 # ---- who writes ----

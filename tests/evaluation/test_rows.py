@@ -11,7 +11,7 @@ import runs
 from mlcm_rl.evaluation.rows import Entry, entries, student_folders, student_rows, teacher_rows
 from mlcm_rl.evaluation.training_cost import TrainingCost
 from mlcm_rl.models.gammas import own_gamma
-from mlcm_rl.recipe import Evaluate
+from mlcm_rl.recipe import Evaluate, Teacher
 from mlcm_rl.recipe.types import default_gamma
 
 
@@ -25,22 +25,32 @@ def student(num_segments, conditioned=False):
     return Entry("student", Path("student"), num_segments, conditioned, cost, own, (own, 1.0 - own))
 
 
+def teacher(guidance_scale, family="sdxl"):
+    return Teacher(path="teacher", family=family, guidance_scale=guidance_scale)
+
+
 def test_the_reference_comes_first_and_costs_two_evaluations_a_guided_step():
-    rows = [row for row in teacher_rows(stage(teacher_steps=[25, 50]), 8.0) if row.role == "reference"]
+    rows = [row for row in teacher_rows(stage(teacher_steps=[25, 50]), teacher(8.0)) if row.role == "reference"]
     assert [(row.num_steps, row.num_evaluations) for row in rows] == [(50, 100), (25, 50)]
-    assert teacher_rows(stage(), 1.0)[0].num_evaluations == 50
+    assert teacher_rows(stage(), teacher(1.0))[0].num_evaluations == 50
 
 
 def test_the_undistilled_teacher_has_a_row_at_every_students_cost():
     solvers = ["ddim", "dpmpp", "unipc"]
-    rows = teacher_rows(stage(sampling_steps=[1, 2, 3, 4], teacher_solvers=solvers), 8.0)[2:]
+    rows = teacher_rows(stage(sampling_steps=[1, 2, 3, 4], teacher_solvers=solvers), teacher(8.0))[2:]
     for solver in solvers:
         costs = [(row.num_evaluations, row.num_steps, row.guidance_scale) for row in rows if row.solver == solver]
         assert costs == [(1, 1, 1.0), (2, 1, 8.0), (2, 2, 1.0), (3, 3, 1.0), (4, 2, 8.0), (4, 4, 1.0)]
 
 
+def test_a_guided_step_costs_one_evaluation_where_the_scale_is_an_input():
+    rows = teacher_rows(stage(teacher_steps=[25], sampling_steps=[1, 3]), teacher(3.5, "flux"))
+    costs = [(row.num_evaluations, row.num_steps, row.guidance_scale) for row in rows]
+    assert costs == [(25, 25, 3.5), (1, 1, 3.5), (1, 1, 1.0), (3, 3, 3.5), (3, 3, 1.0)]
+
+
 def test_an_unguided_teacher_has_no_guided_rows():
-    assert {row.guidance_scale for row in teacher_rows(stage(), 1.0)} == {1.0}
+    assert {row.guidance_scale for row in teacher_rows(stage(), teacher(1.0))} == {1.0}
 
 
 def test_a_student_is_measured_at_every_sampler_that_makes_other_pictures():

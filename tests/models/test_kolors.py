@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ import tiny
 from mlcm_rl.equations.schedule import at_indices, betas_of, vp_schedule
 from mlcm_rl.equations.segments import sampling_times
 from mlcm_rl.evaluation import undistilled
-from mlcm_rl.models import sampler, students, teachers
+from mlcm_rl.models import files, sampler, students, teachers
 from mlcm_rl.models.export import export
 from mlcm_rl.models.families.kolors import Family
+from mlcm_rl.models.published_teachers import FOLDER
 from mlcm_rl.recipe import Lora, Teacher, families, teacher_check
 from tiny_families.kolors import kolors
 
@@ -128,30 +130,20 @@ def test_a_gamma_between_is_refused_since_its_schedulers_times_are_others(base, 
 # ---- shapes ----
 
 
-def test_the_published_configuration_has_its_count_and_the_adapters_names():
-    """Of Kolors: SDXL's UNet, with a projection of ChatGLM's states and a wider pooled vector."""
-    with torch.device("meta"):
-        denoiser = UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=[1, 2, 10],
-            attention_head_dim=[5, 10, 20],
-            use_linear_projection=True,
-            cross_attention_dim=2048,
-            encoder_hid_dim=4096,
-            encoder_hid_dim_type="text_proj",
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=5632,
-        )
-    assert sum(value.numel() for value in denoiser.parameters()) == 2_579_458_820
-    modules = dict(denoiser.named_modules())
+def test_the_published_configuration_has_its_counts_and_the_adapters_names():
+    """The text encoder's weights are published in 12,487,168,064 bytes of float16."""
+    folder = FOLDER / "kolors"
+    teacher = Teacher(path=str(folder), family="kolors")
+    shapes = files.shapes_from_configuration(teacher, ["unet", "text_encoder"])
+    counts = {name: sum(map(math.prod, weights.values())) for name, weights in shapes.items()}
+    assert counts == {"unet": 2_579_458_820, "text_encoder": 12_487_168_064 // 2}
+    base = teachers.skeleton(teacher)
+    modules = dict(base.denoiser.named_modules())
     for target in Family.lora_targets:
         assert any(module.endswith(f".{target}") for module in modules), target
     assert sum(type(module).__name__ == "BasicTransformerBlock" for module in modules.values()) == 70
-    assert Family.conditioning_shapes(denoiser.config, 77) == {"context": (256, 4096), "pooled": (4096,)}
+    assert Family.conditioning_shapes(base.denoiser.config, 77) == {"context": (256, 4096), "pooled": (4096,)}
+    assert base.latent_shape == (4, 128, 128)
 
 
 # ---- refused ----
@@ -175,7 +167,7 @@ def edited(folder: Path, file: str, **changes) -> list[str]:
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 1000}, "num_train_timesteps: expected 1100"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type: expected 'epsilon'"),
         ("unet/config.json", {"in_channels": 9}, "in_channels: the denoiser maps 9 channels to 4"),
-        ("unet/config.json", {"encoder_hid_dim_type": None}, "encoder_hid_dim_type is missing"),
+        ("unet/config.json", {"encoder_hid_dim": None}, "encoder_hid_dim is missing"),
         ("unet/config.json", {"encoder_hid_dim_type": "image_proj"}, "encoder_hid_dim_type: expected 'text_proj'"),
         ("unet/config.json", {"encoder_hid_dim": 38}, "encoder_hid_dim: expected 40, the width of text_encoder"),
         ("unet/config.json", {"time_cond_proj_dim": 256}, "distilled already; name the model that it was made from"),

@@ -7,11 +7,30 @@ from math import prod
 import pytest
 
 from mlcm_rl.models import files, published_teachers
-from mlcm_rl.models.teachers import class_of, skeleton
+from mlcm_rl.models.teachers import skeleton
 from mlcm_rl.recipe import Teacher
 
 # Family, parameters of each network, blocks that an engine gathers one by one, and the conditioning of a prompt.
 PUBLISHED = {
+    "flux.1-dev": (
+        "flux",
+        {
+            **{"transformer": 11_901_408_320, "vae": 83_819_683},
+            **{"text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656},
+        },
+        {"FluxTransformerBlock": 19, "FluxSingleTransformerBlock": 38},
+        {"context": (512, 4096), "pooled": (768,)},
+    ),
+    "flux.2-klein-base-4b": (
+        "flux2_klein",
+        {
+            "transformer": 3_875_544_576,
+            "vae": 84_046_115 + 2 * 128 + 1,  # with the statistics of its latents
+            "text_encoder": 4_022_468_096,
+        },
+        {"Flux2TransformerBlock": 5, "Flux2SingleTransformerBlock": 20},
+        {"context": (512, 7680)},
+    ),
     "z-image": (
         "z_image",
         {"transformer": 6_154_908_736, "vae": 83_819_683, "text_encoder": 4_022_468_096},
@@ -37,8 +56,8 @@ def test_a_published_configuration_has_the_published_sizes(name):
     modules = dict(base.denoiser.named_modules())
     kinds = Counter(type(module).__name__ for module in modules.values())
     assert {kind: kinds[kind] for kind in base.denoiser._no_split_modules} == blocks
-    for target in class_of(family).lora_targets:
-        assert any(module.endswith(f".{target}") for module in modules), target
+    for target in base.adapted_modules(base.denoiser.config):
+        assert any(f".{module}".endswith(f".{target}") for module in modules), target
     assert base.conditioning_shapes(base.denoiser.config, num_tokens=131_072) == conditioning
 
 

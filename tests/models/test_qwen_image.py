@@ -7,7 +7,7 @@ import torch
 
 from mlcm_rl.equations.segments import sampling_times
 from mlcm_rl.equations.solver import guided
-from mlcm_rl.models import sampler, students
+from mlcm_rl.models import sampler, students, teachers
 from mlcm_rl.models.base import Base
 from mlcm_rl.models.conditioning import concatenated
 from mlcm_rl.models.export import export
@@ -102,6 +102,12 @@ def test_blocks_and_tiles_that_are_computed_again_have_the_same_gradient(folder,
     assert not torch.equal(first[0], expected[0])
     for one in others:
         assert all(torch.equal(*pair) for pair in zip(one, first, strict=True))
+
+
+def test_weights_of_five_dimensions_stay_where_channels_are_last(folder, base):
+    other = teachers.load(CASE.teacher(folder).model_copy(update={"memory_format": "channels_last"}), "cpu")
+    latents = base.noise(torch.Generator().manual_seed(4), 2)
+    torch.testing.assert_close(other.autoencoder.decode(latents), base.autoencoder.decode(latents))
 
 
 def test_a_posteriors_sample_is_a_function_of_the_generator(base):

@@ -176,7 +176,7 @@ def test_the_header_names_the_base_model_as_tools_test_for_it(teacher, version, 
     base = loaded[teacher]
     denoiser = students.student(base, LORA, 0)
     students.save_student(denoiser, tmp_path / "student", description(base))
-    write_kohya(*combined([read_lora(tmp_path / "student" / LORA_FILE)]), base, tmp_path / KOHYA_FILE)
+    write_kohya({"unet": combined([read_lora(tmp_path / "student" / LORA_FILE)])}, base, tmp_path / KOHYA_FILE)
     with safe_open(tmp_path / KOHYA_FILE, "pt") as file:
         header = file.metadata()
     assert (header["ss_base_model_version"], header["ss_v2"]) == (version, second)

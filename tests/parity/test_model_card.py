@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from diffusers import StableDiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from ruamel.yaml import YAML
 
 import tiny
@@ -67,7 +68,7 @@ def of_teacher(base: Base, **changes) -> Base:
 def of_published_shape(base: Base) -> Base:
     """`base` as if its denoiser were as wide as SDXL's."""
     other = copy.copy(base)
-    other.denoiser = SimpleNamespace(config=SimpleNamespace(block_out_channels=[320, 640, 1280]))
+    other.denoiser = SimpleNamespace(config=FrozenDict(block_out_channels=[320, 640, 1280]))
     return other
 
 
@@ -130,7 +131,7 @@ def test_a_card_without_front_matter_states_nothing(content, lora, tmp_path):
 
 
 def test_a_name_with_quotes_is_still_code(lora, told):
-    name = """it's \\"mine\\" [v1]"""
+    name = """it's \"mine\" [v1]"""
     for base, student, out in (lora, told):
         teacher = of_teacher(base, path=f"teachers/{name}")
         text = model_card.card(teacher, student, name, 0.3, None, out)
@@ -247,3 +248,24 @@ def test_a_gamma_between_has_no_sampler_elsewhere(lora):
     base, student, out = lora
     text = card(of_published_shape(base), student, out, gamma=0.3)
     assert "No sampler of other tools is known that puts noise back as `eta=0.3` does" in text
+
+
+# A teacher with a LoRA of its own
+
+
+def test_a_lora_of_the_teacher_is_said_to_be_inside_once(lora, told, tmp_path):
+    base, student, out = lora
+    with_lora = of_teacher(base, lora=str(tmp_path / "style.safetensors"), lora_weight=0.7)
+    text = card(with_lora, student, out)
+    assert "sdxl` with the LoRA `style.safetensors` at weight 0.7 for" in text
+    assert "Or the adapter alone, over the teacher's checkpoint, with its LoRA inside:" in text
+    assert str(tmp_path) not in text
+    assert 'load_lora_weights("style' not in text
+    tools = card(of_published_shape(with_lora), student, out)
+    assert "do not load it over them again" in tools
+    assert "strength_clip 0.7" in " ".join(tools.split())
+    assert "LoRA is" not in card(of_published_shape(base), student, out)
+    base, student, out = told  # at 8 steps it is a denoiser, beside which the text encoders have to be the teacher's
+    text = card(of_teacher(base, lora="style.safetensors", lora_weight=0.7), student, out)
+    fused = ['load_lora_weights("style.safetensors")', "fuse_lora(lora_scale=0.7)", "unload_lora_weights()", "unet ="]
+    assert text.count("\n".join(f"pipe.{line}" for line in fused)) == 1

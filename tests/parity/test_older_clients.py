@@ -138,7 +138,7 @@ def test_comfyui_and_invokeai_know_every_name_of_a_published_shape(unet, version
     modules = {name: module for name, module in denoiser.named_modules() if name.endswith(ends)}
     base = SimpleNamespace(denoiser=denoiser, in_stability_blocks=unet is SDXL, kohya_version=version)
     file = tmp_path / KOHYA_FILE
-    write_kohya(LoraConfig(r=1, lora_alpha=1), zeros(modules), base, file)
+    write_kohya({"unet": (LoraConfig(r=1, lora_alpha=1), zeros(modules))}, base, file)
     job = {"lora": str(file), "unet": unet, "settings": None, "updates": False, "out": str(tmp_path / "answer")}
     (found,) = ask_comfyui([job], tmp_path)
     assert found == {"changed": sorted(f"{name}.weight" for name in modules), "left_aside": []}

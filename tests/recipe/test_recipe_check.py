@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from mlcm_rl import rewards
-from mlcm_rl.recipe import Teacher
+from mlcm_rl.recipe import Teacher, experiment
 from mlcm_rl.recipe.families import FAMILIES
 from mlcm_rl.recipe.file import check, load, reward_names
 from mlcm_rl.recipe.paths import Folders
@@ -59,7 +59,7 @@ def test_only_a_folder_is_proposed_for_a_folder(broken, root):
             "StableDiffusionPipeline",
             "sdxl does not load the StableDiffusionPipeline that is in teacher; did you mean sd?",
         ),
-        ("FluxPipeline", "sdxl does not load the FluxPipeline that is in teacher"),
+        ("KandinskyPipeline", "sdxl does not load the KandinskyPipeline that is in teacher"),
     ],
 )
 def test_a_teacher_of_another_family_is_told_when_the_recipe_is_read(broken, root, class_name, message):
@@ -96,6 +96,138 @@ def test_an_index_that_names_no_scheduler_is_no_students(broken, root, scheduler
     assert not any("is a student" in problem.text for problem in broken(overrides=("seed=1",)))
 
 
+@pytest.mark.parametrize(
+    "class_name",
+    ["StableDiffusionXLInpaintPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionUpscalePipeline"],
+)
+def test_a_model_of_another_task_is_told_with_what_to_name(broken, root, class_name):
+    (root / "teacher" / "model_index.json").write_text(f'{{"_class_name": "{class_name}"}}')
+    (problem,) = broken(overrides=("seed=1",))
+    assert key_text(problem.key) == "teacher.path"
+    expected = f"teacher is of the class {class_name}, no plain text-to-image model: name the one that it was made from"
+    assert problem.text == f"{expected} (a refiner's base)"
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("stabilityai/sdxl-turbo", "distilled to a few steps already, by its name (turbo)"),
+        ("owner/DreamShaperXL_v2_Lightning", "distilled to a few steps already, by its name (lightning)"),
+        ("owner/Juggernaut-XL-9-Hyper", "distilled to a few steps already, by its name (hyper)"),
+        ("owner/stable-diffusion-xl-refiner-1.0", "no plain text-to-image model, by its name (refiner)"),
+        ("owner/stable-diffusion-2-inpainting", "no plain text-to-image model, by its name (inpainting)"),
+    ],
+)
+def test_a_hub_name_that_says_what_it_is_is_refused_when_the_recipe_is_read(broken, name, word):
+    (problem,) = broken(overrides=(f"teacher.path={name}", REVISION))
+    assert (key_text(problem.key), problem.text) == (
+        "teacher.path",
+        f"{name} is {word}: name the text-to-image model that it was made from",
+    )
+
+
+@pytest.mark.parametrize("name", ["lightning-ai/photos", "owner/turbocharged", "owner/falcma"])
+def test_other_names_are_nobodys_business(root, name):
+    assert load(root / "good.yaml", [f"teacher.path={name}", REVISION], root).teacher.path == name
+
+
+# What a published folder says of itself: (file, change, the line of the message).
+FOLDERS = [
+    (
+        "scheduler/scheduler_config.json",
+        {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
+        "scheduler/scheduler_config.json: timestep_spacing trailing of a EulerAncestralDiscreteScheduler that predicts "
+        "epsilon is how models that are distilled to a few steps are published (Turbo, Lightning)",
+    ),
+    (
+        "unet/config.json",
+        {"_name_or_path": "stabilityai/sdxl-turbo"},
+        "unet/config.json: _name_or_path: 'stabilityai/sdxl-turbo' is distilled to a few steps already",
+    ),
+    (
+        "model_index.json",
+        {"requires_aesthetics_score": True},
+        "model_index.json: requires_aesthetics_score true is of a refiner",
+    ),
+    ("unet/config.json", {"in_channels": 9}, "nine are of an inpainting model: name the one that it was made from"),
+    ("unet/config.json", {"in_channels": 8}, "only plain text-to-image teachers can be distilled"),
+    ("unet/config.json", {"time_cond_proj_dim": 256}, "is distilled already; name the model that it was made from"),
+    (
+        "unet/config.json",
+        {"projection_class_embeddings_input_dim": 1280 + 5 * 256},
+        "found 2560; five sizes are of a refiner: name its base model",
+    ),
+    (
+        "scheduler/scheduler_config.json",
+        {"prediction_type": "flow_prediction"},
+        "found 'flow_prediction'; no other prediction can be distilled: name a teacher with one of these",
+    ),
+]
+
+
+@pytest.mark.parametrize(("file", "change", "text"), FOLDERS, ids=[next(iter(change)) for _, change, _ in FOLDERS])
+def test_a_folder_that_says_what_it_is_is_refused_when_the_recipe_is_read(broken, root, file, change, text):
+    path = root / "teacher" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    (problem,) = broken(overrides=("seed=1",))
+    assert key_text(problem.key) == "teacher.path"
+    assert text in problem.text
+
+
+def test_trailing_times_are_no_students_by_themselves(root):
+    path = root / "teacher" / "scheduler" / "scheduler_config.json"
+    before = json.loads(path.read_text())
+    for change in (
+        {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"},
+        {"timestep_spacing": "trailing", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    ):
+        path.write_text(json.dumps(before | change))
+        load(root / "good.yaml", root=root)
+
+
+def test_a_single_file_is_told_with_the_command_that_makes_a_folder_of_it(broken, root):
+    (root / "model.safetensors").touch()
+    (problem,) = broken(("path: teacher", "path: model.safetensors"))
+    assert key_text(problem.key) == "teacher.path"
+    assert problem.text.startswith(
+        "model.safetensors is one file: `mlcm convert model.safetensors FOLDER --like BASE` makes a folder of it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("lora", "key", "text"),
+    [
+        (
+            "lora: style.safetensors",
+            "teacher.lora",
+            "no such file: style.safetensors; did you mean styles.safetensors?",
+        ),
+        ("lora: data", "teacher.lora", "expected a file, found the folder data"),
+        ('lora: ""', "teacher.lora", "expected a path, found empty text"),
+        ("lora: data/prompts.txt", "teacher.lora", "expected a .safetensors file, found data/prompts.txt"),
+        ("lora_weight: 0.5", "teacher.lora_weight", "it has no effect without teacher.lora"),
+    ],
+)
+def test_a_lora_that_is_not_there_is_told_with_its_key(broken, root, lora, key, text):
+    (root / "styles.safetensors").touch()
+    (problem,) = broken(("path: teacher", f"path: teacher\n  {lora}"))
+    assert (problem.place.line, key_text(problem.key)) == (6, key)
+    assert problem.text.startswith(text)
+
+
+def test_a_lora_is_looked_for_beside_the_recipe_and_no_teacher_is_trained_with_it(broken, root):
+    (root / "style.safetensors").touch()
+    text = (root / "good.yaml").read_text().replace("path: teacher", "path: teacher\n  lora: style.safetensors")
+    (root / "lora.yaml").write_text(text)
+    assert load(root / "lora.yaml", root=root / "data").teacher.lora == str(root / "style.safetensors")
+    stage = "- {kind: train_teacher, images: data, num_steps: 1, batch_size: 1}\n  - kind: trajectories"
+    (root / "data" / "metadata.jsonl").touch()
+    lora = ("path: teacher", "path: teacher\n  lora: style.safetensors")
+    (problem,) = broken(lora, ("- kind: trajectories", stage))
+    assert key_text(problem.key) == "stages[0]"
+    assert problem.text.startswith("train_teacher writes a checkpoint of its own")
+
+
 def test_a_side_that_the_teacher_cannot_halve_is_told_when_the_recipe_is_read(broken, root):
     (problem,) = broken(overrides=("teacher.resolution=1000",))  # SDXL halves a side three times, then twice
     assert key_text(problem.key) == "teacher.resolution"
@@ -112,7 +244,7 @@ def test_every_family_is_known_by_its_pipeline():
     assert set(FAMILIES) == set(get_args(Teacher.model_fields["family"].annotation))
 
 
-@pytest.mark.parametrize("path", ["stabilityai/sdxl-turbo", "runwayml/stable-diffusion-v1-5"])
+@pytest.mark.parametrize("path", ["stabilityai/sdxl-base", "runwayml/stable-diffusion-v1-5"])
 def test_a_hub_name_is_not_looked_for_on_disk_and_needs_a_revision(broken, root, path):
     assert load(root / "good.yaml", [f"teacher.path={path}", REVISION], root).teacher.path == path
     (problem,) = broken(overrides=(f"teacher.path={path}",))
@@ -239,6 +371,25 @@ def test_an_adapter_is_not_trained_in_float16(broken, root):
     # A full student has weights of its own, in float32.
     for changes in ("stages.distill.precision=bf16",), ("stages.distill.adapter={kind: full}",):
         assert load(root / "good.yaml", [half, *changes], root).teacher.dtype == "float16"
+
+
+def test_all_weights_are_not_trained_over_a_quantised_teacher_and_its_library_must_be_there(broken, monkeypatch):
+    monkeypatch.setattr(experiment, "find_spec", lambda name: name)
+    quantised = "teacher.quantise=nf4"
+    (full,) = broken(overrides=(quantised, "stages.distill.adapter={kind: full}"))
+    assert key_text(full.key) == "stages[1].adapter"
+    assert full.text.endswith("keeps them in nf4: train a lora, or leave teacher.quantise out")
+    first = "  - kind: train_teacher\n    images: data\n    num_steps: 4\n    batch_size: 2\n  - kind: trajectories\n"
+    problems = {
+        key_text(one.key): one.text for one in broken(("  - kind: trajectories\n", first), overrides=(quantised,))
+    }
+    assert problems["teacher.quantise"].startswith("stages[0] trains all weights")
+    monkeypatch.setattr(experiment, "find_spec", lambda name: None if name == "bitsandbytes" else name)
+    (missing,) = broken(overrides=(quantised,))
+    assert key_text(missing.key) == "teacher.quantise"
+    assert "bitsandbytes, which is not installed: pip install 'mlcm-rl[quantised]'" in missing.text
+    (unknown,) = broken(overrides=("teacher.quantise=int4",))
+    assert "int8" in unknown.text
 
 
 AGAIN = "  - kind: distill\n    method: inter_segment\n    num_segments: [1]\n    batch_size: 16\n    num_steps: 10\n"

@@ -18,6 +18,7 @@ from mlcm_rl.models import pictures, teachers
 from mlcm_rl.models.autoencoder import Autoencoder
 from mlcm_rl.models.families import sdxl
 from mlcm_rl.models.lora_files import LORA_FILE
+from mlcm_rl.pipeline.planning import encodes_ahead
 from mlcm_rl.recipe import Distill, Full, Teacher, TrainTeacher
 from mlcm_rl.stages import distill, dpo, train_teacher
 from mlcm_rl.training import processes as distributed
@@ -131,7 +132,7 @@ def test_a_run_encodes_each_of_its_prompts_once(tiny_sdxl, tmp_path, monkeypatch
     distill.run(stage, recipe, {}, tmp_path / "stage")
     assert len(encoded) == len(set(encoded)) == (4 if name == "data" else len(runs.PROMPTS))
     encoded.clear()
-    monkeypatch.setattr(distill, "MAX_ENCODED_AHEAD", 1)  # as if there were more than memory holds
+    monkeypatch.setattr("mlcm_rl.recipe.distill.MAX_ENCODED_AHEAD", 1)  # as if there were more than memory holds
     distill.run(stage, recipe, {}, tmp_path / "again")
     assert len(encoded) == 3 * 4
     first, again = (load_file(tmp_path / one / "student" / LORA_FILE) for one in ("stage", "again"))
@@ -143,6 +144,23 @@ def test_prompts_that_a_short_run_does_not_draw_are_not_encoded_ahead(base, tmp_
     stage = stage_of("online", tmp_path, num_steps=1, batch_size=len(runs.PROMPTS) - 1)
     recipe = runs.recipe(tmp_path, tmp_path, [stage])
     distill.encode_ahead(stage, recipe, base, distill.make_source(stage, recipe, base, base.denoiser, {}))
+
+
+@pytest.mark.parametrize("fewer", [0, 1])
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_plan_knows_whether_text_encoders_leave(base, tmp_path, monkeypatch, name, fewer):
+    calls: list[list[str]] = []
+    monkeypatch.setattr(base, "encode_ahead", calls.append)
+    stage = stage_of(name, tmp_path)
+    recipe = runs.recipe(tmp_path, tmp_path, [stage])
+    source = distill.make_source(stage, recipe, base, base.denoiser, {})
+    monkeypatch.setattr("mlcm_rl.recipe.distill.MAX_ENCODED_AHEAD", len(set(source.texts)) - fewer)
+    distill.encode_ahead(stage, recipe, base, source)
+    assert bool(calls) == encodes_ahead(stage.networks(Full())) == (fewer == 0)
+
+
+def test_clean_samples_of_a_store_need_no_text_encoder():
+    assert encodes_ahead(runs.distill(method="inter_segment", num_segments=[1]).networks(Full()))
 
 
 @pytest.mark.parametrize("name", SOURCES)

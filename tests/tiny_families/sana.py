@@ -11,6 +11,7 @@ from diffusers import (
     SanaPipeline,
     SanaTransformer2DModel,
 )
+from tokenizers.processors import TemplateProcessing
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 import tiny
@@ -85,7 +86,10 @@ def gemma_tokenizer() -> GemmaTokenizer:
     """A Gemma tokenizer whose words are characters."""
     letters = sorted(set("\n▁" + tiny.CHINESE + "".join(map(chr, range(33, 127)))))
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters]
-    return GemmaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=8192)
+    words = GemmaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=8192)
+    start = [("<bos>", words.bos_token_id)]
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=start)
+    return words
 
 
 def encoded(stock: DiffusionPipeline, prompts: list[str]) -> tuple[Conditioning, Conditioning]:

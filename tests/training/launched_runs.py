@@ -98,11 +98,17 @@ def assert_alike(alone: Recipe, together: Recipe) -> None:
 
 
 def whole_and_launched(
-    teacher: Path, folder: Path, stages: list, mode: str, family: str = "sdxl", resolution: int | None = None
+    teacher: Path,
+    folder: Path,
+    stages: list,
+    mode: str,
+    family: str = "sdxl",
+    resolution: int | None = None,
+    quantise: str | None = None,
 ) -> tuple[Recipe, Recipe]:
     """One recipe, run in this process and in two."""
     alone, together = (
-        runs.recipe(teacher, folder, stages, family, resolution, name="small", runs=str(folder / name))
+        runs.recipe(teacher, folder, stages, family, resolution, quantise, name="small", runs=str(folder / name))
         for name in ("alone", "together")
     )
     pipeline.run(alone)

@@ -35,6 +35,7 @@ from mlcm_rl.storage import checkpoints, lock
 from mlcm_rl.training import launch as launcher
 from mlcm_rl.training import processes as distributed
 from mlcm_rl.training.launch import Killed, LaunchError, exit_code, read, refuse_killed, run_under
+from mlcm_rl.training.loop import Runtime
 from mlcm_rl.training.processes import rows, share
 from tiny_families import CASES
 
@@ -78,18 +79,57 @@ def test_stable_diffusion_3_is_trained_in_two_processes(tmp_path, mode):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("mode", "kind"), [("cpu2", "int8"), ("zero2", "int8"), ("zero3", "nf4"), ("fsdp2", "nf4")])
+def test_a_quantised_teacher_s_students_train_in_two_processes(tiny_sdxl, tmp_path, mode, kind):
+    """Each process has all of the quantised weights, which no engine shards, and its part of what is trained."""
+    pytest.importorskip("bitsandbytes", reason="needs the extra `quantised`")
+    prompts = runs.write_prompts(tmp_path)
+    stages = [
+        runs.trajectories(prompts, shard_size=2),
+        runs.distill(num_segments=[2], num_steps=3, condition_on_target=True),
+        runs.tuning("dpo", prompts, gamma=1.0),
+    ]
+    alone, together = whole_and_launched(tiny_sdxl, tmp_path, stages, mode, quantise=kind)
+    assert_alike(alone, together)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [{"kind": "lora", "rank": 2, "alpha": 2.0}, {"kind": "full"}], ids=["lora", "full"])
 @pytest.mark.parametrize("mode", ["cpu2", "zero2", "zero3", "fsdp2"])
-def test_a_denoiser_with_weights_that_no_loss_reaches_is_trained_in_two_processes(tmp_path, mode, adapter):
-    """The last block of Qwen-Image's denoiser changes the prompt's states, which nothing reads."""
-    prompts, case = runs.write_prompts(tmp_path), CASES["qwen_image"]
+@pytest.mark.parametrize("family", ["qwen_image", "hunyuan_dit"])
+def test_a_denoiser_with_weights_that_no_loss_reaches_is_trained_in_two_processes(tmp_path, family, mode, adapter):
+    """The last block of Qwen-Image's denoiser changes the prompt's states, which nothing reads.
+
+    Hunyuan-DiT's pools T5's states by weights of layers that it never calls.
+    """
+    prompts, case = runs.write_prompts(tmp_path), CASES[family]
     stages = [
         runs.trajectories(prompts, shard_size=2),
         runs.distill(num_segments=[2], num_steps=3, condition_on_target=True, adapter=adapter),
         runs.tuning("feedback", prompts, gradient_accumulation=2, num_grad_steps=2, normalise=False),
     ]
     folder = case.write(tmp_path / "teacher")
-    assert_alike(*whole_and_launched(folder, tmp_path, stages, mode, case.family, case.resolution))
+    alone, together = (
+        runs.recipe(folder, tmp_path, stages, case.family, case.resolution, name="small", runs=str(tmp_path / name))
+        for name in ("alone", "together")
+    )
+    pipeline.run(alone)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Runtime, "save", interrupted(Runtime.save))
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(together)
+    assert launch(together, tmp_path, mode).returncode == 0
+    assert_alike(alone, together)
+
+
+def interrupted(save):
+    """A method that is interrupted as soon as `save` has written a checkpoint."""
+
+    def interrupting(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    return interrupting
 
 
 def test_processes_that_cannot_share_a_batch_are_told_once_before_any_stage(tiny_sdxl, tmp_path):
@@ -109,10 +149,13 @@ def test_processes_that_cannot_share_a_batch_are_told_once_before_any_stage(tiny
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_runs_on_up_to_eight_processes(path, processes, monkeypatch):
+    """With fewer micro-batches than for one device, where that has room for few samples."""
     monkeypatch.setattr(distributed, "world_size", lambda: processes)
     for stage in load(path).stages:
         if isinstance(stage, Training):
-            assert dict(preflight.problems(stage)).get("batch_size") is None
+            counts = [n for n in range(1, stage.gradient_accumulation + 1) if stage.gradient_accumulation % n == 0]
+            forms = [stage.model_copy(update={"gradient_accumulation": count}) for count in counts]
+            assert any(dict(preflight.problems(form)).get("batch_size") is None for form in forms)
 
 
 def test_a_process_takes_its_rows_and_its_items(monkeypatch):

@@ -1,0 +1,104 @@
+"""The command on prompt files: what is in them, and a file of the lines that are kept."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from .console import console, error_console, line
+
+if TYPE_CHECKING:
+    from ..data.prompt_selection import Line
+
+Files = Annotated[
+    list[Path],
+    typer.Argument(metavar="FILE", exists=True, dir_okay=False, show_default=False, help="prompts (.txt, .jsonl)"),
+]
+
+
+def _pattern(text: str | None) -> str | None:
+    """Return `text`. Raises BadParameter where it is not a regular expression."""
+    try:
+        re.compile(text or "")
+    except re.error as error:
+        raise typer.BadParameter(f"{text!r} is not a regular expression: {error}") from error
+    return text
+
+
+def prompts(
+    files: Files,
+    out: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, show_default=False, help="new file (.txt, .jsonl) for the prompts that are kept"),
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(show_default=False, help="keep this language (en, zh); may be repeated")
+    ] = None,
+    min_length: Annotated[int, typer.Option(min=1, help="characters of the shortest prompt that is kept")] = 1,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, show_default=False, help="characters of the longest; default: any")
+    ] = None,
+    matching: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX", callback=_pattern, show_default=False, help="keep what has this in it, in any case"
+        ),
+    ] = None,
+    not_matching: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", callback=_pattern, show_default=False, help="leave out what has this in it"),
+    ] = None,
+    not_in: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", exists=True, dir_okay=False, show_default=False, help="leave out what is in this file too"
+        ),
+    ] = None,
+    omitted: Annotated[
+        bool, typer.Option("--omitted", help="list every line that is left out, with the reason")
+    ] = False,
+) -> None:
+    """Count the prompts of files by language, and write those that are kept.
+
+    The language of a line is its `language` in a .jsonl file, else that of most of its East Asian characters: zh for
+    Chinese ones, ja for kana, ko for hangul, and en without any. Of prompts with the same words, whatever their
+    punctuation, width and case of letters, the first is kept.
+    """
+    from ..data import prompt_selection
+
+    searched = [re.compile(one, re.IGNORECASE) if one else None for one in (matching, not_matching)]
+    wanted = prompt_selection.Filter(language or (), min_length, max_length, *searched)
+    try:
+        lines = prompt_selection.select(files, wanted, not_in or ())
+        if out is not None:
+            prompt_selection.write([one.prompt for one in lines if not one.reason], out)
+    except (OSError, ValueError) as error:
+        error_console.print(Text.assemble(("bad", "bold red"), f"  {error}"), soft_wrap=True)
+        raise typer.Exit(2) from None
+    if omitted:
+        for one in lines:
+            if one.reason:
+                reason = f"{one.reason} {one.first}".strip()
+                line(Text(f"{one.place}  {reason}  {one.prompt.prompt}"))
+    console.print(_counts(lines, prompt_selection.REASONS), crop=False)
+    if out is not None:
+        line(Text.assemble(("ok", "green"), f"  {out}"))
+
+
+def _counts(lines: "list[Line]", reasons: tuple[str, ...]) -> Table:
+    """Return the table of the lines by language: how many were read, left out for each reason, and kept."""
+    used = [reason for reason in reasons if any(one.reason == reason for one in lines)]
+    table = Table("language", box=None, header_style="bold")
+    for head in ("prompts", *used, "kept", "longest"):
+        table.add_column(head, justify="right")
+    languages = sorted({one.prompt.language for one in lines})
+    for language in [*languages, *(["all"] if len(languages) > 1 else [])]:
+        part = [one for one in lines if language in ("all", one.prompt.language)]
+        counts = Counter(one.reason for one in part)
+        longest = max((len(one.prompt.prompt) for one in part if not one.reason), default=0)
+        table.add_row(language, *map(str, (len(part), *(counts[reason] for reason in used), counts[""], longest)))
+    return table

@@ -1,0 +1,231 @@
+"""A LoRA of the teacher's own (`teacher.lora`): read as diffusers reads it, fused when the teacher is loaded.
+
+A file is in diffusers' layout (`unet.<module>.lora_A.weight`) or in kohya's (`lora_unet_<module>.lora_down.weight`).
+diffusers leaves tensors aside that it finds no module for, with a warning or without; here each is used or refused.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..recipe import Teacher
+from ..storage import finite
+from ..storage.tensors import read_tensors
+from ..storage.untrusted import first_few, parse_json
+from .lora_files import METADATA_KEY, Adapter
+
+FACTOR = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](A|B|down|up)\.weight")
+IS_DOWN = {"A": True, "down": True, "B": False, "up": False}
+OLD_NAMES = {  # of diffusers' attention before PEFT, in a denoiser and in a text encoder
+    "to_out": "to_out.0",
+    "self_attn.to_q": "self_attn.q_proj",
+    "self_attn.to_k": "self_attn.k_proj",
+    "self_attn.to_v": "self_attn.v_proj",
+    "self_attn.to_out": "self_attn.out_proj",
+}
+CLIP = "text_model."  # before the names of CLIP's layers, but not in every version of transformers
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a LoRA adds to the weight W (out, in, ...) of one module: scale * up @ down.
+
+    `down` is (r, in, ...) and `up` (out, r) or (out, r, 1, 1), both float32.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def total(self) -> Tensor:
+        """Return the update in the shape of W, in float32."""
+        return self.scale * (self.up.flatten(1) @ self.down.flatten(1)).reshape(len(self.up), *self.down.shape[1:])
+
+
+@torch.no_grad()
+def fuse(pipeline: DiffusionPipeline, teacher: Teacher) -> None:
+    """Add the teacher's LoRA to the weights of `pipeline`, in float32; each is rounded to its own precision once.
+
+    Raise as `updates` does, and ValueError for a weight that overflows.
+    """
+    for part, of_modules in updates(pipeline, teacher).items():
+        fused = {}
+        for module, update in of_modules.items():
+            weight = pipeline.components[part].get_submodule(module).weight
+            weight.data = (weight.float() + update.total().to(weight.device)).to(weight.dtype)
+            fused[f"{part}.{module}"] = weight
+        if (bad := finite.first_nonfinite(fused)) is not None:
+            raise ValueError(
+                f"teacher.lora {teacher.lora}: {bad} is not made of finite numbers in {teacher.dtype} with it "
+                f"added: lower teacher.lora_weight ({teacher.lora_weight:g}), or set teacher.dtype: float32"
+            )
+
+
+def updates(pipeline: DiffusionPipeline, teacher: Teacher) -> dict[str, dict[str, Update]]:
+    """Return what the teacher's LoRA adds, `lora_weight` in every scale, by component and module of `pipeline`.
+
+    Raise CheckpointError for a damaged file, ValueError for tensors that are not those of a plain LoRA over this
+    pipeline.
+    """
+    path, where = Path(str(teacher.lora)), f"teacher.lora {teacher.lora}"
+    tensors = read_tensors(path)
+    if odd := sorted(name for name in tensors if not (FACTOR.fullmatch(name) or name.endswith(".alpha"))):
+        raise ValueError(
+            f"{where}: {len(odd)} tensors are not those of a plain LoRA, for example {odd[0]}; one of another kind "
+            "(DoRA, LoHa, LoKr) has to be merged into the checkpoint that teacher.path names"
+        )
+    converted, alphas = _in_diffusers_names(pipeline, tensors, where)
+    factors: dict[tuple[str, str], dict[bool, Tensor]] = {}
+    scales: dict[tuple[str, str], float] = {}
+    header, unknown = _header(path, where), list[str]()
+    for name, value in converted.items():
+        part, module, is_down = _place(pipeline, name)
+        if module is None:
+            unknown.append(name)
+            continue
+        factors.setdefault((part, module), {})[is_down] = value.float()
+        if is_down:
+            alpha = alphas.pop(f"{name.split('.lora.')[0]}.alpha", None)
+            scales[part, module] = _scale(header, part, module, len(value), alpha, where)
+    if unknown:
+        raise ValueError(
+            f"{where}: {len(unknown)} of {len(converted)} tensors belong to no module of the teacher {teacher.path}, "
+            f"for example {first_few(unknown, 2)}: it was trained over another base, or is in a layout that diffusers "
+            "does not read; diffusers' and kohya's are"
+        )
+    if len(factors) < sum(_is_down(name) for name in tensors) or alphas:
+        raise ValueError(
+            f"{where}: diffusers would leave some of its {len(tensors)} tensors aside; save it in one layout"
+        )
+    found: dict[str, dict[str, Update]] = {}
+    for (part, module), both in factors.items():
+        weight = pipeline.components[part].get_submodule(module).weight
+        update = _update(both, weight, teacher.lora_weight * scales.get((part, module), 1.0))
+        if update is None:
+            shapes = " and ".join(str(list(value.shape)) for value in both.values())
+            raise ValueError(
+                f"{where}: {part}.{module}: factors of {shapes} do not fit the weight of {list(weight.shape)} of the "
+                f"teacher {teacher.path}: the LoRA was trained over another base"
+            )
+        found.setdefault(part, {})[module] = update
+    if not found:
+        raise ValueError(f"{where}: it has no tensors")
+    return found
+
+
+def adapters(pipeline: DiffusionPipeline, teacher: Teacher) -> dict[str, Adapter]:
+    """Return the teacher's LoRA as one adapter for each component that it changes, for files beside a student's.
+
+    Each has the largest rank of its modules, with zeros beyond theirs, and its scales inside B (alpha = rank).
+    """
+    found = {}
+    for part, of_modules in updates(pipeline, teacher).items():
+        rank = max(len(update.down) for update in of_modules.values())
+        tensors = {}
+        for name, update in of_modules.items():
+            name, spare = _saved_name(part, name), rank - len(update.down)
+            tensors[f"{name}.lora_A.weight"] = torch.cat(
+                [update.down, update.down.new_zeros(spare, *update.down.shape[1:])]
+            )
+            ends = (0, 0) * (update.up.ndim - 2) + (0, spare)
+            tensors[f"{name}.lora_B.weight"] = F.pad(update.scale * update.up, ends)
+        modules = {name.rpartition(".lora_")[0].removeprefix(CLIP) for name in tensors}
+        found[part] = LoraConfig(r=rank, lora_alpha=rank, target_modules=modules), tensors
+    return found
+
+
+def _in_diffusers_names(
+    pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], where: str
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return `tensors` under diffusers' names, which begin with the component's, and kohya's alphas."""
+    if not hasattr(pipeline, "lora_state_dict"):
+        raise ValueError(
+            f"{where}: diffusers loads no LoRA into a {type(pipeline).__name__}: merge it into the checkpoint"
+        )
+    blocks = {"unet_config": pipeline.unet.config} if "unet" in pipeline.components else {}
+    try:
+        converted = type(pipeline).lora_state_dict(dict(tensors), **blocks)
+    except Exception as error:  # of diffusers, for names that it does not know
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(f"{where}: diffusers does not read it: {type(error).__name__}: {first}") from error
+    named, alphas = converted if isinstance(converted, tuple) else (converted, None)
+    return named, dict(alphas or {})
+
+
+def _is_down(name: str) -> bool:
+    match = FACTOR.fullmatch(name)
+    return match is not None and IS_DOWN[match[2]]
+
+
+def _place(pipeline: DiffusionPipeline, name: str) -> tuple[str, str | None, bool]:
+    """Return component, module and whether it is the down-projection, of a tensor; None for an unknown module."""
+    part, _, inside = name.partition(".")
+    network, match = pipeline.components.get(part), FACTOR.fullmatch(inside)
+    if match is None or not isinstance(network, nn.Module):
+        return part, None, False
+    module = match[1].replace(".processor", "")
+    if match[0][match.end(1)] == "_":  # to_q_lora.down
+        old = next((one for one in reversed(OLD_NAMES) if module.endswith(f".{one}")), "")
+        module = module.removesuffix(old) + OLD_NAMES.get(old, "")
+    modules = dict(network.named_modules())
+    known = (one for one in (module, module.removeprefix(CLIP), f"{CLIP}{module}") if one in modules)
+    module = next((one for one in known if isinstance(getattr(modules[one], "weight", None), Tensor)), None)
+    return part, module, IS_DOWN[match[2]]
+
+
+def _update(factors: Mapping[bool, Tensor], weight: Tensor, scale: float) -> Update | None:
+    """Return the update of `weight` by its two factors; None if they do not fit it."""
+    if len(factors) < 2 or weight.ndim < 2 or any(one.ndim < 2 for one in factors.values()):
+        return None
+    down, up = factors[True], factors[False]
+    rank, values = len(down), weight[0].numel()
+    if up.flatten(1).shape != (len(weight), rank) or down.flatten(1).shape != (rank, values):
+        return None
+    kernel = [1] * (weight.ndim - 2)
+    return Update(down.reshape(rank, *weight.shape[1:]), up.reshape(len(weight), rank, *kernel), scale)
+
+
+def _header(path: Path, where: str) -> dict[str, Any]:
+    """Return PEFT's configurations in the file's header, `<component>.<field>`; empty without them."""
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(METADATA_KEY, "{}")
+    try:
+        return dict(parse_json(text))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: its header holds no configuration of PEFT's: {error}") from error
+
+
+def _scale(header: Mapping[str, Any], part: str, module: str, rank: int, alpha: float | None, where: str) -> float:
+    """Return alpha / rank of a module: by kohya's `alpha`, else by the header, else 1.
+
+    With `use_rslora` it is alpha / sqrt(rank), as PEFT has it.
+    """
+    if alpha is None:
+        alpha = header.get(f"{part}.lora_alpha", rank)
+        patterns = header.get(f"{part}.alpha_pattern") or {}
+        for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+            suffix = pattern.removeprefix("^")
+            if not re.fullmatch(r"[\w.]+", suffix):
+                raise ValueError(f"{where}: its header has an alpha_pattern that is no name: {json.dumps(pattern)}")
+            if module == suffix or module.endswith(f".{suffix}"):
+                alpha = value
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"{where}: the alpha of {part}.{module} is no number: {json.dumps(alpha)}")
+    return alpha / (math.sqrt(rank) if header.get(f"{part}.use_rslora") is True else rank)
+
+
+def _saved_name(part: str, module: str) -> str:
+    """Return the name of a module in files: CLIP's layers with the prefix that every version of diffusers knows."""
+    is_bare = part.startswith("text_encoder") and module.startswith("encoder.layers.")
+    return f"{CLIP}{module}" if is_bare else module
