@@ -93,9 +93,9 @@ class Kernels(TorchFunctionMode):
             return attention(*args, **kwargs)
         return function(*args, **kwargs)
 
-    def checkpointed(self, module: Callable, *args: Any) -> Any:
-        """Return `module` of `args`, output_of again in the backward pass by these kernels; for diffusers' models."""
-        return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self))
+    def checkpointed(self, module: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Return `module` of its arguments, computed again in the backward pass by these kernels."""
+        return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self), **kwargs)
 
     @contextmanager
     def own_precision(self) -> Iterator[None]:

@@ -173,22 +173,17 @@ def roles_of(
     small = tuning.small_decoder(stage, base) if isinstance(stage, Tuning) else None
     conditioned = bool(students.target_time_of(student))
     if isinstance(stage, Training) and stage.gradient_checkpointing:
-        _checkpoint(student, recompute)
+        base.checkpoint_blocks(student, recompute)
         if networks.preference is not None:  # gradients come through it
             base.autoencoder.checkpoint_blocks(recompute)
         if small is not None:
-            _checkpoint(small, recompute)
+            enable: Any = small.enable_gradient_checkpointing
+            enable(recompute)
     if networks.tiles:
         base.autoencoder.use_tiles(networks.tiles, recompute)
     tokens = num_tokens(Path(recipe.teacher.path))
     copies = (forget_copies, networks.has_average)
     return passes.Roles(base, student, conditioned, tokens, rewards, set(), own_precision, *copies, small)
-
-
-def _checkpoint(network: nn.Module, recompute: Callable[..., Any]) -> None:
-    """Let `network`, which is one of diffusers', compute its blocks again in the backward pass, through `recompute`."""
-    enable: Any = network.enable_gradient_checkpointing
-    enable(recompute)
 
 
 def num_tokens(folder: Path) -> int:

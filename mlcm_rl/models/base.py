@@ -8,7 +8,7 @@ A `Conditioning` is a batch of encoded prompts: "context" (B, L, D) and, in fami
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from ..recipe import Teacher
 from ..recipe.families import geometry, layout_of
 from ..storage import finite
 from ..training import autocast
-from .autoencoder import Autoencoder
+from .autoencoder import RECOMPUTE, Autoencoder
 from .conditioning import LENGTHS, Conditioning, concatenated, in_dtype, on_device, rows_of, stacked
 from .files import MEMORY_FORMATS
 
@@ -273,6 +273,10 @@ class Base(ABC):
         A family computes there once what depends on nothing else; results are the same bits. This one computes nothing.
         """
         return nullcontext()
+
+    def checkpoint_blocks(self, denoiser: ModelMixin, recompute: Callable[..., Any] = RECOMPUTE) -> None:
+        """Let `denoiser` compute its blocks again in the backward pass, by `recompute`: the same gradients."""
+        denoiser.enable_gradient_checkpointing(recompute)
 
     def forget_denoiser(self) -> None:
         """Free the weights of the teacher's denoiser where no step needs it; its configuration stays.

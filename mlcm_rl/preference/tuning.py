@@ -116,7 +116,7 @@ def load(stage: Tuning, base: Base, start: Path, seed: int) -> TunableStudent:
     denoiser = students.for_preference(base, stage.adapter, seed, start)
     base.forget_denoiser()  # the reference is the student
     if stage.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+        base.checkpoint_blocks(denoiser)
         base.autoencoder.checkpoint_blocks()
     if stage.autoencoder_tiles:
         base.autoencoder.use_tiles(stage.autoencoder_tiles)

@@ -37,7 +37,6 @@ class Layout:
     packs: int = 1  # latents a side that the pipeline packs into one token of the denoiser
     patchifies: int = 1  # latents a side of the autoencoder that are one latent, of more channels, of the denoiser
     side: int = 0  # latents a side by default, where the denoiser's configuration has no sample_size
-    has_checkpointing: bool = True  # the denoiser can compute its blocks again in the backward pass, for less memory
     embeds_guidance: bool = False  # the guidance scale is an input of the denoiser: a guided pass is one evaluation
     num_times: int = USUAL_TIMES  # of a variance-preserving schedule
     extras: dict[str, str] = field(default_factory=dict)  # module that the family needs: extra of ours that has it
@@ -172,7 +171,6 @@ FAMILIES = {
         denoiser="transformer",
         denoiser_class="HunyuanDiT2DModel",
         text={"text_encoder": "BertModel", "text_encoder_2": "T5EncoderModel"},
-        has_checkpointing=False,
     ),
     "pixart_sigma": Layout(
         implementation="mlcm_rl.models.families.pixart_sigma:Family",

@@ -27,7 +27,6 @@ from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
 from .reads import reads_of
 from .schema import json_schema
-from .stage import Training
 from .teacher_stages import TrainTeacher, Trajectories
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
 from .types import TRAINED, Full, Lora, Reward, Teacher
@@ -93,7 +92,6 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
         *_tuning_problems(recipe),
         *_precision_problems(recipe),
         *_quantised_problems(recipe),
-        *_checkpointing_problems(recipe),
         *_resume_problems(recipe),
     ]
 
@@ -351,17 +349,6 @@ def _quantised_problems(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(("teacher", "quantise"), f"stages[{i}] {message}")
         if isinstance(stage, Distill) and isinstance(stage.adapter, Full):
             yield Problem(("stages", i, "adapter"), f"full {message}train a lora, or leave teacher.quantise out")
-
-
-def _checkpointing_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Yield a problem for each stage that would train a denoiser with checkpoints that its class does not have."""
-    with suppress(ValueError):  # of a family's entry point, which `_teacher_problems` reports
-        layout = layout_of(recipe.teacher.family)
-        for i, stage in enumerate(recipe.stages):
-            if isinstance(stage, Training) and stage.gradient_checkpointing and not layout.has_checkpointing:
-                message = f"true needs a denoiser that can compute its blocks again, and {layout.denoiser_class} cannot"
-                key = ("stages", i, "gradient_checkpointing")
-                yield Problem(key, f"{message}: write false, and smaller micro-batches (gradient_accumulation)")
 
 
 def _resume_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -37,7 +37,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     if not stage.uses_teacher:
         base.forget_denoiser()
     if stage.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
+        base.checkpoint_blocks(student)
     parameters = students.trainable_parameters(student)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student, optimizer)

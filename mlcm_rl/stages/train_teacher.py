@@ -97,7 +97,7 @@ def new_denoiser(base: Base, stage: TrainTeacher, seed: int) -> nn.Module:
     if stage.start == "teacher":
         denoiser.load_state_dict(base.denoiser.state_dict())
     if stage.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+        base.checkpoint_blocks(denoiser)
     return denoiser.to(base.device).train()
 
 

@@ -3,7 +3,7 @@
     python tests/benchmarks/quantised.py [--steps 24] [--batch-size 4]        (or: make benchmark)
 
 A LoRA student of the emoji teacher is distilled from one small store, that of the teacher in floats, with the same
-seeds. `prediction` is the relative error of the teacher's guided x0 over all milestones. The held-out loss is that of
+seeds. `guided x0` is the relative error of the teacher's, over all milestones. The held-out loss is that of
 trajectories which are never trained on: before the first step, after the last, and with the trained adapter over the
 teacher in floats, as an export has it. Times are the process's own, medians over steps. The second table is predicted
 from shapes.
@@ -98,7 +98,7 @@ def megabytes(base: Base) -> float:
 def trained(num_steps: int, batch_size: int) -> Table:
     """The table of measurements."""
     table = Table("weights", title=f"LoRA distillation, {num_steps} steps of {batch_size}", box=SIMPLE_HEAD)
-    for head in ("MB", "CPU ms a step", "prediction", "held-out loss before", "after", "adapter over floats"):
+    for head in ("MB", "CPU ms a step", "guided x0", "held-out loss before", "after", "adapter over floats"):
         table.add_column(head, justify="right")
     with tempfile.TemporaryDirectory() as place:
         store = Path(place) / "store"
@@ -121,7 +121,7 @@ def trained(num_steps: int, batch_size: int) -> Table:
 def planned() -> Table:
     """The table of predictions for a GPU."""
     table = Table("weights", title=f"{SDXL}, GiB by `mlcm plan`", box=SIMPLE_HEAD)
-    for head in ("denoiser and others", "trajectories", "distill", "both in micro-batches of 1", ""):
+    for head in ("networks", "trajectories", "distill", "trajectories, batch 1", "distill, micro-batch 1"):
         table.add_column(head, justify="right")
     for kind in KINDS:
         totals = []

@@ -1,8 +1,8 @@
 """Hunyuan-DiT 1.2: a transformer that predicts v and a variance; BERT and mT5, which read Chinese and English."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_r
 from torch import Tensor
 
 from ...recipe import Teacher
+from ..autoencoder import RECOMPUTE
 from ..base import TARGET_TIME_WIDTH
 from ..conditioning import Conditioning
 from ..cross_attention import prompts_attended_once
@@ -107,6 +108,11 @@ class Family(VPBase):
     def num_tokens(self) -> int:
         return min(super().num_tokens, self.denoiser.config.text_len_t5)
 
+    def checkpoint_blocks(self, denoiser: HunyuanDiT2DModel, recompute: Callable[..., Any] = RECOMPUTE) -> None:
+        """Let each block compute itself again; diffusers' class has no checkpoints of its own."""
+        for block in denoiser.blocks:
+            block.forward = partial(recompute, block.forward)
+
     def same_prompts(self, denoiser: torch.nn.Module) -> AbstractContextManager[None]:
         return prompts_attended_once(denoiser)
 
@@ -124,7 +130,7 @@ class Family(VPBase):
         dtype = next(denoiser.parameters()).dtype
         prediction = denoiser(
             x_t.to(dtype),
-            self.schedule.network_time[t],
+            self.schedule.network_time[t].float(),
             encoder_hidden_states=conditioning["context"].to(dtype),
             text_embedding_mask=conditioning["mask"],
             encoder_hidden_states_t5=conditioning["t5_context"].to(dtype),
