@@ -36,16 +36,19 @@ class Sampler:
     def __init__(self, denoiser: SD3Transformer2DModel, vae: AutoencoderKL, encoder: Encoder) -> None:
         self.denoiser, self.vae, self.encoder = use_one_zero(denoiser).eval(), vae.eval(), encoder
 
+    @staticmethod
+    def noise(seed: int, place: int) -> Tensor:
+        """Return the noise (C, H, W) that the prompt at a place of its list starts from."""
+        return torch.randn(8, LATENT, LATENT, generator=generator(seed, "card", place))
+
     @torch.no_grad()
     def draw(self, prompts: list[str], num_steps: int, guidance_scale: float, shift: float, seed: int = 0) -> Tensor:
         """Return pictures (N, 3, H, W) in [0, 1], sampled in batches; the noise of a prompt depends on its place."""
         parts = []
         for start in range(0, len(prompts), BATCH):
             texts = prompts[start : start + BATCH]
-            rows = [
-                torch.randn(8, LATENT, LATENT, generator=generator(seed, "card", start + i)) for i in range(len(texts))
-            ]
-            x, u = torch.stack(rows), torch.linspace(1, 0, num_steps + 1)
+            x = torch.stack([self.noise(seed, start + i) for i in range(len(texts))])
+            u = torch.linspace(1, 0, num_steps + 1)
             context, pooled = self.encoder.encode([*texts, *[""] * len(texts)])
             sigmas = shift * u / (1 + (shift - 1) * u)
             for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):

@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20_000, help="the rate falls over the last --decay of these")
     parser.add_argument("--decay", type=int, default=1500)
     parser.add_argument("--warmup", type=int, default=200)
-    parser.add_argument("--first", type=int, default=1000, help="steps with the curriculum's first shares")
+    parser.add_argument("--first", type=int, default=400, help="steps with the curriculum's first shares")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--ema-decay", type=float, default=0.998)
