@@ -21,6 +21,7 @@ from mlcm_rl.recipe import Teacher
 from teacher_loras import fused_by_diffusers, relative
 from teacher_loras import write as write_lora
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     *("device=cpu", "teacher.dtype=float32", "teacher.lora=my_style.safetensors", "teacher.lora_weight=0.8"),

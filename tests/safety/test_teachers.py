@@ -139,6 +139,7 @@ def test_any_value_of_any_key_is_refused_by_name_or_runs(teacher):
     passing(*teacher, every=25)
 
 
+@pytest.mark.slow
 def test_any_value_of_any_key_of_kolors_is_refused_by_name_or_runs(tmp_path):
     passing("kolors", kolors(tmp_path / "kolors"), every=25)
 
