@@ -116,7 +116,8 @@ class Kernels(TorchFunctionMode):
         if not (value.is_leaf and value.requires_grad and value.dtype == torch.float32):
             return value.to(torch.bfloat16)
         if id(value) not in self.lowered:
-            self.lowered[id(value)] = value.to(torch.bfloat16)
+            with torch.enable_grad():  # autocast's copies of a pass without gradient serve one with gradient too
+                self.lowered[id(value)] = value.to(torch.bfloat16)
         return self.lowered[id(value)]
 
 

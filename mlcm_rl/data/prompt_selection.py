@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..storage.files import replacing
-from .prompts import HAN, Prompt, guess_language, prompts_with_lines
+from .prompts import HAN, Prompt, is_plain, prompts_with_lines
 
 BESIDE_HAN = re.compile(f"(?<={HAN.pattern}) | (?={HAN.pattern})")
 REASONS = ("other language", "length", "wording", "in another file", "duplicate")  # why a line is left out
@@ -90,7 +90,7 @@ def write(prompts: Sequence[Prompt], path: Path) -> None:
     """Write a prompt file in one rename: a line each, or for a .jsonl file an object each with all that is known.
 
     Raise FileExistsError if it is there, ValueError without prompts, for another ending, and for a .txt file where a
-    prompt has more than its text: a concept, a style, or a language that is not the one its script says.
+    prompt is not `is_plain`: it would be read back as another.
     """
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(
@@ -102,10 +102,11 @@ def write(prompts: Sequence[Prompt], path: Path) -> None:
         raise ValueError(f"{path} would have no prompt: none is kept")
     if path.suffix == ".txt":
         for one in prompts:
-            if one != Prompt(one.prompt, guess_language(one.prompt)) or len(one.prompt.splitlines()) > 1:
+            if not is_plain(one):
                 raise ValueError(
                     f"{path}: a .txt file has room for the text alone, and {one.prompt[:40]!r} has more (its language "
-                    f"{one.language}, a concept, a style, or a second line): name the file .jsonl"
+                    f"{one.language}, a concept, a style, a second line, or space around it) or is a JSON object: name "
+                    "the file .jsonl"
                 )
         lines = [one.prompt for one in prompts]
     else:

@@ -152,14 +152,21 @@ def records_of(path: Path) -> Iterator[tuple[str, dict]]:
 
 def _plain_prompt(line: str, where: str) -> Prompt:
     """Return the prompt of a .txt file's line. Raise ValueError for a JSON object, which would be the prompt itself."""
-    if line.startswith("{") and _is_object(line):
+    if _is_object(line):
         raise ValueError(f"{where}: a JSON object, where a .txt file has a prompt a line: name the file .jsonl")
     return Prompt(line, guess_language(line))
 
 
+def is_plain(prompt: Prompt) -> bool:
+    """Return whether a line of a .txt file is read as `prompt`: its text alone, without space or marks around it."""
+    text = prompt.prompt
+    is_line = text == text.lstrip("\ufeff").strip() and len(text.splitlines()) == 1
+    return is_line and not _is_object(text) and prompt == Prompt(text, guess_language(text))
+
+
 def _is_object(text: str) -> bool:
     try:
-        return isinstance(parse_json(text), dict)
+        return text.startswith("{") and isinstance(parse_json(text), dict)
     except ValueError:
         return False
 

@@ -13,7 +13,7 @@ from diffusers import ModelMixin
 from diffusers.models.embeddings import PixArtAlphaCombinedTimestepSizeEmbeddings, get_timestep_embedding
 from torch import Tensor
 
-from .base import TARGET_TIME_WIDTH, Base
+from .base import TARGET_TIME_WIDTH, Base, precision_of
 from .conditioning import CONTEXT, LENGTHS, Conditioning, mask_of
 from .cross_attention import prompts_attended_once
 
@@ -87,7 +87,7 @@ class AdaLNSingleBase(Base):
     def predict(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
     ) -> Tensor:
-        dtype, times = next(denoiser.parameters()).dtype, self.schedule.network_time[t]
+        dtype, times = precision_of(denoiser), self.schedule.network_time[t]
         prediction = denoiser(
             x_t.to(dtype),
             encoder_hidden_states=conditioning[CONTEXT].to(dtype),

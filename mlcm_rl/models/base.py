@@ -43,6 +43,15 @@ class TargetTimeProjection(nn.Linear):
         return super().forward(sinusoids.to(self.weight.dtype)).to(sinusoids.dtype)
 
 
+def precision_of(denoiser: nn.Module) -> torch.dtype:
+    """Return the precision of a denoiser's own weights, in which it is given its inputs.
+
+    Adapters and the target time's projection are float32 beside them, and stand first where integers are no parameters.
+    """
+    added = ("lora_A", "lora_B", "cond_proj")
+    return next(value.dtype for name, value in denoiser.named_parameters() if not any(part in name for part in added))
+
+
 class Base(ABC):
     """A frozen teacher: encodes prompts, denoises, decodes. Each family is one subclass.
 

@@ -7,7 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from torch import Tensor
 
 from ..equations.schedule import Schedule, flow_schedule, flow_shift
-from .base import Base
+from .base import Base, precision_of
 
 
 class FlowBase(Base):
@@ -34,8 +34,7 @@ class FlowBase(Base):
 
         Half precision rounds them here as it does there.
         """
-        dtype = next(denoiser.parameters()).dtype
-        return self.schedule.network_time[t].to(dtype) / self.schedule.num_times
+        return self.schedule.network_time[t].to(precision_of(denoiser)) / self.schedule.num_times
 
     def schedule_record(self) -> dict[str, Any]:
         return {"num_train_timesteps": self.schedule.num_times, "shift": self.shift}

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..storage.untrusted import first_few, parse_json
 from .lora_files import METADATA_KEY, Adapter
 
 FACTOR = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](A|B|down|up)\.weight")
+BEFORE_FACTOR = r"\.lora(_A|_B|_down|_up)?\."  # after the name that an alpha shares with its factors
 IS_DOWN = {"A": True, "down": True, "B": False, "up": False}
 OLD_NAMES = {  # of diffusers' attention before PEFT, in a denoiser and in a text encoder
     "to_out": "to_out.0",
@@ -96,7 +98,7 @@ def updates(pipeline: DiffusionPipeline, teacher: Teacher) -> dict[str, dict[str
             continue
         factors.setdefault((part, module), {})[is_down] = value.float()
         if is_down:
-            alpha = alphas.pop(f"{name.split('.lora.')[0]}.alpha", None)
+            alpha = alphas.pop(f"{re.split(BEFORE_FACTOR, name)[0]}.alpha", None)
             scales[part, module] = _scale(header, part, module, len(value), alpha, where)
     if unknown:
         raise ValueError(
@@ -147,20 +149,27 @@ def adapters(pipeline: DiffusionPipeline, teacher: Teacher) -> dict[str, Adapter
 
 def _in_diffusers_names(
     pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], where: str
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return `tensors` under diffusers' names, which begin with the component's, and kohya's alphas."""
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return `tensors` under diffusers' names, which begin with the component's, and the alphas beside them.
+
+    diffusers forgets FLUX's unless it is asked for them, and leaves those of most other families among the tensors.
+    """
     if not hasattr(pipeline, "lora_state_dict"):
         raise ValueError(
             f"{where}: diffusers loads no LoRA into a {type(pipeline).__name__}: merge it into the checkpoint"
         )
-    blocks = {"unet_config": pipeline.unet.config} if "unet" in pipeline.components else {}
+    read = type(pipeline).lora_state_dict
+    settings: dict[str, Any] = {"unet_config": pipeline.unet.config} if "unet" in pipeline.components else {}
+    settings |= {"return_alphas": True} if "return_alphas" in signature(read).parameters else {}
     try:
-        converted = type(pipeline).lora_state_dict(dict(tensors), **blocks)
+        converted = read(dict(tensors), **settings)
     except Exception as error:  # of diffusers, for names that it does not know
         first = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(f"{where}: diffusers does not read it: {type(error).__name__}: {first}") from error
-    named, alphas = converted if isinstance(converted, tuple) else (converted, None)
-    return named, dict(alphas or {})
+    named, known = converted if isinstance(converted, tuple) else (converted, None)
+    alphas = dict(known or {}) | {name: value for name, value in named.items() if name.endswith(".alpha")}
+    numbers: dict[str, Any] = {name: torch.as_tensor(value).squeeze().tolist() for name, value in alphas.items()}
+    return {name: value for name, value in named.items() if name not in alphas}, numbers
 
 
 def _is_down(name: str) -> bool:
@@ -206,7 +215,7 @@ def _header(path: Path, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: its header holds no configuration of PEFT's: {error}") from error
 
 
-def _scale(header: Mapping[str, Any], part: str, module: str, rank: int, alpha: float | None, where: str) -> float:
+def _scale(header: Mapping[str, Any], part: str, module: str, rank: int, alpha: Any, where: str) -> float:
     """Return alpha / rank of a module: by kohya's `alpha`, else by the header, else 1.
 
     With `use_rslora` it is alpha / sqrt(rank), as PEFT has it.

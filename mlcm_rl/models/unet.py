@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from .base import TARGET_TIME_WIDTH
+from .base import TARGET_TIME_WIDTH, precision_of
 from .conditioning import Conditioning
 from .cross_attention import prompts_attended_once
 from .vp import VPBase
@@ -86,7 +86,7 @@ class UNetBase(VPBase):
     def predict(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
     ) -> Tensor:
-        dtype = next(denoiser.parameters()).dtype
+        dtype = precision_of(denoiser)
         target_time = None if s is None else self.target_time_sinusoids(s).to(dtype)
         return denoiser(
             x_t.to(dtype),

@@ -92,6 +92,19 @@ def test_an_averaged_target_in_bfloat16_has_half_precision_copies_of_its_own(tin
     assert 0 < averaged.activations - own.activations <= 2 * own.gradients // 4
 
 
+@pytest.mark.parametrize("kind", ["feedback", "dpo", "policy"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_tuning_stage_in_bfloat16_is_predicted_too(kind, checkpointed, tiny_sdxl):
+    """Its samples are drawn by the trained weights without gradient, before the pass with gradient."""
+    gamma = {"gamma": 1.0} if kind == "policy" else {}
+    whole, half = (
+        of(runs.tuning(kind, "unused", precision=one, gradient_checkpointing=checkpointed, **gamma), tiny_sdxl)
+        for one in ("no", "bf16")
+    )
+    assert 0 < half.activations < 1.1 * whole.activations  # attention is written out in bfloat16 on a CPU
+    assert half.gradients == whole.gradients
+
+
 def test_checkpointing_and_fewer_steps_with_gradient_take_less(tiny_sdxl):
     def activations(**changes) -> int:
         return of(runs.tuning("feedback", "unused", **changes), tiny_sdxl).activations

@@ -22,6 +22,7 @@ from mlcm_rl.recipe import Evaluate, Full, Lora, Teacher, experiment
 from mlcm_rl.stages import distill
 from mlcm_rl.storage.files import CheckpointError
 from mlcm_rl.training import autocast
+from tiny_families import CASES
 
 pytest.importorskip("bitsandbytes", reason="needs the extra `quantised`: pip install 'mlcm-rl[quantised]'")
 
@@ -160,6 +161,20 @@ def test_a_student_is_loaded_bit_for_bit_and_the_reference_is_the_distilled_one(
     assert not torch.equal(base.predict(tuned, x_t, t, conditioning), expected)
     with students.as_reference(tuned) as reference:  # a frozen matrix is multiplied in another order
         torch.testing.assert_close(base.predict(reference, x_t, t, conditioning), expected)
+
+
+@pytest.mark.parametrize("family", sorted(CASES))
+@pytest.mark.parametrize("condition", [False, True], ids=["plain", "conditioned"])
+def test_a_student_of_every_family_starts_as_its_quantised_teacher_in_half_precision(family, condition, tmp_path):
+    """FLUX.2-klein's layers have no bias, so that the first parameter of its student is a float32 adapter's."""
+    case = CASES[family]
+    teacher = case.teacher(case.write(tmp_path / "teacher"))
+    base = teachers.load(teacher.model_copy(update={"dtype": "bfloat16", "quantise": "int8"}), "cpu")
+    student = students.student(base, Lora(rank=2, alpha=2.0), 0, condition)
+    noise = base.noise(torch.Generator().manual_seed(4), len(case.prompts))
+    point = (noise, torch.tensor([999, 374]), base.encode_prompts(list(case.prompts)))
+    s = torch.tensor([749, 0]) if condition else None
+    assert torch.equal(base.predict(student, *point, s), base.predict(base.denoiser, *point))
 
 
 def test_what_needs_floats_is_refused(tiny_sdxl, tmp_path):

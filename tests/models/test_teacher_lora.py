@@ -23,6 +23,7 @@ from mlcm_rl.pipeline.planning import Sizes
 from mlcm_rl.recipe import Lora, Teacher
 from mlcm_rl.storage.files import CheckpointError
 from teacher_loras import as_kohya, fused_by_diffusers, metadata_of, relative, stock_of, weights_of, write
+from tiny_families import CASES
 
 MAKE = {"sdxl": tiny.sdxl, "sd": tiny.sd, "sd3": tiny.sd3}
 WEIGHT = 0.7
@@ -71,6 +72,25 @@ def test_kohyas_alphas_count_where_diffusers_forgets_those_of_attention(family, 
     found = teacher_lora.updates(stock_of(folder), named((family, folder), file))
     scales = {module.rpartition(".")[2]: update.scale for module, update in found["unet"].items()}
     assert (scales["to_q"], scales["conv1"]) == (9.0 / 2, 3.0 / 4)
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2_klein", "kolors", "sana", "sd3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_alphas_among_diffusers_names_count(family, dtype, tmp_path):
+    """diffusers reads FLUX's, and refuses such files of the other families."""
+    case = CASES[family]
+    base = case.load(case.write(tmp_path / "teacher"))
+    module = next(name for name, _ in base.denoiser.named_modules() if name.endswith(".to_q"))
+    weight, rank, name = base.denoiser.get_submodule(module).weight, 4, f"{base.denoiser_part}.{module}"
+    down, up = torch.randn(rank, weight.shape[1]), torch.randn(len(weight), rank)
+    factors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    save_file(factors | {f"{name}.alpha": torch.tensor(3.0, dtype=dtype)}, tmp_path / "lora.safetensors")
+    teacher = base.teacher.model_copy(update={"lora": str(tmp_path / "lora.safetensors"), "lora_weight": WEIGHT})
+    fused = teachers.load(teacher, "cpu").denoiser.get_submodule(module).weight
+    assert relative(fused, weight + WEIGHT * 3 / rank * up @ down) < 1e-6
+    save_file(factors | {f"{name}.alpha": torch.ones(2)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=rf"the alpha of {name} is no number: \[1.0, 1.0\]"):
+        teachers.load(teacher, "cpu")
 
 
 def test_each_half_precision_weight_is_the_float32_sum_rounded_once(teacher, tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...equations.prediction import x0_from_prediction
 from ...training import autocast
-from ..base import TARGET_TIME_WIDTH
+from ..base import TARGET_TIME_WIDTH, precision_of
 from ..conditioning import Conditioning
 from ..flow import FlowBase
 from ..packing import as_latents, as_tokens, patchified, unpatchified
@@ -120,7 +120,7 @@ class Family(FlowBase):
         guidance_scale: float,
         s: Tensor | None = None,
     ) -> Tensor:
-        dtype, patch = next(denoiser.parameters()).dtype, self.geometry.multiple
+        dtype, patch = precision_of(denoiser), self.geometry.multiple
         pooled = conditioning["pooled"].to(dtype)
         if s is not None:
             pooled = torch.cat([pooled, get_timestep_embedding(s, TARGET_TIME_WIDTH).to(dtype)], dim=1)

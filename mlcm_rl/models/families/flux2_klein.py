@@ -13,7 +13,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
 from ..autoencoder import Autoencoder
-from ..base import TARGET_TIME_WIDTH
+from ..base import TARGET_TIME_WIDTH, precision_of
 from ..conditioning import Conditioning
 from ..flow import FlowBase
 from ..packing import as_latents, as_tokens, patchified, unpatchified
@@ -138,7 +138,7 @@ class Family(FlowBase):
     def predict(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
     ) -> Tensor:
-        dtype = next(denoiser.parameters()).dtype
+        dtype = precision_of(denoiser)
         sinusoids = None if s is None else get_timestep_embedding(s, TARGET_TIME_WIDTH)
         text, picture = self._positions
         tokens = denoiser(

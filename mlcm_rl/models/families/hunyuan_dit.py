@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...recipe import Teacher
 from ..autoencoder import RECOMPUTE
-from ..base import TARGET_TIME_WIDTH
+from ..base import TARGET_TIME_WIDTH, precision_of
 from ..conditioning import Conditioning
 from ..cross_attention import prompts_attended_once
 from ..vp import VPBase
@@ -127,7 +127,7 @@ class Family(VPBase):
     def predict(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
     ) -> Tensor:
-        dtype = next(denoiser.parameters()).dtype
+        dtype = precision_of(denoiser)
         prediction = denoiser(
             x_t.to(dtype),
             self.schedule.network_time[t].float(),

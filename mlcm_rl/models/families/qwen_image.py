@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenTimestepProj
 from torch import Tensor
 
 from ..autoencoder import RECOMPUTE, Autoencoder
-from ..base import TARGET_TIME_WIDTH
+from ..base import TARGET_TIME_WIDTH, precision_of
 from ..conditioning import CONTEXT, LENGTHS, Conditioning
 from ..flow import FlowBase
 from ..packing import as_latents, as_tokens, patchified, unpatchified
@@ -130,13 +130,13 @@ class Family(FlowBase):
         return self.with_target_time(denoiser)
 
     def time_sinusoids(self, denoiser: QwenImageTransformer2DModel, t: Tensor) -> Tensor:
-        return denoiser.time_text_embed.time_proj(self._times(denoiser, t))
+        return denoiser.time_text_embed.time_proj(self.divided_times(denoiser, t))
 
     def predict(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
     ) -> Tensor:
-        dtype, patch = next(denoiser.parameters()).dtype, self.geometry.multiple
-        tokens, times = as_tokens(patchified(x_t.to(dtype), patch)), self._times(denoiser, t)
+        dtype, patch = precision_of(denoiser), self.geometry.multiple
+        tokens, times = as_tokens(patchified(x_t.to(dtype), patch)), self.divided_times(denoiser, t)
         if s is not None:
             times = torch.stack([times, s // PART, s % PART], 1)
         side = x_t.shape[-1] // patch
@@ -149,10 +149,6 @@ class Family(FlowBase):
             return_dict=False,
         )[0]
         return unpatchified(as_latents(velocity, side), patch).float()
-
-    def _times(self, denoiser: torch.nn.Module, t: Tensor) -> Tensor:
-        """Return the times (B,) in 0..1 that the transformer is given, rounded as in the stock pipeline."""
-        return self.schedule.network_time[t].to(next(denoiser.parameters()).dtype) / self.schedule.num_times
 
     def _guided(self, with_prompt: Tensor, without: Tensor, guidance_scale: float) -> Tensor:
         """Return u + w (c - u), of which each token (of 2 x 2 latents) is scaled to the norm of c's."""

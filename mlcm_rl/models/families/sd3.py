@@ -9,7 +9,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings, get_timestep_embedding
 from torch import Tensor
 
-from ..base import TARGET_TIME_WIDTH
+from ..base import TARGET_TIME_WIDTH, precision_of
 from ..conditioning import Conditioning
 from ..flow import FlowBase
 
@@ -97,7 +97,7 @@ class Family(FlowBase):
     def predict(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
     ) -> Tensor:
-        dtype = next(denoiser.parameters()).dtype
+        dtype = precision_of(denoiser)
         times = self.schedule.network_time[t]
         return denoiser(
             hidden_states=x_t.to(dtype),

@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_z_image import TimestepEmbedder
 from torch import Tensor
 
 from ...equations.schedule import Schedule, flow_schedule
-from ..base import TARGET_TIME_WIDTH
+from ..base import TARGET_TIME_WIDTH, precision_of
 from ..conditioning import CONTEXT, LENGTHS, Conditioning, stacked
 from ..flow import FlowBase
 
@@ -101,7 +101,7 @@ class Family(FlowBase):
     def predict(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
     ) -> Tensor:
-        dtype, context = next(denoiser.parameters()).dtype, conditioning[CONTEXT]
+        dtype, context = precision_of(denoiser), conditioning[CONTEXT]
         lengths = [context.shape[1]] * len(context) if x_t.is_meta else conditioning[LENGTHS].tolist()
         captions = [one[:length] for one, length in zip(context.to(dtype), lengths, strict=True)]
         times = self.schedule.network_time[t]
