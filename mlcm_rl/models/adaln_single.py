@@ -5,7 +5,6 @@ They attend to at most 300 tokens of one text encoder. PixArt and Sana have this
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -55,11 +54,6 @@ class AdaLNSingleBase(Base):
         outputs, inputs = self.denoiser.config.out_channels, self.denoiser.config.in_channels
         return inputs if outputs == 2 * inputs else outputs
 
-    @property
-    def stock_size(self) -> dict[str, int]:
-        """Return the resolution, and that it is not to be replaced by one of the few of the training."""
-        return {"height": self.resolution, "width": self.resolution, "use_resolution_binning": False}
-
     @staticmethod
     def conditioning_shapes(config: Mapping[str, Any], num_tokens: int) -> dict[str, tuple[int, ...]]:
         return {CONTEXT: (NUM_TOKENS, config["caption_channels"]), LENGTHS: ()}
@@ -67,11 +61,6 @@ class AdaLNSingleBase(Base):
     @property
     def num_tokens(self) -> int:
         return min(super().num_tokens, NUM_TOKENS)
-
-    @cached_property
-    def _dropped_prompt(self) -> Conditioning:
-        """Return the encoding of the empty prompt."""
-        return self._encode([""])
 
     def same_prompts(self, denoiser: torch.nn.Module) -> AbstractContextManager[None]:
         return prompts_attended_once(denoiser)

@@ -10,6 +10,8 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -171,10 +173,14 @@ class Base(ABC):
 
     @property
     def stock_size(self) -> dict[str, int]:
-        """Return the arguments for this resolution; none where the denoiser's configuration has it."""
-        if "sample_size" in self.denoiser.config:
-            return {}
-        return {"height": self.resolution, "width": self.resolution}
+        """Return the arguments for this resolution; none where the denoiser's configuration has it.
+
+        Pipelines that would replace it by one of the few of their training are told not to.
+        """
+        size = {"height": self.resolution, "width": self.resolution}
+        if "use_resolution_binning" in signature(self.pipeline_class.__call__).parameters:
+            return {**size, "use_resolution_binning": False}
+        return {} if "sample_size" in self.denoiser.config else size
 
     def empty_denoiser(self, config: Mapping[str, Any], condition: bool) -> ModelMixin:
         """Return a new denoiser of this `config` on torch's default device.
@@ -269,10 +275,10 @@ class Base(ABC):
             conditioning = self._dropped_prompt if self._dropped is None else self._dropped
         return {name: value.repeat(batch_size, *[1] * (value.ndim - 1)) for name, value in conditioning.items()}
 
-    @property
-    @abstractmethod
+    @cached_property
     def _dropped_prompt(self) -> Conditioning:
-        """Return the conditioning (1, ...) that the stock pipeline's guidance moves away from."""
+        """Return the conditioning (1, ...) that the stock pipeline's guidance moves away from: the empty prompt's."""
+        return self._encode([""])
 
     # ---- denoising ----
 

@@ -18,6 +18,7 @@ from ..recipe import Teacher, teacher_check
 from ..recipe.families import layout_of
 from ..storage.files import CheckpointError, read_json
 from ..storage.tensors import read_shapes
+from ..storage.untrusted import in_a_line
 from . import teacher_lora
 from .published_teachers import shipped
 from .quantised import quantise_
@@ -92,8 +93,7 @@ def in_words(teacher: Teacher) -> Iterator[None]:
     except (OSError, ValueError, CheckpointError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        message = f"teacher {teacher.path}: its files could not be loaded: {type(error).__name__}: {first}"
+        message = f"teacher {teacher.path}: its files could not be loaded: {in_a_line(error)}"
         raise ValueError(message) from error
 
 

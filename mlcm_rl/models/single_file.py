@@ -18,6 +18,7 @@ from ..recipe import Teacher, teacher_check
 from ..recipe.families import Layout, family_of, layout_of, tokenizer_of
 from ..storage.files import forget_origin, read_json, remove_partial_of, replacing
 from ..storage.tensors import read_shapes
+from ..storage.untrusted import in_a_line
 from . import files
 from .teacher_lora import FACTOR
 from .teachers import class_of
@@ -60,8 +61,7 @@ def convert(file: Path, like: Path, out: Path) -> Path:
             str(file), config=str(like), local_files_only=True, dtype=_dtype(file), **parts
         )
     except Exception as error:  # of diffusers and transformers; a gap is a tensor without data to them
-        first = (str(error).strip().splitlines() or [""])[0]
-        reason = "weights are missing" if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {first}"
+        reason = "weights are missing" if isinstance(error, NotImplementedError) else in_a_line(error)
         raise ValueError(f"{file}: no whole checkpoint of the base in {like}: {reason}") from error
     _refuse_other_size(file, like, getattr(pipeline, layout.denoiser), shapes)
     with replacing(out) as folder:

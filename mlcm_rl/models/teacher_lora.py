@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from ..recipe import Teacher
 from ..storage import finite
 from ..storage.tensors import read_tensors
-from ..storage.untrusted import first_few, parse_json
+from ..storage.untrusted import first_few, in_a_line, parse_json
 from .lora_files import METADATA_KEY, Adapter
 
 FACTOR = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](A|B|down|up)\.weight")
@@ -164,8 +164,7 @@ def _in_diffusers_names(
     try:
         converted = read(dict(tensors), **settings)
     except Exception as error:  # of diffusers, for names that it does not know
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise ValueError(f"{where}: diffusers does not read it: {type(error).__name__}: {first}") from error
+        raise ValueError(f"{where}: diffusers does not read it: {in_a_line(error)}") from error
     named, known = converted if isinstance(converted, tuple) else (converted, None)
     alphas = dict(known or {}) | {name: value for name, value in named.items() if name.endswith(".alpha")}
     numbers: dict[str, Any] = {name: torch.as_tensor(value).squeeze().tolist() for name, value in alphas.items()}

@@ -29,6 +29,7 @@ from ..storage.checkpoints import checkpoints, step_of
 from ..storage.files import CheckpointError, read_json
 from ..storage.manifest import is_finished
 from ..storage.tensors import read_shapes
+from ..storage.untrusted import in_a_line
 from . import estimates
 from .fingerprint import Located, locate
 
@@ -100,12 +101,6 @@ def share_done(stage: Stage, folder: Path) -> float:
     if stage.steps_per_phase and (saved := checkpoints(folder)):
         return min(1.0, step_of(saved[-1]) / sum(stage.steps_per_phase))
     return 0.0
-
-
-def in_a_line(error: Exception) -> str:
-    """Return the kind of `error` and the first line of its message."""
-    first, *_ = [*str(error).strip().splitlines(), ""]
-    return f"{type(error).__name__}: {first}"
 
 
 class Sizes:

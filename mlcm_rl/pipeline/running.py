@@ -27,6 +27,7 @@ from ..storage import manifest as checkpoint
 from ..storage.commit import commit
 from ..storage.files import CheckpointError
 from ..storage.manifest import finish, is_finished, unswept, verify
+from ..storage.untrusted import in_a_line
 from ..training import allocator, processes
 from ..training.devices import device_of
 from ..training.loop import NonFiniteLoss, StoppedBeforeUpdate
@@ -35,7 +36,7 @@ from ..training.replay import prepare, read, write
 from . import preflight
 from .errors import EXPECTED_ERRORS, BadArgument, ProcessLost, RunError, message_of, prefix_errors, way_out
 from .fingerprint import Located, locate, parents_of, seed_of_stage
-from .planning import PlannedStage, Sizes, in_a_line, planned_stages
+from .planning import PlannedStage, Sizes, planned_stages
 
 __all__ = [
     "BadArgument",

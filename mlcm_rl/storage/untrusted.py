@@ -24,6 +24,12 @@ def brief(value: object) -> str:
     return _REPR.repr(value)
 
 
+def in_a_line(error: Exception) -> str:
+    """Return the kind of `error` and the first line of its message."""
+    first, *_ = [*str(error).strip().splitlines(), ""]
+    return f"{type(error).__name__}: {first}"
+
+
 def first_few(texts: Sequence[str], count: int = 5) -> str:
     """Return the first `count` of `texts` in one line, with the number of the others."""
     more = [f"and {len(texts) - count} more"] if len(texts) > count else []

@@ -17,7 +17,7 @@ from mlcm_rl.equations.segments import sampling_times
 from mlcm_rl.equations.solver import ddim_step
 from mlcm_rl.models import sampler, students
 from mlcm_rl.models.base import Base
-from mlcm_rl.models.conditioning import rows_of
+from mlcm_rl.models.conditioning import concatenated, rows_of
 from mlcm_rl.models.export import export
 from mlcm_rl.recipe import Evaluate, Full, Lora, Samples
 from mlcm_rl.storage.manifest import verify
@@ -47,10 +47,6 @@ def base(case, folder) -> Base:
 @pytest.fixture(scope="module")
 def stock(case, folder) -> DiffusionPipeline:
     return case.stock(folder)
-
-
-def noise_of(base: Base, case: Case) -> torch.Tensor:
-    return base.noise(torch.Generator().manual_seed(4), len(case.prompts))
 
 
 def conditioning_of(base: Base, case: Case):
@@ -87,7 +83,7 @@ def test_what_is_read_of_a_prompt_is_counted(case, base):
 
 @pytest.mark.parametrize("num_steps", [4, 3])
 def test_a_guided_trajectory_is_the_stock_pipelines(case, base, stock, num_steps):
-    times, noise = sampling_times(num_steps), noise_of(base, case)
+    times, noise = sampling_times(num_steps), case.noise(base)
     expected = case.draw(base, stock, noise, case.guided_call(base, stock, times))
     unconditional = base.unconditional(len(noise))
     conditioning = conditioning_of(base, case)
@@ -96,12 +92,22 @@ def test_a_guided_trajectory_is_the_stock_pipelines(case, base, stock, num_steps
 
 
 def test_pictures_are_decoded_and_encoded_as_the_stock_pipeline_does(case, base, stock):
-    latents = noise_of(base, case)
+    latents = case.noise(base)
     expected = case.decoded(stock, latents)
     torch.testing.assert_close(base.autoencoder.decode(latents), expected, atol=2e-6, rtol=1e-6)
     by_hand = case.encoded_pictures(stock, expected)
     assert by_hand.shape == latents.shape
     torch.testing.assert_close(base.autoencoder.encode(expected), by_hand, atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompts_prediction_does_not_depend_on_longer_ones_beside_it(base):
+    """A caption that is padded as its own would be another one, or would move the positions of the picture."""
+    x_t, t = base.noise(torch.Generator().manual_seed(4), 2), torch.tensor([999, 374])
+    short, long = base.encode_prompts(["红苹果"]), base.encode_prompts(["a red apple and a green one, " * 4])
+    together = base.predict(base.denoiser, x_t, t, concatenated([short, long]))
+    for i, one in enumerate((short, long)):
+        alone = base.predict(base.denoiser, x_t[i : i + 1], t[i : i + 1], one)
+        torch.testing.assert_close(together[i : i + 1], alone, atol=2e-6, rtol=1e-5)
 
 
 # ---- students ----
@@ -111,7 +117,7 @@ def test_pictures_are_decoded_and_encoded_as_the_stock_pipeline_does(case, base,
 @pytest.mark.parametrize("condition", [False, True], ids=["plain", "conditioned"])
 def test_a_student_starts_as_its_teacher_and_is_loaded_as_it_was_saved(case, base, adapter, condition, tmp_path):
     denoiser = students.student(base, adapter, 0, condition)
-    x_t, t = noise_of(base, case), torch.tensor([999, 374])
+    x_t, t = case.noise(base), torch.tensor([999, 374])
     conditioning, s = conditioning_of(base, case), torch.tensor([749, 0]) if condition else None
     assert torch.equal(
         base.predict(denoiser, x_t, t, conditioning, s), base.predict(base.denoiser, x_t, t, conditioning)
@@ -193,7 +199,7 @@ def exported(base: Base, place: Path, adapter: Lora | Full, condition: bool, gam
 def sampled(base: Base, case: Case, place: Path, num_steps: int, gamma: float, generators=None) -> torch.Tensor:
     """Return the last x0, or what TCD's scheduler makes of it, which ends at index 0."""
     student, times = students.load_student(base, place / "student"), sampling_times(num_steps)
-    inputs = (base, student.denoiser, conditioning_of(base, case), noise_of(base, case), times)
+    inputs = (base, student.denoiser, conditioning_of(base, case), case.noise(base), times)
     states, x0 = sampler.rollout(*inputs, gamma, generators, student.conditioned)
     if not isinstance(base.stock_scheduler(gamma), TCDScheduler):
         return x0
@@ -202,9 +208,7 @@ def sampled(base: Base, case: Case, place: Path, num_steps: int, gamma: float, g
 
 
 def stock_sampled(base: Base, case: Case, stock: DiffusionPipeline, num_steps: int) -> torch.Tensor:
-    return case.draw(
-        base, stock, noise_of(base, case), base.stock_call(sampling_times(num_steps)) | base.stock_guidance
-    )
+    return case.draw(base, stock, case.noise(base), base.stock_call(sampling_times(num_steps)) | base.stock_guidance)
 
 
 @ADAPTERS

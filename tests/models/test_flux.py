@@ -36,10 +36,6 @@ def stock(folder) -> FluxPipeline:
     return CASE.stock(folder)
 
 
-def noise_of(base: Family) -> torch.Tensor:
-    return base.noise(torch.Generator().manual_seed(4), len(PROMPTS))
-
-
 # ---- guidance ----
 
 
@@ -50,7 +46,7 @@ def test_a_guided_pass_is_one_with_the_scale_as_an_input(base, stock, guidance_s
     forward = base.denoiser.time_text_embed.forward
     watched = lambda t, guidance, text: scales.append(guidance / 1000) or forward(t, guidance, text)  # noqa: E731
     monkeypatch.setattr(base.denoiser.time_text_embed, "forward", watched)
-    times, noise, conditioning = sampling_times(2), noise_of(base), base.encode_prompts(PROMPTS)
+    times, noise, conditioning = sampling_times(2), CASE.noise(base), base.encode_prompts(PROMPTS)
     x0 = sampler.sample_teacher(base, conditioning, {}, noise, times, guidance_scale)
     assert torch.cat(scales).tolist() == pytest.approx([guidance_scale] * 2 * len(PROMPTS))
     expected = CASE.draw(base, stock, noise, base.stock_call(times) | {"guidance_scale": guidance_scale})
@@ -82,7 +78,7 @@ def test_a_renoising_student_is_the_stock_pipelines_where_noise_is_drawn_as_toke
     denoiser = students.student(base, Lora(rank=8, alpha=8.0), 0)
     tiny.perturb(students.trainable_parameters(denoiser), seed=1, scale=0.02)
     students.save_student(denoiser, tmp_path / "student", {"num_segments": 1, **students.expected_of(base)})
-    stock, noise, times = CASE.stock(export(tmp_path / "student", base, tmp_path / "out")), noise_of(base), [999, 499]
+    stock, noise, times = CASE.stock(export(tmp_path / "student", base, tmp_path / "out")), CASE.noise(base), [999, 499]
     torch.manual_seed(7)
     expected = CASE.draw(base, stock, noise, base.stock_call(times) | base.stock_guidance)
     tokens = CASE.to_stock(base, noise).shape
@@ -113,13 +109,13 @@ def test_half_precision_rounds_times_as_the_stock_pipeline_does_and_no_target_ti
     given = []
     forward = stock.transformer.forward
     monkeypatch.setattr(stock.transformer, "forward", lambda **inputs: given.append(inputs) or forward(**inputs))
-    CASE.draw(base, stock, noise_of(base).bfloat16(), base.stock_call(times) | base.stock_guidance)
+    CASE.draw(base, stock, CASE.noise(base).bfloat16(), base.stock_call(times) | base.stock_guidance)
     assert torch.stack([one["timestep"][0] for one in given]).equal(
         base.divided_times(base.denoiser, torch.tensor(times))
     )
     denoiser = students.student(base, Lora(rank=2, alpha=2.0), 0, condition_on_target=True)
     tiny.perturb(students.trainable_parameters(denoiser), seed=1)
-    x_t, t, conditioning = noise_of(base)[[0, 0]], torch.tensor([999, 999]), base.encode_prompts(PROMPTS[:1] * 2)
+    x_t, t, conditioning = CASE.noise(base)[[0, 0]], torch.tensor([999, 999]), base.encode_prompts(PROMPTS[:1] * 2)
     near_targets = torch.tensor([873, 874])  # one number in half precision
     first, second = base.predict(denoiser, x_t, t, conditioning, near_targets)
     assert not torch.equal(first, second)

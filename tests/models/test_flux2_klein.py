@@ -35,16 +35,12 @@ def base(folder) -> Family:
     return CASE.load(folder)
 
 
-def noise_of(base: Family) -> torch.Tensor:
-    return base.noise(torch.Generator().manual_seed(4), len(PROMPTS))
-
-
 # ---- the shift ----
 
 
 def test_the_shift_is_the_stock_pipelines_at_its_default_number_of_steps(base, folder):
     """At 50 steps the stock pipeline visits our grid, sigma by sigma, and so it draws the teacher's trajectory."""
-    stock, noise = CASE.stock(folder), noise_of(base)
+    stock, noise = CASE.stock(folder), CASE.noise(base)
     expected = CASE.draw(base, stock, noise, {"num_inference_steps": 50, **CASE.guidance})
     times = [1000 * (50 - i) // 50 - 1 for i in range(50)]
     torch.testing.assert_close(stock.scheduler.sigmas[:-1], base.schedule.sigma[times], atol=1e-6, rtol=1e-6)
@@ -79,7 +75,7 @@ def test_a_renoising_student_is_the_stock_pipelines_where_noise_is_drawn_as_toke
     denoiser = students.student(base, Lora(rank=8, alpha=8.0), 0)
     tiny.perturb(students.trainable_parameters(denoiser), seed=1, scale=0.02)
     students.save_student(denoiser, tmp_path / "student", {"num_segments": 1, **students.expected_of(base)})
-    stock, noise, times = CASE.stock(export(tmp_path / "student", base, tmp_path / "out")), noise_of(base), [999, 499]
+    stock, noise, times = CASE.stock(export(tmp_path / "student", base, tmp_path / "out")), CASE.noise(base), [999, 499]
     torch.manual_seed(7)
     expected = CASE.draw(base, stock, noise, base.stock_call(times) | base.stock_guidance)
     tokens = Flux2KleinPipeline._pack_latents(noise).shape
@@ -96,7 +92,7 @@ def test_a_renoising_student_is_the_stock_pipelines_where_noise_is_drawn_as_toke
 
 def test_tiles_of_the_autoencoder_are_of_its_own_latents(folder):
     base = CASE.load(folder)
-    latents = noise_of(base)
+    latents = CASE.noise(base)
     whole = base.autoencoder.decode(latents)
     base.autoencoder.use_tiles(32)  # above the picture's 24 pixels
     assert (base.autoencoder.vae.tile_sample_min_size, base.autoencoder.vae.tile_latent_min_size) == (32, 16)
@@ -112,7 +108,7 @@ def test_no_target_time_is_rounded_in_half_precision(folder):
     base = CASE.load(folder)
     denoiser = students.student(base, Full(), 0, condition_on_target=True)
     tiny.perturb(students.trainable_parameters(denoiser), seed=1)
-    x_t, t, conditioning = noise_of(base)[[0, 0]], torch.tensor([999, 999]), base.encode_prompts(PROMPTS[:1] * 2)
+    x_t, t, conditioning = CASE.noise(base)[[0, 0]], torch.tensor([999, 999]), base.encode_prompts(PROMPTS[:1] * 2)
     near_targets = torch.tensor([873, 874])  # one number in half precision
     first, second = base.predict(denoiser.bfloat16(), x_t, t, conditioning, near_targets)
     assert not torch.equal(first, second)
@@ -158,6 +154,6 @@ def test_an_exported_student_says_that_it_is_distilled_so_that_no_scale_guides_i
     out = export(tmp_path / "student", base, tmp_path / "out", gamma=0.0)
     assert json.loads((out / "model_index.json").read_text())["is_distilled"] is True
     assert base.pipeline.config["is_distilled"] is False
-    stock, noise, call = CASE.stock(out), noise_of(base), base.stock_call(sampling_times(2))
+    stock, noise, call = CASE.stock(out), CASE.noise(base), base.stock_call(sampling_times(2))
     drawn = [CASE.draw(base, stock, noise, call | {"guidance_scale": scale}) for scale in (0.0, 4.0)]
     assert torch.equal(*drawn)

@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mlcm_rl.models import students
-from mlcm_rl.models.conditioning import concatenated
 from mlcm_rl.recipe import Lora
 from mlcm_rl.recipe.teacher_check import problems
 from tiny_families.z_image import CASE, z_image
@@ -21,16 +20,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(folder):
     return CASE.load(folder)
-
-
-def test_a_prompts_prediction_does_not_depend_on_longer_ones_beside_it(base):
-    """A padded caption would be another one, and would move the positions of the picture."""
-    x_t, t = base.noise(torch.Generator().manual_seed(4), 2), torch.tensor([999, 374])
-    short, long = base.encode_prompts(["红苹果"]), base.encode_prompts(["a red apple and a green one, " * 4])
-    together = base.predict(base.denoiser, x_t, t, concatenated([short, long]))
-    for i, one in enumerate((short, long)):
-        alone = base.predict(base.denoiser, x_t[i : i + 1], t[i : i + 1], one)
-        torch.testing.assert_close(together[i : i + 1], alone, atol=2e-6, rtol=1e-5)
 
 
 def test_the_callers_prompts_stay_as_they_are(base):

@@ -72,6 +72,10 @@ class Case:
         """Load a tiny teacher."""
         return teachers.load(self.teacher(folder), "cpu")
 
+    def noise(self, base: Base) -> Tensor:
+        """Return the noise (B, C, H, W) of a picture for each prompt."""
+        return base.noise(torch.Generator().manual_seed(4), len(self.prompts))
+
     def stock(self, folder: Path) -> DiffusionPipeline:
         """Load a folder by stock diffusers. Its networks are as in `load`, misaligned memory maps and all."""
         pipeline = DiffusionPipeline.from_pretrained(folder, **self.absent)

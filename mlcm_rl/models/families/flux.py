@@ -72,11 +72,6 @@ class Family(FlowBase):
         )
         return {"context": context.float(), "pooled": pooled.float()}
 
-    @cached_property
-    def _dropped_prompt(self) -> Conditioning:
-        """Return the encoding of the empty prompt, which only the teacher's own training uses."""
-        return self._encode([""])
-
     @property
     def _tokenizers(self) -> list[Any]:
         """Return T5's tokenizer; CLIP's states are not read, but for the pooled one."""

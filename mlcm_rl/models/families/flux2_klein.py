@@ -109,11 +109,6 @@ class Family(FlowBase):
         context, _ = self.pipeline.encode_prompt(prompts, device=self.device, max_sequence_length=TOKENS)
         return {"context": context.float()}
 
-    @cached_property
-    def _dropped_prompt(self) -> Conditioning:
-        """Return the encoding of the empty prompt's chat."""
-        return self._encode([""])
-
     @property
     def num_tokens(self) -> int:
         return TOKENS

@@ -63,11 +63,6 @@ class Family(VPBase):
         """Return half of what the denoiser gives: the other half is a variance, which no sampler here needs."""
         return self.denoiser.out_channels // 2
 
-    @property
-    def stock_size(self) -> dict[str, int]:
-        """Return the resolution, and that it is not to be replaced by one of the few of the training."""
-        return {"height": self.resolution, "width": self.resolution, "use_resolution_binning": False}
-
     @staticmethod
     def conditioning_shapes(config: Mapping[str, Any], num_tokens: int) -> dict[str, tuple[int, ...]]:
         length, t5_length = config["text_len"], config["text_len_t5"]
@@ -93,11 +88,6 @@ class Family(VPBase):
             )
             encoded += [context.float(), mask.float()]
         return dict(zip(("context", "mask", "t5_context", "t5_mask"), encoded, strict=True))
-
-    @cached_property
-    def _dropped_prompt(self) -> Conditioning:
-        """Return the encoding of the empty prompt by both encoders."""
-        return self._encode([""])
 
     @property
     def _tokenizers(self) -> list[Any]:

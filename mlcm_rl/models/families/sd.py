@@ -1,7 +1,5 @@
 """Stable Diffusion 1.5 (epsilon) and 2.1 (v): one text tower, its last states."""
 
-from functools import cached_property
-
 import torch
 from diffusers import StableDiffusionPipeline
 
@@ -27,9 +25,3 @@ class Family(UNetBase):
         """Return the text tower's last states (B, L, D), after its final norm."""
         context, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
         return {"context": context.float()}
-
-    @cached_property
-    @torch.no_grad()
-    def _dropped_prompt(self) -> Conditioning:
-        """Return the encoding of the empty prompt."""
-        return self._encode([""])

@@ -1,7 +1,6 @@
 """Stable Diffusion 3 and 3.5: a joint transformer over picture and text; two CLIP towers, with or without T5."""
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,11 +69,6 @@ class Family(FlowBase):
             max_sequence_length=T5_TOKENS,
         )
         return {"context": context.float(), "pooled": pooled.float()}
-
-    @cached_property
-    def _dropped_prompt(self) -> Conditioning:
-        """Return the encoding of the empty prompt by all encoders."""
-        return self._encode([""])
 
     @property
     def _tokenizers(self) -> list[Any]:

@@ -1,7 +1,6 @@
 """Z-Image: one transformer over picture and caption, which Qwen3 encodes; English and Chinese."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -72,11 +71,6 @@ class Family(FlowBase):
             max_sequence_length=CAPTION_TOKENS,
         )
         return stacked([{CONTEXT: one.float(), LENGTHS: torch.tensor(len(one), device=one.device)} for one in states])
-
-    @cached_property
-    def _dropped_prompt(self) -> Conditioning:
-        """Return the encoding of the empty prompt's chat."""
-        return self._encode([""])
 
     @property
     def num_tokens(self) -> int:
