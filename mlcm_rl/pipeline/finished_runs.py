@@ -259,7 +259,7 @@ def teacher_of(folder: Path, in_floats: bool = False) -> Base:
 def refuse_missing(folder: Path, recipe: Recipe, *files: str) -> None:
     """Raise RunError where the teacher of the stage in `folder`, or one of the other `files`, is not there any more."""
     teacher = [] if recipe.teacher.revision else [recipe.teacher.path]  # a hub's name is not a path
-    teacher += [recipe.teacher.lora] if recipe.teacher.lora else []
+    teacher += filter(None, [recipe.teacher.lora, recipe.teacher.text_adapter])
     missing = [path for path in (*teacher, *files) if not Path(path).exists()]
     if missing:
         raise RunError(
