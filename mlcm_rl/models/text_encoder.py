@@ -31,10 +31,19 @@ class TextEncoder:
             read_shapes(path)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
-            model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **LOCAL)
+            model, state = AutoModel.from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **LOCAL
+            )
         except Exception as error:  # of files that are not what their names say
             raise ValueError(f"text encoder {folder}: it could not be loaded: {in_a_line(error)}") from error
         self.model: nn.Module = text_part(model).to(device).requires_grad_(False).eval()
+        unused = ("pooler.", *["decoder."] * has_decoder(model))  # the states do not depend on them
+        missing = [name for name in sorted(state["missing_keys"]) if not name.startswith(unused)]
+        if missing or state["mismatched_keys"]:  # transformers would draw them at random
+            names = [*missing, *map(str, state["mismatched_keys"])]
+            raise ValueError(
+                f"text encoder {folder}: {len(names)} of its weights are not in its files, such as {names[0]}"
+            )
         words = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         if len(self.tokenizer) > words:
             raise ValueError(
@@ -57,9 +66,12 @@ class TextEncoder:
 
 def text_part(model: Any) -> nn.Module:
     """Return what encodes texts in `model`: the text tower of one of texts and pictures, the encoder of one of two."""
-    if model.config.is_encoder_decoder:
-        return model.get_encoder()
-    return getattr(model, "text_model", model)
+    return model.get_encoder() if has_decoder(model) else getattr(model, "text_model", model)
+
+
+def has_decoder(model: nn.Module) -> bool:
+    """Return whether `model` is an encoder and a decoder, whatever its configuration says (that of T5's encoder)."""
+    return {"encoder", "decoder"} <= {name for name, _ in model.named_children()}
 
 
 def states_width(folder: Path) -> int:
