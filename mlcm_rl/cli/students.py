@@ -43,10 +43,19 @@ def sample(
         typer.Option(min=0, max=1, help="noise put back between steps: 0 none, 1 all; default: what suits the student"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures drawn at once")] = 16,
+    text_adapter: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            show_default=False,
+            help="folder that an adapt_text stage left, through which prompts in its languages go",
+        ),
+    ] = None,
 ) -> None:
     """Draw pictures with a run's student."""
     with imported("pipeline.finished_runs") as finished_runs:
-        pictures = finished_runs.sample(run, prompt, steps, seed, gamma, out, batch_size)
+        pictures = finished_runs.sample(run, prompt, steps, seed, gamma, out, batch_size, text_adapter)
     for picture in pictures:
         line(Text(str(picture)))
 
