@@ -90,7 +90,7 @@ class Family(FlowBase):
         The stock pipeline's own depends on the number of steps, from 10 at one to 7.6 at 50 (4096 tokens), and a grid
         has one: that under which the teacher is drawn as it is published.
         """
-        if not self.pipeline.scheduler.config.use_dynamic_shifting:
+        if not self.shifts_by_tokens:
             return super().shift
         _, height, width = self.latent_shape
         return math.exp(compute_empirical_mu(height * width, STEPS))
