@@ -15,7 +15,7 @@ from torch import Tensor
 from ..equations.schedule import Schedule, flow_schedule, flow_shift
 from ..recipe import Teacher, teacher_check
 from ..recipe.schedule_types import SHIFT_OF_TOKENS, FlowScheduler
-from .base import Base, precision_of
+from .base import Base
 
 MAX_SHIFT = 1e6  # beyond it, and below its inverse, only the ends of the time axis would be noise or picture
 
@@ -64,12 +64,12 @@ class FlowBase(Base):
     def _schedule(self) -> tuple[str, Schedule]:
         return "flow", flow_schedule(self.shift)
 
-    def divided_times(self, denoiser: torch.nn.Module, t: Tensor) -> Tensor:
-        """Return the times (B,) of t as pipelines give them to a denoiser that multiplies by T: rounded, then divided.
+    def divided_times(self, t: Tensor, precision: torch.dtype) -> Tensor:
+        """Return the times (B,) of t as pipelines in this `precision` give them to a denoiser that multiplies by T.
 
-        Half precision rounds them here as it does there.
+        They are rounded, then divided.
         """
-        return self.schedule.network_time[t].to(precision_of(denoiser)) / self.schedule.num_times
+        return self.schedule.network_time[t].to(precision) / self.schedule.num_times
 
     def schedule_record(self) -> dict[str, Any]:
         return {"num_train_timesteps": self.schedule.num_times, "shift": self.shift}
