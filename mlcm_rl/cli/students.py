@@ -50,6 +50,15 @@ def sample(
         typer.Option(min=0, max=1, help="noise put back between steps: 0 none, 1 all; default: what suits the student"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures drawn at once")] = 16,
+    text_adapter: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            show_default=False,
+            help="folder that an adapt_text stage left, through which prompts in its languages go",
+        ),
+    ] = None,
 ) -> None:
     """Draw pictures with a run's student, and a sheet of them where they are several.
 
@@ -59,7 +68,9 @@ def sample(
         raise typer.BadParameter("name what to draw: --prompt TEXT, or --prompts FILE", param_hint="--prompt")
     with imported("pipeline.finished_runs") as finished_runs:
         texts = [*(prompt or []), *(finished_runs.prompts_of(prompts) if prompts else [])]
-        pictures = finished_runs.sample(run, texts, steps, seed, gamma, out, batch_size, images_per_prompt)
+        pictures = finished_runs.sample(
+            run, texts, steps, seed, gamma, out, batch_size, images_per_prompt, text_adapter
+        )
     for picture in pictures:
         line(Text(str(picture)))
 

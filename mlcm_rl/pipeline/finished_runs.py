@@ -72,23 +72,25 @@ def sample(
     out: Path,
     batch_size: int = 16,
     images_per_prompt: int = 1,
+    text_adapter: Path | None = None,
 ) -> list[Path]:
     """Write pictures of `prompts` by a run's last student as PNG files in `out`, `batch_size` at a time; return paths.
 
     Every prompt has `images_per_prompt` pictures at each number of steps; the noise of the i-th of a number of steps
     depends on (seed, i) alone. More than one picture are on a sheet too, whose path is the last: a row for each noise,
     a column for each number of steps. Files are numbered after those in `out`. The default `gamma` is the one that the
-    student was tuned under, or its own.
+    student was tuned under, or its own. Prompts in the languages of a `text_adapter` go through it.
     """
     if not all(map(is_unicode, prompts)):
         raise BadArgument("--prompt: holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
     folder = find_stage(run_folder, STUDENTS)
-    base = teacher_of(folder)
+    base = teacher_of(folder, text_adapter=text_adapter)
     tell_truncated(base, prompts, "--prompt")
     student = students.load_student(base, folder / "student")
     gamma = own_gamma(folder / "student") if gamma is None else gamma
     drawn = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     common = {"seed": seed, "gamma": gamma, "student": folder.name}
+    common |= {"text_adapter": str(text_adapter)} if text_adapter else {}
     first, files, columns = _next_number(out), [], []
     terminal = plain_console(stderr=True)  # standard output has the paths alone
     for steps in dict.fromkeys(num_steps):
@@ -257,16 +259,19 @@ def _latest_table(run_folder: Path) -> tuple[str | None, list[str]]:
     return tables.markdown(latest), tuned_students.languages(latest.prompts)
 
 
-def teacher_of(folder: Path, in_floats: bool = False) -> Base:
+def teacher_of(folder: Path, in_floats: bool = False, text_adapter: Path | None = None) -> Base:
     """Return the teacher of the student in a finished stage, loaded from the path in its recipe.
 
-    Where the recipe quantises it, `in_floats` leaves that out: an export has adapters merged into the weights.
+    Where the recipe quantises it, `in_floats` leaves that out: an export has adapters merged into the weights. A
+    `text_adapter` takes the place of the recipe's.
     Raises CheckpointError where its files have changed: the student, an adapter over them, would draw something else.
     Raises as `teachers.load` does.
     """
     recipe = recipe_of(folder)
     refuse_missing(folder, recipe)
-    teacher = recipe.teacher.model_copy(update={"quantise": None}) if in_floats else recipe.teacher
+    changes: dict[str, object] = {"quantise": None} if in_floats else {}
+    changes |= {"text_adapter": str(text_adapter)} if text_adapter is not None else {}
+    teacher = recipe.teacher.model_copy(update=changes)
     base = teachers.load(teacher, device_of(recipe.device))
     recorded = students.describe(folder / "student").get("teacher_hash")  # older folders have none
     if recorded not in (None, teacher_hash(recipe.teacher)):
@@ -280,7 +285,7 @@ def teacher_of(folder: Path, in_floats: bool = False) -> Base:
 def refuse_missing(folder: Path, recipe: Recipe, *files: str) -> None:
     """Raise RunError where the teacher of the stage in `folder`, or one of the other `files`, is not there any more."""
     teacher = [] if recipe.teacher.revision else [recipe.teacher.path]  # a hub's name is not a path
-    teacher += [recipe.teacher.lora] if recipe.teacher.lora else []
+    teacher += filter(None, [recipe.teacher.lora, recipe.teacher.text_adapter])
     missing = [path for path in (*teacher, *files) if not Path(path).exists()]
     if missing:
         raise RunError(

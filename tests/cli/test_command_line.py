@@ -258,7 +258,11 @@ def test_sample_evaluate_and_export_hand_their_arguments_on(mlcm, finished_runs)
     exported = mlcm("export", "runs/good", "out")
     assert (sampled.stdout, evaluated.stdout, exported.stdout) == ("out/0.png\nout/1.png\n", "report.html\n", "out\n")
     run = Path("runs/good")
-    assert calls == [(run, ["a cat", "猫"], [4], 0, 0.5, Path("out"), 16, 1), (run, None, [2, 4]), (run, Path("out"))]
+    assert calls == [
+        (run, ["a cat", "猫"], [4], 0, 0.5, Path("out"), 16, 1, None),
+        (run, None, [2, 4]),
+        (run, Path("out")),
+    ]
 
 
 def test_sample_takes_a_prompt_file_after_the_prompts(mlcm, finished_runs):
