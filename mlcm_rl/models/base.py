@@ -200,8 +200,11 @@ class Base(ABC):
         return denoiser
 
     @abstractmethod
-    def time_sinusoids(self, denoiser: ModelMixin, t: Tensor) -> Tensor:
-        """Return the sinusoids (B, D) of the times t (B,) that `denoiser` passes to its `time_layer`."""
+    def time_sinusoids(self, denoiser: ModelMixin, t: Tensor, precision: torch.dtype) -> Tensor:
+        """Return the sinusoids (B, D) of the times t (B,) that `denoiser` passes to its `time_layer`.
+
+        They are of times that the stock pipeline rounds, where it does, in this `precision`.
+        """
 
     def target_time_sinusoids(self, s: Tensor) -> Tensor:
         """Return the sinusoids (B, TARGET_TIME_WIDTH) of the target times s (B,), which a student projects."""

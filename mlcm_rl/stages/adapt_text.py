@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.prompts import parallel_prompts
-from ..data.trajectory_store import Store, expected_of
+from ..data.trajectory_store import Store, refuse_mismatch, store_of
 from ..equations.adaptation import effect_lost, feature_error
 from ..equations.schedule import add_noise
 from ..equations.segments import time_grid
@@ -82,8 +82,9 @@ def run(stage: AdaptText, recipe: Recipe, parents: dict[str, Path], folder: Path
 
 def open_store(stage: AdaptText, recipe: Recipe, base: Base, folder: Path) -> Store:
     """Return the store of the trajectories in `folder`. Raise CheckpointError for one of other prompts or weights."""
-    expected = expected_of(recipe.teacher, base) | {"prompts_hash": sha256(Path(stage.prompts))}
-    return Store(folder, expected)
+    store = store_of(folder, recipe.teacher, base)
+    refuse_mismatch(folder / "store.json", vars(store.provenance), {"prompts_hash": sha256(Path(stage.prompts))})
+    return store
 
 
 def texts_of(stage: AdaptText) -> list[str]:

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from drawings import CANVAS
+from mlcm_rl.data.scenes import CANVAS, RELATIONS
 from mlcm_rl.equations.averaging import ema_decay, ema_update_
 from mlcm_rl.equations.schedule import flow_schedule, logit_normal_times
 from mlcm_rl.training.loop import cpu_has_bfloat16
 from scene_latents import load_parts
-from scenes import LANGUAGES, RELATIONS, SUBJECT, Scene, read_concepts
+from scenes import LANGUAGES, SUBJECT, Scene, read_concepts
 from sources import cache_folder, whole_folder, write_text
 from train_text_towers import tokenize
 from wordings import Writer
