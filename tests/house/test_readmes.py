@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGLISH, CHINESE = "README.md", "README.zh.md"
 HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
 BLOCK = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+COMMENT = re.compile(r"(?:^|(?<=\s))#.*", re.MULTILINE)  # in a block of code: those of one language
 TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 SPAN = re.compile(r"`[^`]+`")
 LINK = re.compile(r"\]\(([^)]+)\)")
@@ -18,10 +19,10 @@ CELL = re.compile(r"(?<!\\)\|")
 
 
 class Readme:
-    """The parts of a page in Markdown; those of text are by section, without blocks of code."""
+    """The parts of a page in Markdown: blocks of code without their comments, and text, tables and links by section."""
 
     def __init__(self, text: str):
-        self.blocks = BLOCK.findall(text)
+        self.blocks = [COMMENT.sub("", block) for block in BLOCK.findall(text)]
         text = BLOCK.sub("", text)
         self.titles = [title for _, title in HEADING.findall(text)]
         self.levels = [level for level, _ in HEADING.findall(text)]
