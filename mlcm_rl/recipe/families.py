@@ -40,6 +40,7 @@ class Layout:
     embeds_guidance: bool = False  # the guidance scale is an input of the denoiser: a guided pass is one evaluation
     num_times: int = USUAL_TIMES  # of a variance-preserving schedule
     extras: dict[str, str] = field(default_factory=dict)  # module that the family needs: extra of ours that has it
+    loads_lora: bool = True  # diffusers' pipeline loads files of LoRAs
     reads_chats: bool = False  # prompts are written into the chat template of the tokenizer
     # key in a file (component.key or model_index.key): value of a few-step model, model to name instead
     distilled: dict[str, tuple[Any, str]] = field(default_factory=dict)
@@ -173,6 +174,7 @@ FAMILIES = {
         denoiser="transformer",
         denoiser_class="HunyuanDiT2DModel",
         text={"text_encoder": "BertModel", "text_encoder_2": "T5EncoderModel"},
+        loads_lora=False,
     ),
     "pixart_sigma": Layout(
         implementation="mlcm_rl.models.families.pixart_sigma:Family",
@@ -180,6 +182,7 @@ FAMILIES = {
         denoiser="transformer",
         denoiser_class="PixArtTransformer2DModel",
         older_classes={"transformer": "Transformer2DModel"},
+        loads_lora=False,
         text={"text_encoder": "T5EncoderModel"},
     ),
     "sana": Layout(

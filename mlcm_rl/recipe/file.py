@@ -154,6 +154,10 @@ def _lora_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
     if name and os.path.isfile(folders.place(key, name)) and Path(name).suffix != ".safetensors":
         yield Problem(key, f"expected a .safetensors file, found {name}: other formats can run code and are not read")
     yield from _absent(key, name, folders)
+    with suppress(ValueError):  # of a family that is reported as broken
+        layout = layout_of(recipe.teacher.family)
+        if not layout.loads_lora:
+            yield Problem(key, f"diffusers loads no LoRA into a {layout.pipeline}: merge it into the checkpoint")
     for i, stage in enumerate(recipe.stages):
         if stage.kind == "train_teacher":
             message = "train_teacher writes a checkpoint of its own, into which teacher.lora would go in part: merge "

@@ -20,6 +20,7 @@ from mlcm_rl.models.base import Base
 from mlcm_rl.models.conditioning import concatenated, rows_of
 from mlcm_rl.models.export import PRECISIONS, export, target_time_update
 from mlcm_rl.recipe import Evaluate, Full, Lora, Samples
+from mlcm_rl.recipe.families import layout_of
 from mlcm_rl.storage.manifest import verify
 from tiny_families import CASES
 from tiny_families.case import Case
@@ -132,6 +133,10 @@ def test_a_student_starts_as_its_teacher_and_is_loaded_as_it_was_saved(case, bas
     assert torch.equal(base.predict(loaded.denoiser, x_t, t, conditioning, s), prediction)
     if adapter == Full():  # the folder is a stock denoiser's, whatever stands beside it
         base.denoiser_class.from_pretrained(tmp_path / "student" / base.denoiser_part)
+
+
+def test_recipes_know_which_pipelines_load_a_lora(case, base):
+    assert layout_of(case.family).loads_lora == base.loads_adapters == case.loads_lora
 
 
 def test_the_adapters_modules_are_there(base):
