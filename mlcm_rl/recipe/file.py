@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..storage.untrusted import read_bytes, regular
-from . import errors, renamed, reward_package, teacher_check
+from . import errors, renamed, reward_package, reward_settings, teacher_check
 from .distill import Distill
 from .experiment import Recipe, missing_library, missing_trackers
 from .families import absent_extras, family_of, geometry, layout_of
@@ -219,6 +219,7 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
             if reward.name not in known_rewards:
                 message = f"no reward is called {reward.name}; known are {', '.join(known_rewards) or 'none'}"
                 yield Problem(key, message, nearest(reward.name, known_rewards))
+            yield from reward_settings.problems(key[:-1], reward)
             yield from _endless((*key[:-1], "settings"), reward, folders)
             folder = reward.settings.get("folder") if reward.name == TRAINED else None
             if isinstance(folder, str):
