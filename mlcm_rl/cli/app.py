@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import prompts, recipes, reward_commands, students, teachers
+from . import doctor, prompts, recipes, results, reward_commands, students, teachers
 from .console import error_console, output_may_refuse, unbreak_help, write_anything
 
 app = typer.Typer(
@@ -54,6 +54,9 @@ for command in (
     students.evaluate,
     students.export,
     teachers.convert,
+    doctor.doctor,
+    results.runs,
+    results.clean,
     recipes.replay,
     recipes.schema,
     reward_commands.score,

@@ -62,7 +62,7 @@ def resolved(recipe: Recipe, folders: Folders) -> tuple[Recipe, list[str]]:
     """Return `recipe` with its paths as this process sees them, and a note on each ambiguous one."""
     notes: dict[str, str] = {}
     input_keys: set[Key] = {("stages", i, name) for i, stage in enumerate(recipe.stages) for name in reads_of(stage)}
-    input_keys.add(("teacher", "lora"))
+    input_keys |= {("teacher", "lora"), ("teacher", "text_adapter")}
 
     def local_path(key: Key, text: str) -> str:
         if not text or os.path.isabs(text):
@@ -121,6 +121,8 @@ def paths_in(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     yield ("teacher", "path"), recipe.teacher.path
     if recipe.teacher.lora is not None:
         yield ("teacher", "lora"), recipe.teacher.lora
+    if recipe.teacher.text_adapter is not None:
+        yield ("teacher", "text_adapter"), recipe.teacher.text_adapter
     for i, stage in enumerate(recipe.stages):
         for name in reads_of(stage):
             if (text := getattr(stage, name)) is not None:

@@ -1,7 +1,7 @@
 """Checks of a teacher's folder before anything in it is built or loaded. No torch.
 
-Every problem is a line with file and key. The checks are: each configuration (`teacher_types`), that they fit each
-other, that there are only files and folders, and that weights exist in a form that is read.
+Every problem is a line with file and key. The checks are: each configuration (`teacher_types`, `schedule_types`), that
+they fit each other, that there are only files and folders, and that weights exist in a form that is read.
 """
 
 import json
@@ -15,16 +15,15 @@ from pydantic import ValidationError
 
 from ..storage.untrusted import brief, parse_json, read_bytes, regular
 from .families import Layout, geometry, layout_of
+from .schedule_types import FlowScheduler, Scheduler
 from .teacher_types import (
     Autoencoder,
     ChatGLM,
     Configuration,
     Denoiser,
-    FlowScheduler,
     HunyuanDenoiser,
     Index,
     PixArtDenoiser,
-    Scheduler,
     TextEncoder,
     Tokenizer,
     TokenizerOfPipeline,
@@ -127,13 +126,15 @@ def problems(folder: Path, family: str, variant: str | None = None) -> list[str]
 
 def read(path: Path, kind: type[AnyConfiguration]) -> AnyConfiguration:
     """Return the configuration in a file. Raise TeacherFileError with a line for each wrong key."""
-    content = _object(path, MAX_BYTES)
+    return validated(_object(path, MAX_BYTES), kind, _display_name(path))
+
+
+def validated(content: dict[str, Any], kind: type[AnyConfiguration], file: str) -> AnyConfiguration:
+    """Return the content of a configuration `file` as `kind`. Raise TeacherFileError with a line for each wrong key."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise TeacherFileError(
-            "\n".join(dict.fromkeys(f"{_display_name(path)}: {line}" for line in _lines(error)))
-        ) from error
+        raise TeacherFileError("\n".join(dict.fromkeys(f"{file}: {line}" for line in _lines(error)))) from error
 
 
 def _display_name(path: Path) -> str:

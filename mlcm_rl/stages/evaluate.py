@@ -96,7 +96,14 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
                     bar.advance(row.num_evaluations * len(scene.batches()), row.id)
                 records.append(report_types.Row.model_validate(read_json(record_path(folder, row))))
     prompts = [
-        report_types.Prompt(**asdict(prompt), shown=i in scene.page_prompts) for i, prompt in enumerate(scene.prompts)
+        report_types.Prompt(
+            prompt=prompt.prompt,
+            language=prompt.language,
+            concept=prompt.concept,
+            style=prompt.style,
+            shown=i in scene.page_prompts,
+        )
+        for i, prompt in enumerate(scene.prompts)
     ]
     tuned = tuned_students.read({student.name: student.folder for student in students})
     result = assembly.assemble(recipe, stage, prompts, records, base.device, curves, tuned, scene.instruments.networks)

@@ -137,7 +137,7 @@ class Family(FlowBase):
         denoiser.time_text_embed = TimesAndText(embedding_dim=width, pooled_projection_dim=pooled)
         return self.with_target_time(denoiser) if condition else denoiser
 
-    def time_sinusoids(self, denoiser: SD3Transformer2DModel, t: Tensor) -> Tensor:
+    def time_sinusoids(self, denoiser: SD3Transformer2DModel, t: Tensor, precision: torch.dtype) -> Tensor:
         return denoiser.time_text_embed.time_proj(self.schedule.network_time[t])
 
     def predict(
