@@ -37,6 +37,7 @@ class Layout:
     packs: int = 1  # latents a side that the pipeline packs into one token of the denoiser
     patchifies: int = 1  # latents a side of the autoencoder that are one latent, of more channels, of the denoiser
     side: int = 0  # latents a side by default, where the denoiser's configuration has no sample_size
+    takes_text_adapter: bool = False  # prompts become states of one number and at most a pooled vector: `adapt_text`
     embeds_guidance: bool = False  # the guidance scale is an input of the denoiser: a guided pass is one evaluation
     num_times: int = USUAL_TIMES  # of a variance-preserving schedule
     extras: dict[str, str] = field(default_factory=dict)  # module that the family needs: extra of ours that has it
@@ -115,6 +116,7 @@ FAMILIES = {
         text={"text_encoder_2": "CLIPTextModelWithProjection"},
         optional={"text_encoder": "CLIPTextModel"},
         pooled_by="text_encoder_2",
+        takes_text_adapter=True,
     ),
     "sd": Layout(
         implementation="mlcm_rl.models.families.sd:Family",
@@ -122,6 +124,7 @@ FAMILIES = {
         denoiser="unet",
         denoiser_class="UNet2DConditionModel",
         text={"text_encoder": "CLIPTextModel"},
+        takes_text_adapter=True,
     ),
     "kolors": Layout(
         implementation="mlcm_rl.models.families.kolors:Family",
@@ -133,6 +136,7 @@ FAMILIES = {
         own_library="kolors",
         num_times=1100,
         extras={"sentencepiece": "kolors"},
+        takes_text_adapter=True,
     ),
     "sd3": Layout(
         implementation="mlcm_rl.models.families.sd3:Family",
@@ -142,6 +146,7 @@ FAMILIES = {
         text={"text_encoder": "CLIPTextModelWithProjection", "text_encoder_2": "CLIPTextModelWithProjection"},
         optional={"text_encoder_3": "T5EncoderModel"},
         is_flow=True,
+        takes_text_adapter=True,
     ),
     "flux": Layout(
         implementation="mlcm_rl.models.families.flux:Family",
@@ -154,6 +159,7 @@ FAMILIES = {
         side=128,
         embeds_guidance=True,
         distilled={"transformer.guidance_embeds": (False, "FLUX.1-dev")},
+        takes_text_adapter=True,
     ),
     "flux2_klein": Layout(
         implementation="mlcm_rl.models.families.flux2_klein:Family",
@@ -167,6 +173,7 @@ FAMILIES = {
         side=64,
         reads_chats=True,
         distilled={"model_index.is_distilled": (True, "FLUX.2-klein-base")},
+        takes_text_adapter=True,
     ),
     "hunyuan_dit": Layout(
         implementation="mlcm_rl.models.families.hunyuan_dit:Family",
@@ -224,6 +231,16 @@ FAMILIES = {
 def names() -> list[str]:
     """Return the families that a recipe may name: ours, then those of other distributions."""
     return [*FAMILIES, *sorted(_others())]
+
+
+def adaptable() -> list[str]:
+    """Return the families whose teachers can have a text adapter; another distribution's that is broken is none."""
+    able = []
+    for name in names():
+        with suppress(ValueError):
+            if layout_of(name).takes_text_adapter:
+                able.append(name)
+    return able
 
 
 @cache
