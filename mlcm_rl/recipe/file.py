@@ -244,7 +244,8 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
             if reward.name not in known_rewards:
                 message = f"no reward is called {reward.name}; known are {', '.join(known_rewards) or 'none'}"
                 yield Problem(key, message, nearest(reward.name, known_rewards))
-            yield from reward_settings.problems(key[:-1], reward)
+            else:
+                yield from reward_settings.problems(key[:-1], reward)
             yield from _endless((*key[:-1], "settings"), reward, folders)
             folder = reward.settings.get("folder") if reward.name == TRAINED else None
             if isinstance(folder, str):
