@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 import runs
-from mlcm_rl.data.prompts import Prompt, guess_language
+from mlcm_rl.data.prompts import Prompt
 from mlcm_rl.preference import labels, ranking
 from mlcm_rl.preference.labels import Choices
+from mlcm_rl.recipe.languages import guess_language
 
 PROMPTS = [Prompt(text, guess_language(text)) for text in runs.PROMPTS]
 Opened = Callable[..., Choices]

@@ -34,19 +34,43 @@ RunFolder = Annotated[
 
 def sample(
     run: RunFolder,
-    prompt: Annotated[list[str], typer.Option(help="what to draw; may be repeated", show_default=False)],
     out: Annotated[Path, typer.Option(file_okay=False, help="folder for the pictures", show_default=False)],
-    steps: Annotated[int, typer.Option(min=1, max=8, help="network evaluations a picture")] = 4,
+    prompt: Annotated[list[str] | None, typer.Option(help="what to draw; may be repeated", show_default=False)] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, show_default=False, help="more of them (.txt, .jsonl)")
+    ] = None,
+    images_per_prompt: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 1,
+    steps: Annotated[
+        list[int],
+        typer.Option(min=1, max=8, help="network evaluations a picture; repeated, a column of the sheet each"),
+    ] = [4],  # noqa: B006  typer reads it and never changes it
     seed: Annotated[int, typer.Option(min=0)] = 0,
     gamma: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="noise put back between steps: 0 none, 1 all; default: what suits the student"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures drawn at once")] = 16,
+    text_adapter: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            show_default=False,
+            help="folder that an adapt_text stage left, through which prompts in its languages go",
+        ),
+    ] = None,
 ) -> None:
-    """Draw pictures with a run's student."""
+    """Draw pictures with a run's student, and a sheet of them where they are several.
+
+    A PNG says what it is: prompt, seed, steps, gamma and student are in its text.
+    """
+    if not prompt and not prompts:
+        raise typer.BadParameter("name what to draw: --prompt TEXT, or --prompts FILE", param_hint="--prompt")
     with imported("pipeline.finished_runs") as finished_runs:
-        pictures = finished_runs.sample(run, prompt, steps, seed, gamma, out, batch_size)
+        texts = [*(prompt or []), *(finished_runs.prompts_of(prompts) if prompts else [])]
+        pictures = finished_runs.sample(
+            run, texts, steps, seed, gamma, out, batch_size, images_per_prompt, text_adapter
+        )
     for picture in pictures:
         line(Text(str(picture)))
 

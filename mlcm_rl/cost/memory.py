@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import students, teachers
+from ..models import students, teachers, text_adapter
 from ..models.base import Base
+from ..models.text_adapter import TextAdapter
 from ..preference import tuning
 from ..recipe import Full, Lora, Recipe, Stage, Training, Tuning
-from ..recipe.takes import Networks
+from ..recipe.takes import Networks, TextNetwork
 from ..rewards import RewardError, RewardModel, build
 from ..rewards.weights import WeightsError
 from ..storage.files import read_json
@@ -87,8 +88,8 @@ def of_stage(
             stage, recipe, distilled, models, kernels.checkpointed, kernels.own_precision, kernels.forget_copies
         )
         parameters = live.now - rewards
-        trained = students.trainable_parameters(roles.student) if isinstance(stage, Training) else []
-        outline = launches.outline(roles.student, roles.base.denoiser, launch.blocks)
+        trained = students.trainable_parameters(roles.trained) if isinstance(stage, Training) else []
+        outline = launches.outline(roles.trained, roles.base.denoiser, launch.blocks)
         ahead, highest = peaks_of_passes(stage, recipe, roles, trained, live, kernels, launch)
     uncounted = tuple(sorted(missing | roles.failed))
     if not trained:
@@ -183,7 +184,17 @@ def roles_of(
         base.autoencoder.use_tiles(networks.tiles, recompute)
     tokens = num_tokens(Path(recipe.teacher.path))
     copies = (forget_copies, networks.has_average)
-    return passes.Roles(base, student, conditioned, tokens, rewards, set(), own_precision, *copies, small)
+    adapter = _text_adapter(networks.text_adapter, base, tokens)
+    return passes.Roles(base, student, conditioned, tokens, rewards, set(), own_precision, *copies, small, adapter)
+
+
+def _text_adapter(network: TextNetwork | None, base: Base, num_tokens: int) -> TextAdapter | None:
+    """Return the text adapter that a stage trains, None where it trains none."""
+    if network is None:
+        return None
+    shapes = base.conditioning_shapes(base.denoiser.config, num_tokens)
+    with torch.device("meta"):
+        return TextAdapter(text_adapter.sizes_of(network, shapes))
 
 
 def num_tokens(folder: Path) -> int:

@@ -15,6 +15,7 @@ from ..equations.segments import sampling_times
 from ..models import sampler, students
 from ..models.base import Base
 from ..models.conditioning import Conditioning
+from ..models.text_adapter import TextAdapter
 from ..recipe import Recipe, Reward, Stage
 from ..recipe.takes import Pass
 from ..rewards import RewardModel
@@ -36,11 +37,20 @@ class Roles:
     forget_copies: Callable[[], None]  # called where trained weights change places
     has_average: bool = False  # the target is an average of the student's weights
     small_decoder: nn.Module | None = None  # decodes for the rewards trained on, where there is one
+    text_adapter: TextAdapter | None = None  # trained in place of the student, whose conditioning it makes
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network that is trained, by a stage that trains one."""
+        return self.student if self.text_adapter is None else self.text_adapter
 
     def points(self, count: int) -> tuple[Tensor, Tensor, Conditioning]:
         """Return states (count, C, H, W), times (count,) and conditioning (count, ...)."""
         device = self.base.device
         conditioning = self.base.empty_conditioning(count, self.num_tokens)
+        if self.text_adapter is not None:
+            states = torch.empty(count, self.num_tokens, self.text_adapter.sizes.states, device=device)
+            conditioning = self.text_adapter(states, torch.empty(count, dtype=torch.int64, device=device))
         t = torch.ones(count, dtype=torch.int64, device=device)
         return torch.empty(count, *self.base.latent_shape, device=device), t, conditioning
 

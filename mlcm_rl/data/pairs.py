@@ -10,10 +10,11 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
+from ..recipe.languages import guess_language
 from ..storage.untrusted import Faults, brief, first_few
 from ..training.progress import say_once
 from .picture_files import picture_in, read_picture, square
-from .prompts import Prompt, guess_language, records_of, refuse_no_text
+from .prompts import Prompt, records_of, refuse_no_text
 
 COLUMNS = ("prompt", "chosen", "rejected")
 INDEX = "metadata.jsonl"

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..recipe.languages import HAN
 from ..storage.files import replacing
-from .prompts import HAN, Prompt, is_plain, prompts_with_lines
+from .prompts import Prompt, is_plain, prompts_with_lines
 
 BESIDE_HAN = re.compile(f"(?<={HAN.pattern}) | (?={HAN.pattern})")
 REASONS = ("other language", "length", "wording", "in another file", "duplicate")  # why a line is left out

@@ -1,46 +1,36 @@
 """Prompts and captioned pictures, read from plain files. Every error has its file and line."""
 
 import codecs
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ..recipe.languages import guess_language
 from ..storage.untrusted import Faults, brief, parse_json, read_bytes
 from .picture_files import picture_in, read_picture, square
-
-KANA = re.compile("[\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\uff66-\uff9f]")
-HANGUL = re.compile("[\u1100-\u11ff\u3130-\u318f\uac00-\ud7af]")
-HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of a prompt file. `concept` is what a judge looks for in the picture, `style` the style of drawing."""
+    """One line of a prompt file. `concept` is what a judge looks for in the picture, `style` the style of drawing.
+
+    `parallel` says the same as `prompt` in another language.
+    """
 
     prompt: str
     language: str
     concept: str | None = None
     style: str | None = None
-
-
-def guess_language(text: str) -> str:
-    """Return the language of the script that most East Asian characters of a text have, "en" for a text without any.
-
-    It is "zh" for Han characters, "ja" for kana and "ko" for hangul; with as many of another, "zh".
-    """
-    counts = {name: len(script.findall(text)) for name, script in (("zh", HAN), ("ja", KANA), ("ko", HANGUL))}
-    language = max(counts, key=lambda name: counts[name])
-    return language if counts[language] else "en"
+    parallel: str | None = None
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Return the prompts of a file, in its order: one a line (.txt), or one JSON object a line (.jsonl).
 
-    A line of a .jsonl file is {"prompt": ..., "language": ..., "concept": ..., "style": ...}, all but the first
-    optional. A missing language is guessed from the script; empty lines are skipped.
+    A line of a .jsonl file is {"prompt": ..., "language": ..., "concept": ..., "style": ..., "parallel": ...}, all
+    but the first optional. A missing language is guessed from the script; empty lines are skipped.
     Raise ValueError with file and line for what cannot be read, and for a file without prompts.
     """
     return [prompt for _, prompt in prompts_with_lines(path)]
@@ -58,6 +48,25 @@ def prompts_with_lines(path: str | Path) -> list[tuple[str, Prompt]]:
     if not prompts:
         raise ValueError(f"{path}: holds no prompts")
     return prompts
+
+
+def parallel_prompts(path: str | Path, languages: Sequence[str]) -> list[Prompt]:
+    """Return the prompts of a file whose lines each have a `parallel` in one of `languages`, by its script.
+
+    Raise as `read_prompts`, and ValueError with file and line for a line without one.
+    """
+    faults = Faults()
+    for where, prompt in prompts_with_lines(path):
+        with faults.collect():
+            if prompt.parallel is None:
+                raise ValueError(
+                    f"{where}: no parallel: write the same prompt in {' or '.join(languages)} under that key"
+                )
+            if (language := guess_language(prompt.parallel)) not in languages:
+                spoken = "prompt without East Asian characters" if language == "en" else f"prompt in {language}"
+                raise ValueError(f"{where}: parallel is a {spoken}, and languages are {', '.join(languages)}")
+    faults.raise_all()
+    return read_prompts(path)
 
 
 def texts_of(path: str | Path) -> list[str]:
@@ -172,7 +181,7 @@ def _is_object(text: str) -> bool:
 
 
 def _prompt(record: dict, where: str) -> Prompt:
-    fields = ("prompt", "language", "concept", "style")
+    fields = ("prompt", "language", "concept", "style", "parallel")
     for name, value in record.items():
         if name not in fields:
             raise ValueError(f"{where}: unknown key {brief(name)}; a prompt has {', '.join(fields)}")

@@ -31,7 +31,7 @@ from ..models.teachers import teacher_hash
 from ..recipe import Teacher
 from ..storage.files import CheckpointError, read_json
 from ..storage.hashing import identity_of, is_unchanged
-from ..storage.tensors import read_tensors
+from ..storage.tensors import read_shapes, read_tensors
 
 FORMAT = 2  # of the files
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -68,17 +68,26 @@ class Provenance:
         return folder.with_name(name if self.times in (None, self.grid) else f"{name}{OF_MILESTONES}")
 
 
-def expected_of(teacher: Teacher, base: Base) -> dict[str, Any]:
-    """Return what the store of a stage that trains by `teacher` must say of itself.
+def store_of(folder: Path, teacher: Teacher, base: Base) -> "Store":
+    """Return the finished store in `folder`, for a stage that trains by `teacher`.
 
     Seed, prompts, grid and precision are the trajectories stage's own. The weights are known by content: where they
-    are does not matter.
+    are does not matter. Raise CheckpointError if the store is damaged, or is of another teacher, schedule or
+    resolution.
     """
-    return {
+    store = Store(folder)
+    expected = {
         "teacher_hash": teacher_hash(teacher),
+        "scheduler": base.schedule_record(),
         "prediction_type": base.prediction_type,
         "guidance_scale": teacher.guidance_scale,
+        "resolution": base.resolution,
+        "latents": list(base.latent_shape),
     }
+    latents = store.latent_shape
+    found = {"resolution": latents[-1] * base.geometry.downscale, "latents": list(latents)}
+    refuse_mismatch(folder / "store.json", vars(store.provenance) | found, expected)
+    return store
 
 
 class Files:
@@ -178,16 +187,13 @@ class Store:
     """A finished store, read lazily: only the states asked for leave the disk.
 
     Opening it looks at store.json and at the size of every file; what a file holds is compared when its first row is
-    read. Raises CheckpointError where a file is missing or damaged, or where a field of `expected` (names of
-    Provenance) is another in what was stored; without it the store is taken for whatever it is.
+    read. Raises CheckpointError where a file is missing or damaged.
     """
 
-    def __init__(self, folder: Path, expected: Mapping[str, Any] | None = None):
+    def __init__(self, folder: Path):
         self.folder = folder
         path = folder / "store.json"
         record = read_record(path)
-        if expected is not None:
-            refuse_mismatch(path, record["provenance"], expected)
         self.provenance = read_provenance(record["provenance"], path)
         self.times = self.provenance.times or self.provenance.grid
         self.num_trajectories, self.num_held_out = self.provenance.num_trajectories, self.provenance.num_held_out
@@ -201,6 +207,15 @@ class Store:
     def held_out(self) -> range:
         """Indices of the trajectories that are never trained on."""
         return range(self.num_trajectories, self.provenance.total)
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """The latents' (C, H, W), by the header of the first file. Raise CheckpointError if it has none."""
+        path = self.folder / shard_name(0)
+        match read_shapes(path).get("x0"):
+            case [_, int() as channels, int() as height, int() as width]:
+                return channels, height, width
+        raise CheckpointError(f"{path} does not hold the x0 of trajectories")
 
     def states(self, indices: Tensor, points: Tensor) -> Tensor:
         """Return states (B, C, H, W) float32 of trajectories `indices` (B,) at positions `points` (B,) of `times`."""
@@ -222,8 +237,8 @@ class Store:
 
         def complaint(tensors: dict[str, Tensor]) -> str | None:
             states, x0 = (tensors.get(name, torch.empty(0)).shape for name in ("states", "x0"))
-            is_right = len(states) == 5 and states[:2] == (size, points) and x0 == states[:1] + states[2:]
-            return None if is_right else f"does not hold {size} trajectories of {points} states"
+            is_right = states == (size, points, *self.latent_shape) and x0 == (size, *self.latent_shape)
+            return None if is_right else f"does not hold {size} trajectories of {points} states {self.latent_shape}"
 
         return self._files.read(shard_name(first), complaint)
 

@@ -16,13 +16,15 @@ from torch import Tensor
 from .. import rewards
 from ..data.picture_files import pictures_of, read_picture, square
 from ..data.prompts import Prompt
+from ..data.scenes import CANVAS, Request
 from ..recipe import Evaluate
 from ..rewards.prompts import refuse_prompts
 from ..storage.hashing import sha256
 from ..storage.untrusted import Faults, brief
-from . import inception, metrics
+from . import inception, metrics, scene_judge
 from . import judge as judges
 
+MANY_VALUED = ("judge", "right", "inception")  # readings that are not one value of a picture
 NUM_SUBSETS = 10  # parts of the prompts, for the standard error of KID
 
 
@@ -32,19 +34,23 @@ class Instruments:
 
     judge: judges.Judge | None
     concepts: Tensor  # (P,) index among the judge's concepts, -1 where there is none
+    scene_judge: scene_judge.SceneJudge | None
+    requests: list[Request | None]  # (P,) what each prompt asks that judge; empty without it
     inception: metrics.InceptionDistances | None
     clip: metrics.ClipScore | None
     rewards: dict[str, rewards.Member]
     networks: dict[str, dict[str, Any]]  # the files of each network, for the report
 
     def read(self, images: Tensor, prompts: list[Prompt]) -> dict[str, Tensor]:
-        """Return readings of `images` (B, 3, H, W) in [0, 1]: features (B, D) and scores (B,), on the CPU.
+        """Return readings of `images` (B, 3, H, W) in [0, 1]: features (B, D), verdicts (B, V) and scores (B,).
 
-        A reward's score is NaN for a prompt in a language that it does not read.
+        They are on the CPU. A reward's score is NaN for a prompt in a language that it does not read.
         """
         readings = {}
         if self.judge is not None:
             readings["judge"] = self.judge.features(images).cpu()
+        if self.scene_judge is not None:
+            readings["right"] = self.scene_judge.verdicts(images, [scene_judge.request_of(one) for one in prompts])
         if self.inception is not None:
             readings["inception"] = self.inception.features(images)
         if self.clip is not None:
@@ -63,9 +69,11 @@ class Instruments:
         values: dict[str, Tensor] = {}
         if self.judge is not None:
             values |= self._judge_metrics(self.judge, by_prompt["judge"], num_subsets)
+        if self.scene_judge is not None:
+            values |= scene_judge.metrics(by_prompt["right"], self.requests)
         if self.inception is not None:
             values |= self.inception.values(by_prompt["inception"], num_subsets)
-        return values | {name: by_prompt[name].mean(1) for name in readings if name not in ("judge", "inception")}
+        return values | {name: by_prompt[name].mean(1) for name in readings if name not in MANY_VALUED}
 
     def _judge_metrics(self, judge: judges.Judge, features: Tensor, num_subsets: int) -> dict[str, Tensor]:
         """Return KID, retrieval and diversity of the `features` (P, I, D) of the `judge`."""
@@ -84,10 +92,19 @@ class Instruments:
 def load(stage: Evaluate, prompts: list[Prompt], resolution: int, device: torch.device) -> Instruments:
     """Load the instruments of `stage` on `device`, for its `prompts` and pictures of `resolution`.
 
-    Raise ValueError for prompts that the judge does not have or a reward cannot score, and FileNotFoundError for a
-    folder without real pictures.
+    Raise ValueError for prompts or a resolution that the judge does not have or a reward cannot score, and
+    FileNotFoundError for a folder without real pictures.
     """
-    judge = judges.load(Path(stage.judge), device) if stage.judge else None
+    judge, reader, requests = None, None, list[Request | None]()
+    if stage.judge and scene_judge.is_scene_judge(Path(stage.judge)):
+        if resolution != CANVAS:
+            raise ValueError(
+                f"judge: {stage.judge} reads pictures of {CANVAS} pixels a side, the teacher's {resolution}"
+            )
+        reader = scene_judge.load(Path(stage.judge), device)
+        requests = scene_judge.requests_of(prompts, reader.concepts, stage.prompts)
+    elif stage.judge:
+        judge = judges.load(Path(stage.judge), device)
     concepts = concept_indices(prompts, judge.concepts if judge else [], stage.prompts)
     distances, clip, networks = None, None, {}
     if stage.inception is not None and stage.real_images is not None:
@@ -103,7 +120,7 @@ def load(stage: Evaluate, prompts: list[Prompt], resolution: int, device: torch.
         members[reward.name] = rewards.Member(reward.name, model, chunk_size=reward.chunk_size)
     for name, member in members.items():
         refuse_prompts(member.model, name, prompts, stage.prompts, may_skip=True)
-    return Instruments(judge, concepts, distances, clip, members, networks)
+    return Instruments(judge, concepts, reader, requests, distances, clip, members, networks)
 
 
 def files_of(*weights: Path) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class AdaLNSingleBase(Base):
         denoiser.get_submodule(self.times).__class__ = TimesAlone  # the same weights, another forward pass
         return self.with_target_time(denoiser) if condition else denoiser
 
-    def time_sinusoids(self, denoiser: ModelMixin, t: Tensor) -> Tensor:
+    def time_sinusoids(self, denoiser: ModelMixin, t: Tensor, precision: torch.dtype) -> Tensor:
         return denoiser.get_submodule(self.times).time_proj(self.schedule.network_time[t])
 
     def predict(

@@ -30,6 +30,7 @@ from ..training import autocast
 from .autoencoder import RECOMPUTE, Autoencoder
 from .conditioning import LENGTHS, Conditioning, concatenated, in_dtype, on_device, rows_of, stacked
 from .files import MEMORY_FORMATS
+from .text_adapter import AdaptedEncoder
 
 ENCODED_TOGETHER = 32  # prompts, where all are encoded ahead
 TARGET_TIME_WIDTH = 256  # sinusoids of the target time, for a student conditioned on it
@@ -78,9 +79,10 @@ class Base(ABC):
         self.teacher, self.device, self.dtype = teacher, device, getattr(torch, teacher.dtype)
         self.pipeline = pipeline
         self.memory_format = MEMORY_FORMATS[teacher.memory_format]
+        self.adapted: AdaptedEncoder | None = None  # encodes prompts in other languages: teacher.text_adapter
         self._ahead: dict[str, Conditioning] | None = None  # (L, D) and (P,) by prompt, once the text encoders are gone
         self._dropped: Conditioning | None = None  # what guidance moves away from, once they are
-        self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_part)
+        self.denoiser: ModelMixin = self.simplify(getattr(pipeline, self.denoiser_part))
         self._refuse_distilled()
         self.geometry = geometry(layout_of(self.family), self.denoiser.config, pipeline.vae.config)
         self.autoencoder = self.autoencoder_class(pipeline.vae, self.geometry.downscale, teacher.path, device)
@@ -187,8 +189,12 @@ class Base(ABC):
 
         With `condition` it has a projection of the target time.
         """
-        denoiser = self.denoiser_class.from_config(config)
+        denoiser = self.simplify(self.denoiser_class.from_config(config))
         return self.with_target_time(denoiser) if condition else denoiser
+
+    def simplify(self, denoiser: ModelMixin) -> ModelMixin:
+        """Return `denoiser`, changed in place to compute the same up to rounding with less work; here as it is."""
+        return denoiser
 
     def with_target_time(self, denoiser: ModelMixin) -> ModelMixin:
         """Add a projection of the target time's sinusoids to `denoiser`, in place, and return it."""
@@ -198,8 +204,11 @@ class Base(ABC):
         return denoiser
 
     @abstractmethod
-    def time_sinusoids(self, denoiser: ModelMixin, t: Tensor) -> Tensor:
-        """Return the sinusoids (B, D) of the times t (B,) that `denoiser` passes to its `time_layer`."""
+    def time_sinusoids(self, denoiser: ModelMixin, t: Tensor, precision: torch.dtype) -> Tensor:
+        """Return the sinusoids (B, D) of the times t (B,) that `denoiser` passes to its `time_layer`.
+
+        They are of times that the stock pipeline rounds, where it does, in this `precision`.
+        """
 
     def target_time_sinusoids(self, s: Tensor) -> Tensor:
         """Return the sinusoids (B, TARGET_TIME_WIDTH) of the target times s (B,), which a student projects."""
@@ -222,13 +231,13 @@ class Base(ABC):
     # ---- prompts ----
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """Encode B `prompts` as the family's stock pipeline does, without gradient.
+        """Encode B `prompts` as the family's stock pipeline does, without gradient, or through `teacher.text_adapter`.
 
         After `encode_ahead`, only the prompts encoded then can be looked up: KeyError for any other.
         """
         with autocast.own(self.device):
             if self._ahead is None:
-                return self._encode(prompts)
+                return self._encode_by_language(prompts)
             rows = stacked([self._ahead[prompt] for prompt in prompts])
             return in_dtype(on_device(rows, self.device), torch.float32)
 
@@ -242,13 +251,25 @@ class Base(ABC):
         texts = list(dict.fromkeys(prompts))
         ahead: dict[str, Conditioning] = {}
         for part in (texts[i : i + ENCODED_TOGETHER] for i in range(0, len(texts), ENCODED_TOGETHER)):
-            encoded = in_dtype(on_device(self._encode(part), torch.device("cpu")), self.dtype)
+            encoded = in_dtype(on_device(self._encode_by_language(part), torch.device("cpu")), self.dtype)
             finite.refuse_encoded(encoded, part, self.dtype)
             ahead |= zip(part, rows_of(encoded), strict=True)
         for name in self.pipeline.components:
             if name.startswith("text_encoder"):
                 setattr(self.pipeline, name, None)
+        self.adapted = None
         self._ahead = ahead
+
+    def _encode_by_language(self, prompts: list[str]) -> Conditioning:
+        """Encode `prompts`: those in the languages of the text adapter through it, all others by the text encoders."""
+        adapted = self.adapted
+        places = [i for i, prompt in enumerate(prompts) if adapted is not None and adapted.reads(prompt)]
+        if adapted is None or not places:
+            return self._encode(prompts)
+        rows = dict(zip(places, rows_of(adapted.encode(prompts[i] for i in places)), strict=True))
+        if others := [i for i in range(len(prompts)) if i not in rows]:
+            rows |= zip(others, rows_of(self._encode([prompts[i] for i in others])), strict=True)
+        return stacked([rows[i] for i in range(len(prompts))])
 
     @abstractmethod
     def _encode(self, prompts: list[str]) -> Conditioning:
@@ -267,7 +288,11 @@ class Base(ABC):
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """Return the tokens of each prompt, start and end marks included; those beyond `num_tokens` are cut off."""
         counts = [map(len, tokenizer(list(prompts))["input_ids"]) for tokenizer in self._tokenizers]
-        return [max(each) for each in zip(*counts, strict=True)]
+        own, adapted = [max(each) for each in zip(*counts, strict=True)], self.adapted
+        if adapted is None:
+            return own
+        pairs = zip(prompts, own, strict=True)
+        return [adapted.encoder.count_tokens(text) if adapted.reads(text) else count for text, count in pairs]
 
     def unconditional(self, batch_size: int) -> Conditioning:
         """Return the conditioning that guidance moves away from, `batch_size` times."""

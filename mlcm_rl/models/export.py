@@ -35,6 +35,7 @@ from .students import Student
 from .text_parts import write_for_transformers_4
 
 STOCK_STEPS = (2, 3, 4, 6, 8)  # of the folders steps-N of a conditioned student without budgets
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)  # in which stock pipelines are run
 
 
 def export(
@@ -214,18 +215,22 @@ def target_time_update(base: Base, student: Student, num_steps: int, gamma: floa
 
     Over N steps the target is a function of t, and the first layer L over t's sinusoids is linear: with e_i (D,) the
     sinusoids of the i-th time and p_i (D,) the projected ones of its target, L (e_i + p_i) = (L + up down) e_i for
-    every i, where up holds the L p_i and down is the pseudo-inverse of e. This is exact, since the sinusoids of
-    distinct times are linearly independent for N <= D. Raise ValueError if they are not.
+    every i, where up holds the L p_i and down e_i is the i-th unit vector. This is exact, since the sinusoids of
+    distinct times are linearly independent for N <= D. Stock pipelines that round times are run in one precision or
+    another: down takes the sinusoids of the rounded times to the same vectors, by the pseudo-inverse over all of them.
+    Raise ValueError if the N sinusoids are not independent.
     """
     times = torch.tensor(sampling_times(num_steps))
     targets = time_before_noise(torch.cat([times[1:], torch.zeros(1, dtype=times.dtype)]), gamma)
     embedding = student.denoiser.get_submodule(base.time_layer)
     layer = embedding.get_submodule(base.time_input)
     device = layer.weight.device
-    sinusoids = base.time_sinusoids(student.denoiser, times.to(device)).double()
-    if torch.linalg.matrix_rank(sinusoids) < num_steps:
-        raise ValueError(f"{student.folder}: {sinusoids.shape[1]} sinusoids of {num_steps} times are not independent")
+    exact, *rounded = (base.time_sinusoids(student.denoiser, times.to(device), one).double() for one in PRECISIONS)
+    if torch.linalg.matrix_rank(exact) < num_steps:
+        raise ValueError(f"{student.folder}: {exact.shape[1]} sinusoids of {num_steps} times are not independent")
+    sinusoids = torch.cat([exact, *(one for one in rounded if not one.equal(exact))])  # (M N, D) of M precisions
+    down = torch.linalg.pinv(sinusoids).unflatten(1, (-1, num_steps)).sum(1).T
     target_sinusoids = base.target_time_sinusoids(targets.to(device)).double()
     projected = target_sinusoids @ embedding.cond_proj.weight.double().T
     up = layer.weight.double() @ projected.T
-    return up.float().contiguous(), torch.linalg.pinv(sinusoids).T.float().contiguous()
+    return up.float().contiguous(), down.float().contiguous()

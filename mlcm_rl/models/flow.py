@@ -1,13 +1,23 @@
 """Base of the rectified-flow transformers: their schedule, and how stock diffusers samples a student."""
 
+import math
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+)
 from torch import Tensor
 
 from ..equations.schedule import Schedule, flow_schedule, flow_shift
-from .base import Base, precision_of
+from ..recipe import Teacher, teacher_files
+from ..recipe.schedule_types import SHIFT_OF_TOKENS, FlowScheduler
+from .base import Base
+
+MAX_SHIFT = 1e6  # beyond it, and below its inverse, only the ends of the time axis would be noise or picture
 
 
 class FlowBase(Base):
@@ -15,26 +25,51 @@ class FlowBase(Base):
 
     denoiser_part = "transformer"
 
+    def __init__(self, teacher: Teacher, device: torch.device, pipeline: DiffusionPipeline):
+        # a local folder's file is checked when the recipe is read, a hub model's here
+        settings = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
+        teacher_files.validated(settings, FlowScheduler, f"teacher {teacher.path}: scheduler/scheduler_config.json")
+        super().__init__(teacher, device, pipeline)
+
     @property
     def shift(self) -> float:
-        """Return the shift of the time axis towards noise: fixed, or a function of the number of image tokens."""
-        settings = self.pipeline.scheduler.config
-        if not settings.use_dynamic_shifting:
-            return settings.get("shift") or settings.flow_shift  # as diffusers' multistep solvers call it
+        """Return the shift of the time axis towards noise: fixed, or a function of the number of image tokens.
+
+        Raise ValueError if that function has no useful value for this resolution.
+        """
+        scheduler = self.pipeline.scheduler
+        if isinstance(scheduler, DPMSolverMultistepScheduler):
+            return scheduler.config.flow_shift
+        if not self.shifts_by_tokens:
+            return scheduler.config.shift
         _, height, width = self.latent_shape
         tokens = height * width // self.geometry.multiple**2
-        names = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
-        return flow_shift(tokens, *(settings[name] for name in names))
+        try:
+            shift = flow_shift(tokens, *(scheduler.config[key] for key in SHIFT_OF_TOKENS))
+        except OverflowError:
+            shift = math.inf
+        if not 1 / MAX_SHIFT <= shift <= MAX_SHIFT:
+            raise ValueError(
+                f"teacher {self.teacher.path}: scheduler/scheduler_config.json: {', '.join(SHIFT_OF_TOKENS)}: they "
+                f"make a shift of {shift:g} for the {tokens} tokens of a picture of {self.resolution} pixels a side; "
+                f"expected between {1 / MAX_SHIFT:g} and {MAX_SHIFT:g}"
+            )
+        return shift
+
+    @property
+    def shifts_by_tokens(self) -> bool:
+        """Return whether the scheduler's shift depends on the number of image tokens."""
+        return bool(self.pipeline.scheduler.config.get("use_dynamic_shifting", False))
 
     def _schedule(self) -> tuple[str, Schedule]:
         return "flow", flow_schedule(self.shift)
 
-    def divided_times(self, denoiser: torch.nn.Module, t: Tensor) -> Tensor:
-        """Return the times (B,) of t as pipelines give them to a denoiser that multiplies by T: rounded, then divided.
+    def divided_times(self, t: Tensor, precision: torch.dtype) -> Tensor:
+        """Return the times (B,) of t as pipelines in this `precision` give them to a denoiser that multiplies by T.
 
-        Half precision rounds them here as it does there.
+        They are rounded, then divided.
         """
-        return self.schedule.network_time[t].to(precision_of(denoiser)) / self.schedule.num_times
+        return self.schedule.network_time[t].to(precision) / self.schedule.num_times
 
     def schedule_record(self) -> dict[str, Any]:
         return {"num_train_timesteps": self.schedule.num_times, "shift": self.shift}

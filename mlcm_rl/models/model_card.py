@@ -65,6 +65,9 @@ another scheduler or number of steps it goes through times that the student did 
 
 `{kohya}`, where there is one, is the adapter for Forge, A1111, sd-scripts and InvokeAI too. `{lora}` is for diffusers
 alone: other tools apply it in part, or not at all."""
+NOTE_ON_LANGUAGES = """\
+- The student was trained and measured with a text adapter for {languages}, which is not in this folder and which stock
+  pipelines do not know: they take what it makes of a prompt as `prompt_embeds` (docs/text_adapter.md of `mlcm_rl`)."""
 OF_LORA = """\
 The teacher's LoRA, `{lora}`, is in every adapter and denoiser here: do not load it over them again. Only where a
 denoiser is taken alone, and the LoRA changes the text encoders too, load it over those: strength_model 0, strength_clip
@@ -308,12 +311,15 @@ def _notes(base: Base, student: Student, folder: Path) -> str:
         notes.append(NOTE_ON_MERGED)
     if base.pipeline.config.get("requires_safety_checker"):
         notes.append("- The teacher's safety checker is not in this folder: pictures are not filtered.")
+    if base.adapted is not None:
+        notes.append(NOTE_ON_LANGUAGES)
     return "\n".join(notes).format(
         scheduler=_scheduler(folder),
         steps=example_steps(student),
         guidance=_arguments(base.stock_guidance),
         size=_arguments(base.stock_size),
         pipeline=base.pipeline_class.__name__,
+        languages=" and ".join(base.adapted.languages) if base.adapted is not None else "",
     )
 
 

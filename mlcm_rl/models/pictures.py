@@ -1,6 +1,6 @@
 """Pictures: 8-bit pictures to latents, tensors to PNG, and sample grids (a row per prompt, a column per step count)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -41,13 +41,17 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def grid(images: Tensor, num_columns: int, gap: int = 4) -> Image.Image:
     """Return pictures (N, 3, H, W) in [0, 1] laid out row by row on light grey."""
-    height, width = images.shape[-2:]
-    num_rows = -(-len(images) // num_columns)
-    sheet = Image.new("RGB", (num_columns * (width + gap) + gap, num_rows * (height + gap) + gap), (224, 224, 224))
+    return sheet([to_pil(image) for image in images], num_columns, gap)
+
+
+def sheet(images: Sequence[Image.Image], num_columns: int, gap: int = 4) -> Image.Image:
+    """Return pictures of one size laid out row by row on light grey."""
+    (width, height), num_rows = images[0].size, -(-len(images) // num_columns)
+    whole = Image.new("RGB", (num_columns * (width + gap) + gap, num_rows * (height + gap) + gap), (224, 224, 224))
     for i, image in enumerate(images):
         row, column = divmod(i, num_columns)
-        sheet.paste(to_pil(image), (gap + column * (width + gap), gap + row * (height + gap)))
-    return sheet
+        whole.paste(image, (gap + column * (width + gap), gap + row * (height + gap)))
+    return whole
 
 
 def save_png(image: Image.Image, path: Path, metadata: Mapping[str, object] | None = None) -> Path:

@@ -14,8 +14,9 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 
-from ..recipe import Teacher, teacher_check
+from ..recipe import Teacher, teacher_check, teacher_files
 from ..recipe.families import Layout, family_of, layout_of, tokenizer_of
+from ..recipe.teacher_types import Index
 from ..storage.files import forget_origin, read_json, remove_partial_of, replacing
 from ..storage.tensors import read_shapes
 from ..storage.untrusted import in_a_line
@@ -80,12 +81,12 @@ def family_like(like: Path) -> str:
             f"{like} holds no model_index.json: give its base's folder in diffusers' format, of which the JSON "
             "and TXT files are enough (a few MB)"
         )
-    name = teacher_check.read(like / "model_index.json", teacher_check.Index).class_name
+    name = teacher_files.read(like / "model_index.json", Index).class_name
     family = family_of(name)
     if family is None:
         raise ValueError(f"{like}: model_index.json is of a {name}, which no family loads")
     teacher_check.refuse(like, family)
-    if faults := teacher_check.faults_of_tokenizers(like, family):
+    if faults := teacher_files.faults_of_tokenizers(like, family):
         raise FileNotFoundError("\n".join(f"{like}: {one}" for one in faults))
     return family
 

@@ -12,6 +12,7 @@ from ..storage.files import read_json
 from ..storage.hashing import folder_hash, sha256_once
 from ..storage.tensors import read_shapes
 from ..training.progress import say_once
+from . import text_adapter
 from .base import Base
 from .files import empty_pipeline, load_pipeline
 from .quantised import quantise_
@@ -45,11 +46,15 @@ def load(teacher: Teacher, device: torch.device | str) -> "Base":
     """Load the recipe's teacher, frozen, on `device`.
 
     Raise FileNotFoundError for a missing folder or component, ValueError for another family than the recipe's or for a
-    schedule that cannot be distilled.
+    schedule that cannot be distilled, or for a text adapter of another kind of teacher.
     """
     family = class_of(teacher.family)
     where = torch.device(device)
-    return family(teacher, where, load_pipeline(family.pipeline_class, teacher, getattr(torch, teacher.dtype), where))
+    base = family(teacher, where, load_pipeline(family.pipeline_class, teacher, getattr(torch, teacher.dtype), where))
+    if teacher.text_adapter is not None:
+        shapes = {name: value.shape[1:] for name, value in base.unconditional(1).items()}
+        base.adapted = text_adapter.load(Path(teacher.text_adapter), teacher.family, shapes, base.num_tokens, where)
+    return base
 
 
 def skeleton(teacher: Teacher) -> "Base":
@@ -105,7 +110,8 @@ def small_decoder(folder: str, base: Base) -> AutoencoderTiny:
 def teacher_hash(teacher: Teacher) -> str:
     """Return the identity of a teacher's weights and configuration: one hash of all files, or the pinned revision.
 
-    A LoRA of its own is part of it, and the integers that the weights are rounded to.
+    A LoRA of its own is part of it, and the integers that the weights are rounded to. A text adapter is not: the
+    students of a teacher are its students with one too.
     """
     folder = Path(teacher.path)
     identity = folder_hash(folder) if folder.is_dir() else f"{teacher.path}@{teacher.revision}"

@@ -69,7 +69,7 @@ class UNetBase(VPBase):
             shapes["pooled"] = (config["projection_class_embeddings_input_dim"] - sizes,)
         return shapes
 
-    def time_sinusoids(self, denoiser: UNet2DConditionModel, t: Tensor) -> Tensor:
+    def time_sinusoids(self, denoiser: UNet2DConditionModel, t: Tensor, precision: torch.dtype) -> Tensor:
         return denoiser.time_proj(self.schedule.network_time[t])
 
     def target_time_sinusoids(self, s: Tensor) -> Tensor:

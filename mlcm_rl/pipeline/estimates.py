@@ -1,11 +1,10 @@
 """A cache of estimates of memory and operations.
 
-It is the folder `$MLCM_RL_ESTIMATES` (~/.cache/mlcm_rl/estimates), which may be deleted at any time. An estimate's file
-is named by a hash of all that it depends on, our code included; a damaged one is computed again.
+It is the folder `$MLCM_RL_ESTIMATES` (~/.cache/mlcm_rl/estimates). An estimate's file is named by a hash of all that it
+depends on, our code included; a damaged one is computed again.
 """
 
 import json
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -15,7 +14,8 @@ from typing import Any
 
 from ..recipe import Recipe, Stage
 from ..recipe.reads import reads_of
-from ..rewards.weights import cache_folder
+from ..rewards.weights import weights_folder
+from ..storage.caches import cache_folder
 from ..storage.files import CheckpointError, read_json, write_json
 from ..storage.hashing import sha256_once
 from .fingerprint import hashed, reward_files, reward_sources
@@ -40,7 +40,7 @@ def cached(description: dict[str, Any], estimate: Callable[[], dict[str, Any]]) 
 
 def folder() -> Path:
     """Return the folder of the cache."""
-    return Path(os.environ.get("MLCM_RL_ESTIMATES", "~/.cache/mlcm_rl/estimates")).expanduser()
+    return cache_folder("estimates", "MLCM_RL_ESTIMATES")
 
 
 def description(stage: Stage, recipe: Recipe, teacher: Path, **others: Any) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def description(stage: Stage, recipe: Recipe, teacher: Path, **others: Any) -> d
         "shapes": {path.relative_to(teacher).as_posix(): sha256_once(path) for path in _configurations(teacher)},
         "small_decoder": sha256_once(Path(small) / "config.json") if small else None,
         "grid": len(recipe.samples.prompts),
-        "fetched": sorted(path.parent.name for path in cache_folder().glob("*/origin.json")),  # rewards' weights
+        "fetched": sorted(path.parent.name for path in weights_folder().glob("*/origin.json")),  # rewards' weights
         **reward_files(stage),
         **reward_sources(stage),
         "code": _code(),

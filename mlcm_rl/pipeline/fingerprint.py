@@ -73,6 +73,8 @@ def identity(stage: Stage, recipe: Recipe, parents: dict[str, str]) -> dict:
 def teacher_identity(teacher: Teacher) -> dict[str, Any]:
     """Return the settings of a teacher that can change a result, with the content of its files for their paths."""
     described = settings(teacher) | {"path": teacher_hash(teacher)}
+    if teacher.text_adapter is not None:
+        described["text_adapter"] = folder_hash(Path(teacher.text_adapter))
     return {name: value for name, value in described.items() if name != "lora"}
 
 

@@ -1,11 +1,12 @@
 """Commands on a finished run: pictures, pair tables, a report, a folder to publish."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
+from rich.progress import track
 from torch import Tensor
 
 from ..data.prompts import first_prompts, read_prompts
@@ -26,6 +27,7 @@ from ..storage.files import CheckpointError, read_json
 from ..storage.hashing import sha256
 from ..storage.manifest import is_finished, verify
 from ..storage.untrusted import is_unicode, path_inside
+from ..training.console import plain_console
 from ..training.devices import device_of
 from ..training.progress import tell
 from ..training.seeding import generator
@@ -54,39 +56,60 @@ def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
     raise RunError(f"{run_folder} holds no finished {' or '.join(kinds)} stage; `mlcm run` the recipe first")
 
 
+@prefix_errors("--prompts", BadArgument)
+def prompts_of(file: Path) -> list[str]:
+    """Return the texts of a prompt file. Raise BadArgument where it is no such file."""
+    return [prompt.prompt for prompt in read_prompts(file)]
+
+
 @prefix_errors("sample")
 def sample(
     run_folder: Path,
     prompts: list[str],
-    num_steps: int,
+    num_steps: Sequence[int],
     seed: int,
     gamma: float | None,
     out: Path,
     batch_size: int = 16,
+    images_per_prompt: int = 1,
+    text_adapter: Path | None = None,
 ) -> list[Path]:
     """Write pictures of `prompts` by a run's last student as PNG files in `out`, `batch_size` at a time; return paths.
 
-    The noise of picture i depends on (seed, i) alone. Files are numbered after those in `out`. The default `gamma` is
-    the one that the student was tuned under, or its own.
+    Every prompt has `images_per_prompt` pictures at each number of steps; the noise of the i-th of a number of steps
+    depends on (seed, i) alone. More than one picture are on a sheet too, whose path is the last: a row for each noise,
+    a column for each number of steps. Files are numbered after those in `out`. The default `gamma` is the one that the
+    student was tuned under, or its own. Prompts in the languages of a `text_adapter` go through it.
     """
     if not all(map(is_unicode, prompts)):
         raise BadArgument("--prompt: holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
     folder = find_stage(run_folder, STUDENTS)
-    base = teacher_of(folder)
+    base = teacher_of(folder, text_adapter=text_adapter)
     tell_truncated(base, prompts, "--prompt")
     student = students.load_student(base, folder / "student")
-    tell_unlike(student, folder, num_steps)
-    times = sampling_times(num_steps, student.sampling_segments)
     gamma = own_gamma(folder / "student") if gamma is None else gamma
-    common = {"seed": seed, "steps": num_steps, "gamma": gamma, "student": folder.name}
-    first, files = _next_number(out), []
-    for start in range(0, len(prompts), batch_size):
-        indices = range(start, min(start + batch_size, len(prompts)))
-        images = _sample(base, student, [prompts[i] for i in indices], seed, indices, times, gamma)
-        for i, image in zip(indices, images, strict=True):
-            file = out / f"{first + i:03d}-seed{seed}-steps{num_steps}.png"
-            metadata = {"prompt": prompts[i], "number": i, **common}
-            files.append(pictures.save_png(pictures.to_pil(image), file, metadata))
+    drawn = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+    common = {"seed": seed, "gamma": gamma, "student": folder.name}
+    common |= {"text_adapter": str(text_adapter)} if text_adapter else {}
+    first, files, columns = _next_number(out), [], []
+    terminal = plain_console(stderr=True)  # standard output has the paths alone
+    for steps in dict.fromkeys(num_steps):
+        tell_unlike(student, folder, steps)
+        times, column = sampling_times(steps, student.sampling_segments), []
+        for start in track(range(0, len(drawn), batch_size), f"{steps} steps", console=terminal, transient=True):
+            indices = range(start, min(start + batch_size, len(drawn)))
+            images = _sample(base, student, [drawn[i] for i in indices], seed, indices, times, gamma)
+            for i, image in zip(indices, map(pictures.to_pil, images), strict=True):
+                file = out / f"{first + i:03d}-seed{seed}-steps{steps}.png"
+                metadata = {"prompt": drawn[i], "number": i, "steps": steps, **common}
+                files.append(pictures.save_png(image, file, metadata))
+                column.append(image)
+        columns.append(column)
+    if len(files) > 1:
+        rows = [image for row in zip(*columns, strict=True) for image in row]
+        sheet = out / f"sheet-{first:03d}-seed{seed}.png"
+        metadata = {"prompts": "\n".join(drawn), "steps": " ".join(map(str, num_steps)), **common}
+        files.append(pictures.save_png(pictures.sheet(rows, len(columns)), sheet, metadata))
     return files
 
 
@@ -236,16 +259,19 @@ def _latest_table(run_folder: Path) -> tuple[str | None, list[str]]:
     return tables.markdown(latest), tuned_students.languages(latest.prompts)
 
 
-def teacher_of(folder: Path, in_floats: bool = False) -> Base:
+def teacher_of(folder: Path, in_floats: bool = False, text_adapter: Path | None = None) -> Base:
     """Return the teacher of the student in a finished stage, loaded from the path in its recipe.
 
-    Where the recipe quantises it, `in_floats` leaves that out: an export has adapters merged into the weights.
+    Where the recipe quantises it, `in_floats` leaves that out: an export has adapters merged into the weights. A
+    `text_adapter` takes the place of the recipe's.
     Raises CheckpointError where its files have changed: the student, an adapter over them, would draw something else.
     Raises as `teachers.load` does.
     """
     recipe = recipe_of(folder)
     refuse_missing(folder, recipe)
-    teacher = recipe.teacher.model_copy(update={"quantise": None}) if in_floats else recipe.teacher
+    changes: dict[str, object] = {"quantise": None} if in_floats else {}
+    changes |= {"text_adapter": str(text_adapter)} if text_adapter is not None else {}
+    teacher = recipe.teacher.model_copy(update=changes)
     base = teachers.load(teacher, device_of(recipe.device))
     recorded = students.describe(folder / "student").get("teacher_hash")  # older folders have none
     if recorded not in (None, teacher_hash(recipe.teacher)):
@@ -259,7 +285,7 @@ def teacher_of(folder: Path, in_floats: bool = False) -> Base:
 def refuse_missing(folder: Path, recipe: Recipe, *files: str) -> None:
     """Raise RunError where the teacher of the stage in `folder`, or one of the other `files`, is not there any more."""
     teacher = [] if recipe.teacher.revision else [recipe.teacher.path]  # a hub's name is not a path
-    teacher += [recipe.teacher.lora] if recipe.teacher.lora else []
+    teacher += filter(None, [recipe.teacher.lora, recipe.teacher.text_adapter])
     missing = [path for path in (*teacher, *files) if not Path(path).exists()]
     if missing:
         raise RunError(

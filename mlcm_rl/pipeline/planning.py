@@ -20,9 +20,9 @@ from ..cost.launches import Launch
 from ..cost.memory import Memory, num_tokens, of_stage
 from ..data.prompts import texts_of
 from ..data.store_writer import share_written
-from ..models import files
+from ..models import files, text_adapter
 from ..models.teachers import class_of
-from ..recipe import Full, Lora, Recipe, Stage, teacher_check
+from ..recipe import AdaptText, Full, Lora, Recipe, Stage, teacher_check
 from ..recipe.families import geometry, layout_of
 from ..recipe.takes import Networks, Values
 from ..storage.checkpoints import checkpoints, step_of
@@ -121,8 +121,7 @@ class Sizes:
         side = recipe.teacher.resolution // latents.downscale if recipe.teacher.resolution else latents.side
         self.latent = latents.channels * side * side
         self.pixels = (side * latents.downscale) ** 2
-        shapes = self.family.conditioning_shapes(denoiser, num_tokens(self.folder))
-        self.conditioning = sum(map(prod, shapes.values()))
+        self.conditioning = self.family.conditioning_shapes(denoiser, num_tokens(self.folder))
         self.adapted = self.family.adapted_modules(denoiser)
 
     def weights(self, part: str) -> int:
@@ -134,11 +133,16 @@ class Sizes:
         """The number of weights of the denoiser."""
         return self.weights(self.family.denoiser_part)
 
-    def trained(self, adapter: Lora | Full | None) -> int:
-        """Return the number of trained weights: all of the denoiser's, or a LoRA's two matrices for every target."""
-        if not isinstance(adapter, Lora):
+    def trained(self, networks: Networks) -> int:
+        """Return the number of trained weights: all of the denoiser's, or an adapter's.
+
+        A LoRA has two matrices for every target.
+        """
+        if networks.text_adapter is not None:
+            return text_adapter.num_weights(text_adapter.sizes_of(networks.text_adapter, self.conditioning))
+        if not isinstance(networks.trained, Lora):
             return self.denoiser_weights
-        rank, total = adapter.rank, 0
+        rank, total = networks.trained.rank, 0
         for name, shape in self.parts[self.family.denoiser_part].items():
             if len(shape) > 1 and is_lora_target(name, self.adapted):
                 total += rank * (prod(shape[1:]) + shape[0])
@@ -165,7 +169,8 @@ class Sizes:
         networks = stage.networks(distilled)
         encoders = sum(self.weights(part) for part in self.parts if part not in (self.family.denoiser_part, "vae"))
         others = {"staying": 0, "leaving": 0}
-        others["leaving" if encodes_ahead(networks) else "staying"] += encoders * BYTES[self.recipe.teacher.dtype]
+        encoding = encoders * BYTES[self.recipe.teacher.dtype] + 4 * self.second_encoder(stage)
+        others["leaving" if encodes_ahead(networks) else "staying"] += encoding
         for path in map(Path, networks.measuring):
             measuring = files.shapes(path) if path.is_dir() else read_shapes(path)
             others["staying"] += 4 * sum(map(prod, measuring.values()))
@@ -180,6 +185,18 @@ class Sizes:
         fields = estimates.cached(description, estimate)
         return Memory(**fields | {"uncounted": tuple(fields["uncounted"])})
 
+    def second_encoder(self, stage: Stage) -> int:
+        """Return the number of weights of the text encoder of other languages that `stage` encodes prompts by.
+
+        It is that of `teacher.text_adapter`, or of an adapt_text stage, this one or an earlier one. Its adapter is
+        small beside it and not counted.
+        """
+        number = self.recipe.stages.index(stage) if stage in self.recipe.stages else 0
+        folder = self.recipe.teacher.text_adapter
+        folders = [Path(folder) / text_adapter.ENCODER] if folder is not None else []
+        folders += [Path(one.encoder) for one in self.recipe.stages[: number + 1] if isinstance(one, AdaptText)]
+        return sum(map(prod, files.shapes(folders[-1]).values())) if folders else 0
+
     def distilled(self, stage: Stage) -> Lora | Full:
         """Return the adapter of the student that `stage` starts from or samples: the last one distilled before it."""
         before = self.recipe.stages[: self.recipe.stages.index(stage)] if stage in self.recipe.stages else []
@@ -189,9 +206,9 @@ class Sizes:
         """Return the bytes of the stage's results, and of its newest checkpoints while it runs."""
         values = Values(
             denoiser=self.denoiser_weights,
-            trained=self.trained(stage.networks(self.distilled(stage)).trained),
+            trained=self.trained(stage.networks(self.distilled(stage))),
             latent=self.latent,
-            prompt=self.conditioning,
+            prompt=sum(map(prod, self.conditioning.values())),
             pixels=self.pixels,
         )
         return stage.disk(self.recipe, values)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..data.pairs import PairTable
-from ..data.prompts import Prompt, first_prompts, read_prompts
+from ..data.prompts import Prompt, first_prompts, parallel_prompts, read_prompts
 from ..preference import tuning
-from ..recipe import Dpo, Evaluate, Feedback, Reward, Stage, Training, Tuning
+from ..recipe import AdaptText, Dpo, Evaluate, Feedback, Reward, Stage, Training, Tuning
 from ..recipe.reads import paths_of
 from ..rewards import build, checked_class, refuse_without_gradient, refuse_without_weights
 from ..rewards.prompts import refuse_prompts
@@ -59,6 +59,8 @@ def _read(stage: Stage, key: str, path: str) -> list[Prompt]:
     """Return the prompts that `stage` uses of the file of the setting `key`."""
     if isinstance(stage, Evaluate):
         return first_prompts(path, stage.num_prompts)
+    if isinstance(stage, AdaptText):
+        return parallel_prompts(path, stage.languages)
     if not isinstance(stage, Tuning):
         return read_prompts(path)
     if key == "guard_prompts":

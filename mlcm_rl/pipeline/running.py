@@ -185,6 +185,8 @@ def _run_locked(stage: Stage, recipe: Recipe, earlier: list[Located], place: Loc
     parents = parents_of(stage, earlier)
     if "train_teacher" in parents:
         recipe = with_teacher(recipe, parents["train_teacher"].folder)
+    if "adapt_text" in parents:
+        recipe = with_text_adapter(recipe, parents["adapt_text"].folder)
     tell(stage.kind, f"-> {place.folder}", "bold")
     meter = _memory_meter(stage, recipe)
     started = time.monotonic()
@@ -257,6 +259,12 @@ def replay(bundle: Path) -> tuple[dict, dict]:
 def with_teacher(recipe: Recipe, folder: Path) -> Recipe:
     """Return `recipe` with the teacher that the `train_teacher` stage in `folder` has trained."""
     teacher = recipe.teacher.model_copy(update={"path": str(folder / "teacher"), "revision": None})
+    return recipe.model_copy(update={"teacher": teacher})
+
+
+def with_text_adapter(recipe: Recipe, folder: Path) -> Recipe:
+    """Return `recipe` with the text adapter that the `adapt_text` stage in `folder` has trained."""
+    teacher = recipe.teacher.model_copy(update={"text_adapter": str(folder / "text_adapter")})
     return recipe.model_copy(update={"teacher": teacher})
 
 

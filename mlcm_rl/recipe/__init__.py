@@ -7,6 +7,7 @@ Only the types are exported here: `file.py` loads a file into them and reports w
 message begins with the name of the setting that it is about, so that the error points at that setting's line.
 """
 
+from .adapt_text import AdaptText
 from .distill import Distill
 from .evaluation import Evaluate
 from .experiment import RESERVED, STUDENTS, TUNING, Recipe, Stage, missing_trackers
@@ -19,6 +20,7 @@ __all__ = [
     "RESERVED",
     "STUDENTS",
     "TUNING",
+    "AdaptText",
     "Distill",
     "Dpo",
     "Evaluate",

@@ -44,7 +44,7 @@ class Evaluate(OneStage):
     )
     also: list[str] = Field([], description="further finished stage folders to put in the same table")
     judge: Annotated[str | None, Reads(holding="", is_network=True)] = Field(
-        None, description="folder of a judge, for retrieval and KID"
+        None, description="folder of a judge, for retrieval and KID, or for what is right on pictures of scenes"
     )
     rewards: list[str | Reward] = Field([], description="names, or entries, as in the tuning stages; no weights")
     inception: Annotated[str | None, Reads()] = Field(

@@ -37,9 +37,12 @@ class Layout:
     packs: int = 1  # latents a side that the pipeline packs into one token of the denoiser
     patchifies: int = 1  # latents a side of the autoencoder that are one latent, of more channels, of the denoiser
     side: int = 0  # latents a side by default, where the denoiser's configuration has no sample_size
+    takes_text_adapter: bool = False  # prompts become states of one number and at most a pooled vector: `adapt_text`
     embeds_guidance: bool = False  # the guidance scale is an input of the denoiser: a guided pass is one evaluation
     num_times: int = USUAL_TIMES  # of a variance-preserving schedule
     extras: dict[str, str] = field(default_factory=dict)  # module that the family needs: extra of ours that has it
+    loads_lora: bool = True  # diffusers' pipeline loads files of LoRAs
+    reads_chats: bool = False  # prompts are written into the chat template of the tokenizer
     # key in a file (component.key or model_index.key): value of a few-step model, model to name instead
     distilled: dict[str, tuple[Any, str]] = field(default_factory=dict)
 
@@ -113,6 +116,7 @@ FAMILIES = {
         text={"text_encoder_2": "CLIPTextModelWithProjection"},
         optional={"text_encoder": "CLIPTextModel"},
         pooled_by="text_encoder_2",
+        takes_text_adapter=True,
     ),
     "sd": Layout(
         implementation="mlcm_rl.models.families.sd:Family",
@@ -120,6 +124,7 @@ FAMILIES = {
         denoiser="unet",
         denoiser_class="UNet2DConditionModel",
         text={"text_encoder": "CLIPTextModel"},
+        takes_text_adapter=True,
     ),
     "kolors": Layout(
         implementation="mlcm_rl.models.families.kolors:Family",
@@ -131,6 +136,7 @@ FAMILIES = {
         own_library="kolors",
         num_times=1100,
         extras={"sentencepiece": "kolors"},
+        takes_text_adapter=True,
     ),
     "sd3": Layout(
         implementation="mlcm_rl.models.families.sd3:Family",
@@ -140,6 +146,7 @@ FAMILIES = {
         text={"text_encoder": "CLIPTextModelWithProjection", "text_encoder_2": "CLIPTextModelWithProjection"},
         optional={"text_encoder_3": "T5EncoderModel"},
         is_flow=True,
+        takes_text_adapter=True,
     ),
     "flux": Layout(
         implementation="mlcm_rl.models.families.flux:Family",
@@ -152,6 +159,7 @@ FAMILIES = {
         side=128,
         embeds_guidance=True,
         distilled={"transformer.guidance_embeds": (False, "FLUX.1-dev")},
+        takes_text_adapter=True,
     ),
     "flux2_klein": Layout(
         implementation="mlcm_rl.models.families.flux2_klein:Family",
@@ -163,7 +171,9 @@ FAMILIES = {
         is_flow=True,
         patchifies=2,
         side=64,
+        reads_chats=True,
         distilled={"model_index.is_distilled": (True, "FLUX.2-klein-base")},
+        takes_text_adapter=True,
     ),
     "hunyuan_dit": Layout(
         implementation="mlcm_rl.models.families.hunyuan_dit:Family",
@@ -171,6 +181,7 @@ FAMILIES = {
         denoiser="transformer",
         denoiser_class="HunyuanDiT2DModel",
         text={"text_encoder": "BertModel", "text_encoder_2": "T5EncoderModel"},
+        loads_lora=False,
     ),
     "pixart_sigma": Layout(
         implementation="mlcm_rl.models.families.pixart_sigma:Family",
@@ -178,6 +189,7 @@ FAMILIES = {
         denoiser="transformer",
         denoiser_class="PixArtTransformer2DModel",
         older_classes={"transformer": "Transformer2DModel"},
+        loads_lora=False,
         text={"text_encoder": "T5EncoderModel"},
     ),
     "sana": Layout(
@@ -197,6 +209,7 @@ FAMILIES = {
         denoiser_class="ZImageTransformer2DModel",
         text={"text_encoder": "Qwen3Model"},
         is_flow=True,
+        reads_chats=True,
         side=128,
         distilled={"scheduler.shift": (3.0, "Z-Image, of shift 6")},  # Z-Image-Turbo's; all other files agree
     ),
@@ -218,6 +231,16 @@ FAMILIES = {
 def names() -> list[str]:
     """Return the families that a recipe may name: ours, then those of other distributions."""
     return [*FAMILIES, *sorted(_others())]
+
+
+def adaptable() -> list[str]:
+    """Return the families whose teachers can have a text adapter; another distribution's that is broken is none."""
+    able = []
+    for name in names():
+        with suppress(ValueError):
+            if layout_of(name).takes_text_adapter:
+                able.append(name)
+    return able
 
 
 @cache

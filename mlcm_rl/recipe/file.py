@@ -19,10 +19,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..storage.untrusted import read_bytes, regular
-from . import errors, renamed, reward_package, teacher_check
+from . import errors, renamed, reward_package, reward_settings, teacher_check
+from .adapt_text import AdaptText
 from .distill import Distill
 from .experiment import Recipe, missing_library, missing_trackers
-from .families import absent_extras, family_of, geometry, layout_of
+from .families import absent_extras, adaptable, family_of, geometry, layout_of
 from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
 from .reads import reads_of
@@ -84,6 +85,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
     return [
         *_teacher_problems(recipe.teacher, folders),
         *_lora_problems(recipe, folders),
+        *_text_adapter_problems(recipe, folders),
         *_file_problems(recipe, folders),
         *_runs_problems(recipe, folders),
         *(Problem(("trackers", i), message) for i, message in missing_trackers(recipe)),
@@ -154,10 +156,37 @@ def _lora_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
     if name and os.path.isfile(folders.place(key, name)) and Path(name).suffix != ".safetensors":
         yield Problem(key, f"expected a .safetensors file, found {name}: other formats can run code and are not read")
     yield from _absent(key, name, folders)
+    with suppress(ValueError):  # of a family that is reported as broken
+        layout = layout_of(recipe.teacher.family)
+        if not layout.loads_lora:
+            yield Problem(key, f"diffusers loads no LoRA into a {layout.pipeline}: merge it into the checkpoint")
     for i, stage in enumerate(recipe.stages):
         if stage.kind == "train_teacher":
             message = "train_teacher writes a checkpoint of its own, into which teacher.lora would go in part: merge "
             yield Problem(("stages", i), f"{message}the LoRA into the checkpoint of teacher.path, or leave it out")
+
+
+def _text_adapter_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
+    """Yield what is wrong with the teacher's text adapter, or with a stage that is to make one."""
+    teacher, key = recipe.teacher, ("teacher", "text_adapter")
+    if teacher.text_adapter is not None:
+        yield from _absent(key, teacher.text_adapter, folders, holding="text_adapter.json")
+    adapting = [(i, stage) for i, stage in enumerate(recipe.stages) if isinstance(stage, AdaptText)]
+    if (teacher.text_adapter or adapting) and teacher.family not in (able := adaptable()):
+        message = (
+            f"{teacher.family} takes more of a prompt than a text adapter makes: name a teacher of {', '.join(able)}"
+        )
+        yield Problem(("teacher", "family"), message)
+    for i, adapt in adapting:
+        if teacher.text_adapter is not None:
+            yield Problem(key, f"stages[{i}] (adapt_text) makes one itself: leave it out")
+        if teacher.dtype == "float16":
+            message = "the gradients of adapt_text go through the denoiser, and in float16 small ones are lost: write "
+            yield Problem(("teacher", "dtype"), f"{message}bfloat16, or float32")
+        before = [stage.prompts for stage in recipe.stages[:i] if isinstance(stage, Trajectories)]
+        if before and before[-1] != adapt.prompts:
+            message = f"expected {before[-1]}, the prompts of the trajectories before it, found {adapt.prompts}"
+            yield Problem(("stages", i, "prompts"), message)
 
 
 def _family_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
@@ -215,6 +244,8 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
             if reward.name not in known_rewards:
                 message = f"no reward is called {reward.name}; known are {', '.join(known_rewards) or 'none'}"
                 yield Problem(key, message, nearest(reward.name, known_rewards))
+            else:
+                yield from reward_settings.problems(key[:-1], reward)
             yield from _endless((*key[:-1], "settings"), reward, folders)
             folder = reward.settings.get("folder") if reward.name == TRAINED else None
             if isinstance(folder, str):

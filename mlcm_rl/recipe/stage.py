@@ -62,7 +62,7 @@ class OneStage(Strict):
     def parents(self) -> tuple[str, ...]:
         """The kinds of earlier stages that it starts from: the latest of each that the recipe has."""
         uses_trained = any(reward.is_of_this_recipe for reward in self.reward_models)
-        return ("train_teacher", "train_reward") if uses_trained else ("train_teacher",)
+        return ("train_teacher", "adapt_text", *["train_reward"] * uses_trained)
 
     @property
     def requirements(self) -> list[Requirement]:

@@ -50,6 +50,15 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class TextNetwork:
+    """A text adapter that is trained: the folder of its encoder, the width and the number of its blocks."""
+
+    encoder: str
+    width: int
+    num_layers: int
+
+
+@dataclass(frozen=True)
 class Networks:
     """The networks that a stage has in memory, beside the activations of its passes.
 
@@ -63,6 +72,7 @@ class Networks:
     has_average    whether there is a second set of trained weights: an average, or the guard's best
     tiles          pixels a side of the autoencoder's tiles
     measuring      files and folders of the networks of metrics
+    text_adapter   what is trained in place of a student, whose frozen weights are then the teacher's
     """
 
     student: Lora | Full | None = None
@@ -75,6 +85,7 @@ class Networks:
     has_average: bool = False
     tiles: int | None = None
     measuring: tuple[str, ...] = ()
+    text_adapter: TextNetwork | None = None
 
     @property
     def trained(self) -> Lora | Full | None:

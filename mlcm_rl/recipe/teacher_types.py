@@ -4,8 +4,6 @@ Keys without an effect here may have any well-formed value. Keys for an input th
 default.
 """
 
-import math
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
@@ -17,11 +15,8 @@ Small = Annotated[float, Field(gt=0, lt=1)]
 Scale = Annotated[float, Field(gt=0, le=1_000)]
 Flag = Annotated[int, Field(ge=0, le=1)]
 Kernel = Annotated[int, Field(ge=1, le=7)]
-Beta = Annotated[float, Field(gt=0, lt=1)]
-Infinite = Annotated[float, Field(allow_inf_nan=True)]  # -Infinity in files of diffusers' multistep solvers
 Activation = Literal["silu", "swish", "mish", "gelu", "relu"]
 Token = str | dict[str, JsonValue] | None
-MIN_SIGNAL = 1e-8  # of alpha^2 at the last time: below, x0 is a quotient of rounding errors
 
 
 class Configuration(BaseModel):
@@ -321,112 +316,6 @@ class Tokenizer(TokenizerOfPipeline):
     model_max_length: Annotated[int, Field(ge=3)]  # of some a number beyond any prompt
 
 
-class Scheduler(Configuration):
-    """scheduler/scheduler_config.json: a variance-preserving schedule."""
-
-    class_name: str = Field("", alias="_class_name")
-    num_train_timesteps: Annotated[int, Field(ge=2, le=10_000)] = 1000
-    beta_start: Beta = 0.0001
-    beta_end: Beta = 0.02
-    beta_schedule: Literal["scaled_linear", "linear"] | None = "linear"
-    trained_betas: list[Beta] | None = None
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-    rescale_betas_zero_snr: bool = False
-    timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
-    steps_offset: Annotated[int, Field(ge=0, lt=1000)] = 0
-    set_alpha_to_one: bool = False
-    clip_sample: bool = False
-    skip_prk_steps: bool = False
-    thresholding: Literal[False] = False
-    interpolation_type: Literal["linear", "log_linear"] = "linear"
-    timestep_type: Literal["discrete"] = "discrete"
-    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
-    sigma_min: float | None = None
-    sigma_max: float | None = None
-    use_karras_sigmas: bool | None = False
-    use_exponential_sigmas: bool | None = False
-    use_beta_sigmas: bool | None = False
-    lambda_min_clipped: Infinite = -math.inf
-
-    @model_validator(mode="after")
-    def _preserves_variance(self):
-        if self.class_name.startswith(("Flow", "EDM")):
-            raise ValueError(f"_class_name {self.class_name} preserves no variance, as this family's schedule must")
-        return self
-
-    @model_validator(mode="after")
-    def _noise_grows_to_an_end(self):
-        if self.trained_betas is not None:
-            betas: Sequence[float] = self.trained_betas
-            if len(betas) != self.num_train_timesteps:
-                raise ValueError(f"trained_betas has {len(betas)} entries for {self.num_train_timesteps} times")
-        elif self.beta_start > self.beta_end:
-            raise ValueError(f"beta_start {self.beta_start} is above beta_end {self.beta_end}: noise would shrink")
-        else:
-            power = 2 if self.beta_schedule == "scaled_linear" else 1
-            start, end = (beta ** (1 / power) for beta in (self.beta_start, self.beta_end))
-            steps = self.num_train_timesteps - 1
-            betas = [(start + (end - start) * t / steps) ** power for t in range(steps + 1)]
-        if sum(math.log1p(-beta) for beta in betas) < math.log(MIN_SIGNAL):
-            key = "trained_betas" if self.trained_betas is not None else "beta_end"
-            raise ValueError(f"{key}: so much noise leaves no signal at the last time")
-        return self
-
-    @model_validator(mode="after")
-    def _is_of_many_steps(self):
-        is_euler = self.class_name.startswith("Euler")
-        if is_euler and self.timestep_spacing == "trailing" and self.prediction_type == "epsilon":
-            raise ValueError(
-                f"timestep_spacing trailing of a {self.class_name} that predicts epsilon is how models that are "
-                "distilled to a few steps are published (Turbo, Lightning); name the model that it was made from, or "
-                "write leading if it is not distilled: the key has no other effect here"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _the_last_time_says_something(self):
-        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
-            raise ValueError(
-                "rescale_betas_zero_snr with prediction_type epsilon leaves no signal at the last time, so its x0 is "
-                "0 / 0; use a v_prediction teacher or switch the rescaling off"
-            )
-        return self
-
-
-class FlowScheduler(Configuration):
-    """scheduler/scheduler_config.json: a rectified flow of a thousand times with one shift."""
-
-    class_name: Literal[
-        "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "DPMSolverMultistepScheduler"
-    ] = Field(alias="_class_name")
-    num_train_timesteps: Literal[1000] = 1000
-    shift: Annotated[float, Field(gt=0, le=1_000)] = 1.0
-    flow_shift: Annotated[float, Field(gt=0, le=1_000)] = 1.0  # of DPMSolverMultistepScheduler, with the two below
-    use_flow_sigmas: bool = False
-    prediction_type: str = "epsilon"
-    use_dynamic_shifting: bool = False
-    base_shift: float | None = 0.5
-    max_shift: float | None = 1.15
-    base_image_seq_len: Annotated[int, Field(gt=0)] | None = 256
-    max_image_seq_len: Annotated[int, Field(gt=0)] | None = 4096
-    invert_sigmas: Literal[False] = False
-    stochastic_sampling: Literal[False] = False
-    use_karras_sigmas: Literal[False] | None = False
-    use_exponential_sigmas: Literal[False] | None = False
-    use_beta_sigmas: Literal[False] | None = False
-    lambda_min_clipped: Infinite = -math.inf
-
-    @model_validator(mode="after")
-    def _is_a_flow(self):
-        is_solver = self.class_name.startswith("DPMSolver")
-        for key, expected in (("use_flow_sigmas", True), ("prediction_type", "flow_prediction")):
-            if is_solver and getattr(self, key) != expected:
-                raise ValueError(f"{key}: expected {expected}, as a rectified flow has, found {getattr(self, key)}")
-        if is_solver and self.use_dynamic_shifting:
-            raise ValueError("use_dynamic_shifting: expected False in a DPMSolverMultistepScheduler, found True")
-        return self
-
-
 class Index(Configuration):
     """model_index.json: the pipeline's class, and library and class of every component."""
 
@@ -447,3 +336,14 @@ class Index(Configuration):
         """Return [library, class] of a component that the pipeline has."""
         entry = (self.__pydantic_extra__ or {}).get(name)
         return entry if isinstance(entry, list) and entry[:1] not in ([], [None]) else None
+
+
+CONFIGURATIONS: dict[str, type[Configuration]] = {  # by class; the file of another class may be any JSON object
+    "UNet2DConditionModel": Denoiser,
+    "HunyuanDiT2DModel": HunyuanDenoiser,
+    "PixArtTransformer2DModel": PixArtDenoiser,
+    "AutoencoderKL": Autoencoder,
+    "CLIPTextModel": TextEncoder,
+    "CLIPTextModelWithProjection": TextEncoder,
+    "ChatGLMModel": ChatGLM,
+}

@@ -72,6 +72,12 @@ class Teacher(Strict):
         "contiguous", description="layout of the convolutions' weights; channels_last draws faster on most hardware"
     )
 
+    text_adapter: str | None = Field(
+        None,
+        description="folder that an adapt_text stage left: prompts in its languages go through it, all others through "
+        "the teacher's own text encoders",
+    )
+
     quantise: Quantised | None = Field(
         None,
         description="integers that the denoiser's linear layers are stored in, for LoRA students: int8 has 1 byte a "

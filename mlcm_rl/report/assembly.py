@@ -19,6 +19,7 @@ from ..storage.files import CheckpointError, public, read_json, replacing
 from ..storage.untrusted import path_inside
 from . import tuned_students
 from .comparisons import comparisons, headline
+from .definitions import BY_LANGUAGE
 from .figures import binned, listed, rounded, significant, summary
 from .tables import markdown
 from .types import Environment, LossCurve, Measurements, Network, Prompt, Report, Row, TunedStudent
@@ -42,15 +43,15 @@ def record(
     """Return a row of report.json: what it is (`row`), its latency, and of each metric mean, standard error and values.
 
     Latency is the median over batches with the standard error of that, NaN of a single batch. `values` (P,) are by
-    metric; R@k is also given for each of the prompts' `languages`, without repeating the values. Of the metrics in
-    `samples` the values of every picture (P, I) are kept too.
+    metric; R@k and what is right are also given for each of the prompts' `languages`, without repeating the values. Of
+    the metrics in `samples` the values of every picture (P, I) are kept too.
     """
     summaries = {key: summary(one).model_copy(update={"values": listed(one)}) for key, one in values.items()}
     for key, by_picture in (samples or {}).items():
         pictures = [listed(one) for one in by_picture]
         summaries[key] = summaries[key].model_copy(update={"samples": pictures})
     if len(set(languages)) > 1:
-        for key in [key for key in values if key.startswith("r@")]:
+        for key in [key for key in values if key.startswith(BY_LANGUAGE)]:
             for language in dict.fromkeys(languages):
                 chosen = torch.tensor([spoken == language for spoken in languages])
                 summaries[f"{key}/{language}"] = summary(values[key][chosen])

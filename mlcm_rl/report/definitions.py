@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ..data.scenes import RELATIONS
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -13,19 +15,43 @@ class Metric:
 
 
 def metric(key: str) -> Metric:
-    """Return the metric of `key`: one of METRICS, r@<k>, r@<k>/<language> or reward/<name>."""
+    """Return the metric of `key`: one of METRICS, reward/<name>, or r@<k> and right@<what>, with /<language> or not."""
     name, _, rest = key.partition("/")
     if name == "reward":
         return Metric(rest, False, f"Reward model `{rest}` (see its card in reward_models/), higher is better.")
     if name.startswith("r@"):
         return Metric(f"R@{name[2:]} {rest}".strip(), False, RETRIEVAL.format(k=name[2:]))
+    if name.startswith("right@"):
+        what = name.removeprefix("right@")
+        return Metric(f"Right: {what.replace('in_', 'in ')} {rest}".strip(), False, QUESTIONS[what])
     return METRICS[name]
+
+
+BY_LANGUAGE = ("r@", "right@")  # beginnings of the metrics that are given for each language too
+RIGHT = "right@all"
+
+
+def is_detail(key: str) -> bool:
+    """Return whether a metric is a part of what RIGHT sums up, which has a table of its own."""
+    return key.startswith("right@") and key.partition("/")[0] != RIGHT
 
 
 RETRIEVAL = (
     "Share of pictures whose concept is among the {k} nearest of the judge's prototypes, by cosine; a tie counts "
     "against the picture. Language enters through the prompt alone: the judge reads none."
 )
+QUESTIONS = {
+    "all": "Share of pictures on which a judge of scenes sees everything that the prompt asks for, and nothing else.",
+    "objects": "Share of pictures on which the judge sees the things that the prompt names, and no others.",
+    "count": "Share of pictures with as many objects as the prompt asks for.",
+    "relation": "Share of pictures on which two things stand as the prompt asks, of the prompts that ask for it.",
+    "style": "Share of pictures with all objects in the style asked for, of the prompts that name one.",
+    "background": "Share of pictures with the background asked for, of the prompts that name one.",
+    **{
+        f"in_{relation}": f"Share of pictures with everything right, of the prompts of the kind {relation}."
+        for relation in RELATIONS
+    },
+}
 METRICS = {
     "distance": Metric(
         "Distance",

@@ -1,6 +1,7 @@
 """report.html: one page that holds everything it shows."""
 
 import base64
+import math
 from io import BytesIO
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from PIL import Image
 
 from ..storage.files import replacing
 from . import comparisons, figures, plots, tables, tuned_students
-from .definitions import GAIN, LATENCY, TRAINING, WIN_RATE, metric
+from .definitions import GAIN, LATENCY, RIGHT, TRAINING, WIN_RATE, metric
 from .types import (
     Card,
     Comparison,
@@ -17,14 +18,15 @@ from .types import (
     Gallery,
     GalleryPrompt,
     LossCurve,
+    NumberTable,
     PairGallery,
     PairPrompt,
+    Picture,
     Report,
     Row,
     TableRow,
     Tile,
     TunedSection,
-    TunedTable,
 )
 
 THUMBNAIL = 256  # pixels a side at most; smaller pictures stay lossless
@@ -66,6 +68,7 @@ def render(report: Report, folder: Path) -> str:
         reward_curves=[plots.reward_curve(student, name) for student in report.tuned for name in student.rewards],
         heads=tables.heads(report),
         groups=groups(report),
+        details=tables.details(report),
         comparisons=[comparison_row(report, comparison) for comparison in report.comparisons],
         latency=LATENCY,
         definitions=definitions(report),
@@ -81,7 +84,7 @@ def losses(curves: list[LossCurve]) -> list[str]:
 
 def definitions(report: Report) -> list[tuple[str, str]]:
     """Return (label, definition) of the table's columns, then of the networks that measured."""
-    entries = [(metric(key).label, metric(key).definition) for key in tables.columns(report)]
+    entries = [(metric(key).label, metric(key).definition) for key in tables.defined(report)]
     if tables.has_training(report):
         entries.insert(0, ("Training evals", TRAINING))
     if report.tuned:
@@ -192,8 +195,9 @@ def tuned_section(report: Report, folder: Path) -> TunedSection:
             for student in students
         ],
         tables=[
-            TunedTable(
+            NumberTable(
                 title=title,
+                first="Steps",
                 heads=heads,
                 num_words=num_words,
                 groups=[(f"{one.name}, tuned from {one.reference}", lines(report, one)) for one in students],
@@ -233,8 +237,8 @@ def before_and_after(report: Report, folder: Path) -> list[PairGallery]:
     return galleries
 
 
-def picture(folder: Path, row: Row | None, prompt: int) -> str | None:
-    """Return a picture as a data: URI, at most THUMBNAIL pixels a side; None where there is no row."""
+def picture(folder: Path, row: Row | None, prompt: int) -> Picture | None:
+    """Return the first picture of a prompt, at most THUMBNAIL pixels a side; None where there is no row."""
     if row is None:
         return None
     with Image.open(picture_path(folder, row.id, prompt)) as image:
@@ -242,4 +246,6 @@ def picture(folder: Path, row: Row | None, prompt: int) -> str | None:
         image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         data = BytesIO()
         image.save(data, "WEBP", lossless=lossless, quality=85)
-    return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode("ascii")
+    uri = "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode("ascii")
+    right = figures.samples_of(row, RIGHT)[prompt, 0].item() if RIGHT in row.metrics else math.nan
+    return Picture(uri, None if math.isnan(right) else right == 1.0)

@@ -6,19 +6,19 @@ from rich.table import Table
 from ..training.console import wrapped
 from . import tuned_students
 from .comparisons import measured
-from .definitions import LATENCY, TRAINING, metric
+from .definitions import LATENCY, RIGHT, TRAINING, is_detail, metric
 from .figures import number, plus_minus
-from .types import Report, Row, TrainingCost
+from .types import NumberTable, Report, Row, TrainingCost
 
 MANY_METRICS = 5  # in the terminal table
-MAIN_METRICS = ("distance", "kid", "r@5", "fid", "clip")  # beside the rewards
+MAIN_METRICS = ("distance", "kid", "r@5", RIGHT, "fid", "clip")  # beside the rewards
 
 
 def columns(report: Report) -> list[str]:
-    """Return the metrics of the table, in order: R@k by language where there is more than one."""
+    """Return the metrics of the table, in order: R@k and what is right by language where there is more than one."""
     metrics = report.rows[0].metrics
     keys = []
-    for key in [key for key, summary in metrics.items() if summary.values]:
+    for key in [key for key, summary in metrics.items() if summary.values and not is_detail(key)]:
         by_language = [other for other in metrics if other.startswith(f"{key}/")]
         keys += by_language or [key]
     return keys
@@ -59,6 +59,29 @@ def cells(report: Report, row: Row) -> list[str]:
     values = [number(row.metrics[key]) for key in columns(report)]
     cost = [training(row.training)] if has_training(report) else []
     return [str(row.num_evaluations), latency(row), *cost, *values]
+
+
+def details(report: Report) -> list[NumberTable]:
+    """Return the tables of what is right on pictures of scenes, by question and relation: of all prompts, by language.
+
+    Empty without a judge of scenes.
+    """
+    metrics = report.rows[0].metrics
+    keys = [key for key in metrics if key == RIGHT or (is_detail(key) and "/" not in key)]
+    if not keys:
+        return []
+    languages = [key.partition("/")[2] for key in metrics if key.startswith(f"{RIGHT}/")]
+    heads = [metric(key).label.partition(": ")[2] for key in keys]
+    tables = []
+    for language in ["", *languages]:
+        shown = [f"{key}/{language}" if language else key for key in keys]
+        lines = {
+            name: [[label(row), str(row.num_evaluations), *(number(row.metrics[key]) for key in shown)] for row in rows]
+            for name, rows in groups(report).items()
+        }
+        title = f"Right pictures, prompts in {language}" if language else "Right pictures, by question and relation"
+        tables.append(NumberTable(title, "Sampler", ["Evals", *heads], 0, list(lines.items())))
+    return tables
 
 
 def latency(row: Row) -> str:
@@ -124,6 +147,17 @@ def markdown(report: Report) -> str:
     for name, rows in groups(report).items():
         lines.append(f"| **{name}** {'| ' * (len(head) - 1)}|")
         lines += [f"| {' | '.join([label(row), *cells(report, row)])} |" for row in rows]
+    for one in details(report):
+        lines += [
+            "",
+            f"**{one.title}**",
+            "",
+            f"| {one.first} | {' | '.join(one.heads)} |",
+            f"|---{'|--:' * len(one.heads)}|",
+        ]
+        for name, rows_of_cells in one.groups:
+            lines.append(f"| **{name}** {'| ' * len(one.heads)}|")
+            lines += [f"| {' | '.join(line)} |" for line in rows_of_cells]
     lines += [
         "",
         f"{len(report.prompts)} prompts; \u00b1 is one standard error over prompts.",
@@ -131,11 +165,17 @@ def markdown(report: Report) -> str:
         f"- **ms**: {LATENCY}",
     ]
     lines += [f"- **Training evals**: {TRAINING}"] * has_training(report)
-    lines += [f"- **{metric(key).label}**: {metric(key).definition}" for key in dict.fromkeys(columns(report))]
+    lines += [f"- **{metric(key).label}**: {metric(key).definition}" for key in defined(report)]
     lines += [f"- Network `{name}`: {text}" for name, text in network_texts(report)]
     lines += tuned_students.markdown(report)
     lines += ["", f"Measured on {report.environment.device}, {report.created}."]
     return "\n".join(lines) + "\n"
+
+
+def defined(report: Report) -> list[str]:
+    """Return the metrics whose definitions a report needs: those of its table, and the parts of what is right."""
+    parts = [key for key in report.rows[0].metrics if is_detail(key) and "/" not in key]
+    return list(dict.fromkeys([*columns(report), *parts]))
 
 
 def network_texts(report: Report) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..recipe.experiment import TUNING
 from ..storage.files import read_json
-from .definitions import WIN_RATE, metric
+from .definitions import BY_LANGUAGE, WIN_RATE, is_detail, metric
 from .figures import binned, number, samples_of, summary, values_of
 from .guard_history import history
 from .types import GuardRecord, Measurements, Point, Prompt, Report, Row, Summary, TunedComparison, TunedStudent
@@ -116,7 +116,7 @@ def _by_language(prompts: list[Prompt], values: dict[str, Tensor]) -> dict[str, 
     """Return summaries of `values` (P,); of metrics that read each picture alone by language too."""
     summaries = {key: summary(one) for key, one in values.items()}
     if len(languages(prompts)) > 1:
-        for key in [key for key in values if key.startswith(("r@", "reward/"))]:
+        for key in [key for key in values if key.startswith((*BY_LANGUAGE, "reward/"))]:
             for language in languages(prompts):
                 chosen = torch.tensor([prompt.language == language for prompt in prompts])
                 summaries[f"{key}/{language}"] = summary(values[key][chosen])
@@ -234,7 +234,7 @@ def others(report: Report) -> list[str]:
     metrics = []
     for student in report.tuned:
         for one in student.comparisons:
-            keys = [key for key in one.differences if not key.startswith("reward/")]
+            keys = [key for key in one.differences if not key.startswith("reward/") and not is_detail(key)]
             metrics += [key for key in keys if not any(other.startswith(f"{key}/") for other in keys)]
     return list(dict.fromkeys(metrics))
 

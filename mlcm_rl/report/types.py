@@ -240,15 +240,23 @@ class ComparisonRow:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """One picture on the page."""
+
+    uri: str  # data:
+    is_right: bool | None  # by a judge of scenes; None without one
+
+
+@dataclass(frozen=True)
 class GalleryPrompt:
-    """The pictures of one prompt, by number of evaluations, as data: URIs; None where there is no row."""
+    """The pictures of one prompt, by number of evaluations; None where there is no row."""
 
     text: str
     language: str
     language_name: str
-    student: dict[int, str | None]
-    teacher: dict[int, str | None]
-    reference: str | None
+    student: dict[int, Picture | None]
+    teacher: dict[int, Picture | None]
+    reference: Picture | None
 
 
 @dataclass(frozen=True)
@@ -274,10 +282,11 @@ class Card:
 
 
 @dataclass(frozen=True)
-class TunedTable:
-    """A table of the tuned students, a group each; the first `num_words` columns after the steps are words."""
+class NumberTable:
+    """A table of figures in groups of lines; the first `num_words` columns after the `first` are words."""
 
     title: str
+    first: str  # head of the first column
     heads: list[str]
     num_words: int
     groups: list[tuple[str, list[list[str]]]]  # heading, lines of cells
@@ -290,7 +299,7 @@ class PairPrompt:
     text: str
     language: str
     language_name: str
-    pictures: dict[str, str | None]
+    pictures: dict[str, Picture | None]
 
 
 @dataclass(frozen=True)
@@ -307,5 +316,5 @@ class TunedSection:
     """The section on preference learning."""
 
     cards: list[Card]
-    tables: list[TunedTable]
+    tables: list[NumberTable]
     galleries: list[PairGallery]

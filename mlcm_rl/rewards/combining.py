@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.prompts import guess_language
 from ..recipe import Reward
+from ..recipe.languages import guess_language
 from .contract import RewardModel, refuse_unread, score_in_chunks
 from .finding import build
 

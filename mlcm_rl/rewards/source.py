@@ -15,7 +15,7 @@ from pathlib import Path
 from ..storage.files import read_json
 from ..storage.hashing import sha256_once
 from .finding import ENTRY_POINTS, FOLDER
-from .weights import SAFE_SUFFIXES, Weights, cache_folder
+from .weights import SAFE_SUFFIXES, Weights, weights_folder
 
 
 def source_hashes(name: str) -> dict[str, str]:
@@ -91,7 +91,7 @@ def _unpinned(tree: ast.Module) -> dict[str, str]:
             arguments |= {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
             name, pin = (arguments.get(key) for key in ("name", "sha256"))
             if isinstance(name, ast.Constant) and isinstance(pin, ast.Constant) and pin.value is None:
-                origin = cache_folder() / str(name.value) / "origin.json"
+                origin = weights_folder() / str(name.value) / "origin.json"
                 if origin.is_file():
                     hashes[str(name.value)] = read_json(origin, fetched_sha256=str)["fetched_sha256"]
     return hashes

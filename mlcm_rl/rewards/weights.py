@@ -13,7 +13,6 @@ them.
 import errno
 import importlib
 import lzma
-import os
 import re
 import shutil
 import struct
@@ -28,6 +27,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
+from ..storage.caches import cache_folder
 from ..storage.files import read_json, replacing, write_json
 from ..storage.hashing import sha256
 from ..storage.tensors import write_tensors
@@ -126,7 +126,7 @@ class Weights:
 
     @property
     def folder(self) -> Path:
-        return cache_folder() / self.name
+        return weights_folder() / self.name
 
     @property
     def file_name(self) -> str:
@@ -155,9 +155,9 @@ class Weights:
         return path
 
 
-def cache_folder() -> Path:
-    """Return the folder of fetched weights: under $MLCM_RL_CACHE, or ~/.cache/mlcm_rl."""
-    return Path(os.environ.get("MLCM_RL_CACHE", "~/.cache/mlcm_rl")).expanduser() / "rewards"
+def weights_folder() -> Path:
+    """Return the folder of fetched weights."""
+    return cache_folder("rewards")
 
 
 def fetch(weights: Weights, local_copy: Path | None = None) -> Path:
@@ -168,8 +168,8 @@ def fetch(weights: Weights, local_copy: Path | None = None) -> Path:
     """
     if weights.is_present():
         return weights.path()
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache_folder()) as scratch:
+    weights_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=weights_folder()) as scratch:
         file = _source_file(weights, local_copy, Path(scratch))
         checksum = sha256(file)
         if weights.sha256 not in (None, checksum):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..data.prompts import CaptionedImages, read_prompts
 from ..data.training_points import Batch, NoisedData, OnLine, RenoisedSamples, Source, StoredStates
-from ..data.trajectory_store import Store, expected_of
+from ..data.trajectory_store import store_of
 from ..equations import consistency
 from ..equations.averaging import ema_decay, ema_update_
 from ..equations.schedule import snr
@@ -103,7 +103,7 @@ def make_source(
     """Return the source of points that `stage` names. Raises CheckpointError for a store of another teacher."""
     store = None
     if stage.reads_trajectories:
-        store = Store(parents["trajectories"], expected_of(recipe.teacher, base))
+        store = store_of(parents["trajectories"], recipe.teacher, base)
     if stage.method == "inter_segment":
         prompts = None if store else read_texts(stage, base)
         return RenoisedSamples(stage, base, student, store, prompts, recipe.seed)

@@ -28,6 +28,7 @@ from ..models.teachers import load, tell_truncated
 from ..recipe import Evaluate, Recipe
 from ..report import assembly, page, tables, tuned_students
 from ..report import types as report_types
+from ..report.definitions import RIGHT
 from ..storage import finite
 from ..storage.files import read_json, remove, write_json
 from ..storage.tensors import read_tensors, write_tensors
@@ -95,7 +96,14 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
                     bar.advance(row.num_evaluations * len(scene.batches()), row.id)
                 records.append(report_types.Row.model_validate(read_json(record_path(folder, row))))
     prompts = [
-        report_types.Prompt(**asdict(prompt), shown=i in scene.page_prompts) for i, prompt in enumerate(scene.prompts)
+        report_types.Prompt(
+            prompt=prompt.prompt,
+            language=prompt.language,
+            concept=prompt.concept,
+            style=prompt.style,
+            shown=i in scene.page_prompts,
+        )
+        for i, prompt in enumerate(scene.prompts)
     ]
     tuned = tuned_students.read({student.name: student.folder for student in students})
     result = assembly.assemble(recipe, stage, prompts, records, base.device, curves, tuned, scene.instruments.networks)
@@ -189,10 +197,13 @@ def record_of(scene: Scene, row: Row) -> report_types.Row:
     distances = readings.pop("distance").unflatten(0, (-1, scene.images_per_prompt)).mean(1)
     values = {"distance": distances, **scene.instruments.values(readings, scene.images_per_prompt)}
     languages = [prompt.language for prompt in scene.prompts]
-    samples = {}
-    if row.role == "student" and scene.images_per_prompt > 1:  # win rates count pictures, not means
-        rewards = [name for name in readings if name.startswith("reward/")]
-        samples = {name: readings[name].unflatten(0, (-1, scene.images_per_prompt)) for name in rewards}
+    by_picture = {}  # what is shown of single pictures: win rates count them, and the page marks those that are right
+    if scene.images_per_prompt > 1:
+        if row.role == "student":
+            by_picture = {name: reading for name, reading in readings.items() if name.startswith("reward/")}
+        if "right" in readings:
+            by_picture[RIGHT] = readings["right"][:, 0]
+    samples = {name: reading.unflatten(0, (-1, scene.images_per_prompt)) for name, reading in by_picture.items()}
     return assembly.record(asdict(row), values, languages, *latency, samples)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..data.training_points import Batch, StoredStates
-from ..data.trajectory_store import Store, expected_of
+from ..data.trajectory_store import store_of
 from ..equations import consistency, feedback
 from ..models import students, teachers
 from ..models.base import Base
@@ -182,7 +182,7 @@ def stored_states(stage: Feedback, recipe: Recipe, base: Base, parents: dict[str
     distilled = Distill.model_validate(renewed_stage(manifest["stage"])).model_copy(
         update={"batch_size": stage.batch_size}
     )
-    store = Store(parents["trajectories"], expected_of(recipe.teacher, base))
+    store = store_of(parents["trajectories"], recipe.teacher, base)
     return StoredStates(distilled, base, store, recipe.seed)
 
 

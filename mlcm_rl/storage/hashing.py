@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .caches import cache_folder
 from .untrusted import regular
 
 LARGE = 2**20  # bytes from which reading a file takes longer than looking it up
@@ -89,13 +90,11 @@ def _seal(text: str) -> str:
 
 
 def _memory_file(folder: Path) -> Path | None:
-    """Return where the checksums of the files in `folder` are remembered; None if nowhere."""
-    place = os.environ.get("MLCM_RL_CHECKSUMS", "~/.cache/mlcm_rl/checksums")
-    try:
-        memory = Path(place).expanduser()
-    except RuntimeError:  # no home folder
+    """Return where the checksums of the files in `folder` are remembered; None where MLCM_RL_CHECKSUMS is empty."""
+    if os.environ.get("MLCM_RL_CHECKSUMS") == "":
         return None
-    return memory / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}.jsonl" if place else None
+    memory = cache_folder("checksums", "MLCM_RL_CHECKSUMS")
+    return memory / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}.jsonl"
 
 
 def identity_of(path: Path) -> list[int]:

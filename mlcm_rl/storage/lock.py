@@ -44,3 +44,15 @@ def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+
+
+def is_locked(folder: Path) -> bool:
+    """Return whether a process has the lock of `folder` now; nothing is written."""
+    try:
+        with (folder / FILE).open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no file, or no locks here
+        return False
+    return False

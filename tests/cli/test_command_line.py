@@ -258,7 +258,22 @@ def test_sample_evaluate_and_export_hand_their_arguments_on(mlcm, finished_runs)
     exported = mlcm("export", "runs/good", "out")
     assert (sampled.stdout, evaluated.stdout, exported.stdout) == ("out/0.png\nout/1.png\n", "report.html\n", "out\n")
     run = Path("runs/good")
-    assert calls == [(run, ["a cat", "猫"], 4, 0, 0.5, Path("out"), 16), (run, None, [2, 4]), (run, Path("out"))]
+    assert calls == [
+        (run, ["a cat", "猫"], [4], 0, 0.5, Path("out"), 16, 1, None),
+        (run, None, [2, 4]),
+        (run, Path("out")),
+    ]
+
+
+def test_sample_takes_a_prompt_file_after_the_prompts(mlcm, finished_runs):
+    Path("runs/good").mkdir(parents=True)
+    Path("more.txt").write_text("a dog\n", encoding="utf-8")
+    calls: list[tuple] = []
+    finished_runs.sample = lambda *given: calls.append(given) or []
+    finished_runs.prompts_of = lambda file: file.read_text(encoding="utf-8").splitlines()
+    assert mlcm("sample", "runs/good", "--prompt", "a cat", "--prompts", "more.txt", "--out", "out").exit_code == 0
+    mlcm("sample", "runs/good", "--prompts", "more.txt", "--out", "out", "--steps", "2", "--steps", "8")
+    assert [(call[1], call[2]) for call in calls] == [(["a cat", "a dog"], [4]), (["a dog"], [2, 8])]
 
 
 @pytest.mark.parametrize(
@@ -267,7 +282,7 @@ def test_sample_evaluate_and_export_hand_their_arguments_on(mlcm, finished_runs)
         (["sample", "runs/god", "--prompt", "x", "--out", "y"], "no folder runs/god: the nearest are runs/good"),
         (["export", "good", "out"], "no folder good: the nearest are runs/good"),
         (["evaluate", "runs/good", "--steps", "9"], "Invalid value for '--steps'"),
-        (["sample", "runs/good", "--out", "y"], "Missing option '--prompt'"),
+        (["sample", "runs/good", "--out", "y"], "name what to draw: --prompt TEXT, or --prompts FILE"),
         (["sample", "runs/good", "--prompt", "x", "--out", "y", "--gamma", "2"], "Invalid value for '--gamma'"),
         (["walk"], "No such command 'walk'"),
     ],

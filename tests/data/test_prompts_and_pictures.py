@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mlcm_rl.data.prompts import CaptionedImages, Prompt, guess_language, read_prompts
+from mlcm_rl.data.prompts import CaptionedImages, Prompt, read_prompts
 from mlcm_rl.evaluation import instruments
 from mlcm_rl.recipe import Evaluate
+from mlcm_rl.recipe.languages import guess_language
 
 
 def jsonl(path, *records):

@@ -111,7 +111,7 @@ def test_half_precision_rounds_times_as_the_stock_pipeline_does_and_no_target_ti
     monkeypatch.setattr(stock.transformer, "forward", lambda **inputs: given.append(inputs) or forward(**inputs))
     CASE.draw(base, stock, CASE.noise(base).bfloat16(), base.stock_call(times) | base.stock_guidance)
     assert torch.stack([one["timestep"][0] for one in given]).equal(
-        base.divided_times(base.denoiser, torch.tensor(times))
+        base.divided_times(torch.tensor(times), torch.bfloat16)
     )
     denoiser = students.student(base, Lora(rank=2, alpha=2.0), 0, condition_on_target=True)
     tiny.perturb(students.trainable_parameters(denoiser), seed=1)

@@ -14,7 +14,7 @@ import runs
 import tiny
 from mlcm_rl import pipeline
 from mlcm_rl.cost import memory
-from mlcm_rl.data.trajectory_store import Store, expected_of
+from mlcm_rl.data.trajectory_store import store_of
 from mlcm_rl.models import students, teachers
 from mlcm_rl.models.quantised import QuantisedLinear, quantise_
 from mlcm_rl.pipeline import fingerprint, finished_runs
@@ -250,9 +250,9 @@ def test_a_store_of_another_precision_is_refused_and_fingerprints_differ(tiny_sd
     assert len(set(places)) == 3
     assert "quantise" not in fingerprint.identity(stage, recipes[0], {})["teacher"]
     folder = pipeline.run(recipes[1])[0].folder
-    Store(folder, expected_of(recipes[1].teacher, load(tiny_sdxl, "int8")))
+    store_of(folder, recipes[1].teacher, load(tiny_sdxl, "int8"))
     with pytest.raises(CheckpointError, match=r"in int8', expected"):
-        Store(folder, expected_of(recipes[0].teacher, load(tiny_sdxl, None)))
+        store_of(folder, recipes[0].teacher, load(tiny_sdxl, None))
 
 
 # ---- what a plan predicts ----

@@ -7,6 +7,7 @@ import pytest
 
 import reward_models
 import runs
+import text_adapters
 from mlcm_rl.evaluation.row_store import open_store
 from mlcm_rl.evaluation.rows import Row
 from mlcm_rl.pipeline.fingerprint import locate
@@ -186,3 +187,36 @@ def test_recomputing_activations_finds_finished_stages_again(fingerprint, tmp_pa
 def test_where_and_how_a_reward_runs_stays_hashed(fingerprint, evaluation):
     asked = [{"name": "brightness"}, {"name": "brightness", "chunk_size": 2}, {"name": "brightness", "device": "cpu"}]
     assert len({fingerprint(evaluation(rewards=[one])) for one in asked}) == 3
+
+
+# ---- a text adapter ----
+
+
+def test_a_text_adapter_is_known_by_its_content(recipe, tmp_path):
+    (stage,) = recipe.stages
+    folders = [tmp_path / name for name in ("one", "copy", "other")]
+    for folder in folders:
+        (folder / "encoder").mkdir(parents=True)
+        (folder / "text_adapter.json").write_text("{}")
+        (folder / "encoder" / "model.safetensors").write_text("weights")
+    append(folders[2] / "encoder" / "model.safetensors")
+
+    def place(folder: Path | None) -> str:
+        teacher = recipe.teacher.model_copy(update={"text_adapter": folder and str(folder)})
+        return locate(stage, recipe.model_copy(update={"teacher": teacher}), []).fingerprint
+
+    without, one, copy, other = map(place, [None, *folders])
+    assert one == copy
+    assert len({without, one, other}) == 3
+    assert without == locate(stage, recipe, []).fingerprint
+
+
+def test_a_stage_after_an_adapted_text_encoder_is_another_than_before(recipe, tmp_path):
+    adapt = text_adapters.stage(text_adapters.write_parallel(tmp_path), text_adapters.encoder(tmp_path / "encoder"))
+    (store,) = recipe.stages
+    first = locate(store, recipe, [])
+    made = locate(adapt, recipe, [first])
+    assert locate(store, recipe, [first, made]).fingerprint != first.fingerprint
+    assert locate(adapt, recipe, [first, made]).fingerprint == made.fingerprint  # it adapts the teacher's own
+    append(tmp_path / "encoder" / "model.safetensors")
+    assert locate(adapt, recipe, [first]).fingerprint != made.fingerprint

@@ -270,9 +270,9 @@ def test_each_source_costs_what_its_docstring_says(finished):
 def test_sample_is_the_same_picture_whatever_else_is_asked_for(finished, tmp_path):
     recipe, _ = finished
     run = Path(recipe.runs, recipe.name)
-    one = finished_runs.sample(run, ["a cat"], 2, 7, None, tmp_path / "one")
-    two = finished_runs.sample(run, ["a cat", "熊猫"], 2, 7, None, tmp_path / "two")
-    assert len(two) == 2
+    one = finished_runs.sample(run, ["a cat"], [2], 7, None, tmp_path / "one")
+    two = finished_runs.sample(run, ["a cat", "熊猫"], [2], 7, None, tmp_path / "two")
+    assert len(two) == 3  # and the sheet
     assert one[0].read_bytes() == two[0].read_bytes()
 
 
@@ -282,10 +282,10 @@ def test_sample_draws_in_batches_the_same_pictures(finished, tmp_path, monkeypat
     sizes = []
     original = finished_runs._sample
     monkeypatch.setattr(finished_runs, "_sample", lambda *given: sizes.append(len(given[2])) or original(*given))
-    found = {size: finished_runs.sample(run, prompts, 2, 7, None, tmp_path / str(size), size) for size in (1, 2, 5)}
+    found = {size: finished_runs.sample(run, prompts, [2], 7, None, tmp_path / str(size), size) for size in (1, 2, 5)}
     assert sizes == [1, 1, 1, 1, 1, 2, 2, 1, 5]
     for size in (1, 2):
-        for one, other in zip(found[size], found[5], strict=True):
+        for one, other in zip(found[size], found[5], strict=True):  # the sheets too
             assert one.name == other.name
             assert ImageChops.difference(Image.open(one), Image.open(other)).getextrema() == ((0, 0),) * 3
 
@@ -293,14 +293,30 @@ def test_sample_draws_in_batches_the_same_pictures(finished, tmp_path, monkeypat
 def test_a_second_prompt_goes_beside_the_first_and_a_picture_says_what_it_is(finished, tmp_path):
     recipe, stages = finished
     run = Path(recipe.runs, recipe.name)
-    (first,) = finished_runs.sample(run, ["a cat"], 2, 7, None, tmp_path)
+    (first,) = finished_runs.sample(run, ["a cat"], [2], 7, None, tmp_path)
     before = first.read_bytes()
-    more = finished_runs.sample(run, ["熊猫", "a dog"], 2, 7, 0.5, tmp_path)
+    *more, _ = finished_runs.sample(run, ["熊猫", "a dog"], [2], 7, 0.5, tmp_path)
     assert [path.name[:3] for path in [first, *more]] == ["000", "001", "002"]
     assert first.read_bytes() == before
     assert Image.open(more[0]).text == {
         "prompt": "熊猫", "number": "0", "seed": "7", "steps": "2", "gamma": "0.5", "student": stages[1].folder.name
     }  # fmt: skip
+
+
+def test_several_pictures_are_on_a_sheet_with_a_row_a_noise_and_a_column_a_number_of_steps(finished, tmp_path):
+    recipe, _ = finished
+    run = Path(recipe.runs, recipe.name)
+    *files, sheet = finished_runs.sample(run, ["a cat", "熊猫"], [1, 2], 7, None, tmp_path, images_per_prompt=2)
+    assert [path.name for path in files[:5]] == [*(f"00{i}-seed7-steps1.png" for i in range(4)), "000-seed7-steps2.png"]
+    whole, (width, height) = Image.open(sheet), Image.open(files[0]).size
+    assert whole.size == (2 * (width + 4) + 4, 4 * (height + 4) + 4)
+    assert whole.text["prompts"].splitlines() == ["a cat", "a cat", "熊猫", "熊猫"]
+    for number in range(4):
+        for column in (0, 1):
+            left, top = 4 + column * (width + 4), 4 + number * (height + 4)
+            part = whole.crop((left, top, left + width, top + height))
+            assert ImageChops.difference(part, Image.open(files[4 * column + number])).getbbox() is None
+    assert files[0].read_bytes() != files[1].read_bytes()  # of one prompt, from two noises
 
 
 def test_steps_that_a_student_is_not_for_are_told(tiny_sdxl, tmp_path, capsys):
@@ -310,9 +326,9 @@ def test_steps_that_a_student_is_not_for_are_told(tiny_sdxl, tmp_path, capsys):
     pipeline.run(recipe)
     run = Path(recipe.runs, recipe.name)
     capsys.readouterr()
-    finished_runs.sample(run, ["a cat"], 4, 0, None, tmp_path / "four")
+    finished_runs.sample(run, ["a cat"], [4], 0, None, tmp_path / "four")
     assert "--steps" not in capsys.readouterr().out
-    finished_runs.sample(run, ["a cat"], 1, 0, None, tmp_path / "one")
+    finished_runs.sample(run, ["a cat"], [1], 0, None, tmp_path / "one")
     assert "--steps 1: this student learned to draw in 2, 3, 4, 6, 8 steps alone" in capsys.readouterr().out
 
 
@@ -326,7 +342,7 @@ def test_evaluate_and_export_of_a_finished_run(finished, tmp_path):
     for again in (
         lambda: finished_runs.export(out, tmp_path / "again"),
         lambda: finished_runs.evaluate(out),
-        lambda: finished_runs.sample(out, ["red"], 4, 0, None, tmp_path / "pictures"),
+        lambda: finished_runs.sample(out, ["red"], [4], 0, None, tmp_path / "pictures"),
     ):
         with pytest.raises(RunError, match=r"out is a model for diffusers.*README\.md has the code"):
             again()
@@ -366,7 +382,7 @@ def test_a_student_is_not_used_over_a_teacher_that_has_changed(finished, tmp_pat
     file.write_bytes(made_with[:-1] + bytes([made_with[-1] ^ 1]))
     try:
         with pytest.raises(RunError, match=r"sample: teacher .* has changed since distill-\w+ was made with it"):
-            finished_runs.sample(run, ["a cat"], 2, 7, None, tmp_path / "drawn")
+            finished_runs.sample(run, ["a cat"], [2], 7, None, tmp_path / "drawn")
         with pytest.raises(RunError, match=r"export: teacher .* has changed"):
             finished_runs.export(run, tmp_path / "exported")
     finally:

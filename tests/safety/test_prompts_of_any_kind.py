@@ -101,11 +101,11 @@ def test_what_is_shared_names_neither_a_folder_nor_a_token_of_this_machine(run):
 
 def test_any_prompt_is_sampled_into_a_file_of_its_number(run, tmp_path):
     texts = ["", *ODD[:4], LONG]
-    made = finished_runs.sample(run, texts, 1, 0, None, tmp_path / "out")
+    *made, sheet = finished_runs.sample(run, texts, [1], 0, None, tmp_path / "out")
     assert [path.name for path in made] == [f"{i:03d}-seed0-steps1.png" for i in range(len(texts))]
-    assert sorted((tmp_path / "out").iterdir()) == made
+    assert sorted((tmp_path / "out").iterdir()) == [*made, sheet]
     with pytest.raises(RunError, match="--prompt: holds bytes that are not UTF-8"):
-        finished_runs.sample(run, [b"\xff".decode("utf-8", "surrogateescape")], 1, 0, None, tmp_path / "out")
+        finished_runs.sample(run, [b"\xff".decode("utf-8", "surrogateescape")], [1], 0, None, tmp_path / "out")
 
 
 def test_half_a_surrogate_pair_is_refused_at_the_door_with_its_line(tmp_path):

@@ -5,27 +5,12 @@ import random
 import numpy as np
 import pytest
 
-from drawings import CELL, MARGIN, Drawings
+from drawings import MARGIN, Drawings
 from mlcm_rl.data.prompts import read_prompts
+from mlcm_rl.data.scenes import BACKGROUNDS, CELL, NUM_CELLS, RELATIONS, STYLES, Reading, Request, answers, read_code
 from scene_latents import NUM_IN_PART, scenes_of_part
 from scene_prompts import FILES
-from scenes import (
-    BACKGROUNDS,
-    LANGUAGES,
-    NUM_CELLS,
-    RELATIONS,
-    STYLES,
-    SUBJECT,
-    Object,
-    Reading,
-    Request,
-    Scene,
-    answers,
-    draw_scene,
-    is_held_out,
-    read_code,
-    read_concepts,
-)
+from scenes import LANGUAGES, SUBJECT, Object, Scene, draw_scene, is_held_out, read_concepts
 from wordings import BODIES, COLOUR_WORDS, COLOURED, STYLE_WORDS, STYLED, WORDINGS, Writer, held_out_shares, plural
 
 CONCEPTS = [concept.codepoint for concept in read_concepts()]

@@ -6,16 +6,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from drawings import CANVAS, load_drawings
-from scene_judge import accuracy, cells_of, load, paint_all, read_backgrounds, read_in_parts, real_scenes
-from scenes import BACKGROUNDS, Scene, answers, draw_scene, read_concepts
+from drawings import load_drawings
+from mlcm_rl.data.scenes import BACKGROUNDS, CANVAS, answers, cells_of
+from mlcm_rl.evaluation.scene_judge import load, read_backgrounds
+from scene_judge import JUDGE, accuracy, paint_all, read_in_parts, real_scenes
+from scenes import Scene, draw_scene, read_concepts
 
 CONCEPTS = [concept.codepoint for concept in read_concepts()]
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return load()
+    return load(JUDGE)
 
 
 def test_cells_are_read_row_by_row():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -12,12 +13,13 @@ from diffusers import DDIMScheduler
 
 import runs
 from mlcm_rl import pipeline
-from mlcm_rl.data.trajectory_store import Store
+from mlcm_rl.data.trajectory_store import Store, refuse_mismatch
 from mlcm_rl.equations.segments import time_grid
 from mlcm_rl.models import teachers
 from mlcm_rl.stages import distill, feedback, trajectories
 from mlcm_rl.storage import files, hashing
 from mlcm_rl.storage.files import CheckpointError, write_json
+from mlcm_rl.storage.tensors import read_tensors, write_tensors
 from mlcm_rl.training.seeding import generator
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
@@ -149,7 +151,7 @@ def test_a_store_that_differs_in_anything_is_refused_with_the_field(store):
         "maths": 99,
     }.items():
         with pytest.raises(CheckpointError, match=name):
-            Store(store.folder, expected=vars(store.provenance) | {name: value})
+            refuse_mismatch(store.folder / "store.json", vars(store.provenance), {name: value})
 
 
 def sources_over(store: Path, recipe, folder: Path):
@@ -165,15 +167,39 @@ def sources_over(store: Path, recipe, folder: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("teacher_hash", "0"), ("prediction_type", "v_prediction"), ("guidance_scale", 7.0)]
+    ("name", "value"),
+    [
+        ("teacher_hash", "0"),
+        ("prediction_type", "v_prediction"),
+        ("guidance_scale", 7.0),
+        ("scheduler", {"num_train_timesteps": 1000, "shift": 2.0}),
+    ],
 )
 def test_every_stage_refuses_a_store_of_another_teacher_with_the_field(store, recipe, tmp_path, name, value):
     record = json.loads((store.folder / "store.json").read_text())
     record["provenance"][name] = value
     write_json(store.folder / "store.json", record)
+    message = re.escape(f"store.json does not belong to this run: {name} is {value!r}, expected")
     for read in sources_over(store.folder, recipe, tmp_path):
-        with pytest.raises(CheckpointError, match=f"store.json does not belong to this run: {name} is {value!r}, exp"):
+        with pytest.raises(CheckpointError, match=message):
             read()
+
+
+def test_every_stage_refuses_a_store_of_another_resolution_with_both(store, recipe, tmp_path):
+    larger = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"resolution": 32})})
+    message = "resolution is 16, expected 32; latents is [4, 8, 8], expected [4, 16, 16]"
+    for read in sources_over(store.folder, larger, tmp_path):
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            read()
+
+
+def test_files_of_a_store_that_have_other_latents_than_its_first_are_refused(store):
+    path, record = store.folder / "shard-0000004.safetensors", json.loads((store.folder / "store.json").read_text())
+    write_tensors(path, {name: value[..., :4] for name, value in read_tensors(path).items()})
+    record["shards"][path.name] = [path.stat().st_size, hashing.sha256(path)]
+    write_json(store.folder / "store.json", record)
+    with pytest.raises(CheckpointError, match=r"shard-0000004.* does not hold 4 trajectories of 9 states \(4, 8, 8\)"):
+        Store(store.folder).x0(torch.arange(8))
 
 
 def test_a_store_is_one_of_the_same_teacher_wherever_that_is_and_whatever_the_seed(store, recipe, tmp_path):

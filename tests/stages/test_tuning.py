@@ -158,8 +158,8 @@ def test_a_recipe_goes_from_trajectories_to_a_tuned_student_that_is_sampled_eval
     assert sorted(path.name for path in (feedback_stage.folder / "samples").glob("*.png")) == ["step-000003.png"]
 
     run = Path(recipe.runs, recipe.name)
-    before = finished_runs.sample(student_folder := run / "01-distill", ["a cat"], 2, 0, None, tmp_path / "before")
-    after = finished_runs.sample(run, ["a cat"], 2, 0, None, tmp_path / "after")
+    before = finished_runs.sample(student_folder := run / "01-distill", ["a cat"], [2], 0, None, tmp_path / "before")
+    after = finished_runs.sample(run, ["a cat"], [2], 0, None, tmp_path / "after")
     assert Image.open(before[0]).tobytes() != Image.open(after[0]).tobytes()  # a run's student is its last one
     assert finished_runs.find_stage(student_folder, ("distill",)).is_dir()
     again = json.loads((finished_runs.evaluate(run, num_prompts=2) / "report.json").read_text())

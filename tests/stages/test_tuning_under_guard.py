@@ -73,9 +73,9 @@ def test_a_guard_that_keeps_step_0_is_told_wherever_its_student_goes(tiny_sdxl, 
     run = Path(recipe.runs, recipe.name)
     report = (run / "03-evaluate" / "report.md").read_text()
     assert "It is the student as it was distilled: the guard of feedback kept step 0." in report
-    (picture,) = finished_runs.sample(run, ["a cat"], 2, 0, None, tmp_path / "tuned")
+    (picture,) = finished_runs.sample(run, ["a cat"], [2], 0, None, tmp_path / "tuned")
     assert "its guard kept step 0: this is the student as it was distilled" in capsys.readouterr().out
-    (other,) = finished_runs.sample(run / "01-distill", ["a cat"], 2, 0, None, tmp_path / "distilled")
+    (other,) = finished_runs.sample(run / "01-distill", ["a cat"], [2], 0, None, tmp_path / "distilled")
     assert Image.open(picture).tobytes() == Image.open(other).tobytes()
     assert "kept step 0" not in capsys.readouterr().out
 

@@ -77,14 +77,14 @@ def test_without_a_place_to_write_checksums_are_computed_all_the_same(tmp_path, 
     assert sha256_once(tmp_path / "x") == hashing.sha256(tmp_path / "x")
 
 
-def test_without_a_home_folder_nothing_is_remembered(tmp_path, read, monkeypatch):
-    def nowhere(path):
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(hashing.Path, "expanduser", nowhere)
+def test_without_a_home_folder_they_are_remembered_in_the_working_folder(tmp_path, read, monkeypatch):
+    monkeypatch.delenv("MLCM_RL_CHECKSUMS")
+    monkeypatch.delenv("MLCM_RL_CACHE", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "x").write_bytes(b"one")
     assert sha256_once(tmp_path / "x") == hashing.sha256(tmp_path / "x")
-    assert not (tmp_path / "memory").exists()
+    assert [path.suffix for path in (tmp_path / ".mlcm_rl_cache" / "checksums").iterdir()] == [".jsonl"]
 
 
 def test_a_line_with_another_checksum_is_not_believed(tmp_path, read):

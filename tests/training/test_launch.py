@@ -18,6 +18,7 @@ from launched_runs import (
     environment,
     launch,
     launched,
+    records,
     stage_folders,
     whole_and_launched,
 )
@@ -25,6 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from typer.testing import CliRunner
 
 import runs
+import text_adapters
 import tiny
 from mlcm_rl import pipeline
 from mlcm_rl.cli.app import app
@@ -365,3 +367,21 @@ def test_the_code_of_a_launch_is_that_of_the_process_that_failed_and_not_of_thos
     refuse_killed(failed(3, 1, -signal.SIGTERM), 3)
     with pytest.raises(Killed, match=r"process 1 of 2 was ended by SIGSEGV: the others were stopped"):
         refuse_killed(failed(3, -signal.SIGSEGV), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["cpu2", "zero2", "fsdp2"])
+def test_a_text_adapter_is_the_same_from_two_processes(tiny_sdxl, tmp_path, mode):
+    logs = []
+    for name in ("alone", mode):
+        (tmp_path / name).mkdir()
+        recipe = text_adapters.recipe(tiny_sdxl, tmp_path / name, learning_rate=1e-4)
+        if name == "alone":
+            pipeline.run(recipe)
+        else:
+            launched(recipe, tmp_path / name, mode)
+        folder = stage_folders(recipe)[-1]
+        assert (folder / "text_adapter" / "encoder" / "model.safetensors").is_file()
+        logs.append(records(folder))
+    for one, other in zip(*logs, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)

@@ -89,8 +89,8 @@ class Family(FlowBase):
         denoiser.time_text_embed = TimesGuidanceAndText(embedding_dim=width, pooled_projection_dim=pooled)
         return self.with_target_time(denoiser)
 
-    def time_sinusoids(self, denoiser: FluxTransformer2DModel, t: Tensor) -> Tensor:
-        return denoiser.time_text_embed.time_proj(self.divided_times(denoiser, t) * self.schedule.num_times)
+    def time_sinusoids(self, denoiser: FluxTransformer2DModel, t: Tensor, precision: torch.dtype) -> Tensor:
+        return denoiser.time_text_embed.time_proj(self.divided_times(t, precision) * self.schedule.num_times)
 
     def predict(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
@@ -124,7 +124,7 @@ class Family(FlowBase):
             hidden_states=as_tokens(patchified(x_t.to(dtype), patch)),
             encoder_hidden_states=context,
             pooled_projections=pooled,
-            timestep=self.divided_times(denoiser, t),
+            timestep=self.divided_times(t, dtype),
             guidance=torch.full((len(x_t),), guidance_scale, device=x_t.device),
             txt_ids=torch.zeros(context.shape[1], 3, device=x_t.device),
             img_ids=self._positions,

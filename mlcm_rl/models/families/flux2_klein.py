@@ -90,7 +90,7 @@ class Family(FlowBase):
         The stock pipeline's own depends on the number of steps, from 10 at one to 7.6 at 50 (4096 tokens), and a grid
         has one: that under which the teacher is drawn as it is published.
         """
-        if not self.pipeline.scheduler.config.use_dynamic_shifting:
+        if not self.shifts_by_tokens:
             return super().shift
         _, height, width = self.latent_shape
         return math.exp(compute_empirical_mu(height * width, STEPS))
@@ -127,8 +127,8 @@ class Family(FlowBase):
         denoiser.time_guidance_embed = Times(width, denoiser.inner_dim, guidance_embeds=False)
         return self.with_target_time(denoiser)
 
-    def time_sinusoids(self, denoiser: Flux2Transformer2DModel, t: Tensor) -> Tensor:
-        return denoiser.time_guidance_embed.time_proj(self.divided_times(denoiser, t) * self.schedule.num_times)
+    def time_sinusoids(self, denoiser: Flux2Transformer2DModel, t: Tensor, precision: torch.dtype) -> Tensor:
+        return denoiser.time_guidance_embed.time_proj(self.divided_times(t, precision) * self.schedule.num_times)
 
     def predict(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
@@ -139,7 +139,7 @@ class Family(FlowBase):
         tokens = denoiser(
             hidden_states=as_tokens(x_t.to(dtype)),
             encoder_hidden_states=conditioning["context"].to(dtype),
-            timestep=self.divided_times(denoiser, t),
+            timestep=self.divided_times(t, dtype),
             guidance=None if sinusoids is None else sinusoids / self.schedule.num_times,  # which multiplies it by T
             txt_ids=text,
             img_ids=picture,

@@ -111,8 +111,8 @@ class Family(VPBase):
         denoiser.time_extra_emb.__class__ = TimesAndTexts
         return self.with_target_time(denoiser) if condition else denoiser
 
-    def time_sinusoids(self, denoiser: HunyuanDiT2DModel, t: Tensor) -> Tensor:
-        return denoiser.time_extra_emb.time_proj(self.schedule.network_time[t])
+    def time_sinusoids(self, denoiser: HunyuanDiT2DModel, t: Tensor, precision: torch.dtype) -> Tensor:
+        return denoiser.time_extra_emb.time_proj(self.schedule.network_time[t].to(precision))
 
     def predict(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None

@@ -129,14 +129,14 @@ class Family(FlowBase):
         denoiser.time_text_embed = Times(denoiser.inner_dim)
         return self.with_target_time(denoiser)
 
-    def time_sinusoids(self, denoiser: QwenImageTransformer2DModel, t: Tensor) -> Tensor:
-        return denoiser.time_text_embed.time_proj(self.divided_times(denoiser, t))
+    def time_sinusoids(self, denoiser: QwenImageTransformer2DModel, t: Tensor, precision: torch.dtype) -> Tensor:
+        return denoiser.time_text_embed.time_proj(self.divided_times(t, precision))
 
     def predict(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
     ) -> Tensor:
         dtype, patch = precision_of(denoiser), self.geometry.multiple
-        tokens, times = as_tokens(patchified(x_t.to(dtype), patch)), self.divided_times(denoiser, t)
+        tokens, times = as_tokens(patchified(x_t.to(dtype), patch)), self.divided_times(t, dtype)
         if s is not None:
             times = torch.stack([times, s // PART, s % PART], 1)
         side = x_t.shape[-1] // patch

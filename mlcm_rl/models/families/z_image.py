@@ -88,7 +88,7 @@ class Family(FlowBase):
         denoiser.t_embedder = Times(last.out_features, first.out_features, first.in_features)
         return self.with_target_time(denoiser) if condition else denoiser
 
-    def time_sinusoids(self, denoiser: ZImageTransformer2DModel, t: Tensor) -> Tensor:
+    def time_sinusoids(self, denoiser: ZImageTransformer2DModel, t: Tensor, precision: torch.dtype) -> Tensor:
         times = self.schedule.network_time[t] * denoiser.t_scale
         return denoiser.t_embedder.timestep_embedding(times, denoiser.t_embedder.frequency_embedding_size)
 

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mlcm_rl.data.scenes import BACKGROUNDS, CANVAS, CELL, STYLES
+
 sys.path.append(str(Path(__file__).parents[2] / "emoji" / "build"))  # its packages and its small tools serve here too
 
-from scenes import BACKGROUNDS, STYLES, SUBJECT, Scene, read_concepts
+from scenes import SUBJECT, Scene, read_concepts
 from sources import read_drawings
 
-CANVAS, CELL, DRAWING = 128, 64, 60  # pixels a side
+DRAWING = 60  # pixels a side
 MARGIN = (CELL - DRAWING) // 2
 SHEET, COLUMNS = SUBJECT / "drawings.png", 8  # all drawings, so many concepts a row
 

@@ -7,7 +7,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from drawings import load_drawings
-from scene_judge import accuracy, load, paint_all, read_in_parts, real_scenes
+from mlcm_rl.evaluation.scene_judge import load
+from scene_judge import JUDGE, accuracy, paint_all, read_in_parts, real_scenes
 from scenes import MEASURED, read_concepts
 from sources import cache_folder, write_text
 
@@ -21,7 +22,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    vae, judge = AutoencoderKL.from_pretrained(cache_folder() / "scene_autoencoder").eval(), load()
+    vae, judge = AutoencoderKL.from_pretrained(cache_folder() / "scene_autoencoder").eval(), load(JUDGE)
     concepts = [concept.codepoint for concept in read_concepts()][: arguments.concepts]
     scenes = real_scenes(concepts, arguments.scenes, "ceiling")
     real, generator = paint_all(load_drawings(), scenes), torch.Generator().manual_seed(0)

@@ -10,8 +10,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from drawings import Drawings, load_drawings
+from mlcm_rl.data.scenes import RELATIONS
 from mlcm_rl.training.loop import cpu_has_bfloat16
-from scenes import RELATIONS, draw_scene, read_concepts
+from scenes import draw_scene, read_concepts
 from sources import EMOJI, cache_folder, write_text
 from train_autoencoder import as_images, measure_psnr, reconstruction_loss, save, update_average
 from updates import Updates, say_every

@@ -1,4 +1,4 @@
-"""The judge of scenes: it reads concept and style of every cell, or that it is empty, and the background colour.
+"""Train the judge of scenes, whose network and questions are `mlcm_rl/evaluation/scene_judge.py`.
 
     python recipes/scenes/build/scene_judge.py      train it, measure it on real held-out scenes, write `judge/`
 
@@ -19,78 +19,21 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from drawings import CANVAS, CELL, DRAWING, MARGIN, Drawings, load_drawings, render_transparent
-from mlcm_rl.evaluation.judge import BLOCKS, TAPPED_WIDTH, PictureEncoder
-from mlcm_rl.storage.files import read_json
-from mlcm_rl.storage.tensors import load_weights, read_tensors
+from drawings import DRAWING, MARGIN, Drawings, load_drawings, render_transparent
+from mlcm_rl.data.scenes import BACKGROUNDS, CELL, NUM_CELLS, RELATIONS, STYLES, Reading, answers, cells_of
+from mlcm_rl.evaluation.judge import BLOCKS, TAPPED_WIDTH
+from mlcm_rl.evaluation.scene_judge import KIND, SceneJudge
 from mobilenet import trunk_weights
-from scenes import (
-    BACKGROUNDS,
-    NUM_CELLS,
-    RELATIONS,
-    STYLES,
-    SUBJECT,
-    Object,
-    Reading,
-    Scene,
-    answers,
-    draw_scene,
-    read_concepts,
-)
+from scenes import SUBJECT, Object, Scene, draw_scene, read_concepts
 from sources import cache_folder, read_drawings, write_text
 from updates import Updates, say_every
 
-UNKNOWN = "unknown"
+JUDGE = SUBJECT / "judge"
 NUM_OTHERS = 240  # emoji of no concept, which show the judge what is unknown
 MAX_SHIFT = 2  # pixels, in training
-BORDER = 2  # pixels around the canvas and beside its middle lines, on which no object stands
-
-
-class SceneJudge(nn.Module):
-    """Reads pictures of scenes (B, 3, 128, 128) in [0, 1]; its head has an output a concept, "empty" and "unknown",
-    and an output a style."""
-
-    def __init__(self, concepts: Sequence[str]) -> None:
-        super().__init__()
-        self.concepts = list(concepts)
-        self.encoder = PictureEncoder(len(concepts) + 2 + len(STYLES))
-        self.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def read(self, images: Tensor) -> list[Reading]:
-        """Return what is seen on each picture. Raise ValueError for pictures of another size."""
-        if images.shape[1:] != (3, CANVAS, CANVAS):
-            raise ValueError(
-                f"the judge of scenes reads pictures (B, 3, {CANVAS}, {CANVAS}), not {tuple(images.shape)}"
-            )
-        logits = self.encoder.head(self.encoder.tapped(cells_of(images.float())))
-        classes, styles = logits.split([len(self.concepts) + 2, len(STYLES)], dim=1)
-        seen = [
-            None if c == len(self.concepts) else ((*self.concepts, None, UNKNOWN)[c], STYLES[s])
-            for c, s in zip(classes.argmax(1).tolist(), styles.argmax(1).tolist(), strict=True)
-        ]
-        cells = [tuple(seen[i : i + 4]) for i in range(0, len(seen), 4)]
-        return [Reading(c, b) for c, b in zip(cells, read_backgrounds(images), strict=True)]
-
-
-def cells_of(images: Tensor) -> Tensor:
-    """Return the cells (4B, 3, CELL, CELL) of pictures, row by row of each."""
-    cells = images.unfold(2, CELL, CELL).unfold(3, CELL, CELL)  # (B, 3, 2, 2, CELL, CELL)
-    return cells.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-
-
-def read_backgrounds(images: Tensor) -> list[str]:
-    """Return the name of the background nearest to the median colour of the border where no object stands."""
-    mask = torch.zeros(CANVAS, CANVAS, dtype=torch.bool)
-    for start in (0, CELL - BORDER, CELL, CANVAS - BORDER):
-        mask[start : start + BORDER] = True
-        mask[:, start : start + BORDER] = True
-    colours = images[:, :, mask].median(-1).values * 255
-    palette = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32)
-    return [list(BACKGROUNDS)[i] for i in torch.cdist(colours.float(), palette).argmin(1).tolist()]
 
 
 def save(judge: SceneJudge, folder: Path) -> None:
@@ -99,15 +42,9 @@ def save(judge: SceneJudge, folder: Path) -> None:
     judge.encoder.load_state_dict({name: weight.float() for name, weight in rounded.items()})
     folder.mkdir(parents=True, exist_ok=True)
     save_file(rounded, folder / "judge.safetensors")
-    write_text(folder / "config.json", json.dumps({"concepts": judge.concepts, "styles": list(STYLES)}) + "\n")
-
-
-def load(folder: Path = SUBJECT / "judge") -> SceneJudge:
-    """Return the judge in `folder`. Raise CheckpointError if a file is missing or is not a judge's."""
-    judge = SceneJudge(read_json(folder / "config.json", concepts=list, styles=list)["concepts"])
-    weights = {name: value.float() for name, value in read_tensors(folder / "judge.safetensors").items()}
-    load_weights(judge.encoder, weights, folder / "judge.safetensors")
-    return judge
+    write_text(
+        folder / "config.json", json.dumps({"kind": KIND, "concepts": judge.concepts, "styles": list(STYLES)}) + "\n"
+    )
 
 
 def on_background(drawing: np.ndarray, background: Sequence[int], shift: tuple[int, int] = (0, 0)) -> Tensor:
@@ -257,12 +194,12 @@ def main() -> None:
         tapped = torch.cat([judge.encoder.tapped(part) for part in cells.split(64)])
     print(f"{len(cells)} cells through the trunk, {time.time() - started:.0f} s", flush=True)
     train_head(judge, tapped, classes, styles)
-    save(judge, SUBJECT / "judge")
+    save(judge, JUDGE)
     scenes = real_scenes(concepts, 1000, "judge's test")
     report = {"minutes": round((time.time() - started) / 60, 1), "cells": len(cells), "scenes": len(scenes)}
     report |= {"real scenes": accuracy(scenes, read_in_parts(judge, paint_all(drawings, scenes)))}
     print(json.dumps(report), flush=True)
-    write_text(SUBJECT / "judge" / "training.json", json.dumps(report, indent=1) + "\n")
+    write_text(JUDGE / "training.json", json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

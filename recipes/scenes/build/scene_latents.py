@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from drawings import load_drawings
-from scenes import RELATIONS, Scene, draw_scene, read_concepts
+from mlcm_rl.data.scenes import RELATIONS
+from scenes import Scene, draw_scene, read_concepts
 from sources import cache_folder
 from train_autoencoder import as_images
 

@@ -10,7 +10,8 @@ import random
 from collections.abc import Iterator, Sequence
 
 import drawings  # noqa: F401  puts the emoji teacher's programs on the path
-from scenes import LANGUAGES, RELATIONS, SUBJECT, Concept, draw_scene, read_concepts
+from mlcm_rl.data.scenes import RELATIONS
+from scenes import LANGUAGES, SUBJECT, Concept, draw_scene, read_concepts
 from sources import write_text
 from wordings import Writer
 

@@ -23,8 +23,9 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 import drawings  # noqa: F401  puts the emoji teacher's programs on the path
 from captions import label_and_tags
 from e5 import encode_texts
+from mlcm_rl.data.scenes import BACKGROUNDS, RELATIONS, STYLES, Request
 from mlcm_rl.training.loop import cpu_has_bfloat16
-from scenes import BACKGROUNDS, LANGUAGES, MEASURED, RELATIONS, STYLES, Request, draw_scene, read_concepts
+from scenes import LANGUAGES, MEASURED, draw_scene, read_concepts
 from sources import cache_folder, list_concepts, write_text
 from train_text_towers import save, tokenize, train_tokenizer
 from updates import Updates, say_every

@@ -9,7 +9,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scenes import Concept, Request, read_concepts
+from mlcm_rl.data.scenes import Request
+from scenes import Concept, read_concepts
 
 WORDINGS = ("trained", "frames", "synonyms")
 

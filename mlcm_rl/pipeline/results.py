@@ -1,0 +1,113 @@
+"""What is under a folder of runs: its stages, which runs they belong to, and which none needs."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from ..recipe import RESERVED
+from ..storage import checkpoints, files, lock
+from ..storage.files import CheckpointError, read_json
+from ..storage.manifest import is_finished
+from .errors import RunError, prefix_errors
+
+State = Literal["done", "unfinished", "running", "damaged"]
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """A folder under `runs/stages`: `runs` are the names of the runs that link to it.
+
+    `is_needed` holds for what a run links to, and for what such a stage was made from or reads; an unfinished stage
+    counts as needed too, since its recipe goes on from it.
+    """
+
+    folder: Path
+    state: State
+    runs: tuple[str, ...]
+    is_needed: bool
+
+    @cached_property
+    def manifest(self) -> dict:
+        """Return the manifest; {} of a stage without a whole one."""
+        return read_json(self.folder / "manifest.json") if self.state == "done" else {}
+
+    @property
+    def kind(self) -> str:
+        """Return the kind of the stage, as its folder's name begins."""
+        return self.folder.name.split("-")[0]
+
+    @property
+    def steps(self) -> int | None:
+        """Return after how many steps an unfinished stage goes on; None without a checkpoint."""
+        newest = checkpoints.checkpoints(self.folder)[-1:]
+        return checkpoints.step_of(newest[0]) if newest else None
+
+    @property
+    def changed(self) -> float:
+        """Return when something in the folder changed last, in seconds since the epoch."""
+        return max(path.lstat().st_mtime for path in [self.folder, *self.folder.iterdir()])
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Return what the folder takes on disk."""
+        return size_of(self.folder)
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of all files under `folder`; links count nothing."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def links(runs: Path) -> dict[str, list[Path]]:
+    """Return the links of every run in the folder `runs` to its stages, in their order, by the run's name."""
+    folders = [path for path in sorted(runs.iterdir()) if path.is_dir() and path.name not in RESERVED]
+    by_run = {run.name: [link for link in sorted(run.glob("[0-9]*-*")) if link.is_symlink()] for run in folders}
+    return {name: stages for name, stages in by_run.items() if stages}
+
+
+def stages(runs: Path) -> list[StageFolder]:
+    """Return every stage under the folder `runs`, oldest first. Raise RunError where that is no such folder."""
+    if not (runs / "stages").is_dir():
+        raise RunError(f"{runs} holds no stages: name the folder that recipes call `runs`")
+    folders = {path.name: path for path in (runs / "stages").iterdir() if path.is_dir() and path.name[0] != "."}
+    states = {name: _state(folder) for name, folder in folders.items()}
+    users: dict[str, list[str]] = {name: [] for name in folders}
+    for run, paths in links(runs).items():
+        for link in paths:
+            if (name := link.readlink().name) in users:
+                users[name].append(run)
+    needed = {name for name, state in states.items() if users[name] or state in ("unfinished", "running")}
+    waiting = list(needed)
+    while waiting:
+        earlier = set(_names_in(folders[waiting.pop()], folders)) - needed
+        needed |= earlier
+        waiting += earlier
+    result = [StageFolder(path, states[name], tuple(users[name]), name in needed) for name, path in folders.items()]
+    return sorted(result, key=lambda stage: stage.changed)
+
+
+def _state(folder: Path) -> State:
+    if is_finished(folder):
+        try:
+            read_json(folder / "manifest.json", kind=str, fingerprint=str)
+        except CheckpointError:
+            return "damaged"
+        return "done"
+    return "running" if lock.is_locked(folder) else "unfinished"
+
+
+def _names_in(folder: Path, names: dict[str, Path]) -> Iterator[str]:
+    """Yield the other stages that the manifest of `folder` mentions: its parents, students and teachers of others."""
+    if is_finished(folder):
+        text = (folder / "manifest.json").read_text(encoding="utf-8", errors="replace")
+        yield from (name for name in names if json.dumps(name)[1:-1] in text and name != folder.name)
+
+
+@prefix_errors("clean")
+def remove(stage: StageFolder) -> None:
+    """Delete a stage's folder. Raise RunError where a run writes to it, or the disk refuses."""
+    with lock.folder_lock(stage.folder):
+        files.remove(stage.folder)

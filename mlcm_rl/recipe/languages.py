@@ -1,0 +1,17 @@
+"""The language of a prompt, by its script."""
+
+import re
+
+KANA = re.compile("[\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\uff66-\uff9f]")
+HANGUL = re.compile("[\u1100-\u11ff\u3130-\u318f\uac00-\ud7af]")
+HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
+
+
+def guess_language(text: str) -> str:
+    """Return the language of the script that most East Asian characters of a text have, "en" for a text without any.
+
+    It is "zh" for Han characters, "ja" for kana and "ko" for hangul; with as many of another, "zh".
+    """
+    counts = {name: len(script.findall(text)) for name, script in (("zh", HAN), ("ja", KANA), ("ko", HANGUL))}
+    language = max(counts, key=lambda name: counts[name])
+    return language if counts[language] else "en"

@@ -1,0 +1,114 @@
+"""`mlcm runs` and `mlcm clean`: stages listed with their state, and only those deleted that nothing needs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mlcm_rl.cli.app import app
+from mlcm_rl.pipeline import results
+from mlcm_rl.pipeline.errors import RunError
+from mlcm_rl.storage.lock import folder_lock
+
+
+def finished(runs: Path, name: str, **manifest: object) -> Path:
+    folder = runs / "stages" / name
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(b"0" * 1000)
+    kind, fingerprint = name.split("-")
+    text = json.dumps({"kind": kind, "fingerprint": fingerprint, "seconds": 90, "network_evaluations": 7, **manifest})
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+def link(runs: Path, run: str, number: int, folder: Path) -> None:
+    (runs / run).mkdir(exist_ok=True)
+    (runs / run / f"{number:02d}-{folder.name.split('-')[0]}").symlink_to(Path("..") / "stages" / folder.name)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch) -> Path:
+    """One run of two linked stages; the unlinked parent of its student; an older student; a stopped one."""
+    monkeypatch.setenv("COLUMNS", "160")
+    place = tmp_path / "runs"
+    finished(place, "trajectories-aa")
+    student = finished(place, "distill-bb", parents={"trajectories": "trajectories-aa"})
+    report = finished(place, "evaluate-cc", stage={"also": ["runs/stages/distill-ee"]})
+    finished(place, "distill-dd", parents={"trajectories": "trajectories-aa"})
+    finished(place, "distill-ee")
+    (place / "stages" / "distill-ff" / "checkpoints" / "step-00000040").mkdir(parents=True)
+    link(place, "mine", 0, student)
+    link(place, "mine", 1, report)
+    return place
+
+
+def states(runs: Path) -> dict[str, results.StageFolder]:
+    return {stage.folder.name: stage for stage in results.stages(runs)}
+
+
+def test_what_a_run_links_to_and_what_that_was_made_from_is_needed(runs):
+    assert {name for name, stage in states(runs).items() if not stage.is_needed} == {"distill-dd"}
+
+
+def test_states(runs):
+    (runs / "stages" / "distill-ee" / "manifest.json").write_text("{", encoding="utf-8")
+    with folder_lock(runs / "stages" / "policy-gg"):
+        found = {name: stage.state for name, stage in states(runs).items()}
+    assert found == {
+        **dict.fromkeys(("trajectories-aa", "distill-bb", "evaluate-cc", "distill-dd"), "done"),
+        **{"distill-ee": "damaged", "distill-ff": "unfinished", "policy-gg": "running"},
+    }
+    assert states(runs)["policy-gg"].state == "unfinished"  # its lock is free again
+    assert states(runs)["distill-ff"].steps == 40
+
+
+def test_the_list_has_a_row_a_stage(runs):
+    result = CliRunner().invoke(app, ["runs", str(runs)])
+    assert result.exit_code == 0, result.output
+    rows = {line.split("distill-")[1][:2]: line for line in result.stdout.splitlines() if "distill-" in line}
+    assert rows["bb"].startswith("mine")
+    assert "90.0 s" not in rows["bb"]
+    assert "1.5 min" in rows["bb"]
+    assert rows["dd"].startswith("none needs it")
+    assert "unfinished at 40" in rows["ff"]
+    assert "No run needs 1 of them" in result.stdout
+    listed = json.loads(CliRunner().invoke(app, ["runs", str(runs), "--json"]).stdout)
+    assert {row["stage"]: row["runs"] for row in listed}["evaluate-cc"] == ["mine"]
+
+
+def test_clean_asks_and_a_no_deletes_nothing(runs):
+    result = CliRunner().invoke(app, ["clean", str(runs)], input="n\n")
+    assert result.exit_code == 1
+    assert "distill-dd" in result.stdout
+    assert len(states(runs)) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "gone"),
+    [(["--yes"], {"distill-dd"}), (["--yes", "--unfinished"], {"distill-dd", "distill-ff"}), (["--dry-run"], set())],
+)
+def test_clean_deletes_what_nothing_needs(runs, options, gone):
+    before = set(states(runs))
+    result = CliRunner().invoke(app, ["clean", str(runs), *options])
+    assert result.exit_code == 0, result.output
+    assert before - set(states(runs)) == gone
+    assert "would be deleted" in result.stdout or "deleted" in result.stdout
+
+
+def test_clean_when_everything_is_needed(runs):
+    CliRunner().invoke(app, ["clean", str(runs), "--yes"])
+    result = CliRunner().invoke(app, ["clean", str(runs)])
+    assert (result.exit_code, "nothing to delete" in result.stdout) == (0, True)
+
+
+def test_a_stage_that_is_written_now_is_not_deleted(runs):
+    stage = states(runs)["distill-dd"]
+    with folder_lock(stage.folder), pytest.raises(RunError, match="is being written by process"):
+        results.remove(stage)
+    assert stage.folder.is_dir()
+
+
+def test_a_folder_without_stages_is_refused(tmp_path):
+    result = CliRunner().invoke(app, ["runs", str(tmp_path)])
+    assert (result.exit_code, "holds no stages" in result.stderr) == (1, True)
