@@ -98,7 +98,7 @@ def test_at_first_the_features_are_their_mean_and_the_teacher_stays_as_it_is(tin
     store = adapt_text.open_store(stage, recipe, base, stored.folder)
     states = adapt_text.encode(stage, recipe, base, store)
     data = adapt_text.Data(base, store, states, adapt_text.texts_of(stage))
-    adapter = adapt_text.new_adapter(stage, base, store, seed=0)
+    adapter = adapt_text.new_adapter(stage, data, seed=0)
     index = torch.arange(store.prompts.count)
     batch = data.noised(index, torch.Generator().manual_seed(0))
     terms = adapt_text.terms(stage, base, adapter, data, batch)
