@@ -28,6 +28,7 @@ from .text_encoder import TextEncoder, copy_files, states_width
 POOLED = "pooled"
 HEAD_WIDTH = 64  # of attention, or the largest smaller number that divides the width
 EXPANSION = 4  # of a block's hidden layer
+SMALLEST = 1e-3  # deviation of a feature of the states, as a share of that of them all
 FORMAT = 1  # of the files
 DESCRIPTION, WEIGHTS, ENCODER = "text_adapter.json", "text_adapter.safetensors", "encoder"
 
@@ -75,13 +76,17 @@ class TextAdapter(nn.Module):
 
     context_mean: Tensor
     context_deviation: Tensor
+    states_mean: Tensor
+    states_deviation: Tensor
 
     def __init__(self, sizes: Sizes):
         super().__init__()
         self.sizes = sizes
         (length, depth), width = sizes.context, sizes.width
-        self.norm = nn.LayerNorm(sizes.states)
         self.project = nn.Linear(sizes.states, width)
+        self.summary = nn.Linear(sizes.states, width)
+        self.register_buffer("states_mean", torch.zeros(sizes.states))
+        self.register_buffer("states_deviation", torch.ones(sizes.states))
         self.queries = nn.Parameter(torch.randn(length + (sizes.pooled > 0), width) * width**-0.5)
         heads = width // next(size for size in range(HEAD_WIDTH, 0, -1) if width % size == 0)
         block = nn.TransformerDecoderLayer(
@@ -96,8 +101,15 @@ class TextAdapter(nn.Module):
             self.register_buffer("pooled_mean", torch.zeros(sizes.pooled))
             self.register_buffer("pooled_deviation", torch.ones(()))
 
-    def measure(self, conditioning: Conditioning) -> None:
-        """Set the means and deviations of the outputs to those of the teacher's own encodings (B, ...)."""
+    def measure(self, states: Sequence[Tensor], conditioning: Conditioning) -> None:
+        """Set the means and deviations of the new encoder's `states` (L', H) of some prompts, and of the outputs.
+
+        Those of the outputs are those of the teacher's own encodings (B, ...). The states of one encoder are much alike
+        from prompt to prompt, and what differs would be a small part of the input.
+        """
+        tokens = torch.cat(list(states))
+        self.states_mean.copy_(tokens.mean(0))
+        self.states_deviation.copy_(tokens.std(0).clamp(min=SMALLEST * float(tokens.std())))
         for name, values in conditioning.items():
             mean, deviation = spread(values if name == CONTEXT else values[:, None])
             for kind, value in (("mean", mean), ("deviation", deviation)):
@@ -107,8 +119,10 @@ class TextAdapter(nn.Module):
     def forward(self, states: Tensor, lengths: Tensor) -> Conditioning:
         """Return the conditioning (B, L, D) and (B, P) of B prompts' states (B, L', H), `lengths` (B,) of each."""
         padding = torch.arange(states.shape[1], device=states.device) >= lengths[:, None]
-        memory = self.project(self.norm(states))
-        queries = self.queries.expand(len(states), -1, -1)
+        normed = (states - self.states_mean) / self.states_deviation
+        memory = self.project(normed)
+        mean = normed.masked_fill(padding[..., None], 0.0).sum(1) / lengths[:, None]
+        queries = self.queries + self.summary(mean)[:, None]
         seen = self.blocks(queries, memory, memory_key_padding_mask=padding)
         length = self.sizes.context[0]
         context = self.to_context(seen[:, :length]).float()

@@ -43,7 +43,7 @@ def run(stage: AdaptText, recipe: Recipe, parents: dict[str, Path], folder: Path
     base = teachers.load(recipe.teacher, rt.device)
     store = open_store(stage, recipe, base, parents["trajectories"])
     data = Data(base, store, encode(stage, recipe, base, store), texts_of(stage))
-    adapter = new_adapter(stage, base, store, recipe.seed)
+    adapter = new_adapter(stage, data, recipe.seed)
     if stage.gradient_checkpointing:
         base.checkpoint_blocks(base.denoiser)
     optimizer = torch.optim.AdamW(
@@ -108,15 +108,16 @@ def encode(stage: AdaptText, recipe: Recipe, base: Base, store: Store) -> dict[s
     return states
 
 
-def new_adapter(stage: AdaptText, base: Base, store: Store, seed: int) -> TextAdapter:
+def new_adapter(stage: AdaptText, data: "Data", seed: int) -> TextAdapter:
     """Return the adapter to train, in float32: drawn from `seed`, its output the mean of the teacher's encodings."""
-    measured = store.conditioning(torch.arange(min(store.prompts.count, store.num_trajectories, MOST_MEASURED)))
+    index = torch.arange(min(data.store.prompts.count, data.store.num_trajectories, MOST_MEASURED))
+    measured = data.store.conditioning(index)
     shapes = {name: value.shape[1:] for name, value in measured.items()}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         adapter = TextAdapter(sizes_of(TextNetwork(stage.encoder, stage.width, stage.num_layers), shapes))
-    adapter.measure(measured)
-    return adapter.to(base.device).train()
+    adapter.measure([data.states[data.texts[i]] for i in index.tolist()], measured)
+    return adapter.to(data.base.device).train()
 
 
 @dataclass(frozen=True)

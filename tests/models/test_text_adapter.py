@@ -37,7 +37,7 @@ def states(*lengths: int) -> list[torch.Tensor]:
 def test_training_starts_at_the_mean_of_the_teachers_own_encodings():
     draws, network = torch.Generator().manual_seed(2), adapter()
     own = {"context": torch.randn(9, 7, 10, generator=draws), "pooled": torch.randn(9, 6, generator=draws)}
-    network.measure(own)
+    network.measure(states(4, 5), own)
     made = network(*stacked_states(states(3, 5), CPU))
     for name, value in own.items():
         torch.testing.assert_close(made[name], value.mean(0).expand_as(made[name]))
@@ -47,11 +47,26 @@ def test_a_token_that_never_differs_is_made_exactly():
     draws, network = torch.Generator().manual_seed(2), adapter()
     context = torch.randn(9, 7, 10, generator=draws)
     context[:, 0] = 123.25
-    network.measure({"context": context, "pooled": torch.randn(9, 6, generator=draws)})
+    network.measure(states(4, 5), {"context": context, "pooled": torch.randn(9, 6, generator=draws)})
     tiny.perturb(list(network.parameters()))
     made = network(*stacked_states(states(3, 5), CPU))["context"]
     assert (made[:, 0] == 123.25).all()
     assert not torch.allclose(made[0, 1], made[1, 1])
+
+
+def test_what_is_alike_in_all_states_does_not_count():
+    """Encoders add the same large vector to every state, and scale features unlike."""
+    plain, shifted = adapter(), adapter()
+    own = {"context": torch.randn(2, 7, 10), "pooled": torch.randn(2, 6)}
+    first = states(4, 5)
+    second = [100.0 + one * torch.linspace(0.5, 30.0, SIZES.states) for one in first]
+    made = []
+    for network, those in ((plain, first), (shifted, second)):
+        network.measure(those, own)
+        tiny.perturb(list(network.parameters()))
+        made.append(network(*stacked_states(those, CPU)))
+    for name, value in made[0].items():
+        torch.testing.assert_close(value, made[1][name], atol=1e-4, rtol=1e-4)
 
 
 def test_the_prompts_beside_one_do_not_change_it():

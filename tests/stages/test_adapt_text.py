@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import runs
@@ -14,6 +15,7 @@ from mlcm_rl import pipeline
 from mlcm_rl.cost.evaluations import network_evaluations
 from mlcm_rl.models import teachers
 from mlcm_rl.models.base import Base
+from mlcm_rl.pipeline import finished_runs
 from mlcm_rl.pipeline.planning import Sizes
 from mlcm_rl.recipe import Evaluate, Recipe, Samples, Teacher
 from mlcm_rl.stages import adapt_text
@@ -45,7 +47,7 @@ def later_stages(folder: Path) -> list:
 def finished(tiny_sdxl, tmp_path_factory) -> tuple[Recipe, list[Path]]:
     """A recipe with a student and a table before the adapter, the same table after it, and the stages' folders."""
     folder = tmp_path_factory.mktemp("adapted")
-    recipe = text_adapters.recipe(tiny_sdxl, folder)
+    recipe = text_adapters.recipe(tiny_sdxl, folder, num_steps=2, sample_every=2, features=3.0, outputs=0.5)
     store, stage = recipe.stages
     student, table = later_stages(folder)
     recipe = recipe.model_copy(update={"stages": [store, student, table, stage, table]})
@@ -72,6 +74,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tiny_sdxl, tmp
     assert records(whole) == records(resumed)
 
 
+@pytest.mark.slow
 def test_micro_batches_make_the_same_step(tiny_sdxl, tmp_path):
     settings = {"num_steps": 1, "learning_rate": 1e-3}
     one = adapt(tiny_sdxl, tmp_path / "one", **settings)
@@ -80,13 +83,10 @@ def test_micro_batches_make_the_same_step(tiny_sdxl, tmp_path):
         assert records(split)[0][record] == pytest.approx(records(one)[0][record], rel=1e-4)
 
 
-def test_the_loss_is_the_weighted_sum_of_its_terms(tiny_sdxl, tmp_path):
-    folder = adapt(tiny_sdxl, tmp_path, num_steps=2, features=3.0, outputs=0.5)
-    held_out = [record for record in records(folder) if "held_out_loss" in record]
-    assert len(held_out) == 1
-    for record in held_out:
-        total = 3.0 * record["held_out_features"] + 0.5 * record["held_out_outputs"]
-        assert record["held_out_loss"] == pytest.approx(total)
+def test_the_loss_is_the_weighted_sum_of_its_terms(finished):
+    (record,) = [record for record in records(finished[1][3]) if "held_out_loss" in record]
+    total = 3.0 * record["held_out_features"] + 0.5 * record["held_out_outputs"]
+    assert record["held_out_loss"] == pytest.approx(total)
 
 
 def test_at_first_the_features_are_their_mean_and_the_teacher_stays_as_it_is(tiny_sdxl, tmp_path):
@@ -98,7 +98,7 @@ def test_at_first_the_features_are_their_mean_and_the_teacher_stays_as_it_is(tin
     store = adapt_text.open_store(stage, recipe, base, stored.folder)
     states = adapt_text.encode(stage, recipe, base, store)
     data = adapt_text.Data(base, store, states, adapt_text.texts_of(stage))
-    adapter = adapt_text.new_adapter(stage, base, store, seed=0)
+    adapter = adapt_text.new_adapter(stage, data, seed=0)
     index = torch.arange(store.prompts.count)
     batch = data.noised(index, torch.Generator().manual_seed(0))
     terms = adapt_text.terms(stage, base, adapter, data, batch)
@@ -150,6 +150,7 @@ def test_the_plan_is_what_is_evaluated_and_trained(tiny_sdxl, tmp_path, monkeypa
     assert work["trained"].each.total > 2 * work["student"].each.total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_other_families_are_adapted(tmp_path, family):
     teacher = getattr(tiny, family)(tmp_path / family)
@@ -193,9 +194,21 @@ def test_the_same_student_is_measured_before_and_after(finished):
     assert manifests[0]["parents"]["distill"] == manifests[1]["parents"]["distill"]
 
 
-def test_the_samples_of_the_grid_are_drawn_in_both_languages(tiny_sdxl, tmp_path):
-    folder = adapt(tiny_sdxl, tmp_path, num_steps=1, sample_every=1)
-    assert list((folder / "samples").glob("*.png"))
+def test_the_samples_of_the_grid_are_drawn_in_both_languages(finished):
+    assert len(list((finished[1][3] / "samples").glob("*.png"))) == 1
+
+
+def test_pictures_are_drawn_through_an_adapter_by_a_student_from_before(finished, tmp_path):
+    _, places = finished
+    prompts, adapter = ["熊猫", "a cat"], places[3] / "text_adapter"
+    pixels = []
+    for number, folder in enumerate((None, adapter)):
+        out = tmp_path / str(number)
+        files = finished_runs.sample(places[1], prompts, 1, 0, None, out, text_adapter=folder)
+        pixels.append([Image.open(file).tobytes() for file in files])
+    (chinese, english), (adapted, same) = pixels
+    assert chinese != adapted
+    assert english == same
 
 
 def test_a_store_of_other_prompts_is_refused(tiny_sdxl, tmp_path):
