@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,17 @@ def test_a_guided_trajectory_is_the_stock_pipelines(case, base, stock, num_steps
     conditioning = conditioning_of(base, case)
     x0 = sampler.sample_teacher(base, conditioning, unconditional, noise, times, case.guidance_scale)
     assert_near(x0, expected, case.tolerance)
+
+
+@pytest.mark.slow
+def test_a_guided_trajectory_of_twice_the_size_is_the_stock_pipelines(case, base, folder, stock):
+    size = 24 if case.family == "sd3" else 2 * base.resolution  # up to which the tiny SD3 has positions
+    other = replace(case, resolution=size)
+    larger, times = other.load(folder), sampling_times(3)
+    noise = other.noise(larger)
+    expected = other.draw(larger, stock, noise, other.guided_call(larger, stock, times))
+    inputs = conditioning_of(larger, other), larger.unconditional(len(noise)), noise, times, case.guidance_scale
+    assert_near(sampler.sample_teacher(larger, *inputs), expected, case.tolerance)
 
 
 def test_pictures_are_decoded_and_encoded_as_the_stock_pipeline_does(case, base, stock):
