@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-all lint benchmark study teacher clean
+.PHONY: help demo test test-all lint wheel benchmark study teacher clean
 
 help:
 	@echo "make demo       install, then teacher -> trajectories -> student -> tuned student -> report (five to six minutes on two cores with AVX-512)"
 	@echo "make test       install, then lint, type check and tests"
 	@echo "make test-all   the long tests too: browser, fuzzing, matrices"
+	@echo "make wheel      a wheel in dist/, with the emoji teacher and all recipes"
 	@echo "make benchmark  speed and memory, as ratios measured side by side"
 	@echo "make study      the table of the README: every variant, three seeds (hours)"
 	@echo "make teacher    rebuild the embedded emoji teacher from its sources (hours on two cores)"
@@ -39,6 +40,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+wheel: $(VENV)/installed
+	$(PIP) wheel -q --no-deps --no-build-isolation -w dist .
 
 benchmark: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/distillation.py

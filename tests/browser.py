@@ -32,6 +32,12 @@ MARKS = [
 ]
 
 
+def has_font(language: str) -> bool:
+    """Return whether a font for a language is installed, where fontconfig can say so."""
+    listing = shutil.which("fc-list")
+    return listing is not None and bool(subprocess.run([listing, f":lang={language}"], capture_output=True).stdout)
+
+
 def window_name(window: tuple[str, bool]) -> str:
     """What a test calls one of WINDOWS."""
     size, dark = window

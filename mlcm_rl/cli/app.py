@@ -11,13 +11,13 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import doctor, prompts, recipes, results, reward_commands, students, teachers
+from . import doctor, prompts, recipes, results, reward_commands, shipped_recipes, students, teachers
 from .console import error_console, output_may_refuse, unbreak_help, write_anything
 
 app = typer.Typer(
     name="mlcm",
     help="Distil a latent text-to-image diffusion model into a 2-8-step student.",
-    epilog="Begin with `mlcm plan recipes/emoji_demo.yaml`; every command has a `--help` of its own. "
+    epilog="Begin with `mlcm doctor`, `mlcm recipes` and `mlcm run emoji_demo`; every command has a `--help`. "
     "Exit codes: 0 done, 1 failed, 2 bad recipe or argument, 3 one of several processes lost, 130 after Ctrl-C, 143 "
     "after SIGTERM.",
     no_args_is_help=True,
@@ -63,8 +63,10 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(reward_commands.app, name="rewards")
+app.add_typer(shipped_recipes.app, name="recipes")
 unbreak_help(app)
 unbreak_help(reward_commands.app)
+unbreak_help(shipped_recipes.app)
 
 
 def main() -> None:

@@ -15,13 +15,12 @@ from types import ModuleType
 from typing import TextIO
 
 import typer
-from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 from ..recipe.tree import RecipeError, key_text
 from ..training import signals
-from ..training.console import plain_console
+from ..training.console import plain_console, wrapped
 
 # of several processes only the first prints
 console = plain_console(quiet=os.environ.get("RANK", "") not in ("", "0"))
@@ -73,24 +72,12 @@ def print_problems(to: Console, path: Path, error: RecipeError) -> None:
         if to.is_terminal:
             place = Text.assemble(f"  {problem.where}  ", (key_text(problem.key), "bold cyan"))
             to.print(place, soft_wrap=True)
-            for row in _wrapped(problem.text, to.width - 6):
+            for row in wrapped(problem.text, to.width - 6):
                 to.print(Text(" " * 6 + row), soft_wrap=True)
         else:
             to.print(Text(str(problem)), soft_wrap=True)
     if error.note:
         to.print(Text(error.note), soft_wrap=True)
-
-
-def _wrapped(text: str, columns: int) -> list[str]:
-    """Return the lines of `text`, broken at spaces to `columns` of a terminal; a path stays whole."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".lstrip()
-        if lines[-1] and cell_len(longer) > columns:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
 
 
 @contextmanager

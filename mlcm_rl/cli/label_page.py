@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from .. import report
 from ..preference.labels import NEITHER, SIDES, Choices
 from ..training.progress import console, tell
 
@@ -97,8 +98,9 @@ class Page:
 
     def __init__(self, choices: Choices, stop: Callable[[], None]):
         self.choices, self.stop = choices, stop
+        folders = [Path(__file__).parent, Path(report.__file__).parent]  # the other has the fonts that both pages use
         self.template = Environment(
-            loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+            loader=FileSystemLoader(folders), autoescape=True, undefined=StrictUndefined
         ).get_template("label.html")
 
     async def html(self, request: Request) -> Response:

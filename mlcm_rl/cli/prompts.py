@@ -19,6 +19,13 @@ Files = Annotated[
     typer.Argument(metavar="FILE", exists=True, dir_okay=False, show_default=False, help="prompts (.txt, .jsonl)"),
 ]
 
+OPTIONS = {  # by the reason for which a line is left out
+    "other language": "--language",
+    "length": "--min-length or --max-length",
+    "wording": "--matching or --not-matching",
+    "in another file": "--not-in",
+}
+
 
 def _pattern(text: str | None) -> str | None:
     """Return `text`. Raises BadParameter where it is not a regular expression."""
@@ -66,7 +73,7 @@ def prompts(
 
     The language of a line is its `language` in a .jsonl file, else that of most of its East Asian characters: zh for
     Chinese ones, ja for kana, ko for hangul, and en without any. Of prompts with the same words, whatever their
-    punctuation, width and case of letters, the first is kept.
+    punctuation, width and case of letters, the first is kept. If none is left, the exit status is 1.
     """
     from ..data import prompt_selection
 
@@ -74,8 +81,9 @@ def prompts(
     wanted = prompt_selection.Filter(language or (), min_length, max_length, *searched)
     try:
         lines = prompt_selection.select(files, wanted, not_in or ())
-        if out is not None:
-            prompt_selection.write([one.prompt for one in lines if not one.reason], out)
+        kept = [one.prompt for one in lines if not one.reason]
+        if kept and out is not None:
+            prompt_selection.write(kept, out)
     except (OSError, ValueError) as error:
         error_console.print(Text.assemble(("bad", "bold red"), f"  {error}"), soft_wrap=True)
         raise typer.Exit(2) from None
@@ -85,6 +93,12 @@ def prompts(
                 reason = f"{one.reason} {one.first}".strip()
                 line(Text(f"{one.place}  {reason}  {one.prompt.prompt}"))
     console.print(_counts(lines, prompt_selection.REASONS), crop=False)
+    if not kept:
+        counts = Counter(one.reason for one in lines)
+        causes = "; ".join(f"{OPTIONS[reason]} left out {count} ({reason})" for reason, count in counts.most_common())
+        message = f"  none of {len(lines)} lines is left, and nothing is written: {causes}"
+        error_console.print(Text.assemble(("bad", "bold red"), message), soft_wrap=True)
+        raise typer.Exit(1)
     if out is not None:
         line(Text.assemble(("ok", "green"), f"  {out}"))
 

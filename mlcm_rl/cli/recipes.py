@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..cost.gpus import DEVICES, THIS, kind_for
-from ..recipe import Recipe
+from ..recipe import Recipe, shipped
 from ..recipe.file import load
 from ..recipe.schema import json_schema
 from ..recipe.tree import RecipeError
@@ -21,7 +21,29 @@ from .console import console, error_console, imported, line, print_problems
 if TYPE_CHECKING:
     from ..cost.launches import Launch
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", show_default=False, help="a recipe's YAML file")]
+
+def _shipped(path: Path) -> Path:
+    """Return `path`, or the recipe of that name that comes with this package where no file is called so."""
+    names = {file.stem: file for file in shipped.recipes()}
+    return names.get(str(path), path) if not path.exists() else path
+
+
+def _launch_file(name: Path | None) -> Path | None:
+    """Return the launch file of this path, or the shipped one of this name. Raise BadParameter where there is none."""
+    if name is None or name.is_file():
+        return name
+    if (file := shipped.launch_file(str(name))) is None:
+        names = ", ".join(sorted(file.stem for file in (shipped.folder("recipes") / "launch").glob("*.yaml")))
+        raise typer.BadParameter(f"no file {name}; launch files that come with mlcm_rl are {names}")
+    return file
+
+
+RecipePath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE", callback=_shipped, show_default=False, help="a YAML file, or a name of `mlcm recipes`"
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -45,10 +67,9 @@ def run(
     launch: Annotated[
         Path | None,
         typer.Option(
-            exists=True,
-            dir_okay=False,
+            callback=_launch_file,
             show_default=False,
-            help="run in several processes: a file of recipes/launch, or any configuration of accelerate's",
+            help="run in several processes: ddp, zero2, fsdp2, ..., or any configuration of accelerate's",
         ),
     ] = None,
     machine_rank: Annotated[
@@ -102,7 +123,7 @@ def validate(
 ) -> None:
     """Check recipes, every error at once, without loading anything."""
     overrides = [text for text in recipes if "=" in text and not Path(text).exists()]
-    paths = [Path(text) for text in recipes if text not in overrides]
+    paths = [_shipped(Path(text)) for text in recipes if text not in overrides]
     if not paths:
         raise typer.BadParameter("name a recipe's YAML file before the settings that are put over it")
     bad = 0
@@ -124,10 +145,9 @@ def plan(
     launch: Annotated[
         Path | None,
         typer.Option(
-            exists=True,
-            dir_okay=False,
+            callback=_launch_file,
             show_default=False,
-            help="memory of each process under a file of recipes/launch",
+            help="memory of each process under ddp, zero2, fsdp2, ..., or a configuration of accelerate's",
         ),
     ] = None,
     device: Annotated[

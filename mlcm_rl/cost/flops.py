@@ -96,6 +96,7 @@ def of_stage(stage: Stage, recipe: Recipe, distilled: Lora | Full) -> list[Work]
         roles = memory.roles_of(stage, recipe, distilled, models, partial(checkpoint, use_reentrant=False))
     evaluations: dict[tuple[str, bool, str], float] = defaultdict(float)
     pictures: dict[tuple[str, str], float] = defaultdict(float)
+    scores: dict[tuple[str, str], float] = defaultdict(float)
     for one in stage.passes(recipe):
         kind = kind_of(one)
         precision = _precision(kind, one.in_step, stage, recipe, distilled)
@@ -103,10 +104,12 @@ def of_stage(stage: Stage, recipe: Recipe, distilled: Lora | Full) -> list[Work]
         evaluations[kind, False, precision] += one.samples * one.num_without_keys
         if one.viewer:
             seen = kind_of_pictures(one)
-            pictures[seen, _precision(seen, one.in_step, stage, recipe, distilled)] += one.samples
+            place = seen, _precision(seen, one.in_step, stage, recipe, distilled)
+            pictures[place] += one.samples
+            scores[place] += one.samples * one.num_scores
     each = cache(lambda kind, with_keys: _evaluation(kind, with_keys, roles))
     work = [Work(kind, n, each(kind, keys), precision) for (kind, keys, precision), n in evaluations.items() if n]
-    of_pictures = [_scoring(kind, n, precision, stage, roles) for (kind, precision), n in pictures.items() if n]
+    of_pictures = [_scoring(*place, n, scores[place], stage, roles) for place, n in pictures.items() if n]
     return [*work, *chain.from_iterable(of_pictures)]
 
 
@@ -138,8 +141,10 @@ def _evaluation(kind: str, with_keys: bool, roles: Roles) -> Operations:
         return count_operations(evaluate)
 
 
-def _scoring(kind: str, count: float, precision: str, stage: Stage, roles: Roles) -> list[Work]:
-    """Return the work of `count` pictures of this `kind`: decoding, and each reward in its own precision."""
+def _scoring(
+    kind: str, precision: str, num_pictures: float, num_scores: float, stage: Stage, roles: Roles
+) -> list[Work]:
+    """Return the work of pictures of this `kind`: decoding each once, and each reward's scores in its own precision."""
     rewards = {"decoded": [], "watched": stage.reward_models}.get(kind, stage.trained_on)
 
     def operations(rewards: list[Reward]) -> Operations:
@@ -148,8 +153,8 @@ def _scoring(kind: str, count: float, precision: str, stage: Stage, roles: Roles
         return count_operations(torch.no_grad()(lambda: roles.scores(_latents(roles), rewards)))
 
     decoding = operations([])
-    scoring = [Work(kind, count, operations([one]) - decoding, one.dtype) for one in rewards]
-    return [Work(kind, count, decoding, precision), *scoring]
+    scoring = [Work(kind, num_scores, operations([one]) - decoding, one.dtype) for one in rewards]
+    return [Work(kind, num_pictures, decoding, precision), *scoring]
 
 
 def _latents(roles: Roles) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .shapes import output_of
 
-LOWERED = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}
+LOWERED = {F.linear, F.conv2d, F.conv3d, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}
 RAISED_ON_CUDA = {F.group_norm, F.layer_norm, F.rms_norm}  # autocast computes these in float32 there, not on a CPU
 
 

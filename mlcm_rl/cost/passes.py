@@ -136,7 +136,7 @@ def _terms(stage: Stage, recipe: Recipe, roles: Roles, part: int) -> Iterator[Te
         elif one_pass.viewer:
             steps = int(one_pass.evaluations)
             alive.append(roles.sample(one_pass.batch, steps) if one_pass.is_chained else roles.x0(one_pass.batch))
-            for _ in range(one_pass.num_looks):
+            for _ in range(one_pass.num_scores):
                 yield _scores(one_pass, stage, roles, alive[-1]).sum()
         else:
             network = roles.prediction if one_pass.output == "prediction" else roles.x0

@@ -224,8 +224,7 @@ def index_of(pipeline_class: type[DiffusionPipeline], teacher: Teacher) -> dict[
 def check_components(teacher: Teacher, index: dict[str, Any]) -> None:
     """Raise ValueError for a component that neither diffusers nor transformers defines, whose module would be imported.
 
-    Raise FileNotFoundError for components that are in the index and missing in a local folder, ValueError for weights
-    that an index lists outside the folder.
+    Raise FileNotFoundError for components that are in the index and missing in a local folder.
     """
     parts = {name: value for name, value in index.items() if isinstance(value, list) and value[:1] != [None]}
     for name, value in parts.items():
@@ -239,27 +238,6 @@ def check_components(teacher: Teacher, index: dict[str, Any]) -> None:
         raise FileNotFoundError(f"teacher {folder}: model_index.json names {', '.join(missing)}, not in the folder")
     for path in sorted(folder.glob("*/*.safetensors")):
         read_shapes(path)  # raises with the name of a damaged file, before anything is built
-    for path in sorted(folder.glob("*/*.index*.json")):
-        _refuse_shards(path)
-
-
-def _refuse_shards(index: Path) -> None:
-    """Raise ValueError if the `index` of sharded weights does not list exactly the files beside it.
-
-    Weights in files that it does not list would stay randomly initialised.
-    """
-    shards = read_json(index, weight_map=dict)["weight_map"].values()
-    if outside := [name for name in shards if not isinstance(name, str) or Path(name).name != name]:
-        raise ValueError(f"{index}: {outside[0]!r} is not a file beside it")
-    name = re.fullmatch(r"(.+)\.(\w+)\.index(\.\w+)?\.json", index.name)
-    if name is None:
-        raise ValueError(f"{index}: not the name of an index of weights; rename or remove it")
-    stem, ending, variant = name.groups()
-    files = {path.name for path in index.parent.glob(f"{stem}{variant or ''}-*-of-*.{ending}")}
-    if missing := sorted(set(shards) - {path.name for path in index.parent.iterdir()}):
-        raise ValueError(f"{index}: {missing[0]} is missing: download it too")
-    if not shards or files - set(shards):
-        raise ValueError(f"{index}: lists {', '.join(sorted(set(shards))) or 'no file'} and not all weights beside it")
 
 
 def _module(library: str) -> Any:

@@ -13,7 +13,7 @@ from diffusers import (
 from torch import Tensor
 
 from ..equations.schedule import Schedule, flow_schedule, flow_shift
-from ..recipe import Teacher, teacher_check
+from ..recipe import Teacher, teacher_files
 from ..recipe.schedule_types import SHIFT_OF_TOKENS, FlowScheduler
 from .base import Base
 
@@ -28,7 +28,7 @@ class FlowBase(Base):
     def __init__(self, teacher: Teacher, device: torch.device, pipeline: DiffusionPipeline):
         # a local folder's file is checked when the recipe is read, a hub model's here
         settings = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
-        teacher_check.validated(settings, FlowScheduler, f"teacher {teacher.path}: scheduler/scheduler_config.json")
+        teacher_files.validated(settings, FlowScheduler, f"teacher {teacher.path}: scheduler/scheduler_config.json")
         super().__init__(teacher, device, pipeline)
 
     @property

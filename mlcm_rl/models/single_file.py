@@ -4,6 +4,7 @@ diffusers renames the weights; configurations and tokenizers are those of a fold
 fetched. The folder is then a teacher like any other, to hashes, plans and checks.
 """
 
+import re
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -14,8 +15,9 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 
-from ..recipe import Teacher, teacher_check
+from ..recipe import Teacher, teacher_check, teacher_files
 from ..recipe.families import Layout, family_of, layout_of, tokenizer_of
+from ..recipe.teacher_types import Index
 from ..storage.files import forget_origin, read_json, remove_partial_of, replacing
 from ..storage.tensors import read_shapes
 from ..storage.untrusted import in_a_line
@@ -32,6 +34,13 @@ TEXTS_OF_SD3 = {  # before the names of its text encoders' tensors; a file may l
 MARK_OF_V = "v_pred"  # a tensor by which tools know a fine-tune that predicts v
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
+FIRST_LAYERS = {"sd": FIRST_LAYER, "sdxl": FIRST_LAYER, "sd3": "model.diffusion_model.x_embedder.proj.weight"}
+PARTS = {  # beginnings of the names of tensors in files of other things
+    r"(first_stage_model\.)?(encoder|decoder|quant_conv|post_quant_conv)\.": "an autoencoder alone: put it into vae/",
+    r"control_model\.|controlnet": "a ControlNet: name the checkpoint that it is for",
+    r".*\.(hada|lokr)_w": "a LoHa or a LoKr: merge it into the checkpoint of its base",
+    r"clip_[lg]$|emb_params$": "an embedding of a word: name the checkpoint that it is for",
+}
 OF_REFINER = "conditioner.embedders.0.model.text_projection"
 
 
@@ -44,21 +53,29 @@ def convert(file: Path, like: Path, out: Path) -> Path:
     """
     if out.exists() or out.is_symlink():
         raise FileExistsError(f"{out} is there already; name a new folder")
+    if file.suffix == ".gguf":
+        raise ValueError(f"{file}: its weights are quantised: take the checkpoint in float16 or bfloat16, .safetensors")
     if file.suffix != ".safetensors":
         raise ValueError(f"{file}: expected a .safetensors file; other formats can run code and are not read")
     family = family_like(like)
     shapes = read_shapes(file)
     _refuse_other_kinds(file, shapes)
+    if FIRST_LAYERS[family] not in shapes:
+        raise ValueError(
+            f"{file}: its denoiser has no {FIRST_LAYERS[family]}, as that of {like} has: give "
+            "the folder of its own base"
+        )
     _refuse_other_prediction(file, shapes, like)
     pipeline_class, layout = class_of(family).pipeline_class, layout_of(family)
     index = read_json(like / "model_index.json")
     parts: dict[str, Any] = {name: None for name in files.UNUSED_PARTS if name in index}
     parts |= {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
     parts |= _texts_beside(shapes, like, layout) if family == "sd3" else {}
+    dtype = _dtype(file)
     remove_partial_of(out)
     try:
         pipeline = pipeline_class.from_single_file(
-            str(file), config=str(like), local_files_only=True, dtype=_dtype(file), **parts
+            str(file), config=str(like), local_files_only=True, dtype=dtype, **parts
         )
     except Exception as error:  # of diffusers and transformers; a gap is a tensor without data to them
         reason = "weights are missing" if isinstance(error, NotImplementedError) else in_a_line(error)
@@ -80,12 +97,17 @@ def family_like(like: Path) -> str:
             f"{like} holds no model_index.json: give its base's folder in diffusers' format, of which the JSON "
             "and TXT files are enough (a few MB)"
         )
-    name = teacher_check.read(like / "model_index.json", teacher_check.Index).class_name
+    name = teacher_files.read(like / "model_index.json", Index).class_name
     family = family_of(name)
     if family is None:
         raise ValueError(f"{like}: model_index.json is of a {name}, which no family loads")
+    if family not in FIRST_LAYERS:
+        raise ValueError(
+            f"{like}: single files of a {name} are not converted, only those of {', '.join(FIRST_LAYERS)}: name a "
+            "folder in diffusers' format in teacher.path"
+        )
     teacher_check.refuse(like, family)
-    if faults := teacher_check.faults_of_tokenizers(like, family):
+    if faults := teacher_files.faults_of_tokenizers(like, family):
         raise FileNotFoundError("\n".join(f"{like}: {one}" for one in faults))
     return family
 
@@ -94,6 +116,9 @@ def _refuse_other_kinds(file: Path, shapes: dict[str, list[int]]) -> None:
     """Raise ValueError for a file that is no whole text-to-image checkpoint in Stability AI's layout."""
     if any(FACTOR.fullmatch(name) for name in shapes):
         raise ValueError(f"{file} is a LoRA, not a checkpoint: name it in teacher.lora, over the folder of its base")
+    for names, kind in PARTS.items():
+        if shapes and all(re.match(names, name) or name.endswith(".alpha") for name in shapes):
+            raise ValueError(f"{file} is {kind}")
     if not any(name.startswith(DENOISER) for name in shapes):
         raise ValueError(
             f"{file}: none of its {len(shapes)} tensors begins with {DENOISER}: it is no checkpoint in the original "
@@ -131,10 +156,21 @@ def _texts_beside(shapes: dict[str, list[int]], like: Path, layout: Layout) -> d
 
 
 def _dtype(file: Path) -> torch.dtype:
-    """Return the precision that most of the file's tensors have; float32 for one that is not written."""
+    """Return the precision that most of the file's tensors have; float32 for one that is not written.
+
+    Raise ValueError if the denoiser's are quantised.
+    """
     with safe_open(file, "pt") as content:
-        counts = Counter(content.get_slice(name).get_dtype() for name in content.keys())  # noqa: SIM118, not a dict
-    return DTYPES.get(counts.most_common(1)[0][0], torch.float32)
+        dtypes = {name: content.get_slice(name).get_dtype() for name in content.keys()}  # noqa: SIM118, not a dict
+    quantised = [
+        name for name, dtype in dtypes.items() if name.startswith(DENOISER) and dtype[:2] in ("F8", "F4", "I8", "U8")
+    ]
+    if quantised:
+        raise ValueError(
+            f"{file}: {len(quantised)} of its tensors are quantised, for example {quantised[0]} in "
+            f"{dtypes[quantised[0]]}: take the checkpoint in float16, bfloat16 or float32"
+        )
+    return DTYPES.get(Counter(dtypes.values()).most_common(1)[0][0], torch.float32)
 
 
 def _refuse_other_size(file: Path, like: Path, denoiser: nn.Module, shapes: dict[str, list[int]]) -> None:

@@ -33,7 +33,7 @@ from ..training.progress import tell
 from ..training.seeding import generator
 from .errors import BadArgument, RunError, prefix_errors
 from .fingerprint import Located, locate
-from .running import run_stage, sweep
+from .running import run_stage, sweep_locked
 
 
 def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
@@ -230,7 +230,7 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
     place = locate(stage, recipe, earlier)
     if not is_finished(place.folder):
         run_stage(stage, recipe, earlier, place)
-    sweep(place.folder)
+    sweep_locked(place.folder)
     return place.folder
 
 

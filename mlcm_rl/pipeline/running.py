@@ -23,10 +23,9 @@ from ..models.students import tuned_steps
 from ..preference import guard
 from ..recipe import Evaluate, Recipe, Reward, Stage, Tuning, paths
 from ..storage import checkpoints, files, lock
-from ..storage import manifest as checkpoint
 from ..storage.commit import commit
 from ..storage.files import CheckpointError
-from ..storage.manifest import finish, is_finished, unswept, verify
+from ..storage.manifest import finish, is_finished, sweep, unswept, verify
 from ..storage.untrusted import in_a_line
 from ..training import allocator, processes
 from ..training.devices import device_of
@@ -76,7 +75,7 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
             place = locate(stage, recipe, finished)
             if processes.broadcast(is_finished(place.folder)):
                 refuse_another(place, verify(place.folder))
-                processes.on_rank_zero(sweep, place.folder)
+                processes.on_rank_zero(sweep_locked, place.folder)
                 tell(stage.kind, f"{place.folder} is done")
             else:
                 processes.on_rank_zero(_unlink, links, range(number, sys.maxsize))  # they may belong to an older recipe
@@ -173,11 +172,11 @@ def _clear(folder: Path, skip_damaged: bool) -> None:
         tell("skipped", skipped, "yellow")
 
 
-def sweep(folder: Path) -> None:
+def sweep_locked(folder: Path) -> None:
     """Remove the checkpoints of a finished stage whose process was killed before it removed them."""
     if unswept(folder):
         with lock.folder_lock(folder):
-            checkpoint.sweep(folder)
+            sweep(folder)
 
 
 def _run_locked(stage: Stage, recipe: Recipe, earlier: list[Located], place: Located) -> None:

@@ -41,6 +41,8 @@ class Layout:
     embeds_guidance: bool = False  # the guidance scale is an input of the denoiser: a guided pass is one evaluation
     num_times: int = USUAL_TIMES  # of a variance-preserving schedule
     extras: dict[str, str] = field(default_factory=dict)  # module that the family needs: extra of ours that has it
+    loads_lora: bool = True  # diffusers' pipeline loads files of LoRAs
+    reads_chats: bool = False  # prompts are written into the chat template of the tokenizer
     # key in a file (component.key or model_index.key): value of a few-step model, model to name instead
     distilled: dict[str, tuple[Any, str]] = field(default_factory=dict)
 
@@ -169,6 +171,7 @@ FAMILIES = {
         is_flow=True,
         patchifies=2,
         side=64,
+        reads_chats=True,
         distilled={"model_index.is_distilled": (True, "FLUX.2-klein-base")},
         takes_text_adapter=True,
     ),
@@ -178,6 +181,7 @@ FAMILIES = {
         denoiser="transformer",
         denoiser_class="HunyuanDiT2DModel",
         text={"text_encoder": "BertModel", "text_encoder_2": "T5EncoderModel"},
+        loads_lora=False,
     ),
     "pixart_sigma": Layout(
         implementation="mlcm_rl.models.families.pixart_sigma:Family",
@@ -185,6 +189,7 @@ FAMILIES = {
         denoiser="transformer",
         denoiser_class="PixArtTransformer2DModel",
         older_classes={"transformer": "Transformer2DModel"},
+        loads_lora=False,
         text={"text_encoder": "T5EncoderModel"},
     ),
     "sana": Layout(
@@ -204,6 +209,7 @@ FAMILIES = {
         denoiser_class="ZImageTransformer2DModel",
         text={"text_encoder": "Qwen3Model"},
         is_flow=True,
+        reads_chats=True,
         side=128,
         distilled={"scheduler.shift": (3.0, "Z-Image, of shift 6")},  # Z-Image-Turbo's; all other files agree
     ),

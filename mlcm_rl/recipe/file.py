@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..storage.untrusted import read_bytes, regular
-from . import errors, renamed, reward_package, teacher_check
+from . import errors, renamed, reward_package, reward_settings, teacher_check
 from .adapt_text import AdaptText
 from .distill import Distill
 from .experiment import Recipe, missing_library, missing_trackers
@@ -156,6 +156,10 @@ def _lora_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
     if name and os.path.isfile(folders.place(key, name)) and Path(name).suffix != ".safetensors":
         yield Problem(key, f"expected a .safetensors file, found {name}: other formats can run code and are not read")
     yield from _absent(key, name, folders)
+    with suppress(ValueError):  # of a family that is reported as broken
+        layout = layout_of(recipe.teacher.family)
+        if not layout.loads_lora:
+            yield Problem(key, f"diffusers loads no LoRA into a {layout.pipeline}: merge it into the checkpoint")
     for i, stage in enumerate(recipe.stages):
         if stage.kind == "train_teacher":
             message = "train_teacher writes a checkpoint of its own, into which teacher.lora would go in part: merge "
@@ -240,6 +244,8 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
             if reward.name not in known_rewards:
                 message = f"no reward is called {reward.name}; known are {', '.join(known_rewards) or 'none'}"
                 yield Problem(key, message, nearest(reward.name, known_rewards))
+            else:
+                yield from reward_settings.problems(key[:-1], reward)
             yield from _endless((*key[:-1], "settings"), reward, folders)
             folder = reward.settings.get("folder") if reward.name == TRAINED else None
             if isinstance(folder, str):

@@ -3,6 +3,7 @@
 Files that a recipe reads are relative to the folder of its file. `runs`, and the finished stages in `also`, are
 relative to the working directory, where `mlcm run` writes them, and so are all paths in overrides of the command line.
 A path that exists only in the working directory is read there, as it was before this rule, with a note of the new form.
+`mlcm:emoji/teacher` is in the folder of recipes that comes with this package, from anywhere.
 
 A loaded recipe has its paths as this process sees them: relative if they lie under the working directory, else
 absolute. The text of a reward's setting is kept as well, since a fingerprint has it. No torch here.
@@ -16,6 +17,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
+from . import shipped
 from .evaluation import Evaluate
 from .experiment import Recipe, Stage
 from .preference import Tuning
@@ -43,6 +45,8 @@ class Folders:
 
     def place(self, key: Key, text: str) -> Path:
         """Return the path of `text` at `key`: in the first folder that has it, or in the first of all if none has."""
+        if (of_package := shipped.place(text)) is not None:
+            return of_package
         places = [folder / text for folder in self.of(key)]
         return next(filter(os.path.exists, places), places[0])
 
@@ -50,6 +54,10 @@ class Folders:
         """Return a sentence on where `text` at `key` was looked for; empty for an absolute path."""
         if os.path.isabs(text):
             return ""
+        if text.startswith(shipped.PREFIX):
+            return (
+                f"{shipped.PREFIX} is the folder of recipes that comes with mlcm_rl, here {shipped.folder('recipes')}"
+            )
         if self.is_overridden(key):
             return f"paths on the command line are relative to the working directory, here {self.working}"
         if "also" in key:

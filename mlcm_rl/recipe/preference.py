@@ -243,7 +243,7 @@ class Feedback(Tuning):
             gradient=True,
             is_chained=self.gradient != "low_variance",
             viewer="rewards",
-            num_looks=2 if self.shape == "mps_hinge" else 1,
+            num_scores=2 if self.shape == "mps_hinge" else 1,
         )
         with_keys = 1 if self.gradient == "low_variance" else None  # the others have gradient in the same sampler
         passes = [Pass("student", samples, before, is_chained=True, num_with_keys=with_keys), scored]

@@ -1,4 +1,4 @@
-"""The folders of reward files: ours, beside this package, and a user's, `reward_models` in the working directory.
+"""The folders of reward files: ours, which are shipped, and a user's, `reward_models` in the working directory.
 
 Python would look for `reward_models` in the working directory first, where a folder of that name would replace ours.
 Nothing here imports torch or a reward file.
@@ -10,8 +10,10 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+from . import shipped
+
 NAME = "reward_models"
-OURS = Path(__file__).resolve().parents[2] / NAME
+OURS = shipped.folder(NAME)
 
 
 def package() -> ModuleType:

@@ -25,7 +25,7 @@ class Pass:
     is_chained   whether each evaluation starts where the one before ended, as in a sampler
     output       the sample x0, or the network's own prediction
     viewer       of the decoded pictures: no one, a person, the rewards trained on, or ("guard") all rewards
-    num_looks    how often each picture is scored in one step
+    num_scores   how often each picture is scored in one step, under one prompt or another
     in_step      whether it is part of an optimiser step, under autocast; else it is alone in memory
     num_with_keys  of the evaluations of a sample, those that compute the keys and values of its prompt, which the
                  others take from them (`Base.same_prompts`); None: all
@@ -39,7 +39,7 @@ class Pass:
     is_chained: bool = False
     output: Literal["x0", "prediction"] = "x0"
     viewer: Literal["", "person", "rewards", "guard"] = ""
-    num_looks: int = 1
+    num_scores: int = 1
     in_step: bool = True
     num_with_keys: int | None = None
 

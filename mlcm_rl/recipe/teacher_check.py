@@ -1,7 +1,7 @@
 """Checks of a teacher's folder before anything in it is built or loaded. No torch.
 
 Every problem is a line with file and key. The checks are: each configuration (`teacher_types`, `schedule_types`), that
-they fit each other, that there are only files and folders, and that weights exist in a form that is read.
+they fit each other, that there are only files and folders, and that those that loading needs exist (`teacher_files`).
 """
 
 import json
@@ -9,50 +9,39 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import ValidationError
-
-from ..storage.untrusted import brief, parse_json, read_bytes, regular
+from ..storage.untrusted import brief, regular
 from .families import Layout, geometry, layout_of
 from .schedule_types import FlowScheduler, Scheduler
+from .teacher_files import (
+    MAX_BYTES,
+    TeacherFileError,
+    display_name,
+    faults_of_tokenizers,
+    faults_of_weights,
+    has_weights,
+    json_object,
+    read,
+)
 from .teacher_types import (
+    CONFIGURATIONS,
     Autoencoder,
     ChatGLM,
     Configuration,
     Denoiser,
-    HunyuanDenoiser,
     Index,
-    PixArtDenoiser,
     TextEncoder,
     Tokenizer,
     TokenizerOfPipeline,
 )
 
-MAX_BYTES = 2**22  # of a configuration: far above any real one
-MAX_BYTES_OF_WORDS = 2**26  # of a tokenizer's file
-WORDS = ("vocab.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")  # of a tokenizer, all objects
-CONFIGURATIONS: dict[str, type[Configuration]] = {  # by class; the file of another class may be any JSON object
-    "UNet2DConditionModel": Denoiser,
-    "HunyuanDiT2DModel": HunyuanDenoiser,
-    "PixArtTransformer2DModel": PixArtDenoiser,
-    "AutoencoderKL": Autoencoder,
-    "CLIPTextModel": TextEncoder,
-    "CLIPTextModelWithProjection": TextEncoder,
-    "ChatGLMModel": ChatGLM,
-}
-SINGLE_WORD_FILES = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt"}  # each a vocabulary alone
 OF_STUDENTS = ("LCMScheduler", "TCDScheduler")  # schedulers that only few-step models are published with
 IN_NAMES = {  # words in a model's name, and what they say of it
     r"turbo|lightning|lcm|tcd|hyper|dmd2?|schnell": "distilled to a few steps already",
     r"inpaint(ing)?|refiner|img2img|pix2pix|controlnet|upscaler": "no plain text-to-image model",
 }
 OF_OTHER_TASKS = ("Inpaint", "Img2Img", "InstructPix2Pix", "ControlNet", "Upscale")  # in names of diffusers' classes
-AnyConfiguration = TypeVar("AnyConfiguration", bound=Configuration)
-
-
-class TeacherFileError(ValueError):
-    """A file of a teacher cannot be read or has wrong values; the message has a line for each key."""
 
 
 def refuse(folder: Path, family: str, variant: str | None = None) -> None:
@@ -102,9 +91,17 @@ def problems(folder: Path, family: str, variant: str | None = None) -> list[str]
     except TeacherFileError as error:
         return str(error).splitlines()
     layout = layout_of(family)
-    faults = [f"model_index.json: {name}: missing" for name in layout.required if index.component(name) is None]
+    faults = [
+        f"model_index.json: {name}: missing: name the folder of a whole {layout.pipeline}"
+        for name in layout.required
+        if index.component(name) is None
+    ]
     parts = [name for name in [*layout.required, *layout.possible] if index.component(name) is not None]
-    faults += [f"model_index.json: {name}: no such folder" for name in parts if not (folder / name).is_dir()]
+    faults += [
+        f"model_index.json: {name}: no such folder: download {name}/ too"
+        for name in parts
+        if not (folder / name).is_dir()
+    ]
     kinds = {name: (index.component(name) or [])[1:] for name in parts if name in layout.classes}
     faults += [
         f"model_index.json: {name}: expected {layout.classes[name]}, found {' '.join(map(str, kind)) or 'no class'}"
@@ -117,61 +114,11 @@ def problems(folder: Path, family: str, variant: str | None = None) -> list[str]
     faults = [
         *_irregular(folder, parts),
         *_of_parts(folder, family, parts, index),
-        *_of_weights(folder, networks, variant),
+        *faults_of_weights(folder, networks, variant),
     ]
-    if faults or not _has_weights(folder):
+    if faults or not has_weights(folder):
         return faults
-    return list(_of_tokenizers(folder, layout, parts))
-
-
-def read(path: Path, kind: type[AnyConfiguration]) -> AnyConfiguration:
-    """Return the configuration in a file. Raise TeacherFileError with a line for each wrong key."""
-    return validated(_object(path, MAX_BYTES), kind, _display_name(path))
-
-
-def validated(content: dict[str, Any], kind: type[AnyConfiguration], file: str) -> AnyConfiguration:
-    """Return the content of a configuration `file` as `kind`. Raise TeacherFileError with a line for each wrong key."""
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        raise TeacherFileError("\n".join(dict.fromkeys(f"{file}: {line}" for line in _lines(error)))) from error
-
-
-def _display_name(path: Path) -> str:
-    """Return the name of a teacher's file in messages."""
-    return path.name if path.name == "model_index.json" else f"{path.parent.name}/{path.name}"
-
-
-def _object(path: Path, limit: int) -> dict[str, Any]:
-    """Return the JSON object in a file. Raise TeacherFileError if it has none, or over `limit` bytes."""
-    try:
-        content = parse_json(read_bytes(path, limit).decode("utf-8"))
-    except FileNotFoundError:
-        raise TeacherFileError(f"{_display_name(path)}: missing") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
-        raise TeacherFileError(f"{_display_name(path)}: {reason}") from error
-    if not isinstance(content, dict):
-        raise TeacherFileError(f"{_display_name(path)}: expected an object in braces")
-    return content
-
-
-def _lines(error: ValidationError) -> Iterator[str]:
-    """Yield a line for each of pydantic's errors."""
-    for one in error.errors():
-        if one["type"] == "value_error":
-            yield str(one["ctx"]["error"])
-            continue
-        keys = [str(part) for part in one["loc"][:1]] + [f"[{part}]" for part in one["loc"][1:] if type(part) is int]
-        if one["type"] == "missing":
-            yield f"{''.join(keys)}: missing"
-            continue
-        value = repr(one["input"])
-        text = value if len(value) < 50 else f"{value[:40]}..."
-        message = one["msg"].replace("Input should be", "expected")
-        if keys == ["prediction_type"]:
-            text += "; no other prediction can be distilled: name a teacher with one of these"
-        yield f"{''.join(keys)}: {message}, found {text}"
+    return faults_of_tokenizers(folder, family)
 
 
 def _irregular(folder: Path, parts: list[str]) -> Iterator[str]:
@@ -186,11 +133,11 @@ def _irregular(folder: Path, parts: list[str]) -> Iterator[str]:
             try:
                 regular(path)
             except FileNotFoundError:
-                yield f"{_display_name(path)}: a link that leads nowhere"
+                yield f"{display_name(path)}: a link that leads nowhere"
             except OSError as error:
-                yield f"{_display_name(path)}: {error.strerror}"
+                yield f"{display_name(path)}: {error.strerror}"
             except ValueError as error:
-                yield str(error).replace(str(path), _display_name(path))
+                yield str(error).replace(str(path), display_name(path))
 
 
 def _of_parts(folder: Path, family: str, parts: list[str], index: Index) -> list[str]:
@@ -249,9 +196,9 @@ def _other_channels(layout: Layout, denoiser: dict[str, Any], vae: dict[str, Any
 def _misnamed(layout: Layout, folder: Path) -> Iterator[str]:
     """Yield a line for each name in the files of pipeline and denoiser that is one of a model that cannot be taught."""
     for path in (folder / "model_index.json", folder / layout.denoiser / "config.json"):
-        name = _object(path, MAX_BYTES).get("_name_or_path")
+        name = json_object(path, MAX_BYTES).get("_name_or_path")
         if fault := fault_of_name(name):
-            yield f"{_display_name(path)}: _name_or_path: {brief(name)} is {fault}; delete the key if it is not"
+            yield f"{display_name(path)}: _name_or_path: {brief(name)} is {fault}; delete the key if it is not"
 
 
 def _file_of(part: str, layout: Layout) -> tuple[str, type[Configuration]]:
@@ -306,65 +253,4 @@ def _misfits_of_sizes(layout: Layout, unet: Denoiser, tower: TextEncoder | ChatG
                 f"unet/config.json: projection_class_embeddings_input_dim: expected {expected_width}, six sizes of "
                 f"addition_time_embed_dim and {layout.pooled_by}'s pooled vector, found {actual_width}"
                 + ("; five sizes are of a refiner: name its base model" if actual_width == refiners_width else "")
-            )
-
-
-def _of_weights(folder: Path, networks: list[str], variant: str | None) -> Iterator[str]:
-    """Yield a line for each network without readable weights. A folder without any weights is for planning alone."""
-    files = {part: sorted(path.name for path in (folder / part).glob("*")) for part in networks}
-    if not _has_weights(folder):
-        return
-    for part, names in files.items():
-        tensors = [name for name in names if name.endswith(".safetensors")]
-        plain = [name for name in tensors if "." not in name.removesuffix(".safetensors")]
-        of_variant = [name for name in tensors if variant is not None and name.split(".")[1].split("-")[0] == variant]
-        if plain or of_variant:
-            continue
-        others = sorted({name.split(".")[1].split("-")[0] for name in tensors})
-        if others:
-            yield f"{part}: its weights are the variant {others[0]}: write teacher.variant: {others[0]}"
-        elif any(name.endswith(".bin") for name in names):
-            yield (
-                f"{part}: its weights are .bin files, which can run code and are not read: download the .safetensors "
-                "files, or open the teacher with diffusers and save_pretrained(safe_serialization=True)"
-            )
-        else:
-            yield f"{part}: no .safetensors file, and other parts have theirs: download it too"
-
-
-def _has_weights(folder: Path) -> bool:
-    """Return whether the folder has weights; without them it has only shapes, to plan with."""
-    return any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*/*"))
-
-
-def faults_of_tokenizers(folder: Path, family: str) -> list[str]:
-    """Return a line for each tokenizer of a good teacher's folder without its files, or with wrong values in them."""
-    index, layout = read(folder / "model_index.json", Index), layout_of(family)
-    parts = [name for name in [*layout.required, *layout.possible] if index.component(name) is not None]
-    return list(_of_tokenizers(folder, layout, parts))
-
-
-def _of_tokenizers(folder: Path, layout: Layout, parts: list[str]) -> Iterator[str]:
-    """Yield a line for each tokenizer without its files, or with wrong values in them."""
-    for part in [name for name in parts if name.startswith("tokenizer")]:
-        names, tower = {path.name for path in (folder / part).glob("*")}, part.replace("tokenizer", "text_encoder")
-        if not names & SINGLE_WORD_FILES and not {"vocab.json", "merges.txt"} <= names:
-            yield f"{part}: neither tokenizer.json nor vocab.json and merges.txt: download them"
-        for path in [folder / part / name for name in WORDS if (folder / part / name).is_file()]:
-            try:
-                words = _object(path, MAX_BYTES_OF_WORDS)
-                if path.name == "vocab.json" and CONFIGURATIONS.get(layout.classes[tower]) is TextEncoder:
-                    _refuse_unknown(path, words, folder / tower / "config.json")
-            except TeacherFileError as error:
-                yield str(error)
-
-
-def _refuse_unknown(path: Path, words: dict[str, Any], config: Path) -> None:
-    """Raise TeacherFileError if one of a vocabulary's `words` has a number beyond its text encoder's vocabulary."""
-    size = read(config, TextEncoder).vocab_size
-    for word, number in words.items():
-        if type(number) is not int or not 0 <= number < size:
-            raise TeacherFileError(
-                f"{_display_name(path)}: {brief(word)}: expected a whole number below {size}, the vocab_size of "
-                f"{config.parent.name}, found {brief(number)}"
             )

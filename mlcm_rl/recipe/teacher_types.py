@@ -336,3 +336,14 @@ class Index(Configuration):
         """Return [library, class] of a component that the pipeline has."""
         entry = (self.__pydantic_extra__ or {}).get(name)
         return entry if isinstance(entry, list) and entry[:1] not in ([], [None]) else None
+
+
+CONFIGURATIONS: dict[str, type[Configuration]] = {  # by class; the file of another class may be any JSON object
+    "UNet2DConditionModel": Denoiser,
+    "HunyuanDiT2DModel": HunyuanDenoiser,
+    "PixArtTransformer2DModel": PixArtDenoiser,
+    "AutoencoderKL": Autoencoder,
+    "CLIPTextModel": TextEncoder,
+    "CLIPTextModelWithProjection": TextEncoder,
+    "ChatGLMModel": ChatGLM,
+}

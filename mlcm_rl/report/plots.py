@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from html import escape
 from io import StringIO
@@ -201,7 +202,9 @@ def _log(axes: Axes) -> None:
 def _svg(figure: Figure, description: str) -> str:
     """Return `figure` as an <svg> element that fills its column; screen readers read `description`."""
     text = StringIO()
-    with rc_context(STYLE | {"svg.hashsalt": figure.get_gid()}):
+    with rc_context(STYLE | {"svg.hashsalt": figure.get_gid()}), warnings.catch_warnings():
+        # Text stays text, which the browser draws in its own fonts: what matplotlib's lacks is no fault.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     body = text.getvalue()
     body = re.sub(r"<metadata>.*?</metadata>", "", body[body.index("<svg") :], flags=re.DOTALL)

@@ -1,10 +1,9 @@
 """A report's table of figures, for the page, for Markdown and for a terminal."""
 
-import textwrap
-
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..training.console import wrapped
 from . import tuned_students
 from .comparisons import measured
 from .definitions import LATENCY, RIGHT, TRAINING, is_detail, metric
@@ -127,7 +126,7 @@ def table(report: Report) -> Table:
     cost = has_training(report) and len(keys) <= MANY_METRICS  # 80 columns hold no more
     heads = [metric(key).label.partition(" (")[0].replace("_", " ") for key in keys]
     for head in ("Evals", *["Train"] * cost, *heads):
-        grid.add_column("\n".join(textwrap.wrap(head, 8, break_long_words=False)), justify="right", no_wrap=True)
+        grid.add_column("\n".join(wrapped(head, 8)), justify="right", no_wrap=True)
     for name, rows in groups(report).items():
         grid.add_row(name, style="bold")
         for row in rows:

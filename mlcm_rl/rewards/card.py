@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reward_models import trained
-
 from ..data.pairs import PairTable
 from ..data.prompts import Prompt
 from ..equations.statistics import mean_and_error
@@ -21,8 +19,10 @@ from ..report.figures import plus_minus, rounded
 from ..storage.files import replacing, write_json
 from ..storage.hashing import sha256
 from .contract import RewardModel, score
+from .finding import shipped
 from .heads import CONTRARY, is_correct
 
+trained = shipped("trained")
 TEMPLATE = Path(__file__).with_suffix(".md")
 NUM_CLIMBED, NUM_STEPS, STEP = 16, 10, 2 / 255  # of `climb`: pictures, gradient steps, and their size in [0, 1]
 

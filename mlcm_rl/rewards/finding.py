@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Collection, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -54,6 +55,11 @@ def class_of(name: str) -> type[RewardModel]:
         is_plain = isinstance(error, ImportError) or not place  # Python's or `find`'s own message, a full sentence
         message = str(error) if is_plain and not isinstance(error, SystemExit) else message_of(error)
         raise RewardError(f"reward {name} cannot be used: {message}{place}") from error
+
+
+def shipped(name: str) -> ModuleType:
+    """Return the module of the reward file `name` in our own folder."""
+    return importlib.import_module(f"{FOLDER}.{name}")
 
 
 def weights_of(reward: type[RewardModel]) -> tuple[Weights, ...]:
@@ -163,7 +169,7 @@ def _origin(point: EntryPoint) -> str:
 
 def _only_class(name: str) -> type:
     """Return the one public class that `reward_models/<name>.py` itself defines."""
-    module = importlib.import_module(f"{FOLDER}.{name}")
+    module = shipped(name)
     classes = [
         value
         for key, value in vars(module).items()

@@ -93,7 +93,7 @@ def new_denoiser(base: Base, stage: TrainTeacher, seed: int) -> nn.Module:
     """Return the denoiser to train, in float32: with the teacher's own weights, or new ones drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        denoiser = type(base.denoiser).from_config(base.denoiser.config)
+        denoiser = base.simplify(type(base.denoiser).from_config(base.denoiser.config))
     if stage.start == "teacher":
         denoiser.load_state_dict(base.denoiser.state_dict())
     if stage.gradient_checkpointing:

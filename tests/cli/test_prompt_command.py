@@ -61,6 +61,32 @@ def test_what_is_kept_is_written_once(file, tmp_path):
     assert [one.prompt for one in read_prompts(rest)] == ["a red apple", "赤いりんごです"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "causes"),
+    [
+        (["--language", "ko"], "--language left out 6 (other language)"),
+        (["--min-length", 900], "--min-length or --max-length left out 6 (length)"),
+        (["--not-matching", "."], "--matching or --not-matching left out 6 (wording)"),
+        (
+            ["--language", "en", "--matching", "dog"],
+            "--matching or --not-matching left out 3 (wording); --language left out 3 ",
+        ),
+    ],
+)
+def test_where_no_line_is_left_it_is_said_by_which_filter_and_nothing_is_written(file, tmp_path, arguments, causes):
+    out = tmp_path / "kept.txt"
+    for more in ([], ["--out", out]):
+        text = " ".join(called(file, *arguments, *more, code=1).split())
+        assert f"bad none of 6 lines is left, and nothing is written: {causes}" in text
+    assert not out.exists()
+
+
+def test_where_another_file_has_every_line_it_is_said(file):
+    assert "left, and nothing is written: --not-in left out 6 (in another file)" in " ".join(
+        called(file, "--not-in", file, code=1).split()
+    )
+
+
 def test_wrong_arguments_are_one_line(file, tmp_path):
     assert "is not a regular expression" in " ".join(called(file, "--matching", "(", code=2).split())
     (tmp_path / "bad.jsonl").write_text('{"promt": "x"}\n')

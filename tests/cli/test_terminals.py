@@ -17,6 +17,7 @@ import runs
 from mlcm_rl.cli.console import print_problems
 from mlcm_rl.recipe import Recipe
 from mlcm_rl.recipe.tree import Problem, RecipeError
+from mlcm_rl.training.console import wrapped
 
 LONG = "红苹果" * 40  # more than the teacher reads, which is said with the prompt
 PLACES = {  # the second is also the encoding of a file that is opened without one
@@ -132,3 +133,16 @@ def test_an_error_in_chinese_is_as_wide_as_the_terminal(tmp_path):
     assert " ".join("".join(f"{line} " for line in lines).split()) == f"{words} {'/folder' * 20}"
     assert max(cell_len(line.rstrip()) for line in lines[:-1]) <= 60
     assert len(lines) == 8  # three words of 14 columns a line, and the path
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("emoji style judge", ["emoji", "style", "judge"]),
+        ("alignment of it", ["alignment", "of it"]),
+        ("红苹果在桌子上", ["红苹果在", "桌子上"]),
+        ("a红苹果在 桌", ["a红苹果", "在 桌"]),  # never half a character, which takes two columns
+    ],
+)
+def test_lines_are_as_wide_as_a_terminal_draws_them(text, lines):
+    assert wrapped(text, 8) == lines

@@ -102,6 +102,13 @@ def test_the_passes_of_a_tuning_stage_are_its_evaluations_and_what_its_rewards_s
     assert seen == pictures[kind] | {"watched": (3 + 1) * 4}  # a look after each step, and one at the reference
 
 
+def test_pictures_scored_under_two_prompts_are_decoded_once(tiny_sdxl, tmp_path):
+    settings = {"shape": "mps_hinge", "threshold": 1.0, "rewards": ["emoji_alignment"]}
+    stage = runs.tuning("feedback", "unused", num_steps=3, batch_size=4, **settings)
+    work = of_stage(stage, runs.recipe(tiny_sdxl, tmp_path, [stage]), Full())
+    assert [one.count for one in work if one.kind == "graded"] == [12, 24]
+
+
 def test_keys_and_values_of_the_prompt_count_once_for_a_sampler(tiny_sdxl, tmp_path):
     """By hand: two products for each cross-attention; and as a whole, where the teacher's own sampler is counted."""
     stage = runs.trajectories("unused", solver_steps=8)

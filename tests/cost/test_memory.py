@@ -263,3 +263,13 @@ def test_published_models_are_as_large_as_published_and_checkpointing_makes_room
     assert full.gradients == 4 * weights
     assert checkpointed.activations < 0.5 * plain.activations
     assert checkpointed.total < 40 * 2**30  # what the issue wants of SDXL with a LoRA at batch 4
+
+
+@pytest.mark.parametrize("convolution", [F.conv2d, F.conv3d])
+def test_convolutions_of_pictures_and_of_videos_are_lowered_as_autocast_lowers_them(convolution):
+    sides = [3] * (2 if convolution is F.conv2d else 3)
+    images, weight, bias = (torch.empty(*shape, device="meta") for shape in ((1, 4, *sides), (2, 4, *sides), (2,)))
+    with Kernels("cuda", autocast=True):
+        assert convolution(images.bfloat16(), weight, bias).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert convolution(*(torch.zeros(one.shape) for one in (images, weight, bias))).dtype == torch.bfloat16

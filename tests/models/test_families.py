@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from mlcm_rl.models.base import Base
 from mlcm_rl.models.conditioning import concatenated, rows_of
 from mlcm_rl.models.export import PRECISIONS, export, target_time_update
 from mlcm_rl.recipe import Evaluate, Full, Lora, Samples
+from mlcm_rl.recipe.families import layout_of
 from mlcm_rl.storage.manifest import verify
 from tiny_families import CASES
 from tiny_families.case import Case
@@ -91,6 +93,17 @@ def test_a_guided_trajectory_is_the_stock_pipelines(case, base, stock, num_steps
     assert_near(x0, expected, case.tolerance)
 
 
+@pytest.mark.slow
+def test_a_guided_trajectory_of_twice_the_size_is_the_stock_pipelines(case, base, folder, stock):
+    size = 24 if case.family == "sd3" else 2 * base.resolution  # up to which the tiny SD3 has positions
+    other = replace(case, resolution=size)
+    larger, times = other.load(folder), sampling_times(3)
+    noise = other.noise(larger)
+    expected = other.draw(larger, stock, noise, other.guided_call(larger, stock, times))
+    inputs = conditioning_of(larger, other), larger.unconditional(len(noise)), noise, times, case.guidance_scale
+    assert_near(sampler.sample_teacher(larger, *inputs), expected, case.tolerance)
+
+
 def test_pictures_are_decoded_and_encoded_as_the_stock_pipeline_does(case, base, stock):
     latents = case.noise(base)
     expected = case.decoded(stock, latents)
@@ -132,6 +145,10 @@ def test_a_student_starts_as_its_teacher_and_is_loaded_as_it_was_saved(case, bas
     assert torch.equal(base.predict(loaded.denoiser, x_t, t, conditioning, s), prediction)
     if adapter == Full():  # the folder is a stock denoiser's, whatever stands beside it
         base.denoiser_class.from_pretrained(tmp_path / "student" / base.denoiser_part)
+
+
+def test_recipes_know_which_pipelines_load_a_lora(case, base):
+    assert layout_of(case.family).loads_lora == base.loads_adapters == case.loads_lora
 
 
 def test_the_adapters_modules_are_there(base):

@@ -12,7 +12,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from mlcm_rl.models.families.flux import Family
-from mlcm_rl.recipe import teacher_check
+from mlcm_rl.recipe import teacher_check, teacher_files
 from mlcm_rl.recipe.schedule_types import SHIFT_OF_TOKENS, FlowScheduler
 from tiny_families import CASES
 
@@ -69,7 +69,7 @@ def test_a_value_is_refused_by_file_and_key_or_the_schedule_is_the_stock_one(tmp
     num_passed = 0
     for key, value in [(key, value) for key in FlowScheduler.model_fields | DYNAMIC | SOLVER for value in VALUES]:
         path.write_text(json.dumps(content | {key: value}), encoding="utf-8")
-        if lines := refused(teacher_check.read, path, FlowScheduler):
+        if lines := refused(teacher_files.read, path, FlowScheduler):
             assert lines.startswith("scheduler/scheduler_config.json: ")
             continue
         num_passed += 1
@@ -112,7 +112,7 @@ def test_a_shift_that_no_function_of_tokens_has_is_refused_when_the_folder_is_ch
 def test_keys_of_dynamic_shifting_have_no_effect_without_it(tmp_path):
     path = tmp_path / "scheduler_config.json"
     path.write_text(json.dumps(EULER | {"base_shift": None, "time_shift_type": "linear", "max_image_seq_len": 256}))
-    teacher_check.read(path, FlowScheduler)
+    teacher_files.read(path, FlowScheduler)
     assert shift_of(diffusers.FlowMatchEulerDiscreteScheduler.from_config(path), 64) == 3.0
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, SD3Transformer2DModel
+from torch.nn import functional as F
 
 import runs
 import tiny
@@ -116,6 +117,33 @@ def test_stock_solvers_of_flows_come_to_the_teachers_own_end(base, solver):
     errors = [(undistilled.sample(base, *inputs, solver, n, 1.0) - finest).square().mean().sqrt() for n in (4, 25)]
     assert errors[1] < 0.5 * errors[0]
     assert errors[1] < 0.05 * finest.square().mean().sqrt()
+
+
+def test_zeros_in_t5s_place_are_computed_as_one_token_with_the_same_outputs_and_gradients(folders):
+    base, stock = load(folders[False]), stock_of(folders[False]).transformer
+    shapes = (2, *base.latent_shape), (2, tiny.NUM_TOKENS, 56), (2, 32)
+    generator = torch.Generator().manual_seed(0)
+    x_t, context, pooled = (torch.randn(shape, generator=generator) for shape in shapes)
+    context, passes, results = F.pad(context, (0, 0, 0, 256)), [], []
+    for denoiser in (base.empty_denoiser(stock.config, condition=False), stock):
+        denoiser.load_state_dict(stock.state_dict())
+        counted = denoiser.transformer_blocks[0].ff_context.register_forward_hook(
+            lambda module, inputs, output: passes.append(output.shape[1])
+        )
+        t = torch.tensor([300.0, 900.0])
+        out = denoiser(x_t, context, pooled, t, return_dict=False)[0]
+        out.square().mean().backward()
+        counted.remove()
+        results.append([out, denoiser.context_embedder.bias.grad, denoiser.proj_out.weight.grad])
+    assert passes == [tiny.NUM_TOKENS + 1, tiny.NUM_TOKENS + 256]
+    for ours, expected in zip(*results, strict=True):
+        assert expected.std() > 1e-5
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+
+
+def test_a_teacher_with_t5_is_the_stock_network(folders):
+    blocks = load(folders[True]).denoiser.transformer_blocks
+    assert {type(block.attn.processor).__name__ for block in blocks} == {"JointAttnProcessor2_0"}
 
 
 # ---- students ----

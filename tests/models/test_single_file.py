@@ -16,6 +16,7 @@ from mlcm_rl.models import files, single_file, teachers
 from mlcm_rl.recipe import Teacher, teacher_check
 from mlcm_rl.storage.files import CheckpointError
 from mlcm_rl.storage.hashing import folder_hash
+from tiny_families import CASES
 
 JSON_ONLY = shutil.ignore_patterns("*.safetensors")
 
@@ -125,6 +126,20 @@ WRONG = {
         lambda tensors: {"unet.x": torch.ones(2)},
         "none of its 1 tensors begins with model.diffusion_model",
     ),
+    "an autoencoder": (
+        lambda tensors: {name: value for name, value in tensors.items() if name.startswith("first_stage_model.")},
+        "is an autoencoder alone: put it into vae/",
+    ),
+    "a LoHa": (lambda tensors: {"lora_unet_mid.hada_w1_a": torch.ones(2, 2)}, "is a LoHa or a LoKr: merge it into"),
+    "a ControlNet": (lambda tensors: {"control_model.x": torch.ones(2)}, "is a ControlNet: name the checkpoint"),
+    "another family": (
+        lambda tensors: {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.ones(2, 2)},
+        r"its denoiser has no model\.diffusion_model\.input_blocks\.0\.0\.weight, as that of .* has: give the folder",
+    ),
+    "float8": (
+        lambda tensors: {name: value.to(torch.float8_e4m3fn) for name, value in tensors.items()},
+        r"\d+ of its tensors are quantised, for example model.* in F8_E4M3: take the checkpoint in float16",
+    ),
     "inpainting": (
         lambda tensors: tensors | {FIRST: torch.ones(12, 9, 3, 3)},
         r"is an inpainting model \(9 channels\)",
@@ -169,6 +184,35 @@ def test_a_file_that_is_no_whole_checkpoint_of_the_base_is_refused(sdxl, kind, t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.gguf", b"GGUF", "its weights are quantised: take the checkpoint in float16"),
+        ("a.ckpt", b"PK", "expected a .safetensors file; other formats can run code"),
+        ("text.safetensors", b"hello\n" * 50, "text.safetensors is damaged: not JSON"),
+        ("gguf.safetensors", b"GGUF\3\0\0\0" + bytes(99), "gguf.safetensors is damaged"),
+        ("empty.safetensors", b"", "empty.safetensors is damaged"),
+    ],
+)
+def test_a_file_of_another_format_is_refused_in_a_line(sdxl, tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((ValueError, CheckpointError), match=words) as error:
+        single_file.convert(tmp_path / name, sdxl[0], tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_ends_early_is_damaged(sdxl, tmp_path):
+    like, file, _ = sdxl
+    (tmp_path / "short.safetensors").write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"short\.safetensors is damaged"):
+        single_file.convert(tmp_path / "short.safetensors", like, tmp_path / "out")
+
+
+def test_a_base_whose_files_are_not_converted_is_named(sdxl, tmp_path):
+    with pytest.raises(ValueError, match="single files of a PixArtSigmaPipeline are not converted, only those of sd, "):
+        single_file.convert(sdxl[1], CASES["pixart_sigma"].write(tmp_path / "like"), tmp_path / "out")
+
+
 def test_what_the_folder_of_the_base_lacks_is_named(sdxl, tmp_path):
     like, file, _ = sdxl
     with pytest.raises(FileNotFoundError, match=r"holds no model_index\.json: give its base's folder"):
@@ -176,7 +220,7 @@ def test_what_the_folder_of_the_base_lacks_is_named(sdxl, tmp_path):
     bare = Path(shutil.copytree(like, tmp_path / "bare"))
     (bare / "tokenizer_2" / "merges.txt").unlink()
     with pytest.raises(
-        FileNotFoundError, match=f"{bare}: tokenizer_2: neither tokenizer.json nor vocab.json and merges"
+        FileNotFoundError, match=f"{bare}: tokenizer_2/merges.txt: missing: download it too, or tokenizer.json"
     ):
         single_file.convert(file, bare, tmp_path / "out")
     index = json.loads((bare / "model_index.json").read_text()) | {"_class_name": "KandinskyPipeline"}

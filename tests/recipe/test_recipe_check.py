@@ -215,6 +215,14 @@ def test_a_lora_that_is_not_there_is_told_with_its_key(broken, root, lora, key, 
     assert problem.text.startswith(text)
 
 
+def test_a_lora_over_a_family_whose_pipeline_loads_none_is_refused_by_its_key(broken):
+    problems = broken(
+        ("family: sdxl", "family: pixart_sigma"), ("path: teacher", "path: teacher\n  lora: a.safetensors")
+    )
+    messages = [problem.text for problem in problems if problem.key == ("teacher", "lora")]
+    assert "diffusers loads no LoRA into a PixArtSigmaPipeline: merge it into the checkpoint" in messages
+
+
 def test_a_lora_is_looked_for_beside_the_recipe_and_no_teacher_is_trained_with_it(broken, root):
     (root / "style.safetensors").touch()
     text = (root / "good.yaml").read_text().replace("path: teacher", "path: teacher\n  lora: style.safetensors")

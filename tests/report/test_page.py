@@ -105,6 +105,23 @@ def test_plots_take_the_pages_colours(text):
     assert all("fill: currentColor" in word for word in words)  # none left black, unseen on a dark page
 
 
+def test_east_asian_text_takes_fonts_of_its_language_before_latin_ones(text):
+    rules = dict(re.findall(r"^(\S+) \{ font-family: ([^;]+);", text, flags=re.MULTILINE))
+    ends = {":lang(zh)": "SC", ":lang(zh-Hant)": "TC", ":lang(ja)": "JP", ":lang(ko)": "KR"}
+    assert set(rules) == {"body", *ends}
+    for rule, end in ends.items():
+        names = rules[rule].replace('"', "").split(", ")
+        assert f"Noto Sans CJK {end}" in names
+        assert names[-2:] == ["system-ui", "sans-serif"]
+        assert not {"Segoe UI", "Roboto", "Noto Sans"} & set(names)
+    assert "Noto Sans CJK SC" in rules["body"]  # of what states no language: the names of rewards
+
+
+def test_every_caption_states_its_language(parsed, record):
+    captions = [(one["lang"], one["text"]) for one in parsed.all("span") if "lang" in one]
+    assert set(captions) == {(prompt.language, prompt.prompt) for prompt in record.prompts if prompt.shown}
+
+
 def test_the_page_can_be_made_again_from_the_record(finished, record, text):
     assert page.render(record, finished) == text
 

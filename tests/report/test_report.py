@@ -8,12 +8,13 @@ import shutil
 
 import pytest
 import torch
+from rich.cells import cell_len
 from rich.console import Console
 
 from mlcm_rl.data.prompts import Prompt
 from mlcm_rl.evaluation import rows as rows_to_measure
 from mlcm_rl.models.model_card import _without_title
-from mlcm_rl.report import assembly, comparisons, definitions, figures, page, tables, types
+from mlcm_rl.report import assembly, comparisons, definitions, figures, page, plots, tables, types
 from mlcm_rl.storage.files import CheckpointError
 
 LANGUAGES = ["en", "zh", "en", "zh"]
@@ -172,6 +173,27 @@ def test_no_head_of_the_terminal_table_is_broken_inside_a_word():
     assert words.count("emoji") == 3
     assert "alignment" in words
     assert max(map(len, lines)) <= 80
+
+
+def test_chinese_names_of_rewards_take_their_columns_and_no_more():
+    planted_rows = rows()
+    for name in ("与提示词是否相符", "色彩"):
+        for row in planted_rows:
+            row.metrics[f"reward/{name}"] = row.metrics["r@5"]
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(tables.table(made(planted_rows)))
+    lines = console.export_text().splitlines()
+    assert {cell_len(line) for line in lines[1:] if line} == {cell_len(lines[1])}
+    assert cell_len(lines[1]) <= 80
+    assert [word for line in lines for word in line.split() if word[0] in "与是"] == ["与提示词", "是否相符"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_plot_leaves_chinese_names_to_the_browsers_fonts():
+    planted_rows = rows()
+    for row in planted_rows:
+        row.metrics["reward/亮度"] = row.metrics["r@5"]
+    assert ">亮度 (higher is better)</text>" in plots.quality(made(planted_rows), "reward/亮度")
 
 
 def test_loss_curves_are_read_phase_by_phase_and_averaged_in_bins(tmp_path):

@@ -57,11 +57,15 @@ def images() -> Tensor:
     return torch.cat([as_tensor(picture) for picture in pictures((64, 48), (64, 48), (64, 48))])
 
 
-@pytest.fixture
-def tokenizer() -> Siglip2Tokenizer:
-    """transformers' own, with the end token of the published settings."""
+def tiny_tokenizer() -> Siglip2Tokenizer:
+    """Return transformers' own, with the end token of the published settings."""
     numbers = {word: index for index, word in enumerate(WORDS)}
     return Siglip2Tokenizer(numbers, MERGES, padding_side="right", add_eos_token=True, add_bos_token=False)
+
+
+@pytest.fixture
+def tokenizer() -> Siglip2Tokenizer:
+    return tiny_tokenizer()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ Every key of every configuration takes every bad value; so do keys that the file
 import inspect
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -20,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 import runs
 import tiny
-from mlcm_rl.models import files, teachers
+from mlcm_rl.models import teachers
 from mlcm_rl.pipeline.planning import Sizes
-from mlcm_rl.recipe import Teacher, teacher_check
+from mlcm_rl.recipe import Teacher, teacher_check, teacher_files
 from mlcm_rl.recipe.file import load
 from mlcm_rl.recipe.teacher_types import Autoencoder, Denoiser
 from mlcm_rl.recipe.tree import RecipeError
@@ -218,7 +219,7 @@ BOMBS = {
     "objects": '{"a":' * 10**5,
     "twice": '{"in_channels": 4, "in_channels": 4}',
     "digits": '{"in_channels": ' + "9" * 10_000 + "}",
-    "long": " " * (teacher_check.MAX_BYTES + 1),
+    "long": " " * (teacher_files.MAX_BYTES + 1),
     "no text": b"\xff\xfe\x00",
     "a list": "[]",
     "nothing": "",
@@ -261,7 +262,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(copied, monkeypatch, kind
 # ---- tokenizers ----
 
 
-@pytest.mark.parametrize("name", teacher_check.WORDS)
+@pytest.mark.parametrize("name", teacher_files.WORDS)
 @pytest.mark.parametrize("content", ["", "[]", "null", "[" * 10**5, '{"a": 1, "a": 2}'])
 def test_a_file_of_a_tokenizer_that_is_no_object_is_refused_by_name(copied, name, content):
     family, folder = copied
@@ -287,7 +288,7 @@ def test_a_word_with_a_number_that_the_text_encoder_does_not_know_is_refused(cop
 def test_a_tokenizer_without_its_words_is_refused(copied):
     family, folder = copied
     (folder / "tokenizer" / "merges.txt").unlink()
-    expected = ["tokenizer: neither tokenizer.json nor vocab.json and merges.txt: download them"]
+    expected = ["tokenizer/merges.txt: missing: download it too, or tokenizer.json"]
     assert teacher_check.problems(folder, family) == expected
     for path in folder.glob("*/*.safetensors"):
         path.unlink()
@@ -325,14 +326,17 @@ def test_an_index_that_does_not_list_the_weights_beside_it_is_refused(tmp_path, 
     for weight_map, words in (
         ({}, "lists no file and not all weights beside it"),
         ({key: name for key, name in listed.items() if name == names[0]}, "and not all weights beside it"),
-        (listed | {"x": "other.safetensors"}, r"other\.safetensors is missing: download it too"),
+        (listed | {"x": "other.safetensors"}, r"other\.safetensors: missing, and .* names it: download it too"),
         (listed | {"x": "../x.safetensors"}, "is not a file beside it"),
     ):
         index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-        with pytest.raises(ValueError, match=f"index.*{words}"):
-            files.check_components(teacher, files.pipeline_index(teacher))
+        (line,) = teacher_check.problems(folder, "sdxl", variant)
+        assert re.match(f"{part}/.*{words}", line)
+    index.unlink()
+    (line,) = teacher_check.problems(folder, "sdxl", variant)
+    assert line == f"{part}/{index.name}: missing, which names the 2 files of the weights: download it too"
     index.write_text(json.dumps({"metadata": {}, "weight_map": listed}))
-    files.check_components(teacher, files.pipeline_index(teacher))
+    assert teacher_check.problems(folder, "sdxl", variant) == []
     if variant is None:
         teachers.load(teacher, "cpu")
 
@@ -356,7 +360,7 @@ def test_weights_in_bin_files_are_answered_with_what_to_do(copied):
     ]
     file.with_suffix(".bin").unlink()
     assert teacher_check.problems(folder, family) == [
-        "unet: no .safetensors file, and other parts have theirs: download it too"
+        "unet/diffusion_pytorch_model.safetensors: missing, and other parts have their weights: download it too"
     ]
     for path in folder.glob("*/*.safetensors"):
         path.unlink()

@@ -96,6 +96,19 @@ def test_a_quantised_teacher_s_students_train_in_two_processes(tiny_sdxl, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("family", "mode", "kind"), [("flux", "zero3", "nf4"), ("qwen_image", "fsdp2", "int8")])
+def test_students_of_other_quantised_families_train_in_two_processes(tmp_path, family, mode, kind):
+    pytest.importorskip("bitsandbytes", reason="needs the extra `quantised`")
+    prompts, case = runs.write_prompts(tmp_path), CASES[family]
+    stages = [runs.trajectories(prompts, shard_size=2), runs.distill(num_segments=[2], num_steps=3)]
+    settings = {"quantise": kind, "resolution": case.resolution}
+    alone, together = whole_and_launched(
+        case.write(tmp_path / "teacher"), tmp_path, stages, mode, case.family, **settings
+    )
+    assert_alike(alone, together)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [{"kind": "lora", "rank": 2, "alpha": 2.0}, {"kind": "full"}], ids=["lora", "full"])
 @pytest.mark.parametrize("mode", ["cpu2", "zero2", "zero3", "fsdp2"])
 @pytest.mark.parametrize("family", ["qwen_image", "hunyuan_dit"])

@@ -1,5 +1,6 @@
 """Stable Diffusion 3 and 3.5: a joint transformer over picture and text; two CLIP towers, with or without T5."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,9 +8,11 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings, get_timestep_embedding
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..base import TARGET_TIME_WIDTH, precision_of
 from ..conditioning import Conditioning
+from ..files import pipeline_index
 from ..flow import FlowBase
 
 T5_TOKENS = 256  # T5's tokens in the stock pipeline; without T5 their states are zeros
@@ -24,6 +27,50 @@ class TimesAndText(CombinedTimestepTextProjEmbeddings):
         target_time = None if s is None else get_timestep_embedding(s, TARGET_TIME_WIDTH).to(pooled.dtype)
         embedded = self.timestep_embedder(self.time_proj(t).to(pooled.dtype), target_time)
         return embedded + self.text_embedder(pooled)
+
+
+class OneForEqualTokens:
+    """The stock joint attention, with the last token of the context standing for T5_TOKENS equal ones.
+
+    Equal keys weigh in a softmax as one key with the logarithm of their number added.
+    """
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_, **__) -> tuple:
+        """Return the states of the picture and of the context after one joint attention, as the stock processor."""
+        num_picture = hidden_states.shape[1]
+
+        def heads(projected: Tensor, norm: Any) -> Tensor:
+            split = projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            return split if norm is None else norm(split)
+
+        def joint(of_picture: Tensor, of_context: Tensor, norm: Any = None, context_norm: Any = None) -> Tensor:
+            return torch.cat([heads(of_picture, norm), heads(of_context, context_norm)], dim=2)
+
+        x, c = hidden_states, encoder_hidden_states
+        query = joint(attn.to_q(x), attn.add_q_proj(c), attn.norm_q, attn.norm_added_q)
+        key = joint(attn.to_k(x), attn.add_k_proj(c), attn.norm_k, attn.norm_added_k)
+        value = joint(attn.to_v(x), attn.add_v_proj(c))
+        bias = query.new_zeros(key.shape[2])
+        bias[-1] = math.log(T5_TOKENS)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.expand(1, 1, query.shape[2], -1))
+        picture, context = mixed.transpose(1, 2).flatten(2).split([num_picture, mixed.shape[2] - num_picture], dim=1)
+        return attn.to_out[0](picture), context if attn.context_pre_only else attn.to_add_out(context)
+
+
+def merge_equal_tokens(denoiser: SD3Transformer2DModel) -> SD3Transformer2DModel:
+    """Let `denoiser` compute the last T5_TOKENS tokens of its context, which must be equal, as one; return it.
+
+    Nothing tells a token of the context its place, so equal ones stay equal through all blocks: the outputs are the
+    same up to rounding. Weights and their names are the stock network's.
+    """
+    denoiser.context_embedder.register_forward_pre_hook(_without_copies)
+    for block in denoiser.transformer_blocks:
+        block.attn.set_processor(OneForEqualTokens())
+    return denoiser
+
+
+def _without_copies(module: torch.nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+    return (arguments[0][:, : 1 - T5_TOKENS],)
 
 
 class Family(FlowBase):
@@ -41,6 +88,11 @@ class Family(FlowBase):
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
+
+    def simplify(self, denoiser: SD3Transformer2DModel) -> SD3Transformer2DModel:
+        """Compute the zeros of an absent T5 as one token: with CLIP's 77 and a small picture a third of the work."""
+        is_without_t5 = pipeline_index(self.teacher).get("text_encoder_3") in (None, [None, None])
+        return merge_equal_tokens(denoiser) if is_without_t5 else denoiser
 
     def _sizes(self) -> tuple[int, tuple[int, int, int]]:
         resolution, latent_shape = super()._sizes()

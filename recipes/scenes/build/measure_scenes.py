@@ -22,21 +22,21 @@ from mlcm_rl.data.scenes import answers, read_code
 from mlcm_rl.equations.statistics import mean_and_error
 from mlcm_rl.evaluation.scene_judge import load
 from mlcm_rl.models import pictures
+from mlcm_rl.models.families.sd3 import merge_equal_tokens
 from mlcm_rl.training.seeding import generator
 from scene_judge import JUDGE, read_in_parts
 from scenes import MEASURED, SUBJECT
 from sources import cache_folder, write_text
 from train_denoiser import LATENT, SHIFT, Encoder
-from zero_tokens import use_one_zero
 
 BATCH = 32
 
 
 class Sampler:
-    """Draws pictures of prompts with a guided denoiser, with one token for T5's zeros."""
+    """Draws pictures of prompts with a guided denoiser, which computes T5's zeros as one token."""
 
     def __init__(self, denoiser: SD3Transformer2DModel, vae: AutoencoderKL, encoder: Encoder) -> None:
-        self.denoiser, self.vae, self.encoder = use_one_zero(denoiser).eval(), vae.eval(), encoder
+        self.denoiser, self.vae, self.encoder = merge_equal_tokens(denoiser).eval(), vae.eval(), encoder
 
     @staticmethod
     def noise(seed: int, place: int) -> Tensor:

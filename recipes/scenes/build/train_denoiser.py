@@ -16,18 +16,19 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from mlcm_rl.data.scenes import CANVAS, RELATIONS
 from mlcm_rl.equations.averaging import ema_decay, ema_update_
 from mlcm_rl.equations.schedule import flow_schedule, logit_normal_times
+from mlcm_rl.models.families.sd3 import T5_TOKENS, merge_equal_tokens
 from mlcm_rl.training.loop import cpu_has_bfloat16
 from scene_latents import load_parts
 from scenes import LANGUAGES, SUBJECT, Scene, read_concepts
 from sources import cache_folder, whole_folder, write_text
 from train_text_towers import tokenize
 from wordings import Writer
-from zero_tokens import use_one_zero, with_one_zero
 
 LATENT = CANVAS // 8  # values a side
 SHIFT = 2.0  # of the times towards noise, where it is decided what stands in which cell
@@ -68,11 +69,11 @@ class Encoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return the context (B, L + 1, D) with one token of zeros, and pooled vectors (B, P)."""
+        """Return the context (B, L + T5_TOKENS, D) with zeros in T5's place, and pooled vectors (B, P)."""
         ids = tokenize(self.tokenizer, prompts)
         outputs = [tower(input_ids=ids, output_hidden_states=True) for tower in self.towers]
         context = torch.cat([output.hidden_states[-2] for output in outputs], -1)
-        return with_one_zero(context), torch.cat([output.text_embeds for output in outputs], -1)
+        return F.pad(context, (0, 0, 0, T5_TOKENS)), torch.cat([output.text_embeds for output in outputs], -1)
 
 
 class Batches:
@@ -170,7 +171,7 @@ def main() -> None:
     denoiser = build_denoiser()
     if arguments.start == "teacher":
         denoiser = SD3Transformer2DModel.from_pretrained(SUBJECT / "teacher" / "transformer", torch_dtype=torch.float32)
-    denoiser = use_one_zero(denoiser).train()
+    denoiser = merge_equal_tokens(denoiser).train()
     average = {name: p.detach().clone() for name, p in denoiser.named_parameters()}
     optimizers = build_optimizers(denoiser, arguments.learning_rate)
     checkpoint = Checkpoint(cache_folder() / arguments.name)

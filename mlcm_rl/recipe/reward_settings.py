@@ -1,0 +1,116 @@
+"""Settings of a recipe's rewards, compared with the files that define them. No torch.
+
+A file is parsed and not imported: reading a recipe runs nobody's code, and takes no second for torch and weights. What
+a file does not say by itself, such as the parameters of a base class in another file, is left to `mlcm run`.
+"""
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import GenericAlias
+from typing import Any, Literal, Union
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ..storage.untrusted import brief, read_bytes
+from . import reward_package
+from .tree import Key, Problem, nearest
+from .types import Reward
+
+PLAIN = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "dict": dict}
+UNKNOWN = object()  # a type that a file gives by another name
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A parameter of a reward model's constructor: its annotation and whether it has a default."""
+
+    annotation: ast.expr | None
+    has_default: bool
+
+
+def problems(key: Key, reward: Reward) -> Iterator[Problem]:
+    """Yield what is wrong with the settings of `reward`, whose own key is `key`: unknown, missing, of another type."""
+    paths = [Path(folder) / f"{reward.name}.py" for folder in reward_package.package().__path__]
+    files = [path for path in paths if path.is_file()]
+    if len(files) != 1:  # of another distribution, or defined twice, which `mlcm run` refuses
+        return
+    try:
+        settings = settings_in(read_bytes(files[0]))
+    except (OSError, ValueError, SyntaxError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        yield Problem((*key, "name"), f"the file of {reward.name} cannot be read: {reason} ({files[0]}{line})")
+        return
+    if settings is not None:
+        for name, message, suggestion in _wrong(settings, reward.from_folder("").settings):
+            yield Problem((*key, "settings", name), f"{reward.name}: {message}", suggestion)
+
+
+def settings_in(code: bytes) -> dict[str, Setting] | None:
+    """Return the settings of the one reward model that a file's `code` defines, by name: see docs/add_a_reward.md.
+
+    None where the code does not say them plainly. Raise SyntaxError if it is not Python.
+    """
+    body = ast.parse(code).body
+    classes = [one for one in body if isinstance(one, ast.ClassDef) and not one.name.startswith("_")]
+    if len(classes) != 1 or classes[0].decorator_list:
+        return None
+    constructors = [one for one in classes[0].body if isinstance(one, ast.FunctionDef) and one.name == "__init__"]
+    if len(constructors) != 1 or constructors[0].decorator_list:
+        return None
+    parameters = constructors[0].args
+    positional = [*parameters.posonlyargs, *parameters.args]
+    if parameters.vararg or parameters.kwarg or len(positional) < 3:  # self, device, dtype
+        return None
+    num_required = len(positional) - len(parameters.defaults)
+    settings = {one.arg: Setting(one.annotation, i >= num_required) for i, one in enumerate(positional) if i >= 3}
+    for one, default in zip(parameters.kwonlyargs, parameters.kw_defaults, strict=True):
+        settings[one.arg] = Setting(one.annotation, default is not None)
+    return settings
+
+
+def _wrong(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield the name, what is wrong, and the nearest name, of each of a recipe's `values` that does not fit."""
+    takes = f"its settings are {', '.join(settings)}" if settings else "it takes no settings"
+    for name, value in values.items():
+        if name not in settings:
+            yield name, f"unknown setting; {takes}", nearest(name, list(settings))
+        elif (annotation := settings[name].annotation) is not None and not _fits(value, annotation):
+            yield name, f"expected {ast.unparse(annotation)}, found {brief(value)}", ""
+    for name, setting in settings.items():
+        if not setting.has_default and name not in values:
+            yield name, f"missing; {takes}", ""
+
+
+def _fits(value: Any, annotation: ast.expr) -> bool:
+    """Return whether a value of a recipe is of the type of an annotation; True for a type that is not plain."""
+    kind = _type_of(annotation)
+    if kind is UNKNOWN:
+        return True
+    try:
+        TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def _type_of(annotation: ast.expr) -> Any:
+    """Return the type that an annotation writes with built-in types, Literal and |; UNKNOWN for any other."""
+    match annotation:
+        case ast.Constant(value=None):
+            return None
+        case ast.Name(id=name) if name in PLAIN:
+            return PLAIN[name]
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            kinds = [_type_of(one) for one in (left, right)]
+            return UNKNOWN if UNKNOWN in kinds else Union[tuple(kinds)]  # noqa: UP007, made of values
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=inside):
+            entries = inside.elts if isinstance(inside, ast.Tuple) else [inside]
+            values = [one.value for one in entries if isinstance(one, ast.Constant)]
+            return Literal[tuple(values)] if len(values) == len(entries) else UNKNOWN
+        case ast.Subscript(value=ast.Name(id="list"), slice=inside):
+            kind = _type_of(inside)
+            return UNKNOWN if kind is UNKNOWN else GenericAlias(list, (kind,))
+    return UNKNOWN

@@ -1,0 +1,92 @@
+"""`mlcm recipes`, recipes and launch files by name, and paths that begin with mlcm: and hold from any folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mlcm_rl.cli.app import app
+from mlcm_rl.recipe import paths, shipped
+from mlcm_rl.recipe.file import load
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def mlcm(tmp_path, monkeypatch):
+    """Runs the command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *arguments: CliRunner().invoke(app, list(arguments))
+
+
+def test_the_list_has_every_recipe_and_says_what_it_needs(mlcm):
+    rows = {row["name"]: row for row in json.loads(mlcm("recipes", "list", "--json").stdout)}
+    assert set(rows) == {file.stem for file in RECIPES.glob("*.yaml")}
+    assert rows["emoji_demo"]["stages"] == ["trajectories", "distill", "feedback", "evaluate"]
+    assert all(row["what"] and row["needs"] for row in rows.values())
+    assert "emoji_demo" in mlcm("recipes").stdout
+
+
+def test_needs_are_of_recipes_that_are_there():
+    needs = json.loads((RECIPES / "needs.json").read_text(encoding="utf-8"))
+    assert list(needs) == sorted(file.stem for file in RECIPES.glob("*.yaml"))
+
+
+def test_show_prints_the_file(mlcm):
+    assert mlcm("recipes", "show", "emoji_demo").stdout == (RECIPES / "emoji_demo.yaml").read_text(encoding="utf-8")
+
+
+def test_an_unknown_name_is_refused_with_the_nearest(mlcm):
+    result = mlcm("recipes", "show", "emoji_dmo")
+    assert result.exit_code == 2
+    assert "did you mean emoji_demo?" in " ".join(result.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("name", [file.stem for file in RECIPES.glob("*.yaml")])
+def test_a_copy_is_the_same_recipe_from_any_folder(mlcm, tmp_path, name):
+    result = mlcm("recipes", "copy", name, "mine")
+    assert result.exit_code == 0, result.output
+    copy, original = (tmp_path / "mine" / f"{name}.yaml"), RECIPES / f"{name}.yaml"
+    changed = [(a, b) for a, b in zip(lines(copy), lines(original), strict=True) if a != b]
+    assert all(a.replace("mlcm:", "") == b for a, b in changed if "$schema" not in a)
+    of_copy, of_original = (
+        list(paths.paths_in(paths.resolved(load(file), paths.Folders(file.parent, tmp_path))[0]))
+        for file in (copy, original)
+    )
+    for one, other in zip(of_copy, of_original, strict=True):
+        if Path(other[1]).exists():  # else it is the user's, or made first, beside the recipe
+            assert one == other
+    assert mlcm("recipes", "copy", name, "mine").exit_code == 2  # a second time it would lose changes
+
+
+def lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8").splitlines()
+
+
+def test_a_recipe_is_named_without_its_folder(mlcm):
+    assert mlcm("validate", "emoji_demo").stdout == f"ok  {RECIPES / 'emoji_demo.yaml'}\n"
+
+
+def test_a_file_of_the_name_goes_before_the_shipped_recipe(mlcm, tmp_path):
+    (tmp_path / "emoji_demo").write_text("name: mine\n", encoding="utf-8")
+    assert "emoji_demo: " in mlcm("validate", "emoji_demo").stdout
+
+
+def test_a_launch_file_is_named_without_its_folder(mlcm):
+    assert shipped.launch_file("zero2") == RECIPES / "launch" / "zero2.yaml"
+    assert shipped.launch_file("../sdxl_mlcm") is None
+    result = mlcm("plan", "emoji_demo", "--launch", "zero5")
+    assert result.exit_code == 2
+    assert "launch files that come with mlcm_rl are cpu2, ddp," in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_shipped_file_that_is_not_there_is_said_with_the_folder(mlcm, tmp_path):
+    mlcm("recipes", "copy", "emoji_demo")
+    file = tmp_path / "emoji_demo.yaml"
+    file.write_text(file.read_text(encoding="utf-8").replace("mlcm:emoji/judge", "mlcm:emoji/juge"), encoding="utf-8")
+    result = mlcm("validate", "emoji_demo.yaml")
+    assert result.exit_code == 2
+    assert "no such folder: mlcm:emoji/juge" in result.stdout
+    assert f"mlcm: is the folder of recipes that comes with mlcm_rl, here {RECIPES}" in result.stdout
