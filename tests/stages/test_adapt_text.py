@@ -204,7 +204,7 @@ def test_pictures_are_drawn_through_an_adapter_by_a_student_from_before(finished
     pixels = []
     for number, folder in enumerate((None, adapter)):
         out = tmp_path / str(number)
-        files = finished_runs.sample(places[1], prompts, 1, 0, None, out, text_adapter=folder)
+        *files, _grid = finished_runs.sample(places[1], prompts, [1], 0, None, out, text_adapter=folder)
         pixels.append([Image.open(file).tobytes() for file in files])
     (chinese, english), (adapted, same) = pixels
     assert chinese != adapted
