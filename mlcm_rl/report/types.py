@@ -83,6 +83,7 @@ class Prompt(Part):
     language: str
     concept: str | None = None
     style: str | None = None
+    parallel: str | None = None
     shown: bool = False
 
 

@@ -102,6 +102,7 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
             language=prompt.language,
             concept=prompt.concept,
             style=prompt.style,
+            parallel=prompt.parallel,
             shown=i in scene.page_prompts,
         )
         for i, prompt in enumerate(scene.prompts)
