@@ -52,17 +52,17 @@ def log_match(
 ) -> Tensor:
     """Return log P(all that is asked) (B,) of pictures whose cells and background are independent, as `read` says.
 
-    The probabilities of all arrangements that fit, in one style, are summed: they exclude each other.
+    The probabilities of all arrangements that fit are summed: they exclude each other.
     """
     places = {concept: i for i, concept in enumerate(concepts)} | {None: len(concepts)}
     cells, scores = torch.arange(NUM_CELLS), []
     for b, request in enumerate(requests):
         arranged = torch.tensor([[places[concept] for concept in cell] for cell in request.arrangements])  # (A, N)
-        occupied = (arranged != len(concepts)).to(styles)
-        allowed = [s for s, style in enumerate(STYLES) if request.style in (None, style)]
-        of_kinds = kinds[b, cells, arranged].sum(1)  # (A,)
-        of_styles = occupied @ styles[b][:, allowed]  # (A, S)
-        score = (of_kinds[:, None] + of_styles).flatten().logsumexp(0)
+        of_arrangements = kinds[b, cells, arranged].sum(1)  # (A,)
+        if request.style is not None:
+            occupied = (arranged != len(concepts)).to(styles)
+            of_arrangements = of_arrangements + occupied @ styles[b, :, STYLES.index(request.style)]
+        score = of_arrangements.logsumexp(0)
         if request.background is not None:
             score = score + backgrounds[b, list(BACKGROUNDS).index(request.background)]
         scores.append(score)

@@ -95,8 +95,8 @@ def answers(request: Request, reading: Reading) -> dict[str, bool]:
     """Return what of a request is fulfilled: each of QUESTIONS, and "all" of them.
 
     "objects": exactly the concepts asked for are there; "count": as many cells are occupied as asked for; "relation":
-    the objects stand as asked, true for a request without one. What the request leaves open is true, but for a style:
-    then all objects share one.
+    the objects stand as asked; "style": all are of the style that is asked for; "background". What the request leaves
+    open is true.
     """
     occupied = {cell: seen for cell, seen in enumerate(reading.cells) if seen is not None}
     styles = {style for _, style in occupied.values()}
@@ -104,7 +104,7 @@ def answers(request: Request, reading: Reading) -> dict[str, bool]:
         "objects": {concept for concept, _ in occupied.values()} == set(request.concepts),
         "count": len(occupied) == request.count,
         "relation": True,
-        "style": len(styles) == 1 and request.style in (None, *styles),
+        "style": request.style is None or styles == {request.style},
         "background": request.background in (None, reading.background),
     }
     if request.relation in PAIRS:

@@ -6,17 +6,17 @@ then samples only its own rows, and not the teacher's, which cost far more.
 """
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..pipeline.fingerprint import hashed, identity
 from ..recipe import Evaluate, Recipe
 from ..report.page import picture_path
+from ..report.types import SampledRow
 from ..storage import lock
 from ..storage.files import read_json, remove_partial, replacing, write_json
 from ..storage.hashing import folder_hash
-from .rows import Row
 
 CHOICES = ("num_steps", "gammas", "grids", "students", "teacher_steps", "teacher_solvers", "also", "keep_pictures")
 SAMPLER_FIELDS = (
@@ -37,7 +37,7 @@ class RowStore:
     measured: dict[str, Any]
     reference: str  # id of the row that distances are measured to
 
-    def path(self, row: Row, student: Path | None) -> Path:
+    def path(self, row: SampledRow, student: Path | None) -> Path:
         """Return the folder of `row` of the student in a folder (None for the teacher), whether or not it exists."""
         return self.folder / hashed(
             self.measured | {"row": sampler_of(row), "student": folder_hash(student) if student else None}
@@ -48,7 +48,7 @@ class RowStore:
         with lock.folder_lock(self.folder, wait=True):
             remove_partial(self.folder)
 
-    def keep(self, row: Row, student: Path | None, record: dict[str, Any], evaluation: Path) -> None:
+    def keep(self, row: SampledRow, student: Path | None, record: dict[str, Any], evaluation: Path) -> None:
         """Store `row` of the stage in `evaluation` with its finished `record`, unless it is stored already.
 
         Wait for other evaluations that are storing rows.
@@ -59,7 +59,7 @@ class RowStore:
                 return
             self._write(row, record, evaluation, path)
 
-    def _write(self, row: Row, record: dict[str, Any], evaluation: Path, path: Path) -> None:
+    def _write(self, row: SampledRow, record: dict[str, Any], evaluation: Path, path: Path) -> None:
         with replacing(path) as temporary:
             temporary.mkdir(parents=True)
             write_json(temporary / "record.json", record)
@@ -67,7 +67,7 @@ class RowStore:
             if row.id == self.reference:
                 shutil.copytree(reference_folder(evaluation), temporary / "reference")
 
-    def bring(self, row: Row, student: Path | None, evaluation: Path) -> bool:
+    def bring(self, row: SampledRow, student: Path | None, evaluation: Path) -> bool:
         """Copy `row` into the stage in `evaluation` as if it was sampled there; return False if it is not stored."""
         path = self.path(row, student)
         if not path.is_dir():
@@ -77,11 +77,13 @@ class RowStore:
             if (path / name).is_dir():
                 shutil.copytree(path / name, place, dirs_exist_ok=True)
         record = read_json(path / "record.json", metrics=dict)
-        write_json(record_path(evaluation, row), record | asdict(row))
+        write_json(record_path(evaluation, row), record | row.model_dump())
         return True
 
 
-def open_store(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], reference: Row, device: str) -> RowStore:
+def open_store(
+    stage: Evaluate, recipe: Recipe, parents: dict[str, Path], reference: SampledRow, device: str
+) -> RowStore:
     """Return the store of `recipe`'s runs for the measurements of `stage` on `device`.
 
     `parents` maps a kind of stage to its finished folder; a trained teacher and a trained reward enter the hash.
@@ -93,12 +95,12 @@ def open_store(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], refere
     return RowStore(Path(recipe.runs) / "rows", measured, reference.id)
 
 
-def sampler_of(row: Row) -> dict[str, Any]:
+def sampler_of(row: SampledRow) -> dict[str, Any]:
     """Return the fields of `row` that its pictures depend on, beside the network."""
     return {name: getattr(row, name) for name in SAMPLER_FIELDS}
 
 
-def record_path(evaluation: Path, row: Row) -> Path:
+def record_path(evaluation: Path, row: SampledRow) -> Path:
     """Return the file in which the stage in `evaluation` keeps the record of a row until all rows are finished."""
     return evaluation / "rows" / f"{row.id}.json"
 

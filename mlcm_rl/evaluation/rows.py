@@ -10,30 +10,10 @@ from ..models.students import DESCRIPTION_FILE, describe, refuse_other
 from ..recipe import Evaluate, Teacher
 from ..recipe.experiment import STUDENTS
 from ..recipe.types import sampling_segments
+from ..report.types import SampledRow
 from ..storage.files import read_json
 from . import training_cost
 from .undistilled import LABELS
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    id: str  # also the folder of its pictures
-    role: str  # reference | undistilled | student
-    name: str  # "teacher", or which student
-    sampler: str  # a label
-    num_steps: int
-    num_evaluations: int
-    solver: str | None = None  # of the teacher
-    guidance_scale: float | None = None  # of the teacher; 1 is no guidance
-    times: tuple[int, ...] | None = None  # of a student, as all fields below
-    gamma: float | None = None
-    grid: str | None = None
-    num_segments: int | None = None
-    conditioned: bool = False
-    default: bool = False  # at the student's own gamma, on the milestones
-    training: dict[str, float] | None = None  # cost of the student's training
 
 
 @dataclass(frozen=True)
@@ -97,7 +77,7 @@ def student_folders(stage: Evaluate, parents: dict[str, Path]) -> dict[str, Path
     return folders
 
 
-def teacher_rows(stage: Evaluate, teacher: Teacher) -> list[Row]:
+def teacher_rows(stage: Evaluate, teacher: Teacher) -> list[SampledRow]:
     """Return the reference, the other guided rows, then every solver at each of the students' numbers of evaluations.
 
     Where a guided step costs two evaluations, only an even number has a guided row.
@@ -105,27 +85,40 @@ def teacher_rows(stage: Evaluate, teacher: Teacher) -> list[Row]:
     guidance_scale, cost = teacher.guidance_scale, teacher.evaluations
     guided = guidance_scale != 1.0
     label = "DDIM, guided" if guided else "DDIM"
+
+    def row(role: str, name: str, label: str, num_steps: int, cost: int, solver: str, scale: float) -> SampledRow:
+        return SampledRow(
+            id=name,
+            role=role,
+            name="teacher",
+            sampler=label,
+            num_steps=num_steps,
+            num_evaluations=num_steps * cost,
+            solver=solver,
+            guidance_scale=scale,
+        )
+
     rows = [
-        Row(f"teacher-{n}", "reference", "teacher", label, n, cost * n, "ddim", guidance_scale)
+        row("reference", f"teacher-{n}", label, n, cost, "ddim", guidance_scale)
         for n in dict.fromkeys(reversed(stage.teacher_steps))
     ]
     for solver in stage.teacher_solvers:
         for n in stage.sampling_steps:
-            at = ("undistilled", "teacher")
             if guided and n % cost == 0:
-                label = f"{LABELS[solver]}, guided"
-                rows.append(Row(f"{solver}-guided-{n}", *at, label, n // cost, n, solver, guidance_scale))
-            rows.append(Row(f"{solver}-unguided-{n}", *at, f"{LABELS[solver]}, unguided", n, n, solver, 1.0))
+                name, label = f"{solver}-guided-{n}", f"{LABELS[solver]}, guided"
+                rows.append(row("undistilled", name, label, n // cost, cost, solver, guidance_scale))
+            name, label = f"{solver}-unguided-{n}", f"{LABELS[solver]}, unguided"
+            rows.append(row("undistilled", name, label, n, 1, solver, 1.0))
     return rows
 
 
-def student_rows(stage: Evaluate, index: int, student: Entry) -> list[Row]:
+def student_rows(stage: Evaluate, index: int, student: Entry) -> list[SampledRow]:
     """Return the rows of `student` at each number of steps, gamma (its own too) and grid; equal samplers are one row.
 
     With one step gamma has no effect, and grids may agree. A student conditioned on its target time may stop anywhere,
     so it takes the even grid; the others take one that includes their K boundaries.
     """
-    rows: dict[tuple[tuple[int, ...], float | None], Row] = {}
+    rows: dict[tuple[tuple[int, ...], float | None], SampledRow] = {}
     num_segments = sampling_segments(student.num_segments, student.conditioned)
     for gamma in student.gammas:
         for grid in sorted(stage.grids):  # milestones, paper
@@ -133,7 +126,7 @@ def student_rows(stage: Evaluate, index: int, student: Entry) -> list[Row]:
                 times = tuple(paper_times(n) if grid == "paper" else sampling_times(n, num_segments))
                 rows.setdefault(
                     (times, gamma if n > 1 else None),
-                    Row(
+                    SampledRow(
                         id=f"student{index}-{n}-gamma{gamma:g}-{grid}",
                         role="student",
                         name=student.name,

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from ..cost.evaluations import network_evaluations, whole_evaluations
 from ..recipe import Distill, Recipe, Stage
 from ..recipe.renamed import renewed, renewed_stage
+from ..report import types
 from ..storage.files import read_json
 
 
@@ -24,14 +25,15 @@ class TrainingCost:
     online: int  # of the teacher in the optimiser steps
     student: int  # of the student and of its target
 
-    def record(self) -> dict[str, float]:
+    def record(self) -> types.TrainingCost:
         """Return the counts with totals and ratios, for report.json."""
         teacher = self.store + self.online
-        return asdict(self) | {
-            "total": teacher + self.student,
-            "teacher_per_sample": teacher / self.samples,
-            "student_per_sample": self.student / self.samples,
-        }
+        return types.TrainingCost(
+            **asdict(self),
+            total=teacher + self.student,
+            teacher_per_sample=teacher / self.samples,
+            student_per_sample=self.student / self.samples,
+        )
 
 
 def of_student(folder: Path) -> TrainingCost:

@@ -48,8 +48,8 @@ class TrainingCost(Part):
     student_per_sample: float
 
 
-class Row(Part):
-    """One line of the table (`evaluation.rows.Row`) with what was measured of it."""
+class SampledRow(Part):
+    """One line of the table before it is measured: which network, under which sampler, at which cost."""
 
     id: str  # also the folder of its pictures
     role: str  # reference | undistilled | student
@@ -66,6 +66,11 @@ class Row(Part):
     conditioned: bool = False
     default: bool = False  # at the student's own gamma, on the milestones
     training: TrainingCost | None = None
+
+
+class Row(SampledRow):
+    """One line of the table with what was measured of it."""
+
     latency_ms: float  # a picture
     latency_ms_se: float | None = None  # None of a single batch
     metrics: dict[str, Summary]

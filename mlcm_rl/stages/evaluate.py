@@ -9,7 +9,7 @@ after its last whole batch; a row that any evaluation of these runs has measured
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..data.prompts import Prompt, first_prompts
 from ..evaluation import instruments, metrics, undistilled
 from ..evaluation.row_store import RowStore, open_store, record_path, reference_folder
-from ..evaluation.rows import Entry, Row, entries, student_rows, teacher_rows
+from ..evaluation.rows import Entry, entries, student_rows, teacher_rows
 from ..models import pictures, sampler
 from ..models.base import Base
 from ..models.conditioning import Conditioning, on_device, rows_of, stacked
@@ -29,6 +29,7 @@ from ..recipe import Evaluate, Recipe
 from ..report import assembly, page, tables, tuned_students
 from ..report import types as report_types
 from ..report.definitions import RIGHT
+from ..report.types import SampledRow
 from ..storage import finite
 from ..storage.files import read_json, remove, write_json
 from ..storage.tensors import read_tensors, write_tensors
@@ -78,7 +79,7 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
     teachers = teacher_rows(stage, recipe.teacher)
     store = open_store(stage, recipe, parents, teachers[0], base.device.type)
     processes.on_rank_zero(store.sweep)
-    table: list[tuple[Entry | None, list[Row]]] = [(None, teachers)]
+    table: list[tuple[Entry | None, list[SampledRow]]] = [(None, teachers)]
     table += [(student, student_rows(stage, index, student)) for index, student in enumerate(students)]
     total = len(scene.batches()) * sum(row.num_evaluations for _, rows in table for row in rows)
     records = []
@@ -160,7 +161,7 @@ def page_prompts(prompts: list[Prompt]) -> list[int]:
 # ---- a row ----
 
 
-def draw_batches(scene: Scene, row: Row, student: Student | None, bar: progress.Bar) -> None:
+def draw_batches(scene: Scene, row: SampledRow, student: Student | None, bar: progress.Bar) -> None:
     """Sample this process's batches of `row` that are not on disk yet; it has the same ones in every row."""
     for batch in processes.share(scene.batches()):
         path = batch_path(scene, row, batch)
@@ -171,7 +172,7 @@ def draw_batches(scene: Scene, row: Row, student: Student | None, bar: progress.
     processes.wait()
 
 
-def is_measured(stage: Evaluate, scene: Scene, store: RowStore, row: Row, student: Path | None) -> bool:
+def is_measured(stage: Evaluate, scene: Scene, store: RowStore, row: SampledRow, student: Path | None) -> bool:
     """Return whether the record of `row` is there: from before an interruption, or copied from the store.
 
     The store has no pictures for `keep_pictures`.
@@ -181,7 +182,7 @@ def is_measured(stage: Evaluate, scene: Scene, store: RowStore, row: Row, studen
     return not stage.keep_pictures and store.bring(row, student, scene.folder)
 
 
-def finish_row(scene: Scene, store: RowStore, row: Row, student: Path | None) -> None:
+def finish_row(scene: Scene, store: RowStore, row: SampledRow, student: Path | None) -> None:
     """Write the record of a row whose batches are complete, put it into the store, and remove its batches."""
     record = record_of(scene, row).as_json()
     store.keep(row, student, record, scene.folder)
@@ -189,7 +190,7 @@ def finish_row(scene: Scene, store: RowStore, row: Row, student: Path | None) ->
     remove(batch_folder(scene, row))
 
 
-def record_of(scene: Scene, row: Row) -> report_types.Row:
+def record_of(scene: Scene, row: SampledRow) -> report_types.Row:
     """Return the record of `row`, from the readings of its batches."""
     parts = [read_tensors(batch_path(scene, row, batch)) for batch in scene.batches()]
     readings = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -205,11 +206,11 @@ def record_of(scene: Scene, row: Row) -> report_types.Row:
         if "right" in readings:
             by_picture[RIGHT] = readings["right"][:, 0]
     samples = {name: reading.unflatten(0, (-1, scene.images_per_prompt)) for name, reading in by_picture.items()}
-    return assembly.record(asdict(row), values, languages, *latency, samples)
+    return assembly.record(row.model_dump(), values, languages, *latency, samples)
 
 
 @torch.no_grad()
-def draw(scene: Scene, row: Row, student: Student | None, batch: list[Sample]) -> dict[str, Tensor]:
+def draw(scene: Scene, row: SampledRow, student: Student | None, batch: list[Sample]) -> dict[str, Tensor]:
     """Return the readings of `row` for the B samples of `batch`, "distance" and "latency_ms" (B,) among them.
 
     Latency is of sampling and decoding, per picture, the text already encoded. Pictures and the reference's latents are
@@ -239,7 +240,9 @@ def draw(scene: Scene, row: Row, student: Student | None, batch: list[Sample]) -
     }
 
 
-def refuse_nonfinite(scene: Scene, row: Row, student: Student | None, batch: list[Sample], values: Tensor) -> None:
+def refuse_nonfinite(
+    scene: Scene, row: SampledRow, student: Student | None, batch: list[Sample], values: Tensor
+) -> None:
     """Raise ValueError for the first sample of `batch` (B) whose `values` (B, ...) hold NaN or infinity."""
     if (place := finite.first_bad_row(values)) is None:
         return
@@ -250,7 +253,9 @@ def refuse_nonfinite(scene: Scene, row: Row, student: Student | None, batch: lis
     raise ValueError(f"row {row.id}: {who} draws NaN or infinity for the prompt {prompt!r}; {remedy}")
 
 
-def sample(scene: Scene, row: Row, student: Student | None, batch: list[Sample], conditioning: Conditioning) -> Tensor:
+def sample(
+    scene: Scene, row: SampledRow, student: Student | None, batch: list[Sample], conditioning: Conditioning
+) -> Tensor:
     """Return latents (B, C, H, W) of `row` for the samples of `batch`; each has its own generator."""
     base = scene.base
     generators = [seeding.generator(scene.seed, "evaluate", i, j) for i, j in batch]
@@ -267,7 +272,7 @@ def sample(scene: Scene, row: Row, student: Student | None, batch: list[Sample],
     return undistilled.sample(base, conditioning, unconditional, noise, row.solver, row.num_steps, row.guidance_scale)
 
 
-def save_pictures(scene: Scene, row: Row, batch: list[Sample], images: Tensor) -> None:
+def save_pictures(scene: Scene, row: SampledRow, batch: list[Sample], images: Tensor) -> None:
     """Write those of `images` (B, 3, H, W) that the page shows, and with `keep_pictures` all."""
     for (i, j), image in zip(batch, images, strict=True):
         if scene.keep_pictures:
@@ -280,12 +285,12 @@ def save_pictures(scene: Scene, row: Row, batch: list[Sample], images: Tensor) -
 # ---- what is where ----
 
 
-def batch_folder(scene: Scene, row: Row) -> Path:
+def batch_folder(scene: Scene, row: SampledRow) -> Path:
     """Return the folder of the readings of a row that is not done yet."""
     return scene.folder / "rows" / row.id
 
 
-def batch_path(scene: Scene, row: Row, batch: list[Sample]) -> Path:
+def batch_path(scene: Scene, row: SampledRow, batch: list[Sample]) -> Path:
     """Return the path of the readings of one batch."""
     first, last = scene.index(batch[0]), scene.index(batch[-1])
     return batch_folder(scene, row) / f"{first:07d}-{last:07d}.safetensors"

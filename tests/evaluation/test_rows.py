@@ -69,7 +69,7 @@ def test_a_student_is_measured_at_every_sampler_that_makes_other_pictures():
     assert [row.default for row in rows] == [True, True, True, False, False, False, False]
     assert all(row.num_evaluations == row.num_steps == len(row.times) for row in rows)
     assert len({row.id for row in rows}) == len(rows)
-    assert all(row.training["total"] == 60 for row in rows)
+    assert all(row.training.total == 60 for row in rows)
 
 
 def test_a_student_of_more_segments_lands_on_its_boundaries_and_goes_straight_by_default():

@@ -45,10 +45,10 @@ def write(folder, config, position, **parents):
 def test_a_sample_costs_what_its_source_says(tmp_path, settings, teacher_a_sample, student_a_sample):
     stage = runs.distill(**({"num_segments": [1], "num_steps": 40, "batch_size": 4} | settings))
     cost = of_stage(recipe(tmp_path, store(), stage), 1).record()
-    assert cost["samples"] == 160
-    assert cost["teacher_per_sample"] == pytest.approx(teacher_a_sample)
-    assert cost["student_per_sample"] == student_a_sample
-    assert cost["total"] == pytest.approx(160 * (teacher_a_sample + student_a_sample))
+    assert cost.samples == 160
+    assert cost.teacher_per_sample == pytest.approx(teacher_a_sample)
+    assert cost.student_per_sample == student_a_sample
+    assert cost.total == pytest.approx(160 * (teacher_a_sample + student_a_sample))
 
 
 def test_an_unguided_teacher_costs_half(tmp_path):
@@ -62,7 +62,7 @@ def test_a_chain_of_stages_is_summed_and_its_store_counted_once(tmp_path):
     config = recipe(tmp_path, store(), first, second)
     cost = of_stage(config, 2)
     assert cost == TrainingCost(samples=160 + 40, store=96 * 110, online=40 * 6, student=120 + 2 * 40 + 2 * 40)
-    assert cost.record()["total"] == sum(network_evaluations(stage, config) for stage in config.stages)
+    assert cost.record().total == sum(network_evaluations(stage, config) for stage in config.stages)
     assert of_stage(config, 1) == TrainingCost(160, 96 * 110, 0, 120 + 80)
 
 

@@ -9,11 +9,12 @@ import reward_models
 import runs
 import text_adapters
 from mlcm_rl.evaluation.row_store import open_store
-from mlcm_rl.evaluation.rows import Row
 from mlcm_rl.pipeline.fingerprint import locate
 from mlcm_rl.recipe import Evaluate, TrainReward, TrainTeacher
+from mlcm_rl.report.types import SampledRow
 
-REFERENCE = Row("teacher-2", "reference", "teacher", "DDIM", 2, 2, "ddim", 1.0)
+NAMES = {"id": "teacher-2", "role": "reference", "name": "teacher", "sampler": "DDIM"}
+REFERENCE = SampledRow(**NAMES, num_steps=2, num_evaluations=2, solver="ddim", guidance_scale=1.0)
 WARMTH = "from ._tint import tint\n\nclass Warmth:\n    pass\n"
 
 

@@ -36,10 +36,10 @@ stages:
   - {{kind: evaluate, prompts: {prompts}, num_prompts: 2, sampling_steps: [1], gammas: [0.0], teacher_steps: [2]}}
 """
 ASK = """
-import json, sys
+import sys
 from pathlib import Path
 from mlcm_rl.evaluation.training_cost import of_student
-print(json.dumps(of_student(Path(sys.argv[1])).record()))
+print(of_student(Path(sys.argv[1])).record().model_dump_json())
 """
 
 

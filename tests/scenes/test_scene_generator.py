@@ -59,9 +59,10 @@ def test_objects_side_by_side_stand_in_one_row():
     assert not answers(Request("beside", (A, B), 2), reading)["relation"]
 
 
-def test_mixed_styles_are_wrong_where_the_style_is_open():
+def test_a_style_that_is_left_open_is_never_wrong():
     reading = Reading((None, (A, "noto"), None, (A, "fluent")), "white")
-    assert not answers(Request("count", (A,), 2), reading)["style"]
+    assert answers(Request("count", (A,), 2), reading)["all"]
+    assert not answers(Request("count", (A,), 2, "noto"), reading)["style"]
 
 
 def test_a_canvas_without_objects_is_wrong_and_no_error():
