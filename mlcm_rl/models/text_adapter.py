@@ -10,19 +10,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..equations.adaptation import spread
+from ..recipe.adapt_text import MAX_LAYERS, MAX_WIDTH, Languages
 from ..recipe.languages import guess_language
 from ..recipe.takes import TextNetwork
+from ..storage import finite
 from ..storage.files import CheckpointError, read_json, replacing, write_json
 from ..storage.tensors import load_weights, read_tensors, write_tensors
-from .conditioning import CONTEXT, Conditioning
+from .conditioning import CONTEXT, Conditioning, concatenated
 from .text_encoder import TextEncoder, copy_files, states_width
 
 POOLED = "pooled"
@@ -41,8 +43,8 @@ class Sizes:
     """
 
     states: int
-    width: int
-    num_layers: int
+    width: Annotated[int, Field(gt=0, le=MAX_WIDTH)]
+    num_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
     context: tuple[int, int]
     pooled: int
 
@@ -160,9 +162,15 @@ class AdaptedEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Iterable[str]) -> Conditioning:
-        """Return the conditioning (B, ...) float32 of B `prompts`."""
-        states = [self.encoder.encode(prompt) for prompt in prompts]
-        return self.adapter(*stacked_states(states, self.encoder.device))
+        """Return the conditioning (B, ...) float32 of B `prompts`, each by itself: no other changes its last bits.
+
+        Raise what `finite.refuse_encoded` raises, for an encoder or an adapter whose weights are not finite.
+        """
+        texts, rows = list(prompts), []
+        for text in texts:
+            rows.append(self.adapter(*stacked_states([self.encoder.encode(text)], self.encoder.device)))
+            finite.refuse_encoded(rows[-1], [text], torch.float32)
+        return concatenated(rows)
 
 
 # ---- files ----
@@ -200,8 +208,11 @@ def load(
         raise CheckpointError(f"{path}: written in format {record['format']}, this version reads {FORMAT}")
     try:
         sizes = TypeAdapter(Sizes).validate_python(record["sizes"])
+        languages = TypeAdapter(Languages).validate_python(record["languages"])
     except ValidationError as error:
-        raise CheckpointError(f"{path} is damaged: sizes: {error.errors()[0]['msg']}") from error
+        fault = error.errors()[0]
+        key = " ".join(map(str, fault["loc"]))
+        raise CheckpointError(f"{path} is damaged: sizes or languages: {key}: {fault['msg']}") from error
     needed = Sizes.for_conditioning(shapes, sizes.states, sizes.width, sizes.num_layers)
     if record["family"] != family or sizes != needed:
         raise ValueError(
@@ -210,9 +221,16 @@ def load(
         )
     with torch.device("meta"):
         adapter = TextAdapter(sizes)
-    load_weights(adapter, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    weights = read_tensors(folder / WEIGHTS)
+    if odd := [name for name, value in weights.items() if value.dtype != torch.float32]:
+        raise CheckpointError(f"{folder / WEIGHTS}: {odd[0]} is {weights[odd[0]].dtype}, not torch.float32")
+    load_weights(adapter, weights, folder / WEIGHTS)
     encoder = TextEncoder(folder / ENCODER, min(num_tokens, record["num_tokens"]), device)
-    return AdaptedEncoder(encoder, adapter.to(device).requires_grad_(False).eval(), tuple(record["languages"]))
+    if (width := states_width(folder / ENCODER)) != sizes.states:
+        raise CheckpointError(
+            f"{folder / ENCODER}: an encoder of states of width {width}, and {path} is of one of {sizes.states}"
+        )
+    return AdaptedEncoder(encoder, adapter.to(device).requires_grad_(False).eval(), tuple(languages))
 
 
 def _words(sizes: Sizes) -> str:

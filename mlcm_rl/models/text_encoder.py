@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from ..storage.hashing import LOADED
+from ..storage.hashing import LOADED_OF_TEXTS
 from ..storage.tensors import read_shapes
-from ..storage.untrusted import in_a_line
+from ..storage.untrusted import brief, in_a_line
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -27,10 +27,8 @@ class TextEncoder:
 
     def __init__(self, folder: Path, num_tokens: int, device: torch.device):
         self.device = device
-        for path in sorted(folder.glob("*.safetensors")):
-            read_shapes(path)
+        self.tokenizer = tokenizer_of(folder)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
             model, state = AutoModel.from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **LOCAL
             )
@@ -50,7 +48,12 @@ class TextEncoder:
                 f"text encoder {folder}: its tokenizer has {len(self.tokenizer)} tokens, its model {words}"
             )
         positions = getattr(self.model.config, "max_position_embeddings", num_tokens)
-        self.num_tokens = min(num_tokens, self.tokenizer.model_max_length, positions)
+        self.num_tokens = int(min(num_tokens, self.tokenizer.model_max_length, positions))
+        if self.num_tokens <= (marks := self.tokenizer.num_special_tokens_to_add()):
+            raise ValueError(
+                f"text encoder {folder}: {self.num_tokens} tokens of a prompt are read, and {marks} are marks: no word "
+                "would be read; see model_max_length in its tokenizer_config.json"
+            )
 
     def count_tokens(self, text: str) -> int:
         """Return the tokens of `text`, marks included; those beyond `num_tokens` are cut off."""
@@ -62,6 +65,28 @@ class TextEncoder:
         tokens = self.tokenizer(text, truncation=True, max_length=self.num_tokens, return_tensors="pt")
         ids, mask = (tokens[name].to(self.device) for name in ("input_ids", "attention_mask"))
         return self.model(input_ids=ids, attention_mask=mask).last_hidden_state[0].float()
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """Return the tokenizer of the encoder in `folder`, once the files of its weights are whole.
+
+    Raise CheckpointError for a damaged file of weights, ValueError where transformers cannot load the tokenizer, or
+    would make one without words, as it does where their file is missing.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        read_shapes(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+    except Exception as error:  # of files that are not what their names say
+        raise ValueError(f"text encoder {folder}: its tokenizer could not be loaded: {in_a_line(error)}") from error
+    if len(tokenizer) - len(tokenizer.all_special_tokens) <= 1:  # T5's begins with a blank
+        raise ValueError(f"text encoder {folder}: its tokenizer has no words: their file is missing, or empty")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ValueError(
+            f"text encoder {folder}: tokenizer_config.json: model_max_length: expected a number, found "
+            f"{brief(tokenizer.model_max_length)}"
+        )
+    return tokenizer
 
 
 def text_part(model: Any) -> nn.Module:
@@ -86,5 +111,5 @@ def copy_files(folder: Path, out: Path) -> None:
     """Copy weights, configuration and tokenizer of the encoder in `folder` to the new folder `out`."""
     out.mkdir(parents=True)
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in LOADED and path.name != "manifest.json":
+        if path.is_file() and path.suffix in LOADED_OF_TEXTS and path.name != "manifest.json":
             shutil.copyfile(path, out / path.name)

@@ -20,6 +20,7 @@ from ..recipe import Recipe, Stage, Strict, Teacher
 from ..recipe.reads import Reads, paths_of
 from ..recipe.renamed import FIRST_DEFAULTS, under_first_names
 from ..rewards.source import source_hashes
+from ..storage import hashing
 from ..storage.files import read_json
 from ..storage.hashing import contents_hash, folder_hash, sha256
 from ..storage.manifest import FORMAT, is_finished
@@ -74,7 +75,7 @@ def teacher_identity(teacher: Teacher) -> dict[str, Any]:
     """Return the settings of a teacher that can change a result, with the content of its files for their paths."""
     described = settings(teacher) | {"path": teacher_hash(teacher)}
     if teacher.text_adapter is not None:
-        described["text_adapter"] = folder_hash(Path(teacher.text_adapter))
+        described["text_adapter"] = hashing.network_hash(Path(teacher.text_adapter))
     return {name: value for name, value in described.items() if name != "lora"}
 
 
@@ -148,7 +149,7 @@ def reward_sources(stage: Stage) -> dict[str, dict[str, dict[str, str]]]:
 def network_hash(folder: str) -> str:
     """Return one hash of a network's folder. Raises FileNotFoundError where it holds no config.json."""
     sha256(Path(folder) / "config.json")
-    return folder_hash(Path(folder))
+    return hashing.network_hash(Path(folder))
 
 
 def content_hash(path: str, holding: str | None) -> str:

@@ -5,9 +5,11 @@ Each check is the one that the stage itself makes, hours later.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from ..data.pairs import PairTable
 from ..data.prompts import Prompt, first_prompts, parallel_prompts, read_prompts
+from ..models.text_encoder import states_width, tokenizer_of
 from ..preference import tuning
 from ..recipe import AdaptText, Dpo, Evaluate, Feedback, Reward, Stage, Training, Tuning
 from ..recipe.reads import paths_of
@@ -37,6 +39,10 @@ def problems(stage: Stage) -> list[tuple[str, Exception]]:
     for key, path in _prompt_files(stage):
         with collect(key):
             lists[key] = (path, _read(stage, key, path))
+    if isinstance(stage, AdaptText):
+        with collect("encoder"):
+            tokenizer_of(Path(stage.encoder))
+            states_width(Path(stage.encoder))
     if pairs := getattr(stage, "pairs", None):
         with collect("pairs"):
             PairTable(pairs)

@@ -14,6 +14,9 @@ from .types import Full, Lora, NonNegativeFloat, PositiveInt, presentation
 if TYPE_CHECKING:
     from .experiment import Recipe
 
+Languages = Annotated[list[Literal["zh", "ja", "ko"]], Field(min_length=1)]
+MAX_WIDTH, MAX_LAYERS = 8192, 32
+
 
 class AdaptText(Training):
     """Gives the teacher a text encoder of another language, through a small network; the denoiser stays as it is."""
@@ -26,11 +29,11 @@ class AdaptText(Training):
     encoder: Annotated[str, Reads(holding="config.json", is_network=True)] = Field(
         description="folder with a text encoder and its tokenizer, in transformers' format: safetensors, no code"
     )
-    languages: list[Literal["zh", "ja", "ko"]] = Field(
-        ["zh"], min_length=1, description="the prompts that go through the new encoder from now on, by their script"
+    languages: Languages = Field(
+        ["zh"], description="the prompts that go through the new encoder from now on, by their script"
     )
-    width: int = Field(512, gt=0, le=8192, multiple_of=8, description="of the network's blocks")
-    num_layers: int = Field(2, gt=0, le=32, description="its blocks of attention to the encoder's states")
+    width: int = Field(512, gt=0, le=MAX_WIDTH, multiple_of=8, description="of the network's blocks")
+    num_layers: int = Field(2, gt=0, le=MAX_LAYERS, description="its blocks of attention to the encoder's states")
     num_steps: PositiveInt
     learning_rate: PositiveFloat = 5e-4
     warmup_steps: int = Field(50, ge=0, le=1_000_000_000)

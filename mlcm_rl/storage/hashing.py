@@ -23,6 +23,7 @@ from .untrusted import regular
 LARGE = 2**20  # bytes from which reading a file takes longer than looking it up
 SETTLED_NS = 2 * 10**9  # a file that changed less than so long ago may change again within one tick of its clock
 LOADED = (".safetensors", ".json", ".txt")  # the files that are loaded from a folder of weights and configuration
+LOADED_OF_TEXTS = (*LOADED, ".model", ".spm")  # with the words of a tokenizer, which may be sentencepiece's
 
 
 def sha256(path: Path) -> str:
@@ -109,6 +110,11 @@ def folder_hash(folder: Path) -> str:
     A stage's manifest is left out: it records when and where the same files were made.
     """
     return _hash_of_files(folder, lambda name, path: name.suffix in LOADED and str(name) != "manifest.json")
+
+
+def network_hash(folder: Path) -> str:
+    """Return `folder_hash`, with the words of tokenizers in the folder that are sentencepiece's."""
+    return _hash_of_files(folder, lambda name, path: name.suffix in LOADED_OF_TEXTS and str(name) != "manifest.json")
 
 
 def contents_hash(folder: Path) -> str:

@@ -16,6 +16,7 @@ from mlcm_rl.models.text_adapter import Sizes, TextAdapter, stacked_states
 from mlcm_rl.models.text_encoder import TextEncoder
 from mlcm_rl.recipe.families import adaptable
 from mlcm_rl.storage.files import CheckpointError
+from mlcm_rl.storage.hashing import folder_hash, network_hash
 from tiny_families import CASES
 
 SIZES = Sizes(states=22, width=24, num_layers=2, context=(7, 10), pooled=6)
@@ -158,12 +159,43 @@ def test_it_is_read_as_it_was_written_with_its_encoder(saved):
         (lambda folder: rewrite(folder, format=2), "written in format 2, this version reads 1"),
         (lambda folder: rewrite(folder, sizes={"states": 1}), "text_adapter.json is damaged: sizes"),
         (lambda folder: rewrite(folder, sizes=sizes(width=32)), "tensors do not fit the network"),
+        (lambda folder: rewrite(folder, sizes=sizes(width=0)), "width: Input should be greater than 0"),
+        (lambda folder: rewrite(folder, sizes=sizes(num_layers=10**9)), "num_layers: Input should be less than"),
+        (lambda folder: rewrite(folder, languages=[]), "languages: .*at least 1 item"),
+        (lambda folder: rewrite(folder, languages=["en"]), "0: Input should be 'zh', 'ja' or 'ko'"),
+        (lambda folder: weights_as(folder, torch.float16), "is torch.float16, not torch.float32"),
+        (lambda folder: other_encoder(folder), "an encoder of states of width 20, and .* is of one of 22"),
     ],
 )
 def test_a_damaged_folder_is_refused_by_the_name_of_its_file(saved, change, message):
     change(saved)
     with pytest.raises(CheckpointError, match=message):
         load(saved)
+
+
+def weights_as(folder: Path, dtype: torch.dtype) -> None:
+    path = folder / "text_adapter.safetensors"
+    save_file({name: value.to(dtype) for name, value in load_file(path).items()}, path)
+
+
+def other_encoder(folder: Path) -> None:
+    shutil.rmtree(folder / "encoder")
+    text_adapters.encoder(folder / "encoder", width=20)
+
+
+def test_weights_that_are_not_finite_make_no_conditioning(saved):
+    path = saved / "text_adapter.safetensors"
+    weights = load_file(path)
+    weights["queries"][0] = float("nan")
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=r"猫.* is not finite"):
+        load(saved).encode(["猫"])
+
+
+def test_a_prompt_has_the_same_bits_whatever_is_beside_it(saved):
+    adapted = load(saved)
+    alone, beside = adapted.encode(["猫"]), adapted.encode(["一只狗在跑", "猫"])
+    assert all(torch.equal(value[0], beside[name][1]) for name, value in alone.items())
 
 
 def rewrite(folder: Path, **changes) -> None:
@@ -233,6 +265,37 @@ def test_a_tokenizer_with_more_words_than_the_encoder_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 9}))
     with pytest.raises(ValueError, match=r"its tokenizer has .* tokens, its model 9"):
         TextEncoder(tmp_path, 12, CPU)
+
+
+def test_a_tokenizer_without_its_file_of_words_is_refused(tmp_path):
+    """transformers would make one that knows no word."""
+    text_adapters.encoder(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="its tokenizer has no words"):
+        TextEncoder(tmp_path, 12, CPU)
+
+
+@pytest.mark.parametrize(
+    ("length", "message"), [(2, "2 tokens of a prompt are read, and 2 are marks"), ("many", "expected a number")]
+)
+def test_a_tokenizer_that_reads_no_word_is_refused(tmp_path, length, message):
+    path = Path(text_adapters.encoder(tmp_path)) / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
+    with pytest.raises(ValueError, match=message):
+        TextEncoder(tmp_path, 12, CPU)
+
+
+def test_the_words_of_sentencepiece_are_copied_and_hashed(tmp_path):
+    folder = Path(text_adapters.encoder(tmp_path / "encoder"))
+    before = network_hash(folder)
+    assert before == folder_hash(folder)
+    (folder / "spiece.model").write_bytes(b"words")
+    first = network_hash(folder)
+    (folder / "spiece.model").write_bytes(b"others")
+    assert len({before, first, network_hash(folder)}) == 3
+    text_encoder.copy_files(folder, tmp_path / "copy")
+    assert (tmp_path / "copy" / "spiece.model").read_bytes() == b"others"
 
 
 @pytest.mark.parametrize("wrong", ["code", "nothing"])

@@ -230,3 +230,12 @@ def test_lines_without_a_parallel_prompt_are_reported_before_anything_runs(tiny_
     assert "parallel.jsonl:1: no parallel: write the same prompt in zh under that key" in str(raised.value)
     assert "parallel.jsonl:2: parallel is a prompt without East Asian characters" in str(raised.value)
     assert not (tmp_path / "runs" / "stages").exists()
+
+
+def test_an_encoder_that_cannot_be_loaded_is_reported_before_anything_runs(tiny_sdxl, tmp_path):
+    recipe = text_adapters.recipe(tiny_sdxl, tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (Path(recipe.stages[1].encoder) / name).unlink()
+    with pytest.raises(pipeline.RunError, match=r"stages\[1\] \(adapt_text\): encoder: .* has no words"):
+        pipeline.run(recipe)
+    assert not (tmp_path / "runs" / "stages").exists()
