@@ -67,10 +67,15 @@ def _row(stage: "StageFolder") -> dict:
         "runs": list(stage.runs),
         "is_needed": stage.is_needed,
         "changed": datetime.fromtimestamp(stage.changed).isoformat(timespec="seconds"),
-        "network_evaluations": stage.manifest.get("network_evaluations"),
-        "seconds": stage.manifest.get("seconds"),
+        "network_evaluations": _number(stage.manifest.get("network_evaluations")),
+        "seconds": _number(stage.manifest.get("seconds")),
         "bytes": stage.num_bytes,
     }
+
+
+def _number(value: object) -> int | float | None:
+    """Return `value` if it is a number, as of a manifest that was not edited; else None."""
+    return value if isinstance(value, int | float) else None
 
 
 def _rows_size(folder: Path) -> str:
@@ -91,11 +96,7 @@ def clean(
     is running always stays.
     """
     with imported("pipeline.results", "Interrupted: what was deleted is deleted, the rest is whole.") as results:
-        chosen = [
-            stage
-            for stage in results.stages(folder)
-            if not stage.is_needed or (unfinished and stage.state == "unfinished" and not stage.runs)
-        ]
+        chosen = _unneeded(results.stages(folder), unfinished)
         if not chosen:
             line(Text(f"Some run needs every stage in {folder}: nothing to delete."))
             return
@@ -108,6 +109,18 @@ def clean(
         if not yes and not typer.confirm(f"Delete these {len(chosen)} stages, {total}?"):
             error_console.print(Text("Nothing was deleted."))
             raise typer.Exit(1)
+        listed = {stage.folder for stage in chosen}  # a run may have come to need one while this asked
+        chosen = [stage for stage in _unneeded(results.stages(folder), unfinished) if stage.folder in listed]
+        total = in_words(sum(stage.num_bytes for stage in chosen))
         for stage in chosen:
             results.remove(stage)
         line(Text(f"{len(chosen)} stages deleted, {total}."))
+
+
+def _unneeded(stages: "list[StageFolder]", unfinished: bool) -> "list[StageFolder]":
+    """Return those of `stages` that no run needs; with `unfinished`, also those that were stopped."""
+    return [
+        stage
+        for stage in stages
+        if not stage.is_needed or (unfinished and stage.state == "unfinished" and not stage.runs)
+    ]

@@ -1,7 +1,10 @@
 """What is under a folder of runs: its stages, which runs they belong to, and which none needs."""
 
 import json
+import os
+import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Literal
 from ..recipe import RESERVED
 from ..storage import checkpoints, files, lock
 from ..storage.files import CheckpointError, read_json
-from ..storage.manifest import is_finished
+from ..storage.manifest import BEGUN, is_finished
 from .errors import RunError, prefix_errors
 
 State = Literal["done", "unfinished", "running", "damaged"]
@@ -20,7 +23,7 @@ State = Literal["done", "unfinished", "running", "damaged"]
 class StageFolder:
     """A folder under `runs/stages`: `runs` are the names of the runs that link to it.
 
-    `is_needed` holds for what a run links to, and for what such a stage was made from or reads; an unfinished stage
+    `is_needed` holds for what a run links to, and for what such a stage is made from or reads; an unfinished stage
     counts as needed too, since its recipe goes on from it.
     """
 
@@ -47,8 +50,12 @@ class StageFolder:
 
     @property
     def changed(self) -> float:
-        """Return when something in the folder changed last, in seconds since the epoch."""
-        return max(path.lstat().st_mtime for path in [self.folder, *self.folder.iterdir()])
+        """Return when something in the folder changed last, in seconds since the epoch; 0.0 once it is deleted."""
+        newest = 0.0
+        with suppress(FileNotFoundError):  # of a stage that is running, whose files come and go
+            for path in [self.folder, *self.folder.iterdir()]:
+                newest = max(newest, path.lstat().st_mtime)
+        return newest
 
     @cached_property
     def num_bytes(self) -> int:
@@ -57,15 +64,30 @@ class StageFolder:
 
 
 def size_of(folder: Path) -> int:
-    """Return the bytes of all files under `folder`; links count nothing."""
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    """Return the bytes of all files under `folder`; links count nothing, nor does what is deleted meanwhile."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                status = os.lstat(os.path.join(place, name))
+                size += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return size
 
 
 def links(runs: Path) -> dict[str, list[Path]]:
-    """Return the links of every run in the folder `runs` to its stages, in their order, by the run's name."""
-    folders = [path for path in sorted(runs.iterdir()) if path.is_dir() and path.name not in RESERVED]
-    by_run = {run.name: [link for link in sorted(run.glob("[0-9]*-*")) if link.is_symlink()] for run in folders}
-    return {name: stages for name, stages in by_run.items() if stages}
+    """Return the links under the folder `runs`, however deep and called, by what lies in `runs`: a run, or the link.
+
+    Those inside stages are left out: they are a stage's own.
+    """
+    links_by_name: dict[str, list[Path]] = {}
+    for path in sorted(runs.iterdir()):
+        if path.name in RESERVED:
+            continue
+        links_of_run = [path] if path.is_symlink() else []
+        for place, folders, names in os.walk(path):
+            links_of_run += [Path(place, name) for name in sorted([*folders, *names]) if Path(place, name).is_symlink()]
+        links_by_name[path.name] = links_of_run
+    return links_by_name
 
 
 def stages(runs: Path) -> list[StageFolder]:
@@ -74,11 +96,15 @@ def stages(runs: Path) -> list[StageFolder]:
         raise RunError(f"{runs} holds no stages: name the folder that recipes call `runs`")
     folders = {path.name: path for path in (runs / "stages").iterdir() if path.is_dir() and path.name[0] != "."}
     states = {name: _state(folder) for name, folder in folders.items()}
+    by_place: dict[str, list[str]] = {}  # a stage may have two names, of which one is a link
+    for name, folder in folders.items():
+        by_place.setdefault(os.path.realpath(folder), []).append(name)
     users: dict[str, list[str]] = {name: [] for name in folders}
     for run, paths in links(runs).items():
         for link in paths:
-            if (name := link.readlink().name) in users:
-                users[name].append(run)
+            place = Path(os.path.realpath(link))
+            for name in {name for inside in [place, *place.parents] for name in by_place.get(str(inside), [])}:
+                users[name] += [run] if run not in users[name] else []
     needed = {name for name, state in states.items() if users[name] or state in ("unfinished", "running")}
     waiting = list(needed)
     while waiting:
@@ -100,10 +126,12 @@ def _state(folder: Path) -> State:
 
 
 def _names_in(folder: Path, names: dict[str, Path]) -> Iterator[str]:
-    """Yield the other stages that the manifest of `folder` mentions: its parents, students and teachers of others."""
-    if is_finished(folder):
-        text = (folder / "manifest.json").read_text(encoding="utf-8", errors="replace")
-        yield from (name for name in names if json.dumps(name)[1:-1] in text and name != folder.name)
+    """Yield the other stages that the records of `folder` mention: its parents, students and teachers of others."""
+    text = ""
+    for record in (folder / "manifest.json", folder / BEGUN):
+        with suppress(OSError):  # a stage has one of them, and gets the other while this runs
+            text += record.read_text(encoding="utf-8", errors="replace")
+    yield from (name for name in names if json.dumps(name)[1:-1] in text and name != folder.name)
 
 
 @prefix_errors("clean")

@@ -25,7 +25,7 @@ from ..recipe import Evaluate, Recipe, Reward, Stage, Tuning, paths
 from ..storage import checkpoints, files, lock
 from ..storage.commit import commit
 from ..storage.files import CheckpointError
-from ..storage.manifest import finish, is_finished, sweep, unswept, verify
+from ..storage.manifest import BEGUN, finish, is_finished, sweep, unswept, verify
 from ..storage.untrusted import in_a_line
 from ..training import allocator, processes
 from ..training.devices import device_of
@@ -188,6 +188,12 @@ def _run_locked(stage: Stage, recipe: Recipe, earlier: list[Located], place: Loc
         recipe = with_text_adapter(recipe, parents["adapt_text"].folder)
     tell(stage.kind, f"-> {place.folder}", "bold")
     meter = _memory_meter(stage, recipe)
+    origin = {
+        "stage": stage.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json"),
+        "parents": {kind: str(parent.folder.name) for kind, parent in parents.items()},
+    }
+    processes.on_rank_zero(_begin, place.folder, origin)
     started = time.monotonic()
     folders = {kind: parent.folder for kind, parent in parents.items()}
     seeded = recipe.model_copy(update={"seed": seed_of_stage(stage, recipe)})
@@ -200,10 +206,8 @@ def _run_locked(stage: Stage, recipe: Recipe, earlier: list[Located], place: Loc
     manifest = {
         "kind": stage.kind,
         "fingerprint": place.fingerprint,
-        "stage": stage.model_dump(mode="json"),
-        "recipe": recipe.model_dump(mode="json"),
+        **origin,
         **paths.record(recipe, place.folder),
-        "parents": {kind: str(parent.folder.name) for kind, parent in parents.items()},
         "network_evaluations": network_evaluations(stage, recipe),
         "seconds": round(time.monotonic() - started, 1),
         "memory": meter.record() if meter else None,
@@ -219,6 +223,12 @@ def _run_locked(stage: Stage, recipe: Recipe, earlier: list[Located], place: Loc
         tell("memory", str(meter))
     if isinstance(stage, Tuning):
         tell("guard", guard.ending(place.folder), "bold")
+
+
+def _begin(folder: Path, origin: dict) -> None:
+    """Write the `origin` of a stage that begins or goes on, so that `mlcm clean` leaves what it is made from."""
+    (folder / BEGUN).parent.mkdir(exist_ok=True)
+    files.write_json(folder / BEGUN, origin)
 
 
 def _memory_meter(stage: Stage, recipe: Recipe) -> Meter | None:

@@ -8,6 +8,7 @@ from .untrusted import path_inside
 
 FORMAT = 1  # of manifest.json; raised when its layout changes
 RESUMED_FROM = ("checkpoints", "rows")  # folders that a stage goes on from; rows are an evaluation's
+BEGUN = "checkpoints/begun.json"  # of a stage that is not finished: what it is and what it is made from
 # Not results, or checked elsewhere: store.json holds the checksums of a store's shards, and its reader compares them.
 UNHASHED = (
     "manifest.json",

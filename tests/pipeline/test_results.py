@@ -96,6 +96,50 @@ def test_clean_deletes_what_nothing_needs(runs, options, gone):
     assert "would be deleted" in result.stdout or "deleted" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("place", "target"),
+    [
+        ("best", "stages/distill-dd"),
+        ("mine/final", "../stages/distill-dd"),
+        ("mine/01-weights", "../stages/distill-dd/weights"),
+        ("group/a [b]/01-distill", "../../stages/distill-dd"),
+        ("other/01-distill", "../best"),
+        ("stages/distill-hh", "distill-dd"),
+    ],
+)
+def test_any_link_under_the_folder_makes_a_stage_needed(runs, place, target):
+    if place.startswith(("other", "stages")):
+        (runs / "best").symlink_to("stages/distill-hh" if place.startswith("stages") else "stages/distill-dd")
+    (runs / place).parent.mkdir(parents=True, exist_ok=True)
+    (runs / place).symlink_to(target)
+    (runs / "mine" / "nowhere").symlink_to("nowhere")
+    (runs / "mine" / "nowhere-else").symlink_to("../stages/gone")
+    assert all(stage.is_needed for stage in results.stages(runs))
+
+
+def test_what_an_unfinished_stage_is_made_from_is_needed(runs):
+    record = runs / "stages" / "distill-ff" / "checkpoints" / "begun.json"
+    record.write_text(json.dumps({"parents": {"distill": "distill-dd"}}), encoding="utf-8")
+    assert states(runs)["distill-dd"].is_needed
+
+
+def test_a_run_that_comes_to_need_a_stage_while_clean_asks_gets_it(runs, monkeypatch):
+    def answer(question: str) -> bool:
+        link(runs, "late", 0, runs / "stages" / "distill-dd")
+        return True
+
+    monkeypatch.setattr("typer.confirm", answer)
+    result = CliRunner().invoke(app, ["clean", str(runs)])
+    assert (result.exit_code, "0 stages deleted" in result.stdout) == (0, True)
+    assert states(runs)["distill-dd"].runs == ("late",)
+
+
+def test_figures_that_are_no_numbers_are_left_out(runs):
+    path = runs / "stages" / "distill-dd" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": "x", "network_evaluations": "y"}))
+    assert CliRunner().invoke(app, ["runs", str(runs)]).exit_code == 0
+
+
 def test_clean_when_everything_is_needed(runs):
     CliRunner().invoke(app, ["clean", str(runs), "--yes"])
     result = CliRunner().invoke(app, ["clean", str(runs)])
