@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 
 
 def _shipped(path: Path) -> Path:
-    """Return `path`, or the recipe of that name that comes with this package where no file is called so."""
+    """Return `path`, or the recipe of that name that comes with this package where no file is called so.
+
+    A folder of its name, such as one with what it reads, is no recipe.
+    """
     names = {file.stem: file for file in shipped.recipes()}
-    return names.get(str(path), path) if not path.exists() else path
+    return names.get(str(path), path) if path.is_dir() or not path.exists() else path
 
 
 def _launch_file(name: Path | None) -> Path | None:

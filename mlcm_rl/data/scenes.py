@@ -18,6 +18,7 @@ RELATIONS = ("single", "count", "beside", "above")
 QUESTIONS = ("objects", "count", "relation", "style", "background")
 OPEN = "-"  # in a request's code: what the prompt leaves open
 PAIRS = {"beside": ((0, 1), (2, 3)), "above": ((0, 2), (1, 3))}  # cells of (left, right), and of (upper, lower)
+COUNTS = {"single": (1,), "count": (1, 2, 3, 4), "beside": (2,), "above": (2,)}  # of objects, by relation
 BACKGROUNDS = {  # RGB
     "white": (255, 255, 255),
     "yellow": (255, 241, 168),
@@ -82,8 +83,10 @@ def read_code(code: str) -> Request:
     if parts[0] not in RELATIONS or num_concepts != (2 if parts[0] in PAIRS else 1) or not parts[-3].isdecimal():
         raise ValueError(f"{code!r} is not a request's code, which is like 'beside 1F43C 1F34E 2 noto -'")
     relation, *concepts, count, style, background = parts
-    if not 1 <= int(count) <= NUM_CELLS:
-        raise ValueError(f"{code!r}: a canvas has 1 to {NUM_CELLS} objects, not {count}")
+    if count not in (counts := [str(number) for number in COUNTS[relation]]):
+        raise ValueError(f"{code[:100]!r}: {relation} has {' or '.join(counts)} objects, not {count[:20]}")
+    if {"", OPEN}.intersection(concepts) or len(set(concepts)) < len(concepts):
+        raise ValueError(f"{code!r}: a concept is missing, or named twice")
     for what, value, known in (("style", style, STYLES), ("background", background, BACKGROUNDS)):
         if value not in (OPEN, *known):
             raise ValueError(f"{code!r}: {value!r} is no {what}; known are {', '.join(known)}, and {OPEN} for open")

@@ -93,10 +93,13 @@ def load(folder: Path, device: torch.device | str = "cpu") -> SceneJudge:
     Raise CheckpointError if a file is missing or is not a judge's.
     """
     config = read_json(folder / "config.json", kind=str, concepts=list, styles=list)
+    concepts = config["concepts"]
+    if not all(isinstance(concept, str) for concept in concepts) or len(set(concepts)) < len(concepts):
+        raise CheckpointError(f"{folder / 'config.json'}: concepts must be different texts, are {brief(concepts)}")
     if config["styles"] != list(STYLES):
         raise CheckpointError(f"{folder / 'config.json'}: styles are {brief(config['styles'])}, not {list(STYLES)}")
     with torch.device("meta"):  # the width comes from an unverified file: nothing is allocated for it
-        judge = SceneJudge(config["concepts"])
+        judge = SceneJudge(concepts)
     weights = {name: value.float() for name, value in read_tensors(folder / "judge.safetensors").items()}
     load_weights(judge.encoder, weights, folder / "judge.safetensors")
     return judge.to(device)

@@ -5,6 +5,7 @@ a file does not say by itself, such as the parameters of a base class in another
 """
 
 import ast
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,9 @@ def problems(key: Key, reward: Reward) -> Iterator[Problem]:
         return
     try:
         settings = settings_in(read_bytes(files[0]))
+    except (RecursionError, MemoryError):  # of Python's parser, which cannot import such a file either
+        yield Problem((*key, "name"), f"the file of {reward.name} cannot be read: it is nested too deeply ({files[0]})")
+        return
     except (OSError, ValueError, SyntaxError) as error:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
@@ -53,9 +57,14 @@ def settings_in(code: bytes) -> dict[str, Setting] | None:
 
     None where the code does not say them plainly. Raise SyntaxError if it is not Python.
     """
-    body = ast.parse(code).body
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # \d in a text: Python warns of it at the import
+        body = ast.parse(code).body
     classes = [one for one in body if isinstance(one, ast.ClassDef) and not one.name.startswith("_")]
-    if len(classes) != 1 or classes[0].decorator_list:
+    if len(classes) != 1 or classes[0].decorator_list or classes[0].keywords:
+        return None
+    functions = [one.name for one in classes[0].body if isinstance(one, ast.FunctionDef)]
+    if "__new__" in functions:
         return None
     constructors = [one for one in classes[0].body if isinstance(one, ast.FunctionDef) and one.name == "__init__"]
     if len(constructors) != 1 or constructors[0].decorator_list:
@@ -109,7 +118,7 @@ def _type_of(annotation: ast.expr) -> Any:
         case ast.Subscript(value=ast.Name(id="Literal"), slice=inside):
             entries = inside.elts if isinstance(inside, ast.Tuple) else [inside]
             values = [one.value for one in entries if isinstance(one, ast.Constant)]
-            return Literal[tuple(values)] if len(values) == len(entries) else UNKNOWN
+            return Literal[tuple(values)] if values and len(values) == len(entries) else UNKNOWN
         case ast.Subscript(value=ast.Name(id="list"), slice=inside):
             kind = _type_of(inside)
             return UNKNOWN if kind is UNKNOWN else GenericAlias(list, (kind,))

@@ -74,6 +74,11 @@ def test_a_file_of_the_name_goes_before_the_shipped_recipe(mlcm, tmp_path):
     assert "emoji_demo: " in mlcm("validate", "emoji_demo").stdout
 
 
+def test_a_folder_of_the_name_does_not(mlcm, tmp_path):
+    (tmp_path / "emoji_demo").mkdir()
+    assert mlcm("validate", "emoji_demo").stdout == f"ok  {RECIPES / 'emoji_demo.yaml'}\n"
+
+
 def test_a_launch_file_is_named_without_its_folder(mlcm):
     assert shipped.launch_file("zero2") == RECIPES / "launch" / "zero2.yaml"
     assert shipped.launch_file("../sdxl_mlcm") is None

@@ -134,3 +134,7 @@ def test_a_folder_of_other_styles_or_without_weights_is_refused(tmp_path):
     write_json(tmp_path / "config.json", config | {"styles": list(STYLES)})
     with pytest.raises(CheckpointError, match=r"judge\.safetensors is missing"):
         scene_judge.load(tmp_path)
+    for concepts in ([1], [A, A]):
+        write_json(tmp_path / "config.json", config | {"styles": list(STYLES), "concepts": concepts})
+        with pytest.raises(CheckpointError, match="concepts must be different texts"):
+            scene_judge.load(tmp_path)

@@ -1,11 +1,13 @@
 """Stable Diffusion 3 alone: with T5 and without, its published shapes, a flow's schedule (see test_families)."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, SD3Transformer2DModel
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch.nn import functional as F
 
 import runs
@@ -139,6 +141,19 @@ def test_zeros_in_t5s_place_are_computed_as_one_token_with_the_same_outputs_and_
     for ours, expected in zip(*results, strict=True):
         assert expected.std() > 1e-5
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+
+
+def test_what_the_one_token_cannot_stand_for_is_refused(folders):
+    base = load(folders[False])
+    denoiser, short = base.denoiser, torch.zeros(1, 255, 56)
+    arguments = torch.zeros(1, *base.latent_shape), short, torch.zeros(1, 32), torch.tensor([300.0])
+    assert base.simplify(denoiser) is denoiser  # a second time changes nothing
+    with pytest.raises(ValueError, match="a context of 255 tokens, where the last 256"):
+        denoiser(*arguments)
+    copied = deepcopy(denoiser)
+    copied.set_attn_processor(JointAttnProcessor2_0())
+    with pytest.raises(ValueError, match="its attention has another processor now"):
+        copied(*arguments)
 
 
 def test_a_teacher_with_t5_is_the_stock_network(folders):

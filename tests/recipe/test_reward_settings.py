@@ -71,6 +71,24 @@ def test_a_file_that_is_no_python_is_told_with_its_line(order):
     assert problem.message.endswith(f"({order}, line 2)")
 
 
+@pytest.mark.parametrize("code", ["x = " + "-" * 200_000 + "1", "x = 1" + " + 1" * 100_000])
+def test_a_file_that_the_parser_gives_up_on_is_refused(order, code):
+    order.write_text(code, encoding="utf-8")
+    (problem,) = problems((), Reward(name="order"))
+    assert problem.message == f"the file of order cannot be read: it is nested too deeply ({order})"
+
+
+def test_an_annotation_without_a_value_takes_any(order):
+    order.write_text("class Order:\n    def __init__(self, device, dtype, path: Literal[()]): ...", encoding="utf-8")
+    assert found() == []
+
+
+def test_a_text_that_python_warns_of_is_read_without_a_word(order, recwarn):
+    order.write_text("TEXT = '\\d'\n" + CODE, encoding="utf-8")
+    assert found() == []
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -80,6 +98,8 @@ def test_a_file_that_is_no_python_is_told_with_its_line(order):
         "class A:\n    def __init__(self, device, dtype, **settings): ...",
         "class A:\n    def __init__(self, *arguments): ...",
         "if True:\n    class A: ...",
+        "class A(metaclass=Other):\n    def __init__(self, device, dtype, x): ...",
+        "class A:\n    def __new__(cls, device, dtype, y): ...\n    def __init__(self, device, dtype, x): ...",
     ],
 )
 def test_what_the_file_does_not_say_plainly_is_left_to_the_run(code):

@@ -77,6 +77,25 @@ def test_a_code_is_read_back():
         read_code("panda")
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "single A 3 - -",
+        "beside A B 3 - -",
+        "above A A 2 - -",
+        "single  1 - -",
+        "single - 1 - -",
+        "count A 5 - -",
+        "count A 01 - -",
+        "count A \uff12 - -",
+        f"count A {'1' * 5000} - -",
+    ],
+)
+def test_a_request_that_no_picture_can_fulfil_is_refused(code):
+    with pytest.raises(ValueError, match=r"objects, not|a concept is missing, or named twice"):
+        read_code(code)
+
+
 def test_the_canvas_has_each_drawing_in_its_cell_and_the_background_elsewhere():
     pixels = np.random.default_rng(0).integers(0, 255, (2, len(STYLES), 60, 60, 4), np.uint8)
     pixels[..., 3] = 255

@@ -61,15 +61,33 @@ def merge_equal_tokens(denoiser: SD3Transformer2DModel) -> SD3Transformer2DModel
     """Let `denoiser` compute the last T5_TOKENS tokens of its context, which must be equal, as one; return it.
 
     Nothing tells a token of the context its place, so equal ones stay equal through all blocks: the outputs are the
-    same up to rounding. Weights and their names are the stock network's.
+    same up to rounding. Weights and their names are the stock network's. A pass raises ValueError for a context of
+    fewer tokens, or after another attention processor was set, which would not weigh the one as many.
     """
+    if _is_merged(denoiser):
+        return denoiser
+    denoiser.register_forward_pre_hook(_refuse_other_processors)
     denoiser.context_embedder.register_forward_pre_hook(_without_copies)
     for block in denoiser.transformer_blocks:
         block.attn.set_processor(OneForEqualTokens())
     return denoiser
 
 
+def _is_merged(denoiser: Any) -> bool:
+    return all(isinstance(block.attn.processor, OneForEqualTokens) for block in denoiser.transformer_blocks)
+
+
+def _refuse_other_processors(denoiser: torch.nn.Module, arguments: tuple) -> None:
+    if not _is_merged(denoiser):
+        raise ValueError(
+            "the denoiser of a teacher without T5 computes equal tokens as one, and its attention has another "
+            "processor now (set_attn_processor, fuse_qkv_projections), which does not: leave its processors as they are"
+        )
+
+
 def _without_copies(module: torch.nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+    if (num_tokens := arguments[0].shape[1]) < T5_TOKENS:
+        raise ValueError(f"a context of {num_tokens} tokens, where the last {T5_TOKENS} stand for those of T5")
     return (arguments[0][:, : 1 - T5_TOKENS],)
 
 
