@@ -15,6 +15,7 @@ from mlcm_rl.models.base import TARGET_TIME_WIDTH
 from mlcm_rl.pipeline.planning import Sizes
 from mlcm_rl.recipe import Full, Lora
 from mlcm_rl.recipe.file import load
+from mlcm_rl.recipe.takes import Networks
 from mlcm_rl.training import loop
 from mlcm_rl.training import processes as distributed
 from mlcm_rl.training.launch import LaunchError
@@ -155,7 +156,7 @@ def test_a_recipe_is_predicted_under_every_launch_file(name, adapter, teachers, 
     stage = next(one for one in recipe.stages if one.kind == "distill").model_copy(update={"adapter": adapter})
     found = {name: sizes.memory(stage, "cuda", launch) for name, launch in FILES.items()}
     one, ddp = found["one_gpu"], found["ddp"]
-    size = sizes.trained(adapter)
+    size = sizes.trained(Networks(adapter))
     if stage.condition_on_target:  # a projection of the target time comes on top
         size += TARGET_TIME_WIDTH * sizes.parts["unet"]["conv_in.weight"][0]
     assert (one.gradients, one.optimiser, one.exchange, one.host) == (4 * size, 8 * size, 0, 0)
@@ -221,7 +222,8 @@ def test_a_teachers_json_files_are_enough(make, tmp_path):
         path.unlink()
     sizes = Sizes(recipe)
     assert sizes.parts.keys() == whole.parts.keys()
-    assert sizes.trained(Lora(rank=4)) == whole.trained(Lora(rank=4)) < whole.trained(Full())
+    lora = Networks(Lora(rank=4))
+    assert sizes.trained(lora) == whole.trained(lora) < whole.trained(Networks(Full()))
     assert sizes.memory(stage, "cuda").total == pytest.approx(expected.total, rel=0.01)
 
 
