@@ -1,6 +1,7 @@
 """The command on prompt files: what is in them, and a file of the lines that are kept."""
 
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -91,7 +92,7 @@ def prompts(
         for one in lines:
             if one.reason:
                 reason = f"{one.reason} {one.first}".strip()
-                line(Text(f"{one.place}  {reason}  {one.prompt.prompt}"))
+                line(Text(f"{one.place}  {reason}  {_printable(one.prompt.prompt)}"))
     console.print(_counts(lines, prompt_selection.REASONS), crop=False)
     if not kept:
         counts = Counter(one.reason for one in lines)
@@ -101,6 +102,12 @@ def prompts(
         raise typer.Exit(1)
     if out is not None:
         line(Text.assemble(("ok", "green"), f"  {out}"))
+
+
+def _printable(text: str) -> str:
+    """Return `text` in one line, with escapes for what would move the cursor or colour the terminal."""
+    moves = ("Cc", "Zl", "Zp")  # Unicode's controls and separators of lines
+    return "".join(repr(one)[1:-1] if unicodedata.category(one) in moves else one for one in text)
 
 
 def _counts(lines: "list[Line]", reasons: tuple[str, ...]) -> Table:
@@ -114,5 +121,7 @@ def _counts(lines: "list[Line]", reasons: tuple[str, ...]) -> Table:
         part = [one for one in lines if language in ("all", one.prompt.language)]
         counts = Counter(one.reason for one in part)
         longest = max((len(one.prompt.prompt) for one in part if not one.reason), default=0)
-        table.add_row(language, *map(str, (len(part), *(counts[reason] for reason in used), counts[""], longest)))
+        table.add_row(
+            _printable(language), *map(str, (len(part), *(counts[reason] for reason in used), counts[""], longest))
+        )
     return table

@@ -91,7 +91,7 @@ def copy(
     """Copy a recipe to change it; what it names of ours is written as mlcm:..., which holds from any folder."""
     source = _file(name)
     target = folder / source.name
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise typer.BadParameter(f"{target} is there already: name another folder, or move it", param_hint="DIR")
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:

@@ -36,6 +36,14 @@ def test_prompts_are_counted_by_language(file):
     ]
 
 
+def test_what_a_file_holds_does_not_move_the_cursor(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a \\u001b[31m cat\\nsecond\u3000猫", "language": "x\\u001b[2J"}\n', encoding="utf-8")
+    printed = called(path, "--omitted", "--language", "zh", code=1)
+    assert "\x1b" not in printed
+    assert "a \\x1b[31m cat\\nsecond\u3000猫" in printed
+
+
 def test_columns_stand_below_each_other_whatever_the_script(file, tmp_path):
     named = tmp_path / "named.jsonl"
     named.write_text('{"prompt": "a", "language": "中文"}\n{"prompt": "b", "language": "en"}\n', encoding="utf-8")

@@ -61,6 +61,12 @@ def test_a_copy_is_the_same_recipe_from_any_folder(mlcm, tmp_path, name):
     assert mlcm("recipes", "copy", name, "mine").exit_code == 2  # a second time it would lose changes
 
 
+def test_a_copy_replaces_no_link(mlcm, tmp_path):
+    (tmp_path / "emoji_demo.yaml").symlink_to("elsewhere.yaml")
+    assert mlcm("recipes", "copy", "emoji_demo").exit_code == 2
+    assert (tmp_path / "emoji_demo.yaml").is_symlink()
+
+
 def lines(file: Path) -> list[str]:
     return file.read_text(encoding="utf-8").splitlines()
 
