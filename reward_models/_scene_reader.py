@@ -40,8 +40,9 @@ class SceneReader(nn.Module):
         Pictures (B, 3, H, W) in [0, 1] are resized to the canvas. A background's is by the distance of the border's
         mean colour to it.
         """
-        resized = F.interpolate(images, (CANVAS, CANVAS), mode="bilinear", antialias=True)
-        kinds, styles = (part.unflatten(0, (-1, NUM_CELLS)) for part in self(cells_of(resized)))
+        resized = F.interpolate(images.float(), (CANVAS, CANVAS), mode="bilinear", antialias=True)
+        cells = cells_of(resized).to(self.head.weight.dtype)
+        kinds, styles = (part.unflatten(0, (len(images), NUM_CELLS)) for part in self(cells))
         colours = border_of(resized).float().mean(-1)
         distances = (colours[:, None] - palette(images.device)).square().sum(-1)
         return kinds, styles, (-distances / (2 * COLOUR_SPREAD**2)).log_softmax(1)
@@ -66,4 +67,4 @@ def log_match(
         if request.background is not None:
             score = score + backgrounds[b, list(BACKGROUNDS).index(request.background)]
         scores.append(score)
-    return torch.stack(scores)
+    return torch.stack(scores) if scores else kinds.new_zeros(0)

@@ -199,3 +199,11 @@ def test_it_shares_no_weights_with_the_judge():
                 name,
                 other,
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scene_match_in_half_precision_reads_the_same_and_an_empty_batch_has_no_scores(scenes, dtype):
+    images, prompts = scenes
+    half = rewards.find("scene_match")("cpu", dtype)
+    assert torch.allclose(half(images, prompts), built("scene_match")(images, prompts), atol=0.5)
+    assert half(images[:0], []).shape == (0,)
