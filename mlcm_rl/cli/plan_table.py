@@ -98,9 +98,12 @@ def _gaps(ahead: "list[PlannedStage]") -> list[Text]:
         for stage in ahead
         if stage.unknown
     ] + [
-        Text(f"not counted for {stage.kind}: {name}, whose weights are not here or which needs real pictures")
+        Text(
+            f"not counted for {stage.kind}: {', '.join(stage.memory.uncounted)} (weights that are not here, which "
+            "`mlcm rewards fetch NAME` fetches, or a reward that is not called on shapes alone)"
+        )
         for stage in ahead
-        for name in (stage.memory.uncounted if stage.memory else ())
+        if stage.memory and stage.memory.uncounted
     ]
 
 

@@ -131,7 +131,10 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         try:
             text = line.decode().lstrip("\ufeff").strip()  # a byte-order mark, which joined files have inside too
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
+            raise ValueError(
+                f"{where}: not UTF-8 ({error.reason} at byte {error.start}): save the file as UTF-8; "
+                "Chinese text is often in GB18030"
+            ) from error
         if text:
             yield where, text
 

@@ -277,7 +277,8 @@ def spoken(prompts: list[Prompt], languages: dict[str, float], path: str) -> lis
     """
     chosen = [prompt for prompt in prompts if not languages or languages.get(prompt.language, 0.0) > 0.0]
     if not chosen:
-        raise ValueError(f"languages: {path} holds no prompt in {', '.join(languages)}")
+        present = ", ".join(sorted({prompt.language for prompt in prompts}))
+        raise ValueError(f"languages: {path} holds no prompt in {', '.join(languages)}, only in {present}")
     return chosen
 
 

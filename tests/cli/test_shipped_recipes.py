@@ -44,6 +44,11 @@ def test_an_unknown_name_is_refused_with_the_nearest(mlcm):
     assert "did you mean emoji_demo?" in " ".join(result.stderr.replace("│", " ").split())
 
 
+def test_a_copy_for_a_model_of_your_own_names_no_prompts_of_ours(mlcm, tmp_path):
+    assert mlcm("recipes", "copy", "my_finetune").exit_code == 0
+    assert "mlcm:" not in (tmp_path / "my_finetune.yaml").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", [file.stem for file in RECIPES.glob("*.yaml")])
 def test_a_copy_is_the_same_recipe_from_any_folder(mlcm, tmp_path, name):
     result = mlcm("recipes", "copy", name, "mine")

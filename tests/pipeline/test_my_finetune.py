@@ -44,12 +44,10 @@ def place(tmp_path_factory) -> Path:
     shutil.copytree(folder, place / "sdxl_base", ignore=shutil.ignore_patterns("*.safetensors"))
     write_lora(folder, place / "lora").rename(place / "my_style.safetensors")
     runs.write_prompts(place)
+    (place / "prompts.txt").rename(place / "my_prompts.txt")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     for command in commands():
         words = command.split()
-        if words[0] == "cp":
-            shutil.copy(ROOT / words[1], place / words[2])
-            continue
         assert words[0] == "mlcm"
         words += SMALL if words[1] in ("run", "plan") else []
         run = [sys.executable, "-m", "mlcm_rl", *words[1:]]
