@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mlcm_rl.cli.app import app
+from mlcm_rl.cli.console import console
 from mlcm_rl.pipeline import results
 from mlcm_rl.pipeline.errors import RunError
 from mlcm_rl.storage.lock import folder_lock
@@ -30,7 +31,7 @@ def link(runs: Path, run: str, number: int, folder: Path) -> None:
 @pytest.fixture
 def runs(tmp_path, monkeypatch) -> Path:
     """One run of two linked stages; the unlinked parent of its student; an older student; a stopped one."""
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(console, "_width", 160)  # a test before this one may have made it narrower
     place = tmp_path / "runs"
     finished(place, "trajectories-aa")
     student = finished(place, "distill-bb", parents={"trajectories": "trajectories-aa"})

@@ -201,7 +201,9 @@ def test_a_teachers_damaged_or_climbing_weights_are_told_by_name(tmp_path):
     teacher = Teacher(path=str(tiny.sdxl(tmp_path / "teacher")), family="sdxl")
     index = tmp_path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../../secret.safetensors"}}))
-    with pytest.raises(ValueError, match=r"index\.json: '\.\./\.\./secret\.safetensors' is not a file beside it"):
+    with pytest.raises(
+        ValueError, match=r"index\.json: weight_map: '\.\./\.\./secret\.safetensors' is not a file beside it"
+    ):
         teachers.load(teacher, "cpu")
     index.unlink()
     weights = tmp_path / "teacher" / "vae" / "diffusion_pytorch_model.safetensors"
