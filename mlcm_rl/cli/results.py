@@ -30,6 +30,7 @@ def runs(
     with imported("pipeline.results") as results:
         stages = results.stages(folder)
         rows = [_row(stage) for stage in stages]
+        shared = in_words(results.size_of(folder / "rows"))
     if as_json:
         typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
         return
@@ -48,7 +49,7 @@ def runs(
         )
     console.print(table, crop=False)
     total = in_words(sum(row["bytes"] for row in rows))
-    line(Text(f"\n{len(rows)} stages, {total}; measurements that evaluations share, {_rows_size(folder)}."))
+    line(Text(f"\n{len(rows)} stages, {total}; measurements that evaluations share, {shared}."))
     if unneeded := sum(not row["is_needed"] for row in rows):
         line(
             Text(
@@ -76,12 +77,6 @@ def _row(stage: "StageFolder") -> dict:
 def _number(value: object) -> int | float | None:
     """Return `value` if it is a number, as of a manifest that was not edited; else None."""
     return value if isinstance(value, int | float) else None
-
-
-def _rows_size(folder: Path) -> str:
-    from ..pipeline.results import size_of
-
-    return in_words(size_of(folder / "rows"))
 
 
 def clean(

@@ -64,7 +64,7 @@ def list_recipes(
 def _row(file: Path) -> dict[str, Any]:
     """Return what the list says of a recipe: it is read as plain YAML, since its files need not be here."""
     plain = YAML(typ="safe").load(file.read_text(encoding="utf-8"))
-    sentence = re.split(r"(?<=[a-z0-9)])[:.;](?:\s|$)", shipped.header(file).replace("\n", " "))[0]
+    sentence = re.split(r"(?<=[a-z0-9)])[:.;](?:\s|$)", shipped.header(file))[0]
     needs = json.loads((file.parent / "needs.json").read_text(encoding="utf-8")).get(file.stem)
     return {
         "name": file.stem,

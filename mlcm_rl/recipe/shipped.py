@@ -4,7 +4,7 @@ A checkout has them beside the package, an installation inside it. No torch here
 """
 
 import re
-from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -34,13 +34,7 @@ def launch_file(name: str) -> Path | None:
 
 
 def header(file: Path) -> str:
-    """Return the comment at the top of a recipe, without its marks."""
-    return "\n".join(_header_lines(file))
-
-
-def _header_lines(file: Path) -> Iterator[str]:
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            return
-        if not line.startswith("# yaml-language-server"):
-            yield line.removeprefix("#").removeprefix(" ")
+    """Return the comment at the top of a recipe in one line, without its marks."""
+    comment = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    lines = (line for line in comment if not line.startswith("# yaml-language-server"))
+    return " ".join(line.removeprefix("#").removeprefix(" ") for line in lines)

@@ -8,6 +8,8 @@ import tiny
 from mlcm_rl import recipe
 from mlcm_rl.models import teachers as bases
 from mlcm_rl.models.base import Base
+from tiny_families import CASES
+from tiny_families.case import Case
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +37,17 @@ def either(request, teachers) -> Base:
 @pytest.fixture(scope="session")
 def sdxl(teachers) -> Base:
     return load(teachers["sdxl"])
+
+
+@pytest.fixture(scope="module", params=sorted(CASES))
+def case(request) -> Case:
+    """A tiny teacher of each family in its published layout."""
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(case, tmp_path_factory) -> Path:
+    return case.write(tmp_path_factory.mktemp(case.family) / "teacher")
 
 
 def load(folder: Path, **settings) -> Base:

@@ -31,16 +31,6 @@ OF_EACH_KIND = ("flux", "hunyuan_dit", "qwen_image")  # packed and guided inside
 ADAPTERS = pytest.mark.parametrize("adapter", [LORA, Full()], ids=["lora", "full"])
 
 
-@pytest.fixture(scope="module", params=sorted(CASES))
-def case(request) -> Case:
-    return CASES[request.param]
-
-
-@pytest.fixture(scope="module")
-def folder(case, tmp_path_factory) -> Path:
-    return case.write(tmp_path_factory.mktemp(case.family) / "teacher")
-
-
 @pytest.fixture(scope="module")
 def base(case, folder) -> Base:
     return case.load(folder)

@@ -2,27 +2,14 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 from mlcm_rl.recipe import teacher_check, teacher_files
 from mlcm_rl.recipe.families import layout_of
-from tiny_families import CASES
-from tiny_families.case import Case
 
 UNUSED = {"generation_config.json"}  # of language models; nothing is generated
 TEMPLATE = "chat_template.jinja"
-
-
-@pytest.fixture(scope="module", params=sorted(CASES))
-def case(request) -> Case:
-    return CASES[request.param]
-
-
-@pytest.fixture(scope="module")
-def folder(case, tmp_path_factory) -> Path:
-    return case.write(tmp_path_factory.mktemp(case.family) / "teacher")
 
 
 def test_without_any_file_a_line_names_it_and_says_what_to_do(case, folder, tmp_path):

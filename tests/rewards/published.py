@@ -21,6 +21,14 @@ SHOWN = {byte: chr(byte) for byte in PRINTABLE}  # how CLIP's vocabulary writes 
 SHOWN |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in SHOWN)}
 MERGES = ["r e", "re d</w>", "f o", "o x</w>", "fo x</w>"]
 NUM_TOKENS = 512 + len(MERGES) + 2
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+}
 CONFIG = {  # no two widths alike, so that none is taken for another
     "projection_dim": 20,
     "text_config": {
@@ -33,15 +41,7 @@ CONFIG = {  # no two widths alike, so that none is taken for another
         "bos_token_id": NUM_TOKENS - 2,
         "eos_token_id": NUM_TOKENS - 1,
     },
-    "vision_config": {
-        "hidden_size": 32,
-        "intermediate_size": 56,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 28,
-        "patch_size": 7,
-        "projection_dim": 20,
-    },
+    "vision_config": VISION | {"projection_dim": 20},
 }
 
 

@@ -14,6 +14,7 @@ from mlcm_rl.rewards.check import check
 from reward_models import chinese_clip
 from reward_models._published import normalised, resized, tokens
 from rewards.published import (
+    VISION,
     as_tensor,
     attention,
     image_features,
@@ -36,14 +37,7 @@ CONFIG = {
         "num_attention_heads": 3,
         "vocab_size": len(WORDS),
     },
-    "vision_config": {
-        "hidden_size": 32,
-        "intermediate_size": 56,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 28,
-        "patch_size": 7,
-    },
+    "vision_config": VISION,
 }
 
 

@@ -13,6 +13,7 @@ from transformers import Siglip2Tokenizer, SiglipConfig, SiglipImageProcessorPil
 from mlcm_rl.rewards.check import check
 from reward_models import siglip2
 from rewards.published import (
+    VISION,
     as_tensor,
     attention,
     linear,
@@ -35,14 +36,7 @@ CONFIG = {
         "vocab_size": len(WORDS),
         "projection_size": 32,
     },
-    "vision_config": {
-        "hidden_size": 32,
-        "intermediate_size": 56,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 28,
-        "patch_size": 7,
-    },
+    "vision_config": VISION,
 }
 
 
