@@ -75,6 +75,19 @@ def sampling_times(num_steps: int, num_segments: int = 1) -> list[int]:
     return ends[positions].tolist()
 
 
+def spaced_times(num_steps: int, num_origins: int) -> list[int]:
+    """N of `num_origins` evenly spaced times, from T - 1 down, as diffusers' LCM and TCD schedulers choose them.
+
+    LCM's own 50 give 999, 759, 499, 259 for N = 4 (its `original_inference_steps`); all T give 999, 749, 499, 249, the
+    trailing times of DDIM and Euler, from which N = 3, 6 and 7 differ by one at most.
+    Raises ValueError unless 1 <= N <= `num_origins` and that divides T.
+    """
+    if num_origins < 1 or NUM_TIMES % num_origins or not 1 <= num_steps <= num_origins:
+        raise ValueError(f"num_steps is {num_steps} of {num_origins} times, which must divide {NUM_TIMES}")
+    spacing = NUM_TIMES // num_origins
+    return [NUM_TIMES - 1 - spacing * (i * num_origins // num_steps) for i in range(num_steps)]
+
+
 def draw_jumps(budgets: list[int], size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Start t and end s (B,) of sampling steps: each draws a number of steps from `budgets`, then one of its steps.
 
