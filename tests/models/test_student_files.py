@@ -144,7 +144,7 @@ def test_a_pipeline_states_how_it_is_sampled_by_its_scheduler(scheduler, gamma, 
     found = find(tmp_path)
     assert (found.kind, found.gamma, found.grid) == ("pipeline", gamma, grid)
     if gamma is None:
-        with pytest.raises(ValueError, match="gamma: 1 .as LCM-LoRA., 0 .as SDXL-Lightning., or TCD's eta between"):
+        with pytest.raises(ValueError, match=r"gamma: 1 .as LCM-LoRA., 0 .as SDXL-Lightning., or TCD's eta between"):
             refuse_unstated(found, StudentSource(path=str(tmp_path)))
 
 
@@ -215,7 +215,7 @@ def test_denoisers_of_another_kind_are_refused_in_words(sdxl, teachers, tmp_path
     other = StableDiffusionXLPipeline.from_pretrained(teachers["sdxl-v-5-channels"])
     other.scheduler = LCMScheduler.from_config(other.scheduler.config)
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="says prediction_type v_prediction, the teacher .* predicts epsilon"):
+    with pytest.raises(ValueError, match=r"says prediction_type v_prediction, the teacher .* predicts epsilon"):
         taken_in(sdxl, tmp_path / "student", tmp_path / "other")
 
 

@@ -63,7 +63,7 @@ def test_a_recipe_of_one_stage_tunes_the_student_of_a_run_as_if_it_had_distilled
 
 
 def test_stages_chain_and_a_tuned_student_is_tuned_again(distilled):
-    recipe, run = distilled
+    recipe, _ = distilled
     chain = [tuning("feedback", recipe, gamma=0.5), tuning("dpo", recipe, start="previous")]
     evaluate = Evaluate(
         prompts=recipe.stages[0].prompts, num_prompts=2, sampling_steps=[1, 2], gammas=[0.0], teacher_steps=[2]
