@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import click
 import typer
 
 from mlcm_rl.cli import app as command_line
@@ -110,7 +109,7 @@ def commands() -> str:
     return "\n".join(_command(words, command) for words, command in leaves(root))
 
 
-def leaves(command: click.Command, words: tuple[str, ...] = ("mlcm",)) -> Iterator[tuple[tuple[str, ...], Any]]:
+def leaves(command: Any, words: tuple[str, ...] = ("mlcm",)) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield the words and the command of every command that has none below it."""
     below = getattr(command, "commands", None)
     if below is None:

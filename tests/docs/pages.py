@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +36,7 @@ def pages() -> list[Path]:
     return sorted([*files, *(ROOT / "reward_models").glob("*.md")])
 
 
+@cache
 def text_of(page: Path) -> str:
     """Return the text of a page with its generated parts."""
     return generated.whole(page.read_text(encoding="utf-8"))
