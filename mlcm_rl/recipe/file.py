@@ -378,6 +378,10 @@ def _tuning_problems(recipe: Recipe) -> Iterator[Problem]:
         if stage.needs_random_steps and stage.gamma is None and gamma == 0.0:
             message = f"{stage.kind} needs random steps here, and the student that it tunes samples without noise"
             yield Problem(("stages", i, "gamma"), f"{message} (gamma 0) by default: set gamma, such as 0.3")
+        begun = None if before is None else recipe.stages[before]
+        if isinstance(begun, Start) and isinstance(begun.grid, list) and len(begun.grid) != stage.sampling_steps:
+            message = f"expected {len(begun.grid)}, as many as the times of its start's grid {begun.grid}, found "
+            yield Problem(("stages", i, "sampling_steps"), f"{message}{stage.sampling_steps}")
         if stage.languages and not sum(stage.languages.values()):
             yield Problem(("stages", i, "languages"), "all weights are 0, so that no prompt can be drawn")
         reward_keys = set()

@@ -15,8 +15,8 @@ from torch import Tensor
 import tiny
 from mlcm_rl.models import student_files, students, teachers
 from mlcm_rl.models.base import Base
+from mlcm_rl.models.client_keys import kohya_names
 from mlcm_rl.models.export import export
-from mlcm_rl.models.lora_files import kohya_names
 from mlcm_rl.models.unet import LORA_TARGETS
 from mlcm_rl.recipe import Full, Lora, StudentSource, Teacher
 from mlcm_rl.recipe.student_sources import find, refuse_unstated
@@ -230,6 +230,9 @@ def test_an_export_comes_back_as_the_student_that_it_was_made_of(sdxl, adapter, 
     torch.testing.assert_close(sdxl.predict(after.denoiser, x_t, t, conditioning, s), expected, atol=1e-5, rtol=1e-5)
     assert (after.default_gamma, after.conditioned) == (before.default_gamma, conditioned)
     assert isinstance(student_files.adapter_of(StudentSource(path=str(tmp_path / "out"))), type(adapter))
+    if conditioned:
+        with pytest.raises(ValueError, match="told the times that it jumps to, which are milestones: leave grid out"):
+            taken_in(sdxl, tmp_path / "other", tmp_path / "out", grid="lcm")
 
 
 # ---- tuned again ----
