@@ -15,7 +15,8 @@ from ..models.base import Base
 from ..models.composition import Composition
 from ..models.export import export as write_export
 from ..models.export import refuse_existing
-from ..models.gammas import own_gamma
+from ..models.gammas import origin_of, own_gamma
+from ..models.student_description import tuned_steps
 from ..models.teachers import teacher_hash, tell_truncated
 from ..preference import labels, ranking
 from ..recipe import Evaluate, Recipe, Reward, paths
@@ -99,7 +100,7 @@ def sample(
     terminal = plain_console(stderr=True)  # standard output has the paths alone
     for steps in dict.fromkeys(num_steps):
         tell_unlike(student, folder, steps)
-        times, column = composition.times(steps, student.sampling_segments), []
+        times, column = student.grid.times(steps, composition.strength), []
         for start in track(range(0, len(drawn), batch_size), f"{steps} steps", console=terminal, transient=True):
             indices = range(start, min(start + batch_size, len(drawn)))
             images = _sample(composition, student, [drawn[i] for i in indices], seed, indices, times, gamma)
@@ -137,7 +138,7 @@ def _sample(
 
 def tell_unlike(student: students.Student, folder: Path, num_steps: int) -> None:
     """Print a warning where the student in a stage's `folder` was not tuned after all, or is not for `num_steps`."""
-    if students.tuned_steps(folder / "student") == 0:
+    if tuned_steps(folder / "student") == 0:
         tell(f"{folder.name}:", "its guard kept step 0: this is the student as it was distilled")
     if student.budgets and num_steps not in student.budgets:
         budgets = ", ".join(map(str, student.budgets))
@@ -232,8 +233,8 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
         with prefix_errors("--num-prompts", BadArgument):
             first_prompts(stage.prompts, num_prompts)
     file = folder / "manifest.json"
-    distilled = read_json(file, parents=dict)["parents"].get("distill")  # to compare a tuned student with
-    folders = [path_inside(folder.parent, distilled, file), folder] if distilled else [folder]
+    origin = origin_of(read_json(file, parents=dict))  # to compare a tuned student with
+    folders = [path_inside(folder.parent, origin, file), folder] if origin else [folder]
     if any(reward.is_of_this_recipe for reward in stage.reward_models):
         folders.append(find_stage(run_folder, ("train_reward",)))
     manifests = [read_json(one / "manifest.json", kind=str, fingerprint=str) for one in folders]

@@ -11,6 +11,7 @@ import runs
 from mlcm_rl.evaluation.rows import Entry, entries, student_folders, student_rows, teacher_rows
 from mlcm_rl.evaluation.training_cost import TrainingCost
 from mlcm_rl.models.gammas import own_gamma
+from mlcm_rl.models.grids import SamplingGrid
 from mlcm_rl.recipe import Evaluate, Teacher
 from mlcm_rl.recipe.types import default_gamma
 
@@ -22,7 +23,8 @@ def stage(**settings):
 def student(num_segments, conditioned=False):
     own = default_gamma(num_segments, conditioned)
     cost = TrainingCost(10, 40, 0, 20)
-    return Entry("student", Path("student"), num_segments, conditioned, cost, own, (own, 1.0 - own))
+    grid = SamplingGrid(num_segments=1 if conditioned else num_segments)
+    return Entry("student", Path("student"), num_segments, conditioned, grid, cost, own, (own, 1.0 - own))
 
 
 def teacher(guidance_scale, family="sdxl"):
