@@ -172,7 +172,7 @@ def test_snapshots_come_along_but_for_the_last_which_is_the_student(tmp_path):
     for name in ("student", "snapshots/phase-0-K8", "snapshots/phase-1-K4", "snapshots/phase-2-K1"):
         (tmp_path / "distill" / name).mkdir(parents=True)
         (tmp_path / "distill" / name / "student.json").write_text("{}")
-    (tmp_path / "distill" / "manifest.json").write_text('{"recipe": {"name": "lcm"}}')
+    (tmp_path / "distill" / "manifest.json").write_text('{"kind": "distill", "recipe": {"name": "lcm"}}')
     parents = {"distill": tmp_path / "distill"}
     assert list(student_folders(stage(), parents)) == ["student"]
     folders = student_folders(stage(students="snapshots", also=[str(tmp_path / "distill")]), parents)
