@@ -23,7 +23,7 @@ from torch import Tensor
 import tiny
 from mlcm_rl.models import client_export, students
 from mlcm_rl.models.base import Base
-from mlcm_rl.models.client_export import export_for
+from mlcm_rl.models.client_export import export_as, export_for
 from mlcm_rl.models.client_files import write_kohya
 from mlcm_rl.models.client_keys import kohya_names
 from mlcm_rl.models.export import Form, target_time_update
@@ -292,3 +292,39 @@ def test_a_family_without_names_is_refused_with_what_to_export_instead(family, c
         patched.setattr(students, "combined_lora", lambda student: object())
         with pytest.raises(ValueError, match=re.escape(instead)):
             client_export.refuse(client, one, base, 0.0, Form())
+
+
+# ---- several formats, and diffusers' in half precision ----
+
+
+def test_several_formats_are_folders_of_one_and_what_cannot_be_is_said(loaded, tmp_path, capsys):
+    base = loaded["sd15"]
+    source = student(base, tmp_path, Full())
+    out = export_as(["all"], source, base, tmp_path / "mine", form=Form(dtype=torch.float16))
+    assert sorted(path.name for path in out.iterdir()) == ["comfyui", "diffusers"]
+    assert [path.name for path in (out / "comfyui" / "diffusion_models").iterdir()] == ["mine.safetensors"]
+    assert 'from_pretrained("mine/diffusers")' in (out / "diffusers" / "README.md").read_text(encoding="utf-8")
+    said = capsys.readouterr().out
+    assert "--format kohya: left out: kohya is for adapters, and this student was trained in full" in said
+    stock = DiffusionPipeline.from_pretrained(out / "diffusers", torch_dtype=torch.float16)
+    expected = students.merged(students.load_student(base, source), torch.float16).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in stock.unet.state_dict().items())
+    weights = load_file(next((out / "diffusers" / "unet").glob("*.safetensors")))
+    assert {value.dtype for value in weights.values()} == {torch.float16}
+
+
+def test_one_that_fails_leaves_nothing_of_several(loaded, tmp_path):
+    base = loaded["sd15"]
+    with pytest.raises(ValueError, match="trained in full"):
+        export_as(["comfyui", "kohya"], student(base, tmp_path, Full()), base, tmp_path / "mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+@pytest.mark.slow
+def test_a_merged_export_for_diffusers_has_no_adapter(loaded, tmp_path):
+    base = loaded["sdxl"]
+    source = student(base, tmp_path, conditioned=True)
+    out = export_as(["diffusers"], source, base, tmp_path / "mine", form=Form(merge=True))
+    assert not list(out.rglob("*lora*"))
+    assert all((out / f"steps-{num_steps}" / "unet").is_dir() for num_steps in BUDGETS)
+    assert "load_lora_weights" not in (out / "README.md").read_text(encoding="utf-8")
