@@ -1,4 +1,4 @@
-"""`mlcm rewards list | show | fetch | check`, `mlcm score`: parsing and printing; torch is imported inside the commands."""
+"""`mlcm rewards list | show | fetch | check`, `mlcm score`: parsing and printing; commands import torch themselves."""
 
 import json
 import math
