@@ -21,6 +21,7 @@ from ..models.conditioning import Conditioning
 from ..models.teachers import tell_truncated
 from ..recipe import Feedback, Recipe, Tuning, types
 from ..training import processes
+from ..training.loop import Runtime
 from ..training.seeding import epoch_order, generator
 
 REWARD = "reward/"  # before a reward's name in a log
@@ -91,12 +92,12 @@ class TunableStudent:
         times = torch.tensor([*self.times, 0])
         return times[steps].to(self.base.device), times[steps + 1].to(self.base.device)
 
-    def save_samples(self, recipe: Recipe, folder: Path, step: int) -> None:
+    def save_samples(self, recipe: Recipe, rt: Runtime, step: int) -> None:
         """Write the grid of the recipe's fixed prompts and seeds, sampled by the current student."""
         sheet = pictures.sample_grid(
             self.base, self.denoiser, recipe.samples, recipe.seed, self.num_segments, self.conditioned, self.gamma
         )
-        processes.on_rank_zero(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
+        pictures.save_samples(rt, sheet, step)
 
 
 def load(stage: Tuning, base: Base, start: Path, seed: int) -> TunableStudent:
