@@ -44,17 +44,41 @@ def sample(
             help="folder that an adapt_text stage left, through which prompts in its languages go",
         ),
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, show_default=False, help="picture to start from")
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            show_default=False,
+            help="how much of the picture is drawn anew: all steps are over this share of the time axis; "
+            "default: 0.5, with --mask 1",
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, show_default=False, help="white where --image is drawn anew"),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:WEIGHT]", show_default=False, help="style LoRA over the student; may be repeated"),
+    ] = None,
 ) -> None:
     """Draw pictures with a run's student, and a sheet of them where they are several.
 
-    A PNG says what it is: prompt, seed, steps, gamma and student are in its text.
+    The prompt may be joined by a picture, a mask and style LoRAs; the number of steps stays the one asked for.
+
+    A PNG says what it is: prompt, seed, steps, gamma, student and whatever joined them are in its text.
     """
     if not prompt and not prompts:
         raise typer.BadParameter("name what to draw: --prompt TEXT, or --prompts FILE", param_hint="--prompt")
     with imported("pipeline.finished_runs") as finished_runs:
         texts = [*(prompt or []), *(finished_runs.prompts_of(prompts) if prompts else [])]
+        inputs = finished_runs.sample_inputs.of_command(image, strength, mask, lora or [])
         pictures = finished_runs.sample(
-            run, texts, steps, seed, gamma, out, batch_size, images_per_prompt, text_adapter
+            run, texts, steps, seed, gamma, out, batch_size, images_per_prompt, text_adapter, inputs
         )
     for picture in pictures:
         line(Text(str(picture)))
