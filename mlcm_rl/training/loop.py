@@ -42,7 +42,7 @@ class NonFiniteLoss(StoppedBeforeUpdate):
 
 def cpu_has_bfloat16() -> bool:
     """Return whether this CPU multiplies in bfloat16 itself; one that does not took 17 times as long as in float32."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 # ---- a training loop's surroundings ----
