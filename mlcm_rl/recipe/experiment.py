@@ -7,6 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, PrivateAttr, model_validator
 
 from .adapt_text import AdaptText
+from .control import TrainControl
 from .distill import Distill
 from .evaluation import Evaluate
 from .preference import Dpo, Feedback, Policy, TrainReward, Tuning
@@ -24,7 +25,7 @@ RESERVED = ("stages", "rows")  # folders under runs that hold all runs' results
 
 
 Stage = Annotated[
-    TrainTeacher | AdaptText | TrainReward | Trajectories | Distill | Feedback | Dpo | Policy | Evaluate,
+    TrainTeacher | AdaptText | TrainControl | TrainReward | Trajectories | Distill | Feedback | Dpo | Policy | Evaluate,
     Field(discriminator="kind"),
 ]
 STAGES: dict[str, type[OneStage]] = {one.model_fields["kind"].default: one for one in get_args(get_args(Stage)[0])}

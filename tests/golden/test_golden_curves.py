@@ -13,7 +13,7 @@ import pytest
 
 import runs
 from mlcm_rl import pipeline
-from mlcm_rl.recipe import Stage, TrainReward, TrainTeacher
+from mlcm_rl.recipe import Stage, TrainControl, TrainReward, TrainTeacher
 
 CURVES = Path(__file__).with_name("curves.json")
 # Counts, and small differences of large figures, which another processor's rounding shows in.
@@ -64,6 +64,7 @@ TUNED = {
 }
 REWARDS = {backbone: {"backbone": backbone} for backbone in ("efficientnet_lite0", "mobilenet_v2")}
 TEACHERS = {"teacher-random": {"prompt_dropout": 0.5}, "teacher-min-snr": {"start": "teacher", "min_snr_gamma": 5.0}}
+CONTROLS = {"control": {}}
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,8 @@ def stages_of(name: str, inputs: dict[str, str]) -> list[Stage]:
     if name in TEACHERS:
         return [TrainTeacher(images=inputs["images"], batch_size=4, warmup_steps=1, **steps, **changes)]
     store = runs.trajectories(inputs["prompts"])
+    if name in CONTROLS:
+        return [store, TrainControl(batch_size=4, warmup_steps=1, learning_rate=1e-3, **steps)]
     if name in DISTILLED:
         return [store, runs.distill(**changes)]
     tuned = runs.tuning(name.split("-")[0], inputs["prompts"], **steps, **changes)
@@ -101,7 +104,7 @@ def figures(tiny_sdxl: Path, inputs: dict[str, str], name: str) -> dict[str, lis
     return {figure: values for figure, values in found.items() if figure not in LEFT_OUT}
 
 
-@pytest.mark.parametrize("name", [*DISTILLED, *TUNED, *REWARDS, *TEACHERS])
+@pytest.mark.parametrize("name", [*DISTILLED, *TUNED, *REWARDS, *TEACHERS, *CONTROLS])
 def test_figures_are_those_stored(tiny_sdxl, inputs, name):
     found = figures(tiny_sdxl, inputs, name)
     stored = json.loads(CURVES.read_text()) if CURVES.is_file() else {}
