@@ -28,6 +28,8 @@ from ..recipe.families import geometry, layout_of
 from ..storage import finite
 from ..training import autocast
 from .autoencoder import RECOMPUTE, Autoencoder
+from .client_keys import kohya_name
+from .comfyui import Nodes
 from .conditioning import LENGTHS, Conditioning, concatenated, in_dtype, on_device, rows_of, stacked
 from .files import MEMORY_FORMATS
 from .text_adapter import AdaptedEncoder
@@ -71,7 +73,8 @@ class Base(ABC):
     card_tag: ClassVar[str]  # on the card of an exported student
     autoencoder_class: ClassVar[type[Autoencoder]] = Autoencoder
     has_target_time_pipeline: ClassVar[bool] = False  # `exported_pipeline` can sample its conditioned students
-    in_stability_blocks: ClassVar[bool] = False  # other tools name its blocks as Stability AI does, not as diffusers
+    comfyui: ClassVar[Nodes | None] = None  # what ComfyUI has for this family
+    kohya_module: ClassVar[str] = "networks.lora"  # of sd-scripts, that trains adapters of this family
     time_layer: ClassVar[str]  # the denoiser's embedding of times, whose input the target time is added to
     time_input: ClassVar[str] = "linear_1"  # the linear layer in it that takes the sinusoids
 
@@ -107,6 +110,13 @@ class Base(ABC):
     def kohya_version(self) -> str | None:
         """Return kohya's `ss_base_model_version` for models of this shape; None where it has none."""
         return None
+
+    def kohya_layers(self, modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Return kohya's names of the layers that `modules` of the denoiser are in, with what each stacks.
+
+        Raise ValueError for a module that has none. Here the names are diffusers' own.
+        """
+        return {kohya_name(module): (module,) for module in modules}
 
     def _refuse_distilled(self) -> None:
         """Raise ValueError for a value that only few-step models of this family have.

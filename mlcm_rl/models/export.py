@@ -14,6 +14,7 @@ import copy
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,38 @@ from ..storage import finite
 from ..storage.files import forget_origin, remove_partial_of, replacing
 from . import model_card, students, teacher_lora
 from .base import Base
+from .client_files import KOHYA_FILE, write_kohya
 from .exported_pipeline import TargetTimePipeline
-from .lora_files import KOHYA_FILE, LORA_FILE, Adapter, combined, write_kohya, write_lora
+from .lora_files import LORA_FILE, Adapter, combined, write_lora
 from .students import Student
 from .text_parts import write_for_transformers_4
 
 STOCK_STEPS = (2, 3, 4, 6, 8)  # of the folders steps-N of a conditioned student without budgets
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)  # in which stock pipelines are run
+
+
+@dataclass(frozen=True)
+class Form:
+    """In what form a student is written.
+
+    `dtype` is that of its weights; by default adapters are float32, as trained, and whole denoisers are in the
+    teacher's precision. With `merge` there are no adapters, but whole denoisers. `name` is the model's, by default that
+    of the folder.
+    """
+
+    dtype: torch.dtype | None = None
+    merge: bool = False
+    name: str = ""
+
+    @property
+    def lora_dtype(self) -> torch.dtype:
+        return self.dtype or torch.float32
+
+    def denoiser_dtype(self, base: Base) -> torch.dtype:
+        return self.dtype or base.dtype
+
+
+AS_TRAINED = Form()
 
 
 def export(
@@ -46,6 +72,7 @@ def export(
     snapshots: Mapping[int, Path] | None = None,
     gamma: float | None = None,
     languages: Sequence[str] = (),
+    form: Form = AS_TRAINED,
 ) -> Path:
     """Write the student in `student_folder` to the new folder `out`, in one rename, and return `out`.
 
@@ -58,25 +85,39 @@ def export(
     refuse_existing(out)
     student = students.load_student(base, student_folder)
     gamma = student.default_gamma if gamma is None else gamma
+    sources = checked_snapshots(student, snapshots)
+    remove_partial_of(out)
+    with replacing(out) as folder:
+        _write_pipeline(base, student, gamma, folder, form)
+        for num_steps, source in sources.items():  # one is in memory at a time
+            _write_snapshot(base, students.load_student(base, source), folder / f"steps-{num_steps}", form)
+        for num_steps in stock_steps(student):
+            _write_for_steps(base, student, num_steps, gamma, folder / f"steps-{num_steps}", form)
+        forget_origin(folder)
+        copy_licences(base, folder)
+        card = model_card.card(base, student, form.name or out.name, gamma, card_table, folder, languages)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return out
+
+
+def checked_snapshots(student: Student, snapshots: Mapping[int, Path] | None) -> dict[int, Path]:
+    """Return the snapshots in the order of their numbers of steps.
+
+    Raise ValueError if there are any and one of them, or the student, is conditioned.
+    """
     sources = dict(sorted((snapshots or {}).items()))
     if sources and (student.conditioned or any(students.describe(one)["conditioned"] for one in sources.values())):
         raise ValueError(
             f"{student.folder} and its snapshots: one is conditioned on its target time; export it without snapshots"
         )
-    remove_partial_of(out)
-    with replacing(out) as folder:
-        _write_pipeline(base, student, gamma, folder)
-        for num_steps, source in sources.items():  # one is in memory at a time
-            _write_snapshot(base, students.load_student(base, source), folder / f"steps-{num_steps}")
-        for num_steps in stock_steps(student):
-            _write_for_steps(base, student, num_steps, gamma, folder / f"steps-{num_steps}")
-        forget_origin(folder)
-        for licence in sorted(Path(base.teacher.path).glob("LICENSE*")):
-            if licence.is_file():  # not a folder LICENSES
-                shutil.copy(licence, folder)
-        card = model_card.card(base, student, out.name, gamma, card_table, folder, languages)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    return out
+    return sources
+
+
+def copy_licences(base: Base, folder: Path) -> None:
+    """Copy the teacher's licence files to `folder`."""
+    for licence in sorted(Path(base.teacher.path).glob("LICENSE*")):
+        if licence.is_file():  # not a folder LICENSES
+            shutil.copy(licence, folder)
 
 
 def refuse_existing(out: Path) -> None:
@@ -85,14 +126,15 @@ def refuse_existing(out: Path) -> None:
         raise FileExistsError(f"{out} is there already; name a new folder to export to")
 
 
-def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) -> None:
+def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path, form: Form) -> None:
     """Write the complete pipeline. A conditioned student's index names its own class, so that no stock one opens it."""
     pipeline = copy.copy(base.pipeline)  # base.pipeline keeps the teacher's denoiser and scheduler
     has_class = student.conditioned and base.has_target_time_pipeline
+    dtype = form.denoiser_dtype(base)
     if student.conditioned and not has_class:
-        denoiser = _denoiser_for_steps(base, student, model_card.example_steps(student), gamma)
+        denoiser = denoiser_for_steps(base, student, model_card.example_steps(student), gamma, dtype)
     else:
-        denoiser = students.merged(student, base.dtype)
+        denoiser = students.merged(student, dtype)
     if not base.stock_size:
         denoiser.register_to_config(sample_size=base.latent_shape[-1])  # the resolution it was distilled at
     if has_class:
@@ -113,8 +155,8 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path) ->
     if has_class:
         (folder / "pipeline.py").write_text(_pipeline_code(student, gamma, type(pipeline).__name__), encoding="utf-8")
         _edit(folder / "model_index.json", _class_name=["pipeline", "TargetTimePipeline"])
-    elif not student.conditioned and (lora := _adapter(base, student)):
-        _write_adapter(base, lora, folder)
+    elif not student.conditioned and (lora := _adapter(base, student, form)):
+        _write_adapter(base, lora, folder, form)
 
 
 def _require_class_labels(denoiser: UNet2DConditionModel) -> None:
@@ -144,34 +186,39 @@ def _edit(file: Path, **settings: Any) -> None:
     file.write_text(json.dumps(content | settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_snapshot(base: Base, student: Student, folder: Path) -> None:
+def _write_snapshot(base: Base, student: Student, folder: Path, form: Form) -> None:
     """Write a snapshot's adapter or denoiser, and its scheduler."""
     base.stock_scheduler(student.default_gamma).save_pretrained(folder / "scheduler")
-    if lora := _adapter(base, student):
-        _write_adapter(base, lora, folder)
+    if lora := _adapter(base, student, form):
+        _write_adapter(base, lora, folder, form)
     else:
-        students.merged(student, base.dtype).save_pretrained(folder / base.denoiser_part)
+        students.merged(student, form.denoiser_dtype(base)).save_pretrained(folder / base.denoiser_part)
 
 
-def _adapter(base: Base, student: Student) -> Adapter | None:
+def _adapter(base: Base, student: Student, form: Form) -> Adapter | None:
     """Return the student as one adapter over its teacher.
 
-    None for a student trained in full, and where the stock pipeline loads no adapters.
+    None for a student trained in full or to be merged, and where the stock pipeline loads no adapters.
     """
-    return students.combined_lora(student) if base.loads_adapters else None
+    return students.combined_lora(student) if base.loads_adapters and not form.merge else None
 
 
-def _write_adapter(base: Base, lora: Adapter, folder: Path) -> None:
-    """Write an adapter for diffusers, and in kohya's layout for other tools.
+def adapters_with(base: Base, lora: Adapter) -> dict[str, Adapter]:
+    """Return the adapters over the checkpoint `teacher.path`, by component: `lora`, with the teacher's own LoRA in it.
 
-    It is over the checkpoint `teacher.path`: the teacher's own LoRA is in it, so that one file serves for both.
+    One file serves for both.
     """
     adapters = teacher_lora.adapters(base.pipeline, base.teacher) if base.teacher.lora else {}
     own = [adapters[base.denoiser_part]] if base.denoiser_part in adapters else []
-    adapters[base.denoiser_part] = combined([*own, lora]) if own else lora
-    write_lora(adapters, folder / LORA_FILE)
-    if base.kohya_version is not None:
-        write_kohya(adapters, base, folder / KOHYA_FILE)
+    return adapters | {base.denoiser_part: combined([*own, lora]) if own else lora}
+
+
+def _write_adapter(base: Base, lora: Adapter, folder: Path, form: Form) -> None:
+    """Write an adapter for diffusers, and in kohya's layout for tools that do not read diffusers'."""
+    adapters = adapters_with(base, lora)
+    write_lora(adapters, folder / LORA_FILE, form.lora_dtype)
+    if base.comfyui is not None and not base.comfyui.reads_adapters:
+        write_kohya(adapters, base, folder / KOHYA_FILE, form.lora_dtype)
 
 
 def stock_steps(student: Student) -> list[int]:
@@ -179,24 +226,32 @@ def stock_steps(student: Student) -> list[int]:
     return list(student.budgets or STOCK_STEPS) if student.conditioned else []
 
 
-def _write_for_steps(base: Base, student: Student, num_steps: int, gamma: float, folder: Path) -> None:
+def _write_for_steps(base: Base, student: Student, num_steps: int, gamma: float, folder: Path, form: Form) -> None:
     """Write a conditioned student for exactly N steps as a stock adapter or denoiser, which takes no target time."""
     base.stock_scheduler(gamma).save_pretrained(folder / "scheduler")
-    lora = _adapter(base, student)
+    lora = _adapter(base, student, form)
     if lora and lora[0].r >= num_steps:
-        up, down = target_time_update(base, student, num_steps, gamma)
-        settings, tensors = lora
-        layer, spare = f"{base.time_layer}.{base.time_input}", settings.r - num_steps
-        settings.target_modules = {*settings.target_modules, layer}
-        tensors[f"{layer}.lora_A.weight"] = F.pad(down, (0, 0, 0, spare))
-        tensors[f"{layer}.lora_B.weight"] = F.pad(up, (0, spare))
-        _write_adapter(base, lora, folder)
+        _write_adapter(base, with_target_times(base, student, lora, num_steps, gamma), folder, form)
         return
-    _denoiser_for_steps(base, student, num_steps, gamma).save_pretrained(folder / base.denoiser_part)
+    denoiser = denoiser_for_steps(base, student, num_steps, gamma, form.denoiser_dtype(base))
+    denoiser.save_pretrained(folder / base.denoiser_part)
 
 
-def _denoiser_for_steps(base: Base, student: Student, num_steps: int, gamma: float) -> ModelMixin:
-    """Return a conditioned student's denoiser for exactly N steps, without target time, in the teacher's precision."""
+def with_target_times(base: Base, student: Student, lora: Adapter, num_steps: int, gamma: float) -> Adapter:
+    """Return `lora` with the target times of N steps in one more module, whose rank is N if that is above its own."""
+    up, down = target_time_update(base, student, num_steps, gamma)
+    settings, tensors = copy.copy(lora[0]), dict(lora[1])
+    layer, spare = f"{base.time_layer}.{base.time_input}", max(settings.r - num_steps, 0)
+    settings.target_modules = {*settings.target_modules, layer}
+    if num_steps > settings.r:
+        settings.rank_pattern = settings.alpha_pattern = {layer: num_steps}
+    tensors[f"{layer}.lora_A.weight"] = F.pad(down, (0, 0, 0, spare))
+    tensors[f"{layer}.lora_B.weight"] = F.pad(up, (0, spare))
+    return settings, tensors
+
+
+def denoiser_for_steps(base: Base, student: Student, num_steps: int, gamma: float, dtype: torch.dtype) -> ModelMixin:
+    """Return a conditioned student's denoiser for exactly N steps, without target time, in `dtype`."""
     up, down = target_time_update(base, student, num_steps, gamma)
     denoiser = students.merged(student, torch.float32)
     embedding = denoiser.get_submodule(base.time_layer)
@@ -204,7 +259,7 @@ def _denoiser_for_steps(base: Base, student: Student, num_steps: int, gamma: flo
     embedding.cond_proj = None
     if "time_cond_proj_dim" in denoiser.config:
         denoiser.register_to_config(time_cond_proj_dim=None)
-    nn.Module.to(denoiser, base.dtype)
+    nn.Module.to(denoiser, dtype)
     finite.refuse_weights(denoiser.state_dict(), f"the student for {num_steps} steps")
     return denoiser
 

@@ -16,7 +16,8 @@ from ..storage.files import public, read_json
 from ..storage.untrusted import read_bytes
 from . import students
 from .base import Base
-from .lora_files import KOHYA_FILE, LORA_FILE
+from .client_files import KOHYA_FILE
+from .lora_files import LORA_FILE
 from .students import Student
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -88,15 +89,11 @@ def card(
     It has metadata, a description, code, pitfalls, other tools, grids, the `table` of measurements and the licence.
     `languages`, of the prompts, go into the metadata if the teacher's card has none.
     """
-    metadata = _teacher_metadata(Path(base.teacher.path) / "README.md")
-    if not any(line.startswith("language:") for line in metadata):
-        codes = [f"- {language}" for language in languages if re.fullmatch("[a-z]{2,3}", language)]
-        metadata += ["language:", *codes] if codes else []
+    metadata = teacher_metadata(base, languages)
+    guidance = f"sample with `{arguments(base.stock_guidance)}`"
     sections = [
-        _front_matter(base, metadata, folder),
-        f"# {name}\n\nA student of `{public(base.teacher.path)}`{_with_lora(base)} for {_budgets(student)} steps, made "
-        f"by multistep consistency distillation with `mlcm-rl` (guidance {base.teacher.guidance_scale:g} is inside: "
-        f"sample with `{_arguments(base.stock_guidance)}`). {_kind(student)}",
+        front_matter(base, metadata, "diffusers", ["lora"] if (folder / LORA_FILE).is_file() else []),
+        introduction(base, student, name, guidance),
         f"## Use\n\n{_usage(base, student, name, gamma)}\n\n{_notes(base, student, folder)}",
     ]
     if (folder / LORA_FILE).is_file():
@@ -108,14 +105,40 @@ def card(
     if base.kohya_version is not None and widths in PUBLISHED_WIDTHS:
         sections.append("## ComfyUI and other tools\n\n" + _other_tools(base, student, folder, step_folders, gamma))
     sections.append("## Grids\n\n" + _grids(base, student))
-    if table:
-        sections.append("## Measured\n\n" + _without_title(table))
-    licence = next((line.partition(":")[2].strip() for line in metadata if line.startswith("license:")), None)
-    sections.append("## Licence\n\n" + (f"As its teacher's: {licence}." if licence else "That of its teacher."))
-    return "\n\n".join(sections) + "\n"
+    return joined([*sections, *ending(metadata, table)])
 
 
 # ---- description ----
+
+
+def joined(sections: list[str]) -> str:
+    """Return the text of a card."""
+    return "\n\n".join(sections) + "\n"
+
+
+def introduction(base: Base, student: Student, name: str, guidance: str) -> str:
+    """Return the title and what the student is; `guidance` says how to sample without."""
+    return (
+        f"# {name}\n\nA student of `{public(base.teacher.path)}`{_with_lora(base)} for {_budgets(student)} steps, made "
+        f"by multistep consistency distillation with `mlcm-rl` (guidance {base.teacher.guidance_scale:g} is inside: "
+        f"{guidance}). {_kind(student)}"
+    )
+
+
+def ending(metadata: list[str], table: str | None) -> list[str]:
+    """Return the sections on measurements and the licence."""
+    licence = next((line.partition(":")[2].strip() for line in metadata if line.startswith("license:")), None)
+    measured = ["## Measured\n\n" + _without_title(table)] if table else []
+    return [*measured, "## Licence\n\n" + (f"As its teacher's: {licence}." if licence else "That of its teacher.")]
+
+
+def teacher_metadata(base: Base, languages: Sequence[str] = ()) -> list[str]:
+    """Return the lines on licence and language from the teacher's card, or with `languages` if it has none."""
+    metadata = _teacher_metadata(Path(base.teacher.path) / "README.md")
+    if not any(line.startswith("language:") for line in metadata):
+        codes = [f"- {language}" for language in languages if re.fullmatch("[a-z]{2,3}", language)]
+        metadata += ["language:", *codes] if codes else []
+    return metadata
 
 
 def _teacher_metadata(teacher_card: Path) -> list[str]:
@@ -146,13 +169,12 @@ def _is_complete(metadata: str) -> bool:
         return False
 
 
-def _front_matter(base: Base, metadata: list[str], folder: Path) -> str:
+def front_matter(base: Base, metadata: list[str], library: str, tags: list[str]) -> str:
     """Return the front matter. It names the teacher only if that is a model of the hub, since a local folder's name
-    could be that of another model there."""
-    lines = [*metadata, "library_name: diffusers", "pipeline_tag: text-to-image"]
+    could be that of another model there. `library` may be empty."""
+    lines = [*metadata, *([f"library_name: {library}"] if library else []), "pipeline_tag: text-to-image"]
     lines += [f"base_model: {base.teacher.path}"] if base.teacher.revision else []
-    lora = ["lora"] if (folder / LORA_FILE).is_file() else []
-    lines += ["tags:", *(f"- {tag}" for tag in (base.card_tag, "consistency-distillation", "few-step", *lora))]
+    lines += ["tags:", *(f"- {tag}" for tag in (base.card_tag, "consistency-distillation", "few-step", *tags))]
     return "\n".join(["---", *lines, "---"])
 
 
@@ -192,15 +214,15 @@ def _kind(student: Student) -> str:
 
 def _usage(base: Base, student: Student, name: str, gamma: float) -> str:
     trust = ", trust_remote_code=True" if student.conditioned and base.has_target_time_pipeline else ""
-    return _code(
+    return code(
         "from diffusers import DiffusionPipeline",
-        [f"pipe = DiffusionPipeline.from_pretrained({_quoted(name)}{trust}{_absent(base)})"],
-        _call(base, example_steps(student), gamma),
+        [f"pipe = DiffusionPipeline.from_pretrained({quoted(name)}{trust}{absent(base)})"],
+        call(base, example_steps(student), gamma),
         "sample",
     )
 
 
-def _absent(base: Base) -> str:
+def absent(base: Base) -> str:
     """Return the arguments that tell diffusers which optional components this teacher lacks."""
     optional, components = base.pipeline._optional_components, base.pipeline.components
     missing = [name for name in layout_of(base.family).possible if components.get(name, 0) is None]
@@ -211,25 +233,23 @@ def _part_usage(base: Base, student: Student, name: str, part: Path, gamma: floa
     """Return code that loads the adapter or denoiser in `part`, the export or a steps-N in it, over the teacher."""
     inside, num_steps = (part.name, _num_steps(part)) if _num_steps(part) else ("", example_steps(student))
     revision = f', revision="{base.teacher.revision}"' if base.teacher.revision else ""
-    teacher = f"{_quoted(public(base.teacher.path))}{revision}{_absent(base)}"
+    teacher = f"{quoted(public(base.teacher.path))}{revision}{absent(base)}"
     setup = [f"pipe = DiffusionPipeline.from_pretrained({teacher})"]
-    classes = ["DiffusionPipeline", _scheduler(part)]
+    classes = ["DiffusionPipeline", scheduler(part)]
     if (part / LORA_FILE).is_file():
         subfolder = f'subfolder="{inside}", ' if inside else ""
-        setup.append(f'pipe.load_lora_weights({_quoted(name)}, {subfolder}weight_name="{LORA_FILE}")')
+        setup.append(f'pipe.load_lora_weights({quoted(name)}, {subfolder}weight_name="{LORA_FILE}")')
     else:
         network, at = base.denoiser_class.__name__, base.denoiser_part
         classes.append(network)
         if base.teacher.lora is not None:  # for the text encoders
-            setup.append(f"pipe.load_lora_weights({_quoted(public(base.teacher.lora))})")
+            setup.append(f"pipe.load_lora_weights({quoted(public(base.teacher.lora))})")
             setup.append(f"pipe.fuse_lora(lora_scale={base.teacher.lora_weight})")
             setup.append("pipe.unload_lora_weights()")
-        setup.append(f'pipe.{at} = {network}.from_pretrained({_quoted(name)}, subfolder="{inside}/{at}")')
+        setup.append(f'pipe.{at} = {network}.from_pretrained({quoted(name)}, subfolder="{inside}/{at}")')
     place = f"{inside}/scheduler".removeprefix("/")
-    setup.append(f'pipe.scheduler = {_scheduler(part)}.from_pretrained({_quoted(name)}, subfolder="{place}")')
-    return _code(
-        f"from diffusers import {', '.join(classes)}", setup, _call(base, num_steps, gamma), inside or "adapter"
-    )
+    setup.append(f'pipe.scheduler = {scheduler(part)}.from_pretrained({quoted(name)}, subfolder="{place}")')
+    return code(f"from diffusers import {', '.join(classes)}", setup, call(base, num_steps, gamma), inside or "adapter")
 
 
 def _steps_usage(base: Base, student: Student, name: str, folders: list[Path], gamma: float) -> str:
@@ -254,18 +274,18 @@ def _instead(base: Base) -> str:
     return "without the class in this folder" if base.has_target_time_pipeline else "at other numbers of steps"
 
 
-def _call(base: Base, num_steps: int, gamma: float) -> str:
-    arguments = base.stock_call(sampling_times(num_steps)) | base.stock_guidance | base.stock_size
+def call(base: Base, num_steps: int, gamma: float) -> str:
+    values = base.stock_call(sampling_times(num_steps)) | base.stock_guidance | base.stock_size
     eta = {"eta": gamma} if 0.0 < gamma < 1.0 else {}
-    return f'pipe(prompt="a red apple", {_arguments(arguments | eta)}, generator=seed)'
+    return f'pipe(prompt="a red apple", {arguments(values | eta)}, generator=seed)'
 
 
-def _arguments(values: dict[str, Any]) -> str:
+def arguments(values: dict[str, Any]) -> str:
     """Return `values` as the arguments of a call in Python."""
     return ", ".join(f"{name}={f'{value:g}' if isinstance(value, float) else value}" for name, value in values.items())
 
 
-def _code(imports: str, setup: list[str], call: str, picture: str) -> str:
+def code(imports: str, setup: list[str], call: str, picture: str) -> str:
     """Return a block of Python that writes `picture`.png."""
     lines = [
         "import torch",
@@ -278,7 +298,7 @@ def _code(imports: str, setup: list[str], call: str, picture: str) -> str:
     return "\n".join(["```python", *lines, f'image.save("{picture}.png")', "```"])
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """Return `text` as a string literal of Python."""
     return json.dumps(text, ensure_ascii=False)
 
@@ -294,7 +314,7 @@ def _num_steps(folder: Path) -> int:
     return int(number) if prefix == "steps" and number.isdecimal() else 0
 
 
-def _scheduler(folder: Path) -> str:
+def scheduler(folder: Path) -> str:
     """Return the class name of the scheduler in `folder`."""
     return read_json(folder / "scheduler" / "scheduler_config.json", _class_name=str)["_class_name"]
 
@@ -314,10 +334,10 @@ def _notes(base: Base, student: Student, folder: Path) -> str:
     if base.adapted is not None:
         notes.append(NOTE_ON_LANGUAGES)
     return "\n".join(notes).format(
-        scheduler=_scheduler(folder),
+        scheduler=scheduler(folder),
         steps=example_steps(student),
-        guidance=_arguments(base.stock_guidance),
-        size=_arguments(base.stock_size),
+        guidance=arguments(base.stock_guidance),
+        size=arguments(base.stock_size),
         pipeline=base.pipeline_class.__name__,
         languages=" and ".join(base.adapted.languages) if base.adapted is not None else "",
     )
@@ -348,7 +368,7 @@ def _row(part: Path, prefix: str, steps: list[int]) -> str:
     elif not (part / UNET_FILE).is_file():  # sharded, as too large for one file, which ComfyUI does not read
         file, place, node = "unet", "-", "in parts: `save_pretrained` it in half precision first"
     counts = ", ".join(map(str, steps))
-    return f"| `{prefix}{file}` | `{place}` | {node} | `{SAMPLERS[_scheduler(part)]}` | {counts} |"
+    return f"| `{prefix}{file}` | `{place}` | {node} | `{SAMPLERS[scheduler(part)]}` | {counts} |"
 
 
 # ---- grids and measurements ----

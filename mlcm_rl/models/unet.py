@@ -1,14 +1,15 @@
 """Base of the UNet families, Stable Diffusion and SDXL."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from .base import TARGET_TIME_WIDTH, precision_of
+from .client_keys import kohya_names
 from .conditioning import Conditioning
 from .cross_attention import prompts_attended_once
 from .vp import VPBase
@@ -40,6 +41,7 @@ class UNetBase(VPBase):
     lora_targets = LORA_TARGETS
     time_layer = "time_embedding"
     has_target_time_pipeline = True
+    in_stability_blocks: ClassVar[bool] = False  # other tools name its blocks as Stability AI does, not as diffusers
 
     def _sizes(self) -> tuple[int, tuple[int, int, int]]:
         guidance = self.denoiser.config.time_cond_proj_dim
@@ -75,6 +77,10 @@ class UNetBase(VPBase):
     def target_time_sinusoids(self, s: Tensor) -> Tensor:
         """Return the sinusoids of the network's own times, which are those of an exported pipeline's scheduler."""
         return super().target_time_sinusoids(self.schedule.network_time[s])
+
+    def kohya_layers(self, modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        names = kohya_names(modules, self.denoiser, self.in_stability_blocks)
+        return {name: (module,) for module, name in names.items()}
 
     def _added_conditions(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
         """Return the denoiser's `added_cond_kwargs`, for families that have them."""

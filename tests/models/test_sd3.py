@@ -15,9 +15,11 @@ import tiny
 from mlcm_rl import pipeline
 from mlcm_rl.equations.segments import sampling_times
 from mlcm_rl.evaluation import undistilled
-from mlcm_rl.models import sampler, teachers
+from mlcm_rl.models import sampler, students, teachers
+from mlcm_rl.models.export import export
 from mlcm_rl.models.families.sd3 import Family
-from mlcm_rl.recipe import Teacher
+from mlcm_rl.models.lora_files import LORA_FILE
+from mlcm_rl.recipe import Lora, Teacher
 from mlcm_rl.training.loop import Runtime
 
 PROMPTS = ["a red apple, 3d", "x" * 600]  # the second is longer than any encoder reads
@@ -238,6 +240,35 @@ def test_a_store_says_its_flows_shift(folders, tmp_path):
 
 
 # ---- exported ----
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_a_student_without_t5_is_sampled_by_the_stock_pipeline_which_has_all_tokens(folders, tmp_path, gamma):
+    """Ours computes the zeros in T5's place as one token. Noise of the steps is the global generator's in both."""
+    base, times, prompts = load(folders[False]), sampling_times(4), PROMPTS[:1]
+    denoiser = students.student(base, Lora(rank=4, alpha=8.0), 0)
+    tiny.perturb(students.trainable_parameters(denoiser), seed=1, scale=0.05)
+    students.save_student(denoiser, tmp_path / "student", {"num_segments": 1, **students.expected_of(base)})
+    out = export(tmp_path / "student", base, tmp_path / "out", gamma=gamma)
+    assert "text_encoder_3=None, tokenizer_3=None" in (out / "README.md").read_text(encoding="utf-8")
+    noise = base.noise(torch.Generator().manual_seed(4), 1)
+    inputs = base, denoiser, base.encode_prompts(prompts), noise, times
+    expected = sampler.sample(*inputs, gamma, torch.Generator().manual_seed(7))
+    merged, adapted = stock_of(out), stock_of(folders[False])
+    adapted.load_lora_weights(out, weight_name=LORA_FILE)
+    adapted.scheduler = merged.scheduler
+    for stock in (merged, adapted):
+        passes = []
+        stock.transformer.context_embedder.register_forward_hook(
+            lambda module, inputs, output, sink=passes: sink.append(output.shape[1])
+        )
+        torch.manual_seed(7)
+        call = base.stock_call(times) | base.stock_guidance | {"height": 16, "width": 16}
+        latents = stock(prompts, latents=noise, output_type="latent", **call).images
+        torch.testing.assert_close(latents, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-5)
+        assert passes == [tiny.NUM_TOKENS + 256] * 4
+    teacher = sampler.sample(base, base.denoiser, *inputs[2:], gamma, torch.Generator().manual_seed(7))
+    assert (expected - teacher).norm() > 0.01 * teacher.norm()
 
 
 def test_gamma_0_is_eulers_scheduler_and_gamma_1_lcms(base):

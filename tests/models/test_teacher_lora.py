@@ -16,8 +16,9 @@ from torch import Tensor
 import runs
 import tiny
 from mlcm_rl.models import students, teacher_lora, teachers
-from mlcm_rl.models.export import _denoiser_for_steps, export
-from mlcm_rl.models.lora_files import KOHYA_FILE, LORA_FILE
+from mlcm_rl.models.client_files import KOHYA_FILE
+from mlcm_rl.models.export import denoiser_for_steps, export
+from mlcm_rl.models.lora_files import LORA_FILE
 from mlcm_rl.pipeline.fingerprint import locate
 from mlcm_rl.pipeline.planning import Sizes
 from mlcm_rl.recipe import Lora, Teacher
@@ -234,15 +235,16 @@ def test_one_adapter_over_the_plain_checkpoint_is_teacher_and_student(teacher, t
     parts = [base.denoiser_part, *(name for name in base.pipeline._lora_loadable_modules if name.startswith("text"))]
     expected = weights_of(merged, parts)
     for name in (LORA_FILE, KOHYA_FILE):
-        if name == KOHYA_FILE and base.kohya_version is None:
+        if name == KOHYA_FILE and base.comfyui.reads_adapters:
             continue
         actual = fused_by_diffusers(folder, out / name, 1.0)
         worst = max(relative(actual[key], value) for key, value in expected.items())
         assert worst < 1e-6, name
-    assert (out / KOHYA_FILE).is_file() == (base.kohya_version is not None)
-    prefixes = {key.split("_")[1] for key in load_file(out / KOHYA_FILE)} if base.kohya_version else set()
+    has_kohya = not base.comfyui.reads_adapters
+    assert (out / KOHYA_FILE).is_file() == has_kohya
+    prefixes = {key.split("_")[1] for key in load_file(out / KOHYA_FILE)} if has_kohya else set()
     texts_of = {"sdxl": {"te1", "te2"}, "sd": {"te"}, "sd3": set()}[base.family]
-    assert prefixes == ({"unet"} | (texts_of if texts else set()) if base.kohya_version else set())
+    assert prefixes == ({"unet"} | (texts_of if texts else set()) if has_kohya else set())
 
 
 def test_the_steps_of_a_conditioned_student_hold_the_teachers_lora_too(tiny_sdxl, tmp_path):
@@ -255,7 +257,7 @@ def test_the_steps_of_a_conditioned_student_hold_the_teachers_lora_too(tiny_sdxl
     out = export(tmp_path / "student", base, tmp_path / "out")
     student = students.load_student(base, tmp_path / "student")
     for steps in (2, 4):
-        expected = _denoiser_for_steps(base, student, steps, 0.0).state_dict()
+        expected = denoiser_for_steps(base, student, steps, 0.0, base.dtype).state_dict()
         for name in (LORA_FILE, KOHYA_FILE):
             actual = fused_by_diffusers(tiny_sdxl, out / f"steps-{steps}" / name, 1.0)
             assert max(relative(actual[f"unet.{key}"], value) for key, value in expected.items()) < 1e-6

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from mlcm_rl.models import students
 from mlcm_rl.models.base import Base
+from mlcm_rl.models.client_files import KOHYA_FILE, write_kohya
+from mlcm_rl.models.client_keys import kohya_names
 from mlcm_rl.models.export import export, target_time_update
-from mlcm_rl.models.lora_files import KOHYA_FILE, LORA_FILE, combined, kohya_names, read_lora, write_kohya
+from mlcm_rl.models.lora_files import LORA_FILE, combined, read_lora
 from mlcm_rl.models.students import PREFERENCE_FILE
 from mlcm_rl.models.unet import LORA_TARGETS
 from mlcm_rl.recipe import Full

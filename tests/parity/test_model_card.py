@@ -17,8 +17,8 @@ import tiny
 from mlcm_rl import recipe
 from mlcm_rl.models import model_card, students
 from mlcm_rl.models.base import Base
+from mlcm_rl.models.client_files import KOHYA_FILE
 from mlcm_rl.models.export import export
-from mlcm_rl.models.lora_files import KOHYA_FILE
 from mlcm_rl.models.students import Student
 from mlcm_rl.models.teachers import load
 from mlcm_rl.recipe import Full, Lora

@@ -20,9 +20,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
 
-from mlcm_rl.models.lora_files import KOHYA_FILE, LORA_FILE, kohya_names, write_kohya
+from mlcm_rl.models.client_files import KOHYA_FILE, write_kohya
+from mlcm_rl.models.client_keys import kohya_names
+from mlcm_rl.models.lora_files import LORA_FILE
 from mlcm_rl.models.teachers import load
-from mlcm_rl.models.unet import LORA_TARGETS
+from mlcm_rl.models.unet import LORA_TARGETS, UNetBase
 from mlcm_rl.recipe import Teacher
 
 pytestmark = pytest.mark.slow
@@ -136,7 +138,9 @@ def test_comfyui_and_invokeai_know_every_name_of_a_published_shape(unet, version
         denoiser = UNet2DConditionModel.from_config(unet)
     ends = (*(f".{target}" for target in LORA_TARGETS), "time_embedding.linear_1")
     modules = {name: module for name, module in denoiser.named_modules() if name.endswith(ends)}
-    base = SimpleNamespace(denoiser=denoiser, in_stability_blocks=unet is SDXL, kohya_version=version)
+    settings = {"in_stability_blocks": unet is SDXL, "kohya_version": version, "kohya_module": "networks.lora"}
+    base = SimpleNamespace(denoiser=denoiser, denoiser_part="unet", **settings)
+    base.kohya_layers = lambda modules: UNetBase.kohya_layers(base, modules)
     file = tmp_path / KOHYA_FILE
     write_kohya({"unet": (LoraConfig(r=1, lora_alpha=1), zeros(modules))}, base, file)
     job = {"lora": str(file), "unet": unet, "settings": None, "updates": False, "out": str(tmp_path / "answer")}

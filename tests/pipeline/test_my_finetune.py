@@ -15,8 +15,9 @@ import original_layout
 import runs
 import tiny
 from mlcm_rl.models import students, teachers
+from mlcm_rl.models.client_files import KOHYA_FILE
 from mlcm_rl.models.export import target_time_update
-from mlcm_rl.models.lora_files import KOHYA_FILE, LORA_FILE
+from mlcm_rl.models.lora_files import LORA_FILE
 from mlcm_rl.recipe import Teacher
 from teacher_loras import fused_by_diffusers, relative
 from teacher_loras import write as write_lora

@@ -14,7 +14,8 @@ import runs
 import tiny
 from mlcm_rl import pipeline
 from mlcm_rl.models import students, teachers
-from mlcm_rl.models.lora_files import KOHYA_FILE, LORA_FILE
+from mlcm_rl.models.client_files import KOHYA_FILE
+from mlcm_rl.models.lora_files import LORA_FILE
 from mlcm_rl.pipeline import finished_runs
 from mlcm_rl.preference import tuning
 from mlcm_rl.rewards import RewardError

@@ -1,6 +1,6 @@
 """FLUX.1-dev: a joint transformer over picture and text, one of whose inputs is the guidance scale; CLIP and T5."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from ...equations.prediction import x0_from_prediction
 from ...training import autocast
 from ..base import TARGET_TIME_WIDTH, precision_of
+from ..client_keys import FLUX
+from ..comfyui import Nodes
 from ..conditioning import Conditioning
 from ..flow import FlowBase
 from ..packing import as_latents, as_tokens, patchified, unpatchified
@@ -42,6 +44,14 @@ class Family(FlowBase):
 
     family = "flux"
     card_tag = "flux"
+    comfyui = Nodes(
+        text_encoders=("clip_l.safetensors", "t5xxl_fp16.safetensors"),
+        text_type="flux",
+        autoencoder="ae.safetensors",
+        latent="EmptySD3LatentImage",
+        shift="ModelSamplingFlux",
+    )
+    kohya_module = "networks.lora_flux"
     pipeline_class = FluxPipeline
     denoiser_class = FluxTransformer2DModel
     time_layer = "time_text_embed.timestep_embedder"
@@ -50,6 +60,13 @@ class Family(FlowBase):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
         *("proj_mlp", "proj_out"),  # of the blocks of one stream, whose attention has the names above
     )
+
+    @property
+    def kohya_version(self) -> str:
+        return "flux1"
+
+    def kohya_layers(self, modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        return FLUX.kohya_layers(self.denoiser, modules)
 
     @property
     def _predicted_channels(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..autoencoder import Autoencoder
 from ..base import TARGET_TIME_WIDTH, precision_of
+from ..comfyui import Nodes
 from ..conditioning import Conditioning
 from ..flow import FlowBase
 from ..packing import as_latents, as_tokens, patchified, unpatchified
@@ -67,6 +68,15 @@ class Family(FlowBase):
 
     family = "flux2_klein"
     card_tag = "flux2"
+    comfyui = Nodes(
+        text_encoders=("qwen_3_4b.safetensors",),
+        text_type="flux2",
+        autoencoder="flux2-vae.safetensors",
+        latent="EmptyFlux2LatentImage",
+        shift="ModelSamplingFlux",
+        reads_denoisers=False,
+        renamed={"time_guidance_embed.timestep_embedder.linear_1": "diffusion_model.time_in.in_layer"},
+    )
     pipeline_class = Flux2KleinPipeline
     denoiser_class = Flux2Transformer2DModel
     autoencoder_class = PatchAutoencoder

@@ -23,6 +23,7 @@ class Family(StableDiffusionXL):
 
     family = "kolors"
     card_tag = "kolors"
+    comfyui = None
     pipeline_class = KolorsPipeline
 
     @property

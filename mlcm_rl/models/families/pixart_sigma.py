@@ -6,6 +6,7 @@ import torch
 from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
 
 from ..adaln_single import AdaLNSingleBase
+from ..comfyui import Nodes
 from ..conditioning import Conditioning
 from ..vp import VPBase
 
@@ -19,6 +20,12 @@ class Family(AdaLNSingleBase, VPBase):
 
     family = "pixart_sigma"
     card_tag = "pixart-sigma"
+    comfyui = Nodes(
+        text_encoders=("t5xxl_fp16.safetensors",),
+        text_type="pixart",
+        autoencoder="sdxl_vae.safetensors",
+        betas=("linear", 0.0001, 0.02),
+    )
     pipeline_class = PixArtSigmaPipeline
     denoiser_class = PixArtTransformer2DModel
     times = "adaln_single.emb"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..autoencoder import RECOMPUTE, Autoencoder
 from ..base import TARGET_TIME_WIDTH, precision_of
+from ..comfyui import Nodes
 from ..conditioning import CONTEXT, LENGTHS, Conditioning
 from ..flow import FlowBase
 from ..packing import as_latents, as_tokens, patchified, unpatchified
@@ -80,6 +81,13 @@ class Family(FlowBase):
 
     family = "qwen_image"
     card_tag = "qwen-image"
+    comfyui = Nodes(
+        text_encoders=("qwen_2.5_vl_7b_fp8_scaled.safetensors",),
+        text_type="qwen_image",
+        autoencoder="qwen_image_vae.safetensors",
+        latent="EmptySD3LatentImage",
+        shift="ModelSamplingAuraFlow",
+    )
     pipeline_class = QwenImagePipeline
     denoiser_class = QwenImageTransformer2DModel
     autoencoder_class = FrameAutoencoder
@@ -88,6 +96,10 @@ class Family(FlowBase):
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
     )
+
+    @property
+    def kohya_version(self) -> str:
+        return "qwen-image"
 
     @property
     def stock_guidance(self) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import torch
 from diffusers import StableDiffusionPipeline
 
+from ..comfyui import Nodes
 from ..conditioning import Conditioning
 from ..unet import UNetBase
 
@@ -12,6 +13,7 @@ class Family(UNetBase):
 
     family = "sd"
     card_tag = "stable-diffusion"
+    comfyui = Nodes(reads_adapters=False)
     pipeline_class = StableDiffusionPipeline
 
     @property

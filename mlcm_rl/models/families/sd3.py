@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5: a joint transformer over picture and text; two CLIP towers, with or without T5."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..base import TARGET_TIME_WIDTH, precision_of
+from ..client_keys import MMDIT
+from ..comfyui import Nodes
 from ..conditioning import Conditioning
 from ..files import pipeline_index
 from ..flow import FlowBase
@@ -99,6 +101,13 @@ class Family(FlowBase):
 
     family = "sd3"
     card_tag = "stable-diffusion-3"
+    comfyui = Nodes(
+        text_encoders=("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp16.safetensors"),
+        text_type="sd3",
+        latent="EmptySD3LatentImage",
+        shift="ModelSamplingSD3",
+    )
+    kohya_module = "networks.lora_sd3"
     pipeline_class = StableDiffusion3Pipeline
     denoiser_class = SD3Transformer2DModel
     time_layer = "time_text_embed.timestep_embedder"
@@ -106,6 +115,17 @@ class Family(FlowBase):
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
+
+    @property
+    def kohya_version(self) -> str:
+        """Return sd-scripts' name of the size: `medium` of Stable Diffusion 3, `5-medium` or `5-large` of 3.5."""
+        config = self.denoiser.config
+        if config.qk_norm is None:
+            return "medium"
+        return "5-medium" if config.dual_attention_layers else "5-large"
+
+    def kohya_layers(self, modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        return MMDIT.kohya_layers(self.denoiser, modules)
 
     def simplify(self, denoiser: SD3Transformer2DModel) -> SD3Transformer2DModel:
         """Compute the zeros of an absent T5 as one token: with CLIP's 77 and a small picture a third of the work."""

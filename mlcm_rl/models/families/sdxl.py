@@ -1,11 +1,13 @@
 """Stable Diffusion XL: two text towers concatenated, a pooled vector, picture sizes as a condition."""
 
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
+from ..comfyui import Nodes
 from ..conditioning import Conditioning
 from ..unet import UNetBase
 
@@ -15,6 +17,7 @@ class Family(UNetBase):
 
     family = "sdxl"
     card_tag = "stable-diffusion-xl"
+    comfyui: ClassVar[Nodes | None] = Nodes(knows_sizes=True, reads_adapters=False)
     pipeline_class = StableDiffusionXLPipeline
     in_stability_blocks = True
 

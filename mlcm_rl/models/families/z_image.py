@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...equations.schedule import Schedule, flow_schedule
 from ..base import TARGET_TIME_WIDTH, precision_of
+from ..comfyui import Nodes
 from ..conditioning import CONTEXT, LENGTHS, Conditioning, stacked
 from ..flow import FlowBase
 
@@ -44,6 +45,13 @@ class Family(FlowBase):
 
     family = "z_image"
     card_tag = "z-image"
+    comfyui = Nodes(
+        text_encoders=("qwen_3_4b.safetensors",),
+        text_type="lumina2",
+        autoencoder="ae.safetensors",
+        latent="EmptySD3LatentImage",
+        shift="ModelSamplingAuraFlow",
+    )
     pipeline_class = ZImagePipeline
     denoiser_class = ZImageTransformer2DModel
     time_layer = "t_embedder"
