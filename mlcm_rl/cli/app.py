@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import doctor, prompts, recipes, results, reward_commands, shipped_recipes, students, teachers
+from . import doctor, gallery, prompts, recipes, results, reward_commands, shipped_recipes, students, teachers
 from .console import error_console, output_may_refuse, unbreak_help, write_anything
 
 app = typer.Typer(
@@ -53,6 +53,7 @@ for command in (
     students.pairs,
     students.evaluate,
     students.export,
+    gallery.gallery,
     teachers.convert,
     doctor.doctor,
     results.runs,

@@ -46,7 +46,7 @@ def list_recipes(
     as_json: Annotated[bool, typer.Option("--json", help="print a list of recipes as JSON")] = False,
 ) -> None:
     """List the recipes with their base, their stages, what they need, what they are."""
-    rows = [_row(file) for file in shipped.recipes()]
+    rows = [summary(file) for file in shipped.recipes()]
     if as_json:
         typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
         return
@@ -61,7 +61,7 @@ def list_recipes(
     )
 
 
-def _row(file: Path) -> dict[str, Any]:
+def summary(file: Path) -> dict[str, Any]:
     """Return what the list says of a recipe: it is read as plain YAML, since its files need not be here."""
     plain = YAML(typ="safe").load(file.read_text(encoding="utf-8"))
     sentence = re.split(r"(?<=[a-z0-9)])[:.;](?:\s|$)", shipped.header(file))[0]

@@ -1,35 +1,20 @@
 """Commands on a finished run: sample, pairs, evaluate, export."""
 
-import difflib
 from enum import StrEnum
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
-from ..recipe import RESERVED
 from . import reward_commands
-from .console import error_console, imported, line
-
-
-def _existing(path: Path) -> Path:
-    """Return the folder `path`. Raises BadParameter with the nearest folders where there is none."""
-    if path.is_dir():
-        return path
-    beside = [folder for parent in (path.parent, Path("runs")) if parent.is_dir() for folder in parent.iterdir()]
-    names = {folder.name: str(folder) for folder in beside if folder.is_dir() and folder.name not in RESERVED}
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or sorted(names)[:3]
-    suggestion = f"the nearest are {', '.join(names[name] for name in near)}" if near else "there are no runs yet"
-    raise typer.BadParameter(f"no folder {path}: {suggestion}")
-
+from .console import imported, line
+from .folders import existing_run, label_page
 
 RunFolder = Annotated[
     Path,
-    typer.Argument(metavar="RUN", callback=_existing, show_default=False, help="runs/<recipe>, or a stage's folder"),
+    typer.Argument(metavar="RUN", callback=existing_run, show_default=False, help="runs/<recipe>, or a stage's folder"),
 ]
 
 
@@ -60,17 +45,41 @@ def sample(
             help="folder that an adapt_text stage left, through which prompts in its languages go",
         ),
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, show_default=False, help="picture to start from")
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            show_default=False,
+            help="how much of the picture is drawn anew: all steps are over this share of the time axis; "
+            "default: 0.5, with --mask 1",
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, show_default=False, help="white where --image is drawn anew"),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:WEIGHT]", show_default=False, help="style LoRA over the student; may be repeated"),
+    ] = None,
 ) -> None:
     """Draw pictures with a run's student, and a sheet of them where they are several.
 
-    A PNG says what it is: prompt, seed, steps, gamma and student are in its text.
+    The prompt may be joined by a picture, a mask and style LoRAs; the number of steps stays the one asked for.
+
+    A PNG says what it is: prompt, seed, steps, gamma, student and whatever joined them are in its text.
     """
     if not prompt and not prompts:
         raise typer.BadParameter("name what to draw: --prompt TEXT, or --prompts FILE", param_hint="--prompt")
     with imported("pipeline.finished_runs") as finished_runs:
         texts = [*(prompt or []), *(finished_runs.prompts_of(prompts) if prompts else [])]
+        inputs = finished_runs.sample_inputs.of_command(image, strength, mask, lora or [])
         pictures = finished_runs.sample(
-            run, texts, steps, seed, gamma, out, batch_size, images_per_prompt, text_adapter
+            run, texts, steps, seed, gamma, out, batch_size, images_per_prompt, text_adapter, inputs
         )
     for picture in pictures:
         line(Text(str(picture)))
@@ -122,7 +131,7 @@ def pairs(
         "pipeline.finished_runs", interrupted="Interrupted. The same command goes on where it was stopped."
     ) as finished_runs:
         if by_hand:
-            serve = partial(_label_page().serve, port=port or 0)
+            serve = partial(label_page("pairs").serve, port=port or 0)
             num_pairs, total = finished_runs.pairs_by_hand(
                 run, prompts, out, num_prompts, steps, seed, batch_size, serve
             )
@@ -206,13 +215,3 @@ def _refuse(way: str, **options: object) -> None:
     for name, value in options.items():
         if value is not None:
             raise typer.BadParameter(f"{name} means nothing beside {way}; leave one of them out")
-
-
-def _label_page() -> ModuleType:
-    """Return the module of the labelling page. Exit 1 where a package that it needs is not installed."""
-    try:
-        return import_module("mlcm_rl.cli.label_page")
-    except ModuleNotFoundError as error:
-        message = f"pairs: the page needs {error.name}, which is not installed: pip install 'mlcm-rl[label]'"
-        error_console.print(Text.assemble(("failed", "bold red"), f"  {message}"), soft_wrap=True)
-        raise typer.Exit(1) from None

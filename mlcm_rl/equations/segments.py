@@ -4,6 +4,8 @@ All are integers and exact: `(T - 1) i // n`, never a rounded float. With T = 10
 999, 978, 957, ..., 20, 0 and its milestones are 999, 874, 749, 624, 499, 374, 249, 124, 0.
 """
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
@@ -73,6 +75,32 @@ def sampling_times(num_steps: int, num_segments: int = 1) -> list[int]:
         positions += [segment * per_segment + i * per_segment // steps for i in range(steps)]
     ends = milestones(NUM_SEGMENTS).flip(0)
     return ends[positions].tolist()
+
+
+def remaining_times(num_steps: int, strength: float, num_segments: int = 1) -> list[int]:
+    """The N times of a sampler that starts at the share `strength` of the time axis, not at T - 1 (SDEdit's t0).
+
+    They are those of `sampling_times`, itself at strength 1, pressed into what remains: every segment into its part
+    below the start, so that the boundaries between segments stay where a student of K > 1 segments needs them. Of k
+    segments that remain, N >= k have their steps as in `sampling_times`; for N < k the grid is that of one segment.
+    499, 374, 249, 124 for N = 4 and strength 0.5.
+    Raises as `sampling_times` does, and ValueError for a strength outside (0, 1] or without room for N times.
+    """
+    sampling_times(num_steps, num_segments)  # raises
+    start = Fraction(strength).limit_denominator(NUM_TIMES)
+    segments = [(Fraction(k, num_segments), Fraction(k + 1, num_segments)) for k in reversed(range(num_segments))]
+    segments = [(end, top) for end, top in segments if end < start]
+    if num_steps < len(segments):
+        segments = [(Fraction(0), Fraction(1))]
+    times = []
+    for i, (end, top) in enumerate(segments):
+        steps = num_steps // len(segments) + (i < num_steps % len(segments))
+        parts = max(int(NUM_SEGMENTS * (top - end)), steps)  # milestones in the segment, or more times where too few
+        below = [Fraction(j * parts // steps, parts) for j in range(steps)]
+        times += [int((NUM_TIMES - 1) * (end + (min(start, top) - end) * (1 - share))) for share in below]
+    if not 0 < start <= 1 or len({*times, 0}) <= num_steps:
+        raise ValueError(f"strength is {strength:g}; it must be at most 1, and large enough for {num_steps} times")
+    return times
 
 
 def draw_jumps(budgets: list[int], size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Means and their standard errors, and those of paired differences."""
+"""Means and their standard errors, those of paired differences, and how far counts are from a coin's."""
 
 import math
 
@@ -23,3 +23,13 @@ def paired_difference(values: Tensor, others: Tensor) -> tuple[float, float]:
     Both are of the same prompts and noise, so that their common part drops out (a hard prompt is hard for all).
     """
     return mean_and_error(values.double() - others.double())
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Return the probability that a fair coin, thrown wins + losses times, is as far from even or further.
+
+    The two-sided sign test (Dixon and Mood 1946): min(1, 2 sum_{i <= min(wins, losses)} C(n, i) / 2^n); ties are left
+    out of n. 1 for none.
+    """
+    n = wins + losses
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(wins, losses) + 1)) / 2**n)

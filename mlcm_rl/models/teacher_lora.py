@@ -74,13 +74,13 @@ def fuse(pipeline: DiffusionPipeline, teacher: Teacher) -> None:
             )
 
 
-def updates(pipeline: DiffusionPipeline, teacher: Teacher) -> dict[str, dict[str, Update]]:
+def updates(pipeline: DiffusionPipeline, teacher: Teacher, key: str = "teacher.lora") -> dict[str, dict[str, Update]]:
     """Return what the teacher's LoRA adds, `lora_weight` in every scale, by component and module of `pipeline`.
 
     Raise CheckpointError for a damaged file, ValueError for tensors that are not those of a plain LoRA over this
-    pipeline.
+    pipeline; messages begin with `key`.
     """
-    path, where = Path(str(teacher.lora)), f"teacher.lora {teacher.lora}"
+    path, where = Path(str(teacher.lora)), f"{key} {teacher.lora}"
     tensors = read_tensors(path)
     if odd := sorted(name for name in tensors if not (FACTOR.fullmatch(name) or name.endswith(".alpha"))):
         raise ValueError(

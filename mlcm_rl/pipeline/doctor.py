@@ -27,6 +27,7 @@ from ..training.loop import cpu_has_bfloat16
 
 DISTRIBUTION = "mlcm-rl"
 FOR_PEOPLE = {  # what an extra is for
+    "docs": "the documentation site and the notebooks",
     "deepspeed": "ZeRO: students and optimisers split over several GPUs",
     "emoji": "rebuilding the emoji and scenes teachers",
     "fuzz": "fuzzing, for developers",

@@ -10,10 +10,10 @@ from rich.progress import track
 from torch import Tensor
 
 from ..data.prompts import first_prompts, read_prompts
-from ..equations.segments import sampling_times
 from ..models import hub, pictures, sampler, students, teachers
 from ..models.base import Base
 from ..models.client_export import export_as
+from ..models.composition import Composition
 from ..models.export import Form, refuse_existing
 from ..models.gammas import own_gamma
 from ..models.teachers import teacher_hash, tell_truncated
@@ -31,6 +31,7 @@ from ..training.console import plain_console
 from ..training.devices import device_of
 from ..training.progress import tell
 from ..training.seeding import generator
+from . import sample_inputs
 from .errors import BadArgument, RunError, prefix_errors
 from .fingerprint import Located, locate
 from .running import run_stage, sweep_locked
@@ -75,13 +76,15 @@ def sample(
     batch_size: int = 16,
     images_per_prompt: int = 1,
     text_adapter: Path | None = None,
+    inputs: sample_inputs.Inputs = sample_inputs.Inputs(),
 ) -> list[Path]:
     """Write pictures of `prompts` by a run's last student as PNG files in `out`, `batch_size` at a time; return paths.
 
     Every prompt has `images_per_prompt` pictures at each number of steps; the noise of the i-th of a number of steps
     depends on (seed, i) alone. More than one picture are on a sheet too, whose path is the last: a row for each noise,
     a column for each number of steps. Files are numbered after those in `out`. The default `gamma` is the one that the
-    student was tuned under, or its own. Prompts in the languages of a `text_adapter` go through it.
+    student was tuned under, or its own. Prompts in the languages of a `text_adapter` go through it. With `inputs` the
+    steps are over what their strength leaves of the time axis, as many as without.
     """
     if not all(map(is_unicode, prompts)):
         raise BadArgument("--prompt: holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
@@ -90,17 +93,18 @@ def sample(
     tell_truncated(base, prompts, "--prompt")
     student = students.load_student(base, folder / "student")
     gamma = own_gamma(folder / "student") if gamma is None else gamma
+    composition = sample_inputs.compose(base, student, inputs)
     drawn = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    common = {"seed": seed, "gamma": gamma, "student": folder.name}
+    common = {"seed": seed, "gamma": gamma, "student": folder.name, **inputs.record()}
     common |= {"text_adapter": str(text_adapter)} if text_adapter else {}
     first, files, columns = _next_number(out), [], []
     terminal = plain_console(stderr=True)  # standard output has the paths alone
     for steps in dict.fromkeys(num_steps):
         tell_unlike(student, folder, steps)
-        times, column = sampling_times(steps, student.sampling_segments), []
+        times, column = composition.times(steps, student.sampling_segments), []
         for start in track(range(0, len(drawn), batch_size), f"{steps} steps", console=terminal, transient=True):
             indices = range(start, min(start + batch_size, len(drawn)))
-            images = _sample(base, student, [drawn[i] for i in indices], seed, indices, times, gamma)
+            images = _sample(composition, student, [drawn[i] for i in indices], seed, indices, times, gamma)
             for i, image in zip(indices, map(pictures.to_pil, images), strict=True):
                 file = out / f"{first + i:03d}-seed{seed}-steps{steps}.png"
                 metadata = {"prompt": drawn[i], "number": i, "steps": steps, **common}
@@ -117,13 +121,20 @@ def sample(
 
 @torch.no_grad()
 def _sample(
-    base: Base, student: students.Student, prompts: list[str], seed: int, indices: range, times: list[int], gamma: float
+    composition: Composition,
+    student: students.Student,
+    prompts: list[str],
+    seed: int,
+    indices: range,
+    times: list[int],
+    gamma: float,
 ) -> Tensor:
     """Return pictures (B, 3, H, W) in [0, 1] of B `prompts`, the noise of each a function of `seed` and its index."""
-    generators = [generator(seed, "sample", i) for i in indices]
+    base, generators = composition.base, [generator(seed, "sample", i) for i in indices]
     noise, conditioning = base.noise(generators, len(prompts)), base.encode_prompts(prompts)
-    x0 = sampler.sample(base, student.denoiser, conditioning, noise, times, gamma, generators, student.conditioned)
-    return base.autoencoder.decode(x0)
+    start, view = composition.start(noise, times[0]), composition.view(noise)
+    x0 = sampler.sample(view, student.denoiser, conditioning, start, times, gamma, generators, student.conditioned)
+    return composition.finish(base.autoencoder.decode(x0))
 
 
 def tell_unlike(student: students.Student, folder: Path, num_steps: int) -> None:

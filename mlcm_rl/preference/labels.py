@@ -1,6 +1,7 @@
 """A pair table by a person's choices: two samples of each prompt, and which of them is preferred.
 
-`mlcm pairs --by-hand`; its page is `cli/label_page.py`.
+`mlcm pairs --by-hand` between two samples of one student, `mlcm gallery --blind` between two columns of a gallery; the
+page is `cli/label_page.py`.
 """
 
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from ..storage.files import write_json
 from ..training.progress import progress
 from ..training.seeding import seed_of
 from . import ranking
-from .ranking import PROGRESS_FILE, PairSettings
+from .ranking import PROGRESS_FILE, BlindSettings, PairSettings
 
 SIDES = ("left", "right")
 NEITHER = "neither"
@@ -54,7 +55,7 @@ class Choices:
     Raises ValueError where `out` holds another table.
     """
 
-    def __init__(self, settings: PairSettings, prompts: list[Prompt], out: Path):
+    def __init__(self, settings: PairSettings | BlindSettings, prompts: list[Prompt], out: Path):
         self.settings, self.prompts, self.out = settings, prompts, out
         self._save(self.judgements())
 
@@ -64,6 +65,11 @@ class Choices:
     def judgements(self) -> list[int | None]:
         """Return the preferred sample of every pair judged so far, 0 or 1; None for neither."""
         return ranking.progress_of(self.settings, self.out, "choices")
+
+    def counts(self) -> tuple[int, int, int]:
+        """Return how often sample 0 was preferred, sample 1, and neither."""
+        judgements = self.judgements()
+        return judgements.count(0), judgements.count(1), judgements.count(None)
 
     def choose(self, number: int, side: str) -> None:
         """Prefer the picture on `side` of a pair, or NEITHER. Raises ValueError for any pair but the next."""

@@ -39,6 +39,16 @@ class PairSettings:
     seed: int
 
 
+@dataclass(frozen=True)
+class BlindSettings:
+    """Everything that a table of a person's choices between two columns of a gallery depends on."""
+
+    first: str  # name of the column
+    second: str
+    pictures: str  # hash of theirs
+    seed: int
+
+
 def make_pairs(
     settings: PairSettings,
     base: Base,
@@ -91,7 +101,7 @@ def finished_rows(settings: PairSettings, out: Path) -> list[dict | None]:
     return progress_of(settings, out, "rows")
 
 
-def progress_of(settings: PairSettings, out: Path, part: str) -> list:
+def progress_of(settings: PairSettings | BlindSettings, out: Path, part: str) -> list:
     """Return the list `part` of the progress file in `out`; an empty one for a new folder.
 
     Raises ValueError for the file of another table, CheckpointError for a damaged one.

@@ -38,6 +38,11 @@ def picture_path(folder: Path, row: str, prompt: int) -> Path:
     return folder / "pictures" / row / f"{prompt:04d}.png"
 
 
+def sample_path(folder: Path, row: str, index: int) -> Path:
+    """Return where `keep_pictures` puts a row's picture of sample `index`: in a folder that holds nothing else."""
+    return folder / "samples" / row / f"{index:05d}.png"
+
+
 def write(report: Report, folder: Path) -> None:
     """Write report.html into `folder` from a report and the pictures beside it."""
     with replacing(folder / "report.html") as temporary:
@@ -241,11 +246,17 @@ def picture(folder: Path, row: Row | None, prompt: int) -> Picture | None:
     """Return the first picture of a prompt, at most THUMBNAIL pixels a side; None where there is no row."""
     if row is None:
         return None
-    with Image.open(picture_path(folder, row.id, prompt)) as image:
-        lossless = max(image.size) <= THUMBNAIL
-        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-        data = BytesIO()
-        image.save(data, "WEBP", lossless=lossless, quality=85)
-    uri = "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode("ascii")
+    content = webp(picture_path(folder, row.id, prompt), THUMBNAIL)
+    uri = "data:image/webp;base64," + base64.b64encode(content).decode("ascii")
     right = figures.samples_of(row, RIGHT)[prompt, 0].item() if RIGHT in row.metrics else math.nan
     return Picture(uri, None if math.isnan(right) else right == 1.0)
+
+
+def webp(path: Path, size: int) -> bytes:
+    """Return a picture as WebP, at most `size` pixels a side. One of THUMBNAIL pixels or fewer loses nothing."""
+    with Image.open(path) as image:
+        lossless = max(image.size) <= min(size, THUMBNAIL)
+        image.thumbnail((size, size), Image.Resampling.LANCZOS)
+        data = BytesIO()
+        image.save(data, "WEBP", lossless=lossless, quality=85)
+    return data.getvalue()

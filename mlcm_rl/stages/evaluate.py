@@ -276,7 +276,7 @@ def save_pictures(scene: Scene, row: SampledRow, batch: list[Sample], images: Te
     """Write those of `images` (B, 3, H, W) that the page shows, and with `keep_pictures` all."""
     for (i, j), image in zip(batch, images, strict=True):
         if scene.keep_pictures:
-            path = sample_path(scene.folder, row.id, scene.index((i, j)))
+            path = page.sample_path(scene.folder, row.id, scene.index((i, j)))
             pictures.save_png(pictures.to_pil(image), path)
         if j == 0 and i in scene.page_prompts:
             pictures.save_png(pictures.to_pil(image), page.picture_path(scene.folder, row.id, i))
@@ -304,8 +304,3 @@ def prompt_path(scene: Scene, prompt: int) -> Path:
 def reference_path(scene: Scene, sample: Sample) -> Path:
     """Return the path of the reference's latents of `sample`: a file each, whatever the batches."""
     return reference_folder(scene.folder) / f"{scene.index(sample):07d}.safetensors"
-
-
-def sample_path(folder: Path, row: str, index: int) -> Path:
-    """Return where `keep_pictures` puts a row's picture of sample `index`: in a folder that holds nothing else."""
-    return folder / "samples" / row / f"{index:05d}.png"

@@ -12,6 +12,7 @@ from mlcm_rl.equations.segments import (
     milestones,
     paper_times,
     phase_at,
+    remaining_times,
     sampling_times,
     segment_start,
     time_grid,
@@ -113,6 +114,34 @@ def test_sampling_times_hold_every_boundary_of_the_student(num_steps, num_segmen
     assert set(times) <= set(EIGHT[1:])
     if num_steps >= num_segments:
         assert set(milestones(num_segments)[1:].tolist()) <= set(times)
+
+
+def test_remaining_times_by_hand():
+    assert remaining_times(4, 0.5) == [499, 374, 249, 124]
+    assert remaining_times(3, 0.3) == [299, 224, 112]  # 0.3 of 8/8, 6/8, 3/8
+    assert remaining_times(4, 0.75, 2) == [749, 624, 499, 249]  # two steps in each half, one of which is cut
+    assert remaining_times(1, 0.75, 2) == [749]  # too few to stop at the boundary
+    assert remaining_times(8, 0.6, 8) == [599, 549, 499, 437, 374, 312, 249, 124]  # five segments left, three have two
+
+
+@given(num_steps=st.integers(1, 8), num_segments=st.sampled_from([1, 2, 4, 8]), thousandths=st.integers(10, 1000))
+def test_remaining_times_start_at_the_strength_and_stop_at_boundaries(num_steps, num_segments, thousandths):
+    times = remaining_times(num_steps, thousandths / 1000, num_segments)
+    assert len(times) == num_steps
+    assert times == sorted(set(times), reverse=True)
+    assert times[0] == thousandths * 999 // 1000
+    assert times[-1] > 0
+    boundaries = {t for t in milestones(num_segments)[1:-1].tolist() if t < times[0]}
+    if num_steps > len(boundaries):
+        assert boundaries <= set(times)
+    if thousandths == 1000:
+        assert times == sampling_times(num_steps, num_segments)
+
+
+@pytest.mark.parametrize("strength", [0.0, -0.5, 1.01, 0.004])
+def test_impossible_strengths_are_refused(strength):
+    with pytest.raises(ValueError, match="strength is"):
+        remaining_times(8, strength)
 
 
 @pytest.mark.parametrize(("num_steps", "num_segments"), [(0, 1), (9, 1), (4, 3), (4, 16), (4, 0), (4, -2)])

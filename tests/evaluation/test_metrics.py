@@ -116,3 +116,9 @@ def test_the_medians_error_is_that_of_medians_of_new_samples_and_an_outlier_does
     single = metrics.median_and_error(torch.tensor([2.0]))
     assert single[0] == 2.0
     assert math.isnan(single[1])
+
+
+def test_the_sign_test_counts_the_throws_of_a_coin():
+    assert statistics.sign_test(5, 0) == statistics.sign_test(0, 5) == 2 / 32
+    assert statistics.sign_test(8, 2) == 2 * (1 + 10 + 45) / 1024
+    assert statistics.sign_test(3, 3) == statistics.sign_test(2, 1) == statistics.sign_test(0, 0) == 1.0

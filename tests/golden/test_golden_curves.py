@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import runs
+import text_adapters
 from mlcm_rl import pipeline
 from mlcm_rl.recipe import Stage, TrainReward, TrainTeacher
 
@@ -63,6 +64,10 @@ TUNED = {
     "policy": {"beta": 0.1, "num_iterations": 2},
 }
 REWARDS = {backbone: {"backbone": backbone} for backbone in ("efficientnet_lite0", "mobilenet_v2")}
+ADAPTED = {
+    "adapt-text": {"features": 3.0, "outputs": 0.5},
+    "adapt-text-features": {"outputs": 0.0, "num_layers": 2, "warmup_steps": 1},
+}
 TEACHERS = {"teacher-random": {"prompt_dropout": 0.5}, "teacher-min-snr": {"start": "teacher", "min_snr_gamma": 5.0}}
 
 
@@ -70,8 +75,13 @@ TEACHERS = {"teacher-random": {"prompt_dropout": 0.5}, "teacher-min-snr": {"star
 def inputs(tmp_path_factory) -> dict[str, str]:
     """Where a setting's name leads: the prompts, the pictures and the pairs that runs read, in one folder of runs."""
     folder = tmp_path_factory.mktemp("golden")
-    pairs = runs.write_pairs(folder / "pairs")
-    return {"prompts": runs.write_prompts(folder), "images": runs.write_images(folder), "pairs": pairs}
+    return {
+        "prompts": runs.write_prompts(folder),
+        "images": runs.write_images(folder),
+        "pairs": runs.write_pairs(folder / "pairs"),
+        "parallel": text_adapters.write_parallel(folder),
+        "encoder": text_adapters.encoder(folder / "encoder"),
+    }
 
 
 def stages_of(name: str, inputs: dict[str, str]) -> list[Stage]:
@@ -83,6 +93,9 @@ def stages_of(name: str, inputs: dict[str, str]) -> list[Stage]:
         return [TrainReward(pairs=inputs["pairs"], batch_size=3, held_out=0.3, held_out_every=1, **steps, **changes)]
     if name in TEACHERS:
         return [TrainTeacher(images=inputs["images"], batch_size=4, warmup_steps=1, **steps, **changes)]
+    if name in ADAPTED:
+        adapted = text_adapters.stage(inputs["parallel"], inputs["encoder"], **ADAPTED[name])
+        return [runs.trajectories(inputs["parallel"]), adapted]
     store = runs.trajectories(inputs["prompts"])
     if name in DISTILLED:
         return [store, runs.distill(**changes)]
@@ -101,7 +114,7 @@ def figures(tiny_sdxl: Path, inputs: dict[str, str], name: str) -> dict[str, lis
     return {figure: values for figure, values in found.items() if figure not in LEFT_OUT}
 
 
-@pytest.mark.parametrize("name", [*DISTILLED, *TUNED, *REWARDS, *TEACHERS])
+@pytest.mark.parametrize("name", [*DISTILLED, *TUNED, *ADAPTED, *REWARDS, *TEACHERS])
 def test_figures_are_those_stored(tiny_sdxl, inputs, name):
     found = figures(tiny_sdxl, inputs, name)
     stored = json.loads(CURVES.read_text()) if CURVES.is_file() else {}

@@ -32,7 +32,7 @@ ORDER = [
     "equations",
 ]
 # Folders of tests that are about more than one package: with ORDER, all that there are.
-ACROSS = {"benchmarks", "emoji", "faults", "golden", "hanzi", "house", "parity", "safety", "scenes"}
+ACROSS = {"benchmarks", "docs", "emoji", "faults", "golden", "hanzi", "house", "parity", "safety", "scenes"}
 VAGUE = {"common", "helper", "helpers", "manager", "util", "utils"}
 BANNED_WORD = "c" + "fg"
 DEVICES = re.compile(r"(cpu|cuda|mps|xpu|hip)(:\d+)?")

@@ -16,7 +16,7 @@ from mlcm_rl.cli.app import app
 from mlcm_rl.cost.evaluations import network_evaluations
 from mlcm_rl.data.trajectory_store import Store
 from mlcm_rl.models import students, teachers
-from mlcm_rl.pipeline import BadArgument, RunError, finished_runs, running
+from mlcm_rl.pipeline import BadArgument, RunError, finished_runs, running, sample_inputs
 from mlcm_rl.pipeline.fingerprint import identity, settings
 from mlcm_rl.recipe import Distill, Dpo, Evaluate, Full, Lora
 from mlcm_rl.recipe.file import load
@@ -474,3 +474,25 @@ def test_shipped_recipes_load_and_name_their_schema(path):
     assert recipe.name == path.stem
     makes_a_teacher = [stage.kind for stage in recipe.stages] == ["train_teacher"]
     assert any(isinstance(stage, Evaluate) for stage in recipe.stages) or makes_a_teacher
+
+
+def test_a_picture_that_is_drawn_over_is_in_the_metadata_and_the_same_again(finished, tmp_path):
+    recipe, _ = finished
+    run = Path(recipe.runs, recipe.name)
+    (first,) = finished_runs.sample(run, ["a cat"], [2], 7, None, tmp_path)
+    inputs = sample_inputs.of_command(image=first)
+    assert inputs.strength == 0.5
+    (over,), (again,) = (
+        finished_runs.sample(run, ["a dog"], [4], 7, None, tmp_path / name, inputs=inputs) for name in ("over", "again")
+    )
+    assert over.read_bytes() == again.read_bytes()
+    assert Image.open(over).text["image"] == str(first)
+    assert Image.open(over).text["strength"] == "0.5"
+    assert sample_inputs.of_command(image=first, mask=first).strength == 1.0
+
+
+def test_options_of_sample_that_need_another_are_refused():
+    with pytest.raises(BadArgument, match="--strength: it needs --image"):
+        sample_inputs.of_command(strength=0.5)
+    with pytest.raises(BadArgument, match=r"--lora: nowhere\.safetensors: no such file"):
+        sample_inputs.of_command(loras=["nowhere.safetensors:0.5"])

@@ -1,4 +1,4 @@
-"""The README's reward model, installed as somebody else's distribution by pip, runs through the command."""
+"""The reward model of docs/add_a_reward.md, installed as another distribution by pip, runs through the command."""
 
 import re
 import subprocess
@@ -33,8 +33,10 @@ py-modules = ["warm_pictures"]
 
 @pytest.fixture(scope="module")
 def example() -> str:
-    """The file that the README shows."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    """The file that the page shows."""
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "add_a_reward.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     (block,) = [block for block in blocks if "class Warmth" in block]
     return block
 

@@ -1,4 +1,4 @@
-"""The study behind the README's table: every variant on one teacher, over several seeds, in one table.
+"""The study behind the table of docs/results.md: every variant on one teacher, over several seeds, in one table.
 
     python recipes/emoji/study/variants.py [--seeds 3] [--prompts 1000] [--steps 2000] [--rows lcm,...] [KEY=VALUE ...]
 

@@ -1,0 +1,33 @@
+"""What several commands on finished runs take: a run's folder, and the page on which a person chooses."""
+
+import difflib
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import typer
+from rich.text import Text
+
+from ..recipe import RESERVED
+from .console import error_console
+
+
+def existing_run(path: Path) -> Path:
+    """Return the folder `path`. Raises BadParameter with the nearest folders where there is none."""
+    if path.is_dir():
+        return path
+    beside = [folder for parent in (path.parent, Path("runs")) if parent.is_dir() for folder in parent.iterdir()]
+    names = {folder.name: str(folder) for folder in beside if folder.is_dir() and folder.name not in RESERVED}
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or sorted(names)[:3]
+    suggestion = f"the nearest are {', '.join(names[name] for name in near)}" if near else "there are no runs yet"
+    raise typer.BadParameter(f"no folder {path}: {suggestion}")
+
+
+def label_page(command: str) -> ModuleType:
+    """Return the module of the labelling page, for `command`. Exit 1 where a package that it needs is not installed."""
+    try:
+        return import_module("mlcm_rl.cli.label_page")
+    except ModuleNotFoundError as error:
+        message = f"{command}: the page needs {error.name}, which is not installed: pip install 'mlcm-rl[label]'"
+        error_console.print(Text.assemble(("failed", "bold red"), f"  {message}"), soft_wrap=True)
+        raise typer.Exit(1) from None

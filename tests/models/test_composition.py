@@ -1,0 +1,172 @@
+"""Students with a picture, a mask, styles: as stock pipelines at the same times, and what must change nothing."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    DiffusionPipeline,
+    LCMScheduler,
+    TCDScheduler,
+)
+from safetensors.torch import save_file
+
+import teacher_loras
+import tiny
+from mlcm_rl.equations.segments import remaining_times
+from mlcm_rl.equations.solver import ddim_step
+from mlcm_rl.models import sampler, students
+from mlcm_rl.models import teachers as bases
+from mlcm_rl.models.composition import Composition, Weighted, latent_mask
+from mlcm_rl.recipe import Lora, Teacher
+
+PROMPTS, SEED = ["a red apple", "熊猫"], 5
+
+
+@pytest.fixture(scope="module")
+def image() -> torch.Tensor:
+    """A picture (1, 3, 16, 16) of noise."""
+    return torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def half() -> torch.Tensor:
+    """A mask (1, 1, 16, 16) whose right half is drawn."""
+    return torch.cat([torch.zeros(1, 1, 16, 8), torch.ones(1, 1, 16, 8)], dim=3)
+
+
+@pytest.fixture(scope="module")
+def student(sdxl):
+    denoiser = students.student(sdxl, Lora(rank=4, alpha=8.0), 0)
+    tiny.perturb(students.trainable_parameters(denoiser), seed=1)
+    return denoiser.requires_grad_(False)
+
+
+def draw(base, denoiser, num_steps=4, gamma=1.0, **inputs):
+    """Latents (B, C, H, W), as `mlcm sample` draws them, and the composition."""
+    composition = Composition(base, denoiser, **inputs)
+    generator = torch.Generator().manual_seed(SEED)
+    noise, times = base.noise(generator, len(PROMPTS)), composition.times(num_steps, 1)
+    conditioning = base.encode_prompts(PROMPTS)
+    start = composition.start(noise, times[0])
+    return sampler.sample(composition.view(noise), denoiser, conditioning, start, times, gamma, generator), composition
+
+
+def stock(base, denoiser, gamma, kind) -> DiffusionPipeline:
+    """The stock pipeline of another kind over the student, with the scheduler of its gamma."""
+    pipe = kind.from_pipe(DiffusionPipeline.from_pretrained(base.teacher.path))
+    pipe.unet = denoiser
+    pipe.scheduler = base.stock_scheduler(gamma)
+    assert isinstance(pipe.scheduler, LCMScheduler if gamma == 1.0 else TCDScheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call(pipe, times, **settings):
+    generator = torch.Generator().manual_seed(SEED)
+    common = {"guidance_scale": 0.0, "generator": generator, "output_type": "latent", "timesteps": times}
+    return pipe(PROMPTS, **common, **settings).images
+
+
+def near(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=2e-5 * expected.abs().max().item(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("num_steps", "strength"), [(4, 0.5), (2, 0.75), (3, 0.3)])
+def test_image_to_image_is_the_stock_pipelines_at_the_same_times(sdxl, student, image, num_steps, strength):
+    latents, composition = draw(sdxl, student, num_steps, image=image, strength=strength)
+    times = remaining_times(num_steps, strength)
+    assert len(times) == num_steps
+    assert times[0] == int(strength * 999)
+    pipe = stock(sdxl, student, 1.0, AutoPipelineForImage2Image)
+    encoded = composition.latents.expand(len(PROMPTS), -1, -1, -1)
+    near(latents, call(pipe, times, image=encoded, strength=1.0))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_inpainting_is_the_stock_pipelines_at_the_same_times(sdxl, student, image, half, gamma):
+    latents, composition = draw(sdxl, student, 3, gamma, image=image, strength=0.75, mask=half)
+    times = remaining_times(3, 0.75)
+    pipe = stock(sdxl, student, gamma, AutoPipelineForInpainting)
+    # stock pipelines leave out the first quarter of the times by `strength`, and start from noise alone at 1
+    encoded = composition.latents.expand(len(PROMPTS), -1, -1, -1)
+    expected = call(pipe, [999, *times], image=encoded, mask_image=half, strength=0.75)
+    if gamma == 0.0:  # TCD's last step ends at index 0, not at x0
+        noise = sdxl.noise(torch.Generator().manual_seed(SEED), len(PROMPTS))
+        steps = sampler.rollout(
+            composition.view(noise),
+            student,
+            sdxl.encode_prompts(PROMPTS),
+            composition.start(noise, times[0]),
+            times,
+            0.0,
+        )
+        ends = (torch.full((len(PROMPTS),), t) for t in (times[-1], 0))
+        latents = torch.where(
+            latent_mask(half, 8), ddim_step(steps[0][-1], steps[1], *ends, sdxl.schedule), composition.latents
+        )
+    near(latents, expected)
+
+
+def test_strength_1_is_the_prompt_alone(sdxl, student, image):
+    alone, _ = draw(sdxl, student)
+    over, _ = draw(sdxl, student, image=image, strength=1.0)
+    assert torch.equal(alone, over)
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_a_mask_keeps_pixels_and_a_white_one_keeps_none(sdxl, student, image, half, strength):
+    latents, composition = draw(sdxl, student, image=image, strength=strength, mask=half)
+    pixels = composition.finish(sdxl.autoencoder.decode(latents))
+    assert torch.equal(pixels[..., :8], image[..., :8].expand(2, -1, -1, -1))
+    assert not torch.allclose(pixels[..., 8:], image[..., 8:], atol=0.05)
+    white, _ = draw(sdxl, student, image=image, strength=strength, mask=torch.ones_like(half))
+    without, _ = draw(sdxl, student, image=image, strength=strength)
+    assert torch.equal(white, without)
+
+
+def test_a_latent_is_drawn_where_any_of_its_pixels_is():
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 3, 5] = 1.0
+    mask[..., 8:12, 0:2] = 0.4
+    expected = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    expected[..., 1, 2] = True
+    assert torch.equal(latent_mask(mask, 8), expected)
+
+
+def test_styles_by_weight_are_those_that_the_stock_pipeline_sets(teachers, tmp_path):
+    """Over a LoRA student, one style in diffusers' layout and one in kohya's, and in both text encoders."""
+    base = bases.load(Teacher(path=str(teachers["sdxl"]), family="sdxl"), "cpu")
+    student = students.student(base, Lora(rank=4, alpha=8.0), 0)
+    tiny.perturb(students.trainable_parameters(student), seed=1)
+    first = teacher_loras.write(teachers["sdxl"], tmp_path / "first")
+    second = teacher_loras.write(teachers["sdxl"], tmp_path / "second", seed=3)
+    second = teacher_loras.as_kohya(second, tmp_path / "kohya.safetensors", "sdxl")
+    alone, _ = draw(base, student)
+    pipe = stock(base, copy.deepcopy(student), 1.0, AutoPipelineForText2Image)
+    styles = (Weighted(first, 0.7), Weighted(second, -0.4))
+    latents, _ = draw(base, student, loras=styles)
+    students._merge(pipe.unet, ["distilled"])
+    for lora in styles:
+        pipe.load_lora_weights(lora.path.parent, weight_name=lora.path.name, adapter_name=lora.path.stem)
+    pipe.set_adapters([lora.path.stem for lora in styles], [lora.weight for lora in styles])
+    near(latents, call(pipe, remaining_times(4, 1.0)))
+    assert (latents - alone).norm() > 0.05 * alone.norm()
+    save_file({"other": torch.zeros(2)}, tmp_path / "notes.safetensors")
+    with pytest.raises(ValueError, match=r"--lora .*notes.safetensors: .* not those of a plain LoRA"):
+        draw(base, student, loras=[Weighted(tmp_path / "notes.safetensors")])
+
+
+def test_a_path_and_its_weight(tmp_path):
+    (tmp_path / "a.safetensors").touch()
+    (tmp_path / "b:2").touch()
+    plain = str(tmp_path / "a.safetensors")
+    assert Weighted.parse(plain) == Weighted(tmp_path / "a.safetensors", 1.0)
+    assert Weighted.parse(f"{plain}:-0.5").weight == -0.5
+    assert Weighted.parse(str(tmp_path / "b:2")) == Weighted(tmp_path / "b:2", 1.0)
+    for wrong in (f"{plain}:strong", str(tmp_path / "c"), ":1"):
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            Weighted.parse(wrong)
