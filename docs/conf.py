@@ -35,11 +35,14 @@ exclude_patterns = [
 ]
 default_role = "literal"  # docstrings write code between single backticks
 myst_heading_anchors = 4
+smartquotes = False  # options begin with two dashes
 nitpicky = False  # signatures name types of torch and Python, whose pages would have to be fetched
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
 
 html_theme = "furo"
 html_static_path = ["site.css"]

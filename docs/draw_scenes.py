@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mlcm_rl.report import assembly, page
 from mlcm_rl.storage.files import replacing
 
-SIZE, GAP, LEFT, TOP = 112, 6, 142, 78  # pixels: a picture, between pictures, labels of rows, prompts above columns
+SIZE, GAP, LEFT, TOP = 112, 8, 142, 84  # pixels: a picture, between pictures, labels of rows, prompts above columns
 ROWS = {
     "ddim-guided-4": "teacher, not distilled\n4 evaluations\n(2 guided steps)",
     "ddim-unguided-4": "teacher, not distilled\n4 evaluations\n(4 steps, no guidance)",
@@ -27,7 +27,7 @@ def sheet(folder: Path, font: ImageFont.FreeTypeFont) -> Image.Image:
     report = assembly.read(folder / "report.json")
     shown = [i for i, prompt in enumerate(report.prompts) if prompt.shown]
     cell = SIZE + GAP
-    drawn = Image.new("RGB", (LEFT + len(shown) * cell, TOP + len(ROWS) * cell), "white")
+    drawn = Image.new("RGB", (LEFT + len(shown) * cell + GAP, TOP + len(ROWS) * cell), "white")
     draw = ImageDraw.Draw(drawn)
     for column, number in enumerate(shown):
         lines = wrapped(report.prompts[number].prompt, font, SIZE)

@@ -129,8 +129,8 @@ def _command(words: tuple[str, ...], command: Any) -> str:
             rows.append([f"`{record[0]}`", " ".join(record[1].split())])
         elif record is None:
             rows.append([f"`{parameter.make_metavar(context)}`", " ".join((parameter.help or "").split())])
-    about = re.sub(r"\s*\n\s*", " ", (command.help or "").strip())
-    return f"## `{' '.join(words)}`\n\n{about}\n\n```text\n{usage}\n```\n\n{table(['', 'meaning'], rows)}"
+    about = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
+    return f"## `{' '.join(words)}`\n\n{about}\n\n```text\n{usage}\n```\n\n{table(['argument', 'meaning'], rows)}"
 
 
 # ---- families, rewards, recipes ----
@@ -190,7 +190,8 @@ def rewards() -> str:
 def _cell(card: str, field: str) -> str:
     """Return the first clause of a field of a reward's card."""
     found = re.search(rf"^\| {field} \| (.+?) \|$", card, re.MULTILINE)
-    return re.split(r"(?<=[a-z0-9)])[:;.] ", found[1])[0] if found else ""
+    clause = re.match(r'(?:"[^"]*"|[^:;.]|[:;.](?! ))+', found[1]) if found else None
+    return clause[0] if clause else ""
 
 
 def recipes() -> str:

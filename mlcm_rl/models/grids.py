@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..equations.segments import NUM_SEGMENTS, NUM_TIMES, sampling_times, spaced_times
+from ..equations.segments import NUM_SEGMENTS, NUM_TIMES, pressed_times, remaining_times, spaced_times
 from ..recipe.start import ORIGINAL_STEPS
 
 MILESTONES = "milestones"
@@ -19,18 +19,22 @@ class SamplingGrid:
         """Return the grid in words, for labels."""
         return f"{self.name} grid" if isinstance(self.name, str) else f"times {', '.join(map(str, self.name))}"
 
-    def times(self, num_steps: int) -> list[int]:
-        """Return the times of a sampler of `num_steps`, descending. Raise ValueError where the grid has none."""
+    def times(self, num_steps: int, strength: float = 1.0) -> list[int]:
+        """Return the times of a sampler of `num_steps`, descending, from the share `strength` of the time axis down.
+
+        Below strength 1, milestones are as `remaining_times` says, and the times of other grids that share of theirs.
+        Raise ValueError where the grid has none.
+        """
         if isinstance(self.name, tuple):
             if num_steps != len(self.name):
                 raise ValueError(
                     f"this student is sampled at {', '.join(map(str, self.name))}: in {len(self.name)} steps, and not "
                     f"in {num_steps}"
                 )
-            return list(self.name)
+            return pressed_times(self.name, strength)
         if self.name == MILESTONES:
-            return sampling_times(num_steps, self.num_segments)
-        return spaced_times(num_steps, ORIGINAL_STEPS[self.name])
+            return remaining_times(num_steps, strength, self.num_segments)
+        return pressed_times(spaced_times(num_steps, ORIGINAL_STEPS[self.name]), strength)
 
     def has(self, num_steps: int) -> bool:
         """Return whether there are times for a sampler of `num_steps`."""

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..recipe import Samples
 from ..storage import finite
 from ..storage.files import replacing
+from ..training import processes
+from ..training.loop import Runtime
 from ..training.seeding import generator
 from . import sampler
 from .base import Base
@@ -86,6 +88,12 @@ def sample_grid(
         x0 = sampler.sample(base, denoiser, conditioning, noise, times, gamma, seeds, conditioned)
         columns.append(base.autoencoder.decode(x0))
     return grid(torch.stack(columns, dim=1).flatten(0, 1), len(columns))
+
+
+def save_samples(rt: Runtime, sheet: Image.Image, step: int) -> None:
+    """Write a stage's sample grid at `step` to its folder, and send it to the trackers."""
+    processes.on_rank_zero(save_png, sheet, samples_path(rt.folder, step + 1))
+    rt.log_picture(step, "samples", lambda: sheet)
 
 
 def samples_path(folder: Path, step: int) -> Path:

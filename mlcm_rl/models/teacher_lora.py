@@ -76,13 +76,13 @@ def fuse(pipeline: DiffusionPipeline, teacher: Teacher) -> None:
             )
 
 
-def updates(pipeline: DiffusionPipeline, teacher: Teacher, key: str = "teacher.lora") -> dict[str, dict[str, Update]]:
+def updates(pipeline: DiffusionPipeline, teacher: Teacher) -> dict[str, dict[str, Update]]:
     """Return what the teacher's LoRA adds, `lora_weight` in every scale, by component and module of `pipeline`.
 
     Raise CheckpointError for a damaged file, ValueError for tensors that are not those of a plain LoRA over this
-    pipeline; messages begin with `key`.
+    pipeline.
     """
-    where, over = f"{key} {teacher.lora}", f"the teacher {teacher.path}"
+    where, over = f"teacher.lora {teacher.lora}", f"the teacher {teacher.path}"
     return read_updates(pipeline, Path(str(teacher.lora)), where, over, teacher.lora_weight)
 
 

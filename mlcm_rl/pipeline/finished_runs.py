@@ -10,11 +10,11 @@ from rich.progress import track
 from torch import Tensor
 
 from ..data.prompts import first_prompts, read_prompts
-from ..models import pictures, sampler, students, teachers
+from ..models import hub, pictures, students, teachers
 from ..models.base import Base
+from ..models.client_export import export_as
 from ..models.composition import Composition
-from ..models.export import export as write_export
-from ..models.export import refuse_existing
+from ..models.export import Form, refuse_existing
 from ..models.gammas import origin_of, own_gamma
 from ..models.student_description import tuned_steps
 from ..models.teachers import teacher_hash, tell_truncated
@@ -36,6 +36,8 @@ from . import sample_inputs
 from .errors import BadArgument, RunError, prefix_errors
 from .fingerprint import Located, locate
 from .running import run_stage, sweep_locked
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as other tools call them
 
 
 def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
@@ -88,6 +90,7 @@ def sample(
     if not all(map(is_unicode, prompts)):
         raise BadArgument("--prompt: holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
     folder = find_stage(run_folder, STUDENTS)
+    sample_inputs.refuse(inputs, recipe_of(folder).teacher.family)
     base = teacher_of(folder, text_adapter=text_adapter)
     tell_truncated(base, prompts, "--prompt")
     student = students.load_student(base, folder / "student")
@@ -100,10 +103,10 @@ def sample(
     terminal = plain_console(stderr=True)  # standard output has the paths alone
     for steps in dict.fromkeys(num_steps):
         tell_unlike(student, folder, steps)
-        times, column = composition.times(steps, student.grid), []
+        times, column = student.grid.times(steps, composition.strength), []
         for start in track(range(0, len(drawn), batch_size), f"{steps} steps", console=terminal, transient=True):
             indices = range(start, min(start + batch_size, len(drawn)))
-            images = _sample(composition, student, [drawn[i] for i in indices], seed, indices, times, gamma)
+            images = _sample(composition, student.conditioned, [drawn[i] for i in indices], seed, indices, times, gamma)
             for i, image in zip(indices, map(pictures.to_pil, images), strict=True):
                 file = out / f"{first + i:03d}-seed{seed}-steps{steps}.png"
                 metadata = {"prompt": drawn[i], "number": i, "steps": steps, **common}
@@ -118,10 +121,9 @@ def sample(
     return files
 
 
-@torch.no_grad()
 def _sample(
     composition: Composition,
-    student: students.Student,
+    conditioned: bool,
     prompts: list[str],
     seed: int,
     indices: range,
@@ -131,9 +133,8 @@ def _sample(
     """Return pictures (B, 3, H, W) in [0, 1] of B `prompts`, the noise of each a function of `seed` and its index."""
     base, generators = composition.base, [generator(seed, "sample", i) for i in indices]
     noise, conditioning = base.noise(generators, len(prompts)), base.encode_prompts(prompts)
-    start, view = composition.start(noise, times[0]), composition.view(noise)
-    x0 = sampler.sample(view, student.denoiser, conditioning, start, times, gamma, generators, student.conditioned)
-    return composition.finish(base.autoencoder.decode(x0))
+    x0 = composition.sample(conditioning, noise, times, gamma, generators, conditioned)
+    return composition.decode(x0)
 
 
 def tell_unlike(student: students.Student, folder: Path, num_steps: int) -> None:
@@ -247,10 +248,24 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
 
 
 @prefix_errors("export")
-def export(run_folder: Path, out: Path) -> Path:
-    """Write the student of a run as a folder that stock diffusers opens, with its phases' snapshots and a card."""
+def export(
+    run_folder: Path,
+    out: Path,
+    formats: Sequence[str] = ("diffusers",),
+    precision: str | None = None,
+    merge: bool = False,
+    repository: str | None = None,
+) -> Path:
+    """Write the student of a run for diffusers or for other tools, with its phases' snapshots and a card.
+
+    `precision` is that of the student's weights (a key of `PRECISIONS`), by default that of its training; `merge`
+    leaves adapters out; `repository` is where it will be found, for the card.
+    """
     with prefix_errors("OUT", BadArgument):
         refuse_existing(out)
+    if repository is not None:
+        with prefix_errors("--push", BadArgument):
+            hub.refuse_name(repository)
     folder = find_stage(run_folder, STUDENTS)
     base = teacher_of(folder, in_floats=True)
     snapshots = {}
@@ -259,7 +274,15 @@ def export(run_folder: Path, out: Path) -> Path:
         if not student["conditioned"] and student["num_segments"] > 1:
             snapshots[student["num_segments"]] = path
     table, languages = _latest_table(run_folder)
-    return write_export(folder / "student", base, out, table, snapshots, own_gamma(folder / "student"), languages)
+    form = Form(PRECISIONS[precision] if precision else None, merge, repository or "")
+    own = own_gamma(folder / "student")
+    return export_as(formats, folder / "student", base, out, table, snapshots, own, languages, form)
+
+
+@prefix_errors("export --push")
+def push(folder: Path, repository: str, public: bool) -> str:
+    """Upload an exported folder to a repository of the hub, private unless `public`; return its address."""
+    return hub.push(folder, repository, public)
 
 
 def _latest_table(run_folder: Path) -> tuple[str | None, list[str]]:

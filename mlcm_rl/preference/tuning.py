@@ -23,6 +23,7 @@ from ..models.student_description import grid_of
 from ..models.teachers import tell_truncated
 from ..recipe import Feedback, Recipe, Tuning
 from ..training import processes
+from ..training.loop import Runtime
 from ..training.seeding import epoch_order, generator
 
 REWARD = "reward/"  # before a reward's name in a log
@@ -94,12 +95,12 @@ class TunableStudent:
         times = torch.tensor([*self.times, 0])
         return times[steps].to(self.base.device), times[steps + 1].to(self.base.device)
 
-    def save_samples(self, recipe: Recipe, folder: Path, step: int) -> None:
+    def save_samples(self, recipe: Recipe, rt: Runtime, step: int) -> None:
         """Write the grid of the recipe's fixed prompts and seeds, sampled by the current student."""
         sheet = pictures.sample_grid(
             self.base, self.denoiser, recipe.samples, recipe.seed, self.grid, self.conditioned, self.gamma
         )
-        processes.on_rank_zero(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
+        pictures.save_samples(rt, sheet, step)
 
 
 def start_folder(stage: Tuning, parents: dict[str, Path], folder: Path) -> Path:

@@ -68,8 +68,10 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
             logged |= guard.look(step + 1)
         if rt.due(step, stage.log_every) or rt.due(step, stage.guard.every, stage.num_steps):
             rt.log(step, learning_rate=rate, **logged)
+        if rt.due(step, stage.guard.every, stage.num_steps):
+            rt.log_picture(step, "guard", guard.curves, folder)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
-            student.save_samples(recipe, folder, step)
+            student.save_samples(recipe, rt, step)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
     # the student that the guard kept, not the last one
