@@ -30,7 +30,7 @@ from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
 from .reads import reads_of
 from .schema import json_schema
-from .start import PREVIOUS, Start
+from .start import Start, written_key
 from .teacher_stages import TrainTeacher, Trajectories
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
 from .types import TRAINED, Full, Lora, Reward, Teacher
@@ -80,22 +80,6 @@ def load(
     for note in notes:
         tell(f"{path}: {note}")
     return recipe
-
-
-def written_key(tree: Node, key: Key) -> Key:
-    """Return where the file has the value at `key` of a recipe, whose stages are more: a `start` is one of its own."""
-    stages = tree.child("stages")
-    if key[:1] != ("stages",) or len(key) < 2 or stages is None or not isinstance(stages.content, list):
-        return key
-    places: list[Key] = []
-    is_text: list[bool] = []
-    for i, stage in enumerate(stages.content):
-        named = [(name, one.content) for name in ("start", "student") if (one := stage.child(name)) is not None]
-        sources = [(name, content) for name, content in named if content not in (None, PREVIOUS)]
-        places += [*(("stages", i, name) for name, _ in sources), ("stages", i)]
-        is_text += [*(isinstance(content, str) for _, content in sources), False]
-    number = int(key[1])
-    return places[number] if is_text[number] else (*places[number], *key[2:])
 
 
 def check(recipe: Recipe, folders: Folders) -> list[Problem]:
