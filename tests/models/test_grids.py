@@ -49,8 +49,16 @@ def test_a_list_is_for_its_own_number_of_steps():
         grid.times(2)
 
 
-@pytest.mark.parametrize("gamma", [1.0, 0.0])
-@pytest.mark.parametrize("grid", ["lcm", "trailing", [999, 640, 310]])
+@pytest.mark.parametrize(
+    ("gamma", "grid"),
+    [
+        (1.0, "lcm"),
+        (0.0, [999, 640, 310]),
+        pytest.param(0.0, "trailing", marks=pytest.mark.slow),
+        pytest.param(0.0, "lcm", marks=pytest.mark.slow),
+        pytest.param(1.0, [999, 640, 310], marks=pytest.mark.slow),
+    ],
+)
 def test_an_export_visits_the_students_own_grid_in_stock_diffusers(sdxl, tmp_path, gamma, grid):
     denoiser = students.student(sdxl, Lora(rank=2, alpha=2), 0)
     tiny.perturb(students.trainable_parameters(denoiser))

@@ -94,6 +94,7 @@ def test_a_changed_start_is_another_stage_and_a_damaged_one_is_refused(distilled
         pipeline.run(of(recipe, stages))
 
 
+@pytest.mark.slow
 def test_evaluate_puts_a_student_from_elsewhere_into_its_table(distilled):
     recipe, run = distilled
     evaluate = Evaluate(
