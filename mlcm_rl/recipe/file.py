@@ -22,9 +22,10 @@ from ..storage.files import CheckpointError
 from ..storage.untrusted import read_bytes, regular
 from . import errors, renamed, reward_package, reward_settings, student_sources, teacher_check
 from .adapt_text import AdaptText
+from .control import CONTROLLED, TrainControl
 from .distill import Distill
 from .experiment import Recipe, Stage, gamma_of, missing_library, missing_trackers, student_before
-from .families import absent_extras, adaptable, family_of, geometry, layout_of
+from .families import absent_extras, adaptable, family_of, geometry, layout_of, of_denoiser
 from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
 from .reads import reads_of
@@ -108,6 +109,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
         *_teacher_problems(recipe.teacher, folders),
         *_lora_problems(recipe, folders),
         *_text_adapter_problems(recipe, folders),
+        *_control_problems(recipe),
         *_file_problems(recipe, folders),
         *_runs_problems(recipe, folders),
         *(Problem(("trackers", i), message) for i, message in missing_trackers(recipe)),
@@ -209,6 +211,22 @@ def _text_adapter_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem
         if before and before[-1] != adapt.prompts:
             message = f"expected {before[-1]}, the prompts of the trajectories before it, found {adapt.prompts}"
             yield Problem(("stages", i, "prompts"), message)
+
+
+def _control_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield what does not go with a stage that trains a ControlNet: other denoisers, and weights without gradients."""
+    if not any(isinstance(stage, TrainControl) for stage in recipe.stages):
+        return
+    teacher, able = recipe.teacher, of_denoiser(CONTROLLED)
+    if teacher.family not in able:
+        message = f"train_control makes a ControlNet of a {CONTROLLED}: name a teacher of {', '.join(able)}"
+        yield Problem(("teacher", "family"), message)
+    if teacher.dtype == "float16":
+        message = "the gradients of train_control go through the denoiser, and in float16 small ones are lost: write "
+        yield Problem(("teacher", "dtype"), f"{message}bfloat16, or float32")
+    if teacher.quantise is not None:
+        message = "train_control copies half of the denoiser, which must be floats: leave it out"
+        yield Problem(("teacher", "quantise"), message)
 
 
 def _family_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
