@@ -88,7 +88,7 @@ def sample(
         raise BadArgument("--prompt: holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
     folder = find_stage(run_folder, STUDENTS)
     base = teacher_of(folder, text_adapter=text_adapter)
-    tell_truncated(base, prompts, "--prompt")
+    tell_truncated(base, prompts, "the prompts")
     student = students.load_student(base, folder / "student")
     gamma = own_gamma(folder / "student") if gamma is None else gamma
     composition = sample_inputs.compose(base, student, inputs)

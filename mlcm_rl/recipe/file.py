@@ -24,6 +24,7 @@ from .adapt_text import AdaptText
 from .distill import Distill
 from .experiment import Recipe, missing_library, missing_trackers
 from .families import absent_extras, adaptable, family_of, geometry, layout_of
+from .languages import code_meant
 from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
 from .reads import reads_of
@@ -91,7 +92,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
         *(Problem(("trackers", i), message) for i, message in missing_trackers(recipe)),
         *_order_problems(recipe),
         *_store_problems(recipe),
-        *_tuning_problems(recipe),
+        *_tuning_problems(recipe, folders),
         *_precision_problems(recipe),
         *_quantised_problems(recipe),
         *_resume_problems(recipe),
@@ -329,7 +330,16 @@ def _store_problems(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(("stages", i, "keep"), message + "it has no budgets: write all, or auto")
 
 
-def _tuning_problems(recipe: Recipe) -> Iterator[Problem]:
+def _says_language(prompts: Path, name: str) -> bool:
+    """Return whether a prompt file may state `name` as the language of a line; one that cannot be read may."""
+    try:
+        text = read_bytes(prompts).decode()
+    except (OSError, ValueError):  # reported where the stage's files are
+        return True
+    return prompts.suffix == ".jsonl" and json.dumps(name, ensure_ascii=False) in text
+
+
+def _tuning_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
     """Yield what would stop a tuning stage, hours later, when the student is finished."""
     gamma = None  # default of the last student
     for i, stage in enumerate(recipe.stages):
@@ -342,6 +352,12 @@ def _tuning_problems(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(("stages", i, "gamma"), f"{message} (gamma 0) by default: set gamma, such as 0.3")
         if stage.languages and not sum(stage.languages.values()):
             yield Problem(("stages", i, "languages"), "all weights are 0, so that no prompt can be drawn")
+        for name in stage.languages:
+            if (code := code_meant(name)) and not _says_language(
+                folders.place(("stages", i, "prompts"), stage.prompts), name
+            ):
+                message = f"no prompt of {stage.prompts} is in {name!r}: did you mean {code}?"
+                yield Problem(("stages", i, "languages", name), message)
         reward_keys = set()
         for key, reward in rewards_in(("stages", i), stage):
             reward_key = (*key[:-2], reward.name)
