@@ -19,7 +19,7 @@ from ..cost.flops import this_device
 from ..cost.gpus import Device, kind_for
 from ..cost.launches import Launch
 from ..cost.peak import Meter, begin
-from ..models.students import tuned_steps
+from ..models.student_description import tuned_steps
 from ..preference import guard
 from ..recipe import Evaluate, Recipe, Reward, Stage, Tuning, paths
 from ..storage import checkpoints, files, lock

@@ -14,6 +14,7 @@ from ..equations.schedule import snr
 from ..equations.segments import phase_at
 from ..models import pictures, students, teachers
 from ..models.base import Base
+from ..models.grids import SamplingGrid
 from ..models.teachers import tell_truncated
 from ..recipe import Distill, Recipe, types
 from ..storage import files
@@ -220,5 +221,6 @@ def save_samples(
     """Write the grid of fixed prompts and seeds, sampled by the current student at its default gamma."""
     conditioned = stage.condition_on_target
     gamma = types.default_gamma(num_segments, conditioned)
-    sheet = pictures.sample_grid(base, student, recipe.samples, recipe.seed, num_segments, conditioned, gamma)
+    grid = SamplingGrid(num_segments=types.sampling_segments(num_segments, conditioned))
+    sheet = pictures.sample_grid(base, student, recipe.samples, recipe.seed, grid, conditioned, gamma)
     pictures.save_samples(rt, sheet, step)

@@ -29,14 +29,14 @@ from ..training.progress import progress
 
 
 def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
-    """Tune the distilled student into `folder`: `student/`, `guard.json`, `log.jsonl`, `samples/`.
+    """Tune a finished student into `folder`: `student/`, `guard.json`, `log.jsonl`, `samples/`.
 
     Interrupted at any step and run again, it ends with the same bits. `student/` is what the guard kept.
     Raises NonFiniteLoss before an update that is not finite.
     """
     rt = Runtime(recipe, stage, folder)
     base = teachers.load(recipe.teacher, rt.device)
-    start = parents["distill"] / "student"
+    start = tuning.start_folder(stage, parents, folder)
     student = tuning.load(stage, base, start, recipe.seed)
     refuse_blind(stage, student)
     rewards = combine(stage.rewards, rt.device, stage.normalise)
