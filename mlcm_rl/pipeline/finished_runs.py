@@ -10,12 +10,13 @@ from rich.progress import track
 from torch import Tensor
 
 from ..data.prompts import first_prompts, read_prompts
-from ..models import hub, pictures, sampler, students, teachers
+from ..models import hub, pictures, students, teachers
 from ..models.base import Base
 from ..models.client_export import export_as
 from ..models.composition import Composition
 from ..models.export import Form, refuse_existing
-from ..models.gammas import own_gamma
+from ..models.gammas import origin_of, own_gamma
+from ..models.student_description import tuned_steps
 from ..models.teachers import teacher_hash, tell_truncated
 from ..preference import labels, ranking
 from ..recipe import Evaluate, Recipe, Reward, paths
@@ -89,6 +90,7 @@ def sample(
     if not all(map(is_unicode, prompts)):
         raise BadArgument("--prompt: holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
     folder = find_stage(run_folder, STUDENTS)
+    sample_inputs.refuse(inputs, recipe_of(folder).teacher.family)
     base = teacher_of(folder, text_adapter=text_adapter)
     tell_truncated(base, prompts, "--prompt")
     student = students.load_student(base, folder / "student")
@@ -101,10 +103,10 @@ def sample(
     terminal = plain_console(stderr=True)  # standard output has the paths alone
     for steps in dict.fromkeys(num_steps):
         tell_unlike(student, folder, steps)
-        times, column = composition.times(steps, student.sampling_segments), []
+        times, column = student.grid.times(steps, composition.strength), []
         for start in track(range(0, len(drawn), batch_size), f"{steps} steps", console=terminal, transient=True):
             indices = range(start, min(start + batch_size, len(drawn)))
-            images = _sample(composition, student, [drawn[i] for i in indices], seed, indices, times, gamma)
+            images = _sample(composition, student.conditioned, [drawn[i] for i in indices], seed, indices, times, gamma)
             for i, image in zip(indices, map(pictures.to_pil, images), strict=True):
                 file = out / f"{first + i:03d}-seed{seed}-steps{steps}.png"
                 metadata = {"prompt": drawn[i], "number": i, "steps": steps, **common}
@@ -119,10 +121,9 @@ def sample(
     return files
 
 
-@torch.no_grad()
 def _sample(
     composition: Composition,
-    student: students.Student,
+    conditioned: bool,
     prompts: list[str],
     seed: int,
     indices: range,
@@ -132,14 +133,13 @@ def _sample(
     """Return pictures (B, 3, H, W) in [0, 1] of B `prompts`, the noise of each a function of `seed` and its index."""
     base, generators = composition.base, [generator(seed, "sample", i) for i in indices]
     noise, conditioning = base.noise(generators, len(prompts)), base.encode_prompts(prompts)
-    start, view = composition.start(noise, times[0]), composition.view(noise)
-    x0 = sampler.sample(view, student.denoiser, conditioning, start, times, gamma, generators, student.conditioned)
-    return composition.finish(base.autoencoder.decode(x0))
+    x0 = composition.sample(conditioning, noise, times, gamma, generators, conditioned)
+    return composition.decode(x0)
 
 
 def tell_unlike(student: students.Student, folder: Path, num_steps: int) -> None:
     """Print a warning where the student in a stage's `folder` was not tuned after all, or is not for `num_steps`."""
-    if students.tuned_steps(folder / "student") == 0:
+    if tuned_steps(folder / "student") == 0:
         tell(f"{folder.name}:", "its guard kept step 0: this is the student as it was distilled")
     if student.budgets and num_steps not in student.budgets:
         budgets = ", ".join(map(str, student.budgets))
@@ -234,8 +234,8 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
         with prefix_errors("--num-prompts", BadArgument):
             first_prompts(stage.prompts, num_prompts)
     file = folder / "manifest.json"
-    distilled = read_json(file, parents=dict)["parents"].get("distill")  # to compare a tuned student with
-    folders = [path_inside(folder.parent, distilled, file), folder] if distilled else [folder]
+    origin = origin_of(read_json(file, parents=dict))  # to compare a tuned student with
+    folders = [path_inside(folder.parent, origin, file), folder] if origin else [folder]
     if any(reward.is_of_this_recipe for reward in stage.reward_models):
         folders.append(find_stage(run_folder, ("train_reward",)))
     manifests = [read_json(one / "manifest.json", kind=str, fingerprint=str) for one in folders]

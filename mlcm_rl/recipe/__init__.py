@@ -8,11 +8,13 @@ message begins with the name of the setting that it is about, so that the error 
 """
 
 from .adapt_text import AdaptText
+from .control import TrainControl
 from .distill import Distill
 from .evaluation import Evaluate
 from .experiment import RESERVED, STUDENTS, TUNING, Recipe, Stage, missing_trackers
 from .preference import Dpo, Feedback, Policy, TrainReward, Tuning
 from .stage import OneStage, Training
+from .start import Start, StudentSource
 from .teacher_stages import TrainTeacher, Trajectories
 from .types import Full, Guard, Lora, Reward, Samples, Strict, Teacher
 
@@ -34,8 +36,11 @@ __all__ = [
     "Reward",
     "Samples",
     "Stage",
+    "Start",
     "Strict",
+    "StudentSource",
     "Teacher",
+    "TrainControl",
     "TrainReward",
     "TrainTeacher",
     "Training",
