@@ -97,13 +97,17 @@ class Roles:
         side = self.base.resolution
         return self.base.autoencoder.encode(torch.empty(count, 3, side, side, device=self.base.device))
 
-    def scores(self, latents: Tensor, rewards: list[Reward], small: nn.Module | None = None) -> Tensor:
-        """Return the sum (count,) of the scores of `rewards` for `latents`, decoded by a `small` decoder if given."""
+    def scores(
+        self, latents: Tensor, rewards: list[Reward], small: nn.Module | None = None, num_scores: int = 1
+    ) -> Tensor:
+        """Return the sum (count,) of the scores of `rewards` for `latents`, decoded by a `small` decoder if given.
+
+        The pictures, decoded once, are scored `num_scores` times: under one prompt and another.
+        """
         images = self.base.autoencoder.decode(latents, small)
         total = images.mean((1, 2, 3))
-        for one in rewards:
-            if one.name in self.rewards:
-                total = total + self._score(one, images)
+        for one in [one for one in rewards if one.name in self.rewards] * num_scores:
+            total = total + self._score(one, images)
         return total
 
     def _score(self, settings: Reward, images: Tensor) -> Tensor:
@@ -136,8 +140,7 @@ def _terms(stage: Stage, recipe: Recipe, roles: Roles, part: int) -> Iterator[Te
         elif one_pass.viewer:
             steps = int(one_pass.evaluations)
             alive.append(roles.sample(one_pass.batch, steps) if one_pass.is_chained else roles.x0(one_pass.batch))
-            for _ in range(one_pass.num_scores):
-                yield _scores(one_pass, stage, roles, alive[-1]).sum()
+            yield _scores(one_pass, stage, roles, alive[-1]).sum()
         else:
             network = roles.prediction if one_pass.output == "prediction" else roles.x0
             yield torch.stack([network(one_pass.batch).square().mean() for _ in range(int(one_pass.evaluations))]).sum()
@@ -176,4 +179,6 @@ def _scores(one_pass: Pass, stage: Stage, roles: Roles, x0: Tensor) -> Tensor:
     if one_pass.viewer == "person":
         return roles.base.autoencoder.decode(x0)
     small = roles.small_decoder if one_pass.viewer == "rewards" else None
-    return roles.scores(x0, stage.trained_on if one_pass.viewer == "rewards" else stage.reward_models, small)
+    return roles.scores(
+        x0, stage.trained_on if one_pass.viewer == "rewards" else stage.reward_models, small, one_pass.num_scores
+    )

@@ -20,6 +20,11 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 LABELS = {"ddim": "DDIM", "dpmpp": "DPM-Solver++", "unipc": "UniPC"}
 
 
+def label_of(solver: str, is_flow: bool) -> str:
+    """Return a solver's name in reports; on a rectified flow DDIM's step is Euler's."""
+    return "Euler" if is_flow and solver == "ddim" else LABELS[solver]
+
+
 def sample(
     base: Base,
     conditional: Conditioning,

@@ -92,7 +92,7 @@ def sample(
     folder = find_stage(run_folder, STUDENTS)
     sample_inputs.refuse(inputs, recipe_of(folder).teacher.family)
     base = teacher_of(folder, text_adapter=text_adapter)
-    tell_truncated(base, prompts, "--prompt")
+    tell_truncated(base, prompts, "the prompts")
     student = students.load_student(base, folder / "student")
     gamma = own_gamma(folder / "student") if gamma is None else gamma
     composition = sample_inputs.compose(base, student, inputs)
