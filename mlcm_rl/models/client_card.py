@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..equations.segments import sampling_times
 from ..recipe.families import layout_of
 from ..storage.files import public
 from . import comfyui, model_card
 from .base import Base
 from .comfyui import SAMPLERS
+from .grids import SamplingGrid
 from .model_card import OF_LORA, PUBLISHED_WIDTHS, example_steps
 from .students import Student
 
@@ -79,7 +79,7 @@ The adapters are PEFT's, `adapter_config.json` and `adapter_model.safetensors`, 
 
 @dataclass(frozen=True)
 class Row:
-    """A file of the export: `suffix` of its name, its numbers of steps, gamma, and the segments of its grid.
+    """A file of the export: `suffix` of its name, its numbers of steps, gamma, and grid.
 
     `outside` are the layers outside the denoiser's blocks that its adapter changes.
     """
@@ -87,7 +87,7 @@ class Row:
     suffix: str
     steps: tuple[int, ...]
     gamma: float
-    num_segments: int
+    grid: SamplingGrid
     outside: tuple[str, ...] = ()
 
 
@@ -138,7 +138,7 @@ def _for_comfyui(base: Base, stem: str, rows: Sequence[Row], is_lora: bool) -> l
     lines, has_sigmas = [], False
     for row in rows:
         for steps in row.steps:
-            times = sampling_times(steps, row.num_segments)
+            times = row.grid.times(steps)
             simple = comfyui.is_simple(base, times)
             has_sigmas |= not simple
             schedule = (
@@ -165,7 +165,7 @@ def _for_kohya(base: Base, stem: str, rows: Sequence[Row], is_lora: bool) -> lis
     """Return the sections on A1111, Forge and sd-scripts."""
     lines, is_inexact = [], False
     for row in rows:
-        exact = [n for n in row.steps if comfyui.is_multiple(sampling_times(n, row.num_segments))]
+        exact = [n for n in row.steps if comfyui.is_multiple(row.grid.times(n))]
         is_inexact |= len(exact) < len(row.steps)
         sampler = {"lcm": "LCM", "euler": "Euler"}.get(SAMPLERS.get(row.gamma, ""), "-")
         counts = ", ".join(map(str, exact)) or f"{row.steps[0]}, but not so: see below"
@@ -197,7 +197,7 @@ def _for_peft(base: Base, student: Student, name: str, rows: Sequence[Row], fold
     ]
     imports = f"from diffusers import DiffusionPipeline, {scheduler}\nfrom peft import PeftModel"
     num_steps = row.steps[0] if row.suffix else example_steps(student)
-    code = model_card.code(imports, setup, model_card.call(base, num_steps, row.gamma), inside or "sample")
+    code = model_card.code(imports, setup, model_card.call(base, row.grid, num_steps, row.gamma), inside or "sample")
     sections = ["## Use", PEFT.format(code=code).rstrip()]
     if len(rows) > 1:
         others = ", ".join(f"`steps-{row.steps[0]}`" for row in rows if row.suffix)

@@ -33,6 +33,7 @@ from .export import (
     tracked,
     with_target_times,
 )
+from .grids import SamplingGrid
 from .lora_files import Adapter
 from .students import Student
 
@@ -49,7 +50,7 @@ class Part:
 
     suffix: str
     steps: tuple[int, ...]
-    num_segments: int
+    grid: SamplingGrid
     gamma: float
     adapters: dict[str, Adapter] | None
     denoiser: Callable[[torch.dtype], ModelMixin]
@@ -85,7 +86,7 @@ def export_for(
         total = len(stock_steps(student)) or 1 + len(sources)
         for part in tracked(parts(base, student, sources, gamma, form), total):  # one is in memory at a time
             WRITE[client](base, part, folder, name.rpartition("/")[2], form)
-            rows.append(Row(part.suffix, part.steps, part.gamma, part.num_segments, _outside_blocks(base, part)))
+            rows.append(Row(part.suffix, part.steps, part.gamma, part.grid, _outside_blocks(base, part)))
         copy_licences(base, folder)
         is_lora = not _is_merged(student, form)
         card = client_card.card(client, base, student, name, rows, is_lora, card_table, folder, languages)
@@ -140,7 +141,7 @@ def _whole(base: Base, student: Student, suffix: str, steps: tuple[int, ...], ga
     return Part(
         suffix=suffix,
         steps=steps,
-        num_segments=student.sampling_segments,
+        grid=student.grid,
         gamma=gamma,
         adapters=None if lora is None else adapters_with(base, lora),
         denoiser=lambda dtype: students.merged(student, dtype),
@@ -155,7 +156,7 @@ def _for_steps(base: Base, student: Student, num_steps: int, gamma: float, form:
     return Part(
         suffix=f"-{num_steps}-steps",
         steps=(num_steps,),
-        num_segments=student.sampling_segments,
+        grid=student.grid,
         gamma=gamma,
         adapters=adapters,
         denoiser=lambda dtype: denoiser_for_steps(base, student, num_steps, gamma, dtype),
@@ -182,7 +183,7 @@ def _write_comfyui(base: Base, part: Part, folder: Path, name: str, form: Form) 
         write_tensors(place / file, part.denoiser(form.denoiser_dtype(base)).state_dict())
     (folder / "workflows").mkdir(exist_ok=True)
     for steps in part.steps:
-        graph = comfyui.workflow(base, file, part.adapters is not None, steps, part.num_segments, part.gamma)
+        graph = comfyui.workflow(base, file, part.adapters is not None, steps, part.grid, part.gamma)
         write_json(folder / "workflows" / f"{name}-{steps}-steps.json", graph)
 
 
@@ -200,7 +201,7 @@ def _write_peft(base: Base, part: Part, folder: Path, name: str, form: Form) -> 
     place = folder / f"steps-{part.steps[0]}" if part.suffix else folder
     place.mkdir(exist_ok=True)
     write_peft(part.adapters, base, place, form.lora_dtype)
-    base.stock_scheduler(part.gamma).save_pretrained(place / "scheduler")
+    base.stock_scheduler(part.gamma, part.grid).save_pretrained(place / "scheduler")
 
 
 WRITE: dict[str, Callable[[Base, Part, Path, str, Form], None]] = {

@@ -149,7 +149,7 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path, fo
     if has_class:
         _require_class_labels(denoiser)
     setattr(pipeline, base.denoiser_part, denoiser)
-    pipeline.scheduler = base.stock_scheduler(gamma)
+    pipeline.scheduler = base.stock_scheduler(gamma, student.grid)
     if "requires_safety_checker" in pipeline.config:  # it is not loaded, so it is not exported
         pipeline.register_to_config(requires_safety_checker=False)
     if "is_distilled" in pipeline.config:  # its pipeline guides no second time, whatever the scale
@@ -161,6 +161,7 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path, fo
         # of a half-precision teacher one precision
         _edit(config, dtype="float32")
     shutil.copy(student.folder / students.DESCRIPTION_FILE, folder)
+    _edit(folder / students.DESCRIPTION_FILE, gamma=gamma)  # which TCD's scheduler does not say
     if has_class:
         (folder / "pipeline.py").write_text(_pipeline_code(student, gamma, type(pipeline).__name__), encoding="utf-8")
         _edit(folder / "model_index.json", _class_name=["pipeline", "TargetTimePipeline"])
@@ -197,7 +198,7 @@ def _edit(file: Path, **settings: Any) -> None:
 
 def _write_snapshot(base: Base, student: Student, folder: Path, form: Form) -> None:
     """Write a snapshot's adapter or denoiser, and its scheduler."""
-    base.stock_scheduler(student.default_gamma).save_pretrained(folder / "scheduler")
+    base.stock_scheduler(student.default_gamma, student.grid).save_pretrained(folder / "scheduler")
     if lora := _adapter(base, student, form):
         _write_adapter(base, lora, folder, form)
     else:

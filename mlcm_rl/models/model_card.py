@@ -10,13 +10,14 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from ..equations.segments import NUM_SEGMENTS, paper_times, sampling_times
+from ..equations.segments import NUM_SEGMENTS, paper_times
 from ..recipe.families import layout_of
 from ..storage.files import public, read_json
 from ..storage.untrusted import read_bytes
 from . import students
 from .base import Base
 from .client_files import KOHYA_FILE
+from .grids import SamplingGrid
 from .lora_files import LORA_FILE
 from .students import Student
 
@@ -125,8 +126,8 @@ def joined(sections: list[str]) -> str:
 def introduction(base: Base, student: Student, name: str, guidance: str) -> str:
     """Return the title and what the student is; `guidance` says how to sample without."""
     return (
-        f"# {name}\n\nA student of `{public(base.teacher.path)}`{_with_lora(base)} for {_budgets(student)} steps, made "
-        f"by multistep consistency distillation with `mlcm-rl` (guidance {base.teacher.guidance_scale:g} is inside: "
+        f"# {name}\n\nA student of `{public(base.teacher.path)}`{_with_lora(base)} for {_budgets(student)} steps, "
+        f"{_origin(student)} (guidance {base.teacher.guidance_scale:g} is inside: "
         f"{guidance}). {_kind(student)}"
     )
 
@@ -198,6 +199,14 @@ def _budgets(student: Student) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+def _origin(student: Student) -> str:
+    """Return in a phrase how the student was made, or where it was taken from."""
+    source = students.describe(student.folder).get("source")
+    if isinstance(source, str):
+        return f"taken from `{source}` with `mlcm-rl`, which did not distil it"
+    return "made by multistep consistency distillation with `mlcm-rl`"
+
+
 def _kind(student: Student) -> str:
     distilled = (
         "It is told the time that each step ends at, so one student serves all of these numbers of steps."
@@ -223,7 +232,7 @@ def _usage(base: Base, student: Student, name: str, gamma: float) -> str:
     return code(
         "from diffusers import DiffusionPipeline",
         [f"pipe = DiffusionPipeline.from_pretrained({quoted(name)}{trust}{absent(base)})"],
-        call(base, example_steps(student), gamma),
+        call(base, student.grid, example_steps(student), gamma),
         "sample",
     )
 
@@ -255,7 +264,12 @@ def _part_usage(base: Base, student: Student, name: str, part: Path, gamma: floa
         setup.append(f'pipe.{at} = {network}.from_pretrained({quoted(name)}, subfolder="{inside}/{at}")')
     place = f"{inside}/scheduler".removeprefix("/")
     setup.append(f'pipe.scheduler = {scheduler(part)}.from_pretrained({quoted(name)}, subfolder="{place}")')
-    return code(f"from diffusers import {', '.join(classes)}", setup, call(base, num_steps, gamma), inside or "adapter")
+    return code(
+        f"from diffusers import {', '.join(classes)}",
+        setup,
+        call(base, student.grid, num_steps, gamma),
+        inside or "adapter",
+    )
 
 
 def _steps_usage(base: Base, student: Student, name: str, folders: list[Path], gamma: float) -> str:
@@ -280,8 +294,8 @@ def _instead(base: Base) -> str:
     return "without the class in this folder" if base.has_target_time_pipeline else "at other numbers of steps"
 
 
-def call(base: Base, num_steps: int, gamma: float) -> str:
-    values = base.stock_call(sampling_times(num_steps)) | base.stock_guidance | base.stock_size
+def call(base: Base, grid: SamplingGrid, num_steps: int, gamma: float) -> str:
+    values = base.stock_arguments(grid, num_steps) | base.stock_guidance | base.stock_size
     eta = {"eta": gamma} if 0.0 < gamma < 1.0 else {}
     return f'pipe(prompt="a red apple", {arguments(values | eta)}, generator=seed)'
 
@@ -396,9 +410,9 @@ def _grids(base: Base, student: Student) -> str:
     ]
     for num_steps in student.budgets or range(1, NUM_SEGMENTS + 1):
         grids = [
-            sampling_times(num_steps),
+            student.grid.by_steps.times(num_steps),
             paper_times(num_steps),
-            sampling_times(num_steps, student.sampling_segments),
+            student.grid.times(num_steps),
         ]
         network_time = base.schedule.network_time
         default, *_ = cells = [base.stock_call(times).get("sigmas", network_time[times].tolist()) for times in grids]

@@ -28,7 +28,7 @@ from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
 from .reads import reads_of
 from .schema import json_schema
-from .start import PREVIOUS, Start
+from .start import Start, written_key
 from .teacher_stages import TrainTeacher, Trajectories
 from .tree import Key, Node, Problem, RecipeError, nearest, override, read
 from .types import TRAINED, Full, Lora, Reward
@@ -78,22 +78,6 @@ def load(
     for note in notes:
         tell(f"{path}: {note}")
     return recipe
-
-
-def written_key(tree: Node, key: Key) -> Key:
-    """Return where the file has the value at `key` of a recipe, whose stages are more: a `start` is one of its own."""
-    stages = tree.child("stages")
-    if key[:1] != ("stages",) or len(key) < 2 or stages is None or not isinstance(stages.content, list):
-        return key
-    places: list[Key] = []
-    is_text: list[bool] = []
-    for i, stage in enumerate(stages.content):
-        named = [(name, one.content) for name in ("start", "student") if (one := stage.child(name)) is not None]
-        sources = [(name, content) for name, content in named if content not in (None, PREVIOUS)]
-        places += [*(("stages", i, name) for name, _ in sources), ("stages", i)]
-        is_text += [*(isinstance(content, str) for _, content in sources), False]
-    number = int(key[1])
-    return places[number] if is_text[number] else (*places[number], *key[2:])
 
 
 def check(recipe: Recipe, folders: Folders) -> list[Problem]:
@@ -242,6 +226,10 @@ def _tuning_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
         if stage.needs_random_steps and stage.gamma is None and gamma == 0.0:
             message = f"{stage.kind} needs random steps here, and the student that it tunes samples without noise"
             yield Problem(("stages", i, "gamma"), f"{message} (gamma 0) by default: set gamma, such as 0.3")
+        begun = None if before is None else recipe.stages[before]
+        if isinstance(begun, Start) and isinstance(begun.grid, list) and len(begun.grid) != stage.sampling_steps:
+            message = f"expected {len(begun.grid)}, as many as the times of its start's grid {begun.grid}, found "
+            yield Problem(("stages", i, "sampling_steps"), f"{message}{stage.sampling_steps}")
         if stage.languages and not sum(stage.languages.values()):
             yield Problem(("stages", i, "languages"), "all weights are 0, so that no prompt can be drawn")
         for name in stage.languages:
