@@ -65,7 +65,7 @@ def new_control_net(base: Base, seed: int) -> ControlNetModel:
         network = ControlNetModel.from_unet(base.denoiser, conditioning_embedding_out_channels=widths)
     if network.encoder_hid_proj is not None:
         network.encoder_hid_proj.load_state_dict(base.denoiser.encoder_hid_proj.state_dict())
-    return network.to(base.device, torch.float32)
+    return nn.Module.to(network, base.device, torch.float32)  # diffusers' own `to` warns without reason
 
 
 @contextmanager
