@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mlcm_rl.models.lora_files import _stability_blocks
+from mlcm_rl.models.client_keys import _stability_blocks
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
 RESNET |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}

@@ -1,4 +1,4 @@
-"""`mlcm rewards list | fetch | check` and `mlcm score`: parsing and printing. torch is imported inside the commands."""
+"""`mlcm rewards list | show | fetch | check`, `mlcm score`: parsing and printing; commands import torch themselves."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ..recipe import Reward
+from ..recipe import Reward, shipped
 from ..recipe.file import reward_names
 from ..recipe.tree import nearest
 from ..training.console import plain_console
@@ -86,6 +86,15 @@ def list_rewards() -> None:
     _line(Text("\nWeights that are to fetch: mlcm rewards fetch NAME"))
     for note in notes:
         _line(note)
+
+
+@app.command("show")
+def show_card(name: Name) -> None:
+    """Print the card of a shipped reward model: what it was trained on, its range and licences, what hacks it."""
+    card = shipped.folder("reward_models") / f"{name}.md"
+    if not card.is_file():
+        raise typer.BadParameter(f"{name} does not come with mlcm_rl and has no card here", param_hint="NAME")
+    typer.echo(card.read_text(encoding="utf-8"), nl=False)
 
 
 @app.command("fetch")

@@ -1,5 +1,6 @@
 """Commands on a finished run: sample, pairs, evaluate, export."""
 
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -179,17 +180,58 @@ def evaluate(
     line(Text(str(report)))
 
 
-def export(
-    run: RunFolder, out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write", show_default=False)]
-) -> None:
-    """Write a run's student as a folder that diffusers opens without this package.
+class Format(StrEnum):
+    """What a student can be exported for."""
 
-    A student told the time it jumps to has its pipeline's class in the folder: open it with trust_remote_code=True. For
-    stock pipelines (image to image, ControlNet) it is in the folders steps-N. The card in README.md has the code.
+    DIFFUSERS = "diffusers"
+    COMFYUI = "comfyui"
+    KOHYA = "kohya"
+    PEFT = "peft"
+    ALL = "all"
+
+
+class Precision(StrEnum):
+    """In what a student's weights can be exported."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write", show_default=False)],
+    formats: Annotated[
+        list[Format],
+        typer.Option("--format", help="for whom; repeated or `all`, a folder each in OUT"),
+    ] = [Format.DIFFUSERS],  # noqa: B006  typer reads it and never changes it
+    merge: Annotated[bool, typer.Option("--merge", help="whole weights, no LoRA")] = False,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option(show_default=False, help="of the student's weights; default: a LoRA's fp32, else the teacher's"),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="NAME/MODEL", show_default=False, help="upload OUT to this repository of the hub"),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="let everyone see it; default: private")] = False,
+) -> None:
+    """Write a run's student for diffusers, or as files for ComfyUI, kohya's tools or PEFT.
+
+    For diffusers it is a folder that opens without this package. A student told the time it jumps to has its pipeline's
+    class there: open it with trust_remote_code=True. For stock pipelines (image to image, ControlNet), and for other
+    tools, it is a file for each number of steps. The card in README.md has the code and the settings.
     """
+    if public and push is None:
+        raise typer.BadParameter("--public means nothing without --push NAME/MODEL")
+    if push is not None and (len(formats) > 1 or Format.ALL in formats):
+        raise typer.BadParameter("--push takes one --format: a repository holds one")
+    chosen = list(dict.fromkeys(one.value for one in formats))
     with imported("pipeline.finished_runs") as finished_runs:
-        folder = finished_runs.export(run, out)
-    line(Text(str(folder)))
+        folder = finished_runs.export(run, out, chosen, dtype and dtype.value, merge, push)
+        line(Text(str(folder)))
+        if push is not None:
+            line(Text(finished_runs.push(folder, push, public)))
 
 
 def _refuse(way: str, **options: object) -> None:

@@ -6,7 +6,6 @@ for several passes (`Base.same_prompts`), so are they here. Left out, as small b
 evaluation's own networks, sample grids, held-out losses, reading and writing, communication between processes.
 """
 
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..recipe import Full, Lora, Recipe, Reward, Stage, Training
 from ..recipe.takes import Pass
+from ..training import machine
 from . import memory
 from .gpus import THIS, Device
 from .launches import Launch
@@ -187,10 +187,7 @@ def seconds(work: list[Work], device: Device, launch: Launch) -> float:
 
 def this_device(device: torch.device) -> Device:
     """Return the device that runs here, with rates measured by matrix products, which takes a second or two."""
-    if device.type == "cuda":
-        size = torch.cuda.get_device_properties(device).total_memory
-    else:
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    size = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine.memory()
     rates = {name: _rate(device, dtype, SIDES[name]) for name, dtype in PRECISIONS.items()}
     rates["tf32"] = _tf32_rate(device) if device.type == "cuda" else rates["float32"]
     return Device(THIS, device.type, size, rates)

@@ -4,6 +4,7 @@ All are integers and exact: `(T - 1) i // n`, never a rounded float. With T = 10
 999, 978, 957, ..., 20, 0 and its milestones are 999, 874, 749, 624, 499, 374, 249, 124, 0.
 """
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
@@ -101,6 +102,31 @@ def remaining_times(num_steps: int, strength: float, num_segments: int = 1) -> l
     if not 0 < start <= 1 or len({*times, 0}) <= num_steps:
         raise ValueError(f"strength is {strength:g}; it must be at most 1, and large enough for {num_steps} times")
     return times
+
+
+def pressed_times(times: Sequence[int], strength: float) -> list[int]:
+    """Return the share `strength` of each of the descending `times`: 499, 379, 249, 129 of LCM's at 0.5.
+
+    Raises ValueError for a strength outside (0, 1], and where two times fall on one.
+    """
+    share = Fraction(strength).limit_denominator(NUM_TIMES)
+    pressed = [int(share * t) for t in times]
+    if not 0 < share <= 1 or len({*pressed, 0}) <= len(times):
+        raise ValueError(f"strength is {strength:g}; it must be at most 1, and large enough for {len(times)} times")
+    return pressed
+
+
+def spaced_times(num_steps: int, num_origins: int) -> list[int]:
+    """N of `num_origins` evenly spaced times, from T - 1 down, as diffusers' LCM and TCD schedulers choose them.
+
+    LCM's own 50 give 999, 759, 499, 259 for N = 4 (its `original_inference_steps`); all T give 999, 749, 499, 249, the
+    trailing times of DDIM and Euler, from which N = 3, 6 and 7 differ by one at most.
+    Raises ValueError unless 1 <= N <= `num_origins` and that divides T.
+    """
+    if num_origins < 1 or NUM_TIMES % num_origins or not 1 <= num_steps <= num_origins:
+        raise ValueError(f"num_steps is {num_steps} of {num_origins} times, which must divide {NUM_TIMES}")
+    spacing = NUM_TIMES // num_origins
+    return [NUM_TIMES - 1 - spacing * (i * num_origins // num_steps) for i in range(num_steps)]
 
 
 def draw_jumps(budgets: list[int], size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

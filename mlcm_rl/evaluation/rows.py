@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..equations.segments import paper_times, sampling_times
+from ..equations.segments import paper_times
 from ..models.base import Base
 from ..models.gammas import own_gamma, tuned_from
-from ..models.students import DESCRIPTION_FILE, describe, refuse_other
+from ..models.grids import MILESTONES, SamplingGrid
+from ..models.student_description import DESCRIPTION_FILE, describe, grid_of
+from ..models.students import refuse_other
 from ..recipe import Evaluate, Teacher
 from ..recipe.experiment import STUDENTS
-from ..recipe.types import sampling_segments
 from ..report.types import SampledRow
 from ..storage.files import read_json
 from . import training_cost
@@ -24,7 +25,8 @@ class Entry:
     folder: Path
     num_segments: int
     conditioned: bool
-    training: training_cost.TrainingCost
+    grid: SamplingGrid  # its own
+    training: training_cost.TrainingCost | None  # None for one from elsewhere
     own_gamma: float  # that of its tuning, or the default for its kind
     gammas: tuple[float, ...]  # to measure; its own first, if it is among them
 
@@ -38,13 +40,14 @@ def entries(stage: Evaluate, parents: dict[str, Path], base: Base) -> list[Entry
         description = describe(folder)
         refuse_other(folder, description, base)
         cost = training_cost.of_student(folder)
-        shape = (description["num_segments"], description["conditioned"])
+        shape = (description["num_segments"], description["conditioned"], grid_of(description))
         default = own_gamma(folder)
         # a tuned student and the one that it was tuned from are both measured at the gamma of the tuning
         of_tuning = [
-            gamma for tuned, (distilled, gamma) in origins.items() if name == tuned or is_student_of(folder, distilled)
+            gamma for tuned, (origin, gamma) in origins.items() if name == tuned or is_student_of(folder, origin)
         ]
-        gammas = [default] if training_cost.is_snapshot(folder) else [*stage.gammas, *of_tuning]
+        stated = [default] * ("gamma" in description)  # by one from elsewhere
+        gammas = [default] if training_cost.is_snapshot(folder) else [*stage.gammas, *of_tuning, *stated]
         gammas.sort(key=lambda gamma: gamma != default)
         students.append(Entry(name, folder, *shape, cost, default, tuple(dict.fromkeys(gammas))))
     return students
@@ -58,11 +61,16 @@ def is_student_of(folder: Path, stage: str) -> bool:
 def student_folders(stage: Evaluate, parents: dict[str, Path]) -> dict[str, Path]:
     """Return the folder of every student by name: the recipe's own first, distilled and tuned, then those of `also`.
 
-    The distilled one is "student" and tuned ones have the name of their stage; those of `also` have the name of their
-    recipe, with the folder's name if the recipe has several. `students: snapshots` adds the student after each phase
-    but the last, whose student is the result. Raise ValueError for an entry of `also` without a student.
+    The distilled one is "student", the others have the name of their stage, and one that was tuned and is of no latest
+    stage is "<stage>'s start". Those of `also` have the name of their recipe, with the folder's name if the recipe has
+    several. `students: snapshots` adds the student after each phase but the last, whose student is the result. Raise
+    ValueError for an entry of `also` without a student.
     """
     stages = {"student" if kind == "distill" else kind: parents[kind] for kind in STUDENTS if kind in parents}
+    for kind, folder in list(stages.items()):
+        origin = tuned_from(folder / "student")
+        if origin is not None and origin[0] not in [one.resolve().name for one in stages.values()]:
+            stages[f"{kind}'s start"] = folder.resolve().parent / origin[0]
     for path in map(Path, stage.also):
         if not (path / "student" / DESCRIPTION_FILE).is_file():
             raise ValueError(f"also: {path} holds no student; name the folder of a finished distill stage")
@@ -116,21 +124,22 @@ def student_rows(stage: Evaluate, index: int, student: Entry) -> list[SampledRow
     """Return the rows of `student` at each number of steps, gamma (its own too) and grid; equal samplers are one row.
 
     With one step gamma has no effect, and grids may agree. A student conditioned on its target time may stop anywhere,
-    so it takes the even grid; the others take one that includes their K boundaries.
+    so it takes the even grid; the others take one that includes their K boundaries. One from elsewhere has a grid of
+    its own in place of the milestones, and maybe for some numbers of steps alone.
     """
     rows: dict[tuple[tuple[int, ...], float | None], SampledRow] = {}
-    num_segments = sampling_segments(student.num_segments, student.conditioned)
+    own = "" if student.grid.name == MILESTONES else f", {student.grid}"
     for gamma in student.gammas:
         for grid in sorted(stage.grids):  # milestones, paper
-            for n in stage.sampling_steps:
-                times = tuple(paper_times(n) if grid == "paper" else sampling_times(n, num_segments))
+            for n in filter(student.grid.has, stage.sampling_steps):
+                times = tuple(paper_times(n) if grid == "paper" else student.grid.times(n))
                 rows.setdefault(
                     (times, gamma if n > 1 else None),
                     SampledRow(
                         id=f"student{index}-{n}-gamma{gamma:g}-{grid}",
                         role="student",
                         name=student.name,
-                        sampler=f"gamma {gamma:g}" + (", paper's grid" if grid == "paper" else ""),
+                        sampler=f"gamma {gamma:g}" + (", paper's grid" if grid == "paper" else own),
                         num_steps=n,
                         num_evaluations=n,
                         times=times,
@@ -139,7 +148,7 @@ def student_rows(stage: Evaluate, index: int, student: Entry) -> list[SampledRow
                         num_segments=student.num_segments,
                         conditioned=student.conditioned,
                         default=gamma == student.own_gamma and grid == "milestones",
-                        training=student.training.record(),
+                        training=student.training.record() if student.training is not None else None,
                     ),
                 )
     return list(rows.values())

@@ -10,7 +10,8 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from ..cost.evaluations import network_evaluations, whole_evaluations
-from ..recipe import Distill, Recipe, Stage
+from ..recipe import Distill, Recipe, Stage, Start, Training
+from ..recipe.experiment import student_before
 from ..recipe.renamed import renewed, renewed_stage
 from ..report import types
 from ..storage.files import read_json
@@ -36,8 +37,10 @@ class TrainingCost:
         )
 
 
-def of_student(folder: Path) -> TrainingCost:
+def of_student(folder: Path) -> TrainingCost | None:
     """Return the cost of the student in `folder`: `student` of a stage's folder, or `snapshots/phase-<i>-K<k>`.
+
+    None for one from elsewhere, and for what was tuned from it: what it had cost before is unknown.
 
     A snapshot costs its stage's steps up to the end of its phase, and all stages before. Raise CheckpointError if the
     stage's folder has no manifest: it is not finished.
@@ -55,15 +58,19 @@ def is_snapshot(folder: Path) -> bool:
     return folder.parent.name == "snapshots"
 
 
-def of_stage(recipe: Recipe, position: int, num_phases: int | None = None) -> TrainingCost:
+def of_stage(recipe: Recipe, position: int | None, num_phases: int | None = None) -> TrainingCost | None:
     """Return the cost of the student of `recipe.stages[position]`, or of its first `num_phases` phases.
 
-    A stage starts from the student of an earlier one: the chain is the stage itself, that one, and so on.
+    A stage starts from the student of an earlier one: the chain is the stage itself, that one, and so on. None where it
+    begins with a student from elsewhere.
     """
     samples = online = student = 0
     stores: dict[int, int] = {}
-    while position >= 0:
+    while position is not None:
         stage = recipe.stages[position]
+        if isinstance(stage, Start):
+            return None
+        assert isinstance(stage, Training), "no other stage leaves a student"
         shortened = stage.until(num_phases) if isinstance(stage, Distill) else stage
         samples += sum(shortened.steps_per_phase) * shortened.batch_size
         passes = shortened.passes(recipe)
@@ -72,7 +79,7 @@ def of_stage(recipe: Recipe, position: int, num_phases: int | None = None) -> Tr
         parents = [i for i in range(position) if recipe.stages[i].kind in stage.parents]
         for i in [i for i in parents if recipe.stages[i].num_stored][-1:]:  # the last store before it
             stores[i] = network_evaluations(recipe.stages[i], recipe)
-        position = max((i for i in parents if recipe.stages[i].leaves_student), default=-1)
+        position = student_before(recipe.stages, position)
         num_phases = None
     return TrainingCost(samples, sum(stores.values()), online, student)
 

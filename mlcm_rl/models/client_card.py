@@ -160,7 +160,7 @@ def _for_kohya(base: Base, stem: str, rows: Sequence[Row]) -> list[str]:
         exact = [n for n in row.steps if comfyui.is_multiple(sampling_times(n, row.num_segments))]
         is_inexact |= len(exact) < len(row.steps)
         sampler = {"lcm": "LCM", "euler": "Euler"}.get(SAMPLERS.get(row.gamma, ""), "-")
-        counts = ", ".join(map(str, exact)) or "-"
+        counts = ", ".join(map(str, exact)) or f"{row.steps[0]}, but not so: see below"
         lines.append(f"| `{stem}{row.suffix}.safetensors` | {counts} | {sampler} | Simple |")
     notes = [INEXACT] if is_inexact else []
     notes += [NO_SAMPLER.format(gamma=row.gamma) for row in rows[:1] if row.gamma not in SAMPLERS]

@@ -5,7 +5,7 @@ target times of N steps are merged in. Other students are one file for every num
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from diffusers import ModelMixin
 
 from ..storage.files import remove_partial_of, replacing, write_json
 from ..storage.tensors import write_tensors
+from ..training.progress import tell
 from . import client_card, comfyui, students
 from .base import Base
 from .client_card import Row
@@ -25,6 +26,7 @@ from .export import (
     checked_snapshots,
     copy_licences,
     denoiser_for_steps,
+    export,
     refuse_existing,
     stock_steps,
     with_target_times,
@@ -33,6 +35,7 @@ from .lora_files import Adapter
 from .students import Student
 
 CLIENTS = ("comfyui", "kohya", "peft")
+ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -190,3 +193,55 @@ WRITE: dict[str, Callable[[Base, Part, Path, str, Form], None]] = {
     "kohya": _write_kohya,
     "peft": _write_peft,
 }
+
+
+# ---- several formats ----
+
+
+def export_as(
+    formats: Sequence[str],
+    student_folder: Path | str,
+    base: Base,
+    out: Path | str,
+    card_table: str | None = None,
+    snapshots: Mapping[int, Path] | None = None,
+    gamma: float | None = None,
+    languages: Sequence[str] = (),
+    form: Form = AS_TRAINED,
+) -> Path:
+    """Write the student in one format to the new folder `out`, or in several to a folder each in it.
+
+    `ALL` stands for those that the student can be in; a line is printed for each other. Arguments and errors are those
+    of `export_for`.
+    """
+    out = Path(out)
+    refuse_existing(out)
+    if ALL in formats:
+        formats = list(_possible(student_folder, base, gamma, form))
+
+    def write(one: str, place: Path, own: Form) -> Path:
+        common = (student_folder, base, place, card_table, snapshots, gamma, languages, own)
+        return export(*common) if one == "diffusers" else export_for(one, *common)
+
+    if len(formats) == 1:
+        return write(formats[0], out, form)
+    remove_partial_of(out)
+    with replacing(out) as folder:
+        folder.mkdir()
+        for one in formats:
+            is_opened = one in ("diffusers", "peft")  # by the path of its folder
+            write(one, folder / one, replace(form, name=f"{out.name}/{one}" if is_opened else out.name))
+    return out
+
+
+def _possible(student_folder: Path | str, base: Base, gamma: float | None, form: Form) -> Iterator[str]:
+    """Yield the formats that a student can be in; print why not for the others."""
+    student = students.load_student(base, student_folder)
+    yield "diffusers"
+    for client in CLIENTS:
+        try:
+            refuse(client, student, base, student.default_gamma if gamma is None else gamma, form)
+        except ValueError as error:
+            tell(f"--format {client}:", f"left out: {error}")
+            continue
+        yield client

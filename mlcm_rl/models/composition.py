@@ -17,14 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..equations.schedule import add_noise
-from ..equations.segments import remaining_times
 from ..storage import finite
 from . import sampler
 from .base import Base
 from .conditioning import Conditioning
 from .control import controlled
 from .quantised import is_quantised
-from .teacher_lora import updates
+from .teacher_lora import read_updates
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,6 @@ class Composition:
         self.image, self.strength, self.mask = image, strength, mask
         self.latents = None if image is None else base.autoencoder.encode(image)  # (1, C, H, W), or (B, ...)
         add_loras(base, denoiser, loras)
-
-    def times(self, num_steps: int, num_segments: int) -> list[int]:
-        """Return the times of `num_steps` evaluations, from the share `strength` of the time axis down."""
-        return remaining_times(num_steps, self.strength, num_segments)
 
     @torch.no_grad()
     def sample(
@@ -140,15 +135,15 @@ def inpainting(base: Base, latents: Tensor, drawn: Tensor, noise: Tensor) -> Bas
 def add_loras(base: Base, denoiser: ModelMixin, loras: Sequence[Weighted]) -> None:
     """Add style LoRAs of diffusers' or kohya's layout to the weights of a student and of the text encoders, in place.
 
-    Their sum is added in float32 and rounded once. Raise ValueError as `teacher_lora.updates` does, for integer weights
-    and for a weight that overflows.
+    Their sum is added in float32 and rounded once. Raise as `teacher_lora.read_updates` does, ValueError for integer
+    weights and for a weight that overflows.
     """
     if loras and is_quantised(denoiser):
         raise ValueError("--lora: a style is added to floats: leave teacher.quantise out of the recipe")
     totals: dict[tuple[str, str], Tensor] = {}
     for lora in loras:
-        described = base.teacher.model_copy(update={"lora": str(lora.path), "lora_weight": lora.weight})
-        for part, of_modules in updates(base.pipeline, described, "--lora").items():
+        where, over = f"--lora {lora.path}", f"the teacher {base.teacher.path}"
+        for part, of_modules in read_updates(base.pipeline, lora.path, where, over, lora.weight).items():
             for module, update in of_modules.items():
                 total = update.total()
                 totals[part, module] = totals[part, module] + total if (part, module) in totals else total

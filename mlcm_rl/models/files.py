@@ -178,13 +178,24 @@ def shapes_folder(teacher: Teacher) -> Path:
 
 
 def local_first(read: Callable[..., Any], teacher: Teacher, **settings: Any) -> Any:
-    """Call `read` on the teacher's local files; on the hub's only for a pinned revision that is not in the cache."""
+    """Call `read` on the teacher's local files; on the hub's only for a pinned revision that is not in the cache.
+
+    Raise FileNotFoundError where the hub does not give it.
+    """
     try:
         return read(teacher.path, revision=teacher.revision, local_files_only=True, **settings)
     except OSError:
         if teacher.revision is None:
             raise
-    return read(teacher.path, revision=teacher.revision, **settings)
+    try:
+        return read(teacher.path, revision=teacher.revision, **settings)
+    except OSError as error:  # diffusers says of a hub that is not reached that a file is not in it; its cause knows
+        reason = str(error.__context__ or error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"teacher {teacher.path}: revision {teacher.revision} is not whole on this machine, and the hub did not "
+            f"give it ({reason}): check the network and HF_HUB_OFFLINE, or download it elsewhere and name its folder "
+            "in teacher.path, without revision"
+        ) from error
 
 
 def folder_of(teacher: Teacher) -> Path:

@@ -6,11 +6,11 @@ from typing import Any
 from ..recipe.experiment import TUNING
 from ..recipe.types import default_gamma
 from ..storage.files import read_json
-from .students import describe
+from .student_description import describe
 
 
 def tuned_from(folder: Path) -> tuple[str, float] | None:
-    """Return the distill stage that the student in `folder` was tuned from, by name, and the gamma of its tuning.
+    """Return the stage whose student the one in `folder` was tuned from, by name, and the gamma of its tuning.
 
     None for a student that is not tuned.
     """
@@ -19,7 +19,13 @@ def tuned_from(folder: Path) -> tuple[str, float] | None:
     if manifest["kind"] not in TUNING:
         return None
     gamma = manifest["stage"]["gamma"]
-    return manifest["parents"]["distill"], default_gamma_of(folder) if gamma is None else gamma
+    return str(origin_of(manifest)), default_gamma_of(folder) if gamma is None else gamma
+
+
+def origin_of(manifest: dict[str, Any]) -> str | None:
+    """Return the stage whose student the stage of a `manifest` went on from, by its folder's name; None without one."""
+    parents = manifest["parents"]
+    return parents.get("start", parents.get("distill"))
 
 
 def own_gamma(folder: Path) -> float:
@@ -31,4 +37,4 @@ def own_gamma(folder: Path) -> float:
 def default_gamma_of(folder: Path) -> float:
     """Return the default gamma for the student in `folder`, by its student.json."""
     description = describe(folder)
-    return default_gamma(description["num_segments"], description["conditioned"])
+    return description.get("gamma", default_gamma(description["num_segments"], description["conditioned"]))

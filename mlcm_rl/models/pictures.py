@@ -8,14 +8,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ..equations.segments import sampling_times
 from ..recipe import Samples
-from ..recipe.types import sampling_segments
 from ..storage import finite
 from ..storage.files import replacing
+from ..training import processes
+from ..training.loop import Runtime
 from ..training.seeding import generator
 from . import sampler
 from .base import Base
+from .grids import SamplingGrid
 
 
 def encode(base: Base, images: Tensor, size: int) -> Tensor:
@@ -70,20 +71,29 @@ def sample_grid(
     denoiser: torch.nn.Module,
     samples: Samples,
     seed: int,
-    num_segments: int,
+    times_of: SamplingGrid,
     conditioned: bool,
     gamma: float,
 ) -> Image.Image:
-    """Sample the recipe's fixed prompts (rows) at its numbers of steps (columns), from equal noise in every column."""
+    """Sample the recipe's fixed prompts (rows) at its numbers of steps (columns), from equal noise in every column.
+
+    Numbers of steps that the student's grid has no times for are left out, unless that leaves none.
+    """
     conditioning = base.encode_prompts(samples.prompts)
     columns = []
-    for num_steps in samples.sampling_steps:
-        times = sampling_times(num_steps, sampling_segments(num_segments, conditioned))
+    for num_steps in [n for n in samples.sampling_steps if times_of.has(n)] or times_of.steps:
+        times = times_of.times(num_steps)
         seeds = [generator(seed, "samples", i) for i in range(len(samples.prompts))]
         noise = base.noise(seeds, len(seeds))
         x0 = sampler.sample(base, denoiser, conditioning, noise, times, gamma, seeds, conditioned)
         columns.append(base.autoencoder.decode(x0))
     return grid(torch.stack(columns, dim=1).flatten(0, 1), len(columns))
+
+
+def save_samples(rt: Runtime, sheet: Image.Image, step: int) -> None:
+    """Write a stage's sample grid at `step` to its folder, and send it to the trackers."""
+    processes.on_rank_zero(save_png, sheet, samples_path(rt.folder, step + 1))
+    rt.log_picture(step, "samples", lambda: sheet)
 
 
 def samples_path(folder: Path, step: int) -> Path:

@@ -13,12 +13,11 @@ trained in full) is the reference; the `preference` adapter over it is all that 
 """
 
 import copy
-import reprlib
 import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +28,21 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..equations.segments import NUM_SEGMENTS
 from ..recipe import Full, Lora
 from ..recipe.families import layout_of
 from ..recipe.types import default_gamma, sampling_segments
 from ..storage import finite
-from ..storage.files import CheckpointError, forget_origin, read_json, replacing, write_json
+from ..storage.files import forget_origin, replacing, write_json
 from ..storage.tensors import misfits, read_shapes, read_tensors, write_tensors
 from .base import Base, TargetTimeProjection
+from .grids import SamplingGrid
 from .lora_files import LORA_FILE, Adapter, combined, read_lora, write_lora
 from .quantised import is_quantised, quantise_like_
+from .student_description import DESCRIPTION_FILE, describe, grid_of
 
 DISTILLED, PREFERENCE = "distilled", "preference"  # names of adapters
 PREFERENCE_FILE = "preference_lora_weights.safetensors"
 CONDITIONING_FILE = "conditioning.safetensors"
-DESCRIPTION_FILE = "student.json"
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,16 @@ class Student:
     folder: Path
     tuned: bool = False  # to preferences, by an adapter over the distilled student
     budgets: tuple[int, ...] = ()  # ascending, the numbers of steps that it was trained for; empty: all
+    grid: SamplingGrid = field(default_factory=SamplingGrid)
+    stated_gamma: float | None = None  # by its student.json, for one from elsewhere
 
     @property
     def default_gamma(self) -> float:
-        """Return 1 (all noise drawn again) for one segment, 0 (deterministic) for more or for a conditioned student."""
-        return default_gamma(self.num_segments, self.conditioned)
+        """Return 1 (all noise drawn again) for one segment, 0 (deterministic) for more or for a conditioned student.
+
+        One from elsewhere states its own.
+        """
+        return default_gamma(self.num_segments, self.conditioned) if self.stated_gamma is None else self.stated_gamma
 
     @property
     def sampling_segments(self) -> int:
@@ -93,7 +97,8 @@ def student(
 def for_preference(base: Base, adapter: Lora, seed: int, start: Path) -> ModelMixin:
     """Load the distilled student in folder `start`, frozen, with a new trainable `preference` adapter from `seed`.
 
-    Its output equals the student's. Raise ValueError if the student in `start` has been tuned already.
+    Its output equals the student's. Raise ValueError if the student in `start` has a tuning's adapter over it: that is
+    to be made part of it first (`student_files.write_untuned`).
     """
     if (start / PREFERENCE_FILE).is_file():
         raise ValueError(f"{start} holds a tuned student; preference learning starts from a distilled one")
@@ -106,6 +111,14 @@ def with_preference(base: Base, denoiser: ModelMixin, adapter: Lora, seed: int) 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return _add_preference(denoiser, settings)
+
+
+def new_denoiser(base: Base, condition: bool) -> ModelMixin:
+    """Return a float32 copy of the denoiser of `base`, to be given other weights.
+
+    With `condition` it has a projection of the target time.
+    """
+    return _denoiser(base, base.denoiser, condition, shared=False)
 
 
 @contextmanager
@@ -195,56 +208,16 @@ def load_student(base: Base, folder: Path | str) -> Student:
     refuse_other(folder, description, base)
     denoiser = _load_denoiser(base, folder, description)
     tuned, budgets = "preference" in description, tuple(sorted(set(description["budgets"])))
-    return Student(denoiser, description["num_segments"], description["conditioned"], folder, tuned, budgets)
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    """Read student.json in `folder`.
-
-    Raise FileNotFoundError if there is none, CheckpointError for one that is damaged.
-    """
-    file = folder / DESCRIPTION_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no student: no {DESCRIPTION_FILE}; name a finished student's folder")
-    description = read_json(file, family=str, prediction_type=str, conditioned=bool, adapter=dict)
-    # in older folders num_segments is called segments, and the two keys below are missing
-    num_segments = description.setdefault("num_segments", description.pop("segments", None))
-    if type(num_segments) is not int or not 1 <= num_segments <= NUM_SEGMENTS:
-        message = f"num_segments must be a whole number from 1 to {NUM_SEGMENTS}, is {reprlib.repr(num_segments)}"
-        raise CheckpointError(f"{file}: {message}")
-    tuned_steps = description.get("tuned_steps", 0)
-    if type(tuned_steps) is not int or tuned_steps < 0:
-        raise CheckpointError(f"{file}: tuned_steps must be a whole number from 0, is {reprlib.repr(tuned_steps)}")
-    budgets = description.setdefault("budgets", [])
-    if type(budgets) is not list or not all(type(n) is int and 1 <= n <= NUM_SEGMENTS for n in budgets):
-        raise CheckpointError(f"{file}: budgets must be numbers from 1 to {NUM_SEGMENTS}, are {reprlib.repr(budgets)}")
-    return description
-
-
-def tuned_steps(folder: Path) -> int | None:
-    """Return the optimiser steps of tuning in the student in `folder`; None if it is not tuned or an older folder.
-
-    0 is the distilled student itself, since its guard found none of the tuned weights better.
-    """
-    description = describe(folder)
-    return description.get("tuned_steps") if "preference" in description else None
-
-
-def load_published_lora(base: Base, path: Path | str, alpha: float = 8.0) -> ModelMixin:
-    """Return the teacher with a LoRA file as the authors of TLCM publish it: PEFT's keys and no configuration.
-
-    Rank and modules are read from the tensors; `alpha` is PEFT's default of 8, with which their code trains and loads
-    (diffusers would take alpha = rank, eight times too strong at rank 64).
-    """
-    tensors = {key.removeprefix("base_model.model."): value for key, value in read_tensors(Path(path)).items()}
-    modules = sorted({key.rpartition(".lora_")[0] for key in tensors})
-    first = tensors.get(f"{modules[0]}.lora_A.weight") if modules else None
-    if first is None or first.ndim < 2:
-        raise ValueError(f"{path}: its tensors do not have the names of a LoRA in PEFT's layout")
-    rank = first.shape[0]
-    denoiser = _denoiser(base, base.denoiser, condition=False, shared=True)
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)
-    return _fill_lora(_with_lora(denoiser, settings), DISTILLED, tensors, path)
+    return Student(
+        denoiser,
+        description["num_segments"],
+        description["conditioned"],
+        folder,
+        tuned,
+        budgets,
+        grid_of(description),
+        description.get("gamma"),
+    )
 
 
 def combined_lora(student: Student) -> Adapter | None:

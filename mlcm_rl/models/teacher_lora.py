@@ -22,9 +22,10 @@ from torch.nn import functional as F
 
 from ..recipe import Teacher
 from ..storage import finite
+from ..storage.files import read_json
 from ..storage.tensors import read_tensors
 from ..storage.untrusted import first_few, in_a_line, parse_json
-from .lora_files import METADATA_KEY, Adapter
+from .lora_files import METADATA_KEY, PARTS, Adapter
 
 FACTOR = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](A|B|down|up)\.weight")
 BEFORE_FACTOR = r"\.lora(_A|_B|_down|_up)?\."  # after the name that an alpha shares with its factors
@@ -36,6 +37,7 @@ OLD_NAMES = {  # of diffusers' attention before PEFT, in a denoiser and in a tex
     "self_attn.to_v": "self_attn.v_proj",
     "self_attn.to_out": "self_attn.out_proj",
 }
+PEFT_PREFIX = "base_model.model."  # before the names of modules in PEFT's own files
 CLIP = "text_model."  # before the names of CLIP's layers, but not in every version of transformers
 
 
@@ -74,14 +76,45 @@ def fuse(pipeline: DiffusionPipeline, teacher: Teacher) -> None:
             )
 
 
-def updates(pipeline: DiffusionPipeline, teacher: Teacher, key: str = "teacher.lora") -> dict[str, dict[str, Update]]:
+def updates(pipeline: DiffusionPipeline, teacher: Teacher) -> dict[str, dict[str, Update]]:
     """Return what the teacher's LoRA adds, `lora_weight` in every scale, by component and module of `pipeline`.
 
     Raise CheckpointError for a damaged file, ValueError for tensors that are not those of a plain LoRA over this
-    pipeline; messages begin with `key`.
+    pipeline.
     """
-    path, where = Path(str(teacher.lora)), f"{key} {teacher.lora}"
-    tensors = read_tensors(path)
+    where, over = f"teacher.lora {teacher.lora}", f"the teacher {teacher.path}"
+    return read_updates(pipeline, Path(str(teacher.lora)), where, over, teacher.lora_weight)
+
+
+def read_updates(
+    pipeline: DiffusionPipeline, path: Path, where: str, over: str, weight: float = 1.0, alpha: float | None = None
+) -> dict[str, dict[str, Update]]:
+    """Return what the LoRA in the file `path` adds to `pipeline`, by component and module; every scale times `weight`.
+
+    `alpha` is that of a file which holds none; without it a scale is 1, as diffusers has it, and a file with PEFT's own
+    names, whose alpha is beside it, is refused. `where` and `over` name the file and the pipeline in errors, which are
+    those of `updates`.
+    """
+    tensors, header = _in_part(pipeline, read_tensors(path)), _header(path, where)
+    if tensors.is_bare:
+        header = _configuration_beside(path, tensors.part) or header
+        if alpha is None and f"{tensors.part}.lora_alpha" not in header:
+            raise ValueError(
+                f"{where}: its names are PEFT's, and the file holds no alpha: write alpha: as its authors train and "
+                "load it (PEFT's default is 8), or put adapter_config.json beside it"
+            )
+    return _updates(pipeline, tensors.values, header, where, over, weight, alpha)
+
+
+def _updates(
+    pipeline: DiffusionPipeline,
+    tensors: dict[str, Tensor],
+    header: Mapping[str, Any],
+    where: str,
+    over: str,
+    weight: float,
+    default_alpha: float | None,
+) -> dict[str, dict[str, Update]]:
     if odd := sorted(name for name in tensors if not (FACTOR.fullmatch(name) or name.endswith(".alpha"))):
         raise ValueError(
             f"{where}: {len(odd)} tensors are not those of a plain LoRA, for example {odd[0]}; one of another kind "
@@ -90,7 +123,7 @@ def updates(pipeline: DiffusionPipeline, teacher: Teacher, key: str = "teacher.l
     converted, alphas = _in_diffusers_names(pipeline, tensors, where)
     factors: dict[tuple[str, str], dict[bool, Tensor]] = {}
     scales: dict[tuple[str, str], float] = {}
-    header, unknown = _header(path, where), list[str]()
+    unknown = list[str]()
     for name, value in converted.items():
         part, module, is_down = _place(pipeline, name)
         if module is None:
@@ -99,10 +132,10 @@ def updates(pipeline: DiffusionPipeline, teacher: Teacher, key: str = "teacher.l
         factors.setdefault((part, module), {})[is_down] = value.float()
         if is_down:
             alpha = alphas.pop(f"{re.split(BEFORE_FACTOR, name)[0]}.alpha", None)
-            scales[part, module] = _scale(header, part, module, len(value), alpha, where)
+            scales[part, module] = _scale(header, part, module, len(value), alpha, default_alpha, where)
     if unknown:
         raise ValueError(
-            f"{where}: {len(unknown)} of {len(converted)} tensors belong to no module of the teacher {teacher.path}, "
+            f"{where}: {len(unknown)} of {len(converted)} tensors belong to no module of {over}, "
             f"for example {first_few(unknown, 2)}: it was trained over another base, or is in a layout that diffusers "
             "does not read; diffusers' and kohya's are"
         )
@@ -112,13 +145,13 @@ def updates(pipeline: DiffusionPipeline, teacher: Teacher, key: str = "teacher.l
         )
     found: dict[str, dict[str, Update]] = {}
     for (part, module), both in factors.items():
-        weight = pipeline.components[part].get_submodule(module).weight
-        update = _update(both, weight, teacher.lora_weight * scales.get((part, module), 1.0))
+        matrix = pipeline.components[part].get_submodule(module).weight
+        update = _update(both, matrix, weight * scales.get((part, module), 1.0))
         if update is None:
             shapes = " and ".join(str(list(value.shape)) for value in both.values())
             raise ValueError(
-                f"{where}: {part}.{module}: factors of {shapes} do not fit the weight of {list(weight.shape)} of the "
-                f"teacher {teacher.path}: the LoRA was trained over another base"
+                f"{where}: {part}.{module}: factors of {shapes} do not fit the weight of {list(matrix.shape)} of "
+                f"{over}: the LoRA was trained over another base"
             )
         found.setdefault(part, {})[module] = update
     if not found:
@@ -131,20 +164,48 @@ def adapters(pipeline: DiffusionPipeline, teacher: Teacher) -> dict[str, Adapter
 
     Each has the largest rank of its modules, with zeros beyond theirs, and its scales inside B (alpha = rank).
     """
-    found = {}
-    for part, of_modules in updates(pipeline, teacher).items():
-        rank = max(len(update.down) for update in of_modules.values())
-        tensors = {}
-        for name, update in of_modules.items():
-            name, spare = _saved_name(part, name), rank - len(update.down)
-            tensors[f"{name}.lora_A.weight"] = torch.cat(
-                [update.down, update.down.new_zeros(spare, *update.down.shape[1:])]
-            )
-            ends = (0, 0) * (update.up.ndim - 2) + (0, spare)
-            tensors[f"{name}.lora_B.weight"] = F.pad(update.scale * update.up, ends)
-        modules = {name.rpartition(".lora_")[0].removeprefix(CLIP) for name in tensors}
-        found[part] = LoraConfig(r=rank, lora_alpha=rank, target_modules=modules), tensors
-    return found
+    return {part: as_adapter(part, of_modules) for part, of_modules in updates(pipeline, teacher).items()}
+
+
+def as_adapter(part: str, of_modules: Mapping[str, Update]) -> Adapter:
+    """Return the updates of a component's modules as one adapter of the largest rank, its scales inside B."""
+    rank = max(len(update.down) for update in of_modules.values())
+    tensors = {}
+    for module, update in of_modules.items():
+        name, spare = _saved_name(part, module), rank - len(update.down)
+        tensors[f"{name}.lora_A.weight"] = torch.cat(
+            [update.down, update.down.new_zeros(spare, *update.down.shape[1:])]
+        )
+        ends = (0, 0) * (update.up.ndim - 2) + (0, spare)
+        tensors[f"{name}.lora_B.weight"] = F.pad(update.scale * update.up, ends)
+    modules = {name.rpartition(".lora_")[0].removeprefix(CLIP) for name in tensors}
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=modules), tensors
+
+
+@dataclass(frozen=True)
+class _InPart:
+    """A file's tensors under names that begin with a component; `is_bare` if the file's own did not, as PEFT's."""
+
+    values: dict[str, Tensor]
+    part: str
+    is_bare: bool
+
+
+def _in_part(pipeline: DiffusionPipeline, tensors: dict[str, Tensor]) -> _InPart:
+    """Return `tensors` with the denoiser's name before the names of its own modules."""
+    part = next((name for name in PARTS if name in pipeline.components), PARTS[0])
+    children = dict(pipeline.components[part].named_children())
+    inside = {name: name.removeprefix(PEFT_PREFIX) for name in tensors}
+    is_bare = bool(tensors) and all(name.partition(".")[0] in children for name in inside.values())
+    return _InPart(
+        {f"{part}.{inside[name]}": value for name, value in tensors.items()} if is_bare else tensors, part, is_bare
+    )
+
+
+def _configuration_beside(path: Path, part: str) -> dict[str, Any]:
+    """Return PEFT's configuration in the folder of the file `path`, as a header has it; empty without one."""
+    file = path.with_name("adapter_config.json")
+    return {f"{part}.{key}": value for key, value in read_json(file).items()} if file.is_file() else {}
 
 
 def _in_diffusers_names(
@@ -214,13 +275,15 @@ def _header(path: Path, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: its header holds no configuration of PEFT's: {error}") from error
 
 
-def _scale(header: Mapping[str, Any], part: str, module: str, rank: int, alpha: Any, where: str) -> float:
-    """Return alpha / rank of a module: by kohya's `alpha`, else by the header, else 1.
+def _scale(
+    header: Mapping[str, Any], part: str, module: str, rank: int, alpha: Any, default: float | None, where: str
+) -> float:
+    """Return alpha / rank of a module: by kohya's `alpha`, else by the header, else by `default`, else 1.
 
     With `use_rslora` it is alpha / sqrt(rank), as PEFT has it.
     """
     if alpha is None:
-        alpha = header.get(f"{part}.lora_alpha", rank)
+        alpha = header.get(f"{part}.lora_alpha", rank if default is None else default)
         patterns = header.get(f"{part}.alpha_pattern") or {}
         for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
             suffix = pattern.removeprefix("^")

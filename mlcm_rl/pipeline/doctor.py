@@ -7,7 +7,6 @@ run. Notes and bad findings say what to do. Nothing is written and nothing is fe
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -22,6 +21,7 @@ from packaging.requirements import Requirement
 from .. import __version__, rewards
 from ..cost.units import in_words
 from ..rewards.weights import weights_folder
+from ..training import machine
 from ..training.devices import device_of
 from ..training.loop import cpu_has_bfloat16
 
@@ -42,7 +42,6 @@ FOR_PEOPLE = {  # what an extra is for
 }
 LITTLE_MEMORY = 4 * 2**30  # bytes; the demo's peak is below 1 GB, an SD 1.5 student's on a CPU above this
 LITTLE_DISK = 10 * 2**30  # bytes; a store of SDXL's trajectories is twice that
-CGROUP = Path("/sys/fs/cgroup")  # the limits of a container
 
 State = Literal["ok", "note", "bad"]
 
@@ -150,12 +149,9 @@ def _rewards() -> Iterator[Finding]:
 
 def _system() -> Iterator[Finding]:
     name = f"{platform.system()} {platform.release()}, {platform.machine()}"
-    if sys.platform == "linux":
-        yield Finding("machine", "system", name)
-    else:
-        advice = "tests run on Linux alone; several processes, ZeRO and bitsandbytes' nf4 are Linux's"
-        yield Finding("machine", "system", name, "note", advice)
-    cores, quota = len(psutil.Process().cpu_affinity() or []) or (os.cpu_count() or 1), _container_cores()
+    advice = machine.unlike_linux()
+    yield Finding("machine", "system", name, "note" if advice else "ok", advice or "")
+    cores, quota = machine.cores(), machine.container_cores()
     usable = min(cores, quota) if quota else float(cores)
     limit = f", of which this container may use {quota:g}" if quota and quota < cores else ""
     threads = torch.get_num_threads()
@@ -201,32 +197,8 @@ def _build() -> str:
     return f"ROCm {torch.version.hip}" if torch.version.hip else "the CPU"
 
 
-def _container_cores() -> float | None:
-    """Return how many cores the container of this process may use; None if it has no limit."""
-    text = _text_of(CGROUP / "cpu.max").split()
-    return int(text[0]) / int(text[1]) if len(text) == 2 and text[0].isdecimal() else None
-
-
-def _container_memory() -> int | None:
-    """Return how many bytes the container of this process may use; None if it has no limit."""
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        if (text := _text_of(CGROUP / name).strip()).isdecimal() and int(text) < 2**60:
-            return int(text)
-    return None
-
-
-def _text_of(path: Path) -> str:
-    """Return the text of a file of the kernel; "" where there is none."""
-    try:
-        return path.read_text(encoding="ascii")
-    except OSError:
-        return ""
-
-
 def _memory_and_disk() -> Iterator[Finding]:
-    memory = psutil.virtual_memory()
-    limit = _container_memory()
-    total = min(memory.total, limit) if limit else memory.total
+    memory, total = psutil.virtual_memory(), machine.memory()
     value = f"{in_words(total)}{' in this container' if total < memory.total else ''}"
     if total < LITTLE_MEMORY:
         yield Finding("memory and disk", "memory", value, "note", "enough for the emoji recipes, and for little else")

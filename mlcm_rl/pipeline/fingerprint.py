@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..models.gammas import own_gamma
 from ..models.teachers import teacher_hash
-from ..recipe import Recipe, Stage, Strict, Teacher
+from ..recipe import STUDENTS, Recipe, Stage, Strict, Teacher, Tuning, student_sources
 from ..recipe.reads import Reads, paths_of
 from ..recipe.renamed import FIRST_DEFAULTS, under_first_names
 from ..rewards.source import source_hashes
@@ -36,8 +37,14 @@ class Located:
 
 
 def parents_of(stage: Stage, earlier: list[Located]) -> dict[str, Located]:
-    """Return the stages that `stage` starts from, by kind: the latest of each kind among `earlier`."""
-    return {one.kind: one for one in earlier if one.kind in stage.parents}
+    """Return the stages that `stage` starts from, by kind: the latest of each kind among `earlier`.
+
+    The one before it whose student it tunes, of whatever kind, is "start".
+    """
+    parents = {one.kind: one for one in earlier if one.kind in stage.parents}
+    if isinstance(stage, Tuning) and stage.start is not None:
+        parents["start"] = [one for one in earlier if one.kind in STUDENTS][-1]
+    return parents
 
 
 def locate(stage: Stage, recipe: Recipe, earlier: list[Located]) -> Located:
@@ -91,7 +98,21 @@ def maths_number(stage: Stage) -> int:
 
 def content_of(path: str, mark: Reads) -> str:
     """Return one hash of the file or folder `path`, as `mark` says. Raises FileNotFoundError naming what is missing."""
+    if mark.of_student:
+        return student_content(path)
     return network_hash(path) if mark.is_network else content_hash(path, mark.holding or None)
+
+
+def student_content(path: str) -> str:
+    """Return one hash of a student from elsewhere: its file's, or that of the weights and configuration in its folder.
+
+    With the gamma that a run's student was tuned under. Raises as `student_sources.find`.
+    """
+    found = student_sources.find(Path(path))
+    if not found.place.is_dir():
+        return hashing.sha256_once(found.place)
+    gamma = f" at gamma {own_gamma(found.place)}" if found.kind == "student" else ""
+    return folder_hash(found.place) + gamma
 
 
 def hashed(description: dict) -> str:

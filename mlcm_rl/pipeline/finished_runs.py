@@ -4,17 +4,19 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 from rich.progress import track
 from torch import Tensor
 
 from ..data.prompts import first_prompts, read_prompts
-from ..models import pictures, students, teachers
+from ..models import hub, pictures, students, teachers
 from ..models.base import Base
+from ..models.client_export import export_as
 from ..models.composition import Composition
-from ..models.export import export as write_export
-from ..models.export import refuse_existing
-from ..models.gammas import own_gamma
+from ..models.export import Form, refuse_existing
+from ..models.gammas import origin_of, own_gamma
+from ..models.student_description import tuned_steps
 from ..models.teachers import teacher_hash, tell_truncated
 from ..preference import labels, ranking
 from ..recipe import Evaluate, Recipe, Reward, paths
@@ -34,6 +36,8 @@ from . import sample_inputs
 from .errors import BadArgument, RunError, prefix_errors
 from .fingerprint import Located, locate
 from .running import run_stage, sweep_locked
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as other tools call them
 
 
 def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
@@ -99,7 +103,7 @@ def sample(
     terminal = plain_console(stderr=True)  # standard output has the paths alone
     for steps in dict.fromkeys(num_steps):
         tell_unlike(student, folder, steps)
-        times, column = composition.times(steps, student.sampling_segments), []
+        times, column = student.grid.times(steps, composition.strength), []
         for start in track(range(0, len(drawn), batch_size), f"{steps} steps", console=terminal, transient=True):
             indices = range(start, min(start + batch_size, len(drawn)))
             images = _sample(composition, student.conditioned, [drawn[i] for i in indices], seed, indices, times, gamma)
@@ -135,7 +139,7 @@ def _sample(
 
 def tell_unlike(student: students.Student, folder: Path, num_steps: int) -> None:
     """Print a warning where the student in a stage's `folder` was not tuned after all, or is not for `num_steps`."""
-    if students.tuned_steps(folder / "student") == 0:
+    if tuned_steps(folder / "student") == 0:
         tell(f"{folder.name}:", "its guard kept step 0: this is the student as it was distilled")
     if student.budgets and num_steps not in student.budgets:
         budgets = ", ".join(map(str, student.budgets))
@@ -230,8 +234,8 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
         with prefix_errors("--num-prompts", BadArgument):
             first_prompts(stage.prompts, num_prompts)
     file = folder / "manifest.json"
-    distilled = read_json(file, parents=dict)["parents"].get("distill")  # to compare a tuned student with
-    folders = [path_inside(folder.parent, distilled, file), folder] if distilled else [folder]
+    origin = origin_of(read_json(file, parents=dict))  # to compare a tuned student with
+    folders = [path_inside(folder.parent, origin, file), folder] if origin else [folder]
     if any(reward.is_of_this_recipe for reward in stage.reward_models):
         folders.append(find_stage(run_folder, ("train_reward",)))
     manifests = [read_json(one / "manifest.json", kind=str, fingerprint=str) for one in folders]
@@ -244,10 +248,24 @@ def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[i
 
 
 @prefix_errors("export")
-def export(run_folder: Path, out: Path) -> Path:
-    """Write the student of a run as a folder that stock diffusers opens, with its phases' snapshots and a card."""
+def export(
+    run_folder: Path,
+    out: Path,
+    formats: Sequence[str] = ("diffusers",),
+    precision: str | None = None,
+    merge: bool = False,
+    repository: str | None = None,
+) -> Path:
+    """Write the student of a run for diffusers or for other tools, with its phases' snapshots and a card.
+
+    `precision` is that of the student's weights (a key of `PRECISIONS`), by default that of its training; `merge`
+    leaves adapters out; `repository` is where it will be found, for the card.
+    """
     with prefix_errors("OUT", BadArgument):
         refuse_existing(out)
+    if repository is not None:
+        with prefix_errors("--push", BadArgument):
+            hub.refuse_name(repository)
     folder = find_stage(run_folder, STUDENTS)
     base = teacher_of(folder, in_floats=True)
     snapshots = {}
@@ -256,7 +274,15 @@ def export(run_folder: Path, out: Path) -> Path:
         if not student["conditioned"] and student["num_segments"] > 1:
             snapshots[student["num_segments"]] = path
     table, languages = _latest_table(run_folder)
-    return write_export(folder / "student", base, out, table, snapshots, own_gamma(folder / "student"), languages)
+    form = Form(PRECISIONS[precision] if precision else None, merge, repository or "")
+    own = own_gamma(folder / "student")
+    return export_as(formats, folder / "student", base, out, table, snapshots, own, languages, form)
+
+
+@prefix_errors("export --push")
+def push(folder: Path, repository: str, public: bool) -> str:
+    """Upload an exported folder to a repository of the hub, private unless `public`; return its address."""
+    return hub.push(folder, repository, public)
 
 
 def _latest_table(run_folder: Path) -> tuple[str | None, list[str]]:

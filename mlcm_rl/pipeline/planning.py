@@ -21,8 +21,10 @@ from ..cost.memory import Memory, num_tokens, of_stage
 from ..data.prompts import texts_of
 from ..data.store_writer import share_written
 from ..models import files, text_adapter
+from ..models.student_files import adapter_of
 from ..models.teachers import class_of
-from ..recipe import AdaptText, Full, Lora, Recipe, Stage, teacher_check
+from ..recipe import AdaptText, Distill, Full, Lora, Recipe, Stage, Start, teacher_check
+from ..recipe.experiment import student_before
 from ..recipe.families import geometry, layout_of
 from ..recipe.takes import Networks, Values
 from ..storage.checkpoints import checkpoints, step_of
@@ -198,9 +200,17 @@ class Sizes:
         return sum(map(prod, files.shapes(folders[-1]).values())) if folders else 0
 
     def distilled(self, stage: Stage) -> Lora | Full:
-        """Return the adapter of the student that `stage` starts from or samples: the last one distilled before it."""
-        before = self.recipe.stages[: self.recipe.stages.index(stage)] if stage in self.recipe.stages else []
-        return next((one.adapter for one in reversed(before) if one.kind == "distill"), Full())
+        """Return the adapter of the student that `stage` starts from or samples: of the last one before it."""
+        stages = self.recipe.stages
+        position = student_before(stages, stages.index(stage)) if stage in stages else None
+        while position is not None:
+            one = stages[position]
+            if isinstance(one, Distill):
+                return one.adapter
+            if isinstance(one, Start):
+                return adapter_of(one)
+            position = student_before(stages, position)
+        return Full()
 
     def disk(self, stage: Stage) -> int:
         """Return the bytes of the stage's results, and of its newest checkpoints while it runs."""

@@ -19,7 +19,7 @@ from ..cost.flops import this_device
 from ..cost.gpus import Device, kind_for
 from ..cost.launches import Launch
 from ..cost.peak import Meter, begin
-from ..models.students import tuned_steps
+from ..models.student_description import tuned_steps
 from ..preference import guard
 from ..recipe import Evaluate, Recipe, Reward, Stage, Tuning, paths
 from ..storage import checkpoints, files, lock
@@ -27,10 +27,10 @@ from ..storage.commit import commit
 from ..storage.files import CheckpointError
 from ..storage.manifest import BEGUN, finish, is_finished, sweep, unswept, verify
 from ..storage.untrusted import in_a_line
-from ..training import allocator, processes
+from ..training import allocator, machine, processes
 from ..training.devices import device_of
 from ..training.loop import NonFiniteLoss, StoppedBeforeUpdate
-from ..training.progress import tell
+from ..training.progress import say_once, tell
 from ..training.replay import prepare, read, write
 from . import preflight
 from .errors import EXPECTED_ERRORS, BadArgument, ProcessLost, RunError, message_of, prefix_errors, way_out
@@ -61,6 +61,8 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
         if device.type == "cpu":
             allocator.keep_freed_memory()
         processes.start(device)
+        if (note := machine.unlike_linux()) is not None:
+            say_once(f"system {note}")
     except ValueError as error:
         raise RunError(str(error)) from error
     processes.on_rank_zero(refuse_unready, recipe)  # reported once, not by every process

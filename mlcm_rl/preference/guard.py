@@ -10,12 +10,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..equations import consistency
 from ..models import students
 from ..models.teachers import tell_truncated
 from ..recipe import Reward, Tuning
+from ..report import plots
+from ..report.guard_history import history
 from ..rewards import Combined, combine
 from ..storage.files import CheckpointError, read_json, write_json
 from ..training import processes
@@ -86,6 +89,10 @@ class HackingGuard:
         trained, held_out = processes.broadcast(gains)  # equal on all processes but for a device's last bits
         self._judge(steps, trained, held_out)
         return record | {"guard/trained_gain": trained, "guard/held_out_gain": held_out}
+
+    def curves(self, folder: Path) -> Image.Image:
+        """Return the gains of all looks so far as a picture, from the log in `folder`."""
+        return plots.guard_picture(history(folder), self.verdict.kept_step)
 
     def finish(self, folder: Path) -> None:
         """Write to guard.json which student is kept (its weights are `best`) and whether the guard stopped the run."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..data.prompts import Prompt
-from ..equations.segments import sampling_times
 from ..models import pictures, sampler
 from ..models.base import Base
 from ..models.students import Student
@@ -138,7 +137,7 @@ def samples(settings: PairSettings, base: Base, student: Student, prompts: list[
     count = settings.num_generations
     repeated = [prompt.prompt for prompt in prompts for _ in range(count)]
     generators = [generator(settings.seed, "pairs", first + i // count, i % count) for i in range(len(repeated))]
-    times = sampling_times(settings.num_steps, student.sampling_segments)
+    times = student.grid.times(settings.num_steps)
     x0 = sampler.sample(
         base,
         student.denoiser,

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from ..data.prompts import Prompt, read_prompts
-from ..equations.segments import sampling_times
-from ..models import pictures, sampler, students, teachers
+from ..models import pictures, sampler, student_files, students, teachers
 from ..models.base import Base
 from ..models.conditioning import Conditioning
+from ..models.gammas import default_gamma_of
+from ..models.grids import SamplingGrid
+from ..models.student_description import grid_of
 from ..models.teachers import tell_truncated
-from ..recipe import Feedback, Recipe, Tuning, types
+from ..recipe import Feedback, Recipe, Tuning
 from ..training import processes
+from ..training.loop import Runtime
 from ..training.seeding import epoch_order, generator
 
 REWARD = "reward/"  # before a reward's name in a log
@@ -28,7 +31,7 @@ REWARD = "reward/"  # before a reward's name in a log
 
 @dataclass(frozen=True)
 class TunableStudent:
-    """A distilled student with a trainable `preference` adapter over it, and the sampler that is tuned."""
+    """A finished student with a trainable `preference` adapter over it, and the sampler that is tuned."""
 
     base: Base
     denoiser: torch.nn.Module
@@ -36,6 +39,7 @@ class TunableStudent:
     gamma: float
     conditioned: bool
     num_segments: int
+    grid: SamplingGrid
     small_decoder: torch.nn.Module | None = None  # decodes for the rewards trained on, where there is one
 
     @property
@@ -76,7 +80,7 @@ class TunableStudent:
 
     @torch.no_grad()
     def reference_x0(self, x_t: Tensor, t: Tensor, s: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return the same of the reference: the distilled student without its preference adapter."""
+        """Return the same of the reference: the student without its preference adapter, as it was before."""
         with students.as_reference(self.denoiser):
             return self.x0(x_t, t, s, conditioning)
 
@@ -91,23 +95,37 @@ class TunableStudent:
         times = torch.tensor([*self.times, 0])
         return times[steps].to(self.base.device), times[steps + 1].to(self.base.device)
 
-    def save_samples(self, recipe: Recipe, folder: Path, step: int) -> None:
+    def save_samples(self, recipe: Recipe, rt: Runtime, step: int) -> None:
         """Write the grid of the recipe's fixed prompts and seeds, sampled by the current student."""
         sheet = pictures.sample_grid(
-            self.base, self.denoiser, recipe.samples, recipe.seed, self.num_segments, self.conditioned, self.gamma
+            self.base, self.denoiser, recipe.samples, recipe.seed, self.grid, self.conditioned, self.gamma
         )
-        processes.on_rank_zero(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
+        pictures.save_samples(rt, sheet, step)
+
+
+def start_folder(stage: Tuning, parents: dict[str, Path], folder: Path) -> Path:
+    """Return the folder of the student that `stage` tunes, in the folder of one of its `parents`.
+
+    One that was tuned before is written to `folder` first, with that tuning as part of it, until the stage is finished.
+    """
+    student = parents[stage.student_from] / "student"
+    if "preference" not in students.describe(student):
+        return student
+    start = folder / "checkpoints" / "start"
+    description = student_files.untuned_description(student)
+    processes.on_rank_zero(student_files.write_untuned, student, start, description)
+    return start
 
 
 def load(stage: Tuning, base: Base, start: Path, seed: int) -> TunableStudent:
-    """Return the distilled student in folder `start`, ready to be tuned by `stage`.
+    """Return the student in folder `start`, ready to be tuned by `stage`.
 
-    Raises ValueError where the stage needs a random sampler, sets no gamma, and the student's own is 0; and for tiles
-    or a small decoder that do not fit the teacher.
+    Raises ValueError where its grid has no times for the stage's number of steps; where the stage needs a random
+    sampler, sets no gamma, and the student's own is 0; and for tiles or a small decoder that do not fit the teacher.
     """
     described = students.describe(start)
     conditioned, num_segments = described["conditioned"], described["num_segments"]
-    gamma = types.default_gamma(num_segments, conditioned) if stage.gamma is None else stage.gamma
+    gamma = default_gamma_of(start) if stage.gamma is None else stage.gamma
     if gamma == 0.0 and stage.needs_random_steps:
         raise ValueError(
             f"gamma: the student in {start} samples without noise (gamma 0) unless told otherwise, and this stage "
@@ -121,8 +139,10 @@ def load(stage: Tuning, base: Base, start: Path, seed: int) -> TunableStudent:
     if stage.autoencoder_tiles:
         base.autoencoder.use_tiles(stage.autoencoder_tiles)
     small = small_decoder(stage, base)
-    times = sampling_times(stage.sampling_steps, types.sampling_segments(num_segments, conditioned))
-    return TunableStudent(base, denoiser, times, gamma, conditioned, num_segments, small)
+    grid = grid_of(described)
+    return TunableStudent(
+        base, denoiser, grid.times(stage.sampling_steps), gamma, conditioned, num_segments, grid, small
+    )
 
 
 def small_decoder(stage: Tuning, base: Base) -> torch.nn.Module | None:

@@ -14,6 +14,7 @@ from .evaluation import Evaluate
 from .experiment import RESERVED, STUDENTS, TUNING, Recipe, Stage, missing_trackers
 from .preference import Dpo, Feedback, Policy, TrainReward, Tuning
 from .stage import OneStage, Training
+from .start import Start, StudentSource
 from .teacher_stages import TrainTeacher, Trajectories
 from .types import Full, Guard, Lora, Reward, Samples, Strict, Teacher
 
@@ -35,7 +36,9 @@ __all__ = [
     "Reward",
     "Samples",
     "Stage",
+    "Start",
     "Strict",
+    "StudentSource",
     "Teacher",
     "TrainControl",
     "TrainReward",

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from .distill import Distill
-from .preference import Tuning
 from .reads import PROMPTS, Reads
 from .stage import OneStage, Requirement
+from .start import StudentSource
 from .takes import Networks, Pass, Role, Values
 from .types import Fraction, Full, Lora, PositiveInt, Reward, presentation
 
@@ -43,6 +43,9 @@ class Evaluate(OneStage):
         ["ddim"], description="undistilled at equal evaluations"
     )
     also: list[str] = Field([], description="further finished stage folders to put in the same table")
+    student: str | StudentSource | None = Field(
+        None, description="a student from elsewhere to put in the table: a path, or an entry with a path"
+    )
     judge: Annotated[str | None, Reads(holding="", is_network=True)] = Field(
         None, description="folder of a judge, for retrieval and KID, or for what is right on pictures of scenes"
     )
@@ -137,8 +140,11 @@ class Evaluate(OneStage):
 
         Students are those of `also` and the recipe's own; snapshots in `also` are unknown until its folders are read.
         """
+        from .experiment import gamma_of  # of all kinds of stages, this one included
+
         num_students = len(self.also) + len({one.kind for one in recipe.stages if one.leaves_student})
-        tuned = {one.kind: one.gamma_in(recipe) for one in recipe.stages if isinstance(one, Tuning)}
+        own = {one.kind: gamma_of(recipe.stages, i) for i, one in enumerate(recipe.stages) if one.leaves_student}
+        tuned = {kind: gamma for kind, gamma in own.items() if kind != "distill"}
         unlisted = [gamma for gamma in tuned.values() if gamma not in self.gammas]
         at_own_gamma = len(unlisted) + len(set(unlisted))  # tuned ones, and the distilled one beside them
         distilled = [one for one in recipe.stages if isinstance(one, Distill)]

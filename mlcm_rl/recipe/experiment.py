@@ -1,10 +1,10 @@
 """A whole recipe: a teacher and a list of stages."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from .adapt_text import AdaptText
 from .control import TrainControl
@@ -12,6 +12,7 @@ from .distill import Distill
 from .evaluation import Evaluate
 from .preference import Dpo, Feedback, Policy, TrainReward, Tuning
 from .stage import OneStage
+from .start import PREVIOUS, Start, stage_of
 from .teacher_stages import TrainTeacher, Trajectories
 from .types import (
     Samples,
@@ -25,7 +26,17 @@ RESERVED = ("stages", "rows")  # folders under runs that hold all runs' results
 
 
 Stage = Annotated[
-    TrainTeacher | AdaptText | TrainControl | TrainReward | Trajectories | Distill | Feedback | Dpo | Policy | Evaluate,
+    TrainTeacher
+    | AdaptText
+    | TrainControl
+    | TrainReward
+    | Trajectories
+    | Distill
+    | Start
+    | Feedback
+    | Dpo
+    | Policy
+    | Evaluate,
     Field(discriminator="kind"),
 ]
 STAGES: dict[str, type[OneStage]] = {one.model_fields["kind"].default: one for one in get_args(get_args(Stage)[0])}
@@ -46,11 +57,58 @@ class Recipe(Strict):
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = presentation(["tensorboard"])
     _file_texts: dict[str, str] = PrivateAttr(default_factory=dict)  # paths in rewards' settings -> the file's text
 
+    @field_validator("stages")
+    @classmethod
+    def _starts_are_stages(cls, stages: list[OneStage]) -> list[OneStage]:
+        """Put a start stage before each stage that names a student from elsewhere, which then is the previous one."""
+        return [one for stage in stages for one in _with_start(stage)]
+
     @model_validator(mode="after")
     def _name_is_free(self):
         if self.name in RESERVED:
             raise ValueError(f"name {self.name} is that of a folder under runs that all runs share; take another")
         return self
+
+
+def _with_start(stage: OneStage) -> list[OneStage]:
+    """Return `stage`, after a start stage if it names a student from elsewhere."""
+    if isinstance(stage, Tuning) and stage.start not in (None, PREVIOUS):
+        assert stage.start is not None
+        return [stage_of(stage.start), stage.model_copy(update={"start": PREVIOUS})]
+    if isinstance(stage, Evaluate) and stage.student is not None:
+        return [stage_of(stage.student), stage.model_copy(update={"student": None})]
+    return [stage]
+
+
+def student_before(stages: Sequence[OneStage], position: int) -> int | None:
+    """Return the position of the stage whose student the stage at `position` goes on from or samples.
+
+    That is the last distilled one for a distill stage and for tuning without `start`, else the last one; None without.
+    """
+    stage = stages[position]
+    if isinstance(stage, Start):
+        return None
+    is_of_distilled = isinstance(stage, Distill) or (isinstance(stage, Tuning) and stage.start is None)
+    kinds = ("distill",) if is_of_distilled else STUDENTS
+    return max((i for i in range(position) if _kind(stages[i]) in kinds), default=None)
+
+
+def gamma_of(stages: Sequence[OneStage], position: int) -> float | None:
+    """Return the gamma that the student of the stage at `position` is sampled under by default.
+
+    None where only its files state it.
+    """
+    stage = stages[position]
+    if isinstance(stage, Distill):
+        return stage.default_gamma
+    if isinstance(stage, Tuning) and stage.gamma is None:
+        before = student_before(stages, position)
+        return None if before is None else gamma_of(stages, before)
+    return stage.gamma if isinstance(stage, Tuning | Start) else None
+
+
+def _kind(stage: OneStage) -> str:
+    return type(stage).model_fields["kind"].default
 
 
 def missing_library(quantise: str | None) -> str | None:

@@ -18,17 +18,19 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from ..storage.files import CheckpointError
 from ..storage.untrusted import read_bytes, regular
-from . import errors, renamed, reward_package, reward_settings, teacher_check
+from . import errors, renamed, reward_package, reward_settings, student_sources, teacher_check
 from .adapt_text import AdaptText
 from .control import CONTROLLED, TrainControl
 from .distill import Distill
-from .experiment import Recipe, missing_library, missing_trackers
+from .experiment import Recipe, Stage, gamma_of, missing_library, missing_trackers, student_before
 from .families import absent_extras, adaptable, family_of, geometry, layout_of, of_denoiser
 from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
 from .reads import reads_of
 from .schema import json_schema
+from .start import PREVIOUS, Start
 from .teacher_stages import TrainTeacher, Trajectories
 from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
 from .types import TRAINED, Full, Lora, Reward, Teacher
@@ -65,15 +67,35 @@ def load(
         keys = {problem.key for problem in problems}
         of_types = errors.problems(error.errors(), json_schema(), tree, str(path))
         raise RecipeError(problems + [problem for problem in of_types if problem.key not in keys]) from error
-    folders = Folders(Path(path).parent, root or Path.cwd(), lambda key: bool(tree.nearest_place(key).override))
+    written = partial(written_key, tree)
+    folders = Folders(
+        Path(path).parent, root or Path.cwd(), lambda key: bool(tree.nearest_place(written(key)).override)
+    )
     if root is not None:
-        problems += [_with_place(problem, tree, str(path)) for problem in check(recipe, folders)]
+        found = (replace(problem, key=written(problem.key)) for problem in check(recipe, folders))
+        problems += [_with_place(problem, tree, str(path)) for problem in found]
     if problems:
         raise RecipeError(problems)
     recipe, notes = resolved(recipe, folders)
     for note in notes:
         tell(f"{path}: {note}")
     return recipe
+
+
+def written_key(tree: Node, key: Key) -> Key:
+    """Return where the file has the value at `key` of a recipe, whose stages are more: a `start` is one of its own."""
+    stages = tree.child("stages")
+    if key[:1] != ("stages",) or len(key) < 2 or stages is None or not isinstance(stages.content, list):
+        return key
+    places: list[Key] = []
+    is_text: list[bool] = []
+    for i, stage in enumerate(stages.content):
+        named = [(name, one.content) for name in ("start", "student") if (one := stage.child(name)) is not None]
+        sources = [(name, content) for name, content in named if content not in (None, PREVIOUS)]
+        places += [*(("stages", i, name) for name, _ in sources), ("stages", i)]
+        is_text += [*(isinstance(content, str) for _, content in sources), False]
+    number = int(key[1])
+    return places[number] if is_text[number] else (*places[number], *key[2:])
 
 
 def check(recipe: Recipe, folders: Folders) -> list[Problem]:
@@ -247,7 +269,9 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
     for i, stage in enumerate(recipe.stages):
         settings = stage.model_dump(include={*reads_of(stage), "also"})
         for name, mark in reads_of(stage).items():
-            if (path := settings[name]) is not None:
+            if mark.of_student:
+                yield from _source_problems(("stages", i), stage, folders)
+            elif (path := settings[name]) is not None:
                 is_table = name == "pairs" and Path(path).suffix == ".parquet"
                 yield from _absent(("stages", i, name), path, folders, holding=None if is_table else mark.holding)
         for name in ("prompts", "guard_prompts"):
@@ -268,6 +292,21 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
             folder = reward.settings.get("folder") if reward.name == TRAINED else None
             if isinstance(folder, str):
                 yield from _absent((*key[:-1], "settings", "folder"), folder, folders, holding="reward.json")
+
+
+def _source_problems(key: Key, stage: Stage, folders: Folders) -> Iterator[Problem]:
+    """Yield what is wrong with a student from elsewhere: not there, none, or not stating how it is sampled."""
+    assert isinstance(stage, Start), "no other stage names one"
+    path = folders.place((*key, "path"), stage.path)
+    if not stage.path or not os.path.exists(path):
+        beside = _beside((*key, "path"), stage.path, folders, "*") if stage.path else ""
+        message = f"no such file or folder: {stage.path}" if stage.path else "expected a path, found empty text"
+        yield Problem((*key, "path"), message, beside, looked_in=folders.looked_in((*key, "path"), stage.path))
+        return
+    try:
+        student_sources.refuse_unstated(student_sources.find(path), stage)
+    except (OSError, ValueError, CheckpointError) as error:
+        yield Problem((*key, "path"), str(error))
 
 
 def _endless(key: Key, reward: Reward, folders: Folders) -> Iterator[Problem]:
@@ -349,14 +388,13 @@ def _store_problems(recipe: Recipe) -> Iterator[Problem]:
 
 def _tuning_problems(recipe: Recipe) -> Iterator[Problem]:
     """Yield what would stop a tuning stage, hours later, when the student is finished."""
-    gamma = None  # default of the last student
     for i, stage in enumerate(recipe.stages):
-        if isinstance(stage, Distill):
-            gamma = stage.default_gamma
         if not isinstance(stage, Tuning):
             continue
+        before = student_before(recipe.stages, i)
+        gamma = None if before is None else gamma_of(recipe.stages, before)
         if stage.needs_random_steps and stage.gamma is None and gamma == 0.0:
-            message = f"{stage.kind} needs random steps here, and the student distilled before it samples without noise"
+            message = f"{stage.kind} needs random steps here, and the student that it tunes samples without noise"
             yield Problem(("stages", i, "gamma"), f"{message} (gamma 0) by default: set gamma, such as 0.3")
         if stage.languages and not sum(stage.languages.values()):
             yield Problem(("stages", i, "languages"), "all weights are 0, so that no prompt can be drawn")

@@ -1,7 +1,8 @@
 """The meaning of paths in a recipe, decided here alone.
 
-Files that a recipe reads are relative to the folder of its file. `runs`, and the finished stages in `also`, are
-relative to the working directory, where `mlcm run` writes them, and so are all paths in overrides of the command line.
+Files that a recipe reads are relative to the folder of its file, and a student from elsewhere to that or to the working
+directory, where runs are. `runs`, and the finished stages in `also`, are relative to the working directory, where `mlcm
+run` writes them, and so are all paths in overrides of the command line.
 A path that exists only in the working directory is read there, as it was before this rule, with a note of the new form.
 `mlcm:emoji/teacher` is in the folder of recipes that comes with this package, from anywhere.
 
@@ -23,6 +24,7 @@ from .experiment import Recipe, Stage
 from .preference import Tuning
 from .reads import reads_of
 from .renamed import renewed
+from .start import Start
 from .tree import Key, key_text
 from .types import Reward
 
@@ -71,11 +73,12 @@ def resolved(recipe: Recipe, folders: Folders) -> tuple[Recipe, list[str]]:
     notes: dict[str, str] = {}
     input_keys: set[Key] = {("stages", i, name) for i, stage in enumerate(recipe.stages) for name in reads_of(stage)}
     input_keys |= {("teacher", "lora"), ("teacher", "text_adapter")}
+    of_students = {("stages", i, "path") for i, stage in enumerate(recipe.stages) if isinstance(stage, Start)}
 
     def local_path(key: Key, text: str) -> str:
         if not text or os.path.isabs(text):
             return text
-        if note := _note(key, text, folders):
+        if key not in of_students and (note := _note(key, text, folders)):
             notes.setdefault(text, f"{key_text(key)}: {note}")
         place = folders.place(key, text)
         if os.path.exists(place):

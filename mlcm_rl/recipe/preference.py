@@ -11,6 +11,7 @@ from . import hinge_defaults
 from .distill import MAX_ENCODED_AHEAD, MOMENTS_BYTES, Distill
 from .reads import PICTURES, PROMPTS, Reads
 from .stage import OneStage, Requirement, States, Training
+from .start import PREVIOUS, StudentSource
 from .takes import Networks, Pass, Values
 from .types import (
     Fraction,
@@ -65,6 +66,11 @@ class Tuning(Training):
 
     leaves_student: ClassVar[bool] = True
 
+    start: str | StudentSource | None = Field(
+        None,
+        description="the student to tune: `previous` for that of the stage before, distilled or tuned; a path, or an "
+        "entry with a path, of one from elsewhere; default: the recipe's distilled one",
+    )
     prompts: Annotated[str, PROMPTS] = Field(description=".txt (one a line) or .jsonl ({prompt, language, ...}) file")
     guard_prompts: Annotated[str | None, PROMPTS] = Field(
         None, description="prompt file that the guard watches; default: the same"
@@ -117,21 +123,25 @@ class Tuning(Training):
         """Whether the sampler must put noise back."""
         return False
 
-    def gamma_in(self, recipe: "Recipe") -> float:
-        """Return the gamma of the stage's sampler: its own, or the default of the last student in `recipe`."""
-        if self.gamma is not None:
-            return self.gamma
-        return [one for one in recipe.stages if isinstance(one, Distill)][-1].default_gamma
-
     @property
     def parents(self) -> tuple[str, ...]:
-        """The teacher, the student to tune, and the reward of this recipe if it is used."""
-        return (*super().parents, "distill")
+        """The teacher, the student to tune unless it is the one of the stage before, and the recipe's own reward."""
+        return (*super().parents, *["distill"] * (self.start is None))
+
+    @property
+    def student_from(self) -> str:
+        """The name among its parents of the stage whose student it tunes."""
+        return "distill" if self.start is None else "start"
 
     @property
     def requirements(self) -> list[Requirement]:
         """The student to tune."""
-        return [Requirement(("distill",), f"{self.kind} tunes a distilled student: it needs")]
+        if self.start is None:
+            reason = f"{self.kind} tunes a distilled student: it needs start: (a run, a folder, a file), or"
+            return [Requirement(("distill",), reason)]
+        from .experiment import STUDENTS  # computed from all kinds of stages, this one included
+
+        return [Requirement(STUDENTS, f"start: {PREVIOUS} is the student of the stage before: it needs", "start")]
 
     @property
     def steps_per_phase(self) -> list[int]:

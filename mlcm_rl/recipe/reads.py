@@ -13,16 +13,19 @@ class Reads:
     is_network   whether it is a folder of weights and configuration, of which only those are hashed
     of_pictures  whether its pictures are read, or those that it lists
     of_prompts   whether it is a file of prompts
+    of_student   whether it is a student, in a file or in any of several kinds of folders
     """
 
     holding: str | None = None
     is_network: bool = False
     of_pictures: bool = False
     of_prompts: bool = False
+    of_student: bool = False
 
 
 PROMPTS = Reads(of_prompts=True)
 PICTURES = Reads(holding="metadata.jsonl", of_pictures=True)
+STUDENT = Reads(of_student=True)
 
 
 def reads_of(stage: Strict) -> dict[str, Reads]:

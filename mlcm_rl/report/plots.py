@@ -5,13 +5,14 @@ import re
 import warnings
 from collections.abc import Sequence
 from html import escape
-from io import StringIO
+from io import BytesIO, StringIO
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from PIL import Image
 
 from .definitions import metric
 from .types import Line, LossCurve, Point, Report, Row, TunedStudent
@@ -115,12 +116,27 @@ def loss(curve: LossCurve, several: bool) -> str:
 
 def gains(student: TunedStudent) -> str:
     """Return the SVG of a tuned student's gains against optimiser steps, with the kept step as a vertical line."""
-    figure, axes = _figure(f"gains {student.name}")
-    axes.axhline(0.0, color=INK, lw=0.9, alpha=0.5)
     curves = [student.curves[f"guard/{which}_gain"] for which in ("trained", "held_out")]
-    _plot_curves(axes, student, curves, ("trained on", "held out"))
-    axes.set_title("Gain, in deviations of the reference", loc="left")
+    figure = _gains(f"gains {student.name}", curves, student.guard.kept_step)
     return _svg(figure, f"The guard's trained and held-out gain of {student.name} against optimiser steps")
+
+
+def guard_picture(looks: Sequence[dict[str, Any]], kept_step: int) -> Image.Image:
+    """Return the same of a guard that is still watching, as a picture, from its looks as records of a log."""
+    curves = [[(look["step"], look[f"guard/{which}_gain"]) for look in looks] for which in ("trained", "held_out")]
+    content = BytesIO()
+    with rc_context(STYLE):
+        _gains("gains", curves, kept_step).savefig(content, format="png", dpi=150, facecolor="white")
+    return Image.open(content)
+
+
+def _gains(salt: str, curves: Sequence[list[Point]], kept_step: int) -> Figure:
+    """Return the figure of a guard's trained and held-out gains (step, gain)."""
+    figure, axes = _figure(salt)
+    axes.axhline(0.0, color=INK, lw=0.9, alpha=0.5)
+    _plot_curves(axes, kept_step, curves, ("trained on", "held out"))
+    axes.set_title("Gain, in deviations of the reference", loc="left")
+    return figure
 
 
 def reward_curve(student: TunedStudent, name: str) -> str:
@@ -128,7 +144,7 @@ def reward_curve(student: TunedStudent, name: str) -> str:
     figure, axes = _figure(f"reward {student.name} {name}")
     labels = {"reward/": "batches", "guard/reward/": "the guard's prompts"}
     curves = [(student.curves.get(prefix + name, []), label) for prefix, label in labels.items()]
-    _plot_curves(axes, student, *zip(*curves, strict=True))
+    _plot_curves(axes, student.guard.kept_step, *zip(*curves, strict=True))
     axes.set_title(f"{student.name}: {name}, {student.rewards[name]}", loc="left")
     return _svg(figure, f"Reward {name} of {student.name} against optimiser steps")
 
@@ -154,13 +170,12 @@ def reward_training(log: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _plot_curves(axes: Axes, student: TunedStudent, curves: Sequence[list[Point]], labels: Sequence[str]) -> None:
+def _plot_curves(axes: Axes, kept_step: int, curves: Sequence[list[Point]], labels: Sequence[str]) -> None:
     """Plot those of `curves` (step, value) that have points, and the step that the guard kept."""
     for colour, curve, label in zip(COLOURS, curves, labels, strict=False):
         if curve:
             few: dict[str, Any] = {"marker": "o", "ms": 3.0} if len(curve) <= 30 else {}
             axes.plot(*zip(*curve, strict=True), color=colour, lw=1.6, label=label, **few)
-    kept_step = student.guard.kept_step
     axes.axvline(kept_step, color=INK, lw=1.0, ls=(0, (2, 2)), label=f"kept: step {kept_step}")
     axes.set_xlabel("optimiser step")
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)

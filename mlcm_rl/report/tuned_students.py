@@ -29,7 +29,7 @@ GAINS = ("guard/trained_gain", "guard/held_out_gain")
 def read(folders: dict[str, Path]) -> list[TunedStudent]:
     """Return the tuned students among `folders`, student by name, with the rewards, guard and curves of their stages.
 
-    A student's reference is the distilled one that it was tuned from; where that is not among `folders`, there is
+    A student's reference is the one that it was tuned from; where that is not among `folders`, there is
     nothing to compare with and the student is left out.
     """
     stages = {name: folder.resolve().parent for name, folder in folders.items() if folder.name == "student"}
@@ -37,14 +37,15 @@ def read(folders: dict[str, Path]) -> list[TunedStudent]:
     students = []
     for name, stage in stages.items():
         manifest = read_json(stage / "manifest.json", kind=str, parents=dict, stage=dict)
-        if manifest["kind"] in TUNING and manifest["parents"].get("distill") in names:
+        origin = manifest["parents"].get("start", manifest["parents"].get("distill"))
+        if manifest["kind"] in TUNING and origin in names:
             settings = manifest["stage"]
             trained = {reward["name"]: "trained on" for reward in settings["rewards"]}
             held_out = {reward["name"]: "held out" for reward in settings["guard"]["rewards"]}
             students.append(
                 TunedStudent(
                     name=name,
-                    reference=names[manifest["parents"]["distill"]],
+                    reference=names[origin],
                     rewards=trained | held_out,
                     num_steps=settings["num_steps"],
                     guard=GuardRecord.model_validate(read_json(stage / "guard.json")),

@@ -26,7 +26,6 @@ from ..recipe.takes import TextNetwork
 from ..storage import finite
 from ..storage.hashing import sha256
 from ..training.loop import Runtime, rate_factor, set_rate
-from ..training.processes import on_rank_zero
 from ..training.seeding import epoch_order, generator
 
 MOST_MEASURED = 1024  # prompts whose encodings the outputs' means and deviations are of
@@ -71,7 +70,7 @@ def run(stage: AdaptText, recipe: Recipe, parents: dict[str, Path], folder: Path
             with rt.autocast():
                 rt.log(step, **held_out(stage, base, adapter, data, recipe.seed))
         if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
-            save_samples(recipe, base, adapter, data, folder, step)
+            save_samples(rt, recipe, base, adapter, data, step)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
     description = text_adapter.describe(
@@ -196,7 +195,7 @@ def held_out(stage: AdaptText, base: Base, adapter: TextAdapter, data: Data, see
 
 
 @torch.no_grad()
-def save_samples(recipe: Recipe, base: Base, adapter: TextAdapter, data: Data, folder: Path, step: int) -> None:
+def save_samples(rt: Runtime, recipe: Recipe, base: Base, adapter: TextAdapter, data: Data, step: int) -> None:
     """Write the grid of the recipe's fixed prompts and seeds, at SAMPLE_STEPS guided steps of the teacher."""
 
     def encoded(prompt: str) -> Conditioning:
@@ -213,4 +212,4 @@ def save_samples(recipe: Recipe, base: Base, adapter: TextAdapter, data: Data, f
     times = time_grid(SAMPLE_STEPS)[:-1]
     x0 = sample_teacher(base, conditioning, unconditional, noise, times, recipe.teacher.guidance_scale)
     sheet = pictures.grid(base.autoencoder.decode(x0), num_columns=SAMPLE_COLUMNS)
-    on_rank_zero(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
+    pictures.save_samples(rt, sheet, step)

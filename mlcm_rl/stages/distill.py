@@ -14,11 +14,11 @@ from ..equations.schedule import snr
 from ..equations.segments import phase_at
 from ..models import pictures, students, teachers
 from ..models.base import Base
+from ..models.grids import SamplingGrid
 from ..models.teachers import tell_truncated
 from ..recipe import Distill, Recipe, types
 from ..storage import files
 from ..training.loop import Runtime, rate_factor, set_rate
-from ..training.processes import on_rank_zero
 from ..training.seeding import generator
 
 Weights = dict[str, Tensor]  # the trained parameters by name, or their average
@@ -75,7 +75,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
             held_out = held_out_loss(rt, stage, settings, base, student, average, source)
             rt.log(step, phase=phase, num_segments=settings.num_segments, held_out_loss=held_out)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, sum(lengths)):
-            save_samples(stage, recipe, base, student, settings.num_segments, folder, step)
+            save_samples(rt, stage, recipe, base, student, settings.num_segments, step)
         if step_in_phase + 1 == lengths[phase]:
             snapshot = snapshot_folder(folder, phase, settings)
             rt.write(save_student, stage, recipe, base, settings.num_segments, snapshot)
@@ -216,10 +216,11 @@ def save_student(
 
 
 def save_samples(
-    stage: Distill, recipe: Recipe, base: Base, student: torch.nn.Module, num_segments: int, folder: Path, step: int
+    rt: Runtime, stage: Distill, recipe: Recipe, base: Base, student: torch.nn.Module, num_segments: int, step: int
 ) -> None:
     """Write the grid of fixed prompts and seeds, sampled by the current student at its default gamma."""
     conditioned = stage.condition_on_target
     gamma = types.default_gamma(num_segments, conditioned)
-    sheet = pictures.sample_grid(base, student, recipe.samples, recipe.seed, num_segments, conditioned, gamma)
-    on_rank_zero(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
+    grid = SamplingGrid(num_segments=types.sampling_segments(num_segments, conditioned))
+    sheet = pictures.sample_grid(base, student, recipe.samples, recipe.seed, grid, conditioned, gamma)
+    pictures.save_samples(rt, sheet, step)

@@ -29,14 +29,14 @@ from ..training.progress import progress
 
 
 def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
-    """Tune the distilled student into `folder`: `student/`, `guard.json`, `log.jsonl`, `samples/`.
+    """Tune a finished student into `folder`: `student/`, `guard.json`, `log.jsonl`, `samples/`.
 
     Interrupted at any step and run again, it ends with the same bits. `student/` is what the guard kept.
     Raises NonFiniteLoss before an update that is not finite.
     """
     rt = Runtime(recipe, stage, folder)
     base = teachers.load(recipe.teacher, rt.device)
-    start = parents["distill"] / "student"
+    start = tuning.start_folder(stage, parents, folder)
     student = tuning.load(stage, base, start, recipe.seed)
     refuse_blind(stage, student)
     rewards = combine(stage.rewards, rt.device, stage.normalise)
@@ -68,8 +68,10 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
             logged |= guard.look(step + 1)
         if rt.due(step, stage.log_every) or rt.due(step, stage.guard.every, stage.num_steps):
             rt.log(step, learning_rate=rate, **logged)
+        if rt.due(step, stage.guard.every, stage.num_steps):
+            rt.log_picture(step, "guard", guard.curves, folder)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
-            student.save_samples(recipe, folder, step)
+            student.save_samples(recipe, rt, step)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
     # the student that the guard kept, not the last one

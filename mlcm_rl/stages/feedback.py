@@ -13,15 +13,13 @@ from ..models.base import Base
 from ..preference import tuning
 from ..preference.guard import HackingGuard
 from ..recipe import Distill, Feedback, Recipe
-from ..recipe.renamed import renewed_stage
 from ..rewards import Combined, combine, refuse_without_gradient
-from ..storage import files
 from ..training.loop import Runtime, rate_factor, set_rate
 from ..training.processes import on_rank_zero
 
 
 def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
-    """Tune the distilled student into `folder`: `student/`, `guard.json`, `log.jsonl`, `samples/`.
+    """Tune a finished student into `folder`: `student/`, `guard.json`, `log.jsonl`, `samples/`.
 
     Interrupted at any step and run again, it ends with the same bits. `student/` is what the guard kept.
     Raises ValueError for rewards that it cannot use or that do not read the prompts, NonFiniteLoss before an update
@@ -29,7 +27,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     """
     rt = Runtime(recipe, stage, folder)
     base = teachers.load(recipe.teacher, rt.device)
-    start = parents["distill"] / "student"
+    start = tuning.start_folder(stage, parents, folder)
     student = tuning.load(stage, base, start, recipe.seed)
     rewards = combine(stage.rewards, rt.device, stage.normalise)
     refuse_without_gradient({name: member.model for name, member in rewards.members.items()})
@@ -37,7 +35,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     rewards.refuse_unread(prompts.languages)
     if stage.shape == "mps_hinge":
         refuse_without_irrelevant(rewards, prompts)
-    source = stored_states(stage, recipe, base, parents) if stage.consistency else None
+    source = stored_states(stage, recipe, base, start, parents["trajectories"]) if stage.consistency else None
     tuning.encode_ahead(stage, recipe, base, lambda step: prompts.texts(step, stage.batch_size))
     parameters = students.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
@@ -70,8 +68,10 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
             logged |= guard.look(step + 1)
         if rt.due(step, stage.log_every) or rt.due(step, stage.guard.every, stage.num_steps):
             rt.log(step, learning_rate=rate, **logged)
+        if rt.due(step, stage.guard.every, stage.num_steps):
+            rt.log_picture(step, "guard", guard.curves, folder)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
-            student.save_samples(recipe, folder, step)
+            student.save_samples(recipe, rt, step)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
     # the student that the guard kept, not the last one
@@ -173,17 +173,20 @@ def step_kl(student: tuning.TunableStudent, start: tuning.Start) -> Tensor:
     return kl / x0[0].numel()
 
 
-def stored_states(stage: Feedback, recipe: Recipe, base: Base, parents: dict[str, Path]) -> StoredStates:
-    """Return the stored trajectories as a source of points, with the settings of the student's own distillation.
+def stored_states(stage: Feedback, recipe: Recipe, base: Base, start: Path, trajectories: Path) -> StoredStates:
+    """Return the stored trajectories as a source of points, drawn as the student in `start` was distilled on them.
 
     Raises CheckpointError for a store of another teacher.
     """
-    manifest = files.read_json(parents["distill"] / "manifest.json", stage=dict)
-    distilled = Distill.model_validate(renewed_stage(manifest["stage"])).model_copy(
-        update={"batch_size": stage.batch_size}
+    student = students.describe(start)
+    distilled = Distill(
+        num_segments=[student["num_segments"]],
+        condition_on_target=student["conditioned"],
+        budgets=student["budgets"],
+        batch_size=stage.batch_size,
+        num_steps=1,
     )
-    store = store_of(parents["trajectories"], recipe.teacher, base)
-    return StoredStates(distilled, base, store, recipe.seed)
+    return StoredStates(distilled, base, store_of(trajectories, recipe.teacher, base), recipe.seed)
 
 
 def stored_loss(student: tuning.TunableStudent, batch: Batch) -> Tensor:

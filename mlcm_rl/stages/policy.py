@@ -17,14 +17,14 @@ from ..training.processes import on_rank_zero
 
 
 def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
-    """Tune the distilled student into `folder`: `student/`, `guard.json`, `log.jsonl`, `samples/`.
+    """Tune a finished student into `folder`: `student/`, `guard.json`, `log.jsonl`, `samples/`.
 
     Interrupted at any step and run again, it ends with the same bits. `student/` is what the guard kept.
     Raises NonFiniteLoss before an update that is not finite.
     """
     rt = Runtime(recipe, stage, folder)
     base = teachers.load(recipe.teacher, rt.device)
-    start = parents["distill"] / "student"
+    start = tuning.start_folder(stage, parents, folder)
     student = tuning.load(stage, base, start, recipe.seed)
     rewards = combine(stage.rewards, rt.device, stage.normalise)
     prompts, copies = tuning.Prompts(stage, base, recipe.seed), stage.num_generations
@@ -60,8 +60,10 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
             logged |= guard.look(step + 1)
         if rt.due(step, stage.log_every) or rt.due(step, stage.guard.every, stage.num_steps):
             rt.log(step, learning_rate=rate, **logged)
+        if rt.due(step, stage.guard.every, stage.num_steps):
+            rt.log_picture(step, "guard", guard.curves, folder)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
-            student.save_samples(recipe, folder, step)
+            student.save_samples(recipe, rt, step)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
     # the student that the guard kept, not the last one

@@ -26,7 +26,6 @@ from ..recipe import Recipe, TrainTeacher
 from ..storage import files, finite
 from ..training import autocast
 from ..training.loop import Runtime, rate_factor, set_rate
-from ..training.processes import on_rank_zero
 from ..training.seeding import epoch_order, generator
 
 SAMPLE_STEPS = 25  # of the guided teacher, for the sample grids
@@ -81,7 +80,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
             rt.log(step, **record)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
             with rt.swapped(average):
-                save_samples(recipe, base, denoiser, folder, step)
+                save_samples(rt, recipe, base, denoiser, step)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
     # the average of the weights, not the last ones
@@ -128,7 +127,7 @@ def loss(
     return error * min_snr_weight(t, base.schedule, base.prediction_type, stage.min_snr_gamma)
 
 
-def save_samples(recipe: Recipe, base: Base, denoiser: nn.Module, folder: Path, step: int) -> None:
+def save_samples(rt: Runtime, recipe: Recipe, base: Base, denoiser: nn.Module, step: int) -> None:
     """Write the grid of the recipe's fixed prompts and seeds, at SAMPLE_STEPS guided steps of `denoiser`."""
     prompts = recipe.samples.prompts
     conditioning, unconditional = base.encode_prompts(prompts), base.unconditional(len(prompts))
@@ -137,7 +136,7 @@ def save_samples(recipe: Recipe, base: Base, denoiser: nn.Module, folder: Path, 
     with as_teacher(base, denoiser):
         x0 = sample_teacher(base, conditioning, unconditional, noise, times, recipe.teacher.guidance_scale)
     sheet = pictures.grid(base.autoencoder.decode(x0), num_columns=SAMPLE_COLUMNS)
-    on_rank_zero(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
+    pictures.save_samples(rt, sheet, step)
 
 
 @contextmanager

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..recipe import Recipe, Training
 from ..storage import checkpoints, files
-from . import autocast, engines, processes, replay, signals, states
+from . import autocast, engines, processes, replay, signals, states, trackers
 from .devices import device_of
 from .progress import progress, tell
 from .seeding import seed_of
@@ -41,7 +42,7 @@ class NonFiniteLoss(StoppedBeforeUpdate):
 
 def cpu_has_bfloat16() -> bool:
     """Return whether this CPU multiplies in bfloat16 itself; one that does not took 17 times as long as in float32."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 # ---- a training loop's surroundings ----
@@ -77,7 +78,9 @@ class Runtime:
             )
             tell("precision", f"{problem}: set precision: no", "yellow")
         name = "tensorboard" if recipe.trackers == ["tensorboard"] else recipe.name
-        self.accelerator.init_trackers(name, config=flat(files.public(recipe.model_dump(mode="json"))))
+        config = flat(files.public(recipe.model_dump(mode="json")))
+        named = {"name": folder.name}  # else the runs of a recipe's stages have random names there
+        self.accelerator.init_trackers(name, config, {"wandb": named, "trackio": named})
 
     @property
     def stopping(self) -> bool:
@@ -282,6 +285,14 @@ class Runtime:
             file.flush()
             os.fsync(file.fileno())  # before a later checkpoint
         self.accelerator.log(values, step=step + 1)
+
+    def log_picture(self, step: int, name: str, draw: Callable[..., Image.Image], *arguments: object) -> None:
+        """Send the picture that `draw` makes of `arguments` to the trackers, on rank 0. Without any it is not drawn."""
+        if processes.rank() > 0 or not self.accelerator.trackers:
+            return
+        picture = draw(*arguments)
+        for tracker in self.accelerator.trackers:
+            trackers.log_picture(tracker, name, picture, step + 1)
 
     def _truncate_log(self, first: int) -> None:
         """Delete the records after step `first`, from which the run resumes: they will be written again."""

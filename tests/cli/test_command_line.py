@@ -255,13 +255,32 @@ def test_sample_evaluate_and_export_hand_their_arguments_on(mlcm, finished_runs)
     finished_runs.export = lambda *given: calls.append(given) or Path("out")
     sampled = mlcm("sample", "runs/good", "--prompt", "a cat", "--prompt", "猫", "--out", "out", "--gamma", "0.5")
     evaluated = mlcm("evaluate", "runs/good", "--steps", "2", "--steps", "4")
+    finished_runs.push = lambda *given: calls.append(given) or "address"
     exported = mlcm("export", "runs/good", "out")
+    sent = mlcm(
+        *(
+            "export",
+            "runs/good",
+            "out",
+            "--format",
+            "comfyui",
+            "--merge",
+            "--dtype",
+            "fp16",
+            "--push",
+            "me/it",
+            "--public",
+        )
+    )
     assert (sampled.stdout, evaluated.stdout, exported.stdout) == ("out/0.png\nout/1.png\n", "report.html\n", "out\n")
+    assert sent.stdout == "out\naddress\n"
     run = Path("runs/good")
     assert calls == [
         (run, ["a cat", "猫"], [4], 0, 0.5, Path("out"), 16, 1, None),
         (run, None, [2, 4]),
-        (run, Path("out")),
+        (run, Path("out"), ["diffusers"], None, False, None),
+        (run, Path("out"), ["comfyui"], "fp16", True, "me/it"),
+        (Path("out"), "me/it", True),
     ]
 
 
@@ -284,6 +303,10 @@ def test_sample_takes_a_prompt_file_after_the_prompts(mlcm, finished_runs):
         (["evaluate", "runs/good", "--steps", "9"], "Invalid value for '--steps'"),
         (["sample", "runs/good", "--out", "y"], "name what to draw: --prompt TEXT, or --prompts FILE"),
         (["sample", "runs/good", "--prompt", "x", "--out", "y", "--gamma", "2"], "Invalid value for '--gamma'"),
+        (["export", "runs/good", "out", "--format", "a1111"], "Invalid value for '--format'"),
+        (["export", "runs/good", "out", "--dtype", "int8"], "Invalid value for '--dtype'"),
+        (["export", "runs/good", "out", "--public"], "--public means nothing without --push NAME/MODEL"),
+        (["export", "runs/good", "out", "--format", "all", "--push", "me/it"], "--push takes one --format"),
         (["walk"], "No such command 'walk'"),
     ],
 )

@@ -82,6 +82,16 @@ def flat(text):
 # ---- list and fetch ----
 
 
+def test_show_prints_the_card_and_says_of_others_that_there_is_none(mlcm, installed):
+    shown = mlcm("rewards", "show", "emoji_style")
+    assert shown.exit_code == 0
+    assert shown.output.startswith("# emoji_style")
+    assert "| Hacked by |" in shown.output
+    other = mlcm("rewards", "show", installed("wordy", LENGTH))
+    assert other.exit_code == 2
+    assert "wordy does not come with mlcm_rl" in flat(other.output)
+
+
 def test_list_says_what_each_can_do_and_what_is_missing(mlcm, installed, tmp_path):
     head = tmp_path / "head.safetensors"
     save_file({"scale": torch.tensor(2.0)}, head)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import runs
-from mlcm_rl.cost import memory
+from mlcm_rl.cost import flops, memory
 from mlcm_rl.cost.evaluations import network_evaluations
 from mlcm_rl.cost.flops import Operations, Work, count_operations, of_stage, seconds, this_device
 from mlcm_rl.cost.gpus import CPU_SHARE, DEVICES, GPU_SHARE, Device
@@ -16,6 +16,7 @@ from mlcm_rl.equations.segments import time_grid
 from mlcm_rl.models import sampler, teachers
 from mlcm_rl.pipeline.planning import planned_stages
 from mlcm_rl.recipe import Evaluate, Full, Lora, Teacher
+from mlcm_rl.training import machine
 
 EMOJI = Path(__file__).resolve().parents[2] / "recipes" / "emoji" / "teacher"
 
@@ -65,6 +66,13 @@ def test_every_named_device_has_every_rate_and_this_one_is_measured():
         assert device.rates.keys() == {"float32", "tf32", "bfloat16", "float16"}
         assert min(device.rates.values()) > 0
         assert device.memory > 10**8
+
+
+def test_the_memory_of_this_device_is_what_its_container_may_use(monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text(f"{3 * 2**26}\n")
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(flops, "_rate", lambda *_: 1.0)
+    assert this_device(torch.device("cpu")).memory == 3 * 2**26
 
 
 def test_a_pass_of_the_emoji_teacher_is_half_a_billion_operations(tmp_path):

@@ -46,7 +46,7 @@ def faults(words: list[str]) -> list[str]:
             arguments += given
         else:
             wrong += [fault for one in given for fault in _option_faults(parameter, one)]
-    wrong += _recipe_faults(path[-1], arguments)
+    wrong += _recipe_faults(" ".join(path[1:]), arguments)
     return [f"{' '.join(words)}: {fault}" for fault in wrong]
 
 
@@ -62,7 +62,7 @@ def _option_faults(option: Any, value: Any) -> list[str]:
 
 
 def _recipe_faults(name: str, arguments: list[str]) -> list[str]:
-    if name in ("show", "copy"):
+    if name in ("recipes show", "recipes copy"):
         names = {file.stem for file in shipped.recipes()}
         return (
             [] if not arguments or arguments[0] in names or is_readers(arguments[0]) else [f"no recipe {arguments[0]}"]

@@ -12,6 +12,7 @@ from mlcm_rl.equations.segments import (
     milestones,
     paper_times,
     phase_at,
+    pressed_times,
     remaining_times,
     sampling_times,
     segment_start,
@@ -114,6 +115,14 @@ def test_sampling_times_hold_every_boundary_of_the_student(num_steps, num_segmen
     assert set(times) <= set(EIGHT[1:])
     if num_steps >= num_segments:
         assert set(milestones(num_segments)[1:].tolist()) <= set(times)
+
+
+def test_pressed_times_by_hand():
+    assert pressed_times([999, 759, 499, 259], 0.5) == [499, 379, 249, 129]
+    assert pressed_times([999, 759, 499, 259], 1.0) == [999, 759, 499, 259]
+    for strength in (0.0, 1.5, 0.005):  # of the last, three times are 2
+        with pytest.raises(ValueError, match="strength is"):
+            pressed_times([999, 500, 499, 498], strength)
 
 
 def test_remaining_times_by_hand():

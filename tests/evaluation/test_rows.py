@@ -11,6 +11,7 @@ import runs
 from mlcm_rl.evaluation.rows import Entry, entries, student_folders, student_rows, teacher_rows
 from mlcm_rl.evaluation.training_cost import TrainingCost
 from mlcm_rl.models.gammas import own_gamma
+from mlcm_rl.models.grids import SamplingGrid
 from mlcm_rl.recipe import Evaluate, Teacher
 from mlcm_rl.recipe.types import default_gamma
 
@@ -22,7 +23,8 @@ def stage(**settings):
 def student(num_segments, conditioned=False):
     own = default_gamma(num_segments, conditioned)
     cost = TrainingCost(10, 40, 0, 20)
-    return Entry("student", Path("student"), num_segments, conditioned, cost, own, (own, 1.0 - own))
+    grid = SamplingGrid(num_segments=1 if conditioned else num_segments)
+    return Entry("student", Path("student"), num_segments, conditioned, grid, cost, own, (own, 1.0 - own))
 
 
 def teacher(guidance_scale, family="sdxl"):
@@ -170,7 +172,7 @@ def test_snapshots_come_along_but_for_the_last_which_is_the_student(tmp_path):
     for name in ("student", "snapshots/phase-0-K8", "snapshots/phase-1-K4", "snapshots/phase-2-K1"):
         (tmp_path / "distill" / name).mkdir(parents=True)
         (tmp_path / "distill" / name / "student.json").write_text("{}")
-    (tmp_path / "distill" / "manifest.json").write_text('{"recipe": {"name": "lcm"}}')
+    (tmp_path / "distill" / "manifest.json").write_text('{"kind": "distill", "recipe": {"name": "lcm"}}')
     parents = {"distill": tmp_path / "distill"}
     assert list(student_folders(stage(), parents)) == ["student"]
     folders = student_folders(stage(students="snapshots", also=[str(tmp_path / "distill")]), parents)

@@ -21,6 +21,7 @@ from mlcm_rl.equations.solver import ddim_step
 from mlcm_rl.models import students
 from mlcm_rl.models import teachers as bases
 from mlcm_rl.models.composition import Composition, Weighted, latent_mask
+from mlcm_rl.models.grids import SamplingGrid
 from mlcm_rl.recipe import Lora, Teacher
 
 PROMPTS, SEED = ["a red apple", "熊猫"], 5
@@ -49,7 +50,7 @@ def draw(base, denoiser, num_steps=4, gamma=1.0, **inputs):
     """Latents (B, C, H, W), as `mlcm sample` draws them, and the composition."""
     composition = Composition(base, denoiser, **inputs)
     generator = torch.Generator().manual_seed(SEED)
-    noise, times = base.noise(generator, len(PROMPTS)), composition.times(num_steps, 1)
+    noise, times = base.noise(generator, len(PROMPTS)), SamplingGrid().times(num_steps, composition.strength)
     return composition.sample(base.encode_prompts(PROMPTS), noise, times, gamma, generator), composition
 
 

@@ -20,6 +20,7 @@ from mlcm_rl.equations.segments import remaining_times
 from mlcm_rl.models import control, students
 from mlcm_rl.models import teachers as bases
 from mlcm_rl.models.composition import Composition
+from mlcm_rl.models.grids import SamplingGrid
 from mlcm_rl.models.pictures import to_pil
 from mlcm_rl.recipe import Lora, Teacher
 
@@ -47,7 +48,7 @@ def network_of(base, seed=0) -> ControlNetModel:
 def draw(base, denoiser, controls=(), num_steps=4, **inputs):
     composition = Composition(base, denoiser, controls=controls, **inputs)
     generator = torch.Generator().manual_seed(SEED)
-    noise, times = base.noise(generator, len(PROMPTS)), composition.times(num_steps, 1)
+    noise, times = base.noise(generator, len(PROMPTS)), SamplingGrid().times(num_steps, composition.strength)
     return composition.sample(base.encode_prompts(PROMPTS), noise, times, 1.0, generator)
 
 

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -250,21 +249,6 @@ def test_the_same_student_is_saved_to_the_same_bytes(sdxl, tmp_path):
         students.save_student(denoiser, tmp_path / name, description(sdxl))
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
-
-
-def test_published_layout_without_configuration_is_read_with_alpha_8(sdxl, teachers, tmp_path):
-    """As the authors' code writes it: `get_peft_model` at PEFT's defaults, tensors alone."""
-    x_t, t, conditioning = inputs(sdxl)
-    other = load(recipe.Teacher(path=str(teachers["sdxl"]), family="sdxl"), "cpu")
-    theirs = get_peft_model(other.denoiser, LoraConfig(r=64, target_modules=LORA_TARGETS))
-    tiny.perturb([parameter for parameter in theirs.parameters() if parameter.requires_grad])
-    expected = sdxl.predict(theirs, x_t, t, conditioning)
-    save_file(get_peft_model_state_dict(theirs), tmp_path / "published.safetensors")
-    assert all(key.startswith("base_model.model.") for key in load_file(tmp_path / "published.safetensors"))
-    loaded = students.load_published_lora(sdxl, tmp_path / "published.safetensors")
-    torch.testing.assert_close(sdxl.predict(loaded, x_t, t, conditioning), expected, atol=1e-5, rtol=1e-5)
-    too_strong = students.load_published_lora(sdxl, tmp_path / "published.safetensors", alpha=64.0)
-    assert (sdxl.predict(too_strong, x_t, t, conditioning) - expected).abs().max() > 0.1
 
 
 def test_lora_that_does_not_fit_the_teacher_is_refused_by_name(sdxl, tmp_path):

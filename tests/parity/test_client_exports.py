@@ -6,14 +6,16 @@ The rules of the tools are stated anew, from their sources: ComfyUI looks layers
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import lora_students
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel
-from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+from diffusers import DiffusionPipeline, FluxTransformer2DModel, QwenImageTransformer2DModel
+from diffusers.loaders import lora_conversion_utils as conversion
 from lora_students import LORA, relative, updates_in
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
@@ -23,11 +25,10 @@ from torch import Tensor
 import tiny
 from mlcm_rl.models import client_export, students
 from mlcm_rl.models.base import Base
-from mlcm_rl.models.client_export import export_for
+from mlcm_rl.models.client_export import export_as, export_for
 from mlcm_rl.models.client_files import write_kohya
 from mlcm_rl.models.client_keys import kohya_names
 from mlcm_rl.models.export import Form, target_time_update
-from mlcm_rl.models.families.flux import Family as Flux
 from mlcm_rl.models.lora_files import LORA_FILE
 from mlcm_rl.models.teachers import class_of
 from mlcm_rl.recipe import Full, Lora
@@ -194,23 +195,39 @@ def test_comfyui_has_transformers_under_diffusers_names_and_at_scale_1(transform
         assert_same(found, expected_of(base, source, num_steps))
 
 
-def test_diffusers_reads_kohyas_names_of_flux(tmp_path):
-    """At FLUX.1's width, which its converter has as a number: one block of each kind."""
+def qwen_image() -> QwenImageTransformer2DModel:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "joint_attention_dim": 12, "axes_dims_rope": (2, 2, 4)}
+    return QwenImageTransformer2DModel(num_layers=2, in_channels=8, out_channels=2, **sizes)
+
+
+def flux() -> FluxTransformer2DModel:
+    """At FLUX.1's width, which diffusers' converter has as a number: one block of each kind."""
+    return FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "network", "converted"),
+    [
+        ("flux", flux, conversion._convert_kohya_flux_lora_to_diffusers),
+        ("qwen_image", qwen_image, conversion._convert_non_diffusers_qwen_lora_to_diffusers),
+    ],
+    ids=["flux", "qwen_image"],
+)
+def test_diffusers_reads_kohyas_names_to_the_bit(family, network, converted, tmp_path):
+    base = object.__new__(class_of(family))
     with torch.device("meta"):
-        denoiser = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
-    ends = tuple(f".{target}" for target in Flux.lora_targets)
-    modules = [name for name, _ in denoiser.named_modules() if name.endswith(ends)]
+        base.denoiser = network()
+    ends = tuple(f".{target}" for target in base.lora_targets)
+    modules = [name for name, _ in base.denoiser.named_modules() if name.endswith(ends)]
     generator, tensors = torch.Generator().manual_seed(0), {}
     for name in modules:
-        rows, columns = denoiser.get_submodule(name).weight.shape
+        rows, columns = base.denoiser.get_submodule(name).weight.shape
         tensors[f"{name}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
         tensors[f"{name}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
-    base = object.__new__(Flux)
-    base.denoiser = denoiser
     write_kohya({"transformer": (LoraConfig(r=2, lora_alpha=2), tensors)}, base, tmp_path / "file")
-    converted = _convert_kohya_flux_lora_to_diffusers(load_file(tmp_path / "file"))
-    assert {key.removeprefix("transformer.") for key in converted} == set(tensors)
-    assert all(torch.equal(converted[f"transformer.{key}"], value) for key, value in tensors.items())
+    found = {key.removeprefix("transformer."): one for key, one in converted(load_file(tmp_path / "file")).items()}
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], value) for key, value in tensors.items())
 
 
 # ---- PEFT ----
@@ -233,6 +250,35 @@ def test_peft_loads_its_own_layout_over_the_teachers_denoiser(conditioned, loade
     config = json.loads(next(out.rglob("adapter_config.json")).read_text(encoding="utf-8"))
     assert str(tmp_path) not in json.dumps(config)
     assert len(config) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("conditioned", [False, True], ids=["plain", "conditioned"])
+def test_the_code_of_pefts_card_draws_a_picture(conditioned, loaded, tmp_path):
+    base = loaded["sdxl"]
+    out = export_for("peft", student(base, tmp_path, conditioned=conditioned), base, tmp_path / "mine")
+    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / Path(base.teacher.path).name).symlink_to(base.teacher.path)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert [path.stem for path in tmp_path.glob("*.png")] == ["steps-2" if conditioned else "sample"]
+
+
+def test_the_card_for_kohyas_tools_says_what_they_cannot(loaded, tmp_path):
+    base = loaded["sdxl"]
+    denoiser = students.student(base, LORA, 0, condition_on_target=True)
+    description = {"num_segments": 1, "budgets": [3, 4], **students.expected_of(base)}
+    students.save_student(denoiser, tmp_path / "student", description)
+    card = (export_for("kohya", tmp_path / "student", base, tmp_path / "mine") / "README.md").read_text(
+        encoding="utf-8"
+    )
+    assert "| `mine-4-steps.safetensors` | 4 | Euler | Simple |" in card
+    assert "| `mine-3-steps.safetensors` | 3, but not so: see below | Euler | Simple |" in card
+    assert "it leaves `time_embedding.linear_1` out" in card
+    plain = export_for("kohya", student(base, tmp_path / "other"), base, tmp_path / "plain", gamma=0.3)
+    card = (plain / "README.md").read_text(encoding="utf-8")
+    assert "No sampler of these tools is known that puts noise back as `eta=0.3` does" in card
+    assert "sd-scripts itself" not in card
 
 
 # ---- whole denoisers ----
@@ -292,3 +338,39 @@ def test_a_family_without_names_is_refused_with_what_to_export_instead(family, c
         patched.setattr(students, "combined_lora", lambda student: object())
         with pytest.raises(ValueError, match=re.escape(instead)):
             client_export.refuse(client, one, base, 0.0, Form())
+
+
+# ---- several formats, and diffusers' in half precision ----
+
+
+def test_several_formats_are_folders_of_one_and_what_cannot_be_is_said(loaded, tmp_path, capsys):
+    base = loaded["sd15"]
+    source = student(base, tmp_path, Full())
+    out = export_as(["all"], source, base, tmp_path / "mine", form=Form(dtype=torch.float16))
+    assert sorted(path.name for path in out.iterdir()) == ["comfyui", "diffusers"]
+    assert [path.name for path in (out / "comfyui" / "diffusion_models").iterdir()] == ["mine.safetensors"]
+    assert 'from_pretrained("mine/diffusers")' in (out / "diffusers" / "README.md").read_text(encoding="utf-8")
+    said = capsys.readouterr().out
+    assert "--format kohya: left out: kohya is for adapters, and this student was trained in full" in said
+    stock = DiffusionPipeline.from_pretrained(out / "diffusers", torch_dtype=torch.float16)
+    expected = students.merged(students.load_student(base, source), torch.float16).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in stock.unet.state_dict().items())
+    weights = load_file(next((out / "diffusers" / "unet").glob("*.safetensors")))
+    assert {value.dtype for value in weights.values()} == {torch.float16}
+
+
+def test_one_that_fails_leaves_nothing_of_several(loaded, tmp_path):
+    base = loaded["sd15"]
+    with pytest.raises(ValueError, match="trained in full"):
+        export_as(["comfyui", "kohya"], student(base, tmp_path, Full()), base, tmp_path / "mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+@pytest.mark.slow
+def test_a_merged_export_for_diffusers_has_no_adapter(loaded, tmp_path):
+    base = loaded["sdxl"]
+    source = student(base, tmp_path, conditioned=True)
+    out = export_as(["diffusers"], source, base, tmp_path / "mine", form=Form(merge=True))
+    assert not list(out.rglob("*lora*"))
+    assert all((out / f"steps-{num_steps}" / "unet").is_dir() for num_steps in BUDGETS)
+    assert "load_lora_weights" not in (out / "README.md").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from typer.testing import CliRunner
 from mlcm_rl.cli.app import app
 from mlcm_rl.pipeline import doctor
 from mlcm_rl.storage.caches import cache_folder
+from mlcm_rl.training import machine
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def findings() -> dict[str, doctor.Finding]:
@@ -61,14 +65,14 @@ def test_an_extra_that_is_missing_is_a_note_with_its_command(monkeypatch):
 
 
 def test_every_extra_says_what_it_is_for():
-    extras = {doctor._extra_of(requirement) for requirement in doctor._requirements()} - {None}
-    assert extras == set(doctor.FOR_PEOPLE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(project["optional-dependencies"]) == set(doctor.FOR_PEOPLE)
 
 
 def test_a_container_s_limits_count(monkeypatch, tmp_path):
     (tmp_path / "cpu.max").write_text("50000 100000\n")
     (tmp_path / "memory.max").write_text(f"{2 * 2**30}\n")
-    monkeypatch.setattr(doctor, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     result = findings()
     assert "0.5" in result["CPU"].value
@@ -80,7 +84,7 @@ def test_a_container_s_limits_count(monkeypatch, tmp_path):
 def test_limits_that_are_not_set_do_not_count(monkeypatch, tmp_path):
     (tmp_path / "cpu.max").write_text("max 100000\n")
     (tmp_path / "memory.max").write_text("max\n")
-    monkeypatch.setattr(doctor, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
     assert "container" not in findings()["CPU"].value + findings()["memory"].value
 
 

@@ -366,6 +366,8 @@ def test_arguments_that_cannot_be_are_told_before_the_teacher_is_loaded(finished
     with pytest.raises(BadArgument, match=r"OUT: .*link is there already"):
         finished_runs.export(run, tmp_path / "link")
     (tmp_path / "link").unlink()
+    with pytest.raises(BadArgument, match=r"--push: 'mine' has no owner: write NAME/mine"):
+        finished_runs.export(run, tmp_path / "out", repository="mine")
     with pytest.raises(BadArgument, match=r"--num-prompts: .* holds \d+ prompts, num_prompts is 999"):
         finished_runs.evaluate(run, num_prompts=999)
     with pytest.raises(BadArgument, match=r"--prompts: .*empty\.txt: holds no prompts"):

@@ -231,3 +231,15 @@ def test_the_hub_is_asked_only_for_a_pinned_revision_that_is_not_here():
     with pytest.raises(FileNotFoundError):
         files.local_first(read, pinned.model_copy(update={"revision": None}))
     assert asked == [True, True, False, True]
+
+
+def test_a_hub_that_is_not_reached_is_not_taken_for_a_model_without_files():
+    def read(path, revision, local_files_only=False):
+        try:
+            raise ConnectionError("the name is not resolved\nsee there")
+        except ConnectionError:
+            raise OSError(f"{path} does not have a file named model_index.json")  # noqa: B904  (as diffusers raises)
+
+    pinned = Teacher(path="owner/model", revision="0" * 40, family="sdxl")
+    with pytest.raises(FileNotFoundError, match=r"hub did not give it \(the name is not resolved\): check the network"):
+        files.local_first(read, pinned)

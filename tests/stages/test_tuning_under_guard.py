@@ -9,7 +9,7 @@ from tuning_runs import adapter_of, records, tune
 
 import runs
 from mlcm_rl import pipeline
-from mlcm_rl.models import students
+from mlcm_rl.models import student_description, students
 from mlcm_rl.pipeline import finished_runs
 from mlcm_rl.recipe import Evaluate
 from mlcm_rl.storage import files
@@ -89,11 +89,11 @@ def test_the_step_that_a_guard_kept_is_told_and_recorded(tiny_sdxl, tmp_path, ca
     kept = files.read_json(found / "guard.json")["kept_step"]
     assert kept > 0
     assert f"guard kept step {kept} of 3" in capsys.readouterr().out
-    assert students.tuned_steps(found / "student") == kept
+    assert student_description.tuned_steps(found / "student") == kept
     older = files.read_json(found / "student" / "student.json")
     del older["tuned_steps"]
     files.write_json(found / "student" / "student.json", older)
-    assert students.tuned_steps(found / "student") is None
+    assert student_description.tuned_steps(found / "student") is None
     files.write_json(found / "student" / "student.json", older | {"tuned_steps": -1})
     with pytest.raises(CheckpointError, match="tuned_steps must be a whole number from 0, is -1"):
         students.describe(found / "student")

@@ -1,0 +1,73 @@
+"""Students from elsewhere: how a stage names one, and the stage that takes it in, in place of a distill stage."""
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, field_validator
+
+from .reads import STUDENT
+from .stage import OneStage
+from .takes import Values
+from .types import Fraction, Strict
+
+if TYPE_CHECKING:
+    from .experiment import Recipe
+
+PREVIOUS = "previous"
+# How many evenly spaced times the steps of a grid are chosen from: `original_inference_steps` of LCM's and TCD's stock
+# schedulers.
+ORIGINAL_STEPS = {"milestones": 8, "lcm": 50, "trailing": 1000}
+
+Time = Annotated[int, Field(ge=1, le=999)]
+Grid = Literal["milestones", "lcm", "trailing"] | Annotated[list[Time], Field(min_length=1, max_length=8)]
+
+
+class StudentSource(Strict):
+    """A student from elsewhere, and what its files do not state of it."""
+
+    path: Annotated[str, STUDENT] = Field(
+        description="a run's folder (its last student), a stage's, an exported one, a pipeline or a denoiser in "
+        "diffusers' format, or a .safetensors file of a LoRA or of a denoiser's weights"
+    )
+    gamma: Fraction | None = Field(
+        None, description="noise put back between its steps: 1 as LCM, 0 as DDIM and Euler, between them as TCD's eta"
+    )
+    grid: Grid | None = Field(
+        None,
+        description="times that it is sampled at: milestones of 8 segments, lcm (LCM's and TCD's 50), trailing, or "
+        "their list for one number of steps, such as [999, 759, 499, 259]",
+    )
+    num_segments: Literal[1, 2, 4, 8] | None = Field(
+        None, description="K of its distillation, the phases of PCM; default: 1 where its files do not state it"
+    )
+    alpha: PositiveFloat | None = Field(
+        None, description="of a LoRA file that holds none: it adds alpha / rank times its factors"
+    )
+
+    @field_validator("grid")
+    @classmethod
+    def _times_descend(cls, grid: Grid | None) -> Grid | None:
+        if isinstance(grid, list) and grid != sorted(set(grid), reverse=True):
+            raise ValueError(f"times of a grid descend, from 999 at most; found {grid}")
+        return grid
+
+
+class Start(StudentSource, OneStage):
+    """Takes in a student from elsewhere, for later stages to tune, evaluate, sample and export."""
+
+    leaves_student: ClassVar[bool] = True
+
+    kind: Literal["start"] = "start"
+
+    def disk(self, recipe: "Recipe", values: Values) -> int:
+        """Return the bytes of a whole denoiser, an upper bound."""
+        return 4 * values.denoiser
+
+
+def source_of(named: str | StudentSource) -> StudentSource:
+    """Return what a path alone stands for: a student whose files state everything."""
+    return StudentSource(path=named) if isinstance(named, str) else named
+
+
+def stage_of(named: str | StudentSource) -> Start:
+    """Return the stage that takes in the student `named`."""
+    return Start(**source_of(named).model_dump())

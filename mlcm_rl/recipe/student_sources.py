@@ -1,0 +1,122 @@
+"""What a path to a student leads to, and what its files state of it. No torch.
+
+A student of this package is described by its student.json. A pipeline in diffusers' format states its prediction type
+and, by its scheduler, how it is sampled. A LoRA and a denoiser alone state neither: the recipe then has to.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..storage.files import read_json
+from ..storage.untrusted import parse_json, regular
+from .experiment import STUDENTS
+from .start import ORIGINAL_STEPS, StudentSource
+from .types import default_gamma
+
+DESCRIPTION_FILE = "student.json"
+INDEX, CONFIG = "model_index.json", "config.json"
+MAX_HEADER = 10**8  # bytes, of a safetensors file: the format's own limit
+GRIDS = {steps: name for name, steps in ORIGINAL_STEPS.items()}
+RENOISING = ("LCMScheduler", "FlowMatchLCMScheduler")
+DETERMINISTIC = ("EulerDiscreteScheduler", "DDIMScheduler")  # with trailing times, the samplers of published students
+VALUES = {
+    "gamma": "gamma: 1 (as LCM-LoRA), 0 (as SDXL-Lightning), or TCD's eta between",
+    "grid": "grid: lcm, trailing, milestones, or the list of its times",
+}
+Kind = Literal["student", "export", "pipeline", "denoiser", "lora", "weights"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A student's files, and what they state.
+
+    kind   student: in the layout of `students.save_student`, of the finished `stage` if it is known; export: as `mlcm
+           export` writes it; pipeline, denoiser: in diffusers' format; lora, weights: a .safetensors file
+    place  the file, or the folder that holds the weights and their configuration
+    """
+
+    kind: Kind
+    place: Path
+    stage: Path | None = None
+    gamma: float | None = None
+    grid: str | None = None
+    prediction_type: str | None = None
+
+    @property
+    def unstated(self) -> list[str]:
+        """Return the keys that a recipe has to name."""
+        if self.kind == "student":
+            return []
+        return [name for name in VALUES if getattr(self, name) is None]
+
+
+def find(path: Path) -> Found:
+    """Return what lies at `path`. Raise FileNotFoundError or ValueError where that is no student, or not one alone."""
+    regular(path)
+    if not path.is_dir():
+        return _of_file(path)
+    for folder in [path, *sorted(path.glob("[0-9]*-*"), reverse=True)]:
+        if (folder / "manifest.json").is_file() and (folder / "student" / DESCRIPTION_FILE).is_file():
+            return Found("student", folder / "student", stage=folder)
+        if folder != path and folder.name.endswith(tuple(f"-{kind}" for kind in STUDENTS)):
+            raise ValueError(f"{folder} leads to a stage that is gone or unfinished; `mlcm run` its recipe again")
+    if (path / INDEX).is_file():
+        return _of_pipeline(path)
+    if (path / DESCRIPTION_FILE).is_file():
+        return Found("student", path)
+    if (path / CONFIG).is_file():
+        return Found("denoiser", path)
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
+        return _of_file(files[0])
+    if files:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"{path} holds several files, of which one has to be named: {names}")
+    raise ValueError(
+        f"{path} holds no student: name a run, a finished stage that leaves one, an exported folder, one in diffusers' "
+        "format, or a .safetensors file"
+    )
+
+
+def refuse_unstated(found: Found, source: StudentSource) -> None:
+    """Raise ValueError for what neither the files nor the recipe state, with the keys to write."""
+    missing = [name for name in found.unstated if getattr(source, name) is None]
+    if missing:
+        keys = ", ".join(f"{name}: ..." for name in missing)
+        ways = "; ".join(VALUES[name] for name in missing)
+        raise ValueError(
+            f"{source.path} does not state how it is sampled: write {{path: {source.path}, {keys}}}, where {ways}. The "
+            "model's card says which (docs/start_from.md)"
+        )
+
+
+def _of_file(path: Path) -> Found:
+    if path.suffix != ".safetensors":
+        raise ValueError(f"expected a .safetensors file, found {path}: other formats can run code and are not read")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, MAX_HEADER))
+    try:
+        names = dict(parse_json(header.decode("utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    is_lora = any(re.search(r"[._]lora(_|\.)", name) for name in names)
+    return Found("lora" if is_lora else "weights", path)
+
+
+def _of_pipeline(path: Path) -> Found:
+    """Return what the scheduler of a pipeline states, and its student.json if `mlcm export` wrote it."""
+    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+    name, spacing = scheduler.get("_class_name"), scheduler.get("timestep_spacing")
+    gamma = 1.0 if name in RENOISING else 0.0 if name in DETERMINISTIC and spacing == "trailing" else None
+    steps = scheduler.get("original_inference_steps")
+    grid = GRIDS.get(steps) if isinstance(steps, int) else "trailing" if gamma == 0.0 else None
+    prediction_type = scheduler.get("prediction_type")
+    if not (path / DESCRIPTION_FILE).is_file():
+        return Found("pipeline", path, None, gamma, grid, prediction_type)
+    description: dict[str, Any] = read_json(path / DESCRIPTION_FILE, conditioned=bool)
+    if gamma is None and "preference" not in description:  # an older export: the default of its kind
+        gamma = default_gamma(description.get("num_segments", 1), description["conditioned"])
+    return Found("export", path, None, description.get("gamma", gamma), description.get("grid", "milestones"))
