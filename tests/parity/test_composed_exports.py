@@ -42,7 +42,7 @@ def ours(base: Base, student: students.Student, **inputs) -> torch.Tensor:
     states = []
     hook = student.denoiser.register_forward_pre_hook(lambda _, args: states.append(args[0]))
     generator, composition = torch.Generator().manual_seed(SEED), Composition(base, student.denoiser, **inputs)
-    noise, times = base.noise(generator, 2), composition.times(4, student.sampling_segments)
+    noise, times = base.noise(generator, 2), student.grid.times(4, composition.strength)
     gamma = student.default_gamma
     x0 = composition.sample(base.encode_prompts(PROMPTS), noise, times, gamma, generator, student.conditioned)
     hook.remove()

@@ -56,7 +56,7 @@ def by_teacher(base: Base, texts: list[str], noise: Tensor, steps: int, controls
 def by_student(base: Base, student: Student, texts: list[str], noise: Tensor, steps: int, **inputs: object) -> Tensor:
     """Return the student's pictures (N, 3, H, W) in [0, 1], composed with `inputs`."""
     composition = Composition(base, student.denoiser, **inputs)  # type: ignore[arg-type]
-    times = composition.times(steps, student.sampling_segments)
+    times = student.grid.times(steps, composition.strength)
     x0 = composition.sample(base.encode_prompts(texts), noise, times, student.default_gamma, None, student.conditioned)
     return composition.decode(x0)
 
