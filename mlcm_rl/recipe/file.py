@@ -20,12 +20,12 @@ from pydantic import ValidationError
 
 from ..storage.files import CheckpointError
 from ..storage.untrusted import read_bytes, regular
-from . import errors, renamed, reward_package, reward_settings, student_sources, teacher_check
+from . import errors, made_folders, renamed, reward_package, reward_settings, student_sources, teacher_check
 from .adapt_text import AdaptText
 from .distill import Distill
 from .experiment import Recipe, Stage, gamma_of, missing_library, missing_trackers, student_before
 from .families import absent_extras, adaptable, family_of, geometry, layout_of
-from .languages import code_meant
+from .languages import code_meant, says_language
 from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
 from .reads import reads_of
@@ -73,7 +73,7 @@ def load(
     )
     if root is not None:
         found = (replace(problem, key=written(problem.key)) for problem in check(recipe, folders))
-        problems += [_with_place(problem, tree, str(path)) for problem in found]
+        problems += made_folders.merged([_with_place(problem, tree, str(path)) for problem in found], Path(path))
     if problems:
         raise RecipeError(problems)
     recipe, notes = resolved(recipe, folders)
@@ -318,11 +318,15 @@ def _absent(key: Key, name: str, folders: Folders, holding: str | None = None) -
         if os.path.isdir(path):  # unlike Path.is_dir, False for a name too long for the file system
             yield Problem(key, f"expected a file, found the folder {name}")
         elif not os.path.isfile(path):
-            yield Problem(key, f"no such file: {name}", _beside(key, name, folders, "*"), looked_in=looked_in)
+            yield Problem(
+                key, f"no such file: {name}", _beside(key, name, folders, "*"), looked_in=looked_in, absent=path
+            )
     elif os.path.isfile(path):
         yield Problem(key, f"expected a folder, found the file {name}")
     elif not os.path.isdir(path):
-        yield Problem(key, f"no such folder: {name}", _beside(key, name, folders, "*/"), looked_in=looked_in)
+        yield Problem(
+            key, f"no such folder: {name}", _beside(key, name, folders, "*/"), looked_in=looked_in, absent=path
+        )
     elif not os.path.exists(path / holding):
         yield Problem(key, f"the folder {name} holds no {holding}")
 
@@ -369,15 +373,6 @@ def _store_problems(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(("stages", i, "keep"), message + "it has no budgets: write all, or auto")
 
 
-def _says_language(prompts: Path, name: str) -> bool:
-    """Return whether a prompt file may state `name` as the language of a line; one that cannot be read may."""
-    try:
-        text = read_bytes(prompts).decode()
-    except (OSError, ValueError):  # reported where the stage's files are
-        return True
-    return prompts.suffix == ".jsonl" and json.dumps(name, ensure_ascii=False) in text
-
-
 def _tuning_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
     """Yield what would stop a tuning stage, hours later, when the student is finished."""
     for i, stage in enumerate(recipe.stages):
@@ -391,7 +386,7 @@ def _tuning_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
         if stage.languages and not sum(stage.languages.values()):
             yield Problem(("stages", i, "languages"), "all weights are 0, so that no prompt can be drawn")
         for name in stage.languages:
-            if (code := code_meant(name)) and not _says_language(
+            if (code := code_meant(name)) and not says_language(
                 folders.place(("stages", i, "prompts"), stage.prompts), name
             ):
                 message = f"no prompt of {stage.prompts} is in {name!r}: did you mean {code}?"
