@@ -66,10 +66,32 @@ def sample(
         list[str] | None,
         typer.Option(metavar="FILE[:WEIGHT]", show_default=False, help="style LoRA over the student; may be repeated"),
     ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER[:WEIGHT]",
+            show_default=False,
+            help="ControlNet or T2I-Adapter of the teacher's family, in diffusers' format; may be repeated",
+        ),
+    ] = None,
+    control_image: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, show_default=False, help="what it follows; one for each --control"),
+    ] = None,
+    edges: Annotated[
+        bool, typer.Option("--edges", help="give control networks the edges of their pictures, as train_control does")
+    ] = False,
+    ip_adapter: Annotated[
+        str | None,
+        typer.Option(metavar="FILE[:WEIGHT]", show_default=False, help="IP-Adapter, with its image_encoder beside it"),
+    ] = None,
+    ip_image: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, show_default=False, help="what it attends to")
+    ] = None,
 ) -> None:
     """Draw pictures with a run's student, and a sheet of them where they are several.
 
-    The prompt may be joined by a picture, a mask and style LoRAs; the number of steps stays the one asked for.
+    A picture, a mask, style LoRAs, control networks and an IP-Adapter may join the prompt, at any number of steps.
 
     A PNG says what it is: prompt, seed, steps, gamma, student and whatever joined them are in its text.
     """
@@ -77,7 +99,9 @@ def sample(
         raise typer.BadParameter("name what to draw: --prompt TEXT, or --prompts FILE", param_hint="--prompt")
     with imported("pipeline.finished_runs") as finished_runs:
         texts = [*(prompt or []), *(finished_runs.prompts_of(prompts) if prompts else [])]
-        inputs = finished_runs.sample_inputs.of_command(image, strength, mask, lora or [])
+        inputs = finished_runs.sample_inputs.of_command(
+            image, strength, mask, lora or [], control or [], control_image or [], edges, ip_adapter, ip_image
+        )
         pictures = finished_runs.sample(
             run, texts, steps, seed, gamma, out, batch_size, images_per_prompt, text_adapter, inputs
         )

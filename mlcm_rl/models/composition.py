@@ -1,12 +1,12 @@
-"""A student together with other inputs: a picture to start from, a mask, style LoRAs, control networks, an IP-Adapter.
+"""A student together with other inputs: a picture to start from, a mask, style LoRAs, control networks.
 
-All are of sampling alone: networks are changed or hooked where they are, so that the sampler and the families do not
-know of them. A picture gives the sampler another start, a mask gives it another view of the base, and a style changes
-weights.
+All are of sampling alone, and the sampler and the families do not know of them: a picture is another start, a mask
+another view of the base, a style is in the weights, and control networks are hooks on the denoiser (`control`).
 """
 
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,10 @@ from torch.nn import functional as F
 
 from ..equations.schedule import add_noise
 from ..storage import finite
+from . import sampler
 from .base import Base
 from .conditioning import Conditioning
+from .control import controlled
 from .quantised import is_quantised
 from .teacher_lora import read_updates
 
@@ -51,6 +53,7 @@ class Composition:
     """A teacher's `base` and a student's denoiser with other inputs; networks are changed in place.
 
     loras     styles, added to the weights
+    controls  control networks, each with its picture (1, 3, H', W') in [0, 1] and a weight
     image     (1, 3, H', W') in [0, 1], to start from
     strength  share of the time axis that is drawn: 1 leaves nothing of `image` but what the mask keeps
     mask      (1, 1, H', W') in [0, 1], 1 where the student draws
@@ -61,30 +64,44 @@ class Composition:
         base: Base,
         denoiser: ModelMixin,
         loras: Sequence[Weighted] = (),
+        controls: Sequence[tuple[ModelMixin, Tensor, float]] = (),
         image: Tensor | None = None,
         strength: float = 1.0,
         mask: Tensor | None = None,
     ):
-        self.base, self.image, self.strength, self.mask = base, image, strength, mask
+        self.base, self.denoiser, self.controls = base, denoiser, controls
+        self.image, self.strength, self.mask = image, strength, mask
         self.latents = None if image is None else base.autoencoder.encode(image)  # (1, C, H, W)
         add_loras(base, denoiser, loras)
 
-    def start(self, noise: Tensor, t: int) -> Tensor:
-        """Return the state (B, C, H, W) that the sampler starts from at time t: the picture's, or `noise` alone."""
-        if self.latents is None or self.strength == 1.0:
-            return noise
-        times = torch.full((len(noise),), t, device=noise.device)
-        return add_noise(self.latents.expand_as(noise), noise, times, self.base.schedule)
+    @torch.no_grad()
+    def sample(
+        self,
+        conditioning: Conditioning,
+        noise: Tensor,
+        times: Sequence[int],
+        gamma: float,
+        generators: torch.Generator | Sequence[torch.Generator] | None = None,
+        conditioned: bool = False,
+    ) -> Tensor:
+        """Return the student's x0 (B, C, H, W), as `sampler.sample` does."""
+        base, start = self.base, noise
+        if self.latents is not None:
+            latents = self.latents.expand_as(noise)
+            if self.strength < 1.0:
+                first = torch.full((len(noise),), times[0], device=noise.device)
+                start = add_noise(latents, noise, first, base.schedule)
+            if self.mask is not None:
+                base = inpainting(base, latents, latent_mask(self.mask, noise.shape[-1]), noise)
+        with ExitStack() as stack:
+            for network, image, scale in self.controls:
+                stack.enter_context(controlled(self.denoiser, network, image, scale))
+            return sampler.sample(base, self.denoiser, conditioning, start, times, gamma, generators, conditioned)
 
-    def view(self, noise: Tensor) -> Base:
-        """Return what the sampler takes for the base, in a batch with this `noise` (B, C, H, W)."""
-        if self.latents is None or self.mask is None:
-            return self.base
-        drawn = latent_mask(self.mask, noise.shape[-1])
-        return inpainting(self.base, self.latents.expand_as(noise), drawn, noise)
-
-    def finish(self, images: Tensor) -> Tensor:
-        """Return decoded pictures (B, 3, H', W') with the pixels that the mask keeps put back."""
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """Return the pictures (B, 3, H', W') in [0, 1] of x0, with the pixels that the mask keeps put back."""
+        images = self.base.autoencoder.decode(x0)
         if self.image is None or self.mask is None:
             return images
         return torch.lerp(self.image, images, self.mask)

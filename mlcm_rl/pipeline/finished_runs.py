@@ -10,7 +10,7 @@ from rich.progress import track
 from torch import Tensor
 
 from ..data.prompts import first_prompts, read_prompts
-from ..models import hub, pictures, sampler, students, teachers
+from ..models import hub, pictures, students, teachers
 from ..models.base import Base
 from ..models.client_export import export_as
 from ..models.composition import Composition
@@ -90,6 +90,7 @@ def sample(
     if not all(map(is_unicode, prompts)):
         raise BadArgument("--prompt: holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
     folder = find_stage(run_folder, STUDENTS)
+    sample_inputs.refuse(inputs, recipe_of(folder).teacher.family)
     base = teacher_of(folder, text_adapter=text_adapter)
     tell_truncated(base, prompts, "the prompts")
     student = students.load_student(base, folder / "student")
@@ -105,7 +106,7 @@ def sample(
         times, column = student.grid.times(steps, composition.strength), []
         for start in track(range(0, len(drawn), batch_size), f"{steps} steps", console=terminal, transient=True):
             indices = range(start, min(start + batch_size, len(drawn)))
-            images = _sample(composition, student, [drawn[i] for i in indices], seed, indices, times, gamma)
+            images = _sample(composition, student.conditioned, [drawn[i] for i in indices], seed, indices, times, gamma)
             for i, image in zip(indices, map(pictures.to_pil, images), strict=True):
                 file = out / f"{first + i:03d}-seed{seed}-steps{steps}.png"
                 metadata = {"prompt": drawn[i], "number": i, "steps": steps, **common}
@@ -120,10 +121,9 @@ def sample(
     return files
 
 
-@torch.no_grad()
 def _sample(
     composition: Composition,
-    student: students.Student,
+    conditioned: bool,
     prompts: list[str],
     seed: int,
     indices: range,
@@ -133,9 +133,8 @@ def _sample(
     """Return pictures (B, 3, H, W) in [0, 1] of B `prompts`, the noise of each a function of `seed` and its index."""
     base, generators = composition.base, [generator(seed, "sample", i) for i in indices]
     noise, conditioning = base.noise(generators, len(prompts)), base.encode_prompts(prompts)
-    start, view = composition.start(noise, times[0]), composition.view(noise)
-    x0 = sampler.sample(view, student.denoiser, conditioning, start, times, gamma, generators, student.conditioned)
-    return composition.finish(base.autoencoder.decode(x0))
+    x0 = composition.sample(conditioning, noise, times, gamma, generators, conditioned)
+    return composition.decode(x0)
 
 
 def tell_unlike(student: students.Student, folder: Path, num_steps: int) -> None:

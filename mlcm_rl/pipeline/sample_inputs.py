@@ -7,9 +7,12 @@ from pathlib import Path
 from torch import Tensor
 
 from ..data.picture_files import read_picture, square
-from ..models.base import Base
+from ..equations.edges import edge_map
+from ..models import control
+from ..models.base import Base, precision_of
 from ..models.composition import Composition, Weighted
 from ..models.students import Student
+from ..recipe.families import layout_of
 from .errors import BadArgument, prefix_errors
 
 
@@ -25,42 +28,95 @@ class Inputs:
     strength: float = 1.0
     mask: Path | None = None
     loras: tuple[Weighted, ...] = ()
+    controls: tuple[Weighted, ...] = ()
+    control_images: tuple[Path, ...] = ()  # one of each
+    takes_edges: bool = False  # the control networks are given the edges of their pictures
+    ip_adapter: Weighted | None = None
+    ip_image: Path | None = None
 
     def record(self) -> dict[str, str]:
         """Return them as text, for the metadata of a picture."""
-        image = {} if self.image is None else {"image": str(self.image), "strength": f"{self.strength:g}"}
-        mask = {} if self.mask is None else {"mask": str(self.mask)}
-        return image | mask | _record("lora", self.loras)
+        image = [] if self.image is None else [self.image]
+        files: dict[str, Sequence[object]] = {
+            "image": image,
+            "strength": [f"{self.strength:g}"] * len(image),
+            "mask": [] if self.mask is None else [self.mask],
+            "lora": self.loras,
+            "control": self.controls,
+            "control_image": self.control_images,
+            "edges": ["of control_image"] * self.takes_edges,
+            "ip_adapter": [] if self.ip_adapter is None else [self.ip_adapter],
+            "ip_image": [] if self.ip_image is None else [self.ip_image],
+        }
+        return {name: "\n".join(map(str, values)) for name, values in files.items() if values}
 
 
 def of_command(
-    image: Path | None = None, strength: float | None = None, mask: Path | None = None, loras: Sequence[str] = ()
+    image: Path | None = None,
+    strength: float | None = None,
+    mask: Path | None = None,
+    loras: Sequence[str] = (),
+    controls: Sequence[str] = (),
+    control_images: Sequence[Path] = (),
+    takes_edges: bool = False,
+    ip_adapter: str | None = None,
+    ip_image: Path | None = None,
 ) -> Inputs:
     """Return what a command composes a student with; the default strength is 0.5, and 1 with a mask.
 
-    Raise BadArgument for options that need another one, and for a LoRA that is not there.
+    Raise BadArgument for options that need another one, and for files that are not there.
     """
     for name, value in (("--strength", strength), ("--mask", mask)):
         if value is not None and image is None:
             raise BadArgument(f"{name}: it needs --image, the picture that is drawn over")
+    if len(controls) != len(control_images):
+        message = (
+            f"--control: {len(controls)} networks, and {len(control_images)} --control-image: give each network one"
+        )
+        raise BadArgument(message)
+    if takes_edges and not controls:
+        raise BadArgument("--edges: it needs --control, the network that is given them")
+    if (ip_adapter is None) != (ip_image is None):
+        raise BadArgument("--ip-adapter: it needs --ip-image, the picture that it attends to, and that needs it")
     with prefix_errors("--lora", BadArgument):
-        weighted = tuple(map(Weighted.parse, loras))
+        styles = tuple(map(Weighted.parse, loras))
+    with prefix_errors("--control", BadArgument):
+        networks = tuple(map(Weighted.parse, controls))
+    with prefix_errors("--ip-adapter", BadArgument):
+        adapter = None if ip_adapter is None else Weighted.parse(ip_adapter)
     if strength is None:
         strength = 1.0 if image is None or mask is not None else 0.5
-    return Inputs(image, strength, mask, weighted)
+    return Inputs(image, strength, mask, styles, networks, tuple(control_images), takes_edges, adapter, ip_image)
+
+
+def refuse(inputs: Inputs, family: str) -> None:
+    """Raise BadArgument for inputs that a teacher of `family` does not take; nothing is loaded."""
+    layout = layout_of(family)
+    if inputs.loras and not layout.loads_lora:
+        raise BadArgument(f"--lora: diffusers loads no LoRA into a {layout.pipeline}")
+    with prefix_errors("--control", BadArgument):
+        for one in inputs.controls:
+            control.refuse_control(one.path, family)
+    with prefix_errors("--ip-adapter", BadArgument):
+        if inputs.ip_adapter is not None:
+            control.refuse_ip_adapter(family)
 
 
 def compose(base: Base, student: Student, inputs: Inputs) -> Composition:
     """Return the student's denoiser composed with `inputs`; it is changed in place."""
     image = None if inputs.image is None else read(base, inputs.image, "--image")
     mask = None if inputs.mask is None else read(base, inputs.mask, "--mask").mean(dim=1, keepdim=True)
-    return Composition(base, student.denoiser, inputs.loras, image, inputs.strength, mask)
+    controls = []
+    for one, file in zip(inputs.controls, inputs.control_images, strict=True):
+        shown = read(base, file, "--control-image")
+        shown = edge_map(shown).expand(-1, 3, -1, -1) if inputs.takes_edges else shown
+        controls.append((control.load_control(base, one.path, precision_of(student.denoiser)), shown, one.weight))
+    if inputs.ip_adapter is not None and inputs.ip_image is not None:
+        shown = read(base, inputs.ip_image, "--ip-image")
+        control.add_ip_adapter(base, student.denoiser, inputs.ip_adapter.path, shown, inputs.ip_adapter.weight)
+    return Composition(base, student.denoiser, inputs.loras, controls, image, inputs.strength, mask)
 
 
 def read(base: Base, file: Path, option: str) -> Tensor:
     """Return the central square of a picture file as (1, 3, H', W') in [0, 1], at the resolution of `base`."""
     return square(read_picture(file, f"{option} {file}"), base.resolution)[None].to(base.device) / 255
-
-
-def _record(name: str, values: Sequence[object]) -> dict[str, str]:
-    return {name: " ".join(map(str, values))} if values else {}

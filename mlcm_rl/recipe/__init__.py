@@ -8,6 +8,7 @@ message begins with the name of the setting that it is about, so that the error 
 """
 
 from .adapt_text import AdaptText
+from .control import TrainControl
 from .distill import Distill
 from .evaluation import Evaluate
 from .experiment import RESERVED, STUDENTS, TUNING, Recipe, Stage, missing_trackers
@@ -39,6 +40,7 @@ __all__ = [
     "Strict",
     "StudentSource",
     "Teacher",
+    "TrainControl",
     "TrainReward",
     "TrainTeacher",
     "Training",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from .adapt_text import AdaptText
+from .control import TrainControl
 from .distill import Distill
 from .evaluation import Evaluate
 from .preference import Dpo, Feedback, Policy, TrainReward, Tuning
@@ -25,7 +26,17 @@ RESERVED = ("stages", "rows")  # folders under runs that hold all runs' results
 
 
 Stage = Annotated[
-    TrainTeacher | AdaptText | TrainReward | Trajectories | Distill | Start | Feedback | Dpo | Policy | Evaluate,
+    TrainTeacher
+    | AdaptText
+    | TrainControl
+    | TrainReward
+    | Trajectories
+    | Distill
+    | Start
+    | Feedback
+    | Dpo
+    | Policy
+    | Evaluate,
     Field(discriminator="kind"),
 ]
 STAGES: dict[str, type[OneStage]] = {one.model_fields["kind"].default: one for one in get_args(get_args(Stage)[0])}

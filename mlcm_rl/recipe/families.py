@@ -233,6 +233,15 @@ def names() -> list[str]:
     return [*FAMILIES, *sorted(_others())]
 
 
+def of_denoiser(denoiser_class: str) -> list[str]:
+    """Return the families whose denoisers are of this class; another distribution's that is broken is none."""
+    found = []
+    for name in names():
+        with suppress(ValueError):
+            found += [name] * (layout_of(name).denoiser_class == denoiser_class)
+    return found
+
+
 def adaptable() -> list[str]:
     """Return the families whose teachers can have a text adapter; another distribution's that is broken is none."""
     able = []

@@ -19,12 +19,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..storage.files import CheckpointError
-from ..storage.untrusted import read_bytes, regular
-from . import errors, made_folders, renamed, reward_package, reward_settings, student_sources, teacher_check
+from ..storage.untrusted import read_bytes
+from . import errors, missing, renamed, reward_package, reward_settings, student_sources, teacher_check
 from .adapt_text import AdaptText
+from .control import CONTROLLED, TrainControl
 from .distill import Distill
 from .experiment import Recipe, Stage, gamma_of, missing_library, missing_trackers, student_before
-from .families import absent_extras, adaptable, family_of, geometry, layout_of
+from .families import absent_extras, adaptable, family_of, geometry, layout_of, of_denoiser
 from .languages import code_meant, says_language
 from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
@@ -32,8 +33,8 @@ from .reads import reads_of
 from .schema import json_schema
 from .start import PREVIOUS, Start
 from .teacher_stages import TrainTeacher, Trajectories
-from .tree import Key, Node, Problem, RecipeError, nearest, nearest_file, override, read
-from .types import TRAINED, Full, Lora, Reward, Teacher
+from .tree import Key, Node, Problem, RecipeError, nearest, override, read
+from .types import TRAINED, Full, Lora, Teacher
 
 
 def load(
@@ -73,7 +74,7 @@ def load(
     )
     if root is not None:
         found = (replace(problem, key=written(problem.key)) for problem in check(recipe, folders))
-        problems += made_folders.merged([_with_place(problem, tree, str(path)) for problem in found], Path(path))
+        problems += missing.merged([_with_place(problem, tree, str(path)) for problem in found], Path(path))
     if problems:
         raise RecipeError(problems)
     recipe, notes = resolved(recipe, folders)
@@ -109,6 +110,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
         *_teacher_problems(recipe.teacher, folders),
         *_lora_problems(recipe, folders),
         *_text_adapter_problems(recipe, folders),
+        *_control_problems(recipe),
         *_file_problems(recipe, folders),
         *_runs_problems(recipe, folders),
         *(Problem(("trackers", i), message) for i, message in missing_trackers(recipe)),
@@ -159,7 +161,7 @@ def _teacher_problems(teacher: Teacher, folders: Folders) -> Iterator[Problem]:
             )
             yield Problem(key, f"{message}to name here, where BASE is its base model's folder in diffusers format")
             return
-        yield from _absent(key, teacher.path, folders, holding="model_index.json")
+        yield from missing.absent(key, teacher.path, folders, holding="model_index.json")
         yield from (wrong := list(_family_problems(teacher, folder)))
         yield from _resolution_problems(teacher, folder)
         if not wrong and os.path.exists(folder / "model_index.json"):
@@ -178,7 +180,7 @@ def _lora_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
         return
     if name and os.path.isfile(folders.place(key, name)) and Path(name).suffix != ".safetensors":
         yield Problem(key, f"expected a .safetensors file, found {name}: other formats can run code and are not read")
-    yield from _absent(key, name, folders)
+    yield from missing.absent(key, name, folders)
     with suppress(ValueError):  # of a family that is reported as broken
         layout = layout_of(recipe.teacher.family)
         if not layout.loads_lora:
@@ -193,7 +195,7 @@ def _text_adapter_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem
     """Yield what is wrong with the teacher's text adapter, or with a stage that is to make one."""
     teacher, key = recipe.teacher, ("teacher", "text_adapter")
     if teacher.text_adapter is not None:
-        yield from _absent(key, teacher.text_adapter, folders, holding="text_adapter.json")
+        yield from missing.absent(key, teacher.text_adapter, folders, holding="text_adapter.json")
     adapting = [(i, stage) for i, stage in enumerate(recipe.stages) if isinstance(stage, AdaptText)]
     if (teacher.text_adapter or adapting) and teacher.family not in (able := adaptable()):
         message = (
@@ -210,6 +212,22 @@ def _text_adapter_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem
         if before and before[-1] != adapt.prompts:
             message = f"expected {before[-1]}, the prompts of the trajectories before it, found {adapt.prompts}"
             yield Problem(("stages", i, "prompts"), message)
+
+
+def _control_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield what does not go with a stage that trains a ControlNet: other denoisers, and weights without gradients."""
+    if not any(isinstance(stage, TrainControl) for stage in recipe.stages):
+        return
+    teacher, able = recipe.teacher, of_denoiser(CONTROLLED)
+    if teacher.family not in able:
+        message = f"train_control makes a ControlNet of a {CONTROLLED}: name a teacher of {', '.join(able)}"
+        yield Problem(("teacher", "family"), message)
+    if teacher.dtype == "float16":
+        message = "the gradients of train_control go through the denoiser, and in float16 small ones are lost: write "
+        yield Problem(("teacher", "dtype"), f"{message}bfloat16, or float32")
+    if teacher.quantise is not None:
+        message = "train_control copies half of the denoiser, which must be floats: leave it out"
+        yield Problem(("teacher", "quantise"), message)
 
 
 def _family_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
@@ -256,7 +274,9 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
                 yield from _source_problems(("stages", i), stage, folders)
             elif (path := settings[name]) is not None:
                 is_table = name == "pairs" and Path(path).suffix == ".parquet"
-                yield from _absent(("stages", i, name), path, folders, holding=None if is_table else mark.holding)
+                yield from missing.absent(
+                    ("stages", i, name), path, folders, holding=None if is_table else mark.holding
+                )
         for name in ("prompts", "guard_prompts"):
             path, entry = settings.get(name), ("stages", i, name)
             if path and Path(path).suffix not in (".txt", ".jsonl") and not os.path.isdir(folders.place(entry, path)):
@@ -264,17 +284,17 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
             elif path and _is_blank(folders.place(entry, path)):
                 yield Problem(entry, f"{path} holds no prompt: write one a line")
         for j, other in enumerate(settings.get("also", [])):
-            yield from _absent(("stages", i, "also", j), other, folders, holding="manifest.json")
+            yield from missing.absent(("stages", i, "also", j), other, folders, holding="manifest.json")
         for key, reward in rewards_in(("stages", i), stage):
             if reward.name not in known_rewards:
                 message = f"no reward is called {reward.name}; known are {', '.join(known_rewards) or 'none'}"
                 yield Problem(key, message, nearest(reward.name, known_rewards))
             else:
                 yield from reward_settings.problems(key[:-1], reward)
-            yield from _endless((*key[:-1], "settings"), reward, folders)
+            yield from missing.endless((*key[:-1], "settings"), reward, folders)
             folder = reward.settings.get("folder") if reward.name == TRAINED else None
             if isinstance(folder, str):
-                yield from _absent((*key[:-1], "settings", "folder"), folder, folders, holding="reward.json")
+                yield from missing.absent((*key[:-1], "settings", "folder"), folder, folders, holding="reward.json")
 
 
 def _source_problems(key: Key, stage: Stage, folders: Folders) -> Iterator[Problem]:
@@ -282,7 +302,7 @@ def _source_problems(key: Key, stage: Stage, folders: Folders) -> Iterator[Probl
     assert isinstance(stage, Start), "no other stage names one"
     path = folders.place((*key, "path"), stage.path)
     if not stage.path or not os.path.exists(path):
-        beside = _beside((*key, "path"), stage.path, folders, "*") if stage.path else ""
+        beside = missing.beside((*key, "path"), stage.path, folders, "*") if stage.path else ""
         message = f"no such file or folder: {stage.path}" if stage.path else "expected a path, found empty text"
         yield Problem((*key, "path"), message, beside, looked_in=folders.looked_in((*key, "path"), stage.path))
         return
@@ -292,60 +312,19 @@ def _source_problems(key: Key, stage: Stage, folders: Folders) -> Iterator[Probl
         yield Problem((*key, "path"), str(error))
 
 
-def _endless(key: Key, reward: Reward, folders: Folders) -> Iterator[Problem]:
-    """Yield a problem for each setting of a reward that is the path of a pipe, a socket or a device."""
-    for name, text in reward.settings.items():
-        place = folders.place((*key, name), text) if isinstance(text, str) else None
-        if place is not None and os.path.exists(place):
-            try:
-                regular(place)
-            except ValueError as error:
-                yield Problem((*key, name), str(error))
-
-
 def _runs_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
     if not recipe.runs or os.path.isfile(folders.working / recipe.runs):
         actual = f"the file {recipe.runs}" if recipe.runs else "empty text"
         yield Problem(("runs",), f"expected a folder, which need not be there yet, found {actual}")
 
 
-def _absent(key: Key, name: str, folders: Folders, holding: str | None = None) -> Iterator[Problem]:
-    """Yield a problem if `name` is not a file or, with `holding`, not a folder that has that file in it."""
-    path, looked_in = folders.place(key, name), folders.looked_in(key, name)
-    if not name:
-        yield Problem(key, "expected a path, found empty text")
-    elif holding is None:
-        if os.path.isdir(path):  # unlike Path.is_dir, False for a name too long for the file system
-            yield Problem(key, f"expected a file, found the folder {name}")
-        elif not os.path.isfile(path):
-            yield Problem(
-                key, f"no such file: {name}", _beside(key, name, folders, "*"), looked_in=looked_in, absent=path
-            )
-    elif os.path.isfile(path):
-        yield Problem(key, f"expected a folder, found the file {name}")
-    elif not os.path.isdir(path):
-        yield Problem(
-            key, f"no such folder: {name}", _beside(key, name, folders, "*/"), looked_in=looked_in, absent=path
-        )
-    elif not os.path.exists(path / holding):
-        yield Problem(key, f"the folder {name} holds no {holding}")
-
-
 def _is_blank(path: Path) -> bool:
-    """Return whether the file `path` has only white space. False without such a file, which `_absent` reports."""
+    """Return whether the file `path` has only white space. False without such a file, which `missing.absent` reports."""
     if not os.path.isfile(path):
         return False
     with suppress(OSError), path.open("rb") as file:
         return not any(map(bytes.strip, file))
     return False
-
-
-def _beside(key: Key, name: str, folders: Folders, pattern: str) -> str:
-    """Return the nearest existing name to a missing one, relative to the folder of a recipe's paths; empty if none."""
-    for folder in folders.of(key):
-        if nearest_path := nearest_file(folder / name, pattern):
-            return nearest_path if Path(name).is_absolute() else os.path.relpath(nearest_path, folder)
-    return ""
 
 
 def _order_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.captions import Captions
 from ..data.prompts import CaptionedImages
 from ..equations.averaging import ema_decay, ema_update_
 from ..equations.consistency import squared_l2
@@ -17,7 +18,7 @@ from ..equations.schedule import add_noise, logit_normal_times
 from ..equations.segments import time_grid
 from ..models import pictures, teachers
 from ..models.base import Base
-from ..models.conditioning import Conditioning, on_device, rows_of, stacked
+from ..models.conditioning import Conditioning, on_device
 from ..models.files import folder_of
 from ..models.sampler import sample_teacher
 from ..models.teachers import tell_truncated
@@ -27,7 +28,6 @@ from ..training import autocast
 from ..training.loop import Runtime, rate_factor, set_rate
 from ..training.seeding import epoch_order, generator
 
-MAX_CAPTIONS = 40_000  # encoded captions in memory
 SAMPLE_STEPS = 25  # of the guided teacher, for the sample grids
 SAMPLE_COLUMNS = 8  # of a grid
 
@@ -98,37 +98,6 @@ def new_denoiser(base: Base, stage: TrainTeacher, seed: int) -> nn.Module:
     if stage.gradient_checkpointing:
         base.checkpoint_blocks(denoiser)
     return denoiser.to(base.device).train()
-
-
-class Captions:
-    """The pictures' captions and their encodings; each is encoded when it is first drawn."""
-
-    def __init__(self, base: Base, captions: list[list[str]], dropout: float):
-        self.base, self.captions, self.dropout = base, captions, dropout
-        (self.dropped,) = rows_of(on_device(base.unconditional(1), torch.device("cpu")))
-        self.encoded: dict[str, Conditioning] = {}
-
-    def draw(self, index: Tensor, draws: torch.Generator) -> Conditioning:
-        """Return the conditioning (B, ...) of one caption of each picture of `index` (B,).
-
-        A share `dropout` of them is unconditional, for classifier-free guidance.
-        """
-        chances = torch.rand(len(index), 2, generator=draws).tolist()
-        texts = [self._choose(self.captions[i], *pair) for i, pair in zip(index.tolist(), chances, strict=True)]
-        self._encode(sorted({text for text in texts if text is not None} - self.encoded.keys()))
-        rows = [self.dropped if text is None else self.encoded[text] for text in texts]
-        return stacked(rows)
-
-    def _choose(self, captions: list[str], which: float, drop: float) -> str | None:
-        return None if drop < self.dropout else captions[int(which * len(captions))]
-
-    def _encode(self, texts: list[str]) -> None:
-        if len(self.encoded) > MAX_CAPTIONS:
-            self.encoded.clear()
-        if texts:
-            rows = {name: value.cpu() for name, value in self.base.encode_prompts(texts).items()}
-            finite.refuse_encoded(rows, texts, self.base.dtype)
-            self.encoded |= {text: {name: value[i] for name, value in rows.items()} for i, text in enumerate(texts)}
 
 
 def draw_times(stage: TrainTeacher, num_times: int, draws: torch.Generator) -> Tensor:

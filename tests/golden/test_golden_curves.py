@@ -14,7 +14,7 @@ import pytest
 import runs
 import text_adapters
 from mlcm_rl import pipeline
-from mlcm_rl.recipe import Stage, TrainReward, TrainTeacher
+from mlcm_rl.recipe import Stage, TrainControl, TrainReward, TrainTeacher
 
 CURVES = Path(__file__).with_name("curves.json")
 # Counts, and small differences of large figures, which another processor's rounding shows in.
@@ -69,6 +69,7 @@ ADAPTED = {
     "adapt-text-features": {"outputs": 0.0, "num_layers": 2, "warmup_steps": 1},
 }
 TEACHERS = {"teacher-random": {"prompt_dropout": 0.5}, "teacher-min-snr": {"start": "teacher", "min_snr_gamma": 5.0}}
+CONTROLS = {"control": {}}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,8 @@ def stages_of(name: str, inputs: dict[str, str]) -> list[Stage]:
         adapted = text_adapters.stage(inputs["parallel"], inputs["encoder"], **ADAPTED[name])
         return [runs.trajectories(inputs["parallel"]), adapted]
     store = runs.trajectories(inputs["prompts"])
+    if name in CONTROLS:
+        return [store, TrainControl(batch_size=4, warmup_steps=1, learning_rate=1e-3, **steps)]
     if name in DISTILLED:
         return [store, runs.distill(**changes)]
     tuned = runs.tuning(name.split("-")[0], inputs["prompts"], **steps, **changes)
@@ -114,7 +117,7 @@ def figures(tiny_sdxl: Path, inputs: dict[str, str], name: str) -> dict[str, lis
     return {figure: values for figure, values in found.items() if figure not in LEFT_OUT}
 
 
-@pytest.mark.parametrize("name", [*DISTILLED, *TUNED, *ADAPTED, *REWARDS, *TEACHERS])
+@pytest.mark.parametrize("name", [*DISTILLED, *TUNED, *ADAPTED, *REWARDS, *TEACHERS, *CONTROLS])
 def test_figures_are_those_stored(tiny_sdxl, inputs, name):
     found = figures(tiny_sdxl, inputs, name)
     stored = json.loads(CURVES.read_text()) if CURVES.is_file() else {}

@@ -39,6 +39,11 @@ def sdxl(teachers) -> Base:
     return load(teachers["sdxl"])
 
 
+@pytest.fixture(scope="session")
+def sd15(teachers) -> Base:
+    return load(teachers["sd15"])
+
+
 @pytest.fixture(scope="module", params=sorted(CASES))
 def case(request) -> Case:
     """A tiny teacher of each family in its published layout."""

@@ -1,0 +1,56 @@
+"""The conditioning of a training step's captions, a share of them dropped for classifier-free guidance."""
+
+import torch
+from torch import Tensor
+
+from ..models.base import Base
+from ..models.conditioning import Conditioning, on_device, rows_of, stacked
+from ..storage import finite
+from .trajectory_store import Store
+
+MAX_CAPTIONS = 40_000  # encoded captions in memory
+
+
+class Captions:
+    """The pictures' captions and their encodings; each is encoded when it is first drawn."""
+
+    def __init__(self, base: Base, captions: list[list[str]], dropout: float):
+        self.base, self.captions, self.dropout = base, captions, dropout
+        (self.dropped,) = rows_of(on_device(base.unconditional(1), torch.device("cpu")))
+        self.encoded: dict[str, Conditioning] = {}
+
+    def draw(self, index: Tensor, draws: torch.Generator) -> Conditioning:
+        """Return the conditioning (B, ...) of one caption of each picture of `index` (B,).
+
+        A share `dropout` of them is unconditional, for classifier-free guidance.
+        """
+        chances = torch.rand(len(index), 2, generator=draws).tolist()
+        texts = [self._choose(self.captions[i], *pair) for i, pair in zip(index.tolist(), chances, strict=True)]
+        self._encode(sorted({text for text in texts if text is not None} - self.encoded.keys()))
+        rows = [self.dropped if text is None else self.encoded[text] for text in texts]
+        return stacked(rows)
+
+    def _choose(self, captions: list[str], which: float, drop: float) -> str | None:
+        return None if drop < self.dropout else captions[int(which * len(captions))]
+
+    def _encode(self, texts: list[str]) -> None:
+        if len(self.encoded) > MAX_CAPTIONS:
+            self.encoded.clear()
+        if texts:
+            rows = {name: value.cpu() for name, value in self.base.encode_prompts(texts).items()}
+            finite.refuse_encoded(rows, texts, self.base.dtype)
+            self.encoded |= {text: {name: value[i] for name, value in rows.items()} for i, text in enumerate(texts)}
+
+
+class StoredPrompts:
+    """The prompts of stored trajectories, encoded there."""
+
+    def __init__(self, base: Base, store: Store, dropout: float):
+        self.store, self.dropout = store, dropout
+        (self.dropped,) = rows_of(on_device(base.unconditional(1), torch.device("cpu")))
+
+    def draw(self, index: Tensor, draws: torch.Generator) -> Conditioning:
+        """Return the conditioning (B, ...) of trajectories `index` (B,), a share `dropout` of it unconditional."""
+        rows = rows_of(self.store.conditioning(index))
+        is_dropped = (torch.rand(len(index), generator=draws) < self.dropout).tolist()
+        return stacked([self.dropped if dropped else row for row, dropped in zip(rows, is_dropped, strict=True)])

@@ -1,0 +1,189 @@
+"""Control networks (ControlNet, T2I-Adapter) and IP-Adapters over a student, for sampling: hooks on its denoiser.
+
+A control network sees what the denoiser is given at each step, and a picture (edges, depth, a pose); what it returns is
+added inside the denoiser. None was made for students: they follow one because their weights are near the teacher's.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ControlNetModel, ModelMixin
+from diffusers.models.embeddings import ImageProjection
+from torch import Tensor, nn
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+from ..recipe.control import CONTROLLED
+from ..recipe.families import layout_of, of_denoiser
+from ..storage.files import read_json
+from ..storage.tensors import read_shapes
+from .base import Base
+from .pictures import to_pil
+
+# diffusers' class of a control network: the denoiser's class that it is for
+DENOISERS = {"ControlNetModel": CONTROLLED, "T2IAdapter": CONTROLLED}
+WIDTHS = (16, 32, 96, 256)  # of a ControlNet's layers over its picture, each of which halves it but for the last
+Arguments = dict[str, Any]  # of a denoiser's forward, by name
+
+
+def refuse_control(folder: Path, family: str) -> None:
+    """Raise ValueError unless `folder` holds a control network for denoisers of `family`."""
+    kind = _kind(folder)
+    if kind not in DENOISERS:
+        raise ValueError(f"{folder} holds a {kind}: control networks are {', '.join(DENOISERS)}")
+    if layout_of(family).denoiser_class != DENOISERS[kind]:
+        raise ValueError(
+            f"{folder} is a {kind}, and a teacher of family {family} takes none: those of "
+            f"{', '.join(of_denoiser(DENOISERS[kind]))} do"
+        )
+
+
+def refuse_ip_adapter(family: str) -> None:
+    """Raise ValueError unless a teacher of `family` takes an IP-Adapter here."""
+    if family not in (able := of_denoiser(CONTROLLED)):
+        raise ValueError(f"a teacher of family {family} takes no IP-Adapter: those of {', '.join(able)} do")
+
+
+def new_control_net(base: Base, seed: int) -> ControlNetModel:
+    """Return a ControlNet for the teacher in float32, which changes nothing yet (arXiv 2302.05543, section 3.1).
+
+    It is a copy of the encoding half of the teacher's denoiser; the layers over the picture are drawn from `seed`.
+    Raise ValueError for an autoencoder whose latents are not of 1, 2, 4 or 8 pixels.
+    """
+    downscale = base.geometry.downscale
+    if downscale not in (1, 2, 4, 8):
+        raise ValueError(
+            f"teacher {base.teacher.path}: a latent of {downscale} pixels is not one that a ControlNet has"
+        )
+    widths = WIDTHS[: downscale.bit_length()]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        network = ControlNetModel.from_unet(base.denoiser, conditioning_embedding_out_channels=widths)
+    if network.encoder_hid_proj is not None:
+        network.encoder_hid_proj.load_state_dict(base.denoiser.encoder_hid_proj.state_dict())
+    return network.to(base.device, torch.float32)
+
+
+@contextmanager
+def controlled(denoiser: nn.Module, network: nn.Module, images: Tensor, scale: float = 1.0) -> Iterator[None]:
+    """Let a control network act on every pass of `denoiser` inside: on `images` (B, 3, H', W') in [0, 1].
+
+    One picture serves a batch of any size. `scale` multiplies what the network adds, as `controlnet_conditioning_scale`
+    of stock pipelines; several networks add up.
+    """
+    add = HOOKS[type(network).__name__](network, images, scale)
+    hook = denoiser.register_forward_pre_hook(partial(_add, add), with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def load_control(base: Base, folder: Path, precision: torch.dtype) -> ModelMixin:
+    """Load the control network in `folder`, frozen, in `precision`, on the device of `base`."""
+    for path in sorted(folder.glob("*.safetensors")):
+        read_shapes(path)  # raises with the name of a damaged file
+    kind = getattr(diffusers, _kind(folder))
+    network = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=precision)
+    return network.to(base.device).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def add_ip_adapter(base: Base, denoiser: ModelMixin, file: Path, image: Tensor, scale: float) -> None:
+    """Let `denoiser` attend to `image` (1, 3, H', W') in [0, 1] too from now on, by the IP-Adapter in `file`.
+
+    Its image encoder is in the folder `image_encoder` beside the file or one above, as adapters are published.
+    Raise FileNotFoundError without it, ValueError for a file that is not in safetensors.
+    """
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file}: adapters are read from safetensors files alone; take that one of its folder")
+    read_shapes(file)
+    encoder = next((one for one in (file.parent, file.parent.parent) if (one / "image_encoder").is_dir()), None)
+    if encoder is None:
+        raise FileNotFoundError(f"{file}: its image encoder is missing: put the folder image_encoder beside it")
+    vision = CLIPVisionModelWithProjection.from_pretrained(
+        encoder / "image_encoder", local_files_only=True, use_safetensors=True, dtype=base.dtype
+    )
+    side, pipeline = vision.config.image_size, base.pipeline
+    pipeline.register_modules(
+        image_encoder=vision.to(base.device).eval(), feature_extractor=CLIPImageProcessor(size=side, crop_size=side)
+    )
+    own = {name: value.data for name, value in denoiser.named_parameters()}
+    teacher, pipeline.unet = pipeline.unet, denoiser
+    pipeline.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name, local_files_only=True)
+    pipeline.set_ip_adapter_scale(scale)
+    pipeline.unet = teacher
+    for name, value in denoiser.named_parameters():
+        value.data = own.get(name, value.data)  # diffusers casts all to one precision, that of the frozen weights
+    takes_states = not isinstance(denoiser.encoder_hid_proj.image_projection_layers[0], ImageProjection)  # "plus"
+    embedded, _ = pipeline.encode_image(to_pil(image[0]), base.device, 1, takes_states)
+
+    def add(given: Arguments) -> Arguments:
+        rows = embedded[:, None].expand(len(given["sample"]), *[-1] * embedded.ndim).to(given["sample"].dtype)
+        return {"added_cond_kwargs": {**(given.get("added_cond_kwargs") or {}), "image_embeds": [rows]}}
+
+    denoiser.register_forward_pre_hook(partial(_add, add), with_kwargs=True)
+
+
+def _control_net(network: ModelMixin, images: Tensor, scale: float) -> Callable[[Arguments], Arguments]:
+    def add(given: Arguments) -> Arguments:
+        context = given["encoder_hidden_states"]
+        down, mid = network(
+            given["sample"],
+            given["timestep"],
+            encoder_hidden_states=context if network.encoder_hid_proj is None else network.encoder_hid_proj(context),
+            controlnet_cond=images.to(given["sample"].dtype).expand(len(given["sample"]), -1, -1, -1),
+            conditioning_scale=scale,
+            added_cond_kwargs=given.get("added_cond_kwargs"),
+            return_dict=False,
+        )
+        return {
+            "down_block_additional_residuals": _sum(given.get("down_block_additional_residuals"), down),
+            "mid_block_additional_residual": _sum([given.get("mid_block_additional_residual", 0.0)], [mid])[0],
+        }
+
+    return add
+
+
+def _t2i_adapter(network: ModelMixin, images: Tensor, scale: float) -> Callable[[Arguments], Arguments]:
+    is_grey = network.config.in_channels == 1
+    states = [
+        scale * state for state in network((images.mean(dim=1, keepdim=True) if is_grey else images).to(network.dtype))
+    ]
+
+    def add(given: Arguments) -> Arguments:
+        own = [state.expand(len(given["sample"]), -1, -1, -1) for state in states]
+        return {"down_intrablock_additional_residuals": _sum(given.get("down_intrablock_additional_residuals"), own)}
+
+    return add
+
+
+HOOKS: Mapping[str, Callable[[ModelMixin, Tensor, float], Callable[[Arguments], Arguments]]] = {
+    "ControlNetModel": _control_net,
+    "T2IAdapter": _t2i_adapter,
+}
+
+
+def _add(
+    add: Callable[[Arguments], Arguments], denoiser: ModelMixin, args: tuple, kwargs: Arguments
+) -> tuple[tuple, Arguments]:
+    """Return a denoiser's arguments with what `add` makes of them; those of position are a UNet's sample and time."""
+    given = {**dict(zip(("sample", "timestep"), args, strict=False)), **kwargs}
+    return args, kwargs | add(given)
+
+
+def _sum(before: Sequence[Any] | None, own: Sequence[Tensor]) -> list[Tensor]:
+    """Return what several control networks add together."""
+    return list(own) if before is None else [one + other for one, other in zip(before, own, strict=True)]
+
+
+def _kind(folder: Path) -> str:
+    """Return diffusers' class of the network in `folder`. Raise FileNotFoundError if there is none."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no network of diffusers: no config.json")
+    return read_json(file, _class_name=str)["_class_name"]
