@@ -319,7 +319,7 @@ def _runs_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
 
 
 def _is_blank(path: Path) -> bool:
-    """Return whether the file `path` has only white space. False without such a file, which `missing.absent` reports."""
+    """Return whether the file `path` has only white space. False without such a file, which `missing` reports."""
     if not os.path.isfile(path):
         return False
     with suppress(OSError), path.open("rb") as file:
