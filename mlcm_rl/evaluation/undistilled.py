@@ -82,6 +82,6 @@ def _vp_scheduler(base: Base, name: str, settings: dict[str, Any]) -> Any:
         prediction_type="sample",
         timestep_spacing="linspace",
         final_sigmas_type="zero",
-        use_karras_sigmas=False,
+        **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False),
         **settings,
     )

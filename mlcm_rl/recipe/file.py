@@ -18,12 +18,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..storage.files import CheckpointError
-from ..storage.untrusted import read_bytes, regular
-from . import errors, renamed, reward_package, reward_settings, student_sources, teacher_problems
+from . import errors, missing, renamed, reward_package, reward_settings, student_sources, teacher_problems
 from .distill import Distill
 from .experiment import Recipe, Stage, gamma_of, missing_library, missing_trackers, student_before
-from .languages import code_meant
-from .missing import absent, nearest_beside
+from .languages import code_meant, says_language
 from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
 from .reads import reads_of
@@ -31,7 +29,7 @@ from .schema import json_schema
 from .start import Start, written_key
 from .teacher_stages import TrainTeacher, Trajectories
 from .tree import Key, Node, Problem, RecipeError, nearest, override, read
-from .types import TRAINED, Full, Lora, Reward
+from .types import TRAINED, Full, Lora
 
 
 def load(
@@ -71,7 +69,7 @@ def load(
     )
     if root is not None:
         found = (replace(problem, key=written(problem.key)) for problem in check(recipe, folders))
-        problems += [_with_place(problem, tree, str(path)) for problem in found]
+        problems += missing.merged([_with_place(problem, tree, str(path)) for problem in found], Path(path))
     if problems:
         raise RecipeError(problems)
     recipe, notes = resolved(recipe, folders)
@@ -120,7 +118,9 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
                 yield from _source_problems(("stages", i), stage, folders)
             elif (path := settings[name]) is not None:
                 is_table = name == "pairs" and Path(path).suffix == ".parquet"
-                yield from absent(("stages", i, name), path, folders, holding=None if is_table else mark.holding)
+                yield from missing.absent(
+                    ("stages", i, name), path, folders, holding=None if is_table else mark.holding
+                )
         for name in ("prompts", "guard_prompts"):
             path, entry = settings.get(name), ("stages", i, name)
             if path and Path(path).suffix not in (".txt", ".jsonl") and not os.path.isdir(folders.place(entry, path)):
@@ -128,17 +128,17 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
             elif path and _is_blank(folders.place(entry, path)):
                 yield Problem(entry, f"{path} holds no prompt: write one a line")
         for j, other in enumerate(settings.get("also", [])):
-            yield from absent(("stages", i, "also", j), other, folders, holding="manifest.json")
+            yield from missing.absent(("stages", i, "also", j), other, folders, holding="manifest.json")
         for key, reward in rewards_in(("stages", i), stage):
             if reward.name not in known_rewards:
                 message = f"no reward is called {reward.name}; known are {', '.join(known_rewards) or 'none'}"
                 yield Problem(key, message, nearest(reward.name, known_rewards))
             else:
                 yield from reward_settings.problems(key[:-1], reward)
-            yield from _endless((*key[:-1], "settings"), reward, folders)
+            yield from missing.endless((*key[:-1], "settings"), reward, folders)
             folder = reward.settings.get("folder") if reward.name == TRAINED else None
             if isinstance(folder, str):
-                yield from absent((*key[:-1], "settings", "folder"), folder, folders, holding="reward.json")
+                yield from missing.absent((*key[:-1], "settings", "folder"), folder, folders, holding="reward.json")
 
 
 def _source_problems(key: Key, stage: Stage, folders: Folders) -> Iterator[Problem]:
@@ -146,7 +146,7 @@ def _source_problems(key: Key, stage: Stage, folders: Folders) -> Iterator[Probl
     assert isinstance(stage, Start), "no other stage names one"
     path = folders.place((*key, "path"), stage.path)
     if not stage.path or not os.path.exists(path):
-        beside = nearest_beside((*key, "path"), stage.path, folders, "*") if stage.path else ""
+        beside = missing.beside((*key, "path"), stage.path, folders, "*") if stage.path else ""
         message = f"no such file or folder: {stage.path}" if stage.path else "expected a path, found empty text"
         yield Problem((*key, "path"), message, beside, looked_in=folders.looked_in((*key, "path"), stage.path))
         return
@@ -156,17 +156,6 @@ def _source_problems(key: Key, stage: Stage, folders: Folders) -> Iterator[Probl
         yield Problem((*key, "path"), str(error))
 
 
-def _endless(key: Key, reward: Reward, folders: Folders) -> Iterator[Problem]:
-    """Yield a problem for each setting of a reward that is the path of a pipe, a socket or a device."""
-    for name, text in reward.settings.items():
-        place = folders.place((*key, name), text) if isinstance(text, str) else None
-        if place is not None and os.path.exists(place):
-            try:
-                regular(place)
-            except ValueError as error:
-                yield Problem((*key, name), str(error))
-
-
 def _runs_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
     if not recipe.runs or os.path.isfile(folders.working / recipe.runs):
         actual = f"the file {recipe.runs}" if recipe.runs else "empty text"
@@ -174,7 +163,7 @@ def _runs_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
 
 
 def _is_blank(path: Path) -> bool:
-    """Return whether the file `path` has only white space. False without such a file, which `absent` reports."""
+    """Return whether the file `path` has only white space. False without such a file, which `missing` reports."""
     if not os.path.isfile(path):
         return False
     with suppress(OSError), path.open("rb") as file:
@@ -207,15 +196,6 @@ def _store_problems(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(("stages", i, "keep"), message + "it has no budgets: write all, or auto")
 
 
-def _says_language(prompts: Path, name: str) -> bool:
-    """Return whether a prompt file may state `name` as the language of a line; one that cannot be read may."""
-    try:
-        text = read_bytes(prompts).decode()
-    except (OSError, ValueError):  # reported where the stage's files are
-        return True
-    return prompts.suffix == ".jsonl" and json.dumps(name, ensure_ascii=False) in text
-
-
 def _tuning_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
     """Yield what would stop a tuning stage, hours later, when the student is finished."""
     for i, stage in enumerate(recipe.stages):
@@ -233,7 +213,7 @@ def _tuning_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
         if stage.languages and not sum(stage.languages.values()):
             yield Problem(("stages", i, "languages"), "all weights are 0, so that no prompt can be drawn")
         for name in stage.languages:
-            if (code := code_meant(name)) and not _says_language(
+            if (code := code_meant(name)) and not says_language(
                 folders.place(("stages", i, "prompts"), stage.prompts), name
             ):
                 message = f"no prompt of {stage.prompts} is in {name!r}: did you mean {code}?"

@@ -1,6 +1,10 @@
-"""The language of a prompt, by its script."""
+"""The language of a prompt, by its script, and the names of languages."""
 
+import json
 import re
+from pathlib import Path
+
+from ..storage.untrusted import read_bytes
 
 KANA = re.compile("[\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\uff66-\uff9f]")
 HANGUL = re.compile("[\u1100-\u11ff\u3130-\u318f\uac00-\ud7af]")
@@ -27,3 +31,12 @@ def code_meant(name: str) -> str | None:
     """Return the code of the language that a prompt file would have for `name`, if that is another name of one."""
     text = name.strip().casefold().replace("_", "-")
     return next((code for code, names in OTHER_NAMES.items() if text in names or (text == code and name != code)), None)
+
+
+def says_language(prompts: Path, name: str) -> bool:
+    """Return whether a prompt file may state `name` as the language of a line; one that cannot be read may."""
+    try:
+        text = read_bytes(prompts).decode()
+    except (OSError, ValueError):  # reported where the stage's files are
+        return True
+    return prompts.suffix == ".jsonl" and json.dumps(name, ensure_ascii=False) in text

@@ -153,7 +153,9 @@ def test_a_reward_is_counted_with_its_weights_and_an_absent_one_is_named(tiny_sd
     loaded = build(Reward(name="emoji_style"), "cpu").predictor
     sizes = [value.numel() for value in (*loaded.parameters(), *loaded.buffers())]
     assert result.rewards == pytest.approx(4 * sum(sizes), rel=0.02)
-    assert result.uncounted == ("image_reward",)
+    assert result.uncounted == result.unbuilt == ("image_reward",)
+    shipped = of(runs.tuning("feedback", "unused", rewards=[{"name": "scene_match"}]), tiny_sdxl)
+    assert (shipped.uncounted, shipped.unbuilt) == (("scene_match",), ())  # its weights are here
 
 
 def test_what_is_predicted_stands_beside_what_was_measured(tiny_sdxl, monkeypatch):
