@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ..cost.units import counted
 from .console import console, line
 
 COLOURS = {"ok": "green", "note": "yellow", "bad": "bold red"}
@@ -41,6 +42,6 @@ def doctor(
         verdict = (
             "Something that every run needs is missing." if counts["bad"] else "Everything that a run needs is here."
         )
-        line(Text(f"{verdict} {counts['note']} notes, each with what to do."))
+        line(Text(f"{verdict} {counted(counts['note'], 'note')}, each with what to do."))
     if any(finding.state == "bad" for finding in findings):
         raise typer.Exit(1)

@@ -28,6 +28,18 @@ def existing_run(path: Path) -> Path:
     raise typer.BadParameter(f"no folder {path}: {suggestion}")
 
 
+def existing_runs(path: Path) -> Path:
+    """Return the folder of runs `path`. Raise BadParameter where there is none, as before the first run."""
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise typer.BadParameter(f"{path} is a file; name the folder that recipes call `runs`")
+    raise typer.BadParameter(
+        f"there are no runs yet in {path.absolute()}: `mlcm run emoji_demo` makes the first; "
+        "or name the folder that your recipe calls `runs`"
+    )
+
+
 def label_page(command: str) -> ModuleType:
     """Return the module of the labelling page, for `command`. Exit 1 where a package that it needs is not installed."""
     try:

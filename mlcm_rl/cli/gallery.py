@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from ..cost.units import in_words
+from ..cost.units import counted, in_words
 from .console import imported, line
 from .folders import existing_run, label_page
 
@@ -71,5 +71,8 @@ def gallery(
             return
         title = ", ".join(dict.fromkeys(column.evaluation for column in found.columns))
         page, num_bytes = galleries.write(found, title, out, size)
-    counts = f"{len(found.places)} rows, {len(found.columns)} columns, {found.num_pictures} pictures"
+    counts = ", ".join(
+        counted(count, noun)
+        for count, noun in ((len(found.places), "row"), (len(found.columns), "column"), (found.num_pictures, "picture"))
+    )
     line(Text(f"{page}  {counts}, {in_words(num_bytes)}"))

@@ -92,19 +92,23 @@ def _warnings(ahead: "list[PlannedStage]", launch: "Launch", device: Device | No
 
 
 def _gaps(ahead: "list[PlannedStage]") -> list[Text]:
-    """Return a line for each stage without a prediction, and for each reward that is not counted."""
-    return [
-        Text(f"memory and time of {stage.kind} could not be predicted: {stage.unknown}")
-        for stage in ahead
-        if stage.unknown
-    ] + [
-        Text(
-            f"not counted for {stage.kind}: {', '.join(stage.memory.uncounted)} (weights that are not here, which "
-            "`mlcm rewards fetch NAME` fetches, or a reward that is not called on shapes alone)"
-        )
-        for stage in ahead
-        if stage.memory and stage.memory.uncounted
-    ]
+    """Return a line for each stage without a prediction, and for the rewards that are not counted, of all stages."""
+    lines = [f"memory and time of {one.kind} could not be predicted: {one.unknown}" for one in ahead if one.unknown]
+    unbuilt: dict[str, list[str]] = {}  # the kinds of stages, by the reward
+    uncalled: dict[str, list[str]] = {}
+    for stage in ahead:
+        for name in stage.memory.uncounted if stage.memory else ():
+            is_unbuilt = stage.memory is not None and name in stage.memory.unbuilt
+            (unbuilt if is_unbuilt else uncalled).setdefault(name, []).append(stage.kind)
+    why = {
+        "their weights are not here: `mlcm rewards fetch NAME` fetches them": unbuilt,
+        "what they compute depends on pictures, and a plan has shapes alone": uncalled,
+    }
+    for reason, rewards in why.items():
+        if rewards:
+            kinds = ", ".join(dict.fromkeys(kind for kinds in rewards.values() for kind in kinds))
+            lines.append(f"not counted for {kinds}: {', '.join(rewards)} ({reason})")
+    return [Text(line) for line in lines]
 
 
 def _assumptions(

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from ..recipe.languages import code_meant
 from .console import console, error_console, line
 
 if TYPE_CHECKING:
@@ -88,6 +89,13 @@ def prompts(
     except (OSError, ValueError) as error:
         error_console.print(Text.assemble(("bad", "bold red"), f"  {error}"), soft_wrap=True)
         raise typer.Exit(2) from None
+    spoken = {one.prompt.language for one in lines}
+    for name in language or ():
+        if name not in spoken:
+            meant = f"; did you mean {code}?" if (code := code_meant(name)) else ""
+            there = ", ".join(map(_printable, sorted(spoken)))
+            message = f"  --language {name}: no prompt is in it, they are in {there}{meant}"
+            error_console.print(Text.assemble(("note", "yellow"), message), soft_wrap=True)
     if omitted:
         for one in lines:
             if one.reason:

@@ -9,8 +9,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..cost.units import in_words, time_in_words
+from ..cost.units import counted, in_words, time_in_words
 from .console import console, error_console, imported, line
+from .folders import existing_runs
 
 if TYPE_CHECKING:
     from ..pipeline.results import StageFolder
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 COLOURS = {"done": "green", "running": "cyan", "unfinished": "yellow", "damaged": "bold red"}
 
 Runs = Annotated[
-    Path, typer.Argument(metavar="RUNS", exists=True, file_okay=False, help="the folder that recipes call `runs`")
+    Path, typer.Argument(metavar="RUNS", callback=existing_runs, help="the folder that recipes call `runs`")
 ]
 
 
@@ -49,7 +50,7 @@ def runs(
         )
     console.print(table, crop=False)
     total = in_words(sum(row["bytes"] for row in rows))
-    line(Text(f"\n{len(rows)} stages, {total}; measurements that evaluations share, {shared}."))
+    line(Text(f"\n{counted(len(rows), 'stage')}, {total}; measurements that evaluations share, {shared}."))
     if unneeded := sum(not row["is_needed"] for row in rows):
         line(
             Text(
@@ -96,12 +97,12 @@ def clean(
             line(Text(f"Some run needs every stage in {folder}: nothing to delete."))
             return
         for stage in chosen:
-            line(Text(f"{in_words(stage.num_bytes):>9}  {stage.state:10}  {stage.folder}"))
+            line(Text(f"{in_words(stage.num_bytes):>9}  {stage.state:10}  {stage.folder}{_target(stage)}"))
         total = in_words(sum(stage.num_bytes for stage in chosen))
         if dry_run:
-            line(Text(f"{len(chosen)} stages, {total}, would be deleted."))
+            line(Text(f"{counted(len(chosen), 'stage')}, {total}, would be deleted."))
             return
-        if not yes and not typer.confirm(f"Delete these {len(chosen)} stages, {total}?"):
+        if not yes and not typer.confirm(f"Delete {counted(len(chosen), 'stage')}, {total}?"):
             error_console.print(Text("Nothing was deleted."))
             raise typer.Exit(1)
         listed = {stage.folder for stage in chosen}  # a run may have come to need one while this asked
@@ -109,7 +110,12 @@ def clean(
         total = in_words(sum(stage.num_bytes for stage in chosen))
         for stage in chosen:
             results.remove(stage)
-        line(Text(f"{len(chosen)} stages deleted, {total}."))
+        line(Text(f"{counted(len(chosen), 'stage')} deleted, {total}."))
+
+
+def _target(stage: "StageFolder") -> str:
+    """Return where a stage's folder leads, if it is a link."""
+    return f" -> {stage.folder.resolve()}" if stage.folder.is_symlink() else ""
 
 
 def _unneeded(stages: "list[StageFolder]", unfinished: bool) -> "list[StageFolder]":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import students, teachers, text_adapter
+from ..models import control, students, teachers, text_adapter
 from ..models.base import Base
 from ..models.text_adapter import TextAdapter
 from ..preference import tuning
@@ -43,6 +43,7 @@ class Memory:
     rewards       weights of the rewards, trained on and held out
     host          of the optimiser, where a launch keeps it in the memory of the CPU
     uncounted     names of rewards that could not be built or called: neither weights nor activations are counted
+    unbuilt       those of them that could not be built: their weights are not here, say
     """
 
     parameters: int = 0
@@ -54,6 +55,7 @@ class Memory:
     rewards: int = 0
     host: int = 0
     uncounted: tuple[str, ...] = ()
+    unbuilt: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -91,10 +93,10 @@ def of_stage(
         trained = students.trainable_parameters(roles.trained) if isinstance(stage, Training) else []
         outline = launches.outline(roles.trained, roles.base.denoiser, launch.blocks)
         ahead, highest = peaks_of_passes(stage, recipe, roles, trained, live, kernels, launch)
-    uncounted = tuple(sorted(missing | roles.failed))
+    uncounted, unbuilt = tuple(sorted(missing | roles.failed)), tuple(sorted(missing))
     if not trained:
         parameters += others + max(0, leaving - highest)
-        return Memory(parameters, activations=highest, rewards=rewards, uncounted=uncounted)
+        return Memory(parameters, activations=highest, rewards=rewards, uncounted=uncounted, unbuilt=unbuilt)
     whole = 0 if launch.level > 1 else launches.FLOAT * outline.trained
     activations = max(0, highest - whole)
     shard = launches.shard(outline, launch)
@@ -108,6 +110,7 @@ def of_stage(
         rewards=rewards,
         host=shard.host,
         uncounted=uncounted,
+        unbuilt=unbuilt,
     )
     later = memory.gradients + memory.optimiser + memory.activations + memory.exchange
     return replace(memory, parameters=memory.parameters + max(0, leaving + ahead - later))
@@ -185,7 +188,15 @@ def roles_of(
     tokens = num_tokens(Path(recipe.teacher.path))
     copies = (forget_copies, networks.has_average)
     adapter = _text_adapter(networks.text_adapter, base, tokens)
-    return passes.Roles(base, student, conditioned, tokens, rewards, set(), own_precision, *copies, small, adapter)
+    network = None
+    if networks.has_control:
+        with torch.device("meta"):
+            network = control.new_control_net(base, seed=0)
+        if isinstance(stage, Training) and stage.gradient_checkpointing:
+            base.checkpoint_blocks(network, recompute)
+    return passes.Roles(
+        base, student, conditioned, tokens, rewards, set(), own_precision, *copies, small, adapter, network
+    )
 
 
 def _text_adapter(network: TextNetwork | None, base: Base, num_tokens: int) -> TextAdapter | None:

@@ -1,4 +1,4 @@
-"""Bytes and seconds in words."""
+"""Bytes, seconds and counts in words."""
 
 
 def in_words(count: int) -> str:
@@ -18,3 +18,8 @@ def time_in_words(seconds: float) -> str:
             count = seconds / size
             return f"{count:,.0f} {unit}" if count >= 100 else f"{count:.1f} {unit}"
     return f"{seconds:.1f} s"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a count in words: "1 stage", "1,204 stages"."""
+    return f"{count:,} {noun}" + "s" * (count != 1)

@@ -12,6 +12,7 @@ from ..storage.files import replacing
 from .prompts import Prompt, is_plain, prompts_with_lines
 
 BESIDE_HAN = re.compile(f"(?<={HAN.pattern}) | (?={HAN.pattern})")
+QUOTATION_MARKS = str.maketrans(dict.fromkeys("“”„‟«»「」『』〝〞〟", '"'))  # one mark: how it looks says nothing
 REASONS = ("other language", "length", "wording", "in another file", "duplicate")  # why a line is left out
 
 
@@ -80,10 +81,13 @@ def wording(text: str) -> str:
     """Return what two texts of the same words have in common.
 
     Letters are in one case and one width (NFKC), punctuation and repeated spaces are gone, and so are all spaces beside
-    Chinese characters. Simplified and traditional characters differ. A text of punctuation alone is itself.
+    Chinese characters. Quotation marks stay, as one mark of any kind: what stands between them is a text to be written
+    on the picture, “福”字 and not 福字. Simplified and traditional characters differ. A text of punctuation alone is
+    itself.
     """
-    letters = unicodedata.normalize("NFKC", text).casefold()
-    words = "".join(" " if unicodedata.category(one)[0] in "PZC" else one for one in letters).split()
+    letters = unicodedata.normalize("NFKC", text).casefold().translate(QUOTATION_MARKS).replace('"', ' " ')
+    dropped = (one != '"' and unicodedata.category(one)[0] in "PZC" for one in letters)
+    words = "".join(" " if drops else one for one, drops in zip(letters, dropped, strict=True)).split()
     return BESIDE_HAN.sub("", " ".join(words)) or text
 
 

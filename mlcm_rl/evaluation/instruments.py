@@ -5,7 +5,7 @@ Letters: B pictures, P prompts, I pictures of each, N = P I, D features.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,16 +41,17 @@ class Instruments:
     rewards: dict[str, rewards.Member]
     networks: dict[str, dict[str, Any]]  # the files of each network, for the report
 
-    def read(self, images: Tensor, prompts: list[Prompt]) -> dict[str, Tensor]:
+    def read(self, images: Tensor, prompts: list[Prompt], numbers: Sequence[int]) -> dict[str, Tensor]:
         """Return readings of `images` (B, 3, H, W) in [0, 1]: features (B, D), verdicts (B, V) and scores (B,).
 
-        They are on the CPU. A reward's score is NaN for a prompt in a language that it does not read.
+        `prompts` are theirs, and `numbers` (B,) the places of these among all P. Readings are on the CPU. A reward's
+        score is NaN for a prompt in a language that it does not read.
         """
         readings = {}
         if self.judge is not None:
             readings["judge"] = self.judge.features(images).cpu()
         if self.scene_judge is not None:
-            readings["right"] = self.scene_judge.verdicts(images, [scene_judge.request_of(one) for one in prompts])
+            readings["right"] = self.scene_judge.verdicts(images, [self.requests[i] for i in numbers])
         if self.inception is not None:
             readings["inception"] = self.inception.features(images)
         if self.clip is not None:

@@ -11,10 +11,11 @@ from ..models.student_description import DESCRIPTION_FILE, describe, grid_of
 from ..models.students import refuse_other
 from ..recipe import Evaluate, Teacher
 from ..recipe.experiment import STUDENTS
+from ..recipe.families import layout_of
 from ..report.types import SampledRow
 from ..storage.files import read_json
 from . import training_cost
-from .undistilled import LABELS
+from .undistilled import label_of
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def teacher_rows(stage: Evaluate, teacher: Teacher) -> list[SampledRow]:
     """
     guidance_scale, cost = teacher.guidance_scale, teacher.evaluations
     guided = guidance_scale != 1.0
-    label = "DDIM, guided" if guided else "DDIM"
+    is_flow = layout_of(teacher.family).is_flow
+    label = label_of("ddim", is_flow) + (", guided" if guided else "")
 
     def row(role: str, name: str, label: str, num_steps: int, cost: int, solver: str, scale: float) -> SampledRow:
         return SampledRow(
@@ -113,9 +115,9 @@ def teacher_rows(stage: Evaluate, teacher: Teacher) -> list[SampledRow]:
     for solver in stage.teacher_solvers:
         for n in stage.sampling_steps:
             if guided and n % cost == 0:
-                name, label = f"{solver}-guided-{n}", f"{LABELS[solver]}, guided"
+                name, label = f"{solver}-guided-{n}", f"{label_of(solver, is_flow)}, guided"
                 rows.append(row("undistilled", name, label, n // cost, cost, solver, guidance_scale))
-            name, label = f"{solver}-unguided-{n}", f"{LABELS[solver]}, unguided"
+            name, label = f"{solver}-unguided-{n}", f"{label_of(solver, is_flow)}, unguided"
             rows.append(row("undistilled", name, label, n, 1, solver, 1.0))
     return rows
 

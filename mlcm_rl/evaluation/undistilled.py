@@ -20,6 +20,11 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 LABELS = {"ddim": "DDIM", "dpmpp": "DPM-Solver++", "unipc": "UniPC"}
 
 
+def label_of(solver: str, is_flow: bool) -> str:
+    """Return a solver's name in reports; on a rectified flow DDIM's step is Euler's."""
+    return "Euler" if is_flow and solver == "ddim" else LABELS[solver]
+
+
 def sample(
     base: Base,
     conditional: Conditioning,
@@ -77,6 +82,6 @@ def _vp_scheduler(base: Base, name: str, settings: dict[str, Any]) -> Any:
         prediction_type="sample",
         timestep_spacing="linspace",
         final_sigmas_type="zero",
-        use_karras_sigmas=False,
+        **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False),
         **settings,
     )

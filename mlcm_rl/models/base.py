@@ -112,6 +112,11 @@ class Base(ABC):
         """Return kohya's `ss_base_model_version` for models of this shape; None where it has none."""
         return None
 
+    @property
+    def original_texts(self) -> dict[str, str]:
+        """Return the text encoders' places in an original checkpoint of one file; none where it has no such layout."""
+        return {}
+
     def kohya_layers(self, modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Return kohya's names of the layers that `modules` of the denoiser are in, with what each stacks.
 

@@ -46,14 +46,21 @@ OF_ADAPTER = (
     "in those languages are for diffusers."
 )
 KOHYA = """\
-The layout is that of kohya's sd-scripts, with an `alpha` for each layer: A1111, Forge, InvokeAI and others read it.
-Strength is 1: `<lora:{stem}:1>` in a prompt of A1111 or Forge.
+{what}
 
 | file | steps | sampler | schedule type |
 |---|---|---|---|
 {rows}
 
 CFG scale 1. With another sampler, schedule or number of steps it goes through times that the student did not learn."""
+LORA = (
+    "The layout is that of kohya's sd-scripts, with an `alpha` for each layer: A1111, Forge, InvokeAI and others read "
+    "it. Strength is 1: `<lora:{stem}:1>` in a prompt of A1111 or Forge."
+)
+CHECKPOINT = (
+    "Each file is a whole checkpoint, with text encoders and autoencoder, in the original layout: A1111, Forge, "
+    "InvokeAI, sd-scripts and ComfyUI open it as one."
+)
 NO_SAMPLER = "No sampler of these tools is known that puts noise back as `eta={gamma:g}` does: use diffusers."
 INEXACT = (
     "The schedule `Simple` has the student's times at 1, 2, 4 and 8 steps. For the other numbers use ComfyUI's "
@@ -90,16 +97,17 @@ def card(
     student: Student,
     name: str,
     rows: Sequence[Row],
+    is_lora: bool,
     table: str | None,
     folder: Path,
     languages: Sequence[str] = (),
 ) -> str:
     """Return the README.md of the export of model `name` for `client` in `folder`, whose files are `rows`.
 
-    `table` is the measurements'; `languages`, of the prompts, go into the metadata if the teacher's card has none.
+    They are LoRAs, or whole students. `table` is the measurements'; `languages`, of the prompts, go into the metadata
+    if the teacher's card has none.
     """
     metadata = model_card.teacher_metadata(base, languages)
-    is_lora = not (folder / comfyui_folder(is_lora=False)).is_dir()
     tags = [client, *(["lora"] if is_lora else [])]
     guidance = GUIDANCE.get(client, f"`{model_card.arguments(base.stock_guidance)}`")
     sections = [
@@ -110,7 +118,7 @@ def card(
     if client == "comfyui":
         sections += _for_comfyui(base, stem, rows, is_lora)
     elif client == "kohya":
-        sections += _for_kohya(base, stem, rows)
+        sections += _for_kohya(base, stem, rows, is_lora)
     else:
         sections += _for_peft(base, student, name, rows, folder)
     if client != "peft" and base.adapted is not None:
@@ -153,7 +161,7 @@ def _for_comfyui(base: Base, stem: str, rows: Sequence[Row], is_lora: bool) -> l
     return ["## ComfyUI", table, *notes]
 
 
-def _for_kohya(base: Base, stem: str, rows: Sequence[Row]) -> list[str]:
+def _for_kohya(base: Base, stem: str, rows: Sequence[Row], is_lora: bool) -> list[str]:
     """Return the sections on A1111, Forge and sd-scripts."""
     lines, is_inexact = [], False
     for row in rows:
@@ -167,7 +175,8 @@ def _for_kohya(base: Base, stem: str, rows: Sequence[Row]) -> list[str]:
     if rows[0].outside:
         layers = " and ".join(f"`{layer}`" for layer in rows[0].outside)
         notes.append(OUTSIDE_BLOCKS.format(layers=layers))
-    return ["## Files", KOHYA.format(stem=f"{stem}{rows[0].suffix}", rows="\n".join(lines)), *notes]
+    what = LORA.format(stem=f"{stem}{rows[0].suffix}") if is_lora else CHECKPOINT
+    return ["## Files", KOHYA.format(what=what, rows="\n".join(lines)), *notes]
 
 
 def _for_peft(base: Base, student: Student, name: str, rows: Sequence[Row], folder: Path) -> list[str]:

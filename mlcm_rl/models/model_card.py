@@ -59,7 +59,8 @@ NOTES = """\
   variants: leave `variant="fp16"` out."""
 OTHER_TOOLS = """\
 In ComfyUI, with the text encoders and the autoencoder of the teacher's checkpoint; cfg 1.0, scheduler `simple`. With
-another scheduler or number of steps it goes through times that the student did not learn.
+another scheduler or number of steps it goes through times that the student did not learn. `mlcm export --format
+comfyui` writes a workflow for each number of steps, with its sigmas where they are not those of `simple`.
 
 | file | folder of ComfyUI | node | sampler | steps |
 |---|---|---|---|---|
@@ -67,6 +68,9 @@ another scheduler or number of steps it goes through times that the student did 
 
 `{kohya}`, where there is one, is the adapter for Forge, A1111, sd-scripts and InvokeAI too. `{lora}` is for diffusers
 alone: other tools apply it in part, or not at all."""
+OF_TRANSFORMER = """\
+`{lora}`, where there is one, is for ComfyUI too, in `models/loras`. It takes other times there unless the sigmas are
+set: `mlcm export --format comfyui` writes a workflow for each number of steps that does."""
 NOTE_ON_LANGUAGES = """\
 - The student was trained and measured with a text adapter for {languages}, which is not in this folder and which stock
   pipelines do not know: they take what it makes of a prompt as `prompt_embeds` (docs/text_adapter.md of `mlcm_rl`)."""
@@ -105,6 +109,8 @@ def card(
     widths = tuple(getattr(base.denoiser.config, "block_out_channels", ()))
     if base.kohya_version is not None and widths in PUBLISHED_WIDTHS:
         sections.append("## ComfyUI and other tools\n\n" + _other_tools(base, student, folder, step_folders, gamma))
+    elif base.comfyui is not None and base.comfyui.reads_adapters:
+        sections.append("## ComfyUI\n\n" + OF_TRANSFORMER.format(lora=LORA_FILE))
     sections.append("## Grids\n\n" + _grids(base, student))
     return joined([*sections, *ending(metadata, table)])
 

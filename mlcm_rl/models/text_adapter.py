@@ -203,6 +203,10 @@ def load(
     Raise CheckpointError for a missing or damaged file, ValueError for an adapter of another kind of teacher.
     """
     path = folder / DESCRIPTION
+    if not path.is_file():
+        inside = folder / path.stem
+        nearest = f"; name {inside}" if (inside / DESCRIPTION).is_file() else ", as an adapt_text stage leaves it"
+        raise CheckpointError(f"the folder {folder} holds no text adapter ({DESCRIPTION}){nearest}")
     record = read_json(path, format=int, family=str, languages=list, num_tokens=int, sizes=dict)
     if record["format"] != FORMAT:
         raise CheckpointError(f"{path}: written in format {record['format']}, this version reads {FORMAT}")

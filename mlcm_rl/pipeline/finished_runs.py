@@ -49,7 +49,7 @@ def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
     if (run_folder / "model_index.json").is_file():
         raise RunError(
             f"{run_folder} is a model for diffusers, as `mlcm export` writes them, and no run: its README.md has the "
-            "code that draws with it; `mlcm sample`, `evaluate`, `export` and `pairs` take the run that it was made by, "
+            "code that draws with it; `mlcm sample`, `evaluate`, `export` and `pairs` take the run that made it, "
             "or one whose recipe starts from it (docs/start_from.md)"
         )
     for folder in [run_folder, *sorted(run_folder.glob("[0-9]*-*"), reverse=True)]:
@@ -93,7 +93,7 @@ def sample(
     folder = find_stage(run_folder, STUDENTS)
     sample_inputs.refuse(inputs, recipe_of(folder).teacher.family)
     base = teacher_of(folder, text_adapter=text_adapter)
-    tell_truncated(base, prompts, "--prompt")
+    tell_truncated(base, prompts, "the prompts")
     student = students.load_student(base, folder / "student")
     gamma = own_gamma(folder / "student") if gamma is None else gamma
     composition = sample_inputs.compose(base, student, inputs)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..cost.units import counted
 from ..data.prompts import Prompt
 from ..equations.statistics import sign_test
 from ..preference import labels, ranking
@@ -108,6 +109,7 @@ def verdict(choices: labels.Choices, names: tuple[str, str]) -> str:
     """Return in words how often each column was preferred, and how often a coin would be as far from even."""
     first, second, neither = choices.counts()
     return (
-        f"{names[0]} was preferred {first} times, {names[1]} {second} times, neither {neither} times; a fair coin is "
+        f"{names[0]} was preferred {counted(first, 'time')}, {names[1]} {counted(second, 'time')}, neither "
+        f"{counted(neither, 'time')}; a fair coin is "
         f"as far from even with probability {sign_test(first, second):.3g}."
     )

@@ -185,7 +185,7 @@ class Sizes:
 
         description = estimates.description(stage, self.recipe, self.folder, **settings)
         fields = estimates.cached(description, estimate)
-        return Memory(**fields | {"uncounted": tuple(fields["uncounted"])})
+        return Memory(**fields | {name: tuple(fields.get(name, ())) for name in ("uncounted", "unbuilt")})
 
     def second_encoder(self, stage: Stage) -> int:
         """Return the number of weights of the text encoder of other languages that `stage` encodes prompts by.

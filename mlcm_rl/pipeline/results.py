@@ -136,6 +136,13 @@ def _names_in(folder: Path, names: dict[str, Path]) -> Iterator[str]:
 
 @prefix_errors("clean")
 def remove(stage: StageFolder) -> None:
-    """Delete a stage's folder. Raise RunError where a run writes to it, or the disk refuses."""
-    with lock.folder_lock(stage.folder):
-        files.remove(stage.folder)
+    """Delete a stage's folder; of one that is a link, the folder that it leads to and the link.
+
+    A link to something that is no stage is deleted alone. Raise RunError where a run writes to it, or the disk refuses.
+    """
+    place = stage.folder.resolve()
+    if not stage.folder.is_symlink() or is_finished(place) or (place / BEGUN).parent.is_dir():
+        with lock.folder_lock(place):
+            files.remove(place)
+    if stage.folder.is_symlink():
+        stage.folder.unlink()

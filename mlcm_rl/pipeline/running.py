@@ -119,13 +119,13 @@ def refuse_unready(recipe: Recipe) -> None:
             earlier.append(locate(stage, recipe, earlier))
             if is_finished(earlier[-1].folder):
                 problems.pop(number, None)
-    lines = [
-        f"stages[{number}] ({recipe.stages[number].kind}): {key}: {message_of(error)}"
-        for number, errors in problems.items()
-        for key, error in errors
-    ]
-    if lines:
-        raise RunError("\n".join(lines))
+    places: dict[str, list[str]] = {}  # several stages may lack one reward's weights
+    for number, errors in problems.items():
+        for key, error in errors:
+            place = f"stages[{number}] ({recipe.stages[number].kind}): {key}"
+            places.setdefault(message_of(error), []).append(place)
+    if places:
+        raise RunError("\n".join(f"{', '.join(where)}: {message}" for message, where in places.items()))
 
 
 @prefix_errors("plan")

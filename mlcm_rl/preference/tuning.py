@@ -22,6 +22,7 @@ from ..models.grids import SamplingGrid
 from ..models.student_description import grid_of
 from ..models.teachers import tell_truncated
 from ..recipe import Feedback, Recipe, Tuning
+from ..recipe.languages import code_meant
 from ..training import processes
 from ..training.loop import Runtime
 from ..training.seeding import epoch_order, generator
@@ -298,7 +299,9 @@ def spoken(prompts: list[Prompt], languages: dict[str, float], path: str) -> lis
     chosen = [prompt for prompt in prompts if not languages or languages.get(prompt.language, 0.0) > 0.0]
     if not chosen:
         present = ", ".join(sorted({prompt.language for prompt in prompts}))
-        raise ValueError(f"languages: {path} holds no prompt in {', '.join(languages)}, only in {present}")
+        codes = [code for code in map(code_meant, languages) if code]
+        meant = f"; did you mean {', '.join(codes)}?" if codes else ""
+        raise ValueError(f"languages: {path} holds no prompt in {', '.join(languages)}, only in {present}{meant}")
     return chosen
 
 

@@ -1,9 +1,19 @@
-"""The language of a prompt, by its script."""
+"""The language of a prompt, by its script, and the names of languages."""
 
+import json
 import re
+from pathlib import Path
+
+from ..storage.untrusted import read_bytes
 
 KANA = re.compile("[\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\uff66-\uff9f]")
 HANGUL = re.compile("[\u1100-\u11ff\u3130-\u318f\uac00-\ud7af]")
+OTHER_NAMES = {  # of a language, beside its code
+    "zh": ("cn", "ch", "chs", "cht", "zho", "chi", "cmn", "zh-cn", "zh-hans", "zh-tw", "zh-hant", "chinese", "中文"),
+    "en": ("eng", "us", "uk", "gb", "en-us", "en-gb", "english", "英文"),
+    "ja": ("jp", "jpn", "ja-jp", "japanese", "日本語", "日文"),
+    "ko": ("kr", "kor", "ko-kr", "korean", "한국어", "韩文"),
+}
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 
 
@@ -15,3 +25,18 @@ def guess_language(text: str) -> str:
     counts = {name: len(script.findall(text)) for name, script in (("zh", HAN), ("ja", KANA), ("ko", HANGUL))}
     language = max(counts, key=lambda name: counts[name])
     return language if counts[language] else "en"
+
+
+def code_meant(name: str) -> str | None:
+    """Return the code of the language that a prompt file would have for `name`, if that is another name of one."""
+    text = name.strip().casefold().replace("_", "-")
+    return next((code for code, names in OTHER_NAMES.items() if text in names or (text == code and name != code)), None)
+
+
+def says_language(prompts: Path, name: str) -> bool:
+    """Return whether a prompt file may state `name` as the language of a line; one that cannot be read may."""
+    try:
+        text = read_bytes(prompts).decode()
+    except (OSError, ValueError):  # reported where the stage's files are
+        return True
+    return prompts.suffix == ".jsonl" and json.dumps(name, ensure_ascii=False) in text

@@ -39,9 +39,9 @@ class Scheduler(Configuration):
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
     sigma_min: float | None = None
     sigma_max: float | None = None
-    use_karras_sigmas: bool | None = False
-    use_exponential_sigmas: bool | None = False
-    use_beta_sigmas: bool | None = False
+    use_karras_sigmas: bool = False  # null is refused: diffusers adds the three up
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
     lambda_min_clipped: Infinite = -math.inf
 
     @model_validator(mode="after")

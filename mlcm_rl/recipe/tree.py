@@ -51,6 +51,7 @@ class Problem:
     file: str = ""
     place: Place | None = None
     looked_in: str = ""  # a sentence on where a missing path was looked for
+    absent: Path | None = None  # that path
 
     @property
     def where(self) -> str:

@@ -217,7 +217,8 @@ def draw(scene: Scene, row: SampledRow, student: Student | None, batch: list[Sam
     written to the stage's folder.
     """
     base = scene.base
-    encoded = [read_tensors(prompt_path(scene, i)) for i, _ in batch]
+    numbers = [i for i, _ in batch]
+    encoded = [read_tensors(prompt_path(scene, i)) for i in numbers]
     conditioning = on_device(stacked(encoded), base.device)
     started = time.perf_counter()
     latents = sample(scene, row, student, batch, conditioning)
@@ -236,7 +237,7 @@ def draw(scene: Scene, row: SampledRow, student: Student | None, batch: list[Sam
     return {
         "distance": metrics.squared_distance(latents, reference),
         "latency_ms": torch.full((len(batch),), latency),
-        **scene.instruments.read(images, [scene.prompts[i] for i, _ in batch]),
+        **scene.instruments.read(images, [scene.prompts[i] for i in numbers], numbers),
     }
 
 

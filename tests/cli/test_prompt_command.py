@@ -99,3 +99,9 @@ def test_wrong_arguments_are_one_line(file, tmp_path):
     assert "is not a regular expression" in " ".join(called(file, "--matching", "(", code=2).split())
     (tmp_path / "bad.jsonl").write_text('{"promt": "x"}\n')
     assert "bad.jsonl:1: unknown key 'promt'" in called(tmp_path / "bad.jsonl", code=2)
+
+
+def test_another_name_of_a_language_is_answered_with_its_code(file):
+    printed = called(file, "--language", "cn", "--language", "en")
+    assert "--language cn: no prompt is in it, they are in en, ja, zh; did you mean zh?" in printed
+    assert "did you mean" not in called(file, "--language", "fr", "--language", "zh")

@@ -114,6 +114,20 @@ def test_checkpointing_and_fewer_steps_with_gradient_take_less(tiny_sdxl):
     assert activations(batch_size=8, num_grad_steps=2) > 1.1 * usual
 
 
+def test_pictures_scored_under_two_prompts_are_decoded_once(tiny_sdxl, monkeypatch):
+    decode, counts = Autoencoder.decode, []
+
+    def counted(self, latents, *rest):
+        counts[-1] += 1
+        return decode(self, latents, *rest)
+
+    monkeypatch.setattr(Autoencoder, "decode", counted)
+    for shape in ("hinge", "mps_hinge"):
+        counts.append(0)
+        of(runs.tuning("feedback", "unused", shape=shape, threshold=1.0, rewards=["emoji_alignment"]), tiny_sdxl)
+    assert counts[0] == counts[1] > 0
+
+
 @pytest.mark.slow
 def test_tiles_take_less_and_a_small_decoder_is_counted_with_its_weights(tiny_sdxl, tmp_path):
     large = Teacher(path=str(tiny_sdxl), family="sdxl", resolution=128)
@@ -139,7 +153,9 @@ def test_a_reward_is_counted_with_its_weights_and_an_absent_one_is_named(tiny_sd
     loaded = build(Reward(name="emoji_style"), "cpu").predictor
     sizes = [value.numel() for value in (*loaded.parameters(), *loaded.buffers())]
     assert result.rewards == pytest.approx(4 * sum(sizes), rel=0.02)
-    assert result.uncounted == ("image_reward",)
+    assert result.uncounted == result.unbuilt == ("image_reward",)
+    shipped = of(runs.tuning("feedback", "unused", rewards=[{"name": "scene_match"}]), tiny_sdxl)
+    assert (shipped.uncounted, shipped.unbuilt) == (("scene_match",), ())  # its weights are here
 
 
 def test_what_is_predicted_stands_beside_what_was_measured(tiny_sdxl, monkeypatch):

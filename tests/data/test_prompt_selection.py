@@ -23,6 +23,9 @@ def text_file(folder, name: str, *lines: str):
         ("红苹果,3D", "红苹果 ３Ｄ"),
         ("ｔｈｅ　ｃａｔ", "the cat!"),
         ("招牌“今日有鱼”", '招牌"今日有鱼"'),
+        ("the sign «Open»", 'The sign "open".'),
+        ("「福」字", "＂福＂ 字"),
+        ("don’t", "don't"),
         ("cafe\u0301", "caf\u00e9"),
         ("a\u200bcat", "a cat"),
     ],
@@ -33,7 +36,16 @@ def test_texts_of_the_same_words_have_one_wording(one, other):
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("a red apple", "a redapple"), ("C++", "C"), ("红苹果", "紅蘋果"), ("a cat 😀", "a cat"), ("!!!", "???")],
+    [
+        ("a red apple", "a redapple"),
+        ("C++", "C"),
+        ("红苹果", "紅蘋果"),
+        ("a cat 😀", "a cat"),
+        ("!!!", "???"),
+        ("“福”字", "福字"),
+        ('a sign that says "open"', "a sign that says open"),
+        ("“红”苹果", "“红苹果”"),
+    ],
 )
 def test_texts_of_other_words_have_two(one, other):
     assert wording(one) != wording(other)

@@ -111,6 +111,20 @@ def test_a_report_has_what_is_right_by_question_relation_and_language(place, tmp
     assert "Right: relation</dt><dd>Share of pictures on which two things stand" in page
 
 
+def test_a_batch_is_judged_by_the_requests_that_were_read_when_it_was_loaded(monkeypatch):
+    prompts = [Prompt(line["prompt"], line["language"], line.get("concept")) for line in LINES]
+    judge = Planted(AS_ASKED)
+    requests = scene_judge.requests_of(prompts, [A, B], "p.jsonl")
+    loaded = instruments.Instruments(None, torch.full((3,), -1), judge, requests, None, None, {}, {})
+    monkeypatch.setattr(scene_judge, "request_of", None)
+    numbers = [2, 0, 0, 1]
+    read = loaded.read(torch.zeros(4, 3, 8, 8), [prompts[i] for i in numbers], numbers)["right"]
+    expected = judge.verdicts(torch.zeros(4, 3, 8, 8), [requests[i] for i in numbers])
+    assert torch.equal(read.nan_to_num(-1), expected.nan_to_num(-1))
+    assert read[1, 0] == 1.0  # as asked
+    assert read[0].isnan().all()  # it asks nothing
+
+
 @pytest.mark.parametrize(
     ("concept", "message"),
     [("1F43C", "'1F43C' is not a request's code"), ("single 1F680 1 - -", "does not know '1F680'")],

@@ -51,6 +51,16 @@ def test_a_guided_step_costs_one_evaluation_where_the_scale_is_an_input():
     assert costs == [(25, 25, 3.5), (1, 1, 3.5), (1, 1, 1.0), (3, 3, 3.5), (3, 3, 1.0)]
 
 
+def test_the_solver_of_a_flow_is_eulers():
+    solvers = ["ddim", "unipc"]
+    for family, names in (("sd3", ["Euler", "UniPC"]), ("sdxl", ["DDIM", "UniPC"])):
+        rows = teacher_rows(
+            stage(teacher_steps=[25], sampling_steps=[2], teacher_solvers=solvers), teacher(4.0, family)
+        )
+        expected = [f"{name}, {way}" for name in names for way in ("guided", "unguided")]
+        assert [row.sampler for row in rows] == [f"{names[0]}, guided", *expected]
+
+
 def test_an_unguided_teacher_has_no_guided_rows():
     assert {row.guidance_scale for row in teacher_rows(stage(), teacher(1.0))} == {1.0}
 

@@ -1,5 +1,6 @@
 """The undistilled teacher's solvers on Gaussian data, whose probability-flow ODE is known."""
 
+import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -9,6 +10,8 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 from mlcm_rl.equations.schedule import scaled_linear_betas, vp_schedule
 from mlcm_rl.evaluation import undistilled
+from mlcm_rl.recipe import teacher_files
+from mlcm_rl.recipe.schedule_types import Scheduler
 
 # diffusers hands numpy a tensor in a way that numpy 2 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -70,3 +73,18 @@ def test_one_step_of_any_solver_is_the_teachers_x0(solver):
 @pytest.mark.parametrize("solver", ["dpmpp", "unipc"])
 def test_the_solver_does_not_depend_on_the_scheduler_that_the_teacher_came_with(solver, scheduler):
     assert error(solver, 6, scheduler) == error(solver, 6)
+
+
+@pytest.mark.parametrize("key", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+def test_another_spacing_in_the_teachers_file_counts_for_nothing_and_null_is_refused(key, tmp_path):
+    base = GaussianBase()
+    base.pipeline.scheduler = EulerDiscreteScheduler(**BETAS, steps_offset=1, **{key: key == "use_karras_sigmas"})
+    base.pipeline.scheduler.register_to_config(**{key: True})
+    for solver in ("dpmpp", "unipc"):
+        own = undistilled._scheduler(base, solver, 6, torch.device("cpu")).sigmas
+        assert torch.equal(own, undistilled._scheduler(GaussianBase(), solver, 6, torch.device("cpu")).sigmas)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"_class_name": "DDIMScheduler", **BETAS, key: None}), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{key}: expected a valid boolean, found None"):
+        teacher_files.read(path, Scheduler)

@@ -95,6 +95,24 @@ def _why_not(module: str, name: str) -> str | None:
     return None
 
 
+def late_package(source: str) -> list[str]:
+    """The first of the libraries that mlcm_rl quiets, where a program imports it before mlcm_rl."""
+    for line, name in imports("\n".join(_top_level(source)), "program"):
+        top = name.partition(".")[0]
+        if top == "mlcm_rl":
+            break
+        if top in ("diffusers", "transformers", "peft"):
+            return [f"line {line}: mlcm_rl is imported after {top}, or not at all"]
+    return []
+
+
+def _top_level(source: str) -> list[str]:
+    """The lines of `source`, empty but for those of its own imports."""
+    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    places = {line for node in nodes for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    return [text if number in places else "" for number, text in enumerate(source.splitlines(), 1)]
+
+
 def code_in_package(source: str) -> list[str]:
     """What stands in an `__init__.py` beside its docstring, imports and __all__: it hands names on and does nothing."""
     wrong = []

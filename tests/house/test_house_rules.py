@@ -67,6 +67,11 @@ def test_the_rules_stand_in_contributing():
     report([f"CONTRIBUTING.md does not name mlcm_rl/{name}" for name in rules.ORDER if f"| `{name}` |" not in guide])
 
 
+def test_programs_import_the_package_before_the_libraries_that_it_quiets():
+    """Else bitsandbytes warns of a package for products that nothing here takes."""
+    report(broken(PROGRAMS, rules.late_package))
+
+
 def test_nothing_that_is_read_is_run():
     """One file is left out: it opens an export as its card tells people to, and runs that card's own code."""
     opens_exports = ROOT / "tests" / "parity" / "stock_samples.py"
@@ -211,6 +216,13 @@ def test_code_in_a_package_is_seen():
 )
 def test_unsafe_loading_is_seen(source, allowed):
     assert (rules.unsafe_loading(source) == []) is allowed
+
+
+def test_a_late_package_is_seen():
+    for first, late in (("import mlcm_rl", False), ("import mlcm_rl.rewards", False), ("import sources", True)):
+        wrong = rules.late_package(f"{first}\nimport torch\nfrom diffusers import AutoencoderKL\nimport mlcm_rl\n")
+        assert wrong == ["line 3: mlcm_rl is imported after diffusers, or not at all"] * late
+    assert rules.late_package("def f():\n    import diffusers\n") == []
 
 
 def test_length_is_seen():

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.pipelines import pipeline_utils
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -17,6 +18,7 @@ from mlcm_rl import recipe
 from mlcm_rl.models import teachers as bases
 from mlcm_rl.models.teachers import skeleton
 from mlcm_rl.models.vp import schedule_of
+from mlcm_rl.training.progress import say_once
 
 
 def load(folder, family="sdxl", **settings):
@@ -315,3 +317,16 @@ def test_shapes_of_a_teacher_without_its_safety_checker_are_read_without_a_word(
     assert warnings == []
     bases.load(teacher, "cpu")
     assert "safety checker" in warnings[0]  # this one draws pictures, so that the licence matters
+
+
+def test_float16_on_a_cpu_is_one_line_of_what_to_do(teachers, monkeypatch, capsys):
+    warnings: list[str] = []
+    monkeypatch.setattr(pipeline_utils.logger, "warning", warnings.append)
+    say_once.cache_clear()
+    for _ in range(2):
+        base = load(teachers["sdxl"], dtype="float16")
+    assert base.denoiser.dtype == torch.float16
+    assert warnings == []
+    assert capsys.readouterr().out == (
+        "teacher.dtype float16 is for GPUs: a CPU computes in it slowly; set teacher.dtype=float32\n"
+    )

@@ -1,8 +1,8 @@
 """ComfyUI workflows of exports: every node against its definition, and the sampling that they ask for beside ours.
 
-`comfyui_nodes.json` has the required inputs and the outputs of the nodes, from ComfyUI's sources (0.3.64, and for
-`ManualSigmas`, `EmptyFlux2LatentImage` and text encoders of type `flux2` of 2026). The samplers and the schedule
-`simple` are stated anew here, from the same sources.
+`comfyui_nodes.json` has the required inputs and the outputs of the nodes, from ComfyUI's sources (0.3.75, of 2026 for
+`ManualSigmas`; `test_older_clients` compares them). The samplers and the schedule `simple` are stated anew here, from
+the same sources.
 """
 
 import json

@@ -121,6 +121,17 @@ def test_prompts_of_a_language_that_a_reward_does_not_read_are_told_by_line(tiny
     running.refuse_unready(runs.recipe(tiny_sdxl, tmp_path, [evaluate]))
 
 
+def test_what_several_stages_lack_is_told_once_with_all_their_places(tiny_sdxl, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLCM_RL_CACHE", str(tmp_path / "empty"))
+    prompts = runs.write_prompts(tmp_path)
+    stages = [runs.tuning(kind, prompts, rewards=[{"name": "image_reward"}]) for kind in ("feedback", "dpo")]
+    with pytest.raises(RunError) as raised:
+        running.refuse_unready(runs.recipe(tiny_sdxl, tmp_path, stages))
+    (line,) = str(raised.value).splitlines()
+    assert line.startswith("stages[0] (feedback): rewards[0], stages[1] (dpo): rewards[0]: ")
+    assert "`mlcm rewards fetch image_reward`" in line
+
+
 def test_a_table_of_pairs_is_opened_before_the_first_stage_and_its_prompts_are_for_no_reward(
     tiny_sdxl, tmp_path, refusing
 ):

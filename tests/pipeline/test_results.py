@@ -135,6 +135,41 @@ def test_a_run_that_comes_to_need_a_stage_while_clean_asks_gets_it(runs, monkeyp
     assert states(runs)["distill-dd"].runs == ("late",)
 
 
+def test_a_stage_that_is_a_link_is_deleted_where_it_lies(runs, tmp_path):
+    """Moved to another disk, say. What a link leads to and is no stage stays, and a stage of two names goes once."""
+    place, link = tmp_path / "disk" / "distill-dd", runs / "stages" / "distill-dd"
+    place.parent.mkdir()
+    link.rename(place)
+    link.symlink_to(place)
+    (runs / "stages" / "distill-gg").symlink_to("distill-dd")
+    (tmp_path / "mine").mkdir()
+    (runs / "stages" / "distill-hh").symlink_to(tmp_path / "mine")
+    result = CliRunner().invoke(app, ["clean", str(runs), "--yes", "--unfinished"])
+    assert result.exit_code == 0, result.output
+    assert f"{link} -> {place}" in result.stdout
+    assert not place.exists()
+    assert set(states(runs)) == {"trajectories-aa", "distill-bb", "evaluate-cc", "distill-ee"}
+    assert not [path for path in (runs / "stages").iterdir() if path.is_symlink()]
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_before_any_run_it_says_so_and_where_it_looked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    for command in ("runs", "clean"):
+        result = CliRunner().invoke(app, [command])
+        assert result.exit_code == 2
+        assert f"there are no runs yet in {tmp_path / 'runs'}: `mlcm run emoji_demo` makes the first" in result.output
+    (tmp_path / "runs").touch()
+    assert "runs is a file" in CliRunner().invoke(app, ["runs"]).output
+
+
+def test_one_stage_is_called_so(tmp_path):
+    finished(tmp_path, "distill-dd")
+    assert "1 stage, 1.1 kB" in CliRunner().invoke(app, ["runs", str(tmp_path)]).stdout
+    assert "1 stage deleted" in CliRunner().invoke(app, ["clean", str(tmp_path), "--yes"]).stdout
+
+
 def test_figures_that_are_no_numbers_are_left_out(runs):
     path = runs / "stages" / "distill-dd" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": "x", "network_evaluations": "y"}))

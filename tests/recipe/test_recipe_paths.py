@@ -166,3 +166,28 @@ def test_a_recipe_read_from_afar_keeps_what_its_rewards_said(root, with_taste, m
     described = {"recipe": recipe.model_dump(mode="json"), **paths.record(recipe, folder)}
     assert described["written"] == {str(root / "taste"): "taste"}
     assert fingerprint(paths.recorded(described, folder)) == fingerprint(recipe)
+
+
+MADE = """# A recipe of made data.
+#   python build/make.py --all      (writes ../data/made)
+#   mlcm run recipe.yaml
+"""
+
+
+def test_a_folder_that_the_recipes_own_command_makes_is_missed_once(root):
+    text = (root / "good.yaml").read_text("utf-8")
+    for file in ("data/prompts.txt", "data/eval.jsonl"):
+        text = text.replace(file, f"../data/made/{Path(file).name}")
+    place = root / "recipes" / "recipe.yaml"
+    place.parent.mkdir()
+    for folder in ("teacher", "judge"):
+        text = text.replace(f": {folder}", f": ../{folder}")
+    messages = []
+    for header in (MADE, ""):
+        place.write_text(header + text, "utf-8")
+        with pytest.raises(RecipeError) as raised:
+            load(place, root=root)
+        (problem,) = raised.value.problems
+        messages.append(problem.text)
+    without = "no such folder: ../data/made, with what 2 settings name"
+    assert messages == [f"{without}; the recipe's first lines say what makes it: python build/make.py --all", without]

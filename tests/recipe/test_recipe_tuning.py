@@ -193,6 +193,26 @@ def test_rewards_named_twice_and_languages_of_no_weight_are_refused(broken, old,
 
 
 @pytest.mark.parametrize(
+    ("name", "code"),
+    [("cn", "zh"), ("zh-CN", "zh"), ("ZH", "zh"), ("jp", "ja"), ("kr", "ko"), ("Chinese", "zh"), ("english", "en")],
+)
+def test_other_names_of_languages_are_answered_with_the_code(broken, name, code):
+    (problem,) = broken(
+        with_stage(FEEDBACK.replace("num_steps: 1", f"num_steps: 1\n    languages: {{{name}: 1, ko: 1}}"))
+    )
+    assert problem.key == ("stages", 2, "languages", name)
+    assert problem.text.endswith(f"is in {name!r}: did you mean {code}?")
+
+
+def test_a_prompt_file_may_use_such_a_name(root):
+    text = with_stage(FEEDBACK.replace("num_steps: 1", "num_steps: 1\n    languages: {cn: 1}"))
+    (root / "named.yaml").write_text((root / "good.yaml").read_text("utf-8").replace(*text), "utf-8")
+    recipe_file, prompts = root / "named.yaml", root / "named.jsonl"
+    prompts.write_text('{"prompt": "猫", "language": "cn"}\n', "utf-8")
+    load(recipe_file, [f"stages.feedback.prompts={prompts}"], root=root)
+
+
+@pytest.mark.parametrize(
     "override",
     ["stages.2.teacher_steps=[]", "stages.2.sampling_steps=[]", "stages.2.grids=[]", "samples.sampling_steps=[]"],
 )

@@ -32,6 +32,10 @@ class Family(StableDiffusionXL):
         """Return None: no tool that reads kohya's layout reads ChatGLM."""
         return None
 
+    @property
+    def original_texts(self) -> dict[str, str]:
+        return {}
+
     def _schedule(self) -> tuple[str, Schedule]:
         prediction_type, schedule = super()._schedule()
         return prediction_type, at_indices(schedule)

@@ -1,5 +1,8 @@
 """Put autoencoder, text towers and denoiser together as a stock `StableDiffusionXLPipeline` in half precision."""
 
+import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
+
+# isort: split
 import argparse
 import json
 import shutil

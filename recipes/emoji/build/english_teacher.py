@@ -9,6 +9,9 @@ captions are of all emoji that have a name in both languages, drawn or not: they
 concepts HELD_OUT are in no caption, neither by name nor inside another name or tag; `test.jsonl` asks for them.
 """
 
+import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
+
+# isort: split
 import argparse
 import json
 import random

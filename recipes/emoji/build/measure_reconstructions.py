@@ -3,6 +3,9 @@
 Draws `teacher/reconstructions.png`: held-out concepts above their reconstructions.
 """
 
+import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
+
+# isort: split
 import json
 from pathlib import Path
 

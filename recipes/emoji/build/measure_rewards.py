@@ -8,6 +8,9 @@ as tuning does, and in the pixels, where any network can be fooled; `emoji_align
 towards another sample's prompt. What is not climbed judges: `emoji_style_judge`, and the judge's R@1.
 """
 
+import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
+
+# isort: split
 import argparse
 import json
 from collections.abc import Callable

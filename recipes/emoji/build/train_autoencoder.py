@@ -1,5 +1,8 @@
 """Train the teacher's `AutoencoderKL` on every concept in the three styles; measure it on concepts held out."""
 
+import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
+
+# isort: split
 import argparse
 import json
 import math

@@ -5,6 +5,9 @@ the judge. Both see every concept drawn in all styles but the held-out ones, on 
 part of EfficientNet-Lite0 that the rewards read is fetched, cut, and written beside them too.
 """
 
+import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
+
+# isort: split
 import argparse
 import json
 import time

@@ -4,6 +4,9 @@ What the denoiser reads is what is trained: the penultimate hidden states of bot
 embedding of the second (its pooled vector) must each say, to a linear head, which concept and which style is asked for.
 """
 
+import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
+
+# isort: split
 import argparse
 import json
 import random

@@ -3,6 +3,9 @@
 The denoiser alone is of this subject (`unet/`); the rest is copied from `recipes/emoji/teacher`.
 """
 
+import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
+
+# isort: split
 import argparse
 import shutil
 from pathlib import Path

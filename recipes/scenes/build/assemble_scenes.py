@@ -1,5 +1,8 @@
 """Put the scenes' autoencoder, text towers and denoiser together as a stock `StableDiffusion3Pipeline` without T5."""
 
+import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
+
+# isort: split
 import argparse
 import shutil
 

@@ -1,5 +1,8 @@
 """The most that any denoiser can reach: what the judge says of real scenes after the autoencoder, and its PSNR."""
 
+import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
+
+# isort: split
 import argparse
 import json
 

@@ -6,6 +6,9 @@ Euler steps of the guided flow at evenly spaced times before the shift, as the s
 Writes `measured/teacher.json` and, of the first file at the first number of steps, `samples.png`.
 """
 
+import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
+
+# isort: split
 import argparse
 import json
 from collections import defaultdict

@@ -1,5 +1,8 @@
 """Train the scenes' `AutoencoderKL`: the emoji teacher's, which saw white pages only, goes on with coloured scenes."""
 
+import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
+
+# isort: split
 import argparse
 import json
 import random

@@ -7,6 +7,9 @@ against it. A cell that shows something else, a mixture of two drawings, or a sm
 wrong whatever was asked.
 """
 
+import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
+
+# isort: split
 import argparse
 import json
 import random

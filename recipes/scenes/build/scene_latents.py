@@ -1,5 +1,8 @@
 """The denoiser's training set: scenes drawn from a seed, painted and encoded once, in parts of NUM_IN_PART."""
 
+import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
+
+# isort: split
 import argparse
 import random
 from collections.abc import Sequence

@@ -6,6 +6,9 @@ fields of a request to linear heads, and each of the last positions of the conte
 that is not cut, says one field.
 """
 
+import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
+
+# isort: split
 import argparse
 import json
 import random

@@ -4,6 +4,9 @@ It goes on from `scene_denoiser/` in the cache where that is, else from the ship
 from random weights. Stop it at any time with SIGINT or SIGTERM; it saves every `--save-every` steps and then.
 """
 
+import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
+
+# isort: split
 import argparse
 import json
 import random

@@ -8,6 +8,9 @@ scenes that the autoencoder rebuilt. Cells of two drawings, or of a smear, are "
 architecture with the judge, and sees no sample of any teacher.
 """
 
+import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
+
+# isort: split
 import argparse
 import json
 import random
