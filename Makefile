@@ -68,4 +68,4 @@ teacher: $(VENV)/installed
 	$(BIN)/python recipes/emoji/build/rebuild.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build docs/site *.egg-info .pytest_cache .ruff_cache .mypy_cache

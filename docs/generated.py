@@ -153,15 +153,10 @@ def families() -> str:
                 "yes" if layout.takes_text_adapter else "no",
                 "LoRA and merged" if layout.loads_lora else "merged",
                 ", ".join(f"`{extra}`" for extra in layout.extras.values()) or "-",
-                ", ".join(f"`{file.name}`" for file in _recipes_of(name)) or "-",
             ]
         )
-    header = ["family", "pipeline", "denoiser", "text encoders", "time", "evaluations a guided pass"]
-    return table([*header, "`adapt_text`", "exports", "extra", "recipes"], rows)
-
-
-def _recipes_of(family: str) -> list[Path]:
-    return [file for file in shipped.recipes() if f"family: {family}\n" in file.read_text(encoding="utf-8")]
+    header = ["family", "pipeline", "denoiser", "text encoders", "time", "passes a guided step"]
+    return table([*header, "`adapt_text`", "exports", "extra"], rows)
 
 
 def rewards() -> str:

@@ -7,7 +7,6 @@
 import itertools
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -19,14 +18,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..storage.files import CheckpointError
-from ..storage.untrusted import read_bytes
-from . import errors, missing, renamed, reward_package, reward_settings, student_sources, teacher_check
-from .adapt_text import AdaptText
-from .control import CONTROLLED, TrainControl
+from ..storage.untrusted import regular
+from . import errors, renamed, reward_package, reward_settings, student_sources, teacher_problems
 from .distill import Distill
 from .experiment import Recipe, Stage, gamma_of, missing_library, missing_trackers, student_before
-from .families import absent_extras, adaptable, family_of, geometry, layout_of, of_denoiser
 from .languages import code_meant, says_language
+from .missing import absent, merged, nearest_beside
 from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
 from .reads import reads_of
@@ -34,7 +31,7 @@ from .schema import json_schema
 from .start import PREVIOUS, Start
 from .teacher_stages import TrainTeacher, Trajectories
 from .tree import Key, Node, Problem, RecipeError, nearest, override, read
-from .types import TRAINED, Full, Lora, Teacher
+from .types import TRAINED, Full, Lora, Reward
 
 
 def load(
@@ -74,7 +71,7 @@ def load(
     )
     if root is not None:
         found = (replace(problem, key=written(problem.key)) for problem in check(recipe, folders))
-        problems += missing.merged([_with_place(problem, tree, str(path)) for problem in found], Path(path))
+        problems += merged([_with_place(problem, tree, str(path)) for problem in found], Path(path))
     if problems:
         raise RecipeError(problems)
     recipe, notes = resolved(recipe, folders)
@@ -107,10 +104,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
     which small gradients survive.
     """
     return [
-        *_teacher_problems(recipe.teacher, folders),
-        *_lora_problems(recipe, folders),
-        *_text_adapter_problems(recipe, folders),
-        *_control_problems(recipe),
+        *teacher_problems.problems(recipe, folders),
         *_file_problems(recipe, folders),
         *_runs_problems(recipe, folders),
         *(Problem(("trackers", i), message) for i, message in missing_trackers(recipe)),
@@ -133,138 +127,6 @@ def _with_place(problem: Problem, tree: Node, file: str) -> Problem:
     return replace(problem, file=file, place=tree.nearest_place(problem.key))
 
 
-def _teacher_problems(teacher: Teacher, folders: Folders) -> Iterator[Problem]:
-    """Yield what is wrong with the teacher's family, when another distribution's, and its folder or hub name.
-
-    A hub name is `owner/model`: one slash, and no folder `owner` here; with a revision, `model` alone too.
-    """
-    key = ("teacher", "path")
-    try:
-        layout_of(teacher.family)
-    except ValueError as error:
-        yield Problem(("teacher", "family"), str(error))
-        return
-    for message in absent_extras(teacher.family):
-        yield Problem(("teacher", "family"), message)
-    name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", teacher.path)
-    is_hub_name = name and name[1] and not any(os.path.isdir((one / teacher.path).parent) for one in folders.of(key))
-    if teacher.revision is None and is_hub_name:
-        message = (
-            f"missing: {teacher.path} is not a folder here, and a hub name needs its commit, 40 hexadecimal digits"
-        )
-        yield Problem(("teacher", "revision"), message, looked_in=folders.looked_in(key, teacher.path))
-    elif teacher.revision is None or not name:
-        folder = folders.place(key, teacher.path)
-        if Path(teacher.path).suffix == ".safetensors" and os.path.isfile(folder):
-            message = (
-                f"{teacher.path} is one file: `mlcm convert {teacher.path} FOLDER --like BASE` makes a folder of it "
-            )
-            yield Problem(key, f"{message}to name here, where BASE is its base model's folder in diffusers format")
-            return
-        yield from missing.absent(key, teacher.path, folders, holding="model_index.json")
-        yield from (wrong := list(_family_problems(teacher, folder)))
-        yield from _resolution_problems(teacher, folder)
-        if not wrong and os.path.exists(folder / "model_index.json"):
-            for one in teacher_check.problems(folder, teacher.family, teacher.variant):
-                yield Problem(key, f"{teacher.path}: {one}")
-    elif fault := teacher_check.fault_of_name(teacher.path):
-        yield Problem(key, f"{teacher.path} is {fault}")
-
-
-def _lora_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
-    """Yield what is wrong with the file of the teacher's LoRA. Its tensors are compared when the teacher is loaded."""
-    name, key = recipe.teacher.lora, ("teacher", "lora")
-    if name is None:
-        if recipe.teacher.lora_weight != 1.0:
-            yield Problem(("teacher", "lora_weight"), "it has no effect without teacher.lora")
-        return
-    if name and os.path.isfile(folders.place(key, name)) and Path(name).suffix != ".safetensors":
-        yield Problem(key, f"expected a .safetensors file, found {name}: other formats can run code and are not read")
-    yield from missing.absent(key, name, folders)
-    with suppress(ValueError):  # of a family that is reported as broken
-        layout = layout_of(recipe.teacher.family)
-        if not layout.loads_lora:
-            yield Problem(key, f"diffusers loads no LoRA into a {layout.pipeline}: merge it into the checkpoint")
-    for i, stage in enumerate(recipe.stages):
-        if stage.kind == "train_teacher":
-            message = "train_teacher writes a checkpoint of its own, into which teacher.lora would go in part: merge "
-            yield Problem(("stages", i), f"{message}the LoRA into the checkpoint of teacher.path, or leave it out")
-
-
-def _text_adapter_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
-    """Yield what is wrong with the teacher's text adapter, or with a stage that is to make one."""
-    teacher, key = recipe.teacher, ("teacher", "text_adapter")
-    if teacher.text_adapter is not None:
-        yield from missing.absent(key, teacher.text_adapter, folders, holding="text_adapter.json")
-    adapting = [(i, stage) for i, stage in enumerate(recipe.stages) if isinstance(stage, AdaptText)]
-    if (teacher.text_adapter or adapting) and teacher.family not in (able := adaptable()):
-        message = (
-            f"{teacher.family} takes more of a prompt than a text adapter makes: name a teacher of {', '.join(able)}"
-        )
-        yield Problem(("teacher", "family"), message)
-    for i, adapt in adapting:
-        if teacher.text_adapter is not None:
-            yield Problem(key, f"stages[{i}] (adapt_text) makes one itself: leave it out")
-        if teacher.dtype == "float16":
-            message = "the gradients of adapt_text go through the denoiser, and in float16 small ones are lost: write "
-            yield Problem(("teacher", "dtype"), f"{message}bfloat16, or float32")
-        before = [stage.prompts for stage in recipe.stages[:i] if isinstance(stage, Trajectories)]
-        if before and before[-1] != adapt.prompts:
-            message = f"expected {before[-1]}, the prompts of the trajectories before it, found {adapt.prompts}"
-            yield Problem(("stages", i, "prompts"), message)
-
-
-def _control_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Yield what does not go with a stage that trains a ControlNet: other denoisers, and weights without gradients."""
-    if not any(isinstance(stage, TrainControl) for stage in recipe.stages):
-        return
-    teacher, able = recipe.teacher, of_denoiser(CONTROLLED)
-    if teacher.family not in able:
-        message = f"train_control makes a ControlNet of a {CONTROLLED}: name a teacher of {', '.join(able)}"
-        yield Problem(("teacher", "family"), message)
-    if teacher.dtype == "float16":
-        message = "the gradients of train_control go through the denoiser, and in float16 small ones are lost: write "
-        yield Problem(("teacher", "dtype"), f"{message}bfloat16, or float32")
-    if teacher.quantise is not None:
-        message = "train_control copies half of the denoiser, which must be floats: leave it out"
-        yield Problem(("teacher", "quantise"), message)
-
-
-def _family_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
-    """Yield a problem for the folder of a student or of another family. `teacher_check` reports a damaged index."""
-    with suppress(OSError, ValueError, RecursionError):
-        index = json.loads(read_bytes(folder / "model_index.json"))
-        if not isinstance(index, dict):
-            return
-        try:
-            teacher_check.refuse_student(teacher.path, folder, index)
-        except ValueError as error:
-            yield Problem(("teacher", "path"), str(error))
-            return
-        class_name = index.get("_class_name")
-        if isinstance(class_name, str) and (fault := teacher_check.fault_of_class(class_name)):
-            yield Problem(("teacher", "path"), f"{teacher.path} is {fault}")
-        elif isinstance(class_name, str) and class_name != layout_of(teacher.family).pipeline:
-            message = f"{teacher.family} does not load the {class_name} that is in {teacher.path}"
-            yield Problem(("teacher", "family"), message, family_of(class_name) or "")
-
-
-def _resolution_problems(teacher: Teacher, folder: Path) -> Iterator[Problem]:
-    """Yield a problem for a side that is not a multiple of what autoencoder and denoiser need.
-
-    `teacher_check` reports damaged files.
-    """
-    if teacher.resolution is None:
-        return
-    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        layout = layout_of(teacher.family)
-        configs = [json.loads(read_bytes(folder / part / "config.json")) for part in (layout.denoiser, "vae")]
-        smallest = geometry(layout, *configs).pixels
-        if teacher.resolution % smallest:
-            message = f"expected a multiple of {smallest}, as {teacher.path} needs, found {teacher.resolution}"
-            yield Problem(("teacher", "resolution"), message)
-
-
 def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
     known_rewards = reward_names()
     for i, stage in enumerate(recipe.stages):
@@ -274,9 +136,7 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
                 yield from _source_problems(("stages", i), stage, folders)
             elif (path := settings[name]) is not None:
                 is_table = name == "pairs" and Path(path).suffix == ".parquet"
-                yield from missing.absent(
-                    ("stages", i, name), path, folders, holding=None if is_table else mark.holding
-                )
+                yield from absent(("stages", i, name), path, folders, holding=None if is_table else mark.holding)
         for name in ("prompts", "guard_prompts"):
             path, entry = settings.get(name), ("stages", i, name)
             if path and Path(path).suffix not in (".txt", ".jsonl") and not os.path.isdir(folders.place(entry, path)):
@@ -284,17 +144,17 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
             elif path and _is_blank(folders.place(entry, path)):
                 yield Problem(entry, f"{path} holds no prompt: write one a line")
         for j, other in enumerate(settings.get("also", [])):
-            yield from missing.absent(("stages", i, "also", j), other, folders, holding="manifest.json")
+            yield from absent(("stages", i, "also", j), other, folders, holding="manifest.json")
         for key, reward in rewards_in(("stages", i), stage):
             if reward.name not in known_rewards:
                 message = f"no reward is called {reward.name}; known are {', '.join(known_rewards) or 'none'}"
                 yield Problem(key, message, nearest(reward.name, known_rewards))
             else:
                 yield from reward_settings.problems(key[:-1], reward)
-            yield from missing.endless((*key[:-1], "settings"), reward, folders)
+            yield from _endless((*key[:-1], "settings"), reward, folders)
             folder = reward.settings.get("folder") if reward.name == TRAINED else None
             if isinstance(folder, str):
-                yield from missing.absent((*key[:-1], "settings", "folder"), folder, folders, holding="reward.json")
+                yield from absent((*key[:-1], "settings", "folder"), folder, folders, holding="reward.json")
 
 
 def _source_problems(key: Key, stage: Stage, folders: Folders) -> Iterator[Problem]:
@@ -302,7 +162,7 @@ def _source_problems(key: Key, stage: Stage, folders: Folders) -> Iterator[Probl
     assert isinstance(stage, Start), "no other stage names one"
     path = folders.place((*key, "path"), stage.path)
     if not stage.path or not os.path.exists(path):
-        beside = missing.beside((*key, "path"), stage.path, folders, "*") if stage.path else ""
+        beside = nearest_beside((*key, "path"), stage.path, folders, "*") if stage.path else ""
         message = f"no such file or folder: {stage.path}" if stage.path else "expected a path, found empty text"
         yield Problem((*key, "path"), message, beside, looked_in=folders.looked_in((*key, "path"), stage.path))
         return
@@ -312,6 +172,17 @@ def _source_problems(key: Key, stage: Stage, folders: Folders) -> Iterator[Probl
         yield Problem((*key, "path"), str(error))
 
 
+def _endless(key: Key, reward: Reward, folders: Folders) -> Iterator[Problem]:
+    """Yield a problem for each setting of a reward that is the path of a pipe, a socket or a device."""
+    for name, text in reward.settings.items():
+        place = folders.place((*key, name), text) if isinstance(text, str) else None
+        if place is not None and os.path.exists(place):
+            try:
+                regular(place)
+            except ValueError as error:
+                yield Problem((*key, name), str(error))
+
+
 def _runs_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
     if not recipe.runs or os.path.isfile(folders.working / recipe.runs):
         actual = f"the file {recipe.runs}" if recipe.runs else "empty text"
@@ -319,7 +190,7 @@ def _runs_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
 
 
 def _is_blank(path: Path) -> bool:
-    """Return whether the file `path` has only white space. False without such a file, which `missing` reports."""
+    """Return whether the file `path` has only white space. False without such a file, which `absent` reports."""
     if not os.path.isfile(path):
         return False
     with suppress(OSError), path.open("rb") as file:

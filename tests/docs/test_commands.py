@@ -175,8 +175,8 @@ def test_the_commands_that_are_cheap_run(page, tmp_path, monkeypatch):
     folder = tmp_path / "here"
     folder.mkdir()
     for _, block in [one for one in RUN if one[0] == page]:
-        if "in recipes" in block.mark:
-            (folder / "prompts").symlink_to(ROOT / "recipes" / "prompts") if not (folder / "prompts").exists() else None
+        if "in recipes" in block.mark and not (folder / "prompts").exists():
+            (folder / "prompts").symlink_to(ROOT / "recipes" / "prompts")
         if "after a run" in block.mark:
             (folder / "runs" / "stages" / "distill-0").mkdir(parents=True)
         done = subprocess.run(
