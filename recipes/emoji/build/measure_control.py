@@ -4,8 +4,8 @@
     mlcm run recipes/emoji_demo.yaml          # whose feedback leaves an adapter: the style LoRA
     python recipes/emoji/build/measure_control.py runs/emoji_control --style runs/emoji_demo
 
-Edges are those of the teacher's drawings in one style; the prompts name another, whose shapes are others. Styles are measured
-by `emoji_style_judge`, which nothing was tuned by, and by the judge's R@1. Writes `measured/control.json`,
+Edges are those of the teacher's drawings in one style; the prompts name another, whose shapes are others. Styles are
+measured by `emoji_style_judge`, which nothing was tuned by, and by the judge's R@1. Writes `measured/control.json`,
 `docs/compose_edges.png` and `docs/compose_styles.png`.
 """
 
