@@ -4,8 +4,8 @@
     mlcm run recipes/emoji_demo.yaml          # whose feedback leaves an adapter: the style LoRA
     python recipes/emoji/build/measure_control.py runs/emoji_control --style runs/emoji_demo
 
-Edges are those of the teacher's drawings of test prompts; a network follows them from other noise. Styles are measured
-by `emoji_style_judge`, which nothing was tuned by, and by the judge's R@1. Writes `measured/control.json`,
+Edges are those of the teacher's drawings in one style; the prompts name another, whose shapes are others. Styles are
+measured by `emoji_style_judge`, which nothing was tuned by, and by the judge's R@1. Writes `measured/control.json`,
 `docs/compose_edges.png` and `docs/compose_styles.png`.
 """
 
@@ -32,6 +32,7 @@ from sources import EMOJI, MEASURED, write_text
 
 DOCS = EMOJI.parents[1] / "docs"
 GUIDANCE, TEACHER_STEPS, SHOWN = 4.0, 25, 8
+EDGE_PROMPTS = 512  # of which some thirty are in the one style
 FROM_STYLE, TO_STYLE = "twemoji", "fluent"
 Controls = list[tuple[torch.nn.Module, Tensor, float]]
 
@@ -81,29 +82,40 @@ class Figures:
         return {name: [round(number, 3) for number in mean_and_error(value)] for name, value in values.items()}
 
 
+def in_another_style(prompts: list[Prompt]) -> tuple[list[Prompt], list[str]]:
+    """Return the prompts in one style, and their texts with another's name: the teacher draws other shapes for them."""
+    chosen = [prompt for prompt in prompts if prompt.style == FROM_STYLE and FROM_STYLE in prompt.prompt]
+    return chosen, [prompt.prompt.replace(FROM_STYLE, TO_STYLE) for prompt in chosen]
+
+
 def follow_edges(base: Base, student: Student, network: torch.nn.Module, prompts: list[Prompt]) -> tuple[dict, Tensor]:
-    """Return figures of teacher and student along the edges of drawings, and rows of pictures to look at."""
-    texts, count, figures = [prompt.prompt for prompt in prompts], len(prompts), Figures()
-    drawings = by_teacher(base, texts, noise_of(base, "drawings", count), 2 * TEACHER_STEPS)
+    """Return figures of teacher and student along the edges of drawings in another style, and rows of pictures.
+
+    Along edges of the same prompt's drawings there is nothing to see: the teacher draws them again without a ControlNet
+    (overlap 0.99).
+    """
+    chosen, texts = in_another_style(prompts)
+    count, figures = len(chosen), Figures()
+    own = [prompt.prompt for prompt in chosen]
+    drawings = by_teacher(base, own, noise_of(base, "drawings", count), TEACHER_STEPS)
     edges, noise = edge_map(drawings), noise_of(base, "others", count)
     controls: Controls = [(network, edges.expand(-1, 3, -1, -1), 1.0)]
     images = {
-        f"teacher, {TEACHER_STEPS} guided steps": by_teacher(base, texts, noise, TEACHER_STEPS, controls),
-        f"teacher, {TEACHER_STEPS} guided steps, without": by_teacher(base, texts, noise, TEACHER_STEPS),
+        "teacher": by_teacher(base, texts, noise, TEACHER_STEPS, controls),
+        "teacher, without": by_teacher(base, texts, noise, TEACHER_STEPS),
+        "student, 4 steps, without": by_student(base, student, texts, noise, 4),
     }
     for steps in (2, 4, 8):
         images[f"student, {steps} steps"] = by_student(base, student, texts, noise, steps, controls=controls)
-    images["student, 4 steps, without"] = by_student(base, student, texts, noise, 4)
-    report = {name: figures.of(one, prompts, edges) for name, one in images.items()}
-    named = [name for name in images if name.startswith(("teacher, 25 guided steps", "student, 4"))]
-    rows = [drawings, edges.expand(-1, 3, -1, -1), *(images[name] for name in named if "without" not in name)]
-    return report, torch.cat([row[:SHOWN] for row in rows])
+    report = {name: figures.of(one, chosen, edges) for name, one in images.items()}
+    shown = [drawings, edges.expand(-1, 3, -1, -1), *(images[name] for name in ("teacher, without", "teacher"))]
+    shown += [images[f"student, 4 steps{end}"] for end in (", without", "")]
+    return {"drawings": count} | report, torch.cat([row[:SHOWN] for row in shown])
 
 
 def restyle(base: Base, student: Student, prompts: list[Prompt]) -> tuple[dict, Tensor]:
     """Return figures of drawings in one style that are drawn over in another's words, by strength, and pictures."""
-    chosen = [prompt for prompt in prompts if prompt.style == FROM_STYLE and FROM_STYLE in prompt.prompt]
-    texts, figures = [prompt.prompt.replace(FROM_STYLE, TO_STYLE) for prompt in chosen], Figures()
+    (chosen, texts), figures = in_another_style(prompts), Figures()
     noise = noise_of(base, "styles", len(chosen))
     drawings = by_student(base, student, [prompt.prompt for prompt in chosen], noise, 4)
     edges, images = edge_map(drawings), {"the drawing": drawings}
@@ -142,7 +154,7 @@ def main() -> None:
     prompts = read_prompts(EMOJI / "prompts" / "test.jsonl")
     style = arguments.style / "02-feedback" / "student" / PREFERENCE_FILE
     report = {"prompts": arguments.prompts}
-    report["edges"], along_edges = follow_edges(base, student, network, prompts[: arguments.prompts])
+    report["edges"], along_edges = follow_edges(base, student, network, prompts[:EDGE_PROMPTS])
     report["strength"], by_strength = restyle(base, student, prompts)
     report["style_lora"], by_weight = add_style(teacher, folder, style, prompts[: arguments.prompts])
     print(json.dumps(report, indent=1))
