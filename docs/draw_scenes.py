@@ -18,6 +18,7 @@ ROWS = {
     "ddim-guided-4": "teacher, not distilled\n4 evaluations\n(2 guided steps)",
     "ddim-unguided-4": "teacher, not distilled\n4 evaluations\n(4 steps, no guidance)",
     "student0-4-gamma0-milestones": "student\n4 evaluations\n(4 steps)",
+    "student1-4-gamma0-milestones": "student, tuned\n4 evaluations\n(4 steps)",
     "teacher-50": "teacher\n100 evaluations\n(50 guided steps)",
 }
 

@@ -141,12 +141,11 @@ def families() -> str:
     rows = []
     for name, layout in FAMILIES.items():
         encoders = [*layout.text.values(), *(f"{one} (optional)" for one in layout.optional.values())]
-        time = "rectified flow" if layout.is_flow else f"variance-preserving, {layout.num_times} times"
+        time = "rectified flow" if layout.is_flow else f"VP, {layout.num_times} times"
         rows.append(
             [
                 f"`{name}`",
-                f"`{layout.pipeline}`",
-                f"`{layout.denoiser_class}`",
+                f"`{layout.pipeline}`, `{layout.denoiser_class}`",
                 ", ".join(encoders),
                 time,
                 "one" if layout.embeds_guidance else "two",
@@ -155,7 +154,7 @@ def families() -> str:
                 ", ".join(f"`{extra}`" for extra in layout.extras.values()) or "-",
             ]
         )
-    header = ["family", "pipeline", "denoiser", "text encoders", "time", "passes a guided step"]
+    header = ["family", "pipeline, denoiser", "text encoders", "time", "passes a guided step"]
     return table([*header, "`adapt_text`", "exports", "extra"], rows)
 
 

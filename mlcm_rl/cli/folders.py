@@ -13,9 +13,14 @@ from .console import error_console
 
 
 def existing_run(path: Path) -> Path:
-    """Return the folder `path`. Raises BadParameter with the nearest folders where there is none."""
+    """Return the folder `path`. Raises BadParameter for a file, and with the nearest folders where there is none."""
     if path.is_dir():
         return path
+    if path.is_file():
+        raise typer.BadParameter(
+            f"{path} is a file: a recipe of one stage `start`, with its path and its teacher, makes a run of it "
+            "(docs/start_from.md)"
+        )
     beside = [folder for parent in (path.parent, Path("runs")) if parent.is_dir() for folder in parent.iterdir()]
     names = {folder.name: str(folder) for folder in beside if folder.is_dir() and folder.name not in RESERVED}
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or sorted(names)[:3]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import students, teachers, text_adapter
+from ..models import control, students, teachers, text_adapter
 from ..models.base import Base
 from ..models.text_adapter import TextAdapter
 from ..preference import tuning
@@ -188,7 +188,15 @@ def roles_of(
     tokens = num_tokens(Path(recipe.teacher.path))
     copies = (forget_copies, networks.has_average)
     adapter = _text_adapter(networks.text_adapter, base, tokens)
-    return passes.Roles(base, student, conditioned, tokens, rewards, set(), own_precision, *copies, small, adapter)
+    network = None
+    if networks.has_control:
+        with torch.device("meta"):
+            network = control.new_control_net(base, seed=0)
+        if isinstance(stage, Training) and stage.gradient_checkpointing:
+            base.checkpoint_blocks(network, recompute)
+    return passes.Roles(
+        base, student, conditioned, tokens, rewards, set(), own_precision, *copies, small, adapter, network
+    )
 
 
 def _text_adapter(network: TextNetwork | None, base: Base, num_tokens: int) -> TextAdapter | None:

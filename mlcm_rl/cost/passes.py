@@ -4,7 +4,7 @@ Those with gradient stay in one graph until the backward pass. Values have shape
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 
@@ -15,6 +15,7 @@ from ..equations.segments import sampling_times
 from ..models import sampler, students
 from ..models.base import Base
 from ..models.conditioning import Conditioning
+from ..models.control import controlled
 from ..models.text_adapter import TextAdapter
 from ..recipe import Recipe, Reward, Stage
 from ..recipe.takes import Pass
@@ -38,11 +39,12 @@ class Roles:
     has_average: bool = False  # the target is an average of the student's weights
     small_decoder: nn.Module | None = None  # decodes for the rewards trained on, where there is one
     text_adapter: TextAdapter | None = None  # trained in place of the student, whose conditioning it makes
+    control_net: nn.Module | None = None  # trained in place of the student, on which it acts
 
     @property
     def trained(self) -> nn.Module:
         """The network that is trained, by a stage that trains one."""
-        return self.student if self.text_adapter is None else self.text_adapter
+        return self.text_adapter or self.control_net or self.student
 
     def points(self, count: int) -> tuple[Tensor, Tensor, Conditioning]:
         """Return states (count, C, H, W), times (count,) and conditioning (count, ...)."""
@@ -57,12 +59,21 @@ class Roles:
     def x0(self, count: int) -> Tensor:
         """Return the student's x0 (count, C, H, W)."""
         x_t, t, conditioning = self.points(count)
-        return self.base.x0(self.student, x_t, t, conditioning, t if self.conditioned else None)
+        with self._controlled():
+            return self.base.x0(self.student, x_t, t, conditioning, t if self.conditioned else None)
 
     def prediction(self, count: int) -> Tensor:
         """Return the prediction of the student's network (count, C, H, W)."""
         x_t, t, conditioning = self.points(count)
-        return self.base.predict(self.student, x_t, t, conditioning)
+        with self._controlled():
+            return self.base.predict(self.student, x_t, t, conditioning)
+
+    def _controlled(self) -> AbstractContextManager[None]:
+        """Return a block in which the ControlNet acts, if one is trained."""
+        if self.control_net is None:
+            return nullcontext()
+        side = self.base.resolution
+        return controlled(self.student, self.control_net, torch.empty(1, 3, side, side, device=self.base.device))
 
     def target_x0(self, count: int) -> Tensor:
         """Return the target's x0 (count, C, H, W); its weights take the place of the student's meanwhile."""

@@ -32,6 +32,7 @@ from .client_keys import kohya_name
 from .comfyui import Nodes
 from .conditioning import LENGTHS, Conditioning, concatenated, in_dtype, on_device, rows_of, stacked
 from .files import MEMORY_FORMATS
+from .grids import USUAL, SamplingGrid
 from .text_adapter import AdaptedEncoder
 
 ENCODED_TOGETHER = 32  # prompts, where all are encoded ahead
@@ -111,6 +112,11 @@ class Base(ABC):
         """Return kohya's `ss_base_model_version` for models of this shape; None where it has none."""
         return None
 
+    @property
+    def original_texts(self) -> dict[str, str]:
+        """Return the text encoders' places in an original checkpoint of one file; none where it has no such layout."""
+        return {}
+
     def kohya_layers(self, modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Return kohya's names of the layers that `modules` of the denoiser are in, with what each stacks.
 
@@ -166,12 +172,24 @@ class Base(ABC):
         """Return the parameters of the schedule as JSON, to be recorded with stored trajectories."""
 
     @abstractmethod
-    def stock_scheduler(self, gamma: float) -> SchedulerMixin:
-        """Return the diffusers scheduler that visits the sampler's default grid under `gamma`, for an export."""
+    def stock_scheduler(self, gamma: float, grid: SamplingGrid = USUAL) -> SchedulerMixin:
+        """Return the diffusers scheduler that visits `grid` under `gamma`, for an export, as `stock_arguments` ask."""
 
     def stock_call(self, times: list[int]) -> dict[str, Any]:
-        """Return the arguments with which a stock pipeline with that scheduler visits `times` of the default grid."""
+        """Return the arguments with which a stock pipeline with that scheduler visits `times` of its grid."""
         return {"num_inference_steps": len(times)}
+
+    def stock_arguments(self, grid: SamplingGrid, num_steps: int) -> dict[str, Any]:
+        """Return the arguments with which a stock pipeline with the scheduler of `grid` visits its times.
+
+        Times of no named grid are passed themselves.
+        """
+        times = grid.by_steps.times(num_steps)
+        settings = self.stock_call(times)
+        if isinstance(grid.name, str) or "sigmas" in settings:
+            return settings
+        others = {name: value for name, value in settings.items() if name != "num_inference_steps"}
+        return {"timesteps": self.schedule.network_time[times].tolist(), **others}
 
     @property
     def stock_guidance(self) -> dict[str, float]:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..equations.segments import sampling_times
 from ..recipe.families import layout_of
 from ..storage.files import public
 from . import comfyui, model_card
 from .base import Base
 from .comfyui import SAMPLERS
+from .grids import SamplingGrid
 from .model_card import OF_LORA, PUBLISHED_WIDTHS, example_steps
 from .students import Student
 
@@ -46,14 +46,21 @@ OF_ADAPTER = (
     "in those languages are for diffusers."
 )
 KOHYA = """\
-The layout is that of kohya's sd-scripts, with an `alpha` for each layer: A1111, Forge, InvokeAI and others read it.
-Strength is 1: `<lora:{stem}:1>` in a prompt of A1111 or Forge.
+{what}
 
 | file | steps | sampler | schedule type |
 |---|---|---|---|
 {rows}
 
 CFG scale 1. With another sampler, schedule or number of steps it goes through times that the student did not learn."""
+LORA = (
+    "The layout is that of kohya's sd-scripts, with an `alpha` for each layer: A1111, Forge, InvokeAI and others read "
+    "it. Strength is 1: `<lora:{stem}:1>` in a prompt of A1111 or Forge."
+)
+CHECKPOINT = (
+    "Each file is a whole checkpoint, with text encoders and autoencoder, in the original layout: A1111, Forge, "
+    "InvokeAI, sd-scripts and ComfyUI open it as one."
+)
 NO_SAMPLER = "No sampler of these tools is known that puts noise back as `eta={gamma:g}` does: use diffusers."
 INEXACT = (
     "The schedule `Simple` has the student's times at 1, 2, 4 and 8 steps. For the other numbers use ComfyUI's "
@@ -72,7 +79,7 @@ The adapters are PEFT's, `adapter_config.json` and `adapter_model.safetensors`, 
 
 @dataclass(frozen=True)
 class Row:
-    """A file of the export: `suffix` of its name, its numbers of steps, gamma, and the segments of its grid.
+    """A file of the export: `suffix` of its name, its numbers of steps, gamma, and grid.
 
     `outside` are the layers outside the denoiser's blocks that its adapter changes.
     """
@@ -80,7 +87,7 @@ class Row:
     suffix: str
     steps: tuple[int, ...]
     gamma: float
-    num_segments: int
+    grid: SamplingGrid
     outside: tuple[str, ...] = ()
 
 
@@ -90,16 +97,17 @@ def card(
     student: Student,
     name: str,
     rows: Sequence[Row],
+    is_lora: bool,
     table: str | None,
     folder: Path,
     languages: Sequence[str] = (),
 ) -> str:
     """Return the README.md of the export of model `name` for `client` in `folder`, whose files are `rows`.
 
-    `table` is the measurements'; `languages`, of the prompts, go into the metadata if the teacher's card has none.
+    They are LoRAs, or whole students. `table` is the measurements'; `languages`, of the prompts, go into the metadata
+    if the teacher's card has none.
     """
     metadata = model_card.teacher_metadata(base, languages)
-    is_lora = not (folder / comfyui_folder(is_lora=False)).is_dir()
     tags = [client, *(["lora"] if is_lora else [])]
     guidance = GUIDANCE.get(client, f"`{model_card.arguments(base.stock_guidance)}`")
     sections = [
@@ -110,7 +118,7 @@ def card(
     if client == "comfyui":
         sections += _for_comfyui(base, stem, rows, is_lora)
     elif client == "kohya":
-        sections += _for_kohya(base, stem, rows)
+        sections += _for_kohya(base, stem, rows, is_lora)
     else:
         sections += _for_peft(base, student, name, rows, folder)
     if client != "peft" and base.adapted is not None:
@@ -130,7 +138,7 @@ def _for_comfyui(base: Base, stem: str, rows: Sequence[Row], is_lora: bool) -> l
     lines, has_sigmas = [], False
     for row in rows:
         for steps in row.steps:
-            times = sampling_times(steps, row.num_segments)
+            times = row.grid.times(steps)
             simple = comfyui.is_simple(base, times)
             has_sigmas |= not simple
             schedule = (
@@ -153,11 +161,11 @@ def _for_comfyui(base: Base, stem: str, rows: Sequence[Row], is_lora: bool) -> l
     return ["## ComfyUI", table, *notes]
 
 
-def _for_kohya(base: Base, stem: str, rows: Sequence[Row]) -> list[str]:
+def _for_kohya(base: Base, stem: str, rows: Sequence[Row], is_lora: bool) -> list[str]:
     """Return the sections on A1111, Forge and sd-scripts."""
     lines, is_inexact = [], False
     for row in rows:
-        exact = [n for n in row.steps if comfyui.is_multiple(sampling_times(n, row.num_segments))]
+        exact = [n for n in row.steps if comfyui.is_multiple(row.grid.times(n))]
         is_inexact |= len(exact) < len(row.steps)
         sampler = {"lcm": "LCM", "euler": "Euler"}.get(SAMPLERS.get(row.gamma, ""), "-")
         counts = ", ".join(map(str, exact)) or f"{row.steps[0]}, but not so: see below"
@@ -167,7 +175,8 @@ def _for_kohya(base: Base, stem: str, rows: Sequence[Row]) -> list[str]:
     if rows[0].outside:
         layers = " and ".join(f"`{layer}`" for layer in rows[0].outside)
         notes.append(OUTSIDE_BLOCKS.format(layers=layers))
-    return ["## Files", KOHYA.format(stem=f"{stem}{rows[0].suffix}", rows="\n".join(lines)), *notes]
+    what = LORA.format(stem=f"{stem}{rows[0].suffix}") if is_lora else CHECKPOINT
+    return ["## Files", KOHYA.format(what=what, rows="\n".join(lines)), *notes]
 
 
 def _for_peft(base: Base, student: Student, name: str, rows: Sequence[Row], folder: Path) -> list[str]:
@@ -188,7 +197,7 @@ def _for_peft(base: Base, student: Student, name: str, rows: Sequence[Row], fold
     ]
     imports = f"from diffusers import DiffusionPipeline, {scheduler}\nfrom peft import PeftModel"
     num_steps = row.steps[0] if row.suffix else example_steps(student)
-    code = model_card.code(imports, setup, model_card.call(base, num_steps, row.gamma), inside or "sample")
+    code = model_card.code(imports, setup, model_card.call(base, row.grid, num_steps, row.gamma), inside or "sample")
     sections = ["## Use", PEFT.format(code=code).rstrip()]
     if len(rows) > 1:
         others = ", ".join(f"`steps-{row.steps[0]}`" for row in rows if row.suffix)

@@ -14,8 +14,9 @@ from diffusers import ModelMixin
 from ..storage.files import remove_partial_of, replacing, write_json
 from ..storage.tensors import write_tensors
 from ..training.progress import tell
-from . import client_card, comfyui, students
+from . import checkpoint_file, client_card, comfyui, students
 from .base import Base
+from .checkpoint_file import write_checkpoint
 from .client_card import Row
 from .client_files import module_of, write_comfyui, write_kohya, write_peft
 from .export import (
@@ -29,8 +30,10 @@ from .export import (
     export,
     refuse_existing,
     stock_steps,
+    tracked,
     with_target_times,
 )
+from .grids import SamplingGrid
 from .lora_files import Adapter
 from .students import Student
 
@@ -47,7 +50,7 @@ class Part:
 
     suffix: str
     steps: tuple[int, ...]
-    num_segments: int
+    grid: SamplingGrid
     gamma: float
     adapters: dict[str, Adapter] | None
     denoiser: Callable[[torch.dtype], ModelMixin]
@@ -80,18 +83,20 @@ def export_for(
     with replacing(out) as folder:
         folder.mkdir()
         rows = []
-        for part in parts(base, student, sources, gamma, form):  # one is in memory at a time
+        total = len(stock_steps(student)) or 1 + len(sources)
+        for part in tracked(parts(base, student, sources, gamma, form), total):  # one is in memory at a time
             WRITE[client](base, part, folder, name.rpartition("/")[2], form)
-            rows.append(Row(part.suffix, part.steps, part.gamma, part.num_segments, _outside_blocks(base, part)))
+            rows.append(Row(part.suffix, part.steps, part.gamma, part.grid, _outside_blocks(base, part)))
         copy_licences(base, folder)
-        card = client_card.card(client, base, student, name, rows, card_table, folder, languages)
+        is_lora = not _is_merged(student, form)
+        card = client_card.card(client, base, student, name, rows, is_lora, card_table, folder, languages)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return out
 
 
 def refuse(client: str, student: Student, base: Base, gamma: float, form: Form) -> None:
     """Raise ValueError for a student that `client` does not read, with what to export instead."""
-    merged = form.merge or students.combined_lora(student) is None
+    merged = _is_merged(student, form)
     if client == "comfyui":
         comfyui.refuse(base, gamma)
         if merged and not comfyui.nodes_of(base).reads_denoisers:
@@ -99,6 +104,9 @@ def refuse(client: str, student: Student, base: Base, gamma: float, form: Form) 
                 f"ComfyUI does not read whole denoisers of family {base.family} in diffusers' layout: "
                 + ("leave --merge out" if form.merge else "export for diffusers")
             )
+        return
+    if client == "kohya" and merged:
+        checkpoint_file.refuse(base)
         return
     if merged:
         why = "--merge leaves none" if form.merge else "this student was trained in full, without one"
@@ -108,6 +116,11 @@ def refuse(client: str, student: Student, base: Base, gamma: float, form: Form) 
             f"kohya's tools have no names for the layers of family {base.family}: export for "
             + ("comfyui, diffusers or peft" if base.comfyui else "diffusers or peft")
         )
+
+
+def _is_merged(student: Student, form: Form) -> bool:
+    """Return whether the student is written whole."""
+    return form.merge or students.combined_lora(student) is None
 
 
 def parts(base: Base, student: Student, snapshots: Mapping[int, Path], gamma: float, form: Form) -> Iterator[Part]:
@@ -128,7 +141,7 @@ def _whole(base: Base, student: Student, suffix: str, steps: tuple[int, ...], ga
     return Part(
         suffix=suffix,
         steps=steps,
-        num_segments=student.sampling_segments,
+        grid=student.grid,
         gamma=gamma,
         adapters=None if lora is None else adapters_with(base, lora),
         denoiser=lambda dtype: students.merged(student, dtype),
@@ -143,7 +156,7 @@ def _for_steps(base: Base, student: Student, num_steps: int, gamma: float, form:
     return Part(
         suffix=f"-{num_steps}-steps",
         steps=(num_steps,),
-        num_segments=student.sampling_segments,
+        grid=student.grid,
         gamma=gamma,
         adapters=adapters,
         denoiser=lambda dtype: denoiser_for_steps(base, student, num_steps, gamma, dtype),
@@ -170,13 +183,16 @@ def _write_comfyui(base: Base, part: Part, folder: Path, name: str, form: Form) 
         write_tensors(place / file, part.denoiser(form.denoiser_dtype(base)).state_dict())
     (folder / "workflows").mkdir(exist_ok=True)
     for steps in part.steps:
-        graph = comfyui.workflow(base, file, part.adapters is not None, steps, part.num_segments, part.gamma)
+        graph = comfyui.workflow(base, file, part.adapters is not None, steps, part.grid, part.gamma)
         write_json(folder / "workflows" / f"{name}-{steps}-steps.json", graph)
 
 
 def _write_kohya(base: Base, part: Part, folder: Path, name: str, form: Form) -> None:
-    assert part.adapters is not None
-    write_kohya(part.adapters, base, folder / f"{name}{part.suffix}.safetensors", form.lora_dtype)
+    file = folder / f"{name}{part.suffix}.safetensors"
+    if part.adapters is not None:
+        write_kohya(part.adapters, base, file, form.lora_dtype)
+    else:
+        write_checkpoint(part.denoiser(form.denoiser_dtype(base)), base, file, form.dtype)
 
 
 def _write_peft(base: Base, part: Part, folder: Path, name: str, form: Form) -> None:
@@ -185,7 +201,7 @@ def _write_peft(base: Base, part: Part, folder: Path, name: str, form: Form) -> 
     place = folder / f"steps-{part.steps[0]}" if part.suffix else folder
     place.mkdir(exist_ok=True)
     write_peft(part.adapters, base, place, form.lora_dtype)
-    base.stock_scheduler(part.gamma).save_pretrained(place / "scheduler")
+    base.stock_scheduler(part.gamma, part.grid).save_pretrained(place / "scheduler")
 
 
 WRITE: dict[str, Callable[[Base, Part, Path, str, Form], None]] = {

@@ -12,8 +12,10 @@ from diffusers import ModelMixin
 
 # Stability AI's names of layers that diffusers names differently, inside a residual block and outside all blocks.
 STABILITY_LAYERS = {
+    "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
@@ -23,6 +25,7 @@ STABILITY_ENDS = {
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
 Stacks = Mapping[str, tuple[str, ...]]  # an original layer's name -> the layers of diffusers that it stacks
@@ -124,9 +127,15 @@ def kohya_names(modules: Iterable[str], denoiser: ModelMixin, in_stability_block
     With `in_stability_blocks` the blocks have Stability AI's names, which readers expect for SDXL. Raise ValueError for
     a module that has no such name.
     """
-    places = _stability_blocks(denoiser) if in_stability_blocks else {}
-    names = {module: _stability_name(module, places) if places else module for module in modules}
+    modules = list(modules)
+    names = original_unet_names(modules, denoiser) if in_stability_blocks else dict(zip(modules, modules, strict=True))
     return {module: kohya_name(name) for module, name in names.items()}
+
+
+def original_unet_names(modules: Iterable[str], denoiser: ModelMixin) -> dict[str, str]:
+    """Return the names of `modules` of the UNet `denoiser` in Stability AI's checkpoints, by their own names."""
+    places = _stability_blocks(denoiser)
+    return {module: _stability_name(module, places) for module in modules}
 
 
 def kohya_text_names(modules: Iterable[str], part: str, family: str) -> dict[str, str]:

@@ -14,11 +14,12 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
 
 from ..equations.schedule import Schedule, scaled_linear_betas, vp_schedule
-from ..equations.segments import NUM_TIMES, sampling_times
+from ..equations.segments import NUM_TIMES
 from ..recipe.families import layout_of
 
 if TYPE_CHECKING:
     from .base import Base
+    from .grids import SamplingGrid
 
 SAMPLERS = {1.0: "lcm", 0.0: "euler"}  # that take the same steps, by gamma
 SIMPLE = "simple"  # the schedule whose times are every (T / N)-th of T
@@ -68,9 +69,9 @@ def other(link: Link, output: int) -> Link:
 
 
 def workflow(
-    base: "Base", file: str, is_lora: bool, num_steps: int, num_segments: int, gamma: float
+    base: "Base", file: str, is_lora: bool, num_steps: int, grid: "SamplingGrid", gamma: float
 ) -> dict[str, dict[str, Any]]:
-    """Return the workflow that samples a student of `base` in `num_steps` steps on the grid of `num_segments` segments.
+    """Return the workflow that samples a student of `base` in `num_steps` steps on `grid`.
 
     `file` is the student's, a LoRA or a denoiser, by its name in ComfyUI's folder. Raise ValueError as `refuse` does.
     """
@@ -84,7 +85,7 @@ def workflow(
         text_encoder = other(model, 1)
     elif is_lora:
         model = graph.add("LoraLoaderModelOnly", model=model, lora_name=file, strength_model=1.0)
-    times, sampler = sampling_times(num_steps, num_segments), SAMPLERS[gamma]
+    times, sampler = grid.times(num_steps), SAMPLERS[gamma]
     simple = is_simple(base, times)
     if base.prediction_type in PREDICTIONS:
         kind = PREDICTIONS[base.prediction_type]

@@ -54,7 +54,7 @@ class Composition:
 
     loras     styles, added to the weights
     controls  control networks, each with its picture (1, 3, H', W') in [0, 1] and a weight
-    image     (1, 3, H', W') in [0, 1], to start from
+    image     (1, 3, H', W') in [0, 1], to start from; or one for each of a batch
     strength  share of the time axis that is drawn: 1 leaves nothing of `image` but what the mask keeps
     mask      (1, 1, H', W') in [0, 1], 1 where the student draws
     """
@@ -71,7 +71,7 @@ class Composition:
     ):
         self.base, self.denoiser, self.controls = base, denoiser, controls
         self.image, self.strength, self.mask = image, strength, mask
-        self.latents = None if image is None else base.autoencoder.encode(image)  # (1, C, H, W)
+        self.latents = None if image is None else base.autoencoder.encode(image)  # (1, C, H, W), or (B, ...)
         add_loras(base, denoiser, loras)
 
     @torch.no_grad()

@@ -22,10 +22,16 @@ from ..recipe.families import layout_of, of_denoiser
 from ..storage.files import read_json
 from ..storage.tensors import read_shapes
 from .base import Base
+from .packing import as_tokens, patchified
 from .pictures import to_pil
 
 # diffusers' class of a control network: the denoiser's class that it is for
-DENOISERS = {"ControlNetModel": CONTROLLED, "T2IAdapter": CONTROLLED}
+DENOISERS = {
+    "ControlNetModel": CONTROLLED,
+    "T2IAdapter": CONTROLLED,
+    "SD3ControlNetModel": "SD3Transformer2DModel",
+    "FluxControlNetModel": "FluxTransformer2DModel",
+}
 WIDTHS = (16, 32, 96, 256)  # of a ControlNet's layers over its picture, each of which halves it but for the last
 Arguments = dict[str, Any]  # of a denoiser's forward, by name
 
@@ -65,12 +71,12 @@ def new_control_net(base: Base, seed: int) -> ControlNetModel:
         network = ControlNetModel.from_unet(base.denoiser, conditioning_embedding_out_channels=widths)
     if network.encoder_hid_proj is not None:
         network.encoder_hid_proj.load_state_dict(base.denoiser.encoder_hid_proj.state_dict())
-    return network.to(base.device, torch.float32)
+    return nn.Module.to(network, base.device, torch.float32)  # diffusers' own `to` warns without reason
 
 
 @contextmanager
 def controlled(denoiser: nn.Module, network: nn.Module, images: Tensor, scale: float = 1.0) -> Iterator[None]:
-    """Let a control network act on every pass of `denoiser` inside: on `images` (B, 3, H', W') in [0, 1].
+    """Let a control network act on every pass of `denoiser` inside: on `images` (B, 3, H', W') in [0, 1], as `shown`.
 
     One picture serves a batch of any size. `scale` multiplies what the network adds, as `controlnet_conditioning_scale`
     of stock pipelines; several networks add up.
@@ -84,12 +90,40 @@ def controlled(denoiser: nn.Module, network: nn.Module, images: Tensor, scale: f
 
 
 def load_control(base: Base, folder: Path, precision: torch.dtype) -> ModelMixin:
-    """Load the control network in `folder`, frozen, in `precision`, on the device of `base`."""
+    """Load the control network in `folder`, frozen, in `precision`, on the device of `base`.
+
+    Raise ValueError for one whose class has inputs that no picture gives.
+    """
     for path in sorted(folder.glob("*.safetensors")):
         read_shapes(path)  # raises with the name of a damaged file
     kind = getattr(diffusers, _kind(folder))
     network = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=precision)
+    if getattr(network, "union", False) or network.config.get("extra_conditioning_channels"):
+        raise ValueError(f"{folder}: it takes a mode, or a mask, beside a picture: take a network for pictures alone")
+    if network.config.get("use_pos_embed") is False:  # it has the transformer's, as in the stock pipeline
+        network.pos_embed = network._get_pos_embed_from_transformer(base.denoiser).to(precision)
     return network.to(base.device).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def shown(base: Base, network: ModelMixin, images: Tensor) -> Tensor:
+    """Return `images` (B, 3, H', W') in [0, 1] as `controlled` takes them: as latents for transformers.
+
+    As in the stock pipelines, SD3's without pooled text has latents without the autoencoder's shift, and FLUX's with
+    layers over the picture has the picture in [-1, 1].
+    """
+    kind = type(network).__name__
+    if kind == "SD3ControlNetModel":
+        latents = base.autoencoder.encode(images)
+        settings = base.pipeline.vae.config
+        return (
+            latents + settings.shift_factor * settings.scaling_factor * network.config.force_zeros_for_pooled_projection
+        )
+    if kind == "FluxControlNetModel":
+        if network.input_hint_block is not None:
+            return 2 * images - 1
+        return as_tokens(patchified(base.autoencoder.encode(images), base.geometry.multiple))
+    return images
 
 
 @torch.no_grad()
@@ -162,9 +196,53 @@ def _t2i_adapter(network: ModelMixin, images: Tensor, scale: float) -> Callable[
     return add
 
 
+def _sd3_control_net(network: ModelMixin, latents: Tensor, scale: float) -> Callable[[Arguments], Arguments]:
+    def add(given: Arguments) -> Arguments:
+        states, pooled, t = (given[name] for name in ("hidden_states", "pooled_projections", "timestep"))
+        (blocks,) = network(
+            hidden_states=states if network.config.use_pos_embed else network.pos_embed(states),
+            controlnet_cond=latents.to(states.dtype).expand(len(states), -1, -1, -1),
+            conditioning_scale=scale,
+            encoder_hidden_states=given["encoder_hidden_states"] if network.context_embedder is not None else None,
+            pooled_projections=torch.zeros_like(pooled) if network.config.force_zeros_for_pooled_projection else pooled,
+            timestep=t if t.ndim == 1 else t[:, 0],  # without a conditioned student's target times
+            return_dict=False,
+        )
+        name = "block_controlnet_hidden_states"
+        return {name: _sum(given.get(name), blocks)}
+
+    return add
+
+
+def _flux_control_net(network: ModelMixin, tokens: Tensor, scale: float) -> Callable[[Arguments], Arguments]:
+    width = network.config.pooled_projection_dim
+
+    def add(given: Arguments) -> Arguments:
+        states = given["hidden_states"]
+        of_both, of_one = network(
+            hidden_states=states,
+            controlnet_cond=tokens.to(states.dtype).expand(len(states), *[-1] * (tokens.ndim - 1)),
+            conditioning_scale=scale,
+            encoder_hidden_states=given["encoder_hidden_states"],
+            pooled_projections=given["pooled_projections"][:, :width],  # without a conditioned student's target times
+            timestep=given["timestep"],
+            img_ids=given["img_ids"],
+            txt_ids=given["txt_ids"],
+            guidance=given["guidance"] if network.config.guidance_embeds else None,
+            return_dict=False,
+        )
+        added = {"controlnet_block_samples": of_both, "controlnet_single_block_samples": of_one}
+        summed = {name: _sum(given.get(name), own) for name, own in added.items() if own is not None}
+        return summed | {"controlnet_blocks_repeat": network.input_hint_block is not None}
+
+    return add
+
+
 HOOKS: Mapping[str, Callable[[ModelMixin, Tensor, float], Callable[[Arguments], Arguments]]] = {
     "ControlNetModel": _control_net,
     "T2IAdapter": _t2i_adapter,
+    "SD3ControlNetModel": _sd3_control_net,
+    "FluxControlNetModel": _flux_control_net,
 }
 
 

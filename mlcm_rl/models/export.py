@@ -13,14 +13,15 @@ The folder is a complete pipeline with the student's weights merged into the den
 import copy
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.models.embeddings import TimestepEmbedding
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +29,7 @@ from ..equations.segments import sampling_times
 from ..equations.solver import time_before_noise
 from ..storage import finite
 from ..storage.files import forget_origin, remove_partial_of, replacing
+from ..training.console import plain_console
 from . import model_card, students, teacher_lora
 from .base import Base
 from .client_files import KOHYA_FILE, write_kohya
@@ -36,6 +38,7 @@ from .lora_files import LORA_FILE, Adapter, combined, write_lora
 from .students import Student
 from .text_parts import write_for_transformers_4
 
+Part = TypeVar("Part")
 STOCK_STEPS = (2, 3, 4, 6, 8)  # of the folders steps-N of a conditioned student without budgets
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)  # in which stock pipelines are run
 
@@ -89,15 +92,21 @@ def export(
     remove_partial_of(out)
     with replacing(out) as folder:
         _write_pipeline(base, student, gamma, folder, form)
-        for num_steps, source in sources.items():  # one is in memory at a time
+        for num_steps, source in tracked(sources.items(), len(sources)):  # one is in memory at a time
             _write_snapshot(base, students.load_student(base, source), folder / f"steps-{num_steps}", form)
-        for num_steps in stock_steps(student):
+        counts = stock_steps(student)
+        for num_steps in tracked(counts, len(counts)):
             _write_for_steps(base, student, num_steps, gamma, folder / f"steps-{num_steps}", form)
         forget_origin(folder)
         copy_licences(base, folder)
         card = model_card.card(base, student, form.name or out.name, gamma, card_table, folder, languages)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return out
+
+
+def tracked(parts: Iterable[Part], total: int) -> Iterable[Part]:
+    """Yield `parts`, with a bar and an ETA on a terminal's standard error: each may be a whole denoiser."""
+    return track(parts, "parts", total=total, console=plain_console(stderr=True), transient=True)
 
 
 def checked_snapshots(student: Student, snapshots: Mapping[int, Path] | None) -> dict[int, Path]:
@@ -140,7 +149,7 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path, fo
     if has_class:
         _require_class_labels(denoiser)
     setattr(pipeline, base.denoiser_part, denoiser)
-    pipeline.scheduler = base.stock_scheduler(gamma)
+    pipeline.scheduler = base.stock_scheduler(gamma, student.grid)
     if "requires_safety_checker" in pipeline.config:  # it is not loaded, so it is not exported
         pipeline.register_to_config(requires_safety_checker=False)
     if "is_distilled" in pipeline.config:  # its pipeline guides no second time, whatever the scale
@@ -152,6 +161,7 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path, fo
         # of a half-precision teacher one precision
         _edit(config, dtype="float32")
     shutil.copy(student.folder / students.DESCRIPTION_FILE, folder)
+    _edit(folder / students.DESCRIPTION_FILE, gamma=gamma)  # which TCD's scheduler does not say
     if has_class:
         (folder / "pipeline.py").write_text(_pipeline_code(student, gamma, type(pipeline).__name__), encoding="utf-8")
         _edit(folder / "model_index.json", _class_name=["pipeline", "TargetTimePipeline"])
@@ -188,7 +198,7 @@ def _edit(file: Path, **settings: Any) -> None:
 
 def _write_snapshot(base: Base, student: Student, folder: Path, form: Form) -> None:
     """Write a snapshot's adapter or denoiser, and its scheduler."""
-    base.stock_scheduler(student.default_gamma).save_pretrained(folder / "scheduler")
+    base.stock_scheduler(student.default_gamma, student.grid).save_pretrained(folder / "scheduler")
     if lora := _adapter(base, student, form):
         _write_adapter(base, lora, folder, form)
     else:

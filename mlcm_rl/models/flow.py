@@ -16,6 +16,7 @@ from ..equations.schedule import Schedule, flow_schedule, flow_shift
 from ..recipe import Teacher, teacher_files
 from ..recipe.schedule_types import SHIFT_OF_TOKENS, FlowScheduler
 from .base import Base
+from .grids import USUAL, SamplingGrid
 
 MAX_SHIFT = 1e6  # beyond it, and below its inverse, only the ends of the time axis would be noise or picture
 
@@ -74,8 +75,10 @@ class FlowBase(Base):
     def schedule_record(self) -> dict[str, Any]:
         return {"num_train_timesteps": self.schedule.num_times, "shift": self.shift}
 
-    def stock_scheduler(self, gamma: float) -> FlowMatchEulerDiscreteScheduler | FlowMatchLCMScheduler:
-        """Return Euler's scheduler for gamma 0, LCM's for gamma 1; both need the sigmas of `stock_call`.
+    def stock_scheduler(
+        self, gamma: float, grid: SamplingGrid = USUAL
+    ) -> FlowMatchEulerDiscreteScheduler | FlowMatchLCMScheduler:
+        """Return Euler's scheduler for gamma 0, LCM's for gamma 1; both need the sigmas of `stock_call`, of any grid.
 
         LCM's draws its noise from the global generator in most pipelines. Raise ValueError for any other gamma, which
         no stock scheduler of flows has.

@@ -41,6 +41,11 @@ class SamplingGrid:
         return not isinstance(self.name, tuple) or num_steps == len(self.name)
 
     @property
+    def by_steps(self) -> "SamplingGrid":
+        """Return the grid that a stock scheduler visits for a number of steps alone: that of one segment."""
+        return SamplingGrid(self.name)
+
+    @property
     def original_steps(self) -> int:
         """Return how many evenly spaced times a stock scheduler chooses its steps from; for a list, all of them."""
         return ORIGINAL_STEPS["trailing" if isinstance(self.name, tuple) else self.name]
@@ -49,6 +54,9 @@ class SamplingGrid:
     def steps(self) -> list[int]:
         """Return the numbers of steps that it has times for, up to 8."""
         return [n for n in range(1, NUM_SEGMENTS + 1) if self.has(n)]
+
+
+USUAL = SamplingGrid()
 
 
 def grid_named(value: object, num_segments: int = 1) -> SamplingGrid:

@@ -10,13 +10,14 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from ..equations.segments import NUM_SEGMENTS, paper_times, sampling_times
+from ..equations.segments import NUM_SEGMENTS, paper_times
 from ..recipe.families import layout_of
 from ..storage.files import public, read_json
 from ..storage.untrusted import read_bytes
 from . import students
 from .base import Base
 from .client_files import KOHYA_FILE
+from .grids import SamplingGrid
 from .lora_files import LORA_FILE
 from .students import Student
 
@@ -58,7 +59,8 @@ NOTES = """\
   variants: leave `variant="fp16"` out."""
 OTHER_TOOLS = """\
 In ComfyUI, with the text encoders and the autoencoder of the teacher's checkpoint; cfg 1.0, scheduler `simple`. With
-another scheduler or number of steps it goes through times that the student did not learn.
+another scheduler or number of steps it goes through times that the student did not learn. `mlcm export --format
+comfyui` writes a workflow for each number of steps, with its sigmas where they are not those of `simple`.
 
 | file | folder of ComfyUI | node | sampler | steps |
 |---|---|---|---|---|
@@ -66,6 +68,9 @@ another scheduler or number of steps it goes through times that the student did 
 
 `{kohya}`, where there is one, is the adapter for Forge, A1111, sd-scripts and InvokeAI too. `{lora}` is for diffusers
 alone: other tools apply it in part, or not at all."""
+OF_TRANSFORMER = """\
+`{lora}`, where there is one, is for ComfyUI too, in `models/loras`. It takes other times there unless the sigmas are
+set: `mlcm export --format comfyui` writes a workflow for each number of steps that does."""
 NOTE_ON_LANGUAGES = """\
 - The student was trained and measured with a text adapter for {languages}, which is not in this folder and which stock
   pipelines do not know: they take what it makes of a prompt as `prompt_embeds` (docs/text_adapter.md of `mlcm_rl`)."""
@@ -104,6 +109,8 @@ def card(
     widths = tuple(getattr(base.denoiser.config, "block_out_channels", ()))
     if base.kohya_version is not None and widths in PUBLISHED_WIDTHS:
         sections.append("## ComfyUI and other tools\n\n" + _other_tools(base, student, folder, step_folders, gamma))
+    elif base.comfyui is not None and base.comfyui.reads_adapters:
+        sections.append("## ComfyUI\n\n" + OF_TRANSFORMER.format(lora=LORA_FILE))
     sections.append("## Grids\n\n" + _grids(base, student))
     return joined([*sections, *ending(metadata, table)])
 
@@ -119,8 +126,8 @@ def joined(sections: list[str]) -> str:
 def introduction(base: Base, student: Student, name: str, guidance: str) -> str:
     """Return the title and what the student is; `guidance` says how to sample without."""
     return (
-        f"# {name}\n\nA student of `{public(base.teacher.path)}`{_with_lora(base)} for {_budgets(student)} steps, made "
-        f"by multistep consistency distillation with `mlcm-rl` (guidance {base.teacher.guidance_scale:g} is inside: "
+        f"# {name}\n\nA student of `{public(base.teacher.path)}`{_with_lora(base)} for {_budgets(student)} steps, "
+        f"{_origin(student)} (guidance {base.teacher.guidance_scale:g} is inside: "
         f"{guidance}). {_kind(student)}"
     )
 
@@ -192,6 +199,14 @@ def _budgets(student: Student) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+def _origin(student: Student) -> str:
+    """Return in a phrase how the student was made, or where it was taken from."""
+    source = students.describe(student.folder).get("source")
+    if isinstance(source, str):
+        return f"taken from `{source}` with `mlcm-rl`, which did not distil it"
+    return "made by multistep consistency distillation with `mlcm-rl`"
+
+
 def _kind(student: Student) -> str:
     distilled = (
         "It is told the time that each step ends at, so one student serves all of these numbers of steps."
@@ -217,7 +232,7 @@ def _usage(base: Base, student: Student, name: str, gamma: float) -> str:
     return code(
         "from diffusers import DiffusionPipeline",
         [f"pipe = DiffusionPipeline.from_pretrained({quoted(name)}{trust}{absent(base)})"],
-        call(base, example_steps(student), gamma),
+        call(base, student.grid, example_steps(student), gamma),
         "sample",
     )
 
@@ -249,7 +264,12 @@ def _part_usage(base: Base, student: Student, name: str, part: Path, gamma: floa
         setup.append(f'pipe.{at} = {network}.from_pretrained({quoted(name)}, subfolder="{inside}/{at}")')
     place = f"{inside}/scheduler".removeprefix("/")
     setup.append(f'pipe.scheduler = {scheduler(part)}.from_pretrained({quoted(name)}, subfolder="{place}")')
-    return code(f"from diffusers import {', '.join(classes)}", setup, call(base, num_steps, gamma), inside or "adapter")
+    return code(
+        f"from diffusers import {', '.join(classes)}",
+        setup,
+        call(base, student.grid, num_steps, gamma),
+        inside or "adapter",
+    )
 
 
 def _steps_usage(base: Base, student: Student, name: str, folders: list[Path], gamma: float) -> str:
@@ -274,8 +294,8 @@ def _instead(base: Base) -> str:
     return "without the class in this folder" if base.has_target_time_pipeline else "at other numbers of steps"
 
 
-def call(base: Base, num_steps: int, gamma: float) -> str:
-    values = base.stock_call(sampling_times(num_steps)) | base.stock_guidance | base.stock_size
+def call(base: Base, grid: SamplingGrid, num_steps: int, gamma: float) -> str:
+    values = base.stock_arguments(grid, num_steps) | base.stock_guidance | base.stock_size
     eta = {"eta": gamma} if 0.0 < gamma < 1.0 else {}
     return f'pipe(prompt="a red apple", {arguments(values | eta)}, generator=seed)'
 
@@ -390,9 +410,9 @@ def _grids(base: Base, student: Student) -> str:
     ]
     for num_steps in student.budgets or range(1, NUM_SEGMENTS + 1):
         grids = [
-            sampling_times(num_steps),
+            student.grid.by_steps.times(num_steps),
             paper_times(num_steps),
-            sampling_times(num_steps, student.sampling_segments),
+            student.grid.times(num_steps),
         ]
         network_time = base.schedule.network_time
         default, *_ = cells = [base.stock_call(times).get("sigmas", network_time[times].tolist()) for times in grids]

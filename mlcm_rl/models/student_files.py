@@ -23,6 +23,7 @@ from ..storage.untrusted import first_few
 from . import students, teacher_lora, teachers
 from .base import Base
 from .gammas import own_gamma
+from .grids import MILESTONES
 from .lora_files import LORA_FILE, Adapter, combined, read_lora, write_lora
 from .quantised import is_quantised
 
@@ -64,6 +65,12 @@ def _description(base: Base, source: StudentSource, found: Found, known: dict[st
     description |= {name: value for name in ("gamma", "grid") if (value := getattr(found, name)) is not None}
     named = source.model_dump(include={"gamma", "grid", "num_segments"})
     description |= {name: value for name, value in named.items() if value is not None}
+    if isinstance(description.get("grid"), list):
+        description["budgets"] = [len(description["grid"])]
+    if known["conditioned"] and description.get("grid", MILESTONES) != MILESTONES:
+        raise ValueError(
+            f"start: {source.path}: it is told the times that it jumps to, which are milestones: leave grid out"
+        )
     description |= students.expected_of(base)
     teacher = base.teacher
     description |= {"teacher": public(teacher.path), "teacher_hash": teachers.teacher_hash(teacher)}

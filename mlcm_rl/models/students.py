@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..recipe import Full, Lora
 from ..recipe.families import layout_of
-from ..recipe.types import default_gamma, sampling_segments
+from ..recipe.types import default_gamma
 from ..storage import finite
 from ..storage.files import forget_origin, replacing, write_json
 from ..storage.tensors import misfits, read_shapes, read_tensors, write_tensors
@@ -65,11 +65,6 @@ class Student:
         One from elsewhere states its own.
         """
         return default_gamma(self.num_segments, self.conditioned) if self.stated_gamma is None else self.stated_gamma
-
-    @property
-    def sampling_segments(self) -> int:
-        """Return the segments whose boundaries its sampler visits: 1 for a conditioned student."""
-        return sampling_segments(self.num_segments, self.conditioned)
 
 
 def student(

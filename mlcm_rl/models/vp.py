@@ -7,8 +7,8 @@ from diffusers import LCMScheduler, TCDScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from ..equations.schedule import Schedule, scaled_linear_betas, vp_schedule
-from ..equations.segments import NUM_SEGMENTS, sampling_times
 from .base import Base
+from .grids import USUAL, SamplingGrid
 
 SCHEDULE_KEYS = (
     "num_train_timesteps",
@@ -33,20 +33,25 @@ class VPBase(Base):
         settings = self.pipeline.scheduler.config.items()
         return {key: value for key, value in settings if key.startswith(("beta", "num_", "predict"))}
 
-    def stock_scheduler(self, gamma: float) -> LCMScheduler | TCDScheduler:
+    def stock_scheduler(self, gamma: float, grid: SamplingGrid = USUAL) -> LCMScheduler | TCDScheduler:
         """Return LCM's scheduler for gamma 1, else TCD's, whose `eta` is gamma.
 
         Pipelines pass eta 0 by default. TCD's last step ends at index 0, not at x0. Raise ValueError if the scheduler
-        cannot visit the milestones.
+        cannot visit the grid.
         """
         teacher = self.pipeline.scheduler.config
         settings = {key: teacher[key] for key in SCHEDULE_KEYS if key in teacher}
-        scheduler = (LCMScheduler if gamma == 1.0 else TCDScheduler)(**settings, original_inference_steps=NUM_SEGMENTS)
-        scheduler.set_timesteps(NUM_SEGMENTS)
-        expected = self.schedule.network_time[sampling_times(NUM_SEGMENTS)].tolist()
+        kind = LCMScheduler if gamma == 1.0 else TCDScheduler
+        scheduler = kind(**settings, original_inference_steps=grid.original_steps)
+        num_steps = grid.steps[-1]
+        expected = self.schedule.network_time[grid.by_steps.times(num_steps)].tolist()
+        if isinstance(grid.name, str):
+            scheduler.set_timesteps(num_steps)
+        else:
+            scheduler.set_timesteps(timesteps=expected)
         if scheduler.timesteps.tolist() != expected:
             raise ValueError(
-                f"a teacher of {teacher['num_train_timesteps']} times has milestones {expected}; "
+                f"a teacher of {teacher['num_train_timesteps']} times has the {grid} {expected}; "
                 f"{type(scheduler).__name__} visits {scheduler.timesteps.tolist()}: no stock pipeline can sample it"
             )
         return scheduler

@@ -49,7 +49,8 @@ def find_stage(run_folder: Path, kinds: tuple[str, ...]) -> Path:
     if (run_folder / "model_index.json").is_file():
         raise RunError(
             f"{run_folder} is a model for diffusers, as `mlcm export` writes them, and no run: its README.md has the "
-            "code that draws with it; `mlcm sample`, `evaluate`, `export` and `pairs` take the run that it was made by"
+            "code that draws with it; `mlcm sample`, `evaluate`, `export` and `pairs` take the run that made it, "
+            "or one whose recipe starts from it (docs/start_from.md)"
         )
     for folder in [run_folder, *sorted(run_folder.glob("[0-9]*-*"), reverse=True)]:
         if is_finished(folder) and read_json(folder / "manifest.json", kind=str)["kind"] in kinds:

@@ -110,7 +110,8 @@ def compose(base: Base, student: Student, inputs: Inputs) -> Composition:
     for one, file in zip(inputs.controls, inputs.control_images, strict=True):
         shown = read(base, file, "--control-image")
         shown = edge_map(shown).expand(-1, 3, -1, -1) if inputs.takes_edges else shown
-        controls.append((control.load_control(base, one.path, precision_of(student.denoiser)), shown, one.weight))
+        network = control.load_control(base, one.path, precision_of(student.denoiser))
+        controls.append((network, control.shown(base, network, shown), one.weight))
     if inputs.ip_adapter is not None and inputs.ip_image is not None:
         shown = read(base, inputs.ip_image, "--ip-image")
         control.add_ip_adapter(base, student.denoiser, inputs.ip_adapter.path, shown, inputs.ip_adapter.weight)

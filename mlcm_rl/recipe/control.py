@@ -31,6 +31,11 @@ class TrainControl(Training):
     prompt_dropout: Fraction = Field(
         0.5, description="share of prompts dropped, so that edges alone must do (arXiv 2302.05543, section 3.3)"
     )
+    min_snr_gamma: PositiveFloat | None = Field(
+        None,
+        description="most an error of x0 weighs, arXiv 2303.09556; below 1 most times weigh alike in x0, so that the "
+        "noisy ones, where shapes are decided, count",
+    )
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -59,9 +64,12 @@ class TrainControl(Training):
         return [*coding, Pass("student", samples, batch=batch, gradient=True, output="prediction")]
 
     def networks(self, distilled: Lora | Full) -> Networks:
-        """Return a second denoiser beside the teacher's: above a ControlNet, which is a copy of half of it."""
-        return Networks(Full())
+        """Return the ControlNet over the teacher."""
+        return Networks(has_control=True)
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
-        """Return the bytes of a second denoiser in half precision, and of checkpoints with Adam's moments."""
+        """Return the bytes of a ControlNet in half precision and of checkpoints with Adam's moments, as of a denoiser.
+
+        It is a copy of less than half of one.
+        """
         return values.denoiser * (2 + self.keep_checkpoints * 12)

@@ -18,20 +18,18 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..storage.files import CheckpointError
-from ..storage.untrusted import regular
-from . import errors, renamed, reward_package, reward_settings, student_sources, teacher_problems
+from . import errors, missing, renamed, reward_package, reward_settings, student_sources, teacher_problems
 from .distill import Distill
 from .experiment import Recipe, Stage, gamma_of, missing_library, missing_trackers, student_before
 from .languages import code_meant, says_language
-from .missing import absent, merged, nearest_beside
 from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
 from .reads import reads_of
 from .schema import json_schema
-from .start import PREVIOUS, Start
+from .start import Start, written_key
 from .teacher_stages import TrainTeacher, Trajectories
 from .tree import Key, Node, Problem, RecipeError, nearest, override, read
-from .types import TRAINED, Full, Lora, Reward
+from .types import TRAINED, Full, Lora
 
 
 def load(
@@ -71,29 +69,13 @@ def load(
     )
     if root is not None:
         found = (replace(problem, key=written(problem.key)) for problem in check(recipe, folders))
-        problems += merged([_with_place(problem, tree, str(path)) for problem in found], Path(path))
+        problems += missing.merged([_with_place(problem, tree, str(path)) for problem in found], Path(path))
     if problems:
         raise RecipeError(problems)
     recipe, notes = resolved(recipe, folders)
     for note in notes:
         tell(f"{path}: {note}")
     return recipe
-
-
-def written_key(tree: Node, key: Key) -> Key:
-    """Return where the file has the value at `key` of a recipe, whose stages are more: a `start` is one of its own."""
-    stages = tree.child("stages")
-    if key[:1] != ("stages",) or len(key) < 2 or stages is None or not isinstance(stages.content, list):
-        return key
-    places: list[Key] = []
-    is_text: list[bool] = []
-    for i, stage in enumerate(stages.content):
-        named = [(name, one.content) for name in ("start", "student") if (one := stage.child(name)) is not None]
-        sources = [(name, content) for name, content in named if content not in (None, PREVIOUS)]
-        places += [*(("stages", i, name) for name, _ in sources), ("stages", i)]
-        is_text += [*(isinstance(content, str) for _, content in sources), False]
-    number = int(key[1])
-    return places[number] if is_text[number] else (*places[number], *key[2:])
 
 
 def check(recipe: Recipe, folders: Folders) -> list[Problem]:
@@ -136,7 +118,9 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
                 yield from _source_problems(("stages", i), stage, folders)
             elif (path := settings[name]) is not None:
                 is_table = name == "pairs" and Path(path).suffix == ".parquet"
-                yield from absent(("stages", i, name), path, folders, holding=None if is_table else mark.holding)
+                yield from missing.absent(
+                    ("stages", i, name), path, folders, holding=None if is_table else mark.holding
+                )
         for name in ("prompts", "guard_prompts"):
             path, entry = settings.get(name), ("stages", i, name)
             if path and Path(path).suffix not in (".txt", ".jsonl") and not os.path.isdir(folders.place(entry, path)):
@@ -144,17 +128,17 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
             elif path and _is_blank(folders.place(entry, path)):
                 yield Problem(entry, f"{path} holds no prompt: write one a line")
         for j, other in enumerate(settings.get("also", [])):
-            yield from absent(("stages", i, "also", j), other, folders, holding="manifest.json")
+            yield from missing.absent(("stages", i, "also", j), other, folders, holding="manifest.json")
         for key, reward in rewards_in(("stages", i), stage):
             if reward.name not in known_rewards:
                 message = f"no reward is called {reward.name}; known are {', '.join(known_rewards) or 'none'}"
                 yield Problem(key, message, nearest(reward.name, known_rewards))
             else:
                 yield from reward_settings.problems(key[:-1], reward)
-            yield from _endless((*key[:-1], "settings"), reward, folders)
+            yield from missing.endless((*key[:-1], "settings"), reward, folders)
             folder = reward.settings.get("folder") if reward.name == TRAINED else None
             if isinstance(folder, str):
-                yield from absent((*key[:-1], "settings", "folder"), folder, folders, holding="reward.json")
+                yield from missing.absent((*key[:-1], "settings", "folder"), folder, folders, holding="reward.json")
 
 
 def _source_problems(key: Key, stage: Stage, folders: Folders) -> Iterator[Problem]:
@@ -162,7 +146,7 @@ def _source_problems(key: Key, stage: Stage, folders: Folders) -> Iterator[Probl
     assert isinstance(stage, Start), "no other stage names one"
     path = folders.place((*key, "path"), stage.path)
     if not stage.path or not os.path.exists(path):
-        beside = nearest_beside((*key, "path"), stage.path, folders, "*") if stage.path else ""
+        beside = missing.beside((*key, "path"), stage.path, folders, "*") if stage.path else ""
         message = f"no such file or folder: {stage.path}" if stage.path else "expected a path, found empty text"
         yield Problem((*key, "path"), message, beside, looked_in=folders.looked_in((*key, "path"), stage.path))
         return
@@ -172,17 +156,6 @@ def _source_problems(key: Key, stage: Stage, folders: Folders) -> Iterator[Probl
         yield Problem((*key, "path"), str(error))
 
 
-def _endless(key: Key, reward: Reward, folders: Folders) -> Iterator[Problem]:
-    """Yield a problem for each setting of a reward that is the path of a pipe, a socket or a device."""
-    for name, text in reward.settings.items():
-        place = folders.place((*key, name), text) if isinstance(text, str) else None
-        if place is not None and os.path.exists(place):
-            try:
-                regular(place)
-            except ValueError as error:
-                yield Problem((*key, name), str(error))
-
-
 def _runs_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
     if not recipe.runs or os.path.isfile(folders.working / recipe.runs):
         actual = f"the file {recipe.runs}" if recipe.runs else "empty text"
@@ -190,7 +163,7 @@ def _runs_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
 
 
 def _is_blank(path: Path) -> bool:
-    """Return whether the file `path` has only white space. False without such a file, which `absent` reports."""
+    """Return whether the file `path` has only white space. False without such a file, which `missing` reports."""
     if not os.path.isfile(path):
         return False
     with suppress(OSError), path.open("rb") as file:
@@ -233,6 +206,10 @@ def _tuning_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
         if stage.needs_random_steps and stage.gamma is None and gamma == 0.0:
             message = f"{stage.kind} needs random steps here, and the student that it tunes samples without noise"
             yield Problem(("stages", i, "gamma"), f"{message} (gamma 0) by default: set gamma, such as 0.3")
+        begun = None if before is None else recipe.stages[before]
+        if isinstance(begun, Start) and isinstance(begun.grid, list) and len(begun.grid) != stage.sampling_steps:
+            message = f"expected {len(begun.grid)}, as many as the times of its start's grid {begun.grid}, found "
+            yield Problem(("stages", i, "sampling_steps"), f"{message}{stage.sampling_steps}")
         if stage.languages and not sum(stage.languages.values()):
             yield Problem(("stages", i, "languages"), "all weights are 0, so that no prompt can be drawn")
         for name in stage.languages:

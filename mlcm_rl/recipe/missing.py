@@ -1,4 +1,4 @@
-"""Whether the files that a recipe names are there, and what lies nearest to one that is not.
+"""Paths of a recipe that lead to nothing.
 
 Where a folder is missing that the recipe's own command makes, that is one problem, not one a file.
 """
@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..storage.untrusted import regular
 from .paths import Folders
 from .tree import Key, Problem, nearest_file
+from .types import Reward
 
 
 def absent(key: Key, name: str, folders: Folders, holding: str | None = None) -> Iterator[Problem]:
@@ -22,24 +24,35 @@ def absent(key: Key, name: str, folders: Folders, holding: str | None = None) ->
             yield Problem(key, f"expected a file, found the folder {name}")
         elif not os.path.isfile(path):
             yield Problem(
-                key, f"no such file: {name}", nearest_beside(key, name, folders, "*"), looked_in=looked_in, absent=path
+                key, f"no such file: {name}", beside(key, name, folders, "*"), looked_in=looked_in, absent=path
             )
     elif os.path.isfile(path):
         yield Problem(key, f"expected a folder, found the file {name}")
     elif not os.path.isdir(path):
         yield Problem(
-            key, f"no such folder: {name}", nearest_beside(key, name, folders, "*/"), looked_in=looked_in, absent=path
+            key, f"no such folder: {name}", beside(key, name, folders, "*/"), looked_in=looked_in, absent=path
         )
     elif not os.path.exists(path / holding):
         yield Problem(key, f"the folder {name} holds no {holding}")
 
 
-def nearest_beside(key: Key, name: str, folders: Folders, pattern: str) -> str:
+def beside(key: Key, name: str, folders: Folders, pattern: str) -> str:
     """Return the nearest existing name to a missing one, relative to the folder of a recipe's paths; empty if none."""
     for folder in folders.of(key):
         if nearest_path := nearest_file(folder / name, pattern):
             return nearest_path if Path(name).is_absolute() else os.path.relpath(nearest_path, folder)
     return ""
+
+
+def endless(key: Key, reward: Reward, folders: Folders) -> Iterator[Problem]:
+    """Yield a problem for each setting of a reward that is the path of a pipe, a socket or a device."""
+    for name, text in reward.settings.items():
+        place = folders.place((*key, name), text) if isinstance(text, str) else None
+        if place is not None and os.path.exists(place):
+            try:
+                regular(place)
+            except ValueError as error:
+                yield Problem((*key, name), str(error))
 
 
 def merged(problems: Sequence[Problem], recipe: Path) -> list[Problem]:

@@ -7,6 +7,7 @@ from pydantic import Field, PositiveFloat, field_validator
 from .reads import STUDENT
 from .stage import OneStage
 from .takes import Values
+from .tree import Key, Node
 from .types import Fraction, Strict
 
 if TYPE_CHECKING:
@@ -71,3 +72,19 @@ def source_of(named: str | StudentSource) -> StudentSource:
 def stage_of(named: str | StudentSource) -> Start:
     """Return the stage that takes in the student `named`."""
     return Start(**source_of(named).model_dump())
+
+
+def written_key(tree: Node, key: Key) -> Key:
+    """Return where the file has the value at `key` of a recipe, whose stages are more: a `start` is one of its own."""
+    stages = tree.child("stages")
+    if key[:1] != ("stages",) or len(key) < 2 or stages is None or not isinstance(stages.content, list):
+        return key
+    places: list[Key] = []
+    is_text: list[bool] = []
+    for i, stage in enumerate(stages.content):
+        named = [(name, one.content) for name in ("start", "student") if (one := stage.child(name)) is not None]
+        sources = [(name, content) for name, content in named if content not in (None, PREVIOUS)]
+        places += [*(("stages", i, name) for name, _ in sources), ("stages", i)]
+        is_text += [*(isinstance(content, str) for _, content in sources), False]
+    number = int(key[1])
+    return places[number] if is_text[number] else (*places[number], *key[2:])

@@ -73,6 +73,7 @@ class Networks:
     tiles          pixels a side of the autoencoder's tiles
     measuring      files and folders of the networks of metrics
     text_adapter   what is trained in place of a student, whose frozen weights are then the teacher's
+    has_control    whether a ControlNet is trained in its place
     """
 
     student: Lora | Full | None = None
@@ -86,6 +87,7 @@ class Networks:
     tiles: int | None = None
     measuring: tuple[str, ...] = ()
     text_adapter: TextNetwork | None = None
+    has_control: bool = False
 
     @property
     def trained(self) -> Lora | Full | None:

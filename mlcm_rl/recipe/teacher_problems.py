@@ -8,12 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..storage.untrusted import read_bytes
-from . import teacher_check
+from . import missing, teacher_check
 from .adapt_text import AdaptText
 from .control import CONTROLLED, TrainControl
 from .experiment import Recipe
 from .families import absent_extras, adaptable, family_of, geometry, layout_of, of_denoiser
-from .missing import absent
 from .paths import Folders
 from .teacher_stages import Trajectories
 from .tree import Problem
@@ -56,7 +55,7 @@ def _folder_problems(teacher: Teacher, folders: Folders) -> Iterator[Problem]:
             )
             yield Problem(key, f"{message}to name here, where BASE is its base model's folder in diffusers format")
             return
-        yield from absent(key, teacher.path, folders, holding="model_index.json")
+        yield from missing.absent(key, teacher.path, folders, holding="model_index.json")
         yield from (wrong := list(_family_problems(teacher, folder)))
         yield from _resolution_problems(teacher, folder)
         if not wrong and os.path.exists(folder / "model_index.json"):
@@ -75,7 +74,7 @@ def _lora_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
         return
     if name and os.path.isfile(folders.place(key, name)) and Path(name).suffix != ".safetensors":
         yield Problem(key, f"expected a .safetensors file, found {name}: other formats can run code and are not read")
-    yield from absent(key, name, folders)
+    yield from missing.absent(key, name, folders)
     with suppress(ValueError):  # of a family that is reported as broken
         layout = layout_of(recipe.teacher.family)
         if not layout.loads_lora:
@@ -90,7 +89,7 @@ def _text_adapter_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem
     """Yield what is wrong with the teacher's text adapter, or with a stage that is to make one."""
     teacher, key = recipe.teacher, ("teacher", "text_adapter")
     if teacher.text_adapter is not None:
-        yield from absent(key, teacher.text_adapter, folders, holding="text_adapter.json")
+        yield from missing.absent(key, teacher.text_adapter, folders, holding="text_adapter.json")
     adapting = [(i, stage) for i, stage in enumerate(recipe.stages) if isinstance(stage, AdaptText)]
     if (teacher.text_adapter or adapting) and teacher.family not in (able := adaptable()):
         message = (

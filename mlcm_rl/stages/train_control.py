@@ -12,7 +12,7 @@ from ..data.prompts import CaptionedImages
 from ..data.trajectory_store import store_of
 from ..equations.consistency import squared_l2
 from ..equations.edges import edge_map
-from ..equations.prediction import prediction_from_x0
+from ..equations.prediction import min_snr_weight, prediction_from_x0
 from ..equations.schedule import add_noise
 from ..equations.segments import time_grid
 from ..models import control, pictures, teachers
@@ -59,11 +59,11 @@ def run(stage: TrainControl, recipe: Recipe, parents: dict[str, Path], folder: P
         conditioning = drawings.captions.draw(index, draws)
 
         # one update
+        parts = rt.micro_batches()
+        conditionings = ({name: value[part] for name, value in conditioning.items()} for part in parts)
         losses = (
-            loss(
-                base, network, *drawings.rows(index[p]), eps[p], t[p], {name: c[p] for name, c in conditioning.items()}
-            )
-            for p in rt.micro_batches()
+            loss(stage, base, network, *drawings.rows(index[p]), eps[p], t[p], c)
+            for p, c in zip(parts, conditionings, strict=True)
         )
         with rt.autocast():
             record = rt.backward(losses)
@@ -109,14 +109,27 @@ def drawings_of(stage: TrainControl, recipe: Recipe, base: Base, parents: dict[s
 
 
 def loss(
-    base: Base, network: nn.Module, x0: Tensor, edges: Tensor, eps: Tensor, t: Tensor, conditioning: Conditioning
+    stage: TrainControl,
+    base: Base,
+    network: nn.Module,
+    x0: Tensor,
+    edges: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    conditioning: Conditioning,
 ) -> Tensor:
-    """Return the squared error (B,) float32 of the teacher's prediction under the ControlNet (its paper's eq. 5)."""
+    """Return the squared error (B,) float32 of the teacher's prediction under the ControlNet (its paper's eq. 5).
+
+    It has the stage's min-SNR weight.
+    """
     x0, edges, eps, t = (value.to(base.device) for value in (x0, edges, eps, t))
     x_t = add_noise(x0, eps, t, base.schedule)
     with control.controlled(base.denoiser, network, edges):
         prediction = base.predict(base.denoiser, x_t, t, on_device(conditioning, base.device))
-    return squared_l2(prediction, prediction_from_x0(x0, x_t, t, base.schedule, base.prediction_type))
+    error = squared_l2(prediction, prediction_from_x0(x0, x_t, t, base.schedule, base.prediction_type))
+    if stage.min_snr_gamma is None:
+        return error
+    return error * min_snr_weight(t, base.schedule, base.prediction_type, stage.min_snr_gamma)
 
 
 @torch.no_grad()

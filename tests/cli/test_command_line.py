@@ -304,6 +304,7 @@ def test_sample_takes_a_prompt_file_after_the_prompts(mlcm, finished_runs):
     [
         (["sample", "runs/god", "--prompt", "x", "--out", "y"], "no folder runs/god: the nearest are runs/good"),
         (["export", "good", "out"], "no folder good: the nearest are runs/good"),
+        (["sample", "runs/lora", "--prompt", "x", "--out", "y"], "runs/lora is a file: a recipe of one stage `start`"),
         (["evaluate", "runs/good", "--steps", "9"], "Invalid value for '--steps'"),
         (["sample", "runs/good", "--out", "y"], "name what to draw: --prompt TEXT, or --prompts FILE"),
         (["sample", "runs/good", "--prompt", "x", "--out", "y", "--gamma", "2"], "Invalid value for '--gamma'"),
@@ -316,6 +317,7 @@ def test_sample_takes_a_prompt_file_after_the_prompts(mlcm, finished_runs):
 )
 def test_a_bad_argument_ends_with_2_and_says_which(mlcm, arguments, text):
     Path("runs/good").mkdir(parents=True)
+    Path("runs/lora").touch()
     result = mlcm(*arguments)
     assert result.exit_code == 2
     assert text in " ".join(result.stderr.replace("│", " ").split())

@@ -162,3 +162,26 @@ def test_a_path_and_its_weight(tmp_path):
     for wrong in (f"{plain}:strong", str(tmp_path / "c"), ":1"):
         with pytest.raises(FileNotFoundError, match="no such file"):
             Weighted.parse(wrong)
+
+
+@pytest.mark.slow
+def test_every_family_draws_over_a_picture_and_inside_a_mask(case, folder):
+    base = case.load(folder)
+    prompts, side = list(case.prompts), base.resolution
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    mask = torch.cat([torch.zeros(1, 1, side, side // 2), torch.ones(1, 1, side, side // 2)], dim=3)
+
+    def drawn(**inputs):
+        composition = Composition(base, base.denoiser, **inputs)
+        noise, times = case.noise(base)[: len(prompts)], SamplingGrid().times(2, composition.strength)
+        return composition, composition.sample(base.encode_prompts(prompts), noise, times, 0.0)
+
+    _, alone = drawn()
+    assert torch.equal(drawn(image=image)[1], alone)
+    composition, over = drawn(image=image, strength=0.25)
+    near_picture = [(latents - composition.latents).norm().item() for latents in (over, alone)]
+    assert near_picture[0] < near_picture[1]
+    composition, inside = drawn(image=image, mask=mask)
+    kept = ~latent_mask(mask, inside.shape[-1]).expand_as(inside)
+    assert torch.equal(inside[kept], composition.latents.expand_as(inside)[kept])
+    assert torch.equal(composition.decode(inside)[..., : side // 2], image[..., : side // 2].expand(2, -1, -1, -1))

@@ -5,6 +5,10 @@ import torch
 from diffusers import (
     ControlNetModel,
     DiffusionPipeline,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    SD3ControlNetModel,
+    StableDiffusion3ControlNetPipeline,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionXLAdapterPipeline,
@@ -12,6 +16,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     T2IAdapter,
 )
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -23,6 +28,7 @@ from mlcm_rl.models.composition import Composition
 from mlcm_rl.models.grids import SamplingGrid
 from mlcm_rl.models.pictures import to_pil
 from mlcm_rl.recipe import Lora, Teacher
+from tiny_families import CASES
 
 PROMPTS, SEED = ["a red apple", "熊猫"], 5
 
@@ -202,3 +208,43 @@ def test_ip_adapters_that_cannot_be_read_are_refused(sdxl, shown, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "ip.safetensors")
     with pytest.raises(FileNotFoundError, match="put the folder image_encoder beside it"):
         control.add_ip_adapter(sdxl, sdxl.denoiser, tmp_path / "ip.safetensors", shown, 1.0)
+
+
+SD3 = {"num_layers": 2, "num_extra_conditioning_channels": 0}
+FLUX = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 10, "num_attention_heads": 3}
+TRANSFORMERS = {
+    "sd3": (
+        SD3ControlNetModel,
+        StableDiffusion3ControlNetPipeline,
+        {"num_layers": 2, "num_extra_conditioning_channels": 0},
+    ),
+    "flux": (FluxControlNetModel, FluxControlNetPipeline, FLUX),
+}
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_a_control_net_of_a_transformer_is_the_stock_pipelines(family, tmp_path, monkeypatch):
+    """Both stock pipelines draw the latents of the control picture; here they are the posterior's mean."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, *_: self.mode())
+    kind, pipeline_class, layers = TRANSFORMERS[family]
+    case = CASES[family]
+    base, stock = case.load(case.write(tmp_path / "teacher")), case.stock(tmp_path / "teacher")
+    network = kind.from_transformer(stock.transformer, **layers).eval().requires_grad_(False)
+    tiny.perturb(list(network.parameters()), 0, 0.1)
+    network.save_pretrained(tmp_path / "control")
+    control.refuse_control(tmp_path / "control", family)
+    network = control.load_control(base, tmp_path / "control", torch.float32)
+    image = torch.rand(1, 3, base.resolution, base.resolution, generator=torch.Generator().manual_seed(0))
+    noise, times = case.noise(base), SamplingGrid().times(4)
+    composition = Composition(base, base.denoiser, controls=[(network, control.shown(base, network, image), 0.7)])
+    actual = composition.sample(base.encode_prompts(list(case.prompts)), noise, times, 0.0)
+    pipe = pipeline_class(**stock.components, controlnet=network)
+    pipe.scheduler = base.stock_scheduler(0.0)
+    pipe.set_progress_bar_config(disable=True)
+    settings = base.stock_call(times) | base.stock_guidance | {"height": base.resolution, "width": base.resolution}
+    settings |= {"control_image": 2 * image - 1, "controlnet_conditioning_scale": 0.7, "output_type": "latent"}
+    expected = pipe(list(case.prompts), latents=case.to_stock(base, noise), **settings).images
+    expected = case.from_stock(base, expected)
+    near(actual, expected)
+    alone = Composition(base, base.denoiser).sample(base.encode_prompts(list(case.prompts)), noise, times, 0.0)
+    assert (actual - alone).abs().max() > 1e-2

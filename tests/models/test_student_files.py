@@ -230,6 +230,9 @@ def test_an_export_comes_back_as_the_student_that_it_was_made_of(sdxl, adapter, 
     torch.testing.assert_close(sdxl.predict(after.denoiser, x_t, t, conditioning, s), expected, atol=1e-5, rtol=1e-5)
     assert (after.default_gamma, after.conditioned) == (before.default_gamma, conditioned)
     assert isinstance(student_files.adapter_of(StudentSource(path=str(tmp_path / "out"))), type(adapter))
+    if conditioned:
+        with pytest.raises(ValueError, match="told the times that it jumps to, which are milestones: leave grid out"):
+            taken_in(sdxl, tmp_path / "other", tmp_path / "out", grid="lcm")
 
 
 # ---- tuned again ----

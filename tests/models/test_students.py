@@ -211,7 +211,7 @@ def test_sampler_by_default_follows_the_student(sdxl, tmp_path, num_segments, co
     denoiser = students.student(sdxl, ADAPTERS[0], 0, conditioned)
     students.save_student(denoiser, tmp_path / "student", description(sdxl, num_segments))
     student = students.load_student(sdxl, tmp_path / "student")
-    assert (student.default_gamma, student.sampling_segments) == (gamma, segments_of_sampler)
+    assert (student.default_gamma, student.grid.num_segments) == (gamma, segments_of_sampler)
 
 
 def test_merged_student_is_plain_and_computes_the_same(either, tmp_path):

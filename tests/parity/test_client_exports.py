@@ -30,6 +30,7 @@ from mlcm_rl.models.client_files import write_kohya
 from mlcm_rl.models.client_keys import kohya_names
 from mlcm_rl.models.export import Form, target_time_update
 from mlcm_rl.models.lora_files import LORA_FILE
+from mlcm_rl.models.single_file import convert
 from mlcm_rl.models.teachers import class_of
 from mlcm_rl.recipe import Full, Lora
 from tiny_families import CASES
@@ -292,10 +293,40 @@ def test_full_weights_are_one_file_for_comfyui_and_nothing_for_adapters(loaded, 
     expected = students.merged(students.load_student(base, source), torch.bfloat16).state_dict()
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], value) for name, value in expected.items())
-    for client in ("kohya", "peft"):
-        with pytest.raises(ValueError, match="trained in full, without one: export for comfyui or diffusers"):
-            export_for(client, source, base, tmp_path / client)
-        assert not (tmp_path / client).exists()
+    with pytest.raises(ValueError, match="trained in full, without one: export for comfyui or diffusers"):
+        export_for("peft", source, base, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.parametrize("teacher", ["sdxl", "sd15"])
+def test_a_whole_student_is_a_checkpoint_in_the_original_layout(teacher, loaded, tmp_path):
+    """Read back by diffusers, through our own `convert`, which refuses tensors without a place."""
+    base, source = loaded[teacher], student(loaded[teacher], tmp_path)
+    out = export_for("kohya", source, base, tmp_path / "mine", form=Form(merge=True))
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "Each file is a whole checkpoint" in card
+    assert "lora" not in card.lower()
+    stock = DiffusionPipeline.from_pretrained(
+        convert(out / "mine.safetensors", Path(base.teacher.path), tmp_path / "back")
+    )
+    expected = students.merged(students.load_student(base, source), torch.float32).state_dict()
+    assert stock.unet.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in stock.unet.state_dict().items())
+    for part in ("vae", *base.original_texts):
+        found, wanted = stock.components[part].state_dict(), base.pipeline.components[part].state_dict()
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], value) for name, value in wanted.items()), part
+
+
+def test_a_checkpoint_is_refused_where_the_original_layout_is_not_whole(loaded, tmp_path):
+    refused = "one file of everything, as kohya's tools open it, is for Stable Diffusion 1 and SDXL"
+    for teacher, reason in (
+        ("sdxl-one-tower", "this one has no text_encoder"),
+        ("sd21", "not family sd of this shape"),
+    ):
+        source = student(loaded[teacher], tmp_path / teacher)
+        with pytest.raises(ValueError, match=f"{refused}.*{reason}"):
+            export_for("kohya", source, loaded[teacher], tmp_path / "mine", form=Form(merge=True))
 
 
 def test_merge_leaves_no_adapter(loaded, tmp_path):
@@ -304,7 +335,7 @@ def test_merge_leaves_no_adapter(loaded, tmp_path):
     assert [path.name for path in out.glob("*/*.safetensors")] == ["mine.safetensors"]
     assert (out / "diffusion_models").is_dir()
     with pytest.raises(ValueError, match="--merge leaves none"):
-        export_for("kohya", source, base, tmp_path / "kohya", form=Form(merge=True))
+        export_for("peft", source, base, tmp_path / "peft", form=Form(merge=True))
 
 
 def test_what_half_precision_cannot_hold_is_refused_and_nothing_is_written(loaded, tmp_path):
@@ -347,11 +378,11 @@ def test_several_formats_are_folders_of_one_and_what_cannot_be_is_said(loaded, t
     base = loaded["sd15"]
     source = student(base, tmp_path, Full())
     out = export_as(["all"], source, base, tmp_path / "mine", form=Form(dtype=torch.float16))
-    assert sorted(path.name for path in out.iterdir()) == ["comfyui", "diffusers"]
+    assert sorted(path.name for path in out.iterdir()) == ["comfyui", "diffusers", "kohya"]
     assert [path.name for path in (out / "comfyui" / "diffusion_models").iterdir()] == ["mine.safetensors"]
     assert 'from_pretrained("mine/diffusers")' in (out / "diffusers" / "README.md").read_text(encoding="utf-8")
     said = capsys.readouterr().out
-    assert "--format kohya: left out: kohya is for adapters, and this student was trained in full" in said
+    assert "--format peft: left out: peft is for adapters, and this student was trained in full" in said
     stock = DiffusionPipeline.from_pretrained(out / "diffusers", torch_dtype=torch.float16)
     expected = students.merged(students.load_student(base, source), torch.float16).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in stock.unet.state_dict().items())
@@ -362,7 +393,7 @@ def test_several_formats_are_folders_of_one_and_what_cannot_be_is_said(loaded, t
 def test_one_that_fails_leaves_nothing_of_several(loaded, tmp_path):
     base = loaded["sd15"]
     with pytest.raises(ValueError, match="trained in full"):
-        export_as(["comfyui", "kohya"], student(base, tmp_path, Full()), base, tmp_path / "mine")
+        export_as(["comfyui", "peft"], student(base, tmp_path, Full()), base, tmp_path / "mine")
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 

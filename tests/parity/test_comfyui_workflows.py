@@ -1,8 +1,8 @@
 """ComfyUI workflows of exports: every node against its definition, and the sampling that they ask for beside ours.
 
-`comfyui_nodes.json` has the required inputs and the outputs of the nodes, from ComfyUI's sources (0.3.64, and for
-`ManualSigmas`, `EmptyFlux2LatentImage` and text encoders of type `flux2` of 2026). The samplers and the schedule
-`simple` are stated anew here, from the same sources.
+`comfyui_nodes.json` has the required inputs and the outputs of the nodes, from ComfyUI's sources (0.3.75, of 2026 for
+`ManualSigmas`; `test_older_clients` compares them). The samplers and the schedule `simple` are stated anew here, from
+the same sources.
 """
 
 import json
@@ -20,6 +20,7 @@ from mlcm_rl.models import comfyui, sampler, students
 from mlcm_rl.models.base import Base
 from mlcm_rl.models.client_export import export_for
 from mlcm_rl.models.comfyui import workflow
+from mlcm_rl.models.grids import SamplingGrid
 from mlcm_rl.models.teachers import load
 from mlcm_rl.recipe import Lora, Teacher
 from mlcm_rl.recipe.families import layout_of
@@ -143,7 +144,7 @@ def test_a_workflow_draws_what_our_sampler_draws(teacher, gamma, steps, bases):
     tiny.perturb(students.trainable_parameters(denoiser), 1, 0.05)
     conditioning, noise = base.encode_prompts(["a red apple"]), base.noise(torch.Generator().manual_seed(3), 1)
     for num_steps in steps:
-        graph = workflow(base, "mine.safetensors", True, num_steps, 1, gamma)
+        graph = workflow(base, "mine.safetensors", True, num_steps, SamplingGrid(), gamma)
         times = sampling_times(num_steps)
         ours = sampler.sample(base, denoiser, conditioning, noise, times, gamma, torch.Generator().manual_seed(7))
         found = drawn(base, denoiser, conditioning, noise, graph, torch.Generator().manual_seed(7))
@@ -153,7 +154,7 @@ def test_a_workflow_draws_what_our_sampler_draws(teacher, gamma, steps, bases):
 
 def test_the_grid_of_several_segments_is_the_students_own(bases):
     """Three steps of two segments end on their boundary, which `simple` does not visit."""
-    graph = workflow(bases["sdxl"], "mine.safetensors", True, 3, 2, 0.0)
+    graph = workflow(bases["sdxl"], "mine.safetensors", True, 3, SamplingGrid(num_segments=2), 0.0)
     sigmas, _ = asked_sigmas(graph, own_sigmas(graph, bases["sdxl"]))
     table = comfyui.sigmas_in(bases["sdxl"].schedule)
     assert sigmas == pytest.approx([*table[[999, 749, 499]].tolist(), 0.0], rel=1e-6)
@@ -168,7 +169,7 @@ def test_the_grid_of_several_segments_is_the_students_own(bases):
 def test_every_node_has_the_inputs_of_its_definition(teacher, is_lora, bases):
     base = bases[teacher]
     for num_steps in range(1, 9):
-        graph = workflow(base, "mine.safetensors", is_lora, num_steps, 1, 0.0)
+        graph = workflow(base, "mine.safetensors", is_lora, num_steps, SamplingGrid(), 0.0)
         assert_valid(graph)
         loader, name = ("LoraLoaderModelOnly", "lora_name") if is_lora else ("UNETLoader", "unet_name")
         assert find(graph, loader)[name] == "mine.safetensors"
@@ -179,17 +180,20 @@ def test_every_node_has_the_inputs_of_its_definition(teacher, is_lora, bases):
 
 
 def test_sdxls_prompt_has_the_size_of_the_picture_and_fluxs_the_guidance(bases):
-    sizes = find(workflow(bases["sdxl"], "m", True, 4, 1, 1.0), "CLIPTextEncodeSDXL")
+    sizes = find(workflow(bases["sdxl"], "m", True, 4, SamplingGrid(), 1.0), "CLIPTextEncodeSDXL")
     side = bases["sdxl"].resolution
     assert {sizes[name] for name in ("width", "height", "target_width", "target_height")} == {side}
     assert (sizes["crop_w"], sizes["crop_h"]) == (0, 0)
-    assert find(workflow(bases["flux"], "m", True, 4, 1, 0.0), "FluxGuidance")["guidance"] == 5.0
-    assert find(workflow(bases["sd21"], "m", True, 4, 1, 1.0), "ModelSamplingDiscrete")["sampling"] == "v_prediction"
+    assert find(workflow(bases["flux"], "m", True, 4, SamplingGrid(), 0.0), "FluxGuidance")["guidance"] == 5.0
+    assert (
+        find(workflow(bases["sd21"], "m", True, 4, SamplingGrid(), 1.0), "ModelSamplingDiscrete")["sampling"]
+        == "v_prediction"
+    )
 
 
 def test_a_teacher_without_t5_names_two_text_encoders(tmp_path):
     base = load(Teacher(path=str(tiny.sd3(tmp_path / "sd3", with_t5=False)), family="sd3"), "cpu")
-    graph = workflow(base, "m", True, 4, 1, 1.0)
+    graph = workflow(base, "m", True, 4, SamplingGrid(), 1.0)
     assert_valid(graph)
     assert find(graph, "DualCLIPLoader")["clip_name2"] == "clip_g.safetensors"
 
@@ -198,7 +202,7 @@ def test_a_lora_of_the_teacher_goes_to_the_text_encoders_too(bases):
     base = bases["sdxl"]
     teacher, base.teacher = base.teacher, base.teacher.model_copy(update={"lora": "style.safetensors"})
     try:
-        graph = workflow(base, "m", True, 4, 1, 1.0)
+        graph = workflow(base, "m", True, 4, SamplingGrid(), 1.0)
     finally:
         base.teacher = teacher
     assert_valid(graph)
@@ -212,13 +216,13 @@ def test_a_lora_of_the_teacher_goes_to_the_text_encoders_too(bases):
 
 def test_a_gamma_between_and_another_schedule_are_refused(bases, tmp_path):
     with pytest.raises(ValueError, match=r"gamma 0\.3: no sampler of ComfyUI puts back a share of the noise"):
-        workflow(bases["sdxl"], "m", True, 4, 1, 0.3)
+        workflow(bases["sdxl"], "m", True, 4, SamplingGrid(), 0.3)
     folder = tiny.sd(tmp_path / "other")
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_schedule": "linear"}))
     base = load(Teacher(path=str(folder), family="sd"), "cpu")
     with pytest.raises(ValueError, match="is another one than ComfyUI has for models of family sd"):
-        workflow(base, "m", True, 4, 1, 1.0)
+        workflow(base, "m", True, 4, SamplingGrid(), 1.0)
 
 
 def test_an_export_has_a_workflow_for_each_number_of_steps_and_its_card_says_the_same(bases, tmp_path):

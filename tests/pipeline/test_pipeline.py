@@ -496,3 +496,25 @@ def test_options_of_sample_that_need_another_are_refused():
         sample_inputs.of_command(strength=0.5)
     with pytest.raises(BadArgument, match=r"--lora: nowhere\.safetensors: no such file"):
         sample_inputs.of_command(loras=["nowhere.safetensors:0.5"])
+
+
+def test_networks_that_do_not_fit_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    (tmp_path / "control").mkdir()
+    (tmp_path / "control" / "config.json").write_text('{"_class_name": "ControlNetModel"}', encoding="utf-8")
+    given = {"controls": [f"{tmp_path / 'control'}:0.8"], "control_images": [tmp_path / "edges.png"]}
+    inputs = sample_inputs.of_command(**given, takes_edges=True)
+    assert inputs.controls[0].weight == 0.8
+    sample_inputs.refuse(inputs, "sd")
+    with pytest.raises(BadArgument, match=r"--control: .* is a ControlNetModel, and .*flux takes none"):
+        sample_inputs.refuse(inputs, "flux")
+    with pytest.raises(BadArgument, match="1 networks, and 0 --control-image: give each network one"):
+        sample_inputs.of_command(controls=given["controls"])
+    with pytest.raises(BadArgument, match="--edges: it needs --control"):
+        sample_inputs.of_command(takes_edges=True)
+    with pytest.raises(BadArgument, match="--ip-adapter: it needs --ip-image"):
+        sample_inputs.of_command(ip_adapter=str(tmp_path / "control"))
+    adapted = sample_inputs.of_command(ip_adapter=str(tmp_path / "control"), ip_image=tmp_path / "edges.png")
+    with pytest.raises(BadArgument, match="--ip-adapter: a teacher of family sana takes no IP-Adapter"):
+        sample_inputs.refuse(adapted, "sana")
+    assert "control" in inputs.record()
+    assert "ip_image" in adapted.record()

@@ -10,9 +10,10 @@ import torch
 import runs
 from mlcm_rl import pipeline
 from mlcm_rl.models import students, teachers
-from mlcm_rl.pipeline import RunError, finished_runs
+from mlcm_rl.pipeline import RunError, finished_runs, results
 from mlcm_rl.recipe import Evaluate, Full, Lora, Recipe
 from mlcm_rl.storage.files import read_json
+from teacher_loras import as_kohya, write
 
 GUARD = {"rewards": [{"name": "colourfulness"}], "num_prompts": 2, "every": 1, "patience": 100}
 
@@ -93,6 +94,7 @@ def test_a_changed_start_is_another_stage_and_a_damaged_one_is_refused(distilled
         pipeline.run(of(recipe, stages))
 
 
+@pytest.mark.slow
 def test_evaluate_puts_a_student_from_elsewhere_into_its_table(distilled):
     recipe, run = distilled
     evaluate = Evaluate(
@@ -122,3 +124,27 @@ def test_fingerprints_of_stages_without_a_start_are_what_they_were(distilled):
 
     assert "start" not in settings(stage)
     assert "student" not in settings(Evaluate(prompts="prompts.txt"))
+
+
+def test_pairs_and_a_published_lora_are_all_that_dpo_needs(tiny_sdxl, tmp_path):
+    file = as_kohya(write(tiny_sdxl, tmp_path / "lora", texts=()), tmp_path / "kohya.safetensors", "sdxl")
+    stage = runs.tuning(
+        "dpo",
+        runs.write_prompts(tmp_path),
+        start={"path": str(file), "gamma": 1.0, "grid": [999, 499]},
+        pairs=runs.write_pairs(tmp_path / "pairs"),
+        num_steps=1,
+        guard=GUARD,
+    )
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
+    plan = pipeline.plan(recipe, memory=True)
+    assert [one.kind for one in plan] == ["start", "dpo"]
+    *_, dpo = pipeline.run(recipe)
+    tuned = read_json(dpo.folder / "student" / "student.json")
+    assert (tuned["grid"], tuned["gamma"], tuned["source"]) == ([999, 499], 1.0, "kohya.safetensors")
+    assert {one.state for one in results.stages(tmp_path / "runs")} == {"done"}
+    assert all(one.is_needed for one in results.stages(tmp_path / "runs"))
+    pictures = finished_runs.sample(Path(recipe.runs) / recipe.name, ["a cat"], [2], 0, None, tmp_path / "out")
+    assert len(pictures) == 1
+    with pytest.raises(RunError, match="in 2 steps, and not in 4"):
+        finished_runs.sample(Path(recipe.runs) / recipe.name, ["a cat"], [4], 0, None, tmp_path / "out")

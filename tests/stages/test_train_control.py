@@ -86,11 +86,17 @@ def test_the_loss_is_the_teachers_own_and_reaches_the_control_net_alone(tiny_sdx
     x0, eps = torch.randn(2, 2, *base.latent_shape, generator=draws)
     t, conditioning = torch.tensor([10, 900]), base.unconditional(2)
     edges = torch.rand(2, 3, 16, 16, generator=draws).round()
-    loss = train_control.loss(base, network, x0, edges, eps, t, conditioning)
+    stage = recipe.stages[0]
+    loss = train_control.loss(stage, base, network, x0, edges, eps, t, conditioning)
     alpha, sigma = (table[t].reshape(2, 1, 1, 1) for table in (base.schedule.alpha, base.schedule.sigma))
     with torch.no_grad():  # a new ControlNet changes nothing; this teacher predicts the noise
         predicted = base.predict(base.denoiser, alpha * x0 + sigma * eps, t, conditioning)
     torch.testing.assert_close(loss, (predicted - eps).square().mean(dim=(1, 2, 3)))
+    weighted = train_control.loss(
+        stage.model_copy(update={"min_snr_gamma": 0.05}), base, network, x0, edges, eps, t, conditioning
+    )
+    snr = (alpha / sigma).flatten() ** 2
+    torch.testing.assert_close(weighted, loss * (0.05 / snr).clamp(max=1.0))
     loss.sum().backward()
     assert network.controlnet_mid_block.weight.grad.abs().max() > 0
     assert all(parameter.grad is None for parameter in base.denoiser.parameters())

@@ -8,6 +8,7 @@ from diffusers import KolorsPipeline, LCMScheduler, TCDScheduler
 
 from ...equations.schedule import Schedule, at_indices
 from ..conditioning import Conditioning
+from ..grids import USUAL, SamplingGrid
 from .sdxl import Family as StableDiffusionXL
 
 NUM_TOKENS = 256  # of the stock pipeline, which passes no other number on
@@ -31,11 +32,15 @@ class Family(StableDiffusionXL):
         """Return None: no tool that reads kohya's layout reads ChatGLM."""
         return None
 
+    @property
+    def original_texts(self) -> dict[str, str]:
+        return {}
+
     def _schedule(self) -> tuple[str, Schedule]:
         prediction_type, schedule = super()._schedule()
         return prediction_type, at_indices(schedule)
 
-    def stock_scheduler(self, gamma: float) -> LCMScheduler | TCDScheduler:
+    def stock_scheduler(self, gamma: float, grid: SamplingGrid = USUAL) -> LCMScheduler | TCDScheduler:
         """Return LCM's scheduler for gamma 1, TCD's for gamma 0.
 
         Raise ValueError for a gamma between: TCDScheduler goes down to a share of its own time, which is not the time
@@ -46,7 +51,7 @@ class Family(StableDiffusionXL):
                 f"gamma {gamma:g}: TCDScheduler would go down to other times of {self.teacher.path} than our sampler; "
                 "sample with `mlcm sample`, or export a student that was tuned under 0 or 1"
             )
-        return super().stock_scheduler(gamma)
+        return super().stock_scheduler(gamma, grid)
 
     @staticmethod
     def conditioning_shapes(config: Mapping[str, Any], num_tokens: int) -> dict[str, tuple[int, ...]]:

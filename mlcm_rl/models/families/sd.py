@@ -22,6 +22,11 @@ class Family(UNetBase):
         version = "sd_v2" if self.denoiser.config.use_linear_projection else "sd_v1"
         return f"{version}_v" if self.prediction_type == "v_prediction" else version
 
+    @property
+    def original_texts(self) -> dict[str, str]:
+        """Return the one of Stable Diffusion 1: diffusers' text encoder of 2 lacks the last layer of the original."""
+        return {} if self.denoiser.config.use_linear_projection else {"text_encoder": "cond_stage_model.transformer."}
+
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:
         """Return the text tower's last states (B, L, D), after its final norm."""

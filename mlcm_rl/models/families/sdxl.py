@@ -25,6 +25,13 @@ class Family(UNetBase):
     def kohya_version(self) -> str | None:
         return "sdxl_base_v1-0"
 
+    @property
+    def original_texts(self) -> dict[str, str]:
+        return {
+            "text_encoder": "conditioner.embedders.0.transformer.",
+            "text_encoder_2": "conditioner.embedders.1.model.",
+        }
+
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:
         """Return the towers' penultimate states, concatenated (B, L, D), and the last tower's pooled vector (B, P)."""

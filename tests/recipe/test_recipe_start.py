@@ -1,0 +1,93 @@
+"""`start:` in a recipe: what stands for it, where its errors point, what it may be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import runs
+from mlcm_rl.recipe import Evaluate, Recipe, Start
+from mlcm_rl.recipe.experiment import gamma_of, student_before
+from mlcm_rl.recipe.file import load
+from mlcm_rl.recipe.tree import RecipeError
+
+TEXT = """\
+name: tuned
+teacher: {path: teacher, family: sdxl}
+stages:
+  - kind: feedback
+    start: START
+    prompts: prompts.txt
+    rewards: [{name: brightness}]
+    guard: {rewards: [{name: colourfulness}]}
+    num_steps: 1
+    batch_size: 2
+  - kind: evaluate
+    prompts: absent.txt
+"""
+
+
+@pytest.fixture
+def problems(tiny_sdxl, tmp_path, monkeypatch):
+    """Returns what is wrong with a `start`, by key and line; the prompts of the last stage are missing on purpose."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacher").symlink_to(tiny_sdxl)
+    runs.write_prompts(tmp_path)
+    save_file({"lora_unet_conv_in.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+
+    def of(start: str) -> list[str]:
+        (tmp_path / "recipe.yaml").write_text(TEXT.replace("START", start))
+        with pytest.raises(RecipeError) as error:
+            load(tmp_path / "recipe.yaml", root=tmp_path)
+        assert "recipe.yaml:12:5: stages[1].prompts: no such file: absent.txt" in str(error.value)
+        found = str(error.value).replace(f"{tmp_path}/", "").splitlines()
+        return [line.removeprefix("recipe.yaml:") for line in found if "stages[0]" in line]
+
+    return of
+
+
+def test_errors_are_on_the_line_of_the_file_whatever_stages_stand_for_a_start(problems, tmp_path):
+    assert problems("{path: lora.safetensors, gamma: 1.0, grid: lcm}") == []
+    (missing,) = problems("lora.safetensor")
+    assert missing.startswith("5:5: stages[0].start: no such file or folder: lora.safetensor; did you mean lora")
+    (unstated,) = problems("{path: lora.safetensors, gamma: 1.0}")
+    assert unstated.startswith("5:13: stages[0].start.path: lora.safetensors does not state how it is sampled: write")
+    assert "{path: lora.safetensors, grid: ...}, where grid: lcm, trailing, milestones, or the list" in unstated
+    (steps,) = problems("{path: lora.safetensors, gamma: 1.0, grid: [999, 400]}")
+    assert "stages[0].sampling_steps: expected 2, as many as the times of its start's grid [999, 400], found 4" in steps
+    (previous,) = problems("previous")
+    assert "stages[0].start: start: previous is the student of the stage before: it needs an earlier" in previous
+    (tmp_path / "lora.bin").write_bytes(b"")
+    (other,) = problems("lora.bin")
+    assert "expected a .safetensors file" in other
+
+
+def test_a_start_is_a_stage_and_read_again_it_is_the_same(tiny_sdxl, tmp_path):
+    prompts = runs.write_prompts(tmp_path)
+    stages = [
+        runs.trajectories(prompts),
+        runs.distill(),
+        runs.tuning("feedback", prompts, gamma=0.5),
+        runs.tuning("dpo", prompts, start="previous"),
+        runs.tuning("policy", prompts, start={"path": "runs/x", "gamma": 0.25}),
+        Evaluate(prompts=prompts, student="runs/y"),
+    ]
+    recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
+    kinds = ["trajectories", "distill", "feedback", "dpo", "start", "policy", "start", "evaluate"]
+    assert [stage.kind for stage in recipe.stages] == kinds
+    assert recipe.stages[4] == Start(path="runs/x", gamma=0.25)
+    assert Recipe.model_validate(json.loads(recipe.model_dump_json())) == recipe
+    assert [student_before(recipe.stages, i) for i in range(8)] == [None, None, 1, 2, None, 4, None, 6]
+    assert [gamma_of(recipe.stages, i) for i in (1, 2, 3, 4, 5, 6)] == [1.0, 0.5, 0.5, 0.25, 1.0, None]
+
+
+def test_a_run_is_found_from_the_working_directory_without_a_note(tiny_sdxl, tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "recipe.yaml").write_text(TEXT.replace("START", "runs/x").replace("teacher,", "../t,"))
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    notes: list[str] = []
+    recipe = load(Path("recipes/recipe.yaml"), tell=notes.append)
+    assert (recipe.stages[0].path, notes) == ("runs/x", [])
