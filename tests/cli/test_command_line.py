@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -41,7 +41,9 @@ def pipeline(monkeypatch) -> ModuleType:
 
 @pytest.fixture
 def finished_runs(monkeypatch) -> ModuleType:
-    return stand_in(monkeypatch, "pipeline.finished_runs")
+    module = stand_in(monkeypatch, "pipeline.finished_runs")
+    module.sample_inputs = SimpleNamespace(of_command=lambda *given: "inputs" if not any(given) else given)
+    return module
 
 
 def stand_in(monkeypatch, name: str) -> ModuleType:
@@ -280,7 +282,7 @@ def test_sample_evaluate_and_export_hand_their_arguments_on(mlcm, finished_runs)
     assert sent.stdout == "out\naddress\n"
     run = Path("runs/good")
     assert calls == [
-        (run, ["a cat", "猫"], [4], 0, 0.5, Path("out"), 16, 1, None),
+        (run, ["a cat", "猫"], [4], 0, 0.5, Path("out"), 16, 1, None, "inputs"),
         (run, None, [2, 4]),
         (run, Path("out"), ["diffusers"], None, False, None),
         (run, Path("out"), ["comfyui"], "fp16", True, "me/it"),
