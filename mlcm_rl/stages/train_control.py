@@ -24,7 +24,6 @@ from ..recipe import Recipe, TrainControl
 from ..storage import files, finite
 from ..training import autocast
 from ..training.loop import Runtime, rate_factor, set_rate
-from ..training.processes import on_rank_zero
 from ..training.seeding import epoch_order, generator
 
 SAMPLE_STEPS = 25  # of the guided teacher, for the sample grids
@@ -72,7 +71,7 @@ def run(stage: TrainControl, recipe: Recipe, parents: dict[str, Path], folder: P
         if rt.due(step, stage.log_every):
             rt.log(step, **record)
         if rt.due(step, stage.sample_every, stage.num_steps):
-            save_samples(recipe, base, network, drawings, folder, step)
+            save_samples(rt, recipe, base, network, drawings, step)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
     rt.write(write_control, folder / "control")
@@ -133,7 +132,7 @@ def loss(
 
 
 @torch.no_grad()
-def save_samples(recipe: Recipe, base: Base, network: nn.Module, drawings: Drawings, folder: Path, step: int) -> None:
+def save_samples(rt: Runtime, recipe: Recipe, base: Base, network: nn.Module, drawings: Drawings, step: int) -> None:
     """Write a grid of two rows: the edges of the first drawings, and what the guided teacher draws along them."""
     count = min(NUM_SAMPLES, len(drawings.latents))
     draws = torch.Generator().manual_seed(0)
@@ -144,7 +143,7 @@ def save_samples(recipe: Recipe, base: Base, network: nn.Module, drawings: Drawi
     with control.controlled(base.denoiser, network, edges.repeat(2, 1, 1, 1)):  # guidance is in one batch
         x0 = sample_teacher(base, conditioning, base.unconditional(count), noise, times, recipe.teacher.guidance_scale)
     sheet = pictures.grid(torch.cat([edges, base.autoencoder.decode(x0)]), num_columns=count)
-    on_rank_zero(pictures.save_png, sheet, pictures.samples_path(folder, step + 1))
+    pictures.save_samples(rt, sheet, step)
 
 
 def write_control(network: Any, folder: Path) -> None:
