@@ -5,6 +5,7 @@ another view of the base, a style is in the weights, and control networks are ho
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -35,7 +36,10 @@ class Weighted:
 
     @classmethod
     def parse(cls, text: str) -> "Weighted":
-        """Return what `text` says. Raise FileNotFoundError if there is no such path, with and without its end."""
+        """Return what `text` says.
+
+        Raise FileNotFoundError if there is no such path, with and without its end, ValueError for an infinite weight.
+        """
         path, _, end = text.rpartition(":")
         try:
             parsed = cls(Path(path), float(end)) if path and not Path(text).exists() else cls(Path(text))
@@ -43,6 +47,8 @@ class Weighted:
             parsed = cls(Path(text))
         if not parsed.path.exists():
             raise FileNotFoundError(f"{parsed.path}: no such file or folder")
+        if not math.isfinite(parsed.weight):
+            raise ValueError(f"{text}: the weight is {parsed.weight:g}; it must be a finite number")
         return parsed
 
     def __str__(self) -> str:

@@ -19,11 +19,15 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from ..recipe.control import CONTROLLED
 from ..recipe.families import layout_of, of_denoiser
+from ..storage import finite
 from ..storage.files import read_json
-from ..storage.tensors import read_shapes
+from ..storage.tensors import TensorFile
+from ..storage.untrusted import first_few, in_a_line
+from . import files
 from .base import Base
 from .packing import as_tokens, patchified
 from .pictures import to_pil
+from .students import Student
 
 # diffusers' class of a control network: the denoiser's class that it is for
 DENOISERS = {
@@ -92,17 +96,60 @@ def controlled(denoiser: nn.Module, network: nn.Module, images: Tensor, scale: f
 def load_control(base: Base, folder: Path, precision: torch.dtype) -> ModelMixin:
     """Load the control network in `folder`, frozen, in `precision`, on the device of `base`.
 
-    Raise ValueError for one whose class has inputs that no picture gives.
+    Raise CheckpointError for a damaged file; ValueError for weights that are not those of config.json or not finite,
+    and for a network whose class has inputs that no picture gives.
     """
-    for path in sorted(folder.glob("*.safetensors")):
-        read_shapes(path)  # raises with the name of a damaged file
     kind = getattr(diffusers, _kind(folder))
+    refuse_other_weights(folder, kind)
     network = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=precision)
     if getattr(network, "union", False) or network.config.get("extra_conditioning_channels"):
         raise ValueError(f"{folder}: it takes a mode, or a mask, beside a picture: take a network for pictures alone")
     if network.config.get("use_pos_embed") is False:  # it has the transformer's, as in the stock pipeline
         network.pos_embed = network._get_pos_embed_from_transformer(base.denoiser).to(precision)
+    if (bad := finite.first_nonfinite(dict(network.named_parameters()))) is not None:
+        raise ValueError(f"{folder}: {bad} is not made of finite numbers in {precision}: fetch its weights again")
     return network.to(base.device).requires_grad_(False).eval()
+
+
+def refuse_other_weights(folder: Path, kind: type[ModelMixin]) -> None:
+    """Raise ValueError unless the safetensors files in `folder` hold what a network of `kind` is made of.
+
+    diffusers draws missing weights anew and leaves others aside.
+    """
+    shapes = files.shapes(folder)
+    if not shapes:
+        raise ValueError(f"{folder}: its weights are not there as safetensors, and are read from no other format")
+    try:
+        with torch.device("meta"):
+            expected = {name: list(value.shape) for name, value in files.empty(folder, kind).state_dict().items()}
+    except Exception as error:  # of diffusers, for settings that make no network
+        raise ValueError(f"{folder / 'config.json'}: it makes no {kind.__name__}: {in_a_line(error)}") from error
+    if odd := sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name)):
+        raise ValueError(
+            f"{folder}: {len(odd)} tensors are not those of config.json, for example {odd[0]}: "
+            f"{shapes.get(odd[0], 'absent')} in the files, {expected.get(odd[0], 'absent')} by the configuration"
+        )
+
+
+@torch.no_grad()
+def refuse_unfit(base: Base, student: Student, network: ModelMixin, images: Tensor, where: str) -> None:
+    """Raise ValueError, which begins with `where`, if a pass of the student under the network on `images` fails.
+
+    Networks of one class are for several teachers, and only their shapes tell them apart.
+    """
+    t = torch.full((1,), base.schedule.num_times - 1, device=base.device)
+    noise = base.noise([torch.Generator().manual_seed(0)], 1)
+    try:
+        with controlled(student.denoiser, network, images):
+            s = torch.zeros_like(t) if student.conditioned else None
+            base.predict(student.denoiser, noise, t, base.encode_prompts([""]), s)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: it does not fit the teacher {base.teacher.path}: take one that was made for its family, and a "
+            f"resolution that it has ({in_a_line(error)})"
+        ) from error
 
 
 @torch.no_grad()
@@ -131,26 +178,43 @@ def add_ip_adapter(base: Base, denoiser: ModelMixin, file: Path, image: Tensor, 
     """Let `denoiser` attend to `image` (1, 3, H', W') in [0, 1] too from now on, by the IP-Adapter in `file`.
 
     Its image encoder is in the folder `image_encoder` beside the file or one above, as adapters are published.
-    Raise FileNotFoundError without it, ValueError for a file that is not in safetensors.
+    Raise FileNotFoundError without it, ValueError for a file that is not in safetensors, for weights that are missing
+    or not finite, and for an adapter over another teacher.
     """
     if file.suffix != ".safetensors":
         raise ValueError(f"{file}: adapters are read from safetensors files alone; take that one of its folder")
-    read_shapes(file)
+    if (bad := finite.first_nonfinite(TensorFile(file))) is not None:
+        raise ValueError(f"{file}: {bad} is not made of finite numbers: fetch it again")
     encoder = next((one for one in (file.parent, file.parent.parent) if (one / "image_encoder").is_dir()), None)
     if encoder is None:
         raise FileNotFoundError(f"{file}: its image encoder is missing: put the folder image_encoder beside it")
-    vision = CLIPVisionModelWithProjection.from_pretrained(
-        encoder / "image_encoder", local_files_only=True, use_safetensors=True, dtype=base.dtype
+    vision, notes = CLIPVisionModelWithProjection.from_pretrained(
+        encoder / "image_encoder",
+        local_files_only=True,
+        use_safetensors=True,
+        dtype=base.dtype,
+        output_loading_info=True,
     )
+    if missing := sorted(notes["missing_keys"]):  # transformers draws them anew
+        raise ValueError(f"{encoder / 'image_encoder'}: {first_few(missing)} are not in its files: fetch them again")
     side, pipeline = vision.config.image_size, base.pipeline
     pipeline.register_modules(
         image_encoder=vision.to(base.device).eval(), feature_extractor=CLIPImageProcessor(size=side, crop_size=side)
     )
     own = {name: value.data for name, value in denoiser.named_parameters()}
     teacher, pipeline.unet = pipeline.unet, denoiser
-    pipeline.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name, local_files_only=True)
-    pipeline.set_ip_adapter_scale(scale)
-    pipeline.unet = teacher
+    try:
+        pipeline.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name, local_files_only=True)
+        pipeline.set_ip_adapter_scale(scale)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of diffusers, for tensors of another layout or over another teacher
+        raise ValueError(
+            f"{file}: it is no IP-Adapter, or does not fit the teacher {base.teacher.path}: take one that was made for "
+            f"its family ({in_a_line(error)})"
+        ) from error
+    finally:
+        pipeline.unet = teacher
     for name, value in denoiser.named_parameters():
         value.data = own.get(name, value.data)  # diffusers casts all to one precision, that of the frozen weights
     takes_states = not isinstance(denoiser.encoder_hid_proj.image_projection_layers[0], ImageProjection)  # "plus"

@@ -77,16 +77,18 @@ def empty_pipeline(pipeline_class: type[DiffusionPipeline], teacher: Teacher) ->
     with in_words(teacher):
         with torch.device("meta"):
             classes = layout_of(teacher.family).classes
-            parts = {name: _empty(folder / name, classes[name]) for name in (layout_of(teacher.family).denoiser, "vae")}
+            parts = {
+                name: empty(folder / name, getattr(diffusers, classes[name]))
+                for name in (layout_of(teacher.family).denoiser, "vae")
+            }
         absent: dict[str, Any] = {name: None for name in index if name.startswith(OTHER_PARTS)}
         if "requires_safety_checker" in signature(pipeline_class).parameters:
             absent["requires_safety_checker"] = False  # or diffusers warns that it is missing; nothing is sampled here
         return pipeline_class.from_pretrained(folder, local_files_only=True, **parts, **absent)
 
 
-def _empty(folder: Path, kind: str) -> ModelMixin:
-    """Return the network of diffusers' class `kind` with the configuration in `folder`."""
-    network = getattr(diffusers, kind)
+def empty(folder: Path, network: type[ModelMixin]) -> ModelMixin:
+    """Return a network of diffusers' class `network` with the configuration in `folder`."""
     return network.from_config(network.load_config(folder))
 
 
@@ -280,7 +282,7 @@ def shapes_from_configuration(teacher: Teacher, parts: Sequence[str]) -> dict[st
         library, kind = index[name]
         with in_words(teacher), torch.device("meta"):
             if library == "diffusers":
-                part = _empty(folder / name, kind)
+                part = empty(folder / name, getattr(diffusers, kind))
             else:
                 text_encoder = getattr(_module(library), kind)
                 where = {"device": "meta"} if "device" in signature(text_encoder).parameters else {}

@@ -36,7 +36,10 @@ def encode(base: Base, images: Tensor, size: int) -> Tensor:
 def to_pil(image: Tensor) -> Image.Image:
     """Return a picture (3, H, W) in [0, 1] as an 8-bit RGB image. Raise ValueError if it is not finite."""
     if not finite.is_finite(image):
-        raise ValueError("a sampled picture is not finite: the weights of the student or of its teacher are damaged")
+        raise ValueError(
+            "a sampled picture is not finite: the weights of the student, of its teacher or of what joins it are "
+            "damaged, or weigh too much"
+        )
     return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 

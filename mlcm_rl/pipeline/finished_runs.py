@@ -96,15 +96,16 @@ def sample(
     tell_truncated(base, prompts, "the prompts")
     student = students.load_student(base, folder / "student")
     gamma = own_gamma(folder / "student") if gamma is None else gamma
+    times_by_steps = {steps: student.grid.times(steps, inputs.strength) for steps in dict.fromkeys(num_steps)}
     composition = sample_inputs.compose(base, student, inputs)
     drawn = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     common = {"seed": seed, "gamma": gamma, "student": folder.name, **inputs.record()}
     common |= {"text_adapter": str(text_adapter)} if text_adapter else {}
     first, files, columns = _next_number(out), [], []
     terminal = plain_console(stderr=True)  # standard output has the paths alone
-    for steps in dict.fromkeys(num_steps):
+    for steps, times in times_by_steps.items():
         tell_unlike(student, folder, steps)
-        times, column = student.grid.times(steps, composition.strength), []
+        column = []
         for start in track(range(0, len(drawn), batch_size), f"{steps} steps", console=terminal, transient=True):
             indices = range(start, min(start + batch_size, len(drawn)))
             images = _sample(composition, student.conditioned, [drawn[i] for i in indices], seed, indices, times, gamma)

@@ -24,6 +24,8 @@ __all__ = ["RunError", "choose_blindly", "gather", "verdict", "write"]
 def gather(runs: Sequence[Path], steps: Sequence[int], with_all: bool) -> Gallery:
     """Return the gallery of the latest evaluations of `runs`, folders of recipes or of stages."""
     names = names_of(runs)
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise BadArgument(f"{repeated} is named twice: name each run once")
     places = [find_stage(run, ("evaluate",)) for run in runs]
     evaluations = [
         Evaluation(name, place, assembly.read(place / "report.json")) for name, place in zip(names, places, strict=True)
@@ -49,6 +51,8 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 def write(found: Gallery, title: str, out: Path, size: int) -> tuple[Path, int]:
     """Write `found` to `out`, a file by its ending .html, else a folder; return the page and the bytes of it all."""
     if out.suffix.lower() in (".html", ".htm"):
+        if out.is_dir():
+            raise BadArgument(f"--out: {out} is a folder; name a new file, or a folder without that ending")
         gallery.write_page(found, title, out, size)
         return out, out.stat().st_size
     if out.exists() and not is_gallery(out):

@@ -34,6 +34,12 @@ class Inputs:
     ip_adapter: Weighted | None = None
     ip_image: Path | None = None
 
+    def pictures(self) -> list[tuple[str, Path]]:
+        """Return the picture files, each with the option that names it."""
+        single = [("--image", self.image), ("--mask", self.mask), ("--ip-image", self.ip_image)]
+        named = [(option, file) for option, file in single if file is not None]
+        return named + [("--control-image", file) for file in self.control_images]
+
     def record(self) -> dict[str, str]:
         """Return them as text, for the metadata of a picture."""
         image = [] if self.image is None else [self.image]
@@ -100,24 +106,32 @@ def refuse(inputs: Inputs, family: str) -> None:
     with prefix_errors("--ip-adapter", BadArgument):
         if inputs.ip_adapter is not None:
             control.refuse_ip_adapter(family)
+    for option, file in inputs.pictures():
+        with prefix_errors(option, BadArgument):
+            read_picture(file, str(file))
+    for style in inputs.loras:
+        if not style.path.is_file():
+            raise BadArgument(f"--lora: {style.path} is a folder; name the .safetensors file in it")
 
 
 def compose(base: Base, student: Student, inputs: Inputs) -> Composition:
     """Return the student's denoiser composed with `inputs`; it is changed in place."""
-    image = None if inputs.image is None else read(base, inputs.image, "--image")
-    mask = None if inputs.mask is None else read(base, inputs.mask, "--mask").mean(dim=1, keepdim=True)
+    image = None if inputs.image is None else read(base, inputs.image)
+    mask = None if inputs.mask is None else read(base, inputs.mask).mean(dim=1, keepdim=True)
     controls = []
     for one, file in zip(inputs.controls, inputs.control_images, strict=True):
-        shown = read(base, file, "--control-image")
+        shown = read(base, file)
         shown = edge_map(shown).expand(-1, 3, -1, -1) if inputs.takes_edges else shown
         network = control.load_control(base, one.path, precision_of(student.denoiser))
-        controls.append((network, control.shown(base, network, shown), one.weight))
+        shown = control.shown(base, network, shown)
+        control.refuse_unfit(base, student, network, shown, f"--control {one.path}")
+        controls.append((network, shown, one.weight))
     if inputs.ip_adapter is not None and inputs.ip_image is not None:
-        shown = read(base, inputs.ip_image, "--ip-image")
+        shown = read(base, inputs.ip_image)
         control.add_ip_adapter(base, student.denoiser, inputs.ip_adapter.path, shown, inputs.ip_adapter.weight)
     return Composition(base, student.denoiser, inputs.loras, controls, image, inputs.strength, mask)
 
 
-def read(base: Base, file: Path, option: str) -> Tensor:
+def read(base: Base, file: Path) -> Tensor:
     """Return the central square of a picture file as (1, 3, H', W') in [0, 1], at the resolution of `base`."""
-    return square(read_picture(file, f"{option} {file}"), base.resolution)[None].to(base.device) / 255
+    return square(read_picture(file, str(file)), base.resolution)[None].to(base.device) / 255

@@ -5,6 +5,7 @@ The page is a file, or a folder of a page and its pictures; it needs neither a s
 
 import base64
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..storage.files import replacing
+from ..storage.files import CheckpointError, replacing
 from ..training.progress import Bar, progress
 from . import comparisons, page
 from .definitions import RIGHT, is_detail, metric
@@ -36,7 +37,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Place:
-    """A row of the gallery: picture `picture` of a prompt, from 0."""
+    """A row of the gallery: picture `picture` of a prompt, from 0, counted on where the prompt is repeated."""
 
     prompt: str
     language: str
@@ -130,18 +131,26 @@ def column_of(evaluation: Evaluation, row: Row) -> Column:
 
 
 def cells_of(evaluation: Evaluation, row: Row) -> dict[Place, Cell]:
-    """Return the pictures of `row` that the evaluation kept: of all prompts, or of those that its page shows."""
+    """Return the pictures of `row` that the evaluation kept: of all prompts, or of those that its page shows.
+
+    Raise CheckpointError for one that is gone.
+    """
     report, settings = evaluation.report, evaluation.report.settings
     images, keeps = settings["images_per_prompt"], settings["keep_pictures"]
-    cells = {}
+    cells, repeats = {}, Counter[tuple[str, str]]()
     for i, prompt in enumerate(report.prompts):
+        text = prompt.prompt, prompt.language
+        earlier = repeats[text] * images  # pictures of the same prompt
+        repeats[text] += 1
         for j in range(images if keeps else int(prompt.shown)):
             if keeps:
                 path = page.sample_path(evaluation.folder, row.id, i * images + j)
             else:
                 path = page.picture_path(evaluation.folder, row.id, i)
             noise = (settings["seed"], i, j)
-            cells[Place(prompt.prompt, prompt.language, j)] = Cell(path, noise, scores(row, i, j))
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing: delete {evaluation.folder} to evaluate again")
+            cells[Place(*text, earlier + j)] = Cell(path, noise, scores(row, i, j))
     return cells
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from ..data.picture_files import read_picture
 from ..storage.files import replacing
 from . import comparisons, figures, plots, tables, tuned_students
 from .definitions import GAIN, LATENCY, RIGHT, TRAINING, WIN_RATE, metric
@@ -253,10 +254,12 @@ def picture(folder: Path, row: Row | None, prompt: int) -> Picture | None:
 
 
 def webp(path: Path, size: int) -> bytes:
-    """Return a picture as WebP, at most `size` pixels a side. One of THUMBNAIL pixels or fewer loses nothing."""
-    with Image.open(path) as image:
-        lossless = max(image.size) <= min(size, THUMBNAIL)
-        image.thumbnail((size, size), Image.Resampling.LANCZOS)
-        data = BytesIO()
-        image.save(data, "WEBP", lossless=lossless, quality=85)
+    """Return a picture as WebP, at most `size` pixels a side. One of THUMBNAIL pixels or fewer loses nothing.
+
+    Raise ValueError for a file that is no picture.
+    """
+    image, data = read_picture(path, str(path)), BytesIO()
+    lossless = max(image.size) <= min(size, THUMBNAIL)
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    image.save(data, "WEBP", lossless=lossless, quality=85)
     return data.getvalue()

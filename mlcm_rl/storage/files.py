@@ -6,7 +6,7 @@ import os
 import reprlib
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ UMASK = os.umask(0)  # which can only be read by setting it
 os.umask(UMASK)
 REFUSALS = (  # a disk, a file or a folder cannot be written
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
-    *(errno.EISDIR, errno.ENOTDIR),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
 )
 
 
@@ -51,6 +51,8 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno not in REFUSALS:
             raise
         reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            reason = "it is in a file, not in a folder"
         raise CheckpointError(f"{path} could not be written ({reason}); what was there before is unchanged") from error
     finally:
         remove(temporary)
@@ -99,7 +101,8 @@ def remove_partial_of(path: Path) -> None:
 def remove(path: Path) -> None:
     """Delete a file or a folder, if it exists. A folder is renamed first, so that it is never seen in part."""
     if not path.is_dir() or path.is_symlink():
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):  # the second where its folder is a file
+            path.unlink()
         return
     if not path.name.endswith(PARTIAL):
         aside = path.with_name(f".{path.name}.{os.getpid()}.old{PARTIAL}")

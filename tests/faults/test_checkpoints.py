@@ -227,3 +227,11 @@ def test_a_run_goes_on_past_a_damaged_checkpoint_when_told_and_ends_with_the_sam
     assert (folder / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
     skip = ("manifest.json", "student/student.json")
     assert files.checksums(folder, skip) == files.checksums(whole, skip)
+
+
+def test_a_path_through_a_file_is_named_with_the_reason(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "x.json", tmp_path / "file" / "folder" / "x.json"):
+        with pytest.raises(CheckpointError, match=r"x\.json could not be written .it is in a file, not in a folder"):
+            files.write_json(path, {})
+    assert (tmp_path / "file").read_bytes() == b""

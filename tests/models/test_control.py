@@ -1,5 +1,7 @@
 """Control networks over students: beside stock pipelines at the same times, and what must change nothing."""
 
+import json
+
 import pytest
 import torch
 from diffusers import (
@@ -17,7 +19,7 @@ from diffusers import (
     T2IAdapter,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import tiny
@@ -155,6 +157,37 @@ def test_networks_of_other_families_are_refused_by_name(sdxl, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
 
 
+def test_networks_that_are_damaged_or_over_another_teacher_are_refused(sdxl, sd15, shown, tmp_path):
+    network_of(sdxl).save_pretrained(tmp_path / "whole")
+    weights = tmp_path / "whole" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    first = min(tensors)
+
+    def refused(message, changed=tensors, **settings):
+        config = json.loads((tmp_path / "whole" / "config.json").read_text()) | settings
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+        save_file(changed, tmp_path / "other" / weights.name)
+        with pytest.raises(ValueError, match=message):
+            control.load_control(sdxl, tmp_path / "other", torch.float32)
+
+    absent = {name: value for name, value in tensors.items() if name != first}
+    refused(f"other: 1 tensors are not those of config.json, for example {first}: absent in the files", absent)
+    refused(r"for example more: \[1\] in the files, absent by", tensors | {"more": torch.zeros(1)})
+    refused(f"{first} is not made of finite numbers", tensors | {first: tensors[first] * torch.nan})
+    refused("config.json: it makes no ControlNetModel: TypeError", cross_attention_dim="wide")
+    (tmp_path / "other" / weights.name).rename(tmp_path / "other" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="other: its weights are not there as safetensors"):
+        control.load_control(sdxl, tmp_path / "other", torch.float32)
+    denoiser = student_of(sdxl)
+    student = students.Student(denoiser, 1, False, tmp_path)
+    alone = draw(sdxl, denoiser)
+    control.refuse_unfit(sdxl, student, network_of(sdxl), shown, "--control own")
+    with pytest.raises(ValueError, match=r"^--control other: it does not fit the teacher .*sdxl: take one that was"):
+        control.refuse_unfit(sdxl, student, network_of(sd15), shown, "--control other")
+    assert torch.equal(draw(sdxl, denoiser), alone)  # nothing stays on the denoiser after an error
+
+
 def ip_adapter(base, folder):
     """Write an IP-Adapter for tiny SDXL with a vision tower of 12 pixels beside it, as they are published."""
     config = CLIPVisionConfig(
@@ -208,6 +241,24 @@ def test_ip_adapters_that_cannot_be_read_are_refused(sdxl, shown, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "ip.safetensors")
     with pytest.raises(FileNotFoundError, match="put the folder image_encoder beside it"):
         control.add_ip_adapter(sdxl, sdxl.denoiser, tmp_path / "ip.safetensors", shown, 1.0)
+    file, denoiser = ip_adapter(sdxl, tmp_path), student_of(sdxl)
+    own, tensors = sdxl.pipeline.unet, load_file(file)
+    last = max(tensors)
+    for changed, message in (
+        ({last: tensors[last] * torch.nan}, f"{last} is not made of finite numbers"),
+        ({last: tensors[last][:, 1:].contiguous()}, "it is no IP-Adapter, or does not fit the teacher .*sdxl: take"),
+    ):
+        save_file(tensors | changed, file)
+        with pytest.raises(ValueError, match=message):
+            control.add_ip_adapter(sdxl, denoiser, file, shown, 1.0)
+        assert sdxl.pipeline.unet is own
+    vision = tmp_path / "image_encoder" / "model.safetensors"
+    save_file(
+        {name: value for name, value in load_file(vision).items() if "visual" not in name}, vision, {"format": "pt"}
+    )
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"image_encoder: visual_projection.weight are not in its files"):
+        control.add_ip_adapter(sdxl, denoiser, file, shown, 1.0)
 
 
 SD3 = {"num_layers": 2, "num_extra_conditioning_channels": 0}

@@ -43,6 +43,8 @@ def test_a_run_without_an_evaluation_and_steps_that_none_has_are_refused(runs, t
         galleries.gather([tmp_path / "empty"], [], False)
     with pytest.raises(BadArgument, match="--steps: no student of these evaluations is at 7 or 9 steps"):
         galleries.gather(runs, [7, 9], False)
+    with pytest.raises(BadArgument, match="one is named twice: name each run once"):
+        galleries.gather([*runs, runs[0]], [], False)
 
 
 def test_a_page_or_a_folder_is_written_and_nothing_but_a_gallery_is_replaced(runs, tmp_path):
@@ -57,6 +59,9 @@ def test_a_page_or_a_folder_is_written_and_nothing_but_a_gallery_is_replaced(run
     with pytest.raises(BadArgument, match="holds other things than a gallery"):
         galleries.write(found, "title", tmp_path / "out", 64)
     assert (tmp_path / "out" / "mine.txt").exists()
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(BadArgument, match=r"--out: .*folder.html is a folder; name a new file"):
+        galleries.write(found, "title", tmp_path / "folder.html", 64)
 
 
 def test_blind_choices_are_a_table_of_pairs_with_the_pictures_that_were_chosen(runs, tmp_path):

@@ -498,9 +498,33 @@ def test_options_of_sample_that_need_another_are_refused():
         sample_inputs.of_command(loras=["nowhere.safetensors:0.5"])
 
 
+def test_weights_pictures_and_strengths_that_cannot_be_are_refused_before_anything_is_written(finished, tmp_path):
+    for weight in ("nan", "inf", "-inf"):
+        with pytest.raises(
+            BadArgument, match=f"--lora: .*:{weight}: the weight is {weight}; it must be a finite number"
+        ):
+            sample_inputs.of_command(loras=[f"{tmp_path}:{weight}"])
+    (tmp_path / "notes.png").write_text("no picture")
+    Image.new("RGB", (4, 4)).save(picture := tmp_path / "picture.png")
+    recipe, out = finished[0], tmp_path / "out"
+    for given, steps, message in (
+        ({"image": tmp_path / "notes.png"}, [2], "^--image: .*notes.png is not a readable picture"),
+        ({"image": picture, "mask": tmp_path / "notes.png"}, [2], "^--mask: .*notes.png is not a readable picture"),
+        ({"loras": [str(tmp_path)]}, [2], "^--lora: .* is a folder; name the .safetensors file in it"),
+        ({"image": picture, "strength": 0.004}, [2, 8], "strength is 0.004; it must be .* large enough for 8 times"),
+        ({"image": picture, "strength": 0.0}, [1], "strength is 0; it must be .* large enough for 1 times"),
+    ):
+        with pytest.raises(RunError, match=message):
+            finished_runs.sample(
+                Path(recipe.runs, recipe.name), ["a cat"], steps, 0, None, out, inputs=sample_inputs.of_command(**given)
+            )
+    assert not out.exists()
+
+
 def test_networks_that_do_not_fit_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     (tmp_path / "control").mkdir()
     (tmp_path / "control" / "config.json").write_text('{"_class_name": "ControlNetModel"}', encoding="utf-8")
+    Image.new("RGB", (4, 4)).save(tmp_path / "edges.png")
     given = {"controls": [f"{tmp_path / 'control'}:0.8"], "control_images": [tmp_path / "edges.png"]}
     inputs = sample_inputs.of_command(**given, takes_edges=True)
     assert inputs.controls[0].weight == 0.8

@@ -11,6 +11,7 @@ from PIL import Image
 import planted_evaluations
 from mlcm_rl.report import assembly, gallery
 from mlcm_rl.report.gallery import Evaluation, Place
+from mlcm_rl.storage.files import CheckpointError
 from planted_evaluations import HOSTILE, PROMPTS, colour
 
 ONE, TWO = {"student": [0.1, 0.2, 0.3, 0.4]}, {"student": [0.4, 0.2, 0.0, 0.1]}
@@ -121,3 +122,29 @@ def test_a_folder_has_each_picture_once_and_as_large_as_asked(tmp_path):
         assert len(files) == found.num_pictures  # all of other colours
         with Image.open(tmp_path / "out" / files[0]) as image:
             assert image.size == (min(size, 300), min(size, 300))
+
+
+def test_a_prompt_that_is_repeated_has_its_pictures_one_after_another(tmp_path):
+    prompts = [("a cat", "en"), ("a dog", "en"), ("a cat", "en")]
+    folder = planted_evaluations.write(
+        tmp_path / "run", {"student": [0.1, 0.2, 0.3]}, prompts=prompts, keeps=True, images=2
+    )
+    found = gallery.gather([evaluation("run", folder)])
+    assert found.places == [Place(*prompts[i], j) for i, j in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 2), (2, 3))]
+    last = found.column("run:student@2").cells[Place("a cat", "en", 3)]
+    assert last.noise == (0, 2, 1)
+    with Image.open(last.path) as image:
+        assert image.getpixel((0, 0)) == colour("student-2-0", 2, 1)
+
+
+def test_pictures_that_are_gone_or_are_none_are_named(tmp_path):
+    folder = planted_evaluations.write(tmp_path / "run", ONE)
+    found = gallery.gather([evaluation("run", folder)])
+    path = found.columns[0].cells[found.places[0]].path
+    path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=f"{path} is not a readable picture"):
+        gallery.write_page(found, "title", tmp_path / "out.html")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=f"{path} is missing: delete {folder} to evaluate again"):
+        gallery.gather([evaluation("run", folder)])
+    assert not (tmp_path / "out.html").exists()

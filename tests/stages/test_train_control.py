@@ -68,7 +68,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(whole, tiny_sd
     assert all(torch.equal(value, result[name]) for name, value in expected.items())
 
 
-def test_pictures_of_a_folder_give_their_own_edges(tiny_sdxl, tmp_path):
+def test_pictures_of_a_folder_give_their_own_edges(tiny_sdxl, tmp_path, monkeypatch):
     images = runs.write_images(tmp_path)
     recipe = runs.recipe(tiny_sdxl, tmp_path, [stage_of(images=images, gradient_accumulation=2)])
     base = teachers.load(recipe.teacher, torch.device("cpu"))
@@ -76,7 +76,10 @@ def test_pictures_of_a_folder_give_their_own_edges(tiny_sdxl, tmp_path):
     latents, edges = drawings.rows(torch.tensor([2]))
     assert latents.shape == (1, *base.latent_shape)
     assert torch.equal(edges, edge_map(torch.zeros(1, 3, 16, 16)).expand(-1, 3, -1, -1))  # of one colour: none
+    grids = []
+    monkeypatch.setattr(Runtime, "log_picture", lambda rt, step, name, draw: grids.append((step, name, draw().height)))
     pipeline.run(recipe)
+    assert grids == [(2, "samples", 2 * (16 + 4) + 4)]  # the trackers have the last step's: edges over drawings
 
 
 def test_the_loss_is_the_teachers_own_and_reaches_the_control_net_alone(tiny_sdxl, tmp_path):
