@@ -6,6 +6,7 @@ function below, by its name.
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,11 +167,10 @@ def rewards() -> str:
     for card in sorted(shipped.folder("reward_models").glob("*.md")):
         reward = finding.find(card.stem)
         weights = finding.weights_of(reward)
-        text = card.read_text(encoding="utf-8")
         rows.append(
             [
                 f"[`{card.stem}`](../reward_models/{card.name})",
-                _cell(text, "Source"),
+                str(sys.modules[reward.__module__].__doc__).splitlines()[0],
                 "yes" if reward.differentiable else "no",
                 (", ".join(reward.languages) or "any") if reward.needs_prompt else "not used",
                 "to fetch" if weights else "none, or shipped",
@@ -179,13 +179,6 @@ def rewards() -> str:
         )
     cards = [f"../reward_models/{card.stem}" for card in sorted(shipped.folder("reward_models").glob("*.md"))]
     return table(["reward", "what it is", "gradient", "prompts", "weights", "their licence"], rows) + contents(cards)
-
-
-def _cell(card: str, field: str) -> str:
-    """Return the first clause of a field of a reward's card."""
-    found = re.search(rf"^\| {field} \| (.+?) \|$", card, re.MULTILINE)
-    clause = re.match(r'(?:"[^"]*"|[^:;.]|[:;.](?! ))+', found[1]) if found else None
-    return clause[0] if clause else ""
 
 
 def recipes() -> str:

@@ -169,7 +169,7 @@ def _meeting(settings: dict[str, Any]) -> str:
                     "with --machine-rank 0: choose another port for all, or give every machine a rank of its own"
                 ) from error
     return (
-        f"{rank} of 0 to {settings['num_machines'] - 1} meets the others at {host}:{port}, and waits for them up to "
+        f"{rank}, of {settings['num_machines']} from 0, waits for the others at {host}:{port}, up to "
         f"{MEETING_SECONDS // 60} minutes"
     )
 

@@ -118,7 +118,7 @@ def test_a_machine_that_the_others_do_not_join_says_so(tmp_path, monkeypatch, ca
     address = f"127.0.0.1:{free_port()}"
     with pytest.raises(LaunchError, match=r"the 2 machines did not find each other: .* Does the command run on each"):
         run_under(LAUNCHES / "two_nodes.yaml", [], Machine(rank, address))
-    assert f"{rank} of 0 to 1 meets the others at {address}" in capfd.readouterr().out
+    assert f"{rank}, of 2 from 0, waits for the others at {address}" in capfd.readouterr().out
 
 
 def test_an_address_that_is_not_there_or_in_use_is_told(tmp_path):
