@@ -18,6 +18,7 @@ from mlcm_rl.models.base import Base
 from mlcm_rl.models.client_keys import kohya_names
 from mlcm_rl.models.export import export
 from mlcm_rl.models.gammas import own_gamma
+from mlcm_rl.models.teachers import teacher_hash
 from mlcm_rl.models.unet import LORA_TARGETS
 from mlcm_rl.pipeline.fingerprint import student_content
 from mlcm_rl.recipe import Full, Lora, StudentSource, Teacher
@@ -295,6 +296,15 @@ def test_an_export_comes_back_as_the_student_that_it_was_made_of(sdxl, adapter, 
     if conditioned:
         with pytest.raises(ValueError, match="told the times that it jumps to, which are milestones: leave grid out"):
             taken_in(sdxl, tmp_path / "other", tmp_path / "out", grid="lcm")
+
+
+def test_a_student_of_another_teacher_is_taken_in_with_a_line_that_says_so(sdxl, tmp_path, capsys):
+    own = {"teacher": "mine", "teacher_hash": teacher_hash(sdxl.teacher)}
+    for name, recorded in (("own", own), ("other", {"teacher": "theirs", "teacher_hash": "0" * 64})):
+        students.save_student(moved(sdxl, Lora(rank=1, alpha=1)), tmp_path / name, description(sdxl) | recorded)
+        taken_in(sdxl, tmp_path / f"{name}-taken", tmp_path / name)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "was distilled from" in line]
+    assert f"{tmp_path / 'other'} was distilled from theirs: what it adds goes over the weights of" in line
 
 
 # ---- tuned again ----
