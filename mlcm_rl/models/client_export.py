@@ -234,6 +234,10 @@ def export_as(
     refuse_existing(out)
     if ALL in formats:
         formats = list(_possible(student_folder, base, gamma, form))
+    elif len(formats) > 1:  # before the first of them is written, which may take minutes
+        student = students.load_student(base, student_folder)
+        for client in [one for one in formats if one in CLIENTS]:
+            refuse(client, student, base, student.default_gamma if gamma is None else gamma, form)
 
     def write(one: str, place: Path, own: Form) -> Path:
         common = (student_folder, base, place, card_table, snapshots, gamma, languages, own)

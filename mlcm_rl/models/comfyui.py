@@ -109,7 +109,7 @@ def workflow(
         sigmas = graph.add("ManualSigmas", sigmas=", ".join(f"{sigma:.6f}" for sigma in sigmas_of(base, times)))
         latents = graph.add("SamplerCustom", **common, add_noise=True, noise_seed=0, sampler=chosen, sigmas=sigmas)
     images = graph.add("VAEDecode", samples=latents, vae=autoencoder)
-    graph.add("SaveImage", images=images, filename_prefix=file.partition(".")[0])
+    graph.add("SaveImage", images=images, filename_prefix=file.removesuffix(".safetensors"))
     return graph.nodes
 
 

@@ -15,8 +15,8 @@ def tuned_from(folder: Path) -> tuple[str, float] | None:
     None for a student that is not tuned.
     """
     path = folder.parent / "manifest.json"
-    manifest: dict[str, Any] = read_json(path) if path.is_file() else {"kind": None}
-    if manifest["kind"] not in TUNING:
+    manifest: dict[str, Any] = read_json(path) if path.is_file() else {}
+    if manifest.get("kind") not in TUNING:
         return None
     gamma = manifest["stage"]["gamma"]
     return str(origin_of(manifest)), default_gamma_of(folder) if gamma is None else gamma

@@ -1,6 +1,7 @@
 """Upload an exported folder to the hub, by huggingface_hub."""
 
 from pathlib import Path
+from shlex import quote
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
@@ -30,7 +31,9 @@ def push(folder: Path, repository: str, public: bool, api: HfApi | None = None) 
     """
     api = HfApi() if api is None else api
     private = "" if public else " --private"
-    again = f"{folder} is complete: when that is mended, `hf upload {repository} {folder} .{private}` sends it"
+    again = (
+        f"{folder} is complete: when that is mended, `hf upload {repository} {quote(str(folder))} .{private}` sends it"
+    )
     try:
         address = api.create_repo(repository, repo_type="model", private=not public, exist_ok=True)
         if not public and not api.repo_info(repository, repo_type="model").private:

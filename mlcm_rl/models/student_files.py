@@ -16,10 +16,12 @@ from ..recipe import Full, Lora, student_sources
 from ..recipe.families import layout_of
 from ..recipe.start import StudentSource
 from ..recipe.student_sources import Found
+from ..storage import finite
 from ..storage.files import public, read_json, replacing, write_json
 from ..storage.manifest import verify
 from ..storage.tensors import misfits, read_shapes, read_tensors, write_tensors
 from ..storage.untrusted import first_few
+from ..training.progress import tell
 from . import students, teacher_lora, teachers
 from .base import Base
 from .gammas import own_gamma
@@ -44,6 +46,7 @@ def take_in(base: Base, source: StudentSource, out: Path) -> None:
             verify(found.stage)
         description = students.describe(found.place)
         students.refuse_other(found.place, description, base)
+        _tell_other_teacher(source, description, base)
         gamma = own_gamma(found.place) if source.gamma is None else source.gamma
         write_untuned(found.place, out, _description(base, source, found, description | {"gamma": gamma}))
         return
@@ -56,7 +59,9 @@ def take_in(base: Base, source: StudentSource, out: Path) -> None:
     if lora is not None:
         write_adapter(lora, out, base.denoiser_part, description)
     else:
-        write_denoiser(base, _weights(base, found), exported["conditioned"], out, description, source.path)
+        weights = _weights(base, found)
+        finite.refuse_of_others(weights, f"start: {source.path}")
+        write_denoiser(base, weights, exported["conditioned"], out, description, source.path)
 
 
 def _description(base: Base, source: StudentSource, found: Found, known: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +81,14 @@ def _description(base: Base, source: StudentSource, found: Found, known: dict[st
     description |= {"teacher": public(teacher.path), "teacher_hash": teachers.teacher_hash(teacher)}
     description |= {"quantise": teacher.quantise} if teacher.quantise is not None else {}
     return description | {"source": public(source.path)}
+
+
+def _tell_other_teacher(source: StudentSource, description: dict[str, Any], base: Base) -> None:
+    """Print a line where the adapter of a run's student goes over another teacher than it was distilled from."""
+    hashed = description.get("teacher_hash")  # older folders have none
+    if description["adapter"].get("kind") == "lora" and hashed not in (None, teachers.teacher_hash(base.teacher)):
+        theirs, own = description.get("teacher"), public(base.teacher.path)
+        tell("start", f"{source.path} was distilled from {theirs}: what it adds goes over the weights of {own} here")
 
 
 def _adapter(base: Base, source: StudentSource, found: Found, exported: dict[str, Any]) -> Adapter | None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..recipe import Teacher
+from ..recipe.student_sources import PEFT_CONFIG
 from ..storage import finite
 from ..storage.files import read_json
 from ..storage.tensors import read_tensors
@@ -98,10 +99,10 @@ def read_updates(
     tensors, header = _in_part(pipeline, read_tensors(path)), _header(path, where)
     if tensors.is_bare:
         header = _configuration_beside(path, tensors.part) or header
-        if alpha is None and f"{tensors.part}.lora_alpha" not in header:
+        if alpha is None and f"{tensors.part}.lora_alpha" not in header and _needs_alpha(tensors.values):
             raise ValueError(
-                f"{where}: its names are PEFT's, and the file holds no alpha: write alpha: as its authors train and "
-                "load it (PEFT's default is 8), or put adapter_config.json beside it"
+                f"{where}: its names are PEFT's, and the file holds no alpha: put adapter_config.json beside it, with "
+                "lora_alpha as its authors train and load it (PEFT's default is 8); a start takes it as alpha: too"
             )
     return _updates(pipeline, tensors.values, header, where, over, weight, alpha)
 
@@ -120,6 +121,9 @@ def _updates(
             f"{where}: {len(odd)} tensors are not those of a plain LoRA, for example {odd[0]}; one of another kind "
             "(DoRA, LoHa, LoKr) has to be merged into the checkpoint that teacher.path names"
         )
+    finite.refuse_of_others({name: value for name, value in tensors.items() if not name.endswith(".alpha")}, where)
+    if empty := sorted(name for name, value in tensors.items() if not value.numel()):
+        raise ValueError(f"{where}: {empty[0]} has the shape {list(tensors[empty[0]].shape)}, without a number in it")
     converted, alphas = _in_diffusers_names(pipeline, tensors, where)
     factors: dict[tuple[str, str], dict[bool, Tensor]] = {}
     scales: dict[tuple[str, str], float] = {}
@@ -202,9 +206,14 @@ def _in_part(pipeline: DiffusionPipeline, tensors: dict[str, Tensor]) -> _InPart
     )
 
 
+def _needs_alpha(tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether the names are PEFT's, without an alpha; diffusers' of before have none, and a scale of 1."""
+    return any(".lora_A." in name for name in tensors) and not any(name.endswith(".alpha") for name in tensors)
+
+
 def _configuration_beside(path: Path, part: str) -> dict[str, Any]:
     """Return PEFT's configuration in the folder of the file `path`, as a header has it; empty without one."""
-    file = path.with_name("adapter_config.json")
+    file = path.with_name(PEFT_CONFIG)
     return {f"{part}.{key}": value for key, value in read_json(file).items()} if file.is_file() else {}
 
 

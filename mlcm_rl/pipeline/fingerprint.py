@@ -106,11 +106,14 @@ def content_of(path: str, mark: Reads) -> str:
 def student_content(path: str) -> str:
     """Return one hash of a student from elsewhere: its file's, or that of the weights and configuration in its folder.
 
-    With the gamma that a run's student was tuned under. Raises as `student_sources.find`.
+    With the gamma that a run's student was tuned under, and with PEFT's configuration beside a LoRA.
+    Raises as `student_sources.find`.
     """
     found = student_sources.find(Path(path))
     if not found.place.is_dir():
-        return hashing.sha256_once(found.place)
+        beside = found.place.with_name(student_sources.PEFT_CONFIG)
+        has_alpha = found.kind == "lora" and beside.is_file()
+        return hashing.sha256_once(found.place) + (f" under {hashing.sha256_once(beside)}" if has_alpha else "")
     gamma = f" at gamma {own_gamma(found.place)}" if found.kind == "student" else ""
     return folder_hash(found.place) + gamma
 

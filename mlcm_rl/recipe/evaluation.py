@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from .distill import Distill
+from .preference import Tuning
 from .reads import PROMPTS, Reads
 from .stage import OneStage, Requirement
-from .start import StudentSource
+from .start import Start, StudentSource
 from .takes import Networks, Pass, Role, Values
 from .types import Fraction, Full, Lora, PositiveInt, Reward, presentation
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .experiment import Recipe
 
 MAX_SHOWN = 8  # pictures of a row on the page, if prompts are of two languages
+WITH_GAMMA = Tuning, Start  # stages whose student is measured at a gamma of its own too
 
 
 class Evaluate(OneStage):
@@ -143,9 +145,9 @@ class Evaluate(OneStage):
         from .experiment import gamma_of  # of all kinds of stages, this one included
 
         num_students = len(self.also) + len({one.kind for one in recipe.stages if one.leaves_student})
-        own = {one.kind: gamma_of(recipe.stages, i) for i, one in enumerate(recipe.stages) if one.leaves_student}
-        tuned = {kind: gamma for kind, gamma in own.items() if kind != "distill"}
-        unlisted = [gamma for gamma in tuned.values() if gamma not in self.gammas]
+        stages = enumerate(recipe.stages)
+        own = {one.kind: gamma_of(recipe.stages, i) for i, one in stages if isinstance(one, WITH_GAMMA)}
+        unlisted = [gamma for gamma in own.values() if gamma not in self.gammas]
         at_own_gamma = len(unlisted) + len(set(unlisted))  # tuned ones, and the distilled one beside them
         distilled = [one for one in recipe.stages if isinstance(one, Distill)]
         if self.students == "snapshots" and distilled:

@@ -93,6 +93,14 @@ def student_before(stages: Sequence[OneStage], position: int) -> int | None:
     return max((i for i in range(position) if _kind(stages[i]) in kinds), default=None)
 
 
+def origin_of(stages: Sequence[OneStage], position: int) -> OneStage | None:
+    """Return the stage that made the student which the stage at `position` and those before it tune; None without."""
+    before = student_before(stages, position)
+    while before is not None and isinstance(stages[before], Tuning):
+        before = student_before(stages, before)
+    return None if before is None else stages[before]
+
+
 def gamma_of(stages: Sequence[OneStage], position: int) -> float | None:
     """Return the gamma that the student of the stage at `position` is sampled under by default.
 

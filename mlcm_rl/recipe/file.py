@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from ..storage.files import CheckpointError
 from . import errors, missing, renamed, reward_package, reward_settings, student_sources, teacher_problems
 from .distill import Distill
-from .experiment import Recipe, Stage, gamma_of, missing_library, missing_trackers, student_before
+from .experiment import Recipe, Stage, gamma_of, missing_library, missing_trackers, origin_of, student_before
 from .languages import code_meant, says_language
 from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
@@ -115,7 +115,7 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
         settings = stage.model_dump(include={*reads_of(stage), "also"})
         for name, mark in reads_of(stage).items():
             if mark.of_student:
-                yield from _source_problems(("stages", i), stage, folders)
+                yield from _source_problems(("stages", i), stage, recipe, folders)
             elif (path := settings[name]) is not None:
                 is_table = name == "pairs" and Path(path).suffix == ".parquet"
                 yield from missing.absent(
@@ -141,14 +141,23 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
                 yield from missing.absent((*key[:-1], "settings", "folder"), folder, folders, holding="reward.json")
 
 
-def _source_problems(key: Key, stage: Stage, folders: Folders) -> Iterator[Problem]:
-    """Yield what is wrong with a student from elsewhere: not there, none, or not stating how it is sampled."""
+def _source_problems(key: Key, stage: Stage, recipe: Recipe, folders: Folders) -> Iterator[Problem]:
+    """Yield what is wrong with a student from elsewhere: not there, none, or not stating how it is sampled.
+
+    A recipe does not start from its own run, whose folder the first of its stages to begin would take away.
+    """
     assert isinstance(stage, Start), "no other stage names one"
     path = folders.place((*key, "path"), stage.path)
     if not stage.path or not os.path.exists(path):
         beside = missing.beside((*key, "path"), stage.path, folders, "*") if stage.path else ""
         message = f"no such file or folder: {stage.path}" if stage.path else "expected a path, found empty text"
         yield Problem((*key, "path"), message, beside, looked_in=folders.looked_in((*key, "path"), stage.path))
+        return
+    own = Path(os.path.abspath(folders.working / recipe.runs / recipe.name))
+    if Path(os.path.abspath(path)).is_relative_to(own):
+        stages = f"{Path(recipe.runs) / 'stages'}/<kind>-<number>, where its link leads"
+        message = f"{stage.path} is in the folder of this recipe's own run, which its stages will fill anew"
+        yield Problem((*key, "path"), f"{message}: take another name than {recipe.name}, or name the stage by {stages}")
         return
     try:
         student_sources.refuse_unstated(student_sources.find(path), stage)
@@ -206,7 +215,7 @@ def _tuning_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
         if stage.needs_random_steps and stage.gamma is None and gamma == 0.0:
             message = f"{stage.kind} needs random steps here, and the student that it tunes samples without noise"
             yield Problem(("stages", i, "gamma"), f"{message} (gamma 0) by default: set gamma, such as 0.3")
-        begun = None if before is None else recipe.stages[before]
+        begun = origin_of(recipe.stages, i)
         if isinstance(begun, Start) and isinstance(begun.grid, list) and len(begun.grid) != stage.sampling_steps:
             message = f"expected {len(begun.grid)}, as many as the times of its start's grid {begun.grid}, found "
             yield Problem(("stages", i, "sampling_steps"), f"{message}{stage.sampling_steps}")

@@ -10,20 +10,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..storage.files import read_json
-from ..storage.untrusted import parse_json, regular
-from .experiment import STUDENTS
+from ..storage.tensor_headers import tensors_in
+from ..storage.untrusted import regular
+from .experiment import STUDENTS, TUNING
 from .start import ORIGINAL_STEPS, StudentSource
 from .types import default_gamma
 
 DESCRIPTION_FILE = "student.json"
 INDEX, CONFIG = "model_index.json", "config.json"
-MAX_HEADER = 10**8  # bytes, of a safetensors file: the format's own limit
+PEFT_CONFIG = "adapter_config.json"  # beside a LoRA in PEFT's own names: its rank and alpha
+OF_LORA = re.compile(r"[._]lora(_|\.)")
+OF_ANOTHER_KIND = re.compile(r"[._](dora_scale|lora_magnitude_vector|hada_w\d\w*|lokr_w\d\w*|oft_\w+)(\.|$)")
+# PEFT's own names: a module's, without the component in front, and its factor's.
+OF_PEFT = re.compile(r"(base_model\.model\.|((down|up|mid)_block|(single_)?transformer_block)).*\.lora_[AB]\.")
 GRIDS = {steps: name for name, steps in ORIGINAL_STEPS.items()}
 RENOISING = ("LCMScheduler", "FlowMatchLCMScheduler")
 DETERMINISTIC = ("EulerDiscreteScheduler", "DDIMScheduler")  # with trailing times, the samplers of published students
 VALUES = {
     "gamma": "gamma: 1 (as LCM-LoRA), 0 (as SDXL-Lightning), or TCD's eta between",
     "grid": "grid: lcm, trailing, milestones, or the list of its times",
+    "alpha": f"alpha: as its authors train and load it (PEFT's default is 8), or put its {PEFT_CONFIG} beside it",
 }
 Kind = Literal["student", "export", "pipeline", "denoiser", "lora", "weights"]
 
@@ -43,13 +49,14 @@ class Found:
     gamma: float | None = None
     grid: str | None = None
     prediction_type: str | None = None
+    takes_alpha: bool = False  # a LoRA whose file has none
+    others: tuple[str, ...] = ()  # other keys that a recipe has to name
 
     @property
     def unstated(self) -> list[str]:
         """Return the keys that a recipe has to name."""
-        if self.kind == "student":
-            return []
-        return [name for name in VALUES if getattr(self, name) is None]
+        sampling = [] if self.kind == "student" else ["gamma", "grid"]
+        return [name for name in sampling if getattr(self, name) is None] + list(self.others)
 
 
 def find(path: Path) -> Found:
@@ -65,7 +72,7 @@ def find(path: Path) -> Found:
     if (path / INDEX).is_file():
         return _of_pipeline(path)
     if (path / DESCRIPTION_FILE).is_file():
-        return Found("student", path)
+        return _of_student(path)
     if (path / CONFIG).is_file():
         return Found("denoiser", path)
     files = sorted(path.glob("*.safetensors"))
@@ -81,29 +88,48 @@ def find(path: Path) -> Found:
 
 
 def refuse_unstated(found: Found, source: StudentSource) -> None:
-    """Raise ValueError for what neither the files nor the recipe state, with the keys to write."""
+    """Raise ValueError for what neither the files nor the recipe state, with the keys to write.
+
+    And for an alpha that would have no effect.
+    """
+    if source.alpha is not None and not found.takes_alpha:
+        what = f"{source.path} states its own" if found.kind == "lora" else f"{source.path} is no LoRA of a file"
+        raise ValueError(f"alpha has no effect, since {what}: leave it out")
     missing = [name for name in found.unstated if getattr(source, name) is None]
     if missing:
         keys = ", ".join(f"{name}: ..." for name in missing)
         ways = "; ".join(VALUES[name] for name in missing)
+        what = "its alpha" if missing == ["alpha"] else "how it is sampled"
         raise ValueError(
-            f"{source.path} does not state how it is sampled: write {{path: {source.path}, {keys}}}, where {ways}. The "
-            "model's card says which (docs/start_from.md)"
+            f"{source.path} does not state {what}: write {{path: {source.path}, {keys}}}, where {ways}. The model's "
+            "card says which (docs/start_from.md)"
         )
 
 
 def _of_file(path: Path) -> Found:
     if path.suffix != ".safetensors":
         raise ValueError(f"expected a .safetensors file, found {path}: other formats can run code and are not read")
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(min(length, MAX_HEADER))
-    try:
-        names = dict(parse_json(header.decode("utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    is_lora = any(re.search(r"[._]lora(_|\.)", name) for name in names)
-    return Found("lora" if is_lora else "weights", path)
+    names = tensors_in(path)
+    if not names:
+        raise ValueError(f"{path} holds no tensors")
+    if others := sorted(filter(OF_ANOTHER_KIND.search, names)):
+        raise ValueError(
+            f"{path} is no plain LoRA: it has {others[0]}. One of another kind (DoRA, LoHa, LoKr) has to be merged "
+            "into a denoiser, which `start` takes"
+        )
+    if not any(map(OF_LORA.search, names)):
+        return Found("weights", path)
+    has_alpha = any(name.endswith(".alpha") for name in names) or path.with_name(PEFT_CONFIG).is_file()
+    needs_alpha = any(map(OF_PEFT.match, names)) and not has_alpha
+    return Found("lora", path, takes_alpha=not has_alpha, others=("alpha",) if needs_alpha else ())
+
+
+def _of_student(path: Path) -> Found:
+    """Return the student in the folder `path`, whose tuning's gamma is in the manifest of its stage, beside it."""
+    description, manifest = read_json(path / DESCRIPTION_FILE), path.parent / "manifest.json"
+    is_stated = "preference" not in description or "gamma" in description
+    is_stated = is_stated or (manifest.is_file() and read_json(manifest).get("kind") in TUNING)
+    return Found("student", path, others=() if is_stated else ("gamma",))
 
 
 def _of_pipeline(path: Path) -> Found:

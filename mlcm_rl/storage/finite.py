@@ -35,6 +35,18 @@ def refuse_weights(weights: Mapping[str, Tensor], what: str) -> None:
         )
 
 
+def refuse_of_others(weights: Mapping[str, Tensor], where: str) -> None:
+    """Raise ValueError if one of the `weights`, of a file that somebody else made, is no matrix of finite numbers."""
+    for name, values in weights.items():
+        if not values.is_floating_point():
+            raise ValueError(f"{where}: {name} is in {_short(values.dtype)}: only weights in floating point are read")
+    wide = {name: values.float() if values.element_size() == 1 else values for name, values in weights.items()}
+    if (bad := first_nonfinite(wide)) is not None:
+        raise ValueError(
+            f"{where}: {bad} is not made of finite numbers: the file is damaged, download or make it again"
+        )
+
+
 def refuse_encoded(conditioning: Mapping[str, Tensor], prompts: Sequence[str], dtype: torch.dtype) -> None:
     """Raise ValueError for the first of `prompts` (B) whose conditioning (B, ...) holds NaN or infinity."""
     for values in conditioning.values():

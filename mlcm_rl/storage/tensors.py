@@ -12,9 +12,8 @@ from torch import Tensor
 
 from . import finite
 from .files import CheckpointError, replacing, require_space
-from .untrusted import parse_json
+from .tensor_headers import read_header
 
-MAX_HEADER = 10**8  # bytes, of a safetensors file: the format's own limit
 MAX_MAPPED = 2**25  # bytes read of a file, after which it is mapped anew
 
 
@@ -23,7 +22,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
-        refuse_duplicate_names(path)
+        read_header(path)  # raises for a name that is there twice
         return load_file(path)
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
@@ -60,14 +59,6 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self.shapes)
 
 
-def refuse_duplicate_names(path: Path) -> None:
-    """Raise ValueError if a safetensors header is not JSON or has a name twice: readers differ in which they take."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(min(length, MAX_HEADER))
-    parse_json(header.decode("utf-8"))
-
-
 def load_weights(network: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Load the `tensors` of the file `path` into `network`. Raise CheckpointError if names or shapes differ."""
     if odd := misfits(tensors, network.state_dict()):
@@ -86,7 +77,7 @@ def read_shapes(path: Path) -> dict[str, list[int]]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
-        refuse_duplicate_names(path)
+        read_header(path)  # raises for a name that is there twice
         with safe_open(path, "pt") as file:  # compares the header with the file's size
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, ValueError) as error:

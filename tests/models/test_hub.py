@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -98,6 +99,15 @@ def test_a_refusal_says_what_to_do_and_leaves_the_folder(at, error, said, folder
         caught.value
     )
     assert (folder / "README.md").read_text() == "A card."
+
+
+def test_the_command_that_sends_it_later_has_the_folder_in_quotes_where_it_needs_them(tmp_path):
+    folder = tmp_path / "my 红苹果"
+    folder.mkdir()
+    with pytest.raises(ValueError) as caught:
+        hub.push(folder, REPOSITORY, True, Hub(at="create_repo", error=refusal(403)))
+    (command,) = re.findall(r"`(hf upload .*?)`", str(caught.value))
+    assert shlex.split(command) == ["hf", "upload", REPOSITORY, str(folder), "."]
 
 
 def test_without_a_network_the_real_api_is_refused_in_words(folder):

@@ -17,7 +17,9 @@ from mlcm_rl.models import student_files, students, teachers
 from mlcm_rl.models.base import Base
 from mlcm_rl.models.client_keys import kohya_names
 from mlcm_rl.models.export import export
+from mlcm_rl.models.gammas import own_gamma
 from mlcm_rl.models.unet import LORA_TARGETS
+from mlcm_rl.pipeline.fingerprint import student_content
 from mlcm_rl.recipe import Full, Lora, StudentSource, Teacher
 from mlcm_rl.recipe.student_sources import find, refuse_unstated
 from teacher_loras import as_kohya, fused_by_diffusers, relative, write
@@ -93,11 +95,15 @@ def test_a_lora_in_pefts_names_needs_its_alpha_which_is_beside_it_or_named(sdxl,
     file.parent.mkdir()
     save_file(get_peft_model_state_dict(theirs), file)
     assert all(key.startswith("base_model.model.") for key in load_file(file))
-    with pytest.raises(ValueError, match=r"the file holds no alpha: write alpha: .*PEFT's default is 8"):
+    with pytest.raises(ValueError, match=r"does not state its alpha: write .*alpha: \.\.\..*PEFT's default is 8"):
         taken_in(sdxl, tmp_path / "without", file, **AS_LCM)
     named = taken_in(sdxl, tmp_path / "named", file, alpha=8.0, **AS_LCM)
     torch.testing.assert_close(sdxl.predict(named.denoiser, x_t, t, conditioning), expected, atol=1e-5, rtol=1e-5)
+    alone = student_content(str(file))
     theirs.peft_config["default"].save_pretrained(file.parent)
+    assert student_content(str(file)) != alone  # the alpha beside it is part of what it adds
+    with pytest.raises(ValueError, match=r"alpha has no effect, since .* states its own"):
+        taken_in(sdxl, tmp_path / "two", file, alpha=4.0, **AS_LCM)
     beside = taken_in(sdxl, tmp_path / "beside", file.parent, **AS_LCM)
     torch.testing.assert_close(sdxl.predict(beside.denoiser, x_t, t, conditioning), expected, atol=1e-5, rtol=1e-5)
 
@@ -106,6 +112,50 @@ def test_a_lora_of_text_encoders_too_is_none_of_a_student(sdxl, teachers, tmp_pa
     file = write(teachers["sdxl"], tmp_path / "lora")
     with pytest.raises(ValueError, match=r"it changes text_encoder, text_encoder_2 too.*teacher\.lora"):
         taken_in(sdxl, tmp_path / "student", file, **AS_LCM)
+
+
+def with_nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    name = min(tensors)
+    return tensors | {name: tensors[name] * float("nan")}
+
+
+@pytest.mark.parametrize("kind", ["lora", "weights"])
+def test_numbers_that_are_none_are_refused_by_the_file_that_holds_them(sdxl, teachers, kind, tmp_path):
+    tensors = sdxl.denoiser.state_dict()
+    if kind == "lora":
+        tensors = load_file(write(teachers["sdxl"], tmp_path / "lora", texts=()))
+    name = min(name for name in tensors if name.endswith("weight"))
+    for changed, message in (
+        (with_nan(tensors), r"bad\.safetensors: .* is not made of finite numbers: the file is damaged"),
+        (tensors | {name: tensors[name].to(torch.int8)}, r"bad\.safetensors: .* is in int8: only weights in floating"),
+    ):
+        save_file(changed, tmp_path / "bad.safetensors")
+        with pytest.raises(ValueError, match=message):
+            taken_in(sdxl, tmp_path / "student", tmp_path / "bad.safetensors", **AS_LCM)
+
+
+def test_a_lora_of_rank_0_is_refused(sdxl, teachers, tmp_path):
+    tensors = load_file(write(teachers["sdxl"], tmp_path / "lora", texts=()))
+    down = min(name for name in tensors if ".lora_A." in name)
+    up = down.replace("lora_A", "lora_B")
+    changed = tensors | {down: tensors[down][:0], up: tensors[up][:, :0].contiguous()}
+    save_file(changed, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match=r"lora_[AB]\.weight has the shape \[.*0.*\], without a number in it"):
+        taken_in(sdxl, tmp_path / "student", tmp_path / "bad.safetensors", **AS_LCM)
+
+
+def test_an_alpha_in_whole_numbers_counts(sdxl, teachers, tmp_path):
+    """kohya's sd-scripts save the alpha that a user wrote, which may be an int."""
+    file = as_kohya(write(teachers["sdxl"], tmp_path / "lora", texts=()), tmp_path / "kohya.safetensors", "sdxl")
+    tensors = load_file(file)
+    alphas = {name: value for name, value in tensors.items() if name.endswith(".alpha")}
+    for dtype in (torch.int64, torch.float32):
+        save_file(tensors | {name: torch.full_like(value, 2, dtype=dtype) for name, value in alphas.items()}, file)
+        taken_in(sdxl, tmp_path / str(dtype), file, **AS_LCM)
+    first, second = (
+        weights_of(students.load_student(sdxl, tmp_path / str(one))) for one in (torch.int64, torch.float32)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def load(folder: Path, **settings: Any) -> Base:
@@ -163,6 +213,18 @@ def test_paths_that_lead_to_no_student_say_why(tmp_path):
     (tmp_path / "run" / "01-distill").symlink_to(tmp_path / "gone")
     with pytest.raises(ValueError, match="gone or unfinished"):
         find(tmp_path / "run")
+    whole = (tmp_path / "one.safetensors").read_bytes()
+    for name, content in (("short", whole[:-1]), ("long", whole + b"x"), ("empty", b""), ("huge", b"\xff" * 99)):
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}\.safetensors is damaged"):
+            find(tmp_path / f"{name}.safetensors")
+    save_file({}, tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match=r"none\.safetensors holds no tensors"):
+        find(tmp_path / "none.safetensors")
+    for other in ("lora_unet_conv_in.hada_w1_a", "lora_unet_conv_in.dora_scale", "unet.conv_in.lora_magnitude_vector"):
+        save_file({other: torch.zeros(1), "lora_unet_x.lora_up.weight": torch.zeros(1)}, tmp_path / "kind.safetensors")
+        with pytest.raises(ValueError, match=r"no plain LoRA: .*DoRA, LoHa, LoKr"):
+            find(tmp_path / "kind.safetensors")
     (tmp_path / "two.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
     with pytest.raises(ValueError, match=r"two\.safetensors is damaged"):
         find(tmp_path / "two.safetensors")
@@ -246,6 +308,14 @@ def test_a_tuned_student_becomes_one_that_is_tuned_again_and_draws_the_same(sdxl
     tuned = students.for_preference(base, Lora(rank=2, alpha=4), 0, tmp_path / "start")
     tiny.perturb(students.trainable_parameters(tuned), scale=0.1)
     students.save_tuned(tuned, tmp_path / "start", tmp_path / "tuned", 3)
+    for manifest in ("", '{"name": "of something else"}'):  # without its stage's, nothing states its tuning's gamma
+        if manifest:
+            (tmp_path / "manifest.json").write_text(manifest)
+        assert find(tmp_path / "tuned").unstated == ["gamma"]
+        assert own_gamma(tmp_path / "tuned") == 1.0
+    (tmp_path / "manifest.json").write_text('{"kind": "feedback", "parents": {}, "stage": {"gamma": 0.5}}')
+    assert (find(tmp_path / "tuned").unstated, own_gamma(tmp_path / "tuned")) == ([], 0.5)
+    (tmp_path / "manifest.json").unlink()
     described = student_files.untuned_description(tmp_path / "tuned")
     student_files.write_untuned(tmp_path / "tuned", tmp_path / "again", described)
     with torch.no_grad():

@@ -397,6 +397,14 @@ def test_one_that_fails_leaves_nothing_of_several(loaded, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
+def test_one_that_cannot_be_is_refused_before_another_is_written(loaded, tmp_path, monkeypatch):
+    written: list[str] = []
+    monkeypatch.setattr(client_export, "export", lambda *settings: written.append("diffusers"))
+    with pytest.raises(ValueError, match="trained in full"):
+        export_as(["diffusers", "peft"], student(loaded["sd15"], tmp_path, Full()), loaded["sd15"], tmp_path / "mine")
+    assert written == []
+
+
 @pytest.mark.slow
 def test_a_merged_export_for_diffusers_has_no_adapter(loaded, tmp_path):
     base = loaded["sdxl"]

@@ -191,6 +191,12 @@ def test_sdxls_prompt_has_the_size_of_the_picture_and_fluxs_the_guidance(bases):
     )
 
 
+def test_a_name_with_dots_spaces_and_characters_is_that_of_the_pictures_too(bases):
+    graph = comfyui.workflow(bases["sdxl"], "红 苹果.v1.2.safetensors", True, 4, SamplingGrid(), 1.0)
+    assert find(graph, "LoraLoaderModelOnly")["lora_name"] == "红 苹果.v1.2.safetensors"
+    assert find(graph, "SaveImage")["filename_prefix"] == "红 苹果.v1.2"
+
+
 def test_a_teacher_without_t5_names_two_text_encoders(tmp_path):
     base = load(Teacher(path=str(tiny.sd3(tmp_path / "sd3", with_t5=False)), family="sd3"), "cpu")
     graph = workflow(base, "m", True, 4, SamplingGrid(), 1.0)

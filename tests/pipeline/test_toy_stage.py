@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOY = Path(__file__).parent / "toy"
 EDITS = {
     "from .evaluation import Evaluate\n": "from .evaluation import Evaluate\nfrom .imitate import Imitate\n",
-    " | Policy | Evaluate,\n": " | Policy | Evaluate | Imitate,\n",
+    "    | Evaluate,\n": "    | Evaluate\n    | Imitate,\n",
 }
 RECIPE = """
 name: toy

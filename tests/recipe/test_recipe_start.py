@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 import runs
 from mlcm_rl.recipe import Evaluate, Recipe, Start
 from mlcm_rl.recipe.experiment import gamma_of, student_before
-from mlcm_rl.recipe.file import load
+from mlcm_rl.recipe.file import check, load
+from mlcm_rl.recipe.paths import Folders
 from mlcm_rl.recipe.tree import RecipeError
 
 TEXT = """\
@@ -62,6 +63,37 @@ def test_errors_are_on_the_line_of_the_file_whatever_stages_stand_for_a_start(pr
     (tmp_path / "lora.bin").write_bytes(b"")
     (other,) = problems("lora.bin")
     assert "expected a .safetensors file" in other
+
+
+def test_a_lora_that_needs_its_alpha_is_told_before_any_stage_runs(problems, tmp_path):
+    save_file({"base_model.model.conv_in.lora_A.weight": torch.zeros(1)}, tmp_path / "peft.safetensors")
+    (unstated,) = problems("{path: peft.safetensors, gamma: 1.0, grid: lcm}")
+    assert "does not state its alpha: write {path: peft.safetensors, alpha: ...}" in unstated
+    assert problems("{path: peft.safetensors, gamma: 1.0, grid: lcm, alpha: 8.0}") == []
+    (alpha,) = problems("{path: teacher, gamma: 1.0, grid: lcm, alpha: 8.0}")
+    assert "alpha has no effect, since teacher is no LoRA of a file: leave it out" in alpha
+
+
+def test_a_recipe_does_not_start_from_its_own_run(problems, tmp_path):
+    for name in ("tuned", "tuned-before"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        save_file({"lora_unet_x.lora_up.weight": torch.zeros(1)}, tmp_path / "runs" / name / "one.safetensors")
+    for path in ("runs/tuned", "./runs/../runs/tuned/one.safetensors"):
+        (own,) = problems(f"{{path: {path}, gamma: 1.0, grid: lcm}}")
+        assert "is in the folder of this recipe's own run" in own
+        assert "take another name than tuned" in own
+    assert problems("{path: runs/tuned-before, gamma: 1.0, grid: lcm}") == []
+
+
+def test_steps_are_those_of_the_grid_however_often_its_student_is_tuned(tiny_sdxl, tmp_path):
+    prompts = runs.write_prompts(tmp_path)
+    save_file({"lora_unet_conv_in.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    start = {"path": str(tmp_path / "lora.safetensors"), "gamma": 1.0, "grid": [999, 400]}
+    first = runs.tuning("feedback", prompts, start=start)
+    for steps in (2, 4):
+        stages = [first, runs.tuning("dpo", prompts, start="previous", sampling_steps=steps)]
+        found = check(runs.recipe(tiny_sdxl, tmp_path, stages), Folders(tmp_path, tmp_path))
+        assert [one.key for one in found] == ([] if steps == 2 else [("stages", 2, "sampling_steps")])
 
 
 def test_a_start_is_a_stage_and_read_again_it_is_the_same(tiny_sdxl, tmp_path):

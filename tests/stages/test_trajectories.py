@@ -15,7 +15,7 @@ import runs
 from mlcm_rl import pipeline
 from mlcm_rl.data.trajectory_store import Store, refuse_mismatch
 from mlcm_rl.equations.segments import time_grid
-from mlcm_rl.models import teachers
+from mlcm_rl.models import students, teachers
 from mlcm_rl.stages import distill, feedback, trajectories
 from mlcm_rl.storage import files, hashing
 from mlcm_rl.storage.files import CheckpointError, write_json
@@ -160,10 +160,10 @@ def sources_over(store: Path, recipe, folder: Path):
     stages = [runs.distill(num_segments=[1]), runs.distill(num_segments=[1], method="inter_segment")]
     for stage in stages:
         yield lambda stage=stage: distill.make_source(stage, recipe, base, base.denoiser, {"trajectories": store})
-    write_json(folder / "distill" / "manifest.json", {"stage": stages[0].model_dump(mode="json")})
+    student = {"num_segments": 1, "conditioned": False, "budgets": [], "adapter": {"kind": "full"}}
+    write_json(folder / "student.json", student | students.expected_of(base))
     tuning = runs.tuning("feedback", recipe.stages[0].prompts, consistency=0.5)
-    parents = {"trajectories": store, "distill": folder / "distill"}
-    yield lambda: feedback.stored_states(tuning, recipe, base, parents)
+    yield lambda: feedback.stored_states(tuning, recipe, base, folder, store)
 
 
 @pytest.mark.parametrize(
