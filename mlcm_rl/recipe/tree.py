@@ -21,6 +21,7 @@ from ruamel.yaml.nodes import Node as YamlNode
 from ruamel.yaml.reader import ReaderError
 
 from ..storage.untrusted import brief, read_bytes
+from . import shipped
 
 Key = tuple[str | int, ...]
 
@@ -289,7 +290,9 @@ def _text(path: Path) -> str:
     except ValueError as error:  # too long, or a NUL in the name
         raise RecipeError([Problem((), str(error), file=str(path))]) from error
     except FileNotFoundError as error:
-        problem = Problem((), "no such file", nearest_file(path, "*.y*ml"), file=str(path))
+        names = [] if path.suffix else [file.stem for file in shipped.recipes()]
+        near = nearest_file(path, "*.y*ml") or nearest(str(path), names)
+        problem = Problem((), "no such file", near, file=str(path))
         raise RecipeError([problem]) from error
     except OSError as error:  # a folder, no permission, a name too long for the file system
         raise RecipeError([Problem((), f"cannot be read: {error.strerror}", file=str(path))]) from error

@@ -74,7 +74,7 @@ def raises(error: BaseException):
 def test_validate_says_ok_or_all_errors_for_every_recipe(mlcm, root):
     text = (root / "good.yaml").read_text("utf-8")
     (root / "bad.yaml").write_text(text.replace("seed: 7", "sed: 7").replace("judge: judge", "judge: juge"), "utf-8")
-    result = mlcm("validate", "good.yaml", "bad.yaml", "none.yaml", "god.yaml")
+    result = mlcm("validate", "good.yaml", "bad.yaml", "none.yaml", "god.yaml", "emoji_dem")
     assert result.exit_code == 2
     assert result.stdout.splitlines() == [
         "ok  good.yaml",
@@ -84,6 +84,8 @@ def test_validate_says_ok_or_all_errors_for_every_recipe(mlcm, root):
         "none.yaml: no such file",
         "bad god.yaml: 1 error",
         "god.yaml: no such file; did you mean good.yaml?",
+        "bad emoji_dem: 1 error",
+        "emoji_dem: no such file; did you mean emoji_demo?",
     ]
 
 
