@@ -477,8 +477,7 @@ def test_shipped_recipes_load_and_name_their_schema(path):
 
 
 def test_a_picture_that_is_drawn_over_is_in_the_metadata_and_the_same_again(finished, tmp_path):
-    recipe, _ = finished
-    run = Path(recipe.runs, recipe.name)
+    run = finished[1][1].folder
     (first,) = finished_runs.sample(run, ["a cat"], [2], 7, None, tmp_path)
     inputs = sample_inputs.of_command(image=first)
     assert inputs.strength == 0.5
@@ -506,7 +505,7 @@ def test_weights_pictures_and_strengths_that_cannot_be_are_refused_before_anythi
             sample_inputs.of_command(loras=[f"{tmp_path}:{weight}"])
     (tmp_path / "notes.png").write_text("no picture")
     Image.new("RGB", (4, 4)).save(picture := tmp_path / "picture.png")
-    recipe, out = finished[0], tmp_path / "out"
+    run, out = finished[1][1].folder, tmp_path / "out"
     for given, steps, message in (
         ({"image": tmp_path / "notes.png"}, [2], "^--image: .*notes.png is not a readable picture"),
         ({"image": picture, "mask": tmp_path / "notes.png"}, [2], "^--mask: .*notes.png is not a readable picture"),
@@ -515,9 +514,7 @@ def test_weights_pictures_and_strengths_that_cannot_be_are_refused_before_anythi
         ({"image": picture, "strength": 0.0}, [1], "strength is 0; it must be .* large enough for 1 times"),
     ):
         with pytest.raises(RunError, match=message):
-            finished_runs.sample(
-                Path(recipe.runs, recipe.name), ["a cat"], steps, 0, None, out, inputs=sample_inputs.of_command(**given)
-            )
+            finished_runs.sample(run, ["a cat"], steps, 0, None, out, inputs=sample_inputs.of_command(**given))
     assert not out.exists()
 
 
