@@ -232,12 +232,8 @@ def export_as(
     """
     out = Path(out)
     refuse_existing(out)
-    if ALL in formats:
-        formats = list(_possible(student_folder, base, gamma, form))
-    elif len(formats) > 1:  # before the first of them is written, which may take minutes
-        student = students.load_student(base, student_folder)
-        for client in [one for one in formats if one in CLIENTS]:
-            refuse(client, student, base, student.default_gamma if gamma is None else gamma, form)
+    if ALL in formats or len(formats) > 1:  # before the first of them is written, which may take minutes
+        formats = list(_possible(formats, students.load_student(base, student_folder), base, gamma, form))
 
     def write(one: str, place: Path, own: Form) -> Path:
         common = (student_folder, base, place, card_table, snapshots, gamma, languages, own)
@@ -254,14 +250,20 @@ def export_as(
     return out
 
 
-def _possible(student_folder: Path | str, base: Base, gamma: float | None, form: Form) -> Iterator[str]:
-    """Yield the formats that a student can be in; print why not for the others."""
-    student = students.load_student(base, student_folder)
-    yield "diffusers"
-    for client in CLIENTS:
+def _possible(formats: Sequence[str], student: Student, base: Base, gamma: float | None, form: Form) -> Iterator[str]:
+    """Yield the formats to write: those named, or with `ALL` those that the student can be in, and print why no others.
+
+    Raise ValueError for one that is named and that the student cannot be in.
+    """
+    gamma = student.default_gamma if gamma is None else gamma
+    takes_all = ALL in formats
+    for client in ("diffusers", *CLIENTS) if takes_all else formats:
         try:
-            refuse(client, student, base, student.default_gamma if gamma is None else gamma, form)
+            if client in CLIENTS:
+                refuse(client, student, base, gamma, form)
         except ValueError as error:
+            if not takes_all:
+                raise
             tell(f"--format {client}:", f"left out: {error}")
             continue
         yield client

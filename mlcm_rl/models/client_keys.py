@@ -28,6 +28,8 @@ STABILITY_ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
+QUERIES_KEYS_VALUES = ("attn.to_q", "attn.to_k", "attn.to_v")
+ADDED_QUERIES_KEYS_VALUES = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 Stacks = Mapping[str, tuple[str, ...]]  # an original layer's name -> the layers of diffusers that it stacks
 
 
@@ -71,13 +73,13 @@ MMDIT = OriginalLayers(  # Stable Diffusion 3
         "transformer_blocks": (
             "joint_blocks",
             {
-                "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+                "x_block.attn.qkv": QUERIES_KEYS_VALUES,
                 "x_block.attn.proj": ("attn.to_out.0",),
                 "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
                 "x_block.attn2.proj": ("attn2.to_out.0",),
                 "x_block.mlp.fc1": ("ff.net.0.proj",),
                 "x_block.mlp.fc2": ("ff.net.2",),
-                "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+                "context_block.attn.qkv": ADDED_QUERIES_KEYS_VALUES,
                 "context_block.attn.proj": ("attn.to_add_out",),
                 "context_block.mlp.fc1": ("ff_context.net.0.proj",),
                 "context_block.mlp.fc2": ("ff_context.net.2",),
@@ -91,11 +93,11 @@ FLUX = OriginalLayers(  # FLUX.1
         "transformer_blocks": (
             "double_blocks",
             {
-                "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+                "img_attn.qkv": QUERIES_KEYS_VALUES,
                 "img_attn.proj": ("attn.to_out.0",),
                 "img_mlp.0": ("ff.net.0.proj",),
                 "img_mlp.2": ("ff.net.2",),
-                "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+                "txt_attn.qkv": ADDED_QUERIES_KEYS_VALUES,
                 "txt_attn.proj": ("attn.to_add_out",),
                 "txt_mlp.0": ("ff_context.net.0.proj",),
                 "txt_mlp.2": ("ff_context.net.2",),
@@ -104,7 +106,7 @@ FLUX = OriginalLayers(  # FLUX.1
         "single_transformer_blocks": (
             "single_blocks",
             {
-                "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+                "linear1": (*QUERIES_KEYS_VALUES, "proj_mlp"),
                 "linear2": ("proj_out",),
             },
         ),
