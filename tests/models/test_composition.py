@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import teacher_loras
 import tiny
+from composed import PROMPTS, call, draw, near, student_of
 from mlcm_rl.equations.segments import remaining_times
 from mlcm_rl.equations.solver import ddim_step
 from mlcm_rl.models import students
@@ -23,8 +24,6 @@ from mlcm_rl.models import teachers as bases
 from mlcm_rl.models.composition import Composition, Weighted, latent_mask
 from mlcm_rl.models.grids import SamplingGrid
 from mlcm_rl.recipe import Lora, Teacher
-
-PROMPTS, SEED = ["a red apple", "熊猫"], 5
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +40,7 @@ def half() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def student(sdxl):
-    denoiser = students.student(sdxl, Lora(rank=4, alpha=8.0), 0)
-    tiny.perturb(students.trainable_parameters(denoiser), seed=1)
-    return denoiser.requires_grad_(False)
-
-
-def draw(base, denoiser, num_steps=4, gamma=1.0, **inputs):
-    """Latents (B, C, H, W), as `mlcm sample` draws them, and the composition."""
-    composition = Composition(base, denoiser, **inputs)
-    generator = torch.Generator().manual_seed(SEED)
-    noise, times = base.noise(generator, len(PROMPTS)), SamplingGrid().times(num_steps, composition.strength)
-    return composition.sample(base.encode_prompts(PROMPTS), noise, times, gamma, generator), composition
+    return student_of(sdxl)
 
 
 def stock(base, denoiser, gamma, kind) -> DiffusionPipeline:
@@ -62,16 +51,6 @@ def stock(base, denoiser, gamma, kind) -> DiffusionPipeline:
     assert isinstance(pipe.scheduler, LCMScheduler if gamma == 1.0 else TCDScheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def call(pipe, times, **settings):
-    generator = torch.Generator().manual_seed(SEED)
-    common = {"guidance_scale": 0.0, "generator": generator, "output_type": "latent", "timesteps": times}
-    return pipe(PROMPTS, **common, **settings).images
-
-
-def near(actual, expected):
-    torch.testing.assert_close(actual, expected, atol=2e-5 * expected.abs().max().item(), rtol=1e-4)
 
 
 @pytest.mark.parametrize(("num_steps", "strength"), [(4, 0.5), (2, 0.75), (3, 0.3)])

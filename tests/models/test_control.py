@@ -22,7 +22,9 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+import composed
 import tiny
+from composed import PROMPTS, SEED, call, near, student_of
 from mlcm_rl.equations.segments import remaining_times
 from mlcm_rl.models import control, students
 from mlcm_rl.models import teachers as bases
@@ -32,18 +34,10 @@ from mlcm_rl.models.pictures import to_pil
 from mlcm_rl.recipe import Lora, Teacher
 from tiny_families import CASES
 
-PROMPTS, SEED = ["a red apple", "熊猫"], 5
-
 
 @pytest.fixture(scope="module")
 def shown() -> torch.Tensor:
     return torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).round()
-
-
-def student_of(base):
-    denoiser = students.student(base, Lora(rank=4, alpha=8.0), 0)
-    tiny.perturb(students.trainable_parameters(denoiser), seed=1)
-    return denoiser.requires_grad_(False)
 
 
 def network_of(base, seed=0) -> ControlNetModel:
@@ -54,10 +48,7 @@ def network_of(base, seed=0) -> ControlNetModel:
 
 
 def draw(base, denoiser, controls=(), num_steps=4, **inputs):
-    composition = Composition(base, denoiser, controls=controls, **inputs)
-    generator = torch.Generator().manual_seed(SEED)
-    noise, times = base.noise(generator, len(PROMPTS)), SamplingGrid().times(num_steps, composition.strength)
-    return composition.sample(base.encode_prompts(PROMPTS), noise, times, 1.0, generator)
+    return composed.draw(base, denoiser, num_steps, controls=controls, **inputs)[0]
 
 
 def stock(base, denoiser, kind, **parts):
@@ -65,16 +56,6 @@ def stock(base, denoiser, kind, **parts):
     pipe.unet, pipe.scheduler = denoiser, base.stock_scheduler(1.0)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def call(pipe, times, **settings):
-    generator = torch.Generator().manual_seed(SEED)
-    common = {"guidance_scale": 0.0, "generator": generator, "output_type": "latent", "timesteps": times}
-    return pipe(PROMPTS, **common, **settings).images
-
-
-def near(actual, expected):
-    torch.testing.assert_close(actual, expected, atol=2e-5 * expected.abs().max().item(), rtol=1e-4)
 
 
 def test_a_control_net_is_the_stock_pipelines(either, shown):
