@@ -99,7 +99,7 @@ def remaining_times(num_steps: int, strength: float, num_segments: int = 1) -> l
         parts = max(int(NUM_SEGMENTS * (top - end)), steps)  # milestones in the segment, or more times where too few
         below = [Fraction(j * parts // steps, parts) for j in range(steps)]
         times += [int((NUM_TIMES - 1) * (end + (min(start, top) - end) * (1 - share))) for share in below]
-    _refuse_crowded(times, strength)
+    _refuse_crowded(times, num_steps, strength)
     return times
 
 
@@ -110,14 +110,14 @@ def pressed_times(times: Sequence[int], strength: float) -> list[int]:
     """
     share = Fraction(strength).limit_denominator(NUM_TIMES)
     pressed = [int(share * t) for t in times]
-    _refuse_crowded(pressed, strength)
+    _refuse_crowded(pressed, len(times), strength)
     return pressed
 
 
-def _refuse_crowded(times: Sequence[int], strength: float) -> None:
-    """Raise ValueError for a `strength` outside (0, 1], and where two of its `times` fall on one, or one on 0."""
-    if not 0 < Fraction(strength).limit_denominator(NUM_TIMES) <= 1 or len({*times, 0}) <= len(times):
-        raise ValueError(f"strength is {strength:g}; it must be at most 1, and large enough for {len(times)} times")
+def _refuse_crowded(times: Sequence[int], num_steps: int, strength: float) -> None:
+    """Raise ValueError for a `strength` outside (0, 1], and where it leaves fewer than `num_steps` times above 0."""
+    if not 0 < Fraction(strength).limit_denominator(NUM_TIMES) <= 1 or len({*times, 0}) <= num_steps:
+        raise ValueError(f"strength is {strength:g}; it must be at most 1, and large enough for {num_steps} times")
 
 
 def spaced_times(num_steps: int, num_origins: int) -> list[int]:
