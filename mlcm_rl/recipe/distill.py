@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from .reads import PICTURES, PROMPTS
 from .stage import OneStage, Requirement, States, Training
 from .takes import Networks, Pass, Values
+from .terms import Adversarial, Matching
 from .types import Fraction, Full, Lora, PositiveInt, default_gamma, presentation
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ class Distill(Training):
     source: Literal["trajectories", "online", "data"] = Field(
         "trajectories", description="stored states; the paper's Algorithm 1; or real latents plus noise, as LCM"
     )
-    images: Annotated[str | None, PICTURES] = Field(None, description="captioned image folder, for source: data")
+    images: Annotated[str | None, PICTURES] = Field(
+        None, description="captioned image folder, for source: data and real: images"
+    )
     prompts: Annotated[str | None, PROMPTS] = Field(
         None, description="prompt file, for source: online and for inter_segment on samples"
     )
@@ -83,10 +86,14 @@ class Distill(Training):
     )
     skip: int = Field(20, gt=0, le=999, description="times between a pair's points for source online and data")
     num_teacher_steps: int = Field(3, gt=0, le=125, description="inter_segment: p, teacher steps between milestones")
-    num_student_steps: int = Field(4, ge=1, le=8, description="inter_segment: q, steps of the student's own sample")
+    num_student_steps: int = Field(
+        4, ge=1, le=8, description="q, steps of the student's own sample, for inter_segment and matching"
+    )
     renoise: Literal["student", "stored"] = Field(
         "stored", description="inter_segment: what is re-noised to a milestone"
     )
+    matching: Matching | None = Field(None, description="a term of distribution matching; default: none")
+    adversarial: Adversarial | None = Field(None, description="an adversarial term; default: none")
     held_out_every: PositiveInt = presentation(50, description="steps between losses on the held-out trajectories")
 
     @model_validator(mode="after")
@@ -125,6 +132,13 @@ class Distill(Training):
             raise ValueError(
                 "distance: log_l2 weighs all jumps alike and space: x0 does not; with log_l2 take space: z"
             )
+        if self.terms and list(self.num_segments) != [1]:
+            raise ValueError(
+                f"{' and '.join(self.terms)}: terms are of clean samples, and jumps to the starts of several segments "
+                "end at noisy ones: they need num_segments: [1], or method: inter_segment"
+            )
+        if self.adversarial and self.adversarial.real == "images" and self.images is None:
+            raise ValueError("adversarial.real: images needs images: a captioned image folder")
         if self.source == "data" and self.images is None:
             raise ValueError("source: data needs images: a captioned image folder")
         if self.source == "online" and self.prompts is None:
@@ -148,9 +162,14 @@ class Distill(Training):
         return self.states_drawn if self.reads_trajectories and self.method == "segments" else None
 
     @property
+    def terms(self) -> list[str]:
+        """The keys of the terms that it adds to the distance."""
+        return [name for name in ("matching", "adversarial") if getattr(self, name) is not None]
+
+    @property
     def uses_teacher(self) -> bool:
         """Whether steps evaluate the teacher; if not, its denoiser leaves memory before the first."""
-        return self.method == "inter_segment" or self.source != "trajectories"
+        return self.method == "inter_segment" or self.source != "trajectories" or bool(self.terms)
 
     @property
     def texts(self) -> str | None:
