@@ -36,7 +36,7 @@ def _launch_file(name: Path | None) -> Path | None:
     if name is None or name.is_file():
         return name
     if (file := shipped.launch_file(str(name))) is None:
-        names = ", ".join(sorted(file.stem for file in (shipped.folder("recipes") / "launch").glob("*.yaml")))
+        names = ", ".join(file.stem for file in shipped.launch_files())
         raise typer.BadParameter(f"no file {name}; launch files that come with mlcm_rl are {names}")
     return file
 
