@@ -6,7 +6,6 @@ time; both take seconds a stage, and are then cached (`estimates`).
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
@@ -19,7 +18,6 @@ from ..cost.gpus import Device
 from ..cost.launches import Launch
 from ..cost.memory import Memory, num_tokens, of_stage
 from ..data.prompts import texts_of
-from ..data.store_writer import share_written
 from ..models import files, text_adapter
 from ..models.student_files import adapter_of
 from ..models.teachers import class_of
@@ -27,13 +25,13 @@ from ..recipe import AdaptText, Distill, Full, Lora, Recipe, Stage, Start, teach
 from ..recipe.experiment import student_before
 from ..recipe.families import geometry, layout_of
 from ..recipe.takes import Networks, Values
-from ..storage.checkpoints import checkpoints, step_of
 from ..storage.files import CheckpointError, read_json
 from ..storage.manifest import is_finished
 from ..storage.tensors import read_shapes
 from ..storage.untrusted import in_a_line
 from . import estimates
 from .fingerprint import Located, locate
+from .results import share_done
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -93,16 +91,6 @@ def _predicted(
     total = sum(part.count * part.each.total for part in work) if work is not None else None
     time = flops.seconds(work, device, launch) if work is not None and device is not None else None
     return replace(one, memory=memory, operations=total, seconds=time)
-
-
-def share_done(stage: Stage, folder: Path) -> float:
-    """Return the share of `stage` that is saved in its folder, from 0 to 1; damaged files count as nothing."""
-    if stage.num_stored:
-        with suppress(CheckpointError):
-            return share_written(folder, stage.num_stored)
-    if stage.steps_per_phase and (saved := checkpoints(folder)):
-        return min(1.0, step_of(saved[-1]) / sum(stage.steps_per_phase))
-    return 0.0
 
 
 class Sizes:
