@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Base
+from .conditioning import Conditioning
 from .features import features
 
 GROUPS = 4  # of channels that are normalised together
@@ -37,14 +38,14 @@ class Head(nn.Module):
 
 
 class Heads(nn.Module):
-    """One head for each of the teacher's `features`: all that an adversary trains. Weights are drawn from `seed`."""
+    """One head for each of the teacher's `features`, of these `shapes`. Its weights are drawn from `seed`."""
 
-    def __init__(self, base: Base, width: int, seed: int):
+    def __init__(self, shapes: list[torch.Size], width: int, seed: int):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            heads = [Head(shape[0], width, is_picture=shape[-1] > 1) for shape in shapes_of(base)]
-        self.heads = nn.ModuleList(heads).to(base.device)
+            heads = [Head(shape[0], width, is_picture=shape[-1] > 1) for shape in shapes]
+        self.heads = nn.ModuleList(heads)
 
     def forward(self, read: list[Tensor]) -> list[Tensor]:
         """Return the logits (B, N) of each head; N is the number of places of its features."""
@@ -52,11 +53,11 @@ class Heads(nn.Module):
 
 
 @torch.no_grad()
-def shapes_of(base: Base) -> list[torch.Size]:
-    """Return the shapes (D, h, w) of the teacher's features, by one pass over an empty sample."""
+def shapes_of(base: Base, conditioning: Conditioning) -> list[torch.Size]:
+    """Return the shapes (D, h, w) of the teacher's features, by one pass over an empty sample under `conditioning`."""
     x_t = torch.zeros(1, *base.latent_shape, device=base.device)
     t = torch.ones(1, dtype=torch.int64, device=base.device)
-    return [states.shape[1:] for states in features(base, x_t, t, base.unconditional(1))]
+    return [states.shape[1:] for states in features(base, x_t, t, conditioning)]
 
 
 @contextmanager

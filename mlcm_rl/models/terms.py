@@ -28,7 +28,7 @@ from . import students
 from .base import Base
 from .conditioning import Conditioning, on_device
 from .features import features
-from .heads import Heads, frozen
+from .heads import Heads, frozen, shapes_of
 from .sampler import sample as sample_of
 
 
@@ -150,7 +150,8 @@ class Adversary:
 
     def __init__(self, settings: Adversarial, base: Base, seed: int, pictures: Pictures | None = None):
         self.settings, self.base, self.weight, self.pictures = settings, base, settings.weight, pictures
-        self.network = Heads(base, settings.width, seed_of(seed, "heads"))
+        shapes = shapes_of(base, base.unconditional(1))
+        self.network = Heads(shapes, settings.width, seed_of(seed, "heads")).to(base.device)
         self.learning_rate = settings.learning_rate
         self.of_real, self.of_fake, self.of_student = losses.LOSSES[settings.loss]
 

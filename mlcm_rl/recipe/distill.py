@@ -169,7 +169,12 @@ class Distill(Training):
     @property
     def uses_teacher(self) -> bool:
         """Whether steps evaluate the teacher; if not, its denoiser leaves memory before the first."""
-        return self.method == "inter_segment" or self.source != "trajectories" or bool(self.terms)
+        return self.samples_teacher or bool(self.terms)
+
+    @property
+    def samples_teacher(self) -> bool:
+        """Whether steps take guided passes of the teacher."""
+        return self.method == "inter_segment" or self.source != "trajectories"
 
     @property
     def texts(self) -> str | None:
@@ -239,7 +244,7 @@ class Distill(Training):
         samples = sum(steps) * self.batch_size
         again = sum(n for n, jumps in zip(steps, self.jumps_again, strict=True) if jumps) * self.batch_size
         passes = [Pass("student", samples, batch=batch, gradient=True)]
-        if self.uses_teacher:
+        if self.samples_teacher:
             guided = recipe.teacher.evaluations
             evaluations, with_keys = self._teacher_steps * guided, guided if self.method == "inter_segment" else None
             passes.insert(0, Pass("teacher", samples, evaluations, batch, num_with_keys=with_keys))
@@ -247,9 +252,27 @@ class Distill(Training):
             passes.append(Pass("target", again, batch=batch))
         if self.method == "inter_segment" and self.renoise == "student":
             passes.append(Pass("student", samples, self.num_student_steps, is_chained=True, num_with_keys=1))
-        if self.method == "segments" and self.source == "data":
+        passes += self._passes_of_terms(recipe, samples, batch)
+        takes_pictures = self.adversarial is not None and self.adversarial.real == "images"
+        if takes_pictures or (self.method == "segments" and self.source == "data"):
             passes.append(Pass("encoder", batch=self.micro_batch, in_step=False))
         return passes + self.sample_grids(recipe)
+
+    def _passes_of_terms(self, recipe: "Recipe", samples: int, batch: int) -> list[Pass]:
+        """Return the passes of the terms that it adds to the distance, the student's first."""
+        own: list[Pass] = []
+        passes: list[Pass] = []
+        if self.matching:
+            scale, fake = self.matching.guidance_scale, self.matching.fake
+            guided = recipe.teacher if scale is None else recipe.teacher.model_copy(update={"guidance_scale": scale})
+            passes = [Pass("teacher", samples, guided.evaluations, batch), Pass("fake", samples, batch=batch)]
+            if not (self.method == "inter_segment" and self.renoise == "student"):  # which samples anyway
+                passes.append(Pass("student", samples, self.num_student_steps, is_chained=True, num_with_keys=1))
+            own = [Pass("fake", samples, fake.num_updates, batch, gradient=True, output="prediction", beside=True)]
+        if self.adversarial:
+            passes.append(Pass("heads", samples, batch=batch, gradient=True))
+            own.append(Pass("heads", samples, 2, batch, gradient=True, beside=True))  # of real samples, and of its own
+        return passes + own
 
     @property
     def _teacher_steps(self) -> float:
@@ -268,8 +291,11 @@ class Distill(Training):
             texts=self.texts,
             most_texts=self.most_encoded_ahead,
             has_average=self.target_ema > 0,
+            fake=self.matching.fake if self.matching else None,
+            head_width=self.adversarial.width if self.adversarial else 0,
         )
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
-        """Return the bytes of the student, its snapshots and its checkpoints."""
-        return values.trained * (4 * (1 + len(self.num_segments)) + self.keep_checkpoints * MOMENTS_BYTES)
+        """Return the bytes of the student, its snapshots and its checkpoints, which hold the fake score too."""
+        in_checkpoints = (values.trained + values.fake) * self.keep_checkpoints * MOMENTS_BYTES
+        return values.trained * 4 * (1 + len(self.num_segments)) + in_checkpoints
