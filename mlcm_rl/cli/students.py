@@ -32,6 +32,26 @@ DeviceOption = Annotated[
     DeviceKind | None, typer.Option("--device", show_default=False, help="where it computes; default: as the recipe")
 ]
 
+TextAdapter = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        file_okay=False,
+        show_default=False,
+        help="folder that an adapt_text stage left, through which prompts in its languages go",
+    ),
+]
+Strength = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        show_default=False,
+        help="how much of the picture is drawn anew: all steps are over this share of the time axis; "
+        "default: 0.5, with --mask 1",
+    ),
+]
+
 
 def sample(
     run: Annotated[
@@ -82,28 +102,11 @@ def sample(
     alpha: Annotated[
         float | None, typer.Option(show_default=False, help="with --teacher: of a LoRA file that states none")
     ] = None,
-    text_adapter: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            file_okay=False,
-            show_default=False,
-            help="folder that an adapt_text stage left, through which prompts in its languages go",
-        ),
-    ] = None,
+    text_adapter: TextAdapter = None,
     image: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, show_default=False, help="picture to start from")
     ] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            show_default=False,
-            help="how much of the picture is drawn anew: all steps are over this share of the time axis; "
-            "default: 0.5, with --mask 1",
-        ),
-    ] = None,
+    strength: Strength = None,
     mask: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, show_default=False, help="white where --image is drawn anew"),
