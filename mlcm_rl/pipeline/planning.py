@@ -130,12 +130,14 @@ class Sizes:
         """
         if networks.text_adapter is not None:
             return text_adapter.num_weights(text_adapter.sizes_of(networks.text_adapter, self.conditioning))
-        if not isinstance(networks.trained, Lora):
-            return self.denoiser_weights
-        rank, total = networks.trained.rank, 0
+        return self.adapter(networks.trained) if isinstance(networks.trained, Lora) else self.denoiser_weights
+
+    def adapter(self, lora: Lora | None) -> int:
+        """Return the number of weights of an adapter over the denoiser; 0 without one."""
+        total = 0
         for name, shape in self.parts[self.family.denoiser_part].items():
-            if len(shape) > 1 and is_lora_target(name, self.adapted):
-                total += rank * (prod(shape[1:]) + shape[0])
+            if lora is not None and len(shape) > 1 and is_lora_target(name, self.adapted):
+                total += lora.rank * (prod(shape[1:]) + shape[0])
         return total
 
     def work(self, stage: Stage) -> list[Work]:
@@ -202,9 +204,11 @@ class Sizes:
 
     def disk(self, stage: Stage) -> int:
         """Return the bytes of the stage's results, and of its newest checkpoints while it runs."""
+        networks = stage.networks(self.distilled(stage))
         values = Values(
             denoiser=self.denoiser_weights,
-            trained=self.trained(stage.networks(self.distilled(stage))),
+            trained=self.trained(networks),
+            fake=self.adapter(networks.fake),
             latent=self.latent,
             prompt=sum(map(prod, self.conditioning.values())),
             pixels=self.pixels,
