@@ -4,6 +4,16 @@ import math
 
 from torch import Tensor
 
+# The least deviation of a reward, as a share of its largest score at the reference. A reward with nearly the same score
+# for every picture (safety, at its cap) would otherwise be divided by its rounding errors and decide alone; left out,
+# it could not object when the student leaves the cap. The floor is relative, since scores have no other scale.
+LEAST_DEVIATION = 0.01
+
+
+def deviation(scores: Tensor) -> float:
+    """Return the unit of a reward's gains and drops, from the reference's `scores` (P,); 0 where all of them are 0."""
+    return max(scores.std().item(), LEAST_DEVIATION * scores.abs().max().item())
+
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
     """Mean of the `values` (P,) that are not NaN and its standard error sd / sqrt(n), sd with n - 1.

@@ -21,7 +21,8 @@ from .types import (
     NonNegativeFloat,
     PositiveInt,
     Reward,
-    RewardEntry,
+    TuningReward,
+    TuningRewardEntry,
     Weight,
     presentation,
 )
@@ -84,8 +85,12 @@ class Tuning(Training):
     adapter: Lora = Field(Lora(rank=16, alpha=16.0), description="the preference adapter, over the distilled student")
     sampling_steps: int = Field(4, ge=1, le=8, description="of the student's sampler, which is what is tuned")
     gamma: Fraction | None = Field(None, description="noise put back between its steps; default: what suits it")
-    rewards: list[RewardEntry] = Field(
-        min_length=1, description="trained on, names or entries; their weighted sum is the reward"
+    rewards: list[TuningRewardEntry] = Field(
+        min_length=1,
+        description="trained on, names or entries; the weighted sum of those without max_drop is the reward",
+    )
+    multiplier_rate: PositiveFloat = Field(
+        0.1, description="of rewards with max_drop: growth of a multiplier in a step, for each deviation beyond it"
     )
     normalise: bool = Field(True, description="put each reward on the scale of its running deviation before the sum")
     autoencoder_tiles: Annotated[int, Field(gt=0, le=16_384)] | None = Field(
@@ -98,6 +103,14 @@ class Tuning(Training):
         both = {reward.name for reward in self.rewards} & {reward.name for reward in self.guard.rewards}
         if both:
             raise ValueError(f"guard.rewards: {', '.join(sorted(both))} is trained on; a guard needs another reward")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_maximised(self):
+        if not self.objectives:
+            raise ValueError("rewards: all have max_drop; name one without it, to be maximised under the constraints")
+        if not self.max_drops and self.multiplier_rate != type(self).model_fields["multiplier_rate"].default:
+            raise ValueError("multiplier_rate is of rewards with max_drop, and none has it")
         return self
 
     @property
@@ -115,8 +128,18 @@ class Tuning(Training):
 
     @property
     def trained_on(self) -> list[Reward]:
-        """The rewards whose weighted sum is trained on."""
-        return self.rewards
+        """The rewards that are maximised and those that may not fall."""
+        return [*self.rewards]
+
+    @property
+    def objectives(self) -> list[TuningReward]:
+        """The rewards whose weighted sum is maximised."""
+        return [reward for reward in self.rewards if not reward.is_constraint]
+
+    @property
+    def max_drops(self) -> dict[str, float]:
+        """How far each constrained reward may fall, in deviations of the reference, by its name."""
+        return {reward.name: reward.max_drop for reward in self.rewards if reward.max_drop is not None}
 
     @property
     def needs_random_steps(self) -> bool:
@@ -257,6 +280,8 @@ class Feedback(Tuning):
         )
         with_keys = 1 if self.gradient == "low_variance" else None  # the others have gradient in the same sampler
         passes = [Pass("student", samples, before, is_chained=True, num_with_keys=with_keys), scored]
+        if self.max_drops:  # the same samples by the reference
+            passes += [replace(one, role="reference", gradient=False, num_scores=1) for one in passes]
         if self.anchor:
             passes.append(Pass("reference", samples * copies, batch=part * copies))
         if self.kl:  # of one step of a sample of its own
@@ -306,6 +331,8 @@ class Dpo(Tuning):
     def _pairs_stand_for_samples(self):
         if self.pairs is None:
             return self
+        if self.max_drops:
+            raise ValueError(f"max_drop of {', '.join(self.max_drops)} is measured on samples, and pairs are a table's")
         if self.form == "pso":
             raise ValueError("form pso learns the steps of the student's own samples, and pairs are finished pictures")
         for name in ("num_generations", "min_margin"):
@@ -329,7 +356,11 @@ class Dpo(Tuning):
         measures = {"endpoint": steps, "diffusion_dpo": 1, "pso": steps - 1}[self.form]
         own, copies = Pass("student", 2 * samples, measures, 2 * part, gradient=True), self.num_generations
         sampled = Pass("student", samples * copies, steps, part * copies, is_chained=True, num_with_keys=1)
-        return [replace(sampled, viewer="rewards")] * (self.pairs is None) + [
+        ranked = [replace(sampled, viewer="rewards")] * (self.pairs is None)
+        by_reference = [replace(one, role="reference") for one in ranked if self.max_drops]
+        return [
+            *ranked,
+            *by_reference,
             Pass("reference", 2 * samples, measures),
             own,
         ]
@@ -371,8 +402,10 @@ class Policy(Tuning):
     def step(self, samples: int, part: int) -> list[Pass]:
         """Return the samples, and the evaluations for log-probabilities: old, of the reference, and current."""
         steps, actions = self.sampling_steps, self.sampling_steps - 1
+        sampled = Pass("student", samples, steps, part, is_chained=True, viewer="rewards", num_with_keys=1)
         return [
-            Pass("student", samples, steps, part, is_chained=True, viewer="rewards", num_with_keys=1),
+            sampled,
+            *[replace(sampled, role="reference")] * bool(self.max_drops),
             Pass("student", samples, actions),
             Pass("reference", samples, actions),
             Pass("student", samples * self.num_iterations, actions, part, gradient=True),

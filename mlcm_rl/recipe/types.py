@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 from . import families
 
@@ -125,6 +125,11 @@ class Reward(Strict):
     chunk_size: PositiveInt | None = Field(None, description="pictures scored at a time; default: the whole batch")
 
     @property
+    def is_constraint(self) -> bool:
+        """Whether it may not fall, instead of being part of the sum."""
+        return False
+
+    @property
     def is_of_this_recipe(self) -> bool:
         """Whether it is the reward of the recipe's own `train_reward` stage: `trained`, without a folder."""
         return self.name == TRAINED and "folder" not in self.settings
@@ -136,14 +141,42 @@ class Reward(Strict):
         )
 
 
+class TuningReward(Reward):
+    """A reward model that a stage trains on: with a weight in the sum, or as a constraint."""
+
+    max_drop: NonNegativeFloat | None = Field(
+        None,
+        exclude_if=lambda limit: limit is None,  # so that stages without constraints have the fingerprints of before
+        description="a constraint in place of a weight: the mean may fall below the reference's by this many of the "
+        "reference's standard deviations, and no more",
+    )
+
+    @property
+    def is_constraint(self) -> bool:
+        """Whether it may not fall, instead of being part of the sum."""
+        return self.max_drop is not None
+
+    @model_validator(mode="after")
+    def _constraint_has_no_weight(self):
+        if self.is_constraint and self.weight != 1.0:
+            raise ValueError(f"weight has no meaning beside max_drop: {self.name} is a constraint, not part of the sum")
+        return self
+
+
 def _as_reward(one: str | Reward) -> Reward:
     return Reward(name=one) if isinstance(one, str) else one
 
 
+def _as_tuning_reward(one: str | TuningReward) -> TuningReward:
+    return TuningReward(name=one) if isinstance(one, str) else one
+
+
 if TYPE_CHECKING:
     RewardEntry = Reward
+    TuningRewardEntry = TuningReward
 else:  # in a file a name alone stands for an entry with that name
     RewardEntry = Annotated[str | Reward, AfterValidator(_as_reward)]
+    TuningRewardEntry = Annotated[str | TuningReward, AfterValidator(_as_tuning_reward)]
 
 
 class Guard(Strict):

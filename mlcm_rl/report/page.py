@@ -197,8 +197,9 @@ def tuned_section(report: Report, folder: Path) -> TunedSection:
                 name=student.name,
                 sentence=tuned_students.sentence(student),
                 verdict=tuned_students.verdict(student),
+                constraints=tuned_students.constraints(student),
                 warnings=student.guard.warnings,
-                plot=plots.gains(student),
+                plots=[plots.gains(student), *(plots.constraint(student, name) for name in student.max_drops)],
             )
             for student in students
         ],

@@ -38,6 +38,18 @@ MPS = {"shape": "mps_hinge", "rewards": [{"name": "mps"}]}
         ("dpo", {"form": "pso", "gamma": 1.0, "pairs": "pairs"}, "form pso learns the steps of the student's own"),
         ("dpo", {"pairs": "pairs", "num_generations": 8}, "num_generations is of the student's own samples"),
         ("dpo", {"pairs": "pairs", "min_margin": 0.1}, "min_margin is of the student's own samples"),
+        ("feedback", {"rewards": [{"name": "sharpness", "max_drop": 0.1}]}, "rewards: all have max_drop"),
+        (
+            "feedback",
+            {"rewards": ["brightness", {"name": "sharpness", "max_drop": 0.1, "weight": 2.0}]},
+            "weight has no meaning beside max_drop",
+        ),
+        ("feedback", {"multiplier_rate": 0.2}, "multiplier_rate is of rewards with max_drop"),
+        (
+            "dpo",
+            {"rewards": ["brightness", {"name": "sharpness", "max_drop": 0.1}], "pairs": "pairs"},
+            "max_drop of sharpness is measured on samples",
+        ),
         ("policy", {"batch_size": 3}, "whole groups of num_generations 2"),
         ("policy", {"batch_size": 4, "gradient_accumulation": 4}, "whole groups of num_generations 2"),
         ("policy", {"gamma": 0.0}, "gamma must be above 0"),

@@ -8,6 +8,7 @@ import runs
 import tiny
 from mlcm_rl.data.prompts import Prompt
 from mlcm_rl.preference import tuning
+from mlcm_rl.preference.constraints import Constraints
 from mlcm_rl.preference.guard import HackingGuard
 from mlcm_rl.rewards import Combined, Member, combine
 from mlcm_rl.stages import feedback
@@ -69,7 +70,8 @@ def test_the_papers_hinge_by_hand(distilled, monkeypatch):
     student = student_of(distilled)
     begun = tuning.start(student.base, texts, [generator(i) for i in range(3)])
     assert begun.next_prompts == ["a dog", "红苹果", "a cat"]
-    losses = feedback.reward_loss(stage, rewards, torch.zeros(3, 3, 16, 16), begun, 1, tuning.Scores())
+    constraints = Constraints(stage, student, {})
+    losses = feedback.reward_loss(stage, rewards, constraints, torch.zeros(3, 3, 16, 16), begun, 1, tuning.Scores())
     assert losses.tolist() == [6.0 + 20.0, 0.0 + 0.0, 19.0 + 10.0]
 
 
