@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import control, students, teachers, text_adapter
+from ..models import control, heads, students, teachers, text_adapter
 from ..models.base import Base
 from ..models.text_adapter import TextAdapter
 from ..preference import tuning
@@ -91,6 +91,7 @@ def of_stage(
         )
         parameters = live.now - rewards
         trained = students.trainable_parameters(roles.trained) if isinstance(stage, Training) else []
+        beside = [value for one in roles.beside.values() for value in students.trainable_parameters(one)]
         outline = launches.outline(roles.trained, roles.base.denoiser, launch.blocks)
         ahead, highest = peaks_of_passes(stage, recipe, roles, trained, live, kernels, launch)
     uncounted, unbuilt = tuple(sorted(missing | roles.failed)), tuple(sorted(missing))
@@ -103,7 +104,7 @@ def of_stage(
     memory = Memory(
         parameters=parameters + others - shard.saved,
         gradients=shard.gradients,
-        optimiser=shard.optimiser,
+        optimiser=shard.optimiser + launches.ADAM * sum(value.numel() for value in beside),
         averages=shard.averaged * has_average,
         activations=activations,
         exchange=shard.exchange,
@@ -146,6 +147,10 @@ def peaks_of_passes(
                 value.grad = torch.empty_like(value)
         with kernels:
             passes.step(stage, recipe, roles, part).backward()
+            for value in trained:
+                value.grad = None
+            for loss in passes.beside(stage, recipe, roles, part):  # what is trained after the student's update
+                loss.backward()
     return ahead, live.peak - start
 
 
@@ -194,9 +199,33 @@ def roles_of(
             network = control.new_control_net(base, seed=0)
         if isinstance(stage, Training) and stage.gradient_checkpointing:
             base.checkpoint_blocks(network, recompute)
-    return passes.Roles(
+    roles = passes.Roles(
         base, student, conditioned, tokens, rewards, set(), own_precision, *copies, small, adapter, network
     )
+    roles.beside.update(_beside(networks, stage, roles, recompute))
+    return roles
+
+
+def _beside(
+    networks: Networks, stage: Stage, roles: passes.Roles, recompute: Callable[..., Any]
+) -> dict[str, nn.Module]:
+    """Return the networks that a stage trains beside the student, by role, set up as the stage does."""
+    base, beside = roles.base, {}
+    recomputes = isinstance(stage, Training) and stage.gradient_checkpointing
+    with torch.device("meta"):
+        if networks.fake is not None:
+            fake = students.student(base, networks.fake, seed=0)
+            beside["fake"] = fake
+            if isinstance(stage, Training) and stage.precision == "bf16":
+                autocast.frozen_in_bfloat16(fake)
+            if recomputes:
+                base.checkpoint_blocks(fake, recompute)
+        if networks.head_width:
+            shapes = heads.shapes_of(base, roles.points(1)[2])
+            beside["heads"] = heads.Heads(shapes, networks.head_width, seed=0)
+            if recomputes:
+                base.checkpoint_blocks(base.denoiser, recompute)
+    return beside
 
 
 def _text_adapter(network: TextNetwork | None, base: Base, num_tokens: int) -> TextAdapter | None:

@@ -47,7 +47,10 @@ class Draw:
 
 @dataclass(frozen=True)
 class Batch:
-    """Points on trajectories, on the device: x_t at t, x_r at r, and, if states are stored, x_s at s."""
+    """Points on trajectories, on the device: x_t at t, x_r at r, and, if states are stored, x_s at s.
+
+    `sample` is the student's own in a few steps, if the points were made from one.
+    """
 
     x_t: Tensor  # (B, C, H, W)
     x_r: Tensor | None
@@ -56,6 +59,7 @@ class Batch:
     r: Tensor
     s: Tensor
     conditioning: Conditioning
+    sample: Tensor | None = None  # (B, C, H, W)
 
 
 def draw_target(t: Tensor, num_segments: int, any_milestone: bool, generator: torch.Generator) -> Tensor:
@@ -232,7 +236,8 @@ class RenoisedSamples:
             for step in range(num_steps):
                 start, end = (t - (t - r) * (step + j) // num_steps for j in (0, 1))
                 x_r = _guided_step(base, x_r, start, end, conditioning, base.teacher.guidance_scale)
-        return _on(base.device, x_t, x_r, None, draw, conditioning)
+        batch = _on(base.device, x_t, x_r, None, draw, conditioning)
+        return batch if self.store else replace(batch, sample=x0)
 
     def _samples(self, draw: Draw) -> tuple[Tensor, Conditioning]:
         """Return clean latents (B, C, H, W) and the conditioning of their prompts, on the device."""

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from .reads import PICTURES, PROMPTS
 from .stage import OneStage, Requirement, States, Training
 from .takes import Networks, Pass, Values
+from .terms import Adversarial, Matching
 from .types import Fraction, Full, Lora, PositiveInt, default_gamma, presentation
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ class Distill(Training):
     source: Literal["trajectories", "online", "data"] = Field(
         "trajectories", description="stored states; the paper's Algorithm 1; or real latents plus noise, as LCM"
     )
-    images: Annotated[str | None, PICTURES] = Field(None, description="captioned image folder, for source: data")
+    images: Annotated[str | None, PICTURES] = Field(
+        None, description="captioned image folder, for source: data and real: images"
+    )
     prompts: Annotated[str | None, PROMPTS] = Field(
         None, description="prompt file, for source: online and for inter_segment on samples"
     )
@@ -83,10 +86,14 @@ class Distill(Training):
     )
     skip: int = Field(20, gt=0, le=999, description="times between a pair's points for source online and data")
     num_teacher_steps: int = Field(3, gt=0, le=125, description="inter_segment: p, teacher steps between milestones")
-    num_student_steps: int = Field(4, ge=1, le=8, description="inter_segment: q, steps of the student's own sample")
+    num_student_steps: int = Field(
+        4, ge=1, le=8, description="q, steps of the student's own sample, for inter_segment and matching"
+    )
     renoise: Literal["student", "stored"] = Field(
         "stored", description="inter_segment: what is re-noised to a milestone"
     )
+    matching: Matching | None = Field(None, description="a term of distribution matching; default: none")
+    adversarial: Adversarial | None = Field(None, description="an adversarial term; default: none")
     held_out_every: PositiveInt = presentation(50, description="steps between losses on the held-out trajectories")
 
     @model_validator(mode="after")
@@ -125,6 +132,13 @@ class Distill(Training):
             raise ValueError(
                 "distance: log_l2 weighs all jumps alike and space: x0 does not; with log_l2 take space: z"
             )
+        if self.terms and list(self.num_segments) != [1]:
+            raise ValueError(
+                f"{' and '.join(self.terms)}: terms are of clean samples, and jumps to the starts of several segments "
+                "end at noisy ones: they need num_segments: [1], or method: inter_segment"
+            )
+        if self.adversarial and self.adversarial.real == "images" and self.images is None:
+            raise ValueError("adversarial.real: images needs images: a captioned image folder")
         if self.source == "data" and self.images is None:
             raise ValueError("source: data needs images: a captioned image folder")
         if self.source == "online" and self.prompts is None:
@@ -148,8 +162,18 @@ class Distill(Training):
         return self.states_drawn if self.reads_trajectories and self.method == "segments" else None
 
     @property
+    def terms(self) -> list[str]:
+        """The keys of the terms that it adds to the distance."""
+        return [name for name in ("matching", "adversarial") if getattr(self, name) is not None]
+
+    @property
     def uses_teacher(self) -> bool:
         """Whether steps evaluate the teacher; if not, its denoiser leaves memory before the first."""
+        return self.samples_teacher or bool(self.terms)
+
+    @property
+    def samples_teacher(self) -> bool:
+        """Whether steps take guided passes of the teacher."""
         return self.method == "inter_segment" or self.source != "trajectories"
 
     @property
@@ -220,7 +244,7 @@ class Distill(Training):
         samples = sum(steps) * self.batch_size
         again = sum(n for n, jumps in zip(steps, self.jumps_again, strict=True) if jumps) * self.batch_size
         passes = [Pass("student", samples, batch=batch, gradient=True)]
-        if self.uses_teacher:
+        if self.samples_teacher:
             guided = recipe.teacher.evaluations
             evaluations, with_keys = self._teacher_steps * guided, guided if self.method == "inter_segment" else None
             passes.insert(0, Pass("teacher", samples, evaluations, batch, num_with_keys=with_keys))
@@ -228,9 +252,27 @@ class Distill(Training):
             passes.append(Pass("target", again, batch=batch))
         if self.method == "inter_segment" and self.renoise == "student":
             passes.append(Pass("student", samples, self.num_student_steps, is_chained=True, num_with_keys=1))
-        if self.method == "segments" and self.source == "data":
+        passes += self._passes_of_terms(recipe, samples, batch)
+        takes_pictures = self.adversarial is not None and self.adversarial.real == "images"
+        if takes_pictures or (self.method == "segments" and self.source == "data"):
             passes.append(Pass("encoder", batch=self.micro_batch, in_step=False))
         return passes + self.sample_grids(recipe)
+
+    def _passes_of_terms(self, recipe: "Recipe", samples: int, batch: int) -> list[Pass]:
+        """Return the passes of the terms that it adds to the distance, the student's first."""
+        own: list[Pass] = []
+        passes: list[Pass] = []
+        if self.matching:
+            scale, fake = self.matching.guidance_scale, self.matching.fake
+            guided = recipe.teacher if scale is None else recipe.teacher.model_copy(update={"guidance_scale": scale})
+            passes = [Pass("teacher", samples, guided.evaluations, batch), Pass("fake", samples, batch=batch)]
+            if not (self.method == "inter_segment" and self.renoise == "student"):  # which samples anyway
+                passes.append(Pass("student", samples, self.num_student_steps, is_chained=True, num_with_keys=1))
+            own = [Pass("fake", samples, fake.num_updates, batch, gradient=True, output="prediction", beside=True)]
+        if self.adversarial:
+            passes.append(Pass("heads", samples, batch=batch, gradient=True))
+            own.append(Pass("heads", samples, 2, batch, gradient=True, beside=True))  # of real samples, and of its own
+        return passes + own
 
     @property
     def _teacher_steps(self) -> float:
@@ -249,8 +291,11 @@ class Distill(Training):
             texts=self.texts,
             most_texts=self.most_encoded_ahead,
             has_average=self.target_ema > 0,
+            fake=self.matching.fake if self.matching else None,
+            head_width=self.adversarial.width if self.adversarial else 0,
         )
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
-        """Return the bytes of the student, its snapshots and its checkpoints."""
-        return values.trained * (4 * (1 + len(self.num_segments)) + self.keep_checkpoints * MOMENTS_BYTES)
+        """Return the bytes of the student, its snapshots and its checkpoints, which hold the fake score too."""
+        in_checkpoints = (values.trained + values.fake) * self.keep_checkpoints * MOMENTS_BYTES
+        return values.trained * 4 * (1 + len(self.num_segments)) + in_checkpoints

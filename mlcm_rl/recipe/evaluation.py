@@ -16,6 +16,7 @@ from .types import Fraction, Full, Lora, PositiveInt, Reward, presentation
 if TYPE_CHECKING:
     from .experiment import Recipe
 
+MIN_PROMPTS = 3  # for the standard error of a distance of distributions
 MAX_SHOWN = 8  # pictures of a row on the page, if prompts are of two languages
 WITH_GAMMA = Tuning, Start  # stages whose student is measured at a gamma of its own too
 
@@ -59,6 +60,11 @@ class Evaluate(OneStage):
     real_images: Annotated[str | None, Reads(holding="", of_pictures=True)] = Field(
         None, description="folder of real pictures that FID and KID compare with"
     )
+    distribution: bool = Field(
+        False,
+        description="KID and FID to the teacher's own pictures of the same prompts, whole and on patches, by the judge "
+        "or else by inception",
+    )
     clip: Annotated[str | None, Reads(holding="config.json", is_network=True)] = Field(
         None, description="folder of a CLIP in transformers' format, for the CLIP score"
     )
@@ -83,8 +89,11 @@ class Evaluate(OneStage):
 
     @model_validator(mode="after")
     def _inception_has_real_images(self):
-        if self.inception is not None and self.real_images is None:
-            raise ValueError("inception needs real_images: a folder of real pictures to compare with")
+        if self.inception is not None and self.real_images is None and not self.distribution:
+            raise ValueError(
+                "inception needs real_images, a folder of real pictures to compare with, or distribution: true, to "
+                "compare with the teacher's own"
+            )
         if self.real_images is not None and self.inception is None:
             raise ValueError("real_images needs inception: the network that sees them")
         if self.inception is not None and not self.inception.endswith(".safetensors"):
@@ -92,6 +101,14 @@ class Evaluate(OneStage):
                 f"inception must be a .safetensors file, found {self.inception}; "
                 "`python -m mlcm_rl.evaluation.inception` converts the published weights"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _distribution_is_seen(self):
+        if self.distribution and self.judge is None and self.inception is None:
+            raise ValueError("distribution needs judge or inception: the network that sees the pictures")
+        if self.distribution and self.num_prompts < MIN_PROMPTS:
+            raise ValueError(f"distribution needs num_prompts of {MIN_PROMPTS} or more, is {self.num_prompts}")
         return self
 
     @property

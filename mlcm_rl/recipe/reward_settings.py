@@ -80,6 +80,29 @@ def settings_in(code: bytes) -> dict[str, Setting] | None:
     return settings
 
 
+def languages_in(code: bytes) -> tuple[str, ...]:
+    """Return the languages of prompts that the one reward model of a file's `code` reads.
+
+    () where it reads no prompts, or where the code does not say them plainly. Raise SyntaxError if it is not Python.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        body = ast.parse(code).body
+    classes = [one for one in body if isinstance(one, ast.ClassDef) and not one.name.startswith("_")]
+    values = {
+        target.id: one.value
+        for one in (classes[0].body if len(classes) == 1 else [])
+        if isinstance(one, ast.Assign)
+        for target in one.targets
+        if isinstance(target, ast.Name)
+    }
+    try:
+        facts = {name: ast.literal_eval(values[name]) for name in ("needs_prompt", "languages")}
+    except (KeyError, ValueError):
+        return ()
+    return tuple(facts["languages"]) if facts["needs_prompt"] is True else ()
+
+
 def _wrong(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield the name, what is wrong, and the nearest name, of each of a recipe's `values` that does not fit."""
     takes = f"its settings are {', '.join(settings)}" if settings else "it takes no settings"

@@ -9,7 +9,7 @@ from typing import Literal
 
 from .types import Full, Lora
 
-Role = Literal["teacher", "student", "target", "reference", "encoder"]
+Role = Literal["teacher", "student", "target", "reference", "encoder", "fake", "heads"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Pass:
     """Passes of one kind through one network.
 
     role         teacher: guided; student: trained or sampled; target: the student's weights, or their average;
-                 reference: the student without its preference adapter; encoder: the autoencoder's, of pictures
+                 reference: the student without its preference adapter; encoder: the autoencoder's, of pictures;
+                 fake: the score of the student's own samples; heads: the teacher, whose features an adversary reads
     samples      number over the whole stage; 0 if it is small beside the rest and not counted
     evaluations  of the denoiser for each sample; a guided pass of the teacher is two
     batch        samples in memory at a time in one process; 0 if another pass beside it has more
@@ -27,6 +28,7 @@ class Pass:
     viewer       of the decoded pictures: no one, a person, the rewards trained on, or ("guard") all rewards
     num_scores   how often each picture is scored in one step, under one prompt or another
     in_step      whether it is part of an optimiser step, under autocast; else it is alone in memory
+    beside       whether it trains that network of its role, after the student's update and apart from it
     num_with_keys  of the evaluations of a sample, those that compute the keys and values of its prompt, which the
                  others take from them (`Base.same_prompts`); None: all
     """
@@ -41,6 +43,7 @@ class Pass:
     viewer: Literal["", "person", "rewards", "guard"] = ""
     num_scores: int = 1
     in_step: bool = True
+    beside: bool = False
     num_with_keys: int | None = None
 
     @property
@@ -74,6 +77,8 @@ class Networks:
     measuring      files and folders of the networks of metrics
     text_adapter   what is trained in place of a student, whose frozen weights are then the teacher's
     has_control    whether a ControlNet is trained in its place
+    fake           the adapter that is the score of the student's samples, trained beside it
+    head_width     channels of an adversary's heads, trained beside it; 0 without
     """
 
     student: Lora | Full | None = None
@@ -88,6 +93,8 @@ class Networks:
     measuring: tuple[str, ...] = ()
     text_adapter: TextNetwork | None = None
     has_control: bool = False
+    fake: Lora | None = None
+    head_width: int = 0
 
     @property
     def trained(self) -> Lora | Full | None:
@@ -101,6 +108,7 @@ class Values:
 
     denoiser: int
     trained: int
+    fake: int  # of the score of the student's samples, where there is one
     latent: int
     prompt: int  # of its conditioning
     pixels: int  # of a picture, each with three colours

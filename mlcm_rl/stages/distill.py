@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..data.captions import RealPictures
 from ..data.prompts import CaptionedImages, read_prompts
 from ..data.training_points import Batch, NoisedData, OnLine, RenoisedSamples, Source, StoredStates
 from ..data.trajectory_store import store_of
@@ -16,6 +17,7 @@ from ..models import pictures, students, teachers
 from ..models.base import Base
 from ..models.grids import SamplingGrid
 from ..models.teachers import tell_truncated
+from ..models.terms import TermsOfStep, terms_of
 from ..recipe import Distill, Recipe, types
 from ..storage import files
 from ..training.loop import Runtime, rate_factor, set_rate
@@ -43,7 +45,12 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     trained = rt.prepare(student, optimizer)
     average = {name: value.detach().clone() for name, value in trained.items()} if stage.target_ema else trained
     source = make_source(stage, recipe, base, student, parents)
-    encode_ahead(stage, recipe, base, source)
+    real = real_pictures(stage, base)
+    encode_ahead(stage, recipe, base, source, real)
+    terms = [
+        (term, rt.train_beside(term.network_name, term.network, term.learning_rate))
+        for term in terms_of(stage, base, recipe.seed, real.draw if real else None)
+    ]
     lengths = stage.per_phase("num_steps")
 
     # everything that a checkpoint holds beside the optimiser
@@ -62,14 +69,17 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
         draw = source.draw(step, settings.num_segments, settings.pair, rt.generator("times", step))
         rt.samples = draw.index.tolist()
         parts = (source.realise(draw.rows(part)) for part in rt.micro_batches())
-        losses = (loss(rt, stage, settings, base, student, average, part) for part in parts)
+        added = TermsOfStep(rt, stage, base, student, terms, step)
+        losses = (loss(rt, stage, settings, base, student, average, part, added) for part in parts)
         with rt.autocast():
             record = rt.backward(losses)
+            record |= added.learn()  # the terms' own networks, from what the student made
         if stage.target_ema:
             ema_update_(average.values(), trained.values(), ema_decay(step, stage.target_ema))
 
         # the log, samples, snapshots and checkpoints
         if rt.due(step, stage.log_every):
+            record |= added.means()
             rt.log(step, phase=phase, num_segments=settings.num_segments, learning_rate=rate, **record)
         if isinstance(source, StoredStates) and source.store.num_held_out and rt.due(step, stage.held_out_every):
             held_out = held_out_loss(rt, stage, settings, base, student, average, source)
@@ -118,13 +128,24 @@ def make_source(
     return NoisedData(stage, base, latents, folder.prompts, recipe.seed)
 
 
-def encode_ahead(stage: Distill, recipe: Recipe, base: Base, source: Source) -> None:
-    """Encode the texts of `source` and the sample grid's once, and free the text encoders.
+def encode_ahead(stage: Distill, recipe: Recipe, base: Base, source: Source, real: RealPictures | None) -> None:
+    """Encode the texts of `source`, of `real` pictures and of the sample grid once, and free the text encoders.
 
     Does nothing where these would be too many to keep, or more than the steps draw.
     """
-    if len(set(source.texts)) <= stage.most_encoded_ahead:
-        base.encode_ahead([*recipe.samples.prompts, *source.texts])
+    texts = [*source.texts, *(real.texts if real else [])]
+    if len(set(texts)) <= stage.most_encoded_ahead:
+        base.encode_ahead([*recipe.samples.prompts, *texts])
+
+
+def real_pictures(stage: Distill, base: Base) -> RealPictures | None:
+    """Return the pictures that an adversary takes for real, where the stage asks for such."""
+    if stage.adversarial is None or stage.adversarial.real != "images":
+        return None
+    assert stage.images is not None  # the recipe checks it
+    folder = CaptionedImages(stage.images, base.resolution)
+    tell_truncated(base, [text for captions in folder.prompts for text in captions], stage.images)
+    return RealPictures(base, pictures.encode(base, folder.images, stage.micro_batch), folder.prompts)
 
 
 def read_texts(stage: Distill, base: Base) -> list[str]:
@@ -143,8 +164,12 @@ def loss(
     student: torch.nn.Module,
     average: Weights,
     batch: Batch,
+    added: TermsOfStep | None = None,
 ) -> Tensor:
-    """Return the distillation loss of `batch`, (B,) float32 (TLCM v6, eq. 7; inter_segment: eq. 10)."""
+    """Return the distillation loss of `batch`, (B,) float32 (TLCM v6, eq. 7; inter_segment: eq. 10).
+
+    The terms that are `added` to the distance are part of it.
+    """
     s = batch.s if stage.condition_on_target else None
     x0 = base.x0(student, batch.x_t, batch.t, batch.conditioning, s)
     if stage.method == "inter_segment":
@@ -153,7 +178,10 @@ def loss(
         target = consistency.inter_segment_target(x0_at_r, batch.x_r, batch.r)
         # both compare x0; that of space x0 has the weight of `consistency.loss_in_x0`, and z none
         weight = snr(batch.t, base.schedule) + 1.0 if settings.space == "x0" else 1.0
-        return weight * settings.distance(x0, target)
+        distance = weight * settings.distance(x0, target)
+        return (
+            distance if added is None else added.beside(distance, x0, target, batch.s, batch.conditioning, batch.sample)
+        )
     if settings.target == "trajectory":  # the teacher's stored state at s
         assert batch.x_s is not None
         target = batch.x_s
@@ -162,7 +190,8 @@ def loss(
         assert batch.x_r is not None
         target = consistency.transfer(batch.x_r, x0_at_r, batch.r, batch.s, base.schedule)
     error = consistency.LOSSES[settings.space]
-    return error(x0, batch.x_t, batch.t, target, batch.s, base.schedule, settings.distance)
+    distance = error(x0, batch.x_t, batch.t, target, batch.s, base.schedule, settings.distance)
+    return distance if added is None else added.beside(distance, x0, target, batch.s, batch.conditioning, batch.sample)
 
 
 @torch.no_grad()
