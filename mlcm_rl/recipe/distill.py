@@ -50,7 +50,9 @@ class Distill(Training):
     prompts: Annotated[str | None, PROMPTS] = Field(
         None, description="prompt file, for source: online and for inter_segment on samples"
     )
-    adapter: Lora | Full = Field(default_factory=Lora, discriminator="kind")
+    adapter: Lora | Full = Field(
+        default_factory=Lora, discriminator="kind", description="what is trained: a low-rank adapter, or all weights"
+    )
     num_segments: list[NumSegments] = Field(
         [8, 4, 2, 1], min_length=1, max_length=10, description="of each phase; [1] where the form is left open"
     )
