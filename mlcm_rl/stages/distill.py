@@ -69,7 +69,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
         draw = source.draw(step, settings.num_segments, settings.pair, rt.generator("times", step))
         rt.samples = draw.index.tolist()
         parts = (source.realise(draw.rows(part)) for part in rt.micro_batches())
-        added = TermsOfStep(rt, stage, base, student, terms, step)
+        added = TermsOfStep(rt, stage, base, student, terms, step, draw.s)
         losses = (loss(rt, stage, settings, base, student, average, part, added) for part in parts)
         with rt.autocast():
             record = rt.backward(losses)
@@ -179,9 +179,7 @@ def loss(
         # both compare x0; that of space x0 has the weight of `consistency.loss_in_x0`, and z none
         weight = snr(batch.t, base.schedule) + 1.0 if settings.space == "x0" else 1.0
         distance = weight * settings.distance(x0, target)
-        return (
-            distance if added is None else added.beside(distance, x0, target, batch.s, batch.conditioning, batch.sample)
-        )
+        return distance if added is None else added.beside(distance, x0, target, batch.conditioning, batch.sample)
     if settings.target == "trajectory":  # the teacher's stored state at s
         assert batch.x_s is not None
         target = batch.x_s
@@ -191,7 +189,7 @@ def loss(
         target = consistency.transfer(batch.x_r, x0_at_r, batch.r, batch.s, base.schedule)
     error = consistency.LOSSES[settings.space]
     distance = error(x0, batch.x_t, batch.t, target, batch.s, base.schedule, settings.distance)
-    return distance if added is None else added.beside(distance, x0, target, batch.s, batch.conditioning, batch.sample)
+    return distance if added is None else added.beside(distance, x0, target, batch.conditioning, batch.sample)
 
 
 @torch.no_grad()
