@@ -114,10 +114,13 @@ def of_stage(stage: Stage, recipe: Recipe, distilled: Lora | Full) -> list[Work]
 
 
 def kind_of(one: Pass) -> str:
-    """Return the kind of the evaluations of `one`: of the teacher, or of the student without or with gradient.
+    """Return the kind of the evaluations of `one`: of the teacher, or of the student without or with gradient; or of
+    a distance, whose networks are in their own precision.
 
     Those of the target and of the reference are the student's.
     """
+    if one.role in ("lpips", "features"):
+        return one.role
     return "teacher" if one.role == "teacher" else "trained" if one.gradient else "student"
 
 
@@ -133,6 +136,8 @@ def _evaluation(kind: str, with_keys: bool, roles: Roles) -> Operations:
         "teacher": torch.no_grad()(lambda: roles.teacher_x0(1, 1.0)),
         "student": torch.no_grad()(lambda: roles.x0(1)),
         "trained": lambda: roles.x0(1).sum().backward(),
+        "lpips": lambda: roles.distance("lpips", 1).sum().backward(),
+        "features": lambda: roles.distance("features", 1).sum().backward(),
     }[kind]
     if with_keys:
         return count_operations(evaluate)
@@ -168,8 +173,10 @@ def _graded(roles: Roles, rewards: list[Reward]) -> None:
 def _precision(kind: str, in_step: bool, stage: Stage, recipe: Recipe, distilled: Lora | Full) -> str:
     """Return the precision of a `kind` of pass: autocast's inside a student's step, else that of the weights."""
     has_autocast = isinstance(stage, Training) and stage.precision == "bf16"
-    if kind == "teacher":
+    if kind in ("teacher", "features"):
         return recipe.teacher.dtype
+    if kind == "lpips":
+        return "float32"
     if has_autocast and in_step:
         return "bfloat16"
     if kind not in ("student", "trained"):

@@ -346,6 +346,18 @@ class Base(ABC):
         """Let `denoiser` compute its blocks again in the backward pass, by `recompute`: the same gradients."""
         denoiser.enable_gradient_checkpointing(recompute)
 
+    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
+        """Return the blocks of `denoiser` that the picture goes through, in their order."""
+        lists = [part for part in denoiser.children() if isinstance(part, nn.ModuleList)]
+        return [block for part in lists for block in part]
+
+    def picture_of(self, output: Any) -> Tensor:
+        """Return the features of the picture (B, D, ...) in the `output` of one of the `blocks`: channels second.
+
+        A block that computes text beside it returns (text, picture), of tokens (B, L, D).
+        """
+        return (output if isinstance(output, Tensor) else output[-1]).transpose(1, 2)
+
     def forget_denoiser(self) -> None:
         """Free the weights of the teacher's denoiser where no step needs it; its configuration stays.
 

@@ -86,6 +86,13 @@ class UNetBase(VPBase):
         """Return the denoiser's `added_cond_kwargs`, for families that have them."""
         return None
 
+    def blocks(self, denoiser: Any) -> list[torch.nn.Module]:
+        return [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]
+
+    def picture_of(self, output: Any) -> Tensor:
+        """Return the features (B, D, H, W); a block on the way down returns those for the way up beside them."""
+        return output if isinstance(output, Tensor) else output[0]
+
     def same_prompts(self, denoiser: torch.nn.Module) -> AbstractContextManager[None]:
         return prompts_attended_once(denoiser)
 

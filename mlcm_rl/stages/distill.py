@@ -15,8 +15,10 @@ from ..equations.segments import phase_at
 from ..models import pictures, students, teachers
 from ..models.base import Base
 from ..models.grids import SamplingGrid
+from ..models.perceptual import Distance, Distances
 from ..models.teachers import tell_truncated
 from ..recipe import Distill, Recipe, types
+from ..recipe.distill import LOG, PERCEPTUAL
 from ..storage import files
 from ..training.loop import Runtime, rate_factor, set_rate
 from ..training.seeding import generator
@@ -43,6 +45,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     trained = rt.prepare(student, optimizer)
     average = {name: value.detach().clone() for name, value in trained.items()} if stage.target_ema else trained
     source = make_source(stage, recipe, base, student, parents)
+    distances = make_distances(stage, recipe, base, parents)
     encode_ahead(stage, recipe, base, source)
     lengths = stage.per_phase("num_steps")
 
@@ -62,7 +65,8 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
         draw = source.draw(step, settings.num_segments, settings.pair, rt.generator("times", step))
         rt.samples = draw.index.tolist()
         parts = (source.realise(draw.rows(part)) for part in rt.micro_batches())
-        losses = (loss(rt, stage, settings, base, student, average, part) for part in parts)
+        distance = distances.of(settings.distance, step)
+        losses = (loss(rt, stage, settings, base, student, average, part, distance) for part in parts)
         with rt.autocast():
             record = rt.backward(losses)
         if stage.target_ema:
@@ -72,7 +76,8 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
         if rt.due(step, stage.log_every):
             rt.log(step, phase=phase, num_segments=settings.num_segments, learning_rate=rate, **record)
         if isinstance(source, StoredStates) and source.store.num_held_out and rt.due(step, stage.held_out_every):
-            held_out = held_out_loss(rt, stage, settings, base, student, average, source)
+            distance = distances.of(settings.distance, "held out")
+            held_out = held_out_loss(rt, stage, settings, base, student, average, source, distance)
             rt.log(step, phase=phase, num_segments=settings.num_segments, held_out_loss=held_out)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, sum(lengths)):
             save_samples(rt, stage, recipe, base, student, settings.num_segments, step)
@@ -94,7 +99,7 @@ class PhaseSettings:
         self.pair: str = stage.per_phase("pair")[phase]
         self.space: str = stage.per_phase("space")[phase]
         self.optimizer_state: str = stage.per_phase("optimizer_state")[phase]
-        self.distance = consistency.DISTANCES[stage.per_phase("distance")[phase]]
+        self.distance: str = stage.per_phase("distance")[phase]
 
 
 def make_source(
@@ -116,6 +121,12 @@ def make_source(
     tell_truncated(base, [text for captions in folder.prompts for text in captions], stage.images)
     latents = pictures.encode(base, folder.images, stage.micro_batch)
     return NoisedData(stage, base, latents, folder.prompts, recipe.seed)
+
+
+def make_distances(stage: Distill, recipe: Recipe, base: Base, parents: dict[str, Path]) -> Distances:
+    """Return the distances of `stage`, with the networks of the perceptual ones in memory."""
+    place = Path(stage.lpips) if stage.lpips is not None else parents.get("train_perceptual")
+    return Distances(stage, base, place, recipe.seed)
 
 
 def encode_ahead(stage: Distill, recipe: Recipe, base: Base, source: Source) -> None:
@@ -143,6 +154,7 @@ def loss(
     student: torch.nn.Module,
     average: Weights,
     batch: Batch,
+    distance: Distance,
 ) -> Tensor:
     """Return the distillation loss of `batch`, (B,) float32 (TLCM v6, eq. 7; inter_segment: eq. 10)."""
     s = batch.s if stage.condition_on_target else None
@@ -153,7 +165,7 @@ def loss(
         target = consistency.inter_segment_target(x0_at_r, batch.x_r, batch.r)
         # both compare x0; that of space x0 has the weight of `consistency.loss_in_x0`, and z none
         weight = snr(batch.t, base.schedule) + 1.0 if settings.space == "x0" else 1.0
-        return weight * settings.distance(x0, target)
+        return weight * distance(x0, target, batch.conditioning)
     if settings.target == "trajectory":  # the teacher's stored state at s
         assert batch.x_s is not None
         target = batch.x_s
@@ -162,7 +174,12 @@ def loss(
         assert batch.x_r is not None
         target = consistency.transfer(batch.x_r, x0_at_r, batch.r, batch.s, base.schedule)
     error = consistency.LOSSES[settings.space]
-    return error(x0, batch.x_t, batch.t, target, batch.s, base.schedule, settings.distance)
+    if settings.distance in PERCEPTUAL:  # of x0, whatever the space: g has noise
+        is_log = settings.distance.startswith(LOG)
+        error = consistency.log_perceptual_loss if is_log else consistency.PERCEPTUAL_LOSSES[settings.space]
+    return error(
+        x0, batch.x_t, batch.t, target, batch.s, base.schedule, lambda a, b: distance(a, b, batch.conditioning)
+    )
 
 
 @torch.no_grad()
@@ -184,12 +201,13 @@ def held_out_loss(
     student: torch.nn.Module,
     average: Weights,
     source: StoredStates,
+    distance: Distance,
 ) -> float:
     """Return the mean loss over the held-out trajectories, at the same times throughout a phase."""
     index = torch.tensor(source.store.held_out)
     draw = source.draw_for(index, settings.num_segments, settings.pair, generator(source.seed, "held out"))
     parts = draw.split(stage.micro_batch)
-    losses = [loss(rt, stage, settings, base, student, average, source.realise(part)) for part in parts]
+    losses = [loss(rt, stage, settings, base, student, average, source.realise(part), distance) for part in parts]
     return torch.cat(losses).mean().item()
 
 

@@ -62,6 +62,10 @@ class Family(FlowBase):
     def _predicted_channels(self) -> int:
         return self.denoiser.config.in_channels
 
+    def blocks(self, denoiser: Any) -> list[torch.nn.Module]:
+        """Return the blocks of the picture alone, then those of picture and caption, but not those of the caption."""
+        return [*denoiser.noise_refiner, *denoiser.layers]
+
     def _schedule(self) -> tuple[str, Schedule]:
         return "flow", flow_schedule(self.shift, network_time=lambda sigma: 1.0 - sigma)
 
