@@ -143,6 +143,8 @@ class PlantedJudge:
         thumbnails = adaptive_avg_pool2d(images, 4).flatten(1)
         return normalize((thumbnails - thumbnails.mean(1, keepdim=True)) @ self.projection, dim=1)
 
+    patch_features = features
+
 
 def recipe(place: Path, runs: Path, seed: int = 3, **settings) -> Recipe:
     """The evaluation of `same` beside `other`, among the runs in a folder."""

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..cost.gpus import DEVICES, THIS, kind_for
+from ..cost.units import counted
 from ..recipe import Recipe, shipped
 from ..recipe.file import load
 from ..recipe.schema import json_schema
@@ -36,7 +37,7 @@ def _launch_file(name: Path | None) -> Path | None:
     if name is None or name.is_file():
         return name
     if (file := shipped.launch_file(str(name))) is None:
-        names = ", ".join(sorted(file.stem for file in (shipped.folder("recipes") / "launch").glob("*.yaml")))
+        names = ", ".join(file.stem for file in shipped.launch_files())
         raise typer.BadParameter(f"no file {name}; launch files that come with mlcm_rl are {names}")
     return file
 
@@ -111,7 +112,11 @@ def run(
         "pipeline", interrupted="Interrupted. The same command takes the run up where it was saved."
     ) as pipeline:
         finished = pipeline.run(loaded, skip_damaged)
-    line(Text.assemble(("done", "green"), f"  {len(finished)} stages in {Path(loaded.runs) / loaded.name}"))
+    folder = Path(loaded.runs) / loaded.name
+    line(Text.assemble(("done", "green"), f"  {counted(len(finished), 'stage')} in {folder}"))
+    reports = [i for i, stage in enumerate(loaded.stages) if stage.kind == "evaluate"]
+    for i in reports[-1:]:
+        line(Text(f"report  {folder / f'{i:02d}-evaluate' / 'report.html'}"))
 
 
 def validate(
@@ -132,7 +137,7 @@ def validate(
     bad = 0
     for path in paths:
         try:
-            load(path, overrides, Path.cwd(), tell=_tell_path)
+            load(path, overrides, Path.cwd(), tell=_tell_note)
         except RecipeError as error:
             bad += 1
             print_problems(console, path, error)
@@ -236,16 +241,16 @@ def schema(
 def _load(path: Path, overrides: list[str] | None, quiet: bool = False) -> Recipe:
     """Return the recipe in `path`, checked against the files that it names. Exit 2 with all its errors."""
     try:
-        return load(path, overrides or [], Path.cwd(), tell=(lambda note: None) if quiet else _tell_path)
+        return load(path, overrides or [], Path.cwd(), tell=(lambda note: None) if quiet else _tell_note)
     except RecipeError as error:
         print_problems(error_console, path, error)
         raise typer.Exit(2) from None
 
 
-def _tell_path(note: str) -> None:
-    """Print a note on a path that has another reading."""
+def _tell_note(note: str) -> None:
+    """Print a note on a recipe that can be run: a path that has another reading, say."""
     if not console.quiet:
-        error_console.print(Text.assemble(("path", "yellow"), f"  {note}"), soft_wrap=True)
+        error_console.print(Text.assemble(("note", "yellow"), f"  {note}"), soft_wrap=True)
 
 
 def _run_under(launch: Path, arguments: list[str], machine_rank: int | None, main_address: str | None) -> int:

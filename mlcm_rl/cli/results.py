@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from ..cost.units import counted, in_words, time_in_words
+from ..training.console import wrapped
 from .console import console, error_console, imported, line
 from .folders import existing_runs
 
 if TYPE_CHECKING:
     from ..pipeline.results import StageFolder
 
+INDENT = "  "
 COLOURS = {"done": "green", "running": "cyan", "unfinished": "yellow", "damaged": "bold red"}
 
 Runs = Annotated[
@@ -27,7 +28,10 @@ def runs(
     folder: Runs = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="print a list of stages as JSON")] = False,
 ) -> None:
-    """List the stages under a folder of runs: of which run, their state, when, how long they took, their disk."""
+    """List the stages under a folder of runs: state, when, disk, of which run, network evaluations and time.
+
+    Of a stage that was stopped it is the recipe that began it, and the evaluations so far.
+    """
     with imported("pipeline.results") as results:
         stages = results.stages(folder)
         rows = [_row(stage) for stage in stages]
@@ -35,20 +39,19 @@ def runs(
     if as_json:
         typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
         return
-    table = Table("runs", "stage", "state", "changed", box=None, pad_edge=False, header_style="bold")
-    for name in ("evaluations", "time", "disk"):
-        table.add_column(name, justify="right")
+    width = max([len("stage"), *(len(row["stage"]) for row in rows)])
+    line(Text(f"{'stage':{width}}  {'state':18}  {'changed':16}  {'disk':>7}", "bold"))
     for row in rows:
-        table.add_row(
-            Text(", ".join(row["runs"]) or ("" if row["is_needed"] else "none needs it"), overflow="fold"),
-            Text(row["stage"], overflow="fold"),
-            Text(row["state"] + (f" at {row['steps']}" if row["steps"] is not None else ""), COLOURS[row["state"]]),
-            f"{datetime.fromisoformat(row['changed']):%Y-%m-%d %H:%M}",
-            f"{row['network_evaluations']:,}" if row["network_evaluations"] is not None else "",
-            time_in_words(row["seconds"]) if row["seconds"] is not None else "",
-            in_words(row["bytes"]),
+        state = row["state"] + (f" at {row['steps']}" if row["steps"] is not None else "")
+        changed = f"{datetime.fromisoformat(row['changed']):%Y-%m-%d %H:%M}"
+        colour = COLOURS[row["state"]]
+        line(
+            Text.assemble(
+                f"{row['stage']:{width}}  ", (f"{state:18}", colour), f"  {changed}  {in_words(row['bytes']):>7}"
+            )
         )
-    console.print(table, crop=False)
+        for part in wrapped("; ".join([_of_whom(row), *_cost(row)]), console.width - len(INDENT)):
+            line(Text(INDENT + part, "dim"))
     total = in_words(sum(row["bytes"] for row in rows))
     line(Text(f"\n{counted(len(rows), 'stage')}, {total}; measurements that evaluations share, {shared}."))
     if unneeded := sum(not row["is_needed"] for row in rows):
@@ -59,6 +62,20 @@ def runs(
         )
 
 
+def _of_whom(row: dict) -> str:
+    """Return which runs have the stage of a `row`, or which recipe began it."""
+    of_runs = ", ".join(row["runs"]) or ("none needs it" if not row["is_needed"] else "")
+    return of_runs or (f"begun by {row['recipe']}" if row["recipe"] else "another stage needs it")
+
+
+def _cost(row: dict) -> list[str]:
+    """Return in words what the stage of a `row` has taken so far."""
+    evaluations, seconds = row["network_evaluations"], row["seconds"]
+    so_far = " so far" if row["state"] in ("unfinished", "running") else ""
+    parts = [f"{evaluations:,} evaluations{so_far}"] if evaluations is not None else []
+    return parts + ([time_in_words(seconds)] if seconds is not None else [])
+
+
 def _row(stage: "StageFolder") -> dict:
     """Return what is known of a stage."""
     return {
@@ -67,9 +84,10 @@ def _row(stage: "StageFolder") -> dict:
         "state": stage.state,
         "steps": stage.steps if stage.state in ("unfinished", "running") else None,
         "runs": list(stage.runs),
+        "recipe": stage.begun_by,
         "is_needed": stage.is_needed,
         "changed": datetime.fromtimestamp(stage.changed).isoformat(timespec="seconds"),
-        "network_evaluations": _number(stage.manifest.get("network_evaluations")),
+        "network_evaluations": _number(stage.network_evaluations),
         "seconds": _number(stage.manifest.get("seconds")),
         "bytes": stage.num_bytes,
     }
@@ -97,7 +115,7 @@ def clean(
             line(Text(f"Some run needs every stage in {folder}: nothing to delete."))
             return
         for stage in chosen:
-            line(Text(f"{in_words(stage.num_bytes):>9}  {stage.state:10}  {stage.folder}{_target(stage)}"))
+            line(Text(f"{in_words(stage.num_bytes):>9}  {stage.state:10}  {stage.folder}{_origin(stage)}"))
         total = in_words(sum(stage.num_bytes for stage in chosen))
         if dry_run:
             line(Text(f"{counted(len(chosen), 'stage')}, {total}, would be deleted."))
@@ -113,9 +131,10 @@ def clean(
         line(Text(f"{counted(len(chosen), 'stage')} deleted, {total}."))
 
 
-def _target(stage: "StageFolder") -> str:
-    """Return where a stage's folder leads, if it is a link."""
-    return f" -> {stage.folder.resolve()}" if stage.folder.is_symlink() else ""
+def _origin(stage: "StageFolder") -> str:
+    """Return where a stage's folder leads if it is a link, and which recipe began one that is not finished."""
+    place = f" -> {stage.folder.resolve()}" if stage.folder.is_symlink() else ""
+    return f"{place}  begun by {stage.begun_by}" if stage.begun_by else place
 
 
 def _unneeded(stages: "list[StageFolder]", unfinished: bool) -> "list[StageFolder]":

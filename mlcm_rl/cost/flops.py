@@ -114,13 +114,15 @@ def of_stage(stage: Stage, recipe: Recipe, distilled: Lora | Full) -> list[Work]
 
 
 def kind_of(one: Pass) -> str:
-    """Return the kind of the evaluations of `one`: of the teacher, or of the student without or with gradient; or of
-    a distance, whose networks are in their own precision.
+    """Return the kind of the evaluations of `one`: of the teacher, or of the student without or with gradient.
 
-    Those of the target and of the reference are the student's.
+    Those of the target and of the reference are the student's. Networks beside it, and what the student learns from
+    them, have kinds of their own.
     """
     if one.role in ("lpips", "features"):
         return one.role
+    if one.role in ("fake", "heads"):
+        return f"trained {one.role}" if one.beside else one.role
     return "teacher" if one.role == "teacher" else "trained" if one.gradient else "student"
 
 
@@ -138,6 +140,10 @@ def _evaluation(kind: str, with_keys: bool, roles: Roles) -> Operations:
         "trained": lambda: roles.x0(1).sum().backward(),
         "lpips": lambda: roles.distance("lpips", 1).sum().backward(),
         "features": lambda: roles.distance("features", 1).sum().backward(),
+        "fake": torch.no_grad()(lambda: roles.fake_x0(1)),
+        "trained fake": lambda: roles.fake_loss(1).backward(),
+        "heads": lambda: roles.passing_for_real(1).backward(),
+        "trained heads": lambda: roles.heads_loss(1).backward(),
     }[kind]
     if with_keys:
         return count_operations(evaluate)
@@ -173,12 +179,14 @@ def _graded(roles: Roles, rewards: list[Reward]) -> None:
 def _precision(kind: str, in_step: bool, stage: Stage, recipe: Recipe, distilled: Lora | Full) -> str:
     """Return the precision of a `kind` of pass: autocast's inside a student's step, else that of the weights."""
     has_autocast = isinstance(stage, Training) and stage.precision == "bf16"
-    if kind in ("teacher", "features"):
+    if kind in ("teacher", "features", "heads", "trained heads"):
         return recipe.teacher.dtype
     if kind == "lpips":
         return "float32"
     if has_autocast and in_step:
         return "bfloat16"
+    if kind in ("fake", "trained fake"):
+        return "bfloat16" if has_autocast else recipe.teacher.dtype
     if kind not in ("student", "trained"):
         return "float32"  # of pictures
     is_own = isinstance(stage.networks(distilled).student, Full)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import control, lpips, students, teachers, text_adapter
+from ..models import control, heads, lpips, students, teachers, text_adapter
 from ..models.base import Base
 from ..models.text_adapter import TextAdapter
 from ..preference import tuning
@@ -92,6 +92,7 @@ def of_stage(
         )
         parameters = live.now - rewards
         trained = students.trainable_parameters(roles.trained) if isinstance(stage, Training) else []
+        beside = [value for one in roles.beside.values() for value in students.trainable_parameters(one)]
         outline = launches.outline(roles.trained, roles.base.denoiser, launch.blocks)
         ahead, highest = peaks_of_passes(stage, recipe, roles, trained, live, kernels, launch)
     uncounted, unbuilt = tuple(sorted(missing | roles.failed)), tuple(sorted(missing))
@@ -104,7 +105,7 @@ def of_stage(
     memory = Memory(
         parameters=parameters + others - shard.saved,
         gradients=shard.gradients,
-        optimiser=shard.optimiser,
+        optimiser=shard.optimiser + launches.ADAM * sum(value.numel() for value in beside),
         averages=shard.averaged * has_average,
         activations=activations,
         exchange=shard.exchange,
@@ -147,6 +148,10 @@ def peaks_of_passes(
                 value.grad = torch.empty_like(value)
         with kernels:
             passes.step(stage, recipe, roles, part).backward()
+            for value in trained:
+                value.grad = None
+            for loss in passes.beside(stage, recipe, roles, part):  # what is trained after the student's update
+                loss.backward()
     return ahead, live.peak - start
 
 
@@ -197,7 +202,7 @@ def roles_of(
             base.checkpoint_blocks(network, recompute)
     own = [sizes for one in recipe.stages if (sizes := one.lpips_sizes) is not None]
     compared = None if networks.lpips is None else _lpips(networks.lpips, own, base)
-    return passes.Roles(
+    roles = passes.Roles(
         base,
         student,
         conditioned,
@@ -213,6 +218,30 @@ def roles_of(
         networks.trains_lpips,
         networks.feature_blocks,
     )
+    roles.beside.update(_beside(networks, stage, roles, recompute))
+    return roles
+
+
+def _beside(
+    networks: Networks, stage: Stage, roles: passes.Roles, recompute: Callable[..., Any]
+) -> dict[str, nn.Module]:
+    """Return the networks that a stage trains beside the student, by role, set up as the stage does."""
+    base, beside = roles.base, {}
+    recomputes = isinstance(stage, Training) and stage.gradient_checkpointing
+    with torch.device("meta"):
+        if networks.fake is not None:
+            fake = students.student(base, networks.fake, seed=0)
+            beside["fake"] = fake
+            if isinstance(stage, Training) and stage.precision == "bf16":
+                autocast.frozen_in_bfloat16(fake)
+            if recomputes:
+                base.checkpoint_blocks(fake, recompute)
+        if networks.head_width:
+            shapes = heads.shapes_of(base, roles.points(1)[2])
+            beside["heads"] = heads.Heads(shapes, networks.head_width, seed=0)
+            if recomputes:
+                base.checkpoint_blocks(base.denoiser, recompute)
+    return beside
 
 
 def _lpips(place: str, own: list[LpipsSizes], base: Base) -> lpips.LatentLpips:

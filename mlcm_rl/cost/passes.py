@@ -5,7 +5,7 @@ Those with gradient stay in one graph until the backward pass. Values have shape
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
@@ -16,6 +16,8 @@ from ..models import perceptual, sampler, students
 from ..models.base import Base
 from ..models.conditioning import Conditioning
 from ..models.control import controlled
+from ..models.features import features
+from ..models.heads import frozen
 from ..models.lpips import LatentLpips
 from ..models.text_adapter import TextAdapter
 from ..recipe import Recipe, Reward, Stage
@@ -44,6 +46,7 @@ class Roles:
     lpips: LatentLpips | None = None  # compares latents, or is trained in place of the student
     trains_lpips: bool = False
     feature_blocks: tuple[int, ...] = ()  # of the teacher, which compares latents
+    beside: dict[str, nn.Module] = field(default_factory=dict)  # trained beside the student, by role
 
     @property
     def trained(self) -> nn.Module:
@@ -107,6 +110,31 @@ class Roles:
                 return self.lpips(a, b)
             return perceptual.lpips_distance(self.lpips, a.requires_grad_(), b)
 
+    def fake_x0(self, count: int) -> Tensor:
+        """Return the x0 (count, C, H, W) of the score of the student's samples."""
+        x_t, t, conditioning = self.points(count)
+        return self.base.x0(self.beside["fake"], x_t, t, conditioning)
+
+    def fake_loss(self, count: int) -> Tensor:
+        """Return what that score is trained by, ()."""
+        x_t, t, conditioning = self.points(count)
+        return self.base.predict(self.beside["fake"], x_t, t, conditioning).square().mean()
+
+    def passing_for_real(self, count: int) -> Tensor:
+        """Return what an adversary's heads say of the student's samples, (), with the graph back to these."""
+        x_t, t, conditioning = self.points(count)
+        with self.own_precision():
+            read = features(self.base, x_t.requires_grad_(), t, conditioning)
+        with frozen(self.beside["heads"]):
+            return torch.stack([one.mean() for one in self.beside["heads"](read)]).sum()
+
+    def heads_loss(self, count: int) -> Tensor:
+        """Return what the heads are trained by on `count` samples, (), with its penalty's graph left out."""
+        x_t, t, conditioning = self.points(count)
+        with self.own_precision(), torch.no_grad():
+            read = features(self.base, x_t, t, conditioning)
+        return torch.stack([one.mean() for one in self.beside["heads"](read)]).sum()
+
     def teacher_x0(self, count: int, guidance_scale: float) -> Tensor:
         """Return the guided teacher's x0 (count, C, H, W)."""
         x_t, t, conditioning = self.points(count)
@@ -162,13 +190,15 @@ def _terms(stage: Stage, recipe: Recipe, roles: Roles, part: int) -> Iterator[Te
     """Yield the terms of the loss."""
     alive: list[Tensor] = []  # samples that rewards scored stay in memory for the other terms
     for one_pass in stage.passes(recipe, part):
-        if not one_pass.in_step or not one_pass.batch:
+        if not one_pass.in_step or not one_pass.batch or one_pass.beside:
             continue
         if not one_pass.gradient:
             _without_gradient(one_pass, stage, recipe, roles)
         elif one_pass.role in ("lpips", "features"):
             times = int(one_pass.evaluations)
             yield torch.stack([roles.distance(one_pass.role, one_pass.batch).mean() for _ in range(times)]).sum()
+        elif one_pass.role == "heads":
+            yield roles.passing_for_real(one_pass.batch)
         elif one_pass.viewer:
             steps = int(one_pass.evaluations)
             alive.append(roles.sample(one_pass.batch, steps) if one_pass.is_chained else roles.x0(one_pass.batch))
@@ -176,6 +206,13 @@ def _terms(stage: Stage, recipe: Recipe, roles: Roles, part: int) -> Iterator[Te
         else:
             network = roles.prediction if one_pass.output == "prediction" else roles.x0
             yield torch.stack([network(one_pass.batch).square().mean() for _ in range(int(one_pass.evaluations))]).sum()
+
+
+def beside(stage: Stage, recipe: Recipe, roles: Roles, part: int) -> Iterator[Tensor]:
+    """Yield the losses of the networks that are trained beside the student, each of one update's micro-batch."""
+    for one_pass in stage.passes(recipe, part):
+        if one_pass.beside:
+            yield roles.fake_loss(one_pass.batch) if one_pass.role == "fake" else 2 * roles.heads_loss(one_pass.batch)
 
 
 def before_steps(stage: Stage, recipe: Recipe, roles: Roles, part: int = 0) -> None:
@@ -201,6 +238,7 @@ def _without_gradient(one_pass: Pass, stage: Stage, recipe: Recipe, roles: Roles
         "target": lambda: roles.target_x0(one_pass.batch),
         "reference": lambda: roles.reference_x0(one_pass.batch),
         "encoder": lambda: roles.encode(one_pass.batch),
+        "fake": lambda: roles.fake_x0(one_pass.batch),
     }[one_pass.role]()
     if one_pass.viewer:
         _scores(one_pass, stage, roles, x0)

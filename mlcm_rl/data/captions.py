@@ -54,3 +54,20 @@ class StoredPrompts:
         rows = rows_of(self.store.conditioning(index))
         is_dropped = (torch.rand(len(index), generator=draws) < self.dropout).tolist()
         return stacked([self.dropped if dropped else row for row, dropped in zip(rows, is_dropped, strict=True)])
+
+
+class RealPictures:
+    """Pictures for an adversary: `latents` (N, C, H, W) on the CPU, and the captions of each."""
+
+    def __init__(self, base: Base, latents: Tensor, captions: list[list[str]]):
+        self.latents, self.captions = latents, Captions(base, captions, dropout=0.0)
+
+    @property
+    def texts(self) -> list[str]:
+        """Return the captions of all pictures."""
+        return [text for captions in self.captions.captions for text in captions]
+
+    def draw(self, generator: torch.Generator, batch_size: int) -> tuple[Tensor, Conditioning]:
+        """Return the latents (B, C, H, W) of B pictures, and the conditioning of a caption of each, on the CPU."""
+        index = torch.randint(len(self.latents), (batch_size,), generator=generator)
+        return self.latents[index], self.captions.draw(index, generator)

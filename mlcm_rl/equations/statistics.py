@@ -1,8 +1,18 @@
-"""Means and their standard errors, those of paired differences, and how far counts are from a coin's."""
+"""Means, their standard errors, those of paired differences and of the jackknife; how far counts are from a coin's."""
 
 import math
 
 from torch import Tensor
+
+# The least deviation of a reward, as a share of its largest score at the reference. A reward with nearly the same score
+# for every picture (safety, at its cap) would otherwise be divided by its rounding errors and decide alone; left out,
+# it could not object when the student leaves the cap. The floor is relative, since scores have no other scale.
+LEAST_DEVIATION = 0.01
+
+
+def deviation(scores: Tensor) -> float:
+    """Return the unit of a reward's gains and drops, from the reference's `scores` (P,); 0 where all of them are 0."""
+    return max(scores.std().item(), LEAST_DEVIATION * scores.abs().max().item())
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
@@ -23,6 +33,17 @@ def paired_difference(values: Tensor, others: Tensor) -> tuple[float, float]:
     Both are of the same prompts and noise, so that their common part drops out (a hard prompt is hard for all).
     """
     return mean_and_error(values.double() - others.double())
+
+
+def jackknife_values(whole: Tensor, without: Tensor) -> Tensor:
+    """Return G values whose mean is the statistic `whole` of all data and whose standard error is the jackknife's.
+
+    `without` (G,) is the same statistic with each of G equal groups left out in turn. The values are whole + (G - 1)
+    (mean of without - without): sd / sqrt(G) of them is the square root of (G - 1) / G sum (without - mean)^2 (Efron
+    and Stein 1981). Two statistics on the same groups have the jackknife's error of their difference in the difference
+    of their values.
+    """
+    return whole + (len(without) - 1) * (without.mean() - without)
 
 
 def sign_test(wins: int, losses: int) -> float:

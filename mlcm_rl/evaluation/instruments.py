@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import rewards
+from ..data import geneval
 from ..data.picture_files import pictures_of, read_picture, square
 from ..data.prompts import Prompt
 from ..data.scenes import CANVAS, Request
@@ -21,10 +22,11 @@ from ..recipe import Evaluate
 from ..rewards.prompts import refuse_prompts
 from ..storage.hashing import sha256
 from ..storage.untrusted import Faults, brief
-from . import inception, metrics, scene_judge
+from . import detector, distribution, inception, metrics, scene_judge
 from . import judge as judges
 
-MANY_VALUED = ("judge", "right", "inception")  # readings that are not one value of a picture
+# readings that are no metric themselves
+OTHERS = ("judge", "right", "scene", "inception", "geneval", distribution.PATCH)
 NUM_SUBSETS = 10  # parts of the prompts, for the standard error of KID
 
 
@@ -37,33 +39,46 @@ class Instruments:
     scene_judge: scene_judge.SceneJudge | None
     requests: list[Request | None]  # (P,) what each prompt asks that judge; empty without it
     inception: metrics.InceptionDistances | None
+    distribution: distribution.Distribution | None  # to the reference's pictures
     clip: metrics.ClipScore | None
+    geneval: detector.GenEval | None
     rewards: dict[str, rewards.Member]
     networks: dict[str, dict[str, Any]]  # the files of each network, for the report
+    seed: int  # of the places of patches
 
-    def read(self, images: Tensor, prompts: list[Prompt], numbers: Sequence[int]) -> dict[str, Tensor]:
+    def read(self, images: Tensor, prompts: list[Prompt], samples: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         """Return readings of `images` (B, 3, H, W) in [0, 1]: features (B, D), verdicts (B, V) and scores (B,).
 
-        `prompts` are theirs, and `numbers` (B,) the places of these among all P. Readings are on the CPU. A reward's
-        score is NaN for a prompt in a language that it does not read.
+        `prompts` are theirs, and `samples` (B,) the places of these among all P with the picture of each. Readings are
+        on the CPU. A reward's score is NaN for a prompt in a language that it does not read.
         """
         readings = {}
         if self.judge is not None:
             readings["judge"] = self.judge.features(images).cpu()
         if self.scene_judge is not None:
-            readings["right"] = self.scene_judge.verdicts(images, [self.requests[i] for i in numbers])
+            readings["right"] = self.scene_judge.verdicts(images, [self.requests[i] for i, _ in samples])
+            if self.distribution is not None:
+                readings["scene"] = self.scene_judge.features(images).cpu()
         if self.inception is not None:
             readings["inception"] = self.inception.features(images)
+        if self.distribution is not None:
+            crops = distribution.patches(images, self.seed, samples)
+            readings[distribution.PATCH] = self.distribution.of_patches(crops).cpu()
         if self.clip is not None:
             readings["clip"] = self.clip(images, [prompt.prompt for prompt in prompts]).cpu()
+        if self.geneval is not None:
+            readings["geneval"] = self.geneval.read(images, [i for i, _ in samples])
         for name, reward in self.rewards.items():
             readings[f"reward/{name}"] = score(reward, images, prompts)
         return readings
 
-    def values(self, readings: dict[str, Tensor], images_per_prompt: int) -> dict[str, Tensor]:
-        """Return every metric by its key: one value per prompt (P,), per subset of the prompts for KID, one for FID.
+    def values(
+        self, readings: dict[str, Tensor], reference: dict[str, Tensor], images_per_prompt: int
+    ) -> dict[str, Tensor]:
+        """Return every metric by its key: one value per prompt (P,), some per subset of the prompts, one for FID.
 
-        `readings` are those of a complete row (N, ...), prompt by prompt.
+        `readings` are those of a complete row (N, ...), prompt by prompt, and `reference` those of the reference that
+        `distribution` compares with.
         """
         by_prompt = {name: reading.unflatten(0, (-1, images_per_prompt)) for name, reading in readings.items()}
         num_subsets = max(1, min(NUM_SUBSETS, len(self.concepts) // 2))
@@ -74,7 +89,14 @@ class Instruments:
             values |= scene_judge.metrics(by_prompt["right"], self.requests)
         if self.inception is not None:
             values |= self.inception.values(by_prompt["inception"], num_subsets)
-        return values | {name: by_prompt[name].mean(1) for name in readings if name not in MANY_VALUED}
+        if self.distribution is not None:
+            others = {name: reading.unflatten(0, (-1, images_per_prompt)) for name, reading in reference.items()}
+            values |= self.distribution.values(by_prompt, others)
+            if images_per_prompt > 1:
+                values["diversity"] = metrics.diversity(by_prompt[self.distribution.reading])
+        if self.geneval is not None:
+            values |= self.geneval.metrics(by_prompt["geneval"])
+        return values | {name: by_prompt[name].mean(1) for name in readings if name not in OTHERS}
 
     def _judge_metrics(self, judge: judges.Judge, features: Tensor, num_subsets: int) -> dict[str, Tensor]:
         """Return KID, retrieval and diversity of the `features` (P, I, D) of the `judge`."""
@@ -90,9 +112,10 @@ class Instruments:
         return values
 
 
-def load(stage: Evaluate, prompts: list[Prompt], resolution: int, device: torch.device) -> Instruments:
+def load(stage: Evaluate, prompts: list[Prompt], resolution: int, device: torch.device, seed: int) -> Instruments:
     """Load the instruments of `stage` on `device`, for its `prompts` and pictures of `resolution`.
 
+    Patches stand where `seed` puts them.
     Raise ValueError for prompts or a resolution that the judge does not have or a reward cannot score, and
     FileNotFoundError for a folder without real pictures.
     """
@@ -108,20 +131,46 @@ def load(stage: Evaluate, prompts: list[Prompt], resolution: int, device: torch.
         judge = judges.load(Path(stage.judge), device)
     concepts = concept_indices(prompts, judge.concepts if judge else [], stage.prompts)
     distances, clip, networks = None, None, {}
-    if stage.inception is not None and stage.real_images is not None:
-        real = real_pictures(Path(stage.real_images), resolution, stage.batch_size)
+    if stage.inception is not None:
+        real = real_pictures(Path(stage.real_images), resolution, stage.batch_size) if stage.real_images else iter(())
         distances = metrics.InceptionDistances(inception.load(stage.inception, device), real, device)
-        networks["inception"] = files_of(Path(stage.inception)) | {"num_real_images": len(distances.real)}
+        networks["inception"] = files_of(Path(stage.inception))
+        if stage.real_images is not None:
+            networks["inception"]["num_real_images"] = len(distances.real)
     if stage.clip is not None:
         clip = metrics.ClipScore(stage.clip, device)
         networks["clip"] = files_of(*sorted(Path(stage.clip).glob("*.safetensors")))
+    accuracy = None
+    if stage.detector is not None:
+        tasks = geneval.read_tasks(stage.prompts, len(prompts))
+        finder = detector.Detector(stage.detector, {name for task in tasks for name in task.names}, device)
+        accuracy = detector.GenEval(finder, clip, tasks, stage.confidences, stage.prompts)
+        networks["detector"] = files_of(*sorted(Path(stage.detector).glob("*.safetensors")))
     members = {}
     for reward in stage.reward_models:
         model = rewards.build(reward, device)
         members[reward.name] = rewards.Member(reward.name, model, chunk_size=reward.chunk_size)
     for name, member in members.items():
         refuse_prompts(member.model, name, prompts, stage.prompts, may_skip=True)
-    return Instruments(judge, concepts, reader, requests, distances, clip, members, networks)
+    sees = to_teacher_by(judge, reader, distances) if stage.distribution else None
+    return Instruments(judge, concepts, reader, requests, distances, sees, clip, accuracy, members, networks, seed)
+
+
+def to_teacher_by(
+    judge: judges.Judge | None,
+    reader: scene_judge.SceneJudge | None,
+    distances: metrics.InceptionDistances | None,
+) -> distribution.Distribution:
+    """Return what sees pictures and patches beside the teacher's: the subject's own judge before Inception.
+
+    A judge's features have unit length, for which gamma 1 is the kernel on features of unit mean square.
+    """
+    if judge is not None:
+        return distribution.Distribution("judge", judge.patch_features, gamma=1.0)
+    if reader is not None:
+        return distribution.Distribution("scene", reader.patch_features, gamma=1.0)
+    assert distances is not None, "the recipe's check"
+    return distribution.Distribution("inception", distances.features, gamma=None)
 
 
 def files_of(*weights: Path) -> dict[str, Any]:

@@ -102,6 +102,11 @@ class Judge:
             raise ValueError(f"the judge reads pictures (B, 3, 64, 64), got {tuple(images.shape)}")
         return self.encoder(images.float())
 
+    @torch.no_grad()
+    def patch_features(self, patches: Tensor) -> Tensor:
+        """Return unit features (B, D) of crops (B, 3, s, s) of any size, which the encoder sees enlarged."""
+        return self.encoder(patches.float())
+
 
 def load(folder: str | Path, device: torch.device | str = "cpu") -> Judge:
     """Return the judge in `folder`: `config.json`, `judge.safetensors` (half precision), `references.safetensors`.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..data.prompts import Prompt
 from ..data.scenes import (
@@ -62,6 +63,16 @@ class SceneJudge(nn.Module):
         ]
         cells = [tuple(seen[i : i + NUM_CELLS]) for i in range(0, len(seen), NUM_CELLS)]
         return [Reading(c, b) for c, b in zip(cells, read_backgrounds(images), strict=True)]
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Return unit features (B, TAPPED_WIDTH) of `images`: what its trunk sees, mean over the cells."""
+        return F.normalize(self.encoder.tapped(cells_of(images.float())).unflatten(0, (-1, NUM_CELLS)).mean(1), dim=-1)
+
+    @torch.no_grad()
+    def patch_features(self, patches: Tensor) -> Tensor:
+        """Return unit features (B, TAPPED_WIDTH) of crops (B, 3, s, s) of any size, which the trunk sees enlarged."""
+        return F.normalize(self.encoder.tapped(patches.float()), dim=-1)
 
     def verdicts(self, images: Tensor, requests: Sequence[Request | None]) -> Tensor:
         """Return 1 where a picture is right and 0 where it is not, (B, len(VERDICTS)) float32 on the CPU.

@@ -6,7 +6,6 @@ time; both take seconds a stage, and are then cached (`estimates`).
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
@@ -19,7 +18,6 @@ from ..cost.gpus import Device
 from ..cost.launches import Launch
 from ..cost.memory import Memory, num_tokens, of_stage
 from ..data.prompts import texts_of
-from ..data.store_writer import share_written
 from ..models import files, text_adapter
 from ..models.student_files import adapter_of
 from ..models.teachers import class_of
@@ -27,13 +25,13 @@ from ..recipe import AdaptText, Distill, Full, Lora, Recipe, Stage, Start, teach
 from ..recipe.experiment import student_before
 from ..recipe.families import geometry, layout_of
 from ..recipe.takes import Networks, Values
-from ..storage.checkpoints import checkpoints, step_of
 from ..storage.files import CheckpointError, read_json
 from ..storage.manifest import is_finished
 from ..storage.tensors import read_shapes
 from ..storage.untrusted import in_a_line
 from . import estimates
 from .fingerprint import Located, locate
+from .results import share_done
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -95,16 +93,6 @@ def _predicted(
     return replace(one, memory=memory, operations=total, seconds=time)
 
 
-def share_done(stage: Stage, folder: Path) -> float:
-    """Return the share of `stage` that is saved in its folder, from 0 to 1; damaged files count as nothing."""
-    if stage.num_stored:
-        with suppress(CheckpointError):
-            return share_written(folder, stage.num_stored)
-    if stage.steps_per_phase and (saved := checkpoints(folder)):
-        return min(1.0, step_of(saved[-1]) / sum(stage.steps_per_phase))
-    return 0.0
-
-
 class Sizes:
     """Bytes of a recipe's stages, from configuration files and the headers of weight files."""
 
@@ -142,12 +130,14 @@ class Sizes:
         """
         if networks.text_adapter is not None:
             return text_adapter.num_weights(text_adapter.sizes_of(networks.text_adapter, self.conditioning))
-        if not isinstance(networks.trained, Lora):
-            return self.denoiser_weights
-        rank, total = networks.trained.rank, 0
+        return self.adapter(networks.trained) if isinstance(networks.trained, Lora) else self.denoiser_weights
+
+    def adapter(self, lora: Lora | None) -> int:
+        """Return the number of weights of an adapter over the denoiser; 0 without one."""
+        total = 0
         for name, shape in self.parts[self.family.denoiser_part].items():
-            if len(shape) > 1 and is_lora_target(name, self.adapted):
-                total += rank * (prod(shape[1:]) + shape[0])
+            if lora is not None and len(shape) > 1 and is_lora_target(name, self.adapted):
+                total += lora.rank * (prod(shape[1:]) + shape[0])
         return total
 
     def work(self, stage: Stage) -> list[Work]:
@@ -214,9 +204,11 @@ class Sizes:
 
     def disk(self, stage: Stage) -> int:
         """Return the bytes of the stage's results, and of its newest checkpoints while it runs."""
+        networks = stage.networks(self.distilled(stage))
         values = Values(
             denoiser=self.denoiser_weights,
-            trained=self.trained(stage.networks(self.distilled(stage))),
+            trained=self.trained(networks),
+            fake=self.adapter(networks.fake),
             latent=self.latent,
             prompt=sum(map(prod, self.conditioning.values())),
             pixels=self.pixels,

@@ -87,7 +87,11 @@ def _refuse_reward(stage: Stage, settings: Reward, is_trained_on: bool, lists: l
     model = checked_class(settings)
     if isinstance(stage, Feedback) and is_trained_on:
         refuse_without_gradient({settings.name: model})
+    may_skip = isinstance(stage, Evaluate)
+    for path, prompts in lists:  # before its weights are fetched
+        refuse_prompts(model, settings.name, prompts, path, may_skip=may_skip)
     refuse_without_weights(settings, model)
-    reward = build(settings.model_copy(update={"device": None}), "cpu") if hasattr(model, "refuse_prompt") else model
-    for path, prompts in lists:
-        refuse_prompts(reward, settings.name, prompts, path, may_skip=isinstance(stage, Evaluate))
+    if hasattr(model, "refuse_prompt"):
+        reward = build(settings.model_copy(update={"device": None}), "cpu")
+        for path, prompts in lists:
+            refuse_prompts(reward, settings.name, prompts, path, may_skip=may_skip)

@@ -10,7 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from ..recipe import RESERVED
+from pydantic import TypeAdapter, ValidationError
+
+from ..data.store_writer import share_written
+from ..recipe import RESERVED, Stage
 from ..storage import checkpoints, files, lock
 from ..storage.files import CheckpointError, read_json
 from ..storage.manifest import BEGUN, is_finished
@@ -36,6 +39,34 @@ class StageFolder:
     def manifest(self) -> dict:
         """Return the manifest; {} of a stage without a whole one."""
         return read_json(self.folder / "manifest.json") if self.state == "done" else {}
+
+    @cached_property
+    def begun(self) -> dict:
+        """Return what a stage that is not finished has recorded of itself: its settings, its recipe, its cost in all.
+
+        {} of a finished one, and where there is no whole record.
+        """
+        if self.state in ("unfinished", "running"):
+            with suppress(CheckpointError):
+                return read_json(self.folder / BEGUN, stage=dict, recipe=dict)
+        return {}
+
+    @property
+    def begun_by(self) -> str | None:
+        """Return the name of the recipe that began a stage which is not finished; None of another stage."""
+        return self.begun["recipe"].get("name") if self.begun else None
+
+    @property
+    def network_evaluations(self) -> object:
+        """Return the network evaluations of a stage, so far where it is not finished; None where they are unknown."""
+        if not self.begun:
+            return self.manifest.get("network_evaluations")
+        total = self.begun.get("network_evaluations")
+        try:
+            stage: Stage = TypeAdapter(Stage).validate_python(self.begun["stage"])
+        except ValidationError:  # of another version
+            return None
+        return round(total * share_done(stage, self.folder)) if isinstance(total, int) else None
 
     @property
     def kind(self) -> str:
@@ -132,6 +163,16 @@ def _names_in(folder: Path, names: dict[str, Path]) -> Iterator[str]:
         with suppress(OSError):  # a stage has one of them, and gets the other while this runs
             text += record.read_text(encoding="utf-8", errors="replace")
     yield from (name for name in names if json.dumps(name)[1:-1] in text and name != folder.name)
+
+
+def share_done(stage: Stage, folder: Path) -> float:
+    """Return the share of `stage` that is saved in its folder, from 0 to 1; damaged files count as nothing."""
+    if stage.num_stored:
+        with suppress(CheckpointError):
+            return share_written(folder, stage.num_stored)
+    if stage.steps_per_phase and (saved := checkpoints.checkpoints(folder)):
+        return min(1.0, checkpoints.step_of(saved[-1]) / sum(stage.steps_per_phase))
+    return 0.0
 
 
 @prefix_errors("clean")

@@ -195,7 +195,8 @@ def _run_locked(stage: Stage, recipe: Recipe, earlier: list[Located], place: Loc
         "recipe": recipe.model_dump(mode="json"),
         "parents": {kind: str(parent.folder.name) for kind, parent in parents.items()},
     }
-    processes.on_rank_zero(_begin, place.folder, origin)
+    evaluations = network_evaluations(stage, recipe)
+    processes.on_rank_zero(_begin, place.folder, origin | {"network_evaluations": evaluations})
     started = time.monotonic()
     folders = {kind: parent.folder for kind, parent in parents.items()}
     seeded = recipe.model_copy(update={"seed": seed_of_stage(stage, recipe)})
@@ -210,7 +211,7 @@ def _run_locked(stage: Stage, recipe: Recipe, earlier: list[Located], place: Loc
         "fingerprint": place.fingerprint,
         **origin,
         **paths.record(recipe, place.folder),
-        "network_evaluations": network_evaluations(stage, recipe),
+        "network_evaluations": evaluations,
         "seconds": round(time.monotonic() - started, 1),
         "memory": meter.record() if meter else None,
         **({"tuned_steps": tuned_steps(place.folder / "student")} if isinstance(stage, Tuning) else {}),
@@ -227,10 +228,13 @@ def _run_locked(stage: Stage, recipe: Recipe, earlier: list[Located], place: Loc
         tell("guard", guard.ending(place.folder), "bold")
 
 
-def _begin(folder: Path, origin: dict) -> None:
-    """Write the `origin` of a stage that begins or goes on, so that `mlcm clean` leaves what it is made from."""
+def _begin(folder: Path, record: dict) -> None:
+    """Write the `record` of a stage that begins or goes on: `mlcm runs` reads whose it is and what it takes.
+
+    `mlcm clean` leaves what it is made from.
+    """
     (folder / BEGUN).parent.mkdir(exist_ok=True)
-    files.write_json(folder / BEGUN, origin)
+    files.write_json(folder / BEGUN, record)
 
 
 def _memory_meter(stage: Stage, recipe: Recipe) -> Meter | None:

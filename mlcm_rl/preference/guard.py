@@ -6,6 +6,7 @@ all scales then have one unit, and 0 is the student as it was distilled.
 The watched samples are drawn in micro-batches like a step's, each process its share of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..equations import consistency
+from ..equations import consistency, constraints
+from ..equations.statistics import deviation, mean_and_error
 from ..models import students
 from ..models.teachers import tell_truncated
 from ..recipe import Reward, Tuning
@@ -25,11 +27,6 @@ from ..training import processes
 from ..training.progress import tell
 from ..training.seeding import generator
 from . import tuning
-
-# The least deviation of a reward, as a share of its largest score at the reference. A reward with nearly the same score
-# for every picture (safety, at its cap) would otherwise be divided by its rounding errors and decide alone; left out,
-# it could not object when the student leaves the cap. The floor is relative, since scores have no other scale.
-LEAST_DEVIATION = 0.01
 
 
 @dataclass
@@ -85,9 +82,14 @@ class HackingGuard:
         for name, values in scores.items():
             record[f"guard/reward/{name}"] = values.mean().item()
             record[f"guard/win_rate/{name}"] = (values > self.reference_scores[name]).float().mean().item()
-        gains = self._gain(self.stage.rewards, scores), self._gain(self.stage.guard.rewards, scores)
-        trained, held_out = processes.broadcast(gains)  # equal on all processes but for a device's last bits
-        self._judge(steps, trained, held_out)
+        drops = {name: self._drop(name, scores) for name in self.stage.max_drops}
+        gains = self._gain(self.stage.objectives, scores), self._gain(self.stage.guard.rewards, scores)
+        # equal on all processes but for a device's last bits
+        (trained, held_out), drops = processes.broadcast((gains, drops))
+        broken = [name for name, (drop, _) in drops.items() if drop > self.stage.max_drops[name]]
+        self._judge(steps, trained, held_out, broken)
+        for name, (drop, error) in drops.items():
+            record |= {f"guard/drop/{name}": drop, f"guard/drop_error/{name}": error}
         return record | {"guard/trained_gain": trained, "guard/held_out_gain": held_out}
 
     def curves(self, folder: Path) -> Image.Image:
@@ -110,9 +112,15 @@ class HackingGuard:
             )
         self.verdict = Verdict(**state)
 
-    def _judge(self, steps: int, trained: float, held_out: float) -> None:
-        """Keep the student of `steps` steps where it is the best so far, else count the look and warn of hacking."""
+    def _judge(self, steps: int, trained: float, held_out: float, broken: Sequence[str]) -> None:
+        """Keep the student of `steps` steps where it is the best so far, else count the look and warn of hacking.
+
+        One that is the best and in which constraints are `broken` is not kept, and the look does not count: their
+        multipliers grow until they are met.
+        """
         record = self.verdict
+        if held_out > record.held_out and broken:
+            return
         if held_out > record.held_out:
             record.kept_step, record.held_out, record.trained, record.looks_without_gain = (
                 steps,
@@ -154,7 +162,7 @@ class HackingGuard:
             tell("guard", warning, "yellow")
         return warnings
 
-    def _gain(self, rewards: list[Reward], scores: dict[str, Tensor]) -> float:
+    def _gain(self, rewards: Sequence[Reward], scores: dict[str, Tensor]) -> float:
         """Return the weighted sum of the gains of `rewards`."""
         total = 0.0
         for reward in rewards:
@@ -162,6 +170,11 @@ class HackingGuard:
             if unit := deviation(reference):
                 total += reward.weight * (scores[reward.name].mean() - reference.mean()).item() / unit
         return total
+
+    def _drop(self, name: str, scores: dict[str, Tensor]) -> tuple[float, float]:
+        """Return how far the constrained reward `name` is below the reference's, in its deviations, and the error."""
+        reference = self.reference_scores[name]
+        return mean_and_error(constraints.drop(scores[name], reference, deviation(reference)))
 
     def _whole(self, part: Tensor) -> Tensor:
         """Gather the values (P,) of all watched prompts on the CPU, from each process's own on its device."""
@@ -182,11 +195,6 @@ class HackingGuard:
                 for name, values in rewards.raw(images, batch.prompts, batch.languages).items():
                     scores.setdefault(name, []).append(values)
         return torch.cat(latents), {name: self._whole(torch.cat(values)) for name, values in scores.items()}
-
-
-def deviation(scores: Tensor) -> float:
-    """Return the unit of a reward's gains, from the reference's `scores` (P,); 0 where all of them are 0."""
-    return max(scores.std().item(), LEAST_DEVIATION * scores.abs().max().item())
 
 
 def own_parts(total: int, size: int) -> list[list[int]]:

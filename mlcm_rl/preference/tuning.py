@@ -27,7 +27,7 @@ from ..training import processes
 from ..training.loop import Runtime
 from ..training.seeding import epoch_order, generator
 
-REWARD = "reward/"  # before a reward's name in a log
+REWARD, REFERENCE = "reward/", "reference/"  # before a reward's name in a log: the student's score, the reference's
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,11 @@ class Scores:
 
     def rewards(self) -> dict[str, Tensor]:
         """Gather the raw scores (B,) of the whole step from all processes, by reward."""
-        own = {name.removeprefix(REWARD): parts for name, parts in self.values.items() if name.startswith(REWARD)}
+        return self.whole(REWARD)
+
+    def whole(self, prefix: str) -> dict[str, Tensor]:
+        """Gather the values (B,) of the whole step whose names begin with `prefix`, by the rest of the name."""
+        own = {name.removeprefix(prefix): parts for name, parts in self.values.items() if name.startswith(prefix)}
         return {name: processes.gather(torch.cat(parts)) for name, parts in own.items()}
 
     def means(self) -> dict[str, float]:

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from .reads import LPIPS, PICTURES, PROMPTS
 from .stage import OneStage, Requirement, States, Training
 from .takes import Networks, Pass, Values
+from .terms import Adversarial, Matching
 from .types import Fraction, Full, Lora, PositiveInt, default_gamma, presentation
 
 if TYPE_CHECKING:
@@ -46,13 +47,20 @@ class Distill(Training):
     source: Literal["trajectories", "online", "data"] = Field(
         "trajectories", description="stored states; the paper's Algorithm 1; or real latents plus noise, as LCM"
     )
-    images: Annotated[str | None, PICTURES] = Field(None, description="captioned image folder, for source: data")
+    images: Annotated[str | None, PICTURES] = Field(
+        None, description="captioned image folder, for source: data and real: images"
+    )
     prompts: Annotated[str | None, PROMPTS] = Field(
         None, description="prompt file, for source: online and for inter_segment on samples"
     )
-    adapter: Lora | Full = Field(default_factory=Lora, discriminator="kind")
+    adapter: Lora | Full = Field(
+        default_factory=Lora, discriminator="kind", description="what is trained: a low-rank adapter, or all weights"
+    )
     num_segments: list[NumSegments] = Field(
         [8, 4, 2, 1], min_length=1, max_length=10, description="of each phase; [1] where the form is left open"
+    )
+    keep_segments: bool = Field(
+        False, description="each sample of a phase draws K from those of the phases up to it, against forgetting"
     )
     num_steps: PositiveInt | list[PositiveInt] = Field(description="optimiser steps of each phase")
     learning_rate: PositiveFloat | list[PositiveFloat] = Field(1e-4, description="peak; decays to 0 within each phase")
@@ -96,10 +104,14 @@ class Distill(Training):
     )
     skip: int = Field(20, gt=0, le=999, description="times between a pair's points for source online and data")
     num_teacher_steps: int = Field(3, gt=0, le=125, description="inter_segment: p, teacher steps between milestones")
-    num_student_steps: int = Field(4, ge=1, le=8, description="inter_segment: q, steps of the student's own sample")
+    num_student_steps: int = Field(
+        4, ge=1, le=8, description="q, steps of the student's own sample, for inter_segment and matching"
+    )
     renoise: Literal["student", "stored"] = Field(
         "stored", description="inter_segment: what is re-noised to a milestone"
     )
+    matching: Matching | None = Field(None, description="a term of distribution matching; default: none")
+    adversarial: Adversarial | None = Field(None, description="an adversarial term; default: none")
     held_out_every: PositiveInt = presentation(50, description="steps between losses on the held-out trajectories")
 
     @model_validator(mode="after")
@@ -145,6 +157,18 @@ class Distill(Training):
                 raise ValueError(f"{name} has no effect without distance: features or log_features")
         if list(self.feature_blocks) != sorted(set(self.feature_blocks)):
             raise ValueError(f"feature_blocks {self.feature_blocks} must increase")
+        if self.keep_segments and len(set(self.num_segments)) == 1:
+            raise ValueError(
+                f"keep_segments draws K of earlier phases, and all of num_segments {self.num_segments} are one: leave "
+                "it out"
+            )
+        if self.terms and list(self.num_segments) != [1]:
+            raise ValueError(
+                f"{' and '.join(self.terms)}: terms are of clean samples, and jumps to the starts of several segments "
+                "end at noisy ones: they need num_segments: [1], or method: inter_segment"
+            )
+        if self.adversarial and self.adversarial.real == "images" and self.images is None:
+            raise ValueError("adversarial.real: images needs images: a captioned image folder")
         if self.source == "data" and self.images is None:
             raise ValueError("source: data needs images: a captioned image folder")
         if self.source == "online" and self.prompts is None:
@@ -168,9 +192,14 @@ class Distill(Training):
         return self.states_drawn if self.reads_trajectories and self.method == "segments" else None
 
     @property
+    def terms(self) -> list[str]:
+        """The keys of the terms that it adds to the distance."""
+        return [name for name in ("matching", "adversarial") if getattr(self, name) is not None]
+
+    @property
     def uses_teacher(self) -> bool:
         """Whether steps evaluate the teacher, or part of it; if not, its denoiser leaves memory before the first."""
-        return self.samples_teacher or self.compares_by("features")
+        return self.samples_teacher or bool(self.terms) or self.compares_by("features")
 
     @property
     def samples_teacher(self) -> bool:
@@ -272,9 +301,27 @@ class Distill(Training):
                 passes.append(Pass(network, compared, batch=batch, gradient=True))
         if self.method == "inter_segment" and self.renoise == "student":
             passes.append(Pass("student", samples, self.num_student_steps, is_chained=True, num_with_keys=1))
-        if self.method == "segments" and self.source == "data":
+        passes += self._passes_of_terms(recipe, samples, batch)
+        takes_pictures = self.adversarial is not None and self.adversarial.real == "images"
+        if takes_pictures or (self.method == "segments" and self.source == "data"):
             passes.append(Pass("encoder", batch=self.micro_batch, in_step=False))
         return passes + self.sample_grids(recipe)
+
+    def _passes_of_terms(self, recipe: "Recipe", samples: int, batch: int) -> list[Pass]:
+        """Return the passes of the terms that it adds to the distance, the student's first."""
+        own: list[Pass] = []
+        passes: list[Pass] = []
+        if self.matching:
+            scale, fake = self.matching.guidance_scale, self.matching.fake
+            guided = recipe.teacher if scale is None else recipe.teacher.model_copy(update={"guidance_scale": scale})
+            passes = [Pass("teacher", samples, guided.evaluations, batch), Pass("fake", samples, batch=batch)]
+            if not (self.method == "inter_segment" and self.renoise == "student"):  # which samples anyway
+                passes.append(Pass("student", samples, self.num_student_steps, is_chained=True, num_with_keys=1))
+            own = [Pass("fake", samples, fake.num_updates, batch, gradient=True, output="prediction", beside=True)]
+        if self.adversarial:
+            passes.append(Pass("heads", samples, batch=batch, gradient=True))
+            own.append(Pass("heads", samples, 2, batch, gradient=True, beside=True))  # of real samples, and of its own
+        return passes + own
 
     @property
     def _teacher_steps(self) -> float:
@@ -295,8 +342,11 @@ class Distill(Training):
             has_average=self.target_ema > 0,
             lpips=(self.lpips or "") if self.compares_by("lpips") else None,
             feature_blocks=tuple(self.feature_blocks) if self.compares_by("features") else (),
+            fake=self.matching.fake if self.matching else None,
+            head_width=self.adversarial.width if self.adversarial else 0,
         )
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
-        """Return the bytes of the student, its snapshots and its checkpoints."""
-        return values.trained * (4 * (1 + len(self.num_segments)) + self.keep_checkpoints * MOMENTS_BYTES)
+        """Return the bytes of the student, its snapshots and its checkpoints, which hold the fake score too."""
+        in_checkpoints = (values.trained + values.fake) * self.keep_checkpoints * MOMENTS_BYTES
+        return values.trained * 4 * (1 + len(self.num_segments)) + in_checkpoints

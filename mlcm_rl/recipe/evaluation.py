@@ -16,6 +16,7 @@ from .types import Fraction, Full, Lora, PositiveInt, Reward, presentation
 if TYPE_CHECKING:
     from .experiment import Recipe
 
+MIN_PROMPTS = 3  # for the standard error of a distance of distributions
 MAX_SHOWN = 8  # pictures of a row on the page, if prompts are of two languages
 WITH_GAMMA = Tuning, Start  # stages whose student is measured at a gamma of its own too
 
@@ -27,14 +28,20 @@ class Evaluate(OneStage):
 
     kind: Literal["evaluate"] = "evaluate"
     prompts: Annotated[str, PROMPTS] = Field(description="prompt file, disjoint from the one distilled on")
-    num_prompts: PositiveInt = 64
-    sampling_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 3, 4, 6, 8], min_length=1)
+    num_prompts: PositiveInt = Field(64, description="the first so many of the file")
+    sampling_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field(
+        [1, 2, 3, 4, 6, 8], min_length=1, description="network evaluations a picture, a row of the table each"
+    )
     gammas: list[Fraction] = Field(
         [0.0, 1.0],
         description="of every student; a tuned one, and what it is compared with, at its own too; a snapshot of an "
         "earlier phase at its own alone",
     )
-    grids: list[Literal["milestones", "paper"]] = Field(["milestones"], min_length=1)
+    grids: list[Literal["milestones", "paper"]] = Field(
+        ["milestones"],
+        min_length=1,
+        description="times of the steps: those of the distillation, or the paper's sampler's",
+    )
     students: Literal["last", "snapshots"] = Field(
         "last", description="the finished student, or the one after each phase too"
     )
@@ -59,12 +66,25 @@ class Evaluate(OneStage):
     real_images: Annotated[str | None, Reads(holding="", of_pictures=True)] = Field(
         None, description="folder of real pictures that FID and KID compare with"
     )
+    distribution: bool = Field(
+        False,
+        description="KID and FID to the teacher's own pictures of the same prompts, whole and on patches, by the judge "
+        "or else by inception",
+    )
     clip: Annotated[str | None, Reads(holding="config.json", is_network=True)] = Field(
         None, description="folder of a CLIP in transformers' format, for the CLIP score"
     )
+    detector: Annotated[str | None, Reads(holding="config.json", is_network=True)] = Field(
+        None,
+        description="folder of an object detector in transformers' format, for GenEval's accuracy: prompts is then a "
+        "file in GenEval's layout",
+    )
+    confidences: tuple[Fraction, Fraction] = Field(
+        (0.3, 0.9), description="of the detector, above which an object is seen, and above which one is counted"
+    )
     images_per_prompt: int = Field(1, gt=0, le=10_000, description="more than one also measures diversity")
     keep_pictures: bool = Field(False, description="keep every picture, samples/<row>/<index>.png, for other tools")
-    batch_size: int = presentation(32, gt=0, le=65_536)
+    batch_size: int = presentation(32, gt=0, le=65_536, description="pictures drawn at once")
 
     @property
     def reward_models(self) -> list[Reward]:
@@ -83,8 +103,11 @@ class Evaluate(OneStage):
 
     @model_validator(mode="after")
     def _inception_has_real_images(self):
-        if self.inception is not None and self.real_images is None:
-            raise ValueError("inception needs real_images: a folder of real pictures to compare with")
+        if self.inception is not None and self.real_images is None and not self.distribution:
+            raise ValueError(
+                "inception needs real_images, a folder of real pictures to compare with, or distribution: true, to "
+                "compare with the teacher's own"
+            )
         if self.real_images is not None and self.inception is None:
             raise ValueError("real_images needs inception: the network that sees them")
         if self.inception is not None and not self.inception.endswith(".safetensors"):
@@ -92,6 +115,14 @@ class Evaluate(OneStage):
                 f"inception must be a .safetensors file, found {self.inception}; "
                 "`python -m mlcm_rl.evaluation.inception` converts the published weights"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _distribution_is_seen(self):
+        if self.distribution and self.judge is None and self.inception is None:
+            raise ValueError("distribution needs judge or inception: the network that sees the pictures")
+        if self.distribution and self.num_prompts < MIN_PROMPTS:
+            raise ValueError(f"distribution needs num_prompts of {MIN_PROMPTS} or more, is {self.num_prompts}")
         return self
 
     @property
@@ -157,7 +188,7 @@ class Evaluate(OneStage):
 
     def networks(self, distilled: Lora | Full) -> Networks:
         """Return the student, the teacher and the networks of the metrics; prompts are encoded before the first row."""
-        measuring = tuple(path for path in (self.inception, self.clip) if path)
+        measuring = tuple(path for path in (self.inception, self.clip, self.detector) if path)
         return Networks(distilled, encodes_ahead=True, measuring=measuring)
 
     def disk(self, recipe: "Recipe", values: Values) -> int:

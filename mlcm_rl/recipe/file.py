@@ -18,7 +18,16 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..storage.files import CheckpointError
-from . import errors, missing, renamed, reward_package, reward_settings, student_sources, teacher_problems
+from . import (
+    errors,
+    missing,
+    prompt_languages,
+    renamed,
+    reward_package,
+    reward_settings,
+    student_sources,
+    teacher_problems,
+)
 from .distill import Distill
 from .experiment import Recipe, Stage, gamma_of, missing_library, missing_trackers, origin_of, student_before
 from .languages import code_meant, says_language
@@ -40,9 +49,9 @@ def load(
 ) -> Recipe:
     """Return the recipe in a YAML file, with `overrides` of the command line (`stages.1.learning_rate=1e-4`).
 
-    Its paths are as this process sees them (`paths.py`). A path that may mean another file, and a key under an old
-    name, is reported by `tell`, a line each. With `root`, the working directory, a recipe of the right types goes
-    through `check` too. Raise RecipeError, which has all errors at once.
+    Its paths are as this process sees them (`paths.py`). A path that may mean another file, a key under an old name,
+    and prompts in a language that is not read, are reported by `tell`, a line each. With `root`, the working directory,
+    a recipe of the right types goes through `check` too. Raise RecipeError, which has all errors at once.
     """
     tree, problems = read(Path(path))
     tree, warnings, twice = renamed.renew_tree(tree, str(path))
@@ -54,8 +63,8 @@ def load(
             warnings += more
         except RecipeError as error:
             problems += error.problems
-    for warning in warnings:
-        tell(warning)
+    for text in warnings:
+        tell(text)
     try:
         # JSON, because a list in a file may be meant for a tuple; strict, because "100" in quotes is not a number.
         recipe = Recipe.model_validate_json(json.dumps(tree.plain()), strict=True)
@@ -72,6 +81,9 @@ def load(
         problems += missing.merged([_with_place(problem, tree, str(path)) for problem in found], Path(path))
     if problems:
         raise RecipeError(problems)
+    if root is not None:
+        for warning in prompt_languages.warnings(recipe, folders):
+            tell(str(_with_place(replace(warning, key=written(warning.key)), tree, str(path))))
     recipe, notes = resolved(recipe, folders)
     for note in notes:
         tell(f"{path}: {note}")
@@ -93,6 +105,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
         *_order_problems(recipe),
         *_store_problems(recipe),
         *_tuning_problems(recipe, folders),
+        *prompt_languages.problems(recipe, folders),
         *_precision_problems(recipe),
         *_quantised_problems(recipe),
         *_resume_problems(recipe),
@@ -236,7 +249,7 @@ def _tuning_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
 
 
 def _precision_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Yield a problem for each adapter that would train in float16, where small gradients become zero.
+    """Yield a problem for each adapter or term whose gradients would be in float16, where small ones become zero.
 
     An adapter has the dtype of the teacher's weights if there is no autocast.
     """
@@ -246,6 +259,12 @@ def _precision_problems(recipe: Recipe) -> Iterator[Problem]:
     for i, stage in enumerate(recipe.stages):
         if isinstance(stage, Distill):
             adapter = stage.adapter
+            if stage.adversarial is not None:
+                message = "takes gradients through the teacher, where those of float16 are lost: write teacher.dtype: "
+                yield Problem(("stages", i, "adversarial"), message + "bfloat16 or float32")
+            if stage.matching is not None and isinstance(adapter, Full) and stage.precision == "no":
+                message = "no would train the fake score in the float16 of teacher.dtype, where small gradients are "
+                yield Problem(("stages", i, "precision"), message + "lost: write bf16, or teacher.dtype: float32")
         if isinstance(stage, Distill | Tuning) and isinstance(adapter, Lora) and stage.precision == "no":
             message = "no would train in the float16 of teacher.dtype, where small gradients are lost: write bf16, or "
             yield Problem(("stages", i, "precision"), message + "teacher.dtype: float32")

@@ -25,7 +25,7 @@ def settle(stage: "Feedback") -> "Feedback":
     normalise = stage.normalise if "normalise" in stage.model_fields_set else False
     if "threshold" in stage.model_fields_set:
         threshold = stage.threshold
-    elif not normalise and [(reward.name, reward.weight) for reward in stage.rewards] == [("mps", 1.0)]:
+    elif not normalise and [(reward.name, reward.weight) for reward in stage.objectives] == [("mps", 1.0)]:
         threshold = PAPERS_THRESHOLD
     else:
         scale = "running deviations" if normalise else "the summed reward's own scale"

@@ -34,10 +34,10 @@ class TrainPerceptual(Training):
         description="folder with metadata.jsonl ({file_name, prompts}) beside the pictures; default: the teacher's own "
         "samples, of the trajectories before it",
     )
-    num_steps: PositiveInt
+    num_steps: PositiveInt = Field(description="optimiser steps")
     batch_size: int = Field(32, gt=0, le=65_536, description="pairs per optimiser step")
     learning_rate: PositiveFloat = Field(1e-3, description="peak; decays to 0")
-    warmup_steps: int = Field(20, ge=0, le=1_000_000_000)
+    warmup_steps: int = Field(20, ge=0, le=1_000_000_000, description="linear warm-up of the learning rate")
     widths: list[Width] = Field(list(VGG_WIDTHS), min_length=2, description="channels of each slice; default: VGG16's")
     depths: list[Annotated[int, Field(gt=0, le=100)]] = Field(
         list(VGG_DEPTHS), min_length=2, description="convolutions of each slice; default: VGG16's"

@@ -21,7 +21,8 @@ from .types import (
     NonNegativeFloat,
     PositiveInt,
     Reward,
-    RewardEntry,
+    TuningReward,
+    TuningRewardEntry,
     Weight,
     presentation,
 )
@@ -43,10 +44,10 @@ class TrainReward(Training):
     )
     resolution: int = Field(64, gt=0, le=16_384, description="pixels a side that pictures are read at, as drawn")
     held_out: float = Field(0.2, gt=0, lt=1, description="share of the prompts whose pairs only measure the head")
-    num_steps: PositiveInt = 400
+    num_steps: PositiveInt = Field(400, description="optimiser steps")
     batch_size: int = Field(64, gt=0, le=65_536, description="pairs per optimiser step")
     learning_rate: PositiveFloat = Field(2e-3, description="peak; decays to 0")
-    weight_decay: NonNegativeFloat = 0.05
+    weight_decay: NonNegativeFloat = Field(0.05, description="of AdamW, a step, times the learning rate")
     dropout: float = Field(0.5, ge=0, lt=1, description="of the features")
     held_out_every: PositiveInt = presentation(20, description="steps between measures on the held-out pairs")
 
@@ -78,26 +79,38 @@ class Tuning(Training):
     languages: dict[str, Weight] = Field(
         {}, description="weight of each language in the draw of prompts, others left out; default: as they come"
     )
-    num_steps: PositiveInt
+    num_steps: PositiveInt = Field(description="optimiser steps")
     learning_rate: PositiveFloat = Field(1e-4, description="peak; decays to 0")
-    warmup_steps: int = Field(0, ge=0, le=1_000_000_000)
+    warmup_steps: int = Field(0, ge=0, le=1_000_000_000, description="steps of linear warm-up")
     adapter: Lora = Field(Lora(rank=16, alpha=16.0), description="the preference adapter, over the distilled student")
     sampling_steps: int = Field(4, ge=1, le=8, description="of the student's sampler, which is what is tuned")
     gamma: Fraction | None = Field(None, description="noise put back between its steps; default: what suits it")
-    rewards: list[RewardEntry] = Field(
-        min_length=1, description="trained on, names or entries; their weighted sum is the reward"
+    rewards: list[TuningRewardEntry] = Field(
+        min_length=1,
+        description="trained on, names or entries; the weighted sum of those without max_drop is the reward",
+    )
+    multiplier_rate: PositiveFloat = Field(
+        0.1, description="of rewards with max_drop: growth of a multiplier in a step, for each deviation beyond it"
     )
     normalise: bool = Field(True, description="put each reward on the scale of its running deviation before the sum")
     autoencoder_tiles: Annotated[int, Field(gt=0, le=16_384)] | None = Field(
         None, description="pixels a side of tiles that it works in, recomputed in the backward pass: less memory, seams"
     )
-    guard: Guard
+    guard: Guard = Field(description="what watches the tuning, picks its best step and stops it")
 
     @model_validator(mode="after")
     def _held_out_is_not_trained_on(self):
         both = {reward.name for reward in self.rewards} & {reward.name for reward in self.guard.rewards}
         if both:
             raise ValueError(f"guard.rewards: {', '.join(sorted(both))} is trained on; a guard needs another reward")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_maximised(self):
+        if not self.objectives:
+            raise ValueError("rewards: all have max_drop; name one without it, to be maximised under the constraints")
+        if not self.max_drops and self.multiplier_rate != type(self).model_fields["multiplier_rate"].default:
+            raise ValueError("multiplier_rate is of rewards with max_drop, and none has it")
         return self
 
     @property
@@ -115,8 +128,18 @@ class Tuning(Training):
 
     @property
     def trained_on(self) -> list[Reward]:
-        """The rewards whose weighted sum is trained on."""
-        return self.rewards
+        """The rewards that are maximised and those that may not fall."""
+        return [*self.rewards]
+
+    @property
+    def objectives(self) -> list[TuningReward]:
+        """The rewards whose weighted sum is maximised."""
+        return [reward for reward in self.rewards if not reward.is_constraint]
+
+    @property
+    def max_drops(self) -> dict[str, float]:
+        """How far each constrained reward may fall, in deviations of the reference, by its name."""
+        return {reward.name: reward.max_drop for reward in self.rewards if reward.max_drop is not None}
 
     @property
     def needs_random_steps(self) -> bool:
@@ -183,6 +206,14 @@ class Feedback(Tuning):
     maths: ClassVar[int] = 3  # noise by sample, the rewards' scale by the steps before
 
     kind: Literal["feedback"] = "feedback"
+    form: Literal["direct", "bounded"] = Field(
+        "direct",
+        description="the reward's gradient through the sampler, or a step of bounded size up that gradient as the "
+        "target of a squared error (OPSD)",
+    )
+    target_bound: PositiveFloat = Field(
+        0.1, description="of form bounded: root mean square of the step from a sample's x0 to its target"
+    )
     gradient: Literal["last", "random", "low_variance"] = Field(
         "last", description="through the last steps (DRaFT-K), one random late one (ReFL), re-noised copies (DRaFT-LV)"
     )
@@ -204,6 +235,12 @@ class Feedback(Tuning):
     def _sampler_has_those_steps(self):
         if self.num_grad_steps > self.sampling_steps:
             raise ValueError(f"num_grad_steps {self.num_grad_steps} is more than sampling_steps {self.sampling_steps}")
+        if self.form == "bounded" and self.gradient == "last" and self.num_grad_steps > 1:
+            raise ValueError(
+                "num_grad_steps: form bounded has the target of one step; take 1, or gradient: random for any late one"
+            )
+        if self.form != "bounded" and self.target_bound != type(self).model_fields["target_bound"].default:
+            raise ValueError("target_bound is of form bounded")
         if self.kl and self.gamma == 0.0:
             raise ValueError("kl needs gamma above 0: a deterministic step has no distribution; take anchor")
         if self.kl and self.sampling_steps < 2:
@@ -257,6 +294,8 @@ class Feedback(Tuning):
         )
         with_keys = 1 if self.gradient == "low_variance" else None  # the others have gradient in the same sampler
         passes = [Pass("student", samples, before, is_chained=True, num_with_keys=with_keys), scored]
+        if self.max_drops:  # the same samples by the reference
+            passes += [replace(one, role="reference", gradient=False, num_scores=1) for one in passes]
         if self.anchor:
             passes.append(Pass("reference", samples * copies, batch=part * copies))
         if self.kl:  # of one step of a sample of its own
@@ -286,7 +325,10 @@ class Dpo(Tuning):
     kappa: NonNegativeFloat = Field(
         1.0, description="weight of the rejected log-ratio: below 1 the margin is not won by spoiling the rejected"
     )
-    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "conservative"] = "sigmoid"
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "conservative"] = Field(
+        "sigmoid",
+        description="of the margin between chosen and rejected; robust and conservative allow for wrong labels",
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="of robust and conservative: share of wrong labels")
     space: Literal["x0", "eps"] = Field("eps", description="of the errors: x0, or that weighted by SNR")
 
@@ -306,6 +348,8 @@ class Dpo(Tuning):
     def _pairs_stand_for_samples(self):
         if self.pairs is None:
             return self
+        if self.max_drops:
+            raise ValueError(f"max_drop of {', '.join(self.max_drops)} is measured on samples, and pairs are a table's")
         if self.form == "pso":
             raise ValueError("form pso learns the steps of the student's own samples, and pairs are finished pictures")
         for name in ("num_generations", "min_margin"):
@@ -329,7 +373,11 @@ class Dpo(Tuning):
         measures = {"endpoint": steps, "diffusion_dpo": 1, "pso": steps - 1}[self.form]
         own, copies = Pass("student", 2 * samples, measures, 2 * part, gradient=True), self.num_generations
         sampled = Pass("student", samples * copies, steps, part * copies, is_chained=True, num_with_keys=1)
-        return [replace(sampled, viewer="rewards")] * (self.pairs is None) + [
+        ranked = [replace(sampled, viewer="rewards")] * (self.pairs is None)
+        by_reference = [replace(one, role="reference") for one in ranked if self.max_drops]
+        return [
+            *ranked,
+            *by_reference,
             Pass("reference", 2 * samples, measures),
             own,
         ]
@@ -371,8 +419,10 @@ class Policy(Tuning):
     def step(self, samples: int, part: int) -> list[Pass]:
         """Return the samples, and the evaluations for log-probabilities: old, of the reference, and current."""
         steps, actions = self.sampling_steps, self.sampling_steps - 1
+        sampled = Pass("student", samples, steps, part, is_chained=True, viewer="rewards", num_with_keys=1)
         return [
-            Pass("student", samples, steps, part, is_chained=True, viewer="rewards", num_with_keys=1),
+            sampled,
+            *[replace(sampled, role="reference")] * bool(self.max_drops),
             Pass("student", samples, actions),
             Pass("reference", samples, actions),
             Pass("student", samples * self.num_iterations, actions, part, gradient=True),

@@ -20,6 +20,8 @@ from .tree import Key, Problem, nearest
 from .types import Reward
 
 PLAIN = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "dict": dict}
+WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
+WORDS |= {"list": "a list", "dict": "a mapping"}
 UNKNOWN = object()  # a type that a file gives by another name
 
 
@@ -80,17 +82,60 @@ def settings_in(code: bytes) -> dict[str, Setting] | None:
     return settings
 
 
+def languages_in(code: bytes) -> tuple[str, ...]:
+    """Return the languages of prompts that the one reward model of a file's `code` reads.
+
+    () where it reads no prompts, or where the code does not say them plainly. Raise SyntaxError if it is not Python.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        body = ast.parse(code).body
+    classes = [one for one in body if isinstance(one, ast.ClassDef) and not one.name.startswith("_")]
+    values = {
+        target.id: one.value
+        for one in (classes[0].body if len(classes) == 1 else [])
+        if isinstance(one, ast.Assign)
+        for target in one.targets
+        if isinstance(target, ast.Name)
+    }
+    try:
+        facts = {name: ast.literal_eval(values[name]) for name in ("needs_prompt", "languages")}
+    except (KeyError, ValueError):
+        return ()
+    return tuple(facts["languages"]) if facts["needs_prompt"] is True else ()
+
+
 def _wrong(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield the name, what is wrong, and the nearest name, of each of a recipe's `values` that does not fit."""
     takes = f"its settings are {', '.join(settings)}" if settings else "it takes no settings"
     for name, value in values.items():
         if name not in settings:
             yield name, f"unknown setting; {takes}", nearest(name, list(settings))
-        elif (annotation := settings[name].annotation) is not None and not _fits(value, annotation):
-            yield name, f"expected {ast.unparse(annotation)}, found {brief(value)}", ""
+        elif (annotation := settings[name].annotation) is not None and (message := misfit(value, annotation)):
+            yield name, message, ""
     for name, setting in settings.items():
         if not setting.has_default and name not in values:
             yield name, f"missing; {takes}", ""
+
+
+def misfit(value: Any, annotation: ast.expr) -> str:
+    """Return what is wrong with a recipe's `value` for a parameter of this annotation; "" where it fits."""
+    return "" if _fits(value, annotation) else f"expected {in_words(annotation)}, found {brief(value)}"
+
+
+def in_words(annotation: ast.expr) -> str:
+    """Return the values of a plain type in words: "text or null" for str | None."""
+    match annotation:
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            comma = "," if isinstance(left, ast.Subscript) else ""
+            return f"{in_words(left)}{comma} or {in_words(right)}"
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=inside):
+            return f"one of {ast.unparse(inside).strip('()')}"
+        case ast.Subscript(value=ast.Name(id="list"), slice=inside):
+            return f"a list, each {in_words(inside)}"
+        case ast.Constant(value=None):
+            return "null"
+    return WORDS.get(ast.unparse(annotation), ast.unparse(annotation))
 
 
 def _fits(value: Any, annotation: ast.expr) -> bool:

@@ -27,6 +27,11 @@ def recipes() -> list[Path]:
     return sorted(folder("recipes").glob("*.yaml"))
 
 
+def launch_files() -> list[Path]:
+    """Return the shipped launch files, sorted by name."""
+    return sorted((folder("recipes") / "launch").glob("*.yaml"))
+
+
 def launch_file(name: str) -> Path | None:
     """Return the shipped launch file called `name`, such as zero2; None if there is none."""
     file = folder("recipes") / "launch" / f"{name}.yaml"
@@ -34,7 +39,7 @@ def launch_file(name: str) -> Path | None:
 
 
 def header(file: Path) -> str:
-    """Return the comment at the top of a recipe in one line, without its marks."""
+    """Return the comment at the top of a recipe or launch file in one line, without its marks."""
     comment = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
     lines = (line for line in comment if not line.startswith("# yaml-language-server"))
     return " ".join(line.removeprefix("#").removeprefix(" ") for line in lines)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from .types import Full, Lora
 
-Role = Literal["teacher", "student", "target", "reference", "encoder", "lpips", "features"]
+Role = Literal["teacher", "student", "target", "reference", "encoder", "lpips", "features", "fake", "heads"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Pass:
 
     role         teacher: guided; student: trained or sampled; target: the student's weights, or their average;
                  reference: the student without its preference adapter; encoder: the autoencoder's, of pictures;
-                 lpips, features: the distance of two latents, by its own network or the teacher's first blocks
+                 lpips, features: the distance of two latents, by its own network or the teacher's first blocks;
+                 fake: the score of the student's own samples; heads: the teacher, whose features an adversary reads
     samples      number over the whole stage; 0 if it is small beside the rest and not counted
     evaluations  of the denoiser for each sample; a guided pass of the teacher is two
     batch        samples in memory at a time in one process; 0 if another pass beside it has more
@@ -28,6 +29,7 @@ class Pass:
     viewer       of the decoded pictures: no one, a person, the rewards trained on, or ("guard") all rewards
     num_scores   how often each picture is scored in one step, under one prompt or another
     in_step      whether it is part of an optimiser step, under autocast; else it is alone in memory
+    beside       whether it trains that network of its role, after the student's update and apart from it
     num_with_keys  of the evaluations of a sample, those that compute the keys and values of its prompt, which the
                  others take from them (`Base.same_prompts`); None: all
     """
@@ -42,6 +44,7 @@ class Pass:
     viewer: Literal["", "person", "rewards", "guard"] = ""
     num_scores: int = 1
     in_step: bool = True
+    beside: bool = False
     num_with_keys: int | None = None
 
     @property
@@ -86,6 +89,8 @@ class Networks:
     lpips          what latents are compared by: its file or folder, or "" for the one that the recipe trains
     trains_lpips   whether that is trained in place of a student
     feature_blocks blocks of the teacher's denoiser that they are compared by
+    fake           the adapter that is the score of the student's samples, trained beside it
+    head_width     channels of an adversary's heads, trained beside it; 0 without
     """
 
     student: Lora | Full | None = None
@@ -103,6 +108,8 @@ class Networks:
     lpips: str | None = None
     trains_lpips: bool = False
     feature_blocks: tuple[int, ...] = ()
+    fake: Lora | None = None
+    head_width: int = 0
 
     @property
     def trained(self) -> Lora | Full | None:
@@ -116,6 +123,7 @@ class Values:
 
     denoiser: int
     trained: int
+    fake: int  # of the score of the student's samples, where there is one
     latent: int
     prompt: int  # of its conditioning
     pixels: int  # of a picture, each with three colours

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 from . import families
 
@@ -97,15 +97,17 @@ class Samples(Strict):
     """The fixed prompts and seeds of the sample grids."""
 
     prompts: list[str] = Field([], description="prompts of the sample grids, any language")
-    sampling_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 4, 8], min_length=1)
+    sampling_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field(
+        [1, 2, 4, 8], min_length=1, description="network evaluations a picture, a column each"
+    )
 
 
 class Lora(Strict):
     """Low-rank adapter on the family's published target modules."""
 
     kind: Literal["lora"] = "lora"
-    rank: int = Field(64, gt=0, le=65_536)
-    alpha: PositiveFloat = 64.0
+    rank: int = Field(64, gt=0, le=65_536, description="of the two factors of each weight's update")
+    alpha: PositiveFloat = Field(64.0, description="alpha / rank times the factors are added to a weight")
 
 
 class Full(Strict):
@@ -118,11 +120,16 @@ class Reward(Strict):
     """A reward model and its weight in a sum of several."""
 
     name: str = Field(description="file in reward_models, or another distribution's; see `mlcm rewards list`")
-    weight: float = 1.0
+    weight: float = Field(1.0, description="factor of its score in the sum; below 0, less of it is better")
     settings: dict[str, Any] = Field({}, description="of the reward model itself; see its card")
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of its weights")
     device: str | None = Field(None, description="where it runs; default: with the student")
     chunk_size: PositiveInt | None = Field(None, description="pictures scored at a time; default: the whole batch")
+
+    @property
+    def is_constraint(self) -> bool:
+        """Whether it may not fall, instead of being part of the sum."""
+        return False
 
     @property
     def is_of_this_recipe(self) -> bool:
@@ -136,14 +143,42 @@ class Reward(Strict):
         )
 
 
+class TuningReward(Reward):
+    """A reward model that a stage trains on: with a weight in the sum, or as a constraint."""
+
+    max_drop: NonNegativeFloat | None = Field(
+        None,
+        exclude_if=lambda limit: limit is None,  # so that stages without constraints have the fingerprints of before
+        description="a constraint in place of a weight: the mean may fall below the reference's by this many of the "
+        "reference's standard deviations, and no more",
+    )
+
+    @property
+    def is_constraint(self) -> bool:
+        """Whether it may not fall, instead of being part of the sum."""
+        return self.max_drop is not None
+
+    @model_validator(mode="after")
+    def _constraint_has_no_weight(self):
+        if self.is_constraint and self.weight != 1.0:
+            raise ValueError(f"weight has no meaning beside max_drop: {self.name} is a constraint, not part of the sum")
+        return self
+
+
 def _as_reward(one: str | Reward) -> Reward:
     return Reward(name=one) if isinstance(one, str) else one
 
 
+def _as_tuning_reward(one: str | TuningReward) -> TuningReward:
+    return TuningReward(name=one) if isinstance(one, str) else one
+
+
 if TYPE_CHECKING:
     RewardEntry = Reward
+    TuningRewardEntry = TuningReward
 else:  # in a file a name alone stands for an entry with that name
     RewardEntry = Annotated[str | Reward, AfterValidator(_as_reward)]
+    TuningRewardEntry = Annotated[str | TuningReward, AfterValidator(_as_tuning_reward)]
 
 
 class Guard(Strict):

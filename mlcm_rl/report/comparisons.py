@@ -5,14 +5,14 @@ from collections.abc import Iterable
 
 from ..equations.statistics import paired_difference
 from . import tuned_students
-from .definitions import RIGHT, metric
+from .definitions import DISTRIBUTION, GENEVAL, RIGHT, metric
 from .figures import number, plus_minus, rounded, values_of
 from .tuned_students import NUM_ERRORS
 from .types import Comparison, Headline, Measurements, Report, Row, TunedStudent
 
 BUDGETS = (2, 4, 8)  # network evaluations at which student and teacher are compared
 HEADLINE_BUDGET = 4
-COMPARED = ("distance", "r@5", RIGHT, "clip")
+COMPARED = ("distance", "r@5", RIGHT, "clip", GENEVAL)
 
 
 def comparisons(measurements: Measurements) -> list[Comparison]:
@@ -21,7 +21,7 @@ def comparisons(measurements: Measurements) -> list[Comparison]:
     "Best" is picked on these very prompts, on both sides; an honest headline compares the student's default instead.
     """
     rows, compared = measurements.rows, []
-    for key in measured(rows, COMPARED):
+    for key in measured(rows, (*COMPARED, *DISTRIBUTION)):
         for budget in BUDGETS:
             student = best(rows_at(rows, "student", budget), key)
             teacher = best(rows_at(rows, "undistilled", budget), key)

@@ -15,7 +15,7 @@ class Metric:
 
 
 def metric(key: str) -> Metric:
-    """Return the metric of `key`: one of METRICS, reward/<name>, or r@<k> and right@<what>, with /<language> or not."""
+    """Return the metric of `key`: of METRICS, reward/<name>, geneval@<task>; r@<k>, right@<what>, maybe /<language>."""
     name, _, rest = key.partition("/")
     if name == "reward":
         return Metric(rest, False, f"Reward model `{rest}` (see its card in reward_models/), higher is better.")
@@ -24,16 +24,21 @@ def metric(key: str) -> Metric:
     if name.startswith("right@"):
         what = name.removeprefix("right@")
         return Metric(f"Right: {what.replace('in_', 'in ')} {rest}".strip(), False, QUESTIONS[what])
+    if name.startswith("geneval@"):
+        task = name.removeprefix("geneval@")
+        return Metric(f"GenEval: {task}", False, f"Share of right pictures, of the prompts of GenEval's task `{task}`.")
     return METRICS[name]
 
 
+DISTRIBUTION = ("teacher_kid", "teacher_fid", "teacher_patch_kid", "teacher_patch_fid")  # to the reference's pictures
 BY_LANGUAGE = ("r@", "right@")  # beginnings of the metrics that are given for each language too
 RIGHT = "right@all"
+GENEVAL = "geneval"
 
 
 def is_detail(key: str) -> bool:
-    """Return whether a metric is a part of what RIGHT sums up, which has a table of its own."""
-    return key.startswith("right@") and key.partition("/")[0] != RIGHT
+    """Return whether a metric is a part of what RIGHT or GENEVAL sums up, which has a table of its own."""
+    return key.startswith((f"{GENEVAL}@", "right@")) and key.partition("/")[0] != RIGHT
 
 
 RETRIEVAL = (
@@ -52,6 +57,14 @@ QUESTIONS = {
         for relation in RELATIONS
     },
 }
+TO_TEACHER = (
+    "Between the reference's pictures of the same prompts and these, by features of the judge where there is one, else "
+    "of Inception."
+)
+PATCHES = (
+    "The same on crops at full resolution (half a side, at most 299 pixels; the same places in every row): of "
+    "sharpness and texture, not of composition."
+)
 METRICS = {
     "distance": Metric(
         "Distance",
@@ -69,12 +82,13 @@ METRICS = {
     "diversity": Metric(
         "Diversity",
         False,
-        "Mean distance between the judge's features of the pictures of one prompt, higher is more varied.",
+        "Mean distance between the features of the pictures of one prompt, higher is more varied: the judge's where "
+        "there is one, else Inception's.",
     ),
     "fid": Metric(
         "FID",
         True,
-        "Frechet distance (Heusel et al.; computed by torchmetrics) between Inception features of these pictures and "
+        "Frechet distance (Heusel et al.) between Inception features of these pictures and "
         "of the real ones, which are cropped to their central square and resized to the teacher's resolution. Biased "
         "upwards for few pictures: it compares rows of equal numbers, by the same network file and real pictures.",
     ),
@@ -83,6 +97,35 @@ METRICS = {
         True,
         "Kernel distance (Binkowski et al.) between Inception features of these pictures and of the real ones: "
         "unbiased, so it can be negative; kernel (x.y / D + 1)^3, mean over disjoint subsets of the prompts.",
+    ),
+    "teacher_kid": Metric(
+        "KID to the teacher",
+        True,
+        f"{TO_TEACHER} Kernel distance, unbiased, so it can be negative: 0 where the pictures could be the teacher's "
+        "own. The distance asks for the teacher's very picture of the same noise, this for one that it might draw.",
+    ),
+    "teacher_patch_kid": Metric(
+        "KID to the teacher, patches",
+        True,
+        f"{PATCHES} Kernel distance: a blurred picture is near in Distance and far in this.",
+    ),
+    "teacher_fid": Metric(
+        "FID to the teacher",
+        True,
+        f"{TO_TEACHER} Frechet distance, the field's FID-T: biased upwards for few pictures, so that it compares rows "
+        "of equal numbers, by one network.",
+    ),
+    "teacher_patch_fid": Metric(
+        "FID to the teacher, patches",
+        True,
+        f"{PATCHES} Frechet distance, the field's patch FID-T: biased upwards for few pictures.",
+    ),
+    "geneval": Metric(
+        "GenEval",
+        False,
+        "Mean over GenEval's tasks (Ghosh et al.) of the shares of pictures on which an object detector sees what the "
+        "prompt asks for: objects, their number, colours (by the recipe's CLIP) and places. The detector is the "
+        "recipe's, without GenEval's masks, so rows compare, not published figures.",
     ),
     "clip": Metric(
         "CLIP score",

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..data.picture_files import read_picture
 from ..storage.files import replacing
-from . import comparisons, figures, plots, tables, tuned_students
+from . import comparisons, disagreements, figures, plots, tables, tuned_students
 from .definitions import GAIN, LATENCY, RIGHT, TRAINING, WIN_RATE, metric
 from .types import (
     Card,
@@ -75,6 +75,8 @@ def render(report: Report, folder: Path) -> str:
         heads=tables.heads(report),
         groups=groups(report),
         details=tables.details(report),
+        disagreements=disagreements.sentences(report),
+        paired=tables.paired(report),
         comparisons=[comparison_row(report, comparison) for comparison in report.comparisons],
         latency=LATENCY,
         definitions=definitions(report),
@@ -195,8 +197,9 @@ def tuned_section(report: Report, folder: Path) -> TunedSection:
                 name=student.name,
                 sentence=tuned_students.sentence(student),
                 verdict=tuned_students.verdict(student),
+                constraints=tuned_students.constraints(student),
                 warnings=student.guard.warnings,
-                plot=plots.gains(student),
+                plots=[plots.gains(student), *(plots.constraint(student, name) for name in student.max_drops)],
             )
             for student in students
         ],

@@ -139,6 +139,17 @@ def _gains(salt: str, curves: Sequence[list[Point]], kept_step: int) -> Figure:
     return figure
 
 
+def constraint(student: TunedStudent, name: str) -> str:
+    """Return the SVG of a constrained reward against optimiser steps: its drop at the guard's looks, its multiplier."""
+    figure, axes = _figure(f"constraint {student.name} {name}")
+    labels = {"guard/drop/": "drop, in deviations", "multiplier/": "multiplier"}
+    curves = [(student.curves.get(prefix + name, []), label) for prefix, label in labels.items()]
+    _horizontal(axes, student.max_drops[name], "allowed", below=False)
+    _plot_curves(axes, student.guard.kept_step, *zip(*curves, strict=True))
+    axes.set_title(f"Constraint on {name}", loc="left")
+    return _svg(figure, f"Drop of {name} and its multiplier in the tuning of {student.name} against optimiser steps")
+
+
 def reward_curve(student: TunedStudent, name: str) -> str:
     """Return the SVG of one reward of a tuned student against optimiser steps: of batches, and of the guard's looks."""
     figure, axes = _figure(f"reward {student.name} {name}")

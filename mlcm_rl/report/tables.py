@@ -4,30 +4,30 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..training.console import wrapped
-from . import tuned_students
+from . import disagreements, tuned_students
 from .comparisons import measured
-from .definitions import LATENCY, RIGHT, TRAINING, is_detail, metric
-from .figures import number, plus_minus
+from .definitions import DISTRIBUTION, GENEVAL, LATENCY, RIGHT, TRAINING, is_detail, metric
+from .figures import number, plus_minus, summary, values_of
 from .types import NumberTable, Report, Row, TrainingCost
 
 MANY_METRICS = 5  # in the terminal table
-MAIN_METRICS = ("distance", "kid", "r@5", RIGHT, "fid", "clip")  # beside the rewards
+MAIN_METRICS = ("distance", "kid", "r@5", RIGHT, "fid", "clip", GENEVAL)  # beside the rewards and DISTRIBUTION
 
 
 def columns(report: Report) -> list[str]:
     """Return the metrics of the table, in order: R@k and what is right by language where there is more than one."""
     metrics = report.rows[0].metrics
     keys = []
-    for key in [key for key, summary in metrics.items() if summary.values and not is_detail(key)]:
+    for key in [key for key, one in metrics.items() if one.values and not is_detail(key)]:
         by_language = [other for other in metrics if other.startswith(f"{key}/")]
         keys += by_language or [key]
     return keys
 
 
 def main_metrics(report: Report) -> list[str]:
-    """Return the metrics with a plot and a column on the terminal; R@5 is over all languages."""
+    """Return the metrics with a plot; R@5 is over all languages."""
     keys = measured(report.rows, report.rows[0].metrics)
-    return [key for key in keys if key in MAIN_METRICS or key.startswith("reward/")]
+    return [key for key in keys if key in (*MAIN_METRICS, *DISTRIBUTION) or key.startswith("reward/")]
 
 
 def heading(row: Row) -> str:
@@ -62,26 +62,75 @@ def cells(report: Report, row: Row) -> list[str]:
 
 
 def details(report: Report) -> list[NumberTable]:
-    """Return the tables of what is right on pictures of scenes, by question and relation: of all prompts, by language.
+    """Return the tables of what is right on pictures: of scenes by question and relation, then by language; by task.
 
-    Empty without a judge of scenes.
+    Empty without a judge of scenes and without a detector.
     """
     metrics = report.rows[0].metrics
-    keys = [key for key in metrics if key == RIGHT or (is_detail(key) and "/" not in key)]
-    if not keys:
-        return []
-    languages = [key.partition("/")[2] for key in metrics if key.startswith(f"{RIGHT}/")]
-    heads = [metric(key).label.partition(": ")[2] for key in keys]
     tables = []
-    for language in ["", *languages]:
-        shown = [f"{key}/{language}" if language else key for key in keys]
-        lines = {
-            name: [[label(row), str(row.num_evaluations), *(number(row.metrics[key]) for key in shown)] for row in rows]
-            for name, rows in groups(report).items()
-        }
-        title = f"Right pictures, prompts in {language}" if language else "Right pictures, by question and relation"
-        tables.append(NumberTable(title, "Sampler", ["Evals", *heads], 0, list(lines.items())))
+    if RIGHT in metrics:
+        keys = [key for key in metrics if key.startswith("right@") and "/" not in key]
+        tables.append(_of_parts(report, "Right pictures, by question and relation", keys))
+        for language in [key.partition("/")[2] for key in metrics if key.startswith(f"{RIGHT}/")]:
+            title = f"Right pictures, prompts in {language}"
+            tables.append(_of_parts(report, title, [f"{key}/{language}" for key in keys]))
+    if GENEVAL in metrics:
+        tasks = [key for key in metrics if key.startswith(f"{GENEVAL}@")]
+        tables.append(_of_parts(report, "Right pictures, by GenEval's task", tasks))
     return tables
+
+
+def _of_parts(report: Report, title: str, keys: list[str]) -> NumberTable:
+    """Return the table of the metrics `keys`, each a part of a whole, without the whole's name in the heads."""
+    heads = [metric(key.partition("/")[0]).label.partition(": ")[2] for key in keys]
+    lines = {
+        name: [[label(row), str(row.num_evaluations), *(number(row.metrics[key]) for key in keys)] for row in rows]
+        for name, rows in groups(report).items()
+    }
+    return NumberTable(title, "Sampler", ["Evals", *heads], 0, list(lines.items()))
+
+
+def paired(report: Report) -> list[NumberTable]:
+    """Return the tables of paired differences: students' rows to the reference's, and rows to the first student's.
+
+    The second is to the default sampler of the student named first, at equal evaluations. A metric whose value is a
+    difference to the reference already stands in the second only.
+    """
+    keys = [*main_metrics(report), *measured(report.rows, ["diversity"])]
+    students = [row for row in report.rows if row.role == "student"]
+    if not students:
+        return []
+    reference = next(row for row in report.rows if row.id == report.reference)
+    first = {row.num_evaluations: row for row in students if row.default and row.name == students[0].name}
+    beside_reference = [key for key in keys if key not in ("distance", *DISTRIBUTION)]
+    tables = []
+    if beside_reference:
+        title = f"Paired differences to the teacher's {reference.num_steps} steps"
+        tables.append(_differences(report, title, beside_reference, {row.id: reference for row in students}))
+    rivals = {
+        row.id: first[row.num_evaluations]
+        for row in report.rows
+        if row.role != "reference" and row.num_evaluations in first and row.id != first[row.num_evaluations].id
+    }
+    if rivals:
+        title = f"Paired differences to {students[0].name} at its default sampler, at equal evaluations"
+        tables.append(_differences(report, title, keys, rivals))
+    return tables
+
+
+def _differences(report: Report, title: str, keys: list[str], others: dict[str, Row]) -> NumberTable:
+    """Return the table of rows less the row that `others` names for their ids."""
+
+    def cells(row: Row) -> list[str]:
+        other = others[row.id]
+        differences = [summary(values_of(row, key).double() - values_of(other, key).double()) for key in keys]
+        return [label(row), str(row.num_evaluations), *map(number, differences)]
+
+    groups_of_cells = [
+        (name, [cells(row) for row in rows if row.id in others]) for name, rows in groups(report).items()
+    ]
+    heads = ["Evals", *(metric(key).label for key in keys)]
+    return NumberTable(title, "Sampler", heads, 0, [(name, lines) for name, lines in groups_of_cells if lines])
 
 
 def latency(row: Row) -> str:
@@ -117,10 +166,23 @@ def compact(count: float) -> str:
     return f"{count:.3g}G"
 
 
-def table(report: Report) -> Table:
-    """Return the table for a terminal: the means of the main metrics, so that it fits; the files have everything."""
-    keys = main_metrics(report)
-    title = f"{report.name}: means over {len(report.prompts)} prompts"
+def terminal(report: Report) -> list[Table]:
+    """Return the tables for a terminal: means of the main metrics, and of distances of distributions; so each fits.
+
+    The files have everything.
+    """
+    num_prompts = len(report.prompts)
+    of_distribution = measured(report.rows, DISTRIBUTION)
+    main = [key for key in main_metrics(report) if key not in of_distribution]
+    grids = [_grid(report, f"{report.name}: means over {num_prompts} prompts", main)]
+    if of_distribution:
+        keys = ["distance", *of_distribution, *measured(report.rows, ["diversity"])]
+        grids.append(_grid(report, f"{report.name}: beside the teacher's own pictures of the same prompts", keys))
+    return grids
+
+
+def _grid(report: Report, title: str, keys: list[str]) -> Table:
+    """Return a table for a terminal of the means of `keys`."""
     grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     grid.add_column("Sampler", min_width=18)
     cost = has_training(report) and len(keys) <= MANY_METRICS  # 80 columns hold no more
@@ -147,7 +209,8 @@ def markdown(report: Report) -> str:
     for name, rows in groups(report).items():
         lines.append(f"| **{name}** {'| ' * (len(head) - 1)}|")
         lines += [f"| {' | '.join([label(row), *cells(report, row)])} |" for row in rows]
-    for one in details(report):
+    lines += _sentences(report)
+    for one in [*details(report), *paired(report)]:
         lines += [
             "",
             f"**{one.title}**",
@@ -170,6 +233,12 @@ def markdown(report: Report) -> str:
     lines += tuned_students.markdown(report)
     lines += ["", f"Measured on {report.environment.device}, {report.created}."]
     return "\n".join(lines) + "\n"
+
+
+def _sentences(report: Report) -> list[str]:
+    """Return the lines of report.md on where distance and distribution disagree; none where neither is compared."""
+    texts = disagreements.sentences(report)
+    return ["", "**Distance and distribution**", "", *(f"- {text}" for text in texts)] if texts else []
 
 
 def defined(report: Report) -> list[str]:

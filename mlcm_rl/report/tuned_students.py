@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..equations.constraints import drop
+from ..equations.statistics import deviation
 from ..recipe.experiment import TUNING
 from ..storage.files import read_json
 from .definitions import BY_LANGUAGE, WIN_RATE, is_detail, metric
@@ -40,13 +42,16 @@ def read(folders: dict[str, Path]) -> list[TunedStudent]:
         origin = manifest["parents"].get("start", manifest["parents"].get("distill"))
         if manifest["kind"] in TUNING and origin in names:
             settings = manifest["stage"]
+            max_drops = {one["name"]: one["max_drop"] for one in settings["rewards"] if "max_drop" in one}
             trained = {reward["name"]: "trained on" for reward in settings["rewards"]}
+            constrained = dict.fromkeys(max_drops, "constraint")
             held_out = {reward["name"]: "held out" for reward in settings["guard"]["rewards"]}
             students.append(
                 TunedStudent(
                     name=name,
                     reference=names[origin],
-                    rewards=trained | held_out,
+                    rewards=trained | constrained | held_out,
+                    max_drops=max_drops,
                     num_steps=settings["num_steps"],
                     guard=GuardRecord.model_validate(read_json(stage / "guard.json")),
                     curves=read_curves(stage),
@@ -58,12 +63,15 @@ def read(folders: dict[str, Path]) -> list[TunedStudent]:
 def read_curves(stage: Path) -> dict[str, list[Point]]:
     """Return the curves of a stage's log: gains, guard/reward/<name> at each look, reward/<name> of its batches.
 
+    Of a constraint guard/drop/<name> and multiplier/<name> too.
+
     Gains begin at step 0, where they are 0 by definition.
     """
     records = [json.loads(line) for line in (stage / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     looks = history(stage)
     curves: dict[str, list[Point]] = {gain: [(0, 0.0), *_curve(looks, gain)] for gain in GAINS}
-    for source, prefix in ((looks, "guard/reward/"), (records, "reward/")):
+    sources = ((looks, "guard/reward/"), (records, "reward/"), (looks, "guard/drop/"), (records, "multiplier/"))
+    for source, prefix in sources:
         keys = dict.fromkeys(key for record in source for key in record if key.startswith(prefix))
         curves |= {key: _curve(source, key) for key in keys}
     return curves
@@ -95,9 +103,21 @@ def compare(rows: list[Row], prompts: list[Prompt], student: TunedStudent) -> li
                     reference=reference.id,
                     differences=_by_language(prompts, differences),
                     win_rates=_by_language(prompts, win_rates),
+                    drops={name: drop_of(row, reference, name) for name in student.max_drops if _measured(row, name)},
                 )
             )
     return comparisons
+
+
+def _measured(row: Row, name: str) -> bool:
+    return f"reward/{name}" in row.metrics
+
+
+def drop_of(row: Row, reference: Row, name: str) -> Summary:
+    """Return how far the reward `name` is below the reference's, in the standard deviations of its pictures."""
+    key = f"reward/{name}"
+    unit = deviation(samples_of(reference, key).flatten())
+    return summary(drop(values_of(row, key).double(), values_of(reference, key).double(), unit or math.nan))
 
 
 def _sampler(row: Row) -> tuple[tuple[int, ...], float | None]:
@@ -199,16 +219,34 @@ def outcome(student: TunedStudent) -> str:
     return f"Tuned by {student.name}, it is {standing} beside the student that it was tuned from."
 
 
+def constraints(student: TunedStudent) -> list[str]:
+    """Return a sentence for each reward that was not to fall: whether it did by more than was allowed."""
+    return [_constraint(student, name, limit) for name, limit in student.max_drops.items()]
+
+
+def _constraint(student: TunedStudent, name: str, limit: float) -> str:
+    comparison = nearest(student)
+    drop = comparison.drops.get(name) if comparison else None
+    if drop is None or drop.mean is None:
+        return f"Constraint on {name}, at most {limit:g} deviations below the student before: not measured here."
+    is_met = drop.mean <= limit
+    is_clear = _side(drop.mean, drop.se, limit) is not None
+    outcome = f"{'met' if is_met else 'not met'}{'' if is_clear else ', within two standard errors of the limit'}"
+    return f"Constraint on {name}: it fell by {number(drop)} deviations, at most {limit:g} was allowed: {outcome}."
+
+
 def verdict(student: TunedStudent) -> str:
     """Return in words which student the guard kept and whether it stopped the run."""
     step = student.guard.kept_step
-    trained, held_out = (
-        ", ".join(name for name, role in student.rewards.items() if role == part) for part in ("trained on", "held out")
+    trained, constrained, held_out = (
+        ", ".join(name for name, role in student.rewards.items() if role == part)
+        for part in ("trained on", "constraint", "held out")
     )
+    under = f" under a constraint on {constrained}" if constrained else ""
     choice = f"kept is the student of step {step}" if step else "no look was better, so kept is the distilled student"
     ended = f"the run went on to its end, step {student.num_steps}"
     ending = "it stopped the run" if student.guard.stopped else ended
-    return f"Trained on {trained}, held out {held_out}. By the held-out gain, {choice}; {ending}."
+    return f"Trained on {trained}{under}, held out {held_out}. By the held-out gain, {choice}; {ending}."
 
 
 def heads(report: Measurements) -> list[str]:
@@ -255,6 +293,7 @@ def markdown(report: Report) -> list[str]:
     lines = ["", "## Tuned to preferences", ""]
     for student in students:
         lines.append(f"- {sentence(student)}. {verdict(student)}")
+        lines += [f"  - {one}" for one in constraints(student)]
         lines += [f"  - Warning: {warning}" for warning in student.guard.warnings]
     lines += _markdown_table(heads(report), {one.name: table(report, one) for one in students}, num_words=2)
     lines += ["", "Paired differences beside the rewards, tuned minus distilled:"]

@@ -166,13 +166,17 @@ class GuardRecord(Part):
 
 
 class TunedComparison(Part):
-    """A tuned student's default row against that of the distilled student, by metric."""
+    """A tuned student's default row against that of the distilled student, by metric.
+
+    `drops` are those of the constrained rewards, in standard deviations of the distilled student's pictures.
+    """
 
     num_steps: int
     row: str  # id of the tuned student's row
     reference: str
     differences: dict[str, Summary]  # tuned minus distilled
     win_rates: dict[str, Summary]
+    drops: dict[str, Summary] = {}
 
 
 class TunedStudent(Part):
@@ -180,7 +184,8 @@ class TunedStudent(Part):
 
     name: str
     reference: str  # name of the distilled student
-    rewards: dict[str, str]  # name -> "trained on" or "held out"
+    rewards: dict[str, str]  # name -> "trained on", "constraint" or "held out"
+    max_drops: dict[str, float] = {}  # of the constraints, in standard deviations of the distilled student's pictures
     num_steps: int  # of the stage
     guard: GuardRecord
     curves: dict[str, list[Point]]
@@ -283,8 +288,9 @@ class Card:
     name: str
     sentence: str
     verdict: str
+    constraints: list[str]
     warnings: list[str]
-    plot: str  # SVG
+    plots: list[str]  # SVG
 
 
 @dataclass(frozen=True)

@@ -54,10 +54,13 @@ class Member:
     model: RewardModel
     weight: float = 1.0
     chunk_size: int | None = None
+    is_constraint: bool = False  # scored, and no part of the sum
 
 
 class Combined:
     """A weighted sum of rewards, each normalised by its running mean and deviation.
+
+    Those that are constraints are scored beside it, as they are.
 
     Only `take_in` changes the statistics: a step uses those of the steps before it and adds all its scores at its end,
     so that nothing depends on how it was split. In the first step they are those of the reference's samples.
@@ -67,12 +70,13 @@ class Combined:
         self.members = {member.name: member for member in members}
         if len(self.members) != len(members):
             raise ValueError(f"a reward is named twice: {', '.join(member.name for member in members)}")
-        self.normalisers = {name: RunningNormaliser() for name in self.members} if normalise else {}
+        self.objectives = {name: member for name, member in self.members.items() if not member.is_constraint}
+        self.normalisers = {name: RunningNormaliser() for name in self.objectives} if normalise else {}
 
     @property
     def needs_prompt(self) -> bool:
-        """Return whether every reward depends on the prompt."""
-        return all(member.model.needs_prompt for member in self.members.values())
+        """Return whether every reward of the sum depends on the prompt."""
+        return all(member.model.needs_prompt for member in self.objectives.values())
 
     def refuse_unread(self, languages: Iterable[str]) -> None:
         """Raise RewardError if a reward depends on prompts and does not read one of their `languages`."""
@@ -80,16 +84,23 @@ class Combined:
         for name, member in self.members.items():
             refuse_unread(member.model, name, languages)
 
-    def raw(self, images: Tensor, prompts: list[str], languages: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Return every reward's raw scores (B,) on the device of `images`, with gradient; statistics do not change.
+    def raw(
+        self,
+        images: Tensor,
+        prompts: list[str],
+        languages: Sequence[str] | None = None,
+        only: Iterable[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the raw scores (B,) of every reward, or of `only` some, on the device of `images`, with gradient.
 
         `languages` are those of the prompts, by default guessed from their script. Raise as `score` does, and
         RewardError for a prompt in a language that a reward does not read: in training every sample needs every score.
         """
         self.refuse_unread(languages or [guess_language(prompt) for prompt in prompts])
+        members = (self.members[name] for name in (self.members if only is None else only))
         return {
-            name: score_in_chunks(member.model, name, images, prompts, member.chunk_size)
-            for name, member in self.members.items()
+            member.name: score_in_chunks(member.model, member.name, images, prompts, member.chunk_size)
+            for member in members
         }
 
     def __call__(
@@ -107,12 +118,12 @@ class Combined:
     def total(self, raw: dict[str, Tensor]) -> Tensor:
         """Return the weighted sum (B,) of `raw` under the current statistics, which do not change."""
         terms = self.normalised(raw)
-        weighted = [member.weight * terms[name] for name, member in self.members.items()]
+        weighted = [member.weight * terms[name] for name, member in self.objectives.items()]
         return torch.stack(weighted).sum(0)
 
     def normalised(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return `raw` normalised by the current statistics; `raw` itself without normalisation."""
-        return {name: self.normalisers[name](scores) for name, scores in raw.items()} if self.normalisers else raw
+        """Return `raw` of the sum normalised by the current statistics; `raw` itself without normalisation."""
+        return {name: one(raw[name]) for name, one in self.normalisers.items()} if self.normalisers else raw
 
     def state(self) -> dict[str, dict[str, Any]]:
         """Return the statistics by reward, for a checkpoint's JSON, which keeps floats exactly."""
@@ -134,5 +145,8 @@ def combine(
     normalise: bool = True,
 ) -> Combined:
     """Build and combine the rewards of a recipe. Raise as `build` does."""
-    members = [Member(config.name, build(config, device), config.weight, config.chunk_size) for config in configs]
+    members = [
+        Member(config.name, build(config, device), config.weight, config.chunk_size, config.is_constraint)
+        for config in configs
+    ]
     return Combined(members, normalise)

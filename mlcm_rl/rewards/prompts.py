@@ -20,7 +20,7 @@ def refuse_prompts(
     """Raise RewardError with the lines of `path` whose prompts `reward` cannot score, of those in `prompts`.
 
     aspect: width / height of the pictures. With `may_skip`, prompts in a language that the reward does not read are not
-    refused: they have no score. A reward without `refuse_prompt` may be given as its class.
+    refused: they have no score. Of a reward that is given as its class, only the languages are looked at.
     """
     reasons = {prompt: why for prompt in prompts if (why := _why_not(reward, name, prompt, aspect, may_skip))}
     if not reasons:
@@ -38,7 +38,7 @@ def _why_not(
     """Return why `reward` cannot score `prompt`; None if it does not refuse it."""
     if reward.needs_prompt and prompt.language not in reward.languages:
         return None if may_skip else f"{name} reads prompts in {', '.join(reward.languages)}, not in {prompt.language}"
-    if refuse := getattr(reward, "refuse_prompt", None):
+    if not isinstance(reward, type) and (refuse := getattr(reward, "refuse_prompt", None)):
         try:
             refuse(prompt.prompt, aspect)
         except Exception as error:  # whatever other people's code raises is a refusal

@@ -1,10 +1,12 @@
 """Stage `distill`: multistep consistency distillation, phase by phase from many segments to one (arXiv 2406.05768)."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..data.captions import RealPictures
 from ..data.prompts import CaptionedImages, read_prompts
 from ..data.training_points import Batch, NoisedData, OnLine, RenoisedSamples, Source, StoredStates
 from ..data.trajectory_store import store_of
@@ -17,6 +19,7 @@ from ..models.base import Base
 from ..models.grids import SamplingGrid
 from ..models.perceptual import Distance, Distances
 from ..models.teachers import tell_truncated
+from ..models.terms import TermsOfStep, terms_of
 from ..recipe import Distill, Recipe, types
 from ..recipe.distill import LOG, PERCEPTUAL
 from ..storage import files
@@ -46,7 +49,12 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     average = {name: value.detach().clone() for name, value in trained.items()} if stage.target_ema else trained
     source = make_source(stage, recipe, base, student, parents)
     distances = make_distances(stage, recipe, base, parents)
-    encode_ahead(stage, recipe, base, source)
+    real = real_pictures(stage, base)
+    encode_ahead(stage, recipe, base, source, real)
+    terms = [
+        (term, rt.train_beside(term.network_name, term.network, term.learning_rate))
+        for term in terms_of(stage, base, recipe.seed, real.draw if real else None)
+    ]
     lengths = stage.per_phase("num_steps")
 
     # everything that a checkpoint holds beside the optimiser
@@ -65,19 +73,21 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
         draw = source.draw(step, settings.num_segments, settings.pair, rt.generator("times", step))
         rt.samples = draw.index.tolist()
         parts = (source.realise(draw.rows(part)) for part in rt.micro_batches())
-        distance = distances.of(settings.distance, step)
-        losses = (loss(rt, stage, settings, base, student, average, part, distance) for part in parts)
+        measure, added = distances.of(settings.distance, step), TermsOfStep(rt, stage, base, student, terms, step)
+        losses = (loss(rt, stage, settings, base, student, average, part, measure, added) for part in parts)
         with rt.autocast():
             record = rt.backward(losses)
+            record |= added.learn()  # the terms' own networks, from what the student made
         if stage.target_ema:
             ema_update_(average.values(), trained.values(), ema_decay(step, stage.target_ema))
 
         # the log, samples, snapshots and checkpoints
         if rt.due(step, stage.log_every):
+            record |= added.means()
             rt.log(step, phase=phase, num_segments=settings.num_segments, learning_rate=rate, **record)
         if isinstance(source, StoredStates) and source.store.num_held_out and rt.due(step, stage.held_out_every):
-            distance = distances.of(settings.distance, "held out")
-            held_out = held_out_loss(rt, stage, settings, base, student, average, source, distance)
+            measure = distances.of(settings.distance, "held out")
+            held_out = held_out_loss(rt, stage, settings, base, student, average, source, measure)
             rt.log(step, phase=phase, num_segments=settings.num_segments, held_out_loss=held_out)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, sum(lengths)):
             save_samples(rt, stage, recipe, base, student, settings.num_segments, step)
@@ -129,13 +139,24 @@ def make_distances(stage: Distill, recipe: Recipe, base: Base, parents: dict[str
     return Distances(stage, base, place, recipe.seed)
 
 
-def encode_ahead(stage: Distill, recipe: Recipe, base: Base, source: Source) -> None:
-    """Encode the texts of `source` and the sample grid's once, and free the text encoders.
+def encode_ahead(stage: Distill, recipe: Recipe, base: Base, source: Source, real: RealPictures | None) -> None:
+    """Encode the texts of `source`, of `real` pictures and of the sample grid once, and free the text encoders.
 
     Does nothing where these would be too many to keep, or more than the steps draw.
     """
-    if len(set(source.texts)) <= stage.most_encoded_ahead:
-        base.encode_ahead([*recipe.samples.prompts, *source.texts])
+    texts = [*source.texts, *(real.texts if real else [])]
+    if len(set(texts)) <= stage.most_encoded_ahead:
+        base.encode_ahead([*recipe.samples.prompts, *texts])
+
+
+def real_pictures(stage: Distill, base: Base) -> RealPictures | None:
+    """Return the pictures that an adversary takes for real, where the stage asks for such."""
+    if stage.adversarial is None or stage.adversarial.real != "images":
+        return None
+    assert stage.images is not None  # the recipe checks it
+    folder = CaptionedImages(stage.images, base.resolution)
+    tell_truncated(base, [text for captions in folder.prompts for text in captions], stage.images)
+    return RealPictures(base, pictures.encode(base, folder.images, stage.micro_batch), folder.prompts)
 
 
 def read_texts(stage: Distill, base: Base) -> list[str]:
@@ -154,9 +175,13 @@ def loss(
     student: torch.nn.Module,
     average: Weights,
     batch: Batch,
-    distance: Distance,
+    measure: Distance,
+    added: TermsOfStep | None = None,
 ) -> Tensor:
-    """Return the distillation loss of `batch`, (B,) float32 (TLCM v6, eq. 7; inter_segment: eq. 10)."""
+    """Return the distillation loss of `batch`, (B,) float32 (TLCM v6, eq. 7; inter_segment: eq. 10).
+
+    The terms that are `added` to the distance are part of it.
+    """
     s = batch.s if stage.condition_on_target else None
     x0 = base.x0(student, batch.x_t, batch.t, batch.conditioning, s)
     if stage.method == "inter_segment":
@@ -165,7 +190,10 @@ def loss(
         target = consistency.inter_segment_target(x0_at_r, batch.x_r, batch.r)
         # both compare x0; that of space x0 has the weight of `consistency.loss_in_x0`, and z none
         weight = snr(batch.t, base.schedule) + 1.0 if settings.space == "x0" else 1.0
-        return weight * distance(x0, target, batch.conditioning)
+        distance = weight * measure(x0, target, batch.conditioning)
+        return (
+            distance if added is None else added.beside(distance, x0, target, batch.s, batch.conditioning, batch.sample)
+        )
     if settings.target == "trajectory":  # the teacher's stored state at s
         assert batch.x_s is not None
         target = batch.x_s
@@ -177,9 +205,9 @@ def loss(
     if settings.distance in PERCEPTUAL:  # of x0, whatever the space: g has noise
         is_log = settings.distance.startswith(LOG)
         error = consistency.log_perceptual_loss if is_log else consistency.PERCEPTUAL_LOSSES[settings.space]
-    return error(
-        x0, batch.x_t, batch.t, target, batch.s, base.schedule, lambda a, b: distance(a, b, batch.conditioning)
-    )
+    compared = partial(measure, conditioning=batch.conditioning)
+    distance = error(x0, batch.x_t, batch.t, target, batch.s, base.schedule, compared)
+    return distance if added is None else added.beside(distance, x0, target, batch.s, batch.conditioning, batch.sample)
 
 
 @torch.no_grad()
@@ -201,13 +229,13 @@ def held_out_loss(
     student: torch.nn.Module,
     average: Weights,
     source: StoredStates,
-    distance: Distance,
+    measure: Distance,
 ) -> float:
     """Return the mean loss over the held-out trajectories, at the same times throughout a phase."""
     index = torch.tensor(source.store.held_out)
     draw = source.draw_for(index, settings.num_segments, settings.pair, generator(source.seed, "held out"))
     parts = draw.split(stage.micro_batch)
-    losses = [loss(rt, stage, settings, base, student, average, source.realise(part), distance) for part in parts]
+    losses = [loss(rt, stage, settings, base, student, average, source.realise(part), measure) for part in parts]
     return torch.cat(losses).mean().item()
 
 

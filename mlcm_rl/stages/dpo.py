@@ -19,6 +19,7 @@ from ..models.base import Base
 from ..models.conditioning import Conditioning
 from ..models.teachers import tell_truncated
 from ..preference import tuning
+from ..preference.constraints import Constraints
 from ..preference.guard import HackingGuard
 from ..recipe import Dpo, Recipe
 from ..rewards import Combined, combine
@@ -48,20 +49,22 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
     trained = rt.prepare(student.denoiser, optimizer)
     guard = HackingGuard(stage, student, trained, rewards, recipe.seed)
     rewards.take_in(guard.reference_scores)  # their scale in the first step
+    constraints = Constraints(stage, student, guard.reference_scores)
 
     # everything that a checkpoint holds beside the optimiser
     weights = {"student": trained, "best": guard.best}
-    first = rt.resume(weights, rewards=rewards, guard=guard)
+    first = rt.resume(weights, rewards=rewards, guard=guard, **constraints.parts)
     for step in rt.steps(first, stage.num_steps, "dpo", lambda: guard.stopped):
         # one update
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
         set_rate(optimizer, rate)
         scores = tuning.Scores()
         rt.samples = source.texts(step)
-        losses = (loss(stage, student, pairs, scores) for pairs in source.batches(step, scores))
+        losses = (loss(stage, student, pairs, scores) for pairs in source.batches(step, constraints, scores))
         with rt.autocast():
             logged = rt.backward(losses) | scores.means()
         rewards.take_in(scores.rewards())
+        logged |= constraints.take_in(scores)
 
         # the guard, the log, samples and checkpoints
         if rt.due(step, stage.guard.every, stage.num_steps):
@@ -103,12 +106,12 @@ class OwnPairs:
         """Return the prompts of `step`."""
         return self.prompts.texts(step, self.stage.batch_size)
 
-    def batches(self, step: int, scores: tuning.Scores) -> Iterator[PairBatch]:
+    def batches(self, step: int, constraints: Constraints, scores: tuning.Scores) -> Iterator[PairBatch]:
         """Yield the micro-batches of `step`."""
         stage, copies = self.stage, self.stage.num_generations
         size = stage.micro_batch * copies
         for start in self.prompts.starts(self.student.base, step, stage.batch_size, size, copies):
-            yield rank_samples(stage, self.student, self.rewards, start, scores)
+            yield rank_samples(stage, self.student, self.rewards, constraints, start, scores)
 
 
 class StoredPairs:
@@ -133,8 +136,8 @@ class StoredPairs:
         """Return the prompts of `step`."""
         return [self.prompts[i].prompt for i in self.order.draw(step, self.stage.batch_size).tolist()]
 
-    def batches(self, step: int, scores: tuning.Scores) -> Iterator[PairBatch]:
-        """Yield the micro-batches of `step`."""
+    def batches(self, step: int, constraints: Constraints, scores: tuning.Scores) -> Iterator[PairBatch]:
+        """Yield the micro-batches of `step`; a table's pairs are ranked already, under no constraints."""
         index = self.order.draw(step, self.stage.batch_size)
         for rows in processes.micro_batches(len(index), self.stage.micro_batch):
             part = index[rows.start : rows.stop]
@@ -154,14 +157,23 @@ class StoredPairs:
 
 
 def rank_samples(
-    stage: Dpo, student: tuning.TunableStudent, rewards: Combined, start: tuning.Start, scores: tuning.Scores
+    stage: Dpo,
+    student: tuning.TunableStudent,
+    rewards: Combined,
+    constraints: Constraints,
+    start: tuning.Start,
+    scores: tuning.Scores,
 ) -> PairBatch:
-    """Sample the n copies of each prompt of `start`; return the best and the worst by summed reward."""
+    """Sample the n copies of each prompt of `start`; return the best and the worst by the Lagrangian of the rewards."""
+    if constraints.limits:
+        with constraints.reference_drawing(start):
+            _, x0 = student.rollout(start.conditioning, start.noise, start.generators)
+            constraints.add_reference(x0, rewards, start, scores)
     states, x0 = student.rollout(start.conditioning, start.noise, start.generators)
     with torch.no_grad():
         total, raw = rewards(student.base.autoencoder.decode(x0), start.prompts, start.languages)
     scores.add_rewards(raw)
-    groups = total.unflatten(0, (-1, stage.num_generations))  # (B, n)
+    groups = (total - constraints.penalty(raw)).unflatten(0, (-1, stage.num_generations))  # (B, n)
     first = torch.arange(len(groups), device=total.device) * stage.num_generations
     best, worst = groups.argmax(1), groups.argmin(1)
     index = torch.stack([first + best, first + worst])  # (2, B)

@@ -26,7 +26,7 @@ from ..models.conditioning import Conditioning, on_device, rows_of, stacked
 from ..models.students import Student, load_student
 from ..models.teachers import load, tell_truncated
 from ..recipe import Evaluate, Recipe
-from ..report import assembly, page, tables, tuned_students
+from ..report import assembly, disagreements, page, tables, tuned_students
 from ..report import types as report_types
 from ..report.definitions import RIGHT
 from ..report.types import SampledRow
@@ -79,12 +79,12 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
     teachers = teacher_rows(stage, recipe.teacher)
     store = open_store(stage, recipe, parents, teachers[0], base.device.type)
     processes.on_rank_zero(store.sweep)
-    table: list[tuple[Entry | None, list[SampledRow]]] = [(None, teachers)]
-    table += [(student, student_rows(stage, index, student)) for index, student in enumerate(students)]
-    total = len(scene.batches()) * sum(row.num_evaluations for _, rows in table for row in rows)
+    plan: list[tuple[Entry | None, list[SampledRow]]] = [(None, teachers)]
+    plan += [(student, student_rows(stage, index, student)) for index, student in enumerate(students)]
+    total = len(scene.batches()) * sum(row.num_evaluations for _, rows in plan for row in rows)
     records = []
     with progress.progress(total, "evaluate") as bar:
-        for entry, rows in table:
+        for entry, rows in plan:
             student = None  # one at a time: its weights are freed before the next student's are loaded
             for row in rows:
                 place = entry.folder if entry is not None else None
@@ -110,8 +110,9 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
     tuned = tuned_students.read({student.name: student.folder for student in students})
     result = assembly.assemble(recipe, stage, prompts, records, base.device, curves, tuned, scene.instruments.networks)
     processes.on_rank_zero(write_report, result, folder)
-    progress.console.print(tables.table(result))
-    texts = [result.headline.text, *map(tuned_students.sentence, result.tuned)]
+    for table in tables.terminal(result):
+        progress.console.print(table)
+    texts = [result.headline.text, *disagreements.sentences(result), *map(tuned_students.sentence, result.tuned)]
     progress.console.print(Text("\n".join([*texts, str((folder / "report.html").resolve())])), soft_wrap=True)
 
 
@@ -128,7 +129,7 @@ def prepare(stage: Evaluate, recipe: Recipe, base: Base, folder: Path) -> Scene:
     scene = Scene(
         base=base,
         prompts=prompts,
-        instruments=instruments.load(stage, prompts, base.resolution, base.device),
+        instruments=instruments.load(stage, prompts, base.resolution, base.device, recipe.seed),
         images_per_prompt=stage.images_per_prompt,
         batch_size=stage.batch_size,
         seed=recipe.seed,
@@ -184,20 +185,29 @@ def is_measured(stage: Evaluate, scene: Scene, store: RowStore, row: SampledRow,
 
 def finish_row(scene: Scene, store: RowStore, row: SampledRow, student: Path | None) -> None:
     """Write the record of a row whose batches are complete, put it into the store, and remove its batches."""
-    record = record_of(scene, row).as_json()
+    readings = readings_of(scene, row)
+    if row.id == scene.reference and scene.instruments.distribution is not None:
+        write_tensors(features_path(scene), scene.instruments.distribution.of_reference(readings))
+    record = record_of(scene, row, readings).as_json()
     store.keep(row, student, record, scene.folder)
     write_json(record_path(scene.folder, row), record)
     remove(batch_folder(scene, row))
 
 
-def record_of(scene: Scene, row: SampledRow) -> report_types.Row:
-    """Return the record of `row`, from the readings of its batches."""
+def readings_of(scene: Scene, row: SampledRow) -> dict[str, Tensor]:
+    """Return the readings (N, ...) of a row's batches."""
     parts = [read_tensors(batch_path(scene, row, batch)) for batch in scene.batches()]
-    readings = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    del readings["latency_ms"]  # one value a batch: its error is over batches
-    latency = metrics.median_and_error(torch.stack([part["latency_ms"][0] for part in parts]))
-    distances = readings.pop("distance").unflatten(0, (-1, scene.images_per_prompt)).mean(1)
-    values = {"distance": distances, **scene.instruments.values(readings, scene.images_per_prompt)}
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def record_of(scene: Scene, row: SampledRow, readings: dict[str, Tensor]) -> report_types.Row:
+    """Return the record of `row`, from its `readings` (N, ...)."""
+    firsts = [scene.index(batch[0]) for batch in scene.batches()]  # latency is one value a batch: so is its error
+    latency = metrics.median_and_error(readings["latency_ms"][firsts])
+    distances = readings["distance"].unflatten(0, (-1, scene.images_per_prompt)).mean(1)
+    readings = {name: reading for name, reading in readings.items() if name not in ("latency_ms", "distance")}
+    reference = read_tensors(features_path(scene)) if scene.instruments.distribution is not None else {}
+    values = {"distance": distances, **scene.instruments.values(readings, reference, scene.images_per_prompt)}
     languages = [prompt.language for prompt in scene.prompts]
     by_picture = {}  # what is shown of single pictures: win rates count them, and the page marks those that are right
     if scene.images_per_prompt > 1:
@@ -237,7 +247,7 @@ def draw(scene: Scene, row: SampledRow, student: Student | None, batch: list[Sam
     return {
         "distance": metrics.squared_distance(latents, reference),
         "latency_ms": torch.full((len(batch),), latency),
-        **scene.instruments.read(images, [scene.prompts[i] for i in numbers], numbers),
+        **scene.instruments.read(images, [scene.prompts[i] for i in numbers], batch),
     }
 
 
@@ -305,3 +315,8 @@ def prompt_path(scene: Scene, prompt: int) -> Path:
 def reference_path(scene: Scene, sample: Sample) -> Path:
     """Return the path of the reference's latents of `sample`: a file each, whatever the batches."""
     return reference_folder(scene.folder) / f"{scene.index(sample):07d}.safetensors"
+
+
+def features_path(scene: Scene) -> Path:
+    """Return the path of the reference's features, beside its latents: other rows' distributions are compared."""
+    return reference_folder(scene.folder) / "features.safetensors"

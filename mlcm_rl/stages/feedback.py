@@ -11,9 +11,11 @@ from ..equations import consistency, feedback
 from ..models import students, teachers
 from ..models.base import Base
 from ..preference import tuning
+from ..preference.constraints import Constraints
 from ..preference.guard import HackingGuard
 from ..recipe import Distill, Feedback, Recipe
 from ..rewards import Combined, combine, refuse_without_gradient
+from ..training import autocast
 from ..training.loop import Runtime, rate_factor, set_rate
 from ..training.processes import on_rank_zero
 
@@ -42,10 +44,11 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     trained = rt.prepare(student.denoiser, optimizer)
     guard = HackingGuard(stage, student, trained, rewards, recipe.seed)
     rewards.take_in(guard.reference_scores)  # their scale in the first step
+    constraints = Constraints(stage, student, guard.reference_scores)
 
     # everything that a checkpoint holds beside the optimiser
     weights = {"student": trained, "best": guard.best}
-    first = rt.resume(weights, rewards=rewards, guard=guard)
+    first = rt.resume(weights, rewards=rewards, guard=guard, **constraints.parts)
     for step in rt.steps(first, stage.num_steps, "feedback", lambda: guard.stopped):
         # one update
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
@@ -56,12 +59,13 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
         stored = [points.rows(part) for part in rt.micro_batches()] if points else []
         last = last_step(stage, len(student.times), draws)
         losses = (
-            loss(stage, student, rewards, own, source.realise(stored[i]) if source else None, last, scores)
+            loss(stage, student, rewards, constraints, own, source.realise(stored[i]) if source else None, last, scores)
             for i, own in enumerate(prompts.starts(base, step, stage.batch_size, stage.micro_batch))
         )
         with rt.autocast():
             logged = rt.backward(losses) | scores.means()
         rewards.take_in(scores.rewards())
+        logged |= constraints.take_in(scores)
 
         # the guard, the log, samples and checkpoints
         if rt.due(step, stage.guard.every, stage.num_steps):
@@ -92,6 +96,7 @@ def loss(
     stage: Feedback,
     student: tuning.TunableStudent,
     rewards: Combined,
+    constraints: Constraints,
     start: tuning.Start,
     stored: Batch | None,
     last: int,
@@ -101,9 +106,11 @@ def loss(
 
     Reward and anchor have a value for each copy of a sample, KL and the consistency loss one for each sample.
     """
+    if constraints.limits:
+        with constraints.reference_drawing(start):
+            constraints.add_reference(graded_sample(stage, student, start, last)[1], rewards, start, scores)
     x_t, x0, t, copies = graded_sample(stage, student, start, last)
-    images = student.base.autoencoder.decode(x0, student.small_decoder)
-    value = reward_loss(stage, rewards, images, start, copies, scores)
+    value = reward_loss(stage, student, rewards, constraints, x0, start, scores)
     conditioning = start.repeated(copies)
     if stage.anchor:
         reference = student.reference_x0(x_t.detach(), t, torch.zeros_like(t), conditioning)
@@ -146,19 +153,52 @@ def graded_sample(
 
 
 def reward_loss(
-    stage: Feedback, rewards: Combined, images: Tensor, start: tuning.Start, copies: int, scores: tuning.Scores
+    stage: Feedback,
+    student: tuning.TunableStudent,
+    rewards: Combined,
+    constraints: Constraints,
+    x0: Tensor,
+    start: tuning.Start,
+    scores: tuning.Scores,
 ) -> Tensor:
-    """Return the loss (n B,) on the summed reward of `images` (n B, 3, H, W), n = `copies` of each prompt."""
+    """Return the loss (n B,) on the rewards of samples `x0` (n B, C, H, W), n of each prompt, in the stage's form."""
+    copies = len(x0) // len(start.prompts)
+    if stage.form == "direct":
+        images = student.base.autoencoder.decode(x0, student.small_decoder)
+        return lagrangian(stage, rewards, constraints, images, start, copies, scores)
+    # the gradient at the sample alone, as the direction to a target
+    sample = x0.detach().requires_grad_()
+    images = student.base.autoencoder.decode(sample, student.small_decoder)
+    value = lagrangian(stage, rewards, constraints, images, start, copies, scores)
+    with autocast.own(student.base.device):
+        (gradient,) = torch.autograd.grad(value.sum(), sample)
+    return consistency.squared_l2(x0, feedback.bounded_target(x0, -gradient, stage.target_bound))
+
+
+def lagrangian(
+    stage: Feedback,
+    rewards: Combined,
+    constraints: Constraints,
+    images: Tensor,
+    start: tuning.Start,
+    copies: int,
+    scores: tuning.Scores,
+) -> Tensor:
+    """Return the loss (n B,) on the rewards of `images` (n B, 3, H, W), n = `copies` of each prompt.
+
+    It is the negative Lagrangian: of the summed reward in its shape, and of the rewards that may not fall.
+    """
     prompts, languages = start.prompts * copies, start.languages * copies
     total, raw = rewards(images, prompts, languages)
     scores.add_rewards(raw)
     if stage.shape == "negative":
-        return feedback.negative(total)
-    if stage.shape == "hinge":
-        return feedback.hinge(total, stage.threshold)
-    # the same pictures under the next prompt, which they should not fit
-    irrelevant = rewards.total(rewards.raw(images, start.next_prompts * copies, start.next_languages * copies))
-    return feedback.mps_hinge(total, irrelevant, stage.threshold)
+        shaped = feedback.negative(total)
+    elif stage.shape == "hinge":
+        shaped = feedback.hinge(total, stage.threshold)
+    else:  # the same pictures under the next prompt, which they should not fit
+        irrelevant = rewards.total(rewards.raw(images, start.next_prompts * copies, start.next_languages * copies))
+        shaped = feedback.mps_hinge(total, irrelevant, stage.threshold)
+    return shaped + constraints.penalty(raw)
 
 
 def step_kl(student: tuning.TunableStudent, start: tuning.Start) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..equations import policy
 from ..models import students, teachers
 from ..preference import tuning
+from ..preference.constraints import Constraints
 from ..preference.guard import HackingGuard
 from ..recipe import Policy, Recipe
 from ..rewards import Combined, combine
@@ -35,10 +36,11 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
     trained = rt.prepare(student.denoiser, optimizer)
     guard = HackingGuard(stage, student, trained, rewards, recipe.seed)
     rewards.take_in(guard.reference_scores)  # their scale in the first step
+    constraints = Constraints(stage, student, guard.reference_scores)
 
     # everything that a checkpoint holds beside the optimiser
     weights = {"student": trained, "best": guard.best}
-    first = rt.resume(weights, rewards=rewards, guard=guard)
+    first = rt.resume(weights, rewards=rewards, guard=guard, **constraints.parts)
     for step in rt.steps(first, stage.num_steps, "policy", lambda: guard.stopped):
         # one update
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
@@ -47,13 +49,14 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
         rt.samples = prompts.texts(step, stage.batch_size // copies)
         with rt.autocast():
             starts = prompts.starts(base, step, stage.batch_size // copies, stage.micro_batch, copies)
-            rollouts = [sample_rollout(stage, student, rewards, one, scores) for one in starts]
+            rollouts = [sample_rollout(stage, student, rewards, constraints, one, scores) for one in starts]
             # the first update is on policy; later ones reuse its samples, and PPO's clip bounds them
             for _ in range(stage.num_iterations):
                 losses = (loss(stage, student, one, scores) for one in rollouts)
                 logged = rt.backward(losses)
         logged |= scores.means()
         rewards.take_in(scores.rewards())
+        logged |= constraints.take_in(scores)
 
         # the guard, the log, samples and checkpoints
         if rt.due(step, stage.guard.every, stage.num_steps):
@@ -88,13 +91,22 @@ class Rollout:
 
 @torch.no_grad()
 def sample_rollout(
-    stage: Policy, student: tuning.TunableStudent, rewards: Combined, start: tuning.Start, scores: tuning.Scores
+    stage: Policy,
+    student: tuning.TunableStudent,
+    rewards: Combined,
+    constraints: Constraints,
+    start: tuning.Start,
+    scores: tuning.Scores,
 ) -> Rollout:
     """Return samples of the current policy, their advantages within each prompt's group, and the reference's means."""
+    if constraints.limits:
+        with constraints.reference_drawing(start):
+            _, x0 = student.rollout(start.conditioning, start.noise, start.generators)
+            constraints.add_reference(x0, rewards, start, scores)
     states, x0 = student.rollout(start.conditioning, start.noise, start.generators)
     total, raw = rewards(student.base.autoencoder.decode(x0), start.prompts, start.languages)
     scores.add_rewards(raw)
-    groups = total.unflatten(0, (-1, stage.num_generations))
+    groups = (total - constraints.penalty(raw)).unflatten(0, (-1, stage.num_generations))
     advantages = policy.group_advantages(groups, scale=stage.scale_rewards == "group").flatten()
     steps = range(len(student.times) - 1)
     references = [step_mean(student, start, states, step, reference=True)[0] for step in steps]

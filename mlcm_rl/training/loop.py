@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..recipe import Recipe, Training
 from ..storage import checkpoints, files
 from . import autocast, engines, processes, replay, signals, states, trackers
+from .beside import Beside
 from .devices import device_of
 from .progress import progress, tell
 from .seeding import seed_of
@@ -71,6 +72,7 @@ class Runtime:
         self.last_loss = math.nan
         self.seeds: dict[str, int] = {}  # of the step, by purpose
         self.samples: list = []  # of the step's losses: rows of the stage's data, or prompts
+        self.beside: list[Beside] = []  # networks trained beside the student
         self.replayed = replay.stop_point(folder)
         if stage.precision == "bf16" and self.device.type == "cpu" and not cpu_has_bfloat16():
             problem = (
@@ -80,7 +82,7 @@ class Runtime:
         name = "tensorboard" if recipe.trackers == ["tensorboard"] else recipe.name
         config = flat(files.public(recipe.model_dump(mode="json")))
         named = {"name": folder.name}  # else the runs of a recipe's stages have random names there
-        self.accelerator.init_trackers(name, config, {"wandb": named, "trackio": named})
+        trackers.start(self.accelerator, name, config, {"wandb": named, "trackio": named})
 
     @property
     def stopping(self) -> bool:
@@ -97,6 +99,11 @@ class Runtime:
             autocast.frozen_in_bfloat16(student)
         self.engine = engines.take_over(self.accelerator, student, optimizer, self.stage)
         return self.engine.parts()
+
+    def train_beside(self, name: str, network: torch.nn.Module, learning_rate: float) -> Beside:
+        """Return the training of `network` beside the student, which checkpoints hold too from here on."""
+        self.beside.append(Beside(name, network, learning_rate, self.stage))
+        return self.beside[-1]
 
     def micro_batches(self) -> list[slice]:
         """Return this process's rows of each micro-batch of a step."""
@@ -116,7 +123,8 @@ class Runtime:
         parts. Raise CheckpointError if one of them cannot be loaded.
         """
         self.weights, self.parts = weights, parts
-        checkpoint = states.read_training(self.folder, dict.fromkeys(weights, self.engine.shapes), parts)
+        shapes = dict.fromkeys(weights, self.engine.shapes) | {one.name: one.shapes for one in self.beside}
+        checkpoint = states.read_training(self.folder, shapes, parts)
         if checkpoint is None:
             return 0
         steps, tensors, record = checkpoint
@@ -126,6 +134,8 @@ class Runtime:
         try:
             if states.under_prefix("optimizer", tensors):
                 self.engine.fill_moments(tensors)
+            for one in self.beside if steps else ():
+                one.load(tensors)
         except ValueError as error:
             place = checkpoints.checkpoints(self.folder)[-1]
             raise files.CheckpointError(f"{place}: {error}: delete checkpoints/") from error
@@ -148,6 +158,8 @@ class Runtime:
         for prefix, group in self.weights.items():
             with self.engine.swapped(group):
                 tensors |= states.add_prefix(prefix, self.engine.full())
+        for one in self.beside:
+            tensors |= one.tensors()
         return tensors
 
     def steps(
@@ -170,45 +182,47 @@ class Runtime:
                 if self.stopping:
                     text = f"stopped after step {step + 1} of {total}; the same command resumes it"
                     raise signals.Stopped(self.pending.number or signal.SIGTERM, text)
-        for tracker in self.accelerator.trackers:  # not end_training: the processes stay together for the next stage
-            tracker.finish()
+        # not end_training: the processes stay together for the next stage
+        trackers.for_each(self.accelerator, lambda tracker: tracker.finish())
 
     def due(self, step: int, every: int, total: int | None = None) -> bool:
         """Return whether `step` is one of every `every` steps, or the last of `total`."""
         return (step + 1) % every == 0 or step + 1 == total
 
-    def backward(self, losses: Iterable[Tensor]) -> dict[str, float]:
+    def backward(self, losses: Iterable[Tensor], beside: Beside | None = None) -> dict[str, float]:
         """Make one optimiser step from the per-sample `losses` (b,) of its micro-batches, each a lazy forward pass.
 
-        The mean over all samples of the step is minimised, whatever the split into micro-batches and the world size:
-        gradients are averaged over the processes. Return loss and gradient norm. Raise NonFiniteLoss, in every process,
-        before anything is updated; the state before the step is then saved, to repeat the step from.
+        The step is the student's, or that of a network trained `beside` it. The mean over all samples of the step is
+        minimised, whatever the split into micro-batches and the world size: gradients are averaged over the processes.
+        Return loss and gradient norm. Raise NonFiniteLoss, in every process, before anything is updated; the state
+        before the step is then saved, to repeat the step from.
         """
-        count, each, sums = self.stage.batch_size, [], []
+        engine, count, each, sums = beside.engine if beside else self.engine, self.stage.batch_size, [], []
         for loss in losses:
             total = loss.sum()
             with autocast.own(self.device):  # each gradient then has the precision of its forward operation
-                self.engine.backward(total * processes.world_size() / count)
+                engine.backward(total * processes.world_size() / count)
             sums.append(total.detach())
             each.append(loss.detach())
         # Nothing is read before all micro-batches are queued: a GPU would be idle while each figure is waited for.
         figures = torch.stack([*sums, sums[0].new_full((), self.pending.number is not None)])
         replaying = self.replayed == (self.step, self.update)
         with self._save_if_a_rank_is_lost():
-            (*totals, stopping), norm = self.engine.step(processes.all_reduce(figures), not replaying)
-        self.last_loss = sum(totals) / count
+            (*totals, stopping), norm = engine.step(processes.all_reduce(figures), not replaying)
+        mean = sum(totals) / count
         autocast.forget_copies()
-        if not (math.isfinite(self.last_loss) and math.isfinite(norm)):
+        if not (math.isfinite(mean) and math.isfinite(norm)):
             self._save_before()
-            text = (
-                f"step {self.step + 1}: loss {self.last_loss}, gradient norm {norm}: nothing was updated in this step"
-            )
-            raise NonFiniteLoss(text, self._figures(each, norm))
+            result = f"{beside.name} was not updated" if beside else "nothing was updated"
+            text = f"step {self.step + 1}: loss {mean}, gradient norm {norm}: {result} in this step"
+            raise NonFiniteLoss(text, self._figures(each, mean, norm))
         if replaying:
-            raise StoppedBeforeUpdate(f"step {self.step + 1} was repeated", self._figures(each, norm))
+            raise StoppedBeforeUpdate(f"step {self.step + 1} was repeated", self._figures(each, mean, norm))
         self.all_stop = stopping > 0  # summed over the processes, so that all save and leave after the same step
         self.update += 1
-        return {"loss": self.last_loss, "grad_norm": norm}
+        if beside is None:
+            self.last_loss = mean
+        return {"loss": mean, "grad_norm": norm}
 
     def _save_before(self) -> None:
         """Save the state at the start of this step, if it is still there, to repeat the step from."""
@@ -239,9 +253,9 @@ class Runtime:
                     checkpoints.save_state(self.folder, self.step, tensors, self.before, keep)
             raise
 
-    def _figures(self, each: list[Tensor], norm: float) -> dict:
+    def _figures(self, each: list[Tensor], mean: float, norm: float) -> dict:
         """Return the figures of the step, as JSON; `each` has this process's losses (b,), one tensor a micro-batch."""
-        loss, grad_norm = replay.plain([self.last_loss, norm])
+        loss, grad_norm = replay.plain([mean, norm])
         own = [losses.tolist() for losses in each]
         together = zip(*processes.gather_objects(own), strict=True)  # a micro-batch's, process by process
         return {
@@ -284,15 +298,14 @@ class Runtime:
             file.write(json.dumps({"step": step + 1, **values}) + "\n")
             file.flush()
             os.fsync(file.fileno())  # before a later checkpoint
-        self.accelerator.log(values, step=step + 1)
+        trackers.for_each(self.accelerator, lambda tracker: tracker.log(values, step=step + 1))
 
     def log_picture(self, step: int, name: str, draw: Callable[..., Image.Image], *arguments: object) -> None:
         """Send the picture that `draw` makes of `arguments` to the trackers, on rank 0. Without any it is not drawn."""
         if processes.rank() > 0 or not self.accelerator.trackers:
             return
         picture = draw(*arguments)
-        for tracker in self.accelerator.trackers:
-            trackers.log_picture(tracker, name, picture, step + 1)
+        trackers.for_each(self.accelerator, lambda tracker: trackers.log_picture(tracker, name, picture, step + 1))
 
     def _truncate_log(self, first: int) -> None:
         """Delete the records after step `first`, from which the run resumes: they will be written again."""

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mlcm_rl.cli.app import app
+from mlcm_rl.cost.launches import read_launch
 from mlcm_rl.recipe import paths, shipped
 from mlcm_rl.recipe.file import load
 
@@ -27,6 +28,19 @@ def test_the_list_has_every_recipe_and_says_what_it_needs(mlcm):
     assert rows["emoji_demo"]["stages"] == ["trajectories", "distill", "feedback", "evaluate"]
     assert all(row["what"] and row["needs"] for row in rows.values())
     assert "emoji_demo" in mlcm("recipes").stdout
+
+
+def test_the_list_fits_80_columns_with_every_name_whole(mlcm, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = mlcm("recipes").stdout.splitlines()
+    names = [row.split()[0] for row in rows if row and row[0] != " "]
+    assert {file.stem for file in [*RECIPES.glob("*.yaml"), *RECIPES.glob("launch/*.yaml")]} <= set(names)
+    assert max(map(len, rows)) <= 80
+    assert not any(row != row.rstrip() for row in rows)
+
+
+def test_no_launch_file_has_the_name_of_a_recipe():
+    assert not {file.stem for file in shipped.launch_files()} & {file.stem for file in shipped.recipes()}
 
 
 def test_needs_are_of_recipes_that_are_there():
@@ -64,6 +78,22 @@ def test_a_copy_is_the_same_recipe_from_any_folder(mlcm, tmp_path, name):
         if Path(other[1]).exists():  # else it is the user's, or made first, beside the recipe
             assert one == other
     assert mlcm("recipes", "copy", name, "mine").exit_code == 2  # a second time it would lose changes
+
+
+def test_a_launch_file_is_copied_with_its_script_and_names_the_copy(mlcm, tmp_path):
+    assert mlcm("recipes", "copy", "two_nodes", "mine").stdout.split() == [
+        "mine/two_nodes.yaml",
+        "mine/two_nodes.sbatch",
+    ]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "mine").iterdir()}
+    assert "--launch mine/two_nodes.yaml --machine-rank 0" in texts["two_nodes.yaml"]
+    assert "${LAUNCH:-mine/two_nodes.yaml}" in texts["two_nodes.sbatch"]
+    assert mlcm("recipes", "copy", "two_nodes", "mine").exit_code == 2
+
+
+def test_the_copy_of_a_launch_file_is_one(mlcm, tmp_path):
+    assert mlcm("recipes", "copy", "ddp").exit_code == 0
+    assert read_launch(tmp_path / "ddp.yaml") == read_launch(RECIPES / "launch" / "ddp.yaml")
 
 
 def test_a_copy_replaces_no_link(mlcm, tmp_path):

@@ -204,3 +204,19 @@ def test_rewards_compute_in_their_own_precision_and_the_guard_draws_outside_auto
         assert reward.each.total > 0
         outside = sum(one.count for one in work if (one.kind, one.precision) == ("student", "float32"))
         assert outside == (2 + 1) * 4 * 2  # looks, prompts, steps
+
+
+def test_terms_take_their_passes_and_the_fake_score_five_updates(tiny_sdxl, tmp_path):
+    settings = {"method": "inter_segment", "num_segments": [1], "adapter": {"kind": "lora", "rank": 2, "alpha": 2.0}}
+    stage = runs.distill(**settings, matching={"fake": {"rank": 2, "alpha": 2.0}}, adversarial={"width": 4})
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
+    work = {one.kind: one for one in flops.of_stage(stage, recipe, stage.adapter)}
+    samples = stage.num_steps * stage.batch_size
+    counts = {kind: one.count for kind, one in work.items()}
+    assert counts["fake"] == counts["heads"] == counts["trained"] == samples
+    assert counts["trained fake"] == 5 * samples
+    assert counts["trained heads"] == 2 * samples
+    trained, fake = (work[kind].each.total for kind in ("trained", "trained fake"))
+    assert fake == pytest.approx(trained, rel=1e-3)  # an adapter like the student's
+    forward = work["teacher"].each.total
+    assert forward < work["trained heads"].each.total < work["heads"].each.total  # whose gradient comes through it

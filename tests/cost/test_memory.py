@@ -289,3 +289,18 @@ def test_convolutions_of_pictures_and_of_videos_are_lowered_as_autocast_lowers_t
         assert convolution(images.bfloat16(), weight, bias).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert convolution(*(torch.zeros(one.shape) for one in (images, weight, bias))).dtype == torch.bfloat16
+
+
+def test_terms_add_their_own_networks_and_no_second_set_of_the_teachers_weights(tiny_sdxl):
+    """Of a fake score its matrices, their gradients while it is updated, and two moments each."""
+    settings = {"method": "inter_segment", "num_segments": [1], "adapter": Lora(rank=2, alpha=2.0)}
+    without = of(runs.distill(**settings), tiny_sdxl)
+    matched = of(runs.distill(**settings, matching={"fake": {"rank": 2, "alpha": 2.0}}), tiny_sdxl)
+    assert matched.parameters - without.parameters == without.gradients  # an adapter like the student's
+    assert matched.optimiser == 2 * without.optimiser
+    assert matched.gradients == without.gradients
+    opposed = of(runs.distill(**settings, adversarial={"width": 4}), tiny_sdxl)
+    size = opposed.parameters - without.parameters
+    assert 0 < size < without.gradients
+    assert opposed.optimiser - without.optimiser == 2 * size
+    assert opposed.activations > without.activations  # the teacher's, through which the student's gradient comes

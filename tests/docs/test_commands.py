@@ -63,7 +63,7 @@ def _option_faults(option: Any, value: Any) -> list[str]:
 
 def _recipe_faults(name: str, arguments: list[str]) -> list[str]:
     if name in ("recipes show", "recipes copy"):
-        names = {file.stem for file in shipped.recipes()}
+        names = {file.stem for file in [*shipped.recipes(), *shipped.launch_files()]}
         return (
             [] if not arguments or arguments[0] in names or is_readers(arguments[0]) else [f"no recipe {arguments[0]}"]
         )

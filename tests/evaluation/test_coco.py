@@ -150,7 +150,7 @@ def test_the_recipe_asks_for_the_papers_rewards_and_is_planned_before_they_are_f
 @pytest.mark.parametrize(
     ("changes", "key", "message"),
     [
-        ({"stages.0.real_images": "null"}, "stages[0].inception", "inception needs real_images: a folder of real"),
+        ({"stages.0.real_images": "null"}, "stages[0].inception", "inception needs real_images, a folder of real"),
         ({"stages.0.inception": "null"}, "stages[0].real_images", "real_images needs inception: the network"),
         ({"stages.0.inception": "x.pt"}, "stages[0].inception", "inception must be a .safetensors file, found x.pt"),
     ],

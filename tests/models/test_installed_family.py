@@ -84,9 +84,23 @@ def test_without_the_distribution_the_known_families_are_told(recipe, tmp_path):
         ("layout.py", "my_package.family:F", "my_package.family.F", "validate", "names no class as module:name"),
         ("layout.py", "LAYOUT =", "OUTLAY =", "validate", "cannot be loaded: AttributeError"),
         ("layout.py", "LAYOUT = Layout(", "LAYOUT = dict(", "validate", "is not a mlcm_rl.recipe.families.Layout"),
-        ("layout.py", "family:Family", "family:Famly", "plan", "my_package.family:Famly cannot be loaded: Attribute"),
+        pytest.param(
+            "layout.py",
+            "family:Family",
+            "family:Famly",
+            "plan",
+            "my_package.family:Famly cannot be loaded: Attribute",
+            marks=pytest.mark.slow,
+        ),
         ("family.py", '"my_family"', '"sd"', "plan", "my_package.family:Family has family 'sd', expected 'my_family'"),
-        ("family.py", "(StableDiffusion)", "", "plan", "is no subclass of mlcm_rl.models.base.Base"),
+        pytest.param(
+            "family.py",
+            "(StableDiffusion)",
+            "",
+            "plan",
+            "is no subclass of mlcm_rl.models.base.Base",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_slip_in_the_distribution_is_one_line_that_names_the_entry_point(

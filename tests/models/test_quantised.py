@@ -204,9 +204,8 @@ def stages(folder: Path) -> list:
     return [runs.trajectories(prompts), runs.distill(num_segments=[2], precision="bf16"), *tuned, evaluate]
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"), [("int8", "float16"), pytest.param("nf4", "float32", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "dtype"), [("int8", "float16"), ("nf4", "float32")])
 def test_every_stage_runs_and_the_export_is_over_the_floats(kind, dtype, tiny_sdxl, tmp_path):
     recipe = runs.recipe(tiny_sdxl, tmp_path, stages(tmp_path), quantise=kind)
     recipe = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"dtype": dtype})})

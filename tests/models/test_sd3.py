@@ -112,7 +112,7 @@ def test_a_guided_trajectory_is_the_stock_pipelines(pair, num_steps):
     torch.testing.assert_close(x0, expected.images, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("solver", ["dpmpp", "unipc"])
+@pytest.mark.parametrize("solver", ["dpmpp", pytest.param("unipc", marks=pytest.mark.slow)])
 def test_stock_solvers_of_flows_come_to_the_teachers_own_end(base, solver):
     """At many steps they agree with Euler's at more; each is asked at our own times."""
     noise = base.noise(torch.Generator().manual_seed(4), 2)

@@ -15,7 +15,8 @@ from mlcm_rl.cost.gpus import DEVICES, Device, kind_for
 from mlcm_rl.cost.launches import Launch
 from mlcm_rl.data.trajectory_store import FORMAT
 from mlcm_rl.pipeline.fingerprint import locate
-from mlcm_rl.pipeline.planning import planned_stages, share_done
+from mlcm_rl.pipeline.planning import planned_stages
+from mlcm_rl.pipeline.results import share_done
 from mlcm_rl.recipe import Evaluate, Recipe
 from mlcm_rl.recipe.file import load
 from mlcm_rl.storage import checkpoints, files

@@ -121,10 +121,17 @@ def test_prompts_of_a_language_that_a_reward_does_not_read_are_told_by_line(tiny
     running.refuse_unready(runs.recipe(tiny_sdxl, tmp_path, [evaluate]))
 
 
+def test_languages_are_compared_before_weights_are_asked_for(tiny_sdxl, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLCM_RL_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(RunError, match="image_reward reads prompts in en, not in zh"):
+        running.refuse_unready(recipe(tiny_sdxl, tmp_path, rewards=[{"name": "image_reward"}]))
+
+
 def test_what_several_stages_lack_is_told_once_with_all_their_places(tiny_sdxl, tmp_path, monkeypatch):
     monkeypatch.setenv("MLCM_RL_CACHE", str(tmp_path / "empty"))
     prompts = runs.write_prompts(tmp_path)
-    stages = [runs.tuning(kind, prompts, rewards=[{"name": "image_reward"}]) for kind in ("feedback", "dpo")]
+    changes = {"rewards": [{"name": "image_reward"}], "languages": {"en": 1.0}}
+    stages = [runs.tuning(kind, prompts, **changes) for kind in ("feedback", "dpo")]
     with pytest.raises(RunError) as raised:
         running.refuse_unready(runs.recipe(tiny_sdxl, tmp_path, stages))
     (line,) = str(raised.value).splitlines()

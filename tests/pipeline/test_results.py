@@ -1,5 +1,6 @@
 """`mlcm runs` and `mlcm clean`: stages listed with their state, and only those deleted that nothing needs."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from mlcm_rl.cli.app import app
 from mlcm_rl.cli.console import console
 from mlcm_rl.pipeline import results
 from mlcm_rl.pipeline.errors import RunError
+from mlcm_rl.recipe import Distill
 from mlcm_rl.storage.lock import folder_lock
+from mlcm_rl.storage.manifest import BEGUN
 
 
 def finished(runs: Path, name: str, **manifest: object) -> Path:
@@ -64,18 +67,44 @@ def test_states(runs):
     assert states(runs)["distill-ff"].steps == 40
 
 
-def test_the_list_has_a_row_a_stage(runs):
+def test_the_list_has_two_lines_a_stage(runs):
     result = CliRunner().invoke(app, ["runs", str(runs)])
     assert result.exit_code == 0, result.output
-    rows = {line.split("distill-")[1][:2]: line for line in result.stdout.splitlines() if "distill-" in line}
-    assert rows["bb"].startswith("mine")
-    assert "90.0 s" not in rows["bb"]
-    assert "1.5 min" in rows["bb"]
-    assert rows["dd"].startswith("none needs it")
-    assert "unfinished at 40" in rows["ff"]
+    lines = result.stdout.splitlines()
+    rows = {
+        line[:10]: (line, below.strip()) for line, below in itertools.pairwise(lines) if line.startswith("distill-")
+    }
+    assert rows["distill-bb"][1] == "mine; 7 evaluations; 1.5 min"
+    assert rows["distill-dd"][1].startswith("none needs it")
+    assert rows["distill-ee"][1].startswith("another stage needs it")
+    assert "unfinished at 40" in rows["distill-ff"][0]
     assert "No run needs 1 of them" in result.stdout
     listed = json.loads(CliRunner().invoke(app, ["runs", str(runs), "--json"]).stdout)
     assert {row["stage"]: row["runs"] for row in listed}["evaluate-cc"] == ["mine"]
+
+
+def test_a_stage_that_was_stopped_has_its_recipe_and_its_evaluations_so_far(runs):
+    stage = Distill(num_steps=100, batch_size=2).model_dump(mode="json")
+    record = {"stage": stage, "recipe": {"name": "half"}, "network_evaluations": 1000}
+    begun = runs / "stages" / "distill-ff" / BEGUN
+    begun.write_text(json.dumps(record), encoding="utf-8")
+    assert (states(runs)["distill-ff"].begun_by, states(runs)["distill-ff"].network_evaluations) == ("half", 400)
+    assert "begun by half; 400 evaluations so far" in CliRunner().invoke(app, ["runs", str(runs)]).stdout
+    assert "begun by half" in CliRunner().invoke(app, ["clean", str(runs), "--unfinished", "--dry-run"]).stdout
+    begun.write_text(json.dumps(record | {"stage": {"kind": "distill", "gone": 1}}), encoding="utf-8")
+    assert states(runs)["distill-ff"].network_evaluations is None
+    begun.write_text("{", encoding="utf-8")
+    assert states(runs)["distill-ff"].begun_by is None
+
+
+def test_the_list_fits_80_columns_with_names_whole(runs, monkeypatch):
+    monkeypatch.setattr(console, "_width", 80)
+    stage = finished(runs, "train_teacher-0123456789ab")
+    for number in range(9):
+        link(runs, f"a_run_of_a_long_name_{number}", 0, stage)
+    lines = CliRunner().invoke(app, ["runs", str(runs)]).stdout.splitlines()
+    assert max(map(len, lines[: lines.index("")])) <= 80
+    assert all(any(f"a_run_of_a_long_name_{number}" in line for line in lines) for number in range(9))
 
 
 def test_clean_asks_and_a_no_deletes_nothing(runs):

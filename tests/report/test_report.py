@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mlcm_rl.data.prompts import Prompt
 from mlcm_rl.models.model_card import _without_title
-from mlcm_rl.report import assembly, comparisons, definitions, figures, page, plots, tables, types
+from mlcm_rl.report import assembly, comparisons, definitions, disagreements, figures, page, plots, tables, types
 from mlcm_rl.storage.files import CheckpointError
 
 LANGUAGES = ["en", "zh", "en", "zh"]
@@ -153,7 +153,7 @@ def test_the_record_is_json_without_nan_and_a_row_a_line(tmp_path):
 
 def test_the_terminal_table_shows_every_row_within_eighty_columns():
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(tables.table(made(rows())))
+    console.print(*tables.terminal(made(rows())))
     text = console.export_text()
     for part in ("Teacher, undistilled", "gamma 0, default", "gamma 1", "100 steps", "0.65", "0.675"):
         assert part in text or part == "0.65"
@@ -166,7 +166,7 @@ def test_no_head_of_the_terminal_table_is_broken_inside_a_word():
         for row in planted_rows:
             row.metrics[f"reward/{name}"] = row.metrics["r@5"]
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(tables.table(made(planted_rows)))
+    console.print(*tables.terminal(made(planted_rows)))
     lines = console.export_text().splitlines()
     words = " ".join(lines[: next(i for i, line in enumerate(lines) if "reference" in line.lower())]).split()
     assert words.count("emoji") == 3
@@ -180,7 +180,7 @@ def test_chinese_names_of_rewards_take_their_columns_and_no_more():
         for row in planted_rows:
             row.metrics[f"reward/{name}"] = row.metrics["r@5"]
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(tables.table(made(planted_rows)))
+    console.print(*tables.terminal(made(planted_rows)))
     lines = console.export_text().splitlines()
     assert {cell_len(line) for line in lines[1:] if line} == {cell_len(lines[1])}
     assert cell_len(lines[1]) <= 80
@@ -271,7 +271,7 @@ def test_what_training_cost_stands_beside_every_student_and_is_explained():
     assert any(line.startswith("| DDIM, guided | 4 | 12.3 | - |") for line in lines)
     assert any(line.startswith("- **Training evals**: ") for line in lines)
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(tables.table(result))
+    console.print(*tables.terminal(result))
     assert console.export_text().count("1.23M") == 2
 
 
@@ -325,8 +325,76 @@ def test_a_report_leaves_its_title_behind_in_a_model_card():
 
 
 def test_every_metric_is_defined():
-    keys = ("distance", "kid", "r@1", "r@5/zh", "diversity", "fid", "inception_kid", "clip", "reward/colourfulness")
+    keys = (
+        "distance",
+        "kid",
+        "r@1",
+        "r@5/zh",
+        "diversity",
+        "fid",
+        "inception_kid",
+        "clip",
+        "reward/colourfulness",
+        *definitions.DISTRIBUTION,
+    )
     for key in keys:
         assert len(definitions.metric(key).definition) > 30
     assert definitions.metric("r@5/zh").label == "R@5 zh"
     assert definitions.metric("kid").label == "KID (judge features)"
+
+
+def with_distribution(planted_rows, kids):
+    """`planted_rows` with the values `kids` of KID to the teacher, by id; the others have those of "far"."""
+    for row in planted_rows:
+        values = torch.tensor(kids.get(row.id, [0.5, 0.6, 0.5, 0.6]))
+        for key in ("teacher_kid", "teacher_patch_kid"):
+            summary = figures.summary(values).model_copy(update={"values": figures.listed(values)})
+            row.metrics[key] = summary
+    return planted_rows
+
+
+KIDS = {"reference": [0.0] * 4, "straight": [0.01, 0.02, 0.01, 0.02], "renoised": [0.31, 0.33, 0.31, 0.33]}
+
+
+def test_where_distance_and_distribution_disagree_it_is_said_in_words():
+    report = made(with_distribution(rows(), KIDS))  # "renoised" is nearest by distance, "straight" by distribution
+    first, why = disagreements.sentences(report)
+    assert first == (
+        "At 4 evaluations they disagree: student, gamma 1 is best in Distance (0.01), student, gamma 0 in KID to the "
+        "teacher (0.0150 \u00b1 0.0029 against 0.3200 \u00b1 0.0058) and KID to the teacher, patches (0.0150 \u00b1 "
+        "0.0029 against 0.3200 \u00b1 0.0058)."
+    )
+    assert "go by the distribution" in why
+    assert f"- {first}" in tables.markdown(report)
+
+
+@pytest.mark.parametrize("kids", [KIDS | {"straight": [0.9, -0.8, 0.9, -0.8]}, KIDS | {"renoised": [0.0] * 4}])
+def test_no_disagreement_is_said_of_differences_within_two_errors_or_of_one_best_row(kids):
+    (text,) = disagreements.sentences(made(with_distribution(rows(), kids)))
+    assert text.startswith("At 4 evaluations distance and distribution name the same student and sampler")
+    assert disagreements.sentences(made(rows())) == []  # nothing was measured
+
+
+def test_paired_tables_are_beside_the_reference_and_beside_the_student_named_first():
+    report = made(with_distribution(rows(), KIDS))
+    beside_reference, beside_first = tables.paired(report)
+    assert beside_reference.heads == ["Evals", "R@5"]  # the others are differences to the reference already
+    assert beside_reference.groups == [("student: K = 1", [["gamma 0, default", "4", "0"], ["gamma 1", "4", "0"]])]
+    assert beside_first.heads == ["Evals", "Distance", "R@5", "KID to the teacher", "KID to the teacher, patches"]
+    (student, (line,)), (undistilled, _) = beside_first.groups
+    assert (student, undistilled) == ("student: K = 1", "Teacher, undistilled")
+    # Distances 0.01 less 0.1, 0.2, 0.1, 0.2; KID 0.3, 0.31, 0.3, 0.31 more.
+    assert line[:3] == ["gamma 1", "4", "-0.140 \u00b1 0.029"]
+    assert line[4] == "0.3050 \u00b1 0.0029"
+    assert beside_first.title in tables.markdown(report)
+
+
+def test_the_terminal_has_a_table_of_its_own_for_distributions_within_eighty_columns():
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    grids = tables.terminal(made(with_distribution(rows(), KIDS)))
+    assert len(grids) == 2
+    assert len(tables.terminal(made(rows()))) == 1
+    console.print(*grids)
+    text = console.export_text()
+    assert "0.32" in text
+    assert max(map(len, text.splitlines())) <= 80

@@ -8,9 +8,9 @@ import weakref
 import pytest
 import torch
 
-from evaluation_case import CONCEPTS, PICTURES, PROMPTS, recipe, run
+from evaluation_case import CONCEPTS, PICTURES, PROMPTS, PlantedJudge, recipe, run
 from mlcm_rl.data.prompts import Prompt
-from mlcm_rl.evaluation import instruments
+from mlcm_rl.evaluation import distribution, instruments, metrics
 from mlcm_rl.rewards import Member
 from mlcm_rl.stages import evaluate
 from mlcm_rl.storage import manifest
@@ -164,6 +164,55 @@ def test_rows_kept_before_latency_had_an_error_are_read(place, tmp_path):
     without = [{name: value for name, value in one.items() if name != "latency_ms_se"} for one in first["rows"]]
     assert second["rows"] == without
     assert (tmp_path / "second" / "report.html").is_file()
+
+
+def test_distances_of_distributions_are_those_of_the_pictures_and_of_their_patches(place, tmp_path, drawn, monkeypatch):
+    batches, at = drawn
+    pictures, save = {}, evaluate.save_pictures
+
+    def saving(scene, row, batch, images):
+        pictures.setdefault(row.id, []).append(images)
+        save(scene, row, batch, images)
+
+    monkeypatch.setattr(evaluate, "save_pictures", saving)
+    few = {"sampling_steps": [2], "teacher_steps": [2], "batch_size": 5, "also": [], "gammas": [0.0]}
+    few |= {"distribution": True, "teacher_solvers": ["ddim"]}
+    whole = run(place, tmp_path / "whole", runs=tmp_path, **few)
+    features, network = {}, PlantedJudge()
+    for one in whole["rows"]:
+        images = torch.cat(pictures[one["id"]])
+        samples = [(i, j) for i in range(len(PROMPTS)) for j in range(PICTURES)]
+        views = {"": images, "patch_": distribution.patches(images, 3, samples)}
+        read = {part: network.features(view).unflatten(0, (-1, PICTURES)) for part, view in views.items()}
+        features[one["id"]] = read
+        for part in views:  # to those of the first row, the reference
+            expected = metrics.kid_by_prompt(read[part], features["teacher-2"][part], gamma=1.0)
+            measured = one["metrics"][f"teacher_{part}kid"]
+            assert measured["values"] == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-7)
+            assert f"teacher_{part}fid" not in one["metrics"]  # twelve pictures, twelve dimensions
+    assert whole["rows"][0]["metrics"]["teacher_kid"]["values"] == [0.0] * len(PROMPTS)
+    batches.clear()
+    more = run(place, tmp_path / "more", runs=tmp_path, **few | {"sampling_steps": [2, 4]})
+    assert {row for row, _ in batches} == {"ddim-unguided-4", "student0-4-gamma0-milestones"}
+    known = {one["id"]: one["metrics"] for one in more["rows"]}  # the reference's features come from the store
+    assert all(known[one["id"]] == one["metrics"] for one in whole["rows"])
+    at["stop"] = len(batches) + 5  # in the second row: the reference's features are on the disk
+    with pytest.raises(KeyboardInterrupt):
+        run(place, tmp_path / "cut", **few)
+    resumed = run(place, tmp_path / "cut", **few)
+    assert [one["metrics"] for one in resumed["rows"]] == [one["metrics"] for one in whole["rows"]]
+
+
+def test_a_row_without_distances_of_distributions_is_not_taken_for_one_with_them(place, tmp_path, drawn):
+    few = FEW | {"also": [], "teacher_solvers": ["ddim"]}
+    first = run(place, tmp_path / "first", runs=tmp_path, **few)
+    assert "teacher_kid" not in first["rows"][0]["metrics"]
+    drawn[0].clear()
+    changed = run(place, tmp_path / "second", runs=tmp_path, **few, distribution=True)
+    assert len({row for row, _ in drawn[0]}) == len(changed["rows"])
+    drawn[0].clear()
+    assert run(place, tmp_path / "third", runs=tmp_path, **few, distribution=False)["rows"] == first["rows"]
+    assert not drawn[0]  # a recipe that does not ask for them finds its rows as before
 
 
 @pytest.mark.parametrize(

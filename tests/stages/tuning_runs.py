@@ -16,18 +16,23 @@ from mlcm_rl.recipe import Full, Lora
 from mlcm_rl.stages import dpo, feedback, policy
 
 STAGES = {"feedback": feedback, "dpo": dpo, "policy": policy}
+CONSTRAINED = ["brightness", {"name": "sharpness", "max_drop": 0.05}]
 VARIANTS = {
     "feedback": {},
     "feedback-all-steps": {"num_grad_steps": 2, "anchor": 0.5, "shape": "hinge", "threshold": 5.0},
     "feedback-refl": {"gradient": "random", "num_grad_steps": 2, "gamma": 1.0, "kl": 0.5},
     "feedback-low-variance": {"gradient": "low_variance", "anchor": 0.5, "shape": "hinge", "threshold": 2.0},
     "feedback-consistency": {"consistency": 0.5},
+    "feedback-bounded": {"form": "bounded", "gradient": "random", "num_grad_steps": 2},
+    "feedback-constraint": {"rewards": CONSTRAINED, "gradient": "low_variance", "multiplier_rate": 5.0},
     "dpo": {},
     "dpo-ipo": {"form": "diffusion_dpo", "loss_type": "ipo", "space": "x0"},
     "dpo-pso": {"form": "pso", "gamma": 1.0, "loss_type": "robust", "label_smoothing": 0.1},
+    "dpo-constraint": {"rewards": CONSTRAINED},
     "dpo-table": {"pairs": "pairs", "form": "diffusion_dpo", "kappa": 0.1},
     "dpo-table-endpoint": {"pairs": "pairs", "loss_type": "hinge", "languages": {"en": 1.0, "zh": 2.0}},
     "policy": {"beta": 0.1, "num_iterations": 2},
+    "policy-constraint": {"rewards": CONSTRAINED},
 }
 
 

@@ -28,6 +28,12 @@ SETTINGS = {
     "full": FULL,
     "lora": {"condition_on_target": True},
     "checkpointing": {**FULL, "gradient_checkpointing": True},
+    "terms": {
+        **{"method": "inter_segment", "num_segments": [1], "num_teacher_steps": 1, "num_student_steps": 2},
+        "matching": {"fake": {"rank": 2, "alpha": 2.0, "num_updates": 2}},
+        "adversarial": {"width": 4},
+        "gradient_accumulation": 2,
+    },
 }
 TUNING = {
     "feedback": {"gradient_accumulation": 2, "num_grad_steps": 2, "anchor": 1.0, "consistency": 1.0},
@@ -99,7 +105,7 @@ def check_mode(
 
     assert_same_training(alone[0], together)
     base = teachers.load(runs.recipe(teacher, together, [runs.distill()]).teacher, "cpu")
-    assert students.load_student(base, together / "student").num_segments == 2
+    assert students.load_student(base, together / "student").num_segments == settings.get("num_segments", [2])[-1]
     train(teacher, together, kind, parents, 3, settings)
     assert_same_training(alone[1], together)
 
@@ -124,7 +130,7 @@ def test_two_processes_train_save_and_reload_as_one(mode, tiny_sdxl, store, alon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora", "checkpointing"])
+@pytest.mark.parametrize("name", ["lora", "checkpointing", "terms"])
 @pytest.mark.parametrize("mode", [*MODES, "cpu2", "zero2_offload"])
 def test_every_kind_of_student_trains_under_every_engine(mode, name, tiny_sdxl, store, alone, tmp_path):
     check_mode(mode, tiny_sdxl, tmp_path, "distill", {"trajectories": store}, distillation(name), alone(name))

@@ -295,8 +295,10 @@ def started(recipe, folder, mode: str) -> subprocess.Popen:
 
 @pytest.mark.parametrize(
     ("send", "number", "code"),
-    [(os.kill, signal.SIGTERM, 143), (os.killpg, signal.SIGINT, 130)],
-    ids=["sigterm", "ctrl_c"],
+    [
+        pytest.param(os.kill, signal.SIGTERM, 143, id="sigterm"),
+        pytest.param(os.killpg, signal.SIGINT, 130, id="ctrl_c", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_to_a_launch_of_one_process_ends_the_training_after_a_step_that_is_saved(
     tiny_sdxl, tmp_path, send, number, code
@@ -322,6 +324,7 @@ def test_a_signal_to_a_launch_of_one_process_ends_the_training_after_a_step_that
         pass
 
 
+@pytest.mark.slow
 def test_a_launch_of_one_process_that_fails_ends_with_its_code_and_its_message_alone(tiny_sdxl, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "stages").write_text("in the way")

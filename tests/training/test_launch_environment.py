@@ -147,6 +147,7 @@ def joined(recipe: Recipe, folders: list[Path]) -> list[subprocess.CompletedProc
     ]
 
 
+@pytest.mark.slow
 def test_processes_that_are_told_of_each_other_share_a_run_and_two_machines_without_a_shared_folder_are_refused(
     tiny_sdxl, tmp_path
 ):

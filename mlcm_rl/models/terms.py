@@ -1,0 +1,296 @@
+"""The terms of a distill stage beside its distance: distribution matching, and the adversary.
+
+Each has a network of its own that learns, after the student's update, from what the student made in the step: the score
+of its samples (role `fake`), or heads on the teacher's features. A term is on clean samples: where a jump ends above
+time 0, it is 0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..equations import adversarial as losses
+from ..equations.consistency import squared_l2
+from ..equations.matching import loss_of_gradient, matching_gradient, times_between
+from ..equations.prediction import prediction_from_x0
+from ..equations.schedule import add_noise
+from ..equations.segments import sampling_times
+from ..recipe import Distill, Lora
+from ..recipe.terms import Adversarial, Matching, Term
+from ..training import autocast, processes
+from ..training.beside import Beside
+from ..training.loop import Runtime
+from ..training.seeding import seed_of
+from . import students
+from .base import Base
+from .conditioning import Conditioning, on_device
+from .features import features
+from .heads import Heads, frozen, shapes_of
+from .sampler import sample as sample_of
+
+
+@dataclass(frozen=True)
+class Noised:
+    """The noise of an update, under which samples are compared: times t (B,) and noise (B, C, H, W), on the CPU.
+
+    Where pictures are real, `real` are their latents (B, C, H, W) and `captions` their conditioning.
+    """
+
+    t: Tensor
+    noise: Tensor
+    real: Tensor | None = None
+    captions: Conditioning | None = None
+
+    def rows(self, part: slice) -> "Noised":
+        """Return what is drawn for the samples `part`."""
+        real = None if self.real is None else self.real[part]
+        captions = None if self.captions is None else {name: value[part] for name, value in self.captions.items()}
+        return Noised(self.t[part], self.noise[part], real, captions)
+
+    def on(self, base: Base, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the clean samples `x0` (B, C, H, W) with the noise, and the times, on their device."""
+        t = self.t.to(x0.device)
+        return add_noise(x0, self.noise.to(x0.device), t, base.schedule), t
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the student made of a micro-batch, without gradient; `rows` are its samples in the step's batch.
+
+    x0       f of its points (B, C, H, W)
+    target   what the distance compares that with: its target at time 0
+    sample   its own sample in a few steps; None where no term learns from it
+    is_clean 1 (B,) where the jump ends at time 0, else 0
+    """
+
+    rows: slice
+    x0: Tensor
+    target: Tensor
+    sample: Tensor | None
+    is_clean: Tensor
+    conditioning: Conditioning
+
+
+# a generator and a batch's size -> latents (B, C, H, W) of pictures, and the conditioning of their captions, on the CPU
+Pictures = Callable[[torch.Generator, int], tuple[Tensor, Conditioning]]
+
+
+class AddedTerm(Protocol):
+    """A term: a loss for the student, and a network that learns from what the student made."""
+
+    name: str
+    weight: float
+    network_name: str
+    learning_rate: float
+    num_updates: int  # of the network for each of the student's
+    learns_from_samples: bool  # of a few steps
+
+    @property
+    def network(self) -> nn.Module: ...
+
+    def draw(self, generator: torch.Generator, batch_size: int) -> Noised: ...
+
+    def loss(self, x0: Tensor, conditioning: Conditioning, noised: Noised) -> Tensor: ...  # the student's, (B,)
+
+    def network_loss(self, made: Made, noised: Noised) -> Tensor: ...  # the network's own, (B,)
+
+
+class DistributionMatching:
+    """Distribution matching (TLCM v6, eq. 12): the student's samples go where the teacher's are more likely.
+
+    The score of the student's samples is an adapter over the frozen teacher, whose weights it shares. It learns by the
+    teacher's own prediction loss from the student's few-step samples.
+    """
+
+    name, network_name, learns_from_samples = "matching", "fake", True
+
+    def __init__(self, settings: Matching, base: Base, seed: int):
+        self.settings, self.base, self.weight = settings, base, settings.weight
+        scale = settings.guidance_scale
+        self.guidance_scale = base.teacher.guidance_scale if scale is None else scale
+        self.network = students.student(
+            base, Lora(rank=settings.fake.rank, alpha=settings.fake.alpha), seed_of(seed, "fake")
+        )
+        self.learning_rate, self.num_updates = settings.fake.learning_rate, settings.fake.num_updates
+
+    def draw(self, generator: torch.Generator, batch_size: int) -> Noised:
+        """Return the noise of one update of a whole batch."""
+        return draw_noise(self.settings, self.base, generator, batch_size)
+
+    def loss(self, x0: Tensor, conditioning: Conditioning, noised: Noised) -> Tensor:
+        """Return the student's loss (B,): its gradient is that of distribution matching on `x0` (B, C, H, W)."""
+        base = self.base
+        with torch.no_grad():
+            x_t, t = noised.on(base, x0)
+            real = base.guided_x0(x_t, t, conditioning, base.unconditional(len(x0)), self.guidance_scale)
+            fake = base.x0(self.network, x_t, t, conditioning)
+            gradient = matching_gradient(x0, real, fake)
+        return loss_of_gradient(x0, gradient)
+
+    def network_loss(self, made: Made, noised: Noised) -> Tensor:
+        """Return the prediction loss (B,) of the fake score on the student's few-step samples."""
+        base = self.base
+        assert made.sample is not None
+        x_t, t = noised.on(base, made.sample)
+        prediction = base.predict(self.network, x_t, t, made.conditioning)
+        return squared_l2(prediction, prediction_from_x0(made.sample, x_t, t, base.schedule, base.prediction_type))
+
+
+class Adversary:
+    """Heads on the frozen teacher's features tell real samples from the student's (TLCM v6, eq. 13; LogCD).
+
+    Both get the same noise first. What is real is the target of the distance: between milestones, the student's own
+    output at the one below. With `pictures`, these are real instead.
+    """
+
+    name, network_name, learns_from_samples, num_updates = "adversarial", "heads", False, 1
+
+    def __init__(self, settings: Adversarial, base: Base, seed: int, pictures: Pictures | None = None):
+        self.settings, self.base, self.weight, self.pictures = settings, base, settings.weight, pictures
+        shapes = shapes_of(base, base.unconditional(1))
+        self.network = Heads(shapes, settings.width, seed_of(seed, "heads")).to(base.device)
+        self.learning_rate = settings.learning_rate
+        self.of_real, self.of_fake, self.of_student = losses.LOSSES[settings.loss]
+
+    def draw(self, generator: torch.Generator, batch_size: int) -> Noised:
+        """Return the noise of one update of a whole batch, and the pictures where these are real."""
+        noised = draw_noise(self.settings, self.base, generator, batch_size)
+        if self.pictures is None:
+            return noised
+        return Noised(noised.t, noised.noise, *self.pictures(generator, batch_size))
+
+    def loss(self, x0: Tensor, conditioning: Conditioning, noised: Noised) -> Tensor:
+        """Return the student's loss (B,) on its samples `x0` (B, C, H, W); the heads are not trained by it."""
+        with frozen(self.network):
+            logits = self.network(features(self.base, *noised.on(self.base, x0), conditioning))
+        return torch.stack([self.of_student(one) for one in logits]).mean(0)
+
+    def network_loss(self, made: Made, noised: Noised) -> Tensor:
+        """Return the heads' loss (B,), the mean over the heads, with the penalty on the features of real samples."""
+        real, conditioning = made.target, made.conditioning
+        if noised.real is not None and noised.captions is not None:
+            real, conditioning = noised.real.to(real.device), on_device(noised.captions, real.device)
+        of_fake = self.network(self._read(made.x0, made.conditioning, noised))
+        read = self._read(real, conditioning, noised)
+        of_real = self.network(read)
+        parts = [self.of_real(one) + self.of_fake(other) for one, other in zip(of_real, of_fake, strict=True)]
+        if weight := self.settings.gradient_penalty:
+            parts += [weight * losses.gradient_penalty(*pair) for pair in zip(of_real, read, strict=True)]
+        return torch.stack(parts).sum(0) / len(of_real) * made.is_clean
+
+    def _read(self, x0: Tensor, conditioning: Conditioning, noised: Noised) -> list[Tensor]:
+        """Return the teacher's features of `x0` (B, C, H, W) with the noise, to differentiate by."""
+        with torch.no_grad():
+            read = features(self.base, *noised.on(self.base, x0), conditioning)
+        return [one.requires_grad_() for one in read]
+
+
+def terms_of(stage: Distill, base: Base, seed: int, pictures: Pictures | None) -> list[AddedTerm]:
+    """Return the terms of `stage`; their networks are drawn from `seed`."""
+    terms: list[AddedTerm] = []
+    if stage.matching:
+        matching = DistributionMatching(stage.matching, base, seed)
+        terms.append(matching)
+        if stage.precision == "bf16":
+            autocast.frozen_in_bfloat16(matching.network)
+        if stage.gradient_checkpointing:
+            base.checkpoint_blocks(matching.network)
+    if stage.adversarial:
+        terms.append(Adversary(stage.adversarial, base, seed, pictures))
+        if stage.gradient_checkpointing:
+            base.checkpoint_blocks(base.denoiser)  # gradients come through it
+    return terms
+
+
+def draw_noise(settings: Term, base: Base, generator: torch.Generator, batch_size: int) -> Noised:
+    """Return times between the settings' and noise, for one update of a whole batch."""
+    share = torch.rand(batch_size, generator=generator)
+    t = times_between(share, *settings.times, base.schedule.num_times)
+    return Noised(t, torch.randn(batch_size, *base.latent_shape, generator=generator))
+
+
+class TermsOfStep:
+    """The terms of one step: what they add to the student's loss, then the updates of their own networks.
+
+    What is drawn is a function of (seed, step) alone, for the whole batch.
+    """
+
+    def __init__(
+        self,
+        rt: Runtime,
+        stage: Distill,
+        base: Base,
+        student: nn.Module,
+        terms: list[tuple[AddedTerm, Beside]],
+        step: int,
+    ):
+        self.rt, self.stage, self.base, self.student, self.terms, self.step = rt, stage, base, student, terms, step
+        self.noised = [term.draw(rt.generator(term.name, step), stage.batch_size) for term, _ in terms]
+        self.rows = iter(rt.micro_batches())
+        self.seeds = torch.Tensor()
+        if self.samples:
+            self.seeds = torch.randint(2**62, (stage.batch_size,), generator=rt.generator("sample", step))
+        self.made: list[Made] = []
+        self.sums = torch.zeros(1 + len(terms), device=base.device)
+
+    @property
+    def samples(self) -> bool:
+        """Return whether a term learns from the student's few-step samples."""
+        return any(term.learns_from_samples for term, _ in self.terms)
+
+    def beside(
+        self, distance: Tensor, x0: Tensor, target: Tensor, s: Tensor, conditioning: Conditioning, sample: Tensor | None
+    ) -> Tensor:
+        """Return the student's loss (B,) on the next micro-batch: `distance` (B,) and the terms times their weights.
+
+        `x0` and `target` (B, C, H, W) are what the distance compares, s (B,) the ends of the jumps. Without terms it is
+        `distance` itself. A `sample` is made where a term learns from one and there is none.
+        """
+        if not self.terms:
+            return distance
+        rows = next(self.rows)
+        if self.samples and sample is None:
+            sample = self._sample(conditioning, self.seeds[rows])
+        is_clean = (s == 0).float()
+        values = [distance]
+        for (term, _), noised in zip(self.terms, self.noised, strict=True):
+            values.append(term.weight * term.loss(x0, conditioning, noised.rows(rows)) * is_clean)
+        self.made.append(Made(rows, x0.detach(), target.detach(), sample, is_clean, conditioning))
+        parts = torch.stack(values)
+        self.sums = self.sums + parts.detach().sum(1)
+        return parts.sum(0)
+
+    def means(self) -> dict[str, float]:
+        """Return the means over the step's samples of the distance and of each term, which add up to the loss.
+
+        Waits for all processes. Empty where there are no terms.
+        """
+        names = ["distance", *(term.name for term, _ in self.terms)] if self.terms else []
+        sums = processes.all_reduce(self.sums).tolist() if names else []
+        return {name: value / self.stage.batch_size for name, value in zip(names, sums, strict=True)}
+
+    def learn(self) -> dict[str, float]:
+        """Update the terms' own networks on what the student made in the step; return the losses and gradient norms.
+
+        A network of several updates learns from the same samples each time, under other noise.
+        """
+        record: dict[str, float] = {}
+        for term, network in self.terms:
+            for update in range(term.num_updates):
+                draws = self.rt.generator(f"{network.name} {update}", self.step)
+                noised = term.draw(draws, self.stage.batch_size)
+                losses_of_parts = (term.network_loss(made, noised.rows(made.rows)) for made in self.made)
+                last = self.rt.backward(losses_of_parts, network)
+            record |= {f"{network.name}_{name}": value for name, value in last.items()}
+        return record
+
+    def _sample(self, conditioning: Conditioning, seeds: Tensor) -> Tensor:
+        """Return the student's samples (B, C, H, W) in a few steps, by its default sampler."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+        noise = self.base.noise(generators, len(generators))
+        times, conditioned = sampling_times(self.stage.num_student_steps), self.stage.condition_on_target
+        gamma = self.stage.default_gamma
+        return sample_of(self.base, self.student, conditioning, noise, times, gamma, generators, conditioned)

@@ -1,0 +1,175 @@
+"""Distribution matching and the adversary as terms of a distill stage: resumption, batches, what each one trains."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import runs
+from mlcm_rl import pipeline
+from mlcm_rl.models import terms
+from mlcm_rl.stages import distill
+from mlcm_rl.storage.files import CheckpointError
+from mlcm_rl.training.loop import NonFiniteLoss, Runtime
+
+FAKE = {"rank": 2, "alpha": 2.0, "learning_rate": 1e-3, "num_updates": 2}
+MATCHING = {"weight": 0.5, "fake": FAKE}
+ADVERSARIAL = {"width": 4, "learning_rate": 1e-3, "gradient_penalty": 0.01}
+BOTH = {"matching": MATCHING, "adversarial": ADVERSARIAL}
+GLOBAL = {
+    "method": "inter_segment",
+    "num_segments": [1],
+    "num_teacher_steps": 1,
+    "num_student_steps": 2,
+    "adapter": {"kind": "lora", "rank": 2, "alpha": 2.0},
+}
+LEARNED = ("fake_loss", "fake_grad_norm", "heads_loss", "heads_grad_norm")
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted(folder.glob("checkpoints/*/state.safetensors"))[-1])
+
+
+@pytest.fixture(scope="module")
+def store(tiny_sdxl, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    recipe = runs.recipe(tiny_sdxl, folder, [runs.trajectories(runs.write_prompts(folder))])
+    return pipeline.run(recipe)[0].folder
+
+
+def train(teacher: Path, store: Path, folder: Path, **settings) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = runs.distill(**GLOBAL | settings)
+    distill.run(stage, runs.recipe(teacher, folder, [stage]), {"trajectories": store}, folder)
+    return folder
+
+
+def stop_at(count: int, monkeypatch) -> None:
+    """Let the update numbered `count`, of whichever network, end the process."""
+    original, updates = Runtime.backward, iter(range(10_000))
+
+    def backward(self, *arguments):
+        if next(updates) == count:
+            raise SystemExit("crash")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Runtime, "backward", backward)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_sdxl, store, tmp_path_factory) -> Path:
+    """Three steps with both terms, of a student, two fake updates and one of the heads each."""
+    return train(tiny_sdxl, store, tmp_path_factory.mktemp("whole"), num_steps=3, **BOTH)
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        pytest.param(4, id="at-a-step", marks=pytest.mark.slow),
+        pytest.param(6, id="in-the-fake"),
+        pytest.param(11, id="in-the-heads", marks=pytest.mark.slow),
+    ],
+)
+def test_stopped_between_any_updates_it_ends_with_the_same_bits(tiny_sdxl, store, whole, tmp_path, monkeypatch, update):
+    with monkeypatch.context() as patched:
+        stop_at(update, patched)
+        with pytest.raises(SystemExit):
+            train(tiny_sdxl, store, tmp_path, num_steps=3, **BOTH)
+    train(tiny_sdxl, store, tmp_path, num_steps=3, **BOTH)
+    assert records(tmp_path) == records(whole)
+    expected, actual = state(whole), state(tmp_path)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    prefixes = {name.split(".")[0] for name in actual}
+    assert prefixes == {"student", "optimizer", "fake", "fake_optimizer", "heads", "heads_optimizer"}
+
+
+def test_the_log_has_every_term_and_they_add_up(whole):
+    for record in records(whole):
+        assert record["distance"] + record["matching"] + record["adversarial"] == pytest.approx(
+            record["loss"], rel=1e-5
+        )
+        assert all(record[name] == record[name] for name in LEARNED)
+        assert record["fake_grad_norm"] > 0 < record["heads_grad_norm"]
+
+
+def test_the_networks_of_the_terms_learn_and_the_teacher_does_not(tiny_sdxl, store, tmp_path, monkeypatch):
+    """No loss leaves a gradient on another network than its own, and steps change the fake score and the heads."""
+    bases, left = [], []
+    original_backward, original_terms = Runtime.backward, distill.terms_of
+
+    def backward(self, losses, beside=None):
+        result = original_backward(self, losses, beside)
+        networks = [bases[0].denoiser, self.engine.student, *(one.engine.student for one in self.beside)]
+        left.extend(one for network in networks for one in network.parameters() if one.grad is not None)
+        return result
+
+    def terms_of(stage, base, *rest):
+        bases.append(base)
+        return original_terms(stage, base, *rest)
+
+    monkeypatch.setattr(Runtime, "backward", backward)
+    monkeypatch.setattr(distill, "terms_of", terms_of)
+    folder = train(tiny_sdxl, store, tmp_path, num_steps=2, **BOTH)
+    assert not left
+    first, last = (load_file(path) for path in sorted(folder.glob("checkpoints/*/state.safetensors")))
+    for prefix in ("student", "fake", "heads"):
+        assert any(not torch.equal(first[name], last[name]) for name in first if name.startswith(f"{prefix}."))
+
+
+@pytest.mark.slow
+def test_micro_batches_give_the_step_of_the_whole_batch(tiny_sdxl, store, whole, tmp_path):
+    split = train(tiny_sdxl, store, tmp_path, num_steps=3, gradient_accumulation=4, **BOTH)
+    for one, other in zip(records(whole), records(split), strict=True):
+        for name in ("loss", "grad_norm", "matching", "adversarial", *LEARNED):
+            assert one[name] == pytest.approx(other[name], rel=2e-3), name
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_changes_no_gradient(tiny_sdxl, store, whole, tmp_path):
+    saved = train(tiny_sdxl, store, tmp_path, num_steps=3, gradient_checkpointing=True, **BOTH)
+    assert [record["grad_norm"] for record in records(saved)] == [record["grad_norm"] for record in records(whole)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"adapter": {"kind": "full"}},
+        {"condition_on_target": True, "method": "segments", "budgets": [1, 2], "distance": "log_l2"},
+        {"renoise": "student", "condition_on_target": True, "target_ema": 0.5},
+        {"method": "segments", "target": "consistency", "adversarial": {**ADVERSARIAL, "real": "images"}},
+    ],
+    ids=["full", "budgets", "own-samples", "images"],
+)
+def test_every_kind_of_student_takes_the_terms(tiny_sdxl, store, tmp_path, settings):
+    paths = {"prompts": runs.write_prompts(tmp_path), "images": runs.write_images(tmp_path)}
+    lines = records(train(tiny_sdxl, store, tmp_path / "run", **BOTH | paths | settings))
+    assert len(lines) == 2
+    assert all(record[name] > 0 for record in lines for name in ("grad_norm", *LEARNED))
+
+
+@pytest.mark.parametrize("name", [pytest.param("fake", marks=pytest.mark.slow), "heads"])
+def test_a_network_beside_the_student_that_is_not_finite_stops_the_run(tiny_sdxl, store, tmp_path, monkeypatch, name):
+    term = {"fake": terms.DistributionMatching, "heads": terms.Adversary}[name]
+    original = term.network_loss
+    monkeypatch.setattr(term, "network_loss", lambda *arguments: original(*arguments) * float("nan"))
+    with pytest.raises(NonFiniteLoss, match=f"step 1: loss nan.*{name} was not updated"):
+        train(tiny_sdxl, store, tmp_path, **BOTH)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_fake_is_refused(tiny_sdxl, store, tmp_path):
+    train(tiny_sdxl, store, tmp_path, num_steps=1, matching=MATCHING)
+    with pytest.raises(CheckpointError, match="other weights than this fake"):
+        train(tiny_sdxl, store, tmp_path, matching={"fake": {**FAKE, "rank": 3}})
+
+
+def test_without_terms_the_loss_is_the_distance(tiny_sdxl, store, tmp_path):
+    assert records(train(tiny_sdxl, store, tmp_path, num_steps=1))[0].keys().isdisjoint({"distance", *LEARNED})
