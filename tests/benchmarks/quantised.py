@@ -61,7 +61,8 @@ class Trial:
 
     def held_out_loss(self, base: Base, student: torch.nn.Module) -> float:
         """The loss of `student` over `base`."""
-        return distill.held_out_loss(self.rt, self.stage, self.settings, base, student, {}, self.source)
+        distance = distill.make_distances(self.stage, self.recipe, base, {}).of(self.settings.distance, 0)
+        return distill.held_out_loss(self.rt, self.stage, self.settings, base, student, {}, self.source, distance)
 
     def train(self) -> tuple[float, float, float]:
         """CPU seconds a step, and the held-out loss before the first and after the last; the student is in `folder`."""
