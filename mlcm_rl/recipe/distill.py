@@ -50,9 +50,14 @@ class Distill(Training):
     prompts: Annotated[str | None, PROMPTS] = Field(
         None, description="prompt file, for source: online and for inter_segment on samples"
     )
-    adapter: Lora | Full = Field(default_factory=Lora, discriminator="kind")
+    adapter: Lora | Full = Field(
+        default_factory=Lora, discriminator="kind", description="what is trained: a low-rank adapter, or all weights"
+    )
     num_segments: list[NumSegments] = Field(
         [8, 4, 2, 1], min_length=1, max_length=10, description="of each phase; [1] where the form is left open"
+    )
+    keep_segments: bool = Field(
+        False, description="each sample of a phase draws K from those of the phases up to it, against forgetting"
     )
     num_steps: PositiveInt | list[PositiveInt] = Field(description="optimiser steps of each phase")
     learning_rate: PositiveFloat | list[PositiveFloat] = Field(1e-4, description="peak; decays to 0 within each phase")
@@ -131,6 +136,11 @@ class Distill(Training):
         if ("x0", "log_l2") in pairs:
             raise ValueError(
                 "distance: log_l2 weighs all jumps alike and space: x0 does not; with log_l2 take space: z"
+            )
+        if self.keep_segments and len(set(self.num_segments)) == 1:
+            raise ValueError(
+                f"keep_segments draws K of earlier phases, and all of num_segments {self.num_segments} are one: leave "
+                "it out"
             )
         if self.terms and list(self.num_segments) != [1]:
             raise ValueError(

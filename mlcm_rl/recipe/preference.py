@@ -44,10 +44,10 @@ class TrainReward(Training):
     )
     resolution: int = Field(64, gt=0, le=16_384, description="pixels a side that pictures are read at, as drawn")
     held_out: float = Field(0.2, gt=0, lt=1, description="share of the prompts whose pairs only measure the head")
-    num_steps: PositiveInt = 400
+    num_steps: PositiveInt = Field(400, description="optimiser steps")
     batch_size: int = Field(64, gt=0, le=65_536, description="pairs per optimiser step")
     learning_rate: PositiveFloat = Field(2e-3, description="peak; decays to 0")
-    weight_decay: NonNegativeFloat = 0.05
+    weight_decay: NonNegativeFloat = Field(0.05, description="of AdamW, a step, times the learning rate")
     dropout: float = Field(0.5, ge=0, lt=1, description="of the features")
     held_out_every: PositiveInt = presentation(20, description="steps between measures on the held-out pairs")
 
@@ -79,9 +79,9 @@ class Tuning(Training):
     languages: dict[str, Weight] = Field(
         {}, description="weight of each language in the draw of prompts, others left out; default: as they come"
     )
-    num_steps: PositiveInt
+    num_steps: PositiveInt = Field(description="optimiser steps")
     learning_rate: PositiveFloat = Field(1e-4, description="peak; decays to 0")
-    warmup_steps: int = Field(0, ge=0, le=1_000_000_000)
+    warmup_steps: int = Field(0, ge=0, le=1_000_000_000, description="steps of linear warm-up")
     adapter: Lora = Field(Lora(rank=16, alpha=16.0), description="the preference adapter, over the distilled student")
     sampling_steps: int = Field(4, ge=1, le=8, description="of the student's sampler, which is what is tuned")
     gamma: Fraction | None = Field(None, description="noise put back between its steps; default: what suits it")
@@ -96,7 +96,7 @@ class Tuning(Training):
     autoencoder_tiles: Annotated[int, Field(gt=0, le=16_384)] | None = Field(
         None, description="pixels a side of tiles that it works in, recomputed in the backward pass: less memory, seams"
     )
-    guard: Guard
+    guard: Guard = Field(description="what watches the tuning, picks its best step and stops it")
 
     @model_validator(mode="after")
     def _held_out_is_not_trained_on(self):
@@ -206,6 +206,14 @@ class Feedback(Tuning):
     maths: ClassVar[int] = 3  # noise by sample, the rewards' scale by the steps before
 
     kind: Literal["feedback"] = "feedback"
+    form: Literal["direct", "bounded"] = Field(
+        "direct",
+        description="the reward's gradient through the sampler, or a step of bounded size up that gradient as the "
+        "target of a squared error (OPSD)",
+    )
+    target_bound: PositiveFloat = Field(
+        0.1, description="of form bounded: root mean square of the step from a sample's x0 to its target"
+    )
     gradient: Literal["last", "random", "low_variance"] = Field(
         "last", description="through the last steps (DRaFT-K), one random late one (ReFL), re-noised copies (DRaFT-LV)"
     )
@@ -227,6 +235,12 @@ class Feedback(Tuning):
     def _sampler_has_those_steps(self):
         if self.num_grad_steps > self.sampling_steps:
             raise ValueError(f"num_grad_steps {self.num_grad_steps} is more than sampling_steps {self.sampling_steps}")
+        if self.form == "bounded" and self.gradient == "last" and self.num_grad_steps > 1:
+            raise ValueError(
+                "num_grad_steps: form bounded has the target of one step; take 1, or gradient: random for any late one"
+            )
+        if self.form != "bounded" and self.target_bound != type(self).model_fields["target_bound"].default:
+            raise ValueError("target_bound is of form bounded")
         if self.kl and self.gamma == 0.0:
             raise ValueError("kl needs gamma above 0: a deterministic step has no distribution; take anchor")
         if self.kl and self.sampling_steps < 2:
@@ -311,7 +325,10 @@ class Dpo(Tuning):
     kappa: NonNegativeFloat = Field(
         1.0, description="weight of the rejected log-ratio: below 1 the margin is not won by spoiling the rejected"
     )
-    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "conservative"] = "sigmoid"
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "conservative"] = Field(
+        "sigmoid",
+        description="of the margin between chosen and rejected; robust and conservative allow for wrong labels",
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="of robust and conservative: share of wrong labels")
     space: Literal["x0", "eps"] = Field("eps", description="of the errors: x0, or that weighted by SNR")
 

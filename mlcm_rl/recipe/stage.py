@@ -125,10 +125,14 @@ class Training(OneStage):
         False, description="recompute activations in the backward pass: less memory, the same gradients"
     )
     precision: Literal["no", "bf16"] = Field("no", description="autocast of the student's passes")
-    weight_decay: NonNegativeFloat = 0.0
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    max_grad_norm: PositiveFloat = 1.0
-    log_every: PositiveInt = presentation(10)
+    weight_decay: NonNegativeFloat = Field(0.0, description="of AdamW, a step, times the learning rate")
+    betas: tuple[Decay, Decay] = Field(
+        (0.9, 0.999), description="decays a step of AdamW's averages of the gradient and of its square"
+    )
+    max_grad_norm: PositiveFloat = Field(
+        1.0, description="gradients of a larger norm, over all weights, are scaled to it"
+    )
+    log_every: PositiveInt = presentation(10, description="steps between records of log.jsonl and the trackers")
     save_every: PositiveInt = presentation(200, description="steps between checkpoints to resume from")
     keep_checkpoints: PositiveInt = presentation(2, description="newest checkpoints that stay, the guard's best inside")
     sample_every: PositiveInt = presentation(200, description="steps between sample grids")
