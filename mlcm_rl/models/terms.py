@@ -93,6 +93,7 @@ class AddedTerm(Protocol):
     network_name: str
     learning_rate: float
     num_updates: int  # of the network for each of the student's
+    warmup_steps: int  # in which the network learns and the student has no term
     learns_from_samples: bool  # of a few steps
 
     @property
@@ -122,6 +123,7 @@ class DistributionMatching:
             base, Lora(rank=settings.fake.rank, alpha=settings.fake.alpha), seed_of(seed, "fake")
         )
         self.learning_rate, self.num_updates = settings.fake.learning_rate, settings.fake.num_updates
+        self.warmup_steps = settings.fake.warmup_steps
 
     def draw(self, generator: torch.Generator, batch_size: int) -> Noised:
         """Return the noise of one update of a whole batch."""
@@ -153,7 +155,7 @@ class Adversary:
     output at the one below. With `pictures`, these are real instead.
     """
 
-    name, network_name, learns_from_samples, num_updates = "adversarial", "heads", False, 1
+    name, network_name, learns_from_samples, num_updates, warmup_steps = "adversarial", "heads", False, 1, 0
 
     def __init__(self, settings: Adversarial, base: Base, seed: int, pictures: Pictures | None = None):
         self.settings, self.base, self.weight, self.pictures = settings, base, settings.weight, pictures
@@ -272,8 +274,11 @@ class TermsOfStep:
         jumps = Samples(rows[clean], x0[index], _rows(conditioning, index))
         values = [distance]
         for (term, _), noised in zip(self.terms, self.noised, strict=True):
-            value = term.loss(jumps.x0, jumps.conditioning, noised.rows(jumps.rows))
-            values.append(torch.zeros_like(distance).index_add(0, index, term.weight * value * weight))
+            added = torch.zeros_like(distance)
+            if self.step >= term.warmup_steps:
+                value = term.loss(jumps.x0, jumps.conditioning, noised.rows(jumps.rows))
+                added = added.index_add(0, index, term.weight * value * weight)
+            values.append(added)
         detached = Samples(jumps.rows, jumps.x0.detach(), jumps.conditioning)
         self.made.append(Made(detached, target.detach()[index], weight, sampled))
         parts = torch.stack(values)

@@ -318,7 +318,8 @@ class Distill(Training):
         if self.matching:
             scale, fake = self.matching.guidance_scale, self.matching.fake
             guided = recipe.teacher if scale is None else recipe.teacher.model_copy(update={"guidance_scale": scale})
-            passes = [Pass("teacher", clean, guided.evaluations, batch), Pass("fake", clean, batch=batch)]
+            matched = clean * max(0.0, 1 - fake.warmup_steps / sum(self.steps_per_phase))
+            passes = [Pass("teacher", matched, guided.evaluations, batch), Pass("fake", matched, batch=batch)]
             if not (self.method == "inter_segment" and self.renoise == "student"):  # which samples anyway
                 passes.append(Pass("student", samples, self.num_student_steps, is_chained=True, num_with_keys=1))
             own = [Pass("fake", samples, fake.num_updates, batch, gradient=True, output="prediction", beside=True)]
@@ -330,10 +331,10 @@ class Distill(Training):
     @property
     def _share_of_clean(self) -> float:
         """The share of jumps that end at time 0, of one segment: with a target time, one of the later milestones."""
-        if self.budgets:
-            return sum(1 / num_steps for num_steps in self.budgets) / len(self.budgets)
         if self.method == "inter_segment" or not self.condition_on_target:
             return 1.0
+        if self.budgets:
+            return sum(1 / num_steps for num_steps in self.budgets) / len(self.budgets)
         return sum(1 / below for below in range(1, MOST_SEGMENTS + 1)) / MOST_SEGMENTS
 
     @property

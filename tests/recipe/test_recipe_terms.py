@@ -44,6 +44,9 @@ def test_terms_keep_the_teacher_in_memory_and_cost_their_passes(tiny_sdxl, tmp_p
         assert stage.uses_teacher == bool(term)
         samples = stage.num_steps * stage.batch_size
         assert network_evaluations(stage, runs.recipe(tiny_sdxl, tmp_path, [stage])) == evaluations * samples
+    stage = runs.distill(**settings, matching={"fake": {"warmup_steps": 1}})  # of 2
+    expected = 1 + (2 + 1) / 2 / 2 + 3 + 5
+    assert network_evaluations(stage, runs.recipe(tiny_sdxl, tmp_path, [stage])) == expected * samples
     unguided = runs.distill(**settings, matching={"guidance_scale": 1.0})
     assert network_evaluations(unguided, runs.recipe(tiny_sdxl, tmp_path, [unguided])) == 10 * samples
 

@@ -155,7 +155,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_sdxl, store, whole, tmp
 @pytest.mark.parametrize(
     "settings",
     [
-        {"adapter": {"kind": "full"}},
+        {"adapter": {"kind": "full"}, "distance": "features"},
         {"condition_on_target": True, "method": "segments", "budgets": [1, 2], "distance": "log_l2"},
         {"renoise": "student", "condition_on_target": True, "target_ema": 0.5},
         {"method": "segments", "target": "consistency", "adversarial": {**ADVERSARIAL, "real": "images"}},
@@ -198,6 +198,17 @@ def test_a_checkpoint_of_another_fake_is_refused(tiny_sdxl, store, tmp_path):
     train(tiny_sdxl, store, tmp_path, num_steps=1, matching=MATCHING)
     with pytest.raises(CheckpointError, match="other weights than this fake"):
         train(tiny_sdxl, store, tmp_path, matching={"fake": {**FAKE, "rank": 3}})
+
+
+def test_a_fake_score_that_warms_up_leaves_the_student_alone(tiny_sdxl, store, tmp_path):
+    """The student's first step is that without the term, to the bit, and the fake score learns in it."""
+    plain = train(tiny_sdxl, store, tmp_path / "plain", num_steps=2)
+    warm = train(tiny_sdxl, store, tmp_path / "warm", num_steps=2, matching={"fake": {**FAKE, "warmup_steps": 1}})
+    (first, second), (expected, other) = records(warm), records(plain)
+    assert (first["loss"], first["grad_norm"]) == (expected["loss"], expected["grad_norm"])
+    assert first["matching"] == 0.0 < first["fake_grad_norm"]
+    assert second["matching"] > 0.0
+    assert second["distance"] == other["loss"]
 
 
 def test_without_terms_the_loss_is_the_distance(tiny_sdxl, store, tmp_path):
