@@ -26,6 +26,19 @@ def mps_hinge(positive: Tensor, negative: Tensor, threshold: float = 16.0) -> Te
     return torch.relu(threshold - positive) + torch.relu(negative)
 
 
+def bounded_target(x0: Tensor, gradient: Tensor, bound: float) -> Tensor:
+    """x0 + bound g / rms(g), detached: the target (B, ...) of samples `x0` (B, ...) up the reward's `gradient` g.
+
+    The step has the root mean square `bound` in every sample, however steep its reward is; where g is 0 it is 0. The
+    squared error to such a target is OPSD's form of a reward's gradient (DiffusionOPSD, 2026); of its two targets only
+    the one above is here: no network is evaluated for one below.
+    """
+    each = gradient.detach().flatten(1)
+    size = each.square().mean(1, keepdim=True).sqrt()
+    step = bound * torch.where(size > 0, each / size, 0.0)
+    return x0.detach() + step.view_as(x0)
+
+
 def random_late_step(num_steps: int, num_late_steps: int, generator: torch.Generator) -> int:
     """Return the one step that carries gradient, uniform over the last `num_late_steps` of 0 .. num_steps - 1.
 

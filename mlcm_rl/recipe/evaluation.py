@@ -74,6 +74,14 @@ class Evaluate(OneStage):
     clip: Annotated[str | None, Reads(holding="config.json", is_network=True)] = Field(
         None, description="folder of a CLIP in transformers' format, for the CLIP score"
     )
+    detector: Annotated[str | None, Reads(holding="config.json", is_network=True)] = Field(
+        None,
+        description="folder of an object detector in transformers' format, for GenEval's accuracy: prompts is then a "
+        "file in GenEval's layout",
+    )
+    confidences: tuple[Fraction, Fraction] = Field(
+        (0.3, 0.9), description="of the detector, above which an object is seen, and above which one is counted"
+    )
     images_per_prompt: int = Field(1, gt=0, le=10_000, description="more than one also measures diversity")
     keep_pictures: bool = Field(False, description="keep every picture, samples/<row>/<index>.png, for other tools")
     batch_size: int = presentation(32, gt=0, le=65_536, description="pictures drawn at once")
@@ -180,7 +188,7 @@ class Evaluate(OneStage):
 
     def networks(self, distilled: Lora | Full) -> Networks:
         """Return the student, the teacher and the networks of the metrics; prompts are encoded before the first row."""
-        measuring = tuple(path for path in (self.inception, self.clip) if path)
+        measuring = tuple(path for path in (self.inception, self.clip, self.detector) if path)
         return Networks(distilled, encodes_ahead=True, measuring=measuring)
 
     def disk(self, recipe: "Recipe", values: Values) -> int:

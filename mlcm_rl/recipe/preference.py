@@ -206,6 +206,14 @@ class Feedback(Tuning):
     maths: ClassVar[int] = 3  # noise by sample, the rewards' scale by the steps before
 
     kind: Literal["feedback"] = "feedback"
+    form: Literal["direct", "bounded"] = Field(
+        "direct",
+        description="the reward's gradient through the sampler, or a step of bounded size up that gradient as the "
+        "target of a squared error (OPSD)",
+    )
+    target_bound: PositiveFloat = Field(
+        0.1, description="of form bounded: root mean square of the step from a sample's x0 to its target"
+    )
     gradient: Literal["last", "random", "low_variance"] = Field(
         "last", description="through the last steps (DRaFT-K), one random late one (ReFL), re-noised copies (DRaFT-LV)"
     )
@@ -227,6 +235,12 @@ class Feedback(Tuning):
     def _sampler_has_those_steps(self):
         if self.num_grad_steps > self.sampling_steps:
             raise ValueError(f"num_grad_steps {self.num_grad_steps} is more than sampling_steps {self.sampling_steps}")
+        if self.form == "bounded" and self.gradient == "last" and self.num_grad_steps > 1:
+            raise ValueError(
+                "num_grad_steps: form bounded has the target of one step; take 1, or gradient: random for any late one"
+            )
+        if self.form != "bounded" and self.target_bound != type(self).model_fields["target_bound"].default:
+            raise ValueError("target_bound is of form bounded")
         if self.kl and self.gamma == 0.0:
             raise ValueError("kl needs gamma above 0: a deterministic step has no distribution; take anchor")
         if self.kl and self.sampling_steps < 2:

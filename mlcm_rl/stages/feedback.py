@@ -15,6 +15,7 @@ from ..preference.constraints import Constraints
 from ..preference.guard import HackingGuard
 from ..recipe import Distill, Feedback, Recipe
 from ..rewards import Combined, combine, refuse_without_gradient
+from ..training import autocast
 from ..training.loop import Runtime, rate_factor, set_rate
 from ..training.processes import on_rank_zero
 
@@ -109,8 +110,7 @@ def loss(
         with constraints.reference_drawing(start):
             constraints.add_reference(graded_sample(stage, student, start, last)[1], rewards, start, scores)
     x_t, x0, t, copies = graded_sample(stage, student, start, last)
-    images = student.base.autoencoder.decode(x0, student.small_decoder)
-    value = reward_loss(stage, rewards, constraints, images, start, copies, scores)
+    value = reward_loss(stage, student, rewards, constraints, x0, start, scores)
     conditioning = start.repeated(copies)
     if stage.anchor:
         reference = student.reference_x0(x_t.detach(), t, torch.zeros_like(t), conditioning)
@@ -153,6 +153,29 @@ def graded_sample(
 
 
 def reward_loss(
+    stage: Feedback,
+    student: tuning.TunableStudent,
+    rewards: Combined,
+    constraints: Constraints,
+    x0: Tensor,
+    start: tuning.Start,
+    scores: tuning.Scores,
+) -> Tensor:
+    """Return the loss (n B,) on the rewards of samples `x0` (n B, C, H, W), n of each prompt, in the stage's form."""
+    copies = len(x0) // len(start.prompts)
+    if stage.form == "direct":
+        images = student.base.autoencoder.decode(x0, student.small_decoder)
+        return lagrangian(stage, rewards, constraints, images, start, copies, scores)
+    # the gradient at the sample alone, as the direction to a target
+    sample = x0.detach().requires_grad_()
+    images = student.base.autoencoder.decode(sample, student.small_decoder)
+    value = lagrangian(stage, rewards, constraints, images, start, copies, scores)
+    with autocast.own(student.base.device):
+        (gradient,) = torch.autograd.grad(value.sum(), sample)
+    return consistency.squared_l2(x0, feedback.bounded_target(x0, -gradient, stage.target_bound))
+
+
+def lagrangian(
     stage: Feedback,
     rewards: Combined,
     constraints: Constraints,

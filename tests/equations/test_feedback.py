@@ -3,7 +3,16 @@ import torch
 from torch.autograd import gradcheck
 from torch.distributions import Normal, kl_divergence
 
-from mlcm_rl.equations.feedback import hinge, mps_hinge, negative, random_late_step, renoised_copies, step_kl
+from mlcm_rl.equations.consistency import squared_l2
+from mlcm_rl.equations.feedback import (
+    bounded_target,
+    hinge,
+    mps_hinge,
+    negative,
+    random_late_step,
+    renoised_copies,
+    step_kl,
+)
 from mlcm_rl.equations.policy import step_gaussian
 from mlcm_rl.equations.schedule import Schedule, flow_schedule, scaled_linear_betas, snr, vp_schedule
 
@@ -42,6 +51,32 @@ def test_a_satisfied_hinge_asks_for_nothing():
 
 
 # --- which steps carry gradient ----------------------------------------------------------------------------------
+
+
+def test_bounded_targets_by_hand():
+    x0, gradient = (
+        torch.tensor([[1.0, 2.0], [0.0, 0.0], [5.0, 5.0]]),
+        torch.tensor([[3.0, 4.0], [-0.1, 0.1], [0.0, 0.0]]),
+    )
+    target = bounded_target(x0.requires_grad_(), gradient, bound=0.5)
+    size = (12.5) ** 0.5  # the root mean square of 3 and 4
+    expected = [[1.0 + 1.5 / size, 2.0 + 2.0 / size], [-0.5, 0.5], [5.0, 5.0]]
+    torch.testing.assert_close(target, torch.tensor(expected))
+    assert not target.requires_grad
+
+
+def test_a_bounded_step_and_an_anchor_end_at_their_ratio_from_the_reference():
+    """Of a linear reward, however steep: 2 bound g / rms(g) = 2 weight (x0 - reference)."""
+    slope, reference, weight, bound = torch.tensor([[30.0, -40.0]]), torch.tensor([[1.0, 1.0]]), 2.0, 0.3
+    x0 = reference.clone()
+    for _ in range(200):
+        x0.requires_grad_()
+        loss = squared_l2(x0, bounded_target(x0, slope, bound)) + weight * squared_l2(x0, reference)
+        (gradient,) = torch.autograd.grad(loss.sum(), x0)
+        x0 = (x0 - 0.1 * gradient).detach()
+    distance = x0 - reference
+    assert distance.square().mean().sqrt().item() == pytest.approx(bound / weight, rel=1e-4)
+    assert torch.cosine_similarity(distance, slope).item() == pytest.approx(1.0, abs=1e-6)
 
 
 def test_random_late_steps_are_even_and_the_seeds():

@@ -44,6 +44,8 @@ MPS = {"shape": "mps_hinge", "rewards": [{"name": "mps"}]}
             {"rewards": ["brightness", {"name": "sharpness", "max_drop": 0.1, "weight": 2.0}]},
             "weight has no meaning beside max_drop",
         ),
+        ("feedback", {"form": "bounded", "num_grad_steps": 2}, "num_grad_steps: form bounded has the target of one"),
+        ("feedback", {"target_bound": 0.2}, "target_bound is of form bounded"),
         ("feedback", {"multiplier_rate": 0.2}, "multiplier_rate is of rewards with max_drop"),
         (
             "dpo",

@@ -46,7 +46,7 @@ def test_in_tiles_that_hold_the_picture_a_step_is_the_same_to_the_bit_and_in_sma
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("variant", ["feedback", "feedback-all-steps"])
+@pytest.mark.parametrize("variant", ["feedback", "feedback-all-steps", "feedback-bounded"])
 def test_the_reward_rises(distilled, tmp_path, variant):
     settings = {"num_steps": 15, "learning_rate": 1e-2, "shape": "negative", "threshold": 0.0}
     folder = tune(distilled, tmp_path, variant, **settings, **AT_THE_END)
@@ -71,8 +71,26 @@ def test_the_papers_hinge_by_hand(distilled, monkeypatch):
     begun = tuning.start(student.base, texts, [generator(i) for i in range(3)])
     assert begun.next_prompts == ["a dog", "红苹果", "a cat"]
     constraints = Constraints(stage, student, {})
-    losses = feedback.reward_loss(stage, rewards, constraints, torch.zeros(3, 3, 16, 16), begun, 1, tuning.Scores())
+    losses = feedback.lagrangian(stage, rewards, constraints, torch.zeros(3, 3, 16, 16), begun, 1, tuning.Scores())
     assert losses.tolist() == [6.0 + 20.0, 0.0 + 0.0, 19.0 + 10.0]
+
+
+def test_the_gradient_of_a_bounded_target_is_the_rewards_own_of_one_size_in_every_sample(distilled, monkeypatch):
+    """-2 bound g / rms(g) / d by x0: along the direct form's gradient, with samples of all slopes alike."""
+    student = student_of(distilled)
+    prompts = tuning.Prompts(runs.tuning("feedback", distilled[0].stages[0].prompts), student.base, 0)
+    begun = tuning.start(student.base, prompts.draw(0, 2), [generator(0), generator(1)])
+    x0 = torch.randn(2, *student.base.latent_shape, generator=generator(2)).requires_grad_()
+    gradients = {}
+    for form in ("direct", "bounded"):
+        stage = runs.tuning("feedback", "unused", form=form)
+        rewards = combine(stage.rewards, "cpu", normalise=False)
+        constraints = Constraints(stage, student, {})
+        losses = feedback.reward_loss(stage, student, rewards, constraints, x0, begun, tuning.Scores())
+        (gradients[form],) = torch.autograd.grad(losses.sum(), x0)
+    direct, bounded = (gradients[form].flatten(1) for form in ("direct", "bounded"))
+    assert bounded.square().mean(1).sqrt().tolist() == pytest.approx([2 * 0.1 / direct.shape[1]] * 2, rel=1e-4)
+    assert torch.cosine_similarity(direct, bounded).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
 
 
 def test_an_irrelevant_prompt_is_the_next_one_of_another_text():

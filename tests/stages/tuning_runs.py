@@ -23,6 +23,7 @@ VARIANTS = {
     "feedback-refl": {"gradient": "random", "num_grad_steps": 2, "gamma": 1.0, "kl": 0.5},
     "feedback-low-variance": {"gradient": "low_variance", "anchor": 0.5, "shape": "hinge", "threshold": 2.0},
     "feedback-consistency": {"consistency": 0.5},
+    "feedback-bounded": {"form": "bounded", "gradient": "random", "num_grad_steps": 2},
     "feedback-constraint": {"rewards": CONSTRAINED, "gradient": "low_variance", "multiplier_rate": 5.0},
     "dpo": {},
     "dpo-ipo": {"form": "diffusion_dpo", "loss_type": "ipo", "space": "x0"},
