@@ -465,6 +465,30 @@ def test_the_papers_recipes_run_end_to_end_on_a_tiny_checkpoint(name, prediction
     assert [(one["stage"], one["phase"], one["num_segments"]) for one in curves] == [*of_first, (2, 0, 1)]
 
 
+@pytest.mark.slow
+def test_logcds_recipe_runs_end_to_end_on_a_tiny_checkpoint(tmp_path):
+    """As shipped, in bfloat16 and recomputed, but for what size forces; both terms are in its second stage's log."""
+    small = [
+        f"teacher.path={tiny.sdxl(tmp_path / 'teacher')}",
+        f"runs={tmp_path / 'runs'}",
+        "device=cpu",
+        "samples.prompts=[]",
+        "stages.0.num_trajectories=4",
+        "stages.0.num_held_out=2",
+        "stages.0.solver_steps=8",
+        *(f"stages.{i}.{setting}" for i in (1, 2) for setting in ("num_steps=1", "log_every=1", "batch_size=2")),
+        *(f"stages.{i}.gradient_accumulation=2" for i in (1, 2)),
+        "stages.3.num_prompts=2",
+        "stages.3.sampling_steps=[2]",
+        "stages.3.teacher_steps=[2]",
+    ]
+    stages = pipeline.run(load(Path("recipes") / "sdxl_logcd.yaml", small))
+    assert all(stage.done for stage in pipeline.plan(load(Path("recipes") / "sdxl_logcd.yaml", small)))
+    (record,) = [json.loads(line) for line in (stages[2].folder / "log.jsonl").read_text().splitlines()]
+    assert {"distance", "matching", "adversarial", "fake_loss", "heads_loss"} < record.keys()
+    assert students.describe(stages[2].folder / "student")["num_segments"] == 1
+
+
 @pytest.mark.parametrize("name", ["sdxl_mlcm", "sd15_mlcm"])
 def test_the_recommended_recipes_run_end_to_end_on_a_tiny_checkpoint(name, tmp_path):
     """As shipped but for what size forces, and of the form that a bare `distill` has."""
