@@ -10,6 +10,7 @@ from .adapt_text import AdaptText
 from .control import TrainControl
 from .distill import Distill
 from .evaluation import Evaluate
+from .perceptual import TrainPerceptual
 from .preference import Dpo, Feedback, Policy, TrainReward, Tuning
 from .stage import OneStage
 from .start import PREVIOUS, Start, stage_of
@@ -29,6 +30,7 @@ Stage = Annotated[
     TrainTeacher
     | AdaptText
     | TrainControl
+    | TrainPerceptual
     | TrainReward
     | Trajectories
     | Distill

@@ -132,7 +132,7 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
             elif (path := settings[name]) is not None:
                 is_table = name == "pairs" and Path(path).suffix == ".parquet"
                 yield from missing.absent(
-                    ("stages", i, name), path, folders, holding=None if is_table else mark.holding
+                    ("stages", i, name), path, folders, holding=None if is_table else mark.held_by(path)
                 )
         for name in ("prompts", "guard_prompts"):
             path, entry = settings.get(name), ("stages", i, name)

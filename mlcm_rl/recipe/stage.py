@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from .takes import Networks, Pass, Values
+from .takes import LpipsSizes, Networks, Pass, Values
 from .types import Decay, Full, Lora, NonNegativeFloat, PositiveInt, Reward, Strict, presentation
 
 if TYPE_CHECKING:
@@ -78,6 +78,11 @@ class OneStage(Strict):
     def num_stored(self) -> int:
         """Number of trajectories that it stores."""
         return 0
+
+    @property
+    def lpips_sizes(self) -> LpipsSizes | None:
+        """The latent LPIPS that it trains, None where it trains none."""
+        return None
 
     def states_read(self, earlier: Sequence["OneStage"]) -> States | None:
         """Return which states of stored trajectories it reads, None where it reads none.
