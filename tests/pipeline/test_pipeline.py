@@ -572,9 +572,9 @@ def test_networks_that_do_not_fit_are_refused_before_anything_is_loaded(tmp_path
     given = {"controls": [f"{tmp_path / 'control'}:0.8"], "control_images": [tmp_path / "edges.png"]}
     inputs = sample_inputs.of_command(**given, takes_edges=True)
     assert inputs.controls[0].weight == 0.8
-    sample_inputs.refuse(inputs, "sd")
+    sample_inputs.read(inputs, "sd")
     with pytest.raises(BadArgument, match=r"--control: .* is a ControlNetModel, and .*flux takes none"):
-        sample_inputs.refuse(inputs, "flux")
+        sample_inputs.read(inputs, "flux")
     with pytest.raises(BadArgument, match="1 networks, and 0 --control-image: give each network one"):
         sample_inputs.of_command(controls=given["controls"])
     with pytest.raises(BadArgument, match="--edges: it needs --control"):
@@ -583,6 +583,6 @@ def test_networks_that_do_not_fit_are_refused_before_anything_is_loaded(tmp_path
         sample_inputs.of_command(ip_adapter=str(tmp_path / "control"))
     adapted = sample_inputs.of_command(ip_adapter=str(tmp_path / "control"), ip_image=tmp_path / "edges.png")
     with pytest.raises(BadArgument, match="--ip-adapter: a teacher of family sana takes no IP-Adapter"):
-        sample_inputs.refuse(adapted, "sana")
+        sample_inputs.read(adapted, "sana")
     assert "control" in inputs.record()
     assert "ip_image" in adapted.record()
