@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from ..storage.files import CheckpointError
 from . import (
     errors,
+    lpips_problems,
     missing,
     prompt_languages,
     renamed,
@@ -105,6 +106,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
     return [
         *teacher_problems.problems(recipe, folders),
         *_file_problems(recipe, folders),
+        *lpips_problems.problems(recipe, folders),
         *_runs_problems(recipe, folders),
         *(Problem(("trackers", i), message) for i, message in missing_trackers(recipe)),
         *_order_problems(recipe),
