@@ -10,10 +10,11 @@ from .adapt_text import AdaptText
 from .control import TrainControl
 from .distill import Distill
 from .evaluation import Evaluate
-from .preference import Dpo, Feedback, Policy, TrainReward, Tuning
+from .preference import Dpo, Feedback, Policy, Tuning
 from .stage import OneStage
 from .start import PREVIOUS, Start, stage_of
 from .teacher_stages import TrainTeacher, Trajectories
+from .train_reward import TrainReward
 from .types import (
     Samples,
     Strict,
