@@ -304,3 +304,15 @@ def test_terms_add_their_own_networks_and_no_second_set_of_the_teachers_weights(
     assert 0 < size < without.gradients
     assert opposed.optimiser - without.optimiser == 2 * size
     assert opposed.activations > without.activations  # the teacher's, through which the student's gradient comes
+
+
+def test_a_surrogate_adds_its_heads_and_takes_the_gradient_out_of_the_decoder(tiny_sdxl):
+    settings = {"batch_size": 4, "guard": {"rewards": ["colourfulness"], "num_prompts": 2}}
+    direct = of(runs.tuning("feedback", "prompts.txt", **settings), tiny_sdxl)
+    surrogate = {"num_generations": 2, "width": 4}
+    learned = of(runs.tuning("feedback", "prompts.txt", surrogate=surrogate, **settings), tiny_sdxl)
+    size = learned.parameters - direct.parameters
+    assert size > 0
+    assert learned.optimiser - direct.optimiser == 2 * size
+    assert learned.gradients == direct.gradients
+    assert learned.activations != direct.activations
