@@ -18,14 +18,19 @@ def existing_run(path: Path) -> Path:
         return path
     if path.is_file():
         raise typer.BadParameter(
-            f"{path} is a file: a recipe of one stage `start`, with its path and its teacher, makes a run of it "
-            "(docs/start_from.md)"
+            f"{path} is a file: `mlcm sample` draws with it; a recipe of one stage `start`, with its path and its "
+            "teacher, makes a run of it (docs/start_from.md)"
         )
     beside = [folder for parent in (path.parent, Path("runs")) if parent.is_dir() for folder in parent.iterdir()]
     names = {folder.name: str(folder) for folder in beside if folder.is_dir() and folder.name not in RESERVED}
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or sorted(names)[:3]
     suggestion = f"the nearest are {', '.join(names[name] for name in near)}" if near else "there are no runs yet"
     raise typer.BadParameter(f"no folder {path}: {suggestion}")
+
+
+def existing_student(path: Path) -> Path:
+    """Return the file of a student, or the folder `path`. Raise BadParameter as `existing_run`."""
+    return path if path.is_file() else existing_run(path)
 
 
 def existing_runs(path: Path) -> Path:

@@ -19,7 +19,7 @@ def gallery(
             metavar="RUN...",
             callback=lambda paths: [existing_run(path) for path in paths],
             show_default=False,
-            help="runs/<recipe>, whose last evaluation is taken, or the folder of an evaluation",
+            help="runs/<recipe>, whose last evaluation is taken, the folder of an evaluation, or one of `mlcm sample`",
         ),
     ],
     out: Annotated[

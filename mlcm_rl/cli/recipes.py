@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..cost.gpus import DEVICES, THIS, kind_for
+from ..cost.units import counted
 from ..recipe import Recipe, shipped
 from ..recipe.file import load
 from ..recipe.schema import json_schema
@@ -111,7 +112,11 @@ def run(
         "pipeline", interrupted="Interrupted. The same command takes the run up where it was saved."
     ) as pipeline:
         finished = pipeline.run(loaded, skip_damaged)
-    line(Text.assemble(("done", "green"), f"  {len(finished)} stages in {Path(loaded.runs) / loaded.name}"))
+    folder = Path(loaded.runs) / loaded.name
+    line(Text.assemble(("done", "green"), f"  {counted(len(finished), 'stage')} in {folder}"))
+    reports = [i for i, stage in enumerate(loaded.stages) if stage.kind == "evaluate"]
+    for i in reports[-1:]:
+        line(Text(f"report  {folder / f'{i:02d}-evaluate' / 'report.html'}"))
 
 
 def validate(

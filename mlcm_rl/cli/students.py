@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from ..cost.units import in_words
 from . import reward_commands
 from .console import imported, line
-from .folders import existing_run, label_page
+from .folders import existing_run, existing_student, label_page
 
 RunFolder = Annotated[
     Path,
@@ -18,8 +19,50 @@ RunFolder = Annotated[
 ]
 
 
+class DeviceKind(StrEnum):
+    """Where a command can compute."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+    MPS = "mps"
+
+
+DeviceOption = Annotated[
+    DeviceKind | None, typer.Option("--device", show_default=False, help="where it computes; default: as the recipe")
+]
+
+TextAdapter = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        file_okay=False,
+        show_default=False,
+        help="folder that an adapt_text stage left, through which prompts in its languages go",
+    ),
+]
+Strength = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        show_default=False,
+        help="how much of the picture is drawn anew: all steps are over this share of the time axis; "
+        "default: 0.5, with --mask 1",
+    ),
+]
+
+
 def sample(
-    run: RunFolder,
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            callback=existing_student,
+            show_default=False,
+            help="runs/<recipe>, a stage's folder, or with --teacher a student's .safetensors file or folder",
+        ),
+    ],
     out: Annotated[Path, typer.Option(file_okay=False, help="folder for the pictures", show_default=False)],
     prompt: Annotated[list[str] | None, typer.Option(help="what to draw; may be repeated", show_default=False)] = None,
     prompts: Annotated[
@@ -36,28 +79,34 @@ def sample(
         typer.Option(min=0, max=1, help="noise put back between steps: 0 none, 1 all; default: what suits the student"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures drawn at once")] = 16,
-    text_adapter: Annotated[
+    device: DeviceOption = None,
+    teacher: Annotated[
         Path | None,
         typer.Option(
             exists=True,
             file_okay=False,
             show_default=False,
-            help="folder that an adapt_text stage left, through which prompts in its languages go",
+            help="for a student of no run, as LCM-LoRA's file: the folder in diffusers' format that it goes over",
         ),
     ] = None,
+    family: Annotated[
+        str | None, typer.Option(show_default=False, help="of --teacher; default: the one that loads its pipeline")
+    ] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False,
+            help="with --teacher: times of its steps, lcm, trailing, milestones or a list as 999,759,499,259",
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(show_default=False, help="with --teacher: of a LoRA file that states none")
+    ] = None,
+    text_adapter: TextAdapter = None,
     image: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, show_default=False, help="picture to start from")
     ] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            show_default=False,
-            help="how much of the picture is drawn anew: all steps are over this share of the time axis; "
-            "default: 0.5, with --mask 1",
-        ),
-    ] = None,
+    strength: Strength = None,
     mask: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, show_default=False, help="white where --image is drawn anew"),
@@ -89,7 +138,7 @@ def sample(
         Path | None, typer.Option(exists=True, dir_okay=False, show_default=False, help="what it attends to")
     ] = None,
 ) -> None:
-    """Draw pictures with a run's student, and a sheet of them where they are several.
+    """Draw pictures with a run's student, or with one of no run, and a labelled sheet of them where they are several.
 
     A picture, a mask, style LoRAs, control networks and an IP-Adapter may join the prompt, at any number of steps.
 
@@ -97,13 +146,21 @@ def sample(
     """
     if not prompt and not prompts:
         raise typer.BadParameter("name what to draw: --prompt TEXT, or --prompts FILE", param_hint="--prompt")
+    if teacher is None:
+        for name, value in (("--family", family), ("--grid", grid), ("--alpha", alpha)):
+            if value is not None:
+                raise typer.BadParameter(f"{name} goes with --teacher: a run states its own")
+        if run.is_file():
+            message = f"{run} is a student of no run: name the folder of its teacher, in diffusers' format"
+            raise typer.BadParameter(message, param_hint="--teacher")
     with imported("pipeline.finished_runs") as finished_runs:
+        over = teacher and finished_runs.lone_student.Over(teacher, family, grid, gamma, alpha)
         texts = [*(prompt or []), *(finished_runs.prompts_of(prompts) if prompts else [])]
         inputs = finished_runs.sample_inputs.of_command(
             image, strength, mask, lora or [], control or [], control_image or [], edges, ip_adapter, ip_image
         )
         pictures = finished_runs.sample(
-            run, texts, steps, seed, gamma, out, batch_size, images_per_prompt, text_adapter, inputs
+            run, texts, steps, seed, gamma, out, batch_size, images_per_prompt, text_adapter, inputs, device, over
         )
     for picture in pictures:
         line(Text(str(picture)))
@@ -173,11 +230,12 @@ def evaluate(
         list[int] | None, typer.Option(min=1, max=8, help="sampling steps; may be repeated", show_default=False)
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(min=1, help="prompts to draw", show_default=False)] = None,
+    device: DeviceOption = None,
 ) -> None:
     """Measure a run's student beside its teacher and write the report."""
     with imported("pipeline.finished_runs") as finished_runs:
-        report = finished_runs.evaluate(run, num_prompts, steps or None)
-    line(Text(str(report)))
+        report = finished_runs.evaluate(run, num_prompts, steps or None, device)
+    line(Text(str(report / "report.html")))
 
 
 class Format(StrEnum):
@@ -216,7 +274,7 @@ def export(
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="let everyone see it; default: private")] = False,
 ) -> None:
-    """Write a run's student for diffusers, or as files for ComfyUI, kohya's tools or PEFT.
+    """Write a run's student for diffusers, or as files for ComfyUI, kohya's tools or PEFT, and list what was written.
 
     For diffusers it is a folder that opens without this package. A student told the time it jumps to has its pipeline's
     class there: open it with trust_remote_code=True. For stock pipelines (image to image, ControlNet), and for other
@@ -230,6 +288,8 @@ def export(
     with imported("pipeline.finished_runs") as finished_runs:
         folder = finished_runs.export(run, out, chosen, dtype and dtype.value, merge, push)
         line(Text(str(folder)))
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            line(Text(f"  {file.relative_to(folder)}  {in_words(file.stat().st_size)}", "dim"))
         if push is not None:
             line(Text(finished_runs.push(folder, push, public)))
 

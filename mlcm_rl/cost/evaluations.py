@@ -21,8 +21,8 @@ def whole_evaluations(passes: list[Pass]) -> int:
 
 
 def evaluations_of(passes: Iterable[Pass]) -> float:
-    """Return the network evaluations of `passes`."""
-    return sum(one.samples * one.evaluations for one in passes)
+    """Return the network evaluations of `passes`. Those of a distance are of another network, or of a few blocks."""
+    return sum(one.samples * one.evaluations for one in passes if one.role not in ("lpips", "features"))
 
 
 def has_gradients(stage: Stage, recipe: Recipe) -> bool:

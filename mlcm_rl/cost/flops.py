@@ -119,6 +119,8 @@ def kind_of(one: Pass) -> str:
     Those of the target and of the reference are the student's. Networks beside it, and what the student learns from
     them, have kinds of their own.
     """
+    if one.role in ("lpips", "features"):
+        return one.role
     if one.role in ("fake", "heads"):
         return f"trained {one.role}" if one.beside else one.role
     return "teacher" if one.role == "teacher" else "trained" if one.gradient else "student"
@@ -136,6 +138,8 @@ def _evaluation(kind: str, with_keys: bool, roles: Roles) -> Operations:
         "teacher": torch.no_grad()(lambda: roles.teacher_x0(1, 1.0)),
         "student": torch.no_grad()(lambda: roles.x0(1)),
         "trained": lambda: roles.x0(1).sum().backward(),
+        "lpips": lambda: roles.distance("lpips", 1).sum().backward(),
+        "features": lambda: roles.distance("features", 1).sum().backward(),
         "fake": torch.no_grad()(lambda: roles.fake_x0(1)),
         "trained fake": lambda: roles.fake_loss(1).backward(),
         "heads": lambda: roles.passing_for_real(1).backward(),
@@ -175,8 +179,10 @@ def _graded(roles: Roles, rewards: list[Reward]) -> None:
 def _precision(kind: str, in_step: bool, stage: Stage, recipe: Recipe, distilled: Lora | Full) -> str:
     """Return the precision of a `kind` of pass: autocast's inside a student's step, else that of the weights."""
     has_autocast = isinstance(stage, Training) and stage.precision == "bf16"
-    if kind in ("teacher", "heads", "trained heads"):
+    if kind in ("teacher", "features", "heads", "trained heads"):
         return recipe.teacher.dtype
+    if kind == "lpips":
+        return "float32"
     if has_autocast and in_step:
         return "bfloat16"
     if kind in ("fake", "trained fake"):

@@ -6,7 +6,8 @@ in another way: attention in one kernel, and autocast, which the meta device doe
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,17 +95,29 @@ class Kernels(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def checkpointed(self, module: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Return `module` of its arguments, computed again in the backward pass by these kernels."""
-        return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self), **kwargs)
+        """Return `module` of its arguments, computed again in the backward pass by these kernels.
+
+        It is then under autocast if it is now.
+        """
+        again = partial(self._again, self.autocast)
+        return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()), **kwargs)
 
     @contextmanager
-    def own_precision(self) -> Iterator[None]:
-        """Turn autocast off inside, as for a teacher or a reward."""
-        before, self.autocast = self.autocast, False
+    def _again(self, autocast: bool) -> Iterator[None]:
+        with self._under(autocast), self:
+            yield
+
+    @contextmanager
+    def _under(self, autocast: bool) -> Iterator[None]:
+        before, self.autocast = self.autocast, autocast
         try:
             yield
         finally:
             self.autocast = before
+
+    def own_precision(self) -> AbstractContextManager[None]:
+        """Return a block without autocast, as for a teacher or a reward."""
+        return self._under(False)
 
     def forget_copies(self) -> None:
         """Clear autocast's cache, as where trained weights change places."""

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import control, heads, students, teachers, text_adapter
+from ..models import control, heads, lpips, students, teachers, text_adapter
 from ..models.base import Base
 from ..models.text_adapter import TextAdapter
 from ..preference import tuning
 from ..recipe import Full, Lora, Recipe, Stage, Training, Tuning
-from ..recipe.takes import Networks, TextNetwork
+from ..recipe.lpips_layout import new_layout
+from ..recipe.takes import LpipsSizes, Networks, TextNetwork
 from ..rewards import RewardError, RewardModel, build
 from ..rewards.weights import WeightsError
 from ..storage.files import read_json
@@ -199,6 +200,8 @@ def roles_of(
             network = control.new_control_net(base, seed=0)
         if isinstance(stage, Training) and stage.gradient_checkpointing:
             base.checkpoint_blocks(network, recompute)
+    own = [sizes for one in recipe.stages if (sizes := one.lpips_sizes) is not None]
+    compared = None if networks.lpips is None else _lpips(networks.lpips, own, base)
     roles = passes.Roles(
         base,
         student,
@@ -211,6 +214,9 @@ def roles_of(
         small,
         adapter,
         network,
+        compared,
+        networks.trains_lpips,
+        networks.feature_blocks,
         is_tuned=networks.preference is not None,
     )
     roles.beside.update(_beside(networks, stage, roles, recompute))
@@ -238,6 +244,14 @@ def _beside(
             if recomputes and networks.uses_teacher:
                 base.checkpoint_blocks(base.denoiser, recompute)
     return beside
+
+
+def _lpips(place: str, own: list[LpipsSizes], base: Base) -> lpips.LatentLpips:
+    """Return the latent LPIPS at `place`, or without it the last of those that the recipe trains."""
+    if place:
+        return lpips.skeleton(Path(place)).requires_grad_(False)
+    with torch.device("meta"):
+        return lpips.LatentLpips(new_layout(base.latent_shape[0], own[-1].widths, own[-1].depths))
 
 
 def _text_adapter(network: TextNetwork | None, base: Base, num_tokens: int) -> TextAdapter | None:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..equations.segments import sampling_times
-from ..models import sampler, students
+from ..models import perceptual, sampler, students
 from ..models.base import Base
 from ..models.conditioning import Conditioning
 from ..models.control import controlled
 from ..models.features import features
 from ..models.heads import frozen
+from ..models.lpips import LatentLpips
 from ..models.text_adapter import TextAdapter
 from ..recipe import Recipe, Reward, Stage
 from ..recipe.takes import Pass
@@ -42,13 +43,16 @@ class Roles:
     small_decoder: nn.Module | None = None  # decodes for the rewards trained on, where there is one
     text_adapter: TextAdapter | None = None  # trained in place of the student, whose conditioning it makes
     control_net: nn.Module | None = None  # trained in place of the student, on which it acts
+    lpips: LatentLpips | None = None  # compares latents, or is trained in place of the student
+    trains_lpips: bool = False
+    feature_blocks: tuple[int, ...] = ()  # of the teacher, which compares latents
     beside: dict[str, nn.Module] = field(default_factory=dict)  # trained beside the student, by role
     is_tuned: bool = False  # whether a preference adapter is trained, over a student that is the reference
 
     @property
     def trained(self) -> nn.Module:
         """The network that is trained, by a stage that trains one."""
-        return self.text_adapter or self.control_net or self.student
+        return (self.lpips if self.trains_lpips else None) or self.text_adapter or self.control_net or self.student
 
     def points(self, count: int) -> tuple[Tensor, Tensor, Conditioning]:
         """Return states (count, C, H, W), times (count,) and conditioning (count, ...)."""
@@ -92,6 +96,20 @@ class Roles:
         """Return the reference's x0 (count, C, H, W)."""
         with students.as_reference(self.student):
             return self.x0(count)
+
+    def distance(self, network: str, count: int) -> Tensor:
+        """Return the distances (count,) of latents by LPIPS or by the teacher's features, with their gradient."""
+        a, _, conditioning = self.points(count)
+        b = torch.empty_like(a)
+        if network == "features":
+            blocks, noise = self.feature_blocks, b[:1]
+            with self.own_precision():
+                return perceptual.teacher_distance(self.base, a.requires_grad_(), b, conditioning, noise, 0, blocks)
+        assert self.lpips is not None
+        with self.own_precision():
+            if self.trains_lpips:
+                return self.lpips(a, b)
+            return perceptual.lpips_distance(self.lpips, a.requires_grad_(), b)
 
     def fake_x0(self, count: int) -> Tensor:
         """Return the x0 (count, C, H, W) of the score of the student's samples."""
@@ -186,6 +204,9 @@ def _terms(stage: Stage, recipe: Recipe, roles: Roles, part: int) -> Iterator[Te
             continue
         if not one_pass.gradient:
             _without_gradient(one_pass, stage, recipe, roles)
+        elif one_pass.role in ("lpips", "features"):
+            times = int(one_pass.evaluations)
+            yield torch.stack([roles.distance(one_pass.role, one_pass.batch).mean() for _ in range(times)]).sum()
         elif one_pass.role == "heads":
             yield roles.passing_for_real(one_pass.batch)
         elif one_pass.viewer:

@@ -11,6 +11,8 @@ from ..recipe.languages import guess_language
 from ..storage.untrusted import Faults, brief, parse_json, read_bytes
 from .picture_files import picture_in, read_picture, square
 
+GENEVAL_KEYS = ("tag", "include", "exclude")  # of GenEval's prompt files, which geneval.py reads
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -30,7 +32,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """Return the prompts of a file, in its order: one a line (.txt), or one JSON object a line (.jsonl).
 
     A line of a .jsonl file is {"prompt": ..., "language": ..., "concept": ..., "style": ..., "parallel": ...}, all
-    but the first optional. A missing language is guessed from the script; empty lines are skipped.
+    but the first optional. A missing language is guessed from the script; empty lines are skipped, and so are the keys
+    of GenEval's tasks (geneval.py).
     Raise ValueError with file and line for what cannot be read, and for a file without prompts.
     """
     return [prompt for _, prompt in prompts_with_lines(path)]
@@ -185,6 +188,7 @@ def _is_object(text: str) -> bool:
 
 def _prompt(record: dict, where: str) -> Prompt:
     fields = ("prompt", "language", "concept", "style", "parallel")
+    record = {name: value for name, value in record.items() if name not in GENEVAL_KEYS}
     for name, value in record.items():
         if name not in fields:
             raise ValueError(f"{where}: unknown key {brief(name)}; a prompt has {', '.join(fields)}")

@@ -4,6 +4,7 @@ A source draws times and noise for a whole step (`draw`), then computes the stat
 a step is the same for every split into micro-batches.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -62,19 +63,28 @@ class Batch:
     sample: Tensor | None = None  # (B, C, H, W)
 
 
-def draw_target(t: Tensor, num_segments: int, any_milestone: bool, generator: torch.Generator) -> Tensor:
+def draw_target(t: Tensor, num_segments: Sequence[int], any_milestone: bool, generator: torch.Generator) -> Tensor:
     """Return s (B,): the start of t's segment or, for a conditioned student, any milestone from there to below t.
 
-    With fewer segments the range grows and still includes the targets of earlier phases, so that the student does not
-    forget them.
+    Each sample draws its K from `num_segments`, distinct, if there are several. With fewer segments the range of a
+    conditioned student grows and still includes the targets of earlier phases, so that it does not forget them.
     """
-    start = segment_start(t, num_segments)
+    start = segment_start(t, num_segments[0])
+    if len(num_segments) > 1:
+        starts = torch.stack([segment_start(t, k) for k in num_segments])
+        start = starts[torch.randint(len(num_segments), t.shape, generator=generator), torch.arange(len(t))]
     if not any_milestone:
         return start
     ends = milestones(NUM_SEGMENTS)
     first, last = torch.searchsorted(ends, start), torch.searchsorted(ends, t) - 1
     offset = (torch.rand(t.shape, generator=generator) * (last - first + 1)).long()
     return ends[first + offset]
+
+
+def drawn_segments(stage: Distill, num_segments: int) -> list[int]:
+    """Return the K, distinct, that samples of a phase of `num_segments` draw from: earlier ones by `keep_segments`."""
+    earlier = [k for k in stage.num_segments if k > num_segments] if stage.keep_segments else []
+    return list(dict.fromkeys([*earlier, num_segments]))
 
 
 class StoredStates:
@@ -109,7 +119,7 @@ class StoredStates:
             t, s = draw_jumps(self.stage.budgets, len(index), generator)
         else:
             t = self.times[torch.randint(len(self.times) - 1, index.shape, generator=generator)]
-            s = draw_target(t, num_segments, self.stage.condition_on_target, generator)
+            s = draw_target(t, drawn_segments(self.stage, num_segments), self.stage.condition_on_target, generator)
         next_point, last = self._positions(t) + 1, self._positions(s)
         skipped = (torch.rand(index.shape, generator=generator) * (last - next_point + 1)).long()
         r = self.times[next_point + skipped if pair == "random" else next_point]
@@ -263,7 +273,7 @@ def _draw_between_milestones(
 ) -> Draw:
     """Draw t uniformly from the times above 0, and r: `stage.skip` below t (or uniform from s to t), never below s."""
     t = torch.randint(1, base.schedule.num_times, index.shape, generator=generator)
-    s = draw_target(t, num_segments, stage.condition_on_target, generator)
+    s = draw_target(t, drawn_segments(stage, num_segments), stage.condition_on_target, generator)
     below = s + (torch.rand(index.shape, generator=generator) * (t - s)).long()
     r = below if pair == "random" else torch.maximum(t - stage.skip, s)
     noise = torch.randn(len(index), *base.latent_shape, generator=generator)

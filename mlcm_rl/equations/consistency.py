@@ -67,6 +67,40 @@ def loss_in_x0(
 LOSSES = {"z": loss_in_z, "x0": loss_in_x0}
 
 
+def weight_of_x0(t: Tensor, s: Tensor, schedule: Schedule) -> Tensor:
+    """(alpha_s - alpha_t sigma_s / sigma_t)^2 (B,): what a squared error of f is multiplied by in its jump to `s`.
+
+    g(x_t, t, s) is linear in f, and this is the square of its slope: with it the squared error of f against the x0
+    that leads to a target is that of g against the target.
+    """
+    ratio = schedule.sigma[s] / schedule.sigma[t]
+    return (schedule.alpha[s] - schedule.alpha[t] * ratio).square()
+
+
+def perceptual_loss_in_z(
+    x0: Tensor, x_t: Tensor, t: Tensor, target: Tensor, s: Tensor, schedule: Schedule, distance: Distance
+) -> Tensor:
+    """`weight_of_x0` distance(f, the x0 that leads to `target`) (B,), for a `distance` of clean latents; needs s < t.
+
+    g(x_t, t, s) has noise for s > 0, which a perceptual distance was not made for, and f has none. The weight is the
+    one with which a squared error would give `loss_in_z`: far jumps count as they do there.
+    """
+    return weight_of_x0(t, s, schedule) * distance(x0, inverse_ddim_step(x_t, target, t, s, schedule))
+
+
+def log_perceptual_loss(
+    x0: Tensor, x_t: Tensor, t: Tensor, target: Tensor, s: Tensor, schedule: Schedule, distance: Distance
+) -> Tensor:
+    """distance(f, the x0 that leads to `target`) (B,), for the logarithm of a distance of clean latents; needs s < t.
+
+    Under a logarithm a weight is an added constant without gradient, so that there is none.
+    """
+    return distance(x0, inverse_ddim_step(x_t, target, t, s, schedule))
+
+
+PERCEPTUAL_LOSSES = {"z": perceptual_loss_in_z, "x0": loss_in_x0}
+
+
 def inter_segment_target(x0_at_r: Tensor, x_r: Tensor, r: Tensor) -> Tensor:
     """The x0 (B, ...) of a state at milestone `r` (B,): f(x_r, r), and x_r itself at r = 0, where it is x0 already.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import rewards
+from ..data import geneval
 from ..data.picture_files import pictures_of, read_picture, square
 from ..data.prompts import Prompt
 from ..data.scenes import CANVAS, Request
@@ -21,16 +22,11 @@ from ..recipe import Evaluate
 from ..rewards.prompts import refuse_prompts
 from ..storage.hashing import sha256
 from ..storage.untrusted import Faults, brief
-from . import distribution, inception, metrics, scene_judge
+from . import detector, distribution, inception, metrics, scene_judge
 from . import judge as judges
 
-MANY_VALUED = (
-    "judge",
-    "right",
-    "scene",
-    "inception",
-    distribution.PATCH,
-)  # readings that are not one value of a picture
+# readings that are no metric themselves
+OTHERS = ("judge", "right", "scene", "inception", "geneval", distribution.PATCH)
 NUM_SUBSETS = 10  # parts of the prompts, for the standard error of KID
 
 
@@ -45,6 +41,7 @@ class Instruments:
     inception: metrics.InceptionDistances | None
     distribution: distribution.Distribution | None  # to the reference's pictures
     clip: metrics.ClipScore | None
+    geneval: detector.GenEval | None
     rewards: dict[str, rewards.Member]
     networks: dict[str, dict[str, Any]]  # the files of each network, for the report
     seed: int  # of the places of patches
@@ -69,6 +66,8 @@ class Instruments:
             readings[distribution.PATCH] = self.distribution.of_patches(crops).cpu()
         if self.clip is not None:
             readings["clip"] = self.clip(images, [prompt.prompt for prompt in prompts]).cpu()
+        if self.geneval is not None:
+            readings["geneval"] = self.geneval.read(images, [i for i, _ in samples])
         for name, reward in self.rewards.items():
             readings[f"reward/{name}"] = score(reward, images, prompts)
         return readings
@@ -95,7 +94,9 @@ class Instruments:
             values |= self.distribution.values(by_prompt, others)
             if images_per_prompt > 1:
                 values["diversity"] = metrics.diversity(by_prompt[self.distribution.reading])
-        return values | {name: by_prompt[name].mean(1) for name in readings if name not in MANY_VALUED}
+        if self.geneval is not None:
+            values |= self.geneval.metrics(by_prompt["geneval"])
+        return values | {name: by_prompt[name].mean(1) for name in readings if name not in OTHERS}
 
     def _judge_metrics(self, judge: judges.Judge, features: Tensor, num_subsets: int) -> dict[str, Tensor]:
         """Return KID, retrieval and diversity of the `features` (P, I, D) of the `judge`."""
@@ -139,14 +140,20 @@ def load(stage: Evaluate, prompts: list[Prompt], resolution: int, device: torch.
     if stage.clip is not None:
         clip = metrics.ClipScore(stage.clip, device)
         networks["clip"] = files_of(*sorted(Path(stage.clip).glob("*.safetensors")))
+    accuracy = None
+    if stage.detector is not None:
+        tasks = geneval.read_tasks(stage.prompts, len(prompts))
+        finder = detector.Detector(stage.detector, {name for task in tasks for name in task.names}, device)
+        accuracy = detector.GenEval(finder, clip, tasks, stage.confidences, stage.prompts)
+        networks["detector"] = files_of(*sorted(Path(stage.detector).glob("*.safetensors")))
     members = {}
     for reward in stage.reward_models:
         model = rewards.build(reward, device)
         members[reward.name] = rewards.Member(reward.name, model, chunk_size=reward.chunk_size)
     for name, member in members.items():
         refuse_prompts(member.model, name, prompts, stage.prompts, may_skip=True)
-    to_teacher = to_teacher_by(judge, reader, distances) if stage.distribution else None
-    return Instruments(judge, concepts, reader, requests, distances, to_teacher, clip, members, networks, seed)
+    sees = to_teacher_by(judge, reader, distances) if stage.distribution else None
+    return Instruments(judge, concepts, reader, requests, distances, sees, clip, accuracy, members, networks, seed)
 
 
 def to_teacher_by(

@@ -6,13 +6,13 @@ paired differences are over the rest. Letters: P prompts, I pictures of each, D 
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import BatchEncoding, CLIPModel, CLIPTokenizer
 
 from ..equations.statistics import jackknife_values
 from .inception import InceptionV3
@@ -215,10 +215,26 @@ class ClipScore:
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Return 100 max(cos, 0) of picture and prompt (B,) float32, for `images` (B, 3, H, W) in [0, 1]."""
-        tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(images.device)
+        tokens = self._tokens(prompts)
         output = self.model(pixel_values=self._prepared(images), **tokens)
         cosine = F.cosine_similarity(output.image_embeds.float(), output.text_embeds.float())
         return 100.0 * cosine.clamp(min=0.0)
+
+    @torch.no_grad()
+    def text_features(self, texts: list[str]) -> Tensor:
+        """Return unit features (B, D) float32 of `texts`."""
+        pooled = self.model.text_model(**self._tokens(texts)).pooler_output
+        return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
+
+    @torch.no_grad()
+    def image_features(self, images: Sequence[Tensor]) -> Tensor:
+        """Return unit features (B, D) float32 of B pictures (1, 3, H, W) in [0, 1] of any sizes."""
+        prepared = torch.cat([self._prepared(image) for image in images])
+        pooled = self.model.vision_model(pixel_values=prepared).pooler_output
+        return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+
+    def _tokens(self, texts: list[str]) -> BatchEncoding:
+        return self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.mean.device)
 
     def _prepared(self, images: Tensor) -> Tensor:
         scale = self.size / min(images.shape[-2:])

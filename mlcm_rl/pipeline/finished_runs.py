@@ -1,7 +1,9 @@
 """Commands on a finished run: pictures, pair tables, a report, a folder to publish."""
 
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,8 +11,9 @@ from pydantic import ValidationError
 from rich.progress import track
 from torch import Tensor
 
+from ..cost.units import counted
 from ..data.prompts import first_prompts, read_prompts
-from ..models import hub, pictures, students, teachers
+from ..models import hub, labelled_sheet, pictures, students, teachers
 from ..models.base import Base
 from ..models.client_export import export_as
 from ..models.composition import Composition
@@ -24,15 +27,16 @@ from ..recipe.experiment import STUDENTS
 from ..report import assembly, tables, tuned_students
 from ..rewards import build
 from ..rewards.prompts import refuse_prompts
-from ..storage.files import CheckpointError, read_json
+from ..storage.files import PARTIAL, CheckpointError, read_json
 from ..storage.hashing import sha256
+from ..storage.lock import folder_lock
 from ..storage.manifest import is_finished, verify
 from ..storage.untrusted import is_unicode, path_inside
 from ..training.console import plain_console
 from ..training.devices import device_of
 from ..training.progress import tell
 from ..training.seeding import generator
-from . import sample_inputs
+from . import lone_student, sample_inputs
 from .errors import BadArgument, RunError, prefix_errors
 from .fingerprint import Located, locate
 from .running import run_stage, sweep_locked
@@ -79,48 +83,81 @@ def sample(
     images_per_prompt: int = 1,
     text_adapter: Path | None = None,
     inputs: sample_inputs.Inputs = sample_inputs.Inputs(),
+    device: str | None = None,
+    over: lone_student.Over | None = None,
 ) -> list[Path]:
     """Write pictures of `prompts` by a run's last student as PNG files in `out`, `batch_size` at a time; return paths.
 
     Every prompt has `images_per_prompt` pictures at each number of steps; the noise of the i-th of a number of steps
     depends on (seed, i) alone. More than one picture are on a sheet too, whose path is the last: a row for each noise,
-    a column for each number of steps. Files are numbered after those in `out`. The default `gamma` is the one that the
-    student was tuned under, or its own. Prompts in the languages of a `text_adapter` go through it. With `inputs` the
-    steps are over what their strength leaves of the time axis, as many as without.
+    a column for each number of steps. Files are numbered after those in `out`, whoever writes there at the same time.
+    The default `gamma` is the one that the student was tuned under, or its own. Prompts in the languages of a
+    `text_adapter` go through it. With `inputs` the steps are over what their strength leaves of the time axis, as many
+    as without. `device` takes the place of the recipe's. With `over` the student is a file or a folder of no run.
     """
     if not all(map(is_unicode, prompts)):
         raise BadArgument("--prompt: holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
-    folder = find_stage(run_folder, STUDENTS)
-    sample_inputs.refuse(inputs, recipe_of(folder).teacher.family)
-    base = teacher_of(folder, text_adapter=text_adapter)
-    tell_truncated(base, prompts, "the prompts")
-    student = students.load_student(base, folder / "student")
-    gamma = own_gamma(folder / "student") if gamma is None else gamma
-    times_by_steps = {steps: student.grid.times(steps, inputs.strength) for steps in dict.fromkeys(num_steps)}
-    composition = sample_inputs.compose(base, student, inputs)
+    with _student_of(run_folder, device, text_adapter, inputs, over) as (base, folder, name):
+        tell_truncated(base, prompts, "the prompts")
+        student = students.load_student(base, folder / "student")
+        gamma = own_gamma(folder / "student") if gamma is None else gamma
+        times_by_steps = {steps: student.grid.times(steps, inputs.strength) for steps in dict.fromkeys(num_steps)}
+        composition = sample_inputs.compose(base, student, inputs)
+        for steps in times_by_steps:
+            tell_unlike(student, folder, steps)
     drawn = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    common = {"seed": seed, "gamma": gamma, "student": folder.name, **inputs.record()}
+    common = {"seed": seed, "gamma": gamma, "student": name, **inputs.record()}
     common |= {"text_adapter": str(text_adapter)} if text_adapter else {}
-    first, files, columns = _next_number(out), [], []
+    files, columns = [], []
     terminal = plain_console(stderr=True)  # standard output has the paths alone
-    for steps, times in times_by_steps.items():
-        tell_unlike(student, folder, steps)
-        column = []
-        for start in track(range(0, len(drawn), batch_size), f"{steps} steps", console=terminal, transient=True):
-            indices = range(start, min(start + batch_size, len(drawn)))
-            images = _sample(composition, student.conditioned, [drawn[i] for i in indices], seed, indices, times, gamma)
-            for i, image in zip(indices, map(pictures.to_pil, images), strict=True):
-                file = out / f"{first + i:03d}-seed{seed}-steps{steps}.png"
-                metadata = {"prompt": drawn[i], "number": i, "steps": steps, **common}
-                files.append(pictures.save_png(image, file, metadata))
-                column.append(image)
-        columns.append(column)
-    if len(files) > 1:
-        rows = [image for row in zip(*columns, strict=True) for image in row]
-        sheet = out / f"sheet-{first:03d}-seed{seed}.png"
-        metadata = {"prompts": "\n".join(drawn), "steps": " ".join(map(str, num_steps)), **common}
-        files.append(pictures.save_png(pictures.sheet(rows, len(columns)), sheet, metadata))
+    with _numbers(out, len(drawn)) as first:
+        for steps, times in times_by_steps.items():
+            column = []
+            for start in track(range(0, len(drawn), batch_size), f"{steps} steps", console=terminal, transient=True):
+                indices = range(start, min(start + batch_size, len(drawn)))
+                texts = [drawn[i] for i in indices]
+                images = _sample(composition, student.conditioned, texts, seed, indices, times, gamma)
+                for i, image in zip(indices, map(pictures.to_pil, images), strict=True):
+                    file = out / f"{first + i:03d}-seed{seed}-steps{steps}.png"
+                    metadata = {"prompt": drawn[i], "number": i, "steps": steps, **common}
+                    files.append(pictures.save_png(image, file, metadata))
+                    column.append(image)
+            columns.append(column)
+        if len(files) > 1:
+            labels = [f"{first + i:03d}  {prompt}" for i, prompt in enumerate(drawn)]
+            whole = labelled_sheet.labelled(
+                [image for row in zip(*columns, strict=True) for image in row],
+                labels,
+                [f"seed {seed}, {counted(steps, 'step')}" for steps in times_by_steps],
+            )
+            if unwritten := [prompt for prompt in prompts if not labelled_sheet.can_write(prompt)]:
+                tell("sheet:", f"no font here has the letters of {unwritten[0]}; its pictures have the prompt in them")
+            metadata = {"prompts": "\n".join(drawn), "steps": " ".join(map(str, num_steps)), **common}
+            files.append(pictures.save_png(whole, out / f"sheet-{first:03d}-seed{seed}.png", metadata))
     return files
+
+
+@contextmanager
+def _student_of(
+    run_folder: Path,
+    device: str | None,
+    text_adapter: Path | None,
+    inputs: sample_inputs.Inputs,
+    over: lone_student.Over | None,
+) -> Iterator[tuple[Base, Path, str]]:
+    """Yield the teacher, loaded, the folder that has its student in `student`, and the student's name.
+
+    Whatever the arguments lack is reported before anything is loaded.
+    """
+    if over is None:
+        folder = find_stage(run_folder, STUDENTS)
+        sample_inputs.refuse(inputs, recipe_of(folder).teacher.family)
+        yield teacher_of(folder, text_adapter=text_adapter, device=device), folder, folder.name
+        return
+    source, teacher = lone_student.source_of(run_folder, over), lone_student.teacher_in(over, text_adapter)
+    sample_inputs.refuse(inputs, teacher.family)
+    with lone_student.taken_in(source, teacher, _here(device or "auto")) as (base, folder):
+        yield base, folder, run_folder.name
 
 
 def _sample(
@@ -148,10 +185,24 @@ def tell_unlike(student: students.Student, folder: Path, num_steps: int) -> None
         tell(f"--steps {num_steps}:", f"this student learned to draw in {budgets} steps alone")
 
 
-def _next_number(out: Path) -> int:
-    """Return the number after those of the pictures in `out`, so that none is overwritten."""
-    matches = [re.match(r"(\d+)-seed", path.name) for path in out.glob("*.png")]
-    return max((int(one[1]) for one in matches if one), default=-1) + 1
+@contextmanager
+def _numbers(out: Path, count: int) -> Iterator[int]:
+    """Yield the first of `count` numbers that no picture in `out` has, nor one that another process is drawing."""
+    with folder_lock(out, wait=True):
+        first = max(map(_number, out.glob("*.png")), default=-1) + 1
+        first = max([first, *(_number(path) + 1 for path in out.glob(f".*{PARTIAL}"))])
+        claim = out / f".{first + count - 1:03d}-seed.{os.getpid()}{PARTIAL}"
+        claim.touch()
+    try:
+        yield first
+    finally:
+        claim.unlink(missing_ok=True)
+
+
+def _number(path: Path) -> int:
+    """Return the number of a picture, or the last one that the file of another process claims; -1 of other files."""
+    match = re.match(r"\.?(\d+)-seed", path.name)
+    return int(match[1]) if match else -1
 
 
 @prefix_errors("pairs")
@@ -217,13 +268,20 @@ def pairs_by_hand(
 
 
 @prefix_errors("evaluate")
-def evaluate(run_folder: Path, num_prompts: int | None = None, num_steps: list[int] | None = None) -> Path:
-    """Evaluate the student of a run as its recipe's own evaluate stage would, or with other prompts and steps.
+def evaluate(
+    run_folder: Path,
+    num_prompts: int | None = None,
+    num_steps: list[int] | None = None,
+    device: str | None = None,
+) -> Path:
+    """Evaluate the student of a run as its recipe's own evaluate stage would, or with other prompts, steps or device.
 
     Return the folder of the new report.
     """
     folder = find_stage(run_folder, STUDENTS)
     recipe = recipe_of(folder)
+    if device is not None:
+        recipe = recipe.model_copy(update={"device": _here(device)})
     stages = [stage for stage in recipe.stages if isinstance(stage, Evaluate)]
     if not stages:
         raise RunError(
@@ -296,11 +354,13 @@ def _latest_table(run_folder: Path) -> tuple[str | None, list[str]]:
     return tables.markdown(latest), tuned_students.languages(latest.prompts)
 
 
-def teacher_of(folder: Path, in_floats: bool = False, text_adapter: Path | None = None) -> Base:
+def teacher_of(
+    folder: Path, in_floats: bool = False, text_adapter: Path | None = None, device: str | None = None
+) -> Base:
     """Return the teacher of the student in a finished stage, loaded from the path in its recipe.
 
     Where the recipe quantises it, `in_floats` leaves that out: an export has adapters merged into the weights. A
-    `text_adapter` takes the place of the recipe's.
+    `text_adapter` and a `device` take the place of the recipe's.
     Raises CheckpointError where its files have changed: the student, an adapter over them, would draw something else.
     Raises as `teachers.load` does.
     """
@@ -309,7 +369,7 @@ def teacher_of(folder: Path, in_floats: bool = False, text_adapter: Path | None 
     changes: dict[str, object] = {"quantise": None} if in_floats else {}
     changes |= {"text_adapter": str(text_adapter)} if text_adapter is not None else {}
     teacher = recipe.teacher.model_copy(update=changes)
-    base = teachers.load(teacher, device_of(recipe.device))
+    base = teachers.load(teacher, device_of(_here(device) if device else recipe.device))
     recorded = students.describe(folder / "student").get("teacher_hash")  # older folders have none
     if recorded not in (None, teacher_hash(recipe.teacher)):
         raise CheckpointError(
@@ -317,6 +377,13 @@ def teacher_of(folder: Path, in_floats: bool = False, text_adapter: Path | None 
             "`mlcm run` the recipe again"
         )
     return base
+
+
+@prefix_errors("--device", BadArgument)
+def _here(device: str) -> str:
+    """Return `device`. Raise BadArgument where this machine has none."""
+    device_of(device)
+    return device
 
 
 def refuse_missing(folder: Path, recipe: Recipe, *files: str) -> None:

@@ -10,7 +10,8 @@ from ..cost.units import counted
 from ..data.prompts import Prompt
 from ..equations.statistics import sign_test
 from ..preference import labels, ranking
-from ..report import assembly, gallery
+from ..report import assembly, drawn_pictures, gallery
+from ..report.drawn_pictures import Drawn
 from ..report.gallery import Column, Evaluation, Gallery
 from ..storage.files import replacing
 from ..storage.hashing import seal_of, sha256
@@ -22,18 +23,25 @@ __all__ = ["RunError", "choose_blindly", "gather", "verdict", "write"]
 
 @prefix_errors("gallery")
 def gather(runs: Sequence[Path], steps: Sequence[int], with_all: bool) -> Gallery:
-    """Return the gallery of the latest evaluations of `runs`, folders of recipes or of stages."""
+    """Return the gallery of `runs`: folders of recipes (their last evaluation), of stages, or of `mlcm sample`."""
     names = names_of(runs)
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise BadArgument(f"{repeated} is named twice: name each run once")
-    places = [find_stage(run, ("evaluate",)) for run in runs]
-    evaluations = [
-        Evaluation(name, place, assembly.read(place / "report.json")) for name, place in zip(names, places, strict=True)
-    ]
-    found = gallery.gather(evaluations, steps, with_all)
+    found = gallery.joined(
+        drawn_pictures.columns_of(Drawn(name, run), set(steps))
+        if drawn_pictures.has_pictures(run)
+        else gallery.columns_of(evaluation_of(name, run), steps, with_all)
+        for name, run in zip(names, runs, strict=True)
+    )
     if steps and not any(column.row.role == "student" for column in found.columns):
         raise BadArgument(f"--steps: no student of these evaluations is at {' or '.join(map(str, steps))} steps")
     return found
+
+
+def evaluation_of(name: str, run: Path) -> Evaluation:
+    """Return the latest evaluation of a run, called `name`."""
+    place = find_stage(run, ("evaluate",))
+    return Evaluation(name, place, assembly.read(place / "report.json"))
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:

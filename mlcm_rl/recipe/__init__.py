@@ -12,6 +12,7 @@ from .control import TrainControl
 from .distill import Distill
 from .evaluation import Evaluate
 from .experiment import RESERVED, STUDENTS, TUNING, Recipe, Stage, missing_trackers
+from .perceptual import TrainPerceptual
 from .preference import Dpo, Feedback, Policy, Tuning
 from .stage import OneStage, Training
 from .start import Start, StudentSource
@@ -42,6 +43,7 @@ __all__ = [
     "StudentSource",
     "Teacher",
     "TrainControl",
+    "TrainPerceptual",
     "TrainReward",
     "TrainTeacher",
     "Training",

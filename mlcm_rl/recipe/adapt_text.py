@@ -34,9 +34,9 @@ class AdaptText(Training):
     )
     width: int = Field(512, gt=0, le=MAX_WIDTH, multiple_of=8, description="of the network's blocks")
     num_layers: int = Field(2, gt=0, le=MAX_LAYERS, description="its blocks of attention to the encoder's states")
-    num_steps: PositiveInt
-    learning_rate: PositiveFloat = 5e-4
-    warmup_steps: int = Field(50, ge=0, le=1_000_000_000)
+    num_steps: PositiveInt = Field(description="optimiser steps")
+    learning_rate: PositiveFloat = Field(5e-4, description="peak; decays to 0")
+    warmup_steps: int = Field(50, ge=0, le=1_000_000_000, description="steps of linear warm-up")
     features: NonNegativeFloat = Field(
         1.0, description="weight of the features: the states and the pooled vector of the teacher's own text encoders"
     )

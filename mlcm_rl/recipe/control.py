@@ -25,9 +25,9 @@ class TrainControl(Training):
         description="folder with metadata.jsonl ({file_name, prompts}) beside the pictures; default: the teacher's own "
         "samples, of the trajectories before it",
     )
-    num_steps: PositiveInt
-    learning_rate: PositiveFloat = 1e-4
-    warmup_steps: int = Field(50, ge=0, le=1_000_000_000)
+    num_steps: PositiveInt = Field(description="optimiser steps")
+    learning_rate: PositiveFloat = Field(1e-4, description="peak; decays to 0")
+    warmup_steps: int = Field(50, ge=0, le=1_000_000_000, description="steps of linear warm-up")
     prompt_dropout: Fraction = Field(
         0.5, description="share of prompts dropped, so that edges alone must do (arXiv 2302.05543, section 3.3)"
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from .reads import PICTURES, PROMPTS
+from .reads import LPIPS, PICTURES, PROMPTS
 from .stage import OneStage, Requirement, States, Training
 from .takes import Networks, Pass, Values
 from .terms import Adversarial, Matching
@@ -20,6 +20,9 @@ MEAN_ONLINE_STEPS = 4.5  # of Algorithm 1: 1 to 8 steps, segments drawn uniforml
 MOMENTS_BYTES = 12  # in a checkpoint, for each trained float32 weight and its two moments
 
 NumSegments = Literal[8, 4, 2, 1]
+LOG = "log_"  # begins the name of the logarithm of a distance
+PERCEPTUAL = ("lpips", "features", "log_lpips", "log_features")  # distances of x0, by a network
+Distance = Literal["l2", "huber", "log_l2", "lpips", "features", "log_lpips", "log_features"]
 # The settings of a distill stage whose form is open: the best one of the study. The form is open if the stage sets none
 # of OWN_FORM, has no list with an entry a phase, and has the values of OPEN, which this form needs.
 RECOMMENDED = {"condition_on_target": True, "num_segments": [1], "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"}
@@ -50,9 +53,14 @@ class Distill(Training):
     prompts: Annotated[str | None, PROMPTS] = Field(
         None, description="prompt file, for source: online and for inter_segment on samples"
     )
-    adapter: Lora | Full = Field(default_factory=Lora, discriminator="kind")
+    adapter: Lora | Full = Field(
+        default_factory=Lora, discriminator="kind", description="what is trained: a low-rank adapter, or all weights"
+    )
     num_segments: list[NumSegments] = Field(
         [8, 4, 2, 1], min_length=1, max_length=10, description="of each phase; [1] where the form is left open"
+    )
+    keep_segments: bool = Field(
+        False, description="each sample of a phase draws K from those of the phases up to it, against forgetting"
     )
     num_steps: PositiveInt | list[PositiveInt] = Field(description="optimiser steps of each phase")
     learning_rate: PositiveFloat | list[PositiveFloat] = Field(1e-4, description="peak; decays to 0 within each phase")
@@ -66,11 +74,21 @@ class Distill(Training):
     space: Literal["z", "x0"] | list[Literal["z", "x0"]] = Field(
         "z", description="loss on the latents at the segment's start, or on x0 with weight SNR + 1"
     )
-    distance: Literal["l2", "huber", "log_l2"] | list[Literal["l2", "huber", "log_l2"]] = Field(
+    distance: Distance | list[Distance] = Field(
         "l2",
         description="squared; by Huber; or the logarithm of its mean, where near and far jumps weigh alike, as "
-        "where the form is left open",
+        "where the form is left open; or as a network sees x0: LPIPS of latents, the teacher's first blocks, or the "
+        "logarithm of these",
     )
+    lpips: Annotated[str | None, LPIPS] = Field(
+        None,
+        description="of distance lpips: .safetensors file of a latent LPIPS, or the folder of a train_perceptual "
+        "stage; default: the recipe's own",
+    )
+    feature_blocks: list[Annotated[int, Field(ge=0, le=999)]] = Field(
+        [0, 1], min_length=1, description="of distance features: blocks of the teacher's denoiser, from 0"
+    )
+    feature_time: int = Field(49, ge=0, le=999, description="of distance features: time whose noise both have")
     target_ema: Fraction = Field(0.0, description="decay of the target's averaged weights; 0 = the student's own")
     optimizer_state: Literal["keep", "reset"] | list[Literal["keep", "reset"]] = Field(
         "keep", description="what a phase does at its start with Adam's moments of the one before"
@@ -128,9 +146,21 @@ class Distill(Training):
         if self.budgets and (self.source != "trajectories" or "consistency" in self.per_phase("target")):
             raise ValueError("budgets are jumps between stored states: they need those, and target: trajectory")
         pairs = zip(self.per_phase("space"), self.per_phase("distance"), strict=True)
-        if ("x0", "log_l2") in pairs:
+        for name in (distance for space, distance in pairs if space == "x0" and distance.startswith(LOG)):
             raise ValueError(
-                "distance: log_l2 weighs all jumps alike and space: x0 does not; with log_l2 take space: z"
+                f"distance: {name} weighs all jumps alike and space: x0 does not; with {name} take space: z"
+            )
+        if self.lpips is not None and not self.compares_by("lpips"):
+            raise ValueError("lpips has no effect without distance: lpips or log_lpips")
+        for name in {"feature_blocks", "feature_time"} & self.model_fields_set:
+            if not self.compares_by("features") and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect without distance: features or log_features")
+        if list(self.feature_blocks) != sorted(set(self.feature_blocks)):
+            raise ValueError(f"feature_blocks {self.feature_blocks} must increase")
+        if self.keep_segments and len(set(self.num_segments)) == 1:
+            raise ValueError(
+                f"keep_segments draws K of earlier phases, and all of num_segments {self.num_segments} are one: leave "
+                "it out"
             )
         if self.terms and list(self.num_segments) != [1]:
             raise ValueError(
@@ -168,13 +198,22 @@ class Distill(Training):
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether steps evaluate the teacher; if not, its denoiser leaves memory before the first."""
-        return self.samples_teacher or bool(self.terms)
+        """Whether steps evaluate the teacher, or part of it; if not, its denoiser leaves memory before the first."""
+        return self.samples_teacher or bool(self.terms) or self.compares_by("features")
 
     @property
     def samples_teacher(self) -> bool:
         """Whether steps take guided passes of the teacher."""
         return self.method == "inter_segment" or self.source != "trajectories"
+
+    def compares_by(self, network: Literal["lpips", "features"]) -> bool:
+        """Return whether a phase has the distance of this `network`, or its logarithm."""
+        return any(name.removeprefix(LOG) == network for name in self.per_phase("distance"))
+
+    @property
+    def uses_own_lpips(self) -> bool:
+        """Whether it compares by the network of an earlier train_perceptual stage."""
+        return self.compares_by("lpips") and self.lpips is None
 
     @property
     def texts(self) -> str | None:
@@ -228,15 +267,21 @@ class Distill(Training):
     @property
     def parents(self) -> tuple[str, ...]:
         """The teacher, the store if one is read, and the student to go on with."""
-        return (*super().parents, *["trajectories"] * self.reads_trajectories, "distill")
+        own = ["trajectories"] * self.reads_trajectories + ["train_perceptual"] * self.uses_own_lpips
+        return (*super().parents, *own, "distill")
 
     @property
     def requirements(self) -> list[Requirement]:
-        """The store, if it is read."""
-        if not self.reads_trajectories:
-            return []
-        setting = "source" if self.method == "segments" else "renoise"
-        return [Requirement(("trajectories",), f"{setting}: {getattr(self, setting)} needs", setting)]
+        """The store, if it is read, and the network that it compares by, without a file of it."""
+        needed = []
+        if self.reads_trajectories:
+            setting = "source" if self.method == "segments" else "renoise"
+            needed.append(Requirement(("trajectories",), f"{setting}: {getattr(self, setting)} needs", setting))
+        if self.uses_own_lpips:
+            needed.append(
+                Requirement(("train_perceptual",), "distance: lpips needs lpips: (a file or a folder), or", "distance")
+            )
+        return needed
 
     def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
         """Return the passes of a step, the encoding of pictures before the first step, and sample grids."""
@@ -250,6 +295,10 @@ class Distill(Training):
             passes.insert(0, Pass("teacher", samples, evaluations, batch, num_with_keys=with_keys))
         if again:
             passes.append(Pass("target", again, batch=batch))
+        for network in ("lpips", "features"):
+            names = zip(steps, self.per_phase("distance"), strict=True)
+            if compared := sum(n for n, name in names if name.removeprefix(LOG) == network) * self.batch_size:
+                passes.append(Pass(network, compared, batch=batch, gradient=True))
         if self.method == "inter_segment" and self.renoise == "student":
             passes.append(Pass("student", samples, self.num_student_steps, is_chained=True, num_with_keys=1))
         passes += self._passes_of_terms(recipe, samples, batch)
@@ -291,6 +340,8 @@ class Distill(Training):
             texts=self.texts,
             most_texts=self.most_encoded_ahead,
             has_average=self.target_ema > 0,
+            lpips=(self.lpips or "") if self.compares_by("lpips") else None,
+            feature_blocks=tuple(self.feature_blocks) if self.compares_by("features") else (),
             fake=self.matching.fake if self.matching else None,
             head_width=self.adversarial.width if self.adversarial else 0,
         )

@@ -28,14 +28,20 @@ class Evaluate(OneStage):
 
     kind: Literal["evaluate"] = "evaluate"
     prompts: Annotated[str, PROMPTS] = Field(description="prompt file, disjoint from the one distilled on")
-    num_prompts: PositiveInt = 64
-    sampling_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 3, 4, 6, 8], min_length=1)
+    num_prompts: PositiveInt = Field(64, description="the first so many of the file")
+    sampling_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field(
+        [1, 2, 3, 4, 6, 8], min_length=1, description="network evaluations a picture, a row of the table each"
+    )
     gammas: list[Fraction] = Field(
         [0.0, 1.0],
         description="of every student; a tuned one, and what it is compared with, at its own too; a snapshot of an "
         "earlier phase at its own alone",
     )
-    grids: list[Literal["milestones", "paper"]] = Field(["milestones"], min_length=1)
+    grids: list[Literal["milestones", "paper"]] = Field(
+        ["milestones"],
+        min_length=1,
+        description="times of the steps: those of the distillation, or the paper's sampler's",
+    )
     students: Literal["last", "snapshots"] = Field(
         "last", description="the finished student, or the one after each phase too"
     )
@@ -68,9 +74,17 @@ class Evaluate(OneStage):
     clip: Annotated[str | None, Reads(holding="config.json", is_network=True)] = Field(
         None, description="folder of a CLIP in transformers' format, for the CLIP score"
     )
+    detector: Annotated[str | None, Reads(holding="config.json", is_network=True)] = Field(
+        None,
+        description="folder of an object detector in transformers' format, for GenEval's accuracy: prompts is then a "
+        "file in GenEval's layout",
+    )
+    confidences: tuple[Fraction, Fraction] = Field(
+        (0.3, 0.9), description="of the detector, above which an object is seen, and above which one is counted"
+    )
     images_per_prompt: int = Field(1, gt=0, le=10_000, description="more than one also measures diversity")
     keep_pictures: bool = Field(False, description="keep every picture, samples/<row>/<index>.png, for other tools")
-    batch_size: int = presentation(32, gt=0, le=65_536)
+    batch_size: int = presentation(32, gt=0, le=65_536, description="pictures drawn at once")
 
     @property
     def reward_models(self) -> list[Reward]:
@@ -174,7 +188,7 @@ class Evaluate(OneStage):
 
     def networks(self, distilled: Lora | Full) -> Networks:
         """Return the student, the teacher and the networks of the metrics; prompts are encoded before the first row."""
-        measuring = tuple(path for path in (self.inception, self.clip) if path)
+        measuring = tuple(path for path in (self.inception, self.clip, self.detector) if path)
         return Networks(distilled, encodes_ahead=True, measuring=measuring)
 
     def disk(self, recipe: "Recipe", values: Values) -> int:

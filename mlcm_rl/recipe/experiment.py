@@ -10,6 +10,7 @@ from .adapt_text import AdaptText
 from .control import TrainControl
 from .distill import Distill
 from .evaluation import Evaluate
+from .perceptual import TrainPerceptual
 from .preference import Dpo, Feedback, Policy, Tuning
 from .stage import OneStage
 from .start import PREVIOUS, Start, stage_of
@@ -30,6 +31,7 @@ Stage = Annotated[
     TrainTeacher
     | AdaptText
     | TrainControl
+    | TrainPerceptual
     | TrainReward
     | Trajectories
     | Distill
@@ -49,13 +51,17 @@ class Recipe(Strict):
     """One experiment, from a teacher to a report."""
 
     name: str = Field(pattern=NAME, description="folder of links under runs")
-    seed: int = Field(0, ge=0)
-    teacher: Teacher
-    stages: list[Stage] = Field(min_length=1)
-    samples: Samples = presentation(Samples())
+    seed: int = Field(0, ge=0, description="of all draws: noise, prompts, initial weights; same seed, same bits")
+    teacher: Teacher = Field(description="the model to distil")
+    stages: list[Stage] = Field(min_length=1, description="what is done, in order; each goes on from those before it")
+    samples: Samples = presentation(Samples(), description="pictures that are drawn while a student trains")
     runs: str = presentation("runs", description="folder that holds every run")
-    device: Literal["auto", "cpu", "cuda", "mps"] = presentation("auto")
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = presentation(["tensorboard"])
+    device: Literal["auto", "cpu", "cuda", "mps"] = presentation(
+        "auto", description="where it computes; auto: the first of cuda, mps and cpu that is here"
+    )
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = presentation(
+        ["tensorboard"], description="that figures and pictures are sent to while stages train, beside log.jsonl"
+    )
     _file_texts: dict[str, str] = PrivateAttr(default_factory=dict)  # paths in rewards' settings -> the file's text
 
     @field_validator("stages")

@@ -132,7 +132,7 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
             elif (path := settings[name]) is not None:
                 is_table = name == "pairs" and Path(path).suffix == ".parquet"
                 yield from missing.absent(
-                    ("stages", i, name), path, folders, holding=None if is_table else mark.holding
+                    ("stages", i, name), path, folders, holding=None if is_table else mark.held_by(path)
                 )
         for name in ("prompts", "guard_prompts"):
             path, entry = settings.get(name), ("stages", i, name)
@@ -249,7 +249,7 @@ def _tuning_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
 
 
 def _precision_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Yield a problem for each adapter that would train in float16, where small gradients become zero.
+    """Yield a problem for each adapter or term whose gradients would be in float16, where small ones become zero.
 
     An adapter has the dtype of the teacher's weights if there is no autocast.
     """
@@ -259,6 +259,12 @@ def _precision_problems(recipe: Recipe) -> Iterator[Problem]:
     for i, stage in enumerate(recipe.stages):
         if isinstance(stage, Distill):
             adapter = stage.adapter
+            if stage.adversarial is not None:
+                message = "takes gradients through the teacher, where those of float16 are lost: write teacher.dtype: "
+                yield Problem(("stages", i, "adversarial"), message + "bfloat16 or float32")
+            if stage.matching is not None and isinstance(adapter, Full) and stage.precision == "no":
+                message = "no would train the fake score in the float16 of teacher.dtype, where small gradients are "
+                yield Problem(("stages", i, "precision"), message + "lost: write bf16, or teacher.dtype: float32")
         if isinstance(stage, Distill | Tuning) and isinstance(adapter, Lora) and stage.precision == "no":
             message = "no would train in the float16 of teacher.dtype, where small gradients are lost: write bf16, or "
             yield Problem(("stages", i, "precision"), message + "teacher.dtype: float32")

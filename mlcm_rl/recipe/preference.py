@@ -48,9 +48,9 @@ class Tuning(Training):
     languages: dict[str, Weight] = Field(
         {}, description="weight of each language in the draw of prompts, others left out; default: as they come"
     )
-    num_steps: PositiveInt
+    num_steps: PositiveInt = Field(description="optimiser steps")
     learning_rate: PositiveFloat = Field(1e-4, description="peak; decays to 0")
-    warmup_steps: int = Field(0, ge=0, le=1_000_000_000)
+    warmup_steps: int = Field(0, ge=0, le=1_000_000_000, description="steps of linear warm-up")
     adapter: Lora = Field(Lora(rank=16, alpha=16.0), description="the preference adapter, over the distilled student")
     sampling_steps: int = Field(4, ge=1, le=8, description="of the student's sampler, which is what is tuned")
     gamma: Fraction | None = Field(None, description="noise put back between its steps; default: what suits it")
@@ -65,7 +65,7 @@ class Tuning(Training):
     autoencoder_tiles: Annotated[int, Field(gt=0, le=16_384)] | None = Field(
         None, description="pixels a side of tiles that it works in, recomputed in the backward pass: less memory, seams"
     )
-    guard: Guard
+    guard: Guard = Field(description="what watches the tuning, picks its best step and stops it")
 
     @model_validator(mode="after")
     def _held_out_is_not_trained_on(self):
@@ -320,7 +320,10 @@ class Dpo(Tuning):
     kappa: NonNegativeFloat = Field(
         1.0, description="weight of the rejected log-ratio: below 1 the margin is not won by spoiling the rejected"
     )
-    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "conservative"] = "sigmoid"
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "conservative"] = Field(
+        "sigmoid",
+        description="of the margin between chosen and rejected; robust and conservative allow for wrong labels",
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="of robust and conservative: share of wrong labels")
     space: Literal["x0", "eps"] = Field("eps", description="of the errors: x0, or that weighted by SNR")
 

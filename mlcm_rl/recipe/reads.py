@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from .lpips_layout import FILE as LPIPS_FILE
 from .types import Strict
 
 
@@ -14,6 +15,7 @@ class Reads:
     of_pictures  whether its pictures are read, or those that it lists
     of_prompts   whether it is a file of prompts
     of_student   whether it is a student, in a file or in any of several kinds of folders
+    or_file      suffix of a file that may stand in place of the folder, which is then read for `holding` alone
     """
 
     holding: str | None = None
@@ -21,11 +23,17 @@ class Reads:
     of_pictures: bool = False
     of_prompts: bool = False
     of_student: bool = False
+    or_file: str = ""
+
+    def held_by(self, path: str) -> str | None:
+        """Return `holding` for this `path`: None where it is a file in place of the folder."""
+        return None if self.or_file and path.endswith(self.or_file) else self.holding
 
 
 PROMPTS = Reads(of_prompts=True)
 PICTURES = Reads(holding="metadata.jsonl", of_pictures=True)
 STUDENT = Reads(of_student=True)
+LPIPS = Reads(holding=LPIPS_FILE, or_file=".safetensors")
 
 
 def reads_of(stage: Strict) -> dict[str, Reads]:

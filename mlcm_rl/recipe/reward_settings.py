@@ -20,6 +20,8 @@ from .tree import Key, Problem, nearest
 from .types import Reward
 
 PLAIN = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "dict": dict}
+WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
+WORDS |= {"list": "a list", "dict": "a mapping"}
 UNKNOWN = object()  # a type that a file gives by another name
 
 
@@ -109,11 +111,31 @@ def _wrong(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> Iterat
     for name, value in values.items():
         if name not in settings:
             yield name, f"unknown setting; {takes}", nearest(name, list(settings))
-        elif (annotation := settings[name].annotation) is not None and not _fits(value, annotation):
-            yield name, f"expected {ast.unparse(annotation)}, found {brief(value)}", ""
+        elif (annotation := settings[name].annotation) is not None and (message := misfit(value, annotation)):
+            yield name, message, ""
     for name, setting in settings.items():
         if not setting.has_default and name not in values:
             yield name, f"missing; {takes}", ""
+
+
+def misfit(value: Any, annotation: ast.expr) -> str:
+    """Return what is wrong with a recipe's `value` for a parameter of this annotation; "" where it fits."""
+    return "" if _fits(value, annotation) else f"expected {in_words(annotation)}, found {brief(value)}"
+
+
+def in_words(annotation: ast.expr) -> str:
+    """Return the values of a plain type in words: "text or null" for str | None."""
+    match annotation:
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            comma = "," if isinstance(left, ast.Subscript) else ""
+            return f"{in_words(left)}{comma} or {in_words(right)}"
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=inside):
+            return f"one of {ast.unparse(inside).strip('()')}"
+        case ast.Subscript(value=ast.Name(id="list"), slice=inside):
+            return f"a list, each {in_words(inside)}"
+        case ast.Constant(value=None):
+            return "null"
+    return WORDS.get(ast.unparse(annotation), ast.unparse(annotation))
 
 
 def _fits(value: Any, annotation: ast.expr) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from .takes import Networks, Pass, Values
+from .takes import LpipsSizes, Networks, Pass, Values
 from .types import Decay, Full, Lora, NonNegativeFloat, PositiveInt, Reward, Strict, presentation
 
 if TYPE_CHECKING:
@@ -79,6 +79,11 @@ class OneStage(Strict):
         """Number of trajectories that it stores."""
         return 0
 
+    @property
+    def lpips_sizes(self) -> LpipsSizes | None:
+        """The latent LPIPS that it trains, None where it trains none."""
+        return None
+
     def states_read(self, earlier: Sequence["OneStage"]) -> States | None:
         """Return which states of stored trajectories it reads, None where it reads none.
 
@@ -125,10 +130,14 @@ class Training(OneStage):
         False, description="recompute activations in the backward pass: less memory, the same gradients"
     )
     precision: Literal["no", "bf16"] = Field("no", description="autocast of the student's passes")
-    weight_decay: NonNegativeFloat = 0.0
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    max_grad_norm: PositiveFloat = 1.0
-    log_every: PositiveInt = presentation(10)
+    weight_decay: NonNegativeFloat = Field(0.0, description="of AdamW, a step, times the learning rate")
+    betas: tuple[Decay, Decay] = Field(
+        (0.9, 0.999), description="decays a step of AdamW's averages of the gradient and of its square"
+    )
+    max_grad_norm: PositiveFloat = Field(
+        1.0, description="gradients of a larger norm, over all weights, are scaled to it"
+    )
+    log_every: PositiveInt = presentation(10, description="steps between records of log.jsonl and the trackers")
     save_every: PositiveInt = presentation(200, description="steps between checkpoints to resume from")
     keep_checkpoints: PositiveInt = presentation(2, description="newest checkpoints that stay, the guard's best inside")
     sample_every: PositiveInt = presentation(200, description="steps between sample grids")

@@ -9,7 +9,7 @@ from typing import Literal
 
 from .types import Full, Lora
 
-Role = Literal["teacher", "student", "target", "reference", "encoder", "fake", "heads"]
+Role = Literal["teacher", "student", "target", "reference", "encoder", "lpips", "features", "fake", "heads"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Pass:
 
     role         teacher: guided; student: trained or sampled; target: the student's weights, or their average;
                  reference: the student without its preference adapter; encoder: the autoencoder's, of pictures;
+                 lpips, features: the distance of two latents, by its own network or the teacher's first blocks;
                  fake: the score of the student's own samples; heads: the teacher, whose features an adversary reads
     samples      number over the whole stage; 0 if it is small beside the rest and not counted
     evaluations  of the denoiser for each sample; a guided pass of the teacher is two
@@ -62,6 +63,14 @@ class TextNetwork:
 
 
 @dataclass(frozen=True)
+class LpipsSizes:
+    """The latent LPIPS that a stage trains: the channels of its slices, and their numbers of convolutions."""
+
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Networks:
     """The networks that a stage has in memory, beside the activations of its passes.
 
@@ -77,6 +86,9 @@ class Networks:
     measuring      files and folders of the networks of metrics
     text_adapter   what is trained in place of a student, whose frozen weights are then the teacher's
     has_control    whether a ControlNet is trained in its place
+    lpips          what latents are compared by: its file or folder, or "" for the one that the recipe trains
+    trains_lpips   whether that is trained in place of a student
+    feature_blocks blocks of the teacher's denoiser that they are compared by
     fake           the adapter that is the score of the student's samples, trained beside it
     head_width     channels of an adversary's heads, trained beside it; 0 without
     """
@@ -93,6 +105,9 @@ class Networks:
     measuring: tuple[str, ...] = ()
     text_adapter: TextNetwork | None = None
     has_control: bool = False
+    lpips: str | None = None
+    trains_lpips: bool = False
+    feature_blocks: tuple[int, ...] = ()
     fake: Lora | None = None
     head_width: int = 0
 

@@ -23,10 +23,12 @@ class TrainTeacher(Training):
     images: Annotated[str, PICTURES] = Field(
         description="folder with metadata.jsonl ({file_name, prompts}) beside the pictures"
     )
-    num_steps: PositiveInt
-    learning_rate: PositiveFloat = 4e-4
-    warmup_steps: int = Field(100, ge=0, le=1_000_000_000)
-    ema_decay: Fraction = 0.999
+    num_steps: PositiveInt = Field(description="optimiser steps")
+    learning_rate: PositiveFloat = Field(4e-4, description="peak; decays to 0")
+    warmup_steps: int = Field(100, ge=0, le=1_000_000_000, description="steps of linear warm-up")
+    ema_decay: Fraction = Field(
+        0.999, description="a step, of the running average of the weights, which is what is left"
+    )
     prompt_dropout: Fraction = Field(0.1, description="share of prompts dropped for classifier-free guidance")
     min_snr_gamma: PositiveFloat | None = Field(None, description="most an error of x0 weighs, arXiv 2303.09556")
     times: Literal["uniform", "logit_normal"] = Field(
@@ -72,7 +74,7 @@ class Trajectories(OneStage):
 
     kind: Literal["trajectories"] = "trajectories"
     prompts: Annotated[str, PROMPTS] = Field(description=".txt (one a line) or .jsonl ({prompt, language, ...}) file")
-    num_trajectories: int = Field(gt=0, le=10_000_000)
+    num_trajectories: int = Field(gt=0, le=10_000_000, description="to store, each of one prompt and one noise")
     num_held_out: int = Field(0, ge=0, le=10_000_000, description="trajectories after those, for the held-out loss")
     solver_steps: int = Field(24, ge=8, le=992, description="steps of the teacher's solver: 8 segments of 3")
     batch_size: int = presentation(

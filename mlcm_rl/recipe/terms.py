@@ -19,7 +19,7 @@ class Fake(Lora):
 class Term(Strict):
     """What the terms share: a weight, and the noise under which samples are compared."""
 
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat = Field(1.0, description="factor of the term in the sum with the distance")
     times: tuple[Part, Part] = Field(
         (0.02, 0.98), description="parts of the time axis that noise is drawn between, evenly; 1 is pure noise"
     )
@@ -34,7 +34,7 @@ class Term(Strict):
 class Matching(Term):
     """Distribution matching without pictures (DMD): moves samples to where the teacher's are more likely."""
 
-    fake: Fake = Fake()
+    fake: Fake = Field(Fake(), description="the score of the student's own samples, trained beside it")
     guidance_scale: NonNegativeFloat | None = Field(
         None, description="of the teacher, in this term; default: teacher.guidance_scale"
     )
@@ -43,8 +43,10 @@ class Matching(Term):
 class Adversarial(Term):
     """Heads on the frozen teacher's features tell real samples from the student's, which learns to pass for real."""
 
-    weight: PositiveFloat = 0.1
-    loss: Literal["hinge", "softplus"] = "hinge"
+    weight: PositiveFloat = Field(0.1, description="factor of the term in the sum with the distance")
+    loss: Literal["hinge", "softplus"] = Field(
+        "hinge", description="of the heads: hinge stops at a margin of 1, softplus is GAN's logistic loss"
+    )
     real: Literal["milestones", "images"] = Field(
         "milestones",
         description="what is real: the target of the distance, for inter_segment the student's own output at the "

@@ -22,10 +22,10 @@ class TrainReward(Training):
     )
     resolution: int = Field(64, gt=0, le=16_384, description="pixels a side that pictures are read at, as drawn")
     held_out: float = Field(0.2, gt=0, lt=1, description="share of the prompts whose pairs only measure the head")
-    num_steps: PositiveInt = 400
+    num_steps: PositiveInt = Field(400, description="optimiser steps")
     batch_size: int = Field(64, gt=0, le=65_536, description="pairs per optimiser step")
     learning_rate: PositiveFloat = Field(2e-3, description="peak; decays to 0")
-    weight_decay: NonNegativeFloat = 0.05
+    weight_decay: NonNegativeFloat = Field(0.05, description="of AdamW, a step, times the learning rate")
     dropout: float = Field(0.5, ge=0, lt=1, description="of the features")
     held_out_every: PositiveInt = presentation(20, description="steps between measures on the held-out pairs")
 

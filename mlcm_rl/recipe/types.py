@@ -97,15 +97,17 @@ class Samples(Strict):
     """The fixed prompts and seeds of the sample grids."""
 
     prompts: list[str] = Field([], description="prompts of the sample grids, any language")
-    sampling_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 4, 8], min_length=1)
+    sampling_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field(
+        [1, 2, 4, 8], min_length=1, description="network evaluations a picture, a column each"
+    )
 
 
 class Lora(Strict):
     """Low-rank adapter on the family's published target modules."""
 
     kind: Literal["lora"] = "lora"
-    rank: int = Field(64, gt=0, le=65_536)
-    alpha: PositiveFloat = 64.0
+    rank: int = Field(64, gt=0, le=65_536, description="of the two factors of each weight's update")
+    alpha: PositiveFloat = Field(64.0, description="alpha / rank times the factors are added to a weight")
 
 
 class Full(Strict):
@@ -118,9 +120,9 @@ class Reward(Strict):
     """A reward model and its weight in a sum of several."""
 
     name: str = Field(description="file in reward_models, or another distribution's; see `mlcm rewards list`")
-    weight: float = 1.0
+    weight: float = Field(1.0, description="factor of its score in the sum; below 0, less of it is better")
     settings: dict[str, Any] = Field({}, description="of the reward model itself; see its card")
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of its weights")
     device: str | None = Field(None, description="where it runs; default: with the student")
     chunk_size: PositiveInt | None = Field(None, description="pictures scored at a time; default: the whole batch")
 

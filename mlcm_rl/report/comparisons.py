@@ -5,14 +5,14 @@ from collections.abc import Iterable
 
 from ..equations.statistics import paired_difference
 from . import tuned_students
-from .definitions import DISTRIBUTION, RIGHT, metric
+from .definitions import DISTRIBUTION, GENEVAL, RIGHT, metric
 from .figures import number, plus_minus, rounded, values_of
 from .tuned_students import NUM_ERRORS
 from .types import Comparison, Headline, Measurements, Report, Row, TunedStudent
 
 BUDGETS = (2, 4, 8)  # network evaluations at which student and teacher are compared
 HEADLINE_BUDGET = 4
-COMPARED = ("distance", "r@5", RIGHT, "clip")
+COMPARED = ("distance", "r@5", RIGHT, "clip", GENEVAL)
 
 
 def comparisons(measurements: Measurements) -> list[Comparison]:

@@ -15,7 +15,7 @@ class Metric:
 
 
 def metric(key: str) -> Metric:
-    """Return the metric of `key`: one of METRICS, reward/<name>, or r@<k> and right@<what>, with /<language> or not."""
+    """Return the metric of `key`: of METRICS, reward/<name>, geneval@<task>; r@<k>, right@<what>, maybe /<language>."""
     name, _, rest = key.partition("/")
     if name == "reward":
         return Metric(rest, False, f"Reward model `{rest}` (see its card in reward_models/), higher is better.")
@@ -24,17 +24,21 @@ def metric(key: str) -> Metric:
     if name.startswith("right@"):
         what = name.removeprefix("right@")
         return Metric(f"Right: {what.replace('in_', 'in ')} {rest}".strip(), False, QUESTIONS[what])
+    if name.startswith("geneval@"):
+        task = name.removeprefix("geneval@")
+        return Metric(f"GenEval: {task}", False, f"Share of right pictures, of the prompts of GenEval's task `{task}`.")
     return METRICS[name]
 
 
 DISTRIBUTION = ("teacher_kid", "teacher_fid", "teacher_patch_kid", "teacher_patch_fid")  # to the reference's pictures
 BY_LANGUAGE = ("r@", "right@")  # beginnings of the metrics that are given for each language too
 RIGHT = "right@all"
+GENEVAL = "geneval"
 
 
 def is_detail(key: str) -> bool:
-    """Return whether a metric is a part of what RIGHT sums up, which has a table of its own."""
-    return key.startswith("right@") and key.partition("/")[0] != RIGHT
+    """Return whether a metric is a part of what RIGHT or GENEVAL sums up, which has a table of its own."""
+    return key.startswith((f"{GENEVAL}@", "right@")) and key.partition("/")[0] != RIGHT
 
 
 RETRIEVAL = (
@@ -115,6 +119,13 @@ METRICS = {
         "FID to the teacher, patches",
         True,
         f"{PATCHES} Frechet distance, the field's patch FID-T: biased upwards for few pictures.",
+    ),
+    "geneval": Metric(
+        "GenEval",
+        False,
+        "Mean over GenEval's tasks (Ghosh et al.) of the shares of pictures on which an object detector sees what the "
+        "prompt asks for: objects, their number, colours (by the recipe's CLIP) and places. The detector is the "
+        "recipe's, without GenEval's masks, so rows compare, not published figures.",
     ),
     "clip": Metric(
         "CLIP score",

@@ -3,11 +3,11 @@
 from itertools import groupby
 
 from .comparisons import best, compare, measured, rows_at
-from .definitions import DISTRIBUTION, RIGHT, metric
+from .definitions import DISTRIBUTION, GENEVAL, RIGHT, metric
 from .figures import number
 from .types import Report, Row
 
-OTHERS = (*DISTRIBUTION, RIGHT, "r@5", "clip")  # what may disagree with the distance
+OTHERS = (*DISTRIBUTION, RIGHT, "r@5", "clip", GENEVAL)  # what may disagree with the distance
 WHY = (
     "The distance asks for the teacher's very picture of the same noise and so favours staying, and blur; the "
     "distribution asks whether pictures could be the teacher's. Where any good picture will do, go by the distribution."

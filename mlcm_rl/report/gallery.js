@@ -55,6 +55,10 @@ function select() {
 
 // ---- the page ----
 
+function labelOf(m, k) {
+  return metrics[m].label + (columns[k].means.includes(m) ? ", mean of the prompt's pictures" : "");
+}
+
 function cellOf(i, k) {
   const found = cells[i][k];
   if (!found) return make("span");
@@ -68,7 +72,7 @@ function cellOf(i, k) {
   image.src = pictures[address];
   button.append(image);
   for (const m of new Set([...under, ...(ordering() ? [ordering().metric] : [])]))
-    if (scores[m] != null) button.append(make("span", {className: "score"}, make("span", {textContent: metrics[m].label}), make("span", {textContent: number(scores[m])})));
+    if (scores[m] != null) button.append(make("span", {className: "score"}, make("span", {textContent: labelOf(m, k)}), make("span", {textContent: number(scores[m])})));
   return button;
 }
 
@@ -143,8 +147,8 @@ function enlarge() {
   byId("large-column").textContent = `${place}. ${run}: ${label}${detail ? `, ${detail}` : ""}`;
   byId("large-picture").src = pictures[address];
   byId("large-picture").alt = `${captionOf(prompt)}: ${run}, ${label}`;
-  byId("large-scores").replaceChildren(...metrics.flatMap((metric, m) => scores[m] == null ? [] :
-    [make("div", {}, make("dt", {textContent: metric.label}), make("dd", {textContent: number(scores[m])}))]));
+  byId("large-scores").replaceChildren(...metrics.flatMap((_, m) => scores[m] == null ? [] :
+    [make("div", {}, make("dt", {textContent: labelOf(m, column)}), make("dd", {textContent: number(scores[m])}))]));
   if (!byId("large").open) byId("large").showModal();
 }
 

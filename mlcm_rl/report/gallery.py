@@ -5,6 +5,7 @@ The page is a file, or a folder of a page and its pictures; it needs neither a s
 
 import base64
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ..training.progress import Bar, progress
 from . import comparisons, page
 from .definitions import RIGHT, is_detail, metric
 from .figures import significant
-from .types import Report, Row
+from .types import Report, Row, SampledRow
 
 SIZE = 512  # pixels a side at most of a picture on the page
 PICTURES = "pictures"  # the folder of a gallery that is a folder
@@ -49,19 +50,23 @@ class Cell:
     """A picture in the file `path`; `noise` is what its noise depends on, and `scores` are by metric."""
 
     path: Path
-    noise: tuple[int, int, int]  # seed, number of the prompt, number of its picture
+    noise: tuple[int | str, ...]  # of an evaluation seed, number of the prompt, number of its picture
     scores: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A row of an evaluation's table as a column of the gallery: a network under one sampler."""
+    """A row of an evaluation's table as a column of the gallery, or drawn pictures: a network under one sampler.
+
+    `means` are the metrics that are a prompt's mean over several pictures, under each of them.
+    """
 
     name: str  # unique: what `--blind` takes
     evaluation: str
-    row: Row
+    row: SampledRow
     is_shown: bool  # at first
     cells: dict[Place, Cell]
+    means: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -85,19 +90,26 @@ class Gallery:
 
 
 def gather(evaluations: Sequence[Evaluation], steps: Iterable[int] = (), with_all: bool = False) -> Gallery:
-    """Return the gallery of `evaluations`.
+    """Return the gallery of `evaluations`, as `joined` makes it of their columns."""
+    return joined(columns_of(evaluation, steps, with_all) for evaluation in evaluations)
+
+
+def columns_of(evaluation: Evaluation, steps: Iterable[int] = (), with_all: bool = False) -> list[Column]:
+    """Return the columns of an evaluation.
 
     Columns are the students at their default samplers, the undistilled teacher's nearest row at each number of
     evaluations, and the reference; `with_all`, every row. Rows of other than `steps` are left out, where any are named;
-    the reference is not. A teacher whose pictures an earlier evaluation has too is shown once.
+    the reference is not.
     """
+    return [column_of(evaluation, row) for row in chosen_rows(evaluation.report, set(steps), with_all)]
+
+
+def joined(parts: Iterable[list[Column]]) -> Gallery:
+    """Return the gallery of all columns of `parts`; a teacher whose pictures an earlier part has is shown once."""
     columns: list[Column] = []
     places: dict[Place, None] = {}
-    for evaluation in evaluations:
-        for row in chosen_rows(evaluation.report, set(steps), with_all):
-            column = column_of(evaluation, row)
-            if row.role != "student" and any(is_same(column, other) for other in columns):
-                continue
+    for column in itertools.chain.from_iterable(parts):
+        if column.row.role == "student" or not any(is_same(column, other) for other in columns):
             columns.append(column)
             places |= dict.fromkeys(column.cells)
     return Gallery(columns, list(places))
@@ -127,6 +139,9 @@ def column_of(evaluation: Evaluation, row: Row) -> Column:
         row=row,
         is_shown=is_main,
         cells=cells_of(evaluation, row),
+        means=frozenset(
+            key for key, one in row.metrics.items() if report.settings["images_per_prompt"] > 1 and not one.samples
+        ),
     )
 
 
@@ -251,7 +266,7 @@ def content(gallery: Gallery, pictures: Inline) -> dict[str, Any]:
     keys = list(
         dict.fromkeys(key for column in gallery.columns for cell in column.cells.values() for key in cell.scores)
     )
-    noises: dict[tuple[int, int, int], int] = {}
+    noises: dict[tuple[int | str, ...], int] = {}
 
     def cell(column: Column, place: Place, bar: Bar) -> list | None:
         one = column.cells.get(place)
@@ -267,7 +282,7 @@ def content(gallery: Gallery, pictures: Inline) -> dict[str, Any]:
     with progress(gallery.num_pictures, "pictures") as bar:
         cells = [[cell(column, place, bar) for column in gallery.columns] for place in gallery.places]
     return {
-        "columns": [described(column) for column in gallery.columns],
+        "columns": [described(column, keys) for column in gallery.columns],
         "metrics": [
             {
                 "label": metric(key).label,
@@ -283,8 +298,11 @@ def content(gallery: Gallery, pictures: Inline) -> dict[str, Any]:
     }
 
 
-def described(column: Column) -> dict[str, Any]:
-    """Return a column's heading: whose it is, at how many steps, and under which sampler."""
+def described(column: Column, keys: Sequence[str]) -> dict[str, Any]:
+    """Return a column's heading: whose it is, at how many steps, under which sampler.
+
+    `means` has the numbers, among `keys`, of the metrics that are a prompt's mean under each of its pictures.
+    """
     row = column.row
     guided = row.num_evaluations // row.num_steps > 1
     cost = f"{row.num_evaluations} evaluations" if guided else ""
@@ -294,4 +312,5 @@ def described(column: Column) -> dict[str, Any]:
         "label": f"{row.name}, {row.num_steps} step{'s' if row.num_steps > 1 else ''}",
         "detail": ", ".join(filter(None, [row.sampler, cost])),
         "shown": column.is_shown,
+        "means": [i for i, key in enumerate(keys) if key in column.means],
     }

@@ -6,12 +6,12 @@ from rich.table import Table
 from ..training.console import wrapped
 from . import disagreements, tuned_students
 from .comparisons import measured
-from .definitions import DISTRIBUTION, LATENCY, RIGHT, TRAINING, is_detail, metric
+from .definitions import DISTRIBUTION, GENEVAL, LATENCY, RIGHT, TRAINING, is_detail, metric
 from .figures import number, plus_minus, summary, values_of
 from .types import NumberTable, Report, Row, TrainingCost
 
 MANY_METRICS = 5  # in the terminal table
-MAIN_METRICS = ("distance", "kid", "r@5", RIGHT, "fid", "clip")  # beside the rewards and DISTRIBUTION
+MAIN_METRICS = ("distance", "kid", "r@5", RIGHT, "fid", "clip", GENEVAL)  # beside the rewards and DISTRIBUTION
 
 
 def columns(report: Report) -> list[str]:
@@ -62,26 +62,32 @@ def cells(report: Report, row: Row) -> list[str]:
 
 
 def details(report: Report) -> list[NumberTable]:
-    """Return the tables of what is right on pictures of scenes, by question and relation: of all prompts, by language.
+    """Return the tables of what is right on pictures: of scenes by question and relation, then by language; by task.
 
-    Empty without a judge of scenes.
+    Empty without a judge of scenes and without a detector.
     """
     metrics = report.rows[0].metrics
-    keys = [key for key in metrics if key == RIGHT or (is_detail(key) and "/" not in key)]
-    if not keys:
-        return []
-    languages = [key.partition("/")[2] for key in metrics if key.startswith(f"{RIGHT}/")]
-    heads = [metric(key).label.partition(": ")[2] for key in keys]
     tables = []
-    for language in ["", *languages]:
-        shown = [f"{key}/{language}" if language else key for key in keys]
-        lines = {
-            name: [[label(row), str(row.num_evaluations), *(number(row.metrics[key]) for key in shown)] for row in rows]
-            for name, rows in groups(report).items()
-        }
-        title = f"Right pictures, prompts in {language}" if language else "Right pictures, by question and relation"
-        tables.append(NumberTable(title, "Sampler", ["Evals", *heads], 0, list(lines.items())))
+    if RIGHT in metrics:
+        keys = [key for key in metrics if key.startswith("right@") and "/" not in key]
+        tables.append(_of_parts(report, "Right pictures, by question and relation", keys))
+        for language in [key.partition("/")[2] for key in metrics if key.startswith(f"{RIGHT}/")]:
+            title = f"Right pictures, prompts in {language}"
+            tables.append(_of_parts(report, title, [f"{key}/{language}" for key in keys]))
+    if GENEVAL in metrics:
+        tasks = [key for key in metrics if key.startswith(f"{GENEVAL}@")]
+        tables.append(_of_parts(report, "Right pictures, by GenEval's task", tasks))
     return tables
+
+
+def _of_parts(report: Report, title: str, keys: list[str]) -> NumberTable:
+    """Return the table of the metrics `keys`, each a part of a whole, without the whole's name in the heads."""
+    heads = [metric(key.partition("/")[0]).label.partition(": ")[2] for key in keys]
+    lines = {
+        name: [[label(row), str(row.num_evaluations), *(number(row.metrics[key]) for key in keys)] for row in rows]
+        for name, rows in groups(report).items()
+    }
+    return NumberTable(title, "Sampler", ["Evals", *heads], 0, list(lines.items()))
 
 
 def paired(report: Report) -> list[NumberTable]:

@@ -1,11 +1,12 @@
 """Find reward models by name, build them, and refuse those that cannot do what a stage needs."""
 
+import ast
 import difflib
 import importlib
 import importlib.metadata
 import inspect
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..recipe import Reward, reward_package
+from ..recipe import Reward, reward_package, reward_settings
 from .contract import ATTRIBUTES, RewardError, RewardModel, message_of
 from .weights import MissingWeights, Weights
 
@@ -126,15 +127,20 @@ def refuse_without_gradient(rewards: Mapping[str, RewardModel | type[RewardModel
         )
 
 
-def refuse_settings(name: str, reward: type[RewardModel], settings: Collection[str]) -> None:
-    """Raise RewardError for `settings` (by name) that `reward` does not take, and for a missing one."""
+def refuse_settings(name: str, reward: type[RewardModel], settings: Mapping[str, Any]) -> None:
+    """Raise RewardError for `settings` whose name or type `reward` does not take, and for a missing one."""
     parameters = settings_of(reward)
     takes = f"its settings are {', '.join(parameters)}" if parameters else "it takes no settings"
-    for setting in settings:
+    for setting, value in settings.items():
         if setting not in parameters:
             nearest = difflib.get_close_matches(setting, parameters, n=1)
             suggestion = f"; did you mean {nearest[0]}?" if nearest else ""
             raise RewardError(f"reward {name}: unknown setting {setting!r}{suggestion}; {takes}")
+        annotation = parameters[setting].annotation
+        if annotation is not inspect.Parameter.empty:
+            text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+            if message := reward_settings.misfit(value, ast.parse(text, mode="eval").body):
+                raise RewardError(f"reward {name}: the setting {setting!r}: {message}")
     for setting, parameter in parameters.items():
         if parameter.default is parameter.empty and setting not in settings:
             raise RewardError(f"reward {name}: the setting {setting!r} is missing; {takes}")

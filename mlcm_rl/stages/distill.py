@@ -1,5 +1,6 @@
 """Stage `distill`: multistep consistency distillation, phase by phase from many segments to one (arXiv 2406.05768)."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,9 +17,11 @@ from ..equations.segments import phase_at
 from ..models import pictures, students, teachers
 from ..models.base import Base
 from ..models.grids import SamplingGrid
+from ..models.perceptual import Distance, Distances
 from ..models.teachers import tell_truncated
 from ..models.terms import TermsOfStep, terms_of
 from ..recipe import Distill, Recipe, types
+from ..recipe.distill import LOG, PERCEPTUAL
 from ..storage import files
 from ..training.loop import Runtime, rate_factor, set_rate
 from ..training.seeding import generator
@@ -45,6 +48,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     trained = rt.prepare(student, optimizer)
     average = {name: value.detach().clone() for name, value in trained.items()} if stage.target_ema else trained
     source = make_source(stage, recipe, base, student, parents)
+    distances = make_distances(stage, recipe, base, parents)
     real = real_pictures(stage, base)
     encode_ahead(stage, recipe, base, source, real)
     terms = [
@@ -69,8 +73,8 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
         draw = source.draw(step, settings.num_segments, settings.pair, rt.generator("times", step))
         rt.samples = draw.index.tolist()
         parts = (source.realise(draw.rows(part)) for part in rt.micro_batches())
-        added = TermsOfStep(rt, stage, base, student, terms, step)
-        losses = (loss(rt, stage, settings, base, student, average, part, added) for part in parts)
+        measure, added = distances.of(settings.distance, step), TermsOfStep(rt, stage, base, student, terms, step)
+        losses = (loss(rt, stage, settings, base, student, average, part, measure, added) for part in parts)
         with rt.autocast():
             record = rt.backward(losses)
             record |= added.learn()  # the terms' own networks, from what the student made
@@ -82,7 +86,8 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
             record |= added.means()
             rt.log(step, phase=phase, num_segments=settings.num_segments, learning_rate=rate, **record)
         if isinstance(source, StoredStates) and source.store.num_held_out and rt.due(step, stage.held_out_every):
-            held_out = held_out_loss(rt, stage, settings, base, student, average, source)
+            measure = distances.of(settings.distance, "held out")
+            held_out = held_out_loss(rt, stage, settings, base, student, average, source, measure)
             rt.log(step, phase=phase, num_segments=settings.num_segments, held_out_loss=held_out)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, sum(lengths)):
             save_samples(rt, stage, recipe, base, student, settings.num_segments, step)
@@ -104,7 +109,7 @@ class PhaseSettings:
         self.pair: str = stage.per_phase("pair")[phase]
         self.space: str = stage.per_phase("space")[phase]
         self.optimizer_state: str = stage.per_phase("optimizer_state")[phase]
-        self.distance = consistency.DISTANCES[stage.per_phase("distance")[phase]]
+        self.distance: str = stage.per_phase("distance")[phase]
 
 
 def make_source(
@@ -126,6 +131,12 @@ def make_source(
     tell_truncated(base, [text for captions in folder.prompts for text in captions], stage.images)
     latents = pictures.encode(base, folder.images, stage.micro_batch)
     return NoisedData(stage, base, latents, folder.prompts, recipe.seed)
+
+
+def make_distances(stage: Distill, recipe: Recipe, base: Base, parents: dict[str, Path]) -> Distances:
+    """Return the distances of `stage`, with the networks of the perceptual ones in memory."""
+    place = Path(stage.lpips) if stage.lpips is not None else parents.get("train_perceptual")
+    return Distances(stage, base, place, recipe.seed)
 
 
 def encode_ahead(stage: Distill, recipe: Recipe, base: Base, source: Source, real: RealPictures | None) -> None:
@@ -164,6 +175,7 @@ def loss(
     student: torch.nn.Module,
     average: Weights,
     batch: Batch,
+    measure: Distance,
     added: TermsOfStep | None = None,
 ) -> Tensor:
     """Return the distillation loss of `batch`, (B,) float32 (TLCM v6, eq. 7; inter_segment: eq. 10).
@@ -178,7 +190,7 @@ def loss(
         target = consistency.inter_segment_target(x0_at_r, batch.x_r, batch.r)
         # both compare x0; that of space x0 has the weight of `consistency.loss_in_x0`, and z none
         weight = snr(batch.t, base.schedule) + 1.0 if settings.space == "x0" else 1.0
-        distance = weight * settings.distance(x0, target)
+        distance = weight * measure(x0, target, batch.conditioning)
         return (
             distance if added is None else added.beside(distance, x0, target, batch.s, batch.conditioning, batch.sample)
         )
@@ -190,7 +202,11 @@ def loss(
         assert batch.x_r is not None
         target = consistency.transfer(batch.x_r, x0_at_r, batch.r, batch.s, base.schedule)
     error = consistency.LOSSES[settings.space]
-    distance = error(x0, batch.x_t, batch.t, target, batch.s, base.schedule, settings.distance)
+    if settings.distance in PERCEPTUAL:  # of x0, whatever the space: g has noise
+        is_log = settings.distance.startswith(LOG)
+        error = consistency.log_perceptual_loss if is_log else consistency.PERCEPTUAL_LOSSES[settings.space]
+    compared = partial(measure, conditioning=batch.conditioning)
+    distance = error(x0, batch.x_t, batch.t, target, batch.s, base.schedule, compared)
     return distance if added is None else added.beside(distance, x0, target, batch.s, batch.conditioning, batch.sample)
 
 
@@ -213,12 +229,13 @@ def held_out_loss(
     student: torch.nn.Module,
     average: Weights,
     source: StoredStates,
+    measure: Distance,
 ) -> float:
     """Return the mean loss over the held-out trajectories, at the same times throughout a phase."""
     index = torch.tensor(source.store.held_out)
     draw = source.draw_for(index, settings.num_segments, settings.pair, generator(source.seed, "held out"))
     parts = draw.split(stage.micro_batch)
-    losses = [loss(rt, stage, settings, base, student, average, source.realise(part)) for part in parts]
+    losses = [loss(rt, stage, settings, base, student, average, source.realise(part), measure) for part in parts]
     return torch.cat(losses).mean().item()
 
 

@@ -82,7 +82,7 @@ class Runtime:
         name = "tensorboard" if recipe.trackers == ["tensorboard"] else recipe.name
         config = flat(files.public(recipe.model_dump(mode="json")))
         named = {"name": folder.name}  # else the runs of a recipe's stages have random names there
-        self.accelerator.init_trackers(name, config, {"wandb": named, "trackio": named})
+        trackers.start(self.accelerator, name, config, {"wandb": named, "trackio": named})
 
     @property
     def stopping(self) -> bool:
@@ -182,8 +182,8 @@ class Runtime:
                 if self.stopping:
                     text = f"stopped after step {step + 1} of {total}; the same command resumes it"
                     raise signals.Stopped(self.pending.number or signal.SIGTERM, text)
-        for tracker in self.accelerator.trackers:  # not end_training: the processes stay together for the next stage
-            tracker.finish()
+        # not end_training: the processes stay together for the next stage
+        trackers.for_each(self.accelerator, lambda tracker: tracker.finish())
 
     def due(self, step: int, every: int, total: int | None = None) -> bool:
         """Return whether `step` is one of every `every` steps, or the last of `total`."""
@@ -298,15 +298,14 @@ class Runtime:
             file.write(json.dumps({"step": step + 1, **values}) + "\n")
             file.flush()
             os.fsync(file.fileno())  # before a later checkpoint
-        self.accelerator.log(values, step=step + 1)
+        trackers.for_each(self.accelerator, lambda tracker: tracker.log(values, step=step + 1))
 
     def log_picture(self, step: int, name: str, draw: Callable[..., Image.Image], *arguments: object) -> None:
         """Send the picture that `draw` makes of `arguments` to the trackers, on rank 0. Without any it is not drawn."""
         if processes.rank() > 0 or not self.accelerator.trackers:
             return
         picture = draw(*arguments)
-        for tracker in self.accelerator.trackers:
-            trackers.log_picture(tracker, name, picture, step + 1)
+        trackers.for_each(self.accelerator, lambda tracker: trackers.log_picture(tracker, name, picture, step + 1))
 
     def _truncate_log(self, first: int) -> None:
         """Delete the records after step `first`, from which the run resumes: they will be written again."""

@@ -71,7 +71,8 @@ def lcm_step(rt: Runtime, base, student: torch.nn.Module, source: NoisedData, op
 
     def step() -> None:
         batch = source.realise(source.draw(0, 1, "next", generator("benchmark", 0)))
-        distill.loss(rt, rt.stage, settings, base, student, {}, batch).mean().backward()
+        distance = distill.make_distances(rt.stage, rt.recipe, base, {}).of(settings.distance, 0)
+        distill.loss(rt, rt.stage, settings, base, student, {}, batch, distance).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 

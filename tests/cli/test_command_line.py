@@ -128,7 +128,10 @@ def test_run_gives_the_pipeline_the_recipe_with_its_overrides(mlcm, pipeline):
     given: list[Recipe] = []
     pipeline.run = lambda recipe, skip_damaged: given.append(recipe) or ["a stage", "another"]
     result = mlcm("run", "good.yaml", "seed=3", "stages[distill].num_steps=5")
-    assert (result.exit_code, result.stdout) == (0, "done  2 stages in runs/good\n")
+    assert (result.exit_code, result.stdout) == (
+        0,
+        "done  2 stages in runs/good\nreport  runs/good/02-evaluate/report.html\n",
+    )
     assert (given[0].seed, given[0].stages[1].num_steps) == (3, 5)
 
 
@@ -259,8 +262,10 @@ def test_sample_evaluate_and_export_hand_their_arguments_on(mlcm, finished_runs)
     Path("runs/good").mkdir(parents=True)
     calls: list[tuple] = []
     finished_runs.sample = lambda *given: calls.append(given) or [Path("out/0.png"), Path("out/1.png")]
-    finished_runs.evaluate = lambda *given: calls.append(given) or Path("report.html")
+    finished_runs.evaluate = lambda *given: calls.append(given) or Path("stages/evaluate-1")
     finished_runs.export = lambda *given: calls.append(given) or Path("out")
+    Path("out/unet").mkdir(parents=True)
+    Path("out/unet/config.json").write_text("{}", encoding="utf-8")
     sampled = mlcm("sample", "runs/good", "--prompt", "a cat", "--prompt", "猫", "--out", "out", "--gamma", "0.5")
     evaluated = mlcm("evaluate", "runs/good", "--steps", "2", "--steps", "4")
     finished_runs.push = lambda *given: calls.append(given) or "address"
@@ -280,12 +285,13 @@ def test_sample_evaluate_and_export_hand_their_arguments_on(mlcm, finished_runs)
             "--public",
         )
     )
-    assert (sampled.stdout, evaluated.stdout, exported.stdout) == ("out/0.png\nout/1.png\n", "report.html\n", "out\n")
-    assert sent.stdout == "out\naddress\n"
+    assert (sampled.stdout, evaluated.stdout) == ("out/0.png\nout/1.png\n", "stages/evaluate-1/report.html\n")
+    assert exported.stdout == "out\n  unet/config.json  2 B\n"
+    assert sent.stdout == "out\n  unet/config.json  2 B\naddress\n"
     run, inputs = Path("runs/good"), (None, None, None, [], [], [], False, None, None)
     assert calls == [
-        (run, ["a cat", "猫"], [4], 0, 0.5, Path("out"), 16, 1, None, inputs),
-        (run, None, [2, 4]),
+        (run, ["a cat", "猫"], [4], 0, 0.5, Path("out"), 16, 1, None, inputs, None, None),
+        (run, None, [2, 4], None),
         (run, Path("out"), ["diffusers"], None, False, None),
         (run, Path("out"), ["comfyui"], "fp16", True, "me/it"),
         (Path("out"), "me/it", True),
@@ -308,7 +314,12 @@ def test_sample_takes_a_prompt_file_after_the_prompts(mlcm, finished_runs):
     [
         (["sample", "runs/god", "--prompt", "x", "--out", "y"], "no folder runs/god: the nearest are runs/good"),
         (["export", "good", "out"], "no folder good: the nearest are runs/good"),
-        (["sample", "runs/lora", "--prompt", "x", "--out", "y"], "runs/lora is a file: a recipe of one stage `start`"),
+        (
+            ["sample", "runs/lora", "--prompt", "x", "--out", "y"],
+            "runs/lora is a student of no run: name the folder of its",
+        ),
+        (["sample", "runs/good", "--prompt", "x", "--out", "y", "--grid", "lcm"], "--grid goes with --teacher"),
+        (["evaluate", "runs/lora"], "runs/lora is a file: `mlcm sample` draws with it; a recipe of one stage `start`"),
         (["evaluate", "runs/good", "--steps", "9"], "Invalid value for '--steps'"),
         (["sample", "runs/good", "--out", "y"], "name what to draw: --prompt TEXT, or --prompts FILE"),
         (["sample", "runs/good", "--prompt", "x", "--out", "y", "--gamma", "2"], "Invalid value for '--gamma'"),

@@ -315,6 +315,7 @@ def test_transparent_pictures_are_scored_on_white(mlcm, tmp_path):
         (("--out", "scores.txt"), 2, "must end in .jsonl or .csv"),
         (("--setting", "factor"), 2, "expected KEY=VALUE, found 'factor'"),
         (("--setting", "facto=2"), 2, "unknown setting 'facto'; did you mean factor?"),
+        (("--setting", "factor=red"), 2, "the setting 'factor': expected a number, found 'red'"),
         (("--device", "abacus"), 2, "device: abacus is not available here: write device: auto or cpu"),
         (("--device", "meta"), 2, "device: meta is not available here: write device: auto or cpu"),
         (("--device", "cuda:99"), 2, "device: cuda:99 is not available here: write device: auto or cpu"),

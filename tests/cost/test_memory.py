@@ -299,6 +299,9 @@ def test_terms_add_their_own_networks_and_no_second_set_of_the_teachers_weights(
     assert matched.parameters - without.parameters == without.gradients  # an adapter like the student's
     assert matched.optimiser == 2 * without.optimiser
     assert matched.gradients == without.gradients
+    half = runs.distill(**settings, adversarial={"width": 4}, precision="bf16", gradient_checkpointing=True)
+    teacher = runs.recipe(tiny_sdxl, tiny_sdxl, [half]).teacher.model_copy(update={"dtype": "bfloat16"})
+    assert of(half, tiny_sdxl, teacher=teacher).activations > 0  # the teacher's blocks are recomputed without autocast
     opposed = of(runs.distill(**settings, adversarial={"width": 4}), tiny_sdxl)
     size = opposed.parameters - without.parameters
     assert 0 < size < without.gradients

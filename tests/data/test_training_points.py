@@ -68,11 +68,21 @@ def test_every_trajectory_is_seen_once_a_pass(base, store):
 def test_a_conditioned_student_is_asked_for_every_later_milestone_of_its_range():
     t = torch.full((4000,), 700)
     for num_segments, expected in ((8, {624}), (4, {499, 624}), (2, {499, 624}), (1, {0, 124, 249, 374, 499, 624})):
-        s = draw_target(t, num_segments, True, generator(num_segments))
+        s = draw_target(t, [num_segments], True, generator(num_segments))
         assert set(s.tolist()) == expected
         counts = s.unique(return_counts=True)[1]
         assert counts.min() > 0.7 * 4000 / len(expected)  # drawn evenly
-        assert set(draw_target(t, num_segments, False, generator(0)).tolist()) == {min(expected)}
+        assert set(draw_target(t, [num_segments], False, generator(0)).tolist()) == {min(expected)}
+
+
+def test_a_phase_that_keeps_segments_draws_k_from_the_phases_up_to_it():
+    stage = runs.distill(keep_segments=True, num_segments=[8, 2, 2, 1])
+    assert [training_points.drawn_segments(stage, k) for k in (8, 2, 1)] == [[8], [8, 2], [8, 2, 1]]
+    assert training_points.drawn_segments(runs.distill(num_segments=[8, 2, 2, 1]), 1) == [1]
+    s = draw_target(torch.full((3000,), 700), [8, 2, 1], False, generator(0))
+    starts, counts = s.unique(return_counts=True)
+    assert starts.tolist() == [0, 499, 624]
+    assert counts.min() > 0.9 * 1000
 
 
 def test_online_points_are_those_of_algorithm_1(base):

@@ -74,7 +74,11 @@ def report(folder):
 def test_every_row_has_fid_kid_clip_and_rewards(report):
     assert {row["role"] for row in report["rows"]} == {"reference", "undistilled", "student"}
     for row in report["rows"]:
-        assert set(row["metrics"]) == {"distance", "fid", "inception_kid", "clip", "reward/colourfulness"}
+        keys = {"distance", "fid", "inception_kid", "clip", "reward/colourfulness"}
+        assert set(row["metrics"]) == keys | {
+            "teacher_kid",
+            "teacher_patch_kid",
+        }  # FID of more pictures than dimensions
         assert row["metrics"]["fid"]["mean"] > 0
         assert (row["metrics"]["fid"]["n"], row["metrics"]["fid"]["se"]) == (1, None)
         assert row["metrics"]["inception_kid"]["n"] == 3  # subsets of two prompts
@@ -142,7 +146,12 @@ def test_the_plan_knows_what_it_takes(place, networks, folder, tmp_path):
 def test_the_recipe_asks_for_the_papers_rewards_and_is_planned_before_they_are_fetched(place, networks, tmp_path):
     shipped = [line for line in overrides(place, networks, tmp_path) if not line.startswith("stages.0.rewards=")]
     recipe = load(RECIPE, shipped)
-    assert [reward.name for reward in recipe.stages[0].reward_models] == ["aesthetic", "image_reward"]
+    assert [reward.name for reward in recipe.stages[0].reward_models] == [
+        "aesthetic",
+        "image_reward",
+        "hps_v2",
+        "pick_score",
+    ]
     (stage,) = pipeline.plan(recipe, memory=True)
     assert stage.network_evaluations > 0
 
@@ -150,7 +159,17 @@ def test_the_recipe_asks_for_the_papers_rewards_and_is_planned_before_they_are_f
 @pytest.mark.parametrize(
     ("changes", "key", "message"),
     [
-        ({"stages.0.real_images": "null"}, "stages[0].inception", "inception needs real_images, a folder of real"),
+        (
+            {"stages.0.inception": "null", "stages.0.real_images": "null"},
+            "stages[0].distribution",
+            "distribution needs judge or inception",
+        ),
+        ({"stages.0.num_prompts": 2}, "stages[0].distribution", "distribution needs num_prompts of 3 or more, is 2"),
+        (
+            {"stages.0.real_images": "null", "stages.0.distribution": "false"},
+            "stages[0].inception",
+            "inception needs real_images, a folder of real",
+        ),
         ({"stages.0.inception": "null"}, "stages[0].real_images", "real_images needs inception: the network"),
         ({"stages.0.inception": "x.pt"}, "stages[0].inception", "inception must be a .safetensors file, found x.pt"),
     ],

@@ -115,7 +115,9 @@ def test_a_batch_is_judged_by_the_requests_that_were_read_when_it_was_loaded(mon
     prompts = [Prompt(line["prompt"], line["language"], line.get("concept")) for line in LINES]
     judge = Planted(AS_ASKED)
     requests = scene_judge.requests_of(prompts, [A, B], "p.jsonl")
-    loaded = instruments.Instruments(None, torch.full((3,), -1), judge, requests, None, None, None, {}, {}, seed=0)
+    loaded = instruments.Instruments(
+        None, torch.full((3,), -1), judge, requests, None, None, None, None, {}, {}, seed=0
+    )
     monkeypatch.setattr(scene_judge, "request_of", None)
     numbers = [2, 0, 0, 1]
     samples = [(i, 0) for i in numbers]

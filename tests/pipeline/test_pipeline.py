@@ -309,14 +309,37 @@ def test_several_pictures_are_on_a_sheet_with_a_row_a_noise_and_a_column_a_numbe
     *files, sheet = finished_runs.sample(run, ["a cat", "熊猫"], [1, 2], 7, None, tmp_path, images_per_prompt=2)
     assert [path.name for path in files[:5]] == [*(f"00{i}-seed7-steps1.png" for i in range(4)), "000-seed7-steps2.png"]
     whole, (width, height) = Image.open(sheet), Image.open(files[0]).size
-    assert whole.size == (2 * (width + 4) + 4, 4 * (height + 4) + 4)
+    row = (whole.height - 17) // 4  # 17 pixels of labels over the columns, and as many over each row
+    assert (whole.width, row) == (320, 17 + height + 4)
     assert whole.text["prompts"].splitlines() == ["a cat", "a cat", "熊猫", "熊猫"]
     for number in range(4):
         for column in (0, 1):
-            left, top = 4 + column * (width + 4), 4 + number * (height + 4)
+            left, top = 4 + column * (width + 4), 2 * 17 + number * row
             part = whole.crop((left, top, left + width, top + height))
             assert ImageChops.difference(part, Image.open(files[4 * column + number])).getbbox() is None
     assert files[0].read_bytes() != files[1].read_bytes()  # of one prompt, from two noises
+
+
+def test_two_at_once_draw_into_one_folder_under_numbers_of_their_own(tmp_path):
+    with finished_runs._numbers(tmp_path, 2) as first, finished_runs._numbers(tmp_path, 3) as second:
+        assert (first, second) == (0, 2)
+        (tmp_path / "004-seed0-steps4.png").touch()
+        with finished_runs._numbers(tmp_path, 1) as third:
+            assert third == 5
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["004-seed0-steps4.png"]
+
+
+def test_a_device_that_is_not_here_is_refused_before_anything_is_loaded(finished, tmp_path, monkeypatch):
+    recipe, _ = finished
+    run = Path(recipe.runs, recipe.name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(teachers, "load", lambda *_: pytest.fail("loaded"))
+    for command in (
+        lambda: finished_runs.sample(run, ["a cat"], [2], 0, None, tmp_path, device="cuda"),
+        lambda: finished_runs.evaluate(run, device="cuda"),
+    ):
+        with pytest.raises(BadArgument, match="--device: device: cuda is not available here"):
+            command()
 
 
 def test_steps_that_a_student_is_not_for_are_told(tiny_sdxl, tmp_path, capsys):

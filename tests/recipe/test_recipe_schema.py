@@ -57,3 +57,15 @@ def test_descriptions_and_defaults_come_with_the_schema():
     assert distill["learning_rate"]["default"] == 1e-4
     assert "peak" in distill["learning_rate"]["description"]
     assert distill["precision"]["enum"] == ["no", "bf16"]
+
+
+def test_every_key_says_what_it_means():
+    schema = json_schema()
+    named = {"Recipe": schema, **schema["$defs"]}
+    missing = [
+        f"{name}.{key}"
+        for name, one in named.items()
+        for key, value in one["properties"].items()
+        if len(value.get("description", "")) < 8
+    ]
+    assert not missing, f"write a description of {', '.join(missing)}"

@@ -47,10 +47,10 @@ def test_settings_that_fit_are_none_of_its_problems(order):
     ("settings", "message", "nearest"),
     [
         ({"strenght": 2.0}, "unknown setting; its settings are path, strength, mode, levels, other", "strength"),
-        ({"strength": "2"}, "expected float, found '2'", ""),
-        ({"strength": True}, "expected float, found True", ""),
-        ({"mode": "c"}, "expected Literal['a', 'b'], found 'c'", ""),
-        ({"levels": [1, "x"]}, "expected list[int] | None, found [1, 'x']", ""),
+        ({"strength": "2"}, "expected a number, found '2'", ""),
+        ({"strength": True}, "expected a number, found True", ""),
+        ({"mode": "c"}, "expected one of 'a', 'b', found 'c'", ""),
+        ({"levels": [1, "x"]}, "expected a list, each a whole number, or null, found [1, 'x']", ""),
     ],
 )
 def test_a_setting_that_does_not_fit_is_told_by_its_key(order, settings, message, nearest):

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 import planted_evaluations
-from mlcm_rl.report import assembly, gallery
+from mlcm_rl.models.pictures import save_png
+from mlcm_rl.report import assembly, drawn_pictures, gallery
+from mlcm_rl.report.drawn_pictures import Drawn
 from mlcm_rl.report.gallery import Evaluation, Place
 from mlcm_rl.storage.files import CheckpointError
 from planted_evaluations import HOSTILE, PROMPTS, colour
@@ -67,6 +69,56 @@ def test_all_pictures_are_there_where_they_were_kept_each_with_its_own_score(tmp
     assert cell.scores["distance"] == 2.0  # of the prompt: its pictures' mean
     with Image.open(cell.path) as image:
         assert image.getpixel((0, 0)) == colour("student-2-0", 2, 1)
+
+
+def test_what_is_a_prompts_mean_under_each_of_its_pictures_is_labelled_so(tmp_path, both):
+    folder = planted_evaluations.write(tmp_path / "kept", ONE, keeps=True, images=2)
+    gallery.write_page(gallery.gather([evaluation("kept", folder)]), "kept", tmp_path / "kept.html")
+    data = data_of((tmp_path / "kept.html").read_text("utf-8"))
+    assert data["columns"][0]["means"] == [0]  # the distance, and not the reward
+    gallery.write_page(gallery.gather(both), "both", tmp_path / "both.html")
+    assert not any(one["means"] for one in data_of((tmp_path / "both.html").read_text("utf-8"))["columns"])
+
+
+def drawn(folder, number, prompt, steps, gamma="1.0", seed=7, student="distill-0123"):
+    folder.mkdir(exist_ok=True)
+    text = {"prompt": prompt, "number": number, "seed": seed, "steps": steps, "gamma": gamma, "student": student}
+    return save_png(
+        Image.new("RGB", (8, 8), (number, steps, 0)), folder / f"00{number}-seed{seed}-steps{steps}.png", text
+    )
+
+
+def test_pictures_of_sample_are_columns_of_student_steps_gamma_and_seed(tmp_path, both):
+    folder = tmp_path / "pictures"
+    for number, prompt in enumerate(["红苹果", "a cat", "a cat"]):
+        for steps in (2, 4):
+            drawn(folder, number, prompt, steps)
+    save_png(Image.new("RGB", (8, 8)), folder / "sheet-000-seed7.png")
+    drawn(folder, 3, "a cat", 4, gamma="0.0")
+    columns = drawn_pictures.columns_of(Drawn("pictures", folder), set())
+    assert [(column.name, len(column.cells)) for column in columns] == [
+        ("pictures:distill-0123@2, gamma 1.0", 3),
+        ("pictures:distill-0123@4, gamma 1.0", 3),
+        ("pictures:distill-0123@4, gamma 0.0", 1),
+    ]
+    assert list(columns[0].cells) == [Place("红苹果", "zh", 0), Place("a cat", "en", 0), Place("a cat", "en", 1)]
+    assert [column.row.num_steps for column in drawn_pictures.columns_of(Drawn("pictures", folder), {2})] == [2]
+    found = gallery.joined([gallery.columns_of(both[0]), columns])
+    gallery.write_page(found, "both", tmp_path / "out.html")
+    data = data_of((tmp_path / "out.html").read_text("utf-8"))
+    assert [column["label"] for column in data["columns"]][-3:] == [
+        *("distill-0123, 2 steps", "distill-0123, 4 steps", "distill-0123, 4 steps"),
+    ]
+    assert data["columns"][-1]["detail"] == "gamma 0, seed 7"
+    row = data["cells"][found.places.index(Place("红苹果", "zh", 0))]
+    assert row[0][2] != row[-3][2]  # an evaluation's noise is no noise of `mlcm sample`
+    assert row[-3][2] == row[-2][2]
+
+
+def test_a_picture_that_does_not_say_what_it_is_is_named(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "000-seed0-steps4.png")
+    with pytest.raises(CheckpointError, match=r"000-seed0-steps4.png does not say what it is"):
+        drawn_pictures.columns_of(Drawn("mine", tmp_path), set())
 
 
 def test_a_teacher_with_other_pictures_is_shown_again(tmp_path, both):

@@ -43,6 +43,12 @@ def store(tiny_sdxl, tmp_path_factory):
     return pipeline.run(recipe)[0].folder
 
 
+def store_of(recipe, folder: Path) -> Path:
+    """A store of the recipe's own teacher: one in another precision has another identity."""
+    stages = [runs.trajectories(runs.write_prompts(folder))]
+    return pipeline.run(recipe.model_copy(update={"stages": stages, "runs": str(folder / "stores")}))[0].folder
+
+
 def train(teacher: Path, store: Path, folder: Path, **settings) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     stage = runs.distill(**GLOBAL | settings)
@@ -153,6 +159,21 @@ def test_every_kind_of_student_takes_the_terms(tiny_sdxl, store, tmp_path, setti
     lines = records(train(tiny_sdxl, store, tmp_path / "run", **BOTH | paths | settings))
     assert len(lines) == 2
     assert all(record[name] > 0 for record in lines for name in ("grad_norm", *LEARNED))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_terms_in_bfloat16_are_near_those_in_float32(tiny_sdxl, store, tmp_path, dtype):
+    """Over a teacher in half precision, recomputed in the backward pass; an adversary is refused over float16."""
+    added = {"matching": MATCHING} if dtype == "float16" else BOTH
+    stage = runs.distill(**GLOBAL, **added, num_steps=1, precision="bf16", gradient_checkpointing=True)
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
+    recipe = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"dtype": dtype})})
+    distill.run(stage, recipe, {"trajectories": store_of(recipe, tmp_path)}, tmp_path)
+    exact = train(tiny_sdxl, store, tmp_path / "exact", num_steps=1, **added)
+    (half,), (whole,) = records(tmp_path), records(exact)
+    for name in ("matching", "fake_loss", "heads_loss"):
+        assert half.get(name, 0.0) == pytest.approx(whole.get(name, 0.0), rel=0.1), name
 
 
 @pytest.mark.parametrize("name", [pytest.param("fake", marks=pytest.mark.slow), "heads"])

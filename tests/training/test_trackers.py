@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate.tracking import GeneralTracker
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -58,6 +59,60 @@ def test_a_large_sheet_is_sent_smaller(tmp_path):
 
 def test_nothing_is_drawn_without_a_tracker(tmp_path):
     runtime(tmp_path).log_picture(0, "samples", lambda: pytest.fail("it was drawn"))
+
+
+class Failing(GeneralTracker):
+    """A tracker that raises at its start, or at its second record."""
+
+    requires_logging_directory = False
+    name = "failing"
+
+    def __init__(self, project: str, at_start: bool = False):
+        super().__init__()
+        self.at_start, self.num_records = at_start, 0
+
+    @property
+    def tracker(self):
+        return None
+
+    def start(self):
+        if self.at_start:
+            raise ConnectionError("no connection\nand a trace")
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step=None):
+        self.num_records += 1
+        if self.num_records == 2:
+            raise ConnectionError("no connection")
+
+
+def test_a_tracker_that_raises_is_off_and_the_others_go_on(tmp_path, capsys):
+    rt = runtime(tmp_path, "tensorboard")
+    failing = Failing("project")
+    rt.accelerator.trackers.insert(0, failing)
+    for step in range(3):
+        rt.log(step, loss=float(step))
+    line = "tracker failing: ConnectionError: no connection: it is off for the rest of this stage, which goes on"
+    assert capsys.readouterr().out.count(line) == 1
+    assert failing.num_records == 2
+    assert [tracker.name for tracker in rt.accelerator.trackers] == ["tensorboard"]
+    assert len((tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+    close(rt)
+    read = EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert [(event.step, event.value) for event in read.Scalars("loss")] == [(1, 0.0), (2, 1.0), (3, 2.0)]
+
+
+def test_a_tracker_that_does_not_start_stops_no_stage(tmp_path, capsys):
+    rt = runtime(tmp_path, "tensorboard")
+    close(rt)
+    rt.accelerator.log_with = [Failing("project", at_start=True), *rt.accelerator.log_with]
+    trackers.start(rt.accelerator, "project", {"seed": 1}, {})
+    assert "ConnectionError: no connection: it is off" in capsys.readouterr().out
+    assert [tracker.name for tracker in rt.accelerator.trackers] == ["tensorboard"]
+    close(rt)
 
 
 def test_wandb_has_the_picture_the_settings_and_the_name_of_the_stage(tmp_path, monkeypatch):

@@ -1,0 +1,28 @@
+"""Sheets with labels: pictures where they belong, and text that is cut where it does not fit."""
+
+import numpy as np
+from PIL import Image
+
+from mlcm_rl.models import labelled_sheet
+from mlcm_rl.models.labelled_sheet import GAP, MIN_WIDTH, PADDING, PAPER, labelled
+
+LINE = 11 + 2 * PADDING
+
+
+def test_pictures_are_in_their_row_and_column_under_their_labels():
+    images = [Image.new("RGB", (32, 24), (40 * i, 0, 0)) for i in range(4)]
+    sheet = labelled(images, ["000  a cat", "001  a very long prompt " * 9], ["2 steps", "4 steps"])
+    assert sheet.size == (MIN_WIDTH, LINE + 2 * (LINE + 24 + GAP))
+    for i, image in enumerate(images):
+        row, column = divmod(i, 2)
+        left, top = GAP + column * (32 + GAP), 2 * LINE + row * (LINE + 24 + GAP)
+        assert sheet.crop((left, top, left + 32, top + 24)).tobytes() == image.tobytes()
+    pixels = np.asarray(sheet)
+    labels = [pixels[:LINE], pixels[LINE : 2 * LINE], pixels[2 * LINE + 24 + GAP : 3 * LINE + 24 + GAP]]
+    assert all((label != np.array(PAPER)).any() for label in labels)
+    assert (labels[2][:, -GAP:] == np.array(PAPER)).all()  # cut before the edge
+
+
+def test_letters_that_no_font_has_are_known():
+    assert labelled_sheet.can_write("a cat")
+    assert not labelled_sheet.can_write("\U0010fffd")

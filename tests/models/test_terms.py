@@ -1,0 +1,89 @@
+"""The terms over every family of teachers: the fake score starts as the teacher, and heads read its features."""
+
+import pytest
+import torch
+
+import tiny
+from mlcm_rl.models import heads
+from mlcm_rl.models.base import Base
+from mlcm_rl.models.features import MOST_BLOCKS, features
+from mlcm_rl.models.terms import Adversary, DistributionMatching, Made
+from mlcm_rl.recipe.terms import Adversarial, Fake, Matching
+
+PROMPTS = ["a red apple, 3d", "熊猫"]
+FAKE = Fake(rank=2, alpha=2.0)
+
+
+@pytest.fixture(scope="module")
+def teacher(case, folder) -> Base:
+    return case.load(folder)
+
+
+def samples(base: Base):
+    """x0 (2, C, H, W), the conditioning of two prompts, and rows of everything."""
+    return base.noise(torch.Generator().manual_seed(4), 2), base.encode_prompts(PROMPTS)
+
+
+def check_matching(base: Base) -> None:
+    """Without guidance a new fake score is the teacher, so that nothing is matched; trained, it moves the samples."""
+    x0, conditioning = samples(base)
+    scale = base.teacher.guidance_scale if base.teacher.evaluations == 1 else 1.0
+    term = DistributionMatching(Matching(fake=FAKE, guidance_scale=scale), base, seed=0)
+    noised = term.draw(torch.Generator().manual_seed(1), 2)
+    student = x0.clone().requires_grad_()
+    assert term.loss(student, conditioning, noised).tolist() == [0.0, 0.0]
+    made = Made(slice(0, 2), x0, x0, x0, torch.ones(2), conditioning)
+    term.network_loss(made, noised).sum().backward()
+    trained = [value for value in term.network.parameters() if value.requires_grad]
+    assert any(value.grad.abs().sum() > 0 for value in trained if value.grad is not None)
+    assert all(value.grad is None for value in base.denoiser.parameters())
+    tiny.perturb(trained, seed=1)
+    term.loss(student, conditioning, noised).sum().backward()
+    assert (student.grad.flatten(1).abs().amax(1) > 0).all()
+
+
+def check_adversary(base: Base) -> None:
+    """The student's gradient comes through the teacher, which has none itself; heads see real and fake apart."""
+    x0, conditioning = samples(base)
+    term = Adversary(Adversarial(width=4, gradient_penalty=0.1), base, seed=0)
+    noised = term.draw(torch.Generator().manual_seed(1), 2)
+    student = x0.clone().requires_grad_()
+    term.loss(student, conditioning, noised).sum().backward()
+    assert (student.grad.flatten(1).abs().amax(1) > 0).all()
+    assert all(value.grad is None for value in (*term.network.parameters(), *base.denoiser.parameters()))
+    made = Made(slice(0, 2), x0, -x0, None, torch.ones(2), conditioning)
+    loss = term.network_loss(made, noised)
+    loss.sum().backward()
+    assert loss.shape == (2,)
+    assert all(value.grad is not None for value in term.network.parameters())
+    read = features(base, *noised.on(base, x0), conditioning)
+    assert 2 <= len(read) <= MOST_BLOCKS
+    shapes = heads.shapes_of(base, base.unconditional(1))
+    assert [one.shape[1] for one in read] == [shape[0] for shape in shapes]
+
+
+def test_unets_match_distributions(base):
+    check_matching(base)
+
+
+def test_heads_read_unets(base):
+    check_adversary(base)
+
+
+@pytest.mark.slow
+def test_every_other_family_matches_distributions(teacher):
+    check_matching(teacher)
+
+
+@pytest.mark.slow
+def test_heads_read_every_other_family(teacher):
+    check_adversary(teacher)
+
+
+def test_the_same_noise_is_on_all_that_is_compared(sdxl):
+    """Rows of a draw are those of the whole batch, and a term's draw depends on its generator alone."""
+    term = DistributionMatching(Matching(fake=FAKE, times=(0.5, 0.6)), sdxl, seed=0)
+    whole, again = (term.draw(torch.Generator().manual_seed(3), 6) for _ in range(2))
+    assert torch.equal(whole.noise, again.noise)
+    assert torch.equal(whole.rows(slice(2, 4)).t, whole.t[2:4])
+    assert 499 <= whole.t.min() <= whole.t.max() <= 599
