@@ -11,10 +11,11 @@ from .control import TrainControl
 from .distill import Distill
 from .evaluation import Evaluate
 from .perceptual import TrainPerceptual
-from .preference import Dpo, Feedback, Policy, TrainReward, Tuning
+from .preference import Dpo, Feedback, Policy, Tuning
 from .stage import OneStage
 from .start import PREVIOUS, Start, stage_of
 from .teacher_stages import TrainTeacher, Trajectories
+from .train_reward import TrainReward
 from .types import (
     Samples,
     Strict,
