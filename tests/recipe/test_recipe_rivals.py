@@ -5,6 +5,8 @@ from pydantic import ValidationError
 
 import runs
 from mlcm_rl.cost.evaluations import network_evaluations
+from mlcm_rl.recipe.file import check
+from mlcm_rl.recipe.paths import Folders
 
 SIMULATION = {"method": "simulation", "num_segments": [1], "prompts": "p.txt"}
 WHOLE = {"starts": "milestones"}
@@ -62,3 +64,12 @@ def test_simulation_reads_no_store_and_needs_the_teacher():
     assert stage.uses_teacher
     assert "trajectories" not in stage.parents
     assert stage.texts == "p.txt"
+
+
+def test_a_store_without_the_ends_of_segments_is_refused(tiny_sdxl, tmp_path):
+    prompts = runs.write_prompts(tmp_path)
+    for solver_steps, count in ((24, 1), (32, 0)):
+        stages = [runs.trajectories(prompts, solver_steps=solver_steps), runs.distill(**WHOLE, num_segments=[32, 8])]
+        problems = check(runs.recipe(tiny_sdxl, tmp_path, stages), Folders(tmp_path, tmp_path))
+        assert [problem.key for problem in problems] == [("stages", 1, "num_segments")] * count
+        assert all("multiple of 32, found 24" in problem.text for problem in problems)
