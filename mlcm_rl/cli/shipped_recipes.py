@@ -64,7 +64,7 @@ def list_recipes(
     header = {"name": "recipe", "family": "base", "needs": "needs", "what": "what it is"}
     widths = {key: max(len(row[key]) for row in [header, *rows]) for key in ("name", "family", "needs")}
     for row in [header, *rows]:
-        columns = "  ".join(row[key].ljust(width) for key, width in widths.items())
+        columns = " ".join(row[key].ljust(width) for key, width in widths.items())
         line(Text(columns.rstrip(), "bold" if row is header else ""))
         _print_below(row["what"])
     line(Text("\nlaunch file, for --launch", "bold"))

@@ -217,6 +217,7 @@ def roles_of(
         compared,
         networks.trains_lpips,
         networks.feature_blocks,
+        is_tuned=networks.preference is not None,
     )
     roles.beside.update(_beside(networks, stage, roles, recompute))
     return roles
@@ -237,9 +238,10 @@ def _beside(
             if recomputes:
                 base.checkpoint_blocks(fake, recompute)
         if networks.head_width:
-            shapes = heads.shapes_of(base, roles.points(1)[2])
+            with torch.no_grad():
+                shapes = [one.shape[1:] for one in roles.read(*roles.points(1))]
             beside["heads"] = heads.Heads(shapes, networks.head_width, seed=0)
-            if recomputes:
+            if recomputes and networks.uses_teacher:
                 base.checkpoint_blocks(base.denoiser, recompute)
     return beside
 

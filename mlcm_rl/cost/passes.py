@@ -47,6 +47,7 @@ class Roles:
     trains_lpips: bool = False
     feature_blocks: tuple[int, ...] = ()  # of the teacher, which compares latents
     beside: dict[str, nn.Module] = field(default_factory=dict)  # trained beside the student, by role
+    is_tuned: bool = False  # whether a preference adapter is trained, over a student that is the reference
 
     @property
     def trained(self) -> nn.Module:
@@ -120,11 +121,20 @@ class Roles:
         x_t, t, conditioning = self.points(count)
         return self.base.predict(self.beside["fake"], x_t, t, conditioning).square().mean()
 
+    def read(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
+        """Return the features (count, D, h, w) that heads read: the teacher's, in tuning those of the reference."""
+        if not self.is_tuned:
+            return features(self.base, x_t, t, conditioning)
+        with students.as_reference(self.student):
+            return features(
+                self.base, x_t, t, conditioning, self.student, torch.zeros_like(t) if self.conditioned else None
+            )
+
     def passing_for_real(self, count: int) -> Tensor:
         """Return what an adversary's heads say of the student's samples, (), with the graph back to these."""
         x_t, t, conditioning = self.points(count)
         with self.own_precision():
-            read = features(self.base, x_t.requires_grad_(), t, conditioning)
+            read = self.read(x_t.requires_grad_(), t, conditioning)
         with frozen(self.beside["heads"]):
             return torch.stack([one.mean() for one in self.beside["heads"](read)]).sum()
 
@@ -132,7 +142,7 @@ class Roles:
         """Return what the heads are trained by on `count` samples, (), with its penalty's graph left out."""
         x_t, t, conditioning = self.points(count)
         with self.own_precision(), torch.no_grad():
-            read = features(self.base, x_t, t, conditioning)
+            read = self.read(x_t, t, conditioning)
         return torch.stack([one.mean() for one in self.beside["heads"](read)]).sum()
 
     def teacher_x0(self, count: int, guidance_scale: float) -> Tensor:

@@ -39,6 +39,35 @@ def bounded_target(x0: Tensor, gradient: Tensor, bound: float) -> Tensor:
     return x0.detach() + step.view_as(x0)
 
 
+def at_known_gradient(value: Tensor, gradient: Tensor, x0: Tensor) -> Tensor:
+    """`value` (B,), with `gradient` (B, ...) as its gradient by `x0` (B, ...), which was taken at the sample alone."""
+    rise = (x0 - x0.detach()) * gradient.detach()
+    return value.detach() + rise.flatten(1).sum(1)
+
+
+def centred_error(predicted: Tensor, scores: Tensor) -> Tensor:
+    """((p - mean p) - (r - mean r))^2 (P, n) for predictions and scores (P, n) of n samples of each of P prompts.
+
+    What a prompt's samples have in common drops out: it has no gradient by a sample, and a learned reward that is right
+    between samples need not know it.
+    """
+    return _centred(predicted.float() - scores.float()).square()
+
+
+def correlation_within(predicted: Tensor, scores: Tensor) -> float:
+    """Correlation of `predicted` and `scores` (P, n) between the n samples of a prompt, pooled over P prompts.
+
+    Both are centred within each prompt. 0 where the samples of no prompt differ.
+    """
+    p, r = _centred(predicted), _centred(scores)
+    norm = (p.square().sum() * r.square().sum()).sqrt().item()
+    return (p * r).sum().item() / norm if norm else 0.0
+
+
+def _centred(values: Tensor) -> Tensor:
+    return values - values.mean(1, keepdim=True)
+
+
 def random_late_step(num_steps: int, num_late_steps: int, generator: torch.Generator) -> int:
     """Return the one step that carries gradient, uniform over the last `num_late_steps` of 0 .. num_steps - 1.
 

@@ -85,7 +85,7 @@ def _lists_for(stage: Stage, lists: dict[str, PromptList], is_trained_on: bool) 
 def _refuse_reward(stage: Stage, settings: Reward, is_trained_on: bool, lists: list[PromptList]) -> None:
     """Raise where `stage` cannot use the reward of `settings` for the prompts of `lists`."""
     model = checked_class(settings)
-    if isinstance(stage, Feedback) and is_trained_on:
+    if isinstance(stage, Feedback) and is_trained_on and not stage.surrogate:
         refuse_without_gradient({settings.name: model})
     may_skip = isinstance(stage, Evaluate)
     for path, prompts in lists:  # before its weights are fetched

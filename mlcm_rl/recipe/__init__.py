@@ -13,10 +13,11 @@ from .distill import Distill
 from .evaluation import Evaluate
 from .experiment import RESERVED, STUDENTS, TUNING, Recipe, Stage, missing_trackers
 from .perceptual import TrainPerceptual
-from .preference import Dpo, Feedback, Policy, TrainReward, Tuning
+from .preference import Dpo, Feedback, Policy, Tuning
 from .stage import OneStage, Training
 from .start import Start, StudentSource
 from .teacher_stages import TrainTeacher, Trajectories
+from .train_reward import TrainReward
 from .types import Full, Guard, Lora, Reward, Samples, Strict, Teacher
 
 __all__ = [

@@ -11,10 +11,11 @@ from .control import TrainControl
 from .distill import Distill
 from .evaluation import Evaluate
 from .perceptual import TrainPerceptual
-from .preference import Dpo, Feedback, Policy, TrainReward, Tuning
+from .preference import Dpo, Feedback, Policy, Tuning
 from .stage import OneStage
 from .start import PREVIOUS, Start, stage_of
 from .teacher_stages import TrainTeacher, Trajectories
+from .train_reward import TrainReward
 from .types import (
     Samples,
     Strict,
@@ -62,6 +63,12 @@ class Recipe(Strict):
         ["tensorboard"], description="that figures and pictures are sent to while stages train, beside log.jsonl"
     )
     _file_texts: dict[str, str] = PrivateAttr(default_factory=dict)  # paths in rewards' settings -> the file's text
+
+    _places: dict[int, str] = PrivateAttr(default_factory=dict)  # of stages that its file has elsewhere, by number
+
+    def place(self, number: int) -> str:
+        """Return where the recipe's file has a stage: "stages[2]", or "stages[2].start" where a setting names it."""
+        return self._places.get(number, f"stages[{number}]")
 
     @field_validator("stages")
     @classmethod

@@ -1,4 +1,4 @@
-"""The stages of preference learning, and the one that trains a reward for them."""
+"""The stages of preference learning."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from .distill import MAX_ENCODED_AHEAD, MOMENTS_BYTES, Distill
 from .reads import PICTURES, PROMPTS, Reads
 from .stage import OneStage, Requirement, States, Training
 from .start import PREVIOUS, StudentSource
+from .surrogate import Surrogate
 from .takes import Networks, Pass, Values
 from .types import (
     Fraction,
@@ -24,42 +25,10 @@ from .types import (
     TuningReward,
     TuningRewardEntry,
     Weight,
-    presentation,
 )
 
 if TYPE_CHECKING:
     from .experiment import Recipe
-
-
-class TrainReward(Training):
-    """Trains the reward `trained` on a table of pairs, by Bradley-Terry: a head over frozen picture features."""
-
-    kind: Literal["train_reward"] = "train_reward"
-    pairs: Annotated[str, PICTURES] = Field(
-        description="pairs to learn, a .parquet file or a folder as `mlcm pairs` writes it, with columns prompt, "
-        "chosen, rejected"
-    )
-    backbone: Literal["efficientnet_lite0", "mobilenet_v2"] = Field(
-        "efficientnet_lite0", description="the shipped body whose features the head reads"
-    )
-    resolution: int = Field(64, gt=0, le=16_384, description="pixels a side that pictures are read at, as drawn")
-    held_out: float = Field(0.2, gt=0, lt=1, description="share of the prompts whose pairs only measure the head")
-    num_steps: PositiveInt = Field(400, description="optimiser steps")
-    batch_size: int = Field(64, gt=0, le=65_536, description="pairs per optimiser step")
-    learning_rate: PositiveFloat = Field(2e-3, description="peak; decays to 0")
-    weight_decay: NonNegativeFloat = Field(0.05, description="of AdamW, a step, times the learning rate")
-    dropout: float = Field(0.5, ge=0, lt=1, description="of the features")
-    held_out_every: PositiveInt = presentation(20, description="steps between measures on the held-out pairs")
-
-    @property
-    def parents(self) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    @property
-    def steps_per_phase(self) -> list[int]:
-        """Optimiser steps, in one phase."""
-        return [self.num_steps]
 
 
 class Tuning(Training):
@@ -226,6 +195,9 @@ class Feedback(Tuning):
     anchor: NonNegativeFloat = Field(0.0, description="weight of the mean squared distance to the reference's last x0")
     kl: NonNegativeFloat = Field(0.0, description="weight of one stochastic step's KL to the reference, per element")
     consistency: NonNegativeFloat = Field(0.0, description="weight of the distillation loss on stored trajectories")
+    surrogate: Surrogate | None = Field(
+        None, description="a learned stand-in whose gradient is taken, so that rewards need none; default: their own"
+    )
     small_decoder: Annotated[str | None, Reads(holding="config.json", is_network=True)] = Field(
         None, description="folder of an AutoencoderTiny that draws for the rewards trained on, never for the guard"
     )
@@ -235,6 +207,16 @@ class Feedback(Tuning):
     def _sampler_has_those_steps(self):
         if self.num_grad_steps > self.sampling_steps:
             raise ValueError(f"num_grad_steps {self.num_grad_steps} is more than sampling_steps {self.sampling_steps}")
+        if self.surrogate and self.shape != "negative":
+            raise ValueError(
+                f"shape {self.shape} is of rewards with a gradient; surrogate learns the sum: take negative"
+            )
+        if self.surrogate and self.gradient == "low_variance":
+            raise ValueError("gradient: low_variance scores copies of a sample; with surrogate take last or random")
+        if self.surrogate and (self.batch_size // self.gradient_accumulation) % self.surrogate.num_generations:
+            raise ValueError(
+                f"batch_size must hold whole groups of surrogate.num_generations {self.surrogate.num_generations}"
+            )
         if self.form == "bounded" and self.gradient == "last" and self.num_grad_steps > 1:
             raise ValueError(
                 "num_grad_steps: form bounded has the target of one step; take 1, or gradient: random for any late one"
@@ -261,6 +243,15 @@ class Feedback(Tuning):
     def needs_random_steps(self) -> bool:
         """Whether the sampler must put noise back."""
         return self.kl > 0
+
+    @property
+    def samples_together(self) -> int:
+        """Samples that must be in one process together: a prompt's, whose scores are compared by a surrogate."""
+        return self.surrogate.num_generations if self.surrogate else 1
+
+    def networks(self, distilled: Lora | Full) -> Networks:
+        """Return those of all tuning, and the heads of a surrogate."""
+        return replace(super().networks(distilled), head_width=self.surrogate.width if self.surrogate else 0)
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -294,8 +285,12 @@ class Feedback(Tuning):
         )
         with_keys = 1 if self.gradient == "low_variance" else None  # the others have gradient in the same sampler
         passes = [Pass("student", samples, before, is_chained=True, num_with_keys=with_keys), scored]
+        if self.surrogate:  # scored without gradient; the heads' gradient is taken at the sample
+            scores = replace(passes[0], batch=part, viewer="rewards")
+            passes = [scores, replace(scored, viewer=""), Pass("heads", samples, batch=part, gradient=True)]
+            passes.append(Pass("heads", samples, self.surrogate.num_updates, part, gradient=True, beside=True))
         if self.max_drops:  # the same samples by the reference
-            passes += [replace(one, role="reference", gradient=False, num_scores=1) for one in passes]
+            passes += [replace(one, role="reference", gradient=False, num_scores=1) for one in passes[:2]]
         if self.anchor:
             passes.append(Pass("reference", samples * copies, batch=part * copies))
         if self.kl:  # of one step of a sample of its own

@@ -122,7 +122,8 @@ def refuse_without_gradient(rewards: Mapping[str, RewardModel | type[RewardModel
     """Raise RewardError for those of `rewards`, by name, that are not differentiable."""
     if opaque := [name for name, reward in rewards.items() if not reward.differentiable]:
         raise RewardError(
-            f"feedback needs rewards with a gradient, which {', '.join(opaque)} has not; dpo and policy take any"
+            f"feedback needs rewards with a gradient, which {', '.join(opaque)} has not; dpo and policy take any, and "
+            "so does feedback with surrogate: {}"
         )
 
 

@@ -13,6 +13,7 @@ from ..models.base import Base
 from ..preference import tuning
 from ..preference.constraints import Constraints
 from ..preference.guard import HackingGuard
+from ..preference.surrogate import LearnedReward
 from ..recipe import Distill, Feedback, Recipe
 from ..rewards import Combined, combine, refuse_without_gradient
 from ..training import autocast
@@ -32,19 +33,21 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     start = tuning.start_folder(stage, parents, folder)
     student = tuning.load(stage, base, start, recipe.seed)
     rewards = combine(stage.rewards, rt.device, stage.normalise)
-    refuse_without_gradient({name: member.model for name, member in rewards.members.items()})
-    prompts = tuning.Prompts(stage, base, recipe.seed)
+    if stage.surrogate is None:
+        refuse_without_gradient({name: member.model for name, member in rewards.members.items()})
+    prompts, copies = tuning.Prompts(stage, base, recipe.seed), stage.samples_together
     rewards.refuse_unread(prompts.languages)
     if stage.shape == "mps_hinge":
         refuse_without_irrelevant(rewards, prompts)
     source = stored_states(stage, recipe, base, start, parents["trajectories"]) if stage.consistency else None
-    tuning.encode_ahead(stage, recipe, base, lambda step: prompts.texts(step, stage.batch_size))
+    tuning.encode_ahead(stage, recipe, base, lambda step: prompts.texts(step, stage.batch_size // copies))
     parameters = students.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student.denoiser, optimizer)
     guard = HackingGuard(stage, student, trained, rewards, recipe.seed)
     rewards.take_in(guard.reference_scores)  # their scale in the first step
     constraints = Constraints(stage, student, guard.reference_scores)
+    learned = LearnedReward(stage, student, rt, prompts.texts(0, 1)[0], recipe.seed) if stage.surrogate else None
 
     # everything that a checkpoint holds beside the optimiser
     weights = {"student": trained, "best": guard.best}
@@ -52,18 +55,30 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     for step in rt.steps(first, stage.num_steps, "feedback", lambda: guard.stopped):
         # one update
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
-        set_rate(optimizer, rate)
+        set_rate(optimizer, 0.0 if learned and learned.has_head_start(step) else rate)
         draws, scores = rt.generator("draws", step), tuning.Scores()
-        rt.samples = prompts.texts(step, stage.batch_size)
+        rt.samples = prompts.texts(step, stage.batch_size // copies)
         points = source.draw(step, student.num_segments, "next", draws) if source else None
         stored = [points.rows(part) for part in rt.micro_batches()] if points else []
         last = last_step(stage, len(student.times), draws)
         losses = (
-            loss(stage, student, rewards, constraints, own, source.realise(stored[i]) if source else None, last, scores)
-            for i, own in enumerate(prompts.starts(base, step, stage.batch_size, stage.micro_batch))
+            loss(
+                stage,
+                student,
+                rewards,
+                constraints,
+                learned,
+                own,
+                source.realise(stored[i]) if source else None,
+                last,
+                scores,
+            )
+            for i, own in enumerate(prompts.starts(base, step, stage.batch_size // copies, stage.micro_batch, copies))
         )
         with rt.autocast():
             logged = rt.backward(losses) | scores.means()
+            if learned:
+                logged |= learned.learn(step)
         rewards.take_in(scores.rewards())
         logged |= constraints.take_in(scores)
 
@@ -97,6 +112,7 @@ def loss(
     student: tuning.TunableStudent,
     rewards: Combined,
     constraints: Constraints,
+    learned: LearnedReward | None,
     start: tuning.Start,
     stored: Batch | None,
     last: int,
@@ -110,7 +126,7 @@ def loss(
         with constraints.reference_drawing(start):
             constraints.add_reference(graded_sample(stage, student, start, last)[1], rewards, start, scores)
     x_t, x0, t, copies = graded_sample(stage, student, start, last)
-    value = reward_loss(stage, student, rewards, constraints, x0, start, scores)
+    value = reward_loss(stage, student, rewards, constraints, learned, x0, start, scores)
     conditioning = start.repeated(copies)
     if stage.anchor:
         reference = student.reference_x0(x_t.detach(), t, torch.zeros_like(t), conditioning)
@@ -157,22 +173,34 @@ def reward_loss(
     student: tuning.TunableStudent,
     rewards: Combined,
     constraints: Constraints,
+    learned: LearnedReward | None,
     x0: Tensor,
     start: tuning.Start,
     scores: tuning.Scores,
 ) -> Tensor:
     """Return the loss (n B,) on the rewards of samples `x0` (n B, C, H, W), n of each prompt, in the stage's form."""
     copies = len(x0) // len(start.prompts)
-    if stage.form == "direct":
-        images = student.base.autoencoder.decode(x0, student.small_decoder)
+
+    def of(sample: Tensor) -> Tensor:
+        images = student.base.autoencoder.decode(sample, student.small_decoder)
         return lagrangian(stage, rewards, constraints, images, start, copies, scores)
-    # the gradient at the sample alone, as the direction to a target
-    sample = x0.detach().requires_grad_()
-    images = student.base.autoencoder.decode(sample, student.small_decoder)
-    value = lagrangian(stage, rewards, constraints, images, start, copies, scores)
-    with autocast.own(student.base.device):
-        (gradient,) = torch.autograd.grad(value.sum(), sample)
-    return consistency.squared_l2(x0, feedback.bounded_target(x0, -gradient, stage.target_bound))
+
+    if stage.form == "direct" and learned is None:
+        return of(x0)
+    # the gradient at the sample alone: of the rewards, or of what has learned from their scores
+    if learned is None:
+        sample = x0.detach().requires_grad_()
+        value = of(sample)
+        with autocast.own(sample.device):
+            (gradient,) = torch.autograd.grad(value.sum(), sample)
+    else:
+        with torch.no_grad():
+            real = of(x0)
+        predicted, rise = learned.gradient(x0, start, -real)
+        value, gradient = -predicted, -rise
+    if stage.form == "bounded":
+        return consistency.squared_l2(x0, feedback.bounded_target(x0, -gradient, stage.target_bound))
+    return feedback.at_known_gradient(value, gradient, x0)
 
 
 def lagrangian(

@@ -44,7 +44,7 @@ ROWS: dict[str, list[dict]] = {
     "global_adversarial": [LOCAL | FEATURES, GLOBAL | FEATURES | ADVERSARIAL],
     "global_matching": [LOCAL | FEATURES, GLOBAL | FEATURES | ADVERSARIAL | MATCHING],
     "budgets": [BUDGETS],
-    "budgets_features": [BUDGETS | FEATURES],
+    "budgets_features": [BUDGETS | {"distance": "log_features"}],
     "budgets_twice": [BUDGETS, BUDGETS],
     "budgets_adversarial": [BUDGETS, BUDGETS | ADVERSARIAL],
     "budgets_matching": [BUDGETS, BUDGETS | MATCHING],

@@ -26,6 +26,7 @@ from mlcm_rl.data.trajectory_store import Store
 from mlcm_rl.equations.segments import NUM_SEGMENTS, milestones
 from mlcm_rl.models import students, teachers
 from mlcm_rl.models.base import Base
+from mlcm_rl.models.perceptual import Distance
 from mlcm_rl.pipeline.planning import Sizes
 from mlcm_rl.recipe import Distill, Lora, Recipe, Teacher, Trajectories
 from mlcm_rl.recipe.file import load
@@ -61,8 +62,13 @@ class Trial:
 
     def held_out_loss(self, base: Base, student: torch.nn.Module) -> float:
         """The loss of `student` over `base`."""
-        distance = distill.make_distances(self.stage, self.recipe, base, {}).of(self.settings.distance, 0)
-        return distill.held_out_loss(self.rt, self.stage, self.settings, base, student, {}, self.source, distance)
+        return distill.held_out_loss(
+            self.rt, self.stage, self.settings, base, student, {}, self.source, self.distance(base)
+        )
+
+    def distance(self, base: Base) -> Distance:
+        """The distance that the stage is trained by."""
+        return distill.make_distances(self.stage, self.recipe, base, {}).of(self.settings.distance, 0)
 
     def train(self) -> tuple[float, float, float]:
         """CPU seconds a step, and the held-out loss before the first and after the last; the student is in `folder`."""
@@ -72,11 +78,13 @@ class Trial:
         optimizer = torch.optim.AdamW(parameters, lr=stage.learning_rate, fused=True)
         rt.resume({"student": rt.prepare(student, optimizer)})
         before, seconds = self.held_out_loss(self.base, student), []
+        distance = self.distance(self.base)
         for step in rt.steps(0, stage.num_steps, "distill"):
             started = time.process_time()
             points = self.source.draw(step, self.settings.num_segments, self.settings.pair, rt.generator("times", step))
             parts = (self.source.realise(points.rows(part)) for part in rt.micro_batches())
-            rt.backward(distill.loss(rt, stage, self.settings, self.base, student, {}, part) for part in parts)
+            losses = (distill.loss(rt, stage, self.settings, self.base, student, {}, part, distance) for part in parts)
+            rt.backward(losses)
             seconds.append(time.process_time() - started)
         distill.save_student(student, stage, self.recipe, self.base, stage.num_segments[-1], self.folder / "student")
         return statistics.median(seconds), before, self.held_out_loss(self.base, student)

@@ -196,7 +196,10 @@ class Steps:
         batch = Batch(x_t, x_t, x_t, t, t - 20, torch.zeros_like(t), conditioning)
         recipe = Recipe(name="benchmark", teacher=self.base.teacher, stages=[stage], trackers=[], device=self.kind)
         rt = Runtime(recipe, stage, Path(self.place.name))
-        return self._trained(student, lambda: distill.loss(rt, stage, settings, self.base, student, {}, batch).mean())
+        distance = distill.make_distances(stage, recipe, self.base, {}).of(settings.distance, 0)
+        return self._trained(
+            student, lambda: distill.loss(rt, stage, settings, self.base, student, {}, batch, distance).mean()
+        )
 
     def plain(self, adapter: Lora | Full, batch_size: int, checkpointing: bool) -> Callable[[], None]:
         """The plain script's step."""

@@ -5,7 +5,10 @@ from torch.distributions import Normal, kl_divergence
 
 from mlcm_rl.equations.consistency import squared_l2
 from mlcm_rl.equations.feedback import (
+    at_known_gradient,
     bounded_target,
+    centred_error,
+    correlation_within,
     hinge,
     mps_hinge,
     negative,
@@ -77,6 +80,23 @@ def test_a_bounded_step_and_an_anchor_end_at_their_ratio_from_the_reference():
     distance = x0 - reference
     assert distance.square().mean().sqrt().item() == pytest.approx(bound / weight, rel=1e-4)
     assert torch.cosine_similarity(distance, slope).item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_known_gradient_is_passed_on_with_its_value():
+    weights = torch.tensor([2.0, 3.0], requires_grad=True)
+    x0 = weights * torch.tensor([[1.0, 1.0], [4.0, 0.0]])
+    value = at_known_gradient(torch.tensor([7.0, 8.0]), torch.tensor([[1.0, 10.0], [0.5, 0.0]]), x0)
+    assert value.tolist() == [7.0, 8.0]
+    assert torch.autograd.grad(value.sum(), weights)[0].tolist() == [1.0 + 0.5 * 4.0, 10.0]
+
+
+def test_errors_and_correlations_within_prompts_by_hand():
+    """Two prompts of two samples: what their samples have in common counts for nothing."""
+    predicted, scores = torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.tensor([[10.0, 14.0], [-5.0, -3.0]])
+    assert centred_error(predicted, scores).tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert correlation_within(predicted, scores) == pytest.approx(4.0 / (2.0 * 10.0) ** 0.5)
+    assert correlation_within(predicted, scores + 100.0) == correlation_within(predicted, scores)
+    assert correlation_within(torch.zeros(2, 2), scores) == 0.0
 
 
 def test_random_late_steps_are_even_and_the_seeds():

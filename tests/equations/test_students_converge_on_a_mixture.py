@@ -25,6 +25,7 @@ from mlcm_rl.data.training_points import Batch, Draw, StoredStates
 from mlcm_rl.data.trajectory_store import Store
 from mlcm_rl.equations import consistency
 from mlcm_rl.equations.segments import milestones, sampling_times
+from mlcm_rl.models.perceptual import Distances
 from mlcm_rl.recipe import Distill
 from mlcm_rl.stages import distill
 from mlcm_rl.stages.distill import PhaseSettings
@@ -195,7 +196,8 @@ def worst_loss(line: Line, num_segments: int, target: str, pair: str, kind: type
     base, rt = toy.base_of(student), SimpleNamespace(swapped=lambda weights: nullcontext())
     source = kind(stage, base, Store(line.store), 0)
     draw = source.draw(0, settings.num_segments, settings.pair, torch.Generator().manual_seed(0))
-    return distill.loss(rt, stage, settings, base, student, {}, source.realise(draw)).max().item()
+    measure = Distances(stage, base, None, 0).of("l2", 0)
+    return distill.loss(rt, stage, settings, base, student, {}, source.realise(draw), measure).max().item()
 
 
 WAYS = [("trajectory", "next"), ("consistency", "next"), ("consistency", "random")]

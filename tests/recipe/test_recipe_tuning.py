@@ -45,6 +45,10 @@ MPS = {"shape": "mps_hinge", "rewards": [{"name": "mps"}]}
             "weight has no meaning beside max_drop",
         ),
         ("feedback", {"form": "bounded", "num_grad_steps": 2}, "num_grad_steps: form bounded has the target of one"),
+        ("feedback", {"surrogate": {}, "shape": "hinge"}, "shape hinge is of rewards with a gradient"),
+        ("feedback", {"surrogate": {}, "gradient": "low_variance"}, "low_variance scores copies of a sample"),
+        ("feedback", {"surrogate": {"num_generations": 3}}, "whole groups of surrogate.num_generations 3"),
+        ("feedback", {"surrogate": {"width": 6}}, "width 6 is not a multiple of 4"),
         ("feedback", {"target_bound": 0.2}, "target_bound is of form bounded"),
         ("feedback", {"multiplier_rate": 0.2}, "multiplier_rate is of rewards with max_drop"),
         (

@@ -4,5 +4,5 @@ import sys
 from pathlib import Path
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path[:0] = [str(RECIPES / "scenes" / "build")]
+sys.path[:0] = [str(RECIPES / "scenes" / name) for name in ("build", "study")]
 sys.path.append(str(RECIPES / "emoji" / "build"))

@@ -24,6 +24,7 @@ VARIANTS = {
     "feedback": {"gamma": 1.0, "shape": "hinge", "threshold": 1.0},
     "feedback-refl": {"gradient": "random", "num_grad_steps": 2, "gamma": 1.0, "kl": 0.5},
     "feedback-constraint": {"gamma": 1.0, "max_drops": {"sharpness": 0.0}, "multiplier_rate": 5.0},
+    "feedback-surrogate": {"gamma": 1.0, "surrogate": {"num_generations": 2, "width": 4, "head_start": 0}},
     "feedback-low-variance": {"gradient": "low_variance", "consistency": 0.5},
     "dpo": {"num_generations": 2},
     "dpo-diffusion": {"num_generations": 2, "form": "diffusion_dpo"},
@@ -173,9 +174,9 @@ def test_the_late_step_of_refl_is_one_for_all_micro_batches_of_a_step(distilled,
     """A walk is of one length, so samples cannot have one each; one every micro-batch would depend on the split."""
     seen, original = [], feedback.loss
 
-    def loss(stage, student, rewards, constraints, start, stored, last, scores):
+    def loss(stage, student, rewards, constraints, learned, start, stored, last, scores):
         seen.append(last)
-        return original(stage, student, rewards, constraints, start, stored, last, scores)
+        return original(stage, student, rewards, constraints, learned, start, stored, last, scores)
 
     monkeypatch.setattr(feedback, "loss", loss)
     settings = {"gradient": "random", "num_grad_steps": 2, "gradient_accumulation": 4, "num_steps": 4}

@@ -86,7 +86,7 @@ def test_the_gradient_of_a_bounded_target_is_the_rewards_own_of_one_size_in_ever
         stage = runs.tuning("feedback", "unused", form=form)
         rewards = combine(stage.rewards, "cpu", normalise=False)
         constraints = Constraints(stage, student, {})
-        losses = feedback.reward_loss(stage, student, rewards, constraints, x0, begun, tuning.Scores())
+        losses = feedback.reward_loss(stage, student, rewards, constraints, None, x0, begun, tuning.Scores())
         (gradients[form],) = torch.autograd.grad(losses.sum(), x0)
     direct, bounded = (gradients[form].flatten(1) for form in ("direct", "bounded"))
     assert bounded.square().mean(1).sqrt().tolist() == pytest.approx([2 * 0.1 / direct.shape[1]] * 2, rel=1e-4)

@@ -24,6 +24,11 @@ VARIANTS = {
     "feedback-low-variance": {"gradient": "low_variance", "anchor": 0.5, "shape": "hinge", "threshold": 2.0},
     "feedback-consistency": {"consistency": 0.5},
     "feedback-bounded": {"form": "bounded", "gradient": "random", "num_grad_steps": 2},
+    "feedback-surrogate": {
+        "surrogate": {"num_generations": 2, "width": 4, "head_start": 1},
+        "form": "bounded",
+        "rewards": CONSTRAINED,
+    },
     "feedback-constraint": {"rewards": CONSTRAINED, "gradient": "low_variance", "multiplier_rate": 5.0},
     "dpo": {},
     "dpo-ipo": {"form": "diffusion_dpo", "loss_type": "ipo", "space": "x0"},
