@@ -1,7 +1,7 @@
 """The parts of the pages that are made from the code: a page marks each by a comment, `<!-- generated: NAME -->`.
 
 `whole` returns a page with its parts in place; the site is built from that, and the tests read the same. A part is a
-function below, by its name.
+function below, by its name. `python docs/generated.py rewards` prints that part alone, for who reads without the site.
 """
 
 import json
@@ -205,3 +205,9 @@ def more_pages() -> str:
 
 
 PARTS = {part.__name__: part for part in (recipe, commands, families, rewards, recipes, more_pages)}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] not in PARTS:
+        sys.exit(f"name one part: {', '.join(PARTS)}")
+    sys.stdout.write(re.sub(r"\n```{toctree}.*?```\n", "", PARTS[sys.argv[1]](), flags=re.DOTALL))

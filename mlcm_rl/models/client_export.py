@@ -24,7 +24,7 @@ from .export import (
     STOCK_STEPS,
     Form,
     adapters_with,
-    checked_snapshots,
+    begin,
     copy_licences,
     denoiser_for_steps,
     export,
@@ -72,13 +72,8 @@ def export_for(
     Arguments and errors are those of `export.export`. Raise ValueError too for what the client does not read: a family,
     a gamma, whole weights.
     """
-    out = Path(out)
-    refuse_existing(out)
-    student = students.load_student(base, student_folder)
-    gamma = student.default_gamma if gamma is None else gamma
-    sources = checked_snapshots(student, snapshots)
+    out, student, gamma, sources = begin(student_folder, base, out, snapshots, gamma)
     refuse(client, student, base, gamma, form)
-    remove_partial_of(out)
     name = form.name or out.name
     with replacing(out) as folder:
         folder.mkdir()
@@ -232,14 +227,15 @@ def export_as(
     """
     out = Path(out)
     refuse_existing(out)
-    if ALL in formats or len(formats) > 1:  # before the first of them is written, which may take minutes
+    has_folders = ALL in formats or len(formats) > 1  # the same places, however many `all` turns out to be
+    if has_folders:  # before the first of them is written, which may take minutes
         formats = list(_possible(formats, students.load_student(base, student_folder), base, gamma, form))
 
     def write(one: str, place: Path, own: Form) -> Path:
         common = (student_folder, base, place, card_table, snapshots, gamma, languages, own)
         return export(*common) if one == "diffusers" else export_for(one, *common)
 
-    if len(formats) == 1:
+    if not has_folders:
         return write(formats[0], out, form)
     remove_partial_of(out)
     with replacing(out) as folder:

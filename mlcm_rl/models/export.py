@@ -84,12 +84,7 @@ def export(
     that the card's code passes. `languages` are those of the measured prompts. Raise FileExistsError if `out` exists,
     ValueError if there are snapshots and the student or a snapshot is conditioned.
     """
-    out = Path(out)
-    refuse_existing(out)
-    student = students.load_student(base, student_folder)
-    gamma = student.default_gamma if gamma is None else gamma
-    sources = checked_snapshots(student, snapshots)
-    remove_partial_of(out)
+    out, student, gamma, sources = begin(student_folder, base, out, snapshots, gamma)
     with replacing(out) as folder:
         _write_pipeline(base, student, gamma, folder, form)
         for num_steps, source in tracked(sources.items(), len(sources)):  # one is in memory at a time
@@ -102,6 +97,21 @@ def export(
         card = model_card.card(base, student, form.name or out.name, gamma, card_table, folder, languages)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return out
+
+
+def begin(
+    student_folder: Path | str, base: Base, out: Path | str, snapshots: Mapping[int, Path] | None, gamma: float | None
+) -> tuple[Path, Student, float, dict[int, Path]]:
+    """Return what an export to `out` needs: its path, free, the loaded student, its gamma, its snapshots in order.
+
+    Raise as `export`.
+    """
+    out = Path(out)
+    refuse_existing(out)
+    student = students.load_student(base, student_folder)
+    sources = checked_snapshots(student, snapshots)
+    remove_partial_of(out)
+    return out, student, student.default_gamma if gamma is None else gamma, sources
 
 
 def tracked(parts: Iterable[Part], total: int) -> Iterable[Part]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..equations.segments import NUM_SEGMENTS, NUM_TIMES, pressed_times, remaining_times, spaced_times
-from ..recipe.start import ORIGINAL_STEPS
+from ..recipe.start import ORIGINAL_STEPS, are_times
 
 MILESTONES = "milestones"
 
@@ -61,10 +61,8 @@ USUAL = SamplingGrid()
 
 def grid_named(value: object, num_segments: int = 1) -> SamplingGrid:
     """Return the grid that a file or a recipe calls `value`. Raise ValueError for what is none."""
-    if isinstance(value, list) and 1 <= len(value) <= NUM_SEGMENTS:
-        ends = [NUM_TIMES, *value, 0]
-        if all(type(one) is int for one in value) and all(t > s for t, s in zip(ends, ends[1:], strict=False)):
-            return SamplingGrid(tuple(value), num_segments)
+    if isinstance(value, list) and 1 <= len(value) <= NUM_SEGMENTS and are_times(value):
+        return SamplingGrid(tuple(value), num_segments)
     if isinstance(value, str) and value in ORIGINAL_STEPS:
         return SamplingGrid(value, num_segments)
     raise ValueError(

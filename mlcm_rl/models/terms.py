@@ -44,11 +44,11 @@ class Noised:
     real: Tensor | None = None
     captions: Conditioning | None = None
 
-    def rows(self, part: slice) -> "Noised":
-        """Return what is drawn for the samples `part`."""
-        real = None if self.real is None else self.real[part]
-        captions = None if self.captions is None else {name: value[part] for name, value in self.captions.items()}
-        return Noised(self.t[part], self.noise[part], real, captions)
+    def rows(self, index: Tensor) -> "Noised":
+        """Return what is drawn for the samples `index` (b,)."""
+        real = None if self.real is None else self.real[index]
+        captions = None if self.captions is None else _rows(self.captions, index)
+        return Noised(self.t[index], self.noise[index], real, captions)
 
     def on(self, base: Base, x0: Tensor) -> tuple[Tensor, Tensor]:
         """Return the clean samples `x0` (B, C, H, W) with the noise, and the times, on their device."""
@@ -57,21 +57,28 @@ class Noised:
 
 
 @dataclass(frozen=True)
-class Made:
-    """What the student made of a micro-batch, without gradient; `rows` are its samples in the step's batch.
+class Samples:
+    """Clean latents `x0` (b, C, H, W) under `conditioning`; `rows` (b,), on the CPU, are their places in the batch."""
 
-    x0       f of its points (B, C, H, W)
-    target   what the distance compares that with: its target at time 0
-    sample   its own sample in a few steps; None where no term learns from it
-    is_clean 1 (B,) where the jump ends at time 0, else 0
+    rows: Tensor
+    x0: Tensor
+    conditioning: Conditioning
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the student made of a micro-batch, without gradient.
+
+    jumps     f of its points, of those whose jumps end at time 0
+    target    what the distance compares them with (b, C, H, W)
+    weight    1 (b,); 0 for the one jump that stands in where none ends there
+    sampled   its own samples in a few steps; None where no term learns from them
     """
 
-    rows: slice
-    x0: Tensor
+    jumps: Samples
     target: Tensor
-    sample: Tensor | None
-    is_clean: Tensor
-    conditioning: Conditioning
+    weight: Tensor
+    sampled: Samples | None
 
 
 # a generator and a batch's size -> latents (B, C, H, W) of pictures, and the conditioning of their captions, on the CPU
@@ -86,6 +93,7 @@ class AddedTerm(Protocol):
     network_name: str
     learning_rate: float
     num_updates: int  # of the network for each of the student's
+    warmup_steps: int  # in which the network learns and the student has no term
     learns_from_samples: bool  # of a few steps
 
     @property
@@ -95,7 +103,7 @@ class AddedTerm(Protocol):
 
     def loss(self, x0: Tensor, conditioning: Conditioning, noised: Noised) -> Tensor: ...  # the student's, (B,)
 
-    def network_loss(self, made: Made, noised: Noised) -> Tensor: ...  # the network's own, (B,)
+    def network_loss(self, made: Made, noised: Noised) -> Tensor: ...  # the network's own; `noised` is the batch's
 
 
 class DistributionMatching:
@@ -115,6 +123,7 @@ class DistributionMatching:
             base, Lora(rank=settings.fake.rank, alpha=settings.fake.alpha), seed_of(seed, "fake")
         )
         self.learning_rate, self.num_updates = settings.fake.learning_rate, settings.fake.num_updates
+        self.warmup_steps = settings.fake.warmup_steps
 
     def draw(self, generator: torch.Generator, batch_size: int) -> Noised:
         """Return the noise of one update of a whole batch."""
@@ -132,11 +141,11 @@ class DistributionMatching:
 
     def network_loss(self, made: Made, noised: Noised) -> Tensor:
         """Return the prediction loss (B,) of the fake score on the student's few-step samples."""
-        base = self.base
-        assert made.sample is not None
-        x_t, t = noised.on(base, made.sample)
-        prediction = base.predict(self.network, x_t, t, made.conditioning)
-        return squared_l2(prediction, prediction_from_x0(made.sample, x_t, t, base.schedule, base.prediction_type))
+        base, sampled = self.base, made.sampled
+        assert sampled is not None
+        x_t, t = noised.rows(sampled.rows).on(base, sampled.x0)
+        prediction = base.predict(self.network, x_t, t, sampled.conditioning)
+        return squared_l2(prediction, prediction_from_x0(sampled.x0, x_t, t, base.schedule, base.prediction_type))
 
 
 class Adversary:
@@ -146,7 +155,7 @@ class Adversary:
     output at the one below. With `pictures`, these are real instead.
     """
 
-    name, network_name, learns_from_samples, num_updates = "adversarial", "heads", False, 1
+    name, network_name, learns_from_samples, num_updates, warmup_steps = "adversarial", "heads", False, 1, 0
 
     def __init__(self, settings: Adversarial, base: Base, seed: int, pictures: Pictures | None = None):
         self.settings, self.base, self.weight, self.pictures = settings, base, settings.weight, pictures
@@ -170,16 +179,17 @@ class Adversary:
 
     def network_loss(self, made: Made, noised: Noised) -> Tensor:
         """Return the heads' loss (B,), the mean over the heads, with the penalty on the features of real samples."""
-        real, conditioning = made.target, made.conditioning
+        fake, noised = made.jumps, noised.rows(made.jumps.rows)
+        real, conditioning = made.target, fake.conditioning
         if noised.real is not None and noised.captions is not None:
             real, conditioning = noised.real.to(real.device), on_device(noised.captions, real.device)
-        of_fake = self.network(self._read(made.x0, made.conditioning, noised))
+        of_fake = self.network(self._read(fake.x0, fake.conditioning, noised))
         read = self._read(real, conditioning, noised)
         of_real = self.network(read)
         parts = [self.of_real(one) + self.of_fake(other) for one, other in zip(of_real, of_fake, strict=True)]
         if weight := self.settings.gradient_penalty:
             parts += [weight * losses.gradient_penalty(*pair) for pair in zip(of_real, read, strict=True)]
-        return torch.stack(parts).sum(0) / len(of_real) * made.is_clean
+        return torch.stack(parts).sum(0) / len(of_real) * made.weight
 
     def _read(self, x0: Tensor, conditioning: Conditioning, noised: Noised) -> list[Tensor]:
         """Return the teacher's features of `x0` (B, C, H, W) with the noise, to differentiate by."""
@@ -226,8 +236,10 @@ class TermsOfStep:
         student: nn.Module,
         terms: list[tuple[AddedTerm, Beside]],
         step: int,
+        s: Tensor,
     ):
-        self.rt, self.stage, self.base, self.student, self.terms, self.step = rt, stage, base, student, terms, step
+        self.rt, self.stage, self.base, self.student, self.terms = rt, stage, base, student, terms
+        self.step, self.s = step, s  # (B,) the ends of the batch's jumps, on the CPU
         self.noised = [term.draw(rt.generator(term.name, step), stage.batch_size) for term, _ in terms]
         self.rows = iter(rt.micro_batches())
         self.seeds = torch.Tensor()
@@ -242,23 +254,33 @@ class TermsOfStep:
         return any(term.learns_from_samples for term, _ in self.terms)
 
     def beside(
-        self, distance: Tensor, x0: Tensor, target: Tensor, s: Tensor, conditioning: Conditioning, sample: Tensor | None
+        self, distance: Tensor, x0: Tensor, target: Tensor, conditioning: Conditioning, sample: Tensor | None
     ) -> Tensor:
         """Return the student's loss (B,) on the next micro-batch: `distance` (B,) and the terms times their weights.
 
-        `x0` and `target` (B, C, H, W) are what the distance compares, s (B,) the ends of the jumps. Without terms it is
-        `distance` itself. A `sample` is made where a term learns from one and there is none.
+        `x0` and `target` (B, C, H, W) are what the distance compares. Without terms it is `distance` itself. A `sample`
+        is made where a term learns from one and there is none.
         """
         if not self.terms:
             return distance
-        rows = next(self.rows)
+        rows = torch.arange(len(self.s))[next(self.rows)]
         if self.samples and sample is None:
             sample = self._sample(conditioning, self.seeds[rows])
-        is_clean = (s == 0).float()
+        sampled = None if sample is None else Samples(rows, sample, conditioning)
+
+        # the jumps that end at time 0; the first one, at weight 0, if none does
+        clean = (self.s[rows] == 0).nonzero().flatten() if (self.s[rows] == 0).any() else torch.zeros(1).long()
+        weight, index = (self.s[rows][clean] == 0).float().to(x0.device), clean.to(x0.device)
+        jumps = Samples(rows[clean], x0[index], _rows(conditioning, index))
         values = [distance]
         for (term, _), noised in zip(self.terms, self.noised, strict=True):
-            values.append(term.weight * term.loss(x0, conditioning, noised.rows(rows)) * is_clean)
-        self.made.append(Made(rows, x0.detach(), target.detach(), sample, is_clean, conditioning))
+            added = torch.zeros_like(distance)
+            if self.step >= term.warmup_steps:
+                value = term.loss(jumps.x0, jumps.conditioning, noised.rows(jumps.rows))
+                added = added.index_add(0, index, term.weight * value * weight)
+            values.append(added)
+        detached = Samples(jumps.rows, jumps.x0.detach(), jumps.conditioning)
+        self.made.append(Made(detached, target.detach()[index], weight, sampled))
         parts = torch.stack(values)
         self.sums = self.sums + parts.detach().sum(1)
         return parts.sum(0)
@@ -282,7 +304,7 @@ class TermsOfStep:
             for update in range(term.num_updates):
                 draws = self.rt.generator(f"{network.name} {update}", self.step)
                 noised = term.draw(draws, self.stage.batch_size)
-                losses_of_parts = (term.network_loss(made, noised.rows(made.rows)) for made in self.made)
+                losses_of_parts = (term.network_loss(made, noised) for made in self.made)
                 last = self.rt.backward(losses_of_parts, network)
             record |= {f"{network.name}_{name}": value for name, value in last.items()}
         return record
@@ -294,3 +316,7 @@ class TermsOfStep:
         times, conditioned = sampling_times(self.stage.num_student_steps), self.stage.condition_on_target
         gamma = self.stage.default_gamma
         return sample_of(self.base, self.student, conditioning, noise, times, gamma, generators, conditioned)
+
+
+def _rows(conditioning: Conditioning, index: Tensor) -> Conditioning:
+    return {name: value[index] for name, value in conditioning.items()}

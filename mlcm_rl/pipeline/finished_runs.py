@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from rich.progress import track
 from torch import Tensor
@@ -97,12 +98,12 @@ def sample(
     """
     if not all(map(is_unicode, prompts)):
         raise BadArgument("--prompt: holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
-    with _student_of(run_folder, device, text_adapter, inputs, over) as (base, folder, name):
+    with _student_of(run_folder, device, text_adapter, inputs, over) as (base, folder, name, shown):
         tell_truncated(base, prompts, "the prompts")
         student = students.load_student(base, folder / "student")
         gamma = own_gamma(folder / "student") if gamma is None else gamma
         times_by_steps = {steps: student.grid.times(steps, inputs.strength) for steps in dict.fromkeys(num_steps)}
-        composition = sample_inputs.compose(base, student, inputs)
+        composition = sample_inputs.compose(base, student, inputs, shown)
         for steps in times_by_steps:
             tell_unlike(student, folder, steps)
     drawn = [prompt for prompt in prompts for _ in range(images_per_prompt)]
@@ -144,20 +145,20 @@ def _student_of(
     text_adapter: Path | None,
     inputs: sample_inputs.Inputs,
     over: lone_student.Over | None,
-) -> Iterator[tuple[Base, Path, str]]:
-    """Yield the teacher, loaded, the folder that has its student in `student`, and the student's name.
+) -> Iterator[tuple[Base, Path, str, dict[Path, Image.Image]]]:
+    """Yield the teacher, loaded, the folder that has its student in `student`, its name, and the pictures of `inputs`.
 
     Whatever the arguments lack is reported before anything is loaded.
     """
     if over is None:
         folder = find_stage(run_folder, STUDENTS)
-        sample_inputs.refuse(inputs, recipe_of(folder).teacher.family)
-        yield teacher_of(folder, text_adapter=text_adapter, device=device), folder, folder.name
+        shown = sample_inputs.read(inputs, recipe_of(folder).teacher.family)
+        yield teacher_of(folder, text_adapter=text_adapter, device=device), folder, folder.name, shown
         return
     source, teacher = lone_student.source_of(run_folder, over), lone_student.teacher_in(over, text_adapter)
-    sample_inputs.refuse(inputs, teacher.family)
+    shown = sample_inputs.read(inputs, teacher.family)
     with lone_student.taken_in(source, teacher, _here(device or "auto")) as (base, folder):
-        yield base, folder, run_folder.name
+        yield base, folder, run_folder.name, shown
 
 
 def _sample(

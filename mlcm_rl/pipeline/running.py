@@ -61,6 +61,8 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
         if device.type == "cpu":
             allocator.keep_freed_memory()
         processes.start(device)
+        if processes.world_size() > 1:
+            say_once(f"in {processes.world_size()} processes")
         if (note := machine.unlike_linux()) is not None:
             say_once(f"system {note}")
     except ValueError as error:
@@ -84,16 +86,18 @@ def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:
                 run_stage(stage, recipe, finished, place, skip_damaged)
             processes.on_rank_zero(_link, links, number, place)
         except EXPECTED_ERRORS as error:
-            raise RunError(f"stages[{number}] ({stage.kind}): {message_of(error)}") from error
+            raise RunError(f"{recipe.place(number)} ({stage.kind}): {message_of(error)}") from error
         except torch.OutOfMemoryError as error:
             ways = way_out(has_gradients(stage, recipe))
+            where = f"{recipe.place(number)} ({stage.kind})"
             raise RunError(
-                f"stages[{number}] ({stage.kind}): memory of the device does not suffice: {ways}; "
+                f"{where}: memory of the device does not suffice: {ways}; "
                 "`mlcm plan` says what a stage needs. Finished stages and checkpoints are as they were"
             ) from error
         except RuntimeError as error:
             if processes.is_lost_rank(error):
-                raise ProcessLost(f"stages[{number}] ({stage.kind}): {_without_others(place.folder)}") from error
+                where = f"{recipe.place(number)} ({stage.kind})"
+                raise ProcessLost(f"{where}: {_without_others(place.folder)}") from error
             raise
         finished.append(place)
     processes.on_rank_zero(_unlink, links, range(len(finished), sys.maxsize))
@@ -122,7 +126,7 @@ def refuse_unready(recipe: Recipe) -> None:
     places: dict[str, list[str]] = {}  # several stages may lack one reward's weights
     for number, errors in problems.items():
         for key, error in errors:
-            place = f"stages[{number}] ({recipe.stages[number].kind}): {key}"
+            place = f"{recipe.place(number)} ({recipe.stages[number].kind}): {key}"
             places.setdefault(message_of(error), []).append(place)
     if places:
         raise RunError("\n".join(f"{', '.join(where)}: {message}" for message, where in places.items()))

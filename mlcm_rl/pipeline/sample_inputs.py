@@ -1,9 +1,10 @@
 """The inputs of `mlcm sample` beside prompts: read from the command, checked, loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from ..data.picture_files import read_picture, square
@@ -95,8 +96,11 @@ def of_command(
     return Inputs(image, strength, mask, styles, networks, tuple(control_images), takes_edges, adapter, ip_image)
 
 
-def refuse(inputs: Inputs, family: str) -> None:
-    """Raise BadArgument for inputs that a teacher of `family` does not take; nothing is loaded."""
+def read(inputs: Inputs, family: str) -> dict[Path, Image.Image]:
+    """Return the pictures of `inputs` by file.
+
+    Raise BadArgument for inputs that a teacher of `family` does not take; no network is loaded.
+    """
     layout = layout_of(family)
     if inputs.loras and not layout.loads_lora:
         raise BadArgument(f"--lora: diffusers loads no LoRA into a {layout.pipeline}")
@@ -106,32 +110,34 @@ def refuse(inputs: Inputs, family: str) -> None:
     with prefix_errors("--ip-adapter", BadArgument):
         if inputs.ip_adapter is not None:
             control.refuse_ip_adapter(family)
+    pictures = {}
     for option, file in inputs.pictures():
         with prefix_errors(option, BadArgument):
-            read_picture(file, str(file))
+            pictures[file] = read_picture(file, str(file))
     for style in inputs.loras:
         if not style.path.is_file():
             raise BadArgument(f"--lora: {style.path} is a folder; name the .safetensors file in it")
+    return pictures
 
 
-def compose(base: Base, student: Student, inputs: Inputs) -> Composition:
-    """Return the student's denoiser composed with `inputs`; it is changed in place."""
-    image = None if inputs.image is None else read(base, inputs.image)
-    mask = None if inputs.mask is None else read(base, inputs.mask).mean(dim=1, keepdim=True)
+def compose(base: Base, student: Student, inputs: Inputs, pictures: Mapping[Path, Image.Image]) -> Composition:
+    """Return the student's denoiser composed with `inputs` and their `pictures`; it is changed in place."""
+    image = None if inputs.image is None else squared(base, pictures[inputs.image])
+    mask = None if inputs.mask is None else squared(base, pictures[inputs.mask]).mean(dim=1, keepdim=True)
     controls = []
     for one, file in zip(inputs.controls, inputs.control_images, strict=True):
-        shown = read(base, file)
+        shown = squared(base, pictures[file])
         shown = edge_map(shown).expand(-1, 3, -1, -1) if inputs.takes_edges else shown
         network = control.load_control(base, one.path, precision_of(student.denoiser))
         shown = control.shown(base, network, shown)
         control.refuse_unfit(base, student, network, shown, f"--control {one.path}")
         controls.append((network, shown, one.weight))
     if inputs.ip_adapter is not None and inputs.ip_image is not None:
-        shown = read(base, inputs.ip_image)
+        shown = squared(base, pictures[inputs.ip_image])
         control.add_ip_adapter(base, student.denoiser, inputs.ip_adapter.path, shown, inputs.ip_adapter.weight)
     return Composition(base, student.denoiser, inputs.loras, controls, image, inputs.strength, mask)
 
 
-def read(base: Base, file: Path) -> Tensor:
-    """Return the central square of a picture file as (1, 3, H', W') in [0, 1], at the resolution of `base`."""
-    return square(read_picture(file, str(file)), base.resolution)[None].to(base.device) / 255
+def squared(base: Base, picture: Image.Image) -> Tensor:
+    """Return the central square of a picture as (1, 3, H', W') in [0, 1], at the resolution of `base`."""
+    return square(picture, base.resolution)[None].to(base.device) / 255

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MAX_ENCODED_AHEAD = 8192  # prompts of a stage that are encoded before its first step
 MEAN_ONLINE_STEPS = 4.5  # of Algorithm 1: 1 to 8 steps, segments drawn uniformly
+MOST_SEGMENTS = 8
 MOMENTS_BYTES = 12  # in a checkpoint, for each trained float32 weight and its two moments
 
 NumSegments = Literal[8, 4, 2, 1]
@@ -308,20 +309,33 @@ class Distill(Training):
         return passes + self.sample_grids(recipe)
 
     def _passes_of_terms(self, recipe: "Recipe", samples: int, batch: int) -> list[Pass]:
-        """Return the passes of the terms that it adds to the distance, the student's first."""
-        own: list[Pass] = []
+        """Return the passes of the terms that it adds to the distance, the student's first.
+
+        Terms are of the jumps that end at time 0, and the fake score learns from samples of all prompts.
+        """
+        clean, own = samples * self._share_of_clean, list[Pass]()
         passes: list[Pass] = []
         if self.matching:
             scale, fake = self.matching.guidance_scale, self.matching.fake
             guided = recipe.teacher if scale is None else recipe.teacher.model_copy(update={"guidance_scale": scale})
-            passes = [Pass("teacher", samples, guided.evaluations, batch), Pass("fake", samples, batch=batch)]
+            matched = clean * max(0.0, 1 - fake.warmup_steps / sum(self.steps_per_phase))
+            passes = [Pass("teacher", matched, guided.evaluations, batch), Pass("fake", matched, batch=batch)]
             if not (self.method == "inter_segment" and self.renoise == "student"):  # which samples anyway
                 passes.append(Pass("student", samples, self.num_student_steps, is_chained=True, num_with_keys=1))
             own = [Pass("fake", samples, fake.num_updates, batch, gradient=True, output="prediction", beside=True)]
         if self.adversarial:
-            passes.append(Pass("heads", samples, batch=batch, gradient=True))
-            own.append(Pass("heads", samples, 2, batch, gradient=True, beside=True))  # of real samples, and of its own
+            passes.append(Pass("heads", clean, batch=batch, gradient=True))
+            own.append(Pass("heads", clean, 2, batch, gradient=True, beside=True))  # of real samples, and of its own
         return passes + own
+
+    @property
+    def _share_of_clean(self) -> float:
+        """The share of jumps that end at time 0, of one segment: with a target time, one of the later milestones."""
+        if self.method == "inter_segment" or not self.condition_on_target:
+            return 1.0
+        if self.budgets:
+            return sum(1 / num_steps for num_steps in self.budgets) / len(self.budgets)
+        return sum(1 / below for below in range(1, MOST_SEGMENTS + 1)) / MOST_SEGMENTS
 
     @property
     def _teacher_steps(self) -> float:

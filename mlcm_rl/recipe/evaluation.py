@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .experiment import Recipe
 
 MIN_PROMPTS = 3  # for the standard error of a distance of distributions
+FEATURES = 2 * 2048  # of a picture and its patch, by the widest of the networks that see them
 MAX_SHOWN = 8  # pictures of a row on the page, if prompts are of two languages
 WITH_GAMMA = Tuning, Start  # stages whose student is measured at a gamma of its own too
 
@@ -192,11 +193,12 @@ class Evaluate(OneStage):
         return Networks(distilled, encodes_ahead=True, measuring=measuring)
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
-        """Return the bytes of encoded prompts, of the reference's latents, and of pictures before PNG compresses them.
+        """Return the bytes of encoded prompts, of the reference's latents and features, and of pictures before PNG.
 
         The reference and the pictures on the page are stored twice, for later evaluations.
         """
         rows = len(self.evaluations_per_row(recipe))
         samples = self.num_prompts * self.images_per_prompt
         pictures = samples * rows * self.keep_pictures + 2 * rows * min(self.num_prompts, MAX_SHOWN)
-        return 4 * (self.num_prompts * values.prompt + 2 * samples * values.latent) + 3 * values.pixels * pictures
+        of_reference = values.latent + FEATURES * self.distribution
+        return 4 * (self.num_prompts * values.prompt + 2 * samples * of_reference) + 3 * values.pixels * pictures

@@ -64,6 +64,12 @@ class Recipe(Strict):
     )
     _file_texts: dict[str, str] = PrivateAttr(default_factory=dict)  # paths in rewards' settings -> the file's text
 
+    _places: dict[int, str] = PrivateAttr(default_factory=dict)  # of stages that its file has elsewhere, by number
+
+    def place(self, number: int) -> str:
+        """Return where the recipe's file has a stage: "stages[2]", or "stages[2].start" where a setting names it."""
+        return self._places.get(number, f"stages[{number}]")
+
     @field_validator("stages")
     @classmethod
     def _starts_are_stages(cls, stages: list[OneStage]) -> list[OneStage]:

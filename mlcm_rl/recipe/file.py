@@ -7,6 +7,7 @@
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ from pydantic import ValidationError
 from ..storage.files import CheckpointError
 from . import (
     errors,
+    lpips_problems,
     missing,
     prompt_languages,
     renamed,
@@ -37,8 +39,10 @@ from .reads import reads_of
 from .schema import json_schema
 from .start import Start, written_key
 from .teacher_stages import TrainTeacher, Trajectories
-from .tree import Key, Node, Problem, RecipeError, nearest, override, read
+from .tree import Key, Node, Problem, RecipeError, key_text, nearest, override, read
 from .types import TRAINED, Full, Lora
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/model
 
 
 def load(
@@ -87,6 +91,8 @@ def load(
     recipe, notes = resolved(recipe, folders)
     for note in notes:
         tell(f"{path}: {note}")
+    places = {i: key_text(written(("stages", i))) for i in range(len(recipe.stages))}
+    recipe._places = {i: place for i, place in places.items() if place != f"stages[{i}]"}
     return recipe
 
 
@@ -100,6 +106,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
     return [
         *teacher_problems.problems(recipe, folders),
         *_file_problems(recipe, folders),
+        *lpips_problems.problems(recipe, folders),
         *_runs_problems(recipe, folders),
         *(Problem(("trackers", i), message) for i, message in missing_trackers(recipe)),
         *_order_problems(recipe),
@@ -163,6 +170,13 @@ def _source_problems(key: Key, stage: Stage, recipe: Recipe, folders: Folders) -
     path = folders.place((*key, "path"), stage.path)
     if not stage.path or not os.path.exists(path):
         beside = missing.beside((*key, "path"), stage.path, folders, "*") if stage.path else ""
+        if not beside and HUB_NAME.fullmatch(stage.path) and not os.path.isdir(path.parent):
+            message = (
+                f"{stage.path} is not a folder here, and students are not fetched: `hf download {stage.path} "
+                "--local-dir FOLDER` does, from the hub; then name FOLDER, or the .safetensors file in it"
+            )
+            yield Problem((*key, "path"), message, looked_in=folders.looked_in((*key, "path"), stage.path))
+            return
         message = f"no such file or folder: {stage.path}" if stage.path else "expected a path, found empty text"
         yield Problem((*key, "path"), message, beside, looked_in=folders.looked_in((*key, "path"), stage.path))
         return

@@ -1,6 +1,7 @@
 """Marks on the settings with paths that a stage reads: how they are checked and how their content is hashed."""
 
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from .lpips_layout import FILE as LPIPS_FILE
 from .types import Strict
@@ -15,7 +16,7 @@ class Reads:
     of_pictures  whether its pictures are read, or those that it lists
     of_prompts   whether it is a file of prompts
     of_student   whether it is a student, in a file or in any of several kinds of folders
-    or_file      suffix of a file that may stand in place of the folder, which is then read for `holding` alone
+    or_file      whether a file may stand in place of the folder, which is then read for `holding` alone
     """
 
     holding: str | None = None
@@ -23,17 +24,17 @@ class Reads:
     of_pictures: bool = False
     of_prompts: bool = False
     of_student: bool = False
-    or_file: str = ""
+    or_file: bool = False
 
     def held_by(self, path: str) -> str | None:
-        """Return `holding` for this `path`: None where it is a file in place of the folder."""
-        return None if self.or_file and path.endswith(self.or_file) else self.holding
+        """Return `holding` for this `path`: None where its suffix makes it a file in place of the folder."""
+        return None if self.or_file and PurePath(path).suffix else self.holding
 
 
 PROMPTS = Reads(of_prompts=True)
 PICTURES = Reads(holding="metadata.jsonl", of_pictures=True)
 STUDENT = Reads(of_student=True)
-LPIPS = Reads(holding=LPIPS_FILE, or_file=".safetensors")
+LPIPS = Reads(holding=LPIPS_FILE, or_file=True)
 
 
 def reads_of(stage: Strict) -> dict[str, Reads]:

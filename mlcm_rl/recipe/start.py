@@ -1,9 +1,12 @@
 """Students from elsewhere: how a stage names one, and the stage that takes it in, in place of a distill stage."""
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, field_validator
 
+from .families import USUAL_TIMES
 from .reads import STUDENT
 from .stage import OneStage
 from .takes import Values
@@ -20,6 +23,12 @@ ORIGINAL_STEPS = {"milestones": 8, "lcm": 50, "trailing": 1000}
 
 Time = Annotated[int, Field(ge=1, le=999)]
 Grid = Literal["milestones", "lcm", "trailing"] | Annotated[list[Time], Field(min_length=1, max_length=8)]
+
+
+def are_times(values: Sequence[Any]) -> bool:
+    """Return whether `values` are times of a grid: whole numbers from 999 down to 1, each below the one before."""
+    ends = [USUAL_TIMES, *values, 0]
+    return all(type(one) is int for one in values) and all(t > s for t, s in itertools.pairwise(ends))
 
 
 class StudentSource(Strict):
@@ -47,7 +56,7 @@ class StudentSource(Strict):
     @field_validator("grid")
     @classmethod
     def _times_descend(cls, grid: Grid | None) -> Grid | None:
-        if isinstance(grid, list) and grid != sorted(set(grid), reverse=True):
+        if isinstance(grid, list) and not are_times(grid):
             raise ValueError(f"times of a grid descend, from 999 at most; found {grid}")
         return grid
 

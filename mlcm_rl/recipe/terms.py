@@ -14,6 +14,9 @@ class Fake(Lora):
 
     learning_rate: PositiveFloat = Field(1e-4, description="constant")
     num_updates: int = Field(5, ge=1, le=100, description="of it for each of the student's, as DMD2")
+    warmup_steps: int = Field(
+        0, ge=0, le=1_000_000_000, description="of the stage, in which it learns and the student has no such term yet"
+    )
 
 
 class Term(Strict):

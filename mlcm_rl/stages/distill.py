@@ -73,7 +73,8 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
         draw = source.draw(step, settings.num_segments, settings.pair, rt.generator("times", step))
         rt.samples = draw.index.tolist()
         parts = (source.realise(draw.rows(part)) for part in rt.micro_batches())
-        measure, added = distances.of(settings.distance, step), TermsOfStep(rt, stage, base, student, terms, step)
+        measure = distances.of(settings.distance, step)
+        added = TermsOfStep(rt, stage, base, student, terms, step, draw.s)
         losses = (loss(rt, stage, settings, base, student, average, part, measure, added) for part in parts)
         with rt.autocast():
             record = rt.backward(losses)
@@ -191,9 +192,7 @@ def loss(
         # both compare x0; that of space x0 has the weight of `consistency.loss_in_x0`, and z none
         weight = snr(batch.t, base.schedule) + 1.0 if settings.space == "x0" else 1.0
         distance = weight * measure(x0, target, batch.conditioning)
-        return (
-            distance if added is None else added.beside(distance, x0, target, batch.s, batch.conditioning, batch.sample)
-        )
+        return distance if added is None else added.beside(distance, x0, target, batch.conditioning, batch.sample)
     if settings.target == "trajectory":  # the teacher's stored state at s
         assert batch.x_s is not None
         target = batch.x_s
@@ -207,7 +206,7 @@ def loss(
         error = consistency.log_perceptual_loss if is_log else consistency.PERCEPTUAL_LOSSES[settings.space]
     compared = partial(measure, conditioning=batch.conditioning)
     distance = error(x0, batch.x_t, batch.t, target, batch.s, base.schedule, compared)
-    return distance if added is None else added.beside(distance, x0, target, batch.s, batch.conditioning, batch.sample)
+    return distance if added is None else added.beside(distance, x0, target, batch.conditioning, batch.sample)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from mlcm_rl.cost.launches import Launch
 from mlcm_rl.equations.segments import time_grid
 from mlcm_rl.models import sampler, teachers
 from mlcm_rl.pipeline.planning import planned_stages
-from mlcm_rl.recipe import Evaluate, Full, Lora, Teacher
+from mlcm_rl.recipe import Evaluate, Full, Lora, Teacher, TrainPerceptual
 from mlcm_rl.training import machine
 
 EMOJI = Path(__file__).resolve().parents[2] / "recipes" / "emoji" / "teacher"
@@ -220,3 +220,21 @@ def test_terms_take_their_passes_and_the_fake_score_five_updates(tiny_sdxl, tmp_
     assert fake == pytest.approx(trained, rel=1e-3)  # an adapter like the student's
     forward = work["teacher"].each.total
     assert forward < work["trained heads"].each.total < work["heads"].each.total  # whose gradient comes through it
+
+
+def test_a_distance_takes_its_own_passes_and_no_evaluations_of_the_denoiser(tiny_sdxl, tmp_path):
+    plain, by_blocks = runs.distill(num_segments=[1]), runs.distill(num_segments=[1], distance="features")
+    trains = TrainPerceptual(images="images", num_steps=2, batch_size=4, widths=[4, 6], depths=[1, 1])
+    by_lpips = runs.distill(num_segments=[1], distance="log_lpips")
+    work = {}
+    for name, stages in {"plain": [plain], "features": [by_blocks], "lpips": [trains, by_lpips]}.items():
+        recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
+        work[name] = {one.kind: one for one in flops.of_stage(stages[-1], recipe, Lora())}
+        assert network_evaluations(stages[-1], recipe) == network_evaluations(plain, recipe)
+    assert set(work["features"]) - set(work["plain"]) == {"features"}
+    assert work["features"]["features"].count == work["lpips"]["lpips"].count == work["plain"]["trained"].count
+    forward = work["features"]["features"].each.total / 3  # two passes, and the gradient by the first's picture
+    assert 0 < forward < work["plain"]["trained"].each.total / 2  # of the first blocks alone
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [trains])
+    (own,) = [one for one in flops.of_stage(trains, recipe, Lora()) if one.kind == "lpips"]
+    assert own.count == 2 * 2 * 4  # distances, steps, pairs

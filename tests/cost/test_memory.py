@@ -11,11 +11,12 @@ import runs
 import tiny
 from mlcm_rl.cost import memory, peak
 from mlcm_rl.cost.live_bytes import Kernels, Live
-from mlcm_rl.models import published_teachers
+from mlcm_rl.models import lpips, published_teachers
 from mlcm_rl.models.autoencoder import Autoencoder
 from mlcm_rl.pipeline.planning import Sizes, planned_stages
 from mlcm_rl.preference import tuning
-from mlcm_rl.recipe import Full, Lora, Reward, Teacher
+from mlcm_rl.recipe import Full, Lora, Reward, Teacher, TrainPerceptual
+from mlcm_rl.recipe.lpips_layout import new_layout
 from mlcm_rl.rewards import build
 
 PUBLISHED = published_teachers.FOLDER
@@ -307,6 +308,22 @@ def test_terms_add_their_own_networks_and_no_second_set_of_the_teachers_weights(
     assert 0 < size < without.gradients
     assert opposed.optimiser - without.optimiser == 2 * size
     assert opposed.activations > without.activations  # the teacher's, through which the student's gradient comes
+
+
+def test_a_distance_by_features_keeps_the_teacher_and_one_by_lpips_its_network(tiny_sdxl, tmp_path):
+    settings = {"num_segments": [1], "adapter": Full()}
+    plain = of(runs.distill(**settings), tiny_sdxl)
+    by_blocks = of(runs.distill(**settings, distance="features"), tiny_sdxl)
+    assert by_blocks.parameters - plain.parameters == plain.gradients  # a denoiser beside the student's
+    network = lpips.new(new_layout(4, [4, 6], [1, 1]), seed=0)
+    lpips.save(network, tmp_path / "lpips.safetensors")
+    by_lpips = of(runs.distill(**settings, distance="lpips", lpips=str(tmp_path)), tiny_sdxl)
+    size = sum(4 * value.numel() for value in network.parameters())
+    assert by_lpips.parameters - plain.parameters == size
+    assert by_lpips.gradients == plain.gradients
+    trains = of(TrainPerceptual(images="images", num_steps=2, widths=[4, 6], depths=[1, 1]), tiny_sdxl)
+    assert trains.gradients == size
+    assert trains.optimiser == 2 * size
 
 
 def test_a_surrogate_adds_its_heads_and_takes_the_gradient_out_of_the_decoder(tiny_sdxl):

@@ -25,3 +25,10 @@ def test_every_page_of_the_docs_is_in_the_navigation():
     text = pages.text_of(pages.ROOT / "docs" / "navigation.md")
     names = {f"docs/{page.stem}" for page in (pages.ROOT / "docs").glob("*.md")} - {"docs/navigation"}
     assert names <= set(text.split())
+
+
+def test_a_page_with_a_generated_part_names_the_command_that_prints_it():
+    for page in pages.pages():
+        text = page.read_text(encoding="utf-8")
+        for name in set(pages.generated.MARK.findall(text)) - {"more_pages"}:
+            assert f"`python docs/generated.py {name}`" in text, page

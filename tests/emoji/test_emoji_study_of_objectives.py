@@ -50,6 +50,14 @@ def test_a_student_that_forgets_its_concepts_misses_the_target_of_recall():
     assert "- dpo, judge's R@5 over the distilled student's: 0.900, target 0.97 missed" in text
 
 
+def test_kid_to_the_teacher_is_that_after_less_that_before_prompt_by_prompt():
+    before, after = row("student", [0.0] * 4, [-1.0] * 4), row("dpo-0", [1.0] * 4, [1.0] * 4)
+    before["metrics"]["teacher_kid"] = {"values": [0.01, 0.03, 0.01, 0.03]}
+    after["metrics"]["teacher_kid"] = {"values": [0.02, 0.04, 0.03, 0.05]}
+    text = objective_summary.text([report(before, after)], [])
+    assert "| +15.000 +- 2.887 | - |" in text  # of 10, 10, 20 and 20; patches were not measured
+
+
 def test_every_row_of_the_study_is_a_valid_stage_and_names_a_reward_it_holds_out(monkeypatch):
     base = load(objectives.RECIPES / "emoji_preference.yaml", [])
     monkeypatch.setattr(objectives, "pair_table", lambda recipe: "pairs")

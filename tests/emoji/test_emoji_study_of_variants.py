@@ -16,12 +16,13 @@ UNDISTILLED = ("teacher", "DDIM, guided")
 
 
 def keep(folder, file: str, *rows, of_teacher: bool = False) -> None:
-    """Results of `rows`, each (name, sampler, evaluations, distances, r@5) of one report."""
+    """Results of `rows`, each (name, sampler, evaluations, distances, r@5, maybe KID and on patches) of one report."""
     made = [
         {
             "role": "undistilled" if of_teacher else "student",
             **dict(zip(("name", "sampler", "num_evaluations"), row, strict=False)),
-            "metrics": {"distance": {"values": row[3]}, "r@1": {"values": row[4]}, "r@5": {"values": row[4]}},
+            "metrics": {"distance": {"values": row[3]}, "r@1": {"values": row[4]}, "r@5": {"values": row[4]}}
+            | {name: {"values": values} for values in row[5:] for name in ("teacher_kid", "teacher_patch_kid")},
         }
         for row in rows
     ]
@@ -148,3 +149,33 @@ def test_every_row_is_a_recipe_whose_students_are_measured_under_the_samplers_th
     assert last.seed == 1
     renoised = last.num_segments[-1] == 1 and not last.condition_on_target
     assert evaluate.gammas == ([0.0, 1.0] if renoised else [0.0])
+
+
+def test_kid_stands_beside_the_distance_and_a_disagreement_is_said(results):
+    near, far = [1.0, 1.0, 1.25, 1.0, 1.25], [2.0, 2.0, 2.25, 2.0, 2.25]
+    keep(results, "near-0", (*row(near), [0.5, 0.5, 0.25, 0.5, 0.25]))
+    keep(results, "far-0", (*row(far), [0.125, 0.125, 0.25, 0.125, 0.25]))
+    rows = {one.student: one for one in variant_table.of_values(results)}
+    assert (rows["near"].kid, rows["near"].kid_over_nearest, rows["near"].over_nearest) == (0.375, 0.0, 0.0)
+    assert (rows["far"].kid, rows["far"].kid_picking) == (0.1875, 0.125)
+    # 0.125 less each of 0.5, 0.25, 0.5, 0.25 but where it is 0.25 too: -0.375, 0, -0.375, 0
+    assert rows["far"].kid_over_nearest == pytest.approx(-0.1875)
+    assert rows["far"].kid_over_nearest_error == pytest.approx(0.375 / math.sqrt(12), rel=1e-6)
+    assert math.isnan(rows["teacher"].kid)
+    text = summary(results)
+    assert "| KID to the teacher x 1000: student, sampler | 4 |" in text
+    assert "| far, gamma 0 | 187.500 +- 36.084 |" in text
+    assert "they agree, or errors do not part them" in text  # 0.1875 is less than two errors of 0.108
+    keep(results, "far-0", (*row(far), [0.125] * 5))
+    assert (
+        "- 4 evaluations, KID of patches: far, gamma 0 is best, near, gamma 0 nearest (KID x 1000 -250.000 +- 72.169, "
+        "distance 1.0000 +- 0.0000 apart): they disagree"
+    ) in summary(results)
+
+
+def test_the_study_measures_kid_and_with_several_pictures_diversity():
+    base = variants.with_pictures(load(variants.RECIPES / "emoji_mlcm.yaml"), 2)
+    evaluate = variants.recipe_of(base, "budgets", 0, 400, 1000).stages[-1]
+    assert evaluate.distribution
+    assert evaluate.images_per_prompt == 2
+    assert variants.teacher_recipe(base, 1000).stages[-1].images_per_prompt == 2

@@ -7,7 +7,7 @@ import tiny
 from mlcm_rl.models import heads
 from mlcm_rl.models.base import Base
 from mlcm_rl.models.features import MOST_BLOCKS, features
-from mlcm_rl.models.terms import Adversary, DistributionMatching, Made
+from mlcm_rl.models.terms import Adversary, DistributionMatching, Made, Samples
 from mlcm_rl.recipe.terms import Adversarial, Fake, Matching
 
 PROMPTS = ["a red apple, 3d", "熊猫"]
@@ -32,7 +32,8 @@ def check_matching(base: Base) -> None:
     noised = term.draw(torch.Generator().manual_seed(1), 2)
     student = x0.clone().requires_grad_()
     assert term.loss(student, conditioning, noised).tolist() == [0.0, 0.0]
-    made = Made(slice(0, 2), x0, x0, x0, torch.ones(2), conditioning)
+    sampled = Samples(torch.arange(2), x0, conditioning)
+    made = Made(sampled, x0, torch.ones(2), sampled)
     term.network_loss(made, noised).sum().backward()
     trained = [value for value in term.network.parameters() if value.requires_grad]
     assert any(value.grad.abs().sum() > 0 for value in trained if value.grad is not None)
@@ -51,7 +52,7 @@ def check_adversary(base: Base) -> None:
     term.loss(student, conditioning, noised).sum().backward()
     assert (student.grad.flatten(1).abs().amax(1) > 0).all()
     assert all(value.grad is None for value in (*term.network.parameters(), *base.denoiser.parameters()))
-    made = Made(slice(0, 2), x0, -x0, None, torch.ones(2), conditioning)
+    made = Made(Samples(torch.arange(2), x0, conditioning), -x0, torch.ones(2), None)
     loss = term.network_loss(made, noised)
     loss.sum().backward()
     assert loss.shape == (2,)
@@ -85,5 +86,5 @@ def test_the_same_noise_is_on_all_that_is_compared(sdxl):
     term = DistributionMatching(Matching(fake=FAKE, times=(0.5, 0.6)), sdxl, seed=0)
     whole, again = (term.draw(torch.Generator().manual_seed(3), 6) for _ in range(2))
     assert torch.equal(whole.noise, again.noise)
-    assert torch.equal(whole.rows(slice(2, 4)).t, whole.t[2:4])
+    assert torch.equal(whole.rows(torch.tensor([3, 2])).t, whole.t[[3, 2]])
     assert 499 <= whole.t.min() <= whole.t.max() <= 599

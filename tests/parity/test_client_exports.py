@@ -390,6 +390,18 @@ def test_several_formats_are_folders_of_one_and_what_cannot_be_is_said(loaded, t
     assert {value.dtype for value in weights.values()} == {torch.float16}
 
 
+def test_all_of_one_format_is_in_the_same_place_as_all_of_several(loaded, tmp_path, monkeypatch):
+    base = loaded["sd15"]
+
+    def refuse(client: str, *_: object) -> None:
+        raise ValueError(f"{client} reads no such student")
+
+    monkeypatch.setattr(client_export, "refuse", refuse)
+    out = export_as(["all"], student(base, tmp_path, Full()), base, tmp_path / "mine")
+    assert [path.name for path in out.iterdir()] == ["diffusers"]
+    assert (out / "diffusers" / "model_index.json").is_file()
+
+
 def test_one_that_fails_leaves_nothing_of_several(loaded, tmp_path):
     base = loaded["sd15"]
     with pytest.raises(ValueError, match="trained in full"):

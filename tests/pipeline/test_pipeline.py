@@ -465,6 +465,30 @@ def test_the_papers_recipes_run_end_to_end_on_a_tiny_checkpoint(name, prediction
     assert [(one["stage"], one["phase"], one["num_segments"]) for one in curves] == [*of_first, (2, 0, 1)]
 
 
+@pytest.mark.slow
+def test_logcds_recipe_runs_end_to_end_on_a_tiny_checkpoint(tmp_path):
+    """As shipped, in bfloat16 and recomputed, but for what size forces; both terms are in its second stage's log."""
+    small = [
+        f"teacher.path={tiny.sdxl(tmp_path / 'teacher')}",
+        f"runs={tmp_path / 'runs'}",
+        "device=cpu",
+        "samples.prompts=[]",
+        "stages.0.num_trajectories=4",
+        "stages.0.num_held_out=2",
+        "stages.0.solver_steps=8",
+        *(f"stages.{i}.{setting}" for i in (1, 2) for setting in ("num_steps=1", "log_every=1", "batch_size=2")),
+        *(f"stages.{i}.gradient_accumulation=2" for i in (1, 2)),
+        "stages.3.num_prompts=2",
+        "stages.3.sampling_steps=[2]",
+        "stages.3.teacher_steps=[2]",
+    ]
+    stages = pipeline.run(load(Path("recipes") / "sdxl_logcd.yaml", small))
+    assert all(stage.done for stage in pipeline.plan(load(Path("recipes") / "sdxl_logcd.yaml", small)))
+    (record,) = [json.loads(line) for line in (stages[2].folder / "log.jsonl").read_text().splitlines()]
+    assert {"distance", "matching", "adversarial", "fake_loss", "heads_loss"} < record.keys()
+    assert students.describe(stages[2].folder / "student")["num_segments"] == 1
+
+
 @pytest.mark.parametrize("name", ["sdxl_mlcm", "sd15_mlcm"])
 def test_the_recommended_recipes_run_end_to_end_on_a_tiny_checkpoint(name, tmp_path):
     """As shipped but for what size forces, and of the form that a bare `distill` has."""
@@ -548,9 +572,9 @@ def test_networks_that_do_not_fit_are_refused_before_anything_is_loaded(tmp_path
     given = {"controls": [f"{tmp_path / 'control'}:0.8"], "control_images": [tmp_path / "edges.png"]}
     inputs = sample_inputs.of_command(**given, takes_edges=True)
     assert inputs.controls[0].weight == 0.8
-    sample_inputs.refuse(inputs, "sd")
+    sample_inputs.read(inputs, "sd")
     with pytest.raises(BadArgument, match=r"--control: .* is a ControlNetModel, and .*flux takes none"):
-        sample_inputs.refuse(inputs, "flux")
+        sample_inputs.read(inputs, "flux")
     with pytest.raises(BadArgument, match="1 networks, and 0 --control-image: give each network one"):
         sample_inputs.of_command(controls=given["controls"])
     with pytest.raises(BadArgument, match="--edges: it needs --control"):
@@ -559,6 +583,6 @@ def test_networks_that_do_not_fit_are_refused_before_anything_is_loaded(tmp_path
         sample_inputs.of_command(ip_adapter=str(tmp_path / "control"))
     adapted = sample_inputs.of_command(ip_adapter=str(tmp_path / "control"), ip_image=tmp_path / "edges.png")
     with pytest.raises(BadArgument, match="--ip-adapter: a teacher of family sana takes no IP-Adapter"):
-        sample_inputs.refuse(adapted, "sana")
+        sample_inputs.read(adapted, "sana")
     assert "control" in inputs.record()
     assert "ip_image" in adapted.record()

@@ -65,6 +65,25 @@ def test_errors_are_on_the_line_of_the_file_whatever_stages_stand_for_a_start(pr
     assert "expected a .safetensors file" in other
 
 
+def test_a_stage_is_placed_where_its_file_has_it(problems, tmp_path):
+    problems("{path: lora.safetensors, gamma: 1.0, grid: [999, 749, 499, 249]}")
+    (tmp_path / "recipe.yaml").write_text((tmp_path / "recipe.yaml").read_text().replace("absent.txt", "prompts.txt"))
+    recipe = load(tmp_path / "recipe.yaml", root=tmp_path)
+    assert [stage.kind for stage in recipe.stages] == ["start", "feedback", "evaluate"]
+    assert [recipe.place(i) for i in range(3)] == ["stages[0].start", "stages[0]", "stages[1]"]
+    seeded = recipe.model_copy(update={"seed": 5})
+    assert seeded.place(1) == "stages[0]"
+    assert Recipe.model_validate(recipe.model_dump()).place(1) == "stages[1]"
+
+
+def test_a_name_of_the_hub_is_answered_with_how_to_fetch_it(problems):
+    (line,) = problems("latent-consistency/lcm-lora-sdxl")
+    assert (
+        "stages[0].start: latent-consistency/lcm-lora-sdxl is not a folder here, and students are not fetched" in line
+    )
+    assert "`hf download latent-consistency/lcm-lora-sdxl --local-dir FOLDER`" in line
+
+
 def test_a_lora_that_needs_its_alpha_is_told_before_any_stage_runs(problems, tmp_path):
     save_file({"base_model.model.conv_in.lora_A.weight": torch.zeros(1)}, tmp_path / "peft.safetensors")
     (unstated,) = problems("{path: peft.safetensors, gamma: 1.0, grid: lcm}")

@@ -88,6 +88,7 @@ def text(reports: list[dict], diversity_reports: list[dict]) -> str:
         "Chinese",
     ]
     heads += ["preferred style, before", "after", "R@5 kept", "distance", "diversity kept"]
+    heads += ["KID to the teacher x 1000, after less before", "the same, patches"]
     lines = [f"| {' | '.join(heads)} |", f"|---|---|{'--:|' * (len(heads) - 2)}"]
     lines += [f"| {' | '.join(cells(one, spread.get(name), guards[name]))} |" for name, one in found.items()]
     return "\n".join([*lines, "", *(line for name, one in found.items() for line in targets(one, spread.get(name)))])
@@ -117,7 +118,16 @@ def cells(student: Student, spread: Student | None, steps: list[int]) -> list[st
         f"{student.kept('r@5'):.3f}",
         said(student.mean("distance")),
         f"{spread.kept('diversity'):.2f}" if spread else "-",
+        *(changed(student, metric) for metric in ("teacher_kid", "teacher_patch_kid")),
     ]
+
+
+def changed(student: Student, metric: str) -> str:
+    """Return the paired difference in a KID to the distilled student, a thousandfold; a dash if it was not measured."""
+    if metric not in student.reference:
+        return "-"
+    change, error = paired_difference(student.mean(metric), student.reference[metric])
+    return f"{1000 * change:+.3f} +- {1000 * error:.3f}"
 
 
 def targets(student: Student, spread: Student | None) -> list[str]:

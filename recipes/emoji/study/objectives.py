@@ -94,7 +94,7 @@ def measure(base: Recipe, tuned: list[tuple[Tuning, Path]], prompts: int, styled
     """Reports of all students beside the distilled one, each under the gamma it was tuned for: one list on the first
     `prompts` prompts, one on `styled` prompts that name a style, two pictures of each."""
     given = next(stage for stage in base.stages if isinstance(stage, Evaluate))
-    shared = {"sampling_steps": [STEPS], "teacher_steps": [25]}
+    shared = {"sampling_steps": [STEPS], "teacher_steps": [25], "distribution": True}
     with_style = {"prompts": str(styled_prompts(base, given.prompts)), "num_prompts": styled, "images_per_prompt": 2}
     kinds = ({"num_prompts": prompts}, with_style | {"rewards": []})
     found: tuple[list[dict], list[dict]] = ([], [])

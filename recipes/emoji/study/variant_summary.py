@@ -1,4 +1,4 @@
-"""What a study of variants says: its distances as Markdown, and whether the targets are met, from its table.
+"""What a study of variants says: its distances and KID as Markdown, whether the targets are met, from its table.
 
     python recipes/emoji/study/variant_summary.py recipes/emoji/study/variants-400.tsv
 
@@ -21,6 +21,11 @@ RECALL_AT, RECALL_KEPT = 4, 0.95  # evaluations, and of the reference's R@5
 REFERENCE = ("teacher", "DDIM, guided", 100)
 DEDICATED = ("fixed_8", "fixed_8_trajectory", "fixed_4_trajectory", "fixed_2_trajectory")
 DEARER = ("budgets_long", "progressive_second_stage", "online")  # trained on more samples, or evaluations, than LCM
+TABLES = {  # of a row -> title, factor
+    "kid": ("KID to the teacher x 1000", 1000),
+    "patch_kid": ("the same on patches", 1000),
+    "diversity": ("diversity", 1),
+}
 SINGLE = ("budgets", "budgets_long", "budgets_lora", "conditioned")
 
 
@@ -38,7 +43,8 @@ def text(rows: list[Row]) -> str:
         f"|---|--:|--:{'|--:' * len(budgets)}|",
         *(line(list(group), budgets) for _, group in groupby(rows, key=lambda row: row.pair)),
     ]
-    return "\n".join([*lines, "", *against(students, teachers), *one_for_all(students), *recall(students, teachers)])
+    verdicts = [*against(students, teachers), *one_for_all(students), *recall(students, teachers)]
+    return "\n".join([*lines, "", *verdicts, *distributions(rows), *disagreements(students)])
 
 
 def line(rows: list[Row], budgets: list[int]) -> str:
@@ -91,6 +97,49 @@ def one_for_all(students: list[Row]) -> list[str]:
             met = verdict(all(value <= 1.1 for value in ratios.values()))
             lines.append(f"- {single} over the best dedicated student: {shown}: within 10 % {met}")
     return lines
+
+
+def distributions(rows: list[Row]) -> list[str]:
+    """Return the tables of KID to the teacher's own pictures and their patches, and of diversity, where measured."""
+    lines: list[str] = []
+    budgets = sorted({row.evaluations for row in rows if row.seeds})
+    for name, (title, scale) in TABLES.items():
+        known = [row for row in rows if not math.isnan(getattr(row, name))]
+        if known:
+            head = f"| {title}: student, sampler | {' | '.join(map(str, budgets))} |"
+            lines += ["", head, f"|---|{'--:|' * len(budgets)}"]
+        for pair, group in groupby(known, key=lambda row: row.pair):
+            figures = {
+                row.evaluations: f"{scale * getattr(row, name):.3f} +- {scale * getattr(row, f'{name}_error'):.3f}"
+                for row in group
+            }
+            lines.append(f"| {', '.join(pair)} | {' | '.join(figures.get(budget, '-') for budget in budgets)} |")
+    return lines
+
+
+def disagreements(students: list[Row]) -> list[str]:
+    """Return a line for each budget and kind of KID: whether it names another student than the distance as the best.
+
+    Each is picked on the picking prompts; they disagree if each is ahead by two standard errors in what picked it.
+    """
+    lines: list[str] = []
+    for name, what in (("kid", "KID"), ("patch_kid", "KID of patches")):
+        known = [row for row in students if not math.isnan(getattr(row, name))]
+        for evaluations in BUDGETS:
+            nearest = picked(known, evaluations)
+            if nearest is None:
+                continue
+            at_budget = [row for row in known if row.evaluations == evaluations]
+            best = min(at_budget, key=lambda row: getattr(row, f"{name}_picking"))
+            gain, error = (1000 * getattr(best, f"{name}_over_nearest{end}") for end in ("", "_error"))
+            disagree = gain < -2 * error and best.over_nearest > 2 * best.over_nearest_error
+            distance = said(best.over_nearest, best.over_nearest_error)
+            lines.append(
+                f"- {evaluations} evaluations, {what}: {', '.join(best.pair)} is best, {', '.join(nearest.pair)} "
+                f"nearest (KID x 1000 {gain:.3f} +- {error:.3f}, distance {distance} apart): they "
+                f"{'disagree' if disagree else 'agree, or errors do not part them'}"
+            )
+    return ["", *lines] if lines else []
 
 
 def recall(students: list[Row], teachers: list[Row]) -> list[str]:

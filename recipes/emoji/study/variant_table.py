@@ -33,7 +33,10 @@ class Row:
 
     `seeds` is 0 for the teacher. `apart` is the standard deviation of the seeds' means over their mean, `picking` the
     distance on the picking prompts, `recall` R@5. `over_teacher` and `over_lcm` are this distance less that of the
-    undistilled teacher, and of LCM, as many evaluations each, under whichever sampler picks best.
+    undistilled teacher, and of LCM, as many evaluations each, under whichever sampler picks best. `kid` and `patch_kid`
+    are to the teacher's own pictures, whole and on patches, `kid_picking` and `patch_kid_picking` those on the picking
+    prompts; `over_nearest` and the like are less that of the student whose distance picks best at as many evaluations.
+    A table of before has none of these.
     """
 
     student: str
@@ -50,6 +53,20 @@ class Row:
     over_teacher_error: float
     over_lcm: float
     over_lcm_error: float
+    over_nearest: float = math.nan
+    over_nearest_error: float = math.nan
+    kid_picking: float = math.nan
+    kid: float = math.nan
+    kid_error: float = math.nan
+    kid_over_nearest: float = math.nan
+    kid_over_nearest_error: float = math.nan
+    patch_kid_picking: float = math.nan
+    patch_kid: float = math.nan
+    patch_kid_error: float = math.nan
+    patch_kid_over_nearest: float = math.nan
+    patch_kid_over_nearest_error: float = math.nan
+    diversity: float = math.nan
+    diversity_error: float = math.nan
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -60,6 +77,11 @@ def of_values(folder: Path) -> list[Row]:
     """Return the table of all values in `folder`, students in the order of their files, the teacher last."""
     seeds, recalls = (values(folder, metric) for metric in ("distance", "r@5"))
     means = {point: column.mean(0) for point, column in seeds.items()}
+    kids, patch_kids, diversities = (
+        {point: column.mean(0) for point, column in values(folder, metric).items()}
+        for metric in ("teacher_kid", "teacher_patch_kid", "diversity")
+    )
+    nearest = {point[2]: nearest_student(means, point[2]) for point in means}
     pairs = list(dict.fromkeys(point[:2] for point in means))
     return [
         Row(
@@ -71,6 +93,10 @@ def of_values(folder: Path) -> list[Row]:
             *mean_and_error(measured(recalls[point].mean(0))),
             *over_the_best(means, point, (variant_values.TEACHER,)),
             *over_the_best(means, point, LCM),
+            *over(means, point, nearest[point[2]]),
+            *of_distribution(kids, point, nearest[point[2]]),
+            *of_distribution(patch_kids, point, nearest[point[2]]),
+            *(mean_and_error(measured(diversities[point])) if point in diversities else (math.nan, math.nan)),
         )
         for point in sorted(means, key=lambda point: (pairs.index(point[:2]), point[2]))
     ]
@@ -112,6 +138,30 @@ def over_the_best(means: Values, point: Point, others: tuple[str, ...]) -> tuple
     return paired_difference(measured(means[point]), measured(best))
 
 
+def nearest_student(means: Values, evaluations: int) -> Point | None:
+    """Return the student whose distance is least on the picking prompts, of so many evaluations; None of none."""
+    students = [one for one in means if one[0] != variant_values.TEACHER and one[2] == evaluations]
+    return min(students, key=lambda one: means[one][: picking_prompts(means[one])].nanmean().item(), default=None)
+
+
+def over(columns: Values, point: Point, other: Point | None) -> tuple[float, float]:
+    """Return the paired difference of two points, and its error; nan without either."""
+    if other is None or other not in columns or point not in columns:
+        return math.nan, math.nan
+    return paired_difference(measured(columns[point]), measured(columns[other]))
+
+
+def of_distribution(kids: Values, point: Point, nearest: Point | None) -> tuple[float, float, float, float, float]:
+    """Return a point's KID on the picking prompts and on the others with its error, and that over the nearest student.
+
+    Its values are the jackknife's of each prompt, so that those of some prompts have the mean of a KID of theirs.
+    """
+    if point not in kids:
+        return (math.nan,) * 5
+    picking = kids[point][: picking_prompts(kids[point])].mean().item()
+    return picking, *mean_and_error(measured(kids[point])), *over(kids, point, nearest)
+
+
 def write(rows: list[Row], path: Path) -> None:
     """Write the rows as tab-separated text, numbers to six digits."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
@@ -125,6 +175,6 @@ def read(path: Path) -> list[Row]:
     """Return the rows of a table that `write` wrote."""
     with path.open(encoding="utf-8", newline="") as file:
         return [
-            Row(**{field.name: field.type(line[field.name]) for field in fields(Row)})
+            Row(**{field.name: field.type(line[field.name]) for field in fields(Row) if field.name in line})
             for line in csv.DictReader(file, delimiter="\t")
         ]

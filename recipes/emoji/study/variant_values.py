@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mlcm_rl.storage.tensors import write_tensors
 
-METRICS = ("distance", "r@1", "r@5")
+METRICS = ("distance", "r@1", "r@5", "teacher_kid", "teacher_patch_kid", "diversity")  # diversity of several pictures
 SEPARATOR = " | "
 TEACHER = "teacher"  # name of the file of the rows without a student, and of the recipe behind it
 
@@ -25,6 +25,7 @@ def write(path: Path, report: Path, of_teacher: bool, fingerprint: str) -> None:
         SEPARATOR.join((row["name"], row["sampler"], str(row["num_evaluations"]), metric)): _values(row, metric)
         for row in rows
         for metric in METRICS
+        if metric in row["metrics"]
     }
     write_tensors(path, found, {"fingerprint": fingerprint}, may_lack=True)  # NaN: no such value
 

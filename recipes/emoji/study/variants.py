@@ -67,12 +67,14 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--prompts", type=int, default=1000, help="a fifth picks samplers, the rest measures")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--pictures", type=int, default=1, help="of a prompt; two or more also measure diversity")
     parser.add_argument("--rows", default=",".join([*ROWS, *SECOND_STAGE]))
     parser.add_argument("--results", type=Path, help="folder of the files [runs/study-<steps>]")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
     arguments = parser.parse_args()
     base = load(RECIPES / "emoji_mlcm.yaml", arguments.overrides)
     results = arguments.results or Path(base.runs) / f"study-{arguments.steps}"
+    base = with_pictures(base, arguments.pictures)
     keep(teacher_recipe(base, arguments.prompts), results / f"{variant_values.TEACHER}.safetensors")
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for row in arguments.rows.split(","):
@@ -141,6 +143,13 @@ def distill_stage(given: Distill, row: str, num_steps: int, seed: int) -> Distil
     )
 
 
+def with_pictures(base: Recipe, num_pictures: int) -> Recipe:
+    """The base with so many pictures of each prompt in its evaluation."""
+    changed = {"images_per_prompt": num_pictures}
+    stages = [one.model_copy(update=changed) if isinstance(one, Evaluate) else one for one in base.stages]
+    return base.model_copy(update={"stages": stages})
+
+
 def shared_settings(given: Distill) -> dict:
     return {
         "batch_size": given.batch_size,
@@ -158,8 +167,9 @@ def evaluate_stage(base: Recipe, num_prompts: int, students="snapshots", gammas=
         "gammas": list(gammas) or [0.0],
         "grids": ["milestones"],
         "teacher_steps": [50],
+        "distribution": True,  # KID to the teacher's own pictures, whole and on patches
     }
-    kept = {"num_prompts": num_prompts, "images_per_prompt": 1, "students": students, "teacher_solvers": list(solvers)}
+    kept = {"num_prompts": num_prompts, "students": students, "teacher_solvers": list(solvers)}
     return given.model_copy(update=chosen | kept)
 
 
