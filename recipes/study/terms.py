@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     base = load(RECIPES / BASES[arguments.subject], arguments.overrides)
     rows = arguments.rows.split(",")
     found: dict[str, list[dict]] = {row: [] for row in rows}
