@@ -10,7 +10,7 @@ from .reads import LPIPS, PICTURES, PROMPTS
 from .stage import OneStage, Requirement, States, Training
 from .takes import Networks, Pass, Values
 from .terms import Adversarial, Matching
-from .types import Fraction, Full, Lora, PositiveInt, default_gamma, presentation
+from .types import Fraction, Full, Lora, NonNegativeFloat, PositiveInt, default_gamma, presentation
 
 if TYPE_CHECKING:
     from .experiment import Recipe
@@ -20,7 +20,7 @@ MEAN_ONLINE_STEPS = 4.5  # of Algorithm 1: 1 to 8 steps, segments drawn uniforml
 MOST_SEGMENTS = 8
 MOMENTS_BYTES = 12  # in a checkpoint, for each trained float32 weight and its two moments
 
-NumSegments = Literal[8, 4, 2, 1]
+NumSegments = Literal[32, 16, 8, 4, 2, 1]
 LOG = "log_"  # begins the name of the logarithm of a distance
 PERCEPTUAL = ("lpips", "features", "log_lpips", "log_features")  # distances of x0, by a network
 Distance = Literal["l2", "huber", "log_l2", "lpips", "features", "log_lpips", "log_features"]
@@ -42,8 +42,10 @@ class Distill(Training):
     leaves_student: ClassVar[bool] = True
 
     kind: Literal["distill"] = "distill"
-    method: Literal["segments", "inter_segment"] = Field(
-        "segments", description="segments: stage 1; inter_segment: stage 2"
+    method: Literal["segments", "inter_segment", "simulation"] = Field(
+        "segments",
+        description="segments: stage 1; inter_segment: stage 2; simulation: the terms alone, on states of the "
+        "student's own sampler, as DMD2",
     )
     source: Literal["trajectories", "online", "data"] = Field(
         "trajectories", description="stored states; the paper's Algorithm 1; or real latents plus noise, as LCM"
@@ -52,13 +54,26 @@ class Distill(Training):
         None, description="captioned image folder, for source: data and real: images"
     )
     prompts: Annotated[str | None, PROMPTS] = Field(
-        None, description="prompt file, for source: online and for inter_segment on samples"
+        None, description="prompt file, for source: online, for inter_segment on samples and for simulation"
     )
     adapter: Lora | Full = Field(
         default_factory=Lora, discriminator="kind", description="what is trained: a low-rank adapter, or all weights"
     )
     num_segments: list[NumSegments] = Field(
-        [8, 4, 2, 1], min_length=1, max_length=10, description="of each phase; [1] where the form is left open"
+        [8, 4, 2, 1],
+        min_length=1,
+        max_length=10,
+        description="of each phase; [1] where the form is left open; 32 and 16 only with starts: milestones",
+    )
+    starts: Literal["any", "milestones"] = Field(
+        "any",
+        description="where jumps start: any stored time; or the tops of the segments alone, as progressive "
+        "distillation, so that a phase is for samplers of K steps",
+    )
+    ends: Literal["segment", "random"] = Field(
+        "segment",
+        description="where jumps end: the start of the segment; or any time from there to the pair's second point, as "
+        "Hyper-SD and CTM",
     )
     keep_segments: bool = Field(
         False, description="each sample of a phase draws K from those of the phases up to it, against forgetting"
@@ -111,6 +126,9 @@ class Distill(Training):
     renoise: Literal["student", "stored"] = Field(
         "stored", description="inter_segment: what is re-noised to a milestone"
     )
+    distance_weight: NonNegativeFloat = Field(
+        1.0, description="factor of the distance in its sum with the terms; 0: the terms alone"
+    )
     matching: Matching | None = Field(None, description="a term of distribution matching; default: none")
     adversarial: Adversarial | None = Field(None, description="an adversarial term; default: none")
     held_out_every: PositiveInt = presentation(50, description="steps between losses on the held-out trajectories")
@@ -134,10 +152,8 @@ class Distill(Training):
                 )
         if list(self.num_segments) != sorted(self.num_segments, reverse=True):
             raise ValueError(f"num_segments {self.num_segments} must not increase: phases merge segments")
-        if self.method == "inter_segment" and list(self.num_segments) != [1]:
-            raise ValueError(
-                "method: inter_segment is consistency over the whole time axis, so num_segments must be [1]"
-            )
+        if self.method != "segments" and list(self.num_segments) != [1]:
+            raise ValueError(f"method: {self.method} is of the whole time axis, so num_segments must be [1]")
         if self.method == "inter_segment" and self.renoise == "student" and self.prompts is None:
             raise ValueError("renoise: student needs prompts: a prompt file")
         if self.budgets and not (self.condition_on_target and list(self.num_segments) == [1]):
@@ -163,11 +179,6 @@ class Distill(Training):
                 f"keep_segments draws K of earlier phases, and all of num_segments {self.num_segments} are one: leave "
                 "it out"
             )
-        if self.terms and list(self.num_segments) != [1]:
-            raise ValueError(
-                f"{' and '.join(self.terms)}: terms are of clean samples, and jumps to the starts of several segments "
-                "end at noisy ones: they need num_segments: [1], or method: inter_segment"
-            )
         if self.adversarial and self.adversarial.real == "images" and self.images is None:
             raise ValueError("adversarial.real: images needs images: a captioned image folder")
         if self.source == "data" and self.images is None:
@@ -178,9 +189,66 @@ class Distill(Training):
             raise ValueError(f"source: {self.source} stores no states, so target must be consistency")
         return self
 
+    @model_validator(mode="after")
+    def _jumps_agree(self):
+        told = self.condition_on_target or self.budgets
+        if self.starts == "milestones" and (
+            self.method != "segments" or self.source != "trajectories" or told or self.keep_segments
+        ):
+            raise ValueError(
+                "starts: milestones are whole segments between stored states: it needs method: segments and source: "
+                "trajectories, without condition_on_target, budgets and keep_segments"
+            )
+        if self.starts == "any" and max(self.num_segments) > MOST_SEGMENTS:
+            raise ValueError(
+                f"num_segments {self.num_segments}: more than {MOST_SEGMENTS} are for starts: milestones, as phases "
+                "before those of samplers"
+            )
+        if self.ends == "random" and (self.method != "segments" or told or self.starts == "milestones"):
+            raise ValueError(
+                "ends: random draws the ends of jumps between segment starts and points: it needs method: segments, "
+                "without condition_on_target and budgets, which say themselves where jumps end, and starts: any"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _terms_agree(self):
+        of_all = self.adversarial is not None and self.adversarial.jumps == "all"
+        of_clean = [name for name in self.terms if not (of_all and name == "adversarial")]
+        if of_clean and (list(self.num_segments) != [1] or self.ends == "random"):
+            raise ValueError(
+                f"{' and '.join(of_clean)}: terms are of clean samples, and jumps to the starts of several segments, "
+                "or to random ends, end at noisy ones: they need num_segments: [1] and ends: segment, or method: "
+                "inter_segment; adversarial takes jumps: all"
+            )
+        if self.adversarial and of_all:
+            if self.method != "segments":
+                raise ValueError(f"adversarial.jumps: all has no effect with method: {self.method}: all jumps end at 0")
+            if self.adversarial.real == "images":
+                raise ValueError("adversarial.real: images are clean: with them leave jumps: all out")
+        if self.distance_weight != 1.0 and (not self.terms or self.method == "simulation"):
+            raise ValueError("distance_weight has no effect without both a distance and a term beside it")
+        if self.method == "simulation":
+            if self.per_phase("distance") != ["l2"]:
+                raise ValueError("method: simulation has no distance: leave it out")
+            if self.prompts is None:
+                raise ValueError("method: simulation needs prompts: a prompt file")
+            if self.matching is None and (self.adversarial is None or self.adversarial.real != "images"):
+                raise ValueError(
+                    "method: simulation is of the terms alone: it needs matching, or adversarial on images"
+                )
+            if self.adversarial and self.adversarial.real != "images":
+                raise ValueError(
+                    "adversarial.real: milestones is the target of a distance, and method: simulation has none: take "
+                    "real: images"
+                )
+        return self
+
     @property
     def reads_trajectories(self) -> bool:
         """Whether the stage needs a store of trajectories."""
+        if self.method == "simulation":
+            return False
         return self.renoise == "stored" if self.method == "inter_segment" else self.source == "trajectories"
 
     @property
@@ -198,6 +266,11 @@ class Distill(Training):
         return [name for name in ("matching", "adversarial") if getattr(self, name) is not None]
 
     @property
+    def makes_samples(self) -> bool:
+        """Whether its points are made from samples of the student, from which a fake score then learns too."""
+        return self.method == "simulation" or (self.method == "inter_segment" and self.renoise == "student")
+
+    @property
     def uses_teacher(self) -> bool:
         """Whether steps evaluate the teacher, or part of it; if not, its denoiser leaves memory before the first."""
         return self.samples_teacher or bool(self.terms) or self.compares_by("features")
@@ -205,7 +278,7 @@ class Distill(Training):
     @property
     def samples_teacher(self) -> bool:
         """Whether steps take guided passes of the teacher."""
-        return self.method == "inter_segment" or self.source != "trajectories"
+        return self.method == "inter_segment" or (self.method == "segments" and self.source != "trajectories")
 
     def compares_by(self, network: Literal["lpips", "features"]) -> bool:
         """Return whether a phase has the distance of this `network`, or its logarithm."""
@@ -254,7 +327,11 @@ class Distill(Training):
     @property
     def jumps_again(self) -> list[bool]:
         """For each phase, whether its target is another jump, of the student or of its average."""
-        return [self.method == "inter_segment" or target == "consistency" for target in self.per_phase("target")]
+        by_source = self.method == "segments"
+        return [
+            self.method == "inter_segment" or (by_source and target == "consistency")
+            for target in self.per_phase("target")
+        ]
 
     @property
     def corrections(self) -> int:
@@ -302,6 +379,8 @@ class Distill(Training):
                 passes.append(Pass(network, compared, batch=batch, gradient=True))
         if self.method == "inter_segment" and self.renoise == "student":
             passes.append(Pass("student", samples, self.num_student_steps, is_chained=True, num_with_keys=1))
+        if self.method == "simulation":
+            passes.append(Pass("student", samples, (self.num_student_steps - 1) / 2, is_chained=True))
         passes += self._passes_of_terms(recipe, samples, batch)
         takes_pictures = self.adversarial is not None and self.adversarial.real == "images"
         if takes_pictures or (self.method == "segments" and self.source == "data"):
@@ -320,18 +399,19 @@ class Distill(Training):
             guided = recipe.teacher if scale is None else recipe.teacher.model_copy(update={"guidance_scale": scale})
             matched = clean * max(0.0, 1 - fake.warmup_steps / sum(self.steps_per_phase))
             passes = [Pass("teacher", matched, guided.evaluations, batch), Pass("fake", matched, batch=batch)]
-            if not (self.method == "inter_segment" and self.renoise == "student"):  # which samples anyway
+            if not self.makes_samples:
                 passes.append(Pass("student", samples, self.num_student_steps, is_chained=True, num_with_keys=1))
             own = [Pass("fake", samples, fake.num_updates, batch, gradient=True, output="prediction", beside=True)]
         if self.adversarial:
-            passes.append(Pass("heads", clean, batch=batch, gradient=True))
-            own.append(Pass("heads", clean, 2, batch, gradient=True, beside=True))  # of real samples, and of its own
+            seen = samples if self.adversarial.jumps == "all" else clean
+            passes.append(Pass("heads", seen, batch=batch, gradient=True))
+            own.append(Pass("heads", seen, 2, batch, gradient=True, beside=True))  # of real samples, and of its own
         return passes + own
 
     @property
     def _share_of_clean(self) -> float:
         """The share of jumps that end at time 0, of one segment: with a target time, one of the later milestones."""
-        if self.method == "inter_segment" or not self.condition_on_target:
+        if self.method != "segments" or not self.condition_on_target:
             return 1.0
         if self.budgets:
             return sum(1 / num_steps for num_steps in self.budgets) / len(self.budgets)
