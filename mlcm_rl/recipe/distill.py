@@ -168,6 +168,11 @@ class Distill(Training):
                 f"{' and '.join(self.terms)}: terms are of clean samples, and jumps to the starts of several segments "
                 "end at noisy ones: they need num_segments: [1], or method: inter_segment"
             )
+        if self.matching and self.matching.fake.warmup_steps >= sum(self.steps_per_phase):
+            raise ValueError(
+                f"matching.fake.warmup_steps {self.matching.fake.warmup_steps} of num_steps "
+                f"{sum(self.steps_per_phase)} leave no step in which the term acts on the student: lower it"
+            )
         if self.adversarial and self.adversarial.real == "images" and self.images is None:
             raise ValueError("adversarial.real: images needs images: a captioned image folder")
         if self.source == "data" and self.images is None:
