@@ -44,7 +44,7 @@ class LearnedReward:
         assert stage.surrogate is not None
         self.settings, self.student, self.rt = stage.surrogate, student, rt
         empty = torch.zeros(1, *student.base.latent_shape, device=student.base.device)
-        with torch.no_grad():
+        with torch.no_grad(), students.as_reference(student.denoiser):
             read = self._features(empty, student.base.encode_prompts([prompt]))
         shapes = [states.shape[1:] for states in read]
         self.heads = Heads(shapes, self.settings.width, seed).to(student.base.device)
@@ -61,14 +61,20 @@ class LearnedReward:
         The heads will learn from these samples' `scores` (B,) when the step's samples are all scored.
         """
         sample = x0.detach().requires_grad_()
-        with frozen(self.heads), autocast.own(sample.device):
-            predicted = self.predict(sample, start)
+        # the gradient is taken before the adapter is back: blocks may be computed again in it
+        reference = students.as_reference(self.student.denoiser)
+        with reference, frozen(self.heads), autocast.own(sample.device):
+            predicted = self._predict(sample, start)
             (gradient,) = torch.autograd.grad(predicted.sum(), sample)
         self.scored.append(Scored(x0.detach(), start, scores.detach(), predicted.detach()))
         return predicted.detach(), gradient
 
     def predict(self, x0: Tensor, start: tuning.Start) -> Tensor:
         """Return the predicted rewards (B,) of `x0` (B, C, H, W), noised by the samples' own generators."""
+        with students.as_reference(self.student.denoiser):
+            return self._predict(x0, start)
+
+    def _predict(self, x0: Tensor, start: tuning.Start) -> Tensor:
         base = self.student.base
         noise = base.noise(start.generators, len(x0))
         x_t = add_noise(x0, noise, self._times(len(x0)), base.schedule)
@@ -76,11 +82,10 @@ class LearnedReward:
         return torch.stack([places.mean(1) for places in self.heads(read)]).mean(0)
 
     def _features(self, x_t: Tensor, conditioning: Conditioning) -> list[Tensor]:
-        """Return what the reference's blocks make of x_t (B, C, H, W), (B, D, h, w) each, with gradient."""
+        """Return what the blocks of the reference make of x_t (B, C, H, W), (B, D, h, w) each, with gradient."""
         student, t = self.student, self._times(len(x_t))
         s = torch.zeros_like(t) if student.conditioned else None
-        with students.as_reference(student.denoiser):
-            return features(student.base, x_t, t, conditioning, student.denoiser, s)
+        return features(student.base, x_t, t, conditioning, student.denoiser, s)
 
     def _times(self, count: int) -> Tensor:
         shares = torch.full((count,), self.settings.time, device=self.student.base.device)

@@ -179,6 +179,11 @@ class Distill(Training):
                 f"keep_segments draws K of earlier phases, and all of num_segments {self.num_segments} are one: leave "
                 "it out"
             )
+        if self.matching and self.matching.fake.warmup_steps >= sum(self.steps_per_phase):
+            raise ValueError(
+                f"matching.fake.warmup_steps {self.matching.fake.warmup_steps} of num_steps "
+                f"{sum(self.steps_per_phase)} leave no step in which the term acts on the student: lower it"
+            )
         if self.adversarial and self.adversarial.real == "images" and self.images is None:
             raise ValueError("adversarial.real: images needs images: a captioned image folder")
         if self.source == "data" and self.images is None:

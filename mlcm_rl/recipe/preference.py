@@ -217,6 +217,11 @@ class Feedback(Tuning):
             raise ValueError(
                 f"batch_size must hold whole groups of surrogate.num_generations {self.surrogate.num_generations}"
             )
+        if self.surrogate and self.surrogate.head_start >= self.num_steps:
+            raise ValueError(
+                f"surrogate.head_start {self.surrogate.head_start} of num_steps {self.num_steps} leaves no step in "
+                "which the student is tuned: lower it"
+            )
         if self.form == "bounded" and self.gradient == "last" and self.num_grad_steps > 1:
             raise ValueError(
                 "num_grad_steps: form bounded has the target of one step; take 1, or gradient: random for any late one"

@@ -47,7 +47,8 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     guard = HackingGuard(stage, student, trained, rewards, recipe.seed)
     rewards.take_in(guard.reference_scores)  # their scale in the first step
     constraints = Constraints(stage, student, guard.reference_scores)
-    learned = LearnedReward(stage, student, rt, prompts.texts(0, 1)[0], recipe.seed) if stage.surrogate else None
+    texts = prompts.texts(0, stage.batch_size // copies)
+    learned = LearnedReward(stage, student, rt, texts[0], recipe.seed) if stage.surrogate else None
 
     # everything that a checkpoint holds beside the optimiser
     weights = {"student": trained, "best": guard.best}

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     base = load(protocol.RECIPES / BASES[arguments.subject], arguments.overrides)
     recipes = (
         (row, recipe_of(base, row, seed, arguments.steps, arguments.prompts))

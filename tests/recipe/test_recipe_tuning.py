@@ -49,6 +49,7 @@ MPS = {"shape": "mps_hinge", "rewards": [{"name": "mps"}]}
         ("feedback", {"surrogate": {}, "gradient": "low_variance"}, "low_variance scores copies of a sample"),
         ("feedback", {"surrogate": {"num_generations": 3}}, "whole groups of surrogate.num_generations 3"),
         ("feedback", {"surrogate": {"width": 6}}, "width 6 is not a multiple of 4"),
+        ("feedback", {"surrogate": {"head_start": 9}, "num_steps": 9}, "head_start 9 of num_steps 9 leaves no step in"),
         ("feedback", {"target_bound": 0.2}, "target_bound is of form bounded"),
         ("feedback", {"multiplier_rate": 0.2}, "multiplier_rate is of rewards with max_drop"),
         (

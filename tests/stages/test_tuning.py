@@ -136,7 +136,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(distilled, tmp
     assert all(torch.equal(expected[name], result[name]) for name in expected)
 
 
-@pytest.mark.parametrize("variant", ["feedback-all-steps", "dpo", "policy"])
+@pytest.mark.parametrize("variant", ["feedback-all-steps", "feedback-surrogate", "dpo", "policy"])
 def test_gradient_checkpointing_changes_no_gradient(distilled, tmp_path, variant):
     plain = tune(distilled, tmp_path / "plain", variant)
     saved = tune(distilled, tmp_path / "saved", variant, gradient_checkpointing=True)

@@ -25,7 +25,7 @@ VARIANTS = {
     "feedback-consistency": {"consistency": 0.5},
     "feedback-bounded": {"form": "bounded", "gradient": "random", "num_grad_steps": 2},
     "feedback-surrogate": {
-        "surrogate": {"num_generations": 2, "width": 4, "head_start": 1},
+        "surrogate": {"num_generations": 2, "width": 4, "head_start": 0},
         "form": "bounded",
         "rewards": CONSTRAINED,
     },

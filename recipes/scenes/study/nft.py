@@ -9,8 +9,8 @@ network is pulled to samples that score above their prompt's mean, and away from
 around the one that sampled. Users report that it blurs few-step models and then collapses them; the looks of its guard
 say whether.
 
-It writes what a stage writes (student/, guard.json, log.jsonl) to runs/study/nft-STRENGTH-SEED, prints its looks, and
-goes on from its newest checkpoint when it is run again.
+It writes what a stage writes (student/, guard.json, log.jsonl) to runs/study/nft-STRENGTH-RATE-SEED, prints its looks,
+and goes on from its newest checkpoint when it is run again.
 """
 
 import argparse
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--num-steps", type=int, default=125)
     parser.add_argument("--strength", type=float, default=STRENGTH, help="the paper's beta")
+    parser.add_argument("--learning-rate", type=float, help="peak; default: that of the row `policy`")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
     arguments = parser.parse_args()
     base = load(RECIPES / "scenes_demo.yaml", arguments.overrides)
@@ -140,8 +141,9 @@ def main() -> None:
     for seed in range(arguments.seeds):
         policy = stage_of(base, "without_gradient", "policy", seed)
         assert isinstance(policy, Policy)
-        stage = policy.model_copy(update={"num_steps": arguments.num_steps})
-        folder = Path(base.runs) / "study" / f"nft-{arguments.strength:g}-{seed}"
+        rate = arguments.learning_rate or policy.learning_rate
+        stage = policy.model_copy(update={"num_steps": arguments.num_steps, "learning_rate": rate})
+        folder = Path(base.runs) / "study" / f"nft-{arguments.strength:g}-{rate:g}-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         run(stage, base.model_copy(update={"seed": seed}), start, folder, arguments.strength)
         for look in history(folder):
