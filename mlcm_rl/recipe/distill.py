@@ -180,10 +180,10 @@ class Distill(Training):
                 "it out"
             )
         if self.matching and self.matching.fake.warmup_steps >= sum(self.steps_per_phase):
-            raise ValueError(
-                f"matching.fake.warmup_steps {self.matching.fake.warmup_steps} of num_steps "
-                f"{sum(self.steps_per_phase)} leave no step in which the term acts on the student: lower it"
+            message = (
+                f"matching.fake.warmup_steps {self.matching.fake.warmup_steps} of {sum(self.steps_per_phase)} steps "
             )
+            raise ValueError(message + "leave none in which the term acts on the student: lower it")
         if self.adversarial and self.adversarial.real == "images" and self.images is None:
             raise ValueError("adversarial.real: images needs images: a captioned image folder")
         if self.source == "data" and self.images is None:
