@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
+from .distill_conflicts import LOG, MOST_SEGMENTS, PER_PHASE, conflicts
 from .reads import LPIPS, PICTURES, PROMPTS
 from .stage import OneStage, Requirement, States, Training
 from .takes import Networks, Pass, Values
@@ -17,18 +18,15 @@ if TYPE_CHECKING:
 
 MAX_ENCODED_AHEAD = 8192  # prompts of a stage that are encoded before its first step
 MEAN_ONLINE_STEPS = 4.5  # of Algorithm 1: 1 to 8 steps, segments drawn uniformly
-MOST_SEGMENTS = 8
 MOMENTS_BYTES = 12  # in a checkpoint, for each trained float32 weight and its two moments
 
 NumSegments = Literal[32, 16, 8, 4, 2, 1]
-LOG = "log_"  # begins the name of the logarithm of a distance
 PERCEPTUAL = ("lpips", "features", "log_lpips", "log_features")  # distances of x0, by a network
 Distance = Literal["l2", "huber", "log_l2", "lpips", "features", "log_lpips", "log_features"]
 # The settings of a distill stage whose form is open: the best one of the study. The form is open if the stage sets none
 # of OWN_FORM, has no list with an entry a phase, and has the values of OPEN, which this form needs.
 RECOMMENDED = {"condition_on_target": True, "num_segments": [1], "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"}
 OWN_FORM = ("condition_on_target", "num_segments", "budgets")
-PER_PHASE = ("num_steps", "learning_rate", "target", "pair", "space", "distance", "optimizer_state")
 OPEN = {"method": "segments", "source": "trajectories", "target": "trajectory", "space": "z"}
 
 
@@ -143,110 +141,9 @@ class Distill(Training):
         return self
 
     @model_validator(mode="after")
-    def _phases_agree(self):
-        for name in PER_PHASE:
-            value = getattr(self, name)
-            if isinstance(value, list) and len(value) != len(self.num_segments):
-                raise ValueError(
-                    f"{name} has {len(value)} entries for {len(self.num_segments)} phases ({self.num_segments})"
-                )
-        if list(self.num_segments) != sorted(self.num_segments, reverse=True):
-            raise ValueError(f"num_segments {self.num_segments} must not increase: phases merge segments")
-        if self.method != "segments" and list(self.num_segments) != [1]:
-            raise ValueError(f"method: {self.method} is of the whole time axis, so num_segments must be [1]")
-        if self.method == "inter_segment" and self.renoise == "student" and self.prompts is None:
-            raise ValueError("renoise: student needs prompts: a prompt file")
-        if self.budgets and not (self.condition_on_target and list(self.num_segments) == [1]):
-            raise ValueError(
-                "budgets are jumps across segments: they need condition_on_target: true and num_segments: [1]"
-            )
-        if self.budgets and (self.source != "trajectories" or "consistency" in self.per_phase("target")):
-            raise ValueError("budgets are jumps between stored states: they need those, and target: trajectory")
-        pairs = zip(self.per_phase("space"), self.per_phase("distance"), strict=True)
-        for name in (distance for space, distance in pairs if space == "x0" and distance.startswith(LOG)):
-            raise ValueError(
-                f"distance: {name} weighs all jumps alike and space: x0 does not; with {name} take space: z"
-            )
-        if self.lpips is not None and not self.compares_by("lpips"):
-            raise ValueError("lpips has no effect without distance: lpips or log_lpips")
-        for name in {"feature_blocks", "feature_time"} & self.model_fields_set:
-            if not self.compares_by("features") and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} has no effect without distance: features or log_features")
-        if list(self.feature_blocks) != sorted(set(self.feature_blocks)):
-            raise ValueError(f"feature_blocks {self.feature_blocks} must increase")
-        if self.keep_segments and len(set(self.num_segments)) == 1:
-            raise ValueError(
-                f"keep_segments draws K of earlier phases, and all of num_segments {self.num_segments} are one: leave "
-                "it out"
-            )
-        if self.matching and self.matching.fake.warmup_steps >= sum(self.steps_per_phase):
-            raise ValueError(
-                f"matching.fake.warmup_steps {self.matching.fake.warmup_steps} of num_steps "
-                f"{sum(self.steps_per_phase)} leave no step in which the term acts on the student: lower it"
-            )
-        if self.adversarial and self.adversarial.real == "images" and self.images is None:
-            raise ValueError("adversarial.real: images needs images: a captioned image folder")
-        if self.source == "data" and self.images is None:
-            raise ValueError("source: data needs images: a captioned image folder")
-        if self.source == "online" and self.prompts is None:
-            raise ValueError("source: online needs prompts: a prompt file")
-        if self.source != "trajectories" and self.method == "segments" and "trajectory" in self.per_phase("target"):
-            raise ValueError(f"source: {self.source} stores no states, so target must be consistency")
-        return self
-
-    @model_validator(mode="after")
-    def _jumps_agree(self):
-        told = self.condition_on_target or self.budgets
-        if self.starts == "milestones" and (
-            self.method != "segments" or self.source != "trajectories" or told or self.keep_segments
-        ):
-            raise ValueError(
-                "starts: milestones are whole segments between stored states: it needs method: segments and source: "
-                "trajectories, without condition_on_target, budgets and keep_segments"
-            )
-        if self.starts == "any" and max(self.num_segments) > MOST_SEGMENTS:
-            raise ValueError(
-                f"num_segments {self.num_segments}: more than {MOST_SEGMENTS} are for starts: milestones, as phases "
-                "before those of samplers"
-            )
-        if self.ends == "random" and (self.method != "segments" or told or self.starts == "milestones"):
-            raise ValueError(
-                "ends: random draws the ends of jumps between segment starts and points: it needs method: segments, "
-                "without condition_on_target and budgets, which say themselves where jumps end, and starts: any"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _terms_agree(self):
-        of_all = self.adversarial is not None and self.adversarial.jumps == "all"
-        of_clean = [name for name in self.terms if not (of_all and name == "adversarial")]
-        if of_clean and (list(self.num_segments) != [1] or self.ends == "random"):
-            raise ValueError(
-                f"{' and '.join(of_clean)}: terms are of clean samples, and jumps to the starts of several segments, "
-                "or to random ends, end at noisy ones: they need num_segments: [1] and ends: segment, or method: "
-                "inter_segment; adversarial takes jumps: all"
-            )
-        if self.adversarial and of_all:
-            if self.method != "segments":
-                raise ValueError(f"adversarial.jumps: all has no effect with method: {self.method}: all jumps end at 0")
-            if self.adversarial.real == "images":
-                raise ValueError("adversarial.real: images are clean: with them leave jumps: all out")
-        if self.distance_weight != 1.0 and (not self.terms or self.method == "simulation"):
-            raise ValueError("distance_weight has no effect without both a distance and a term beside it")
-        if self.method == "simulation":
-            if self.per_phase("distance") != ["l2"]:
-                raise ValueError("method: simulation has no distance: leave it out")
-            if self.prompts is None:
-                raise ValueError("method: simulation needs prompts: a prompt file")
-            if self.matching is None and (self.adversarial is None or self.adversarial.real != "images"):
-                raise ValueError(
-                    "method: simulation is of the terms alone: it needs matching, or adversarial on images"
-                )
-            if self.adversarial and self.adversarial.real != "images":
-                raise ValueError(
-                    "adversarial.real: milestones is the target of a distance, and method: simulation has none: take "
-                    "real: images"
-                )
+    def _settings_agree(self):
+        for message in conflicts(self):
+            raise ValueError(message)
         return self
 
     @property
