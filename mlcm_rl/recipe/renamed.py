@@ -19,6 +19,8 @@ OF_STAGES = {  # kind -> {old name: new name}
 }
 
 FIRST_DEFAULTS: dict[tuple[str, str], Any] = {("trajectories", "solver_steps"): 48}  # (kind, today's key) -> value
+# (key of a stage, key in it that came later) -> the value with which it is as before
+LATER: dict[tuple[str, str], Any] = {("adversarial", "jumps"): "clean"}
 
 
 def renewed(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +39,13 @@ def renewed_stage(stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def under_first_names(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a stage of `kind` with the first name of each key, as fingerprints hash them."""
+    """Return the settings of a stage of `kind` with the first name of each key, as fingerprints hash them.
+
+    Without keys inside them that came later, where these change nothing.
+    """
+    for (outer, inner), value in LATER.items():
+        if isinstance(inside := settings.get(outer), dict) and inside.get(inner) == value:
+            settings = settings | {outer: {name: one for name, one in inside.items() if name != inner}}
     return _renewed(settings, {new: old for old, new in _names(kind).items()})
 
 

@@ -157,3 +157,12 @@ def test_warnings_are_told_before_errors(old, root):
     with pytest.raises(RecipeError, match="solver_steps 25 must be a multiple of 8"):
         load(old, root=root, tell=warnings.append)
     assert any("stages[0].num_steps: is called solver_steps now" in warning for warning in warnings)
+
+
+def test_a_key_that_came_later_is_hashed_only_where_it_changes_something():
+    """The adversary of a stage before `jumps` has the identity that it had."""
+    before = {"weight": 0.1, "real": "milestones"}
+    assert under_first_names("distill", {"adversarial": before | {"jumps": "clean"}}) == {"adversarial": before}
+    changed = {"adversarial": before | {"jumps": "all"}}
+    assert under_first_names("distill", changed) == changed
+    assert under_first_names("distill", {"adversarial": None}) == {"adversarial": None}
