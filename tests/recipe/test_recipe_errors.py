@@ -105,15 +105,15 @@ def test_a_good_recipe_means_what_a_person_reads_in_it(root):
             "kind: 3",
             12,
             "stages[1].kind",
-            "train_teacher, adapt_text, train_control, train_reward, trajectories, distill, start, feedback, dpo, "
-            "policy, evaluate",
+            "train_teacher, adapt_text, train_control, train_perceptual, train_reward, trajectories, distill, start, "
+            "feedback, dpo, policy, evaluate",
         ),
         (
             "kind: distill",
             "method: segments",
             12,
             "stages[1].kind",
-            "missing: expected one of train_teacher, adapt_text, train_control, train_reward, trajectories",
+            "missing: expected one of train_teacher, adapt_text, train_control, train_perceptual, train_reward, ",
         ),
         ("precision: no", "precision: false", 16, "stages[1].precision", "16, found false"),
         (
@@ -166,14 +166,14 @@ def test_a_good_recipe_means_what_a_person_reads_in_it(root):
             "num_segments: []",
             17,
             "stages[1].num_segments",
-            "expected a list of 1 or more, each one of 8, 4, 2, 1",
+            "expected a list of 1 or more, each one of 32, 16, 8, 4, 2, 1",
         ),
         (
             "betas: [0.9, 0.99]",
             "num_segments: [8, 3, 2, 1]",
             17,
             "stages[1].num_segments[1]",
-            "expected one of 8, 4, 2, 1, found",
+            "expected one of 32, 16, 8, 4, 2, 1, found",
         ),
         ("betas: [0.9, 0.99]", "segments: [1, 2, 4, 8]", 17, "stages[1].num_segments", "must not increase"),
         ("      rank: 8", "      alfa: 8", 20, "stages[1].adapter.alfa", "unknown key; did you mean alpha?"),
