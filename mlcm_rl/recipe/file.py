@@ -23,6 +23,7 @@ from . import (
     errors,
     lpips_problems,
     missing,
+    prompt_counts,
     prompt_languages,
     renamed,
     reward_package,
@@ -54,8 +55,9 @@ def load(
     """Return the recipe in a YAML file, with `overrides` of the command line (`stages.1.learning_rate=1e-4`).
 
     Its paths are as this process sees them (`paths.py`). A path that may mean another file, a key under an old name,
-    and prompts in a language that is not read, are reported by `tell`, a line each. With `root`, the working directory,
-    a recipe of the right types goes through `check` too. Raise RecipeError, which has all errors at once.
+    and prompts in a language that is not read or fewer than a guard has to watch, are reported by `tell`, a line each.
+    With `root`, the working directory, a recipe of the right types goes through `check` too. Raise RecipeError, which
+    has all errors at once.
     """
     tree, problems = read(Path(path))
     tree, warnings, twice = renamed.renew_tree(tree, str(path))
@@ -86,7 +88,7 @@ def load(
     if problems:
         raise RecipeError(problems)
     if root is not None:
-        for warning in prompt_languages.warnings(recipe, folders):
+        for warning in [*prompt_languages.warnings(recipe, folders), *prompt_counts.warnings(recipe, folders)]:
             tell(str(_with_place(replace(warning, key=written(warning.key)), tree, str(path))))
     recipe, notes = resolved(recipe, folders)
     for note in notes:
@@ -113,6 +115,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
         *_store_problems(recipe),
         *_tuning_problems(recipe, folders),
         *prompt_languages.problems(recipe, folders),
+        *prompt_counts.problems(recipe, folders),
         *_precision_problems(recipe),
         *_quantised_problems(recipe),
         *_resume_problems(recipe),

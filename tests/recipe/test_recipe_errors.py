@@ -105,15 +105,15 @@ def test_a_good_recipe_means_what_a_person_reads_in_it(root):
             "kind: 3",
             12,
             "stages[1].kind",
-            "train_teacher, adapt_text, train_control, train_reward, trajectories, distill, start, feedback, dpo, "
-            "policy, evaluate",
+            "train_teacher, adapt_text, train_control, train_perceptual, train_reward, trajectories, distill, start, "
+            "feedback, dpo, policy, evaluate",
         ),
         (
             "kind: distill",
             "method: segments",
             12,
             "stages[1].kind",
-            "missing: expected one of train_teacher, adapt_text, train_control, train_reward, trajectories",
+            "missing: expected one of train_teacher, adapt_text, train_control, train_perceptual, train_reward",
         ),
         ("precision: no", "precision: false", 16, "stages[1].precision", "16, found false"),
         (

@@ -67,8 +67,9 @@ def test_errors_are_on_the_line_of_the_file_whatever_stages_stand_for_a_start(pr
 
 def test_a_stage_is_placed_where_its_file_has_it(problems, tmp_path):
     problems("{path: lora.safetensors, gamma: 1.0, grid: [999, 749, 499, 249]}")
-    (tmp_path / "recipe.yaml").write_text((tmp_path / "recipe.yaml").read_text().replace("absent.txt", "prompts.txt"))
-    recipe = load(tmp_path / "recipe.yaml", root=tmp_path)
+    text = (tmp_path / "recipe.yaml").read_text().replace("absent.txt", "prompts.txt")
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = load(tmp_path / "recipe.yaml", ["stages.1.num_prompts=6"], root=tmp_path)
     assert [stage.kind for stage in recipe.stages] == ["start", "feedback", "evaluate"]
     assert [recipe.place(i) for i in range(3)] == ["stages[0].start", "stages[0]", "stages[1]"]
     seeded = recipe.model_copy(update={"seed": 5})
