@@ -85,6 +85,25 @@ def test_a_name_of_the_hub_is_answered_with_how_to_fetch_it(problems):
     assert "`hf download latent-consistency/lcm-lora-sdxl --local-dir FOLDER`" in line
 
 
+def test_a_missing_file_is_no_name_of_the_hub(problems):
+    (line,) = problems("lcm-lora-sdxl/pytorch_lora_weights.safetensors")
+    assert "no such file or folder: lcm-lora-sdxl/pytorch_lora_weights.safetensors" in line
+    assert "hf download" not in line
+
+
+def test_float16_is_refused_over_any_lora_whoever_distilled_it(problems, tmp_path):
+    """As over one that the recipe distils; a denoiser's own weights are trained in float32."""
+    path = tmp_path / "recipe.yaml"
+    problems("{path: lora.safetensors, gamma: 1.0, grid: lcm}")
+    text = path.read_text().replace("absent.txt", "prompts.txt\n    num_prompts: 6")
+    path.write_text(text.replace("family: sdxl}", "family: sdxl, dtype: float16}"))
+    with pytest.raises(RecipeError, match=r"stages\[0\]\.precision: no would train in the float16 of teacher\.dtype"):
+        load(path, root=tmp_path)
+    load(path, ["stages.0.precision=bf16"], root=tmp_path)
+    save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    load(path, root=tmp_path)
+
+
 def test_a_lora_that_needs_its_alpha_is_told_before_any_stage_runs(problems, tmp_path):
     save_file({"base_model.model.conv_in.lora_A.weight": torch.zeros(1)}, tmp_path / "peft.safetensors")
     (unstated,) = problems("{path: peft.safetensors, gamma: 1.0, grid: lcm}")
