@@ -291,7 +291,7 @@ def test_sample_evaluate_and_export_hand_their_arguments_on(mlcm, finished_runs)
     run, inputs = Path("runs/good"), (None, None, None, [], [], [], False, None, None)
     assert calls == [
         (run, ["a cat", "猫"], [4], 0, 0.5, Path("out"), 16, 1, None, inputs, None, None),
-        (run, None, [2, 4], None),
+        (run, None, [2, 4], None, None),
         (run, Path("out"), ["diffusers"], None, False, None),
         (run, Path("out"), ["comfyui"], "fp16", True, "me/it"),
         (Path("out"), "me/it", True),

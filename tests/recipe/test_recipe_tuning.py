@@ -227,7 +227,7 @@ def test_a_prompt_file_may_use_such_a_name(root):
     text = with_stage(FEEDBACK.replace("num_steps: 1", "num_steps: 1\n    languages: {cn: 1}"))
     (root / "named.yaml").write_text((root / "good.yaml").read_text("utf-8").replace(*text), "utf-8")
     recipe_file, prompts = root / "named.yaml", root / "named.jsonl"
-    prompts.write_text('{"prompt": "猫", "language": "cn"}\n', "utf-8")
+    prompts.write_text('{"prompt": "猫", "language": "cn"}\n' * 2, "utf-8")
     load(recipe_file, [f"stages.feedback.prompts={prompts}"], root=root)
 
 
