@@ -229,11 +229,9 @@ class Distill(Training):
     @property
     def jumps_again(self) -> list[bool]:
         """For each phase, whether its target is another jump, of the student or of its average."""
-        by_source = self.method == "segments"
-        return [
-            self.method == "inter_segment" or (by_source and target == "consistency")
-            for target in self.per_phase("target")
-        ]
+        if self.method != "segments":
+            return [self.method == "inter_segment"] * len(self.num_segments)
+        return [target == "consistency" for target in self.per_phase("target")]
 
     @property
     def corrections(self) -> int:

@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="of ours, whose evaluations every row takes")
     parser.add_argument("--rows", default=",".join([*ROWS, *TUNED]))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     base, subject = load(protocol.RECIPES / BASES[arguments.subject], arguments.overrides), arguments.subject
     recipes = (
         (row, recipe_of(base, subject, row, seed, arguments.steps, arguments.prompts))

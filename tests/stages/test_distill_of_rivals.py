@@ -52,6 +52,14 @@ def test_each_trains_and_its_student_is_described(tiny_sdxl, store, tmp_path, na
         assert students.describe(first)["num_segments"] == 16
 
 
+def test_simulation_shows_the_heads_real_pictures(tiny_sdxl, store, tmp_path):
+    terms_of = {"adversarial": {"real": "images", "width": 4}, "images": runs.write_images(tmp_path)}
+    settings = SIMULATION | terms_of | {"prompts": runs.write_prompts(tmp_path), "num_steps": 1}
+    (record,) = train(tiny_sdxl, store, tmp_path / "run", **settings)
+    assert record["loss"] == pytest.approx(record["matching"] + record["adversarial"], rel=1e-5)
+    assert record["heads_grad_norm"] > 0 < record["fake_grad_norm"]
+
+
 @pytest.mark.parametrize("settings", [LIGHTNING, HYPER], ids=["lightning", "hyper"])
 def test_micro_batches_make_the_steps_of_whole_ones(tiny_sdxl, store, tmp_path, settings):
     whole = train(tiny_sdxl, store, tmp_path / "whole", **settings)
