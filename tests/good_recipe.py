@@ -22,7 +22,7 @@ def root(tmp_path: Path) -> Path:
     for folder in ("data", "judge"):
         (tmp_path / folder).mkdir()
     for file in ("data/prompts.txt", "data/eval.jsonl"):
-        (tmp_path / file).write_text("a cat")
+        (tmp_path / file).write_text("a cat\n" * 64)
     (tmp_path / "good.yaml").write_text(GOOD.read_text("utf-8"), "utf-8")
     return tmp_path
 

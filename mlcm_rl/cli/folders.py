@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from ..recipe import RESERVED
+from ..storage.files import CheckpointError, read_json
 from .console import error_console
 
 
@@ -26,6 +27,24 @@ def existing_run(path: Path) -> Path:
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or sorted(names)[:3]
     suggestion = f"the nearest are {', '.join(names[name] for name in near)}" if near else "there are no runs yet"
     raise typer.BadParameter(f"no folder {path}: {suggestion}")
+
+
+def existing_pictures(path: Path) -> Path:
+    """Return the folder `path` of a run or of pictures. Raise BadParameter as `existing_run`, and for a run or a stage
+    whose recipe has no evaluate stage.
+    """
+    existing_run(path)
+    manifests = [one / "manifest.json" for one in (path, *sorted(path.glob("[0-9]*-*")))]
+    try:
+        recipes = [read_json(file).get("recipe", {}) for file in manifests if file.is_file()]
+    except CheckpointError as error:
+        raise typer.BadParameter(str(error)) from error
+    if any(recipes) and not any(stage["kind"] == "evaluate" for stage in recipes[-1]["stages"]):
+        raise typer.BadParameter(
+            f"{path}: its recipe has no evaluate stage, whose pictures a gallery shows: add one and run it again, name "
+            f"the folder that `mlcm evaluate {path} --prompts FILE` makes, or one of `mlcm sample`"
+        )
+    return path
 
 
 def existing_student(path: Path) -> Path:

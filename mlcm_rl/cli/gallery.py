@@ -9,7 +9,7 @@ from rich.text import Text
 
 from ..cost.units import counted, in_words
 from .console import imported, line
-from .folders import existing_run, label_page
+from .folders import existing_pictures, label_page
 
 
 def gallery(
@@ -17,7 +17,7 @@ def gallery(
         list[Path],
         typer.Argument(
             metavar="RUN...",
-            callback=lambda paths: [existing_run(path) for path in paths],
+            callback=lambda paths: [existing_pictures(path) for path in paths],
             show_default=False,
             help="runs/<recipe>, whose last evaluation is taken, the folder of an evaluation, or one of `mlcm sample`",
         ),

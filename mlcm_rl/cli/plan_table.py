@@ -1,5 +1,6 @@
 """A plan in a terminal of 100 columns: a row for each stage, the parts of memory, and the assumptions."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from ..cost.units import in_words, time_in_words
 from ..models.published_teachers import shipped
 from ..pipeline.errors import way_out
 from ..recipe import Recipe
+from ..storage.files import free_space
 
 if TYPE_CHECKING:
     from ..cost.launches import Launch
@@ -34,7 +36,7 @@ def show(
     if any(stage.memory for stage in ahead):
         console.print()
         console.print(_memory(ahead), crop=False)
-    for text in [*_warnings(ahead, launch, device), *_gaps(ahead)]:
+    for text in [*_warnings(ahead, launch, device), *_disk(ahead, Path(recipe.runs)), *_gaps(ahead)]:
         console.print(text, soft_wrap=True)
     console.print()
     for line in _assumptions(recipe, ahead, launch, device, kind):
@@ -89,6 +91,18 @@ def _warnings(ahead: "list[PlannedStage]", launch: "Launch", device: Device | No
         for stage in ahead
         if device is not None and stage.memory and together * stage.memory.total > device.memory
     ]
+
+
+def _disk(ahead: "list[PlannedStage]", runs: Path) -> list[Text]:
+    """Return a warning if the stages to do write more than the disk of the folder `runs` has free."""
+    needed = sum(round(stage.disk_bytes * (1 - stage.share_done)) for stage in ahead)
+    free = free_space(runs.absolute())
+    if needed <= free:
+        return []
+    message = (
+        f"  the stages to do write {in_words(needed)} and the disk of {runs} has {in_words(free)} free: make room, "
+    )
+    return [Text.assemble(("too large", "bold red"), f"{message}or set runs= to a folder on another disk")]
 
 
 def _gaps(ahead: "list[PlannedStage]") -> list[Text]:

@@ -230,11 +230,20 @@ def evaluate(
         list[int] | None, typer.Option(min=1, max=8, help="sampling steps; may be repeated", show_default=False)
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(min=1, help="prompts to draw", show_default=False)] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            help="prompts (.txt, .jsonl) to draw in place of the recipe's, whose evaluate stage is then not needed",
+        ),
+    ] = None,
     device: DeviceOption = None,
 ) -> None:
     """Measure a run's student beside its teacher and write the report."""
     with imported("pipeline.finished_runs") as finished_runs:
-        report = finished_runs.evaluate(run, num_prompts, steps or None, device)
+        report = finished_runs.evaluate(run, num_prompts, steps or None, device, prompts)
     line(Text(str(report / "report.html")))
 
 

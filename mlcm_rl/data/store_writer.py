@@ -149,7 +149,8 @@ class Writer:
         """Raise CheckpointError where the disk has no room for the states (each of `latent_shape`) still to write."""
         times = self.provenance.times or self.provenance.grid
         count = sum(map(len, self.missing("shards"))) * (len(times) + 1)  # and x0
-        require_space(self.folder, count * math.prod(latent_shape) * DTYPES[self.provenance.dtype].itemsize)
+        size = count * math.prod(latent_shape) * DTYPES[self.provenance.dtype].itemsize
+        require_space(self.folder, size, " for its states alone (`mlcm plan` counts the encoded prompts too)")
 
     def encoded(self) -> EncodedPrompts:
         """Return what all prompts became, once they are written and gathered."""

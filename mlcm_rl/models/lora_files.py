@@ -16,13 +16,14 @@ from peft import LoraConfig
 from safetensors import safe_open
 from torch import Tensor
 
+from ..recipe import student_sources
 from ..storage.files import CheckpointError
 from ..storage.tensors import read_tensors, write_tensors
 from ..storage.untrusted import parse_json
 
 Adapter = tuple[LoraConfig, dict[str, Tensor]]
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the first name that diffusers looks for in a folder
+LORA_FILE = student_sources.LORA_FILE
 PARTS = ("unet", "transformer")  # the pipeline components that adapters belong to
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' key for PEFT's configuration in a safetensors header
 # Fields of PEFT's configuration that every reader accepts: PEFT refuses a field that is newer than itself, and

@@ -206,9 +206,9 @@ def adapter_of(source: StudentSource) -> Lora | Full:
     Raise as `student_sources.find`, and CheckpointError for a damaged file.
     """
     found = student_sources.find(Path(source.path))
-    file = found.place if found.kind in ("lora", "weights") else found.place / LORA_FILE
-    if found.kind == "weights" or not file.is_file():
+    if not found.is_lora:
         return Full()
+    file = found.place if found.kind == "lora" else found.place / LORA_FILE
     downs = (shape for name, shape in read_shapes(file).items() if re.search(r"[._]lora[._](A|down)\.", name))
     return Lora(rank=max((shape[0] for shape in downs if shape), default=1))
 

@@ -275,23 +275,26 @@ def evaluate(
     num_prompts: int | None = None,
     num_steps: list[int] | None = None,
     device: str | None = None,
+    prompts: Path | None = None,
 ) -> Path:
     """Evaluate the student of a run as its recipe's own evaluate stage would, or with other prompts, steps or device.
 
-    Return the folder of the new report.
+    A recipe without such a stage needs `prompts`: the stage has its defaults then. Return the folder of the new report.
     """
     folder = find_stage(run_folder, STUDENTS)
     recipe = recipe_of(folder)
     if device is not None:
         recipe = recipe.model_copy(update={"device": _here(device)})
     stages = [stage for stage in recipe.stages if isinstance(stage, Evaluate)]
-    if not stages:
-        raise RunError(
-            f"the recipe of {run_folder} has no evaluate stage to take prompts from; add one and run it again"
-        )
+    if not stages and prompts is None:
+        raise RunError(f"the recipe of {run_folder} has no evaluate stage to take prompts from: name --prompts FILE")
+    stage = stages[-1] if stages else Evaluate(prompts=str(prompts))
+    if prompts is not None:
+        num_prompts = num_prompts or min(stage.num_prompts, len(prompts_of(prompts)))
     changes = {"num_prompts": num_prompts, "sampling_steps": num_steps, "students": "last"}
-    refuse_missing(folder, recipe, stages[-1].prompts)
-    stage = stages[-1].model_copy(update={name: value for name, value in changes.items() if value is not None})
+    changes["prompts"] = str(prompts) if prompts is not None else None
+    stage = stage.model_copy(update={name: value for name, value in changes.items() if value is not None})
+    refuse_missing(folder, recipe, stage.prompts)
     if num_prompts is not None:
         with prefix_errors("--num-prompts", BadArgument):
             first_prompts(stage.prompts, num_prompts)

@@ -96,6 +96,11 @@ def _of_terms(stage: "Distill") -> Iterator[str]:
             "or to random ends, end at noisy ones: they need num_segments: [1] and ends: segment, or method: "
             "inter_segment; adversarial takes jumps: all"
         )
+    if stage.matching and stage.matching.fake.warmup_steps >= sum(stage.steps_per_phase):
+        yield (
+            f"matching.fake.warmup_steps {stage.matching.fake.warmup_steps} of num_steps {sum(stage.steps_per_phase)} "
+            "leave no step in which the term acts on the student: lower it"
+        )
     if stage.adversarial and of_all:
         if stage.method != "segments":
             yield f"adversarial.jumps: all has no effect with method: {stage.method}: all jumps end at 0"

@@ -23,6 +23,7 @@ from . import (
     errors,
     lpips_problems,
     missing,
+    prompt_counts,
     prompt_languages,
     renamed,
     reward_package,
@@ -42,6 +43,7 @@ from .teacher_stages import TrainTeacher, Trajectories
 from .tree import Key, Node, Problem, RecipeError, key_text, nearest, override, read
 from .types import TRAINED, Full, Lora
 
+STUDENT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # whose names no model of the hub has
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/model
 
 
@@ -54,8 +56,9 @@ def load(
     """Return the recipe in a YAML file, with `overrides` of the command line (`stages.1.learning_rate=1e-4`).
 
     Its paths are as this process sees them (`paths.py`). A path that may mean another file, a key under an old name,
-    and prompts in a language that is not read, are reported by `tell`, a line each. With `root`, the working directory,
-    a recipe of the right types goes through `check` too. Raise RecipeError, which has all errors at once.
+    and prompts in a language that is not read or fewer than a guard has to watch, are reported by `tell`, a line each.
+    With `root`, the working directory, a recipe of the right types goes through `check` too. Raise RecipeError, which
+    has all errors at once.
     """
     tree, problems = read(Path(path))
     tree, warnings, twice = renamed.renew_tree(tree, str(path))
@@ -86,7 +89,7 @@ def load(
     if problems:
         raise RecipeError(problems)
     if root is not None:
-        for warning in prompt_languages.warnings(recipe, folders):
+        for warning in [*prompt_languages.warnings(recipe, folders), *prompt_counts.warnings(recipe, folders)]:
             tell(str(_with_place(replace(warning, key=written(warning.key)), tree, str(path))))
     recipe, notes = resolved(recipe, folders)
     for note in notes:
@@ -113,7 +116,8 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
         *_store_problems(recipe),
         *_tuning_problems(recipe, folders),
         *prompt_languages.problems(recipe, folders),
-        *_precision_problems(recipe),
+        *prompt_counts.problems(recipe, folders),
+        *_precision_problems(recipe, folders),
         *_quantised_problems(recipe),
         *_resume_problems(recipe),
     ]
@@ -170,7 +174,8 @@ def _source_problems(key: Key, stage: Stage, recipe: Recipe, folders: Folders) -
     path = folders.place((*key, "path"), stage.path)
     if not stage.path or not os.path.exists(path):
         beside = missing.beside((*key, "path"), stage.path, folders, "*") if stage.path else ""
-        if not beside and HUB_NAME.fullmatch(stage.path) and not os.path.isdir(path.parent):
+        is_of_hub = HUB_NAME.fullmatch(stage.path) and path.suffix not in STUDENT_FILES
+        if not beside and is_of_hub and not os.path.isdir(path.parent):
             message = (
                 f"{stage.path} is not a folder here, and students are not fetched: `hf download {stage.path} "
                 "--local-dir FOLDER` does, from the hub; then name FOLDER, or the .safetensors file in it"
@@ -270,24 +275,27 @@ def _tuning_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
             reward_keys.add(reward_key)
 
 
-def _precision_problems(recipe: Recipe) -> Iterator[Problem]:
+def _precision_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
     """Yield a problem for each adapter or term whose gradients would be in float16, where small ones become zero.
 
-    An adapter has the dtype of the teacher's weights if there is no autocast.
+    An adapter has the dtype of the teacher's weights if there is no autocast, whoever distilled the student under it.
     """
     if recipe.teacher.dtype != "float16":
         return
-    adapter = None
+    over_teacher = False  # whether the student is an adapter, and not weights of its own in float32
     for i, stage in enumerate(recipe.stages):
+        if isinstance(stage, Start):
+            with suppress(OSError, ValueError, CheckpointError):  # reported with its path
+                over_teacher = student_sources.find(folders.place(("stages", i, "path"), stage.path)).is_lora
         if isinstance(stage, Distill):
-            adapter = stage.adapter
+            over_teacher = isinstance(stage.adapter, Lora)
             if stage.adversarial is not None:
                 message = "takes gradients through the teacher, where those of float16 are lost: write teacher.dtype: "
                 yield Problem(("stages", i, "adversarial"), message + "bfloat16 or float32")
-            if stage.matching is not None and isinstance(adapter, Full) and stage.precision == "no":
+            if stage.matching is not None and not over_teacher and stage.precision == "no":
                 message = "no would train the fake score in the float16 of teacher.dtype, where small gradients are "
                 yield Problem(("stages", i, "precision"), message + "lost: write bf16, or teacher.dtype: float32")
-        if isinstance(stage, Distill | Tuning) and isinstance(adapter, Lora) and stage.precision == "no":
+        if isinstance(stage, Distill | Tuning) and over_teacher and stage.precision == "no":
             message = "no would train in the float16 of teacher.dtype, where small gradients are lost: write bf16, or "
             yield Problem(("stages", i, "precision"), message + "teacher.dtype: float32")
 

@@ -78,6 +78,8 @@ class Tuning(Training):
     def _something_is_maximised(self):
         if not self.objectives:
             raise ValueError("rewards: all have max_drop; name one without it, to be maximised under the constraints")
+        if not any(reward.weight for reward in self.objectives):
+            raise ValueError("rewards: all weights are 0, so that nothing is maximised; give one another weight")
         if not self.max_drops and self.multiplier_rate != type(self).model_fields["multiplier_rate"].default:
             raise ValueError("multiplier_rate is of rewards with max_drop, and none has it")
         return self

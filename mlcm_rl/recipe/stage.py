@@ -137,7 +137,10 @@ class Training(OneStage):
     max_grad_norm: PositiveFloat = Field(
         1.0, description="gradients of a larger norm, over all weights, are scaled to it"
     )
-    log_every: PositiveInt = presentation(10, description="steps between records of log.jsonl and the trackers")
+    log_every: PositiveInt = presentation(
+        10,
+        description="steps between records of log.jsonl and the trackers, which have the first and the last step too",
+    )
     save_every: PositiveInt = presentation(200, description="steps between checkpoints to resume from")
     keep_checkpoints: PositiveInt = presentation(2, description="newest checkpoints that stay, the guard's best inside")
     sample_every: PositiveInt = presentation(200, description="steps between sample grids")

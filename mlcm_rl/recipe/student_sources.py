@@ -18,6 +18,7 @@ from .types import default_gamma
 
 DESCRIPTION_FILE = "student.json"
 INDEX, CONFIG = "model_index.json", "config.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the first name that diffusers looks for in a folder
 PEFT_CONFIG = "adapter_config.json"  # beside a LoRA in PEFT's own names: its rank and alpha
 OF_LORA = re.compile(r"[._]lora(_|\.)")
 OF_ANOTHER_KIND = re.compile(r"[._](dora_scale|lora_magnitude_vector|hada_w\d\w*|lokr_w\d\w*|oft_\w+)(\.|$)")
@@ -51,6 +52,11 @@ class Found:
     prediction_type: str | None = None
     takes_alpha: bool = False  # a LoRA whose file has none
     others: tuple[str, ...] = ()  # other keys that a recipe has to name
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether it is an adapter over the teacher's denoiser, and not a denoiser's own weights."""
+        return self.kind == "lora" or (self.kind != "weights" and (self.place / LORA_FILE).is_file())
 
     @property
     def unstated(self) -> list[str]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Family = str
 else:
     Family = Literal[tuple(families.names())]  # those of other distributions too
+MIN_WATCHED = 2  # prompts of a guard, whose gain is in deviations over them
 TRAINED = "trained"  # the reward model of a `train_reward` stage
 
 
@@ -186,7 +187,7 @@ class Guard(Strict):
 
     rewards: list[RewardEntry] = Field(min_length=1, description="held out: never trained on; names, or entries")
     num_prompts: int = Field(
-        64, ge=2, le=1_000_000_000, description="watched; gains are in units of the deviation over them"
+        64, ge=MIN_WATCHED, le=1_000_000_000, description="watched; gains are in units of the deviation over them"
     )
     every: PositiveInt = Field(20, description="steps between looks")
     patience: PositiveInt = Field(3, description="looks in a row without a better held-out reward that end the run")

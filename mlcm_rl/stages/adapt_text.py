@@ -64,7 +64,7 @@ def run(stage: AdaptText, recipe: Recipe, parents: dict[str, Path], folder: Path
             record = rt.backward(loss(stage, terms(stage, base, adapter, data, part)) for part in parts)
 
         # the log, samples and checkpoints
-        if rt.due(step, stage.log_every):
+        if rt.is_logged(step):
             rt.log(step, learning_rate=rate, **record)
         if store.num_held_out and rt.due(step, stage.held_out_every, stage.num_steps):
             with rt.autocast():

@@ -83,7 +83,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
             ema_update_(average.values(), trained.values(), ema_decay(step, stage.target_ema))
 
         # the log, samples, snapshots and checkpoints
-        if rt.due(step, stage.log_every):
+        if rt.is_logged(step):
             record |= added.means()
             rt.log(step, phase=phase, num_segments=settings.num_segments, learning_rate=rate, **record)
         if isinstance(source, StoredStates) and source.store.num_held_out and rt.due(step, stage.held_out_every):

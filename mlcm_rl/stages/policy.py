@@ -61,7 +61,7 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
         # the guard, the log, samples and checkpoints
         if rt.due(step, stage.guard.every, stage.num_steps):
             logged |= guard.look(step + 1)
-        if rt.due(step, stage.log_every) or rt.due(step, stage.guard.every, stage.num_steps):
+        if rt.is_logged(step) or rt.due(step, stage.guard.every, stage.num_steps):
             rt.log(step, learning_rate=rate, **logged)
         if rt.due(step, stage.guard.every, stage.num_steps):
             rt.log_picture(step, "guard", guard.curves, folder)

@@ -68,7 +68,7 @@ def run(stage: TrainControl, recipe: Recipe, parents: dict[str, Path], folder: P
             record = rt.backward(losses)
 
         # the log, samples and checkpoints
-        if rt.due(step, stage.log_every):
+        if rt.is_logged(step):
             rt.log(step, **record)
         if rt.due(step, stage.sample_every, stage.num_steps):
             save_samples(rt, recipe, base, network, drawings, step)

@@ -66,7 +66,7 @@ def run(stage: TrainPerceptual, recipe: Recipe, parents: dict[str, Path], folder
         if is_measured:
             shares = measured(ranked.lpips, held_out)
             record |= {f"held_out_accuracy/{name}": mean for name, (mean, _) in shares.items()}
-        if is_measured or rt.due(step, stage.log_every):
+        if is_measured or rt.is_logged(step):
             rt.log(step, **record)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)

@@ -54,7 +54,7 @@ def run(stage: TrainReward, recipe: Recipe, parents: dict[str, Path], folder: Pa
         is_measured = rt.due(step, stage.held_out_every, stage.num_steps)
         if is_measured:
             logged |= measure(head, pairs.held_out)
-        if is_measured or rt.due(step, stage.log_every):
+        if is_measured or rt.is_logged(step):
             rt.log(step, **logged)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)

@@ -76,7 +76,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
         ema_update_(average.values(), trained.values(), ema_decay(step, stage.ema_decay))
 
         # the log, samples and checkpoints
-        if rt.due(step, stage.log_every):
+        if rt.is_logged(step):
             rt.log(step, **record)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
             with rt.swapped(average):

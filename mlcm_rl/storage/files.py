@@ -111,15 +111,24 @@ def remove(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def require_space(path: Path, size: int) -> None:
-    """Raise CheckpointError if the disk of `path` has no room for another `size` bytes."""
-    free = shutil.disk_usage(path.parent).free
+def require_space(path: Path, size: int, of: str = "") -> None:
+    """Raise CheckpointError if the disk of `path` has no room for another `size` bytes, `of` what it names."""
+    free = free_space(path.parent)
     if size + SPARE_BYTES > free:
-        needed, available, spare = (f"{count / 1e6:,.1f} MB" for count in (size, free, SPARE_BYTES))
-        raise CheckpointError(
-            f"{path} needs {needed}, {spare} to spare, and its disk has {available} left: make room, and the same "
-            "command goes on from what was saved before"
+        needed, available = (
+            f"{count / 1e9:,.1f} GB" if count > 1e9 else f"{count / 1e6:,.1f} MB" for count in (size, free)
         )
+        raise CheckpointError(
+            f"{path} needs {needed}{of}, and its disk has {available} free, of which 1 MB stays free: make room, and "
+            "the same command goes on from what was saved before"
+        )
+
+
+def free_space(folder: Path) -> int:
+    """Return the free bytes of the disk of `folder`, or of that which it would be made on."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 # ---- JSON and checksums ----

@@ -70,6 +70,7 @@ class Runtime:
         self.pending = signals.Pending()
         self.all_stop = False
         self.last_loss = math.nan
+        self.total: int | None = None  # steps of the stage, once they begin
         self.seeds: dict[str, int] = {}  # of the step, by purpose
         self.samples: list = []  # of the step's losses: rows of the stage's data, or prompts
         self.beside: list[Beside] = []  # networks trained beside the student
@@ -171,6 +172,7 @@ class Runtime:
         Stopped is raised.
         """
         self._truncate_log(first)
+        self.total = total
         with signals.deferral() as self.pending, progress(total, description, first) as bar:
             for step in range(first, total):
                 if finished():
@@ -184,6 +186,10 @@ class Runtime:
                     raise signals.Stopped(self.pending.number or signal.SIGTERM, text)
         # not end_training: the processes stay together for the next stage
         trackers.for_each(self.accelerator, lambda tracker: tracker.finish())
+
+    def is_logged(self, step: int) -> bool:
+        """Return whether `step` has a record in the log: one of every `log_every`, the first and the last."""
+        return step == 0 or self.due(step, self.stage.log_every, self.total)
 
     def due(self, step: int, every: int, total: int | None = None) -> bool:
         """Return whether `step` is one of every `every` steps, or the last of `total`."""

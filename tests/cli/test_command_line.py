@@ -210,6 +210,15 @@ def test_plan_lists_stages_and_sums_what_is_still_to_do(mlcm, pipeline):
     assert max(map(len, result.stdout.splitlines()[:9])) <= 80
 
 
+def test_plan_warns_of_a_disk_that_the_stages_to_do_do_not_fit(mlcm, pipeline, monkeypatch):
+    pipeline.plan = lambda *arguments: [replace(PLANNED[1], disk_bytes=274 * 10**9), PLANNED[0]]
+    monkeypatch.setattr("mlcm_rl.cli.plan_table.free_space", lambda folder: 50 * 10**9)
+    warning = "too large  the stages to do write 274 GB and the disk of runs has 50.0 GB free: make room"
+    assert warning in " ".join(mlcm("plan", "good.yaml").stdout.split("\n"))
+    monkeypatch.setattr("mlcm_rl.cli.plan_table.free_space", lambda folder: 274 * 10**9)
+    assert "too large" not in mlcm("plan", "good.yaml").stdout
+
+
 def test_plan_under_a_launch_on_a_device_tells_time_and_what_does_not_fit_in_a_hundred_columns(
     mlcm, pipeline, monkeypatch
 ):
@@ -291,7 +300,7 @@ def test_sample_evaluate_and_export_hand_their_arguments_on(mlcm, finished_runs)
     run, inputs = Path("runs/good"), (None, None, None, [], [], [], False, None, None)
     assert calls == [
         (run, ["a cat", "猫"], [4], 0, 0.5, Path("out"), 16, 1, None, inputs, None, None),
-        (run, None, [2, 4], None),
+        (run, None, [2, 4], None, None),
         (run, Path("out"), ["diffusers"], None, False, None),
         (run, Path("out"), ["comfyui"], "fp16", True, "me/it"),
         (Path("out"), "me/it", True),

@@ -1,5 +1,8 @@
 """`mlcm gallery`: what it prints, and the arguments that mean nothing."""
 
+import json
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
@@ -31,6 +34,18 @@ def test_runs_are_looked_for_and_the_nearest_named(mlcm):
     result = mlcm("runs/one", "runs/twoo", "--out", "page.html")
     assert result.exit_code == 2
     assert "no folder runs/twoo: the nearest are runs/two" in result.output
+
+
+def test_a_run_without_an_evaluation_is_told_the_ways_out_before_anything_is_imported(mlcm, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlcm_rl.pipeline.galleries", None)  # to import it would fail
+    stage = tmp_path / "runs" / "none" / "01-distill"
+    stage.mkdir(parents=True)
+    record = {"kind": "distill", "recipe": {"stages": [{"kind": "distill"}]}}
+    (stage / "manifest.json").write_text(json.dumps(record), encoding="utf-8")
+    result = mlcm("runs/none", "--out", "page.html")
+    assert result.exit_code == 2
+    assert "its recipe has no evaluate stage" in result.output
+    assert "mlcm evaluate runs/none --prompts FILE" in " ".join(result.output.split())
 
 
 def test_options_that_mean_nothing_are_refused(mlcm):

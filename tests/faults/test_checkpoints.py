@@ -105,7 +105,8 @@ def test_too_full_a_disk_is_seen_before_anything_is_written(tmp_path, monkeypatc
     save(tmp_path, 1)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: Usage(2**30, 2**30 - 1000, 1000))
     with pytest.raises(
-        CheckpointError, match=r"state\.safetensors needs 4\.0 MB, 1\.0 MB to spare, and its disk has 0\.0 MB left"
+        CheckpointError,
+        match=r"state\.safetensors needs 4\.0 MB, and its disk has 0\.0 MB free, of which 1 MB stays free",
     ):
         checkpoints.save_state(tmp_path, 2, {"value": torch.zeros(10**6)})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]

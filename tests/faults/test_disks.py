@@ -62,7 +62,7 @@ def test_a_disk_without_room_is_an_error_in_words_and_more_room_lets_the_run_end
     recipe = small(tiny_sdxl, folder)
     for size in ("1200k", "4m"):  # too small for a shard, then for a checkpoint
         remount(f"size={size}")
-        with pytest.raises(RunError, match=r"its disk has .* MB left: make room"):
+        with pytest.raises(RunError, match=r"its disk has .* MB free, of which 1 MB stays free: make room"):
             pipeline.run(recipe)
     remount("size=64m")
     pipeline.run(recipe)

@@ -378,6 +378,20 @@ def test_evaluate_and_export_of_a_finished_run(finished, tmp_path):
         finished_runs.find_stage(stages[1].folder, ("evaluate",))
 
 
+@pytest.mark.slow
+def test_a_run_without_an_evaluate_stage_is_evaluated_on_a_file(tiny_sdxl, tmp_path):
+    prompts = runs.write_prompts(tmp_path)
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(prompts), runs.distill(num_steps=1)])
+    pipeline.run(recipe)
+    run = Path(recipe.runs, recipe.name)
+    with pytest.raises(RunError, match="no evaluate stage to take prompts from: name --prompts FILE"):
+        finished_runs.evaluate(run)
+    few = tmp_path / "few.txt"
+    few.write_text("a cat\na dog\n")
+    report = json.loads((finished_runs.evaluate(run, num_steps=[1], prompts=few) / "report.json").read_text())
+    assert [one["prompt"] for one in report["prompts"]] == ["a cat", "a dog"]
+
+
 def test_arguments_that_cannot_be_are_told_before_the_teacher_is_loaded(finished, tmp_path, monkeypatch):
     recipe, _ = finished
     run, empty = Path(recipe.runs, recipe.name), tmp_path / "empty.txt"

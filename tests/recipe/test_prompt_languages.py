@@ -51,7 +51,7 @@ def test_a_reward_that_does_not_read_the_prompts_is_refused_before_its_weights_a
 
 
 def test_a_reward_is_compared_with_the_prompts_that_are_drawn(notes):
-    notes("a cat\n一只猫\n", TUNE + "    languages: {en: 1}\n")
+    notes("a cat\na dog\n一只猫\n", TUNE + "    languages: {en: 1}\n")
     notes(
         "a cat\na dog\n一只猫\n",
         TUNE.replace("image_reward", "colourfulness").replace("[colourfulness]}", "[image_reward], num_prompts: 2}"),

@@ -67,8 +67,9 @@ def test_errors_are_on_the_line_of_the_file_whatever_stages_stand_for_a_start(pr
 
 def test_a_stage_is_placed_where_its_file_has_it(problems, tmp_path):
     problems("{path: lora.safetensors, gamma: 1.0, grid: [999, 749, 499, 249]}")
-    (tmp_path / "recipe.yaml").write_text((tmp_path / "recipe.yaml").read_text().replace("absent.txt", "prompts.txt"))
-    recipe = load(tmp_path / "recipe.yaml", root=tmp_path)
+    text = (tmp_path / "recipe.yaml").read_text().replace("absent.txt", "prompts.txt")
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = load(tmp_path / "recipe.yaml", ["stages.1.num_prompts=6"], root=tmp_path)
     assert [stage.kind for stage in recipe.stages] == ["start", "feedback", "evaluate"]
     assert [recipe.place(i) for i in range(3)] == ["stages[0].start", "stages[0]", "stages[1]"]
     seeded = recipe.model_copy(update={"seed": 5})
@@ -82,6 +83,25 @@ def test_a_name_of_the_hub_is_answered_with_how_to_fetch_it(problems):
         "stages[0].start: latent-consistency/lcm-lora-sdxl is not a folder here, and students are not fetched" in line
     )
     assert "`hf download latent-consistency/lcm-lora-sdxl --local-dir FOLDER`" in line
+
+
+def test_a_missing_file_is_no_name_of_the_hub(problems):
+    (line,) = problems("lcm-lora-sdxl/pytorch_lora_weights.safetensors")
+    assert "no such file or folder: lcm-lora-sdxl/pytorch_lora_weights.safetensors" in line
+    assert "hf download" not in line
+
+
+def test_float16_is_refused_over_any_lora_whoever_distilled_it(problems, tmp_path):
+    """As over one that the recipe distils; a denoiser's own weights are trained in float32."""
+    path = tmp_path / "recipe.yaml"
+    problems("{path: lora.safetensors, gamma: 1.0, grid: lcm}")
+    text = path.read_text().replace("absent.txt", "prompts.txt\n    num_prompts: 6")
+    path.write_text(text.replace("family: sdxl}", "family: sdxl, dtype: float16}"))
+    with pytest.raises(RecipeError, match=r"stages\[0\]\.precision: no would train in the float16 of teacher\.dtype"):
+        load(path, root=tmp_path)
+    load(path, ["stages.0.precision=bf16"], root=tmp_path)
+    save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    load(path, root=tmp_path)
 
 
 def test_a_lora_that_needs_its_alpha_is_told_before_any_stage_runs(problems, tmp_path):

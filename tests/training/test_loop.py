@@ -12,7 +12,7 @@ from torch import nn
 
 import runs
 import tiny
-from mlcm_rl import pipeline
+from mlcm_rl import pipeline, stages
 from mlcm_rl.models import students, teachers
 from mlcm_rl.recipe import Evaluate, Lora
 from mlcm_rl.storage import commit, files, manifest
@@ -224,3 +224,19 @@ def test_gradients_are_averaged_where_they_are(monkeypatch):
     processes.average_(gradients)
     assert [one.data_ptr() for one in exchanged] == places
     assert all((one == 2).all() for one in gradients)
+
+
+@pytest.mark.parametrize(("num_steps", "log_every", "logged"), [(3, 10, [1, 3]), (1, 10, [1]), (5, 2, [1, 2, 4, 5])])
+def test_the_first_and_the_last_step_are_logged_whatever_lies_between(tmp_path, num_steps, log_every, logged):
+    stage = runs.distill(precision="no", log_every=log_every)
+    runtime = loop.Runtime(runs.recipe(tmp_path, tmp_path, [stage]), stage, tmp_path)
+    runtime.parts = {}
+    assert [step + 1 for step in runtime.steps(0, num_steps, "distill") if runtime.is_logged(step)] == logged
+
+
+def test_every_training_stage_logs_by_the_rule():
+    """No stage asks for its own multiple of log_every, which would leave a short run without a log."""
+    for path in Path(stages.__file__).parent.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "log_every" not in text, path
+        assert ("is_logged" in text) is ("rt.backward" in text), path
