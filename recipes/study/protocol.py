@@ -72,7 +72,8 @@ def write_table(reports: dict[str, list[dict]], columns: tuple[str, ...], path: 
 def table_of(found: dict[str, list[dict]], columns: tuple[str, ...]) -> list[list[str]]:
     """Return the head and a row for each (student, sampler, steps): means over prompts and seeds, with their errors.
 
-    A student of several seeds is the mean of theirs prompt by prompt. The teacher's own rows come last.
+    A student of several seeds is the mean of theirs prompt by prompt. A student that was tuned
+    has the name of its stage behind the row's. The teacher's own rows come last.
     """
     lines = [["student", "sampler", "evaluations", "seeds", *columns]]
     reports = [(row, of_seeds, True) for row, of_seeds in found.items()]
@@ -83,7 +84,8 @@ def table_of(found: dict[str, list[dict]], columns: tuple[str, ...]) -> list[lis
                 continue
             same = [report["rows"][i] for report in of_seeds]
             cells = [cell([one["metrics"].get(column) for one in same]) for column in columns]
-            lines.append([name, row["sampler"], str(row["num_evaluations"]), str(len(same)), *cells])
+            label = f"{name} ({row['name']})" if of_students and row["name"] != "student" else name
+            lines.append([label, row["sampler"], str(row["num_evaluations"]), str(len(same)), *cells])
     return lines
 
 

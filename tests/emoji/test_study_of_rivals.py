@@ -59,3 +59,20 @@ def test_rows_of_the_study_of_terms_are_recipes(row):
     recipe = terms.recipe_of(base, row, 1, 400, 128)
     assert sum(sum(stage.steps_per_phase) for stage in recipe.stages if isinstance(stage, Distill)) == 400
     assert check(recipe, HERE) == []
+
+
+def test_a_tuned_student_is_not_taken_for_the_one_before_it():
+    def row(role: str, name: str, value: float) -> dict:
+        metrics = {"distance": {"mean": value, "se": 0.5, "values": []}}
+        return {"role": role, "name": name, "sampler": "gamma 0", "num_evaluations": 4, "metrics": metrics}
+
+    report = {
+        "rows": [row("student", "student", 1.0), row("student", "feedback", 2.0), row("undistilled", "DDIM", 3.0)]
+    }
+    head, *lines = rivals.protocol.table_of({"ours_feedback": [report]}, ("distance",))
+    assert head[-1] == "distance"
+    assert [(line[0], line[-1]) for line in lines] == [
+        ("ours_feedback", "1.0000 +- 0.5000"),
+        ("ours_feedback (feedback)", "2.0000 +- 0.5000"),
+        ("teacher", "3.0000 +- 0.5000"),
+    ]
