@@ -61,7 +61,7 @@ class Distill(Training):
         [8, 4, 2, 1],
         min_length=1,
         max_length=10,
-        description="of each phase; [1] where the form is left open; 32 and 16 only with starts: milestones",
+        description="of each phase; [1] in the default form; 32 and 16 only with starts: milestones",
     )
     starts: Literal["any", "milestones"] = Field(
         "any",
@@ -91,7 +91,7 @@ class Distill(Training):
     distance: Distance | list[Distance] = Field(
         "l2",
         description="squared; by Huber; or the logarithm of its mean, where near and far jumps weigh alike, as "
-        "where the form is left open; or as a network sees x0: LPIPS of latents, the teacher's first blocks, or the "
+        "in the default form; or as a network sees x0: LPIPS of latents, the teacher's first blocks, or the "
         "logarithm of these",
     )
     lpips: Annotated[str | None, LPIPS] = Field(
@@ -109,12 +109,12 @@ class Distill(Training):
     )
     condition_on_target: bool = Field(
         False,
-        description="give the student the time it jumps to: one for all steps; true where the form is left open",
+        description="give the student the time it jumps to: one for all steps; true in the default form",
     )
     budgets: list[Annotated[int, Field(ge=1, le=8)]] = Field(
         [],
         description="with condition_on_target: draw the jumps of samplers with these numbers of steps, and no others; "
-        "[2, 3, 4, 6, 8] where the form is left open",
+        "[2, 3, 4, 6, 8] in the default form",
     )
     skip: int = Field(20, gt=0, le=999, description="times between a pair's points for source online and data")
     num_teacher_steps: int = Field(3, gt=0, le=125, description="inter_segment: p, teacher steps between milestones")

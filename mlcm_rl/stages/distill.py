@@ -163,7 +163,7 @@ def real_pictures(stage: Distill, base: Base) -> RealPictures | None:
 
 
 def read_texts(stage: Distill, base: Base) -> list[str]:
-    """Return the prompts of a stage whose teacher samples on line."""
+    """Return the prompts of a stage whose teacher samples online."""
     assert stage.prompts is not None  # the recipe checks it
     texts = [prompt.prompt for prompt in read_prompts(stage.prompts)]
     tell_truncated(base, texts, stage.prompts)
