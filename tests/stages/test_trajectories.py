@@ -135,7 +135,9 @@ def test_a_disk_too_small_for_the_whole_store_is_told_before_the_first_shard(rec
     size = sum(path.stat().st_size for path in (tmp_path / "enough").glob("shard-*"))
     free = files.SPARE_BYTES + size // 2  # room for one shard of two
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: Usage(2**40, 2**40 - free, free))
-    with pytest.raises(CheckpointError, match=r"small needs .* and its disk has .* free, of which 1 MB stays free: make room"):
+    with pytest.raises(
+        CheckpointError, match=r"small needs .* and its disk has .* free, of which 1 MB stays free: make room"
+    ):
         trajectories.run(stage, recipe, {}, tmp_path / "small")
     assert not list((tmp_path / "small").glob("*.safetensors"))
 
