@@ -1,7 +1,9 @@
-"""The parts of the pages that are made from the code: a page marks each by a comment, `<!-- generated: NAME -->`.
+"""The parts of the pages that are made from the code: each is between `<!-- generated: NAME -->` and `<!-- end -->`.
 
-`whole` returns a page with its parts in place; the site is built from that, and the tests read the same. A part is a
-function below, by its name. `python docs/generated.py rewards` prints that part alone, for who reads without the site.
+    python docs/generated.py
+
+writes them into the pages, and a test says when that is due. A part is a function below, by its name. The site is built
+from `whole`, which has the tables of contents too that only the site shows.
 """
 
 import json
@@ -19,17 +21,36 @@ from mlcm_rl.recipe import shipped
 from mlcm_rl.recipe.experiment import STAGES
 from mlcm_rl.recipe.families import FAMILIES
 from mlcm_rl.recipe.schema import json_schema
+from mlcm_rl.storage.files import replacing
 
 DOCS = Path(__file__).resolve().parent
 NAVIGATION = DOCS / "navigation.md"
-MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+START, END = "<!-- generated: {} -->\n", "<!-- end -->\n"
+PART = re.compile(r"^<!-- generated: (\w+) -->\n.*?^<!-- end -->\n", re.MULTILINE | re.DOTALL)
+CONTENTS = re.compile(r"\n```{toctree}.*?```\n", re.DOTALL)
 BOUNDS = {"minimum": ">= {}", "exclusiveMinimum": "> {}", "maximum": "<= {}", "exclusiveMaximum": "< {}"}
 NO_BOUND = 1_000_000_000  # the types' limit of every number that has no other
 
 
 def whole(text: str) -> str:
-    """Return the text of a page with its generated parts. Raise KeyError for a mark that names none."""
-    return MARK.sub(lambda mark: PARTS[mark[1]](), text)
+    """Return the text of a page with its generated parts as they are now. Raise KeyError for a mark that names none."""
+    return PART.sub(lambda part: f"{START.format(part[1])}\n{PARTS[part[1]]()}\n{END}", text)
+
+
+def without_contents(text: str) -> str:
+    """Return the text of a page as it is in the repository: without the tables of contents of the site."""
+    return CONTENTS.sub("", text)
+
+
+def write() -> None:
+    """Write the parts into every page that has some."""
+    for page in sorted(DOCS.glob("*.md")):
+        before = page.read_text(encoding="utf-8")
+        after = without_contents(whole(before))
+        if page != NAVIGATION and PART.search(before) and after != before:
+            with replacing(page) as temporary:
+                temporary.write_text(after, encoding="utf-8")
+            print(page.relative_to(DOCS.parent))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -208,6 +229,4 @@ PARTS = {part.__name__: part for part in (recipe, commands, families, rewards, r
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in PARTS:
-        sys.exit(f"name one part: {', '.join(PARTS)}")
-    sys.stdout.write(re.sub(r"\n```{toctree}.*?```\n", "", PARTS[sys.argv[1]](), flags=re.DOTALL))
+    write()

@@ -65,7 +65,9 @@ def runs(
 def _of_whom(row: dict) -> str:
     """Return which runs have the stage of a `row`, or which recipe began it."""
     of_runs = ", ".join(row["runs"]) or ("none needs it" if not row["is_needed"] else "")
-    return of_runs or (f"begun by {row['recipe']}" if row["recipe"] else "another stage needs it")
+    if row["state"] in ("unfinished", "running"):
+        return of_runs or (f"begun by {row['recipe']}" if row["recipe"] else "no record says which recipe began it")
+    return of_runs or "another stage needs it"
 
 
 def _cost(row: dict) -> list[str]:

@@ -118,6 +118,12 @@ def read_tasks(path: str | Path, count: int) -> list[Task]:
     return tasks
 
 
+def refuse_colours(tasks: Sequence[Task], path: str | Path) -> None:
+    """Raise ValueError where one of the `tasks` of a file asks for a colour, for an evaluation without a CLIP."""
+    if any(task.has_colours for task in tasks):
+        raise ValueError(f"{path}: has prompts that ask for a colour, which needs clip: a CLIP tells colours apart")
+
+
 def _task(record: dict, where: str) -> Task:
     tag = record.get("tag")
     if not isinstance(tag, str) or not tag:
@@ -147,7 +153,7 @@ def _wanted(entry: dict, where: str, place: int) -> Wanted:
     if position is None:
         return Wanted(_name(entry, where), _count(entry, where), colour)
     is_pair = isinstance(position, list) and len(position) == 2
-    if not is_pair or position[0] not in RELATIONS or position[1] not in range(place):
+    if not is_pair or position[0] not in RELATIONS or type(position[1]) is not int or position[1] not in range(place):
         raise ValueError(
             f"{where}: position must be one of {', '.join(RELATIONS)} and the place of an entry before this one, got "
             f"{brief(position)}"
@@ -163,6 +169,6 @@ def _name(entry: dict, where: str) -> str:
 
 def _count(entry: dict, where: str) -> int:
     count = entry.get("count")
-    if type(count) is not int or count < 1:
-        raise ValueError(f"{where}: count must be a whole number from 1, got {brief(count)}")
+    if type(count) is not int or not 1 <= count <= MAX_OBJECTS:  # more are never seen
+        raise ValueError(f"{where}: count must be a whole number from 1 to {MAX_OBJECTS}, got {brief(count)}")
     return count

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..equations.schedule import add_noise
-from ..equations.segments import NUM_SEGMENTS, draw_jumps, milestones, sampling_times, segment_start
-from ..equations.solver import ddim_step
+from ..equations.segments import NUM_SEGMENTS, draw_jumps, draw_steps, milestones, sampling_times, segment_start
+from ..equations.solver import ddim_step, gamma_step
 from ..models.base import Base
 from ..models.conditioning import Conditioning, on_device
-from ..models.sampler import sample
+from ..models.sampler import sample, step_x0
 from ..recipe import Distill
 from ..storage.files import CheckpointError
 from ..training.seeding import epoch_order
@@ -103,6 +103,12 @@ class StoredStates:
                 f"{store.folder} holds {len(store.times)} of {len(store.provenance.grid)} states of each trajectory, "
                 f"those of the milestones, and jumps without budgets begin at any state: {way}"
             )
+        for num_segments in stage.num_segments:
+            if lacking := sorted(set(milestones(num_segments).tolist()) - set(store.times)):
+                raise CheckpointError(
+                    f"{store.folder} has no states at the ends of {num_segments} segments, the first of them at time "
+                    f"{lacking[0]}: solver_steps of the trajectories stage must be a multiple of {num_segments}"
+                )
 
     @property
     def texts(self) -> list[str]:
@@ -117,13 +123,17 @@ class StoredStates:
         """Draw times for the trajectories `index` (B,)."""
         if self.stage.budgets:  # jumps of samplers, whatever `num_segments` is
             t, s = draw_jumps(self.stage.budgets, len(index), generator)
+        elif self.stage.starts == "milestones":
+            t, s = draw_steps(num_segments, len(index), generator)
         else:
             t = self.times[torch.randint(len(self.times) - 1, index.shape, generator=generator)]
             s = draw_target(t, drawn_segments(self.stage, num_segments), self.stage.condition_on_target, generator)
         next_point, last = self._positions(t) + 1, self._positions(s)
-        skipped = (torch.rand(index.shape, generator=generator) * (last - next_point + 1)).long()
-        r = self.times[next_point + skipped if pair == "random" else next_point]
-        return Draw(index, t, r, s)
+        skipped = _share_of(last - next_point, generator)
+        second = next_point + skipped if pair == "random" else next_point
+        if self.stage.ends == "random":
+            s = self.times[second + _share_of(last - second, generator)]
+        return Draw(index, t, self.times[second], s)
 
     def realise(self, draw: Draw) -> Batch:
         x_t, x_s = (self.store.states(draw.index, self._positions(time)) for time in (draw.t, draw.s))
@@ -265,7 +275,50 @@ class RenoisedSamples:
         return x0, conditioning
 
 
-Source = StoredStates | OnLine | NoisedData | RenoisedSamples
+class SimulatedStates:
+    """`method: simulation`: states that the student's own sampler visits, each at a random one of its steps.
+
+    Its sampler is that of consistency models: every step takes noise anew (DMD2, arXiv 2405.14867, section 4.5).
+    """
+
+    def __init__(self, stage: Distill, base: Base, student: torch.nn.Module, prompts: list[str], seed: int):
+        self.stage, self.base, self.student, self.prompts, self.seed = stage, base, student, prompts, seed
+        self.times = sampling_times(stage.num_student_steps)
+
+    @property
+    def texts(self) -> list[str]:
+        """Return the texts that it encodes."""
+        return self.prompts
+
+    def draw(self, step: int, num_segments: int, pair: str, generator: torch.Generator) -> Draw:
+        index = epoch_order(len(self.prompts), self.stage.batch_size, step, self.seed, "distill")
+        t = torch.tensor(self.times)[torch.randint(len(self.times), index.shape, generator=generator)]
+        seed = torch.randint(2**62, index.shape, generator=generator)
+        return Draw(index, t, torch.zeros_like(t), torch.zeros_like(t), seed=seed)
+
+    @torch.no_grad()
+    def realise(self, draw: Draw) -> Batch:
+        base, conditioned = self.base, self.stage.condition_on_target
+        assert draw.seed is not None
+        conditioning = base.encode_prompts([self.prompts[i] for i in draw.index.tolist()])
+        generators = [torch.Generator().manual_seed(seed) for seed in draw.seed.tolist()]
+        x_t = base.noise(generators, len(generators))
+        for t, s in zip(self.times, self.times[1:], strict=False):
+            # rows are chosen on the CPU: a choice by a mask on the device would wait for it
+            going_on = (draw.t < t).nonzero().flatten()
+            # where none goes on the first one stands in: all processes evaluate a sharded student equally often
+            chosen = going_on if len(going_on) else torch.zeros(1, dtype=torch.int64)
+            noise = base.noise([generators[i] for i in chosen.tolist()], len(chosen))
+            rows = chosen.to(base.device)
+            start, end = (torch.full_like(rows, time) for time in (t, s))
+            own = {name: value[rows] for name, value in conditioning.items()}
+            x0 = step_x0(base, self.student, own, x_t[rows], start, end, 1.0, conditioned)
+            if len(going_on):
+                x_t[rows] = gamma_step(x_t[rows], x0, start, end, noise, 1.0, base.schedule)
+        return _on(base.device, x_t, None, None, draw, conditioning)
+
+
+Source = StoredStates | OnLine | NoisedData | RenoisedSamples | SimulatedStates
 
 
 def _draw_between_milestones(
@@ -276,8 +329,15 @@ def _draw_between_milestones(
     s = draw_target(t, drawn_segments(stage, num_segments), stage.condition_on_target, generator)
     below = s + (torch.rand(index.shape, generator=generator) * (t - s)).long()
     r = below if pair == "random" else torch.maximum(t - stage.skip, s)
+    if stage.ends == "random":
+        s = s + _share_of(r - s, generator)
     noise = torch.randn(len(index), *base.latent_shape, generator=generator)
     return Draw(index, t, r, s, noise)
+
+
+def _share_of(count: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a whole number (B,) from 0 to `count` (B,), each alike."""
+    return (torch.rand(count.shape, generator=generator) * (count + 1)).long()
 
 
 def _guided_step(

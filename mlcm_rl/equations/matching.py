@@ -29,10 +29,11 @@ def loss_of_gradient(x0: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * squared_l2(x0, (x0.float() - gradient.float()).detach())
 
 
-def times_between(share: Tensor, low: float, high: float, num_times: int) -> Tensor:
+def times_between(share: Tensor, low: float, high: float, num_times: int, start: Tensor | int = 0) -> Tensor:
     """The times (B,) int64 at `share` (B,) in [0, 1) of the way between the parts `low` and `high` of the time axis.
 
-    All times between have the same share: DMD2 draws from 0.02 to 0.98.
+    All times between have the same share: DMD2 draws from 0.02 to 0.98. The axis is that from `start` (B,) up.
     """
-    first, last = int(low * (num_times - 1)), int(high * (num_times - 1))
+    length = num_times - 1 - torch.as_tensor(start)
+    first, last = (start + (part * length.double()).to(torch.int64) for part in (low, high))
     return first + (share * (last - first + 1)).to(torch.int64)

@@ -131,6 +131,20 @@ def add_noise(x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
     return alpha * x0 + sigma * eps
 
 
+def noise_up(x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """(alpha_t / alpha_s) x_s + sqrt(sigma_t^2 - (alpha_t sigma_s / alpha_s)^2) eps (B, ...): a state of t >= s.
+
+    Where x_s has the distribution of time `s` (B,), the result has that of `t` (B,): the forward process from the one
+    to the other, by which phased consistency models compare states that have noise (arXiv 2405.18407, section 3.3).
+    Needs s < T - 1, where alpha may be 0. It is x_s at t = s.
+    """
+    alpha_s, sigma_s = schedule.at(s, x_s)
+    alpha_t, sigma_t = schedule.at(t, x_s)
+    ratio = alpha_t / alpha_s
+    # Exactly sigma_t >= ratio sigma_s; rounding in float32 may put it below, and a square root of that is NaN.
+    return ratio * x_s + (sigma_t**2 - (ratio * sigma_s) ** 2).clamp(min=0).sqrt() * eps
+
+
 def snr(t: Tensor, schedule: Schedule) -> Tensor:
     """Signal-to-noise ratio alpha_t^2 / sigma_t^2 (B,)."""
     return (schedule.alpha[t] / schedule.sigma[t]) ** 2

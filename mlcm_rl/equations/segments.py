@@ -12,6 +12,7 @@ from torch import Tensor
 
 NUM_SEGMENTS = 8
 NUM_TIMES = 1000  # T
+MOST_SEGMENTS = 32  # of a student: its first phases may have more than a sampler has steps
 
 # The milestone subsets of the authors' released sampler (TLCM inference code), by number of steps.
 PAPER_GRIDS = {
@@ -61,12 +62,14 @@ def sampling_times(num_steps: int, num_segments: int = 1) -> list[int]:
     student of K > 1 segments is only right where it ends on its K boundaries. So for N >= K every segment gets N // K
     steps and the noisiest segments one of the rest each; for N < K no grid has all boundaries, and the grid is that of
     one segment.
-    Raises ValueError unless 1 <= N <= 8 and K divides 8.
+    Raises ValueError unless 1 <= N <= 8 and K divides 8, or is a multiple of it.
     """
     if not 1 <= num_steps <= NUM_SEGMENTS:
         raise ValueError(f"num_steps is {num_steps}; a sampler on {NUM_SEGMENTS} milestones takes 1 to {NUM_SEGMENTS}")
-    if num_segments < 1 or NUM_SEGMENTS % num_segments:
-        raise ValueError(f"num_segments is {num_segments}, which does not divide {NUM_SEGMENTS}")
+    if num_segments < 1 or (NUM_SEGMENTS % num_segments and num_segments % NUM_SEGMENTS):
+        raise ValueError(
+            f"num_segments is {num_segments}, which neither divides {NUM_SEGMENTS} nor is a multiple of it"
+        )
     if num_steps < num_segments:
         num_segments = 1
     per_segment = NUM_SEGMENTS // num_segments
@@ -131,6 +134,16 @@ def spaced_times(num_steps: int, num_origins: int) -> list[int]:
         raise ValueError(f"num_steps is {num_steps} of {num_origins} times, which must divide {NUM_TIMES}")
     spacing = NUM_TIMES // num_origins
     return [NUM_TIMES - 1 - spacing * (i * num_origins // num_steps) for i in range(num_steps)]
+
+
+def draw_steps(num_segments: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Start t and end s (B,) of whole segments, from the top of one to its start: each of the K is drawn alike.
+
+    They are the steps of a sampler of K steps, which is all that progressive distillation learns (arXiv 2202.00512).
+    """
+    ends = milestones(num_segments)
+    above = torch.randint(1, num_segments + 1, (size,), generator=generator)
+    return ends[above], ends[above - 1]
 
 
 def draw_jumps(budgets: list[int], size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -21,9 +21,10 @@ from transformers import (
     AutoProcessor,
 )
 
-from ..data.geneval import COLOURS, COUNTING, Box, Detection, Task
+from ..data.geneval import COLOURS, COUNTING, Box, Detection, Task, refuse_colours
 from ..models.pictures import to_pil
 from ..storage.untrusted import brief
+from .local_networks import load_network, load_part
 from .metrics import ClipScore
 
 OPEN_VOCABULARY = ("owlvit",)  # detectors that look for what a text names; the processor of owlv2 needs scipy
@@ -40,16 +41,15 @@ class Detector:
     """
 
     def __init__(self, folder: Path | str, names: set[str], device: torch.device | str):
-        kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+        kind = load_part(AutoConfig, folder, "detector").model_type
         if kind not in OPEN_VOCABULARY + CLOSED_VOCABULARY:
             known = ", ".join(CLOSED_VOCABULARY + OPEN_VOCABULARY)
             raise ValueError(f"detector: {folder} is of the kind {brief(kind)}; read are {known}")
         self.is_open, self.names = kind in OPEN_VOCABULARY, sorted(names)
         model = AutoModelForZeroShotObjectDetection if self.is_open else AutoModelForObjectDetection
-        loaded = model.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        self.model = loaded.to(device).eval().requires_grad_(False)
+        self.model = load_network(model, folder, "detector").to(device).eval().requires_grad_(False)
         processor = AutoProcessor if self.is_open else AutoImageProcessor
-        self.processor: Any = processor.from_pretrained(folder, local_files_only=True, backend="pil")
+        self.processor: Any = load_part(processor, folder, "detector", backend="pil")
         if not self.is_open:
             labels = {int(place): name for place, name in self.model.config.id2label.items()}
             self.labels = {place: GENEVAL_NAMES.get(name, name) for place, name in labels.items()}
@@ -88,8 +88,8 @@ class GenEval:
     def __init__(
         self, detector: Detector, clip: ClipScore | None, tasks: list[Task], confidences: tuple[float, float], path: str
     ):
-        if clip is None and any(task.has_colours for task in tasks):
-            raise ValueError(f"{path}: has prompts that ask for a colour, which needs clip: a CLIP tells colours apart")
+        if clip is None:
+            refuse_colours(tasks, path)
         self.detector, self.clip, self.tasks, self.confidences = detector, clip, tasks, confidences
         self._colours: dict[str, Tensor] = {}  # name of a class -> text features of its ten colours
 

@@ -16,6 +16,7 @@ from transformers import BatchEncoding, CLIPModel, CLIPTokenizer
 
 from ..equations.statistics import jackknife_values
 from .inception import InceptionV3
+from .local_networks import load_network, load_part
 
 NUM_RESAMPLES = 1000
 KERNEL_ROWS = 1024  # rows of a kernel matrix in memory at a time: 5,000 x 5,000 in float64 would be 200 MB
@@ -204,8 +205,8 @@ class ClipScore:
     """
 
     def __init__(self, folder: Path | str, device: torch.device | str):
-        self.model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(device).eval()
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        self.model = load_network(CLIPModel, folder, "clip").to(device).eval()
+        self.tokenizer = load_part(CLIPTokenizer, folder, "clip")
         settings = json.loads((Path(folder) / "preprocessor_config.json").read_text(encoding="utf-8"))
         self.size: int = self.model.config.vision_config.image_size
         self.mean, self.deviation = (

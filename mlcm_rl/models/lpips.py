@@ -17,6 +17,7 @@ from ..storage import finite
 from ..storage.tensors import load_weights, read_shapes, read_tensors, write_tensors
 
 PREFIX = "module."  # of names in a file of torch's DataParallel
+PROBE = 16  # a side of the latents by which weights are tried
 COPY = "lins."  # E-LatentLPIPS writes the channels' weights a second time under it
 
 
@@ -111,7 +112,8 @@ def skeleton(place: Path) -> LatentLpips:
 def load(place: Path, channels: int, device: torch.device) -> LatentLpips:
     """Return the network at `place`, a file or a train_perceptual stage's folder, frozen, for latents of `channels`.
 
-    Raise CheckpointError for a file that is missing or damaged, and ValueError for another network.
+    Raise CheckpointError for a file that is missing or damaged, and ValueError for another network or one by which no
+    latents differ.
     """
     path = file_of(place)
     network, weights = skeleton(place), read_tensors(path)
@@ -120,9 +122,16 @@ def load(place: Path, channels: int, device: torch.device) -> LatentLpips:
             f"{path}: it compares latents of {network.layout.channels} channels, and the teacher's have {channels}: "
             "take weights that were trained for this autoencoder"
         )
-    finite.refuse_weights(weights, str(path))
+    finite.refuse_of_others({name: value for name, value in weights.items() if value.ndim}, str(path))
     load_weights(network, {name: value.float() for name, value in weights.items()}, path)
-    return network.to(device).eval().requires_grad_(False)
+    network.eval().requires_grad_(False)
+    draws = torch.Generator().manual_seed(0)
+    if not network(*torch.randn(2, 1, channels, PROBE, PROBE, generator=draws)).item() > 0:
+        raise ValueError(
+            f"{path}: two different latents are not apart by it, so that nothing could be learned: its weights are 0, "
+            "below 0 or damaged; train or convert it again"
+        )
+    return network.to(device)
 
 
 def save(network: LatentLpips, path: Path) -> None:

@@ -4,7 +4,7 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-from ..equations.segments import NUM_SEGMENTS
+from ..equations.segments import MOST_SEGMENTS, NUM_SEGMENTS
 from ..recipe.student_sources import DESCRIPTION_FILE
 from ..recipe.types import sampling_segments
 from ..storage.files import CheckpointError, read_json
@@ -24,8 +24,8 @@ def describe(folder: Path) -> dict[str, Any]:
     description = read_json(file, family=str, prediction_type=str, conditioned=bool, adapter=dict)
     # in older folders num_segments is called segments, and the two keys below are missing
     num_segments = description.setdefault("num_segments", description.pop("segments", None))
-    if type(num_segments) is not int or not 1 <= num_segments <= NUM_SEGMENTS:
-        message = f"num_segments must be a whole number from 1 to {NUM_SEGMENTS}, is {reprlib.repr(num_segments)}"
+    if type(num_segments) is not int or not 1 <= num_segments <= MOST_SEGMENTS:
+        message = f"num_segments must be a whole number from 1 to {MOST_SEGMENTS}, is {reprlib.repr(num_segments)}"
         raise CheckpointError(f"{file}: {message}")
     tuned_steps = description.get("tuned_steps", 0)
     if type(tuned_steps) is not int or tuned_steps < 0:

@@ -2,7 +2,7 @@
 
 Each has a network of its own that learns, after the student's update, from what the student made in the step: the score
 of its samples (role `fake`), or heads on the teacher's features. A term is on clean samples: where a jump ends above
-time 0, it is 0.
+time 0, it is 0. An adversary may be of all jumps: it then sees both ends under the noise of a time above theirs.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from ..equations import adversarial as losses
 from ..equations.consistency import squared_l2
 from ..equations.matching import loss_of_gradient, matching_gradient, times_between
 from ..equations.prediction import prediction_from_x0
-from ..equations.schedule import add_noise
+from ..equations.schedule import add_noise, noise_up
 from ..equations.segments import sampling_times
 from ..recipe import Distill, Lora
 from ..recipe.terms import Adversarial, Matching, Term
@@ -36,29 +36,37 @@ from .sampler import sample as sample_of
 class Noised:
     """The noise of an update, under which samples are compared: times t (B,) and noise (B, C, H, W), on the CPU.
 
-    Where pictures are real, `real` are their latents (B, C, H, W) and `captions` their conditioning.
+    Where pictures are real, `real` are their latents (B, C, H, W) and `captions` their conditioning. Where samples have
+    noise already, `s` (B,) are their times, at most `t`.
     """
 
     t: Tensor
     noise: Tensor
     real: Tensor | None = None
     captions: Conditioning | None = None
+    s: Tensor | None = None
 
     def rows(self, index: Tensor) -> "Noised":
         """Return what is drawn for the samples `index` (b,)."""
         real = None if self.real is None else self.real[index]
         captions = None if self.captions is None else _rows(self.captions, index)
-        return Noised(self.t[index], self.noise[index], real, captions)
+        s = None if self.s is None else self.s[index]
+        return Noised(self.t[index], self.noise[index], real, captions, s)
 
-    def on(self, base: Base, x0: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the clean samples `x0` (B, C, H, W) with the noise, and the times, on their device."""
-        t = self.t.to(x0.device)
-        return add_noise(x0, self.noise.to(x0.device), t, base.schedule), t
+    def on(self, base: Base, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the samples `x` (B, C, H, W) with the noise, and the times, on their device."""
+        t, noise = self.t.to(x.device), self.noise.to(x.device)
+        if self.s is None:
+            return add_noise(x, noise, t, base.schedule), t
+        return noise_up(x, noise, self.s.to(x.device), t, base.schedule), t
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Clean latents `x0` (b, C, H, W) under `conditioning`; `rows` (b,), on the CPU, are their places in the batch."""
+    """Latents `x0` (b, C, H, W) under `conditioning`, clean or, where a term is of all jumps, those of their ends.
+
+    `rows` (b,), on the CPU, are their places in the batch.
+    """
 
     rows: Tensor
     x0: Tensor
@@ -67,9 +75,9 @@ class Samples:
 
 @dataclass(frozen=True)
 class Made:
-    """What the student made of a micro-batch, without gradient.
+    """What the student made of a micro-batch, without gradient, as a term sees it.
 
-    jumps     f of its points, of those whose jumps end at time 0
+    jumps     f of its points, of those whose jumps end at time 0; of a term of all jumps, their ends
     target    what the distance compares them with (b, C, H, W)
     weight    1 (b,); 0 for the one jump that stands in where none ends there
     sampled   its own samples in a few steps; None where no term learns from them
@@ -95,11 +103,12 @@ class AddedTerm(Protocol):
     num_updates: int  # of the network for each of the student's
     warmup_steps: int  # in which the network learns and the student has no term
     learns_from_samples: bool  # of a few steps
+    of_all_jumps: bool  # not of those alone that end at time 0
 
     @property
     def network(self) -> nn.Module: ...
 
-    def draw(self, generator: torch.Generator, batch_size: int) -> Noised: ...
+    def draw(self, generator: torch.Generator, batch_size: int, s: Tensor) -> Noised: ...  # s (B,): the jumps' ends
 
     def loss(self, x0: Tensor, conditioning: Conditioning, noised: Noised) -> Tensor: ...  # the student's, (B,)
 
@@ -113,7 +122,7 @@ class DistributionMatching:
     teacher's own prediction loss from the student's few-step samples.
     """
 
-    name, network_name, learns_from_samples = "matching", "fake", True
+    name, network_name, learns_from_samples, of_all_jumps = "matching", "fake", True, False
 
     def __init__(self, settings: Matching, base: Base, seed: int):
         self.settings, self.base, self.weight = settings, base, settings.weight
@@ -125,8 +134,8 @@ class DistributionMatching:
         self.learning_rate, self.num_updates = settings.fake.learning_rate, settings.fake.num_updates
         self.warmup_steps = settings.fake.warmup_steps
 
-    def draw(self, generator: torch.Generator, batch_size: int) -> Noised:
-        """Return the noise of one update of a whole batch."""
+    def draw(self, generator: torch.Generator, batch_size: int, s: Tensor) -> Noised:
+        """Return the noise of one update of a whole batch, for clean samples whatever the ends `s` of jumps."""
         return draw_noise(self.settings, self.base, generator, batch_size)
 
     def loss(self, x0: Tensor, conditioning: Conditioning, noised: Noised) -> Tensor:
@@ -152,7 +161,8 @@ class Adversary:
     """Heads on the frozen teacher's features tell real samples from the student's (TLCM v6, eq. 13; LogCD).
 
     Both get the same noise first. What is real is the target of the distance: between milestones, the student's own
-    output at the one below. With `pictures`, these are real instead.
+    output at the one below. With `pictures`, these are real instead. Of all jumps, both are at a jump's end, and the
+    noise brings them from its time up to another.
     """
 
     name, network_name, learns_from_samples, num_updates, warmup_steps = "adversarial", "heads", False, 1, 0
@@ -161,12 +171,12 @@ class Adversary:
         self.settings, self.base, self.weight, self.pictures = settings, base, settings.weight, pictures
         shapes = shapes_of(base, base.unconditional(1))
         self.network = Heads(shapes, settings.width, seed_of(seed, "heads")).to(base.device)
-        self.learning_rate = settings.learning_rate
+        self.learning_rate, self.of_all_jumps = settings.learning_rate, settings.jumps == "all"
         self.of_real, self.of_fake, self.of_student = losses.LOSSES[settings.loss]
 
-    def draw(self, generator: torch.Generator, batch_size: int) -> Noised:
-        """Return the noise of one update of a whole batch, and the pictures where these are real."""
-        noised = draw_noise(self.settings, self.base, generator, batch_size)
+    def draw(self, generator: torch.Generator, batch_size: int, s: Tensor) -> Noised:
+        """Return the noise of an update of a whole batch whose jumps end at `s` (B,), and pictures if such are real."""
+        noised = draw_noise(self.settings, self.base, generator, batch_size, s if self.of_all_jumps else None)
         if self.pictures is None:
             return noised
         return Noised(noised.t, noised.noise, *self.pictures(generator, batch_size))
@@ -215,11 +225,13 @@ def terms_of(stage: Distill, base: Base, seed: int, pictures: Pictures | None) -
     return terms
 
 
-def draw_noise(settings: Term, base: Base, generator: torch.Generator, batch_size: int) -> Noised:
-    """Return times between the settings' and noise, for one update of a whole batch."""
+def draw_noise(
+    settings: Term, base: Base, generator: torch.Generator, batch_size: int, s: Tensor | None = None
+) -> Noised:
+    """Return times between the settings' and noise, for an update of a whole batch; those above `s` (B,), if given."""
     share = torch.rand(batch_size, generator=generator)
-    t = times_between(share, *settings.times, base.schedule.num_times)
-    return Noised(t, torch.randn(batch_size, *base.latent_shape, generator=generator))
+    t = times_between(share, *settings.times, base.schedule.num_times, 0 if s is None else s)
+    return Noised(t, torch.randn(batch_size, *base.latent_shape, generator=generator), s=s)
 
 
 class TermsOfStep:
@@ -240,12 +252,12 @@ class TermsOfStep:
     ):
         self.rt, self.stage, self.base, self.student, self.terms = rt, stage, base, student, terms
         self.step, self.s = step, s  # (B,) the ends of the batch's jumps, on the CPU
-        self.noised = [term.draw(rt.generator(term.name, step), stage.batch_size) for term, _ in terms]
+        self.noised = [term.draw(rt.generator(term.name, step), stage.batch_size, s) for term, _ in terms]
         self.rows = iter(rt.micro_batches())
         self.seeds = torch.Tensor()
         if self.samples:
             self.seeds = torch.randint(2**62, (stage.batch_size,), generator=rt.generator("sample", step))
-        self.made: list[Made] = []
+        self.made: list[list[Made]] = []  # of each micro-batch, one a term
         self.sums = torch.zeros(1 + len(terms), device=base.device)
 
     @property
@@ -253,16 +265,28 @@ class TermsOfStep:
         """Return whether a term learns from the student's few-step samples."""
         return any(term.learns_from_samples for term, _ in self.terms)
 
-    def beside(
-        self, distance: Tensor, x0: Tensor, target: Tensor, conditioning: Conditioning, sample: Tensor | None
-    ) -> Tensor:
-        """Return the student's loss (B,) on the next micro-batch: `distance` (B,) and the terms times their weights.
+    @property
+    def sees_ends(self) -> bool:
+        """Return whether a term is of all jumps."""
+        return any(term.of_all_jumps for term, _ in self.terms)
 
-        `x0` and `target` (B, C, H, W) are what the distance compares. Without terms it is `distance` itself. A `sample`
-        is made where a term learns from one and there is none.
+    def beside(
+        self,
+        distance: Tensor,
+        x0: Tensor,
+        target: Tensor,
+        conditioning: Conditioning,
+        sample: Tensor | None,
+        ends: Tensor | None = None,
+    ) -> Tensor:
+        """Return the student's loss (B,) on the next micro-batch: `distance` (B,) and the terms, times their weights.
+
+        `x0` and `target` (B, C, H, W) are what the distance compares, `ends` where the student's jumps end. Without
+        terms it is `distance` itself. A `sample` is made where a term learns from one and there is none.
         """
         if not self.terms:
             return distance
+        distance = self.stage.distance_weight * distance
         rows = torch.arange(len(self.s))[next(self.rows)]
         if self.samples and sample is None:
             sample = self._sample(conditioning, self.seeds[rows])
@@ -271,16 +295,27 @@ class TermsOfStep:
         # the jumps that end at time 0; the first one, at weight 0, if none does
         clean = (self.s[rows] == 0).nonzero().flatten() if (self.s[rows] == 0).any() else torch.zeros(1).long()
         weight, index = (self.s[rows][clean] == 0).float().to(x0.device), clean.to(x0.device)
-        jumps = Samples(rows[clean], x0[index], _rows(conditioning, index))
-        values = [distance]
+        of_clean = (Samples(rows[clean], x0[index], _rows(conditioning, index)), target[index], index, weight)
+        values, made = [distance], []
         for (term, _), noised in zip(self.terms, self.noised, strict=True):
+            jumps, real, index, weight = of_clean
+            if term.of_all_jumps:
+                assert ends is not None
+                everything = torch.arange(len(rows), device=x0.device)
+                jumps, real, index, weight = (
+                    Samples(rows, ends, conditioning),
+                    target,
+                    everything,
+                    torch.ones_like(distance),
+                )
             added = torch.zeros_like(distance)
             if self.step >= term.warmup_steps:
                 value = term.loss(jumps.x0, jumps.conditioning, noised.rows(jumps.rows))
                 added = added.index_add(0, index, term.weight * value * weight)
             values.append(added)
-        detached = Samples(jumps.rows, jumps.x0.detach(), jumps.conditioning)
-        self.made.append(Made(detached, target.detach()[index], weight, sampled))
+            detached = Samples(jumps.rows, jumps.x0.detach(), jumps.conditioning)
+            made.append(Made(detached, real.detach(), weight, sampled))
+        self.made.append(made)
         parts = torch.stack(values)
         self.sums = self.sums + parts.detach().sum(1)
         return parts.sum(0)
@@ -300,11 +335,11 @@ class TermsOfStep:
         A network of several updates learns from the same samples each time, under other noise.
         """
         record: dict[str, float] = {}
-        for term, network in self.terms:
+        for i, (term, network) in enumerate(self.terms):
             for update in range(term.num_updates):
                 draws = self.rt.generator(f"{network.name} {update}", self.step)
-                noised = term.draw(draws, self.stage.batch_size)
-                losses_of_parts = (term.network_loss(made, noised) for made in self.made)
+                noised = term.draw(draws, self.stage.batch_size, self.s)
+                losses_of_parts = (term.network_loss(made[i], noised) for made in self.made)
                 last = self.rt.backward(losses_of_parts, network)
             record |= {f"{network.name}_{name}": value for name, value in last.items()}
         return record

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..cost.units import counted
 from ..data.prompts import first_prompts, read_prompts
+from ..equations.segments import NUM_SEGMENTS
 from ..models import hub, labelled_sheet, pictures, students, teachers
 from ..models.base import Base
 from ..models.client_export import export_as
@@ -335,7 +336,7 @@ def export(
     snapshots = {}
     for path in sorted((folder / "snapshots").glob("phase-*")):
         student = students.describe(path)
-        if not student["conditioned"] and student["num_segments"] > 1:
+        if not student["conditioned"] and 1 < student["num_segments"] <= NUM_SEGMENTS:  # a sampler's
             snapshots[student["num_segments"]] = path
     table, languages = _latest_table(run_folder)
     form = Form(PRECISIONS[precision] if precision else None, merge, repository or "")

@@ -118,10 +118,9 @@ def column_named(found: Gallery, name: str) -> Column:
 
 
 def verdict(choices: labels.Choices, names: tuple[str, str]) -> str:
-    """Return in words how often each column was preferred, and how often a coin would be as far from even."""
+    """Return in words how often each column was preferred, and the p of a sign test."""
     first, second, neither = choices.counts()
     return (
         f"{names[0]} was preferred {counted(first, 'time')}, {names[1]} {counted(second, 'time')}, neither "
-        f"{counted(neither, 'time')}; a fair coin is "
-        f"as far from even with probability {sign_test(first, second):.3g}."
+        f"{counted(neither, 'time')}; two-sided sign test: p = {sign_test(first, second):.3g}."
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..data.geneval import read_tasks, refuse_colours
 from ..data.pairs import PairTable
 from ..data.prompts import Prompt, first_prompts, parallel_prompts, read_prompts
 from ..models.text_encoder import states_width, tokenizer_of
@@ -43,6 +44,11 @@ def problems(stage: Stage) -> list[tuple[str, Exception]]:
         with collect("encoder"):
             tokenizer_of(Path(stage.encoder))
             states_width(Path(stage.encoder))
+    if isinstance(stage, Evaluate) and stage.detector and "prompts" in lists:
+        with collect("prompts"):
+            tasks = read_tasks(stage.prompts, stage.num_prompts)
+            if stage.clip is None:
+                refuse_colours(tasks, stage.prompts)
     if pairs := getattr(stage, "pairs", None):
         with collect("pairs"):
             PairTable(pairs)

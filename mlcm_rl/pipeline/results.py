@@ -53,8 +53,9 @@ class StageFolder:
 
     @property
     def begun_by(self) -> str | None:
-        """Return the name of the recipe that began a stage which is not finished; None of another stage."""
-        return self.begun["recipe"].get("name") if self.begun else None
+        """Return the name of the recipe that began a stage which is not finished; None of another, or unrecorded."""
+        name = self.begun["recipe"].get("name") if self.begun else None
+        return name if isinstance(name, str) else None
 
     @property
     def network_evaluations(self) -> object:

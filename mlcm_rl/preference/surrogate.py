@@ -1,4 +1,4 @@
-"""A learned stand-in for rewards without gradient: heads on the frozen student's features, fitted on line.
+"""A learned stand-in for rewards without gradient: heads on the frozen student's features, fitted online.
 
 In every step the student's samples are scored by the rewards, the heads' gradient at these samples tunes it, and the
 heads are then fitted to the new scores (the way of TDM-R1, 2026). They are right where the student samples now,

@@ -6,29 +6,27 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
+from .distill_conflicts import LOG, MOST_SEGMENTS, PER_PHASE, conflicts
 from .reads import LPIPS, PICTURES, PROMPTS
 from .stage import OneStage, Requirement, States, Training
 from .takes import Networks, Pass, Values
 from .terms import Adversarial, Matching
-from .types import Fraction, Full, Lora, PositiveInt, default_gamma, presentation
+from .types import Fraction, Full, Lora, NonNegativeFloat, PositiveInt, default_gamma, presentation
 
 if TYPE_CHECKING:
     from .experiment import Recipe
 
 MAX_ENCODED_AHEAD = 8192  # prompts of a stage that are encoded before its first step
 MEAN_ONLINE_STEPS = 4.5  # of Algorithm 1: 1 to 8 steps, segments drawn uniformly
-MOST_SEGMENTS = 8
 MOMENTS_BYTES = 12  # in a checkpoint, for each trained float32 weight and its two moments
 
-NumSegments = Literal[8, 4, 2, 1]
-LOG = "log_"  # begins the name of the logarithm of a distance
+NumSegments = Literal[32, 16, 8, 4, 2, 1]
 PERCEPTUAL = ("lpips", "features", "log_lpips", "log_features")  # distances of x0, by a network
 Distance = Literal["l2", "huber", "log_l2", "lpips", "features", "log_lpips", "log_features"]
 # The settings of a distill stage whose form is open: the best one of the study. The form is open if the stage sets none
 # of OWN_FORM, has no list with an entry a phase, and has the values of OPEN, which this form needs.
 RECOMMENDED = {"condition_on_target": True, "num_segments": [1], "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"}
 OWN_FORM = ("condition_on_target", "num_segments", "budgets")
-PER_PHASE = ("num_steps", "learning_rate", "target", "pair", "space", "distance", "optimizer_state")
 OPEN = {"method": "segments", "source": "trajectories", "target": "trajectory", "space": "z"}
 
 
@@ -42,8 +40,10 @@ class Distill(Training):
     leaves_student: ClassVar[bool] = True
 
     kind: Literal["distill"] = "distill"
-    method: Literal["segments", "inter_segment"] = Field(
-        "segments", description="segments: stage 1; inter_segment: stage 2"
+    method: Literal["segments", "inter_segment", "simulation"] = Field(
+        "segments",
+        description="segments: stage 1; inter_segment: stage 2; simulation: the terms alone, on states of the "
+        "student's own sampler, as DMD2",
     )
     source: Literal["trajectories", "online", "data"] = Field(
         "trajectories", description="stored states; the paper's Algorithm 1; or real latents plus noise, as LCM"
@@ -52,13 +52,26 @@ class Distill(Training):
         None, description="captioned image folder, for source: data and real: images"
     )
     prompts: Annotated[str | None, PROMPTS] = Field(
-        None, description="prompt file, for source: online and for inter_segment on samples"
+        None, description="prompt file, for source: online, for inter_segment on samples and for simulation"
     )
     adapter: Lora | Full = Field(
         default_factory=Lora, discriminator="kind", description="what is trained: a low-rank adapter, or all weights"
     )
     num_segments: list[NumSegments] = Field(
-        [8, 4, 2, 1], min_length=1, max_length=10, description="of each phase; [1] where the form is left open"
+        [8, 4, 2, 1],
+        min_length=1,
+        max_length=10,
+        description="of each phase; [1] in the default form; 32 and 16 only with starts: milestones",
+    )
+    starts: Literal["any", "milestones"] = Field(
+        "any",
+        description="where jumps start: any stored time; or the tops of the segments alone, as progressive "
+        "distillation, so that a phase is for samplers of K steps",
+    )
+    ends: Literal["segment", "random"] = Field(
+        "segment",
+        description="where jumps end: the start of the segment; or any time from there to the pair's second point, as "
+        "Hyper-SD and CTM",
     )
     keep_segments: bool = Field(
         False, description="each sample of a phase draws K from those of the phases up to it, against forgetting"
@@ -78,7 +91,7 @@ class Distill(Training):
     distance: Distance | list[Distance] = Field(
         "l2",
         description="squared; by Huber; or the logarithm of its mean, where near and far jumps weigh alike, as "
-        "where the form is left open; or as a network sees x0: LPIPS of latents, the teacher's first blocks, or the "
+        "in the default form; or as a network sees x0: LPIPS of latents, the teacher's first blocks, or the "
         "logarithm of these",
     )
     lpips: Annotated[str | None, LPIPS] = Field(
@@ -96,12 +109,12 @@ class Distill(Training):
     )
     condition_on_target: bool = Field(
         False,
-        description="give the student the time it jumps to: one for all steps; true where the form is left open",
+        description="give the student the time it jumps to: one for all steps; true in the default form",
     )
     budgets: list[Annotated[int, Field(ge=1, le=8)]] = Field(
         [],
         description="with condition_on_target: draw the jumps of samplers with these numbers of steps, and no others; "
-        "[2, 3, 4, 6, 8] where the form is left open",
+        "[2, 3, 4, 6, 8] in the default form",
     )
     skip: int = Field(20, gt=0, le=999, description="times between a pair's points for source online and data")
     num_teacher_steps: int = Field(3, gt=0, le=125, description="inter_segment: p, teacher steps between milestones")
@@ -110,6 +123,9 @@ class Distill(Training):
     )
     renoise: Literal["student", "stored"] = Field(
         "stored", description="inter_segment: what is re-noised to a milestone"
+    )
+    distance_weight: NonNegativeFloat = Field(
+        1.0, description="factor of the distance in its sum with the terms; 0: the terms alone"
     )
     matching: Matching | None = Field(None, description="a term of distribution matching; default: none")
     adversarial: Adversarial | None = Field(None, description="an adversarial term; default: none")
@@ -125,62 +141,16 @@ class Distill(Training):
         return self
 
     @model_validator(mode="after")
-    def _phases_agree(self):
-        for name in PER_PHASE:
-            value = getattr(self, name)
-            if isinstance(value, list) and len(value) != len(self.num_segments):
-                raise ValueError(
-                    f"{name} has {len(value)} entries for {len(self.num_segments)} phases ({self.num_segments})"
-                )
-        if list(self.num_segments) != sorted(self.num_segments, reverse=True):
-            raise ValueError(f"num_segments {self.num_segments} must not increase: phases merge segments")
-        if self.method == "inter_segment" and list(self.num_segments) != [1]:
-            raise ValueError(
-                "method: inter_segment is consistency over the whole time axis, so num_segments must be [1]"
-            )
-        if self.method == "inter_segment" and self.renoise == "student" and self.prompts is None:
-            raise ValueError("renoise: student needs prompts: a prompt file")
-        if self.budgets and not (self.condition_on_target and list(self.num_segments) == [1]):
-            raise ValueError(
-                "budgets are jumps across segments: they need condition_on_target: true and num_segments: [1]"
-            )
-        if self.budgets and (self.source != "trajectories" or "consistency" in self.per_phase("target")):
-            raise ValueError("budgets are jumps between stored states: they need those, and target: trajectory")
-        pairs = zip(self.per_phase("space"), self.per_phase("distance"), strict=True)
-        for name in (distance for space, distance in pairs if space == "x0" and distance.startswith(LOG)):
-            raise ValueError(
-                f"distance: {name} weighs all jumps alike and space: x0 does not; with {name} take space: z"
-            )
-        if self.lpips is not None and not self.compares_by("lpips"):
-            raise ValueError("lpips has no effect without distance: lpips or log_lpips")
-        for name in {"feature_blocks", "feature_time"} & self.model_fields_set:
-            if not self.compares_by("features") and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} has no effect without distance: features or log_features")
-        if list(self.feature_blocks) != sorted(set(self.feature_blocks)):
-            raise ValueError(f"feature_blocks {self.feature_blocks} must increase")
-        if self.keep_segments and len(set(self.num_segments)) == 1:
-            raise ValueError(
-                f"keep_segments draws K of earlier phases, and all of num_segments {self.num_segments} are one: leave "
-                "it out"
-            )
-        if self.terms and list(self.num_segments) != [1]:
-            raise ValueError(
-                f"{' and '.join(self.terms)}: terms are of clean samples, and jumps to the starts of several segments "
-                "end at noisy ones: they need num_segments: [1], or method: inter_segment"
-            )
-        if self.adversarial and self.adversarial.real == "images" and self.images is None:
-            raise ValueError("adversarial.real: images needs images: a captioned image folder")
-        if self.source == "data" and self.images is None:
-            raise ValueError("source: data needs images: a captioned image folder")
-        if self.source == "online" and self.prompts is None:
-            raise ValueError("source: online needs prompts: a prompt file")
-        if self.source != "trajectories" and self.method == "segments" and "trajectory" in self.per_phase("target"):
-            raise ValueError(f"source: {self.source} stores no states, so target must be consistency")
+    def _settings_agree(self):
+        for message in conflicts(self):
+            raise ValueError(message)
         return self
 
     @property
     def reads_trajectories(self) -> bool:
         """Whether the stage needs a store of trajectories."""
+        if self.method == "simulation":
+            return False
         return self.renoise == "stored" if self.method == "inter_segment" else self.source == "trajectories"
 
     @property
@@ -198,6 +168,11 @@ class Distill(Training):
         return [name for name in ("matching", "adversarial") if getattr(self, name) is not None]
 
     @property
+    def makes_samples(self) -> bool:
+        """Whether its points are made from samples of the student, from which a fake score then learns too."""
+        return self.method == "simulation" or (self.method == "inter_segment" and self.renoise == "student")
+
+    @property
     def uses_teacher(self) -> bool:
         """Whether steps evaluate the teacher, or part of it; if not, its denoiser leaves memory before the first."""
         return self.samples_teacher or bool(self.terms) or self.compares_by("features")
@@ -205,7 +180,7 @@ class Distill(Training):
     @property
     def samples_teacher(self) -> bool:
         """Whether steps take guided passes of the teacher."""
-        return self.method == "inter_segment" or self.source != "trajectories"
+        return self.method == "inter_segment" or (self.method == "segments" and self.source != "trajectories")
 
     def compares_by(self, network: Literal["lpips", "features"]) -> bool:
         """Return whether a phase has the distance of this `network`, or its logarithm."""
@@ -254,7 +229,9 @@ class Distill(Training):
     @property
     def jumps_again(self) -> list[bool]:
         """For each phase, whether its target is another jump, of the student or of its average."""
-        return [self.method == "inter_segment" or target == "consistency" for target in self.per_phase("target")]
+        if self.method != "segments":
+            return [self.method == "inter_segment"] * len(self.num_segments)
+        return [target == "consistency" for target in self.per_phase("target")]
 
     @property
     def corrections(self) -> int:
@@ -302,6 +279,8 @@ class Distill(Training):
                 passes.append(Pass(network, compared, batch=batch, gradient=True))
         if self.method == "inter_segment" and self.renoise == "student":
             passes.append(Pass("student", samples, self.num_student_steps, is_chained=True, num_with_keys=1))
+        if self.method == "simulation":
+            passes.append(Pass("student", samples, (self.num_student_steps - 1) / 2, is_chained=True))
         passes += self._passes_of_terms(recipe, samples, batch)
         takes_pictures = self.adversarial is not None and self.adversarial.real == "images"
         if takes_pictures or (self.method == "segments" and self.source == "data"):
@@ -320,18 +299,19 @@ class Distill(Training):
             guided = recipe.teacher if scale is None else recipe.teacher.model_copy(update={"guidance_scale": scale})
             matched = clean * max(0.0, 1 - fake.warmup_steps / sum(self.steps_per_phase))
             passes = [Pass("teacher", matched, guided.evaluations, batch), Pass("fake", matched, batch=batch)]
-            if not (self.method == "inter_segment" and self.renoise == "student"):  # which samples anyway
+            if not self.makes_samples:
                 passes.append(Pass("student", samples, self.num_student_steps, is_chained=True, num_with_keys=1))
             own = [Pass("fake", samples, fake.num_updates, batch, gradient=True, output="prediction", beside=True)]
         if self.adversarial:
-            passes.append(Pass("heads", clean, batch=batch, gradient=True))
-            own.append(Pass("heads", clean, 2, batch, gradient=True, beside=True))  # of real samples, and of its own
+            seen = samples if self.adversarial.jumps == "all" else clean
+            passes.append(Pass("heads", seen, batch=batch, gradient=True))
+            own.append(Pass("heads", seen, 2, batch, gradient=True, beside=True))  # of real samples, and of its own
         return passes + own
 
     @property
     def _share_of_clean(self) -> float:
         """The share of jumps that end at time 0, of one segment: with a target time, one of the later milestones."""
-        if self.method == "inter_segment" or not self.condition_on_target:
+        if self.method != "segments" or not self.condition_on_target:
             return 1.0
         if self.budgets:
             return sum(1 / num_steps for num_steps in self.budgets) / len(self.budgets)

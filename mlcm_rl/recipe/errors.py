@@ -3,6 +3,7 @@
 The expectation comes from the types' JSON schema, so that an editor and the command line say the same.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -223,7 +224,8 @@ def _form_in_loc(part: str | int, members: list[Schema]) -> str:
     """Return the form that pydantic attempted, by the part of an error's `loc`: a list's type, or a model's name."""
     if str(part).startswith("list["):
         return "array"
-    return "object" if part in [member.get("title") for member in members if _form_of(member) == "object"] else "single"
+    model = re.findall(r"\w+", str(part))[-1]  # of one with a check of its own: function-after[check(), Model]
+    return "object" if model in [one.get("title") for one in members if _form_of(one) == "object"] else "single"
 
 
 def _inline(schema: Any, definitions: Schema) -> Any:

@@ -227,11 +227,19 @@ def _order_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _store_problems(recipe: Recipe) -> Iterator[Problem]:
-    """A store that would leave out states that a later stage reads."""
+    """A store that would leave out states that a later stage reads, or has none where a jump ends."""
     for i, stage in enumerate(recipe.stages):
-        if not isinstance(stage, Trajectories) or stage.keep != "milestones":
+        if not isinstance(stage, Trajectories):
             continue
         for j, reader in enumerate(recipe.stages):
+            if isinstance(reader, Distill) and reader.method == "segments" and reader.reads_trajectories:
+                for k in (k for k in reader.num_segments if stage.solver_steps % k):
+                    message = f"{k} segments end where stages[{i}] stores no states: its solver_steps must be a "
+                    yield Problem(
+                        ("stages", j, "num_segments"), f"{message}multiple of {k}, found {stage.solver_steps}"
+                    )
+            if stage.keep != "milestones":
+                continue
             if reader.states_read(recipe.stages[:j]) == "all":
                 message = f"milestones leaves out states that stages[{j}] ({reader.kind}) begins its jumps at, since "
                 yield Problem(("stages", i, "keep"), message + "it has no budgets: write all, or auto")

@@ -46,7 +46,7 @@ class TrainPerceptual(Training):
     held_out_distortions: list[Distortion] = Field([], description="kinds that only measure it")
     held_out: float = Field(0.2, gt=0, lt=1, description="share of the pictures that only measure it")
     crop: PositiveInt | None = Field(None, description="pixels a side of the part that is distorted; default: all")
-    num_held_out_pairs: int = presentation(512, ge=1, le=1_000_000, description="of each kind of measure")
+    num_held_out_pairs: int = presentation(512, ge=2, le=1_000_000, description="of each kind of measure")
     held_out_every: PositiveInt = presentation(100, description="steps between measures")
 
     @model_validator(mode="after")

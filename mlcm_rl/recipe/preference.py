@@ -78,6 +78,8 @@ class Tuning(Training):
     def _something_is_maximised(self):
         if not self.objectives:
             raise ValueError("rewards: all have max_drop; name one without it, to be maximised under the constraints")
+        if not any(reward.weight for reward in self.objectives):
+            raise ValueError("rewards: all weights are 0, so that nothing is maximised; give one another weight")
         if not self.max_drops and self.multiplier_rate != type(self).model_fields["multiplier_rate"].default:
             raise ValueError("multiplier_rate is of rewards with max_drop, and none has it")
         return self
@@ -216,6 +218,11 @@ class Feedback(Tuning):
         if self.surrogate and (self.batch_size // self.gradient_accumulation) % self.surrogate.num_generations:
             raise ValueError(
                 f"batch_size must hold whole groups of surrogate.num_generations {self.surrogate.num_generations}"
+            )
+        if self.surrogate and self.surrogate.head_start >= self.num_steps:
+            raise ValueError(
+                f"surrogate.head_start {self.surrogate.head_start} of num_steps {self.num_steps} leaves no step in "
+                "which the student is tuned: lower it"
             )
         if self.form == "bounded" and self.gradient == "last" and self.num_grad_steps > 1:
             raise ValueError(

@@ -8,7 +8,7 @@ from .types import PositiveInt, Strict
 
 
 class Surrogate(Strict):
-    """Heads on the frozen student's features, fitted on line to the scores of its samples; their gradient tunes it."""
+    """Heads on the frozen student's features, fitted online to the scores of its samples; their gradient tunes it."""
 
     num_generations: int = Field(
         4, ge=2, le=1024, description="samples a prompt; what is fitted is the difference of their scores"

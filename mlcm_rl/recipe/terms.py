@@ -55,6 +55,11 @@ class Adversarial(Term):
         description="what is real: the target of the distance, for inter_segment the student's own output at the "
         "milestone below; or the pictures of images",
     )
+    jumps: Literal["clean", "all"] = Field(
+        "clean",
+        description="which jumps it is of: those that end at time 0; or all, where the student's end and its target "
+        "get the noise of a time above their own, as PCM",
+    )
     learning_rate: PositiveFloat = Field(1e-4, description="of the heads, constant")
     gradient_penalty: NonNegativeFloat = Field(1e-5, description="weight of R1 on the features of real samples")
     width: PositiveInt = Field(64, description="channels of a head's convolutions, a multiple of 4")

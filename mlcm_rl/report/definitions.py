@@ -140,7 +140,7 @@ LATENCY = (
 TRAINING = (
     "Network evaluations that the student's training took in all: forward passes of a denoiser for one sample, a "
     "guided one counting two. In parentheses, for each training sample drawn: the teacher's (its stored trajectories, "
-    "solved once, over all samples drawn from them; or its passes on line) + the student's and its target's. With "
+    "solved once, over all samples drawn from them; or its passes online) + the student's and its target's. With "
     "guidance the paper's Algorithm 1 is 11 + 2, LCM 2 + 2. A chain of stages is summed, a snapshot counted up to its "
     "own step; the teacher's own training and what only looks (held-out losses, guards, sample grids) are not counted."
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..data.captions import RealPictures
 from ..data.prompts import CaptionedImages, read_prompts
-from ..data.training_points import Batch, NoisedData, OnLine, RenoisedSamples, Source, StoredStates
+from ..data.training_points import Batch, NoisedData, OnLine, RenoisedSamples, SimulatedStates, Source, StoredStates
 from ..data.trajectory_store import store_of
 from ..equations import consistency
 from ..equations.averaging import ema_decay, ema_update_
@@ -123,6 +123,8 @@ def make_source(
     if stage.method == "inter_segment":
         prompts = None if store else read_texts(stage, base)
         return RenoisedSamples(stage, base, student, store, prompts, recipe.seed)
+    if stage.method == "simulation":
+        return SimulatedStates(stage, base, student, read_texts(stage, base), recipe.seed)
     if store is not None:
         return StoredStates(stage, base, store, recipe.seed)
     if stage.source == "online":
@@ -161,7 +163,7 @@ def real_pictures(stage: Distill, base: Base) -> RealPictures | None:
 
 
 def read_texts(stage: Distill, base: Base) -> list[str]:
-    """Return the prompts of a stage whose teacher samples on line."""
+    """Return the prompts of a stage whose teacher samples online."""
     assert stage.prompts is not None  # the recipe checks it
     texts = [prompt.prompt for prompt in read_prompts(stage.prompts)]
     tell_truncated(base, texts, stage.prompts)
@@ -181,10 +183,13 @@ def loss(
 ) -> Tensor:
     """Return the distillation loss of `batch`, (B,) float32 (TLCM v6, eq. 7; inter_segment: eq. 10).
 
-    The terms that are `added` to the distance are part of it.
+    The terms that are `added` to the distance are part of it, and with `method: simulation` all of it.
     """
     s = batch.s if stage.condition_on_target else None
     x0 = base.x0(student, batch.x_t, batch.t, batch.conditioning, s)
+    if stage.method == "simulation":  # a fake score learns from the samples that the terms move
+        assert added is not None
+        return added.beside(x0.new_zeros(len(x0)), x0, x0, batch.conditioning, x0.detach())
     if stage.method == "inter_segment":
         x0_at_r = no_grad_x0(rt, base, student, average, batch, s)
         assert batch.x_r is not None
@@ -206,7 +211,10 @@ def loss(
         error = consistency.log_perceptual_loss if is_log else consistency.PERCEPTUAL_LOSSES[settings.space]
     compared = partial(measure, conditioning=batch.conditioning)
     distance = error(x0, batch.x_t, batch.t, target, batch.s, base.schedule, compared)
-    return distance if added is None else added.beside(distance, x0, target, batch.conditioning, batch.sample)
+    if added is None:
+        return distance
+    ends = consistency.transfer(batch.x_t, x0, batch.t, batch.s, base.schedule) if added.sees_ends else None
+    return added.beside(distance, x0, target, batch.conditioning, batch.sample, ends)
 
 
 @torch.no_grad()

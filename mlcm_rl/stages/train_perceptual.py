@@ -43,7 +43,7 @@ def run(stage: TrainPerceptual, recipe: Recipe, parents: dict[str, Path], folder
     refuse_crop(stage, base)
     layout = new_layout(base.latent_shape[0], stage.widths, stage.depths)
     ranked = Ranked(lpips.new(layout, recipe.seed), recipe.seed).to(rt.device)
-    held_out = held_out_pairs(stage, base, measured_on, recipe.seed)
+    held_out, apart = held_out_pairs(stage, base, measured_on, recipe.seed), neighbours_apart(stage, measured_on)
     optimizer = torch.optim.AdamW(
         ranked.parameters(), lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True
     )
@@ -70,7 +70,7 @@ def run(stage: TrainPerceptual, recipe: Recipe, parents: dict[str, Path], folder
             rt.log(step, **record)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
-    rt.write(write, stage, held_out, untrained, folder)
+    rt.write(write, stage, held_out, apart, untrained, folder)
 
 
 class Ranked(nn.Module):
@@ -187,14 +187,37 @@ def measured(distance: Callable[[Tensor, Tensor], Tensor], held_out: dict[str, L
     return shares
 
 
+def neighbours_apart(stage: TrainPerceptual, images: Tensor) -> Tensor:
+    """Return whether the picture of each held-out pair (M,) differs from that of the pair before, the last for pair 0.
+
+    Raise ValueError where none does: the unit is the distance of two different pictures.
+    """
+    rows = torch.arange(stage.num_held_out_pairs) % len(images)
+    apart = torch.tensor([not images[i].equal(images[j]) for i, j in zip(rows, rows.roll(1), strict=True)])
+    if not apart.any():
+        raise ValueError(
+            f"train_perceptual needs three different pictures or more: the {len(images)} that only measure it are the "
+            "same; add others, or raise held_out"
+        )
+    return apart
+
+
 def write(
-    ranked: Ranked, stage: TrainPerceptual, held_out: dict[str, LatentPairs], untrained: dict, folder: Path
+    ranked: Ranked,
+    stage: TrainPerceptual,
+    held_out: dict[str, LatentPairs],
+    apart: Tensor,
+    untrained: dict,
+    folder: Path,
 ) -> None:
-    """Write the network, its unit the mean distance of two different pictures, and what was measured of it."""
+    """Write the network, its unit the mean distance of two different pictures, and what was measured of it.
+
+    `apart` (M,) says which held-out pictures differ from the one before.
+    """
     network = ranked.lpips
     originals = held_out["seen"].original
     with torch.no_grad():
-        network.scale_(1 / network(originals, originals.roll(1, 0)).mean())
+        network.scale_(1 / network(originals, originals.roll(1, 0))[apart.to(originals.device)].mean())
     lpips.save(network, folder / FILE)
     rows = {"trained": measured(network, held_out), "untrained": untrained, "l2": measured(squared_l2, held_out)}
     files.write_json(folder / "measured.json", {"pairs": stage.num_held_out_pairs, "accuracy": rows})

@@ -1,5 +1,6 @@
 """Checkpoints that a stage resumes from: `checkpoints/step-<n>`, whole or absent, with checksums inside."""
 
+import re
 from pathlib import Path
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from .hashing import seal_of, sha256
 from .tensors import TensorFile, write_tensors
 
 STATE_FORMAT = 2  # of checkpoints
+NAME = re.compile(r"step-[0-9]{8,18}")  # of a checkpoint's folder
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, Tensor], record: dict | None = None, keep: int = 2) -> Path:
@@ -82,8 +84,9 @@ def state_path(folder: Path, step: int) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a stage's folder, oldest first."""
-    return sorted((folder / "checkpoints").glob("step-*"))
+    """Return the checkpoints of a stage's folder, oldest first; what else is there, a copy by hand say, is none."""
+    names = (path for path in (folder / "checkpoints").glob("step-*") if NAME.fullmatch(path.name))
+    return sorted(names, key=step_of)
 
 
 def step_of(path: Path) -> int:

@@ -10,21 +10,12 @@ not trained again: the study may be stopped and started. The table is written be
 """
 
 import argparse
-import csv
-import json
 from pathlib import Path
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
-from mlcm_rl import pipeline
-from mlcm_rl.equations.statistics import mean_and_error
-from mlcm_rl.recipe import Distill, Evaluate, Recipe
+import protocol
+from mlcm_rl.recipe import Distill, Recipe
 from mlcm_rl.recipe.file import load
-from mlcm_rl.storage.files import replacing
 
-RECIPES = Path(__file__).parents[1]
 BASES = {"emoji": "emoji_mlcm.yaml", "scenes": "scenes_demo.yaml"}
 GLOBAL_SHARE = 5  # one step in so many is of the second stage
 
@@ -65,20 +56,14 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
     arguments = parser.parse_intermixed_args()
-    base = load(RECIPES / BASES[arguments.subject], arguments.overrides)
-    rows = arguments.rows.split(",")
-    found: dict[str, list[dict]] = {row: [] for row in rows}
-    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-        for row in rows:
-            recipe = recipe_of(base, row, seed, arguments.steps, arguments.prompts)
-            report = pipeline.run(recipe)[-1].folder / "report.json"
-            found[row].append(json.loads(report.read_text(encoding="utf-8")))
-    table = table_of(found, COLUMNS[arguments.subject])
+    base = load(protocol.RECIPES / BASES[arguments.subject], arguments.overrides)
+    recipes = (
+        (row, recipe_of(base, row, seed, arguments.steps, arguments.prompts))
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+        for row in arguments.rows.split(",")
+    )
     path = Path(base.runs) / f"terms-{arguments.subject}-{arguments.steps}.tsv"
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, delimiter="\t").writerows(table)
-    show(table)
-    Console().print(str(path), soft_wrap=True)
+    protocol.write_table(protocol.measure(recipes), COLUMNS[arguments.subject], path)
 
 
 def recipe_of(base: Recipe, row: str, seed: int, num_steps: int, num_prompts: int) -> Recipe:
@@ -86,74 +71,17 @@ def recipe_of(base: Recipe, row: str, seed: int, num_steps: int, num_prompts: in
 
     The seed is that of the training alone.
     """
-    trajectories, given = base.stages[0], next(stage for stage in base.stages if isinstance(stage, Distill))
+    trajectories, given = base.stages[0], protocol.distill_of(base)
     chain, second = ROWS[row], num_steps // GLOBAL_SHARE
-    shared = {
-        "batch_size": given.batch_size,
-        "precision": given.precision,
-        "adapter": given.adapter.model_dump(),
-        "sample_every": num_steps,
-        "seed": seed,
-    }
+    shared = protocol.training_settings(base, seed, num_steps)
     first = num_steps - second * (len(chain) - 1)
     stages = [trajectories, Distill(num_steps=first, learning_rate=given.learning_rate, **shared, **chain[0])]
     for settings in chain[1:]:
         prompts = {"prompts": trajectories.prompts} if settings.get("renoise") == "student" else {}
         rate = given.learning_rate / 10
         stages.append(Distill(num_steps=second, learning_rate=rate, **shared, **prompts, **settings))
-    evaluate = next(stage for stage in base.stages if isinstance(stage, Evaluate))
-    measured = {
-        "num_prompts": num_prompts,
-        "images_per_prompt": 2,  # whose difference is the diversity
-        "sampling_steps": [2, 4, 8],
-        "gammas": [0.0, 0.5, 1.0],
-        "grids": ["milestones"],
-        "teacher_steps": [50],
-        "teacher_solvers": ["ddim"],
-        "students": "last",
-        "distribution": True,
-    }
-    stages.append(evaluate.model_copy(update=measured))
+    stages.append(protocol.evaluate_stage(base, num_prompts, [2, 4, 8]))
     return base.model_copy(update={"name": f"terms-{row.replace('_', '-')}-{seed}", "stages": stages})
-
-
-def table_of(found: dict[str, list[dict]], columns: tuple[str, ...]) -> list[list[str]]:
-    """Return the head and a row for each (student, sampler, steps): means over prompts and seeds, with their errors.
-
-    A student of several seeds is the mean of theirs prompt by prompt. The teacher's own rows come last.
-    """
-    lines = [["student", "sampler", "evaluations", "seeds", *columns]]
-    reports = [(row, of_seeds, True) for row, of_seeds in found.items()]
-    reports.append(("teacher", next(iter(found.values()))[:1], False))
-    for name, of_seeds, of_students in reports:
-        for i, row in enumerate(of_seeds[0]["rows"]):
-            if (row["role"] == "student") != of_students:
-                continue
-            same = [report["rows"][i] for report in of_seeds]
-            cells = [cell([one["metrics"].get(column) for one in same]) for column in columns]
-            lines.append([name, row["sampler"], str(row["num_evaluations"]), str(len(same)), *cells])
-    return lines
-
-
-def cell(summaries: list[dict | None]) -> str:
-    """Return "mean +- error" of one metric over seeds; the error of prompts is taken after the mean over seeds."""
-    known = [one for one in summaries if one is not None and one["mean"] is not None]
-    if not known:
-        return ""
-    if all(one["values"] for one in known):
-        values = torch.tensor([[float("nan") if v is None else v for v in one["values"]] for one in known])
-        mean, error = mean_and_error(values.double().mean(0))
-    else:
-        mean, error = (sum(one[key] for one in known) / len(known) for key in ("mean", "se"))
-    return f"{mean:.4f} +- {error:.4f}"
-
-
-def show(lines: list[list[str]]) -> None:
-    """Print the table."""
-    table = Table(*lines[0], box=None, header_style="bold")
-    for line in lines[1:]:
-        table.add_row(*line)
-    Console(width=200).print(table)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python tests/benchmarks/distillation.py [--steps 8] [--batch-size 32]        (or: make benchmark)
 
 Every variant runs in a process of its own, one after another, so that peak memory is its own. Times are medians over
-steps, per sample: `teacher` makes the points (states read, or solved on line), `target` is the pass without gradient,
+steps, per sample: `teacher` makes the points (states read, or solved online), `target` is the pass without gradient,
 `student` forward, backward and the optimiser. Ratios are to `data`, which is how LCM trains; `plain script` is the same
 as the field's scripts write it (plain_script.py), all of its step under `student`. Captions are encoded once, before
 the first step. Network evaluations are counted, by the same parts, in a table of their own.

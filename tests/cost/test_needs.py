@@ -19,7 +19,7 @@ from mlcm_rl.recipe.file import load
 RECIPES = Path(__file__).parents[2] / "recipes"
 NEEDS = RECIPES / "needs.json"
 AS_IN_HEADERS = (
-    *("emoji_", "hanzi_", "scenes_", "my_finetune", "sdxl_adapt_text", "sdxl_coco", "sdxl_geneval"),
+    *("emoji_", "hanzi_", "scenes_", "my_finetune", "sdxl_adapt_text", "sdxl_coco", "sdxl_dmd2", "sdxl_geneval"),
     "tune_published",
 )
 UPDATE = os.environ.get("MLCM_RL_UPDATE_NEEDS") == "1"

@@ -109,6 +109,9 @@ def test_a_file_in_genevals_layout_is_read_as_prompts_and_as_tasks(tmp_path):
     assert len(read_tasks(path, 2)) == 2
 
 
+ONE_CAT = {"class": "cat", "count": 1}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -119,6 +122,8 @@ def test_a_file_in_genevals_layout_is_read_as_prompts_and_as_tasks(tmp_path):
         ({"include": [{"class": "cat", "count": True}]}, r"1: include\[0\]: count must be a whole number from 1"),
         ({"include": [{"class": "cat", "count": 1, "color": "teal"}]}, r"include\[0\]: color must be one of red"),
         ({"include": [{"class": "cat", "count": 1, "position": ["above", 0]}]}, r"include\[0\]: position must be"),
+        ({"include": [{"class": "cat", "count": 17}]}, r"include\[0\]: count must be a whole number from 1 to 16"),
+        ({"include": [ONE_CAT, ONE_CAT | {"position": ["above", 0.0]}]}, r"include\[1\]: position must be"),
         ({"exclude": [{"class": "cat", "count": 0}]}, r"1: exclude\[0\]: count must be"),
     ],
 )

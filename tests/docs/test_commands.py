@@ -145,12 +145,26 @@ def test_files_that_a_page_names_are_there(page):
     assert [target for target in targets if f"\n{target}:" not in makefile] == []
 
 
+OF_FILES = {
+    "path",
+    "revision",
+    "prompts",
+    "start",
+    "pairs",
+}  # keys that name what a reader has and these tests have not
+
+
 @pytest.mark.parametrize("page", pages.pages(), ids=lambda page: str(page.relative_to(ROOT)))
-def test_a_whole_recipe_of_a_page_is_of_the_right_types(page, tmp_path):
+def test_a_whole_recipe_of_a_page_lacks_nothing_but_the_readers_own_files(page, tmp_path):
     for block in pages.blocks(page.read_text(encoding="utf-8")):
         if block.language == "yaml" and all(f"\n{key}:" in f"\n{block.text}" for key in ("name", "teacher", "stages")):
             (tmp_path / "recipe.yaml").write_text(block.text, encoding="utf-8")
-            load(tmp_path / "recipe.yaml")
+            problems = []
+            try:
+                load(tmp_path / "recipe.yaml", root=tmp_path)
+            except RecipeError as error:
+                problems = error.problems
+            assert [str(problem) for problem in problems if problem.key[-1] not in OF_FILES] == []
 
 
 RUN = [

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 RECIPE_FOLDER = Path(__file__).parents[2] / "recipes" / "emoji"
-sys.path[:0] = [str(RECIPE_FOLDER / name) for name in ("build", "study")]
+sys.path[:0] = [str(RECIPE_FOLDER / name) for name in ("build", "study", "../study")]
 
 
 @pytest.fixture

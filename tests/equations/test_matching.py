@@ -111,3 +111,10 @@ def test_times_fill_the_part_of_the_axis_evenly():
     assert (times.min().item(), times.max().item()) == (19, 979)
     assert counts[19:].min() >= 9
     assert counts[19:].max() <= 11
+
+
+def test_times_above_a_time_are_parts_of_what_is_above_it_by_hand():
+    """Above 499 the axis is 500 long: 10 % to 20 % are 50 to 100 above; above 899 it is 100 long."""
+    start = torch.tensor([0, 499, 499, 899, 899])
+    share = torch.tensor([0.0, 0.0, 0.999, 0.0, 0.999])
+    assert times_between(share, 0.1, 0.2, 1000, start).tolist() == [99, 549, 599, 909, 919]

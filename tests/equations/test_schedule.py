@@ -11,6 +11,7 @@ from mlcm_rl.equations.schedule import (
     expand,
     flow_schedule,
     flow_shift,
+    noise_up,
     scaled_linear_betas,
     snr,
     vp_schedule,
@@ -18,6 +19,20 @@ from mlcm_rl.equations.schedule import (
 from mlcm_rl.equations.segments import sampling_times
 
 VP = vp_schedule(scaled_linear_betas())
+
+
+@pytest.mark.parametrize("schedule", [VP, flow_schedule(), flow_schedule(3.0)], ids=["vp", "flow", "shifted"])
+def test_noise_on_a_state_makes_the_state_of_a_later_time(schedule):
+    """Two steps of noise have the mean alpha_t and the deviation sigma_t of one; at t = s nothing is added."""
+    s, t = torch.tensor([0, 124, 499, 874, 874]), torch.tensor([600, 124, 500, 999, 900])
+    one, none = torch.ones(5, 1, 1, 1), torch.zeros(5, 1, 1, 1)
+    of_x0 = noise_up(add_noise(one, none, s, schedule), none, s, t, schedule)
+    of_first, of_second = (
+        noise_up(add_noise(none, a, s, schedule), b, s, t, schedule) for a, b in ((one, none), (none, one))
+    )
+    torch.testing.assert_close(of_x0.flatten(), schedule.alpha[t])
+    torch.testing.assert_close((of_first**2 + of_second**2).sqrt().flatten(), schedule.sigma[t])
+    torch.testing.assert_close(of_second[1], none[1])
 
 
 def test_variance_preserving_scales_are_on_the_circle():

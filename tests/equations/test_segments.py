@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mlcm_rl.equations.segments import (
     PAPER_GRIDS,
     draw_jumps,
+    draw_steps,
     milestones,
     paper_times,
     phase_at,
@@ -153,7 +154,22 @@ def test_impossible_strengths_are_refused(strength):
         remaining_times(8, strength)
 
 
-@pytest.mark.parametrize(("num_steps", "num_segments"), [(0, 1), (9, 1), (4, 3), (4, 16), (4, 0), (4, -2)])
+@pytest.mark.parametrize("num_segments", [16, 32])
+def test_no_sampler_visits_the_boundaries_of_more_segments_than_it_has_steps(num_segments):
+    assert [sampling_times(n, num_segments) for n in (1, 4, 8)] == [sampling_times(n) for n in (1, 4, 8)]
+
+
+def test_steps_are_whole_segments_each_drawn_alike():
+    """By hand: 4 segments are 999, 749, 499, 249, 0; 32 begin at 999 32 / 32, 999 31 / 32 rounded down, ..."""
+    t, s = draw_steps(4, 4000, torch.Generator().manual_seed(0))
+    counts = Counter(zip(t.tolist(), s.tolist(), strict=True))
+    assert set(counts) == {(999, 749), (749, 499), (499, 249), (249, 0)}
+    assert min(counts.values()) > 900
+    t, s = draw_steps(32, 4000, torch.Generator().manual_seed(0))
+    assert {(999, 967), (967, 936), (62, 31), (31, 0)} < set(zip(t.tolist(), s.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("num_steps", "num_segments"), [(0, 1), (9, 1), (4, 3), (4, 12), (4, 0), (4, -2)])
 def test_impossible_sampling_times_are_refused(num_steps, num_segments):
     with pytest.raises(ValueError, match=r"num_steps is|num_segments is"):
         sampling_times(num_steps, num_segments)

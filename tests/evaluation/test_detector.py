@@ -1,9 +1,11 @@
 """GenEval's accuracy by tiny detectors of random weights in the published layouts, and by planted ones."""
 
 import json
+import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPTokenizer,
     DetrConfig,
@@ -96,6 +98,38 @@ def test_other_networks_and_classes_that_it_does_not_know_are_refused(tmp_path):
         Detector(write_detector(tmp_path / "detector", "yolos"), {"cat", "zebra"}, "cpu")
     with pytest.raises(ValueError, match="is of the kind 'clip'; read are conditional_detr"):
         Detector(write_clip(tmp_path / "clip"), {"cat"}, "cpu")
+
+
+def damage(folder, change):
+    """Let `change` replace the weights in a folder; returns the folder."""
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+DAMAGES = [
+    (lambda weights: dict(list(weights.items())[1:]), "1 weights are not in the files of .*: fetch them again"),
+    (lambda weights: {name: value * math.nan for name, value in weights.items()}, "is not made of finite numbers"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGES, ids=["missing", "nan"])
+def test_weights_that_would_be_drawn_at_random_or_are_nan_are_refused(tmp_path, change, message):
+    """Of NaN nothing is seen, so that every picture would be wrong; CLIP's scores would be random or NaN."""
+    with pytest.raises(ValueError, match=f"detector: .*{message}"):
+        Detector(damage(write_detector(tmp_path / "detector", "yolos"), change), {"cat"}, "cpu")
+    with pytest.raises(ValueError, match=f"clip: .*{message}"):
+        metrics.ClipScore(damage(write_clip(tmp_path / "clip"), change), "cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json"])
+def test_a_file_that_is_gone_or_cut_is_refused_with_the_key(tmp_path, name):
+    folder = write_detector(tmp_path / "detector", "yolos")
+    content = (folder / name).read_bytes()
+    for fault in (lambda: (folder / name).write_bytes(content[: len(content) // 2]), (folder / name).unlink):
+        fault()
+        with pytest.raises(ValueError, match=r"detector: .* could not be loaded: "):
+            Detector(folder, {"cat"}, "cpu")
 
 
 class Planted:

@@ -46,6 +46,15 @@ def stepped(shape: tuple[int, ...] = (2, 3)) -> tuple[dict[str, torch.Tensor], t
     return {"weight": weight}, optimizer
 
 
+def test_what_is_beside_checkpoints_is_none(tmp_path):
+    """A copy made by hand is not gone on from, nor are checkpoints deleted on its account."""
+    for name in ("step-00000009.bak", "step-00000001 (copy)", "step-abc", "step-9", "step-" + "9" * 30):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    saved = save(tmp_path, 1, 2, keep=2)
+    assert checkpoints.checkpoints(tmp_path) == saved
+    assert checkpoints.load_state(tmp_path)[0] == 2
+
+
 @pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
 def test_every_changed_byte_is_seen(tmp_path, name):
     """The record is under the checksum as the tensors are: a digit of a running mean counts too."""

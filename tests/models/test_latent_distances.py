@@ -182,3 +182,22 @@ def test_blocks_that_a_denoiser_lacks_are_refused(tiny_sdxl):
     perceptual.refuse_blocks(base, [count - 1])
     with pytest.raises(ValueError, match=f"feature_blocks: {count}, and .* has {count} blocks"):
         perceptual.refuse_blocks(base, [count])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value * 0, "two different latents are not apart"),
+        (lambda value: -value.abs(), "two different latents are not apart"),
+        (lambda value: value * torch.nan, "not made of finite numbers: the file is damaged"),
+        (lambda value: value.int(), "is in int32: only weights in floating point"),
+    ],
+    ids=["zero", "negative", "nan", "integers"],
+)
+def test_weights_by_which_nothing_can_be_learned_are_refused(tmp_path, change, message):
+    """Of zeros the loss is 0 and so is its gradient: a run would end with the student that it began with."""
+    place = tmp_path / "lpips.safetensors"
+    state = lpips.new(new_layout(4, [4, 6], [1, 1]), 0).state_dict()
+    save_file({name: change(value) if name.startswith("lin") else value for name, value in state.items()}, place)
+    with pytest.raises(ValueError, match=message):
+        lpips.load(place, 4, CPU)

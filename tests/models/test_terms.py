@@ -12,6 +12,7 @@ from mlcm_rl.recipe.terms import Adversarial, Fake, Matching
 
 PROMPTS = ["a red apple, 3d", "熊猫"]
 FAKE = Fake(rank=2, alpha=2.0)
+CLEAN = torch.zeros(2, dtype=torch.int64)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def check_matching(base: Base) -> None:
     x0, conditioning = samples(base)
     scale = base.teacher.guidance_scale if base.teacher.evaluations == 1 else 1.0
     term = DistributionMatching(Matching(fake=FAKE, guidance_scale=scale), base, seed=0)
-    noised = term.draw(torch.Generator().manual_seed(1), 2)
+    noised = term.draw(torch.Generator().manual_seed(1), 2, CLEAN)
     student = x0.clone().requires_grad_()
     assert term.loss(student, conditioning, noised).tolist() == [0.0, 0.0]
     sampled = Samples(torch.arange(2), x0, conditioning)
@@ -47,7 +48,7 @@ def check_adversary(base: Base) -> None:
     """The student's gradient comes through the teacher, which has none itself; heads see real and fake apart."""
     x0, conditioning = samples(base)
     term = Adversary(Adversarial(width=4, gradient_penalty=0.1), base, seed=0)
-    noised = term.draw(torch.Generator().manual_seed(1), 2)
+    noised = term.draw(torch.Generator().manual_seed(1), 2, CLEAN)
     student = x0.clone().requires_grad_()
     term.loss(student, conditioning, noised).sum().backward()
     assert (student.grad.flatten(1).abs().amax(1) > 0).all()
@@ -84,7 +85,28 @@ def test_heads_read_every_other_family(teacher):
 def test_the_same_noise_is_on_all_that_is_compared(sdxl):
     """Rows of a draw are those of the whole batch, and a term's draw depends on its generator alone."""
     term = DistributionMatching(Matching(fake=FAKE, times=(0.5, 0.6)), sdxl, seed=0)
-    whole, again = (term.draw(torch.Generator().manual_seed(3), 6) for _ in range(2))
+    whole, again = (term.draw(torch.Generator().manual_seed(3), 6, torch.zeros(6)) for _ in range(2))
     assert torch.equal(whole.noise, again.noise)
     assert torch.equal(whole.rows(torch.tensor([3, 2])).t, whole.t[[3, 2]])
     assert 499 <= whole.t.min() <= whole.t.max() <= 599
+
+
+def test_of_all_jumps_both_ends_get_the_noise_of_a_time_above_their_own(sdxl):
+    """By hand: alpha_t / alpha_s of a state, and noise for the rest of sigma_t^2; a clean term has times of all."""
+    s = torch.tensor([0, 499, 874])
+    term = Adversary(Adversarial(width=4, jumps="all", times=(0.5, 0.6)), sdxl, seed=0)
+    noised = term.draw(torch.Generator().manual_seed(3), 3, s)
+    low, high = ([int(time) for time in (part * (999 - s.double()) + s)] for part in (0.5, 0.6))
+    assert all(first <= t <= last for first, t, last in zip(low, noised.t.tolist(), high, strict=True))
+    x = torch.ones(3, *sdxl.latent_shape)
+    x_t, t = noised.on(sdxl, x)
+    for i in range(3):
+        a, b = (sdxl.schedule.alpha[time] for time in (t[i], s[i]))
+        p, q = (sdxl.schedule.sigma[time] for time in (t[i], s[i]))
+        expected = a / b + (p**2 - (a / b * q) ** 2).sqrt() * noised.noise[i]
+        torch.testing.assert_close(x_t[i], expected)
+    assert torch.equal(noised.rows(torch.tensor([2])).s, s[2:])
+    clean = Adversary(Adversarial(width=4, times=(0.5, 0.6)), sdxl, seed=0)
+    other = clean.draw(torch.Generator().manual_seed(3), 3, s)
+    assert other.s is None
+    assert 499 <= other.t.min() <= other.t.max() <= 599

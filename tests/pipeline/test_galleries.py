@@ -84,8 +84,7 @@ def test_blind_choices_are_a_table_of_pairs_with_the_pictures_that_were_chosen(r
                 assert image.getpixel((0, 0)) == colour(name, number, 0)
     assert len(PairTable(out)) == 3
     assert galleries.verdict(choices, COLUMNS) == (
-        "one:student@2 was preferred 2 times, two:tuned@4 1 time, neither 0 times; a fair coin is as far from even "
-        "with probability 1."
+        "one:student@2 was preferred 2 times, two:tuned@4 1 time, neither 0 times; two-sided sign test: p = 1."
     )
     again = galleries.choose_blindly(found, COLUMNS, out, 0, lambda choices: choices.choose(3, "neither"))
     assert again.counts() == (2, 1, 1)

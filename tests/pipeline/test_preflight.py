@@ -1,5 +1,6 @@
 """What later stages need is looked at before the first one runs."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,19 @@ def test_an_evaluations_prompts_are_tried_too(tiny_sdxl, tmp_path, refusing):
     told = r"stages\[0\] \(evaluate\): rewards\[0\]: reward brightness cannot score 1 of the prompts: .*txt:2"
     with pytest.raises(RunError, match=told):
         running.refuse_unready(runs.recipe(tiny_sdxl, tmp_path, [stage]))
+
+
+def test_an_evaluation_with_a_detector_needs_tasks_and_for_colours_a_clip(tiny_sdxl, tmp_path):
+    """Not after the hours of distillation before it."""
+    path = tmp_path / "tasks.jsonl"
+    stage = Evaluate(
+        prompts=str(path), num_prompts=1, sampling_steps=[1], teacher_steps=[2], detector=str(tmp_path / "detector")
+    )
+    line = {"prompt": "a red cat", "tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}]}
+    for record, message in ((line, "which needs clip"), ({"prompt": "a cat"}, "tasks.jsonl:1: tag must be the name")):
+        path.write_text(json.dumps(record), encoding="utf-8")
+        with pytest.raises(RunError, match=rf"stages\[0\] \(evaluate\): prompts: .*{message}"):
+            running.refuse_unready(runs.recipe(tiny_sdxl, tmp_path, [stage]))
 
 
 def test_prompts_of_a_language_that_a_reward_does_not_read_are_told_by_line(tiny_sdxl, tmp_path, monkeypatch):

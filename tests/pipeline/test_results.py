@@ -93,8 +93,12 @@ def test_a_stage_that_was_stopped_has_its_recipe_and_its_evaluations_so_far(runs
     assert "begun by half" in CliRunner().invoke(app, ["clean", str(runs), "--unfinished", "--dry-run"]).stdout
     begun.write_text(json.dumps(record | {"stage": {"kind": "distill", "gone": 1}}), encoding="utf-8")
     assert states(runs)["distill-ff"].network_evaluations is None
-    begun.write_text("{", encoding="utf-8")
-    assert states(runs)["distill-ff"].begun_by is None
+    for damaged in ("{", json.dumps(record | {"recipe": {"name": ["half"]}})):
+        begun.write_text(damaged, encoding="utf-8")
+        assert states(runs)["distill-ff"].begun_by is None
+    (begun.parent / "step-abc").mkdir()  # not one of ours
+    lines = CliRunner().invoke(app, ["runs", str(runs)]).stdout.splitlines()
+    assert "  no record says which recipe began it; 400 evaluations so far" in lines
 
 
 def test_the_list_fits_80_columns_with_names_whole(runs, monkeypatch):

@@ -21,6 +21,7 @@ GLOBAL = {"method": "inter_segment", "num_segments": [1]}
         (GLOBAL | {"matching": {"times": [0.1, 1.1]}}, "less than or equal to 1"),
         (GLOBAL | {"matching": {"weight": 0.0}}, "greater than 0"),
         (GLOBAL | {"matching": {"fake": {"num_updates": 0}}}, "greater than or equal to 1"),
+        (GLOBAL | {"matching": {"fake": {"warmup_steps": 2}}}, "warmup_steps 2 of 2 steps leave none in which"),
         (GLOBAL | {"adversarial": {"real": "images"}}, "adversarial.real: images needs images"),
         (GLOBAL | {"adversarial": {"width": 6}}, "width 6 is not a multiple of 4"),
         (GLOBAL | {"adversarial": {"loss": "wasserstein"}}, "hinge"),

@@ -39,6 +39,7 @@ MPS = {"shape": "mps_hinge", "rewards": [{"name": "mps"}]}
         ("dpo", {"pairs": "pairs", "num_generations": 8}, "num_generations is of the student's own samples"),
         ("dpo", {"pairs": "pairs", "min_margin": 0.1}, "min_margin is of the student's own samples"),
         ("feedback", {"rewards": [{"name": "sharpness", "max_drop": 0.1}]}, "rewards: all have max_drop"),
+        ("feedback", {"rewards": [{"name": "brightness", "weight": 0}]}, "rewards: all weights are 0"),
         (
             "feedback",
             {"rewards": ["brightness", {"name": "sharpness", "max_drop": 0.1, "weight": 2.0}]},
@@ -49,6 +50,7 @@ MPS = {"shape": "mps_hinge", "rewards": [{"name": "mps"}]}
         ("feedback", {"surrogate": {}, "gradient": "low_variance"}, "low_variance scores copies of a sample"),
         ("feedback", {"surrogate": {"num_generations": 3}}, "whole groups of surrogate.num_generations 3"),
         ("feedback", {"surrogate": {"width": 6}}, "width 6 is not a multiple of 4"),
+        ("feedback", {"surrogate": {"head_start": 9}, "num_steps": 9}, "head_start 9 of num_steps 9 leaves no step in"),
         ("feedback", {"target_bound": 0.2}, "target_bound is of form bounded"),
         ("feedback", {"multiplier_rate": 0.2}, "multiplier_rate is of rewards with max_drop"),
         (
@@ -120,6 +122,23 @@ def test_a_reward_is_named_alone_or_by_an_entry_in_every_stage(root):
         recipes.append(load(root / "tuned.yaml", root=root))
     assert recipes[0] == recipes[1]  # the fingerprint too, which hashes what is loaded
     assert recipes[0].stages[2].model_dump() == recipes[1].stages[2].model_dump()
+
+
+@pytest.mark.parametrize(
+    ("entry", "key", "text"),
+    [
+        ("{name: brightness, weight: big}", "weight", "expected a number, found the text 'big'"),
+        ("{name: brightness, settings: 3}", "settings", "expected a mapping, found the number 3"),
+        ("{name: brightness, chunk_size: 0}", "chunk_size", "expected a whole number above 0"),
+        ("{name: brightness, max_drop: true}", "max_drop", "expected a number of at least 0"),
+    ],
+)
+def test_a_setting_of_a_rewards_entry_of_the_wrong_type_is_told(broken, entry, key, text):
+    """The entry has a check of its own, by which pydantic names it other than by its model."""
+    stage = FEEDBACK.replace("{name: brightness}", entry)
+    (problem,) = broken(("  - kind: evaluate\n", stage + "  - kind: evaluate\n"))
+    assert problem.key == ("stages", 2, "rewards", 0, key)
+    assert text in problem.text
 
 
 def test_a_reward_that_does_not_exist_is_refused_by_name_and_place(broken):

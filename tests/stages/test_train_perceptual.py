@@ -119,6 +119,17 @@ def test_a_crop_that_does_not_fit_is_refused(tiny_sdxl, tmp_path):
             train_perceptual.refuse_crop(stage_of(crop=crop), base)
 
 
+def test_the_unit_is_of_different_pictures_alone():
+    """Pair 0 comes after the last; a picture is no neighbour of itself, nor of its copy."""
+    images = torch.tensor([1, 2, 1], dtype=torch.uint8).reshape(3, 1, 1, 1).expand(-1, 3, 4, 4)
+    apart = train_perceptual.neighbours_apart(stage_of(num_held_out_pairs=4), images)
+    assert apart.tolist() == [False, True, True, False]  # of pictures 1, 2, 1, 1
+    with pytest.raises(ValueError, match="three different pictures or more: the 2 that only measure it are the same"):
+        train_perceptual.neighbours_apart(stage_of(), images[::2])
+    with pytest.raises(ValueError, match="num_held_out_pairs"):
+        stage_of(num_held_out_pairs=1)
+
+
 def test_settings_that_do_not_go_together_are_refused():
     with pytest.raises(ValueError, match="depths has 2 entries for 3 slices"):
         TrainPerceptual(num_steps=1, widths=[4, 6, 7], depths=[1, 1])

@@ -1,4 +1,4 @@
-"""What a learned reward knows of `scene_count` on line: heads on the student's features, convolutions on its latents.
+"""What a learned reward knows of `scene_count` online: heads on the student's features, convolutions on its latents.
 
     python recipes/scenes/study/surrogate_worth.py [--prompts 256] [KEY=VALUE ...]
 

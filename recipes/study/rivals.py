@@ -1,0 +1,165 @@
+"""The rivals by one protocol: LCM, PCM, SDXL-Lightning, Hyper-SD, DMD2 and ours on one teacher, in equal evaluations.
+
+    python recipes/study/rivals.py emoji [--seeds 2] [--steps 2000] [--prompts 128] [--rows ours,...] [KEY=VALUE ...]
+    python recipes/study/rivals.py scenes
+
+Every row costs what `ours` costs in `--steps` optimiser steps: network evaluations, with those of the store if the row
+reads one, as `mlcm plan` counts them. All rows take batch, adapter and precision of the base recipe, and are measured
+with 1 to 8 steps on the same prompts and noises. Which keys each method is in, and how it differs from what was
+published: docs/rivals.md. `lcm` and `dmd2` read captioned pictures, which `recipes/emoji/build/rebuild.py --only
+pictures captions` and `recipes/scenes/build/scene_pictures.py` make; the others read the teacher alone.
+Finished stages are reused: the study may be stopped and started. The table is written beside the runs, and printed.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import protocol
+from mlcm_rl.cost.evaluations import network_evaluations
+from mlcm_rl.recipe import Distill, Evaluate, Feedback, Recipe, Samples, Stage
+from mlcm_rl.recipe.file import load
+
+BASES = {"emoji": "emoji_demo.yaml", "scenes": "scenes_demo.yaml"}
+DATA = protocol.RECIPES.parent / "data"
+PICTURES = {"emoji": DATA / "emoji_64", "scenes": DATA / "scenes_128"}
+SAMPLING_STEPS = [1, 2, 3, 4, 6, 8]
+
+HEADS = {"adversarial": {"weight": 0.1, "jumps": "all"}}
+SEGMENTS = {"target": "consistency", "ends": "random", "target_ema": 0.95}  # of Hyper-SD
+WHOLE = {"starts": "milestones", "target": "trajectory"}  # of SDXL-Lightning
+OURS = {"condition_on_target": True, "num_segments": [1], "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"}
+
+# Row -> its stages: (share of the row's optimiser steps, factor of the base's rate, settings). A list of segments
+# shares a stage's steps evenly among its phases.
+ROWS: dict[str, list[tuple[float, float, dict[str, Any]]]] = {
+    "lcm": [
+        (
+            1.0,
+            1.0,
+            {
+                "source": "data",
+                "num_segments": [1],
+                "target": "consistency",
+                "target_ema": 0.95,
+                "space": "x0",
+                "distance": "huber",
+            },
+        )
+    ],
+    "pcm": [(1.0, 1.0, {"num_segments": [4], "target": "consistency", "distance": "huber"} | HEADS)],
+    "lightning": [
+        (0.4, 1.0, WHOLE | {"num_segments": [8]}),
+        (0.6, 0.1, WHOLE | {"num_segments": [8, 4, 2], "distance_weight": 0.0} | HEADS),
+    ],
+    "hyper_sd": [
+        (0.5, 1.0, SEGMENTS | {"num_segments": [8, 4]}),
+        (0.5, 0.5, SEGMENTS | {"num_segments": [2, 1]} | HEADS),
+    ],
+    "dmd2": [
+        (
+            1.0,
+            0.1,
+            {
+                "method": "simulation",
+                "num_segments": [1],
+                "num_student_steps": 4,
+                "matching": {"weight": 1.0, "fake": {"num_updates": 5}},
+                "adversarial": {"weight": 5e-3, "loss": "softplus", "real": "images"},
+            },
+        )
+    ],
+    "ours": [(1.0, 1.0, OURS)],
+}
+# A row's student, tuned by the base's feedback stage as an adapter of its own, for one step in ten of distillation;
+# without `consistency`, which is distillation.
+TUNING_SHARE = 0.1
+TUNED = {"hyper_sd_feedback": "hyper_sd", "ours_feedback": "ours"}
+COLUMNS = {
+    "emoji": (
+        *("distance", "teacher_kid", "teacher_patch_kid", "diversity", "r@1", "r@5"),
+        *("reward/emoji_style_judge", "reward/emoji_alignment"),
+    ),
+    "scenes": (
+        *("distance", "teacher_kid", "teacher_patch_kid", "diversity", "right@all"),
+        *("reward/scene_match", "reward/scene_count"),
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subject", choices=BASES)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=2000, help="of ours, whose evaluations every row takes")
+    parser.add_argument("--rows", default=",".join([*ROWS, *TUNED]))
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
+    arguments = parser.parse_intermixed_args()
+    base, subject = load(protocol.RECIPES / BASES[arguments.subject], arguments.overrides), arguments.subject
+    recipes = (
+        (row, recipe_of(base, subject, row, seed, arguments.steps, arguments.prompts))
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+        for row in arguments.rows.split(",")
+    )
+    path = Path(base.runs) / f"rivals-{subject}-{arguments.steps}.tsv"
+    protocol.write_table(protocol.measure(recipes), COLUMNS[subject], path)
+
+
+def recipe_of(base: Recipe, subject: str, row: str, seed: int, num_steps: int, num_prompts: int) -> Recipe:
+    """Return the recipe of one row, of as many evaluations as `ours` has in `num_steps`; the seed is of training."""
+    base = base.model_copy(update={"samples": Samples()})  # whose grids are evaluations too
+    budget = evaluations(base, stages_of(base, subject, "ours", seed, num_steps))
+    steps = steps_within(budget, lambda steps: evaluations(base, stages_of(base, subject, row, seed, steps)))
+    stages = stages_of(base, subject, row, seed, steps)
+    stages.append(protocol.evaluate_stage(base, num_prompts, SAMPLING_STEPS))
+    return base.model_copy(update={"name": f"rivals-{row.replace('_', '-')}-{seed}", "stages": stages})
+
+
+def stages_of(base: Recipe, subject: str, row: str, seed: int, num_steps: int) -> list[Stage]:
+    """Return the stages of `row` that cost something: the store if it reads one, its chain of about `num_steps`."""
+    trajectories, given = base.stages[0], protocol.distill_of(base)
+    shared = protocol.training_settings(base, seed, num_steps)
+    chain: list[Stage] = []
+    for share, rate, settings in ROWS[TUNED.get(row, row)]:
+        files = {}
+        if settings.get("method") == "simulation":
+            files["prompts"] = trajectories.prompts
+        if "source" in settings or settings.get("adversarial", {}).get("real") == "images":
+            files["images"] = str(PICTURES[subject])
+        steps = max(1, round(num_steps * share / len(settings["num_segments"])))
+        chain.append(Distill(num_steps=steps, learning_rate=given.learning_rate * rate, **shared, **files, **settings))
+    if row in TUNED:
+        tuning = next(stage for stage in base.stages if isinstance(stage, Feedback))
+        steps = max(1, round(num_steps * TUNING_SHARE))
+        chain.append(tuning.model_copy(update={"consistency": 0.0, "seed": seed, "num_steps": steps}))
+    reads = any(isinstance(stage, Distill) and stage.reads_trajectories for stage in chain)
+    return [trajectories, *chain] if reads else chain
+
+
+def evaluations(base: Recipe, stages: list[Stage]) -> int:
+    """Return the network evaluations of `stages`, in a recipe of the base's teacher."""
+    recipe = base.model_copy(update={"stages": stages})
+    return sum(network_evaluations(stage, recipe) for stage in stages if not isinstance(stage, Evaluate))
+
+
+def steps_within(budget: int, cost: Callable[[int], int]) -> int:
+    """Return the steps (1 or more) whose cost, which grows with them, is nearest to `budget`.
+
+    Raise ValueError where one step is past it: what does not depend on steps takes more than there is.
+    """
+    if cost(1) > budget:
+        raise ValueError(f"what is before the first step takes {cost(1):,} evaluations of {budget:,}: raise --steps")
+    low, high = 1, 2
+    while cost(high) < budget:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) < budget else (low, middle)
+    return min((low, high), key=lambda steps: abs(cost(steps) - budget))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The study of rivals: every row is a recipe, its evaluations are those of ours, and the steps are found by hand."""
+
+from pathlib import Path
+
+import pytest
+
+import rivals
+import terms
+from mlcm_rl.recipe import Distill
+from mlcm_rl.recipe.file import check, load
+from mlcm_rl.recipe.paths import Folders
+
+HERE = Folders(Path(), Path())  # a loaded recipe has its paths as this process sees them
+
+
+@pytest.fixture(scope="module", params=rivals.BASES)
+def subject(request):
+    return request.param, load(terms.protocol.RECIPES / rivals.BASES[request.param], [])
+
+
+@pytest.mark.parametrize("row", [*rivals.ROWS, *rivals.TUNED])
+def test_every_row_is_a_valid_recipe_of_equal_evaluations(subject, row):
+    name, base = subject
+    recipe = rivals.recipe_of(base, name, row, 1, 2000, 128)
+    problems = [problem for problem in check(recipe, HERE) if problem.key[-1] != "images"]
+    assert problems == []
+    ours = rivals.recipe_of(base, name, "ours", 0, 2000, 128)
+    assert [stage.num_steps for stage in ours.stages if isinstance(stage, Distill)] == [2000]
+    counts = [rivals.evaluations(one, one.stages) for one in (recipe, ours)]
+    assert counts[0] == pytest.approx(counts[1], rel=0.02)
+    assert recipe.stages[-1].sampling_steps == [1, 2, 3, 4, 6, 8]
+
+
+def test_the_budget_is_counted_by_hand(subject):
+    """A trajectory is 24 guided steps, a step of ours one pass a sample; LCM's are four, without a store."""
+    name, base = subject
+    store, batch = base.stages[0], rivals.protocol.distill_of(base).batch_size
+    budget = (store.num_trajectories + store.num_held_out) * 24 * 2 + 2000 * batch
+    ours = rivals.recipe_of(base, name, "ours", 0, 2000, 128)
+    assert rivals.evaluations(ours, ours.stages) == budget
+    (lcm,) = rivals.recipe_of(base, name, "lcm", 0, 2000, 128).stages[:-1]
+    assert lcm.num_steps == round(budget / batch / 4)
+
+
+def test_steps_are_the_nearest_to_the_budget_and_a_store_beyond_it_is_refused():
+    assert [rivals.steps_within(budget, lambda steps: 100 + 7 * steps) for budget in (107, 138, 139, 800)] == [
+        1,
+        5,
+        6,
+        100,
+    ]
+    with pytest.raises(ValueError, match="takes 107 evaluations of 106: raise --steps"):
+        rivals.steps_within(106, lambda steps: 100 + 7 * steps)
+
+
+@pytest.mark.parametrize("row", terms.ROWS)
+def test_rows_of_the_study_of_terms_are_recipes(row):
+    base = load(terms.protocol.RECIPES / terms.BASES["emoji"], [])
+    recipe = terms.recipe_of(base, row, 1, 400, 128)
+    assert sum(sum(stage.steps_per_phase) for stage in recipe.stages if isinstance(stage, Distill)) == 400
+    assert check(recipe, HERE) == []

@@ -1,0 +1,75 @@
+"""The keys of other methods of distillation: what each refuses, by the setting that is wrong, and what it takes."""
+
+import pytest
+from pydantic import ValidationError
+
+import runs
+from mlcm_rl.cost.evaluations import network_evaluations
+from mlcm_rl.recipe.file import check
+from mlcm_rl.recipe.paths import Folders
+
+SIMULATION = {"method": "simulation", "num_segments": [1], "prompts": "p.txt"}
+WHOLE = {"starts": "milestones"}
+RANDOM = {"ends": "random", "target": "consistency"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_segments": [16, 8]}, "more than 8 are for starts: milestones"),
+        (WHOLE | {"condition_on_target": True}, "starts: milestones are whole segments.*without condition_on_target"),
+        (WHOLE | {"keep_segments": True}, "starts: milestones are whole segments.*keep_segments"),
+        (WHOLE | {"source": "online", "prompts": "p", "target": "consistency"}, "source: trajectories"),
+        (RANDOM | {"condition_on_target": True}, "ends: random draws the ends of jumps"),
+        (RANDOM | WHOLE, "ends: random .* starts: any"),
+        (RANDOM | {"method": "inter_segment", "num_segments": [1]}, "ends: random .* method: segments"),
+        (RANDOM | {"num_segments": [1], "adversarial": {}}, "adversarial: terms are of clean samples.*random ends"),
+        ({"matching": {}, "adversarial": {"jumps": "all"}}, "^1 validation.*\n.*matching: terms are of clean samples"),
+        ({"adversarial": {"jumps": "all", "real": "images"}, "images": "i"}, "images are clean"),
+        ({"distance_weight": 0.0}, "distance_weight has no effect"),
+        (SIMULATION, "it needs matching, or adversarial on images"),
+        (SIMULATION | {"matching": {}, "adversarial": {}}, "method: simulation has none: take real: images"),
+        (SIMULATION | {"matching": {}, "num_segments": [8]}, "simulation is of the whole time axis"),
+        (SIMULATION | {"matching": {}, "distance_weight": 0.5}, "distance_weight has no effect"),
+        (SIMULATION | {"matching": {}, "distance": "huber"}, "simulation has no distance: leave it out"),
+        (SIMULATION | {"matching": {}, "prompts": None}, "simulation needs prompts"),
+        (
+            {"method": "inter_segment", "num_segments": [1], "adversarial": {"jumps": "all"}},
+            "jumps: all has no effect with method: inter_segment",
+        ),
+    ],
+)
+def test_a_key_without_what_it_needs_is_refused(changes, message):
+    with pytest.raises(ValidationError, match=f"(?s){message}"):
+        runs.distill(**changes)
+
+
+def test_they_take_their_passes_by_hand(tiny_sdxl, tmp_path):
+    """Of each sample, guided by two passes: Lightning 1, and 3 of its heads; simulated states of 4 steps 1.5 more."""
+    expected = [
+        (WHOLE | {"num_segments": [8, 4], "adversarial": {"jumps": "all"}, "distance_weight": 0.0}, 1 + 1 + 2),
+        (RANDOM | {"num_segments": [8, 4]}, 1 + 1),
+        (SIMULATION | {"matching": {}}, 1 + 1.5 + 2 + 1 + 5),
+        (SIMULATION | {"adversarial": {"real": "images"}, "images": "unused"}, 1 + 1.5 + 1 + 2),
+    ]
+    for settings, evaluations in expected:
+        stage = runs.distill(**settings)
+        samples = sum(stage.steps_per_phase) * stage.batch_size
+        assert network_evaluations(stage, runs.recipe(tiny_sdxl, tmp_path, [stage])) == evaluations * samples
+
+
+def test_simulation_reads_no_store_and_needs_the_teacher():
+    stage = runs.distill(**SIMULATION, matching={})
+    assert not stage.reads_trajectories
+    assert stage.uses_teacher
+    assert "trajectories" not in stage.parents
+    assert stage.texts == "p.txt"
+
+
+def test_a_store_without_the_ends_of_segments_is_refused(tiny_sdxl, tmp_path):
+    prompts = runs.write_prompts(tmp_path)
+    for solver_steps, count in ((24, 1), (32, 0)):
+        stages = [runs.trajectories(prompts, solver_steps=solver_steps), runs.distill(**WHOLE, num_segments=[32, 8])]
+        problems = check(runs.recipe(tiny_sdxl, tmp_path, stages), Folders(tmp_path, tmp_path))
+        assert [problem.key for problem in problems] == [("stages", 1, "num_segments")] * count
+        assert all("multiple of 32, found 24" in problem.text for problem in problems)
