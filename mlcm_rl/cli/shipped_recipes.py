@@ -13,7 +13,7 @@ from ..recipe import shipped
 from ..recipe.tree import nearest
 from ..storage.files import replacing
 from ..training.console import wrapped
-from .console import console, line
+from .console import console, error_console, line
 
 app = typer.Typer(
     help="Recipes and launch files that come with mlcm_rl: list them, show one, copy one to change it.",
@@ -71,6 +71,8 @@ def list_recipes(
     for file in shipped.launch_files():
         line(Text(file.stem))
         _print_below(_first_clause(file, "."))
+    line(Text("\nneeds: made data is what the recipe's first lines say how to make, in a clone"))
+    line(Text("of the repository, which `a clone` needs too; hours are for all its stages."))
     line(Text("\nmlcm recipes copy NAME makes a copy to change; mlcm plan NAME says what it"))
     line(Text("costs; mlcm run NAME runs it, with --launch NAME in several processes."))
 
@@ -126,6 +128,9 @@ def copy(
         with replacing(target) as temporary:
             temporary.write_text(_copied(source, target), encoding="utf-8")
         line(Text(str(target)))
+    if sources[0] in shipped.recipes():  # on standard error: standard output has the paths alone
+        text = f"change it; then `mlcm plan {targets[0]}` says what it costs, and `mlcm run {targets[0]}` runs it"
+        error_console.print(Text(text, "dim"), soft_wrap=True)
 
 
 def _copied(source: Path, target: Path) -> str:

@@ -27,6 +27,17 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), error
 
 
+def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Return both ends of the interval of a `share` of `count` trials (Wilson 1927), of 95 % at the default `z`.
+
+    Unlike the standard error it has a width where all trials are won, or none is.
+    """
+    spread = z * z / count
+    centre = share + spread / 2
+    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    return (centre - half) / (1 + spread), (centre + half) / (1 + spread)
+
+
 def paired_difference(values: Tensor, others: Tensor) -> tuple[float, float]:
     """Mean of values - others (P,) over prompts that have both, and its standard error.
 

@@ -19,7 +19,6 @@ from ..recipe.families import layout_of
 from ..storage.files import CheckpointError, read_json
 from ..storage.tensors import read_shapes
 from ..storage.untrusted import in_a_line
-from ..training.progress import say_once
 from . import teacher_lora
 from .published_teachers import shipped
 from .quantised import quantise_
@@ -54,8 +53,6 @@ def load_pipeline(
         teacher_lora.fuse(pipeline, teacher)
     if teacher.quantise is not None:  # before the move, since the device may not have room for floats
         quantise_(getattr(pipeline, layout_of(teacher.family).denoiser), teacher.quantise, device)
-    if dtype == torch.float16 and device.type == "cpu":
-        say_once("teacher.dtype float16 is for GPUs: a CPU computes in it slowly; set teacher.dtype=float32")
     pipeline = pipeline.to(
         device, silence_dtype_warnings=True
     )  # it has one for each part, and says that none would run

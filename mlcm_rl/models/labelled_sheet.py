@@ -22,9 +22,10 @@ def labelled(images: Sequence[Image.Image], rows: Sequence[str], columns: Sequen
     size = max(11, min(28, height // 16))
     line = size + 2 * PADDING
     across = len(columns) * (width + GAP) + GAP
+    titles = _short(columns, width, size)
     sheet = Image.new("RGB", (max(across, MIN_WIDTH), line + len(rows) * (line + height + GAP)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for i, text in enumerate(columns):
+    for i, text in enumerate(titles):
         _write(draw, text, GAP + i * (width + GAP), 0, width, size)
     for i, text in enumerate(rows):
         top = line + i * (line + height + GAP)
@@ -32,6 +33,14 @@ def labelled(images: Sequence[Image.Image], rows: Sequence[str], columns: Sequen
         for j, image in enumerate(images[i * len(columns) : (i + 1) * len(columns)]):
             sheet.paste(image, (GAP + j * (width + GAP), top + line))
     return sheet
+
+
+def _short(columns: Sequence[str], width: int, size: int) -> list[str]:
+    """Return the labels of `columns`; where one is wider than `width`, what differs: without the first part of all."""
+    font = _fonts(size)[0]
+    parts = [text.split(", ", 1) for text in columns]
+    is_wide = any(font.getlength(text) > width for text in columns)
+    return [one[-1] for one in parts] if is_wide and len({one[0] for one in parts}) == 1 else list(columns)
 
 
 def can_write(text: str) -> bool:

@@ -42,14 +42,16 @@ def class_of(family: str) -> type[Base]:
     return loaded
 
 
-def load(teacher: Teacher, device: torch.device | str) -> "Base":
-    """Load the recipe's teacher, frozen, on `device`.
+def load(teacher: Teacher, device: torch.device | str, computes: bool = True) -> "Base":
+    """Load the recipe's teacher, frozen, on `device`. One that `computes` in float16 on a CPU is reported as slow.
 
     Raise FileNotFoundError for a missing folder or component, ValueError for another family than the recipe's or for a
     schedule that cannot be distilled, or for a text adapter of another kind of teacher.
     """
     family = class_of(teacher.family)
     where = torch.device(device)
+    if computes and teacher.dtype == "float16" and where.type == "cpu":
+        say_once("teacher.dtype float16 is for GPUs: a CPU computes in it slowly; set teacher.dtype=float32")
     base = family(teacher, where, load_pipeline(family.pipeline_class, teacher, getattr(torch, teacher.dtype), where))
     if teacher.text_adapter is not None:
         shapes = {name: value.shape[1:] for name, value in base.unconditional(1).items()}

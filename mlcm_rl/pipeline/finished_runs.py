@@ -126,7 +126,7 @@ def sample(
                     column.append(image)
             columns.append(column)
         if len(files) > 1:
-            labels = [f"{first + i:03d}  {prompt}" for i, prompt in enumerate(drawn)]
+            labels = [f"{first + i:03d}: {prompt}" for i, prompt in enumerate(drawn)]
             whole = labelled_sheet.labelled(
                 [image for row in zip(*columns, strict=True) for image in row],
                 labels,
@@ -374,7 +374,8 @@ def teacher_of(
     changes: dict[str, object] = {"quantise": None} if in_floats else {}
     changes |= {"text_adapter": str(text_adapter)} if text_adapter is not None else {}
     teacher = recipe.teacher.model_copy(update=changes)
-    base = teachers.load(teacher, device_of(_here(device) if device else recipe.device))
+    where = device_of(_here(device) if device else recipe.device)
+    base = teachers.load(teacher, where, computes=not in_floats)  # an export adds and writes weights
     recorded = students.describe(folder / "student").get("teacher_hash")  # older folders have none
     if recorded not in (None, teacher_hash(recipe.teacher)):
         raise CheckpointError(

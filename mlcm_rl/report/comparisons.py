@@ -77,7 +77,8 @@ def headline(measurements: Measurements, tuned: list[TunedStudent], product: str
         assert rival is not None  # there are teachers
         checks.append(compare(own[0], rival, key))
     student = next((one for one in tuned if one.name == name), None)
-    sentences = [sentence(measurements, check) for check in checks]
+    who = f"the student tuned by {name}" if student else "the student"
+    sentences = [sentence(measurements, check, who) for check in checks]
     sentences += [tuned_students.outcome(student)] if student else []
     behind = tuned_students.rewards_behind(student) if student else []
     verdicts = [check.verdict for check in checks]
@@ -89,13 +90,13 @@ def headline(measurements: Measurements, tuned: list[TunedStudent], product: str
     )
 
 
-def sentence(measurements: Measurements, check: Comparison) -> str:
-    """Return a comparison in words, beside what the reference itself reaches."""
+def sentence(measurements: Measurements, check: Comparison, product: str) -> str:
+    """Return a comparison of the student called `product` in words, beside what the reference itself reaches."""
     rows, key = by_id(measurements.rows), check.metric
     student, teacher, reference = (rows[name] for name in (check.student, check.teacher, measurements.reference))
     own = f", {reference.num_steps} guided steps {number(reference.metrics[key])}" if key != "distance" else ""
     return (
-        f"{metric(key).label} {number(student.metrics[key])} for the student, {number(teacher.metrics[key])} for "
+        f"{metric(key).label} {number(student.metrics[key])} for {product}, {number(teacher.metrics[key])} for "
         f"the undistilled teacher ({teacher.sampler}){own}; paired difference "
         f"{plus_minus(check.difference, check.se)}, {check.verdict}."
     )

@@ -6,7 +6,7 @@ import statistics
 import torch
 from torch import Tensor
 
-from ..equations.statistics import mean_and_error
+from ..equations.statistics import mean_and_error, wilson_interval
 from .types import Point, Row, Summary
 
 DIGITS = 6  # significant ones of the values kept per prompt
@@ -59,6 +59,14 @@ def binned(points: list[tuple[int, float]]) -> list[Point]:
 def number(summary: Summary) -> str:
     """Return mean and standard error of `summary` in words."""
     return plus_minus(summary.mean, summary.se)
+
+
+def win_rate(summary: Summary) -> str:
+    """Return a win rate and its standard error in words; where all or none are won, the interval of 95 % and n."""
+    if summary.mean not in (0.0, 1.0):
+        return number(summary)
+    low, high = (round(end, 2) for end in wilson_interval(summary.mean, summary.n))
+    return f"{summary.mean:.0f} (n = {summary.n}, 95 %: {low:g} to {high:g})"
 
 
 def plus_minus(value: float | None, error: float | None) -> str:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..equations.constraints import drop
-from ..equations.statistics import deviation
+from ..equations.statistics import deviation, wilson_interval
 from ..recipe.experiment import TUNING
 from ..storage.files import read_json
 from .definitions import BY_LANGUAGE, WIN_RATE, is_detail, metric
-from .figures import binned, number, samples_of, summary, values_of
+from .figures import binned, number, samples_of, summary, values_of, win_rate
 from .guard_history import history
 from .types import GuardRecord, Measurements, Point, Prompt, Report, Row, Summary, TunedComparison, TunedStudent
 
@@ -172,7 +172,7 @@ def sentence(student: TunedStudent) -> str:
         reason = "its default sampler was not measured" if comparison is None else "evaluate names no rewards"
         return f"{student.name}: no win rate, since {reason}"
     rates = [
-        f"{name}{' win rate' * (place == 0)} {number(comparison.win_rates[key])} ({role})"
+        f"{name}{' win rate' * (place == 0)} {win_rate(comparison.win_rates[key])} ({role})"
         for place, (key, name, role) in enumerate(rewards(student, comparison))
     ]
     num_steps = comparison.num_steps
@@ -190,9 +190,17 @@ def _against_reference(student: TunedStudent) -> dict[str, list[str]]:
         return sides
     for key, name, _ in rewards(student, comparison):
         rate = comparison.win_rates[key]
-        if (side := _side(rate.mean, rate.se, 0.5)) is not None:
-            sides[side].append(f"{name} (win rate {number(rate)})")
+        if (side := _side_of_rate(rate)) is not None:
+            sides[side].append(f"{name} (win rate {win_rate(rate)})")
     return sides
+
+
+def _side_of_rate(rate: Summary) -> str | None:
+    """Return the side of a win rate; where all or none are won, there is one if the interval of 95 % leaves out 0.5."""
+    if rate.mean not in (0.0, 1.0):
+        return _side(rate.mean, rate.se, 0.5)
+    low, high = wilson_interval(rate.mean, rate.n)
+    return "ahead" if low > 0.5 else "behind" if high < 0.5 else None
 
 
 def _side(mean: float | None, error: float | None, level: float) -> str | None:
@@ -264,7 +272,7 @@ def table(report: Report, student: TunedStudent) -> list[list[str]]:
             before, after = (number(rows[id].metrics[key]) for id in (one.reference, one.row))
             rates = [rate for other, rate in one.win_rates.items() if f"{other}/".startswith(f"{key}/")]
             difference = number(one.differences[key])
-            lines.append([str(one.num_steps), name, role, before, after, difference, *map(number, rates)])
+            lines.append([str(one.num_steps), name, role, before, after, difference, *map(win_rate, rates)])
     return lines
 
 

@@ -59,7 +59,9 @@ def test_an_unknown_name_is_refused_with_the_nearest(mlcm):
 
 
 def test_a_copy_for_a_model_of_your_own_names_no_prompts_of_ours(mlcm, tmp_path):
-    assert mlcm("recipes", "copy", "my_finetune").exit_code == 0
+    copied = mlcm("recipes", "copy", "my_finetune")
+    assert (copied.exit_code, copied.stdout) == (0, "my_finetune.yaml\n")
+    assert "then `mlcm plan my_finetune.yaml` says what it costs" in copied.stderr
     assert "mlcm:" not in (tmp_path / "my_finetune.yaml").read_text(encoding="utf-8")
 
 

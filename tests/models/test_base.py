@@ -323,6 +323,8 @@ def test_float16_on_a_cpu_is_one_line_of_what_to_do(teachers, monkeypatch, capsy
     warnings: list[str] = []
     monkeypatch.setattr(pipeline_utils.logger, "warning", warnings.append)
     say_once.cache_clear()
+    bases.load(recipe.Teacher(path=str(teachers["sdxl"]), family="sdxl", dtype="float16"), "cpu", computes=False)
+    assert capsys.readouterr().out == ""  # to export it, say
     for _ in range(2):
         base = load(teachers["sdxl"], dtype="float16")
     assert base.denoiser.dtype == torch.float16

@@ -23,6 +23,16 @@ def test_pictures_are_in_their_row_and_column_under_their_labels():
     assert (labels[2][:, -GAP:] == np.array(PAPER)).all()  # cut before the edge
 
 
+def test_columns_too_narrow_for_their_labels_have_what_differs():
+    images = [Image.new("RGB", (64, 64))] * 2
+    short, shared = (
+        labelled(images, ["a"], names) for names in (["2 steps", "8 steps"], ["seed 0, 2 steps", "seed 0, 8 steps"])
+    )
+    assert short.tobytes() == shared.tobytes()
+    wide = [Image.new("RGB", (256, 64))] * 2
+    assert labelled(wide, ["a"], ["seed 0, 2 steps"] * 2).tobytes() != labelled(wide, ["a"], ["2 steps"] * 2).tobytes()
+
+
 def test_letters_that_no_font_has_are_known():
     assert labelled_sheet.can_write("a cat")
     assert not labelled_sheet.can_write("\U0010fffd")

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from mlcm_rl.recipe import reward_package, shipped
 from mlcm_rl.recipe.families import FAMILIES
-from mlcm_rl.recipe.file import load
+from mlcm_rl.recipe.file import HUB_NAME, load
 from mlcm_rl.recipe.languages import prompts_in
 from mlcm_rl.recipe.prompt_languages import BYTES
 from mlcm_rl.recipe.reward_settings import languages_in
@@ -120,3 +121,31 @@ def test_recipes_that_come_along_have_prompts_that_are_read(name, monkeypatch):
 
 def test_every_family_of_ours_says_what_it_reads():
     assert all("en" in layout.languages for layout in FAMILIES.values())
+
+
+def of_english_teachers():
+    """Yield (name, plain recipe) of the shipped recipes of published teachers that read English alone."""
+    for file in shipped.recipes():
+        plain = YAML(typ="safe").load(file.read_text(encoding="utf-8"))
+        path, family = plain["teacher"]["path"], plain["teacher"]["family"]
+        is_adapted = any(stage["kind"] == "adapt_text" for stage in plain["stages"])
+        is_published = HUB_NAME.fullmatch(path) and not (file.parent / path).exists()
+        if is_published and not is_adapted and FAMILIES[family].languages == ("en",):
+            yield file.stem, plain
+
+
+def test_recipes_of_teachers_that_read_english_alone_name_prompts_in_english_alone():
+    names = []
+    for name, plain in of_english_teachers():
+        names.append(name)
+        for stage in plain["stages"]:
+            if path := stage.get("prompts"):
+                languages = {language for language, _ in prompts_in(shipped.folder("recipes") / path)}
+                assert languages <= {"en"}, (name, stage["kind"], path)
+    assert {"sdxl_mlcm", "sdxl_feedback", "flux_mlcm", "sana_mlcm", "tune_published_student"} <= set(names)
+
+
+def test_the_english_prompts_to_evaluate_on_are_those_of_the_pairs():
+    folder = shipped.folder("recipes") / "prompts"
+    english = [one for one in prompts_in(folder / "evaluation.jsonl") if one[0] == "en"]
+    assert list(prompts_in(folder / "evaluation_english.jsonl")) == english

@@ -102,7 +102,7 @@ def test_a_student_tuned_at_another_gamma_is_compared_at_that_one_and_in_a_singl
 def test_a_tuned_student_is_summed_up_in_a_line():
     student = entry(comparisons=compared(planted("student", **SCORES), planted("dpo", **TUNED)))
     assert tuned_students.sentence(student) == (
-        "dpo at 4 steps: style win rate 0.62 \u00b1 0.24 (trained on), judge 1 (held out)"
+        "dpo at 4 steps: style win rate 0.62 \u00b1 0.24 (trained on), judge 1 (n = 4, 95 %: 0.51 to 1) (held out)"
     )
     assert tuned_students.verdict(student) == (
         "Trained on style, held out judge. By the held-out gain, kept is the student of step 40; "
@@ -192,11 +192,15 @@ def headline_of(values, kept_step=40):
 def test_a_reward_that_tuning_lost_is_in_the_verdict_with_its_error():
     worse = headline_of(SCORES | {"reward_style": [2.0, 3.0, 4.0, 5.0], "reward_judge": [-1.0, -1.0, -1.0, -1.0]})
     assert not worse.passed
-    message = "Tuned by dpo, it is ahead in style (win rate 1) and behind in judge (win rate 0) beside the student that"
+    all_won, none_won = "1 (n = 4, 95 %: 0.51 to 1)", "0 (n = 4, 95 %: 0 to 0.49)"
+    message = (
+        f"Tuned by dpo, it is ahead in style (win rate {all_won}) and behind in judge (win rate {none_won}) beside"
+    )
     assert message in worse.text
     won = headline_of(SCORES | {"reward_style": [2.0, 3.0, 4.0, 5.0]})
     assert won.passed
-    assert "ahead in style (win rate 1) beside" in won.text
+    assert "ahead in style (win rate 1 (n = 4, 95 %: 0.51 to 1)) beside" in won.text
+    assert "for the student tuned by dpo, " in won.text
     half = headline_of(SCORES | {"reward_judge": [-1.0, -1.0, -1.0, 1.0]})
     assert "level in every reward" in half.text  # 0.25 +- 0.25
     behind = headline_of(SCORES | {"reward_judge": [-1.0, -1.0, -1.0, 0.0]})
