@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..cost.launches import Launch
     from ..pipeline.planning import PlannedStage
 
+MAX_COLUMNS = 1000  # of a table that is wider than the terminal
 PARTS = ("parameters", "gradients", "optimiser", "averages", "activations", "exchange", "rewards", "host")
 ENGINES = {"whole": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 
@@ -32,7 +33,7 @@ def show(
 ) -> None:
     """Print the plan of `recipe`, whose memory was predicted for a `kind` of device ("cuda", "cpu")."""
     ahead = [stage for stage in stages if not stage.done]
-    console.print(_summary(stages, ahead, device), crop=False)
+    _print_whole(console, _summary(stages, ahead, device))
     if any(stage.memory for stage in ahead):
         console.print()
         console.print(_memory(ahead), crop=False)
@@ -41,6 +42,12 @@ def show(
     console.print()
     for line in _assumptions(recipe, ahead, launch, device, kind):
         console.print(Text(line), soft_wrap=True)
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """Print `table` as wide as it is: a folder's name that is cut could not be copied."""
+    table.width = console.measure(table, options=console.options.update(width=MAX_COLUMNS)).maximum
+    console.print(table, crop=False)
 
 
 def _summary(stages: "list[PlannedStage]", ahead: "list[PlannedStage]", device: Device | None) -> Table:

@@ -210,6 +210,13 @@ def test_plan_lists_stages_and_sums_what_is_still_to_do(mlcm, pipeline):
     assert max(map(len, result.stdout.splitlines()[:9])) <= 80
 
 
+def test_a_plan_names_every_folder_whole_in_eighty_columns(mlcm, pipeline, monkeypatch):
+    name = "trajectories-e63ef49364024b27-milestones"
+    pipeline.plan = lambda *arguments: [replace(PLANNED[1], folder=STAGES / name, seconds=90.0)]
+    monkeypatch.setattr("mlcm_rl.cli.recipes.console", Console(width=80, height=40, highlight=False))
+    assert name in mlcm("plan", "good.yaml", "--device", "h100").stdout
+
+
 def test_plan_warns_of_a_disk_that_the_stages_to_do_do_not_fit(mlcm, pipeline, monkeypatch):
     pipeline.plan = lambda *arguments: [replace(PLANNED[1], disk_bytes=274 * 10**9), PLANNED[0]]
     monkeypatch.setattr("mlcm_rl.cli.plan_table.free_space", lambda folder: 50 * 10**9)
