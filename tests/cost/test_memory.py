@@ -329,7 +329,7 @@ def test_a_distance_by_features_keeps_the_teacher_and_one_by_lpips_its_network(t
 def test_a_surrogate_adds_its_heads_and_takes_the_gradient_out_of_the_decoder(tiny_sdxl):
     settings = {"batch_size": 4, "guard": {"rewards": ["colourfulness"], "num_prompts": 2}}
     direct = of(runs.tuning("feedback", "prompts.txt", **settings), tiny_sdxl)
-    surrogate = {"num_generations": 2, "width": 4}
+    surrogate = {"num_generations": 2, "width": 4, "head_start": 0}
     learned = of(runs.tuning("feedback", "prompts.txt", surrogate=surrogate, **settings), tiny_sdxl)
     size = learned.parameters - direct.parameters
     assert size > 0

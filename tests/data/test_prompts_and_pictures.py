@@ -135,7 +135,7 @@ def test_an_evaluation_names_prompts_that_a_reward_cannot_score_before_it_draws(
     path.write_text("cat\n\ndog\n")
     stage = Evaluate(prompts=str(path), num_prompts=2, rewards=["brightness"])
     with pytest.raises(ValueError, match=r"cannot score 2 of the prompts: .*p\.txt:1: no cat; .*p\.txt:3: no dog\."):
-        instruments.load(stage, read_prompts(path), 8, torch.device("cpu"))
+        instruments.load(stage, read_prompts(path), 8, torch.device("cpu"), 0)
 
 
 def test_pictures_are_squared_about_their_centre_and_laid_on_white(tmp_path):
