@@ -53,14 +53,6 @@ def test_steps_are_the_nearest_to_the_budget_and_a_store_beyond_it_is_refused():
         rivals.steps_within(106, lambda steps: 100 + 7 * steps)
 
 
-@pytest.mark.parametrize("row", terms.ROWS)
-def test_rows_of_the_study_of_terms_are_recipes(row):
-    base = load(terms.protocol.RECIPES / terms.BASES["emoji"], [])
-    recipe = terms.recipe_of(base, row, 1, 400, 128)
-    assert sum(sum(stage.steps_per_phase) for stage in recipe.stages if isinstance(stage, Distill)) == 400
-    assert check(recipe, HERE) == []
-
-
 def test_a_tuned_student_is_not_taken_for_the_one_before_it():
     def row(role: str, name: str, value: float) -> dict:
         metrics = {"distance": {"mean": value, "se": 0.5, "values": []}}

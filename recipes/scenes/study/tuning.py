@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--rows", help="some of the group's, by comma; default: all")
     parser.add_argument("--tune-only", action="store_true", help="leave the measuring to a later call")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     base = load(RECIPES / "scenes_demo.yaml", arguments.overrides)
     names = arguments.rows.split(",") if arguments.rows else list(ROWS[arguments.group])
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
