@@ -54,6 +54,7 @@ def test_pictures_to_train_a_teacher_on_are_encoded_a_micro_batch_at_a_time(tiny
     encode = Autoencoder.encode
     monkeypatch.setattr(Autoencoder, "encode", lambda self, images: sizes.append(len(images)) or encode(self, images))
     stage = TrainTeacher(images=runs.write_images(tmp_path), num_steps=1, **SPLIT)
+    (tmp_path / "teacher").mkdir()
     train_teacher.run(stage, runs.recipe(tiny_sdxl, tmp_path, [stage]), {}, tmp_path / "teacher")
     assert sizes == [3, 1]
 
@@ -143,7 +144,7 @@ def test_prompts_that_a_short_run_does_not_draw_are_not_encoded_ahead(base, tmp_
     monkeypatch.setattr(base, "encode_ahead", lambda texts: pytest.fail("it encodes more than is drawn"))
     stage = stage_of("online", tmp_path, num_steps=1, batch_size=len(runs.PROMPTS) - 1)
     recipe = runs.recipe(tmp_path, tmp_path, [stage])
-    distill.encode_ahead(stage, recipe, base, distill.make_source(stage, recipe, base, base.denoiser, {}))
+    distill.encode_ahead(stage, recipe, base, distill.make_source(stage, recipe, base, base.denoiser, {}), None)
 
 
 @pytest.mark.parametrize("fewer", [0, 1])
@@ -155,7 +156,7 @@ def test_a_plan_knows_whether_text_encoders_leave(base, tmp_path, monkeypatch, n
     recipe = runs.recipe(tmp_path, tmp_path, [stage])
     source = distill.make_source(stage, recipe, base, base.denoiser, {})
     monkeypatch.setattr("mlcm_rl.recipe.distill.MAX_ENCODED_AHEAD", len(set(source.texts)) - fewer)
-    distill.encode_ahead(stage, recipe, base, source)
+    distill.encode_ahead(stage, recipe, base, source, None)
     assert bool(calls) == encodes_ahead(stage.networks(Full())) == (fewer == 0)
 
 
@@ -170,7 +171,7 @@ def test_points_of_prompts_encoded_ahead_are_near_whatever_the_micro_batch(base,
     source = distill.make_source(stage, recipe, base, base.denoiser, {})
     draw = source.draw(0, 1, "next", generator(0))
     before = [source.realise(part).conditioning for size in (1, 3, 4) for part in draw.split(size)]
-    distill.encode_ahead(stage, recipe, base, source)
+    distill.encode_ahead(stage, recipe, base, source, None)
     assert base.pipeline.text_encoder is None
     after = [source.realise(part).conditioning for size in (1, 3, 4) for part in draw.split(size)]
     for old, new in zip(before, after, strict=True):
