@@ -24,6 +24,7 @@ from rich.table import Table
 
 from mlcm_rl.models import students, teachers
 from mlcm_rl.preference import tuning
+from mlcm_rl.preference.constraints import Constraints
 from mlcm_rl.recipe import Dpo, Feedback, Lora, Policy
 from mlcm_rl.rewards import combine
 from mlcm_rl.stages import dpo, feedback, policy
@@ -71,16 +72,18 @@ def measure(name: str, num_steps: int, batch_size: int) -> dict[str, float]:
 
 def loss(stage, student: tuning.TunableStudent, rewards, prompts: tuning.Prompts, step: int) -> torch.Tensor:
     """The loss of one step (B,), as its stage takes it."""
-    scores = tuning.Scores()
+    scores, constraints = tuning.Scores(), Constraints(stage, student, {})
     if isinstance(stage, Feedback):
         (start,) = prompts.starts(student.base, step, stage.batch_size, stage.batch_size)
-        return feedback.loss(stage, student, rewards, start, None, len(student.times) - 1, scores)
+        return feedback.loss(stage, student, rewards, constraints, None, start, None, len(student.times) - 1, scores)
     if isinstance(stage, Dpo):
-        (pairs,) = dpo.OwnPairs(stage, student, rewards, 0).batches(step, scores)
+        (pairs,) = dpo.OwnPairs(stage, student, rewards, 0).batches(step, constraints, scores)
         return dpo.loss(stage, student, pairs, scores)
     copies = stage.num_generations
     (start,) = prompts.starts(student.base, step, stage.batch_size // copies, stage.batch_size, copies)
-    return policy.loss(stage, student, policy.sample_rollout(stage, student, rewards, start, scores), scores)
+    return policy.loss(
+        stage, student, policy.sample_rollout(stage, student, rewards, constraints, start, scores), scores
+    )
 
 
 def main() -> None:

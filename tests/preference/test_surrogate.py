@@ -30,7 +30,7 @@ def distilled(tiny_sdxl, tmp_path_factory):
 
 def test_the_gradient_is_that_of_the_prediction_and_reaches_neither_heads_nor_student(distilled, tmp_path):
     recipe, folder = distilled
-    stage = runs.tuning("feedback", recipe.stages[0].prompts, surrogate=SURROGATE)
+    stage = runs.tuning("feedback", recipe.stages[0].prompts, surrogate=SURROGATE | {"head_start": 0})
     student = tuning.load(stage, teachers.load(recipe.teacher, "cpu"), folder / "student", seed=0)
     learned = LearnedReward(stage, student, Runtime(recipe, stage, tmp_path), "a cat", seed=0)
     prompts = tuning.Prompts(stage, student.base, 0)

@@ -11,6 +11,7 @@ import tiny
 from mlcm_rl.equations.preference import offline_pso_log_ratios
 from mlcm_rl.models import teachers
 from mlcm_rl.preference import tuning
+from mlcm_rl.preference.constraints import Constraints
 from mlcm_rl.rewards import combine
 from mlcm_rl.stages import dpo
 
@@ -24,7 +25,7 @@ def test_the_chosen_samples_are_the_brighter_ones_and_become_more_likely(distill
     rewards = combine(stage.rewards, "cpu")
     prompts = tuning.Prompts(stage, student.base, 0)
     (begun,) = prompts.starts(student.base, 0, 4, 12, copies=3)
-    pairs = dpo.rank_samples(stage, student, rewards, begun, tuning.Scores())
+    pairs = dpo.rank_samples(stage, student, rewards, Constraints(stage, student, {}), begun, tuning.Scores())
     chosen, rejected = (student.base.autoencoder.decode(x0).mean((1, 2, 3)) for x0 in pairs.x0)
     assert (chosen > rejected).all()
     optimizer = torch.optim.Adam(student.parameters.values(), lr=1e-4)
@@ -51,8 +52,8 @@ def stored(distilled, tmp_path):
 
 
 def test_pairs_of_a_table_are_its_pictures_encoded_and_their_prompts(stored):
-    _, student, source = stored
-    (pairs,) = source.batches(0, tuning.Scores())
+    stage, student, source = stored
+    (pairs,) = source.batches(0, Constraints(stage, student, {}), tuning.Scores())
     sampled = [source.prompts[i] for i in source.order.draw(0, 4).tolist()]
     for i, prompt in enumerate(sampled):
         number = runs.PROMPTS.index(prompt.prompt)
@@ -77,7 +78,7 @@ def test_kappa_makes_the_log_ratios_those_of_offline_pso(stored, form):
     stage, student, source = stored
     stage = stage.model_copy(update={"form": form, "kappa": 0.1})
     tiny.perturb(list(student.parameters.values()))
-    (pairs,) = source.batches(0, tuning.Scores())
+    (pairs,) = source.batches(0, Constraints(stage, student, {}), tuning.Scores())
     result = dpo.log_ratios(stage, student, pairs)
     draws, factor = tuning.sample_generators(0, stage, 0, range(4)), 1.0
     steps = [torch.full((4,), step) for step in range(len(student.times))]
@@ -100,7 +101,7 @@ def test_the_chosen_pictures_of_a_table_become_more_likely_than_the_rejected(sto
     margins = []
     for _ in range(8):
         scores = tuning.Scores()
-        (pairs,) = source.batches(0, scores)
+        (pairs,) = source.batches(0, Constraints(stage, student, {}), scores)
         dpo.loss(stage, student, pairs, scores).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
