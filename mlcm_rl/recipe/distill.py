@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from .distill_conflicts import LOG, MOST_SEGMENTS, PER_PHASE, conflicts
+from .distill_conflicts import LOG, MOST_SAMPLER_SEGMENTS, PER_PHASE, conflicts
 from .reads import LPIPS, PICTURES, PROMPTS
 from .stage import OneStage, Requirement, States, Training
 from .takes import Networks, Pass, Values
@@ -315,7 +315,7 @@ class Distill(Training):
             return 1.0
         if self.budgets:
             return sum(1 / num_steps for num_steps in self.budgets) / len(self.budgets)
-        return sum(1 / below for below in range(1, MOST_SEGMENTS + 1)) / MOST_SEGMENTS
+        return sum(1 / below for below in range(1, MOST_SAMPLER_SEGMENTS + 1)) / MOST_SAMPLER_SEGMENTS
 
     @property
     def _teacher_steps(self) -> float:

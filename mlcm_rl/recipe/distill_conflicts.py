@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .distill import Distill
 
-MOST_SEGMENTS = 8
+MOST_SAMPLER_SEGMENTS = 8  # of a sampler's grid; phases before those may have more
 LOG = "log_"  # begins the name of the logarithm of a distance
 PER_PHASE = ("num_steps", "learning_rate", "target", "pair", "space", "distance", "optimizer_state")
 
@@ -74,10 +74,10 @@ def _of_jumps(stage: "Distill") -> Iterator[str]:
             "starts: milestones are whole segments between stored states: it needs method: segments and source: "
             "trajectories, without condition_on_target, budgets and keep_segments"
         )
-    if stage.starts == "any" and max(stage.num_segments) > MOST_SEGMENTS:
+    if stage.starts == "any" and max(stage.num_segments) > MOST_SAMPLER_SEGMENTS:
         yield (
-            f"num_segments {stage.num_segments}: more than {MOST_SEGMENTS} are for starts: milestones, as phases "
-            "before those of samplers"
+            f"num_segments {stage.num_segments}: more than {MOST_SAMPLER_SEGMENTS} are for starts: milestones, as "
+            "phases before those of samplers"
         )
     if stage.ends == "random" and (stage.method != "segments" or told or stage.starts == "milestones"):
         yield (

@@ -10,22 +10,12 @@ from mlcm_rl import pipeline
 from mlcm_rl.models import teachers
 from mlcm_rl.preference import tuning
 from mlcm_rl.preference.constraints import Constraints
-from mlcm_rl.recipe import Evaluate, Lora
+from mlcm_rl.recipe import Evaluate
 from mlcm_rl.rewards import combine
 from mlcm_rl.storage.files import CheckpointError
 from mlcm_rl.training.seeding import generator
 
 REWARDS = ["brightness", {"name": "sharpness", "max_drop": 0.25}]
-
-
-@pytest.fixture(scope="module")
-def distilled(tiny_sdxl, tmp_path_factory):
-    """A recipe and the folder of its distilled student."""
-    folder = tmp_path_factory.mktemp("distilled")
-    prompts = runs.write_prompts(folder)
-    stages = [runs.trajectories(prompts), runs.distill(num_segments=[1], adapter=Lora(rank=2, alpha=2.0))]
-    recipe = runs.recipe(tiny_sdxl, folder, stages)
-    return recipe, pipeline.run(recipe)[-1].folder
 
 
 def constraints_of(distilled, reference: torch.Tensor, **changes):

@@ -6,26 +6,14 @@ import pytest
 import torch
 
 import runs
-from mlcm_rl import pipeline
 from mlcm_rl.models import students, teachers
 from mlcm_rl.preference import tuning
 from mlcm_rl.preference.surrogate import LearnedReward
-from mlcm_rl.recipe import Lora
 from mlcm_rl.stages import feedback
 from mlcm_rl.training.loop import Runtime
 from mlcm_rl.training.seeding import generator
 
 SURROGATE = {"num_generations": 2, "width": 8, "head_start": 3, "num_updates": 8, "learning_rate": 1e-2}
-
-
-@pytest.fixture(scope="module")
-def distilled(tiny_sdxl, tmp_path_factory):
-    """A recipe and the folder of its distilled student."""
-    folder = tmp_path_factory.mktemp("distilled")
-    prompts = runs.write_prompts(folder)
-    stages = [runs.trajectories(prompts), runs.distill(num_segments=[1], adapter=Lora(rank=2, alpha=2.0))]
-    recipe = runs.recipe(tiny_sdxl, folder, stages)
-    return recipe, pipeline.run(recipe)[-1].folder
 
 
 def test_the_gradient_is_that_of_the_prediction_and_reaches_neither_heads_nor_student(distilled, tmp_path):
