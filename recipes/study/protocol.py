@@ -1,20 +1,60 @@
 """What the studies of this folder share: the settings of training, the protocol of measuring, the table of students."""
 
+import argparse
 import csv
-import json
-from collections.abc import Iterator
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from mlcm_rl import pipeline
+import kept_values
 from mlcm_rl.equations.statistics import mean_and_error
 from mlcm_rl.recipe import Distill, Evaluate, Recipe
+from mlcm_rl.recipe.file import load
 from mlcm_rl.storage.files import replacing
 
 RECIPES = Path(__file__).parents[1]
+SEEDED = re.compile(r"(?P<row>.+)-(?P<seed>\d+)")  # the name of a student's file
+BEST_BY = ("distance", "teacher_kid")  # what picks the best of a row's samplers, one table each
+
+
+def run(
+    description: str,
+    bases: dict[str, str],
+    rows: Iterable[str],
+    columns: dict[str, tuple[str, ...]],
+    name: str,
+    num_steps: int,
+    recipe_of: Callable[[Recipe, str, str, int, int, int], Recipe],
+) -> None:
+    """Run the study of the command line: `rows` on a subject of `bases`, each by `recipe_of`, then print its tables.
+
+    `recipe_of` is given the base, the subject, the row, the seed of training, the optimiser steps, and the prompts.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subject", choices=bases)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=num_steps)
+    parser.add_argument("--rows", default=",".join(rows))
+    parser.add_argument("--results", type=Path, help=f"folder of what is measured [runs/{name}-<subject>-<steps>]")
+    parser.add_argument("--tables", action="store_true", help="print the tables of what is measured, and run nothing")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
+    arguments = parser.parse_intermixed_args()
+    base, subject = load(RECIPES / bases[arguments.subject], arguments.overrides), arguments.subject
+    results = arguments.results or Path(base.runs) / f"{name}-{subject}-{arguments.steps}"
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+        for row in [] if arguments.tables else arguments.rows.split(","):
+            recipe = recipe_of(base, subject, row, seed, arguments.steps, arguments.prompts)
+            kept_values.keep(recipe, results / f"{row}-{seed}.safetensors", columns[subject])
+    write_tables(results, columns[subject])
 
 
 def training_settings(base: Recipe, seed: int, num_steps: int) -> dict:
@@ -51,60 +91,77 @@ def evaluate_stage(base: Recipe, num_prompts: int, sampling_steps: list[int]) ->
     return evaluate.model_copy(update=measured)
 
 
-def measure(recipes: Iterator[tuple[str, Recipe]]) -> dict[str, list[dict]]:
-    """Run the recipes, each of a named row, and return the reports of every row; finished stages are reused."""
-    reports: dict[str, list[dict]] = {}
-    for row, recipe in recipes:
-        report = pipeline.run(recipe)[-1].folder / "report.json"
-        reports.setdefault(row, []).append(json.loads(report.read_text(encoding="utf-8")))
-    return reports
-
-
-def write_table(reports: dict[str, list[dict]], columns: tuple[str, ...], path: Path) -> None:
-    """Write the table of `reports` to `path`, and print it."""
-    table = table_of(reports, columns)
+def write_tables(folder: Path, columns: tuple[str, ...]) -> None:
+    """Write the table of the students in `folder` to `table.tsv` there; print it, and the best sampler of each row."""
+    lines = table_of(folder, columns)
+    path = folder / "table.tsv"
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, delimiter="\t").writerows(table)
-    show(table)
-    Console().print(str(path), soft_wrap=True)
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows(lines)
+    show(lines)
+    for column in BEST_BY:
+        Console().print(f"\nBest sampler by {column}:\n\n{markdown(best_of(lines, column))}", soft_wrap=True)
+    Console().print(f"\n{path}", soft_wrap=True)
 
 
-def table_of(found: dict[str, list[dict]], columns: tuple[str, ...]) -> list[list[str]]:
+def table_of(folder: Path, columns: tuple[str, ...]) -> list[list[str]]:
     """Return the head and a row for each (student, sampler, steps): means over prompts and seeds, with their errors.
 
     A student of several seeds is the mean of theirs prompt by prompt. A student that was tuned
     has the name of its stage behind the row's. The teacher's own rows come last.
     """
-    lines = [["student", "sampler", "evaluations", "seeds", *columns]]
-    reports = [(row, of_seeds, True) for row, of_seeds in found.items()]
-    reports.append(("teacher", next(iter(found.values()))[:1], False))
-    for name, of_seeds, of_students in reports:
-        for i, row in enumerate(of_seeds[0]["rows"]):
-            if (row["role"] == "student") != of_students:
-                continue
-            same = [report["rows"][i] for report in of_seeds]
-            cells = [cell([one["metrics"].get(column) for one in same]) for column in columns]
-            label = f"{name} ({row['name']})" if of_students and row["name"] != "student" else name
-            lines.append([label, row["sampler"], str(row["num_evaluations"]), str(len(same)), *cells])
-    return lines
+    found: dict[tuple[bool, str, str, int], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    named = {path: SEEDED.fullmatch(path.stem) for path in sorted(folder.glob("*.safetensors"))}
+    students = {path: match["row"] for path, match in named.items() if match}
+    for path, row in {**students, folder / f"{kept_values.TEACHER}.safetensors": None}.items():
+        for (name, sampler, evaluations, metric), values in kept_values.read(path).items():
+            label = name if row is None else row if name == "student" else f"{row} ({name})"
+            found[row is None, label, sampler, evaluations][metric].append(values)
+    head = ["student", "sampler", "evaluations", "seeds", *columns]
+    return [head, *(line(point[1:], found[point], columns) for point in sorted(found))]
 
 
-def cell(summaries: list[dict | None]) -> str:
-    """Return "mean +- error" of one metric over seeds; the error of prompts is taken after the mean over seeds."""
-    known = [one for one in summaries if one is not None and one["mean"] is not None]
-    if not known:
+def line(point: tuple[str, str, int], seeds: dict[str, list[Tensor]], columns: tuple[str, ...]) -> list[str]:
+    """Return the row of one (student, sampler, steps), of the values (P,) of each seed by metric."""
+    student, sampler, evaluations = point
+    num_seeds = max(map(len, seeds.values()))
+    return [student, sampler, str(evaluations), str(num_seeds), *(cell(seeds.get(column, [])) for column in columns)]
+
+
+def cell(seeds: list[Tensor]) -> str:
+    """Return "mean +- error" of the values (P,) of seeds; the error of prompts is taken after the mean over seeds."""
+    if not seeds:
         return ""
-    if all(one["values"] for one in known):
-        values = torch.tensor([[float("nan") if v is None else v for v in one["values"]] for one in known])
-        mean, error = mean_and_error(values.double().mean(0))
-    else:
-        mean, error = (sum(one[key] for one in known) / len(known) for key in ("mean", "se"))
-    return f"{mean:.4f} +- {error:.4f}"
+    mean, error = mean_and_error(torch.stack(seeds).mean(0))
+    return "" if math.isnan(mean) else f"{mean:.4f} +- {error:.4f}"
+
+
+def best_of(lines: list[list[str]], column: str) -> list[list[str]]:
+    """Return the head and the row of each (student, steps) whose `column` is least among its samplers."""
+    head, *rows = lines
+    place = head.index(column)
+    best: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        key = row[0], row[2]
+        if row[place] and (key not in best or mean_in(row[place]) < mean_in(best[key][place])):
+            best[key] = row
+    return [head, *best.values()]
+
+
+def mean_in(written: str) -> float:
+    """Return the mean of a cell."""
+    return float(written.split(" ")[0])
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Return the table as Markdown."""
+    head, *rows = lines
+    rule = ["---", "---", *["--:"] * (len(head) - 2)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *rows])
 
 
 def show(lines: list[list[str]]) -> None:
     """Print the table."""
     table = Table(*lines[0], box=None, header_style="bold")
-    for line in lines[1:]:
-        table.add_row(*line)
+    for cells in lines[1:]:
+        table.add_row(*cells)
     Console(width=200).print(table)

@@ -11,15 +11,12 @@ pictures captions` and `recipes/scenes/build/scene_pictures.py` make; the others
 Finished stages are reused: the study may be stopped and started. The table is written beside the runs, and printed.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import protocol
 from mlcm_rl.cost.evaluations import network_evaluations
 from mlcm_rl.recipe import Distill, Evaluate, Feedback, Recipe, Samples, Stage
-from mlcm_rl.recipe.file import load
 
 BASES = {"emoji": "emoji_demo.yaml", "scenes": "scenes_demo.yaml"}
 DATA = protocol.RECIPES.parent / "data"
@@ -89,23 +86,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("subject", choices=BASES)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--prompts", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=2000, help="of ours, whose evaluations every row takes")
-    parser.add_argument("--rows", default=",".join([*ROWS, *TUNED]))
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
-    arguments = parser.parse_intermixed_args()
-    base, subject = load(protocol.RECIPES / BASES[arguments.subject], arguments.overrides), arguments.subject
-    recipes = (
-        (row, recipe_of(base, subject, row, seed, arguments.steps, arguments.prompts))
-        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-        for row in arguments.rows.split(",")
-    )
-    path = Path(base.runs) / f"rivals-{subject}-{arguments.steps}.tsv"
-    protocol.write_table(protocol.measure(recipes), COLUMNS[subject], path)
+    protocol.run(str(__doc__), BASES, [*ROWS, *TUNED], COLUMNS, "rivals", 2000, recipe_of)
 
 
 def recipe_of(base: Recipe, subject: str, row: str, seed: int, num_steps: int, num_prompts: int) -> Recipe:

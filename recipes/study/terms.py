@@ -9,14 +9,10 @@ learn from the same trajectories and are measured on the same prompts and noises
 not trained again: the study may be stopped and started. The table is written beside the runs, and printed.
 """
 
-import argparse
-from pathlib import Path
-
 import protocol
 from mlcm_rl.recipe import Distill, Recipe
-from mlcm_rl.recipe.file import load
 
-BASES = {"emoji": "emoji_mlcm.yaml", "scenes": "scenes_demo.yaml"}
+BASES = {"emoji": "emoji_demo.yaml", "scenes": "scenes_demo.yaml"}
 GLOBAL_SHARE = 5  # one step in so many is of the second stage
 
 LOCAL = {"num_segments": [8], "target": "trajectory", "distance": "l2"}
@@ -47,26 +43,10 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("subject", choices=BASES)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--prompts", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--rows", default=",".join(ROWS))
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
-    arguments = parser.parse_intermixed_args()
-    base = load(protocol.RECIPES / BASES[arguments.subject], arguments.overrides)
-    recipes = (
-        (row, recipe_of(base, row, seed, arguments.steps, arguments.prompts))
-        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-        for row in arguments.rows.split(",")
-    )
-    path = Path(base.runs) / f"terms-{arguments.subject}-{arguments.steps}.tsv"
-    protocol.write_table(protocol.measure(recipes), COLUMNS[arguments.subject], path)
+    protocol.run(str(__doc__), BASES, ROWS, COLUMNS, "terms", 400, recipe_of)
 
 
-def recipe_of(base: Recipe, row: str, seed: int, num_steps: int, num_prompts: int) -> Recipe:
+def recipe_of(base: Recipe, _: str, row: str, seed: int, num_steps: int, num_prompts: int) -> Recipe:
     """Return the recipe of one row: the base's trajectories, the chain of `row`, and what it is measured by.
 
     The seed is that of the training alone.

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
+import kept_values
 import variant_summary
 import variant_table
-import variant_values
 import variants
 from mlcm_rl.recipe.file import load
 
@@ -27,7 +27,7 @@ def keep(folder, file: str, *rows, of_teacher: bool = False) -> None:
         for row in rows
     ]
     (folder / "report.json").write_text(json.dumps({"rows": made}), encoding="utf-8")
-    variant_values.write(folder / f"{file}.safetensors", folder / "report.json", of_teacher, "0123")
+    kept_values.write(folder / f"{file}.safetensors", folder / "report.json", of_teacher, "0123")
 
 
 def row(values: list[float], n: int = 4, name: str = "student", sampler: str = "gamma 0", hits: float = 1.0) -> tuple:
@@ -112,15 +112,15 @@ def test_the_best_students_recall_is_held_to_the_references(results, hits, verdi
 
 def test_what_is_kept_is_the_report_to_half_precision_and_knows_what_made_it(results):
     keep(results, "one-0", row([0.03125, None, 0.1, 0.2, 0.3]))
-    found = variant_values.read(results / "one-0.safetensors")
+    found = kept_values.read(results / "one-0.safetensors")
     values = found["student", "gamma 0", 4, "distance"].tolist()
     assert values[0] == 0.03125
     assert math.isnan(values[1])
     assert values[2:] == pytest.approx([0.1, 0.2, 0.3], rel=2**-11)
-    assert variant_values.is_kept(results / "one-0.safetensors", "0123")
-    assert not variant_values.is_kept(results / "two-0.safetensors", "0123")
+    assert kept_values.is_kept(results / "one-0.safetensors", "0123")
+    assert not kept_values.is_kept(results / "two-0.safetensors", "0123")
     with pytest.raises(ValueError, match="holds what evaluation 0123 measured, and this is 4567"):
-        variant_values.is_kept(results / "one-0.safetensors", "4567")
+        kept_values.is_kept(results / "one-0.safetensors", "4567")
 
 
 def test_a_student_with_results_is_not_trained_again_and_one_without_is(results, monkeypatch):
@@ -131,15 +131,16 @@ def test_a_student_with_results_is_not_trained_again_and_one_without_is(results,
     class Finished:
         folder = results
 
-    monkeypatch.setattr(variants.pipeline, "run", lambda recipe: ran.append(recipe) or [Finished()])
+    monkeypatch.setattr(kept_values.pipeline, "run", lambda recipe: ran.append(recipe) or [Finished()])
+    keep(results, "teacher", row([0.0] * 5), of_teacher=True)
     keep(results, "other-0", row([1.0] * 5))  # leaves a report.json
-    variants.keep(recipe, path)
-    variants.keep(recipe, path)
+    kept_values.keep(recipe, path)
+    kept_values.keep(recipe, path)
     assert ran == [recipe]
-    assert torch.equal(*(variant_values.read(results / f"{name}-0.safetensors")["student", "gamma 0", 4, "distance"]
+    assert torch.equal(*(kept_values.read(results / f"{name}-0.safetensors")["student", "gamma 0", 4, "distance"]
                          for name in ("budgets", "other")))  # fmt: skip
     with pytest.raises(ValueError, match="of other settings or code"):
-        variants.keep(variants.recipe_of(base, "budgets", 0, 800, 1000), path)
+        kept_values.keep(variants.recipe_of(base, "budgets", 0, 800, 1000), path)
 
 
 @pytest.mark.parametrize("name", [*variants.ROWS, *variants.SECOND_STAGE])

@@ -1,9 +1,11 @@
 """The study of rivals: every row is a recipe, its evaluations are those of ours, and the steps are found by hand."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+import kept_values
 import rivals
 import terms
 from mlcm_rl.recipe import Distill
@@ -53,18 +55,21 @@ def test_steps_are_the_nearest_to_the_budget_and_a_store_beyond_it_is_refused():
         rivals.steps_within(106, lambda steps: 100 + 7 * steps)
 
 
-def test_a_tuned_student_is_not_taken_for_the_one_before_it():
+def test_a_tuned_student_is_not_taken_for_the_one_before_it_and_the_teacher_is_last(tmp_path):
     def row(role: str, name: str, value: float) -> dict:
-        metrics = {"distance": {"mean": value, "se": 0.5, "values": []}}
+        metrics = {"distance": {"values": [value, value]}}
         return {"role": role, "name": name, "sampler": "gamma 0", "num_evaluations": 4, "metrics": metrics}
 
-    report = {
-        "rows": [row("student", "student", 1.0), row("student", "feedback", 2.0), row("undistilled", "DDIM", 3.0)]
-    }
-    head, *lines = rivals.protocol.table_of({"ours_feedback": [report]}, ("distance",))
-    assert head[-1] == "distance"
-    assert [(line[0], line[-1]) for line in lines] == [
-        ("ours_feedback", "1.0000 +- 0.5000"),
-        ("ours_feedback (feedback)", "2.0000 +- 0.5000"),
-        ("teacher", "3.0000 +- 0.5000"),
+    report = tmp_path / "report.json"
+    for seed in (0, 1):
+        rows = [row("student", "student", 1.0), row("student", "feedback", 2.0 + seed), row("undistilled", "DDIM", 3.0)]
+        report.write_text(json.dumps({"rows": rows}))
+        kept_values.write(tmp_path / f"ours_feedback-{seed}.safetensors", report, False, "0123")
+    kept_values.write(tmp_path / "teacher.safetensors", report, True, "0123")
+    head, *lines = rivals.protocol.table_of(tmp_path, ("distance", "r@5"))
+    assert head[-2:] == ["distance", "r@5"]
+    assert [(one[0], *one[3:]) for one in lines] == [
+        ("ours_feedback", "2", "1.0000 +- 0.0000", ""),
+        ("ours_feedback (feedback)", "2", "2.5000 +- 0.0000", ""),
+        ("DDIM", "1", "3.0000 +- 0.0000", ""),
     ]

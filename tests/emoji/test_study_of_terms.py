@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import protocol
 import terms
@@ -15,14 +16,30 @@ from mlcm_rl.recipe.paths import Folders
 def test_every_row_is_a_valid_recipe_of_as_many_steps(subject):
     base = load(protocol.RECIPES / terms.BASES[subject], [])
     for row in terms.ROWS:
-        recipe = terms.recipe_of(base, row, 1, 400, 128)
+        recipe = terms.recipe_of(base, subject, row, 1, 400, 128)
         assert check(recipe, Folders(Path(), Path())) == []
         assert sum(stage.num_steps for stage in recipe.stages if isinstance(stage, Distill)) == 400
 
 
 def test_a_cell_is_the_mean_over_seeds_prompt_by_prompt():
     """Two seeds, three prompts: their means are 2, 3 and 4, of which the deviation is 1."""
-    seeds = [{"mean": 2.0, "se": 0.5, "values": [1.0, 2.0, 3.0]}, {"mean": 4.0, "se": 0.5, "values": [3.0, 4.0, 5.0]}]
+    seeds = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 4.0, 5.0])]
     assert protocol.cell(seeds) == "3.0000 +- 0.5774"
-    assert protocol.cell([{"mean": 2.0, "se": 0.5, "values": []}, None]) == "2.0000 +- 0.5000"
-    assert protocol.cell([None]) == ""
+    assert protocol.cell([]) == protocol.cell([torch.tensor([torch.nan])]) == ""
+
+
+def test_the_best_sampler_of_a_student_is_picked_for_each_number_of_steps():
+    head = ["student", "sampler", "evaluations", "seeds", "distance", "teacher_kid"]
+    lines = [
+        ["a", "gamma 0", "4", "2", "0.5000 +- 0.1000", "0.0300 +- 0.1000"],
+        ["a", "gamma 1", "4", "2", "0.6000 +- 0.1000", "-0.0200 +- 0.1000"],
+        ["a", "gamma 1", "8", "2", "0.7000 +- 0.1000", ""],
+        ["b", "gamma 0", "4", "2", "0.1000 +- 0.1000", "0.1000 +- 0.1000"],
+    ]
+    assert protocol.best_of([head, *lines], "distance") == [head, lines[0], lines[2], lines[3]]
+    assert protocol.best_of([head, *lines], "teacher_kid") == [head, lines[1], lines[3]]
+    assert protocol.markdown([head, lines[0]]).splitlines() == [
+        "| student | sampler | evaluations | seeds | distance | teacher_kid |",
+        "| --- | --- | --: | --: | --: | --: |",
+        "| a | gamma 0 | 4 | 2 | 0.5000 +- 0.1000 | 0.0300 +- 0.1000 |",
+    ]

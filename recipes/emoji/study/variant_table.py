@@ -8,6 +8,7 @@ measured, so that what is picked as the best is not measured on what it was pick
 import csv
 import math
 import re
+import sys
 from collections import defaultdict
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -15,9 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import variant_values
 from mlcm_rl.equations.statistics import mean_and_error, paired_difference
 from mlcm_rl.storage.files import replacing
+
+sys.path.append(str(Path(__file__).parents[2] / "study"))  # what all studies share
+
+import kept_values
 
 PICKING_SHARE = 5  # one prompt in so many
 LCM = ("lcm", "lcm_long")  # of fewer evaluations than a student of stored states and its store, and of a few more
@@ -86,12 +90,12 @@ def of_values(folder: Path) -> list[Row]:
     return [
         Row(
             *point,
-            0 if point[0] == variant_values.TEACHER else len(seeds[point]),
+            0 if point[0] == kept_values.TEACHER else len(seeds[point]),
             apart(seeds[point]),
             means[point][: picking_prompts(means[point])].nanmean().item(),
             *mean_and_error(measured(means[point])),
             *mean_and_error(measured(recalls[point].mean(0))),
-            *over_the_best(means, point, (variant_values.TEACHER,)),
+            *over_the_best(means, point, (kept_values.TEACHER,)),
             *over_the_best(means, point, LCM),
             *over(means, point, nearest[point[2]]),
             *of_distribution(kids, point, nearest[point[2]]),
@@ -107,8 +111,8 @@ def values(folder: Path, metric: str) -> Values:
     found: dict[Point, list[Tensor]] = defaultdict(list)
     named = {path: SEEDED.fullmatch(path.stem) for path in sorted(folder.glob("*.safetensors"))}
     students = {path: match["row"] for path, match in named.items() if match}
-    for path, row in {**students, folder / f"{variant_values.TEACHER}.safetensors": None}.items():
-        for (name, sampler, evaluations, which), column in variant_values.read(path).items():
+    for path, row in {**students, folder / f"{kept_values.TEACHER}.safetensors": None}.items():
+        for (name, sampler, evaluations, which), column in kept_values.read(path).items():
             if which == metric:
                 found[name.replace("student", row) if row else name, sampler, evaluations].append(column)
     return {point: torch.stack(columns) for point, columns in found.items()}
@@ -140,7 +144,7 @@ def over_the_best(means: Values, point: Point, others: tuple[str, ...]) -> tuple
 
 def nearest_student(means: Values, evaluations: int) -> Point | None:
     """Return the student whose distance is least on the picking prompts, of so many evaluations; None of none."""
-    students = [one for one in means if one[0] != variant_values.TEACHER and one[2] == evaluations]
+    students = [one for one in means if one[0] != kept_values.TEACHER and one[2] == evaluations]
     return min(students, key=lambda one: means[one][: picking_prompts(means[one])].nanmean().item(), default=None)
 
 

@@ -10,17 +10,19 @@ done: the study may be cut off, go on elsewhere, or be shared among machines (`-
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from rich.console import Console
 
-import variant_summary
-import variant_table
-import variant_values
-from mlcm_rl import pipeline
-from mlcm_rl.pipeline.fingerprint import locate
 from mlcm_rl.recipe import Distill, Evaluate, Recipe
 from mlcm_rl.recipe.file import load
+
+sys.path.append(str(Path(__file__).parents[2] / "study"))  # what all studies share
+
+import kept_values
+import variant_summary
+import variant_table
 
 RECIPES = Path(__file__).parents[2]
 LORA = {"kind": "lora", "rank": 64, "alpha": 64}
@@ -75,36 +77,22 @@ def main() -> None:
     base = load(RECIPES / "emoji_mlcm.yaml", arguments.overrides)
     results = arguments.results or Path(base.runs) / f"study-{arguments.steps}"
     base = with_pictures(base, arguments.pictures)
-    keep(teacher_recipe(base, arguments.prompts), results / f"{variant_values.TEACHER}.safetensors")
+    kept_values.keep(teacher_recipe(base, arguments.prompts), results / f"{kept_values.TEACHER}.safetensors")
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for row in arguments.rows.split(","):
             recipe = recipe_of(base, row, seed, arguments.steps, arguments.prompts)
-            keep(recipe, results / f"{row}-{seed}.safetensors")
+            kept_values.keep(recipe, results / f"{row}-{seed}.safetensors")
     table = results / "variants.tsv"
     variant_table.write(variant_table.of_values(results), table)
     variant_summary.main(table)
     Console().print(str(table), soft_wrap=True)
 
 
-def keep(recipe: Recipe, path: Path) -> None:
-    """Write what the evaluation at the end of `recipe` measured to `path`, unless it is there.
-
-    Raise ValueError if the file there is of another recipe.
-    """
-    done = []
-    for stage in recipe.stages:
-        done.append(locate(stage, recipe, done))
-    if not variant_values.is_kept(path, done[-1].fingerprint):
-        folder = pipeline.run(recipe)[-1].folder
-        variant_values.write(path, folder / "report.json", len(recipe.stages) == 1, done[-1].fingerprint)
-    Console().print(str(path), soft_wrap=True)
-
-
 def teacher_recipe(base: Recipe, num_prompts: int) -> Recipe:
     """The rows without a student; the reference is reused by the students' evaluations."""
     return base.model_copy(
         update={
-            "name": variant_values.TEACHER,
+            "name": kept_values.TEACHER,
             "stages": [evaluate_stage(base, num_prompts, solvers=["ddim", "dpmpp", "unipc"])],
         }
     )

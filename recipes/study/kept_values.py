@@ -1,30 +1,58 @@
-"""What one student of a study measured, in a file of its own: values prompt by prompt, in half precision."""
+"""What one student of a study measured, in a file of its own: values prompt by prompt, in half precision.
+
+A student that has such a file is not trained or measured again, so that a study may be cut off, go on elsewhere, or be
+shared among machines, and its table is of all files in a folder.
+"""
 
 import json
 import math
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor
 
+from mlcm_rl import pipeline
+from mlcm_rl.pipeline.fingerprint import locate
+from mlcm_rl.recipe import Recipe
 from mlcm_rl.storage.tensors import write_tensors
 
 METRICS = ("distance", "r@1", "r@5", "teacher_kid", "teacher_patch_kid", "diversity")  # diversity of several pictures
 SEPARATOR = " | "
-TEACHER = "teacher"  # name of the file of the rows without a student, and of the recipe behind it
+TEACHER = "teacher"  # name of the file of the rows without a student
 
 Key = tuple[str, str, int, str]  # name, sampler, evaluations, metric
 
 
-def write(path: Path, report: Path, of_teacher: bool, fingerprint: str) -> None:
-    """Write the METRICS of the rows of `report`, a report.json, to `path`: the students', or the others."""
+def keep(recipe: Recipe, path: Path, metrics: tuple[str, ...] = METRICS) -> None:
+    """Write what the evaluation at the end of `recipe` measured to `path`, unless it is there: its students' rows.
+
+    The other rows go to the file of the teacher beside it, unless that is there. A recipe without students is that.
+    Raise ValueError if the file there is of another recipe.
+    """
+    done = []
+    for stage in recipe.stages:
+        done.append(locate(stage, recipe, done))
+    fingerprint = done[-1].fingerprint
+    if not is_kept(path, fingerprint):
+        report = pipeline.run(recipe)[-1].folder / "report.json"
+        teacher = path.with_name(f"{TEACHER}.safetensors")
+        if path == teacher or not teacher.is_file():
+            write(teacher, report, True, fingerprint, metrics)
+        if path != teacher:
+            write(path, report, False, fingerprint, metrics)
+    Console().print(str(path), soft_wrap=True)
+
+
+def write(path: Path, report: Path, of_teacher: bool, fingerprint: str, metrics: tuple[str, ...] = METRICS) -> None:
+    """Write the `metrics` of the rows of `report`, a report.json, to `path`: the students', or the others."""
     rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
     rows = [row for row in rows if (row["role"] != "student") == of_teacher]
     found = {
         SEPARATOR.join((row["name"], row["sampler"], str(row["num_evaluations"]), metric)): _values(row, metric)
         for row in rows
-        for metric in METRICS
+        for metric in metrics
         if metric in row["metrics"]
     }
     write_tensors(path, found, {"fingerprint": fingerprint}, may_lack=True)  # NaN: no such value
