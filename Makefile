@@ -39,7 +39,7 @@ test: $(VENV)/installed lint
 
 test-all: test $(VENV)/documented
 	$(PIP) install -q -c constraints.txt --only-binary :all: atheris || echo 'no atheris for this machine: its tests will be skipped'
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow --timeout 3600
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -30,6 +30,9 @@ LEFT_OUT = {
     "guard/held_out_gain",
     "guard/win_rate/brightness",
     "guard/win_rate/colourfulness",
+    "drop/sharpness",
+    "guard/drop/sharpness",
+    "multiplier/sharpness",
 }
 
 DISTILLED = {
