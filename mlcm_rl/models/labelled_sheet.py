@@ -1,6 +1,7 @@
 """A sheet of sampled pictures with labels: the numbers of steps over the columns, number and prompt over the rows."""
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
@@ -9,6 +10,7 @@ GAP, PADDING = 4, 3  # pixels between pictures, and around a label
 MIN_WIDTH = 320  # pixels of a sheet, so that a prompt can be read over one small picture
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 ELLIPSIS = "..."
+MAX_LETTERS = 4000  # that are looked at: more than any sheet is wide
 EAST_ASIAN_FONTS = (  # of Linux, macOS and Windows; Pillow looks for them in the system's folders
     *("NotoSansCJK-Regular.ttc", "NotoSerifCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc"),
     *("DroidSansFallbackFull.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc", "msyh.ttc", "simsun.ttc"),
@@ -53,10 +55,16 @@ def _write(draw: ImageDraw.ImageDraw, text: str, left: int, top: int, width: int
     text = " ".join(text.split())
     fonts = _fonts(size)
     font = next((one for one in fonts if _has(one, text)), fonts[0])
-    shown = text
-    while shown and draw.textlength(shown + ELLIPSIS * (shown != text), font=font) > width:
-        shown = shown[:-1]
-    draw.text((left, top + PADDING), shown + ELLIPSIS * (shown != text), fill=INK, font=font)
+    draw.text((left, top + PADDING), _fitting(text, lambda shown: font.getlength(shown) <= width), fill=INK, font=font)
+
+
+def _fitting(text: str, fits: Callable[[str], bool]) -> str:
+    """Return `text`, or as much of its beginning as fits with an ellipsis; a prompt may have 100,000 letters."""
+    if len(text) <= MAX_LETTERS and fits(text):
+        return text
+    lengths = range(min(len(text), MAX_LETTERS + 1))
+    num_letters = bisect_left(lengths, True, key=lambda num: not fits(text[:num] + ELLIPSIS)) - 1
+    return text[: max(num_letters, 0)] + ELLIPSIS
 
 
 @cache

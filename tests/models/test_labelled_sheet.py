@@ -1,6 +1,7 @@
 """Sheets with labels: pictures where they belong, and text that is cut where it does not fit."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from mlcm_rl.models import labelled_sheet
@@ -36,3 +37,25 @@ def test_columns_too_narrow_for_their_labels_have_what_differs():
 def test_letters_that_no_font_has_are_known():
     assert labelled_sheet.can_write("a cat")
     assert not labelled_sheet.can_write("\U0010fffd")
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "shown"),
+    [
+        ("a cat", 5, "a cat"),
+        ("a cat sits", 8, "a cat..."),
+        ("a cat", 3, "..."),
+        ("a cat", 1, "..."),
+        ("a" * 100_000, 10, "aaaaaaa..."),
+        ("", 1, ""),
+    ],
+)
+def test_as_much_is_shown_as_fits_in_few_looks(text, width, shown):
+    looks = []
+
+    def fits(one: str) -> bool:
+        looks.append(one)
+        return len(one) <= width
+
+    assert labelled_sheet._fitting(text, fits) == shown
+    assert len(looks) <= 14

@@ -103,7 +103,7 @@ def test_any_prompt_is_sampled_into_a_file_of_its_number(run, tmp_path):
     texts = ["", *ODD[:4], LONG]
     *made, sheet = finished_runs.sample(run, texts, [1], 0, None, tmp_path / "out")
     assert [path.name for path in made] == [f"{i:03d}-seed0-steps1.png" for i in range(len(texts))]
-    assert sorted((tmp_path / "out").iterdir()) == [*made, sheet]
+    assert sorted((tmp_path / "out").glob("[!.]*")) == [*made, sheet]
     with pytest.raises(RunError, match="--prompt: holds bytes that are not UTF-8"):
         finished_runs.sample(run, [b"\xff".decode("utf-8", "surrogateescape")], [1], 0, None, tmp_path / "out")
 
