@@ -17,6 +17,8 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown"
 RELATIONS = ("left of", "right of", "above", "below")
 COUNTING = "counting"  # the tag whose objects need more confidence
 MAX_OBJECTS = 16  # of a class, the most confident
+OPEN_VOCABULARY = ("owlvit",)  # detectors that look for what a text names; the processor of owlv2 needs scipy
+CLOSED_VOCABULARY = ("conditional_detr", "deformable_detr", "detr", "rt_detr", "rt_detr_v2", "yolos")
 SLACK = 0.1  # of two objects' sizes together, by which one must be beyond the other's centre
 
 Box = tuple[float, float, float, float]
@@ -118,6 +120,13 @@ def read_tasks(path: str | Path, count: int) -> list[Task]:
     return tasks
 
 
+def refuse_detector(kind: object, folder: Path | str) -> None:
+    """Raise ValueError for an object detector in `folder` of a `kind`, transformers' model type, that is not read."""
+    if kind not in OPEN_VOCABULARY + CLOSED_VOCABULARY:
+        known = ", ".join(CLOSED_VOCABULARY + OPEN_VOCABULARY)
+        raise ValueError(f"detector: {folder} is of the kind {brief(kind)}; read are {known}")
+
+
 def refuse_colours(tasks: Sequence[Task], path: str | Path) -> None:
     """Raise ValueError where one of the `tasks` of a file asks for a colour, for an evaluation without a CLIP."""
     if any(task.has_colours for task in tasks):
@@ -136,6 +145,10 @@ def _task(record: dict, where: str) -> Task:
         (_name(entry, f"{where}: exclude[{i}]"), _count(entry, f"{where}: exclude[{i}]"))
         for i, entry in enumerate(_entries(record, "exclude", where))
     ]
+    for i, (name, count) in enumerate(excluded):
+        asked = max((one.count for one in included if one.name == name), default=0)
+        if asked >= count:
+            raise ValueError(f"{where}: exclude[{i}]: no picture is right: {asked} of {name} and fewer than {count}")
     return Task(tag, tuple(included), tuple(excluded))
 
 

@@ -21,14 +21,20 @@ from transformers import (
     AutoProcessor,
 )
 
-from ..data.geneval import COLOURS, COUNTING, Box, Detection, Task, refuse_colours
+from ..data.geneval import (
+    COLOURS,
+    COUNTING,
+    OPEN_VOCABULARY,
+    Box,
+    Detection,
+    Task,
+    refuse_colours,
+    refuse_detector,
+)
 from ..models.pictures import to_pil
-from ..storage.untrusted import brief
 from .local_networks import load_network, load_part
 from .metrics import ClipScore
 
-OPEN_VOCABULARY = ("owlvit",)  # detectors that look for what a text names; the processor of owlv2 needs scipy
-CLOSED_VOCABULARY = ("conditional_detr", "deformable_detr", "detr", "rt_detr", "rt_detr_v2", "yolos")
 GENEVAL_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}  # of COCO's classes
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 
@@ -42,9 +48,7 @@ class Detector:
 
     def __init__(self, folder: Path | str, names: set[str], device: torch.device | str):
         kind = load_part(AutoConfig, folder, "detector").model_type
-        if kind not in OPEN_VOCABULARY + CLOSED_VOCABULARY:
-            known = ", ".join(CLOSED_VOCABULARY + OPEN_VOCABULARY)
-            raise ValueError(f"detector: {folder} is of the kind {brief(kind)}; read are {known}")
+        refuse_detector(kind, folder)
         self.is_open, self.names = kind in OPEN_VOCABULARY, sorted(names)
         model = AutoModelForZeroShotObjectDetection if self.is_open else AutoModelForObjectDetection
         self.model = load_network(model, folder, "detector").to(device).eval().requires_grad_(False)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..data.geneval import read_tasks, refuse_colours
+from ..data.geneval import read_tasks, refuse_colours, refuse_detector
 from ..data.pairs import PairTable
 from ..data.prompts import Prompt, first_prompts, parallel_prompts, read_prompts
 from ..models.text_encoder import states_width, tokenizer_of
@@ -16,6 +16,7 @@ from ..recipe import AdaptText, Dpo, Evaluate, Feedback, Reward, Stage, Training
 from ..recipe.reads import paths_of
 from ..rewards import build, checked_class, refuse_without_gradient, refuse_without_weights
 from ..rewards.prompts import refuse_prompts
+from ..storage.files import CheckpointError, read_json
 from ..training import processes
 
 PromptList = tuple[str, list[Prompt]]  # a file, and those of its prompts that the stage uses
@@ -29,7 +30,7 @@ def problems(stage: Stage) -> list[tuple[str, Exception]]:
     def collect(key: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, CheckpointError) as error:
             if str(error) not in [str(other) for _, other in errors]:  # two settings may name one file
                 errors.append((key, error))
 
@@ -44,6 +45,9 @@ def problems(stage: Stage) -> list[tuple[str, Exception]]:
         with collect("encoder"):
             tokenizer_of(Path(stage.encoder))
             states_width(Path(stage.encoder))
+    if isinstance(stage, Evaluate) and stage.detector:
+        with collect("detector"):
+            refuse_detector(read_json(Path(stage.detector) / "config.json").get("model_type"), stage.detector)
     if isinstance(stage, Evaluate) and stage.detector and "prompts" in lists:
         with collect("prompts"):
             tasks = read_tasks(stage.prompts, stage.num_prompts)

@@ -125,6 +125,10 @@ ONE_CAT = {"class": "cat", "count": 1}
         ({"include": [{"class": "cat", "count": 17}]}, r"include\[0\]: count must be a whole number from 1 to 16"),
         ({"include": [ONE_CAT, ONE_CAT | {"position": ["above", 0.0]}]}, r"include\[1\]: position must be"),
         ({"exclude": [{"class": "cat", "count": 0}]}, r"1: exclude\[0\]: count must be"),
+        (
+            {"include": [ONE_CAT, {"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 2}]},
+            r"1: exclude\[0\]: no picture is right: 2 of dog and fewer than 2",
+        ),
     ],
 )
 def test_a_line_that_is_not_in_the_layout_is_refused_with_its_place(tmp_path, change, message):

@@ -23,6 +23,8 @@ from evaluation_case import write_clip
 from mlcm_rl.data.geneval import COLOURS, Detection, Task, Wanted
 from mlcm_rl.evaluation import metrics
 from mlcm_rl.evaluation.detector import Detector, GenEval, crop
+from mlcm_rl.pipeline import preflight
+from mlcm_rl.recipe import Evaluate
 
 LABELS = {0: "N/A", 1: "cat", 2: "mouse", 3: "dog"}
 STATISTICS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.25, 0.2, 0.3]}
@@ -210,3 +212,17 @@ def test_an_evaluation_has_genevals_score_and_its_tasks(place, tmp_path, monkeyp
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Right pictures, by GenEval&#39;s task" in page
     assert "geneval@colors" not in page
+
+
+def test_a_folder_that_is_no_detector_is_refused_before_any_stage_runs(tmp_path):
+    (tmp_path / "p.jsonl").write_text(
+        json.dumps({"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "a photo of a cat"})
+    )
+    folder = write_clip(tmp_path / "clip")
+    stage = Evaluate(prompts=str(tmp_path / "p.jsonl"), num_prompts=1, detector=str(folder))
+    ((key, error),) = preflight.problems(stage)
+    assert key == "detector"
+    assert "is of the kind 'clip'" in str(error)
+    (folder / "config.json").write_text("[]")
+    ((key, error),) = preflight.problems(stage)
+    assert (key, str(error)) == ("detector", f"{folder / 'config.json'} is damaged: it does not hold a JSON object")
