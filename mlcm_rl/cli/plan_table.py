@@ -38,10 +38,10 @@ def show(
         console.print()
         console.print(_memory(ahead), crop=False)
     for text in [*_warnings(ahead, launch, device), *_disk(ahead, Path(recipe.runs)), *_gaps(ahead)]:
-        console.print(text, soft_wrap=True)
+        console.print(text, soft_wrap=not console.is_terminal)
     console.print()
     for line in _assumptions(recipe, ahead, launch, device, kind):
-        console.print(Text(line), soft_wrap=True)
+        console.print(Text(line), soft_wrap=not console.is_terminal)
 
 
 def _print_whole(console: Console, table: Table) -> None:

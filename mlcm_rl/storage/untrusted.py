@@ -24,7 +24,7 @@ def brief(value: object) -> str:
     return _REPR.repr(value)
 
 
-def in_a_line(error: Exception) -> str:
+def in_a_line(error: BaseException) -> str:
     """Return the kind of `error` and the first line of its message."""
     first, *_ = [*str(error).strip().splitlines(), ""]
     return f"{type(error).__name__}: {first}"

@@ -24,7 +24,7 @@ def start(accelerator: Accelerator, project: str, config: dict[str, Any], option
         accelerator.log_with, accelerator.trackers = [one], []
         try:
             accelerator.init_trackers(project, config, dict(options))
-        except Exception as error:  # of another package
+        except (Exception, SystemExit) as error:  # of another package; wandb leaves the process by itself
             _tell_off(str(one), error)
             continue
         started += accelerator.trackers
@@ -36,12 +36,12 @@ def for_each(accelerator: Accelerator, action: Callable[[GeneralTracker], object
     for tracker in list(accelerator.trackers):
         try:
             action(tracker)
-        except Exception as error:  # of another package: no connection, a full disk, its own limits
+        except (Exception, SystemExit) as error:  # of another package: no connection, a full disk, its own limits
             accelerator.trackers.remove(tracker)
             _tell_off(tracker.name, error)
 
 
-def _tell_off(name: str, error: Exception) -> None:
+def _tell_off(name: str, error: BaseException) -> None:
     """Print that the tracker `name` has failed."""
     message = f"{in_a_line(error)}: it is off for the rest of this stage, which goes on; log.jsonl has the figures"
     tell(f"tracker {name}:", message, "yellow")
