@@ -21,7 +21,8 @@ from mlcm_rl.storage.files import replacing
 
 RECIPES = Path(__file__).parents[1]
 SEEDED = re.compile(r"(?P<row>.+)-(?P<seed>\d+)")  # the name of a student's file
-BEST_BY = ("distance", "teacher_kid")  # what picks the best of a row's samplers, one table each
+LESS_IS_BETTER = ("distance", "teacher_kid", "teacher_patch_kid")
+UNRANKED = ("diversity",)  # neither more nor less of it is better
 
 
 def run(
@@ -92,14 +93,15 @@ def evaluate_stage(base: Recipe, num_prompts: int, sampling_steps: list[int]) ->
 
 
 def write_tables(folder: Path, columns: tuple[str, ...]) -> None:
-    """Write the table of the students in `folder` to `table.tsv` there; print it, and the best sampler of each row."""
+    """Write the table of the students in `folder` to `table.tsv` there; print it, and one of each column by steps."""
     lines = table_of(folder, columns)
     path = folder / "table.tsv"
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, delimiter="\t", lineterminator="\n").writerows(lines)
     show(lines)
-    for column in BEST_BY:
-        Console().print(f"\nBest sampler by {column}:\n\n{markdown(best_of(lines, column))}", soft_wrap=True)
+    for column in (one for one in columns if one not in UNRANKED):
+        Console().print(f"\n{column}, each student under its best sampler:\n", soft_wrap=True)
+        Console().print(markdown(by_steps(lines, column)), soft_wrap=True)
     Console().print(f"\n{path}", soft_wrap=True)
 
 
@@ -135,16 +137,22 @@ def cell(seeds: list[Tensor]) -> str:
     return "" if math.isnan(mean) else f"{mean:.4f} +- {error:.4f}"
 
 
-def best_of(lines: list[list[str]], column: str) -> list[list[str]]:
-    """Return the head and the row of each (student, steps) whose `column` is least among its samplers."""
+def by_steps(lines: list[list[str]], column: str) -> list[list[str]]:
+    """Return the table of `column` with a row for each student and a column for each number of steps.
+
+    A cell is that of the student's best sampler: the one with the least distance or KID, the most of what is right.
+    """
     head, *rows = lines
-    place = head.index(column)
-    best: dict[tuple[str, str], list[str]] = {}
+    place, sign = head.index(column), -1 if column in LESS_IS_BETTER else 1
+    best: dict[tuple[str, str], str] = {}
     for row in rows:
         key = row[0], row[2]
-        if row[place] and (key not in best or mean_in(row[place]) < mean_in(best[key][place])):
-            best[key] = row
-    return [head, *best.values()]
+        if row[place] and (key not in best or sign * mean_in(row[place]) > sign * mean_in(best[key])):
+            best[key] = row[place]
+    steps = sorted({row[2] for row in rows}, key=int)
+    seeds = {row[0]: row[3] for row in rows}
+    table = [[name, number, *(best.get((name, step), "-") for step in steps)] for name, number in seeds.items()]
+    return [["student", "seeds", *steps], *table]
 
 
 def mean_in(written: str) -> float:
@@ -155,7 +163,7 @@ def mean_in(written: str) -> float:
 def markdown(lines: list[list[str]]) -> str:
     """Return the table as Markdown."""
     head, *rows = lines
-    rule = ["---", "---", *["--:"] * (len(head) - 2)]
+    rule = ["---", *["--:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *rows])
 
 

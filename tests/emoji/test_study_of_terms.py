@@ -28,18 +28,24 @@ def test_a_cell_is_the_mean_over_seeds_prompt_by_prompt():
     assert protocol.cell([]) == protocol.cell([torch.tensor([torch.nan])]) == ""
 
 
-def test_the_best_sampler_of_a_student_is_picked_for_each_number_of_steps():
-    head = ["student", "sampler", "evaluations", "seeds", "distance", "teacher_kid"]
+def test_a_table_by_steps_has_the_best_sampler_of_each_student():
+    head = ["student", "sampler", "evaluations", "seeds", "distance", "r@5"]
     lines = [
-        ["a", "gamma 0", "4", "2", "0.5000 +- 0.1000", "0.0300 +- 0.1000"],
-        ["a", "gamma 1", "4", "2", "0.6000 +- 0.1000", "-0.0200 +- 0.1000"],
-        ["a", "gamma 1", "8", "2", "0.7000 +- 0.1000", ""],
-        ["b", "gamma 0", "4", "2", "0.1000 +- 0.1000", "0.1000 +- 0.1000"],
+        ["a", "gamma 0", "4", "2", "0.5000 +- 0.1000", "0.7000 +- 0.1000"],
+        ["a", "gamma 1", "4", "2", "0.6000 +- 0.1000", "0.8000 +- 0.1000"],
+        ["a", "gamma 1", "16", "2", "0.7000 +- 0.1000", ""],
+        ["b", "gamma 0", "4", "1", "-0.1000 +- 0.1000", "0.1000 +- 0.1000"],
     ]
-    assert protocol.best_of([head, *lines], "distance") == [head, lines[0], lines[2], lines[3]]
-    assert protocol.best_of([head, *lines], "teacher_kid") == [head, lines[1], lines[3]]
-    assert protocol.markdown([head, lines[0]]).splitlines() == [
-        "| student | sampler | evaluations | seeds | distance | teacher_kid |",
-        "| --- | --- | --: | --: | --: | --: |",
-        "| a | gamma 0 | 4 | 2 | 0.5000 +- 0.1000 | 0.0300 +- 0.1000 |",
+    assert protocol.by_steps([head, *lines], "distance") == [
+        ["student", "seeds", "4", "16"],
+        ["a", "2", "0.5000 +- 0.1000", "0.7000 +- 0.1000"],
+        ["b", "1", "-0.1000 +- 0.1000", "-"],
+    ]
+    by_recall = protocol.by_steps([head, *lines], "r@5")
+    assert [row[2] for row in by_recall[1:]] == ["0.8000 +- 0.1000", "0.1000 +- 0.1000"]
+    assert protocol.markdown(by_recall).splitlines() == [
+        "| student | seeds | 4 | 16 |",
+        "| --- | --: | --: | --: |",
+        "| a | 2 | 0.8000 +- 0.1000 | - |",
+        "| b | 1 | 0.1000 +- 0.1000 | - |",
     ]
