@@ -151,8 +151,9 @@ def main() -> None:
             if not arguments.tune_only:
                 measured = tuned.model_copy(update={"stages": [*tuning, evaluate]})
                 kept_values.keep(measured, results / f"{row}-{seed}.safetensors", metrics)
-    tuning_curves.draw(results, results / "curves.png")
-    Console().print(tuning_summary.text(results, COLUMNS[subject]), soft_wrap=True)
+    order = list(ROWS[subject][group])
+    tuning_curves.draw(results, order, results / "curves.png")
+    Console().print(tuning_summary.text(results, order, COLUMNS[subject]), soft_wrap=True)
     Console().print(f"\n{results / 'curves.png'}", soft_wrap=True)
 
 

@@ -18,19 +18,20 @@ PLOTS = (  # x, y of a look, and what the axes are called
 )
 
 
-def draw(folder: Path, out: Path) -> None:
-    """Write the PNG `out`: curves of every row that has looks in `folder`, its seeds averaged look by look.
+def draw(folder: Path, order: list[str], out: Path) -> None:
+    """Write the PNG `out`: curves of every row that has looks in `folder`, in this `order`, its seeds averaged.
 
     Gains are in the deviations of the student before tuning, distances mean squares in latents, from the same noise.
     """
     figure = Figure(SIZE, layout="constrained")
     axes = figure.subplots(1, len(PLOTS))
-    for number, (row, seeds) in enumerate(tuning_looks.read(folder).items()):
+    for number, (row, seeds) in enumerate(tuning_looks.read(folder, order).items()):
         colour, looks = [*COLOURS, *MORE_COLOURS][number % (len(COLOURS) + len(MORE_COLOURS))], averaged(seeds)
         for one, (x, y, x_label, y_label) in zip(axes, PLOTS, strict=True):
             one.plot([look[x] for look in looks], [look[y] for look in looks], color=colour, marker=".", label=row)
             one.set(xlabel=x_label, ylabel=y_label)
     for one in axes:
+        one.locator_params(axis="x", nbins=6)
         one.grid(alpha=0.3)
         one.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)

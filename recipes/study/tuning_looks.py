@@ -49,10 +49,18 @@ def write(path: Path, folder: Path, batch_size: int, fingerprint: str) -> None:
     write_json(path, found)
 
 
-def read(folder: Path) -> dict[str, list[dict]]:
-    """Return what `write` wrote to the files of `folder`, by row, its seeds in order."""
-    found: dict[str, list[dict]] = defaultdict(list)
-    for path in sorted(folder.glob("*.json")):
+def read(folder: Path, order: list[str]) -> dict[str, list[dict]]:
+    """Return what `write` wrote to the files of `folder`, by row in this `order`, others last, its seeds in order."""
+    return {
+        row: [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        for row, paths in files_of(folder, order, "json").items()
+    }
+
+
+def files_of(folder: Path, order: list[str], ending: str) -> dict[str, list[Path]]:
+    """Return the students' files of `folder` with this `ending`, by row in this `order`, others last."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(folder.glob(f"*.{ending}")):
         if match := protocol.SEEDED.fullmatch(path.stem):
-            found[match["row"]].append(json.loads(path.read_text(encoding="utf-8")))
-    return dict(found)
+            found[match["row"]].append(path)
+    return {row: found[row] for row in [*order, *(row for row in found if row not in order)] if row in found}

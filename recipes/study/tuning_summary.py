@@ -1,13 +1,11 @@
 """The table of the tuning study: a row a way to tune, its seeds averaged prompt by prompt, errors over prompts."""
 
-from collections import defaultdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import kept_values
-import protocol
 import tuning_looks
 from mlcm_rl.equations.statistics import mean_and_error, paired_difference
 
@@ -17,14 +15,14 @@ UNITS = {"teacher_kid": 1e-3}  # of metrics that are small
 Values = dict[str, Tensor]  # metric -> (P,)
 
 
-def text(folder: Path, columns: dict[str, str]) -> str:
-    """Return the table as Markdown of the tuned students in `folder`, with the step that the guard kept and the drift.
+def text(folder: Path, order: list[str], columns: dict[str, str]) -> str:
+    """Return the table as Markdown of the tuned students in `folder`, rows in this `order`, others last.
 
     `columns` are metrics and the heads of their columns; one that no student has is left out. After each figure is its
-    paired difference to the student before tuning, measured beside it under the same sampler. Drift is the distance to
-    that student at the guard's last look.
+    paired difference to the student before tuning, measured beside it under the same sampler. Before them are the steps
+    that the guard kept, and the drift: the distance to the student before tuning at the guard's last look.
     """
-    rows, looks = measured(folder), tuning_looks.read(folder)
+    rows, looks = measured(folder, order), tuning_looks.read(folder, order)
     if not rows:
         return f"No student in {folder} is measured yet."
     begun = {metric: mean_of([before for seeds in rows.values() for before, _ in seeds], metric) for metric in columns}
@@ -42,16 +40,18 @@ def text(folder: Path, columns: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def measured(folder: Path) -> dict[str, list[tuple[Values, Values]]]:
+def measured(folder: Path, order: list[str]) -> dict[str, list[tuple[Values, Values]]]:
     """Return by row what each of its seeds measured, of the student before tuning and of the tuned one."""
-    found: dict[str, list[tuple[Values, Values]]] = defaultdict(list)
-    for path in sorted(folder.glob("*.safetensors")):
-        if match := protocol.SEEDED.fullmatch(path.stem):
-            pair: tuple[Values, Values] = ({}, {})
-            for (name, _, _, metric), values in kept_values.read(path).items():
-                pair[name != BEFORE][metric] = values
-            found[match["row"]].append(pair)
-    return dict(found)
+    files = tuning_looks.files_of(folder, order, "safetensors")
+    return {row: [before_and_after(path) for path in paths] for row, paths in files.items()}
+
+
+def before_and_after(path: Path) -> tuple[Values, Values]:
+    """Return what the student before tuning measured, and the tuned one."""
+    pair: tuple[Values, Values] = ({}, {})
+    for (name, _, _, metric), values in kept_values.read(path).items():
+        pair[name != BEFORE][metric] = values
+    return pair
 
 
 def mean_of(seeds: list[Values], metric: str) -> Tensor:

@@ -64,6 +64,15 @@ def test_steps_that_a_row_cannot_make_of_its_batches_are_refused():
 # ---- what is kept ----
 
 
+def test_rows_stand_in_the_order_of_the_study_and_others_last(tmp_path):
+    for name in ("anchor-10-0", "anchor-1-0", "none-0", "none-1", "another-0"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    (tmp_path / "table.json").write_text("{}")
+    found = tuning_looks.files_of(tmp_path, ["none", "kl-1", "anchor-1", "anchor-10"], "json")
+    assert list(found) == ["none", "anchor-1", "anchor-10", "another"]
+    assert [path.name for path in found["none"]] == ["none-0.json", "none-1.json"]
+
+
 def look(step: int, distance: float, trained: float, held_out: float) -> dict:
     gains = {"guard/trained_gain": trained, "guard/held_out_gain": held_out}
     return {"step": step, "guard/distance": distance, **gains}
@@ -83,7 +92,7 @@ def test_looks_are_averaged_over_seeds_as_far_as_all_go(tmp_path):
     keep_looks(tmp_path, "a-0.3-0", [look(25, 0.1, 1.0, 0.5), look(50, 0.2, 2.0, 0.0)], 25)
     keep_looks(tmp_path, "a-0.3-1", [look(25, 0.3, 2.0, 1.5)], 25)
     (tmp_path / "others.json").write_text("{}")
-    found = tuning_looks.read(tmp_path)
+    found = tuning_looks.read(tmp_path, [])
     assert list(found) == ["a-0.3"]
     begin, only = tuning_curves.averaged(found["a-0.3"])
     assert set(begin.values()) == {0.0}
@@ -93,7 +102,7 @@ def test_looks_are_averaged_over_seeds_as_far_as_all_go(tmp_path):
         "guard/held_out_gain": 1.0,
         "calls": 800.0,
     }
-    tuning_curves.draw(tmp_path, tmp_path / "curves.png")
+    tuning_curves.draw(tmp_path, [], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
@@ -114,11 +123,11 @@ def keep_values(folder: Path, name: str, before: list[float], after: list[float]
 def test_the_table_has_paired_differences_of_seeds_averaged_by_prompt(tmp_path):
     """Two prompts, two seeds: before 0 and 1; after 1 and 1, and 0 and 1; KID in thousandths."""
     columns = {"r@5": "judge", "reward/none": "no student has it", "teacher_kid": "KID"}
-    assert tuning_summary.text(tmp_path, columns).startswith("No student")
+    assert tuning_summary.text(tmp_path, ["a"], columns).startswith("No student")
     for seed, after in enumerate(([1.0, 1.0], [0.0, 1.0])):
         keep_values(tmp_path, f"a-{seed}", [0.0, 1.0], after, [0.0078125, 0.0078125])
         keep_looks(tmp_path, f"a-{seed}", [look(25, 0.1, 1.0, 0.5)], 25)
-    head, _, before, line = tuning_summary.text(tmp_path, columns).splitlines()
+    head, _, before, line = tuning_summary.text(tmp_path, ["a"], columns).splitlines()
     assert head == "| row | step kept, last | drift at the last look | judge | KID |"
     assert before == "| before tuning | - | 0 | 0.500 +- 0.500 | 7.812 +- 0.000 |"
     after = "0.750 +- 0.250 (+0.250 +- 0.250) | 7.812 +- 0.000 (+0.000 +- 0.000)"
