@@ -1,8 +1,9 @@
-"""The terms of a distill stage beside its distance: distribution matching, and the adversary.
+"""The terms that a stage adds to its loss: distribution matching, and the adversary.
 
 Each has a network of its own that learns, after the student's update, from what the student made in the step: the score
-of its samples (role `fake`), or heads on the teacher's features. A term is on clean samples: where a jump ends above
-time 0, it is 0. An adversary may be of all jumps: it then sees both ends under the noise of a time above theirs.
+of its samples (role `fake`), or heads on the teacher's features. A term is on clean samples; an adversary may be of all
+jumps of distillation, and then sees both ends under the noise of a time above theirs. What a stage's step does with its
+terms is in `terms_of_step`.
 """
 
 from collections.abc import Callable
@@ -17,19 +18,15 @@ from ..equations.consistency import squared_l2
 from ..equations.matching import loss_of_gradient, matching_gradient, times_between
 from ..equations.prediction import prediction_from_x0
 from ..equations.schedule import add_noise, noise_up
-from ..equations.segments import sampling_times
-from ..recipe import Distill, Lora
+from ..recipe import Distill, Feedback, Lora
 from ..recipe.terms import Adversarial, Matching, Term
-from ..training import autocast, processes
-from ..training.beside import Beside
-from ..training.loop import Runtime
+from ..training import autocast
 from ..training.seeding import seed_of
 from . import students
 from .base import Base
 from .conditioning import Conditioning, on_device
 from .features import features
 from .heads import Heads, frozen, shapes_of
-from .sampler import sample as sample_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Noised:
     def rows(self, index: Tensor) -> "Noised":
         """Return what is drawn for the samples `index` (b,)."""
         real = None if self.real is None else self.real[index]
-        captions = None if self.captions is None else _rows(self.captions, index)
+        captions = None if self.captions is None else at_rows(self.captions, index)
         s = None if self.s is None else self.s[index]
         return Noised(self.t[index], self.noise[index], real, captions, s)
 
@@ -119,7 +116,7 @@ class DistributionMatching:
     """Distribution matching (TLCM v6, eq. 12): the student's samples go where the teacher's are more likely.
 
     The score of the student's samples is an adapter over the frozen teacher, whose weights it shares. It learns by the
-    teacher's own prediction loss from the student's few-step samples.
+    teacher's own prediction loss from the student's few-step samples; in tuning these are the samples of the loss.
     """
 
     name, network_name, learns_from_samples, of_all_jumps = "matching", "fake", True, False
@@ -211,18 +208,25 @@ class Adversary:
 def terms_of(stage: Distill, base: Base, seed: int, pictures: Pictures | None) -> list[AddedTerm]:
     """Return the terms of `stage`; their networks are drawn from `seed`."""
     terms: list[AddedTerm] = []
-    if stage.matching:
-        matching = DistributionMatching(stage.matching, base, seed)
+    if matching := matching_of(stage, base, seed):
         terms.append(matching)
-        if stage.precision == "bf16":
-            autocast.frozen_in_bfloat16(matching.network)
-        if stage.gradient_checkpointing:
-            base.checkpoint_blocks(matching.network)
     if stage.adversarial:
         terms.append(Adversary(stage.adversarial, base, seed, pictures))
         if stage.gradient_checkpointing:
             base.checkpoint_blocks(base.denoiser)  # gradients come through it
     return terms
+
+
+def matching_of(stage: Distill | Feedback, base: Base, seed: int) -> DistributionMatching | None:
+    """Return the distribution matching of `stage`, None without; its fake score is drawn from `seed`."""
+    if stage.matching is None:
+        return None
+    matching = DistributionMatching(stage.matching, base, seed)
+    if stage.precision == "bf16":
+        autocast.frozen_in_bfloat16(matching.network)
+    if stage.gradient_checkpointing:
+        base.checkpoint_blocks(matching.network)
+    return matching
 
 
 def draw_noise(
@@ -234,124 +238,6 @@ def draw_noise(
     return Noised(t, torch.randn(batch_size, *base.latent_shape, generator=generator), s=s)
 
 
-class TermsOfStep:
-    """The terms of one step: what they add to the student's loss, then the updates of their own networks.
-
-    What is drawn is a function of (seed, step) alone, for the whole batch.
-    """
-
-    def __init__(
-        self,
-        rt: Runtime,
-        stage: Distill,
-        base: Base,
-        student: nn.Module,
-        terms: list[tuple[AddedTerm, Beside]],
-        step: int,
-        s: Tensor,
-    ):
-        self.rt, self.stage, self.base, self.student, self.terms = rt, stage, base, student, terms
-        self.step, self.s = step, s  # (B,) the ends of the batch's jumps, on the CPU
-        self.noised = [term.draw(rt.generator(term.name, step), stage.batch_size, s) for term, _ in terms]
-        self.rows = iter(rt.micro_batches())
-        self.seeds = torch.Tensor()
-        if self.samples:
-            self.seeds = torch.randint(2**62, (stage.batch_size,), generator=rt.generator("sample", step))
-        self.made: list[list[Made]] = []  # of each micro-batch, one a term
-        self.sums = torch.zeros(1 + len(terms), device=base.device)
-
-    @property
-    def samples(self) -> bool:
-        """Return whether a term learns from the student's few-step samples."""
-        return any(term.learns_from_samples for term, _ in self.terms)
-
-    @property
-    def sees_ends(self) -> bool:
-        """Return whether a term is of all jumps."""
-        return any(term.of_all_jumps for term, _ in self.terms)
-
-    def beside(
-        self,
-        distance: Tensor,
-        x0: Tensor,
-        target: Tensor,
-        conditioning: Conditioning,
-        sample: Tensor | None,
-        ends: Tensor | None = None,
-    ) -> Tensor:
-        """Return the student's loss (B,) on the next micro-batch: `distance` (B,) and the terms, times their weights.
-
-        `x0` and `target` (B, C, H, W) are what the distance compares, `ends` where the student's jumps end. Without
-        terms it is `distance` itself. A `sample` is made where a term learns from one and there is none.
-        """
-        if not self.terms:
-            return distance
-        distance = self.stage.distance_weight * distance
-        rows = torch.arange(len(self.s))[next(self.rows)]
-        if self.samples and sample is None:
-            sample = self._sample(conditioning, self.seeds[rows])
-        sampled = None if sample is None else Samples(rows, sample, conditioning)
-
-        # the jumps that end at time 0; the first one, at weight 0, if none does
-        clean = (self.s[rows] == 0).nonzero().flatten() if (self.s[rows] == 0).any() else torch.zeros(1).long()
-        weight, index = (self.s[rows][clean] == 0).float().to(x0.device), clean.to(x0.device)
-        of_clean = (Samples(rows[clean], x0[index], _rows(conditioning, index)), target[index], index, weight)
-        values, made = [distance], []
-        for (term, _), noised in zip(self.terms, self.noised, strict=True):
-            jumps, real, index, weight = of_clean
-            if term.of_all_jumps:
-                assert ends is not None
-                everything = torch.arange(len(rows), device=x0.device)
-                jumps, real, index, weight = (
-                    Samples(rows, ends, conditioning),
-                    target,
-                    everything,
-                    torch.ones_like(distance),
-                )
-            added = torch.zeros_like(distance)
-            if self.step >= term.warmup_steps:
-                value = term.loss(jumps.x0, jumps.conditioning, noised.rows(jumps.rows))
-                added = added.index_add(0, index, term.weight * value * weight)
-            values.append(added)
-            detached = Samples(jumps.rows, jumps.x0.detach(), jumps.conditioning)
-            made.append(Made(detached, real.detach(), weight, sampled))
-        self.made.append(made)
-        parts = torch.stack(values)
-        self.sums = self.sums + parts.detach().sum(1)
-        return parts.sum(0)
-
-    def means(self) -> dict[str, float]:
-        """Return the means over the step's samples of the distance and of each term, which add up to the loss.
-
-        Waits for all processes. Empty where there are no terms.
-        """
-        names = ["distance", *(term.name for term, _ in self.terms)] if self.terms else []
-        sums = processes.all_reduce(self.sums).tolist() if names else []
-        return {name: value / self.stage.batch_size for name, value in zip(names, sums, strict=True)}
-
-    def learn(self) -> dict[str, float]:
-        """Update the terms' own networks on what the student made in the step; return the losses and gradient norms.
-
-        A network of several updates learns from the same samples each time, under other noise.
-        """
-        record: dict[str, float] = {}
-        for i, (term, network) in enumerate(self.terms):
-            for update in range(term.num_updates):
-                draws = self.rt.generator(f"{network.name} {update}", self.step)
-                noised = term.draw(draws, self.stage.batch_size, self.s)
-                losses_of_parts = (term.network_loss(made[i], noised) for made in self.made)
-                last = self.rt.backward(losses_of_parts, network)
-            record |= {f"{network.name}_{name}": value for name, value in last.items()}
-        return record
-
-    def _sample(self, conditioning: Conditioning, seeds: Tensor) -> Tensor:
-        """Return the student's samples (B, C, H, W) in a few steps, by its default sampler."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-        noise = self.base.noise(generators, len(generators))
-        times, conditioned = sampling_times(self.stage.num_student_steps), self.stage.condition_on_target
-        gamma = self.stage.default_gamma
-        return sample_of(self.base, self.student, conditioning, noise, times, gamma, generators, conditioned)
-
-
-def _rows(conditioning: Conditioning, index: Tensor) -> Conditioning:
+def at_rows(conditioning: Conditioning, index: Tensor) -> Conditioning:
+    """Return the rows `index` (b,) of `conditioning` (B, ...)."""
     return {name: value[index] for name, value in conditioning.items()}

@@ -133,7 +133,8 @@ def load(stage: Tuning, base: Base, start: Path, seed: int) -> TunableStudent:
             "needs random steps; set gamma, for example 0.3"
         )
     denoiser = students.for_preference(base, stage.adapter, seed, start)
-    base.forget_denoiser()  # the reference is the student
+    if not stage.uses_teacher:
+        base.forget_denoiser()  # the reference is the student
     if stage.gradient_checkpointing:
         base.checkpoint_blocks(denoiser)
         base.autoencoder.checkpoint_blocks()

@@ -12,8 +12,9 @@ from .control import TrainControl
 from .distill import Distill
 from .evaluation import Evaluate
 from .experiment import RESERVED, STUDENTS, TUNING, Recipe, Stage, missing_trackers
+from .feedback import Feedback
 from .perceptual import TrainPerceptual
-from .preference import Dpo, Feedback, Policy, Tuning
+from .preference import Dpo, Policy, Tuning
 from .stage import OneStage, Training
 from .start import Start, StudentSource
 from .teacher_stages import TrainTeacher, Trajectories

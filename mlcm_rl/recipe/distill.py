@@ -295,13 +295,10 @@ class Distill(Training):
         clean, own = samples * self._share_of_clean, list[Pass]()
         passes: list[Pass] = []
         if self.matching:
-            scale, fake = self.matching.guidance_scale, self.matching.fake
-            guided = recipe.teacher if scale is None else recipe.teacher.model_copy(update={"guidance_scale": scale})
-            matched = clean * max(0.0, 1 - fake.warmup_steps / sum(self.steps_per_phase))
-            passes = [Pass("teacher", matched, guided.evaluations, batch), Pass("fake", matched, batch=batch)]
+            passes = self.matching.passes_of_loss(recipe.teacher, sum(self.steps_per_phase), clean, batch)
             if not self.makes_samples:
                 passes.append(Pass("student", samples, self.num_student_steps, is_chained=True, num_with_keys=1))
-            own = [Pass("fake", samples, fake.num_updates, batch, gradient=True, output="prediction", beside=True)]
+            own = [self.matching.pass_of_network(samples, batch)]
         if self.adversarial:
             seen = samples if self.adversarial.jumps == "all" else clean
             passes.append(Pass("heads", seen, batch=batch, gradient=True))

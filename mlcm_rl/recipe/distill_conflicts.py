@@ -49,11 +49,6 @@ def _of_phases(stage: "Distill") -> Iterator[str]:
             f"keep_segments draws K of earlier phases, and all of num_segments {stage.num_segments} are one: leave "
             "it out"
         )
-    if stage.matching and stage.matching.fake.warmup_steps >= sum(stage.steps_per_phase):
-        yield (
-            f"matching.fake.warmup_steps {stage.matching.fake.warmup_steps} of {sum(stage.steps_per_phase)} steps "
-            "leave none in which the term acts on the student: lower it"
-        )
     if stage.adversarial and stage.adversarial.real == "images" and stage.images is None:
         yield "adversarial.real: images needs images: a captioned image folder"
     if stage.source == "data" and stage.images is None:
@@ -96,11 +91,8 @@ def _of_terms(stage: "Distill") -> Iterator[str]:
             "or to random ends, end at noisy ones: they need num_segments: [1] and ends: segment, or method: "
             "inter_segment; adversarial takes jumps: all"
         )
-    if stage.matching and stage.matching.fake.warmup_steps >= sum(stage.steps_per_phase):
-        yield (
-            f"matching.fake.warmup_steps {stage.matching.fake.warmup_steps} of num_steps {sum(stage.steps_per_phase)} "
-            "leave no step in which the term acts on the student: lower it"
-        )
+    if stage.matching:
+        yield from stage.matching.conflicts(sum(stage.steps_per_phase))
     if stage.adversarial and of_all:
         if stage.method != "segments":
             yield f"adversarial.jumps: all has no effect with method: {stage.method}: all jumps end at 0"

@@ -10,8 +10,9 @@ from .adapt_text import AdaptText
 from .control import TrainControl
 from .distill import Distill
 from .evaluation import Evaluate
+from .feedback import Feedback
 from .perceptual import TrainPerceptual
-from .preference import Dpo, Feedback, Policy, Tuning
+from .preference import Dpo, Policy, Tuning
 from .stage import OneStage
 from .start import PREVIOUS, Start, stage_of
 from .teacher_stages import TrainTeacher, Trajectories

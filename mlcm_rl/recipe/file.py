@@ -33,6 +33,7 @@ from . import (
 )
 from .distill import Distill
 from .experiment import Recipe, Stage, gamma_of, missing_library, missing_trackers, origin_of, student_before
+from .feedback import Feedback
 from .languages import code_meant, says_language
 from .paths import Folders, resolved, rewards_in
 from .preference import Tuning
@@ -292,9 +293,9 @@ def _precision_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
             if stage.adversarial is not None:
                 message = "takes gradients through the teacher, where those of float16 are lost: write teacher.dtype: "
                 yield Problem(("stages", i, "adversarial"), message + "bfloat16 or float32")
-            if stage.matching is not None and not over_teacher and stage.precision == "no":
-                message = "no would train the fake score in the float16 of teacher.dtype, where small gradients are "
-                yield Problem(("stages", i, "precision"), message + "lost: write bf16, or teacher.dtype: float32")
+        if isinstance(stage, Distill | Feedback) and stage.matching and not over_teacher and stage.precision == "no":
+            message = "no would train the fake score in the float16 of teacher.dtype, where small gradients are lost: "
+            yield Problem(("stages", i, "precision"), message + "write bf16, or teacher.dtype: float32")
         if isinstance(stage, Distill | Tuning) and over_teacher and stage.precision == "no":
             message = "no would train in the float16 of teacher.dtype, where small gradients are lost: write bf16, or "
             yield Problem(("stages", i, "precision"), message + "teacher.dtype: float32")

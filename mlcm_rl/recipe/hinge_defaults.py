@@ -6,7 +6,7 @@ Eq. 11 of TLCM v6 is relu(16 - s) + relu(s') on raw scores of the MPS model: its
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .preference import Feedback
+    from .feedback import Feedback
 
 PAPERS_THRESHOLD = 16.0
 

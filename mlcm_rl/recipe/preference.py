@@ -1,18 +1,15 @@
 """The stages of preference learning."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from . import hinge_defaults
-from .distill import MAX_ENCODED_AHEAD, MOMENTS_BYTES, Distill
-from .reads import PICTURES, PROMPTS, Reads
-from .stage import OneStage, Requirement, States, Training
+from .distill import MAX_ENCODED_AHEAD, MOMENTS_BYTES
+from .reads import PICTURES, PROMPTS
+from .stage import Requirement, Training
 from .start import PREVIOUS, StudentSource
-from .surrogate import Surrogate
 from .takes import Networks, Pass, Values
 from .types import (
     Fraction,
@@ -142,9 +139,18 @@ class Tuning(Training):
         """Optimiser steps, in one phase."""
         return [self.num_steps]
 
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether steps evaluate the teacher; if not, its denoiser leaves memory before the first."""
+        return False
+
     @abstractmethod
     def step(self, samples: int, part: int) -> list[Pass]:
         """Return the passes of all optimiser steps: of `samples` in all, `part` of them in memory at a time."""
+
+    def step_by_teacher(self, recipe: "Recipe", samples: int, part: int) -> list[Pass]:
+        """Return those passes of all optimiser steps, after the others, that depend on the teacher of `recipe`."""
+        return []
 
     def passes(self, recipe: "Recipe", part: int = 0) -> list[Pass]:
         """Return the passes of the steps, the guard's looks and sample grids."""
@@ -153,158 +159,28 @@ class Tuning(Training):
         watched, batch = num_looks * self.guard.num_prompts, min(part, self.guard.num_prompts)
         sampled = Pass("student", watched, self.sampling_steps, batch, is_chained=True, num_with_keys=1)
         look = replace(sampled, viewer="guard", in_step=False)
-        return [*self.step(self.num_steps * self.batch_size, part), look, *self.sample_grids(recipe)]
+        samples = self.num_steps * self.batch_size
+        of_steps = self.step(samples, part) + self.step_by_teacher(recipe, samples, part)
+        return [*of_steps, look, *self.sample_grids(recipe)]
 
     def networks(self, distilled: Lora | Full) -> Networks:
-        """Return the distilled student with the preference adapter, without the teacher's denoiser."""
+        """Return the distilled student with the preference adapter, and the teacher's denoiser if steps evaluate it."""
         return Networks(
             distilled,
             preference=self.adapter,
-            uses_teacher=False,
+            uses_teacher=self.uses_teacher,
             encodes_ahead=self.encodes_ahead,
             has_average=True,
             tiles=self.autoencoder_tiles,
         )
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
-        """Return the bytes of a copy of the distilled student, an upper bound, and of the adapter and checkpoints."""
-        return 4 * values.denoiser + values.trained * (4 + self.keep_checkpoints * (4 + MOMENTS_BYTES))
+        """Return the bytes of a copy of the distilled student, an upper bound, and of the adapter and checkpoints.
 
-
-class Feedback(Tuning):
-    """The gradient of a differentiable reward through the student's last sampling steps."""
-
-    maths: ClassVar[int] = 3  # noise by sample, the rewards' scale by the steps before
-
-    kind: Literal["feedback"] = "feedback"
-    form: Literal["direct", "bounded"] = Field(
-        "direct",
-        description="the reward's gradient through the sampler, or a step of bounded size up that gradient as the "
-        "target of a squared error (OPSD)",
-    )
-    target_bound: PositiveFloat = Field(
-        0.1, description="of form bounded: root mean square of the step from a sample's x0 to its target"
-    )
-    gradient: Literal["last", "random", "low_variance"] = Field(
-        "last", description="through the last steps (DRaFT-K), one random late one (ReFL), re-noised copies (DRaFT-LV)"
-    )
-    num_grad_steps: PositiveInt = Field(1, description="K of `last`; how many late steps `random` draws from")
-    num_copies: int = Field(2, gt=0, le=1024, description="of `low_variance`: n re-noised copies of a sample")
-    shape: Literal["negative", "hinge", "mps_hinge"] = Field(
-        "negative", description="-r; relu(threshold - r); or that and relu of r under another's prompt, of raw scores"
-    )
-    threshold: float = Field(0.0, description="of the hinges, on the summed reward's scale; 16 for mps_hinge of mps")
-    anchor: NonNegativeFloat = Field(0.0, description="weight of the mean squared distance to the reference's last x0")
-    kl: NonNegativeFloat = Field(0.0, description="weight of one stochastic step's KL to the reference, per element")
-    consistency: NonNegativeFloat = Field(0.0, description="weight of the distillation loss on stored trajectories")
-    surrogate: Surrogate | None = Field(
-        None, description="a learned stand-in whose gradient is taken, so that rewards need none; default: their own"
-    )
-    small_decoder: Annotated[str | None, Reads(holding="config.json", is_network=True)] = Field(
-        None, description="folder of an AutoencoderTiny that draws for the rewards trained on, never for the guard"
-    )
-    _hinge_is_settled = model_validator(mode="after")(hinge_defaults.settle)
-
-    @model_validator(mode="after")
-    def _sampler_has_those_steps(self):
-        if self.num_grad_steps > self.sampling_steps:
-            raise ValueError(f"num_grad_steps {self.num_grad_steps} is more than sampling_steps {self.sampling_steps}")
-        if self.surrogate and self.shape != "negative":
-            raise ValueError(
-                f"shape {self.shape} is of rewards with a gradient; surrogate learns the sum: take negative"
-            )
-        if self.surrogate and self.gradient == "low_variance":
-            raise ValueError("gradient: low_variance scores copies of a sample; with surrogate take last or random")
-        if self.surrogate and (self.batch_size // self.gradient_accumulation) % self.surrogate.num_generations:
-            raise ValueError(
-                f"batch_size must hold whole groups of surrogate.num_generations {self.surrogate.num_generations}"
-            )
-        if self.surrogate and self.surrogate.head_start >= self.num_steps:
-            raise ValueError(
-                f"surrogate.head_start {self.surrogate.head_start} of num_steps {self.num_steps} leaves no step in "
-                "which the student is tuned: lower it"
-            )
-        if self.form == "bounded" and self.gradient == "last" and self.num_grad_steps > 1:
-            raise ValueError(
-                "num_grad_steps: form bounded has the target of one step; take 1, or gradient: random for any late one"
-            )
-        if self.form != "bounded" and self.target_bound != type(self).model_fields["target_bound"].default:
-            raise ValueError("target_bound is of form bounded")
-        if self.kl and self.gamma == 0.0:
-            raise ValueError("kl needs gamma above 0: a deterministic step has no distribution; take anchor")
-        if self.kl and self.sampling_steps < 2:
-            raise ValueError("kl needs sampling_steps 2 or more: the last step puts no noise back; take anchor")
-        return self
-
-    def states_read(self, earlier: Sequence[OneStage]) -> States | None:
-        """Return the states that its student was distilled on, for the term that keeps it a consistency model."""
-        distilled = [stage for stage in earlier if isinstance(stage, Distill)]
-        return distilled[-1].states_drawn if self.consistency and distilled else None
-
-    @property
-    def reads_trajectories(self) -> bool:
-        """Whether a store of trajectories is needed."""
-        return self.consistency > 0
-
-    @property
-    def needs_random_steps(self) -> bool:
-        """Whether the sampler must put noise back."""
-        return self.kl > 0
-
-    @property
-    def samples_together(self) -> int:
-        """Samples that must be in one process together: a prompt's, whose scores are compared by a surrogate."""
-        return self.surrogate.num_generations if self.surrogate else 1
-
-    def networks(self, distilled: Lora | Full) -> Networks:
-        """Return those of all tuning, and the heads of a surrogate."""
-        return replace(super().networks(distilled), head_width=self.surrogate.width if self.surrogate else 0)
-
-    @property
-    def parents(self) -> tuple[str, ...]:
-        """Those of all tuning, and the student's store of trajectories if it is read."""
-        return (*super().parents, *["trajectories"] * self.reads_trajectories)
-
-    @property
-    def requirements(self) -> list[Requirement]:
-        """Those of all tuning, and the student's store of trajectories if it is read."""
-        store = Requirement(("trajectories",), "consistency needs", "consistency")
-        return [*super().requirements, *[store] * self.reads_trajectories]
-
-    def step(self, samples: int, part: int) -> list[Pass]:
-        """Return the sampling steps without and with gradient, and the passes of each term beside the reward."""
-        steps, copies = self.sampling_steps, self.num_copies if self.gradient == "low_variance" else 1
-        graded = {"last": self.num_grad_steps, "random": 1, "low_variance": 1}[self.gradient]
-        before = {
-            "last": steps - self.num_grad_steps,
-            "random": steps - (self.num_grad_steps - 1) / 2 - 1,
-            "low_variance": steps,
-        }[self.gradient]
-        scored = Pass(
-            "student",
-            samples * copies,
-            graded,
-            part * copies,
-            gradient=True,
-            is_chained=self.gradient != "low_variance",
-            viewer="rewards",
-            num_scores=2 if self.shape == "mps_hinge" else 1,
-        )
-        with_keys = 1 if self.gradient == "low_variance" else None  # the others have gradient in the same sampler
-        passes = [Pass("student", samples, before, is_chained=True, num_with_keys=with_keys), scored]
-        if self.surrogate:  # scored without gradient; the heads' gradient is taken at the sample
-            scores = replace(passes[0], batch=part, viewer="rewards")
-            passes = [scores, replace(scored, viewer=""), Pass("heads", samples, batch=part, gradient=True)]
-            passes.append(Pass("heads", samples, self.surrogate.num_updates, part, gradient=True, beside=True))
-        if self.max_drops:  # the same samples by the reference
-            passes += [replace(one, role="reference", gradient=False, num_scores=1) for one in passes[:2]]
-        if self.anchor:
-            passes.append(Pass("reference", samples * copies, batch=part * copies))
-        if self.kl:  # of one step of a sample of its own
-            sampled = Pass("student", samples, steps, is_chained=True, num_with_keys=1)
-            passes += [sampled, Pass("reference", samples)]
-        own_terms = (self.kl > 0) + (self.consistency > 0)
-        return passes + [Pass("student", samples, batch=part, gradient=True)] * own_terms
+        A checkpoint has the adapter, the guard's best and the moments, and the fake score where there is one.
+        """
+        checkpoint = values.trained * (4 + MOMENTS_BYTES) + values.fake * MOMENTS_BYTES
+        return 4 * values.denoiser + values.trained * 4 + self.keep_checkpoints * checkpoint
 
 
 class Dpo(Tuning):

@@ -1,10 +1,12 @@
-"""Terms that a distill stage adds to its distance, on the clean samples that the student makes."""
+"""Terms that a stage adds to its loss, on the clean samples that the student makes: distill and feedback."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from .types import Lora, NonNegativeFloat, PositiveInt, Strict
+from .takes import Pass
+from .types import Lora, NonNegativeFloat, PositiveInt, Strict, Teacher
 
 Part = Annotated[float, Field(ge=0, le=1)]
 
@@ -22,7 +24,7 @@ class Fake(Lora):
 class Term(Strict):
     """What the terms share: a weight, and the noise under which samples are compared."""
 
-    weight: PositiveFloat = Field(1.0, description="factor of the term in the sum with the distance")
+    weight: PositiveFloat = Field(1.0, description="factor of the term in the loss")
     times: tuple[Part, Part] = Field(
         (0.02, 0.98), description="parts of the time axis that noise is drawn between, evenly; 1 is pure noise"
     )
@@ -42,11 +44,33 @@ class Matching(Term):
         None, description="of the teacher, in this term; default: teacher.guidance_scale"
     )
 
+    def conflicts(self, num_steps: int) -> Iterator[str]:
+        """Yield what is wrong with the term in a stage of `num_steps` optimiser steps."""
+        if self.fake.warmup_steps >= num_steps:
+            yield (
+                f"matching.fake.warmup_steps {self.fake.warmup_steps} of {num_steps} steps leave none in which the "
+                "term acts on the student: lower it"
+            )
+
+    def passes_of_loss(self, teacher: Teacher, num_steps: int, samples: float, batch: int) -> list[Pass]:
+        """Return the guided teacher's passes and the fake score's, without gradient, for `samples` of all steps.
+
+        Those of the warm-up have none. `batch` of them are in memory at a time.
+        """
+        scale = self.guidance_scale
+        guided = teacher if scale is None else teacher.model_copy(update={"guidance_scale": scale})
+        matched = samples * max(0.0, 1 - self.fake.warmup_steps / num_steps)
+        return [Pass("teacher", matched, guided.evaluations, batch), Pass("fake", matched, batch=batch)]
+
+    def pass_of_network(self, samples: float, batch: int) -> Pass:
+        """Return the fake score's own training on `samples` of all steps, `batch` of them in memory at a time."""
+        return Pass("fake", samples, self.fake.num_updates, batch, gradient=True, output="prediction", beside=True)
+
 
 class Adversarial(Term):
     """Heads on the frozen teacher's features tell real samples from the student's, which learns to pass for real."""
 
-    weight: PositiveFloat = Field(0.1, description="factor of the term in the sum with the distance")
+    weight: PositiveFloat = Field(0.1, description="factor of the term in the loss")
     loss: Literal["hinge", "softplus"] = Field(
         "hinge", description="of the heads: hinge stops at a margin of 1, softplus is GAN's logistic loss"
     )

@@ -19,7 +19,8 @@ from ..models.base import Base
 from ..models.grids import SamplingGrid
 from ..models.perceptual import Distance, Distances
 from ..models.teachers import tell_truncated
-from ..models.terms import TermsOfStep, terms_of
+from ..models.terms import terms_of
+from ..models.terms_of_step import TermsOfStep, training_of
 from ..recipe import Distill, Recipe, types
 from ..recipe.distill import LOG, PERCEPTUAL
 from ..storage import files
@@ -51,10 +52,8 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     distances = make_distances(stage, recipe, base, parents)
     real = real_pictures(stage, base)
     encode_ahead(stage, recipe, base, source, real)
-    terms = [
-        (term, rt.train_beside(term.network_name, term.network, term.learning_rate))
-        for term in terms_of(stage, base, recipe.seed, real.draw if real else None)
-    ]
+    added_terms = terms_of(stage, base, recipe.seed, real.draw if real else None)
+    terms = [(term, training_of(rt, term)) for term in added_terms]
     lengths = stage.per_phase("num_steps")
 
     # everything that a checkpoint holds beside the optimiser

@@ -10,6 +10,8 @@ from ..data.trajectory_store import store_of
 from ..equations import consistency, feedback
 from ..models import students, teachers
 from ..models.base import Base
+from ..models.terms import matching_of
+from ..models.terms_of_step import MatchingOfStep, training_of
 from ..preference import tuning
 from ..preference.constraints import Constraints
 from ..preference.guard import HackingGuard
@@ -44,6 +46,8 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     parameters = students.trainable_parameters(student.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student.denoiser, optimizer)
+    matching = matching_of(stage, base, recipe.seed)
+    term = (matching, training_of(rt, matching)) if matching else None
     guard = HackingGuard(stage, student, trained, rewards, recipe.seed)
     rewards.take_in(guard.reference_scores)  # their scale in the first step
     constraints = Constraints(stage, student, guard.reference_scores)
@@ -62,6 +66,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
         points = source.draw(step, student.num_segments, "next", draws) if source else None
         stored = [points.rows(part) for part in rt.micro_batches()] if points else []
         last = last_step(stage, len(student.times), draws)
+        matched = MatchingOfStep(rt, term, step, stage.batch_size, stage.copies_scored) if term else None
         losses = (
             loss(
                 stage,
@@ -73,6 +78,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
                 source.realise(stored[i]) if source else None,
                 last,
                 scores,
+                matched,
             )
             for i, own in enumerate(prompts.starts(base, step, stage.batch_size // copies, stage.micro_batch, copies))
         )
@@ -80,6 +86,8 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
             logged = rt.backward(losses) | scores.means()
             if learned:
                 logged |= learned.learn(step)
+            if matched:
+                logged |= matched.learn()  # from the samples that were scored
         rewards.take_in(scores.rewards())
         logged |= constraints.take_in(scores)
 
@@ -118,10 +126,12 @@ def loss(
     stored: Batch | None,
     last: int,
     scores: tuning.Scores,
+    matched: MatchingOfStep | None = None,
 ) -> Tensor:
     """Return the loss of a micro-batch, one value a sample (B,) float32; its raw scores go into `scores`.
 
-    Reward and anchor have a value for each copy of a sample, KL and the consistency loss one for each sample.
+    Reward, anchor and distribution matching have a value for each copy of a sample, KL and the consistency loss one for
+    each sample.
     """
     if constraints.limits:
         with constraints.reference_drawing(start):
@@ -137,6 +147,10 @@ def loss(
         value = value + stage.kl * step_kl(student, start)
     if stored is not None:
         value = value + stage.consistency * stored_loss(student, stored)
+    if matched is not None:
+        term = matched.loss(x0, conditioning)
+        scores.add({"matching": term})
+        value = value + term
     return value
 
 

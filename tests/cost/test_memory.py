@@ -310,6 +310,22 @@ def test_terms_add_their_own_networks_and_no_second_set_of_the_teachers_weights(
     assert opposed.activations > without.activations  # the teacher's, through which the student's gradient comes
 
 
+@pytest.mark.parametrize("distilled", [Lora(rank=2, alpha=2.0), Full()], ids=["lora", "full"])
+def test_matching_in_feedback_keeps_the_teacher_and_adds_an_adapter(tiny_sdxl, tmp_path, distilled):
+    """Over a LoRA student the teacher's weights are there already; a student of its own has one more set beside it."""
+    prompts, fake = runs.write_prompts(tmp_path), {"fake": {"rank": 2, "alpha": 2.0}}
+    without = of(runs.tuning("feedback", prompts), tiny_sdxl, distilled)
+    matched = of(runs.tuning("feedback", prompts, matching=fake), tiny_sdxl, distilled)
+    teacher = 0 if isinstance(distilled, Lora) else of(runs.distill(adapter=Full()), tiny_sdxl).gradients
+    assert matched.parameters - without.parameters == without.gradients + teacher  # an adapter like the preference's
+    assert matched.optimiser == 2 * without.optimiser
+    assert (matched.gradients, matched.averages) == (without.gradients, without.averages)
+    assert matched.activations >= without.activations
+    sizes = Sizes(runs.recipe(tiny_sdxl, tmp_path, [runs.distill(adapter=distilled)]))
+    plain, with_fake = (sizes.disk(runs.tuning("feedback", prompts, **changes)) for changes in ({}, {"matching": fake}))
+    assert with_fake - plain == 2 * 3 * without.gradients  # two checkpoints of the fake score and its moments
+
+
 def test_a_distance_by_features_keeps_the_teacher_and_one_by_lpips_its_network(tiny_sdxl, tmp_path):
     settings = {"num_segments": [1], "adapter": Full()}
     plain = of(runs.distill(**settings), tiny_sdxl)

@@ -61,6 +61,7 @@ TUNED = {
     "feedback-refl": {"gradient": "random", "num_grad_steps": 2, "gamma": 1.0, "kl": 0.5},
     "feedback-low-variance": {"gradient": "low_variance", "anchor": 0.5, "consistency": 0.5},
     "feedback-bounded": {"form": "bounded", "gradient": "random", "num_grad_steps": 2},
+    "feedback-matching": {"gradient": "low_variance", "matching": {"weight": 0.5, "fake": {"rank": 2, "alpha": 2.0}}},
     "feedback-surrogate": {"surrogate": {"num_generations": 2, "width": 4, "head_start": 1}},
     "feedback-constraint": {"rewards": ["brightness", {"name": "sharpness", "max_drop": 0.0}], "multiplier_rate": 5.0},
     "dpo-endpoint": {},

@@ -1,11 +1,11 @@
-"""What the terms of distillation refuse in a recipe, each by the setting that is wrong, and what they cost."""
+"""What the terms of distillation and tuning refuse in a recipe, each by the setting that is wrong, and their cost."""
 
 import pytest
 from pydantic import ValidationError
 
 import runs
-from mlcm_rl.cost.evaluations import network_evaluations
-from mlcm_rl.recipe import Full
+from mlcm_rl.cost.evaluations import evaluations_of, network_evaluations
+from mlcm_rl.recipe import Full, Lora
 from mlcm_rl.recipe.file import check
 from mlcm_rl.recipe.paths import Folders
 
@@ -50,6 +50,38 @@ def test_terms_keep_the_teacher_in_memory_and_cost_their_passes(tiny_sdxl, tmp_p
     assert network_evaluations(stage, runs.recipe(tiny_sdxl, tmp_path, [stage])) == expected * samples
     unguided = runs.distill(**settings, matching={"guidance_scale": 1.0})
     assert network_evaluations(unguided, runs.recipe(tiny_sdxl, tmp_path, [unguided])) == 10 * samples
+
+
+def test_of_feedback_it_is_on_every_scored_copy_and_its_fake_learns_from_these(tiny_sdxl, tmp_path):
+    """By hand, at 2 sampling steps: 1 + 1 of the student; matching 2 guided and 1, and 5 updates; n copies of these."""
+
+    def of_steps(**changes) -> float:
+        stage = runs.tuning("feedback", "prompts.txt", **changes)
+        recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
+        steps = [one for one in stage.passes(recipe) if one.in_step]
+        return evaluations_of(steps) / (stage.num_steps * stage.batch_size)
+
+    assert of_steps() == 2
+    assert of_steps(matching={}) == 2 + (2 + 1) + 5
+    assert of_steps(matching={"fake": {"num_updates": 2}, "guidance_scale": 1.0}) == 2 + (1 + 1) + 2
+    assert of_steps(matching={"fake": {"warmup_steps": 1}}) == 2 + (2 + 1) / 2 + 5  # of 2 steps
+    copies = {"gradient": "low_variance", "num_copies": 3}
+    assert of_steps(**copies, matching={}) == of_steps(**copies) + 3 * (2 + 1 + 5)
+    stage = runs.tuning("feedback", "prompts.txt", matching={}, gradient_accumulation=2, **copies)
+    beside = [one.batch for one in stage.passes(runs.recipe(tiny_sdxl, tmp_path, [stage])) if one.role == "fake"]
+    assert beside == [2 * 3, 2 * 3]
+
+
+@pytest.mark.parametrize(("student", "where"), [(Full(), "precision"), (Lora(rank=2), "precision"), (None, None)])
+def test_a_fake_score_in_the_teachers_float16_is_refused_whatever_student_is_tuned(tiny_sdxl, tmp_path, student, where):
+    """A student of its own float32 weights does not need bf16, and its fake score does."""
+    prompts = runs.write_prompts(tmp_path)
+    distill = runs.distill(num_segments=[2], adapter=student or Full(), precision="bf16")
+    tuned = runs.tuning("feedback", prompts, **({"matching": {}} if student else {}))
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [runs.trajectories(prompts), distill, tuned])
+    half = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"dtype": "float16"})})
+    problems = [problem for problem in check(half, Folders(tmp_path, tmp_path)) if "float16" in problem.text]
+    assert {problem.key for problem in problems} == ({("stages", 2, where)} if where else set())
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,10 @@ MPS = {"shape": "mps_hinge", "rewards": [{"name": "mps"}]}
         ("feedback", {"surrogate": {"num_generations": 3}}, "whole groups of surrogate.num_generations 3"),
         ("feedback", {"surrogate": {"width": 6}}, "width 6 is not a multiple of 4"),
         ("feedback", {"surrogate": {"head_start": 9}, "num_steps": 9}, "head_start 9 of num_steps 9 leaves no step in"),
+        ("feedback", {"matching": {"fake": {"warmup_steps": 2}}}, "warmup_steps 2 of 2 steps leave none in which the"),
+        ("feedback", {"matching": {"times": [0.9, 0.1]}}, "times \\[0.9, 0.1\\] must ascend"),
+        ("feedback", {"matching": {"weight": 0.0}}, "greater than 0"),
+        ("dpo", {"matching": {}}, "matching"),
         ("feedback", {"target_bound": 0.2}, "target_bound is of form bounded"),
         ("feedback", {"multiplier_rate": 0.2}, "multiplier_rate is of rewards with max_drop"),
         (

@@ -26,6 +26,10 @@ VARIANTS = {
     "feedback-constraint": {"gamma": 1.0, "max_drops": {"sharpness": 0.0}, "multiplier_rate": 5.0},
     "feedback-surrogate": {"gamma": 1.0, "surrogate": {"num_generations": 2, "width": 4, "head_start": 0}},
     "feedback-low-variance": {"gradient": "low_variance", "consistency": 0.5},
+    "feedback-matching": {
+        "gradient": "low_variance",
+        "matching": {"fake": {"rank": 2, "alpha": 2.0, "num_updates": 2}},
+    },
     "dpo": {"num_generations": 2},
     "dpo-diffusion": {"num_generations": 2, "form": "diffusion_dpo"},
     "dpo-table": {"form": "diffusion_dpo", "pairs": "pairs"},
@@ -88,7 +92,8 @@ def test_a_batch_of_8_in_1_2_or_4_parts_draws_the_same_and_makes_the_same_update
     for noise_of_split, (records, weights) in zip(sampled[1:], result[1:], strict=True):
         assert noise_of_split == sampled[0]
         for one, other in zip(first_records, records, strict=True):
-            for name in ("loss", "grad_norm", *(name for name in one if name.startswith("reward/"))):
+            same = [name for name in one if name.startswith(("reward/", "matching", "fake_"))]
+            for name in ("loss", "grad_norm", *same):
                 assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
         assert (weights - first_weights).norm() < 1e-3 * first_weights.norm()
 
@@ -174,9 +179,9 @@ def test_the_late_step_of_refl_is_one_for_all_micro_batches_of_a_step(distilled,
     """A walk is of one length, so samples cannot have one each; one every micro-batch would depend on the split."""
     seen, original = [], feedback.loss
 
-    def loss(stage, student, rewards, constraints, learned, start, stored, last, scores):
+    def loss(stage, student, rewards, constraints, learned, start, stored, last, *others):
         seen.append(last)
-        return original(stage, student, rewards, constraints, learned, start, stored, last, scores)
+        return original(stage, student, rewards, constraints, learned, start, stored, last, *others)
 
     monkeypatch.setattr(feedback, "loss", loss)
     settings = {"gradient": "random", "num_grad_steps": 2, "gradient_accumulation": 4, "num_steps": 4}

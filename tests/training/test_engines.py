@@ -36,7 +36,10 @@ SETTINGS = {
     },
 }
 TUNING = {
-    "feedback": {"gradient_accumulation": 2, "num_grad_steps": 2, "anchor": 1.0, "consistency": 1.0},
+    "feedback": {
+        **{"gradient_accumulation": 2, "num_grad_steps": 2, "anchor": 1.0, "consistency": 1.0},
+        "matching": {"fake": {"rank": 2, "alpha": 2.0, "num_updates": 2}},
+    },
     "dpo": {"gamma": 1.0},
     "policy": {"num_iterations": 2},
 }

@@ -3,23 +3,23 @@
     python recipes/scenes/study/nft.py [--seeds 2] [--num-steps 125] [KEY=VALUE ...]
 
 A row of the study of tuning and no stage: the loss of arXiv 2509.16117 on the demo's distilled student, with the
-rewards, guard, batch and adapter of the row `policy` of `tuning.py without_gradient`, hence at equal calls of the
-reward. It is a forward-process loss: finished samples are noised to a time of the student's own sampler, and the
-network is pulled to samples that score above their prompt's mean, and away from those below, by two implicit policies
-around the one that sampled. Users report that it blurs few-step models and then collapses them; the looks of its guard
-say whether.
+rewards, guard, batch and adapter of the row `policy` of `recipes/study/tuning.py scenes without_gradient`, hence at
+equal calls of the reward. It is a forward-process loss: finished samples are noised to a time of the student's own
+sampler, and the network is pulled to samples that score above their prompt's mean, and away from those below, by two
+implicit policies around the one that sampled. Users report that it blurs few-step models and then collapses them; the
+looks of its guard say whether.
 
 It writes what a stage writes (student/, guard.json, log.jsonl) to runs/study/nft-STRENGTH-RATE-SEED, prints its looks,
 and goes on from its newest checkpoint when it is run again.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import Tensor
-from tuning import RECIPES, stage_of, with_stages
 
 from mlcm_rl import pipeline
 from mlcm_rl.equations.schedule import add_noise
@@ -31,6 +31,10 @@ from mlcm_rl.recipe.file import load
 from mlcm_rl.report.guard_history import history
 from mlcm_rl.rewards import Combined, combine
 from mlcm_rl.training.loop import Runtime, rate_factor, set_rate
+
+sys.path.append(str(Path(__file__).parents[2] / "study"))  # what all studies share
+
+from tuning import RECIPES, stage_of, with_stages
 
 STRENGTH = 1.0  # the paper's beta: how far the implicit policies are from the one that sampled
 CLIP = 1.0  # of a reward above its prompt's mean, in running deviations
@@ -139,7 +143,7 @@ def main() -> None:
     base = load(RECIPES / "scenes_demo.yaml", arguments.overrides)
     start = pipeline.run(with_stages(base, "nft-student", []))[-1].folder / "student"
     for seed in range(arguments.seeds):
-        policy = stage_of(base, "without_gradient", "policy", seed)
+        policy = stage_of(base, "scenes", "without_gradient", "policy", seed)
         assert isinstance(policy, Policy)
         rate = arguments.learning_rate or policy.learning_rate
         stage = policy.model_copy(update={"num_steps": arguments.num_steps, "learning_rate": rate})

@@ -8,13 +8,14 @@ within prompts, then its updates. Printed is that correlation, by quarters of th
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from statistics import fmean
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from tuning import COUNT, GAMMA, RECIPES, STEPS, stage_of, with_stages
 
 from mlcm_rl import pipeline
 from mlcm_rl.data.prompts import read_prompts
@@ -27,6 +28,10 @@ from mlcm_rl.recipe.file import load
 from mlcm_rl.rewards import combine
 from mlcm_rl.training.progress import progress
 from mlcm_rl.training.seeding import generator
+
+sys.path.append(str(Path(__file__).parents[2] / "study"))  # what all studies share
+
+from tuning import COUNT, GAMMA, RECIPES, STEPS, stage_of, with_stages
 
 GENERATIONS, BATCH, RATE, WIDTH = 8, 32, 1e-3, 64
 TIMES, UPDATES = (50, 200), (4, 16)
@@ -79,7 +84,7 @@ def main() -> None:
     folder = pipeline.run(with_stages(recipe, "surrogate-student", []))[-1].folder / "student"
     base = teachers.load(recipe.teacher, "cpu")
     student = students.load_student(base, folder)
-    reward = combine(stage_of(recipe, "without_gradient", "policy", 0).rewards, "cpu", normalise=False)
+    reward = combine(stage_of(recipe, "scenes", "without_gradient", "policy", 0).rewards, "cpu", normalise=False)
     prompts = read_prompts(str(RECIPES / "scenes" / "prompts" / "train.jsonl"))
     order = torch.randperm(len(prompts), generator=generator(0, "order"))[: arguments.prompts].tolist()
     parts, encoded = [], []

@@ -1,0 +1,222 @@
+"""The study of tuning: what holds a student back, rewards without gradient, targets of a bounded size.
+
+    python recipes/study/tuning.py emoji|scenes GROUP [--steps N] [--seeds 2] [--rows none,...] [KEY=VALUE ...]
+
+GROUP is `regularisers`, `forms` or, on scenes, `without_gradient`. Each row is the feedback stage of the subject's demo
+recipe, or a policy in its place, with other settings, on the demo's distilled student; a seed is that of the tuning
+alone. All rows of a group score as many pictures: those of `--steps` steps of the demo's batch, by default the demo's
+own steps. Warm-ups and the guard's looks are the same shares of a shorter run.
+
+Regularisers are compared at equal reward, so that each has several strengths: a row is a point, a run's looks a curve.
+
+What a student measured, and the looks of its guard, are kept in two files of its own in `--results`. A student that has
+both is not tuned again: the study may be cut off, go on elsewhere, or be shared among machines (`--first-seed`,
+`--rows`). Its picture (tuning_curves.py) and its table (tuning_summary.py) are of all files there; `--tables` makes
+these alone.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import kept_values
+import protocol
+import tuning_curves
+import tuning_looks
+import tuning_summary
+from mlcm_rl.recipe import Evaluate, Feedback, Policy, Recipe, Tuning
+from mlcm_rl.recipe.experiment import TUNING
+from mlcm_rl.recipe.file import load
+
+RECIPES = protocol.RECIPES
+BASES = {"emoji": "emoji_demo.yaml", "scenes": "scenes_demo.yaml"}
+STEPS, GAMMA = 4, 0.5  # of the sampler that is tuned and measured; `kl` needs the noise
+LATE = {"gradient": "random", "num_grad_steps": STEPS}  # a target at any step: the first decides what stands where
+FREE = {"anchor": 0.0, "consistency": 0.0, "gamma": GAMMA}  # feedback without any regulariser
+COUNT = [{"name": "scene_count", "settings": {"prompts": str(RECIPES / "scenes" / "prompts")}}]
+MATCH = [{"name": "scene_match", "settings": {"prompts": str(RECIPES / "scenes" / "prompts")}}]
+CALLS = {"batch_size": 64, "num_steps": 125}  # 8,000 scored pictures: those of the demo's feedback on scenes
+BY_COUNT = {**CALLS, "rewards": COUNT, "gamma": GAMMA, "num_generations": 8, "guard": {"rewards": MATCH}}
+SURROGATE = FREE | CALLS | {"rewards": COUNT, "guard": {"rewards": MATCH}, "surrogate": {"num_generations": 8}}
+
+Row = tuple[type[Tuning], dict[str, Any]]  # the stage's kind and its settings
+
+
+def matching(weight: float, num_steps: int, rate: float) -> dict[str, Any]:
+    """Return distribution matching of `weight`: its fake score, at `rate`, learns alone for a fifth of the steps."""
+    return {"matching": {"weight": weight, "fake": {"warmup_steps": num_steps // 5, "learning_rate": rate}}}
+
+
+FORMS: dict[str, Row] = {
+    "direct": (Feedback, FREE),
+    "direct-late": (Feedback, FREE | LATE),
+    "bounded": (Feedback, FREE | LATE | {"form": "bounded"}),
+    "bounded-anchor": (Feedback, FREE | LATE | {"form": "bounded", "anchor": 0.3}),
+}
+# Subject -> group -> row
+ROWS: dict[str, dict[str, dict[str, Row]]] = {
+    "emoji": {
+        "regularisers": {
+            "none": (Feedback, FREE),
+            "anchor-1": (Feedback, FREE | {"anchor": 1.0}),
+            "anchor-10": (Feedback, FREE | {"anchor": 10.0}),
+            "kl-0.1": (Feedback, FREE | {"kl": 0.1}),
+            "kl-1": (Feedback, FREE | {"kl": 1.0}),
+            "consistency-10": (Feedback, FREE | {"consistency": 10.0}),
+            "consistency-100": (Feedback, FREE | {"consistency": 100.0}),
+            "matching-1": (Feedback, FREE | matching(1.0, 100, 1e-3)),
+            "matching-10": (Feedback, FREE | matching(10.0, 100, 1e-3)),
+        },
+        "forms": FORMS,
+    },
+    "scenes": {
+        "regularisers": {
+            "none": (Feedback, FREE),
+            "anchor-0.3": (Feedback, FREE | {"anchor": 0.3}),
+            "anchor-3": (Feedback, FREE | {"anchor": 3.0}),
+            "kl-0.1": (Feedback, FREE | {"kl": 0.1}),
+            "kl-1": (Feedback, FREE | {"kl": 1.0}),
+            "consistency-1": (Feedback, FREE | {"consistency": 1.0}),
+            "consistency-10": (Feedback, FREE | {"consistency": 10.0}),
+            "matching-1": (Feedback, FREE | matching(1.0, 250, 1e-3)),
+            "matching-10": (Feedback, FREE | matching(10.0, 250, 1e-3)),
+        },
+        "without_gradient": {
+            "policy": (Policy, BY_COUNT | {"learning_rate": 3e-4}),
+            "policy-fast": (Policy, BY_COUNT | {"learning_rate": 1e-3}),
+            "surrogate": (Feedback, SURROGATE),
+            "surrogate-bounded": (Feedback, SURROGATE | LATE | {"form": "bounded"}),
+        },
+        "forms": FORMS,
+    },
+}
+# Subject -> metric of the report -> head of its column. KID is to the teacher's own pictures of the same prompts.
+COLUMNS = {
+    "emoji": {
+        "reward/emoji_style": "`emoji_style`, trained on",
+        "reward/emoji_style_judge": "`emoji_style_judge`",
+        "reward/emoji_alignment": "`emoji_alignment`",
+        "r@5": "judge, R@5",
+        "distance": "distance to the teacher",
+        "diversity": "diversity",
+        "teacher_kid": "1,000 KID",
+    },
+    "scenes": {
+        "right@all": "judge, all that is asked",
+        "reward/scene_match": "`scene_match`",
+        "reward/scene_count": "`scene_count`",
+        "distance": "distance to the teacher",
+        "diversity": "diversity",
+        "teacher_kid": "1,000 KID",
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subject", choices=BASES)
+    parser.add_argument("group", choices=sorted({group for groups in ROWS.values() for group in groups}))
+    parser.add_argument("--steps", type=int, help="of the demo's batch, whose scored pictures all rows take")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--rows", help="some of the group's, by comma; default: all")
+    parser.add_argument("--prompts", type=int, default=128, help="that students are measured on")
+    parser.add_argument(
+        "--results", type=Path, help="folder of what is measured [runs/tuning-<subject>-<group>-<steps>]"
+    )
+    parser.add_argument("--tune-only", action="store_true", help="leave the measuring to a later call")
+    parser.add_argument(
+        "--tables", action="store_true", help="make picture and table of what is there, and run nothing"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
+    arguments = parser.parse_intermixed_args()
+    subject, group = arguments.subject, arguments.group
+    if group not in ROWS[subject]:
+        parser.error(f"{subject} has no group {group}, only {', '.join(ROWS[subject])}")
+    base = load(RECIPES / BASES[subject], arguments.overrides)
+    num_steps = arguments.steps or feedback_of(base).num_steps
+    results = arguments.results or Path(base.runs) / f"tuning-{subject}-{group}-{num_steps}"
+    results.mkdir(parents=True, exist_ok=True)
+    rows = arguments.rows.split(",") if arguments.rows else list(ROWS[subject][group])
+    if unknown := [row for row in rows if row not in ROWS[subject][group]]:
+        parser.error(f"--rows: {group} has no {', '.join(unknown)}, only {', '.join(ROWS[subject][group])}")
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+        for row in [] if arguments.tables else rows:
+            *tuning, evaluate = recipe_of(base, subject, group, row, seed, num_steps, arguments.prompts).stages
+            name, metrics = f"tuning-{group}-{row}-{seed}".replace(".", "_"), tuple(COLUMNS[subject])
+            tuned = base.model_copy(update={"name": name, "stages": tuning})
+            tuning_looks.keep(tuned, results / f"{row}-{seed}.json")
+            if not arguments.tune_only:
+                measured = tuned.model_copy(update={"stages": [*tuning, evaluate]})
+                kept_values.keep(measured, results / f"{row}-{seed}.safetensors", metrics)
+    order = list(ROWS[subject][group])
+    tuning_curves.draw(results, order, results / "curves.png")
+    Console().print(tuning_summary.text(results, order, COLUMNS[subject]), soft_wrap=True)
+    Console().print(f"\n{results / 'curves.png'}", soft_wrap=True)
+
+
+def feedback_of(base: Recipe) -> Feedback:
+    """Return the base's feedback stage."""
+    return next(stage for stage in base.stages if isinstance(stage, Feedback))
+
+
+def recipe_of(
+    base: Recipe, subject: str, group: str, row: str, seed: int, num_steps: int | None = None, num_prompts: int = 128
+) -> Recipe:
+    """Return the stages before tuning, the stage of `row` under `seed`, and what it is measured by beside its start."""
+    given = next(stage for stage in base.stages if isinstance(stage, Evaluate))
+    measured = {
+        "num_prompts": num_prompts,
+        "images_per_prompt": max(2, given.images_per_prompt),  # whose difference is the diversity
+        "sampling_steps": [STEPS],
+        "gammas": [GAMMA],
+        "teacher_steps": [50],
+        "distribution": True,
+    }
+    stages = [stage_of(base, subject, group, row, seed, num_steps), given.model_copy(update=measured)]
+    return with_stages(base, f"tuning-{group}", stages)
+
+
+def stage_of(base: Recipe, subject: str, group: str, row: str, seed: int, num_steps: int | None = None) -> Tuning:
+    """Return the stage of `row` under `seed`; with `num_steps`, of as many scored pictures as those steps of the demo.
+
+    Raise ValueError if the row's batches do not make that number of pictures.
+    """
+    kind, changes = ROWS[subject][group][row]
+    given = feedback_of(base)
+    shared = {name: value for name, value in given.model_dump(exclude={"kind"}).items() if name in kind.model_fields}
+    guard = shared["guard"] | changes.get("guard", {})
+    stage = kind.model_validate(shared | changes | {"guard": guard, "seed": seed})
+    calls = (given.num_steps if num_steps is None else num_steps) * given.batch_size
+    if calls % stage.batch_size:
+        raise ValueError(
+            f"--steps {num_steps} of batches of {given.batch_size} are {calls} scored pictures, which the batches of "
+            f"{stage.batch_size} of row {row} do not make: take a multiple of {stage.batch_size // given.batch_size}"
+        )
+    return in_steps(stage, calls // stage.batch_size)
+
+
+def in_steps(stage: Tuning, num_steps: int) -> Tuning:
+    """Return `stage` in `num_steps` steps, of which warm-ups and the steps between looks are the same shares."""
+    if num_steps == stage.num_steps:
+        return stage
+    share, settings = num_steps / stage.num_steps, stage.model_dump()
+    settings |= {"num_steps": num_steps, "warmup_steps": round(share * stage.warmup_steps)}
+    settings["guard"]["every"] = max(1, round(share * stage.guard.every))
+    if isinstance(stage, Feedback) and stage.matching:
+        settings["matching"]["fake"]["warmup_steps"] = int(share * stage.matching.fake.warmup_steps)
+    if isinstance(stage, Feedback) and stage.surrogate:
+        settings["surrogate"]["head_start"] = int(share * stage.surrogate.head_start)
+    return type(stage).model_validate(settings)
+
+
+def with_stages(base: Recipe, name: str, stages: list) -> Recipe:
+    """Return the recipe of `name`: the stages before tuning, and `stages`."""
+    before = [stage for stage in base.stages if stage.kind not in (*TUNING, "evaluate")]
+    return base.model_copy(update={"name": name, "stages": [*before, *stages]})
+
+
+if __name__ == "__main__":
+    main()
