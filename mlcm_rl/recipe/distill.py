@@ -111,6 +111,11 @@ class Distill(Training):
         False,
         description="give the student the time it jumps to: one for all steps; true in the default form",
     )
+    prediction: Literal["teacher", "x0"] = Field(
+        "teacher",
+        description="what the student's network predicts: the same as its teacher's; or x0, as the one-step "
+        "SDXL-Lightning, after a stage or a phase that has a distance",
+    )
     budgets: list[Annotated[int, Field(ge=1, le=8)]] = Field(
         [],
         description="with condition_on_target: draw the jumps of samplers with these numbers of steps, and no others; "

@@ -12,6 +12,7 @@ from ..data.training_points import Batch, NoisedData, OnLine, RenoisedSamples, S
 from ..data.trajectory_store import store_of
 from ..equations import consistency
 from ..equations.averaging import ema_decay, ema_update_
+from ..equations.prediction import X0
 from ..equations.schedule import snr
 from ..equations.segments import phase_at
 from ..models import pictures, students, teachers
@@ -38,7 +39,8 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     rt = Runtime(recipe, stage, folder)
     base = teachers.load(recipe.teacher, rt.device)
     start = parents["distill"] / "student" if "distill" in parents else None
-    student = students.student(base, stage.adapter, recipe.seed, stage.condition_on_target, start)
+    prediction = X0 if stage.prediction == "x0" else base.prediction_type
+    student = students.student(base, stage.adapter, recipe.seed, stage.condition_on_target, start, prediction)
     if not stage.uses_teacher:
         base.forget_denoiser()
     if stage.gradient_checkpointing:

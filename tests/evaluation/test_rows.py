@@ -15,6 +15,8 @@ from mlcm_rl.models.grids import SamplingGrid
 from mlcm_rl.recipe import Evaluate, Teacher
 from mlcm_rl.recipe.types import default_gamma
 
+BASE = SimpleNamespace(family="sdxl", prediction_type="epsilon", student_predictions=("epsilon", "sample"))
+
 
 def stage(**settings):
     return Evaluate(prompts="p.txt", **settings)
@@ -122,9 +124,8 @@ def test_a_tuned_student_is_measured_at_the_gamma_it_was_tuned_under_and_so_is_w
     kinds = {"distill": None, "feedback": gamma}
     parents = {kind: write_stage(tmp_path / kind, kind, value) for kind, value in kinds.items()}
     other = write_stage(tmp_path / "other", "distill")
-    base = SimpleNamespace(family="sdxl", prediction_type="epsilon")
     evaluation = stage(sampling_steps=[1, 2], gammas=[0.0], also=[str(other)])
-    distilled, tuned, another = entries(evaluation, parents, base)
+    distilled, tuned, another = entries(evaluation, parents, BASE)
     assert (distilled.own_gamma, tuned.own_gamma, another.own_gamma) == (0.0, own, 0.0)
     assert [own_gamma(folder / "student") for folder in (*parents.values(), other)] == [0.0, own, 0.0]
     samplers = [
@@ -142,7 +143,9 @@ def test_a_snapshot_is_measured_at_its_own_gamma_and_the_student_at_all_that_are
     shutil.copytree(distilled / "student", distilled / "snapshots" / "phase-1-K2")  # the last, which is the student
     evaluation = stage(sampling_steps=[2, 4], gammas=[0.3, 1.0], students="snapshots")
     finished, snapshot = entries(
-        evaluation, {"distill": distilled}, SimpleNamespace(family="sdxl", prediction_type="epsilon")
+        evaluation,
+        {"distill": distilled},
+        BASE,
     )
     assert [(row.num_steps, row.gamma) for row in student_rows(evaluation, 0, finished)] == [
         (2, 0.3),
