@@ -216,6 +216,14 @@ class Distill(Training):
         """The sampler's default gamma for the finished student."""
         return default_gamma(self.num_segments[-1], self.condition_on_target)
 
+    def steps_learned(self, num_segments: int) -> list[int]:
+        """Return the numbers of steps that the student after a phase of K segments draws in; empty for all.
+
+        A network that predicts noise is near its teacher at times that it did not see; one turned to x0 is not.
+        """
+        whole = self.prediction == "x0" and self.starts == "milestones" and num_segments <= MOST_SAMPLER_SEGMENTS
+        return self.budgets or [num_segments] * whole
+
     def per_phase(self, name: str) -> list:
         """Return the value of `name` for each phase."""
         value = getattr(self, name)

@@ -261,6 +261,10 @@ def _tuning_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
         if isinstance(begun, Start) and isinstance(begun.grid, list) and len(begun.grid) != stage.sampling_steps:
             message = f"expected {len(begun.grid)}, as many as the times of its start's grid {begun.grid}, found "
             yield Problem(("stages", i, "sampling_steps"), f"{message}{stage.sampling_steps}")
+        whole = begun.steps_learned(begun.num_segments[-1]) if isinstance(begun, Distill) and not begun.budgets else []
+        if whole and stage.sampling_steps not in whole:
+            message = f"expected {whole[0]}, since its student predicts x0 and knows the starts of those jumps alone, "
+            yield Problem(("stages", i, "sampling_steps"), f"{message}found {stage.sampling_steps}")
         if stage.languages and not sum(stage.languages.values()):
             yield Problem(("stages", i, "languages"), "all weights are 0, so that no prompt can be drawn")
         for name in stage.languages:

@@ -259,7 +259,7 @@ def save_student(
     """Write the current student to `folder`, with the description that samplers and exports need."""
     description = {
         "num_segments": num_segments,
-        "budgets": stage.budgets,
+        "budgets": stage.steps_learned(num_segments),
         "conditioned": stage.condition_on_target,
         **students.expected_of(base),
         "teacher": files.public(recipe.teacher.path),

@@ -30,7 +30,7 @@ def test_every_row_is_a_valid_recipe_of_equal_evaluations(subject, row):
     assert [stage.num_steps for stage in ours.stages if isinstance(stage, Distill)] == [2000]
     counts = [rivals.evaluations(one, one.stages) for one in (recipe, ours)]
     assert counts[0] == pytest.approx(counts[1], rel=0.02)
-    assert recipe.stages[-1].sampling_steps == [1, 2, 3, 4, 6, 8]
+    assert recipe.stages[-1].sampling_steps == ([1] if row == "lightning_one_step" else [1, 2, 3, 4, 6, 8])
 
 
 def test_the_budget_is_counted_by_hand(subject):
@@ -42,6 +42,18 @@ def test_the_budget_is_counted_by_hand(subject):
     assert rivals.evaluations(ours, ours.stages) == budget
     (lcm,) = rivals.recipe_of(base, name, "lcm", 0, 2000, 128).stages[:-1]
     assert lcm.num_steps == round(budget / batch / 4)
+
+
+def test_the_one_step_student_turns_to_x0_by_the_distance_and_then_to_the_adversary(subject):
+    name, base = subject
+    *_, first, second = [
+        stage
+        for stage in rivals.recipe_of(base, name, "lightning_one_step", 0, 2000, 128).stages
+        if isinstance(stage, Distill)
+    ]
+    prediction = "x0" if name == "emoji" else "teacher"  # the scenes' teacher is a flow
+    assert [(one.prediction, one.num_segments) for one in (first, second)] == [(prediction, [1])] * 2
+    assert [(one.distance_weight, one.terms) for one in (first, second)] == [(1.0, []), (0.0, ["adversarial"])]
 
 
 def test_steps_are_the_nearest_to_the_budget_and_a_store_beyond_it_is_refused():

@@ -103,6 +103,19 @@ def test_x0_is_first_learned_by_a_distance(tiny_sdxl, tmp_path):
         assert "put a stage with prediction: x0 and a distance before this one" in text
 
 
+def test_a_one_step_student_is_for_one_step_and_tuned_at_no_other(tiny_sdxl, tmp_path):
+    one_step = runs.distill(**WHOLE, num_segments=[1], prediction="x0")
+    assert [one_step.steps_learned(k) for k in (32, 8, 1)] == [[], [8], [1]]
+    assert runs.distill(**WHOLE, num_segments=[1]).steps_learned(1) == []
+    prompts = runs.write_prompts(tmp_path)
+    for steps, count in ((1, 0), (2, 1)):
+        stages = [runs.trajectories(prompts, solver_steps=16), one_step]
+        stages.append(runs.tuning("dpo", prompts, sampling_steps=steps))
+        problems = check(runs.recipe(tiny_sdxl, tmp_path, stages), Folders(tmp_path, tmp_path))
+        assert [one.key for one in problems] == [("stages", 2, "sampling_steps")] * count
+        assert all("expected 1, since its student predicts x0" in one.text for one in problems)
+
+
 def test_families_of_flows_predict_a_velocity(tiny_sdxl, tmp_path):
     ((key, text),) = problems_of(tiny_sdxl, tmp_path, [runs.distill(num_segments=[1], prediction="x0")], "flux")
     assert key == ("stages", 1, "prediction")

@@ -115,7 +115,7 @@ def test_a_one_step_student_turns_to_x0_by_the_distance_and_goes_on_by_the_adver
     losses = [one["loss"] for one in records if "loss" in one]
     assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
     described = students.describe(tmp_path / "turned" / "student")
-    assert (described["prediction_type"], described["num_segments"]) == ("sample", 1)
+    assert (described["prediction_type"], described["num_segments"], described["budgets"]) == ("sample", 1, [1])
 
     settings = {"adapter": adapter, "distance_weight": 0.0, "adversarial": HEADS}
     records = train(tiny_sdxl, store, tmp_path / "sharp", tmp_path / "turned", **ONE_STEP | settings)
