@@ -5,10 +5,10 @@
 
 Every row costs what `ours` costs in `--steps` optimiser steps: network evaluations, with those of the store if the row
 reads one, as `mlcm plan` counts them. All rows take batch, adapter and precision of the base recipe, and are measured
-with 1 to 8 steps, `lightning_one_step` with its one, on the same prompts and noises. Which keys each method is in, and
-how it differs from what was published: docs/rivals.md. `lcm` and `dmd2` read captioned pictures, which
-`recipes/emoji/build/rebuild.py --only pictures captions` and `recipes/scenes/build/scene_pictures.py` make; the others
-read the teacher alone.
+with 1 to 8 steps on the same prompts and noises; a student of one step that predicts x0 with that one alone. Which keys
+each method is in, and how it differs from what was published: docs/rivals.md. `lcm` and `dmd2` read captioned pictures,
+which `recipes/emoji/build/rebuild.py --only pictures captions` and `recipes/scenes/build/scene_pictures.py` make; the
+others read the teacher alone.
 Finished stages are reused: the study may be stopped and started. The table is written beside the runs, and printed.
 """
 
@@ -78,7 +78,6 @@ ROWS: dict[str, list[tuple[float, float, dict[str, Any]]]] = {
     ],
     "ours": [(1.0, 1.0, OURS)],
 }
-MEASURED_AT = {"lightning_one_step": [1]}  # numbers of steps; elsewhere SAMPLING_STEPS
 # A row's student, tuned by the base's feedback stage as an adapter of its own, for one step in ten of distillation;
 # without `consistency`, which is distillation.
 TUNING_SHARE = 0.1
@@ -105,7 +104,7 @@ def recipe_of(base: Recipe, subject: str, row: str, seed: int, num_steps: int, n
     budget = evaluations(base, stages_of(base, subject, "ours", seed, num_steps))
     steps = steps_within(budget, lambda steps: evaluations(base, stages_of(base, subject, row, seed, steps)))
     stages = stages_of(base, subject, row, seed, steps)
-    stages.append(protocol.evaluate_stage(base, num_prompts, MEASURED_AT.get(row, SAMPLING_STEPS)))
+    stages.append(protocol.evaluate_stage(base, num_prompts, SAMPLING_STEPS))
     return base.model_copy(update={"name": f"rivals-{row.replace('_', '-')}-{seed}", "stages": stages})
 
 

@@ -30,7 +30,7 @@ def test_every_row_is_a_valid_recipe_of_equal_evaluations(subject, row):
     assert [stage.num_steps for stage in ours.stages if isinstance(stage, Distill)] == [2000]
     counts = [rivals.evaluations(one, one.stages) for one in (recipe, ours)]
     assert counts[0] == pytest.approx(counts[1], rel=0.02)
-    assert recipe.stages[-1].sampling_steps == ([1] if row == "lightning_one_step" else [1, 2, 3, 4, 6, 8])
+    assert recipe.stages[-1].sampling_steps == [1, 2, 3, 4, 6, 8]
 
 
 def test_the_budget_is_counted_by_hand(subject):

@@ -137,6 +137,17 @@ def test_a_tuned_student_is_measured_at_the_gamma_it_was_tuned_under_and_so_is_w
     assert {row.gamma for row in student_rows(evaluation, 0, tuned) if row.default} == {own}
 
 
+def test_a_student_that_predicts_x0_is_measured_in_the_steps_that_it_knows_and_no_others(tmp_path):
+    """One that is told its target is measured in all that are asked for, whatever its budgets."""
+    for conditioned, measured in ((False, [2]), (True, [1, 2, 4])):
+        place = write_stage(tmp_path / str(conditioned), "distill") / "student" / "student.json"
+        described = {"prediction_type": "sample", "budgets": [2], "conditioned": conditioned}
+        place.write_text(json.dumps(json.loads(place.read_text()) | described))
+        evaluation = stage(sampling_steps=[1, 2, 4], gammas=[0.0])
+        (entry,) = entries(evaluation, {"distill": place.parents[1]}, BASE)
+        assert [row.num_steps for row in student_rows(evaluation, 0, entry)] == measured
+
+
 def test_a_snapshot_is_measured_at_its_own_gamma_and_the_student_at_all_that_are_asked_for(tmp_path):
     distilled = write_stage(tmp_path / "distill", "distill")
     shutil.copytree(distilled / "student", distilled / "snapshots" / "phase-0-K2")
