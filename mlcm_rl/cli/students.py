@@ -102,6 +102,12 @@ def sample(
     alpha: Annotated[
         float | None, typer.Option(show_default=False, help="with --teacher: of a LoRA file that states none")
     ] = None,
+    prediction: Annotated[
+        str | None,
+        typer.Option(
+            metavar="teacher|x0", show_default=False, help="with --teacher: x0 where the file's network predicts that"
+        ),
+    ] = None,
     text_adapter: TextAdapter = None,
     image: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, show_default=False, help="picture to start from")
@@ -147,14 +153,15 @@ def sample(
     if not prompt and not prompts:
         raise typer.BadParameter("name what to draw: --prompt TEXT, or --prompts FILE", param_hint="--prompt")
     if teacher is None:
-        for name, value in (("--family", family), ("--grid", grid), ("--alpha", alpha)):
+        stated = (("--family", family), ("--grid", grid), ("--alpha", alpha), ("--prediction", prediction))
+        for name, value in stated:
             if value is not None:
                 raise typer.BadParameter(f"{name} goes with --teacher: a run states its own")
         if run.is_file():
             message = f"{run} is a student of no run: name the folder of its teacher, in diffusers' format"
             raise typer.BadParameter(message, param_hint="--teacher")
     with imported("pipeline.finished_runs") as finished_runs:
-        over = teacher and finished_runs.lone_student.Over(teacher, family, grid, gamma, alpha)
+        over = teacher and finished_runs.lone_student.Over(teacher, family, grid, gamma, alpha, prediction)
         texts = [*(prompt or []), *(finished_runs.prompts_of(prompts) if prompts else [])]
         inputs = finished_runs.sample_inputs.of_command(
             image, strength, mask, lora or [], control or [], control_image or [], edges, ip_adapter, ip_image

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .schedule import Schedule, snr
 
-KINDS = ("epsilon", "v_prediction", "sample", "flow")
+X0 = "sample"
+KINDS = ("epsilon", "v_prediction", X0, "flow")
 
 
 def x0_from_prediction(prediction: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, kind: str) -> Tensor:

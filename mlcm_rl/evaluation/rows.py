@@ -30,6 +30,11 @@ class Entry:
     training: training_cost.TrainingCost | None  # None for one from elsewhere
     own_gamma: float  # that of its tuning, or the default for its kind
     gammas: tuple[float, ...]  # to measure; its own first, if it is among them
+    steps: tuple[int, ...] = ()  # the numbers of steps that it is for, where it draws noise in others; empty: all
+
+    def draws_in(self, num_steps: int) -> bool:
+        """Return whether it can be sampled in so many steps."""
+        return self.grid.has(num_steps) and (not self.steps or num_steps in self.steps)
 
 
 def entries(stage: Evaluate, parents: dict[str, Path], base: Base) -> list[Entry]:
@@ -50,7 +55,8 @@ def entries(stage: Evaluate, parents: dict[str, Path], base: Base) -> list[Entry
         stated = [default] * ("gamma" in description)  # by one from elsewhere
         gammas = [default] if training_cost.is_snapshot(folder) else [*stage.gammas, *of_tuning, *stated]
         gammas.sort(key=lambda gamma: gamma != default)
-        students.append(Entry(name, folder, *shape, cost, default, tuple(dict.fromkeys(gammas))))
+        steps = () if description["conditioned"] else tuple(description["budgets"])
+        students.append(Entry(name, folder, *shape, cost, default, tuple(dict.fromkeys(gammas)), steps))
     return students
 
 
@@ -127,13 +133,13 @@ def student_rows(stage: Evaluate, index: int, student: Entry) -> list[SampledRow
 
     With one step gamma has no effect, and grids may agree. A student conditioned on its target time may stop anywhere,
     so it takes the even grid; the others take one that includes their K boundaries. One from elsewhere has a grid of
-    its own in place of the milestones, and maybe for some numbers of steps alone.
+    its own in place of the milestones, and maybe for some numbers of steps alone; so may one that predicts x0.
     """
     rows: dict[tuple[tuple[int, ...], float | None], SampledRow] = {}
     own = "" if student.grid.name == MILESTONES else f", {student.grid}"
     for gamma in student.gammas:
         for grid in sorted(stage.grids):  # milestones, paper
-            for n in filter(student.grid.has, stage.sampling_steps):
+            for n in filter(student.draws_in, stage.sampling_steps):
                 times = tuple(paper_times(n) if grid == "paper" else student.grid.times(n))
                 rows.setdefault(
                     (times, gamma if n > 1 else None),

@@ -37,6 +37,7 @@ from .text_adapter import AdaptedEncoder
 
 ENCODED_TOGETHER = 32  # prompts, where all are encoded ahead
 TARGET_TIME_WIDTH = 256  # sinusoids of the target time, for a student conditioned on it
+OWN_PREDICTION = "own_prediction"  # attribute of a student's denoiser: the type of its prediction
 
 
 class TargetTimeProjection(nn.Linear):
@@ -172,8 +173,13 @@ class Base(ABC):
         """Return the parameters of the schedule as JSON, to be recorded with stored trajectories."""
 
     @abstractmethod
-    def stock_scheduler(self, gamma: float, grid: SamplingGrid = USUAL) -> SchedulerMixin:
-        """Return the diffusers scheduler that visits `grid` under `gamma`, for an export, as `stock_arguments` ask."""
+    def stock_scheduler(
+        self, gamma: float, grid: SamplingGrid = USUAL, prediction_type: str | None = None
+    ) -> SchedulerMixin:
+        """Return the diffusers scheduler that visits `grid` under `gamma`, for an export, as `stock_arguments` ask.
+
+        It is for a network of this `prediction_type`, by default the teacher's.
+        """
 
     def stock_call(self, times: list[int]) -> dict[str, Any]:
         """Return the arguments with which a stock pipeline with that scheduler visits `times` of its grid."""
@@ -370,17 +376,30 @@ class Base(ABC):
     def predict(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
     ) -> Tensor:
-        """Return the prediction (B, C, H, W) float32 of `denoiser` at x_t (B, C, H, W), t (B,), in its prediction type.
+        """Return the prediction (B, C, H, W) float32 of `denoiser` at x_t (B, C, H, W), t (B,), of its own type.
 
         `s` (B,) is the target time of a conditioned student's jump; the teacher takes none.
         """
+
+    def prediction_of(self, denoiser: torch.nn.Module) -> str:
+        """Return the type of what `denoiser` predicts, a key of `equations.prediction`: its own, else the teacher's."""
+        return getattr(denoiser, OWN_PREDICTION, self.prediction_type)
+
+    def predicts_otherwise(self, denoiser: torch.nn.Module) -> bool:
+        """Return whether a student's `denoiser` predicts something else than its teacher."""
+        return self.prediction_of(denoiser) != self.prediction_type
+
+    @property
+    def student_predictions(self) -> tuple[str, ...]:
+        """Return what students may predict: the teacher's type, and others that stock schedulers of the family know."""
+        return (self.prediction_type,)
 
     def x0(
         self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None = None
     ) -> Tensor:
         """Return the clean latents (B, C, H, W) float32 that `denoiser` predicts from x_t: f of the paper."""
         prediction = self.predict(denoiser, x_t, t, conditioning, s)
-        return x0_from_prediction(prediction, x_t, t, self.schedule, self.prediction_type)
+        return x0_from_prediction(prediction, x_t, t, self.schedule, self.prediction_of(denoiser))
 
     @torch.no_grad()
     def guided_x0(

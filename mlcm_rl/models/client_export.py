@@ -46,12 +46,14 @@ class Part:
     """A student as one file: `suffix` of its name, the numbers of steps that it is for, and how it is sampled.
 
     It is adapters over the teacher by component, or if there are none a denoiser, which is made in a precision.
+    `prediction_type` is what its network predicts.
     """
 
     suffix: str
     steps: tuple[int, ...]
     grid: SamplingGrid
     gamma: float
+    prediction_type: str
     adapters: dict[str, Adapter] | None
     denoiser: Callable[[torch.dtype], ModelMixin]
 
@@ -102,6 +104,7 @@ def refuse(client: str, student: Student, base: Base, gamma: float, form: Form) 
         return
     if client == "kohya" and merged:
         checkpoint_file.refuse(base)
+        _refuse_own_prediction(base, student)
         return
     if merged:
         why = "--merge leaves none" if form.merge else "this student was trained in full, without one"
@@ -110,6 +113,18 @@ def refuse(client: str, student: Student, base: Base, gamma: float, form: Form) 
         raise ValueError(
             f"kohya's tools have no names for the layers of family {base.family}: export for "
             + ("comfyui, diffusers or peft" if base.comfyui else "diffusers or peft")
+        )
+    if client == "kohya":
+        _refuse_own_prediction(base, student)
+
+
+def _refuse_own_prediction(base: Base, student: Student) -> None:
+    """Raise ValueError for a student that predicts something else than its teacher, for tools that cannot be told."""
+    if base.predicts_otherwise(student.denoiser):
+        raise ValueError(
+            "this student predicts x0 and its teacher does not, which no file of kohya's tools can say: they would "
+            f"read its output as {base.prediction_type}. Export for "
+            + ("comfyui, whose workflow says it, diffusers or peft" if base.comfyui else "diffusers or peft")
         )
 
 
@@ -138,6 +153,7 @@ def _whole(base: Base, student: Student, suffix: str, steps: tuple[int, ...], ga
         steps=steps,
         grid=student.grid,
         gamma=gamma,
+        prediction_type=base.prediction_of(student.denoiser),
         adapters=None if lora is None else adapters_with(base, lora),
         denoiser=lambda dtype: students.merged(student, dtype),
     )
@@ -153,6 +169,7 @@ def _for_steps(base: Base, student: Student, num_steps: int, gamma: float, form:
         steps=(num_steps,),
         grid=student.grid,
         gamma=gamma,
+        prediction_type=base.prediction_of(student.denoiser),
         adapters=adapters,
         denoiser=lambda dtype: denoiser_for_steps(base, student, num_steps, gamma, dtype),
     )
@@ -178,7 +195,8 @@ def _write_comfyui(base: Base, part: Part, folder: Path, name: str, form: Form) 
         write_tensors(place / file, part.denoiser(form.denoiser_dtype(base)).state_dict())
     (folder / "workflows").mkdir(exist_ok=True)
     for steps in part.steps:
-        graph = comfyui.workflow(base, file, part.adapters is not None, steps, part.grid, part.gamma)
+        is_lora = part.adapters is not None
+        graph = comfyui.workflow(base, file, is_lora, steps, part.grid, part.gamma, part.prediction_type)
         write_json(folder / "workflows" / f"{name}-{steps}-steps.json", graph)
 
 
@@ -196,7 +214,7 @@ def _write_peft(base: Base, part: Part, folder: Path, name: str, form: Form) -> 
     place = folder / f"steps-{part.steps[0]}" if part.suffix else folder
     place.mkdir(exist_ok=True)
     write_peft(part.adapters, base, place, form.lora_dtype)
-    base.stock_scheduler(part.gamma, part.grid).save_pretrained(place / "scheduler")
+    base.stock_scheduler(part.gamma, part.grid, part.prediction_type).save_pretrained(place / "scheduler")
 
 
 WRITE: dict[str, Callable[[Base, Part, Path, str, Form], None]] = {

@@ -69,11 +69,18 @@ def other(link: Link, output: int) -> Link:
 
 
 def workflow(
-    base: "Base", file: str, is_lora: bool, num_steps: int, grid: "SamplingGrid", gamma: float
+    base: "Base",
+    file: str,
+    is_lora: bool,
+    num_steps: int,
+    grid: "SamplingGrid",
+    gamma: float,
+    prediction_type: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return the workflow that samples a student of `base` in `num_steps` steps on `grid`.
 
-    `file` is the student's, a LoRA or a denoiser, by its name in ComfyUI's folder. Raise ValueError as `refuse` does.
+    `file` is the student's, a LoRA or a denoiser, by its name in ComfyUI's folder; `prediction_type` is its network's,
+    by default the teacher's. Raise ValueError as `refuse` does.
     """
     refuse(base, gamma)
     nodes, graph = nodes_of(base), Graph()
@@ -87,8 +94,7 @@ def workflow(
         model = graph.add("LoraLoaderModelOnly", model=model, lora_name=file, strength_model=1.0)
     times, sampler = grid.times(num_steps), SAMPLERS[gamma]
     simple = is_simple(base, times)
-    if base.prediction_type in PREDICTIONS:
-        kind = PREDICTIONS[base.prediction_type]
+    if kind := PREDICTIONS.get(prediction_type or base.prediction_type):
         model = graph.add("ModelSamplingDiscrete", model=model, sampling=kind, zsnr=_is_rescaled(base))
     elif simple and nodes.shift:
         model = graph.add(nodes.shift, model=model, **_shift(base, nodes))

@@ -159,7 +159,7 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path, fo
     if has_class:
         _require_class_labels(denoiser)
     setattr(pipeline, base.denoiser_part, denoiser)
-    pipeline.scheduler = base.stock_scheduler(gamma, student.grid)
+    pipeline.scheduler = base.stock_scheduler(gamma, student.grid, base.prediction_of(student.denoiser))
     if "requires_safety_checker" in pipeline.config:  # it is not loaded, so it is not exported
         pipeline.register_to_config(requires_safety_checker=False)
     if "is_distilled" in pipeline.config:  # its pipeline guides no second time, whatever the scale
@@ -176,7 +176,7 @@ def _write_pipeline(base: Base, student: Student, gamma: float, folder: Path, fo
         (folder / "pipeline.py").write_text(_pipeline_code(student, gamma, type(pipeline).__name__), encoding="utf-8")
         _edit(folder / "model_index.json", _class_name=["pipeline", "TargetTimePipeline"])
     elif not student.conditioned and (lora := _adapter(base, student, form)):
-        _write_adapter(base, lora, folder, form)
+        _write_adapter(base, student, lora, folder, form)
 
 
 def _require_class_labels(denoiser: UNet2DConditionModel) -> None:
@@ -208,9 +208,10 @@ def _edit(file: Path, **settings: Any) -> None:
 
 def _write_snapshot(base: Base, student: Student, folder: Path, form: Form) -> None:
     """Write a snapshot's adapter or denoiser, and its scheduler."""
-    base.stock_scheduler(student.default_gamma, student.grid).save_pretrained(folder / "scheduler")
+    prediction = base.prediction_of(student.denoiser)
+    base.stock_scheduler(student.default_gamma, student.grid, prediction).save_pretrained(folder / "scheduler")
     if lora := _adapter(base, student, form):
-        _write_adapter(base, lora, folder, form)
+        _write_adapter(base, student, lora, folder, form)
     else:
         students.merged(student, form.denoiser_dtype(base)).save_pretrained(folder / base.denoiser_part)
 
@@ -233,10 +234,15 @@ def adapters_with(base: Base, lora: Adapter) -> dict[str, Adapter]:
     return adapters | {base.denoiser_part: combined([*own, lora]) if own else lora}
 
 
-def _write_adapter(base: Base, lora: Adapter, folder: Path, form: Form) -> None:
-    """Write an adapter for diffusers, and in kohya's layout for tools that do not read diffusers'."""
+def _write_adapter(base: Base, student: Student, lora: Adapter, folder: Path, form: Form) -> None:
+    """Write an adapter of `student` for diffusers, and in kohya's layout for tools that do not read diffusers'.
+
+    Not in kohya's where the student predicts something else than its teacher, which such a file cannot say.
+    """
     adapters = adapters_with(base, lora)
     write_lora(adapters, folder / LORA_FILE, form.lora_dtype)
+    if base.predicts_otherwise(student.denoiser):
+        return
     if base.comfyui is not None and not base.comfyui.reads_adapters:
         write_kohya(adapters, base, folder / KOHYA_FILE, form.lora_dtype)
 
@@ -248,10 +254,11 @@ def stock_steps(student: Student) -> list[int]:
 
 def _write_for_steps(base: Base, student: Student, num_steps: int, gamma: float, folder: Path, form: Form) -> None:
     """Write a conditioned student for exactly N steps as a stock adapter or denoiser, which takes no target time."""
-    base.stock_scheduler(gamma).save_pretrained(folder / "scheduler")
+    prediction = base.prediction_of(student.denoiser)
+    base.stock_scheduler(gamma, prediction_type=prediction).save_pretrained(folder / "scheduler")
     lora = _adapter(base, student, form)
     if lora and lora[0].r >= num_steps:
-        _write_adapter(base, with_target_times(base, student, lora, num_steps, gamma), folder, form)
+        _write_adapter(base, student, with_target_times(base, student, lora, num_steps, gamma), folder, form)
         return
     denoiser = denoiser_for_steps(base, student, num_steps, gamma, form.denoiser_dtype(base))
     denoiser.save_pretrained(folder / base.denoiser_part)

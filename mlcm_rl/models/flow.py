@@ -76,7 +76,7 @@ class FlowBase(Base):
         return {"num_train_timesteps": self.schedule.num_times, "shift": self.shift}
 
     def stock_scheduler(
-        self, gamma: float, grid: SamplingGrid = USUAL
+        self, gamma: float, grid: SamplingGrid = USUAL, prediction_type: str | None = None
     ) -> FlowMatchEulerDiscreteScheduler | FlowMatchLCMScheduler:
         """Return Euler's scheduler for gamma 0, LCM's for gamma 1; both need the sigmas of `stock_call`, of any grid.
 

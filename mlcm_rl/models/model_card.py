@@ -71,6 +71,10 @@ alone: other tools apply it in part, or not at all."""
 OF_TRANSFORMER = """\
 `{lora}`, where there is one, is for ComfyUI too, in `models/loras`. It takes other times there unless the sigmas are
 set: `mlcm export --format comfyui` writes a workflow for each number of steps that does."""
+OF_X0 = """\
+The student predicts x0 where its teacher predicts {kind}, and a file of weights does not say so. `mlcm export --format
+comfyui` writes workflows that do, by the node `ModelSamplingDiscrete` set to `x0`; A1111, Forge and sd-scripts would
+read it as {kind} and draw noise."""
 NOTE_ON_LANGUAGES = """\
 - The student was trained and measured with a text adapter for {languages}, which is not in this folder and which stock
   pipelines do not know: they take what it makes of a prompt as `prompt_embeds` (docs/text_adapter.md of `mlcm_rl`)."""
@@ -107,7 +111,10 @@ def card(
     if step_folders := sorted(folder.glob("steps-*"), key=_num_steps):
         sections.append(_steps_usage(base, student, name, step_folders, gamma))
     widths = tuple(getattr(base.denoiser.config, "block_out_channels", ()))
-    if base.kohya_version is not None and widths in PUBLISHED_WIDTHS:
+    if base.predicts_otherwise(student.denoiser):
+        if base.comfyui is not None:
+            sections.append("## ComfyUI and other tools\n\n" + OF_X0.format(kind=base.prediction_type))
+    elif base.kohya_version is not None and widths in PUBLISHED_WIDTHS:
         sections.append("## ComfyUI and other tools\n\n" + _other_tools(base, student, folder, step_folders, gamma))
     elif base.comfyui is not None and base.comfyui.reads_adapters:
         sections.append("## ComfyUI\n\n" + OF_TRANSFORMER.format(lora=LORA_FILE))
@@ -128,7 +135,7 @@ def introduction(base: Base, student: Student, name: str, guidance: str) -> str:
     return (
         f"# {name}\n\nA student of `{public(base.teacher.path)}`{_with_lora(base)} for {_budgets(student)} steps, "
         f"{_origin(student)} (guidance {base.teacher.guidance_scale:g} is inside: "
-        f"{guidance}). {_kind(student)}"
+        f"{guidance}). {_kind(base, student)}"
     )
 
 
@@ -207,12 +214,17 @@ def _origin(student: Student) -> str:
     return "made by multistep consistency distillation with `mlcm-rl`"
 
 
-def _kind(student: Student) -> str:
+def _kind(base: Base, student: Student) -> str:
     distilled = (
         "It is told the time that each step ends at, so one student serves all of these numbers of steps."
         if student.conditioned
         else f"Segments at the end of its training: {student.num_segments}."
     )
+    if base.predicts_otherwise(student.denoiser):
+        distilled += (
+            f" Its network predicts x0, where its teacher predicts {base.prediction_type}: a sampler that is not told "
+            "(`prediction_type: sample` in diffusers, `x0` in ComfyUI) draws noise."
+        )
     if (kind := students.describe(student.folder).get("quantise")) is not None:
         distilled += (
             f" It was trained and measured over the teacher's weights in {kind}; here it is over those of its files."

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..equations.prediction import X0
 from ..recipe import Full, Lora, student_sources
 from ..recipe.families import layout_of
 from ..recipe.start import StudentSource
@@ -76,11 +77,29 @@ def _description(base: Base, source: StudentSource, found: Found, known: dict[st
         raise ValueError(
             f"start: {source.path}: it is told the times that it jumps to, which are milestones: leave grid out"
         )
-    description |= students.expected_of(base)
+    description |= students.expected_of(base) | {"prediction_type": _prediction_of(base, source, found, known)}
     teacher = base.teacher
     description |= {"teacher": public(teacher.path), "teacher_hash": teachers.teacher_hash(teacher)}
     description |= {"quantise": teacher.quantise} if teacher.quantise is not None else {}
     return description | {"source": public(source.path)}
+
+
+def _prediction_of(base: Base, source: StudentSource, found: Found, known: dict[str, Any]) -> str:
+    """Return the prediction type of a student that is taken in: named, what its files state, or its teacher's.
+
+    Raise ValueError for one that students of `base` cannot have.
+    """
+    stated = known.get("prediction_type", found.prediction_type)
+    named = {"x0": X0, "teacher": base.prediction_type, None: stated or base.prediction_type}[source.prediction]
+    if named not in base.student_predictions:
+        says = f"start: {source.path}: prediction: {source.prediction}"
+        if source.prediction is None:
+            says = f"{found.place}: its scheduler says prediction_type {named}"
+        raise ValueError(
+            f"{says}, the teacher {base.teacher.path} predicts {base.prediction_type}: its student predicts "
+            f"{' or '.join(dict.fromkeys(base.student_predictions))}"
+        )
+    return named
 
 
 def _tell_other_teacher(source: StudentSource, description: dict[str, Any], base: Base) -> None:
@@ -112,15 +131,10 @@ def _adapter(base: Base, source: StudentSource, found: Found, exported: dict[str
 def _weights(base: Base, found: Found) -> dict[str, Tensor]:
     """Return the tensors of a denoiser in a file, or in a folder in diffusers' format.
 
-    Raise ValueError for one that predicts something else than `base`, or that takes a guidance scale.
+    Raise ValueError for one that takes a guidance scale.
     """
     if found.kind == "weights":
         return read_tensors(found.place)
-    if found.prediction_type not in (None, base.prediction_type):
-        raise ValueError(
-            f"{found.place}: its scheduler says prediction_type {found.prediction_type}, the teacher "
-            f"{base.teacher.path} predicts {base.prediction_type}: a student is sampled as its teacher predicts"
-        )
     folder = found.place if found.kind == "denoiser" else found.place / base.denoiser_part
     if found.kind != "export" and read_json(folder / "config.json").get("time_cond_proj_dim") is not None:
         raise ValueError(

@@ -8,6 +8,9 @@ A student's folder holds `student.json` and either the denoiser in diffusers' fo
 `conditioning.safetensors` if the student is conditioned on its target time. A student tuned to preferences is the
 distilled one, unchanged, with `preference_lora_weights.safetensors` over it.
 
+A student may predict x0 where its teacher predicts noise (`prediction_type` of student.json). Its denoiser carries that
+as an attribute, which `Base.x0` reads.
+
 Both roles of preference learning share one set of base weights: the `distilled` adapter (or the weights of a student
 trained in full) is the reference; the `preference` adapter over it is all that is trained.
 """
@@ -34,7 +37,7 @@ from ..recipe.types import default_gamma
 from ..storage import finite
 from ..storage.files import forget_origin, replacing, write_json
 from ..storage.tensors import misfits, read_shapes, read_tensors, write_tensors
-from .base import Base, TargetTimeProjection
+from .base import OWN_PREDICTION, Base, TargetTimeProjection
 from .grids import SamplingGrid
 from .lora_files import LORA_FILE, Adapter, combined, read_lora, write_lora
 from .quantised import is_quantised, quantise_like_
@@ -68,19 +71,26 @@ class Student:
 
 
 def student(
-    base: Base, adapter: Lora | Full, seed: int, condition_on_target: bool = False, start: Path | None = None
+    base: Base,
+    adapter: Lora | Full,
+    seed: int,
+    condition_on_target: bool = False,
+    start: Path | None = None,
+    prediction_type: str | None = None,
 ) -> ModelMixin:
     """Return a trainable denoiser whose output equals the teacher's bit for bit, or that of the student in `start`.
 
     LoRA matrices are drawn from `seed` (the up-projections are zero). `condition_on_target` adds a zero projection of
-    the target time, trained in full. Raise ValueError if `start` has a student of another adapter, and for full weights
-    over a quantised teacher.
+    the target time, trained in full. The output is from now on read as `prediction_type`, by default as before. Raise
+    ValueError if `start` has a student of another adapter or one that predicts x0 and shall not, for a type that
+    students of `base` cannot have, and for full weights over a quantised teacher.
     """
     if isinstance(adapter, Full) and is_quantised(base.denoiser):
         raise ValueError("full weights cannot be trained in integers: train a LoRA, or leave teacher.quantise out")
     if start is not None:
-        return _resume(base, adapter, condition_on_target, Path(start))
+        return _resume(base, adapter, condition_on_target, Path(start), prediction_type)
     denoiser = _denoiser(base, base.denoiser, condition_on_target, shared=isinstance(adapter, Lora))
+    _set_prediction(base, denoiser, prediction_type or base.prediction_type)
     if isinstance(adapter, Full):
         return denoiser.requires_grad_(True)
     settings = _new_settings(base, adapter)
@@ -133,7 +143,7 @@ def trainable_parameters(denoiser: nn.Module) -> list[nn.Parameter]:
 
 
 def expected_of(base: Base) -> dict[str, Any]:
-    """Return what a student of `base` must say of itself.
+    """Return what a student of `base` must say of itself; its prediction may be another of `student_predictions`.
 
     Where the guidance scale is an input of the denoiser, that scale is among it: the student learned no other.
     """
@@ -146,15 +156,16 @@ def expected_of(base: Base) -> dict[str, Any]:
 def refuse_other(folder: Path, description: dict[str, Any], base: Base) -> None:
     """Raise ValueError if the student in `folder` is not one of `base`, by its `description`."""
     for name, expected in expected_of(base).items():
-        if (actual := description.get(name)) != expected:
+        allowed = base.student_predictions if name == "prediction_type" else (expected,)
+        if (actual := description.get(name)) not in allowed:
             raise ValueError(f"{folder}: the student's {name} is {actual}, the teacher's {expected}")
 
 
 def save_student(denoiser: ModelMixin, folder: Path | str, description: dict[str, Any]) -> None:
     """Write a student's folder in one rename, replacing an older one.
 
-    student.json holds `description` with the denoiser's own "adapter" and "conditioned". Raise ValueError if
-    `description` lacks "num_segments" (K of the last phase), "family" or "prediction_type".
+    student.json holds `description` with the denoiser's own "adapter", "conditioned" and "prediction_type". Raise
+    ValueError if `description` lacks "num_segments" (K of the last phase), "family" or "prediction_type".
     """
     missing = {"num_segments", "family", "prediction_type"} - set(description)
     if missing:
@@ -175,6 +186,7 @@ def save_student(denoiser: ModelMixin, folder: Path | str, description: dict[str
         if target_time and has_own_file:
             write_tensors(partial / CONDITIONING_FILE, target_time)
         fields = {**description, "adapter": adapter.model_dump(), "conditioned": bool(target_time)}
+        fields["prediction_type"] = getattr(denoiser, OWN_PREDICTION, description["prediction_type"])
         write_json(partial / DESCRIPTION_FILE, fields)
 
 
@@ -242,8 +254,10 @@ def merged(student: Student, dtype: torch.dtype) -> ModelMixin:
     return denoiser
 
 
-def _resume(base: Base, adapter: Lora | Full, condition_on_target: bool, folder: Path) -> ModelMixin:
-    """Load the student in `folder` to train it further."""
+def _resume(
+    base: Base, adapter: Lora | Full, condition_on_target: bool, folder: Path, prediction_type: str | None
+) -> ModelMixin:
+    """Load the student in `folder` to train it further, with another `prediction_type` if one is given."""
     description = describe(folder)
     if description["adapter"] != adapter.model_dump():
         raise ValueError(
@@ -255,7 +269,25 @@ def _resume(base: Base, adapter: Lora | Full, condition_on_target: bool, folder:
             f"{folder} holds a student conditioned on its target time, and the stage would go on without: a stage "
             "continues with the inputs of the student it starts from"
         )
-    return _load_denoiser(base, folder, description, condition_on_target)
+    denoiser = _load_denoiser(base, folder, description, condition_on_target)
+    before = description["prediction_type"]
+    if prediction_type not in (None, before) and before != base.prediction_type:
+        raise ValueError(
+            f"{folder} holds a student that predicts x0, and the stage would go on with {prediction_type}: a stage "
+            "continues with the prediction of the student it starts from (prediction: x0)"
+        )
+    _set_prediction(base, denoiser, prediction_type or before)
+    return denoiser
+
+
+def _set_prediction(base: Base, denoiser: ModelMixin, prediction_type: str) -> None:
+    """Let the output of `denoiser` be read as `prediction_type`. Raise ValueError if `base` allows students no such."""
+    if prediction_type not in base.student_predictions:
+        raise ValueError(
+            f"a student of {base.teacher.path} cannot predict {prediction_type}: of family {base.family} it predicts "
+            f"{' or '.join(dict.fromkeys(base.student_predictions))}"
+        )
+    setattr(denoiser, OWN_PREDICTION, prediction_type)
 
 
 def _load_denoiser(base: Base, folder: Path, description: dict[str, Any], condition: bool = False) -> ModelMixin:
@@ -274,6 +306,7 @@ def _load_distilled(base: Base, folder: Path, description: dict[str, Any], condi
     is_full = description["adapter"].get("kind") == "full"
     source = _load_full(base, folder / base.denoiser_part) if is_full else base.denoiser
     denoiser = _denoiser(base, source, condition, shared=True)
+    _set_prediction(base, denoiser, description["prediction_type"])
     if description["conditioned"] and not (is_full and _is_configured(denoiser)):
         projection = read_tensors(folder / CONDITIONING_FILE)
         if misfits(projection, target_time_of(denoiser)):

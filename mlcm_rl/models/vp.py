@@ -6,6 +6,7 @@ import torch
 from diffusers import LCMScheduler, TCDScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
+from ..equations.prediction import X0
 from ..equations.schedule import Schedule, scaled_linear_betas, vp_schedule
 from .base import Base
 from .grids import USUAL, SamplingGrid
@@ -29,11 +30,18 @@ class VPBase(Base):
         scheduler = self.pipeline.scheduler.config
         return scheduler["prediction_type"], schedule_of(scheduler)
 
+    @property
+    def student_predictions(self) -> tuple[str, ...]:
+        """Return the teacher's type, and x0, which divides no error by the small alpha of the noisiest times."""
+        return (self.prediction_type, X0)
+
     def schedule_record(self) -> dict[str, Any]:
         settings = self.pipeline.scheduler.config.items()
         return {key: value for key, value in settings if key.startswith(("beta", "num_", "predict"))}
 
-    def stock_scheduler(self, gamma: float, grid: SamplingGrid = USUAL) -> LCMScheduler | TCDScheduler:
+    def stock_scheduler(
+        self, gamma: float, grid: SamplingGrid = USUAL, prediction_type: str | None = None
+    ) -> LCMScheduler | TCDScheduler:
         """Return LCM's scheduler for gamma 1, else TCD's, whose `eta` is gamma.
 
         Pipelines pass eta 0 by default. TCD's last step ends at index 0, not at x0. Raise ValueError if the scheduler
@@ -41,6 +49,7 @@ class VPBase(Base):
         """
         teacher = self.pipeline.scheduler.config
         settings = {key: teacher[key] for key in SCHEDULE_KEYS if key in teacher}
+        settings["prediction_type"] = prediction_type or self.prediction_type
         kind = LCMScheduler if gamma == 1.0 else TCDScheduler
         scheduler = kind(**settings, original_inference_steps=grid.original_steps)
         num_steps = grid.steps[-1]

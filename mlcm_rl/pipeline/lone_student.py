@@ -30,6 +30,7 @@ class Over:
     grid: str | None = None
     gamma: float | None = None
     alpha: float | None = None
+    prediction: str | None = None
 
 
 def source_of(path: Path, over: Over) -> StudentSource:
@@ -37,7 +38,8 @@ def source_of(path: Path, over: Over) -> StudentSource:
     grid = over.grid
     times = [int(one) for one in grid.split(",")] if grid and grid.replace(",", "").isdigit() else grid
     try:
-        source = StudentSource(path=str(path), gamma=over.gamma, grid=times, alpha=over.alpha)
+        stated = {"gamma": over.gamma, "grid": times, "alpha": over.alpha, "prediction": over.prediction}
+        source = StudentSource.model_validate({"path": str(path), **stated})
     except ValidationError as error:
         wrong = error.errors()[0]
         raise BadArgument(f"--{wrong['loc'][0]}: {student_sources.VALUES[str(wrong['loc'][0])]}") from error

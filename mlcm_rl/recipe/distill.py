@@ -111,6 +111,11 @@ class Distill(Training):
         False,
         description="give the student the time it jumps to: one for all steps; true in the default form",
     )
+    prediction: Literal["teacher", "x0"] = Field(
+        "teacher",
+        description="what the student's network predicts: the same as its teacher's; or x0, as the one-step "
+        "SDXL-Lightning, after a stage or a phase that has a distance",
+    )
     budgets: list[Annotated[int, Field(ge=1, le=8)]] = Field(
         [],
         description="with condition_on_target: draw the jumps of samplers with these numbers of steps, and no others; "
@@ -210,6 +215,14 @@ class Distill(Training):
     def default_gamma(self) -> float:
         """The sampler's default gamma for the finished student."""
         return default_gamma(self.num_segments[-1], self.condition_on_target)
+
+    def steps_learned(self, num_segments: int) -> list[int]:
+        """Return the numbers of steps that the student after a phase of K segments draws in; empty for all.
+
+        A network that predicts noise is near its teacher at times that it did not see; one turned to x0 is not.
+        """
+        whole = self.prediction == "x0" and self.starts == "milestones" and num_segments <= MOST_SAMPLER_SEGMENTS
+        return self.budgets or [num_segments] * whole
 
     def per_phase(self, name: str) -> list:
         """Return the value of `name` for each phase."""

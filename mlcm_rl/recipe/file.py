@@ -33,6 +33,7 @@ from . import (
 )
 from .distill import Distill
 from .experiment import Recipe, Stage, gamma_of, missing_library, missing_trackers, origin_of, student_before
+from .families import layout_of
 from .feedback import Feedback
 from .languages import code_meant, says_language
 from .paths import Folders, resolved, rewards_in
@@ -121,6 +122,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
         *_precision_problems(recipe, folders),
         *_quantised_problems(recipe),
         *_resume_problems(recipe),
+        *_prediction_problems(recipe),
     ]
 
 
@@ -260,6 +262,10 @@ def _tuning_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
         if isinstance(begun, Start) and isinstance(begun.grid, list) and len(begun.grid) != stage.sampling_steps:
             message = f"expected {len(begun.grid)}, as many as the times of its start's grid {begun.grid}, found "
             yield Problem(("stages", i, "sampling_steps"), f"{message}{stage.sampling_steps}")
+        whole = begun.steps_learned(begun.num_segments[-1]) if isinstance(begun, Distill) and not begun.budgets else []
+        if whole and stage.sampling_steps not in whole:
+            message = f"expected {whole[0]}, since its student predicts x0 and knows the starts of those jumps alone, "
+            yield Problem(("stages", i, "sampling_steps"), f"{message}found {stage.sampling_steps}")
         if stage.languages and not sum(stage.languages.values()):
             yield Problem(("stages", i, "languages"), "all weights are 0, so that no prompt can be drawn")
         for name in stage.languages:
@@ -327,3 +333,24 @@ def _resume_problems(recipe: Recipe) -> Iterator[Problem]:
         if before.condition_on_target and not stage.condition_on_target:
             message = f"condition_on_target must be true: the student of stages[{j}] takes its target time"
             yield Problem(("stages", i, "condition_on_target"), message)
+        if before.prediction == "x0" and stage.prediction != "x0":
+            message = f"prediction must be x0: it is what the student of stages[{j}] predicts, which this goes on with"
+            yield Problem(("stages", i, "prediction"), message)
+
+
+def _prediction_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield a problem for each student that cannot predict x0, or that would not learn to."""
+    family, turned = recipe.teacher.family, False  # whether an earlier stage has made the network predict x0
+    for i, stage in enumerate(recipe.stages):
+        if not isinstance(stage, Distill | Start) or stage.prediction != "x0":
+            continue
+        key: Key = ("stages", i, "prediction")
+        if layout_of(family).is_flow:
+            message = f"x0: students of family {family} predict a velocity, which gives x0 at the noisiest time too, "
+            yield Problem(key, message + "and no stock scheduler of theirs takes x0: leave it out")
+        if not isinstance(stage, Distill):
+            continue
+        if not turned and (stage.method == "simulation" or stage.distance_weight == 0.0):
+            message = "x0: the network begins as one that predicts what its teacher does, and terms alone do not turn "
+            yield Problem(key, message + "it: put a stage with prediction: x0 and a distance before this one")
+        turned = True

@@ -53,6 +53,12 @@ class StudentSource(Strict):
         None, description="of a LoRA file that holds none: it adds alpha / rank times its factors"
     )
 
+    prediction: Literal["teacher", "x0"] | None = Field(
+        None,
+        description="what its network predicts: the same as its teacher's, or x0, as the one-step SDXL-Lightning; "
+        "default: what its files state, else teacher",
+    )
+
     @field_validator("grid")
     @classmethod
     def _times_descend(cls, grid: Grid | None) -> Grid | None:

@@ -30,6 +30,7 @@ DETERMINISTIC = ("EulerDiscreteScheduler", "DDIMScheduler")  # with trailing tim
 VALUES = {
     "gamma": "gamma: 1 (as LCM-LoRA), 0 (as SDXL-Lightning), or TCD's eta between",
     "grid": "grid: lcm, trailing, milestones, or the list of its times",
+    "prediction": "prediction: x0 (as the one-step SDXL-Lightning), or teacher, which is meant where nothing is said",
     "alpha": f"alpha: as its authors train and load it (PEFT's default is 8), or put its {PEFT_CONFIG} beside it",
 }
 Kind = Literal["student", "export", "pipeline", "denoiser", "lora", "weights"]

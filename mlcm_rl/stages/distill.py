@@ -12,6 +12,7 @@ from ..data.training_points import Batch, NoisedData, OnLine, RenoisedSamples, S
 from ..data.trajectory_store import store_of
 from ..equations import consistency
 from ..equations.averaging import ema_decay, ema_update_
+from ..equations.prediction import X0
 from ..equations.schedule import snr
 from ..equations.segments import phase_at
 from ..models import pictures, students, teachers
@@ -39,7 +40,8 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     rt = Runtime(recipe, stage, folder)
     base = teachers.load(recipe.teacher, rt.device)
     start = parents["distill"] / "student" if "distill" in parents else None
-    student = students.student(base, stage.adapter, recipe.seed, stage.condition_on_target, start)
+    prediction = X0 if stage.prediction == "x0" else base.prediction_type
+    student = students.student(base, stage.adapter, recipe.seed, stage.condition_on_target, start, prediction)
     if not stage.uses_teacher:
         base.forget_denoiser()
     if stage.gradient_checkpointing:
@@ -256,7 +258,7 @@ def save_student(
     """Write the current student to `folder`, with the description that samplers and exports need."""
     description = {
         "num_segments": num_segments,
-        "budgets": stage.budgets,
+        "budgets": stage.steps_learned(num_segments),
         "conditioned": stage.condition_on_target,
         **students.expected_of(base),
         "teacher": files.public(recipe.teacher.path),

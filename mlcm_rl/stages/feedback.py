@@ -262,10 +262,12 @@ def stored_states(stage: Feedback, recipe: Recipe, base: Base, start: Path, traj
     Raises CheckpointError for a store of another teacher.
     """
     student = students.describe(start)
+    told, budgets = student["conditioned"], student["budgets"]
     distilled = Distill(
         num_segments=[student["num_segments"]],
-        condition_on_target=student["conditioned"],
-        budgets=student["budgets"],
+        starts="milestones" if budgets and not told else "any",
+        condition_on_target=told,
+        budgets=budgets if told else [],
         batch_size=stage.batch_size,
         num_steps=1,
     )

@@ -5,9 +5,10 @@
 
 Every row costs what `ours` costs in `--steps` optimiser steps: network evaluations, with those of the store if the row
 reads one, as `mlcm plan` counts them. All rows take batch, adapter and precision of the base recipe, and are measured
-with 1 to 8 steps on the same prompts and noises. Which keys each method is in, and how it differs from what was
-published: docs/rivals.md. `lcm` and `dmd2` read captioned pictures, which `recipes/emoji/build/rebuild.py --only
-pictures captions` and `recipes/scenes/build/scene_pictures.py` make; the others read the teacher alone.
+with 1 to 8 steps on the same prompts and noises; a student of one step that predicts x0 with that one alone. Which keys
+each method is in, and how it differs from what was published: docs/rivals.md. `lcm` and `dmd2` read captioned pictures,
+which `recipes/emoji/build/rebuild.py --only pictures captions` and `recipes/scenes/build/scene_pictures.py` make; the
+others read the teacher alone.
 Finished stages are reused: the study may be stopped and started. The table is written beside the runs, and printed.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 import protocol
 from mlcm_rl.cost.evaluations import network_evaluations
 from mlcm_rl.recipe import Distill, Evaluate, Feedback, Recipe, Samples, Stage
+from mlcm_rl.recipe.families import layout_of
 
 BASES = {"emoji": "emoji_demo.yaml", "scenes": "scenes_demo.yaml"}
 DATA = protocol.RECIPES.parent / "data"
@@ -26,6 +28,7 @@ SAMPLING_STEPS = [1, 2, 3, 4, 6, 8]
 HEADS = {"adversarial": {"weight": 0.1, "jumps": "all"}}
 SEGMENTS = {"target": "consistency", "ends": "random", "target_ema": 0.95}  # of Hyper-SD
 WHOLE = {"starts": "milestones", "target": "trajectory"}  # of SDXL-Lightning
+ONE_STEP = WHOLE | {"num_segments": [1], "prediction": "x0"}  # of its student of one step
 OURS = {"condition_on_target": True, "num_segments": [1], "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"}
 
 # Row -> its stages: (share of the row's optimiser steps, factor of the base's rate, settings). A list of segments
@@ -49,6 +52,12 @@ ROWS: dict[str, list[tuple[float, float, dict[str, Any]]]] = {
     "lightning": [
         (0.4, 1.0, WHOLE | {"num_segments": [8]}),
         (0.6, 0.1, WHOLE | {"num_segments": [8, 4, 2], "distance_weight": 0.0} | HEADS),
+    ],
+    "lightning_one_step": [
+        (0.2, 1.0, WHOLE | {"num_segments": [8]}),
+        (0.3, 0.1, WHOLE | {"num_segments": [8, 4, 2], "distance_weight": 0.0} | HEADS),
+        (0.3, 1.0, ONE_STEP),
+        (0.2, 0.1, ONE_STEP | {"distance_weight": 0.0} | HEADS),
     ],
     "hyper_sd": [
         (0.5, 1.0, SEGMENTS | {"num_segments": [8, 4]}),
@@ -106,6 +115,8 @@ def stages_of(base: Recipe, subject: str, row: str, seed: int, num_steps: int) -
     chain: list[Stage] = []
     for share, rate, settings in ROWS[TUNED.get(row, row)]:
         files = {}
+        if layout_of(base.teacher.family).is_flow:  # its velocity is x_t - x0 at the noisiest time: nothing to swap
+            settings = {name: value for name, value in settings.items() if name != "prediction"}
         if settings.get("method") == "simulation":
             files["prompts"] = trajectories.prompts
         if "source" in settings or settings.get("adversarial", {}).get("real") == "images":

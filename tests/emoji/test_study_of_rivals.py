@@ -44,6 +44,18 @@ def test_the_budget_is_counted_by_hand(subject):
     assert lcm.num_steps == round(budget / batch / 4)
 
 
+def test_the_one_step_student_turns_to_x0_by_the_distance_and_then_to_the_adversary(subject):
+    name, base = subject
+    *_, first, second = [
+        stage
+        for stage in rivals.recipe_of(base, name, "lightning_one_step", 0, 2000, 128).stages
+        if isinstance(stage, Distill)
+    ]
+    prediction = "x0" if name == "emoji" else "teacher"  # the scenes' teacher is a flow
+    assert [(one.prediction, one.num_segments) for one in (first, second)] == [(prediction, [1])] * 2
+    assert [(one.distance_weight, one.terms) for one in (first, second)] == [(1.0, []), (0.0, ["adversarial"])]
+
+
 def test_steps_are_the_nearest_to_the_budget_and_a_store_beyond_it_is_refused():
     assert [rivals.steps_within(budget, lambda steps: 100 + 7 * steps) for budget in (107, 138, 139, 800)] == [
         1,

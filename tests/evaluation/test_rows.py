@@ -15,6 +15,8 @@ from mlcm_rl.models.grids import SamplingGrid
 from mlcm_rl.recipe import Evaluate, Teacher
 from mlcm_rl.recipe.types import default_gamma
 
+BASE = SimpleNamespace(family="sdxl", prediction_type="epsilon", student_predictions=("epsilon", "sample"))
+
 
 def stage(**settings):
     return Evaluate(prompts="p.txt", **settings)
@@ -122,9 +124,8 @@ def test_a_tuned_student_is_measured_at_the_gamma_it_was_tuned_under_and_so_is_w
     kinds = {"distill": None, "feedback": gamma}
     parents = {kind: write_stage(tmp_path / kind, kind, value) for kind, value in kinds.items()}
     other = write_stage(tmp_path / "other", "distill")
-    base = SimpleNamespace(family="sdxl", prediction_type="epsilon")
     evaluation = stage(sampling_steps=[1, 2], gammas=[0.0], also=[str(other)])
-    distilled, tuned, another = entries(evaluation, parents, base)
+    distilled, tuned, another = entries(evaluation, parents, BASE)
     assert (distilled.own_gamma, tuned.own_gamma, another.own_gamma) == (0.0, own, 0.0)
     assert [own_gamma(folder / "student") for folder in (*parents.values(), other)] == [0.0, own, 0.0]
     samplers = [
@@ -136,13 +137,26 @@ def test_a_tuned_student_is_measured_at_the_gamma_it_was_tuned_under_and_so_is_w
     assert {row.gamma for row in student_rows(evaluation, 0, tuned) if row.default} == {own}
 
 
+def test_a_student_that_predicts_x0_is_measured_in_the_steps_that_it_knows_and_no_others(tmp_path):
+    """One that is told its target is measured in all that are asked for, whatever its budgets."""
+    for conditioned, measured in ((False, [2]), (True, [1, 2, 4])):
+        place = write_stage(tmp_path / str(conditioned), "distill") / "student" / "student.json"
+        described = {"prediction_type": "sample", "budgets": [2], "conditioned": conditioned}
+        place.write_text(json.dumps(json.loads(place.read_text()) | described))
+        evaluation = stage(sampling_steps=[1, 2, 4], gammas=[0.0])
+        (entry,) = entries(evaluation, {"distill": place.parents[1]}, BASE)
+        assert [row.num_steps for row in student_rows(evaluation, 0, entry)] == measured
+
+
 def test_a_snapshot_is_measured_at_its_own_gamma_and_the_student_at_all_that_are_asked_for(tmp_path):
     distilled = write_stage(tmp_path / "distill", "distill")
     shutil.copytree(distilled / "student", distilled / "snapshots" / "phase-0-K2")
     shutil.copytree(distilled / "student", distilled / "snapshots" / "phase-1-K2")  # the last, which is the student
     evaluation = stage(sampling_steps=[2, 4], gammas=[0.3, 1.0], students="snapshots")
     finished, snapshot = entries(
-        evaluation, {"distill": distilled}, SimpleNamespace(family="sdxl", prediction_type="epsilon")
+        evaluation,
+        {"distill": distilled},
+        BASE,
     )
     assert [(row.num_steps, row.gamma) for row in student_rows(evaluation, 0, finished)] == [
         (2, 0.3),

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny
+from mlcm_rl.equations.prediction import X0
 from mlcm_rl.models import client_export, students
 from mlcm_rl.models.base import Base
 from mlcm_rl.models.client_export import export_as, export_for
@@ -347,6 +348,30 @@ def test_what_half_precision_cannot_hold_is_refused_and_nothing_is_written(loade
         export_for("comfyui", tmp_path / "student", base, tmp_path / "mine", form=Form(dtype=torch.float16))
     assert not (tmp_path / "mine").exists()
     export_for("comfyui", tmp_path / "student", base, tmp_path / "mine", form=Form(dtype=torch.bfloat16))
+
+
+# ---- a student that predicts x0 ----
+
+
+@pytest.mark.parametrize("adapter", [LORA, Full()], ids=["lora", "full"])
+def test_a_student_that_predicts_x0_is_exported_where_it_can_be_said_and_refused_elsewhere(loaded, tmp_path, adapter):
+    base = loaded["sdxl"]
+    denoiser = students.student(base, adapter, 0, prediction_type=X0)
+    students.save_student(denoiser, tmp_path / "student", lora_students.description(base))
+    for form in (Form(), Form(merge=True)):
+        with pytest.raises(ValueError, match=r"predicts x0 and its teacher does not.* as epsilon\. Export for comfyui"):
+            export_for("kohya", tmp_path / "student", base, tmp_path / "kohya", form=form)
+    out = export_for("comfyui", tmp_path / "student", base, tmp_path / "mine")
+    for file in (out / "workflows").iterdir():
+        nodes = json.loads(file.read_text()).values()
+        assert [node["inputs"]["sampling"] for node in nodes if node["class_type"] == "ModelSamplingDiscrete"] == ["x0"]
+    assert "Its network predicts x0, where its teacher predicts epsilon" in (out / "README.md").read_text()
+    if isinstance(adapter, Lora):
+        out = export_for("peft", tmp_path / "student", base, tmp_path / "peft")
+        assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "sample"
+    out = export_as(["all"], tmp_path / "student", base, tmp_path / "all")
+    expected = {"diffusers", "comfyui"} | ({"peft"} if isinstance(adapter, Lora) else set())
+    assert {path.name for path in out.iterdir()} == expected
 
 
 # ---- families without names elsewhere ----

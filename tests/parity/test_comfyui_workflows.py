@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import tiny
+from mlcm_rl.equations.prediction import X0
 from mlcm_rl.equations.segments import sampling_times
 from mlcm_rl.models import comfyui, sampler, students
 from mlcm_rl.models.base import Base
@@ -97,7 +98,8 @@ def drawn(base: Base, denoiser, conditioning, noise: Tensor, graph: dict, genera
     """The latents of a workflow over `denoiser`, from `noise`."""
     table = own_sigmas(graph, base)
     sigmas, name = asked_sigmas(graph, table)
-    is_flow, prediction = layout_of(base.family).is_flow, base.prediction_type
+    is_flow = layout_of(base.family).is_flow
+    sampling = find(graph, "ModelSamplingDiscrete")["sampling"] if "ModelSamplingDiscrete" in kinds(graph) else "eps"
     assert math.isclose(sigmas[0], float(table[-1]), rel_tol=1e-5)  # or the noise would be scaled as in the middle
     x = noise * (1.0 if is_flow else math.sqrt(1.0 + sigmas[0] ** 2))
     for sigma, following in zip(sigmas, sigmas[1:], strict=False):
@@ -108,7 +110,7 @@ def drawn(base: Base, denoiser, conditioning, noise: Tensor, graph: dict, genera
             t = int((table.log() - math.log(sigma)).abs().argmin())
             scale = math.sqrt(sigma**2 + 1.0)
             out = base.predict(denoiser, x / scale, torch.full((len(x),), t), conditioning)
-            x0 = x - sigma * out if prediction == "epsilon" else x / scale**2 - out * sigma / scale
+            x0 = {"eps": x - sigma * out, "v_prediction": x / scale**2 - out * sigma / scale, "x0": out}[sampling]
         if name == "euler":
             x = x + (x - x0) / sigma * (following - sigma)
         else:
@@ -150,6 +152,25 @@ def test_a_workflow_draws_what_our_sampler_draws(teacher, gamma, steps, bases):
         found = drawn(base, denoiser, conditioning, noise, graph, torch.Generator().manual_seed(7))
         assert (found - ours).norm() < 2e-5 * ours.norm(), (teacher, num_steps)
         assert ("KSampler" in kinds(graph)) == (num_steps in (2, 4) and teacher != "flux")
+
+
+@pytest.mark.parametrize(("gamma", "steps"), [(0.0, (1, 3)), (1.0, (1, 2))])
+@pytest.mark.parametrize("teacher", ["sdxl", "sd21"])
+def test_the_workflow_of_a_student_that_predicts_x0_says_so_and_draws_what_our_sampler_draws(
+    teacher, gamma, steps, bases
+):
+    base = bases[teacher]
+    denoiser = students.student(base, Lora(rank=4, alpha=8.0), 0, prediction_type=X0)
+    tiny.perturb(students.trainable_parameters(denoiser), 1, 0.05)
+    conditioning, noise = base.encode_prompts(["a red apple"]), base.noise(torch.Generator().manual_seed(3), 1)
+    for num_steps in steps:
+        graph = workflow(base, "mine.safetensors", True, num_steps, SamplingGrid(), gamma, X0)
+        assert_valid(graph)
+        assert find(graph, "ModelSamplingDiscrete")["sampling"] == "x0"
+        times = sampling_times(num_steps)
+        ours = sampler.sample(base, denoiser, conditioning, noise, times, gamma, torch.Generator().manual_seed(7))
+        found = drawn(base, denoiser, conditioning, noise, graph, torch.Generator().manual_seed(7))
+        assert (found - ours).norm() < 2e-5 * ours.norm()
 
 
 def test_the_grid_of_several_segments_is_the_students_own(bases):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import tiny
 from mlcm_rl import recipe
+from mlcm_rl.equations.prediction import X0
 from mlcm_rl.equations.segments import paper_times, sampling_times
 from mlcm_rl.equations.solver import ddim_step, gamma_step, time_before_noise
 from mlcm_rl.models import lora_files, sampler, students
@@ -44,6 +45,7 @@ class Case:
     of: str | None = None  # the case whose export this one opens, its own by default
 
     tuned_under: float | None = None
+    prediction: str | None = None  # the teacher's by default
 
     @property
     def gamma(self) -> float:
@@ -69,6 +71,10 @@ CASES = [
     Case("conditioned-between", "sdxl", LORA, 1, WITH_ETA, conditioned=True, job={"trust": True}, tuned_under=0.3),
     Case("renoising-tuned-deterministic", "sdxl", LORA, 1, SOME_STEPS, tuned_under=0.0),
     Case("conditioned-sd15", "sd15", Full(), 1, SOME_STEPS, conditioned=True, job={"trust": True}),
+    Case("x0", "sdxl", LORA, 1, SOME_STEPS, prediction=X0),
+    Case("x0-over-its-teacher", "sdxl", LORA, 1, SOME_STEPS, of="x0", job=OVER_TEACHER, prediction=X0),
+    Case("x0-deterministic", "sdxl-no-zeros", Full(), 2, SOME_STEPS, prediction=X0),
+    Case("x0-conditioned", "sd15", LORA, 1, SOME_STEPS, conditioned=True, job={"trust": True}, prediction=X0),
 ]  # fmt: skip
 
 CARDS = {  # whose code is run: the pictures that it leaves
@@ -78,6 +84,7 @@ CARDS = {  # whose code is run: the pictures that it leaves
     "conditioned": ["sample", "steps-2", "steps-6"],
     "conditioned-between": ["sample", "steps-2", "steps-6"],
     "conditioned-sd15": ["sample", "steps-2"],
+    "x0": ["adapter", "sample"],
 }
 SNAPSHOTS = {2: CASES[0], 4: CASES[5]}  # beside `deterministic-full`: an adapter, and full weights
 TOLD = [("conditioned", steps) for steps in STOCK_STEPS]
@@ -114,7 +121,7 @@ def exported(loaded, teachers, tmp_path_factory) -> Exported:
 
 
 def _export(base: Base, case: Case, found: Exported) -> None:
-    denoiser = students.student(base, case.adapter, 0, case.conditioned)
+    denoiser = students.student(base, case.adapter, 0, case.conditioned, prediction_type=case.prediction)
     tiny.perturb(students.trainable_parameters(denoiser), seed=1)
     description = {"num_segments": case.num_segments, "family": base.family, "prediction_type": base.prediction_type}
     students.save_student(denoiser, found.student(case), description)
@@ -212,6 +219,23 @@ def test_stock_pipeline_samples_an_export_as_our_sampler_does(case, loaded, expo
     assert student.default_gamma == case.gamma or case.tuned_under is not None
     for i, call in enumerate(case.calls):
         assert_close(exported.latents[case.name][str(i)], _ours(base, case, student, call))
+
+
+def test_an_export_that_predicts_x0_says_so_to_every_reader_and_has_no_file_that_cannot(loaded, exported):
+    """Its scheduler, its description and its card; a LoRA in kohya's layout would be read as noise."""
+    out = exported.root / "exports" / "x0"
+    assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "sample"
+    assert students.describe(out)["prediction_type"] == "sample"
+    assert (out / lora_files.LORA_FILE).is_file()
+    assert not (out / "kohya_lora_weights.safetensors").exists()
+    assert (exported.root / "exports" / "renoising" / "kohya_lora_weights.safetensors").is_file()
+    card = (out / "README.md").read_text()
+    assert "Its network predicts x0, where its teacher predicts epsilon" in card
+    assert "`mlcm export --format\ncomfyui` writes workflows that do" in card
+    told = json.loads((exported.root / "exports/x0-conditioned/steps-2/scheduler/scheduler_config.json").read_text())
+    assert told["prediction_type"] == "sample"
+    teacher = loaded["sdxl"].stock_scheduler(1.0)
+    assert teacher.config.prediction_type == "epsilon"
 
 
 @pytest.mark.parametrize("steps", SNAPSHOTS)

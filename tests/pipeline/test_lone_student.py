@@ -34,8 +34,9 @@ def test_a_file_draws_what_a_run_that_starts_from_it_draws(tiny_sdxl, lora, tmp_
     (of_run,) = finished_runs.sample(Path(recipe.runs, recipe.name), ["a cat"], [2], 7, None, tmp_path / "run")
     (own,) = draw(lora, tmp_path / "file", teacher=tiny_sdxl)
     assert pixels(own) == pixels(of_run)
-    (other,) = draw(lora, tmp_path / "other", teacher=tiny_sdxl, gamma=0.0)
-    assert pixels(other) != pixels(own)
+    for name, changes in (("other", {"gamma": 0.0}), ("x0", {"prediction": "x0"})):
+        (other,) = draw(lora, tmp_path / name, teacher=tiny_sdxl, **changes)
+        assert pixels(other) != pixels(own)
 
 
 def pixels(file: Path) -> bytes:
@@ -53,6 +54,7 @@ def pixels(file: Path) -> bytes:
         ({"family": "sdx"}, "--family: no family is called sdx; known are sdxl, sd"),
         ({"teacher": Path("nowhere")}, "--teacher: nowhere holds no model_index.json"),
         ({"alpha": 3.0}, "alpha has no effect"),
+        ({"prediction": "v"}, r"--prediction: prediction: x0 \(as the one-step SDXL-Lightning\), or teacher"),
     ],
 )
 def test_what_no_one_states_is_asked_for_by_option_before_anything_is_loaded(

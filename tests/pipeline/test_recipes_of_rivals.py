@@ -15,7 +15,7 @@ from mlcm_rl.recipe.file import load
 # recipe -> K of its student, what the log of its last distill stage has
 EXPECTED = {
     "sdxl_pcm": (4, {"adversarial", "heads_loss"}),
-    "sdxl_lightning": (2, {"adversarial", "heads_loss"}),
+    "sdxl_lightning": (1, {"adversarial", "heads_loss"}),
     "sdxl_hyper_sd": (1, {"adversarial", "heads_loss"}),
     "sdxl_dmd2": (1, {"matching", "fake_loss", "adversarial", "heads_loss"}),
 }

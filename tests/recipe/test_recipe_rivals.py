@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 import runs
 from mlcm_rl.cost.evaluations import network_evaluations
+from mlcm_rl.pipeline import fingerprint
 from mlcm_rl.recipe.file import check
 from mlcm_rl.recipe.paths import Folders
 
@@ -73,3 +74,57 @@ def test_a_store_without_the_ends_of_segments_is_refused(tiny_sdxl, tmp_path):
         problems = check(runs.recipe(tiny_sdxl, tmp_path, stages), Folders(tmp_path, tmp_path))
         assert [problem.key for problem in problems] == [("stages", 1, "num_segments")] * count
         assert all("multiple of 32, found 24" in problem.text for problem in problems)
+
+
+def problems_of(teacher, folder, stages, family="sdxl"):
+    recipe = runs.recipe(teacher, folder, [runs.trajectories(runs.write_prompts(folder), solver_steps=16), *stages])
+    named = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"family": family})})
+    found = check(named, Folders(folder, folder))
+    return [(problem.key, problem.text) for problem in found if problem.key[-1] in ("prediction", "distance_weight")]
+
+
+def test_a_student_that_predicts_x0_goes_on_so(tiny_sdxl, tmp_path):
+    noise, x0 = (runs.distill(num_segments=[1], prediction=one) for one in ("teacher", "x0"))
+    assert problems_of(tiny_sdxl, tmp_path, [noise, x0, x0]) == []
+    ((key, text),) = problems_of(tiny_sdxl, tmp_path, [x0, noise])
+    assert key == ("stages", 2, "prediction")
+    assert "prediction must be x0: it is what the student of stages[1] predicts" in text
+
+
+def test_x0_is_first_learned_by_a_distance(tiny_sdxl, tmp_path):
+    sharp = WHOLE | {"num_segments": [1], "distance_weight": 0.0, "adversarial": {}}
+    changes: list[dict] = [{}, {"prediction": "x0", "distance_weight": 1.0}, {"prediction": "x0"}]
+    noise, x0, alone = (runs.distill(**sharp | one) for one in changes)
+    assert problems_of(tiny_sdxl, tmp_path, [noise, x0, alone]) == []
+    simulated = runs.distill(**SIMULATION, matching={}, prediction="x0")
+    for stages in ([alone], [noise, alone], [simulated]):
+        ((key, text),) = problems_of(tiny_sdxl, tmp_path, stages)
+        assert key == ("stages", len(stages), "prediction")
+        assert "put a stage with prediction: x0 and a distance before this one" in text
+
+
+def test_a_one_step_student_is_for_one_step_and_tuned_at_no_other(tiny_sdxl, tmp_path):
+    one_step = runs.distill(**WHOLE, num_segments=[1], prediction="x0")
+    assert [one_step.steps_learned(k) for k in (32, 8, 1)] == [[], [8], [1]]
+    assert runs.distill(**WHOLE, num_segments=[1]).steps_learned(1) == []
+    prompts = runs.write_prompts(tmp_path)
+    for steps, count in ((1, 0), (2, 1)):
+        stages = [runs.trajectories(prompts, solver_steps=16), one_step]
+        stages.append(runs.tuning("dpo", prompts, sampling_steps=steps))
+        problems = check(runs.recipe(tiny_sdxl, tmp_path, stages), Folders(tmp_path, tmp_path))
+        assert [one.key for one in problems] == [("stages", 2, "sampling_steps")] * count
+        assert all("expected 1, since its student predicts x0" in one.text for one in problems)
+
+
+def test_families_of_flows_predict_a_velocity(tiny_sdxl, tmp_path):
+    ((key, text),) = problems_of(tiny_sdxl, tmp_path, [runs.distill(num_segments=[1], prediction="x0")], "flux")
+    assert key == ("stages", 1, "prediction")
+    assert "students of family flux predict a velocity" in text
+
+
+def test_the_prediction_of_the_teacher_is_the_stage_of_before(tiny_sdxl, tmp_path):
+    """Named or not, it is not in the fingerprint; x0 is."""
+    stages = [runs.distill(**one) for one in ({}, {"prediction": "teacher"}, {"prediction": "x0"})]
+    plain, named, x0 = (fingerprint.settings(stage) for stage in stages)
+    assert plain == named
+    assert x0 == plain | {"prediction": "x0"}

@@ -4,19 +4,22 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import runs
 from mlcm_rl import pipeline
 from mlcm_rl.equations.solver import ddim_step
-from mlcm_rl.models import students, terms
+from mlcm_rl.models import students, teachers, terms
 from mlcm_rl.stages import distill
 from mlcm_rl.storage.files import read_json
+from mlcm_rl.training.loop import Runtime
 
 LORA = {"kind": "lora", "rank": 2, "alpha": 2.0}
 HEADS = {"jumps": "all", "width": 4, "learning_rate": 1e-3}
 LIGHTNING = {"starts": "milestones", "num_segments": [16, 2], "distance_weight": 0.0, "adversarial": HEADS}
 HYPER = {"num_segments": [2, 1], "ends": "random", "target": "consistency", "target_ema": 0.9, "adversarial": HEADS}
 FAKE = {"rank": 2, "alpha": 2.0, "num_updates": 2}
+ONE_STEP = {"starts": "milestones", "num_segments": [1], "prediction": "x0"}
 SIMULATION = {"method": "simulation", "num_segments": [1], "num_student_steps": 2, "matching": {"fake": FAKE}}
 
 
@@ -27,10 +30,11 @@ def store(tiny_sdxl, tmp_path_factory):
     return pipeline.run(runs.recipe(tiny_sdxl, folder, [stage]))[0].folder
 
 
-def train(teacher, store, folder, **settings) -> list[dict]:
+def train(teacher, store, folder, before=None, **settings) -> list[dict]:
     folder.mkdir(exist_ok=True)
-    stage = runs.distill(adapter=LORA, **settings)
-    distill.run(stage, runs.recipe(teacher, folder, [stage]), {"trajectories": store}, folder)
+    stage = runs.distill(**{"adapter": LORA} | settings)
+    parents = {"trajectories": store} | ({"distill": before} if before else {})
+    distill.run(stage, runs.recipe(teacher, folder, [stage]), parents, folder)
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
@@ -90,3 +94,71 @@ def test_heads_see_where_jumps_end(tiny_sdxl, store, tmp_path, monkeypatch):
         x0 = base.x0(base.denoiser, batch.x_t, batch.t, batch.conditioning)
     torch.testing.assert_close(made.jumps.x0, ddim_step(batch.x_t, x0, batch.t, batch.s, base.schedule))
     assert made.weight.tolist() == [1.0] * 4
+
+
+# ---- SDXL-Lightning's one-step student ----
+
+
+def weights(folder):
+    files = sorted((folder / "student").rglob("*.safetensors"))
+    return {f"{file.name}:{name}": value for file in files for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize(("adapter", "rate"), [(LORA, 3e-2), ({"kind": "full"}, 3e-3)], ids=["lora", "full"])
+def test_a_one_step_student_turns_to_x0_by_the_distance_and_goes_on_by_the_adversary(
+    tiny_sdxl, store, tmp_path, adapter, rate
+):
+    """The random teacher's x0 at 999 is an error over alpha, of a mean square of 240: far for a network near 1."""
+    settings = {"adapter": adapter, "learning_rate": rate, "num_steps": 30, "log_every": 1}
+    records = train(tiny_sdxl, store, tmp_path / "turned", **ONE_STEP | settings)
+    base = teachers.load(runs.recipe(tiny_sdxl, tmp_path, [runs.distill()]).teacher, torch.device("cpu"))
+    losses = [one["loss"] for one in records if "loss" in one]
+    assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
+    described = students.describe(tmp_path / "turned" / "student")
+    assert (described["prediction_type"], described["num_segments"], described["budgets"]) == ("sample", 1, [1])
+
+    settings = {"adapter": adapter, "distance_weight": 0.0, "adversarial": HEADS}
+    records = train(tiny_sdxl, store, tmp_path / "sharp", tmp_path / "turned", **ONE_STEP | settings)
+    assert all(one["loss"] == pytest.approx(one["adversarial"]) for one in records if "loss" in one)
+    student = students.load_student(base, tmp_path / "sharp" / "student")
+    assert base.prediction_of(student.denoiser) == "sample"
+    with pytest.raises(ValueError, match="a stage continues with the prediction of the student it starts from"):
+        train(tiny_sdxl, store, tmp_path / "back", tmp_path / "sharp", num_segments=[1], adapter=adapter)
+
+
+def test_its_first_loss_is_by_hand_that_of_the_network_read_as_x0(tiny_sdxl, store, tmp_path, monkeypatch):
+    """The jump from 999 to 0 lands at alpha_0 x0 + sigma_0 eps, with eps = (x_t - alpha x0) / sigma of that x0."""
+    points, realise = [], distill.StoredStates.realise
+    monkeypatch.setattr(
+        distill.StoredStates, "realise", lambda self, draw: points.append(realise(self, draw)) or points[-1]
+    )
+    (record,) = train(tiny_sdxl, store, tmp_path / "run", **ONE_STEP, num_steps=1, log_every=1, held_out_every=1000)
+    base = teachers.load(runs.recipe(tiny_sdxl, tmp_path, [runs.distill()]).teacher, torch.device("cpu"))
+    batch, alpha, sigma = points[0], base.schedule.alpha.double(), base.schedule.sigma.double()
+    assert (set(batch.t.tolist()), set(batch.s.tolist())) == ({999}, {0})
+    with torch.no_grad():  # a LoRA at its start is the teacher, whose output is noise
+        x0 = base.predict(base.denoiser, batch.x_t, batch.t, batch.conditioning).double()
+    eps = (batch.x_t - alpha[999] * x0) / sigma[999]
+    error = alpha[0] * x0 + sigma[0] * eps - batch.x_s
+    assert record["loss"] == pytest.approx(error.square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_one_step_student_is_resumed_to_the_same_bits(tiny_sdxl, store, tmp_path, monkeypatch, step):
+    settings = ONE_STEP | {"num_steps": 3, "adversarial": HEADS}
+    train(tiny_sdxl, store, tmp_path / "whole", **settings)
+    original, count = Runtime.backward, iter(range(100))
+
+    def backward(self, *arguments):
+        if next(count) == step:
+            raise SystemExit("crash")
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Runtime, "backward", backward)
+        with pytest.raises(SystemExit):
+            train(tiny_sdxl, store, tmp_path / "cut", **settings, save_every=1)
+    train(tiny_sdxl, store, tmp_path / "cut", **settings, save_every=1)
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(cut[name], value) for name, value in whole.items())

@@ -168,6 +168,17 @@ def sources_over(store: Path, recipe, folder: Path):
     yield lambda: feedback.stored_states(tuning, recipe, base, folder, store)
 
 
+def test_a_student_of_one_number_of_steps_is_kept_on_the_jumps_of_its_sampler(store, recipe, tmp_path):
+    """Of two steps: from 999 to 499 and on to 0, and from no time between."""
+    base = teachers.load(recipe.teacher, "cpu")
+    student = {"num_segments": 2, "conditioned": False, "budgets": [2], "adapter": {"kind": "full"}}
+    write_json(tmp_path / "student.json", student | students.expected_of(base))
+    tuning = runs.tuning("feedback", recipe.stages[0].prompts, consistency=0.5)
+    source = feedback.stored_states(tuning, recipe, base, tmp_path, store.folder)
+    drawn = source.draw_for(torch.zeros(64).long(), 2, "next", torch.Generator().manual_seed(0))
+    assert set(zip(drawn.t.tolist(), drawn.s.tolist(), strict=True)) == {(999, 499), (499, 0)}
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

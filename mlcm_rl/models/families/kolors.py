@@ -40,7 +40,9 @@ class Family(StableDiffusionXL):
         prediction_type, schedule = super()._schedule()
         return prediction_type, at_indices(schedule)
 
-    def stock_scheduler(self, gamma: float, grid: SamplingGrid = USUAL) -> LCMScheduler | TCDScheduler:
+    def stock_scheduler(
+        self, gamma: float, grid: SamplingGrid = USUAL, prediction_type: str | None = None
+    ) -> LCMScheduler | TCDScheduler:
         """Return LCM's scheduler for gamma 1, TCD's for gamma 0.
 
         Raise ValueError for a gamma between: TCDScheduler goes down to a share of its own time, which is not the time
@@ -51,7 +53,7 @@ class Family(StableDiffusionXL):
                 f"gamma {gamma:g}: TCDScheduler would go down to other times of {self.teacher.path} than our sampler; "
                 "sample with `mlcm sample`, or export a student that was tuned under 0 or 1"
             )
-        return super().stock_scheduler(gamma, grid)
+        return super().stock_scheduler(gamma, grid, prediction_type)
 
     @staticmethod
     def conditioning_shapes(config: Mapping[str, Any], num_tokens: int) -> dict[str, tuple[int, ...]]:
