@@ -5,7 +5,7 @@ import csv
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ UNRANKED = ("diversity",)  # neither more nor less of it is better
 def run(
     description: str,
     bases: dict[str, str],
-    rows: Iterable[str],
+    rows: Sequence[str],
     columns: dict[str, tuple[str, ...]],
     name: str,
     num_steps: int,
@@ -55,7 +55,7 @@ def run(
         for row in [] if arguments.tables else arguments.rows.split(","):
             recipe = recipe_of(base, subject, row, seed, arguments.steps, arguments.prompts)
             kept_values.keep(recipe, results / f"{row}-{seed}.safetensors", columns[subject])
-    write_tables(results, columns[subject])
+    write_tables(results, columns[subject], list(rows))
 
 
 def training_settings(base: Recipe, seed: int, num_steps: int) -> dict:
@@ -92,9 +92,9 @@ def evaluate_stage(base: Recipe, num_prompts: int, sampling_steps: list[int]) ->
     return evaluate.model_copy(update=measured)
 
 
-def write_tables(folder: Path, columns: tuple[str, ...]) -> None:
+def write_tables(folder: Path, columns: tuple[str, ...], order: Sequence[str]) -> None:
     """Write the table of the students in `folder` to `table.tsv` there; print it, and one of each column by steps."""
-    lines = table_of(folder, columns)
+    lines = table_of(folder, columns, order)
     path = folder / "table.tsv"
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, delimiter="\t", lineterminator="\n").writerows(lines)
@@ -105,21 +105,23 @@ def write_tables(folder: Path, columns: tuple[str, ...]) -> None:
     Console().print(f"\n{path}", soft_wrap=True)
 
 
-def table_of(folder: Path, columns: tuple[str, ...]) -> list[list[str]]:
+def table_of(folder: Path, columns: tuple[str, ...], order: Sequence[str] = ()) -> list[list[str]]:
     """Return the head and a row for each (student, sampler, steps): means over prompts and seeds, with their errors.
 
     A student of several seeds is the mean of theirs prompt by prompt. A student that was tuned
-    has the name of its stage behind the row's. The teacher's own rows come last.
+    has the name of its stage behind the row's. Students are in the `order` of their rows, others after them; the
+    teacher's own rows come last.
     """
-    found: dict[tuple[bool, str, str, int], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[tuple[bool, int, str, str, int], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     named = {path: SEEDED.fullmatch(path.stem) for path in sorted(folder.glob("*.safetensors"))}
     students = {path: match["row"] for path, match in named.items() if match}
     for path, row in {**students, folder / f"{kept_values.TEACHER}.safetensors": None}.items():
         for (name, sampler, evaluations, metric), values in kept_values.read(path).items():
             label = name if row is None else row if name == "student" else f"{row} ({name})"
-            found[row is None, label, sampler, evaluations][metric].append(values)
+            place = list(order).index(row) if row in order else len(order)
+            found[row is None, place, label, sampler, evaluations][metric].append(values)
     head = ["student", "sampler", "evaluations", "seeds", *columns]
-    return [head, *(line(point[1:], found[point], columns) for point in sorted(found))]
+    return [head, *(line(point[2:], found[point], columns) for point in sorted(found))]
 
 
 def line(point: tuple[str, str, int], seeds: dict[str, list[Tensor]], columns: tuple[str, ...]) -> list[str]:

@@ -43,7 +43,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    protocol.run(str(__doc__), BASES, ROWS, COLUMNS, "terms", 400, recipe_of)
+    protocol.run(str(__doc__), BASES, list(ROWS), COLUMNS, "terms", 400, recipe_of)
 
 
 def recipe_of(base: Recipe, _: str, row: str, seed: int, num_steps: int, num_prompts: int) -> Recipe:

@@ -78,10 +78,13 @@ def test_a_tuned_student_is_not_taken_for_the_one_before_it_and_the_teacher_is_l
         report.write_text(json.dumps({"rows": rows}))
         kept_values.write(tmp_path / f"ours_feedback-{seed}.safetensors", report, False, "0123")
     kept_values.write(tmp_path / "teacher.safetensors", report, True, "0123")
-    head, *lines = rivals.protocol.table_of(tmp_path, ("distance", "r@5"))
+    kept_values.write(tmp_path / "aside-0.safetensors", report, False, "0123")
+    head, *lines = rivals.protocol.table_of(tmp_path, ("distance", "r@5"), ["lcm", "ours_feedback"])
     assert head[-2:] == ["distance", "r@5"]
     assert [(one[0], *one[3:]) for one in lines] == [
         ("ours_feedback", "2", "1.0000 +- 0.0000", ""),
         ("ours_feedback (feedback)", "2", "2.5000 +- 0.0000", ""),
+        ("aside", "1", "1.0000 +- 0.0000", ""),
+        ("aside (feedback)", "1", "3.0000 +- 0.0000", ""),
         ("DDIM", "1", "3.0000 +- 0.0000", ""),
     ]
