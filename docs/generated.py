@@ -24,6 +24,12 @@ from mlcm_rl.recipe.schema import json_schema
 from mlcm_rl.storage.files import replacing
 
 DOCS = Path(__file__).resolve().parent
+sys.path.append(str(DOCS.parent / "recipes" / "study"))
+
+import protocol  # noqa: E402
+import rivals  # noqa: E402
+import terms  # noqa: E402
+
 NAVIGATION = DOCS / "navigation.md"
 START, END = "<!-- generated: {} -->\n", "<!-- end -->\n"
 PART = re.compile(r"^<!-- generated: (\w+) -->\n.*?^<!-- end -->\n", re.MULTILINE | re.DOTALL)
@@ -225,7 +231,32 @@ def more_pages() -> str:
     return contents(rest, "More") if rest else ""
 
 
-PARTS = {part.__name__: part for part in (recipe, commands, families, rewards, recipes, more_pages)}
+# ---- the studies ----
+
+
+def study_of_terms() -> str:
+    """Return the tables of what each term of distillation is worth on emoji."""
+    return _study("terms-emoji-400", list(terms.ROWS), terms.COLUMNS["emoji"])
+
+
+def study_of_rivals() -> str:
+    """Return the tables of the rivals on emoji."""
+    return _study("rivals-emoji-1000", [*rivals.ROWS, *rivals.TUNED], rivals.COLUMNS["emoji"])
+
+
+def _study(folder: str, rows: list[str], columns: tuple[str, ...]) -> str:
+    """Return the tables of what is measured in `folder`: of the distance, and of KID, whole and on patches."""
+    lines = protocol.table_of(protocol.RECIPES / "study" / "measured" / folder, columns, rows)
+    shown = ("distance", "teacher_kid", "teacher_patch_kid")
+    return "\n".join(
+        f"{protocol.title_of(one)}\n\n{protocol.markdown(protocol.by_steps(lines, one))}\n" for one in shown
+    )
+
+
+PARTS = {
+    part.__name__: part
+    for part in (recipe, commands, families, rewards, recipes, more_pages, study_of_terms, study_of_rivals)
+}
 
 
 if __name__ == "__main__":

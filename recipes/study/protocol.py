@@ -22,6 +22,7 @@ from mlcm_rl.storage.files import replacing
 RECIPES = Path(__file__).parents[1]
 SEEDED = re.compile(r"(?P<row>.+)-(?P<seed>\d+)")  # the name of a student's file
 LESS_IS_BETTER = ("distance", "teacher_kid", "teacher_patch_kid")
+IN_THOUSANDTHS = {"teacher_kid": "KID", "teacher_patch_kid": "KID of patches"}
 UNRANKED = ("diversity",)  # neither more nor less of it is better
 
 
@@ -100,8 +101,7 @@ def write_tables(folder: Path, columns: tuple[str, ...], order: Sequence[str]) -
         csv.writer(file, delimiter="\t", lineterminator="\n").writerows(lines)
     show(lines)
     for column in (one for one in columns if one not in UNRANKED):
-        Console().print(f"\n{column}, each student under its best sampler:\n", soft_wrap=True)
-        Console().print(markdown(by_steps(lines, column)), soft_wrap=True)
+        Console().print(f"\n{title_of(column)}\n\n{markdown(by_steps(lines, column))}", soft_wrap=True)
     Console().print(f"\n{path}", soft_wrap=True)
 
 
@@ -153,8 +153,21 @@ def by_steps(lines: list[list[str]], column: str) -> list[list[str]]:
             best[key] = row[place]
     steps = sorted({row[2] for row in rows}, key=int)
     seeds = {row[0]: row[3] for row in rows}
-    table = [[name, number, *(best.get((name, step), "-") for step in steps)] for name, number in seeds.items()]
+    short = {key: shortened(written, column) for key, written in best.items()}
+    table = [[name, number, *(short.get((name, step), "-") for step in steps)] for name, number in seeds.items()]
     return [["student", "seeds", *steps], *table]
+
+
+def title_of(column: str) -> str:
+    """Return what a table by steps is of, a sentence."""
+    name = f"1,000 {IN_THOUSANDTHS[column]} to the teacher" if column in IN_THOUSANDTHS else column
+    return f"{name[0].upper()}{name[1:]}, by network evaluations, each student under its best sampler:"
+
+
+def shortened(written: str, column: str) -> str:
+    """Return a cell to a thousandth, and KID in thousandths to a tenth of one."""
+    factor, digits = (1000, 1) if column in IN_THOUSANDTHS else (1, 3)
+    return " +- ".join(f"{factor * float(part):.{digits}f}" for part in written.split(" +- "))
 
 
 def mean_in(written: str) -> float:

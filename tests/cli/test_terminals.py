@@ -51,6 +51,7 @@ def written(recipe: Recipe, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_that_quotes_a_chinese_prompt_goes_on_to_its_export(recipe, tmp_path):
     place = PLACES["ascii locale"]
     run = mlcm(place, "run", written(recipe, tmp_path))

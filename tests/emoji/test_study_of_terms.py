@@ -38,14 +38,20 @@ def test_a_table_by_steps_has_the_best_sampler_of_each_student():
     ]
     assert protocol.by_steps([head, *lines], "distance") == [
         ["student", "seeds", "4", "16"],
-        ["a", "2", "0.5000 +- 0.1000", "0.7000 +- 0.1000"],
-        ["b", "1", "-0.1000 +- 0.1000", "-"],
+        ["a", "2", "0.500 +- 0.100", "0.700 +- 0.100"],
+        ["b", "1", "-0.100 +- 0.100", "-"],
     ]
     by_recall = protocol.by_steps([head, *lines], "r@5")
-    assert [row[2] for row in by_recall[1:]] == ["0.8000 +- 0.1000", "0.1000 +- 0.1000"]
+    assert [row[2] for row in by_recall[1:]] == ["0.800 +- 0.100", "0.100 +- 0.100"]
     assert protocol.markdown(by_recall).splitlines() == [
         "| student | seeds | 4 | 16 |",
         "| --- | --: | --: | --: |",
-        "| a | 2 | 0.8000 +- 0.1000 | - |",
-        "| b | 1 | 0.1000 +- 0.1000 | - |",
+        "| a | 2 | 0.800 +- 0.100 | - |",
+        "| b | 1 | 0.100 +- 0.100 | - |",
     ]
+
+
+def test_kid_is_said_in_thousandths():
+    assert protocol.shortened("0.0076 +- 0.0014", "teacher_kid") == "7.6 +- 1.4"
+    assert protocol.title_of("teacher_patch_kid").startswith("1,000 KID of patches to the teacher, by network")
+    assert protocol.title_of("distance").startswith("Distance, by network evaluations")

@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 import torch
 
 from scene_latents import scenes_of_part
@@ -18,6 +19,7 @@ def update(denoiser, optimizers, seed: int) -> None:
         optimizer.step()
 
 
+@pytest.mark.slow
 def test_a_training_that_is_loaded_goes_on_with_the_same_bits(tmp_path):
     denoiser, checkpoint = build_denoiser(), Checkpoint(tmp_path / "state")
     optimizers = build_optimizers(denoiser, 1e-3)

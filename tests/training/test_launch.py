@@ -148,6 +148,7 @@ def interrupted(save):
     return interrupting
 
 
+@pytest.mark.slow
 def test_processes_that_cannot_share_a_batch_are_told_once_before_any_stage(tiny_sdxl, tmp_path):
     stages = [
         runs.trajectories(runs.write_prompts(tmp_path)),

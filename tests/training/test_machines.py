@@ -71,6 +71,7 @@ def test_every_stage_runs_on_two_machines(tiny_sdxl, tmp_path, on_the_cpu):
     assert [path.read_bytes() for path in shards[0]] == [path.read_bytes() for path in shards[1]]
 
 
+@pytest.mark.slow
 def test_machines_that_do_not_share_runs_are_told_before_anything_is_computed(tiny_sdxl, tmp_path, on_the_cpu):
     """`runs` is relative to the folder that each works in, and the folders are two."""
     folders = [tmp_path / name for name in ("machine0", "machine1")]
