@@ -1,9 +1,12 @@
 """Small recipes over a tiny teacher, for tests of stages and of the pipeline."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from mlcm_rl.recipe import (
@@ -19,8 +22,25 @@ from mlcm_rl.recipe import (
     Trajectories,
 )
 from mlcm_rl.storage import files
+from mlcm_rl.training.loop import Runtime
 
 PROMPTS = ["a cat", "a dog", "红苹果", "a red car", "熊猫", "a snowman"]
+
+
+@contextmanager
+def crashing_at(update: int) -> Iterator[None]:
+    """Let the update numbered `update`, of whichever network, end what is inside, which has to reach it."""
+    original, updates = Runtime.backward, iter(range(10_000))
+
+    def backward(self, *arguments, **named):
+        if next(updates) == update:
+            raise SystemExit("crash")
+        return original(self, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Runtime, "backward", backward)
+        with pytest.raises(SystemExit):
+            yield
 
 
 def write_prompts(folder: Path) -> str:

@@ -124,7 +124,7 @@ def refuse_detector(kind: object, folder: Path | str) -> None:
     """Raise ValueError for an object detector in `folder` of a `kind`, transformers' model type, that is not read."""
     if kind not in OPEN_VOCABULARY + CLOSED_VOCABULARY:
         known = ", ".join(CLOSED_VOCABULARY + OPEN_VOCABULARY)
-        raise ValueError(f"detector: {folder} is of the kind {brief(kind)}; read are {known}")
+        raise ValueError(f"{folder} is of the kind {brief(kind)}; read are {known}")
 
 
 def refuse_colours(tasks: Sequence[Task], path: str | Path) -> None:

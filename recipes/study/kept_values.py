@@ -6,6 +6,9 @@ shared among machines, and its table is of all files in a folder.
 
 import json
 import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,13 +17,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mlcm_rl import pipeline
-from mlcm_rl.pipeline.fingerprint import locate
+from mlcm_rl.pipeline.fingerprint import Located, locate
 from mlcm_rl.recipe import Recipe
 from mlcm_rl.storage.tensors import write_tensors
 
 METRICS = ("distance", "r@1", "r@5", "teacher_kid", "teacher_patch_kid", "diversity")  # diversity of several pictures
 SEPARATOR = " | "
 TEACHER = "teacher"  # name of the file of the rows without a student
+SEEDED = re.compile(r"(?P<row>.+)-(?P<seed>\d+)")  # name of a student's file
 
 Key = tuple[str, str, int, str]  # name, sampler, evaluations, metric
 
@@ -31,10 +35,7 @@ def keep(recipe: Recipe, path: Path, metrics: tuple[str, ...] = METRICS) -> None
     The other rows go to the file of the teacher beside it, unless that is there. A recipe without students is that.
     Raise ValueError if the file there is of another recipe.
     """
-    done = []
-    for stage in recipe.stages:
-        done.append(locate(stage, recipe, done))
-    fingerprint = done[-1].fingerprint
+    fingerprint = fingerprint_of(recipe)
     if not is_kept(path, fingerprint):
         report = pipeline.run(recipe)[-1].folder / "report.json"
         teacher = path.with_name(f"{TEACHER}.safetensors")
@@ -64,12 +65,34 @@ def is_kept(path: Path, fingerprint: str) -> bool:
         return False
     with safe_open(path, "pt") as file:
         found = file.metadata()["fingerprint"]
+    refuse_other(path, found, fingerprint, f"what evaluation {found} measured", "measure")
+    return True
+
+
+def fingerprint_of(recipe: Recipe) -> str:
+    """Return the fingerprint of the last stage of `recipe`."""
+    done: list[Located] = []
+    for stage in recipe.stages:
+        done.append(locate(stage, recipe, done))
+    return done[-1].fingerprint
+
+
+def refuse_other(path: Path, found: str, fingerprint: str, content: str, again: str) -> None:
+    """Raise ValueError if the file `path`, whose `content` is said, was `found` to be of another fingerprint."""
     if found != fingerprint:
         raise ValueError(
-            f"{path} holds what evaluation {found} measured, and this is {fingerprint}: of other settings or code. "
-            "Delete the file to measure again, or name another folder with --results"
+            f"{path} holds {content}, and this is {fingerprint}: of other settings or code. "
+            f"Delete the file to {again} again, or name another folder with --results"
         )
-    return True
+
+
+def files_of(folder: Path, order: Sequence[str] = (), ending: str = "safetensors") -> dict[str, list[Path]]:
+    """Return the students' files of `folder` with this `ending`, by row in this `order`, others last."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(folder.glob(f"*.{ending}")):
+        if match := SEEDED.fullmatch(path.stem):
+            found[match["row"]].append(path)
+    return {row: found[row] for row in [*order, *(row for row in found if row not in order)] if row in found}
 
 
 def read(path: Path) -> dict[Key, Tensor]:

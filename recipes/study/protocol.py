@@ -3,7 +3,6 @@
 import argparse
 import csv
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ from mlcm_rl.recipe.file import load
 from mlcm_rl.storage.files import replacing
 
 RECIPES = Path(__file__).parents[1]
-SEEDED = re.compile(r"(?P<row>.+)-(?P<seed>\d+)")  # the name of a student's file
 LESS_IS_BETTER = ("distance", "teacher_kid", "teacher_patch_kid")
 IN_THOUSANDTHS = {"teacher_kid": "KID", "teacher_patch_kid": "KID of patches"}
 UNRANKED = ("diversity",)  # neither more nor less of it is better
@@ -112,16 +110,16 @@ def table_of(folder: Path, columns: tuple[str, ...], order: Sequence[str] = ()) 
     has the name of its stage behind the row's. Students are in the `order` of their rows, others after them; the
     teacher's own rows come last.
     """
-    found: dict[tuple[bool, int, str, str, int], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-    named = {path: SEEDED.fullmatch(path.stem) for path in sorted(folder.glob("*.safetensors"))}
-    students = {path: match["row"] for path, match in named.items() if match}
-    for path, row in {**students, folder / f"{kept_values.TEACHER}.safetensors": None}.items():
+    rows = kept_values.files_of(folder, order)
+    files = [(place, row, path) for place, (row, paths) in enumerate(rows.items()) for path in paths]
+    files.append((len(rows), "", folder / f"{kept_values.TEACHER}.safetensors"))
+    found: dict[tuple[int, str, str, int], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    for place, row, path in files:
         for (name, sampler, evaluations, metric), values in kept_values.read(path).items():
-            label = name if row is None else row if name == "student" else f"{row} ({name})"
-            place = list(order).index(row) if row in order else len(order)
-            found[row is None, place, label, sampler, evaluations][metric].append(values)
+            label = name if not row else row if name == "student" else f"{row} ({name})"
+            found[place, label, sampler, evaluations][metric].append(values)
     head = ["student", "sampler", "evaluations", "seeds", *columns]
-    return [head, *(line(point[2:], found[point], columns) for point in sorted(found))]
+    return [head, *(line(point[1:], found[point], columns) for point in sorted(found))]
 
 
 def line(point: tuple[str, str, int], seeds: dict[str, list[Tensor]], columns: tuple[str, ...]) -> list[str]:

@@ -4,14 +4,12 @@ A student that has such a file is not tuned again for its curve.
 """
 
 import json
-from collections import defaultdict
 from pathlib import Path
 
 from rich.console import Console
 
-import protocol
+import kept_values
 from mlcm_rl import pipeline
-from mlcm_rl.pipeline.fingerprint import locate
 from mlcm_rl.recipe import Recipe, Tuning
 from mlcm_rl.report.guard_history import history
 from mlcm_rl.storage.files import read_json, write_json
@@ -24,16 +22,10 @@ def keep(recipe: Recipe, path: Path) -> None:
 
     Raise ValueError if the file there is of another stage.
     """
-    done = []
-    for stage in recipe.stages:
-        done.append(locate(stage, recipe, done))
-    fingerprint = done[-1].fingerprint
+    fingerprint = kept_values.fingerprint_of(recipe)
     if path.is_file():
-        if (found := read_json(path, fingerprint=str)["fingerprint"]) != fingerprint:
-            raise ValueError(
-                f"{path} holds the looks of stage {found}, and this is {fingerprint}: of other settings or code. "
-                "Delete the file to tune again, or name another folder with --results"
-            )
+        found = read_json(path, fingerprint=str)["fingerprint"]
+        kept_values.refuse_other(path, found, fingerprint, f"the looks of stage {found}", "tune")
         return
     tuning = recipe.stages[-1]
     assert isinstance(tuning, Tuning)
@@ -53,14 +45,5 @@ def read(folder: Path, order: list[str]) -> dict[str, list[dict]]:
     """Return what `write` wrote to the files of `folder`, by row in this `order`, others last, its seeds in order."""
     return {
         row: [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        for row, paths in files_of(folder, order, "json").items()
+        for row, paths in kept_values.files_of(folder, order, "json").items()
     }
-
-
-def files_of(folder: Path, order: list[str], ending: str) -> dict[str, list[Path]]:
-    """Return the students' files of `folder` with this `ending`, by row in this `order`, others last."""
-    found: dict[str, list[Path]] = defaultdict(list)
-    for path in sorted(folder.glob(f"*.{ending}")):
-        if match := protocol.SEEDED.fullmatch(path.stem):
-            found[match["row"]].append(path)
-    return {row: found[row] for row in [*order, *(row for row in found if row not in order)] if row in found}

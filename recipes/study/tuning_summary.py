@@ -42,7 +42,7 @@ def text(folder: Path, order: list[str], columns: dict[str, str]) -> str:
 
 def measured(folder: Path, order: list[str]) -> dict[str, list[tuple[Values, Values]]]:
     """Return by row what each of its seeds measured, of the student before tuning and of the tuned one."""
-    files = tuning_looks.files_of(folder, order, "safetensors")
+    files = kept_values.files_of(folder, order)
     return {row: [before_and_after(path) for path in paths] for row, paths in files.items()}
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import kept_values
-import protocol
 import runs
 import tuning
 import tuning_curves
@@ -68,7 +67,7 @@ def test_rows_stand_in_the_order_of_the_study_and_others_last(tmp_path):
     for name in ("anchor-10-0", "anchor-1-0", "none-0", "none-1", "another-0"):
         (tmp_path / f"{name}.json").write_text("{}")
     (tmp_path / "table.json").write_text("{}")
-    found = tuning_looks.files_of(tmp_path, ["none", "kl-1", "anchor-1", "anchor-10"], "json")
+    found = kept_values.files_of(tmp_path, ["none", "kl-1", "anchor-1", "anchor-10"], "json")
     assert list(found) == ["none", "anchor-1", "anchor-10", "another"]
     assert [path.name for path in found["none"]] == ["none-0.json", "none-1.json"]
 
@@ -150,8 +149,8 @@ def test_a_student_that_has_its_looks_is_not_tuned_again_and_another_is_refused(
 
 
 def test_names_of_rows_with_points_and_numbers_are_read_back():
-    assert protocol.SEEDED.fullmatch("anchor-0.3-1").groups() == ("anchor-0.3", "1")
-    assert protocol.SEEDED.fullmatch("kl-1-0").groups() == ("kl-1", "0")
+    assert kept_values.SEEDED.fullmatch("anchor-0.3-1").groups() == ("anchor-0.3", "1")
+    assert kept_values.SEEDED.fullmatch("kl-1-0").groups() == ("kl-1", "0")
     names = {row for groups in tuning.ROWS.values() for rows in groups.values() for row in rows}
-    assert all(protocol.SEEDED.fullmatch(f"{row}-12").groups() == (row, "12") for row in names)
+    assert all(kept_values.SEEDED.fullmatch(f"{row}-12").groups() == (row, "12") for row in names)
     assert torch.equal(tuning_summary.mean_of([], "r@5"), torch.zeros(0))

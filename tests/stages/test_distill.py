@@ -11,7 +11,7 @@ import runs
 from mlcm_rl import pipeline
 from mlcm_rl.stages import distill
 from mlcm_rl.storage.files import CheckpointError
-from mlcm_rl.training.loop import NonFiniteLoss, Runtime
+from mlcm_rl.training.loop import NonFiniteLoss
 
 
 def student_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -39,18 +39,6 @@ def train(tiny_sdxl: Path, store: Path, folder: Path, **settings) -> Path:
     return folder
 
 
-def interrupted_at(step: int, monkeypatch):
-    """Runtime.backward stops with an exception in the step numbered `step`, as a crash would."""
-    original, count = Runtime.backward, iter(range(10_000))
-
-    def backward(self, *arguments):
-        if next(count) == step:
-            raise SystemExit("crash")
-        return original(self, *arguments)
-
-    monkeypatch.setattr(Runtime, "backward", backward)
-
-
 EVERYTHING = {
     "num_segments": [8, 2, 1],
     "num_steps": [2, 1, 2],
@@ -65,15 +53,11 @@ EVERYTHING = {
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4])
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
-    tiny_sdxl, store, tmp_path, monkeypatch, capsys, step
-):
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tiny_sdxl, store, tmp_path, capsys, step):
     whole = train(tiny_sdxl, store, tmp_path / "whole", **EVERYTHING)
     assert "goes on from" not in capsys.readouterr().out
-    with monkeypatch.context() as patched:
-        interrupted_at(step, patched)
-        with pytest.raises(SystemExit):
-            train(tiny_sdxl, store, tmp_path / "cut", **EVERYTHING)
+    with runs.crashing_at(step):
+        train(tiny_sdxl, store, tmp_path / "cut", **EVERYTHING)
     resumed = train(tiny_sdxl, store, tmp_path / "cut", **EVERYTHING)
     message = f"distill goes on from step {step}, where it was saved"
     assert [line for line in capsys.readouterr().out.splitlines() if "goes on from" in line] == [message]
@@ -91,10 +75,8 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
 def test_a_resumed_run_that_skipped_nothing_differs_when_the_optimizer_is_lost(tiny_sdxl, store, tmp_path, monkeypatch):
     """The test above can fail: dropping the moments from the checkpoint changes the student."""
     whole = train(tiny_sdxl, store, tmp_path / "whole", num_steps=3, num_segments=[1])
-    with monkeypatch.context() as patched:
-        interrupted_at(2, patched)
-        with pytest.raises(SystemExit):
-            train(tiny_sdxl, store, tmp_path / "cut", num_steps=3, num_segments=[1])
+    with runs.crashing_at(2):
+        train(tiny_sdxl, store, tmp_path / "cut", num_steps=3, num_segments=[1])
     monkeypatch.setattr("mlcm_rl.training.states.load_optimizer", lambda optimizer, tensors: None)
     resumed = train(tiny_sdxl, store, tmp_path / "cut", num_steps=3, num_segments=[1])
     expected, found = student_weights(whole), student_weights(resumed)

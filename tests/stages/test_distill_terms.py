@@ -56,18 +56,6 @@ def train(teacher: Path, store: Path, folder: Path, **settings) -> Path:
     return folder
 
 
-def stop_at(count: int, monkeypatch) -> None:
-    """Let the update numbered `count`, of whichever network, end the process."""
-    original, updates = Runtime.backward, iter(range(10_000))
-
-    def backward(self, *arguments):
-        if next(updates) == count:
-            raise SystemExit("crash")
-        return original(self, *arguments)
-
-    monkeypatch.setattr(Runtime, "backward", backward)
-
-
 @pytest.fixture(scope="module")
 def whole(tiny_sdxl, store, tmp_path_factory) -> Path:
     """Three steps with both terms, of a student, two fake updates and one of the heads each."""
@@ -82,11 +70,9 @@ def whole(tiny_sdxl, store, tmp_path_factory) -> Path:
         pytest.param(11, id="in-the-heads", marks=pytest.mark.slow),
     ],
 )
-def test_stopped_between_any_updates_it_ends_with_the_same_bits(tiny_sdxl, store, whole, tmp_path, monkeypatch, update):
-    with monkeypatch.context() as patched:
-        stop_at(update, patched)
-        with pytest.raises(SystemExit):
-            train(tiny_sdxl, store, tmp_path, num_steps=3, **BOTH)
+def test_stopped_between_any_updates_it_ends_with_the_same_bits(tiny_sdxl, store, whole, tmp_path, update):
+    with runs.crashing_at(update):
+        train(tiny_sdxl, store, tmp_path, num_steps=3, **BOTH)
     train(tiny_sdxl, store, tmp_path, num_steps=3, **BOTH)
     assert records(tmp_path) == records(whole)
     expected, actual = state(whole), state(tmp_path)

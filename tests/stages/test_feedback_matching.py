@@ -130,29 +130,15 @@ def test_the_log_has_the_term_as_it_adds_to_the_loss_and_the_fake_score(distille
         assert any(not torch.equal(first[name], last[name]) for name in first if name.startswith(prefix))
 
 
-def stop_at(count: int, monkeypatch) -> None:
-    """Let the update numbered `count`, of whichever network, end the process."""
-    original, updates = Runtime.backward, iter(range(10_000))
-
-    def backward(self, *arguments):
-        if next(updates) == count:
-            raise SystemExit("crash")
-        return original(self, *arguments)
-
-    monkeypatch.setattr(Runtime, "backward", backward)
-
-
 @pytest.mark.parametrize(
     "update", [pytest.param(3, id="at-a-step", marks=pytest.mark.slow), pytest.param(5, id="in-the-fake")]
 )
-def test_stopped_between_any_updates_it_ends_with_the_same_bits(distilled, tmp_path, monkeypatch, update):
+def test_stopped_between_any_updates_it_ends_with_the_same_bits(distilled, tmp_path, update):
     """Of three updates a step: the student's, and two of the fake score, which has a checkpoint and moments too."""
     settings = {"num_steps": 3, "matching": MATCHING, "gradient": "low_variance"}
     whole = tune(distilled, tmp_path / "whole", "feedback", **settings)
-    with monkeypatch.context() as patched:
-        stop_at(update, patched)
-        with pytest.raises(SystemExit):
-            tune(distilled, tmp_path / "cut", "feedback", **settings)
+    with runs.crashing_at(update):
+        tune(distilled, tmp_path / "cut", "feedback", **settings)
     cut = tune(distilled, tmp_path / "cut", "feedback", **settings)
     assert records(cut) == records(whole)
     expected, actual = state(whole), state(cut)

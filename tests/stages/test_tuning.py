@@ -114,21 +114,11 @@ def test_a_tuned_student_is_read_back_with_both_adapters(distilled, tmp_path):
 @pytest.mark.parametrize(
     ("distilled", "variant"), over_both(VARIANTS, "feedback", "dpo", "policy"), indirect=["distilled"]
 )
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(distilled, tmp_path, monkeypatch, variant):
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(distilled, tmp_path, variant):
     whole = tune(distilled, tmp_path / "whole", variant, num_steps=3)
-    calls = iter(range(100))
-    original = Runtime.backward
     per_step = VARIANTS[variant].get("num_iterations", 1) + 4 * ("surrogate" in variant)  # updates of its heads
-
-    def backward(self, *arguments, **named):
-        if next(calls) == 2 * per_step:
-            raise SystemExit("crash")
-        return original(self, *arguments, **named)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Runtime, "backward", backward)
-        with pytest.raises(SystemExit):
-            tune(distilled, tmp_path / "cut", variant, num_steps=3)
+    with runs.crashing_at(2 * per_step):
+        tune(distilled, tmp_path / "cut", variant, num_steps=3)
     resumed = tune(distilled, tmp_path / "cut", variant, num_steps=3)
     assert records(whole) == records(resumed)
     assert (whole / "guard.json").read_text() == (resumed / "guard.json").read_text()

@@ -7,7 +7,6 @@ measured, so that what is picked as the best is not measured on what it was pick
 
 import csv
 import math
-import re
 import sys
 from collections import defaultdict
 from dataclasses import astuple, dataclass, fields
@@ -25,7 +24,6 @@ import kept_values
 
 PICKING_SHARE = 5  # one prompt in so many
 LCM = ("lcm", "lcm_long")  # of fewer evaluations than a student of stored states and its store, and of a few more
-SEEDED = re.compile(r"(?P<row>.+)-(?P<seed>\d+)")
 
 Point = tuple[str, str, int]  # student, sampler, evaluations
 Values = dict[Point, Tensor]
@@ -109,8 +107,7 @@ def of_values(folder: Path) -> list[Row]:
 def values(folder: Path, metric: str) -> Values:
     """Return `metric` of every point, (S, P): of each seed, prompt by prompt; one seed of the teacher."""
     found: dict[Point, list[Tensor]] = defaultdict(list)
-    named = {path: SEEDED.fullmatch(path.stem) for path in sorted(folder.glob("*.safetensors"))}
-    students = {path: match["row"] for path, match in named.items() if match}
+    students = {path: row for row, paths in kept_values.files_of(folder).items() for path in paths}
     for path, row in {**students, folder / f"{kept_values.TEACHER}.safetensors": None}.items():
         for (name, sampler, evaluations, which), column in kept_values.read(path).items():
             if which == metric:
