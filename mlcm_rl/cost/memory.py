@@ -240,7 +240,7 @@ def _beside(
         if networks.head_width:
             with torch.no_grad():
                 shapes = [one.shape[1:] for one in roles.read(*roles.points(1))]
-            beside["heads"] = heads.Heads(shapes, networks.head_width, seed=0)
+            beside["heads"] = heads.Heads(shapes, networks.head_width, 0, networks.head_states)
             if recomputes and networks.uses_teacher:
                 base.checkpoint_blocks(base.denoiser, recompute)
     return beside

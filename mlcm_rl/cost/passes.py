@@ -17,7 +17,7 @@ from ..models.base import Base
 from ..models.conditioning import Conditioning
 from ..models.control import controlled
 from ..models.features import features
-from ..models.heads import frozen
+from ..models.heads import Heads, frozen, paired
 from ..models.lpips import LatentLpips
 from ..models.text_adapter import TextAdapter
 from ..recipe import Recipe, Reward, Stage
@@ -136,14 +136,21 @@ class Roles:
         with self.own_precision():
             read = self.read(x_t.requires_grad_(), t, conditioning)
         with frozen(self.beside["heads"]):
-            return torch.stack([one.mean() for one in self.beside["heads"](read)]).sum()
+            return self._logits(read)
 
     def heads_loss(self, count: int) -> Tensor:
         """Return what the heads are trained by on `count` samples, (), with its penalty's graph left out."""
         x_t, t, conditioning = self.points(count)
         with self.own_precision(), torch.no_grad():
             read = self.read(x_t, t, conditioning)
-        return torch.stack([one.mean() for one in self.beside["heads"](read)]).sum()
+        return self._logits(read)
+
+    def _logits(self, read: list[Tensor]) -> Tensor:
+        """Return the sum of the heads' mean logits, (), of the features of as many states as they see."""
+        network = self.beside["heads"]
+        assert isinstance(network, Heads)
+        logits = network(paired(read, read) if network.num_states > 1 else read)
+        return torch.stack([one.mean() for one in logits]).sum()
 
     def teacher_x0(self, count: int, guidance_scale: float) -> Tensor:
         """Return the guided teacher's x0 (count, C, H, W)."""

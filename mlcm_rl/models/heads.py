@@ -14,13 +14,17 @@ GROUPS = 4  # of channels that are normalised together
 
 
 class Head(nn.Module):
-    """A head of its own for one of the features: a residual block of `width` channels, and a logit a place."""
+    """A head of its own for one of the features: a residual block of `width` channels, and a logit a place.
 
-    def __init__(self, channels: int, width: int, is_picture: bool):
+    It may read the features of several states at once, each of `channels`.
+    """
+
+    def __init__(self, channels: int, width: int, is_picture: bool, num_states: int):
         super().__init__()
         size = 3 if is_picture else 1  # tokens have no neighbours here, and have seen one another in the teacher
-        self.norm = nn.GroupNorm(1, channels, affine=False)  # features of a teacher's blocks differ in scale
-        self.inward = nn.Conv2d(channels, width, 1)
+        # features of a teacher's blocks differ in scale, and so may those of its states
+        self.norm = nn.GroupNorm(num_states, num_states * channels, affine=False)
+        self.inward = nn.Conv2d(num_states * channels, width, 1)
         self.block = nn.Sequential(
             nn.GroupNorm(GROUPS, width),
             nn.SiLU(),
@@ -38,18 +42,29 @@ class Head(nn.Module):
 
 
 class Heads(nn.Module):
-    """One head for each of the teacher's `features`, of these `shapes`. Its weights are drawn from `seed`."""
+    """One head for each of the teacher's `features`, of these `shapes`. Its weights are drawn from `seed`.
 
-    def __init__(self, shapes: list[torch.Size], width: int, seed: int):
+    Where heads read `num_states` at once, the features of each are beside those of the other in the channels.
+    """
+
+    def __init__(self, shapes: list[torch.Size], width: int, seed: int, num_states: int = 1):
         super().__init__()
+        self.num_states = num_states
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            heads = [Head(shape[0], width, is_picture=shape[-1] > 1) for shape in shapes]
+            heads = [Head(shape[0], width, shape[-1] > 1, num_states) for shape in shapes]
         self.heads = nn.ModuleList(heads)
 
     def forward(self, read: list[Tensor]) -> list[Tensor]:
         """Return the logits (B, N) of each head; N is the number of places of its features."""
         return [head(states) for head, states in zip(self.heads, read, strict=True)]
+
+
+def paired(read: list[Tensor], others: list[Tensor] | None) -> list[Tensor]:
+    """Return features (B, D, h, w), each with that of `others` behind it in the channels (B, 2 D, h, w), if any."""
+    if others is None:
+        return read
+    return [torch.cat(pair, dim=1) for pair in zip(read, others, strict=True)]
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from . import students
 from .base import Base
 from .conditioning import Conditioning, on_device
 from .features import features
-from .heads import Heads, frozen, shapes_of
+from .heads import Heads, frozen, paired, shapes_of
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,19 @@ class Noised:
 class Samples:
     """Latents `x0` (b, C, H, W) under `conditioning`, clean or, where a term is of all jumps, those of their ends.
 
-    `rows` (b,), on the CPU, are their places in the batch.
+    `rows` (b,), on the CPU, are their places in the batch. Of jumps, `start` is where they began: x_t (b, C, H, W), t.
     """
 
     rows: Tensor
     x0: Tensor
     conditioning: Conditioning
+    start: tuple[Tensor, Tensor] | None = None
+
+    def at(self, index: Tensor) -> "Samples":
+        """Return those at `index` (n,)."""
+        place, conditioning = index.to(self.x0.device), at_rows(self.conditioning, index.to(self.x0.device))
+        start = None if self.start is None else (self.start[0][place], self.start[1][place])
+        return Samples(self.rows[index.cpu()], self.x0[place], conditioning, start)
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ class AddedTerm(Protocol):
 
     def draw(self, generator: torch.Generator, batch_size: int, s: Tensor) -> Noised: ...  # s (B,): the jumps' ends
 
-    def loss(self, x0: Tensor, conditioning: Conditioning, noised: Noised) -> Tensor: ...  # the student's, (B,)
+    def loss(self, samples: Samples, noised: Noised) -> Tensor: ...  # the student's, (B,)
 
     def network_loss(self, made: Made, noised: Noised) -> Tensor: ...  # the network's own; `noised` is the batch's
 
@@ -135,9 +142,9 @@ class DistributionMatching:
         """Return the noise of one update of a whole batch, for clean samples whatever the ends `s` of jumps."""
         return draw_noise(self.settings, self.base, generator, batch_size)
 
-    def loss(self, x0: Tensor, conditioning: Conditioning, noised: Noised) -> Tensor:
-        """Return the student's loss (B,): its gradient is that of distribution matching on `x0` (B, C, H, W)."""
-        base = self.base
+    def loss(self, samples: Samples, noised: Noised) -> Tensor:
+        """Return the student's loss (B,): its gradient is that of distribution matching on x0 (B, C, H, W)."""
+        base, x0, conditioning = self.base, samples.x0, samples.conditioning
         with torch.no_grad():
             x_t, t = noised.on(base, x0)
             real = base.guided_x0(x_t, t, conditioning, base.unconditional(len(x0)), self.guidance_scale)
@@ -160,6 +167,9 @@ class Adversary:
     Both get the same noise first. What is real is the target of the distance: between milestones, the student's own
     output at the one below. With `pictures`, these are real instead. Of all jumps, both are at a jump's end, and the
     noise brings them from its time up to another.
+
+    Heads that see the start read its features, at its own time, beside those of the end: the adversary is then of
+    pairs of states, as that of SDXL-Lightning (arXiv 2402.13929, section 3.3), and not of ends alone.
     """
 
     name, network_name, learns_from_samples, num_updates, warmup_steps = "adversarial", "heads", False, 1, 0
@@ -167,7 +177,8 @@ class Adversary:
     def __init__(self, settings: Adversarial, base: Base, seed: int, pictures: Pictures | None = None):
         self.settings, self.base, self.weight, self.pictures = settings, base, settings.weight, pictures
         shapes = shapes_of(base, base.unconditional(1))
-        self.network = Heads(shapes, settings.width, seed_of(seed, "heads")).to(base.device)
+        num_states = 2 if settings.sees_start else 1
+        self.network = Heads(shapes, settings.width, seed_of(seed, "heads"), num_states).to(base.device)
         self.learning_rate, self.of_all_jumps = settings.learning_rate, settings.jumps == "all"
         self.of_real, self.of_fake, self.of_student = losses.LOSSES[settings.loss]
 
@@ -178,10 +189,12 @@ class Adversary:
             return noised
         return Noised(noised.t, noised.noise, *self.pictures(generator, batch_size))
 
-    def loss(self, x0: Tensor, conditioning: Conditioning, noised: Noised) -> Tensor:
-        """Return the student's loss (B,) on its samples `x0` (B, C, H, W); the heads are not trained by it."""
+    def loss(self, samples: Samples, noised: Noised) -> Tensor:
+        """Return the student's loss (B,) on its samples; the heads are not trained by it."""
+        starts = self._read_starts(samples)
         with frozen(self.network):
-            logits = self.network(features(self.base, *noised.on(self.base, x0), conditioning))
+            read = features(self.base, *noised.on(self.base, samples.x0), samples.conditioning)
+            logits = self.network(paired(read, starts))
         return torch.stack([self.of_student(one) for one in logits]).mean(0)
 
     def network_loss(self, made: Made, noised: Noised) -> Tensor:
@@ -190,9 +203,10 @@ class Adversary:
         real, conditioning = made.target, fake.conditioning
         if noised.real is not None and noised.captions is not None:
             real, conditioning = noised.real.to(real.device), on_device(noised.captions, real.device)
-        of_fake = self.network(self._read(fake.x0, fake.conditioning, noised))
+        starts = self._read_starts(fake)
+        of_fake = self.network(paired(self._read(fake.x0, fake.conditioning, noised), starts))
         read = self._read(real, conditioning, noised)
-        of_real = self.network(read)
+        of_real = self.network(paired(read, starts))
         parts = [self.of_real(one) + self.of_fake(other) for one, other in zip(of_real, of_fake, strict=True)]
         if weight := self.settings.gradient_penalty:
             parts += [weight * losses.gradient_penalty(*pair) for pair in zip(of_real, read, strict=True)]
@@ -203,6 +217,14 @@ class Adversary:
         with torch.no_grad():
             read = features(self.base, *noised.on(self.base, x0), conditioning)
         return [one.requires_grad_() for one in read]
+
+    @torch.no_grad()
+    def _read_starts(self, samples: Samples) -> list[Tensor] | None:
+        """Return the teacher's features of where the jumps began; None where the heads do not see them."""
+        if not self.settings.sees_start:
+            return None
+        assert samples.start is not None
+        return features(self.base, *samples.start, samples.conditioning)
 
 
 def terms_of(stage: Distill, base: Base, seed: int, pictures: Pictures | None) -> list[AddedTerm]:

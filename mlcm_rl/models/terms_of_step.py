@@ -5,6 +5,7 @@ In distillation (`TermsOfStep`) they are beside a distance: where a jump ends ab
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from ..training.loop import Runtime
 from .base import Base
 from .conditioning import Conditioning
 from .sampler import sample as sample_of
-from .terms import AddedTerm, DistributionMatching, Made, Samples, at_rows
+from .terms import AddedTerm, DistributionMatching, Made, Samples
 
 
 def training_of(rt: Runtime, term: AddedTerm) -> Beside:
@@ -95,7 +96,7 @@ class MatchingOfStep(NetworksOfStep):
         if self.step < self.term.warmup_steps:
             return self.of_samples(x0.new_zeros(len(x0)))
         noised = self.noised[0].rows(samples.rows)
-        return self.term.weight * self.of_samples(self.term.loss(x0, conditioning, noised))
+        return self.term.weight * self.of_samples(self.term.loss(replace(samples, x0=x0), noised))
 
 
 class TermsOfStep(NetworksOfStep):
@@ -131,48 +132,41 @@ class TermsOfStep(NetworksOfStep):
     def beside(
         self,
         distance: Tensor,
-        x0: Tensor,
+        jumps: Samples,
         target: Tensor,
-        conditioning: Conditioning,
         sample: Tensor | None,
         ends: Tensor | None = None,
     ) -> Tensor:
         """Return the student's loss (B,) on the next micro-batch: `distance` (B,) and the terms, times their weights.
 
-        `x0` and `target` (B, C, H, W) are what the distance compares, `ends` where the student's jumps end. Without
-        terms it is `distance` itself. A `sample` is made where a term learns from one and there is none.
+        `jumps`, at the places of `rows`, have the x0 that the distance compares with `target` (B, C, H, W), and `ends`
+        are where they end. Without terms it is `distance` itself. A `sample` is made where a term learns from one and
+        there is none.
         """
         if not self.terms:
             return distance
-        distance = self.stage.distance_weight * distance
-        rows = self.rows()
+        distance, rows = self.stage.distance_weight * distance, jumps.rows
         if self.samples and sample is None:
-            sample = self._sample(conditioning, self.seeds[rows])
-        sampled = None if sample is None else Samples(rows, sample, conditioning)
+            sample = self._sample(jumps.conditioning, self.seeds[rows])
+        sampled = None if sample is None else Samples(rows, sample, jumps.conditioning)
 
         # the jumps that end at time 0; the first one, at weight 0, if none does
         clean = (self.s[rows] == 0).nonzero().flatten() if (self.s[rows] == 0).any() else torch.zeros(1).long()
-        weight, index = (self.s[rows][clean] == 0).float().to(x0.device), clean.to(x0.device)
-        of_clean = (Samples(rows[clean], x0[index], at_rows(conditioning, index)), target[index], index, weight)
+        weight, index = (self.s[rows][clean] == 0).float().to(target.device), clean.to(target.device)
+        of_clean = jumps.at(clean), target[index], index, weight
         values, made = [distance], []
         for (term, _), noised in zip(self.terms, self.noised, strict=True):
-            jumps, real, index, weight = of_clean
+            seen, real, index, weight = of_clean
             if term.of_all_jumps:
                 assert ends is not None
-                everything = torch.arange(len(rows), device=x0.device)
-                jumps, real, index, weight = (
-                    Samples(rows, ends, conditioning),
-                    target,
-                    everything,
-                    torch.ones_like(distance),
-                )
+                seen, real = replace(jumps, x0=ends), target
+                index, weight = torch.arange(len(rows), device=target.device), torch.ones_like(distance)
             added = torch.zeros_like(distance)
             if self.step >= term.warmup_steps:
-                value = term.loss(jumps.x0, jumps.conditioning, noised.rows(jumps.rows))
+                value = term.loss(seen, noised.rows(seen.rows))
                 added = added.index_add(0, index, term.weight * value * weight)
             values.append(added)
-            detached = Samples(jumps.rows, jumps.x0.detach(), jumps.conditioning)
-            made.append(Made(detached, real.detach(), weight, sampled))
+            made.append(Made(replace(seen, x0=seen.x0.detach()), real.detach(), weight, sampled))
         self.made.append(made)
         parts = torch.stack(values)
         self.sums = self.sums + parts.detach().sum(1)

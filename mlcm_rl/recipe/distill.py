@@ -315,6 +315,8 @@ class Distill(Training):
         if self.adversarial:
             seen = samples if self.adversarial.jumps == "all" else clean
             passes.append(Pass("heads", seen, batch=batch, gradient=True))
+            if self.adversarial.sees_start:
+                passes.append(Pass("teacher", seen, 2, batch))  # for the student's loss, and for the heads'
             own.append(Pass("heads", seen, 2, batch, gradient=True, beside=True))  # of real samples, and of its own
         return passes + own
 
@@ -348,6 +350,7 @@ class Distill(Training):
             feature_blocks=tuple(self.feature_blocks) if self.compares_by("features") else (),
             fake=self.matching.fake if self.matching else None,
             head_width=self.adversarial.width if self.adversarial else 0,
+            head_states=2 if self.adversarial and self.adversarial.sees_start else 1,
         )
 
     def disk(self, recipe: "Recipe", values: Values) -> int:

@@ -98,6 +98,8 @@ def _of_terms(stage: "Distill") -> Iterator[str]:
             yield f"adversarial.jumps: all has no effect with method: {stage.method}: all jumps end at 0"
         if stage.adversarial.real == "images":
             yield "adversarial.real: images are clean: with them leave jumps: all out"
+    if stage.adversarial and stage.adversarial.sees_start and stage.adversarial.real == "images":
+        yield "adversarial.sees_start: pictures of real: images are the ends of no jump: leave it out"
     if stage.distance_weight != 1.0 and (not stage.terms or stage.method == "simulation"):
         yield "distance_weight has no effect without both a distance and a term beside it"
     if stage.method == "simulation":

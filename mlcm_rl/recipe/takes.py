@@ -91,6 +91,7 @@ class Networks:
     feature_blocks blocks of the teacher's denoiser that they are compared by
     fake           the adapter that is the score of the student's samples, trained beside it
     head_width     channels of an adversary's heads, trained beside it; 0 without
+    head_states    states whose features they read together: the end of a jump, and its start if they see it
     """
 
     student: Lora | Full | None = None
@@ -110,6 +111,7 @@ class Networks:
     feature_blocks: tuple[int, ...] = ()
     fake: Lora | None = None
     head_width: int = 0
+    head_states: int = 1
 
     @property
     def trained(self) -> Lora | Full | None:

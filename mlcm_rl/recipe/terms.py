@@ -84,6 +84,11 @@ class Adversarial(Term):
         description="which jumps it is of: those that end at time 0; or all, where the student's end and its target "
         "get the noise of a time above their own, as PCM",
     )
+    sees_start: bool = Field(
+        False,
+        description="the heads see where a jump began too, beside its end, as SDXL-Lightning's: what passes for real "
+        "is the end of this jump, not of any",
+    )
     learning_rate: PositiveFloat = Field(1e-4, description="of the heads, constant")
     gradient_penalty: NonNegativeFloat = Field(1e-5, description="weight of R1 on the features of real samples")
     width: PositiveInt = Field(64, description="channels of a head's convolutions, a multiple of 4")

@@ -20,7 +20,7 @@ from ..models.base import Base
 from ..models.grids import SamplingGrid
 from ..models.perceptual import Distance, Distances
 from ..models.teachers import tell_truncated
-from ..models.terms import terms_of
+from ..models.terms import Samples, terms_of
 from ..models.terms_of_step import TermsOfStep, training_of
 from ..recipe import Distill, Recipe, types
 from ..recipe.distill import LOG, PERCEPTUAL
@@ -190,7 +190,8 @@ def loss(
     x0 = base.x0(student, batch.x_t, batch.t, batch.conditioning, s)
     if stage.method == "simulation":  # a fake score learns from the samples that the terms move
         assert added is not None
-        return added.beside(x0.new_zeros(len(x0)), x0, x0, batch.conditioning, x0.detach())
+        jumps = jumps_of(batch, x0, added)
+        return added.beside(x0.new_zeros(len(x0)), jumps, x0, x0.detach())
     if stage.method == "inter_segment":
         x0_at_r = no_grad_x0(rt, base, student, average, batch, s)
         assert batch.x_r is not None
@@ -198,7 +199,9 @@ def loss(
         # both compare x0; that of space x0 has the weight of `consistency.loss_in_x0`, and z none
         weight = snr(batch.t, base.schedule) + 1.0 if settings.space == "x0" else 1.0
         distance = weight * measure(x0, target, batch.conditioning)
-        return distance if added is None else added.beside(distance, x0, target, batch.conditioning, batch.sample)
+        if added is None:
+            return distance
+        return added.beside(distance, jumps_of(batch, x0, added), target, batch.sample)
     if settings.target == "trajectory":  # the teacher's stored state at s
         assert batch.x_s is not None
         target = batch.x_s
@@ -215,7 +218,12 @@ def loss(
     if added is None:
         return distance
     ends = consistency.transfer(batch.x_t, x0, batch.t, batch.s, base.schedule) if added.sees_ends else None
-    return added.beside(distance, x0, target, batch.conditioning, batch.sample, ends)
+    return added.beside(distance, jumps_of(batch, x0, added), target, batch.sample, ends)
+
+
+def jumps_of(batch: Batch, x0: Tensor, added: TermsOfStep) -> Samples:
+    """Return the jumps from the points of `batch`, the next micro-batch, with their x0 (B, C, H, W) for the terms."""
+    return Samples(added.rows(), x0, batch.conditioning, (batch.x_t, batch.t))
 
 
 @torch.no_grad()

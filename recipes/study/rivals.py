@@ -26,6 +26,7 @@ PICTURES = {"emoji": DATA / "emoji_64", "scenes": DATA / "scenes_128"}
 SAMPLING_STEPS = [1, 2, 3, 4, 6, 8]
 
 HEADS = {"adversarial": {"weight": 0.1, "jumps": "all"}}
+PAIRS = {"adversarial": {"weight": 0.1, "jumps": "all", "sees_start": True}}  # of SDXL-Lightning
 SEGMENTS = {"target": "consistency", "ends": "random", "target_ema": 0.95}  # of Hyper-SD
 WHOLE = {"starts": "milestones", "target": "trajectory"}  # of SDXL-Lightning
 ONE_STEP = WHOLE | {"num_segments": [1], "prediction": "x0"}  # of its student of one step
@@ -51,13 +52,13 @@ ROWS: dict[str, list[tuple[float, float, dict[str, Any]]]] = {
     "pcm": [(1.0, 1.0, {"num_segments": [4], "target": "consistency", "distance": "huber"} | HEADS)],
     "lightning": [
         (0.4, 1.0, WHOLE | {"num_segments": [8]}),
-        (0.6, 0.1, WHOLE | {"num_segments": [8, 4, 2], "distance_weight": 0.0} | HEADS),
+        (0.6, 0.1, WHOLE | {"num_segments": [8, 4, 2], "distance_weight": 0.0} | PAIRS),
     ],
     "lightning_one_step": [
         (0.2, 1.0, WHOLE | {"num_segments": [8]}),
-        (0.3, 0.1, WHOLE | {"num_segments": [8, 4, 2], "distance_weight": 0.0} | HEADS),
+        (0.3, 0.1, WHOLE | {"num_segments": [8, 4, 2], "distance_weight": 0.0} | PAIRS),
         (0.3, 1.0, ONE_STEP),
-        (0.2, 0.1, ONE_STEP | {"distance_weight": 0.0} | HEADS),
+        (0.2, 0.1, ONE_STEP | {"distance_weight": 0.0} | PAIRS),
     ],
     "hyper_sd": [
         (0.5, 1.0, SEGMENTS | {"num_segments": [8, 4]}),
@@ -71,7 +72,7 @@ ROWS: dict[str, list[tuple[float, float, dict[str, Any]]]] = {
                 "method": "simulation",
                 "num_segments": [1],
                 "num_student_steps": 4,
-                "matching": {"weight": 1.0, "fake": {"num_updates": 5}},
+                "matching": {"weight": 1.0, "fake": {"num_updates": 5, "learning_rate": 1e-3}},
                 "adversarial": {"weight": 5e-3, "loss": "softplus", "real": "images"},
             },
         )

@@ -20,7 +20,8 @@ FEATURES = {"distance": "features"}
 GLOBAL = {"method": "inter_segment", "renoise": "student", "num_segments": [1], "space": "x0"}
 BUDGETS = {"condition_on_target": True, "num_segments": [1], "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"}
 ADVERSARIAL = {"adversarial": {"weight": 0.1}}
-MATCHING = {"matching": {"weight": 1.0}}
+MATCHING = {"matching": {"weight": 1.0, "fake": {"learning_rate": 1e-3}}}
+WARM_UP_SHARE = 5  # in one step in so many of a second stage the fake score learns alone
 
 # Row -> the settings of its stages; the second stage has a fifth of the steps and a tenth of the rate.
 ROWS: dict[str, list[dict]] = {
@@ -58,6 +59,9 @@ def recipe_of(base: Recipe, _: str, row: str, seed: int, num_steps: int, num_pro
     stages = [trajectories, Distill(num_steps=first, learning_rate=given.learning_rate, **shared, **chain[0])]
     for settings in chain[1:]:
         prompts = {"prompts": trajectories.prompts} if settings.get("renoise") == "student" else {}
+        if "matching" in settings:
+            fake = {**settings["matching"]["fake"], "warmup_steps": second // WARM_UP_SHARE}
+            settings = settings | {"matching": settings["matching"] | {"fake": fake}}
         rate = given.learning_rate / 10
         stages.append(Distill(num_steps=second, learning_rate=rate, **shared, **prompts, **settings))
     stages.append(protocol.evaluate_stage(base, num_prompts, [2, 4, 8]))

@@ -220,6 +220,15 @@ def test_terms_take_their_passes_and_the_fake_score_five_updates(tiny_sdxl, tmp_
     assert fake == pytest.approx(trained, rel=1e-3)  # an adapter like the student's
     forward = work["teacher"].each.total
     assert forward < work["trained heads"].each.total < work["heads"].each.total  # whose gradient comes through it
+    pairs = runs.distill(num_segments=[1], adversarial={"width": 4, "sees_start": True})
+    plain = runs.distill(num_segments=[1], adversarial={"width": 4})
+    of_pairs, of_ends = (
+        {one.kind: one for one in flops.of_stage(one, runs.recipe(tiny_sdxl, tmp_path, [one]), one.adapter)}
+        for one in (pairs, plain)
+    )
+    starts = of_pairs["teacher"].count - (of_ends["teacher"].count if "teacher" in of_ends else 0)
+    assert starts == 2 * pairs.num_steps * pairs.batch_size
+    assert of_pairs["heads"].each.total > of_ends["heads"].each.total  # twice the channels
 
 
 def test_a_distance_takes_its_own_passes_and_no_evaluations_of_the_denoiser(tiny_sdxl, tmp_path):

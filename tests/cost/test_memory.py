@@ -308,6 +308,8 @@ def test_terms_add_their_own_networks_and_no_second_set_of_the_teachers_weights(
     assert 0 < size < without.gradients
     assert opposed.optimiser - without.optimiser == 2 * size
     assert opposed.activations > without.activations  # the teacher's, through which the student's gradient comes
+    pairs = of(runs.distill(**settings, adversarial={"width": 4, "sees_start": True}), tiny_sdxl)
+    assert size < pairs.parameters - without.parameters < 2 * size  # the first matrix of each head is twice as wide
 
 
 @pytest.mark.parametrize("distilled", [Lora(rank=2, alpha=2.0), Full()], ids=["lora", "full"])

@@ -1,5 +1,7 @@
 """The terms over every family of teachers: the fake score starts as the teacher, and heads read its features."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -31,8 +33,8 @@ def check_matching(base: Base) -> None:
     scale = base.teacher.guidance_scale if base.teacher.evaluations == 1 else 1.0
     term = DistributionMatching(Matching(fake=FAKE, guidance_scale=scale), base, seed=0)
     noised = term.draw(torch.Generator().manual_seed(1), 2, CLEAN)
-    student = x0.clone().requires_grad_()
-    assert term.loss(student, conditioning, noised).tolist() == [0.0, 0.0]
+    student = Samples(torch.arange(2), x0.clone().requires_grad_(), conditioning)
+    assert term.loss(student, noised).tolist() == [0.0, 0.0]
     sampled = Samples(torch.arange(2), x0, conditioning)
     made = Made(sampled, x0, torch.ones(2), sampled)
     term.network_loss(made, noised).sum().backward()
@@ -40,20 +42,21 @@ def check_matching(base: Base) -> None:
     assert any(value.grad.abs().sum() > 0 for value in trained if value.grad is not None)
     assert all(value.grad is None for value in base.denoiser.parameters())
     tiny.perturb(trained, seed=1)
-    term.loss(student, conditioning, noised).sum().backward()
-    assert (student.grad.flatten(1).abs().amax(1) > 0).all()
+    term.loss(student, noised).sum().backward()
+    assert (student.x0.grad.flatten(1).abs().amax(1) > 0).all()
 
 
-def check_adversary(base: Base) -> None:
+def check_adversary(base: Base, sees_start: bool = False) -> None:
     """The student's gradient comes through the teacher, which has none itself; heads see real and fake apart."""
     x0, conditioning = samples(base)
-    term = Adversary(Adversarial(width=4, gradient_penalty=0.1), base, seed=0)
+    term = Adversary(Adversarial(width=4, gradient_penalty=0.1, sees_start=sees_start), base, seed=0)
     noised = term.draw(torch.Generator().manual_seed(1), 2, CLEAN)
-    student = x0.clone().requires_grad_()
-    term.loss(student, conditioning, noised).sum().backward()
-    assert (student.grad.flatten(1).abs().amax(1) > 0).all()
+    start = base.noise(torch.Generator().manual_seed(5), 2), torch.full((2,), 999)
+    student = Samples(torch.arange(2), x0.clone().requires_grad_(), conditioning, start)
+    term.loss(student, noised).sum().backward()
+    assert (student.x0.grad.flatten(1).abs().amax(1) > 0).all()
     assert all(value.grad is None for value in (*term.network.parameters(), *base.denoiser.parameters()))
-    made = Made(Samples(torch.arange(2), x0, conditioning), -x0, torch.ones(2), None)
+    made = Made(replace(student, x0=x0), -x0, torch.ones(2), None)
     loss = term.network_loss(made, noised)
     loss.sum().backward()
     assert loss.shape == (2,)
@@ -70,6 +73,7 @@ def test_unets_match_distributions(base):
 
 def test_heads_read_unets(base):
     check_adversary(base)
+    check_adversary(base, sees_start=True)
 
 
 @pytest.mark.slow
@@ -80,6 +84,7 @@ def test_every_other_family_matches_distributions(teacher):
 @pytest.mark.slow
 def test_heads_read_every_other_family(teacher):
     check_adversary(teacher)
+    check_adversary(teacher, sees_start=True)
 
 
 def test_the_same_noise_is_on_all_that_is_compared(sdxl):
@@ -110,3 +115,40 @@ def test_of_all_jumps_both_ends_get_the_noise_of_a_time_above_their_own(sdxl):
     other = clean.draw(torch.Generator().manual_seed(3), 3, s)
     assert other.s is None
     assert 499 <= other.t.min() <= other.t.max() <= 599
+
+
+@pytest.mark.parametrize("sees_start", [False, True])
+def test_heads_that_see_the_start_tell_an_end_from_that_of_another_jump(sdxl, sees_start):
+    """Real are ends of their jumps, fake the same ends, exchanged: apart from where they began no head can tell them.
+
+    Its two losses are then of the same logits a, and max(0, 1 - a) + max(0, 1 + a) is never below 2.
+    """
+    settings = Adversarial(width=16, learning_rate=0.03, gradient_penalty=0.0, sees_start=sees_start)
+    term = Adversary(settings, sdxl, seed=0)
+    optimizer = torch.optim.Adam(term.network.parameters(), lr=settings.learning_rate)
+    ends, conditioning = sdxl.noise(torch.Generator().manual_seed(4), 2), sdxl.encode_prompts(["a", "a"])
+    start = 0.5 * ends, torch.full((2,), 499)
+    made = Made(Samples(torch.arange(2), ends.flip(0), conditioning, start), ends, torch.ones(2), None)
+    noised = term.draw(torch.Generator().manual_seed(1), 2, CLEAN)
+    noised = replace(noised, t=torch.ones(2, dtype=torch.int64), noise=torch.zeros_like(ends))
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = term.network_loss(made, noised).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    if sees_start:
+        assert losses[-1] < 1.0
+    else:
+        assert min(losses) >= 2.0 - 1e-5
+
+
+def test_what_heads_read_of_each_state_is_normalised_by_itself():
+    """By hand: a second state of any scale and mean leaves the first one's normalised features as they are."""
+    head = heads.Head(channels=3, width=4, is_picture=True, num_states=2)
+    one, other = torch.randn(2, 3, 5, 5), 100.0 * torch.randn(2, 3, 5, 5) + 7.0
+    normal = head.norm(heads.paired([one], [other])[0])
+    variance, mean = torch.var_mean(one, dim=(1, 2, 3), correction=0, keepdim=True)
+    torch.testing.assert_close(normal[:, :3], (one - mean) / (variance + 1e-5).sqrt())
+    assert head.inward.in_channels == 6

@@ -27,6 +27,10 @@ RANDOM = {"ends": "random", "target": "consistency"}
         (RANDOM | {"num_segments": [1], "adversarial": {}}, "adversarial: terms are of clean samples.*random ends"),
         ({"matching": {}, "adversarial": {"jumps": "all"}}, "^1 validation.*\n.*matching: terms are of clean samples"),
         ({"adversarial": {"jumps": "all", "real": "images"}, "images": "i"}, "images are clean"),
+        (
+            {"num_segments": [1], "adversarial": {"sees_start": True, "real": "images"}, "images": "i"},
+            "ends of no jump",
+        ),
         ({"distance_weight": 0.0}, "distance_weight has no effect"),
         (SIMULATION, "it needs matching, or adversarial on images"),
         (SIMULATION | {"matching": {}, "adversarial": {}}, "method: simulation has none: take real: images"),
@@ -49,6 +53,7 @@ def test_they_take_their_passes_by_hand(tiny_sdxl, tmp_path):
     """Of each sample, guided by two passes: Lightning 1, and 3 of its heads; simulated states of 4 steps 1.5 more."""
     expected = [
         (WHOLE | {"num_segments": [8, 4], "adversarial": {"jumps": "all"}, "distance_weight": 0.0}, 1 + 1 + 2),
+        (WHOLE | {"num_segments": [4], "adversarial": {"jumps": "all", "sees_start": True}}, 1 + 1 + 2 + 2),
         (RANDOM | {"num_segments": [8, 4]}, 1 + 1),
         (SIMULATION | {"matching": {}}, 1 + 1.5 + 2 + 1 + 5),
         (SIMULATION | {"adversarial": {"real": "images"}, "images": "unused"}, 1 + 1.5 + 1 + 2),

@@ -15,7 +15,8 @@ from mlcm_rl.storage.files import read_json
 
 LORA = {"kind": "lora", "rank": 2, "alpha": 2.0}
 HEADS = {"jumps": "all", "width": 4, "learning_rate": 1e-3}
-LIGHTNING = {"starts": "milestones", "num_segments": [16, 2], "distance_weight": 0.0, "adversarial": HEADS}
+PAIRS = HEADS | {"sees_start": True}
+LIGHTNING = {"starts": "milestones", "num_segments": [16, 2], "distance_weight": 0.0, "adversarial": PAIRS}
 HYPER = {"num_segments": [2, 1], "ends": "random", "target": "consistency", "target_ema": 0.9, "adversarial": HEADS}
 FAKE = {"rank": 2, "alpha": 2.0, "num_updates": 2}
 ONE_STEP = {"starts": "milestones", "num_segments": [1], "prediction": "x0"}
@@ -71,8 +72,8 @@ def test_micro_batches_make_the_steps_of_whole_ones(tiny_sdxl, store, tmp_path, 
         assert other == pytest.approx(one, rel=2e-3, abs=1e-5)
 
 
-def test_heads_see_where_jumps_end(tiny_sdxl, store, tmp_path, monkeypatch):
-    """Of all jumps: the student's state at s by DDIM, and the stored one there, both of time s."""
+def test_heads_see_where_jumps_begin_and_end(tiny_sdxl, store, tmp_path, monkeypatch):
+    """Of all jumps: the point at t; the student's state at s by DDIM, and the stored one there, both of time s."""
     seen, points = [], []
     original, realise = terms.Adversary.network_loss, distill.StoredStates.realise
 
@@ -88,6 +89,7 @@ def test_heads_see_where_jumps_end(tiny_sdxl, store, tmp_path, monkeypatch):
     (base, made, noised), batch = seen[0], points[0]
     assert torch.equal(made.target, batch.x_s)
     assert torch.equal(noised.s, batch.s)
+    assert all(map(torch.equal, made.jumps.start, (batch.x_t, batch.t)))
     assert (noised.t >= noised.s).all()
     with torch.no_grad():  # a LoRA at its start is the teacher
         x0 = base.x0(base.denoiser, batch.x_t, batch.t, batch.conditioning)
