@@ -172,7 +172,7 @@ class Adversary:
     pairs of states, as that of SDXL-Lightning (arXiv 2402.13929, section 3.3), and not of ends alone.
     """
 
-    name, network_name, learns_from_samples, num_updates, warmup_steps = "adversarial", "heads", False, 1, 0
+    name, network_name, learns_from_samples, num_updates = "adversarial", "heads", False, 1
 
     def __init__(self, settings: Adversarial, base: Base, seed: int, pictures: Pictures | None = None):
         self.settings, self.base, self.weight, self.pictures = settings, base, settings.weight, pictures
@@ -180,6 +180,7 @@ class Adversary:
         num_states = 2 if settings.sees_start else 1
         self.network = Heads(shapes, settings.width, seed_of(seed, "heads"), num_states).to(base.device)
         self.learning_rate, self.of_all_jumps = settings.learning_rate, settings.jumps == "all"
+        self.warmup_steps = settings.warmup_steps
         self.of_real, self.of_fake, self.of_student = losses.LOSSES[settings.loss]
 
     def draw(self, generator: torch.Generator, batch_size: int, s: Tensor) -> Noised:

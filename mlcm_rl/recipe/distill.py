@@ -314,9 +314,10 @@ class Distill(Training):
             own = [self.matching.pass_of_network(samples, batch)]
         if self.adversarial:
             seen = samples if self.adversarial.jumps == "all" else clean
-            passes.append(Pass("heads", seen, batch=batch, gradient=True))
-            if self.adversarial.sees_start:
-                passes.append(Pass("teacher", seen, 2, batch))  # for the student's loss, and for the heads'
+            opposed = seen * self.adversarial.acting(sum(self.steps_per_phase))
+            passes.append(Pass("heads", opposed, batch=batch, gradient=True))
+            if self.adversarial.sees_start:  # for the student's loss, and for the heads'
+                passes.append(Pass("teacher", opposed + seen, batch=batch))
             own.append(Pass("heads", seen, 2, batch, gradient=True, beside=True))  # of real samples, and of its own
         return passes + own
 

@@ -91,8 +91,9 @@ def _of_terms(stage: "Distill") -> Iterator[str]:
             "or to random ends, end at noisy ones: they need num_segments: [1] and ends: segment, or method: "
             "inter_segment; adversarial takes jumps: all"
         )
-    if stage.matching:
-        yield from stage.matching.conflicts(sum(stage.steps_per_phase))
+    for term in (stage.matching, stage.adversarial):
+        if term:
+            yield from term.conflicts(sum(stage.steps_per_phase))
     if stage.adversarial and of_all:
         if stage.method != "segments":
             yield f"adversarial.jumps: all has no effect with method: {stage.method}: all jumps end at 0"

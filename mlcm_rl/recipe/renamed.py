@@ -20,7 +20,11 @@ OF_STAGES = {  # kind -> {old name: new name}
 
 FIRST_DEFAULTS: dict[tuple[str, str], Any] = {("trajectories", "solver_steps"): 48}  # (kind, today's key) -> value
 # (key of a stage, key in it that came later) -> the value with which it is as before
-LATER: dict[tuple[str, str], Any] = {("adversarial", "jumps"): "clean", ("adversarial", "sees_start"): False}
+LATER: dict[tuple[str, str], Any] = {
+    ("adversarial", "jumps"): "clean",
+    ("adversarial", "sees_start"): False,
+    ("adversarial", "warmup_steps"): 0,
+}
 
 
 def renewed(recipe: dict[str, Any]) -> dict[str, Any]:

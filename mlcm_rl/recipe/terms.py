@@ -35,6 +35,23 @@ class Term(Strict):
             raise ValueError(f"times {list(self.times)} must ascend: the first is the smallest noise")
         return self
 
+    @property
+    def warm_up(self) -> tuple[str, int]:
+        """The key, and the steps in which the term's own network learns and the student has no term yet."""
+        raise NotImplementedError
+
+    def conflicts(self, num_steps: int) -> Iterator[str]:
+        """Yield what is wrong with the term in a stage of `num_steps` optimiser steps."""
+        key, warmup_steps = self.warm_up
+        if warmup_steps >= num_steps:
+            yield (
+                f"{key} {warmup_steps} of {num_steps} steps leave none in which the term acts on the student: lower it"
+            )
+
+    def acting(self, num_steps: int) -> float:
+        """Return the share of a stage's `num_steps` in which the term acts on the student."""
+        return max(0.0, 1 - self.warm_up[1] / num_steps)
+
 
 class Matching(Term):
     """Distribution matching without pictures (DMD): moves samples to where the teacher's are more likely."""
@@ -44,13 +61,10 @@ class Matching(Term):
         None, description="of the teacher, in this term; default: teacher.guidance_scale"
     )
 
-    def conflicts(self, num_steps: int) -> Iterator[str]:
-        """Yield what is wrong with the term in a stage of `num_steps` optimiser steps."""
-        if self.fake.warmup_steps >= num_steps:
-            yield (
-                f"matching.fake.warmup_steps {self.fake.warmup_steps} of {num_steps} steps leave none in which the "
-                "term acts on the student: lower it"
-            )
+    @property
+    def warm_up(self) -> tuple[str, int]:
+        """Those of the fake score."""
+        return "matching.fake.warmup_steps", self.fake.warmup_steps
 
     def passes_of_loss(self, teacher: Teacher, num_steps: int, samples: float, batch: int) -> list[Pass]:
         """Return the guided teacher's passes and the fake score's, without gradient, for `samples` of all steps.
@@ -59,7 +73,7 @@ class Matching(Term):
         """
         scale = self.guidance_scale
         guided = teacher if scale is None else teacher.model_copy(update={"guidance_scale": scale})
-        matched = samples * max(0.0, 1 - self.fake.warmup_steps / num_steps)
+        matched = samples * self.acting(num_steps)
         return [Pass("teacher", matched, guided.evaluations, batch), Pass("fake", matched, batch=batch)]
 
     def pass_of_network(self, samples: float, batch: int) -> Pass:
@@ -90,8 +104,19 @@ class Adversarial(Term):
         "is the end of this jump, not of any",
     )
     learning_rate: PositiveFloat = Field(1e-4, description="of the heads, constant")
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        le=1_000_000_000,
+        description="of the stage, in which the heads learn and the student has no such term yet",
+    )
     gradient_penalty: NonNegativeFloat = Field(1e-5, description="weight of R1 on the features of real samples")
     width: PositiveInt = Field(64, description="channels of a head's convolutions, a multiple of 4")
+
+    @property
+    def warm_up(self) -> tuple[str, int]:
+        """Those of the heads."""
+        return "adversarial.warmup_steps", self.warmup_steps
 
     @model_validator(mode="after")
     def _width_has_groups(self):

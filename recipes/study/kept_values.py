@@ -30,25 +30,27 @@ Key = tuple[str, str, int, str]  # name, sampler, evaluations, metric
 
 
 def keep(recipe: Recipe, path: Path, metrics: tuple[str, ...] = METRICS) -> None:
-    """Write what the evaluation at the end of `recipe` measured to `path`, unless it is there: its students' rows.
+    """Write what the evaluations in `recipe` measured to `path`, unless it is there: its students' rows.
 
     The other rows go to the file of the teacher beside it, unless that is there. A recipe without students is that.
     Raise ValueError if the file there is of another recipe.
     """
     fingerprint = fingerprint_of(recipe)
     if not is_kept(path, fingerprint):
-        report = pipeline.run(recipe)[-1].folder / "report.json"
+        reports = [done.folder / "report.json" for done in pipeline.run(recipe) if done.kind == "evaluate"]
         teacher = path.with_name(f"{TEACHER}.safetensors")
         if path == teacher or not teacher.is_file():
-            write(teacher, report, True, fingerprint, metrics)
+            write(teacher, reports, True, fingerprint, metrics)
         if path != teacher:
-            write(path, report, False, fingerprint, metrics)
+            write(path, reports, False, fingerprint, metrics)
     Console().print(str(path), soft_wrap=True)
 
 
-def write(path: Path, report: Path, of_teacher: bool, fingerprint: str, metrics: tuple[str, ...] = METRICS) -> None:
-    """Write the `metrics` of the rows of `report`, a report.json, to `path`: the students', or the others."""
-    rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
+def write(
+    path: Path, reports: Sequence[Path], of_teacher: bool, fingerprint: str, metrics: tuple[str, ...] = METRICS
+) -> None:
+    """Write the `metrics` of the rows of `reports`, each a report.json, to `path`: the students', or the others."""
+    rows = [row for report in reports for row in json.loads(report.read_text(encoding="utf-8"))["rows"]]
     rows = [row for row in rows if (row["role"] != "student") == of_teacher]
     found = {
         SEPARATOR.join((row["name"], row["sampler"], str(row["num_evaluations"]), metric)): _values(row, metric)
@@ -70,11 +72,11 @@ def is_kept(path: Path, fingerprint: str) -> bool:
 
 
 def fingerprint_of(recipe: Recipe) -> str:
-    """Return the fingerprint of the last stage of `recipe`."""
+    """Return the fingerprint of the last stage of `recipe`, behind those of the evaluations before it."""
     done: list[Located] = []
     for stage in recipe.stages:
         done.append(locate(stage, recipe, done))
-    return done[-1].fingerprint
+    return " ".join([*(one.fingerprint for one in done[:-1] if one.kind == "evaluate"), done[-1].fingerprint])
 
 
 def refuse_other(path: Path, found: str, fingerprint: str, content: str, again: str) -> None:

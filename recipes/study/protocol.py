@@ -19,6 +19,7 @@ from mlcm_rl.recipe.file import load
 from mlcm_rl.storage.files import replacing
 
 RECIPES = Path(__file__).parents[1]
+GAMMAS = {"emoji": [0.0, 0.5, 1.0], "scenes": [0.0, 0.5]}  # subject -> those that students are sampled at
 LESS_IS_BETTER = ("distance", "teacher_kid", "teacher_patch_kid")
 IN_THOUSANDTHS = {"teacher_kid": "KID", "teacher_patch_kid": "KID of patches"}
 UNRANKED = ("diversity",)  # neither more nor less of it is better
@@ -74,14 +75,14 @@ def distill_of(base: Recipe) -> Distill:
     return next(stage for stage in base.stages if isinstance(stage, Distill))
 
 
-def evaluate_stage(base: Recipe, num_prompts: int, sampling_steps: list[int]) -> Evaluate:
+def evaluate_stage(base: Recipe, subject: str, num_prompts: int, sampling_steps: list[int]) -> Evaluate:
     """Return the base's evaluation of `num_prompts`: the last student in `sampling_steps`, beside the teacher's 50."""
     evaluate = next(stage for stage in base.stages if isinstance(stage, Evaluate))
     measured = {
         "num_prompts": num_prompts,
         "images_per_prompt": 2,  # whose difference is the diversity
         "sampling_steps": sampling_steps,
-        "gammas": [0.0, 0.5, 1.0],
+        "gammas": GAMMAS[subject],
         "grids": ["milestones"],
         "teacher_steps": [50],
         "teacher_solvers": ["ddim"],

@@ -5,7 +5,8 @@
 
 Every row costs what `ours` costs in `--steps` optimiser steps: network evaluations, with those of the store if the row
 reads one, as `mlcm plan` counts them. All rows take batch, adapter and precision of the base recipe, and are measured
-with 1 to 8 steps on the same prompts and noises; a student of one step that predicts x0 with that one alone. Which keys
+with 1 to 8 steps on the same prompts and noises; a student of one step that predicts x0 with that one alone. A method
+that makes a student for each number of steps is measured with these. Which keys
 each method is in, and how it differs from what was published: docs/rivals.md. `lcm` and `dmd2` read captioned pictures,
 which `recipes/emoji/build/rebuild.py --only pictures captions` and `recipes/scenes/build/scene_pictures.py` make; the
 others read the teacher alone.
@@ -13,7 +14,7 @@ Finished stages are reused: the study may be stopped and started. The table is w
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import protocol
 from mlcm_rl.cost.evaluations import network_evaluations
@@ -25,18 +26,31 @@ DATA = protocol.RECIPES.parent / "data"
 PICTURES = {"emoji": DATA / "emoji_64", "scenes": DATA / "scenes_128"}
 SAMPLING_STEPS = [1, 2, 3, 4, 6, 8]
 
-HEADS = {"adversarial": {"weight": 0.1, "jumps": "all"}}
-PAIRS = {"adversarial": {"weight": 0.1, "jumps": "all", "sees_start": True}}  # of SDXL-Lightning
+# Heads that learn at 1e-4 are at chance after the steps that there are: an adversary of these says nothing.
+HEADS = {"adversarial": {"weight": 0.1, "jumps": "all", "learning_rate": 1e-3}}
+PAIRS = {"adversarial": HEADS["adversarial"] | {"sees_start": True, "times": (0.0, 0.1)}}  # of SDXL-Lightning
 SEGMENTS = {"target": "consistency", "ends": "random", "target_ema": 0.95}  # of Hyper-SD
 WHOLE = {"starts": "milestones", "target": "trajectory"}  # of SDXL-Lightning
 ONE_STEP = WHOLE | {"num_segments": [1], "prediction": "x0"}  # of its student of one step
 OURS = {"condition_on_target": True, "num_segments": [1], "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"}
 
-# Row -> its stages: (share of the row's optimiser steps, factor of the base's rate, settings). A list of segments
-# shares a stage's steps evenly among its phases.
-ROWS: dict[str, list[tuple[float, float, dict[str, Any]]]] = {
+
+class Part(NamedTuple):
+    """A stage of a row: its share of the row's optimiser steps, the factor of the base's rate, and its settings.
+
+    A method that publishes a student for each number of steps is measured with that one, at `sampling_steps`; without
+    any, a part's student is only what the next one starts from. That of the last part is for all that are left.
+    """
+
+    share: float
+    rate: float
+    settings: dict[str, Any]
+    sampling_steps: tuple[int, ...] = ()
+
+
+ROWS: dict[str, list[Part]] = {
     "lcm": [
-        (
+        Part(
             1.0,
             1.0,
             {
@@ -49,23 +63,26 @@ ROWS: dict[str, list[tuple[float, float, dict[str, Any]]]] = {
             },
         )
     ],
-    "pcm": [(1.0, 1.0, {"num_segments": [4], "target": "consistency", "distance": "huber"} | HEADS)],
+    "pcm": [Part(1.0, 1.0, {"num_segments": [4], "target": "consistency", "distance": "huber"} | HEADS)],
     "lightning": [
-        (0.4, 1.0, WHOLE | {"num_segments": [8]}),
-        (0.6, 0.1, WHOLE | {"num_segments": [8, 4, 2], "distance_weight": 0.0} | PAIRS),
+        Part(0.3, 1.0, WHOLE | {"num_segments": [8]}),
+        Part(0.2, 1.0, WHOLE | {"num_segments": [8]} | PAIRS, (6, 8)),
+        Part(0.25, 1.0, WHOLE | {"num_segments": [4]} | PAIRS, (3, 4)),
+        Part(0.25, 1.0, WHOLE | {"num_segments": [2]} | PAIRS),
     ],
     "lightning_one_step": [
-        (0.2, 1.0, WHOLE | {"num_segments": [8]}),
-        (0.3, 0.1, WHOLE | {"num_segments": [8, 4, 2], "distance_weight": 0.0} | PAIRS),
-        (0.3, 1.0, ONE_STEP),
-        (0.2, 0.1, ONE_STEP | {"distance_weight": 0.0} | PAIRS),
+        Part(0.2, 1.0, WHOLE | {"num_segments": [2]}),
+        Part(0.5, 1.0, ONE_STEP),
+        Part(0.3, 0.3, ONE_STEP | PAIRS),
     ],
     "hyper_sd": [
-        (0.5, 1.0, SEGMENTS | {"num_segments": [8, 4]}),
-        (0.5, 0.5, SEGMENTS | {"num_segments": [2, 1]} | HEADS),
+        Part(0.25, 1.0, SEGMENTS | {"num_segments": [8]}, (6, 8)),
+        Part(0.25, 1.0, SEGMENTS | {"num_segments": [4]}, (3, 4)),
+        Part(0.25, 0.5, SEGMENTS | {"num_segments": [2]} | HEADS, (2,)),
+        Part(0.25, 0.5, SEGMENTS | {"num_segments": [1]} | HEADS),
     ],
     "dmd2": [
-        (
+        Part(
             1.0,
             0.1,
             {
@@ -73,11 +90,11 @@ ROWS: dict[str, list[tuple[float, float, dict[str, Any]]]] = {
                 "num_segments": [1],
                 "num_student_steps": 4,
                 "matching": {"weight": 1.0, "fake": {"num_updates": 5, "learning_rate": 1e-3}},
-                "adversarial": {"weight": 5e-3, "loss": "softplus", "real": "images"},
+                "adversarial": {"weight": 5e-3, "loss": "softplus", "real": "images", "learning_rate": 1e-3},
             },
         )
     ],
-    "ours": [(1.0, 1.0, OURS)],
+    "ours": [Part(1.0, 1.0, OURS)],
 }
 # A row's student, tuned by the base's feedback stage as an adapter of its own, for one step in ten of distillation;
 # without `consistency`, which is distillation.
@@ -104,8 +121,15 @@ def recipe_of(base: Recipe, subject: str, row: str, seed: int, num_steps: int, n
     base = base.model_copy(update={"samples": Samples()})  # whose grids are evaluations too
     budget = evaluations(base, stages_of(base, subject, "ours", seed, num_steps))
     steps = steps_within(budget, lambda steps: evaluations(base, stages_of(base, subject, row, seed, steps)))
-    stages = stages_of(base, subject, row, seed, steps)
-    stages.append(protocol.evaluate_stage(base, num_prompts, SAMPLING_STEPS))
+    stages, left = list[Stage](), list(SAMPLING_STEPS)
+    parts = iter(ROWS.get(row, []))  # a tuned row is measured at its end alone
+    for stage in stages_of(base, subject, row, seed, steps):
+        stages.append(stage)
+        part = next(parts, None) if isinstance(stage, Distill) else None
+        if part and part.sampling_steps:
+            stages.append(protocol.evaluate_stage(base, subject, num_prompts, list(part.sampling_steps)))
+            left = [steps for steps in left if steps not in part.sampling_steps]
+    stages.append(protocol.evaluate_stage(base, subject, num_prompts, left))
     return base.model_copy(update={"name": f"rivals-{row.replace('_', '-')}-{seed}", "stages": stages})
 
 
@@ -114,7 +138,7 @@ def stages_of(base: Recipe, subject: str, row: str, seed: int, num_steps: int) -
     trajectories, given = base.stages[0], protocol.distill_of(base)
     shared = protocol.training_settings(base, seed, num_steps)
     chain: list[Stage] = []
-    for share, rate, settings in ROWS[TUNED.get(row, row)]:
+    for share, rate, settings, _ in ROWS[TUNED.get(row, row)]:
         files = {}
         if layout_of(base.teacher.family).is_flow:  # its velocity is x_t - x0 at the noisiest time: nothing to swap
             settings = {name: value for name, value in settings.items() if name != "prediction"}
@@ -122,7 +146,7 @@ def stages_of(base: Recipe, subject: str, row: str, seed: int, num_steps: int) -
             files["prompts"] = trajectories.prompts
         if "source" in settings or settings.get("adversarial", {}).get("real") == "images":
             files["images"] = str(PICTURES[subject])
-        steps = max(1, round(num_steps * share / len(settings["num_segments"])))
+        steps = max(1, round(num_steps * share))
         chain.append(Distill(num_steps=steps, learning_rate=given.learning_rate * rate, **shared, **files, **settings))
     if row in TUNED:
         tuning = next(stage for stage in base.stages if isinstance(stage, Feedback))

@@ -19,7 +19,7 @@ LOCAL = {"num_segments": [8], "target": "trajectory", "distance": "l2"}
 FEATURES = {"distance": "features"}
 GLOBAL = {"method": "inter_segment", "renoise": "student", "num_segments": [1], "space": "x0"}
 BUDGETS = {"condition_on_target": True, "num_segments": [1], "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"}
-ADVERSARIAL = {"adversarial": {"weight": 0.1}}
+ADVERSARIAL = {"adversarial": {"weight": 0.1, "learning_rate": 1e-3}}  # at 1e-4 its heads stay at chance
 MATCHING = {"matching": {"weight": 1.0, "fake": {"learning_rate": 1e-3}}}
 WARM_UP_SHARE = 5  # in one step in so many of a second stage the fake score learns alone
 
@@ -47,7 +47,7 @@ def main() -> None:
     protocol.run(str(__doc__), BASES, list(ROWS), COLUMNS, "terms", 400, recipe_of)
 
 
-def recipe_of(base: Recipe, _: str, row: str, seed: int, num_steps: int, num_prompts: int) -> Recipe:
+def recipe_of(base: Recipe, subject: str, row: str, seed: int, num_steps: int, num_prompts: int) -> Recipe:
     """Return the recipe of one row: the base's trajectories, the chain of `row`, and what it is measured by.
 
     The seed is that of the training alone.
@@ -64,7 +64,7 @@ def recipe_of(base: Recipe, _: str, row: str, seed: int, num_steps: int, num_pro
             settings = settings | {"matching": settings["matching"] | {"fake": fake}}
         rate = given.learning_rate / 10
         stages.append(Distill(num_steps=second, learning_rate=rate, **shared, **prompts, **settings))
-    stages.append(protocol.evaluate_stage(base, num_prompts, [2, 4, 8]))
+    stages.append(protocol.evaluate_stage(base, subject, num_prompts, [2, 4, 8]))
     return base.model_copy(update={"name": f"terms-{row.replace('_', '-')}-{seed}", "stages": stages})
 
 

@@ -27,7 +27,7 @@ def keep(folder, file: str, *rows, of_teacher: bool = False) -> None:
         for row in rows
     ]
     (folder / "report.json").write_text(json.dumps({"rows": made}), encoding="utf-8")
-    kept_values.write(folder / f"{file}.safetensors", folder / "report.json", of_teacher, "0123")
+    kept_values.write(folder / f"{file}.safetensors", [folder / "report.json"], of_teacher, "0123")
 
 
 def row(values: list[float], n: int = 4, name: str = "student", sampler: str = "gamma 0", hits: float = 1.0) -> tuple:
@@ -129,7 +129,7 @@ def test_a_student_with_results_is_not_trained_again_and_one_without_is(results,
     path = results / "budgets-0.safetensors"
 
     class Finished:
-        folder = results
+        kind, folder = "evaluate", results
 
     monkeypatch.setattr(kept_values.pipeline, "run", lambda recipe: ran.append(recipe) or [Finished()])
     keep(results, "teacher", row([0.0] * 5), of_teacher=True)

@@ -1,5 +1,6 @@
 """The study of rivals: every row is a recipe, its evaluations are those of ours, and the steps are found by hand."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import kept_values
 import rivals
 import terms
-from mlcm_rl.recipe import Distill
+from mlcm_rl.recipe import Distill, Evaluate
 from mlcm_rl.recipe.file import check, load
 from mlcm_rl.recipe.paths import Folders
 
@@ -30,7 +31,13 @@ def test_every_row_is_a_valid_recipe_of_equal_evaluations(subject, row):
     assert [stage.num_steps for stage in ours.stages if isinstance(stage, Distill)] == [2000]
     counts = [rivals.evaluations(one, one.stages) for one in (recipe, ours)]
     assert counts[0] == pytest.approx(counts[1], rel=0.02)
-    assert recipe.stages[-1].sampling_steps == [1, 2, 3, 4, 6, 8]
+    measured = [stage.sampling_steps for stage in recipe.stages if isinstance(stage, Evaluate)]
+    assert sorted(steps for one in measured for steps in one) == [1, 2, 3, 4, 6, 8]
+    of_each = {"lightning": [[6, 8], [3, 4], [1, 2]], "hyper_sd": [[6, 8], [3, 4], [2], [1]]}
+    assert measured == of_each.get(row, [[1, 2, 3, 4, 6, 8]])
+    for before, stage in itertools.pairwise(recipe.stages):
+        if isinstance(stage, Evaluate) and row in of_each:
+            assert max(stage.sampling_steps) == before.num_segments[0]  # the student that is for that number
 
 
 def test_the_budget_is_counted_by_hand(subject):
@@ -44,7 +51,7 @@ def test_the_budget_is_counted_by_hand(subject):
     assert lcm.num_steps == round(budget / batch / 4)
 
 
-def test_the_one_step_student_turns_to_x0_by_the_distance_and_then_to_the_adversary(subject):
+def test_the_one_step_student_turns_to_x0_before_the_adversary_is_there(subject):
     name, base = subject
     *_, first, second = [
         stage
@@ -53,7 +60,7 @@ def test_the_one_step_student_turns_to_x0_by_the_distance_and_then_to_the_advers
     ]
     prediction = "x0" if name == "emoji" else "teacher"  # the scenes' teacher is a flow
     assert [(one.prediction, one.num_segments) for one in (first, second)] == [(prediction, [1])] * 2
-    assert [(one.distance_weight, one.terms) for one in (first, second)] == [(1.0, []), (0.0, ["adversarial"])]
+    assert [one.terms for one in (first, second)] == [[], ["adversarial"]]
 
 
 def test_steps_are_the_nearest_to_the_budget_and_a_store_beyond_it_is_refused():
@@ -76,9 +83,9 @@ def test_a_tuned_student_is_not_taken_for_the_one_before_it_and_the_teacher_is_l
     for seed in (0, 1):
         rows = [row("student", "student", 1.0), row("student", "feedback", 2.0 + seed), row("undistilled", "DDIM", 3.0)]
         report.write_text(json.dumps({"rows": rows}))
-        kept_values.write(tmp_path / f"ours_feedback-{seed}.safetensors", report, False, "0123")
-    kept_values.write(tmp_path / "teacher.safetensors", report, True, "0123")
-    kept_values.write(tmp_path / "aside-0.safetensors", report, False, "0123")
+        kept_values.write(tmp_path / f"ours_feedback-{seed}.safetensors", [report], False, "0123")
+    kept_values.write(tmp_path / "teacher.safetensors", [report], True, "0123")
+    kept_values.write(tmp_path / "aside-0.safetensors", [report], False, "0123")
     head, *lines = rivals.protocol.table_of(tmp_path, ("distance", "r@5"), ["lcm", "ours_feedback"])
     assert head[-2:] == ["distance", "r@5"]
     assert [(one[0], *one[3:]) for one in lines] == [

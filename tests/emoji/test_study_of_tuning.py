@@ -115,8 +115,8 @@ def keep_values(folder: Path, name: str, before: list[float], after: list[float]
     rows = [row("teacher", "teacher", [1.0, 1.0]), row("student", "student", before), row("feedback", "student", after)]
     report = folder / "report.json"
     report.write_text(json.dumps({"rows": rows}))
-    kept_values.write(folder / f"{name}.safetensors", report, False, "fingerprint", ("r@5", "teacher_kid"))
-    kept_values.write(folder / "teacher.safetensors", report, True, "fingerprint", ("r@5", "teacher_kid"))
+    kept_values.write(folder / f"{name}.safetensors", [report], False, "fingerprint", ("r@5", "teacher_kid"))
+    kept_values.write(folder / "teacher.safetensors", [report], True, "fingerprint", ("r@5", "teacher_kid"))
 
 
 def test_the_table_has_paired_differences_of_seeds_averaged_by_prompt(tmp_path):

@@ -22,6 +22,7 @@ GLOBAL = {"method": "inter_segment", "num_segments": [1]}
         (GLOBAL | {"matching": {"weight": 0.0}}, "greater than 0"),
         (GLOBAL | {"matching": {"fake": {"num_updates": 0}}}, "greater than or equal to 1"),
         (GLOBAL | {"matching": {"fake": {"warmup_steps": 2}}}, "warmup_steps 2 of 2 steps leave none in which"),
+        (GLOBAL | {"adversarial": {"warmup_steps": 3}}, "adversarial.warmup_steps 3 of 2 steps leave none in which"),
         (GLOBAL | {"adversarial": {"real": "images"}}, "adversarial.real: images needs images"),
         (GLOBAL | {"adversarial": {"width": 6}}, "width 6 is not a multiple of 4"),
         (GLOBAL | {"adversarial": {"loss": "wasserstein"}}, "hinge"),
@@ -47,6 +48,9 @@ def test_terms_keep_the_teacher_in_memory_and_cost_their_passes(tiny_sdxl, tmp_p
         assert network_evaluations(stage, runs.recipe(tiny_sdxl, tmp_path, [stage])) == evaluations * samples
     stage = runs.distill(**settings, matching={"fake": {"warmup_steps": 1}})  # of 2
     expected = 1 + (2 + 1) / 2 / 2 + 3 + 5
+    assert network_evaluations(stage, runs.recipe(tiny_sdxl, tmp_path, [stage])) == expected * samples
+    stage = runs.distill(**settings, adversarial={"warmup_steps": 1, "sees_start": True})  # of 2
+    expected = 1 + ((1 + 1) / 2 + 2 + 1) / 2
     assert network_evaluations(stage, runs.recipe(tiny_sdxl, tmp_path, [stage])) == expected * samples
     unguided = runs.distill(**settings, matching={"guidance_scale": 1.0})
     assert network_evaluations(unguided, runs.recipe(tiny_sdxl, tmp_path, [unguided])) == 10 * samples

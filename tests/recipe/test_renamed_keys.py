@@ -160,9 +160,10 @@ def test_warnings_are_told_before_errors(old, root):
 
 
 def test_a_key_that_came_later_is_hashed_only_where_it_changes_something():
-    """The adversary of a stage before `jumps` has the identity that it had."""
+    """The adversary of a stage before `jumps` and others has the identity that it had."""
     before = {"weight": 0.1, "real": "milestones"}
-    assert under_first_names("distill", {"adversarial": before | {"jumps": "clean"}}) == {"adversarial": before}
+    later = {"jumps": "clean", "sees_start": False, "warmup_steps": 0}
+    assert under_first_names("distill", {"adversarial": before | later}) == {"adversarial": before}
     changed = {"adversarial": before | {"jumps": "all"}}
     assert under_first_names("distill", changed) == changed
     assert under_first_names("distill", {"adversarial": None}) == {"adversarial": None}

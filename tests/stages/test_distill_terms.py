@@ -186,14 +186,21 @@ def test_a_checkpoint_of_another_fake_is_refused(tiny_sdxl, store, tmp_path):
         train(tiny_sdxl, store, tmp_path, matching={"fake": {**FAKE, "rank": 3}})
 
 
-def test_a_fake_score_that_warms_up_leaves_the_student_alone(tiny_sdxl, store, tmp_path):
-    """The student's first step is that without the term, to the bit, and the fake score learns in it."""
+@pytest.mark.parametrize(
+    ("term", "settings", "network"),
+    [
+        ("matching", {"fake": {**FAKE, "warmup_steps": 1}}, "fake"),
+        ("adversarial", {**ADVERSARIAL, "warmup_steps": 1}, "heads"),
+    ],
+)
+def test_a_network_that_warms_up_leaves_the_student_alone(tiny_sdxl, store, tmp_path, term, settings, network):
+    """The student's first step is that without the term, to the bit, and the term's own network learns in it."""
     plain = train(tiny_sdxl, store, tmp_path / "plain", num_steps=2)
-    warm = train(tiny_sdxl, store, tmp_path / "warm", num_steps=2, matching={"fake": {**FAKE, "warmup_steps": 1}})
+    warm = train(tiny_sdxl, store, tmp_path / "warm", num_steps=2, **{term: settings})
     (first, second), (expected, other) = records(warm), records(plain)
     assert (first["loss"], first["grad_norm"]) == (expected["loss"], expected["grad_norm"])
-    assert first["matching"] == 0.0 < first["fake_grad_norm"]
-    assert second["matching"] > 0.0
+    assert first[term] == 0.0 < first[f"{network}_grad_norm"]
+    assert second[term] != 0.0
     assert second["distance"] == other["loss"]
 
 
