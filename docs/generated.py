@@ -24,11 +24,14 @@ from mlcm_rl.recipe.schema import json_schema
 from mlcm_rl.storage.files import replacing
 
 DOCS = Path(__file__).resolve().parent
-sys.path.append(str(DOCS.parent / "recipes" / "study"))
+STUDY = DOCS.parent / "recipes" / "study"
+sys.path.append(str(STUDY))
 
-import protocol  # noqa: E402
 import rivals  # noqa: E402
+import tables  # noqa: E402
 import terms  # noqa: E402
+import tuning  # noqa: E402
+import tuning_summary  # noqa: E402
 
 NAVIGATION = DOCS / "navigation.md"
 START, END = "<!-- generated: {} -->\n", "<!-- end -->\n"
@@ -246,16 +249,23 @@ def study_of_rivals() -> str:
 
 def _study(folder: str, rows: list[str], columns: tuple[str, ...]) -> str:
     """Return the tables of what is measured in `folder`: of the distance, and of KID, whole and on patches."""
-    lines = protocol.table_of(protocol.RECIPES / "study" / "measured" / folder, columns, rows)
+    lines = tables.lines_of(STUDY / "measured" / folder, columns, rows)
     shown = ("distance", "teacher_kid", "teacher_patch_kid")
-    return "\n".join(
-        f"{protocol.title_of(one)}\n\n{protocol.markdown(protocol.by_steps(lines, one))}\n" for one in shown
-    )
+    return "\n".join(f"{tables.title_of(one)}\n\n{tables.markdown(tables.by_steps(lines, one))}\n" for one in shown)
+
+
+def study_of_regularisers() -> str:
+    """Return the table of what holds a tuned student back on emoji."""
+    rows = list(tuning.ROWS["emoji"]["regularisers"])
+    return tuning_summary.text(STUDY / "measured" / "regularisers-emoji-100", rows, tuning.COLUMNS["emoji"]) + "\n"
 
 
 PARTS = {
     part.__name__: part
-    for part in (recipe, commands, families, rewards, recipes, more_pages, study_of_terms, study_of_rivals)
+    for part in (
+        *(recipe, commands, families, rewards, recipes, more_pages),
+        *(study_of_terms, study_of_rivals, study_of_regularisers),
+    )
 }
 
 

@@ -15,7 +15,6 @@ both is not tuned again: the study may be cut off, go on elsewhere, or be shared
 these alone.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -115,22 +114,9 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("subject", choices=BASES)
-    parser.add_argument("group", choices=sorted({group for groups in ROWS.values() for group in groups}))
+    parser = protocol.options(str(__doc__), BASES, [group for groups in ROWS.values() for group in groups])
     parser.add_argument("--steps", type=int, help="of the demo's batch, whose scored pictures all rows take")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--rows", help="some of the group's, by comma; default: all")
-    parser.add_argument("--prompts", type=int, default=128, help="that students are measured on")
-    parser.add_argument(
-        "--results", type=Path, help="folder of what is measured [runs/tuning-<subject>-<group>-<steps>]"
-    )
     parser.add_argument("--tune-only", action="store_true", help="leave the measuring to a later call")
-    parser.add_argument(
-        "--tables", action="store_true", help="make picture and table of what is there, and run nothing"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="put over the recipe's settings")
     arguments = parser.parse_intermixed_args()
     subject, group = arguments.subject, arguments.group
     if group not in ROWS[subject]:
@@ -139,11 +125,8 @@ def main() -> None:
     num_steps = arguments.steps or feedback_of(base).num_steps
     results = arguments.results or Path(base.runs) / f"tuning-{subject}-{group}-{num_steps}"
     results.mkdir(parents=True, exist_ok=True)
-    rows = arguments.rows.split(",") if arguments.rows else list(ROWS[subject][group])
-    if unknown := [row for row in rows if row not in ROWS[subject][group]]:
-        parser.error(f"--rows: {group} has no {', '.join(unknown)}, only {', '.join(ROWS[subject][group])}")
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-        for row in [] if arguments.tables else rows:
+        for row in protocol.rows_of(parser, arguments, list(ROWS[subject][group])):
             *tuning, evaluate = recipe_of(base, subject, group, row, seed, num_steps, arguments.prompts).stages
             name, metrics = f"tuning-{group}-{row}-{seed}".replace(".", "_"), tuple(COLUMNS[subject])
             tuned = base.model_copy(update={"name": name, "stages": tuning})

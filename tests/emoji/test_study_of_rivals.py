@@ -8,6 +8,7 @@ import pytest
 
 import kept_values
 import rivals
+import tables
 import terms
 from mlcm_rl.recipe import Distill, Evaluate
 from mlcm_rl.recipe.file import check, load
@@ -86,7 +87,8 @@ def test_a_tuned_student_is_not_taken_for_the_one_before_it_and_the_teacher_is_l
         kept_values.write(tmp_path / f"ours_feedback-{seed}.safetensors", [report], False, "0123")
     kept_values.write(tmp_path / "teacher.safetensors", [report], True, "0123")
     kept_values.write(tmp_path / "aside-0.safetensors", [report], False, "0123")
-    head, *lines = rivals.protocol.table_of(tmp_path, ("distance", "r@5"), ["lcm", "ours_feedback"])
+    columns = ("distance", "r@5")
+    head, *lines = tables.in_words(tables.lines_of(tmp_path, columns, ["lcm", "ours_feedback"]), columns)
     assert head[-2:] == ["distance", "r@5"]
     assert [(one[0], *one[3:]) for one in lines] == [
         ("ours_feedback", "2", "1.0000 +- 0.0000", ""),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import protocol
+import tables
 import terms
 from mlcm_rl.recipe import Distill
 from mlcm_rl.recipe.file import check, load
@@ -21,29 +22,30 @@ def test_every_row_is_a_valid_recipe_of_as_many_steps(subject):
         assert sum(stage.num_steps for stage in recipe.stages if isinstance(stage, Distill)) == 400
 
 
-def test_a_cell_is_the_mean_over_seeds_prompt_by_prompt():
+def test_a_mean_is_over_seeds_prompt_by_prompt():
     """Two seeds, three prompts: their means are 2, 3 and 4, of which the deviation is 1."""
     seeds = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 4.0, 5.0])]
-    assert protocol.cell(seeds) == "3.0000 +- 0.5774"
-    assert protocol.cell([]) == protocol.cell([torch.tensor([torch.nan])]) == ""
+    means = tables.means_of({"distance": seeds, "r@5": [torch.tensor([torch.nan])]}, ("distance", "r@5", "r@1"))
+    assert means == {"distance": pytest.approx((3.0, 3**-0.5))}
+    (_, written) = tables.in_words([tables.Line("a", "gamma 0", 4, 2, means)], ("distance", "r@5"))
+    assert written == ["a", "gamma 0", "4", "2", "3.0000 +- 0.5774", ""]
 
 
 def test_a_table_by_steps_has_the_best_sampler_of_each_student():
-    head = ["student", "sampler", "evaluations", "seeds", "distance", "r@5"]
     lines = [
-        ["a", "gamma 0", "4", "2", "0.5000 +- 0.1000", "0.7000 +- 0.1000"],
-        ["a", "gamma 1", "4", "2", "0.6000 +- 0.1000", "0.8000 +- 0.1000"],
-        ["a", "gamma 1", "16", "2", "0.7000 +- 0.1000", ""],
-        ["b", "gamma 0", "4", "1", "-0.1000 +- 0.1000", "0.1000 +- 0.1000"],
+        tables.Line("a", "gamma 0", 4, 2, {"distance": (0.5, 0.1), "r@5": (0.7, 0.1)}),
+        tables.Line("a", "gamma 1", 4, 2, {"distance": (0.6, 0.1), "r@5": (0.8, 0.1)}),
+        tables.Line("a", "gamma 1", 16, 2, {"distance": (0.7, 0.1)}),
+        tables.Line("b", "gamma 0", 4, 1, {"distance": (-0.1, 0.1), "r@5": (0.1, 0.1)}),
     ]
-    assert protocol.by_steps([head, *lines], "distance") == [
+    assert tables.by_steps(lines, "distance") == [
         ["student", "seeds", "4", "16"],
         ["a", "2", "0.500 +- 0.100", "0.700 +- 0.100"],
         ["b", "1", "-0.100 +- 0.100", "-"],
     ]
-    by_recall = protocol.by_steps([head, *lines], "r@5")
+    by_recall = tables.by_steps(lines, "r@5")
     assert [row[2] for row in by_recall[1:]] == ["0.800 +- 0.100", "0.100 +- 0.100"]
-    assert protocol.markdown(by_recall).splitlines() == [
+    assert tables.markdown(by_recall).splitlines() == [
         "| student | seeds | 4 | 16 |",
         "| --- | --: | --: | --: |",
         "| a | 2 | 0.800 +- 0.100 | - |",
@@ -52,6 +54,18 @@ def test_a_table_by_steps_has_the_best_sampler_of_each_student():
 
 
 def test_kid_is_said_in_thousandths():
-    assert protocol.shortened("0.0076 +- 0.0014", "teacher_kid") == "7.6 +- 1.4"
-    assert protocol.title_of("teacher_patch_kid").startswith("1,000 KID of patches to the teacher, by network")
-    assert protocol.title_of("distance").startswith("Distance, by network evaluations")
+    assert tables.shortened((0.0076, 0.0014), "teacher_kid") == "7.6 +- 1.4"
+    assert tables.title_of("teacher_patch_kid").startswith("1,000 KID of patches to the teacher, by network")
+    assert tables.title_of("distance").startswith("Distance, by network evaluations")
+
+
+def test_a_row_that_there_is_not_is_refused_by_name(capsys):
+    parser = protocol.options("", ["emoji"], ["forms"])
+    arguments = parser.parse_intermixed_args(["emoji", "forms", "--rows", "local,globl", "runs=x"])
+    assert (arguments.group, arguments.overrides) == ("forms", ["runs=x"])
+    with pytest.raises(SystemExit):
+        protocol.rows_of(parser, arguments, ["local", "global"])
+    assert "--rows: there is no globl, only local, global" in capsys.readouterr().err
+    asked = parser.parse_intermixed_args(["emoji", "forms", "--rows", "local"])
+    assert protocol.rows_of(parser, asked, ["local", "global"]) == ["local"]
+    assert protocol.rows_of(parser, parser.parse_intermixed_args(["emoji", "forms", "--tables"]), ["local"]) == []
