@@ -74,7 +74,7 @@ def within_bounds(student: Denoiser, line: Line, num_segments: int) -> bool:
     return chain_error <= chain and upper_error <= upper
 
 
-@pytest.mark.parametrize("target", ["consistency", "trajectory"])
+@pytest.mark.parametrize("target", ["consistency", pytest.param("trajectory", marks=pytest.mark.slow)])
 def test_progressive_training_reaches_the_true_map_of_each_phase(line, tmp_path, target):
     """K = 8, 4, 2, 1 in turn, each checked at its own boundaries, against the teacher and against the exact flow."""
     noise, end = line.held_out[:, 0], line.held_out[:, -1]

@@ -85,6 +85,7 @@ def test_what_its_type_requires_is_looked_for_in_the_recipe(package, recipe, tmp
     assert "imitate needs an earlier distill stage" in " ".join(told.split())
 
 
+@pytest.mark.slow
 def test_a_stage_is_its_type_its_loop_and_its_name_in_one_list(package, recipe):
     planned = json.loads(python(package, "-m", "mlcm_rl", "plan", recipe, "--json", "--device", "h100"))["stages"]
     toy, evaluation = planned[2], planned[3]
