@@ -1,5 +1,6 @@
 """Stage `distill`: multistep consistency distillation, phase by phase from many segments to one (arXiv 2406.05768)."""
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..equations.schedule import snr
 from ..equations.segments import phase_at
 from ..models import pictures, students, teachers
 from ..models.base import Base
+from ..models.conditioning import Conditioning
 from ..models.grids import SamplingGrid
 from ..models.perceptual import Distance, Distances
 from ..models.teachers import tell_truncated
@@ -50,6 +52,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     trained = rt.prepare(student, optimizer)
     average = {name: value.detach().clone() for name, value in trained.items()} if stage.target_ema else trained
+    network = Network(rt, base, student, average)
     source = make_source(stage, recipe, base, student, parents)
     distances = make_distances(stage, recipe, base, parents)
     real = real_pictures(stage, base)
@@ -76,7 +79,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
         parts = (source.realise(draw.rows(part)) for part in rt.micro_batches())
         measure = distances.of(settings.distance, step)
         added = TermsOfStep(rt, stage, base, student, terms, step, draw.s)
-        losses = (loss(rt, stage, settings, base, student, average, part, measure, added) for part in parts)
+        losses = (loss(settings, network, part, measure, added) for part in parts)
         with rt.autocast():
             record = rt.backward(losses)
             record |= added.learn()  # the terms' own networks, from what the student made
@@ -89,7 +92,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
             rt.log(step, phase=phase, num_segments=settings.num_segments, learning_rate=rate, **record)
         if isinstance(source, StoredStates) and source.store.num_held_out and rt.due(step, stage.held_out_every):
             measure = distances.of(settings.distance, "held out")
-            held_out = held_out_loss(rt, stage, settings, base, student, average, source, measure)
+            held_out = held_out_loss(settings, network, source, measure)
             rt.log(step, phase=phase, num_segments=settings.num_segments, held_out_loss=held_out)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, sum(lengths)):
             save_samples(rt, stage, recipe, base, student, settings.num_segments, step)
@@ -102,9 +105,10 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
 
 
 class PhaseSettings:
-    """The settings of one phase of a progressive schedule."""
+    """The settings of one phase of a progressive schedule, and its stage."""
 
     def __init__(self, stage: Distill, phase: int):
+        self.stage = stage
         self.num_segments: int = stage.num_segments[phase]
         self.learning_rate: float = stage.per_phase("learning_rate")[phase]
         self.target: str = stage.per_phase("target")[phase]
@@ -112,6 +116,27 @@ class PhaseSettings:
         self.space: str = stage.per_phase("space")[phase]
         self.optimizer_state: str = stage.per_phase("optimizer_state")[phase]
         self.distance: str = stage.per_phase("distance")[phase]
+
+
+@dataclass(frozen=True)
+class Network:
+    """The student, over its base, and the weights of the target: an average of the student's, or its own."""
+
+    rt: Runtime
+    base: Base
+    student: torch.nn.Module
+    average: Weights
+
+    def x0(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, s: Tensor | None) -> Tensor:
+        """Return f (B, C, H, W) of x_t at t (B,), for a conditioned student told s (B,)."""
+        return self.base.x0(self.student, x_t, t, conditioning, s)
+
+    @torch.no_grad()
+    def target_x0(self, batch: Batch, s: Tensor | None) -> Tensor:
+        """Return f (B, C, H, W) at the pair's second point, by the target, without gradient."""
+        assert batch.x_r is not None
+        with self.rt.swapped(self.average):
+            return self.x0(batch.x_r, batch.r, batch.conditioning, s)
 
 
 def make_source(
@@ -172,12 +197,8 @@ def read_texts(stage: Distill, base: Base) -> list[str]:
 
 
 def loss(
-    rt: Runtime,
-    stage: Distill,
     settings: PhaseSettings,
-    base: Base,
-    student: torch.nn.Module,
-    average: Weights,
+    network: Network,
     batch: Batch,
     measure: Distance,
     added: TermsOfStep | None = None,
@@ -186,18 +207,18 @@ def loss(
 
     The terms that are `added` to the distance are part of it, and with `method: simulation` all of it.
     """
+    stage, schedule = settings.stage, network.base.schedule
     s = batch.s if stage.condition_on_target else None
-    x0 = base.x0(student, batch.x_t, batch.t, batch.conditioning, s)
+    x0 = network.x0(batch.x_t, batch.t, batch.conditioning, s)
     if stage.method == "simulation":  # a fake score learns from the samples that the terms move
         assert added is not None
         jumps = jumps_of(batch, x0, added)
         return added.beside(x0.new_zeros(len(x0)), jumps, x0, x0.detach())
     if stage.method == "inter_segment":
-        x0_at_r = no_grad_x0(rt, base, student, average, batch, s)
         assert batch.x_r is not None
-        target = consistency.inter_segment_target(x0_at_r, batch.x_r, batch.r)
+        target = consistency.inter_segment_target(network.target_x0(batch, s), batch.x_r, batch.r)
         # both compare x0; that of space x0 has the weight of `consistency.loss_in_x0`, and z none
-        weight = snr(batch.t, base.schedule) + 1.0 if settings.space == "x0" else 1.0
+        weight = snr(batch.t, schedule) + 1.0 if settings.space == "x0" else 1.0
         distance = weight * measure(x0, target, batch.conditioning)
         if added is None:
             return distance
@@ -206,18 +227,17 @@ def loss(
         assert batch.x_s is not None
         target = batch.x_s
     else:  # the target network's jump from r to s
-        x0_at_r = no_grad_x0(rt, base, student, average, batch, s)
         assert batch.x_r is not None
-        target = consistency.transfer(batch.x_r, x0_at_r, batch.r, batch.s, base.schedule)
+        target = consistency.transfer(batch.x_r, network.target_x0(batch, s), batch.r, batch.s, schedule)
     error = consistency.LOSSES[settings.space]
     if settings.distance in PERCEPTUAL:  # of x0, whatever the space: g has noise
         is_log = settings.distance.startswith(LOG)
         error = consistency.log_perceptual_loss if is_log else consistency.PERCEPTUAL_LOSSES[settings.space]
     compared = partial(measure, conditioning=batch.conditioning)
-    distance = error(x0, batch.x_t, batch.t, target, batch.s, base.schedule, compared)
+    distance = error(x0, batch.x_t, batch.t, target, batch.s, schedule, compared)
     if added is None:
         return distance
-    ends = consistency.transfer(batch.x_t, x0, batch.t, batch.s, base.schedule) if added.sees_ends else None
+    ends = consistency.transfer(batch.x_t, x0, batch.t, batch.s, schedule) if added.sees_ends else None
     return added.beside(distance, jumps_of(batch, x0, added), target, batch.sample, ends)
 
 
@@ -227,31 +247,12 @@ def jumps_of(batch: Batch, x0: Tensor, added: TermsOfStep) -> Samples:
 
 
 @torch.no_grad()
-def no_grad_x0(
-    rt: Runtime, base: Base, student: torch.nn.Module, average: Weights, batch: Batch, s: Tensor | None
-) -> Tensor:
-    """Return f (B, C, H, W) at the pair's second point, by the target: the student's own weights or their average."""
-    assert batch.x_r is not None
-    with rt.swapped(average):
-        return base.x0(student, batch.x_r, batch.r, batch.conditioning, s)
-
-
-@torch.no_grad()
-def held_out_loss(
-    rt: Runtime,
-    stage: Distill,
-    settings: PhaseSettings,
-    base: Base,
-    student: torch.nn.Module,
-    average: Weights,
-    source: StoredStates,
-    measure: Distance,
-) -> float:
+def held_out_loss(settings: PhaseSettings, network: Network, source: StoredStates, measure: Distance) -> float:
     """Return the mean loss over the held-out trajectories, at the same times throughout a phase."""
     index = torch.tensor(source.store.held_out)
     draw = source.draw_for(index, settings.num_segments, settings.pair, generator(source.seed, "held out"))
-    parts = draw.split(stage.micro_batch)
-    losses = [loss(rt, stage, settings, base, student, average, source.realise(part), measure) for part in parts]
+    parts = draw.split(settings.stage.micro_batch)
+    losses = [loss(settings, network, source.realise(part), measure) for part in parts]
     return torch.cat(losses).mean().item()
 
 

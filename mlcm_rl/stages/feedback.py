@@ -1,5 +1,6 @@
 """Stage `feedback`: a reward's gradient through the student's last sampling steps (DRaFT, ReFL; TLCM's MPS stage)."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -61,35 +62,24 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
         # one update
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
         set_rate(optimizer, 0.0 if learned and learned.has_head_start(step) else rate)
-        draws, scores = rt.generator("draws", step), tuning.Scores()
+        draws, scoring = rt.generator("draws", step), Scoring(rewards, constraints, learned, tuning.Scores())
         rt.samples = prompts.texts(step, stage.batch_size // copies)
         points = source.draw(step, student.num_segments, "next", draws) if source else None
         stored = [points.rows(part) for part in rt.micro_batches()] if points else []
         last = last_step(stage, len(student.times), draws)
         matched = MatchingOfStep(rt, term, step, stage.batch_size, stage.copies_scored) if term else None
         losses = (
-            loss(
-                stage,
-                student,
-                rewards,
-                constraints,
-                learned,
-                own,
-                source.realise(stored[i]) if source else None,
-                last,
-                scores,
-                matched,
-            )
+            loss(stage, student, scoring, own, source.realise(stored[i]) if source else None, last, matched)
             for i, own in enumerate(prompts.starts(base, step, stage.batch_size // copies, stage.micro_batch, copies))
         )
         with rt.autocast():
-            logged = rt.backward(losses) | scores.means()
+            logged = rt.backward(losses) | scoring.scores.means()
             if learned:
                 logged |= learned.learn(step)
             if matched:
                 logged |= matched.learn()  # from the samples that were scored
-        rewards.take_in(scores.rewards())
-        logged |= constraints.take_in(scores)
+        rewards.take_in(scoring.scores.rewards())
+        logged |= constraints.take_in(scoring.scores)
 
         # the guard, the log, samples and checkpoints
         if rt.due(step, stage.guard.every, stage.num_steps):
@@ -116,28 +106,39 @@ def refuse_without_irrelevant(rewards: Combined, prompts: tuning.Prompts) -> Non
         raise ValueError(f"prompts: shape mps_hinge needs two different ones, {prompts.stage.prompts} holds one")
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What scores the samples of a step, and the raw scores that it has given so far.
+
+    `learned` stands in for rewards without gradient, if the stage has such.
+    """
+
+    rewards: Combined
+    constraints: Constraints
+    learned: LearnedReward | None
+    scores: tuning.Scores
+
+
 def loss(
     stage: Feedback,
     student: tuning.TunableStudent,
-    rewards: Combined,
-    constraints: Constraints,
-    learned: LearnedReward | None,
+    scoring: Scoring,
     start: tuning.Start,
     stored: Batch | None,
     last: int,
-    scores: tuning.Scores,
     matched: MatchingOfStep | None = None,
 ) -> Tensor:
-    """Return the loss of a micro-batch, one value a sample (B,) float32; its raw scores go into `scores`.
+    """Return the loss of a micro-batch, one value a sample (B,) float32; its raw scores go into `scoring`.
 
     Reward, anchor and distribution matching have a value for each copy of a sample, KL and the consistency loss one for
     each sample.
     """
-    if constraints.limits:
-        with constraints.reference_drawing(start):
-            constraints.add_reference(graded_sample(stage, student, start, last)[1], rewards, start, scores)
+    if scoring.constraints.limits:
+        with scoring.constraints.reference_drawing(start):
+            reference = graded_sample(stage, student, start, last)[1]
+            scoring.constraints.add_reference(reference, scoring.rewards, start, scoring.scores)
     x_t, x0, t, copies = graded_sample(stage, student, start, last)
-    value = reward_loss(stage, student, rewards, constraints, learned, x0, start, scores)
+    value = reward_loss(stage, student, scoring, x0, start)
     conditioning = start.repeated(copies)
     if stage.anchor:
         reference = student.reference_x0(x_t.detach(), t, torch.zeros_like(t), conditioning)
@@ -149,7 +150,7 @@ def loss(
         value = value + stage.consistency * stored_loss(student, stored)
     if matched is not None:
         term = matched.loss(x0, conditioning)
-        scores.add({"matching": term})
+        scoring.scores.add({"matching": term})
         value = value + term
     return value
 
@@ -184,22 +185,16 @@ def graded_sample(
 
 
 def reward_loss(
-    stage: Feedback,
-    student: tuning.TunableStudent,
-    rewards: Combined,
-    constraints: Constraints,
-    learned: LearnedReward | None,
-    x0: Tensor,
-    start: tuning.Start,
-    scores: tuning.Scores,
+    stage: Feedback, student: tuning.TunableStudent, scoring: Scoring, x0: Tensor, start: tuning.Start
 ) -> Tensor:
     """Return the loss (n B,) on the rewards of samples `x0` (n B, C, H, W), n of each prompt, in the stage's form."""
     copies = len(x0) // len(start.prompts)
 
     def of(sample: Tensor) -> Tensor:
         images = student.base.autoencoder.decode(sample, student.small_decoder)
-        return lagrangian(stage, rewards, constraints, images, start, copies, scores)
+        return lagrangian(stage, scoring, images, start, copies)
 
+    learned = scoring.learned
     if stage.form == "direct" and learned is None:
         return of(x0)
     # the gradient at the sample alone: of the rewards, or of what has learned from their scores
@@ -218,22 +213,14 @@ def reward_loss(
     return feedback.at_known_gradient(value, gradient, x0)
 
 
-def lagrangian(
-    stage: Feedback,
-    rewards: Combined,
-    constraints: Constraints,
-    images: Tensor,
-    start: tuning.Start,
-    copies: int,
-    scores: tuning.Scores,
-) -> Tensor:
+def lagrangian(stage: Feedback, scoring: Scoring, images: Tensor, start: tuning.Start, copies: int) -> Tensor:
     """Return the loss (n B,) on the rewards of `images` (n B, 3, H, W), n = `copies` of each prompt.
 
     It is the negative Lagrangian: of the summed reward in its shape, and of the rewards that may not fall.
     """
-    prompts, languages = start.prompts * copies, start.languages * copies
+    rewards, prompts, languages = scoring.rewards, start.prompts * copies, start.languages * copies
     total, raw = rewards(images, prompts, languages)
-    scores.add_rewards(raw)
+    scoring.scores.add_rewards(raw)
     if stage.shape == "negative":
         shaped = feedback.negative(total)
     elif stage.shape == "hinge":
@@ -241,7 +228,7 @@ def lagrangian(
     else:  # the same pictures under the next prompt, which they should not fit
         irrelevant = rewards.total(rewards.raw(images, start.next_prompts * copies, start.next_languages * copies))
         shaped = feedback.mps_hinge(total, irrelevant, stage.threshold)
-    return shaped + constraints.penalty(raw)
+    return shaped + scoring.constraints.penalty(raw)
 
 
 def step_kl(student: tuning.TunableStudent, start: tuning.Start) -> Tensor:

@@ -98,6 +98,7 @@ def time_steps(rt: Runtime, base: Base, student: torch.nn.Module, source, num_st
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)  # as the stages do
     rt.prepare(student, optimizer)
     settings = distill.PhaseSettings(stage, 0)
+    network = distill.Network(rt, base, student, {})
     distance = distill.make_distances(stage, rt.recipe, base, {}).of(settings.distance, 0)
     seconds: dict[str, list[float]] = {"teacher": [], "target": [], "student": []}
     for step in range(num_steps + 1):
@@ -105,9 +106,9 @@ def time_steps(rt: Runtime, base: Base, student: torch.nn.Module, source, num_st
         batch = source.realise(source.draw(step, 1, "next", generator("benchmark", step)))
         marks.append(now())
         if settings.target == "consistency":
-            distill.no_grad_x0(rt, base, student, {}, batch, None)
+            network.target_x0(batch, None)
         marks.append(now())
-        distill.loss(rt, stage, settings, base, student, {}, batch, distance).mean().backward()
+        distill.loss(settings, network, batch, distance).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         whole = now() - marks[2]

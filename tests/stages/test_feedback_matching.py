@@ -55,11 +55,8 @@ class Step:
     def losses(self) -> torch.Tensor:
         """The stage's own loss of the step's one micro-batch, (B,)."""
         (start,) = self.prompts.starts(self.base, 0, self.stage.batch_size, self.stage.batch_size)
-        constraints = Constraints(self.stage, self.student, {})
-        last, scores = len(self.student.times) - 1, tuning.Scores()
-        return feedback.loss(
-            self.stage, self.student, self.rewards, constraints, None, start, None, last, scores, self.matched
-        )
+        scoring = feedback.Scoring(self.rewards, Constraints(self.stage, self.student, {}), None, tuning.Scores())
+        return feedback.loss(self.stage, self.student, scoring, start, None, len(self.student.times) - 1, self.matched)
 
     def gradient(self) -> torch.Tensor:
         """The gradient of the mean loss by all trained weights."""

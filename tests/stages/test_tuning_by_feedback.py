@@ -71,7 +71,8 @@ def test_the_papers_hinge_by_hand(distilled, monkeypatch):
     begun = tuning.start(student.base, texts, [generator(i) for i in range(3)])
     assert begun.next_prompts == ["a dog", "红苹果", "a cat"]
     constraints = Constraints(stage, student, {})
-    losses = feedback.lagrangian(stage, rewards, constraints, torch.zeros(3, 3, 16, 16), begun, 1, tuning.Scores())
+    scoring = feedback.Scoring(rewards, constraints, None, tuning.Scores())
+    losses = feedback.lagrangian(stage, scoring, torch.zeros(3, 3, 16, 16), begun, 1)
     assert losses.tolist() == [6.0 + 20.0, 0.0 + 0.0, 19.0 + 10.0]
 
 
@@ -86,7 +87,8 @@ def test_the_gradient_of_a_bounded_target_is_the_rewards_own_of_one_size_in_ever
         stage = runs.tuning("feedback", "unused", form=form)
         rewards = combine(stage.rewards, "cpu", normalise=False)
         constraints = Constraints(stage, student, {})
-        losses = feedback.reward_loss(stage, student, rewards, constraints, None, x0, begun, tuning.Scores())
+        scoring = feedback.Scoring(rewards, constraints, None, tuning.Scores())
+        losses = feedback.reward_loss(stage, student, scoring, x0, begun)
         (gradients[form],) = torch.autograd.grad(losses.sum(), x0)
     direct, bounded = (gradients[form].flatten(1) for form in ("direct", "bounded"))
     assert bounded.square().mean(1).sqrt().tolist() == pytest.approx([2 * 0.1 / direct.shape[1]] * 2, rel=1e-4)
