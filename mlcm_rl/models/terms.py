@@ -7,7 +7,7 @@ terms is in `terms_of_step`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -62,19 +62,27 @@ class Noised:
 class Samples:
     """Latents `x0` (b, C, H, W) under `conditioning`, clean or, where a term is of all jumps, those of their ends.
 
-    `rows` (b,), on the CPU, are their places in the batch. Of jumps, `start` is where they began: x_t (b, C, H, W), t.
+    `rows` (b,), on the CPU, are their places in the batch. Of jumps, `start` is where they began: x_t (b, C, H, W) at t
+    (b,), and `target` (b, C, H, W) what the distance compares them with.
     """
 
     rows: Tensor
     x0: Tensor
     conditioning: Conditioning
     start: tuple[Tensor, Tensor] | None = None
+    target: Tensor | None = None
 
     def at(self, index: Tensor) -> "Samples":
         """Return those at `index` (n,)."""
         place, conditioning = index.to(self.x0.device), at_rows(self.conditioning, index.to(self.x0.device))
         start = None if self.start is None else (self.start[0][place], self.start[1][place])
-        return Samples(self.rows[index.cpu()], self.x0[place], conditioning, start)
+        target = None if self.target is None else self.target[place]
+        return Samples(self.rows[index.cpu()], self.x0[place], conditioning, start, target)
+
+    def detached(self) -> "Samples":
+        """Return them without their graph."""
+        target = None if self.target is None else self.target.detach()
+        return replace(self, x0=self.x0.detach(), target=target)
 
 
 @dataclass(frozen=True)
@@ -82,13 +90,11 @@ class Made:
     """What the student made of a micro-batch, without gradient, as a term sees it.
 
     jumps     f of its points, of those whose jumps end at time 0; of a term of all jumps, their ends
-    target    what the distance compares them with (b, C, H, W)
     weight    1 (b,); 0 for the one jump that stands in where none ends there
     sampled   its own samples in a few steps; None where no term learns from them
     """
 
     jumps: Samples
-    target: Tensor
     weight: Tensor
     sampled: Samples | None
 
@@ -181,7 +187,7 @@ class Adversary:
         self.network = Heads(shapes, settings.width, seed_of(seed, "heads"), num_states).to(base.device)
         self.learning_rate, self.of_all_jumps = settings.learning_rate, settings.jumps == "all"
         self.warmup_steps = settings.warmup_steps
-        self.of_real, self.of_fake, self.of_student = losses.LOSSES[settings.loss]
+        self.losses = losses.LOSSES[settings.loss]
 
     def draw(self, generator: torch.Generator, batch_size: int, s: Tensor) -> Noised:
         """Return the noise of an update of a whole batch whose jumps end at `s` (B,), and pictures if such are real."""
@@ -195,20 +201,20 @@ class Adversary:
         starts = self._read_starts(samples)
         with frozen(self.network):
             read = features(self.base, *noised.on(self.base, samples.x0), samples.conditioning)
-            logits = self.network(paired(read, starts))
-        return torch.stack([self.of_student(one) for one in logits]).mean(0)
+            logits = of_real = self.network(paired(read, starts))
+            if self.losses.is_of_pairs:
+                of_real = self.network(paired(self._read(*real_of(samples, noised), noised), starts))
+        values = [self.losses.student(real, fake) for real, fake in zip(of_real, logits, strict=True)]
+        return torch.stack(values).mean(0)
 
     def network_loss(self, made: Made, noised: Noised) -> Tensor:
         """Return the heads' loss (B,), the mean over the heads, with the penalty on the features of real samples."""
         fake, noised = made.jumps, noised.rows(made.jumps.rows)
-        real, conditioning = made.target, fake.conditioning
-        if noised.real is not None and noised.captions is not None:
-            real, conditioning = noised.real.to(real.device), on_device(noised.captions, real.device)
         starts = self._read_starts(fake)
         of_fake = self.network(paired(self._read(fake.x0, fake.conditioning, noised), starts))
-        read = self._read(real, conditioning, noised)
+        read = self._read(*real_of(fake, noised), noised)
         of_real = self.network(paired(read, starts))
-        parts = [self.of_real(one) + self.of_fake(other) for one, other in zip(of_real, of_fake, strict=True)]
+        parts = [self.losses.heads(one, other) for one, other in zip(of_real, of_fake, strict=True)]
         if weight := self.settings.gradient_penalty:
             parts += [weight * losses.gradient_penalty(*pair) for pair in zip(of_real, read, strict=True)]
         return torch.stack(parts).sum(0) / len(of_real) * made.weight
@@ -226,6 +232,15 @@ class Adversary:
             return None
         assert samples.start is not None
         return features(self.base, *samples.start, samples.conditioning)
+
+
+def real_of(samples: Samples, noised: Noised) -> tuple[Tensor, Conditioning]:
+    """Return the real latents (b, C, H, W) beside `samples` and their conditioning: the targets, or pictures drawn."""
+    if noised.real is not None and noised.captions is not None:
+        device = samples.x0.device
+        return noised.real.to(device), on_device(noised.captions, device)
+    assert samples.target is not None
+    return samples.target, samples.conditioning
 
 
 def terms_of(stage: Distill, base: Base, seed: int, pictures: Pictures | None) -> list[AddedTerm]:

@@ -92,7 +92,7 @@ class MatchingOfStep(NetworksOfStep):
         It is the mean over the n copies of each sample, and 0 while the fake score warms up.
         """
         samples = Samples(self.rows(), x0.detach(), conditioning)
-        self.made.append([Made(samples, samples.x0, torch.ones(len(x0), device=x0.device), samples)])
+        self.made.append([Made(samples, torch.ones(len(x0), device=x0.device), samples)])
         if self.step < self.term.warmup_steps:
             return self.of_samples(x0.new_zeros(len(x0)))
         noised = self.noised[0].rows(samples.rows)
@@ -133,13 +133,12 @@ class TermsOfStep(NetworksOfStep):
         self,
         distance: Tensor,
         jumps: Samples,
-        target: Tensor,
         sample: Tensor | None,
         ends: Tensor | None = None,
     ) -> Tensor:
         """Return the student's loss (B,) on the next micro-batch: `distance` (B,) and the terms, times their weights.
 
-        `jumps`, at the places of `rows`, have the x0 that the distance compares with `target` (B, C, H, W), and `ends`
+        `jumps`, at the places of `rows`, have the x0 that the distance compares with their target; `ends` (B, C, H, W)
         are where they end. Without terms it is `distance` itself. A `sample` is made where a term learns from one and
         there is none.
         """
@@ -152,21 +151,21 @@ class TermsOfStep(NetworksOfStep):
 
         # the jumps that end at time 0; the first one, at weight 0, if none does
         clean = (self.s[rows] == 0).nonzero().flatten() if (self.s[rows] == 0).any() else torch.zeros(1).long()
-        weight, index = (self.s[rows][clean] == 0).float().to(target.device), clean.to(target.device)
-        of_clean = jumps.at(clean), target[index], index, weight
+        device = distance.device
+        of_clean = jumps.at(clean), clean.to(device), (self.s[rows][clean] == 0).float().to(device)
         values, made = [distance], []
         for (term, _), noised in zip(self.terms, self.noised, strict=True):
-            seen, real, index, weight = of_clean
+            seen, index, weight = of_clean
             if term.of_all_jumps:
                 assert ends is not None
-                seen, real = replace(jumps, x0=ends), target
-                index, weight = torch.arange(len(rows), device=target.device), torch.ones_like(distance)
+                seen, weight = replace(jumps, x0=ends), torch.ones_like(distance)
+                index = torch.arange(len(rows), device=device)
             added = torch.zeros_like(distance)
             if self.step >= term.warmup_steps:
                 value = term.loss(seen, noised.rows(seen.rows))
                 added = added.index_add(0, index, term.weight * value * weight)
             values.append(added)
-            made.append(Made(replace(seen, x0=seen.x0.detach()), real.detach(), weight, sampled))
+            made.append(Made(seen.detached(), weight, sampled))
         self.made.append(made)
         parts = torch.stack(values)
         self.sums = self.sums + parts.detach().sum(1)

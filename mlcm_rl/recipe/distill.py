@@ -318,6 +318,8 @@ class Distill(Training):
             passes.append(Pass("heads", opposed, batch=batch, gradient=True))
             if self.adversarial.sees_start:  # for the student's loss, and for the heads'
                 passes.append(Pass("teacher", opposed + seen, batch=batch))
+            if self.adversarial.loss == "relativistic":  # real samples, for the student's
+                passes.append(Pass("teacher", opposed, batch=batch))
             own.append(Pass("heads", seen, 2, batch, gradient=True, beside=True))  # of real samples, and of its own
         return passes + own
 

@@ -85,8 +85,10 @@ class Adversarial(Term):
     """Heads on the frozen teacher's features tell real samples from the student's, which learns to pass for real."""
 
     weight: PositiveFloat = Field(0.1, description="factor of the term in the loss")
-    loss: Literal["hinge", "softplus"] = Field(
-        "hinge", description="of the heads: hinge stops at a margin of 1, softplus is GAN's logistic loss"
+    loss: Literal["hinge", "softplus", "relativistic"] = Field(
+        "hinge",
+        description="of the heads: hinge stops at a margin of 1, softplus is GAN's logistic loss; relativistic is of "
+        "the difference between a sample and its own target, by which heads learn at once",
     )
     real: Literal["milestones", "images"] = Field(
         "milestones",

@@ -212,8 +212,7 @@ def loss(
     x0 = network.x0(batch.x_t, batch.t, batch.conditioning, s)
     if stage.method == "simulation":  # a fake score learns from the samples that the terms move
         assert added is not None
-        jumps = jumps_of(batch, x0, added)
-        return added.beside(x0.new_zeros(len(x0)), jumps, x0, x0.detach())
+        return added.beside(x0.new_zeros(len(x0)), jumps_of(batch, x0, x0, added), x0.detach())
     if stage.method == "inter_segment":
         assert batch.x_r is not None
         target = consistency.inter_segment_target(network.target_x0(batch, s), batch.x_r, batch.r)
@@ -222,7 +221,7 @@ def loss(
         distance = weight * measure(x0, target, batch.conditioning)
         if added is None:
             return distance
-        return added.beside(distance, jumps_of(batch, x0, added), target, batch.sample)
+        return added.beside(distance, jumps_of(batch, x0, target, added), batch.sample)
     if settings.target == "trajectory":  # the teacher's stored state at s
         assert batch.x_s is not None
         target = batch.x_s
@@ -238,12 +237,12 @@ def loss(
     if added is None:
         return distance
     ends = consistency.transfer(batch.x_t, x0, batch.t, batch.s, schedule) if added.sees_ends else None
-    return added.beside(distance, jumps_of(batch, x0, added), target, batch.sample, ends)
+    return added.beside(distance, jumps_of(batch, x0, target, added), batch.sample, ends)
 
 
-def jumps_of(batch: Batch, x0: Tensor, added: TermsOfStep) -> Samples:
-    """Return the jumps from the points of `batch`, the next micro-batch, with their x0 (B, C, H, W) for the terms."""
-    return Samples(added.rows(), x0, batch.conditioning, (batch.x_t, batch.t))
+def jumps_of(batch: Batch, x0: Tensor, target: Tensor, added: TermsOfStep) -> Samples:
+    """Return the jumps from the points of `batch`, the next micro-batch, for the terms: x0, target (B, C, H, W)."""
+    return Samples(added.rows(), x0, batch.conditioning, (batch.x_t, batch.t), target)
 
 
 @torch.no_grad()

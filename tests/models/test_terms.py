@@ -36,7 +36,7 @@ def check_matching(base: Base) -> None:
     student = Samples(torch.arange(2), x0.clone().requires_grad_(), conditioning)
     assert term.loss(student, noised).tolist() == [0.0, 0.0]
     sampled = Samples(torch.arange(2), x0, conditioning)
-    made = Made(sampled, x0, torch.ones(2), sampled)
+    made = Made(sampled, torch.ones(2), sampled)
     term.network_loss(made, noised).sum().backward()
     trained = [value for value in term.network.parameters() if value.requires_grad]
     assert any(value.grad.abs().sum() > 0 for value in trained if value.grad is not None)
@@ -46,17 +46,17 @@ def check_matching(base: Base) -> None:
     assert (student.x0.grad.flatten(1).abs().amax(1) > 0).all()
 
 
-def check_adversary(base: Base, sees_start: bool = False) -> None:
+def check_adversary(base: Base, sees_start: bool = False, loss: str = "hinge") -> None:
     """The student's gradient comes through the teacher, which has none itself; heads see real and fake apart."""
     x0, conditioning = samples(base)
-    term = Adversary(Adversarial(width=4, gradient_penalty=0.1, sees_start=sees_start), base, seed=0)
+    term = Adversary(Adversarial(width=4, gradient_penalty=0.1, sees_start=sees_start, loss=loss), base, seed=0)
     noised = term.draw(torch.Generator().manual_seed(1), 2, CLEAN)
     start = base.noise(torch.Generator().manual_seed(5), 2), torch.full((2,), 999)
-    student = Samples(torch.arange(2), x0.clone().requires_grad_(), conditioning, start)
+    student = Samples(torch.arange(2), x0.clone().requires_grad_(), conditioning, start, target=-x0)
     term.loss(student, noised).sum().backward()
     assert (student.x0.grad.flatten(1).abs().amax(1) > 0).all()
     assert all(value.grad is None for value in (*term.network.parameters(), *base.denoiser.parameters()))
-    made = Made(replace(student, x0=x0), -x0, torch.ones(2), None)
+    made = Made(replace(student, x0=x0), torch.ones(2), None)
     loss = term.network_loss(made, noised)
     loss.sum().backward()
     assert loss.shape == (2,)
@@ -73,7 +73,7 @@ def test_unets_match_distributions(base):
 
 def test_heads_read_unets(base):
     check_adversary(base)
-    check_adversary(base, sees_start=True)
+    check_adversary(base, sees_start=True, loss="relativistic")
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_every_other_family_matches_distributions(teacher):
 @pytest.mark.slow
 def test_heads_read_every_other_family(teacher):
     check_adversary(teacher)
-    check_adversary(teacher, sees_start=True)
+    check_adversary(teacher, sees_start=True, loss="relativistic")
 
 
 def test_the_same_noise_is_on_all_that_is_compared(sdxl):
@@ -128,7 +128,7 @@ def test_heads_that_see_the_start_tell_an_end_from_that_of_another_jump(sdxl, se
     optimizer = torch.optim.Adam(term.network.parameters(), lr=settings.learning_rate)
     ends, conditioning = sdxl.noise(torch.Generator().manual_seed(4), 2), sdxl.encode_prompts(["a", "a"])
     start = 0.5 * ends, torch.full((2,), 499)
-    made = Made(Samples(torch.arange(2), ends.flip(0), conditioning, start), ends, torch.ones(2), None)
+    made = Made(Samples(torch.arange(2), ends.flip(0), conditioning, start, ends), torch.ones(2), None)
     noised = term.draw(torch.Generator().manual_seed(1), 2, CLEAN)
     noised = replace(noised, t=torch.ones(2, dtype=torch.int64), noise=torch.zeros_like(ends))
     losses = []
@@ -152,3 +152,13 @@ def test_what_heads_read_of_each_state_is_normalised_by_itself():
     variance, mean = torch.var_mean(one, dim=(1, 2, 3), correction=0, keepdim=True)
     torch.testing.assert_close(normal[:, :3], (one - mean) / (variance + 1e-5).sqrt())
     assert head.inward.in_channels == 6
+
+
+def test_a_pair_of_equal_samples_leaves_nothing_to_win_in_a_relativistic_loss(sdxl):
+    """By hand: at the target itself both losses are log 2, and the penalty is all that heads learn from it."""
+    x0, conditioning = samples(sdxl)
+    term = Adversary(Adversarial(width=4, gradient_penalty=0.0, loss="relativistic"), sdxl, seed=0)
+    noised = term.draw(torch.Generator().manual_seed(1), 2, CLEAN)
+    both = Samples(torch.arange(2), x0, conditioning, target=x0)
+    torch.testing.assert_close(term.loss(both, noised), torch.full((2,), 2.0).log())
+    torch.testing.assert_close(term.network_loss(Made(both, torch.ones(2), None), noised), torch.full((2,), 2.0).log())

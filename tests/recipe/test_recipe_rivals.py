@@ -54,6 +54,7 @@ def test_they_take_their_passes_by_hand(tiny_sdxl, tmp_path):
     expected = [
         (WHOLE | {"num_segments": [8, 4], "adversarial": {"jumps": "all"}, "distance_weight": 0.0}, 1 + 1 + 2),
         (WHOLE | {"num_segments": [4], "adversarial": {"jumps": "all", "sees_start": True}}, 1 + 1 + 2 + 2),
+        (WHOLE | {"num_segments": [4], "adversarial": {"jumps": "all", "loss": "relativistic"}}, 1 + 1 + 1 + 2),
         (RANDOM | {"num_segments": [8, 4]}, 1 + 1),
         (SIMULATION | {"matching": {}}, 1 + 1.5 + 2 + 1 + 5),
         (SIMULATION | {"adversarial": {"real": "images"}, "images": "unused"}, 1 + 1.5 + 1 + 2),

@@ -15,7 +15,7 @@ from mlcm_rl.storage.files import read_json
 
 LORA = {"kind": "lora", "rank": 2, "alpha": 2.0}
 HEADS = {"jumps": "all", "width": 4, "learning_rate": 1e-3}
-PAIRS = HEADS | {"sees_start": True}
+PAIRS = HEADS | {"sees_start": True, "loss": "relativistic"}
 LIGHTNING = {"starts": "milestones", "num_segments": [16, 2], "distance_weight": 0.0, "adversarial": PAIRS}
 HYPER = {"num_segments": [2, 1], "ends": "random", "target": "consistency", "target_ema": 0.9, "adversarial": HEADS}
 FAKE = {"rank": 2, "alpha": 2.0, "num_updates": 2}
@@ -87,7 +87,7 @@ def test_heads_see_where_jumps_begin_and_end(tiny_sdxl, store, tmp_path, monkeyp
     )
     train(tiny_sdxl, store, tmp_path / "run", **LIGHTNING | {"num_segments": [2]}, num_steps=1)
     (base, made, noised), batch = seen[0], points[0]
-    assert torch.equal(made.target, batch.x_s)
+    assert torch.equal(made.jumps.target, batch.x_s)
     assert torch.equal(noised.s, batch.s)
     assert all(map(torch.equal, made.jumps.start, (batch.x_t, batch.t)))
     assert (noised.t >= noised.s).all()
