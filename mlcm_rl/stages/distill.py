@@ -212,7 +212,8 @@ def loss(
     x0 = network.x0(batch.x_t, batch.t, batch.conditioning, s)
     if stage.method == "simulation":  # a fake score learns from the samples that the terms move
         assert added is not None
-        return added.beside(x0.new_zeros(len(x0)), jumps_of(batch, x0, x0, added), x0.detach())
+        nothing = 0.0 * x0.flatten(1).mean(1)  # in the graph, for steps in which all terms warm up
+        return added.beside(nothing, jumps_of(batch, x0, x0, added), x0.detach())
     if stage.method == "inter_segment":
         assert batch.x_r is not None
         target = consistency.inter_segment_target(network.target_x0(batch, s), batch.x_r, batch.r)

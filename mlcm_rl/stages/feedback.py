@@ -18,6 +18,7 @@ from ..preference.constraints import Constraints
 from ..preference.guard import HackingGuard
 from ..preference.surrogate import LearnedReward
 from ..recipe import Distill, Feedback, Recipe
+from ..recipe.distill import MOST_SAMPLER_SEGMENTS
 from ..rewards import Combined, combine, refuse_without_gradient
 from ..training import autocast
 from ..training.loop import Runtime, rate_factor, set_rate
@@ -249,10 +250,11 @@ def stored_states(stage: Feedback, recipe: Recipe, base: Base, start: Path, traj
     Raises CheckpointError for a store of another teacher.
     """
     student = students.describe(start)
-    told, budgets = student["conditioned"], student["budgets"]
+    told, budgets, num_segments = student["conditioned"], student["budgets"], student["num_segments"]
+    whole = (budgets and not told) or num_segments > MOST_SAMPLER_SEGMENTS  # so many are of starts: milestones alone
     distilled = Distill(
-        num_segments=[student["num_segments"]],
-        starts="milestones" if budgets and not told else "any",
+        num_segments=[num_segments],
+        starts="milestones" if whole else "any",
         condition_on_target=told,
         budgets=budgets if told else [],
         batch_size=stage.batch_size,

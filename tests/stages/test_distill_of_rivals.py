@@ -1,5 +1,6 @@
 """The stage under the keys of other methods: progressive adversarial phases, random ends, simulation."""
 
+import itertools
 import json
 
 import pytest
@@ -8,9 +9,10 @@ from safetensors.torch import load_file
 
 import runs
 from mlcm_rl import pipeline
+from mlcm_rl.equations.segments import milestones
 from mlcm_rl.equations.solver import ddim_step
 from mlcm_rl.models import students, teachers, terms
-from mlcm_rl.stages import distill
+from mlcm_rl.stages import distill, feedback
 from mlcm_rl.storage.files import read_json
 
 LORA = {"kind": "lora", "rank": 2, "alpha": 2.0}
@@ -54,6 +56,27 @@ def test_each_trains_and_its_student_is_described(tiny_sdxl, store, tmp_path, na
         first = tmp_path / "run" / "snapshots" / "phase-0-K16"
         assert read_json(first / "student.json")["num_segments"] == 16
         assert students.describe(first)["num_segments"] == 16
+
+
+def test_a_simulation_whose_terms_all_warm_up_trains_their_networks_alone(tiny_sdxl, store, tmp_path):
+    warm = {"matching": {"fake": FAKE | {"warmup_steps": 1}}, "prompts": runs.write_prompts(tmp_path)}
+    first, second = train(tiny_sdxl, store, tmp_path / "run", **SIMULATION | warm, num_steps=2)
+    assert (first["loss"], first["grad_norm"]) == (0.0, 0.0)
+    assert first["fake_grad_norm"] > 0 < second["grad_norm"]
+
+
+def test_stored_jumps_of_a_student_of_16_segments_begin_at_their_tops(tiny_sdxl, store, tmp_path):
+    """In `feedback` with consistency: more segments than a sampler's are of starts: milestones alone."""
+    settings = {"starts": "milestones", "num_segments": [16]}
+    train(tiny_sdxl, store, tmp_path / "run", **settings, num_steps=1)
+    tuned = runs.tuning("feedback", "unused", consistency=1.0)
+    recipe = runs.recipe(tiny_sdxl, tmp_path, [tuned])
+    base = teachers.load(recipe.teacher, "cpu")
+    points = feedback.stored_states(tuned, recipe, base, tmp_path / "run" / "student", store)
+    draw = points.draw(0, 16, "next", torch.Generator().manual_seed(0))
+    tops = milestones(16).tolist()
+    below = dict(itertools.pairwise(tops))
+    assert all(below[s] == t for t, s in zip(draw.t.tolist(), draw.s.tolist(), strict=True))
 
 
 def test_simulation_shows_the_heads_real_pictures(tiny_sdxl, store, tmp_path):
