@@ -7,6 +7,7 @@ prompt's samples: how hard a prompt is has no gradient, and is most of what scor
 rewards that count give equal scores to many pairs, which a comparison of pairs would leave out.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -61,11 +62,14 @@ class LearnedReward:
         The heads will learn from these samples' `scores` (B,) when the step's samples are all scored.
         """
         sample = x0.detach().requires_grad_()
+        # Spread over all places, a gradient would be rounded to 0 in a teacher's float16. A power of two is exact.
+        scale = 2.0 ** math.floor(math.log2(x0[0].numel()))
         # the gradient is taken before the adapter is back: blocks may be computed again in it
         reference = students.as_reference(self.student.denoiser)
         with reference, frozen(self.heads), autocast.own(sample.device):
             predicted = self._predict(sample, start)
-            (gradient,) = torch.autograd.grad(predicted.sum(), sample)
+            (scaled,) = torch.autograd.grad(predicted.sum() * scale, sample)
+        gradient = scaled / scale
         self.scored.append(Scored(x0.detach(), start, scores.detach(), predicted.detach()))
         return predicted.detach(), gradient
 

@@ -39,6 +39,25 @@ def test_the_gradient_is_that_of_the_prediction_and_reaches_neither_heads_nor_st
         torch.testing.assert_close(learned.predict(x0, start()), predicted)
 
 
+def test_the_gradient_of_a_large_picture_survives_a_teacher_in_float16(distilled, tmp_path, monkeypatch):
+    """Of 4096 times as many places each has so much less of it, which float16 would round to 0."""
+    places, original = 4096, LearnedReward._predict
+    monkeypatch.setattr(LearnedReward, "_predict", lambda self, *args: original(self, *args) / places)
+    recipe, folder = distilled
+    stage = runs.tuning("feedback", recipe.stages[0].prompts, surrogate=SURROGATE | {"head_start": 0})
+    gradients = []
+    for dtype in ("float32", "float16"):
+        teacher = recipe.teacher.model_copy(update={"dtype": dtype})
+        student = tuning.load(stage, teachers.load(teacher, "cpu"), folder / "student", seed=0)
+        learned = LearnedReward(stage, student, Runtime(recipe, stage, tmp_path / dtype), "a cat", seed=0)
+        prompts = tuning.Prompts(stage, student.base, 0)
+        start = tuning.start(student.base, prompts.draw(0, 2), [generator(0), generator(1)])
+        x0 = torch.randn(2, *student.base.latent_shape, generator=generator(2))
+        gradients.append(learned.gradient(x0, start, torch.zeros(2))[1])
+    exact, half = gradients
+    assert (half - exact).norm() < 0.02 * exact.norm()
+
+
 @pytest.mark.parametrize("form", ["direct", "bounded"])
 def test_a_reward_without_gradient_rises_through_what_has_learned_it(distilled, tmp_path, monkeypatch, form):
     monkeypatch.setattr("reward_models.brightness.Brightness.differentiable", False)
