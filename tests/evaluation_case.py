@@ -132,6 +132,8 @@ def write_inception(path: Path) -> Path:
 class PlantedJudge:
     """What the stage asks of a judge, of pictures of any size: fixed random features of their 4 x 4 thumbnails."""
 
+    picture_size = 16  # that of the tiny teachers
+
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
         unit = [normalize(torch.randn(count, 12, generator=generator), dim=1) for count in (len(CONCEPTS), 20)]

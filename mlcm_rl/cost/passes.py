@@ -103,6 +103,7 @@ class Roles:
         b = torch.empty_like(a)
         if network == "features":
             blocks, noise = self.feature_blocks, b[:1]
+            perceptual.refuse_blocks(self.base, blocks)
             with self.own_precision():
                 return perceptual.teacher_distance(self.base, a.requires_grad_(), b, conditioning, noise, 0, blocks)
         assert self.lpips is not None

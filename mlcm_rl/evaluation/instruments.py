@@ -121,14 +121,12 @@ def load(stage: Evaluate, prompts: list[Prompt], resolution: int, device: torch.
     """
     judge, reader, requests = None, None, list[Request | None]()
     if stage.judge and scene_judge.is_scene_judge(Path(stage.judge)):
-        if resolution != CANVAS:
-            raise ValueError(
-                f"judge: {stage.judge} reads pictures of {CANVAS} pixels a side, the teacher's {resolution}"
-            )
+        refuse_size(stage.judge, CANVAS, resolution)
         reader = scene_judge.load(Path(stage.judge), device)
         requests = scene_judge.requests_of(prompts, reader.concepts, stage.prompts)
     elif stage.judge:
         judge = judges.load(Path(stage.judge), device)
+        refuse_size(stage.judge, judge.picture_size, resolution)
     concepts = concept_indices(prompts, judge.concepts if judge else [], stage.prompts)
     distances, clip, networks = None, None, {}
     if stage.inception is not None:
@@ -154,6 +152,15 @@ def load(stage: Evaluate, prompts: list[Prompt], resolution: int, device: torch.
         refuse_prompts(member.model, name, prompts, stage.prompts, may_skip=True)
     sees = to_teacher_by(judge, reader, distances) if stage.distribution else None
     return Instruments(judge, concepts, reader, requests, distances, sees, clip, accuracy, members, networks, seed)
+
+
+def refuse_size(judge: str, side: int, resolution: int) -> None:
+    """Raise ValueError unless the pictures that a `judge` reads, `side` pixels a side, are those of the teacher."""
+    if resolution != side:
+        raise ValueError(
+            f"judge: {judge} reads pictures of {side} pixels a side, and the teacher's have {resolution}: name a judge "
+            "of such pictures, or leave it out"
+        )
 
 
 def to_teacher_by(

@@ -83,6 +83,8 @@ class Judge:
     `reference_concepts` and `reference_styles`.
     """
 
+    picture_size = PICTURE_SIZE  # pixels a side that it reads
+
     def __init__(self, encoder: PictureEncoder, references: Tensor, concepts: list[str], styles: list[str]) -> None:
         self.encoder = encoder.eval().requires_grad_(False)
         self.concepts, self.styles = concepts, styles

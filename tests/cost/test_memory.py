@@ -333,6 +333,8 @@ def test_a_distance_by_features_keeps_the_teacher_and_one_by_lpips_its_network(t
     plain = of(runs.distill(**settings), tiny_sdxl)
     by_blocks = of(runs.distill(**settings, distance="features"), tiny_sdxl)
     assert by_blocks.parameters - plain.parameters == plain.gradients  # a denoiser beside the student's
+    with pytest.raises(ValueError, match="feature_blocks: 99, and the denoiser of"):
+        of(runs.distill(**settings, distance="features", feature_blocks=[0, 99]), tiny_sdxl)
     network = lpips.new(new_layout(4, [4, 6], [1, 1]), seed=0)
     lpips.save(network, tmp_path / "lpips.safetensors")
     by_lpips = of(runs.distill(**settings, distance="lpips", lpips=str(tmp_path)), tiny_sdxl)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ import evaluation_case
 from mlcm_rl.data.prompts import Prompt
 from mlcm_rl.data.scenes import QUESTIONS, STYLES, Reading, read_code
 from mlcm_rl.evaluation import instruments, scene_judge
+from mlcm_rl.recipe import Evaluate
 from mlcm_rl.storage.files import CheckpointError, write_json
 
 A, B = "1F43C", "1F34E"
@@ -139,8 +140,16 @@ def test_prompts_that_it_cannot_judge_are_refused(concept, message):
 
 def test_a_teacher_of_another_size_is_refused_before_anything_is_drawn(place, tmp_path):
     write_json(tmp_path / "judge" / "config.json", {"kind": "scenes"})
-    with pytest.raises(ValueError, match="reads pictures of 128 pixels a side, the teacher's 16"):
+    with pytest.raises(ValueError, match="reads pictures of 128 pixels a side, and the teacher's have 16"):
         evaluation_case.run(place, tmp_path / "evaluate", judge=str(tmp_path / "judge"))
+
+
+def test_so_it_is_by_a_judge_of_one_drawing_a_picture(tmp_path, monkeypatch):
+    write_json(tmp_path / "config.json", {})
+    monkeypatch.setattr(instruments.judges, "load", lambda path, device: Mock(picture_size=64))
+    stage = Evaluate(prompts="p.txt", judge=str(tmp_path))
+    with pytest.raises(ValueError, match="reads pictures of 64 pixels a side, and the teacher's have 16"):
+        instruments.load(stage, [], 16, torch.device("cpu"), seed=0)
 
 
 def test_a_folder_of_other_styles_or_without_weights_is_refused(tmp_path):
