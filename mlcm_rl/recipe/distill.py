@@ -27,7 +27,15 @@ Distance = Literal["l2", "huber", "log_l2", "lpips", "features", "log_lpips", "l
 # of OWN_FORM, has no list with an entry a phase, and has the values of OPEN, which this form needs.
 RECOMMENDED = {"condition_on_target": True, "num_segments": [1], "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"}
 OWN_FORM = ("condition_on_target", "num_segments", "budgets")
-OPEN = {"method": "segments", "source": "trajectories", "target": "trajectory", "space": "z"}
+OPEN = {
+    "method": "segments",
+    "source": "trajectories",
+    "target": "trajectory",
+    "space": "z",
+    "starts": "any",
+    "ends": "segment",
+    "keep_segments": False,
+}
 
 
 class Distill(Training):

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
 
 MOST_SAMPLER_SEGMENTS = 8  # of a sampler's grid; phases before those may have more
 LOG = "log_"  # begins the name of the logarithm of a distance
+# Of points on trajectories and of a target, which a simulation has not.
+NOT_SIMULATED = {"source", "target", "pair", "space", "target_ema", "renoise", "skip", "num_teacher_steps"}
 PER_PHASE = ("num_steps", "learning_rate", "target", "pair", "space", "distance", "optimizer_state")
 
 
@@ -104,6 +106,9 @@ def _of_terms(stage: "Distill") -> Iterator[str]:
     if stage.distance_weight != 1.0 and (not stage.terms or stage.method == "simulation"):
         yield "distance_weight has no effect without both a distance and a term beside it"
     if stage.method == "simulation":
+        for name in sorted(NOT_SIMULATED):
+            if _is_changed(stage, name):
+                yield f"{name} has no effect with method: simulation, which has no points and no target: leave it out"
         if stage.per_phase("distance") != ["l2"]:
             yield "method: simulation has no distance: leave it out"
         if stage.prompts is None:
@@ -115,3 +120,8 @@ def _of_terms(stage: "Distill") -> Iterator[str]:
                 "adversarial.real: milestones is the target of a distance, and method: simulation has none: take "
                 "real: images"
             )
+
+
+def _is_changed(stage: "Distill", name: str) -> bool:
+    """Return whether a setting has another value than its default in a phase."""
+    return any(value != type(stage).model_fields[name].default for value in stage.per_phase(name))

@@ -4,7 +4,7 @@ The expectation comes from the types' JSON schema, so that an editor and the com
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +69,21 @@ def _describe(error: Mapping[str, Any], location: _Location) -> tuple[Key, str, 
             return (*key, "kind"), *_mismatch(kinds, kind)
         case "value_error":  # of our own validators, whose messages begin with the name of the setting
             message = str(error["ctx"]["error"])
-            name = message.split()[0].rstrip(":")
-            return (*key, name) if node and node.child(name) else key, message, ""
+            return (*key, *_in_file(message.split()[0].rstrip(":"), node)), message, ""
         case _:
             message, suggestion = _mismatch(schema, node)
             if key == ("teacher", "family") and node and not suggestion:
                 message += f"; a family of another distribution has an entry point of {ENTRY_POINTS}, and is installed"
             return key, message, suggestion
+
+
+def _in_file(name: str, node: Node | None) -> Iterator[str]:
+    """Yield the keys of a setting's `name`, such as matching.weight, as far down from `node` as the file has them."""
+    for key in name.split("."):
+        node = node.child(key) if node else None
+        if node is None:
+            return
+        yield key
 
 
 def expected(schema: Schema) -> str:

@@ -126,6 +126,12 @@ class Evaluate(OneStage):
             raise ValueError(f"distribution needs num_prompts of {MIN_PROMPTS} or more, is {self.num_prompts}")
         return self
 
+    @model_validator(mode="after")
+    def _confidences_have_a_detector(self):
+        if self.detector is None and self.confidences != type(self).model_fields["confidences"].default:
+            raise ValueError("confidences are those of a detector: name one, or leave them out")
+        return self
+
     @property
     def parents(self) -> tuple[str, ...]:
         """The teacher, every student of the recipe, and its own reward if that is used."""

@@ -32,6 +32,7 @@ from . import (
     teacher_problems,
 )
 from .distill import Distill
+from .evaluation import Evaluate
 from .experiment import Recipe, Stage, gamma_of, missing_library, missing_trackers, origin_of, student_before
 from .families import layout_of
 from .feedback import Feedback
@@ -117,6 +118,7 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
         *_order_problems(recipe),
         *_store_problems(recipe),
         *_tuning_problems(recipe, folders),
+        *_evaluation_problems(recipe),
         *prompt_languages.problems(recipe, folders),
         *prompt_counts.problems(recipe, folders),
         *_precision_problems(recipe, folders),
@@ -280,6 +282,21 @@ def _tuning_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
             if reward_key in reward_keys:
                 yield Problem(key, f"{reward.name} is named twice; a sum has one weight for each reward")
             reward_keys.add(reward_key)
+
+
+def _evaluation_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield a problem for each evaluation whose numbers of steps are none that the student learned to draw in."""
+    for i, stage in enumerate(recipe.stages):
+        distilled = [one for one in recipe.stages[:i] if isinstance(one, Distill)]
+        if not isinstance(stage, Evaluate) or stage.also or not distilled or distilled[-1].condition_on_target:
+            continue
+        last = distilled[-1]
+        phases = last.num_segments if stage.students == "snapshots" else last.num_segments[-1:]
+        learned = [last.steps_learned(num_segments) for num_segments in phases]
+        if all(learned) and not {n for steps in learned for n in steps} & set(stage.sampling_steps):
+            known = " or ".join(str(n) for n in sorted({n for steps in learned for n in steps}))
+            message = f"expected {known} among them, since the student predicts x0 and knows the starts of those jumps "
+            yield Problem(("stages", i, "sampling_steps"), f"{message}alone, found {stage.sampling_steps}")
 
 
 def _precision_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:

@@ -165,6 +165,7 @@ def test_the_recipe_asks_for_the_papers_rewards_and_is_planned_before_they_are_f
             "stages[0].distribution",
             "distribution needs judge or inception",
         ),
+        ({"stages.0.confidences": "[0.1, 0.5]"}, "stages[0].confidences", "confidences are those of a detector"),
         ({"stages.0.num_prompts": 2}, "stages[0].distribution", "distribution needs num_prompts of 3 or more, is 2"),
         (
             {"stages.0.real_images": "null", "stages.0.distribution": "false"},

@@ -115,6 +115,20 @@ def test_a_good_recipe_means_what_a_person_reads_in_it(root):
             "stages[1].kind",
             "missing: expected one of train_teacher, adapt_text, train_control, train_perceptual, train_reward, ",
         ),
+        (
+            "    precision: no",
+            "    adversarial:\n      warmup_steps: 100\n      jumps: all",
+            17,
+            "stages[1].adversarial.warmup_steps",
+            "adversarial.warmup_steps 100 of 100 steps leave none in which the term acts",
+        ),
+        (
+            "    precision: no",
+            "    adversarial:\n      jumps: all\n      real: images",
+            18,
+            "stages[1].adversarial.real",
+            "adversarial.real: images needs images",
+        ),
         ("precision: no", "precision: false", 16, "stages[1].precision", "16, found false"),
         (
             "precision: no",

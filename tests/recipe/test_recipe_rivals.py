@@ -6,6 +6,7 @@ from pydantic import ValidationError
 import runs
 from mlcm_rl.cost.evaluations import network_evaluations
 from mlcm_rl.pipeline import fingerprint
+from mlcm_rl.recipe import Distill, Evaluate
 from mlcm_rl.recipe.file import check
 from mlcm_rl.recipe.paths import Folders
 
@@ -38,6 +39,9 @@ RANDOM = {"ends": "random", "target": "consistency"}
         (SIMULATION | {"matching": {}, "distance_weight": 0.5}, "distance_weight has no effect"),
         (SIMULATION | {"matching": {}, "distance": "huber"}, "simulation has no distance: leave it out"),
         (SIMULATION | {"matching": {}, "prompts": None}, "simulation needs prompts"),
+        (SIMULATION | {"matching": {}, "target_ema": 0.9}, "target_ema has no effect with method: simulation"),
+        (SIMULATION | {"matching": {}, "target": ["consistency"]}, "target has no effect with method: simulation"),
+        (SIMULATION | {"matching": {}, "source": "online"}, "source has no effect with method: simulation"),
         (
             {"method": "inter_segment", "num_segments": [1], "adversarial": {"jumps": "all"}},
             "jumps: all has no effect with method: inter_segment",
@@ -47,6 +51,12 @@ RANDOM = {"ends": "random", "target": "consistency"}
 def test_a_key_without_what_it_needs_is_refused(changes, message):
     with pytest.raises(ValidationError, match=f"(?s){message}"):
         runs.distill(**changes)
+
+
+@pytest.mark.parametrize("changes", [WHOLE, {"ends": "random"}, {"keep_segments": True}])
+def test_phases_of_another_method_are_not_the_open_form(changes):
+    stage = Distill(num_steps=1, batch_size=4, **changes)
+    assert (stage.num_segments, stage.condition_on_target, stage.budgets) == ([8, 4, 2, 1], False, [])
 
 
 def test_they_take_their_passes_by_hand(tiny_sdxl, tmp_path):
@@ -120,6 +130,20 @@ def test_a_one_step_student_is_for_one_step_and_tuned_at_no_other(tiny_sdxl, tmp
         problems = check(runs.recipe(tiny_sdxl, tmp_path, stages), Folders(tmp_path, tmp_path))
         assert [one.key for one in problems] == [("stages", 2, "sampling_steps")] * count
         assert all("expected 1, since its student predicts x0" in one.text for one in problems)
+
+
+@pytest.mark.parametrize(
+    ("steps", "students", "known"), [([1, 2], "last", ""), ([2, 4], "last", "1"), ([2], "snapshots", "")]
+)
+def test_an_evaluation_at_no_step_that_the_student_knows_is_refused(tiny_sdxl, tmp_path, steps, students, known):
+    """A table without the student of the recipe; its snapshot of two steps would be in it."""
+    prompts = runs.write_prompts(tmp_path)
+    distilled = runs.distill(**WHOLE, num_segments=[2, 1], prediction="x0")
+    evaluate = Evaluate(prompts=prompts, num_prompts=4, sampling_steps=steps, students=students)
+    stages = [runs.trajectories(prompts, solver_steps=16), distilled, evaluate]
+    problems = check(runs.recipe(tiny_sdxl, tmp_path, stages), Folders(tmp_path, tmp_path))
+    assert [one.key for one in problems] == [("stages", 2, "sampling_steps")] * bool(known)
+    assert all(f"expected {known} among them, since the student predicts x0" in one.text for one in problems)
 
 
 def test_families_of_flows_predict_a_velocity(tiny_sdxl, tmp_path):
