@@ -2,12 +2,17 @@
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+
+from pydantic import ValidationError
 
 import kept_values
 import tables
 from mlcm_rl.recipe import Distill, Evaluate, Recipe
-from mlcm_rl.recipe.file import load
+from mlcm_rl.recipe.file import check, load
+from mlcm_rl.recipe.paths import Folders
+from mlcm_rl.recipe.tree import key_text
 
 RECIPES = Path(__file__).parents[1]
 GAMMAS = {"emoji": [0.0, 0.5, 1.0], "scenes": [0.0, 0.5]}  # subject -> those that students are sampled at
@@ -31,11 +36,32 @@ def run(
     arguments = parser.parse_intermixed_args()
     base, subject = load(RECIPES / bases[arguments.subject], arguments.overrides), arguments.subject
     results = arguments.results or Path(base.runs) / f"{name}-{subject}-{arguments.steps}"
+    recipes = {}
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for row in rows_of(parser, arguments, rows):
-            recipe = recipe_of(base, subject, row, seed, arguments.steps, arguments.prompts)
-            kept_values.keep(recipe, results / f"{row}-{seed}.safetensors", columns[subject])
+            path = results / f"{row}-{seed}.safetensors"
+            made = partial(recipe_of, base, subject, row, seed, arguments.steps, arguments.prompts)
+            recipes[path] = checked(parser, row, made, is_done=path.is_file())
+    for path, recipe in recipes.items():
+        kept_values.keep(recipe, path, columns[subject])
     tables.write(results, columns[subject], list(rows))
+
+
+def checked(parser: argparse.ArgumentParser, row: str, make: Callable[[], Recipe], is_done: bool = False) -> Recipe:
+    """Return the recipe that `make` makes of `row`. End the program with what is wrong with it, before anything runs.
+
+    Its files need not be there for one that `is_done`.
+    """
+    try:
+        recipe = make()
+    except ValidationError as error:
+        places = (("".join(f"{key}: " for key in one["loc"]), one["msg"]) for one in error.errors())
+        parser.error(f"{row}: " + "; ".join(place + text.removeprefix("Value error, ") for place, text in places))
+    except ValueError as error:
+        parser.error(f"{row}: {error}")
+    for problem in [] if is_done else check(recipe, Folders(Path(), Path())):
+        parser.error(f"{row}: {key_text(problem.key)}: {problem.text}")
+    return recipe
 
 
 def options(description: str, bases: Iterable[str], groups: Iterable[str] = ()) -> argparse.ArgumentParser:
@@ -82,7 +108,10 @@ def distill_of(base: Recipe) -> Distill:
 
 
 def evaluate_stage(base: Recipe, subject: str, num_prompts: int, sampling_steps: list[int]) -> Evaluate:
-    """Return the base's evaluation of `num_prompts`: the last student in `sampling_steps`, beside the teacher's 50."""
+    """Return the base's evaluation of `num_prompts`: the last student in `sampling_steps`, beside the teacher's 50.
+
+    Raise ValueError for prompts that are too few to measure by.
+    """
     evaluate = next(stage for stage in base.stages if isinstance(stage, Evaluate))
     measured = {
         "num_prompts": num_prompts,
@@ -95,4 +124,6 @@ def evaluate_stage(base: Recipe, subject: str, num_prompts: int, sampling_steps:
         "students": "last",
         "distribution": True,
     }
-    return evaluate.model_copy(update=measured)
+    stage = evaluate.model_copy(update=measured)
+    Evaluate.model_validate(stage.model_dump())  # a copy is not checked, and this one is run after hours of training
+    return stage

@@ -15,6 +15,7 @@ both is not tuned again: the study may be cut off, go on elsewhere, or be shared
 these alone.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,8 @@ def main() -> None:
     results.mkdir(parents=True, exist_ok=True)
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for row in protocol.rows_of(parser, arguments, list(ROWS[subject][group])):
-            *tuning, evaluate = recipe_of(base, subject, group, row, seed, num_steps, arguments.prompts).stages
+            made = partial(recipe_of, base, subject, group, row, seed, num_steps, arguments.prompts)
+            *tuning, evaluate = protocol.checked(parser, row, made).stages
             name, metrics = f"tuning-{group}-{row}-{seed}".replace(".", "_"), tuple(COLUMNS[subject])
             tuned = base.model_copy(update={"name": name, "stages": tuning})
             tuning_looks.keep(tuned, results / f"{row}-{seed}.json")
@@ -158,7 +160,9 @@ def recipe_of(
         "teacher_steps": [50],
         "distribution": True,
     }
-    stages = [stage_of(base, subject, group, row, seed, num_steps), given.model_copy(update=measured)]
+    evaluate = given.model_copy(update=measured)
+    Evaluate.model_validate(evaluate.model_dump())  # a copy is not checked
+    stages = [stage_of(base, subject, group, row, seed, num_steps), evaluate]
     return with_stages(base, f"tuning-{group}", stages)
 
 

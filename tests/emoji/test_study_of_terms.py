@@ -1,5 +1,7 @@
 """The study of terms: every row is a recipe of as many steps, and its table is the mean over seeds by hand."""
 
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,19 @@ def test_a_row_that_there_is_not_is_refused_by_name(capsys):
     asked = parser.parse_intermixed_args(["emoji", "forms", "--rows", "local"])
     assert protocol.rows_of(parser, asked, ["local", "global"]) == ["local"]
     assert protocol.rows_of(parser, parser.parse_intermixed_args(["emoji", "forms", "--tables"]), ["local"]) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "prompts", "message"),
+    [
+        (400, 2, "global: distribution needs num_prompts of 3 or more, is 2"),
+        (400, 10**6, r"global: stages\[3\].num_prompts: .* num_prompts is 1000000"),
+        (4, 128, "global: num_steps.*greater than 0"),
+    ],
+)
+def test_options_that_make_no_recipe_end_the_study_before_anything_runs(capsys, steps, prompts, message):
+    base = load(protocol.RECIPES / terms.BASES["emoji"], [])
+    made, parser = partial(terms.recipe_of, base, "emoji", "global", 0, steps, prompts), protocol.options("", ["emoji"])
+    with pytest.raises(SystemExit):
+        protocol.checked(parser, "global", made)
+    assert re.search(message, capsys.readouterr().err)
