@@ -36,7 +36,7 @@ def run(
     arguments = parser.parse_intermixed_args()
     base, subject = load(RECIPES / bases[arguments.subject], arguments.overrides), arguments.subject
     results = arguments.results or Path(base.runs) / f"{name}-{subject}-{arguments.steps}"
-    recipes = {}
+    recipes: dict[Path, Recipe] = {}
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for row in rows_of(parser, arguments, rows):
             path = results / f"{row}-{seed}.safetensors"
