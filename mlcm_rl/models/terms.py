@@ -114,6 +114,7 @@ class AddedTerm(Protocol):
     warmup_steps: int  # in which the network learns and the student has no term
     learns_from_samples: bool  # of a few steps
     of_all_jumps: bool  # not of those alone that end at time 0
+    sees_ends: bool  # where jumps end, and not their x0: at time 0 the two differ by the noise that is left there
 
     @property
     def network(self) -> nn.Module: ...
@@ -132,7 +133,7 @@ class DistributionMatching:
     teacher's own prediction loss from the student's few-step samples; in tuning these are the samples of the loss.
     """
 
-    name, network_name, learns_from_samples, of_all_jumps = "matching", "fake", True, False
+    name, network_name, learns_from_samples, of_all_jumps, sees_ends = "matching", "fake", True, False, False
 
     def __init__(self, settings: Matching, base: Base, seed: int):
         self.settings, self.base, self.weight = settings, base, settings.weight
@@ -186,7 +187,7 @@ class Adversary:
         num_states = 2 if settings.sees_start else 1
         self.network = Heads(shapes, settings.width, seed_of(seed, "heads"), num_states).to(base.device)
         self.learning_rate, self.of_all_jumps = settings.learning_rate, settings.jumps == "all"
-        self.warmup_steps = settings.warmup_steps
+        self.warmup_steps, self.sees_ends = settings.warmup_steps, settings.real == "milestones"
         self.losses = losses.LOSSES[settings.loss]
 
     def draw(self, generator: torch.Generator, batch_size: int, s: Tensor) -> Noised:

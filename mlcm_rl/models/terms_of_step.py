@@ -126,21 +126,15 @@ class TermsOfStep(NetworksOfStep):
 
     @property
     def sees_ends(self) -> bool:
-        """Return whether a term is of all jumps."""
-        return any(term.of_all_jumps for term, _ in self.terms)
+        """Return whether a term compares where jumps end."""
+        return any(term.sees_ends for term, _ in self.terms)
 
-    def beside(
-        self,
-        distance: Tensor,
-        jumps: Samples,
-        sample: Tensor | None,
-        ends: Tensor | None = None,
-    ) -> Tensor:
+    def beside(self, distance: Tensor, jumps: Samples, sample: Tensor | None, ends: Tensor | None = None) -> Tensor:
         """Return the student's loss (B,) on the next micro-batch: `distance` (B,) and the terms, times their weights.
 
         `jumps`, at the places of `rows`, have the x0 that the distance compares with their target; `ends` (B, C, H, W)
-        are where they end. Without terms it is `distance` itself. A `sample` is made where a term learns from one and
-        there is none.
+        are where they end, if that is another state. Without terms it is `distance` itself. A `sample` is made where a
+        term learns from one and there is none.
         """
         if not self.terms:
             return distance
@@ -151,15 +145,13 @@ class TermsOfStep(NetworksOfStep):
 
         # the jumps that end at time 0; the first one, at weight 0, if none does
         clean = (self.s[rows] == 0).nonzero().flatten() if (self.s[rows] == 0).any() else torch.zeros(1).long()
-        device = distance.device
-        of_clean = jumps.at(clean), clean.to(device), (self.s[rows][clean] == 0).float().to(device)
+        weight_of_clean = (self.s[rows][clean] == 0).float().to(distance.device)
         values, made = [distance], []
         for (term, _), noised in zip(self.terms, self.noised, strict=True):
-            seen, index, weight = of_clean
-            if term.of_all_jumps:
-                assert ends is not None
-                seen, weight = replace(jumps, x0=ends), torch.ones_like(distance)
-                index = torch.arange(len(rows), device=device)
+            seen = jumps if ends is None or not term.sees_ends else replace(jumps, x0=ends)
+            index, weight = torch.arange(len(rows)).to(distance.device), torch.ones_like(distance)
+            if not term.of_all_jumps:
+                seen, index, weight = seen.at(clean), clean.to(distance.device), weight_of_clean
             added = torch.zeros_like(distance)
             if self.step >= term.warmup_steps:
                 value = term.loss(seen, noised.rows(seen.rows))

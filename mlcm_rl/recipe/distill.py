@@ -256,12 +256,15 @@ class Distill(Training):
 
     @property
     def corrections(self) -> int:
-        """Three: the average was not used under autocast; the caption of a picture depended on the time; the last bits
-        of an encoded prompt depended on the micro-batch (by 5e-7 of the largest, where that is not a multiple of 4).
+        """Four: the average was not used under autocast; the caption of a picture depended on the time; the last bits
+        of an encoded prompt depended on the micro-batch (by 5e-7 of the largest, where that is not a multiple of 4); an
+        adversary of clean jumps saw x0 beside targets that have the noise of time 0.
         """
         unseen = self.precision == "bf16" and self.target_ema > 0 and any(self.jumps_again)
         chosen = self.method == "segments" and self.source == "data"
-        return unseen + chosen + (not self.reads_trajectories)
+        given = self.adversarial
+        noisy = self.method == "segments" and given is not None and (given.real, given.jumps) == ("milestones", "clean")
+        return unseen + chosen + noisy + (not self.reads_trajectories)
 
     @property
     def parents(self) -> tuple[str, ...]:

@@ -177,6 +177,8 @@ def test_a_correction_moves_the_folders_of_the_stages_that_it_changes_and_no_oth
     noised = {"source": "data", "images": "unused"}
     assert runs.distill(**averaged, precision="bf16").corrections == 1
     assert runs.distill(**averaged).corrections == 0
+    assert runs.distill(num_segments=[1], adversarial={}).corrections == 1
+    assert runs.distill(num_segments=[1], adversarial={"jumps": "all"}).corrections == 0
     assert runs.distill(target="consistency", precision="bf16").corrections == 0
     assert runs.distill(target="consistency", source="online", prompts="unused").corrections == 1
     assert runs.distill(target="consistency", **noised).corrections == 2

@@ -120,6 +120,22 @@ def test_heads_see_where_jumps_begin_and_end(tiny_sdxl, store, tmp_path, monkeyp
     assert made.weight.tolist() == [1.0] * 4
 
 
+def test_jumps_to_time_0_end_where_their_targets_do(tiny_sdxl, store, tmp_path, monkeypatch):
+    """With the noise that is left there, as the stored state has it: x0 without would be told by that alone."""
+    seen, original = [], terms.Adversary.network_loss
+    monkeypatch.setattr(
+        terms.Adversary,
+        "network_loss",
+        lambda self, made, noised: seen.append((self.base, made)) or original(self, made, noised),
+    )
+    train(tiny_sdxl, store, tmp_path / "run", num_segments=[1], adversarial={"width": 4}, num_steps=1)
+    (base, made), (x_t, t) = seen[0], seen[0][1].jumps.start
+    with torch.no_grad():
+        x0 = base.x0(base.denoiser, x_t, t, made.jumps.conditioning)
+    torch.testing.assert_close(made.jumps.x0, ddim_step(x_t, x0, t, torch.zeros_like(t), base.schedule))
+    assert (made.jumps.x0 - x0).abs().max() > 1e-3
+
+
 # ---- SDXL-Lightning's one-step student ----
 
 
