@@ -8,8 +8,6 @@ if TYPE_CHECKING:
 
 MOST_SAMPLER_SEGMENTS = 8  # of a sampler's grid; phases before those may have more
 LOG = "log_"  # begins the name of the logarithm of a distance
-# Of points on trajectories and of a target, which a simulation has not.
-NOT_SIMULATED = {"source", "target", "pair", "space", "target_ema", "renoise", "skip", "num_teacher_steps"}
 PER_PHASE = ("num_steps", "learning_rate", "target", "pair", "space", "distance", "optimizer_state")
 
 
@@ -18,6 +16,34 @@ def conflicts(stage: "Distill") -> Iterator[str]:
     yield from _of_phases(stage)
     yield from _of_jumps(stage)
     yield from _of_terms(stage)
+    yield from _without_effect(stage)
+
+
+def _without_effect(stage: "Distill") -> Iterator[str]:
+    """Yield the settings that were changed and that nothing reads, with what would."""
+    jumps = stage.method == "segments"
+    told_by_itself = jumps and "consistency" in stage.per_phase("target")
+    needs = {
+        "source": (jumps, "method: segments"),
+        "target": (jumps, "method: segments"),
+        "space": (stage.method != "simulation", "method: segments or inter_segment"),
+        "pair": (told_by_itself, "target: consistency"),
+        "target_ema": (
+            told_by_itself or stage.method == "inter_segment",
+            "target: consistency or method: inter_segment",
+        ),
+        "skip": (jumps and stage.source != "trajectories", "source: online or data"),
+        "renoise": (stage.method == "inter_segment", "method: inter_segment"),
+        "num_teacher_steps": (stage.method == "inter_segment", "method: inter_segment"),
+        "num_student_steps": (
+            stage.renoise == "student" or stage.method == "simulation" or stage.matching is not None,
+            "renoise: student, method: simulation or matching",
+        ),
+    }
+    for name, (is_read, by) in needs.items():
+        default = type(stage).model_fields[name].default
+        if not is_read and any(value != default for value in stage.per_phase(name)):
+            yield f"{name} has no effect without {by}: leave it out"
 
 
 def _of_phases(stage: "Distill") -> Iterator[str]:
@@ -106,9 +132,6 @@ def _of_terms(stage: "Distill") -> Iterator[str]:
     if stage.distance_weight != 1.0 and (not stage.terms or stage.method == "simulation"):
         yield "distance_weight has no effect without both a distance and a term beside it"
     if stage.method == "simulation":
-        for name in sorted(NOT_SIMULATED):
-            if _is_changed(stage, name):
-                yield f"{name} has no effect with method: simulation, which has no points and no target: leave it out"
         if stage.per_phase("distance") != ["l2"]:
             yield "method: simulation has no distance: leave it out"
         if stage.prompts is None:
@@ -120,8 +143,3 @@ def _of_terms(stage: "Distill") -> Iterator[str]:
                 "adversarial.real: milestones is the target of a distance, and method: simulation has none: take "
                 "real: images"
             )
-
-
-def _is_changed(stage: "Distill", name: str) -> bool:
-    """Return whether a setting has another value than its default in a phase."""
-    return any(value != type(stage).model_fields[name].default for value in stage.per_phase(name))

@@ -67,6 +67,10 @@ class Feedback(Tuning):
     def _sampler_has_those_steps(self):
         if self.num_grad_steps > self.sampling_steps:
             raise ValueError(f"num_grad_steps {self.num_grad_steps} is more than sampling_steps {self.sampling_steps}")
+        if self.gradient == "low_variance" and self.num_grad_steps != type(self).model_fields["num_grad_steps"].default:
+            raise ValueError("num_grad_steps is of gradient: last and random; low_variance is of the last step alone")
+        if self.gradient != "low_variance" and self.num_copies != type(self).model_fields["num_copies"].default:
+            raise ValueError("num_copies is of gradient: low_variance")
         if self.surrogate and self.shape != "negative":
             raise ValueError(
                 f"shape {self.shape} is of rewards with a gradient; surrogate learns the sum: take negative"

@@ -39,9 +39,9 @@ RANDOM = {"ends": "random", "target": "consistency"}
         (SIMULATION | {"matching": {}, "distance_weight": 0.5}, "distance_weight has no effect"),
         (SIMULATION | {"matching": {}, "distance": "huber"}, "simulation has no distance: leave it out"),
         (SIMULATION | {"matching": {}, "prompts": None}, "simulation needs prompts"),
-        (SIMULATION | {"matching": {}, "target_ema": 0.9}, "target_ema has no effect with method: simulation"),
-        (SIMULATION | {"matching": {}, "target": ["consistency"]}, "target has no effect with method: simulation"),
-        (SIMULATION | {"matching": {}, "source": "online"}, "source has no effect with method: simulation"),
+        (SIMULATION | {"matching": {}, "target_ema": 0.9}, "target_ema has no effect without target: consistency"),
+        (SIMULATION | {"matching": {}, "target": ["consistency"]}, "target has no effect without method: segments"),
+        (SIMULATION | {"matching": {}, "source": "online"}, "source has no effect without method: segments"),
         (
             {"method": "inter_segment", "num_segments": [1], "adversarial": {"jumps": "all"}},
             "jumps: all has no effect with method: inter_segment",

@@ -34,6 +34,25 @@ def test_a_term_that_cannot_work_is_refused(changes, message):
         runs.distill(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_ema": 0.9}, "target_ema has no effect without target: consistency or method: inter_segment"),
+        ({"pair": "random"}, "pair has no effect without target: consistency"),
+        ({"skip": 10}, "skip has no effect without source: online or data"),
+        ({"renoise": "student"}, "renoise has no effect without method: inter_segment"),
+        ({"num_teacher_steps": 2}, "num_teacher_steps has no effect without method: inter_segment"),
+        ({"num_student_steps": 2}, "num_student_steps has no effect without renoise: student"),
+        (GLOBAL | {"target": "consistency"}, "target has no effect without method: segments"),
+        (GLOBAL | {"source": "online", "prompts": "p.txt"}, "source has no effect without method: segments"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused_with_what_would(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        runs.distill(**changes)
+    assert runs.distill(target=["trajectory", "consistency"], num_segments=[2, 1], pair="random", target_ema=0.9)
+
+
 def test_terms_keep_the_teacher_in_memory_and_cost_their_passes(tiny_sdxl, tmp_path):
     """By hand, guided by two passes: a store's student costs 1; matching 2 and 1, q = 3 and 5; an adversary 1 and 2.
 

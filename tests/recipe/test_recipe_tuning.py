@@ -48,6 +48,12 @@ MPS = {"shape": "mps_hinge", "rewards": [{"name": "mps"}]}
         ("feedback", {"form": "bounded", "num_grad_steps": 2}, "num_grad_steps: form bounded has the target of one"),
         ("feedback", {"surrogate": {}, "shape": "hinge"}, "shape hinge is of rewards with a gradient"),
         ("feedback", {"surrogate": {}, "gradient": "low_variance"}, "low_variance scores copies of a sample"),
+        ("feedback", {"num_copies": 3}, "num_copies is of gradient: low_variance"),
+        (
+            "feedback",
+            {"gradient": "low_variance", "num_grad_steps": 2},
+            "num_grad_steps is of gradient: last and random",
+        ),
         ("feedback", {"surrogate": {"num_generations": 3}}, "whole groups of surrogate.num_generations 3"),
         ("feedback", {"surrogate": {"width": 6}}, "width 6 is not a multiple of 4"),
         ("feedback", {"surrogate": {"head_start": 9}, "num_steps": 9}, "head_start 9 of num_steps 9 leaves no step in"),
