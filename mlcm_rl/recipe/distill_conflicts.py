@@ -27,7 +27,7 @@ def _without_effect(stage: "Distill") -> Iterator[str]:
         "source": (jumps, "method: segments"),
         "target": (jumps, "method: segments"),
         "space": (stage.method != "simulation", "method: segments or inter_segment"),
-        "pair": (told_by_itself, "target: consistency"),
+        "pair": (told_by_itself or stage.ends == "random", "target: consistency or ends: random"),
         "target_ema": (
             told_by_itself or stage.method == "inter_segment",
             "target: consistency or method: inter_segment",

@@ -74,7 +74,7 @@ def test_autocast_keeps_half_precision_copies_and_on_a_gpu_norms_in_single():
 
 
 def test_gradients_moments_and_averages_are_counted_by_the_trained_weight(tiny_sdxl):
-    full = of(runs.distill(adapter=Full(), target_ema=0.9), tiny_sdxl)
+    full = of(runs.distill(adapter=Full(), target_ema=0.9, target="consistency"), tiny_sdxl)
     lora = of(runs.distill(adapter=Lora(rank=2, alpha=2.0)), tiny_sdxl)
     size = full.gradients // 4
     assert (full.optimiser, full.averages) == (8 * size, 4 * size)
@@ -203,7 +203,7 @@ def test_a_plan_has_the_memory_of_what_is_to_do_where_it_is_asked_for(tiny_sdxl,
 
 def test_text_encoders_that_leave_count_for_what_they_are_more_than_what_comes_after(tiny_sdxl):
     def found(leaving: int, staying: int = 0, **changes) -> memory.Memory:
-        stage = runs.distill(adapter=Full(), target_ema=0.9, **changes)
+        stage = runs.distill(adapter=Full(), target_ema=0.9, target="consistency", **changes)
         recipe = runs.recipe(tiny_sdxl, tiny_sdxl, [stage])
         return memory.of_stage(stage, recipe, staying, Full(), "cuda", leaving=leaving)
 

@@ -183,7 +183,7 @@ def test_a_correction_moves_the_folders_of_the_stages_that_it_changes_and_no_oth
     assert runs.distill(target="consistency", source="online", prompts="unused").corrections == 1
     assert runs.distill(target="consistency", **noised).corrections == 2
     assert runs.distill(**averaged, **noised, precision="bf16").corrections == 3
-    assert runs.distill(method="inter_segment", num_segments=[1], **noised).corrections == 0
+    assert runs.distill(method="inter_segment", num_segments=[1]).corrections == 0
 
 
 def test_stages_that_read_pictures_are_run_again_since_all_are_read_alike(tiny_sdxl, tmp_path):

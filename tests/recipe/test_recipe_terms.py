@@ -38,7 +38,7 @@ def test_a_term_that_cannot_work_is_refused(changes, message):
     ("changes", "message"),
     [
         ({"target_ema": 0.9}, "target_ema has no effect without target: consistency or method: inter_segment"),
-        ({"pair": "random"}, "pair has no effect without target: consistency"),
+        ({"pair": "random"}, "pair has no effect without target: consistency or ends: random"),
         ({"skip": 10}, "skip has no effect without source: online or data"),
         ({"renoise": "student"}, "renoise has no effect without method: inter_segment"),
         ({"num_teacher_steps": 2}, "num_teacher_steps has no effect without method: inter_segment"),
@@ -54,25 +54,25 @@ def test_a_setting_that_nothing_reads_is_refused_with_what_would(changes, messag
 
 
 def test_terms_keep_the_teacher_in_memory_and_cost_their_passes(tiny_sdxl, tmp_path):
-    """By hand, guided by two passes: a store's student costs 1; matching 2 and 1, q = 3 and 5; an adversary 1 and 2.
+    """By hand, guided by two passes: a store's student costs 1; matching 2 and 1, q = 4 and 5; an adversary 1 and 2.
 
     Of jumps of 2 steps every other ends at time 0, where a term is.
     """
-    settings = {"num_segments": [1], "budgets": [2], "condition_on_target": True, "num_student_steps": 3}
-    expected = {"": 1, "matching": 1 + (2 + 1) / 2 + 3 + 5, "adversarial": 1 + (1 + 2) / 2}
+    settings = {"num_segments": [1], "budgets": [2], "condition_on_target": True}
+    expected = {"": 1, "matching": 1 + (2 + 1) / 2 + 4 + 5, "adversarial": 1 + (1 + 2) / 2}
     for term, evaluations in expected.items():
         stage = runs.distill(**settings, **({term: {}} if term else {}))
         assert stage.uses_teacher == bool(term)
         samples = stage.num_steps * stage.batch_size
         assert network_evaluations(stage, runs.recipe(tiny_sdxl, tmp_path, [stage])) == evaluations * samples
     stage = runs.distill(**settings, matching={"fake": {"warmup_steps": 1}})  # of 2
-    expected = 1 + (2 + 1) / 2 / 2 + 3 + 5
+    expected = 1 + (2 + 1) / 2 / 2 + 4 + 5
     assert network_evaluations(stage, runs.recipe(tiny_sdxl, tmp_path, [stage])) == expected * samples
     stage = runs.distill(**settings, adversarial={"warmup_steps": 1, "sees_start": True})  # of 2
     expected = 1 + ((1 + 1) / 2 + 2 + 1) / 2
     assert network_evaluations(stage, runs.recipe(tiny_sdxl, tmp_path, [stage])) == expected * samples
     unguided = runs.distill(**settings, matching={"guidance_scale": 1.0})
-    assert network_evaluations(unguided, runs.recipe(tiny_sdxl, tmp_path, [unguided])) == 10 * samples
+    assert network_evaluations(unguided, runs.recipe(tiny_sdxl, tmp_path, [unguided])) == 11 * samples
 
 
 def test_of_feedback_it_is_on_every_scored_copy_and_its_fake_learns_from_these(tiny_sdxl, tmp_path):

@@ -22,7 +22,6 @@ GLOBAL = {
     "method": "inter_segment",
     "num_segments": [1],
     "num_teacher_steps": 1,
-    "num_student_steps": 2,
     "adapter": {"kind": "lora", "rank": 2, "alpha": 2.0},
 }
 LEARNED = ("fake_loss", "fake_grad_norm", "heads_loss", "heads_grad_norm")
@@ -51,7 +50,8 @@ def store_of(recipe, folder: Path) -> Path:
 
 def train(teacher: Path, store: Path, folder: Path, **settings) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    stage = runs.distill(**GLOBAL | settings)
+    of_samples = {"num_student_steps": 2} if "matching" in settings or settings.get("renoise") == "student" else {}
+    stage = runs.distill(**GLOBAL | of_samples | settings)
     distill.run(stage, runs.recipe(teacher, folder, [stage]), {"trajectories": store}, folder)
     return folder
 

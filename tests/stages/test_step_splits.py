@@ -179,9 +179,9 @@ def test_the_late_step_of_refl_is_one_for_all_micro_batches_of_a_step(distilled,
     """A walk is of one length, so samples cannot have one each; one every micro-batch would depend on the split."""
     seen, original = [], feedback.loss
 
-    def loss(stage, student, rewards, constraints, learned, start, stored, last, *others):
+    def loss(stage, student, scoring, start, stored, last, *others):
         seen.append(last)
-        return original(stage, student, rewards, constraints, learned, start, stored, last, *others)
+        return original(stage, student, scoring, start, stored, last, *others)
 
     monkeypatch.setattr(feedback, "loss", loss)
     settings = {"gradient": "random", "num_grad_steps": 2, "gradient_accumulation": 4, "num_steps": 4}

@@ -98,7 +98,7 @@ def test_every_stage_of_a_process_has_its_own_precision(tmp_path):
 
 def test_weights_swapped_in_bfloat16_are_the_ones_that_a_pass_takes(tiny_sdxl, tmp_path):
     """Autocast has kept copies of the student's own, made in the same block."""
-    stage = runs.distill(precision="bf16", target_ema=0.9, adapter=Lora(rank=2, alpha=2.0))
+    stage = runs.distill(precision="bf16", target="consistency", target_ema=0.9, adapter=Lora(rank=2, alpha=2.0))
     recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
     rt, base = loop.Runtime(recipe, stage, tmp_path), teachers.load(recipe.teacher, "cpu")
     student = students.student(base, stage.adapter, 0)
