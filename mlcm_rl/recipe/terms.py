@@ -1,5 +1,6 @@
 """Terms that a stage adds to its loss, on the clean samples that the student makes: distill and feedback."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -36,9 +37,9 @@ class Term(Strict):
         return self
 
     @property
+    @abstractmethod
     def warm_up(self) -> tuple[str, int]:
         """The key, and the steps in which the term's own network learns and the student has no term yet."""
-        raise NotImplementedError
 
     def conflicts(self, num_steps: int) -> Iterator[str]:
         """Yield what is wrong with the term in a stage of `num_steps` optimiser steps."""

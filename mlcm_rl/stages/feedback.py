@@ -136,8 +136,8 @@ def loss(
     """
     if scoring.constraints.limits:
         with scoring.constraints.reference_drawing(start):
-            reference = graded_sample(stage, student, start, last)[1]
-            scoring.constraints.add_reference(reference, scoring.rewards, start, scoring.scores)
+            sample = graded_sample(stage, student, start, last)[1]
+            scoring.constraints.add_reference(sample, scoring.rewards, start, scoring.scores)
     x_t, x0, t, copies = graded_sample(stage, student, start, last)
     value = reward_loss(stage, student, scoring, x0, start)
     conditioning = start.repeated(copies)
