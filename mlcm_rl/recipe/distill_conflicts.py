@@ -23,7 +23,11 @@ def _without_effect(stage: "Distill") -> Iterator[str]:
     """Yield the settings that were changed and that nothing reads, with what would."""
     jumps = stage.method == "segments"
     told_by_itself = jumps and "consistency" in stage.per_phase("target")
+    by_features = stage.compares_by("features"), "distance: features or log_features"
     needs = {
+        "lpips": (stage.compares_by("lpips"), "distance: lpips or log_lpips"),
+        "feature_blocks": by_features,
+        "feature_time": by_features,
         "source": (jumps, "method: segments"),
         "target": (jumps, "method: segments"),
         "space": (stage.method != "simulation", "method: segments or inter_segment"),
@@ -42,7 +46,8 @@ def _without_effect(stage: "Distill") -> Iterator[str]:
     }
     for name, (is_read, by) in needs.items():
         default = type(stage).model_fields[name].default
-        if not is_read and any(value != default for value in stage.per_phase(name)):
+        values = stage.per_phase(name) if name in PER_PHASE else [getattr(stage, name)]
+        if not is_read and any(value != default for value in values):
             yield f"{name} has no effect without {by}: leave it out"
 
 
@@ -65,11 +70,6 @@ def _of_phases(stage: "Distill") -> Iterator[str]:
     pairs = zip(stage.per_phase("space"), stage.per_phase("distance"), strict=True)
     for name in (distance for space, distance in pairs if space == "x0" and distance.startswith(LOG)):
         yield f"distance: {name} weighs all jumps alike and space: x0 does not; with {name} take space: z"
-    if stage.lpips is not None and not stage.compares_by("lpips"):
-        yield "lpips has no effect without distance: lpips or log_lpips"
-    for name in {"feature_blocks", "feature_time"} & stage.model_fields_set:
-        if not stage.compares_by("features") and getattr(stage, name) != type(stage).model_fields[name].default:
-            yield f"{name} has no effect without distance: features or log_features"
     if list(stage.feature_blocks) != sorted(set(stage.feature_blocks)):
         yield f"feature_blocks {stage.feature_blocks} must increase"
     if stage.keep_segments and len(set(stage.num_segments)) == 1:
