@@ -112,7 +112,6 @@ def evaluate_stage(base: Recipe, subject: str, num_prompts: int, sampling_steps:
 
     Raise ValueError for prompts that are too few to measure by.
     """
-    evaluate = next(stage for stage in base.stages if isinstance(stage, Evaluate))
     measured = {
         "num_prompts": num_prompts,
         "images_per_prompt": 2,  # whose difference is the diversity
@@ -124,6 +123,16 @@ def evaluate_stage(base: Recipe, subject: str, num_prompts: int, sampling_steps:
         "students": "last",
         "distribution": True,
     }
-    stage = evaluate.model_copy(update=measured)
+    return changed(evaluation_of(base), measured)
+
+
+def evaluation_of(base: Recipe) -> Evaluate:
+    """Return the base's evaluation."""
+    return next(stage for stage in base.stages if isinstance(stage, Evaluate))
+
+
+def changed(evaluation: Evaluate, settings: dict) -> Evaluate:
+    """Return `evaluation` with other `settings`. Raise ValueError if they do not go together."""
+    stage = evaluation.model_copy(update=settings)
     Evaluate.model_validate(stage.model_dump())  # a copy is not checked, and this one is run after hours of training
     return stage

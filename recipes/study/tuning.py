@@ -26,7 +26,7 @@ import protocol
 import tuning_curves
 import tuning_looks
 import tuning_summary
-from mlcm_rl.recipe import Evaluate, Feedback, Policy, Recipe, Tuning
+from mlcm_rl.recipe import Feedback, Policy, Recipe, Tuning
 from mlcm_rl.recipe.experiment import TUNING
 from mlcm_rl.recipe.file import load
 
@@ -151,7 +151,7 @@ def recipe_of(
     base: Recipe, subject: str, group: str, row: str, seed: int, num_steps: int | None = None, num_prompts: int = 128
 ) -> Recipe:
     """Return the stages before tuning, the stage of `row` under `seed`, and what it is measured by beside its start."""
-    given = next(stage for stage in base.stages if isinstance(stage, Evaluate))
+    given = protocol.evaluation_of(base)
     measured = {
         "num_prompts": num_prompts,
         "images_per_prompt": max(2, given.images_per_prompt),  # whose difference is the diversity
@@ -160,9 +160,7 @@ def recipe_of(
         "teacher_steps": [50],
         "distribution": True,
     }
-    evaluate = given.model_copy(update=measured)
-    Evaluate.model_validate(evaluate.model_dump())  # a copy is not checked
-    stages = [stage_of(base, subject, group, row, seed, num_steps), evaluate]
+    stages = [stage_of(base, subject, group, row, seed, num_steps), protocol.changed(given, measured)]
     return with_stages(base, f"tuning-{group}", stages)
 
 
