@@ -211,7 +211,7 @@ def replay(
     for name in ("loss", "grad_norm"):
         table.add_row(name, str(then[name]), str(now[name]), style="bold")
     console.print(table, crop=False)
-    if then != now:
+    if pipeline.differ(then, now):
         line(Text(f"step {then['step'] + 1}: the figures differ", style="bold red"))
         raise typer.Exit(1)
     line(Text.assemble(f"step {then['step'] + 1}: ", ("the same figures", "green")))

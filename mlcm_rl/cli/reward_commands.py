@@ -14,8 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ..recipe import Reward, shipped
-from ..recipe.file import reward_names
+from ..recipe import Reward, reward_package, shipped
 from ..recipe.tree import nearest
 from ..training.console import plain_console
 from ..training.devices import device_of
@@ -34,7 +33,7 @@ NUM_REASONS = 20  # of pictures without a score, printed one by one
 
 def reward_name(name: str | None) -> str | None:
     """Return `name`. Raises BadParameter with the reward models' names where it is none of them."""
-    names = reward_names()
+    names = reward_package.names()
     if name is not None and name not in names:
         near = nearest(name, names)
         suggestion = f"did you mean {near}? " if near else ""
@@ -70,7 +69,7 @@ def list_rewards() -> None:
 
     table = Table("name", "gradient", "prompts", "weights", "their licence", box=None, header_style="bold")
     notes: list[Text] = []
-    for name in rewards.names():
+    for name in reward_package.names():
         try:
             reward = rewards.class_of(name)
         except rewards.RewardError as error:  # the rest of the list stands
@@ -276,17 +275,17 @@ def _build(name: str, settings: list[str] | None, device: str) -> "RewardModel":
 def _texts(reward: "RewardModel", name: str, prompts: Path | None, count: int) -> list[str]:
     """Return `count` prompts that `reward` reads: those of a file, repeated as needed, or examples."""
     from ..data.prompts import read_prompts
-    from ..rewards import check
+    from ..rewards import check, contract
     from ..rewards.prompts import refuse_prompts
 
     if prompts is None:
         return check.example_prompts(reward, count)
     prompt_list = read_prompts(prompts)
     refuse_prompts(reward, name, prompt_list, prompts, may_skip=True)
-    texts = [prompt.prompt for prompt in prompt_list if prompt.language in reward.languages]
-    if reward.needs_prompt and not texts:
+    texts = [prompt.prompt for prompt in prompt_list if contract.reads(reward, prompt.language)]
+    if not texts:
         raise ValueError(f"{prompts}: holds no prompt in {', '.join(reward.languages)}")
-    return [(texts or [""])[i % max(len(texts), 1)] for i in range(count)]
+    return [texts[i % len(texts)] for i in range(count)]
 
 
 def _with_progress(rows: "Iterator[Scored | Unscored]", total: int) -> "Iterator[Scored | Unscored]":

@@ -161,7 +161,8 @@ def _scoring(
     def operations(rewards: list[Reward]) -> Operations:
         if kind == "graded":
             return count_operations(lambda: _graded(roles, rewards))
-        return count_operations(torch.no_grad()(lambda: roles.scores(_latents(roles), rewards)))
+        small = roles.small_decoder if kind == "scored" else None  # the guard and the report see the real pictures
+        return count_operations(torch.no_grad()(lambda: roles.scores(_latents(roles), rewards, small)))
 
     decoding = operations([])
     scoring = [Work(kind, num_scores, operations([one]) - decoding, one.dtype) for one in rewards]

@@ -192,8 +192,6 @@ def roles_of(
     if networks.tiles:
         base.autoencoder.use_tiles(networks.tiles, recompute)
     tokens = num_tokens(Path(recipe.teacher.path))
-    copies = (forget_copies, networks.has_average)
-    adapter = _text_adapter(networks.text_adapter, base, tokens)
     network = None
     if networks.has_control:
         with torch.device("meta"):
@@ -201,22 +199,21 @@ def roles_of(
         if isinstance(stage, Training) and stage.gradient_checkpointing:
             base.checkpoint_blocks(network, recompute)
     own = [sizes for one in recipe.stages if (sizes := one.lpips_sizes) is not None]
-    compared = None if networks.lpips is None else _lpips(networks.lpips, own, base)
     roles = passes.Roles(
-        base,
-        student,
-        conditioned,
-        tokens,
-        rewards,
-        set(),
-        own_precision,
-        *copies,
-        small,
-        adapter,
-        network,
-        compared,
-        networks.trains_lpips,
-        networks.feature_blocks,
+        base=base,
+        student=student,
+        conditioned=conditioned,
+        num_tokens=tokens,
+        rewards=rewards,
+        own_precision=own_precision,
+        forget_copies=forget_copies,
+        has_average=networks.has_average,
+        small_decoder=small,
+        text_adapter=_text_adapter(networks.text_adapter, base, tokens),
+        control_net=network,
+        lpips=None if networks.lpips is None else _lpips(networks.lpips, own, base),
+        trains_lpips=networks.trains_lpips,
+        feature_blocks=networks.feature_blocks,
         is_tuned=networks.preference is not None,
     )
     roles.beside.update(_beside(networks, stage, roles, recompute))

@@ -36,7 +36,6 @@ class Roles:
     conditioned: bool
     num_tokens: int
     rewards: dict[str, RewardModel]
-    failed: set[str]  # rewards that could not be called there; their memory is not known
     own_precision: Callable[[], AbstractContextManager[None]]  # of frozen networks
     forget_copies: Callable[[], None]  # called where trained weights change places
     has_average: bool = False  # the target is an average of the student's weights
@@ -46,6 +45,7 @@ class Roles:
     lpips: LatentLpips | None = None  # compares latents, or is trained in place of the student
     trains_lpips: bool = False
     feature_blocks: tuple[int, ...] = ()  # of the teacher, which compares latents
+    failed: set[str] = field(default_factory=set)  # rewards that could not be called there: of unknown memory
     beside: dict[str, nn.Module] = field(default_factory=dict)  # trained beside the student, by role
     is_tuned: bool = False  # whether a preference adapter is trained, over a student that is the reference
 

@@ -58,8 +58,8 @@ def parallel_prompts(path: str | Path, languages: Sequence[str]) -> list[Prompt]
 
     Raise as `read_prompts`, and ValueError with file and line for a line without one.
     """
-    faults = Faults()
-    for where, prompt in prompts_with_lines(path):
+    faults, lines = Faults(), prompts_with_lines(path)
+    for where, prompt in lines:
         with faults.collect():
             if prompt.parallel is None:
                 raise ValueError(
@@ -69,7 +69,7 @@ def parallel_prompts(path: str | Path, languages: Sequence[str]) -> list[Prompt]
                 spoken = "prompt without East Asian characters" if language == "en" else f"prompt in {language}"
                 raise ValueError(f"{where}: parallel is a {spoken}, and languages are {', '.join(languages)}")
     faults.raise_all()
-    return read_prompts(path)
+    return [prompt for _, prompt in lines]
 
 
 def texts_of(path: str | Path) -> list[str]:

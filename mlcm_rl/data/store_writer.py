@@ -100,7 +100,7 @@ class Writer:
         begun = read_provenance(record["provenance"], path)
         own = begun.own_folder(self.folder)
         if begun.times != self.provenance.times and own != self.folder:
-            count, expected = (len(one.times or one.grid) for one in (begun, self.provenance))
+            count, expected = (len(one.stored_times) for one in (begun, self.provenance))
             raise CheckpointError(
                 f"{path} was begun with {count} states of each trajectory, and the folder's name is that of a store of "
                 f"{expected}: move {self.folder} to {own}, or delete it, and run again"
@@ -147,7 +147,7 @@ class Writer:
 
     def require_room(self, latent_shape: Sequence[int]) -> None:
         """Raise CheckpointError where the disk has no room for the states (each of `latent_shape`) still to write."""
-        times = self.provenance.times or self.provenance.grid
+        times = self.provenance.stored_times
         count = sum(map(len, self.missing("shards"))) * (len(times) + 1)  # and x0
         size = count * math.prod(latent_shape) * DTYPES[self.provenance.dtype].itemsize
         require_space(self.folder, size, " for its states alone (`mlcm plan` counts the encoded prompts too)")

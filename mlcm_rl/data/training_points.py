@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..equations.axis import NUM_SEGMENTS
 from ..equations.schedule import add_noise
-from ..equations.segments import NUM_SEGMENTS, draw_jumps, draw_steps, milestones, sampling_times, segment_start
+from ..equations.segments import draw_jumps, draw_steps, milestones, sampling_times, segment_start
 from ..equations.solver import ddim_step, gamma_step
 from ..models.base import Base
 from ..models.conditioning import Conditioning, on_device
-from ..models.sampler import sample, step_x0
+from ..models.sampler import sample_of_seeds, step_x0
 from ..recipe import Distill
 from ..storage.files import CheckpointError
 from ..training.seeding import epoch_order
 from .trajectory_store import Store
+
+RENOISING_GAMMA = 1.0  # every step of the sampler draws all noise again (TLCM v6, Algorithm 2)
 
 
 @dataclass(frozen=True)
@@ -268,10 +271,8 @@ class RenoisedSamples:
         assert self.prompts is not None
         assert draw.seed is not None
         conditioning = self.base.encode_prompts([self.prompts[i] for i in draw.index.tolist()])
-        generators = [torch.Generator().manual_seed(seed) for seed in draw.seed.tolist()]
-        noise = self.base.noise(generators, len(generators))
         times, conditioned = sampling_times(self.stage.num_student_steps), self.stage.condition_on_target
-        x0 = sample(self.base, self.student, conditioning, noise, times, 1.0, generators, conditioned)
+        x0 = sample_of_seeds(self.base, self.student, conditioning, draw.seed, times, RENOISING_GAMMA, conditioned)
         return x0, conditioning
 
 

@@ -62,6 +62,11 @@ class Provenance:
         """Trajectories, those that are held out among them."""
         return self.num_trajectories + self.num_held_out
 
+    @property
+    def stored_times(self) -> list[int]:
+        """The times whose states are stored."""
+        return self.times or self.grid
+
     def own_folder(self, folder: Path) -> Path:
         """Return `folder` under the name that says which states are stored, all of the grid or those of milestones."""
         name = folder.name.removesuffix(OF_MILESTONES)
@@ -195,7 +200,7 @@ class Store:
         path = folder / "store.json"
         record = read_record(path)
         self.provenance = read_provenance(record["provenance"], path)
-        self.times = self.provenance.times or self.provenance.grid
+        self.times = self.provenance.stored_times
         self.num_trajectories, self.num_held_out = self.provenance.num_trajectories, self.provenance.num_held_out
         self.shard_size, total = record["shard_size"], self.provenance.total
         self._files = Files(folder, files_of(record, path))

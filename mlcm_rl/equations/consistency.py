@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .perceptual import log_distance
 from .schedule import Schedule, expand, snr
 from .solver import ddim_step, inverse_ddim_step
 
@@ -37,7 +38,7 @@ def log_l2(a: Tensor, b: Tensor, c: float = 1e-3) -> Tensor:
     of the shortest, and its gradient drowns theirs; under the logarithm all weigh alike. It equals weighting by a
     learned uncertainty (EDM2, arXiv 2312.02696, section 3.4 and eq. 21) where each sample is its own estimate.
     """
-    return 0.5 * (squared_l2(a, b) + c * c).log()
+    return log_distance(squared_l2(a, b), c)
 
 
 DISTANCES: dict[str, Distance] = {"l2": squared_l2, "huber": pseudo_huber, "log_l2": log_l2}

@@ -1,5 +1,7 @@
 """Reward feedback: losses on a differentiable reward, the step that carries its gradient, the tie to a reference."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,18 @@ def bounded_target(x0: Tensor, gradient: Tensor, bound: float) -> Tensor:
     size = each.square().mean(1, keepdim=True).sqrt()
     step = bound * torch.where(size > 0, each / size, 0.0)
     return x0.detach() + step.view_as(x0)
+
+
+def value_and_gradient(f: Callable[[Tensor], Tensor], x0: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """f(x0) (B,) and its gradient by `x0` (B, ...), each sample's by its own row; both are detached.
+
+    The gradient is taken of `scale` times the value and divided by it: spread over many elements, it would be rounded
+    to 0 inside a network in half precision.
+    """
+    leaf = x0.detach().requires_grad_()
+    value = f(leaf)
+    (scaled,) = torch.autograd.grad(value.sum() * scale, leaf)
+    return value.detach(), scaled / scale
 
 
 def at_known_gradient(value: Tensor, gradient: Tensor, x0: Tensor) -> Tensor:

@@ -30,10 +30,7 @@ def feature_distance(a: Tensor, b: Tensor, weights: Tensor | None = None) -> Ten
 
 
 def log_distance(distance: Tensor, c: float) -> Tensor:
-    """log sqrt(d + c^2), (B,): of a squared distance d (B,) only its relative size counts, until it is below c^2.
-
-    `consistency.log_l2` is the same of the squared error.
-    """
+    """log sqrt(d + c^2), (B,): of a squared distance d (B,) only its relative size counts, until it is below c^2."""
     return 0.5 * (distance + c * c).log()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .segments import NUM_SEGMENTS, NUM_TIMES
+from .axis import NUM_SEGMENTS, NUM_TIMES
 
 
 @dataclass(frozen=True)

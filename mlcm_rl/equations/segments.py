@@ -10,9 +10,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-NUM_SEGMENTS = 8
-NUM_TIMES = 1000  # T
-MOST_SEGMENTS = 32  # of a student: its first phases may have more than a sampler has steps
+from .axis import NUM_SEGMENTS, NUM_TIMES
 
 # The milestone subsets of the authors' released sampler (TLCM inference code), by number of steps.
 PAPER_GRIDS = {

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 # The least deviation of a reward, as a share of its largest score at the reference. A reward with nearly the same score
@@ -11,8 +12,25 @@ LEAST_DEVIATION = 0.01
 
 
 def deviation(scores: Tensor) -> float:
-    """Return the unit of a reward's gains and drops, from the reference's `scores` (P,); 0 where all of them are 0."""
-    return max(scores.std().item(), LEAST_DEVIATION * scores.abs().max().item())
+    """Return the unit of a reward's gains and drops, from those of the reference's `scores` (P,) that are not NaN.
+
+    0 where all of them are 0, and for none.
+    """
+    scores = scores[~scores.isnan()]
+    if not len(scores):
+        return 0.0
+    spread = scores.std().item() if len(scores) > 1 else 0.0
+    return max(spread, LEAST_DEVIATION * scores.abs().max().item())
+
+
+def wins(scores: Tensor, others: Tensor) -> Tensor:
+    """Return 1 where a score (...) is higher than the other, 0 where it is lower, 0.5 where they are equal.
+
+    NaN where either is. The mean is a win rate.
+    """
+    difference = scores - others
+    won = torch.heaviside(difference, difference.new_tensor(0.5))
+    return torch.where(difference.isnan(), math.nan, won)
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

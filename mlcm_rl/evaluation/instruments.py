@@ -19,6 +19,7 @@ from ..data.picture_files import pictures_of, read_picture, square
 from ..data.prompts import Prompt
 from ..data.scenes import CANVAS, Request
 from ..recipe import Evaluate
+from ..rewards import contract
 from ..rewards.prompts import refuse_prompts
 from ..storage.hashing import sha256
 from ..storage.untrusted import Faults, brief
@@ -202,7 +203,7 @@ def concept_indices(prompts: list[Prompt], concepts: list[str], path: str) -> Te
 def score(reward: rewards.Member, images: Tensor, prompts: list[Prompt]) -> Tensor:
     """Return the reward of each picture (B,), NaN if the reward does not read the language of its prompt."""
     model = reward.model
-    readable = torch.tensor([not model.needs_prompt or prompt.language in model.languages for prompt in prompts])
+    readable = torch.tensor([contract.reads(model, prompt.language) for prompt in prompts])
     scores = torch.full((len(prompts),), math.nan)
     if readable.any():
         texts = [prompt.prompt for prompt, is_readable in zip(prompts, readable, strict=True) if is_readable]

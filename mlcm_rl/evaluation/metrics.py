@@ -22,11 +22,6 @@ NUM_RESAMPLES = 1000
 KERNEL_ROWS = 1024  # rows of a kernel matrix in memory at a time: 5,000 x 5,000 in float64 would be 200 MB
 
 
-def squared_distance(samples: Tensor, reference: Tensor) -> Tensor:
-    """Return the mean of (samples - reference)^2 over each sample's elements, (B,) float32, for (B, ...) each."""
-    return (samples.float() - reference.float()).square().flatten(1).mean(1)
-
-
 def kid(features: Tensor, reference: Tensor, num_subsets: int = 1, gamma: float | None = None) -> Tensor:
     """Return the unbiased squared MMD to `reference` (N, D) with the kernel (gamma x.y + 1)^3, (num_subsets,) float64.
 

@@ -18,6 +18,7 @@ from ..storage import lock
 from ..storage.files import read_json, remove_partial, replacing, write_json
 from ..storage.hashing import folder_hash
 
+# Keys of an evaluation by their first names, as in a fingerprint.
 CHOICES = ("num_steps", "gammas", "grids", "students", "teacher_steps", "teacher_solvers", "also", "keep_pictures")
 SAMPLER_FIELDS = (
     "num_steps",

@@ -19,9 +19,9 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
+from ..equations.axis import NUM_TIMES
 from ..equations.prediction import x0_from_prediction
 from ..equations.schedule import Schedule
-from ..equations.segments import NUM_TIMES
 from ..equations.solver import guided
 from ..recipe import Teacher
 from ..recipe.families import geometry, layout_of
@@ -64,7 +64,8 @@ class Base(ABC):
 
     A subclass defines how prompts are encoded and which conditioning guidance moves away from; how the denoiser is
     called (`predict`); where the target time enters; which modules an adapter changes; the noise schedule; and how
-    stock diffusers samples a finished student. No other code depends on the family.
+    stock diffusers samples a finished student. Other code knows a family only by what stands in files: the names of its
+    weights (`client_keys`, `single_file`).
     """
 
     family: ClassVar[str]  # its name in recipes, and in mlcm_rl/recipe/families.py

@@ -13,8 +13,8 @@ import torch
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
 
+from ..equations.axis import NUM_TIMES
 from ..equations.schedule import Schedule, scaled_linear_betas, vp_schedule
-from ..equations.segments import NUM_TIMES
 from ..recipe.families import layout_of
 
 if TYPE_CHECKING:

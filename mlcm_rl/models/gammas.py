@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe.experiment import TUNING
-from ..recipe.types import default_gamma
 from ..storage.files import read_json
-from .student_description import describe
+from .student_description import default_gamma_in, describe
 
 
 def tuned_from(folder: Path) -> tuple[str, float] | None:
@@ -36,5 +35,4 @@ def own_gamma(folder: Path) -> float:
 
 def default_gamma_of(folder: Path) -> float:
     """Return the default gamma for the student in `folder`, by its student.json."""
-    description = describe(folder)
-    return description.get("gamma", default_gamma(description["num_segments"], description["conditioned"]))
+    return default_gamma_in(describe(folder))

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..equations.segments import NUM_SEGMENTS, NUM_TIMES, pressed_times, remaining_times, spaced_times
+from ..equations.axis import NUM_SEGMENTS, NUM_TIMES
+from ..equations.segments import pressed_times, remaining_times, spaced_times
 from ..recipe.start import ORIGINAL_STEPS, are_times
 
 MILESTONES = "milestones"

@@ -10,7 +10,8 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from ..equations.segments import NUM_SEGMENTS, paper_times
+from ..equations.axis import NUM_SEGMENTS
+from ..equations.segments import paper_times
 from ..recipe.families import layout_of
 from ..storage.files import public, read_json
 from ..storage.untrusted import read_bytes

@@ -6,12 +6,13 @@ are gone before the student's are needed again.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..equations.consistency import DISTANCES
+from ..equations.feedback import at_known_gradient, value_and_gradient
 from ..equations.perceptual import log_distance, mean_over_layers
 from ..equations.schedule import add_noise
 from ..recipe.distill import LOG, Distill
@@ -20,6 +21,7 @@ from ..training.seeding import generator
 from . import lpips
 from .base import Base
 from .conditioning import Conditioning
+from .features import after_blocks
 
 
 class Distance(Protocol):
@@ -95,7 +97,7 @@ def teacher_distance(
 
     def features(latents: Tensor) -> list[Tensor]:
         x_t = add_noise(latents, noise.to(latents.device), t, base.schedule)
-        return first_features(base, base.denoiser, x_t, t, conditioning, blocks)
+        return after_blocks(base, base.denoiser, x_t, t, conditioning, blocks)
 
     with autocast.own(a.device):
         with torch.no_grad():
@@ -112,62 +114,7 @@ def with_gradient(distance: Callable[[Tensor], Tensor], a: Tensor, scale: float 
     """
     if not (torch.is_grad_enabled() and a.requires_grad):
         return distance(a)
-    leaf = a.detach().requires_grad_()
-    value = distance(leaf)
-    (gradient,) = torch.autograd.grad(value.sum() * scale, leaf)
-    return _Known.apply(a, value.detach(), gradient / scale)
-
-
-class _Known(torch.autograd.Function):
-    """A value (B,) of `a` (B, ...) whose gradient is known."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream.reshape(-1, *[1] * (gradient.ndim - 1)), None, None
-
-
-class _Enough(Exception):
-    """The last block that is looked at has been computed; those after it need not be."""
-
-
-def first_features(
-    base: Base,
-    denoiser: nn.Module,
-    x_t: Tensor,
-    t: Tensor,
-    conditioning: Conditioning,
-    blocks: Sequence[int],
-) -> list[Tensor]:
-    """Return the features of the picture after each of the `blocks` of `denoiser` at x_t, channels second.
-
-    (B, D, H, W) or (B, D, tokens); the blocks after the last are not computed.
-    """
-    found: dict[int, Tensor] = {}
-
-    def look(place: int) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            found[place] = base.picture_of(output)
-            if place == max(blocks):
-                raise _Enough
-
-        return hook
-
-    every = base.blocks(denoiser)
-    hooks = [every[place].register_forward_hook(look(place)) for place in blocks]
-    try:
-        base.predict(denoiser, x_t, t, conditioning)
-    except _Enough:
-        return [found[place] for place in blocks]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    raise RuntimeError(f"the denoiser of {base.teacher.path} did not call its block {max(blocks)}")
+    return at_known_gradient(*value_and_gradient(distance, a, scale), a)
 
 
 def refuse_blocks(base: Base, blocks: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from ..equations.segments import time_grid
 from ..recipe import Samples
 from ..storage import finite
 from ..storage.files import replacing
@@ -16,7 +17,11 @@ from ..training.loop import Runtime
 from ..training.seeding import generator
 from . import sampler
 from .base import Base
+from .conditioning import Conditioning
 from .grids import SamplingGrid
+
+TEACHER_STEPS = 25  # of a sample grid by the guided teacher
+TEACHER_COLUMNS = 8  # of one
 
 
 def encode(base: Base, images: Tensor, size: int) -> Tensor:
@@ -91,6 +96,16 @@ def sample_grid(
         x0 = sampler.sample(base, denoiser, conditioning, noise, times, gamma, seeds, conditioned)
         columns.append(base.autoencoder.decode(x0))
     return grid(torch.stack(columns, dim=1).flatten(0, 1), len(columns))
+
+
+@torch.no_grad()
+def of_teacher(base: Base, conditioning: Conditioning, seed: int) -> Tensor:
+    """Return pictures (B, 3, H', W') by TEACHER_STEPS of the guided teacher, from the noises of a sample grid."""
+    size = len(next(iter(conditioning.values())))
+    noise = base.noise([generator(seed, "samples", i) for i in range(size)], size)
+    times, scale = time_grid(TEACHER_STEPS)[:-1], base.teacher.guidance_scale
+    x0 = sampler.sample_teacher(base, conditioning, base.unconditional(size), noise, times, scale)
+    return base.autoencoder.decode(x0)
 
 
 def save_samples(rt: Runtime, sheet: Image.Image, step: int) -> None:

@@ -36,6 +36,21 @@ def sample(
     return x0
 
 
+def sample_of_seeds(
+    base: Base,
+    denoiser: torch.nn.Module,
+    conditioning: Conditioning,
+    seeds: Tensor,
+    times: Sequence[int],
+    gamma: float,
+    conditioned: bool,
+) -> Tensor:
+    """Return `sample` (B, C, H, W) of `seeds` (B,): each sample's noise, first and later, is drawn by its own."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    noise = base.noise(generators, len(generators))
+    return sample(base, denoiser, conditioning, noise, times, gamma, generators, conditioned)
+
+
 @torch.no_grad()
 def rollout(
     base: Base,

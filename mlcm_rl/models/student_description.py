@@ -4,13 +4,13 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-from ..equations.segments import MOST_SEGMENTS, NUM_SEGMENTS
+from ..equations.axis import MOST_SEGMENTS, NUM_SEGMENTS
 from ..recipe.student_sources import DESCRIPTION_FILE
-from ..recipe.types import sampling_segments
+from ..recipe.types import default_gamma, sampling_segments
 from ..storage.files import CheckpointError, read_json
 from .grids import MILESTONES, SamplingGrid, grid_named
 
-__all__ = ["DESCRIPTION_FILE", "describe", "grid_of", "tuned_steps"]
+__all__ = ["DESCRIPTION_FILE", "default_gamma_in", "describe", "grid_of", "tuned_steps"]
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -47,6 +47,14 @@ def grid_of(description: dict[str, Any]) -> SamplingGrid:
     """Return the times that the student of a `description` is sampled at: milestones, where it names none."""
     num_segments = sampling_segments(description["num_segments"], description["conditioned"])
     return grid_named(description.get("grid", MILESTONES), num_segments)
+
+
+def default_gamma_in(description: dict[str, Any]) -> float:
+    """Return the gamma that the student of a `description` is sampled with: its own where it states one.
+
+    Else 1 (all noise drawn again) for one segment, 0 (deterministic) for more or for a conditioned student.
+    """
+    return description.get("gamma", default_gamma(description["num_segments"], description["conditioned"]))
 
 
 def tuned_steps(folder: Path) -> int | None:

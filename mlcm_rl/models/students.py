@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from ..recipe import Full, Lora
 from ..recipe.families import layout_of
-from ..recipe.types import default_gamma
 from ..storage import finite
 from ..storage.files import forget_origin, replacing, write_json
 from ..storage.tensors import misfits, read_shapes, read_tensors, write_tensors
@@ -41,7 +40,7 @@ from .base import OWN_PREDICTION, Base, TargetTimeProjection
 from .grids import SamplingGrid
 from .lora_files import LORA_FILE, Adapter, combined, read_lora, write_lora
 from .quantised import is_quantised, quantise_like_
-from .student_description import DESCRIPTION_FILE, describe, grid_of
+from .student_description import DESCRIPTION_FILE, default_gamma_in, describe, grid_of
 
 DISTILLED, PREFERENCE = "distilled", "preference"  # names of adapters
 PREFERENCE_FILE = "preference_lora_weights.safetensors"
@@ -59,15 +58,7 @@ class Student:
     tuned: bool = False  # to preferences, by an adapter over the distilled student
     budgets: tuple[int, ...] = ()  # ascending, the numbers of steps that it was trained for; empty: all
     grid: SamplingGrid = field(default_factory=SamplingGrid)
-    stated_gamma: float | None = None  # by its student.json, for one from elsewhere
-
-    @property
-    def default_gamma(self) -> float:
-        """Return 1 (all noise drawn again) for one segment, 0 (deterministic) for more or for a conditioned student.
-
-        One from elsewhere states its own.
-        """
-        return default_gamma(self.num_segments, self.conditioned) if self.stated_gamma is None else self.stated_gamma
+    default_gamma: float = 0.0  # that it is sampled with, where nothing else is said
 
 
 def student(
@@ -223,7 +214,7 @@ def load_student(base: Base, folder: Path | str) -> Student:
         tuned,
         budgets,
         grid_of(description),
-        description.get("gamma"),
+        default_gamma_in(description),
     )
 
 

@@ -17,7 +17,7 @@ from ..training.beside import Beside
 from ..training.loop import Runtime
 from .base import Base
 from .conditioning import Conditioning
-from .sampler import sample as sample_of
+from .sampler import sample_of_seeds
 from .terms import AddedTerm, DistributionMatching, Made, Samples
 
 
@@ -115,12 +115,12 @@ class TermsOfStep(NetworksOfStep):
         super().__init__(rt, terms, step, stage.batch_size, s)
         self.stage, self.base, self.student = stage, base, student
         self.seeds = torch.Tensor()
-        if self.samples:
+        if self.needs_samples:
             self.seeds = torch.randint(2**62, (stage.batch_size,), generator=rt.generator("sample", step))
         self.sums = torch.zeros(1 + len(terms), device=base.device)
 
     @property
-    def samples(self) -> bool:
+    def needs_samples(self) -> bool:
         """Return whether a term learns from the student's few-step samples."""
         return any(term.learns_from_samples for term, _ in self.terms)
 
@@ -139,7 +139,7 @@ class TermsOfStep(NetworksOfStep):
         if not self.terms:
             return distance
         distance, rows = self.stage.distance_weight * distance, jumps.rows
-        if self.samples and sample is None:
+        if self.needs_samples and sample is None:
             sample = self._sample(jumps.conditioning, self.seeds[rows])
         sampled = None if sample is None else Samples(rows, sample, jumps.conditioning)
 
@@ -174,8 +174,6 @@ class TermsOfStep(NetworksOfStep):
 
     def _sample(self, conditioning: Conditioning, seeds: Tensor) -> Tensor:
         """Return the student's samples (B, C, H, W) in a few steps, by its default sampler."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-        noise = self.base.noise(generators, len(generators))
         times, conditioned = sampling_times(self.stage.num_student_steps), self.stage.condition_on_target
         gamma = self.stage.default_gamma
-        return sample_of(self.base, self.student, conditioning, noise, times, gamma, generators, conditioned)
+        return sample_of_seeds(self.base, self.student, conditioning, seeds, times, gamma, conditioned)

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 
 from .. import __version__, rewards
 from ..cost.units import in_words
+from ..recipe import reward_package
 from ..rewards.weights import weights_folder
 from ..training import machine
 from ..training.devices import device_of
@@ -132,7 +133,7 @@ def _extras() -> Iterator[Finding]:
 def _rewards() -> Iterator[Finding]:
     ready: list[str] = []
     to_fetch: list[str] = []
-    for name in rewards.names():
+    for name in reward_package.names():
         try:
             weights = rewards.weights_of(rewards.class_of(name))
         except rewards.RewardError as error:
@@ -174,7 +175,7 @@ def _devices() -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(index)
         bfloat16 = torch.cuda.get_device_capability(index) >= (8, 0)
         value = f"{torch.cuda.get_device_name(index)}, {in_words(free)} of {in_words(total)} free, {build}"
-        advice = "" if bfloat16 else "it has no bfloat16: set precision: fp16"
+        advice = "" if bfloat16 else "it has no bfloat16: leave precision: no"
         yield Finding("devices", f"GPU {index}", value, "ok" if bfloat16 else "note", advice)
     kind = device_of("auto").type
     if kind == "mps":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..cost.units import counted
 from ..data.prompts import first_prompts, read_prompts
-from ..equations.segments import NUM_SEGMENTS
+from ..equations.axis import NUM_SEGMENTS
 from ..models import hub, labelled_sheet, pictures, students, teachers
 from ..models.base import Base
 from ..models.client_export import export_as

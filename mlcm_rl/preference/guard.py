@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..equations import consistency, constraints
-from ..equations.statistics import deviation, mean_and_error
+from ..equations.statistics import deviation, mean_and_error, wins
 from ..models import students
 from ..models.teachers import tell_truncated
 from ..recipe import Reward, Tuning
@@ -81,7 +81,7 @@ class HackingGuard:
         record = {"guard/distance": self._whole(distances).mean().item()}
         for name, values in scores.items():
             record[f"guard/reward/{name}"] = values.mean().item()
-            record[f"guard/win_rate/{name}"] = (values > self.reference_scores[name]).float().mean().item()
+            record[f"guard/win_rate/{name}"] = wins(values, self.reference_scores[name]).mean().item()
         drops = {name: self._drop(name, scores) for name in self.stage.max_drops}
         gains = self._gain(self.stage.objectives, scores), self._gain(self.stage.guard.rewards, scores)
         # equal on all processes but for a device's last bits

@@ -56,22 +56,22 @@ class LearnedReward:
         """Whether the heads alone learn in `step`."""
         return step < self.settings.head_start
 
+    def ends_head_start(self, step: int) -> bool:
+        """Whether `step` is the first one after it."""
+        return 0 < self.settings.head_start == step
+
     def gradient(self, x0: Tensor, start: tuning.Start, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Return the predicted rewards (B,) of samples `x0` (B, C, H, W), and their gradient by `x0`.
 
         The heads will learn from these samples' `scores` (B,) when the step's samples are all scored.
         """
-        sample = x0.detach().requires_grad_()
-        # Spread over all places, a gradient would be rounded to 0 in a teacher's float16. A power of two is exact.
-        scale = 2.0 ** math.floor(math.log2(x0[0].numel()))
+        scale = 2.0 ** math.floor(math.log2(x0[0].numel()))  # a power of two is exact
         # the gradient is taken before the adapter is back: blocks may be computed again in it
         reference = students.as_reference(self.student.denoiser)
-        with reference, frozen(self.heads), autocast.own(sample.device):
-            predicted = self._predict(sample, start)
-            (scaled,) = torch.autograd.grad(predicted.sum() * scale, sample)
-        gradient = scaled / scale
-        self.scored.append(Scored(x0.detach(), start, scores.detach(), predicted.detach()))
-        return predicted.detach(), gradient
+        with reference, frozen(self.heads), autocast.own(x0.device):
+            predicted, gradient = feedback.value_and_gradient(lambda sample: self._predict(sample, start), x0, scale)
+        self.scored.append(Scored(x0.detach(), start, scores.detach(), predicted))
+        return predicted, gradient
 
     def predict(self, x0: Tensor, start: tuning.Start) -> Tensor:
         """Return the predicted rewards (B,) of `x0` (B, C, H, W), noised by the samples' own generators."""

@@ -199,12 +199,17 @@ class Scores:
         return {name: processes.gather(torch.cat(parts)) for name, parts in own.items()}
 
     def means(self) -> dict[str, float]:
-        """Return the mean of each value over all processes, for the log. Waits for all processes."""
+        """Return the mean of each value over all processes, for the log; none of what no sample has.
+
+        Waits for all processes.
+        """
         if not self.values:
             return {}
-        means = torch.stack([torch.cat(scores).mean() for scores in self.values.values()])
-        sums = processes.total(*means.tolist())  # in one transfer: each one waits for the device
-        return {name: value / processes.world_size() for name, value in zip(self.values, sums, strict=True)}
+        whole = [torch.cat(parts) for parts in self.values.values()]
+        sums = torch.stack([values.sum() for values in whole])  # in one transfer: each one waits for the device
+        totals = processes.total(*sums.tolist(), *map(len, whole))
+        named = zip(self.values, totals[: len(whole)], totals[len(whole) :], strict=True)
+        return {name: value / count for name, value, count in named if count}
 
 
 class Prompts:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from .distill_conflicts import LOG, MOST_SAMPLER_SEGMENTS, PER_PHASE, conflicts
+from ..equations.axis import NUM_SEGMENTS
+from .distill_conflicts import LOG, PER_PHASE, conflicts
 from .reads import LPIPS, PICTURES, PROMPTS
 from .stage import OneStage, Requirement, States, Training
 from .takes import Networks, Pass, Values
@@ -229,7 +230,7 @@ class Distill(Training):
 
         A network that predicts noise is near its teacher at times that it did not see; one turned to x0 is not.
         """
-        whole = self.prediction == "x0" and self.starts == "milestones" and num_segments <= MOST_SAMPLER_SEGMENTS
+        whole = self.prediction == "x0" and self.starts == "milestones" and num_segments <= NUM_SEGMENTS
         return self.budgets or [num_segments] * whole
 
     def per_phase(self, name: str) -> list:
@@ -341,7 +342,7 @@ class Distill(Training):
             return 1.0
         if self.budgets:
             return sum(1 / num_steps for num_steps in self.budgets) / len(self.budgets)
-        return sum(1 / below for below in range(1, MOST_SAMPLER_SEGMENTS + 1)) / MOST_SAMPLER_SEGMENTS
+        return sum(1 / below for below in range(1, NUM_SEGMENTS + 1)) / NUM_SEGMENTS
 
     @property
     def _teacher_steps(self) -> float:

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ..equations.axis import NUM_SEGMENTS
+
 if TYPE_CHECKING:
     from .distill import Distill
 
-MOST_SAMPLER_SEGMENTS = 8  # of a sampler's grid; phases before those may have more
 LOG = "log_"  # begins the name of the logarithm of a distance
 PER_PHASE = ("num_steps", "learning_rate", "target", "pair", "space", "distance", "optimizer_state")
 
@@ -22,7 +23,7 @@ def conflicts(stage: "Distill") -> Iterator[str]:
 def _without_effect(stage: "Distill") -> Iterator[str]:
     """Yield the settings that were changed and that nothing reads, with what would."""
     jumps = stage.method == "segments"
-    told_by_itself = jumps and "consistency" in stage.per_phase("target")
+    has_own_target = jumps and "consistency" in stage.per_phase("target")
     by_features = stage.compares_by("features"), "distance: features or log_features"
     needs = {
         "lpips": (stage.compares_by("lpips"), "distance: lpips or log_lpips"),
@@ -31,9 +32,9 @@ def _without_effect(stage: "Distill") -> Iterator[str]:
         "source": (jumps, "method: segments"),
         "target": (jumps, "method: segments"),
         "space": (stage.method != "simulation", "method: segments or inter_segment"),
-        "pair": (told_by_itself or stage.ends == "random", "target: consistency or ends: random"),
+        "pair": (has_own_target or stage.ends == "random", "target: consistency or ends: random"),
         "target_ema": (
-            told_by_itself or stage.method == "inter_segment",
+            has_own_target or stage.method == "inter_segment",
             "target: consistency or method: inter_segment",
         ),
         "skip": (jumps and stage.source != "trajectories", "source: online or data"),
@@ -89,20 +90,20 @@ def _of_phases(stage: "Distill") -> Iterator[str]:
 
 def _of_jumps(stage: "Distill") -> Iterator[str]:
     """Yield what of the starts and ends of jumps does not go together."""
-    told = stage.condition_on_target or stage.budgets
+    conditioned = stage.condition_on_target or stage.budgets
     if stage.starts == "milestones" and (
-        stage.method != "segments" or stage.source != "trajectories" or told or stage.keep_segments
+        stage.method != "segments" or stage.source != "trajectories" or conditioned or stage.keep_segments
     ):
         yield (
             "starts: milestones are whole segments between stored states: it needs method: segments and source: "
             "trajectories, without condition_on_target, budgets and keep_segments"
         )
-    if stage.starts == "any" and max(stage.num_segments) > MOST_SAMPLER_SEGMENTS:
+    if stage.starts == "any" and max(stage.num_segments) > NUM_SEGMENTS:
         yield (
-            f"num_segments {stage.num_segments}: more than {MOST_SAMPLER_SEGMENTS} are for starts: milestones, as "
+            f"num_segments {stage.num_segments}: more than {NUM_SEGMENTS} are for starts: milestones, as "
             "phases before those of samplers"
         )
-    if stage.ends == "random" and (stage.method != "segments" or told or stage.starts == "milestones"):
+    if stage.ends == "random" and (stage.method != "segments" or conditioned or stage.starts == "milestones"):
         yield (
             "ends: random draws the ends of jumps between segment starts and points: it needs method: segments, "
             "without condition_on_target and budgets, which say themselves where jumps end, and starts: any"

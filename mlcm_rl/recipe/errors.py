@@ -99,7 +99,8 @@ def expected(schema: Schema) -> str:
         case "boolean":
             return "true or false"
         case "integer":
-            return "a whole number" + _bounds(schema)
+            factor = schema.get("multipleOf")
+            return (f"a multiple of {factor}" if factor else "a whole number") + _bounds(schema)
         case "number":
             return "a number" + _bounds(schema)
         case "string":

@@ -170,7 +170,7 @@ class Evaluate(OneStage):
         They are the references, and the undistilled teacher with guidance, where whole steps fit, and without.
         """
         guided = recipe.teacher.evaluations
-        references = [(guided * n, guided) for n in self.teacher_steps]
+        references = [(guided * n, guided) for n in dict.fromkeys(self.teacher_steps)]
         ways = (guided, 1) if recipe.teacher.guidance_scale != 1.0 else (1,)
         undistilled = [(n, of_a_step) for n in self.sampling_steps for of_a_step in ways if n % of_a_step == 0]
         return references + undistilled * len(self.teacher_solvers)

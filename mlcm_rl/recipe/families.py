@@ -11,8 +11,9 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from typing import Any
 
+from ..equations.axis import NUM_TIMES
+
 ENTRY_POINTS = "mlcm_rl.families"
-USUAL_TIMES = 1000  # of a schedule
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Layout:
     side: int = 0  # latents a side by default, where the denoiser's configuration has no sample_size
     takes_text_adapter: bool = False  # prompts become states of one number and at most a pooled vector: `adapt_text`
     embeds_guidance: bool = False  # the guidance scale is an input of the denoiser: a guided pass is one evaluation
-    num_times: int = USUAL_TIMES  # of a variance-preserving schedule
+    num_times: int = NUM_TIMES  # of a variance-preserving schedule
     extras: dict[str, str] = field(default_factory=dict)  # module that the family needs: extra of ours that has it
     loads_lora: bool = True  # diffusers' pipeline loads files of LoRAs
     languages: tuple[str, ...] = ()  # of prompts that its published models are made for; () where that is not known

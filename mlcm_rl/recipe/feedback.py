@@ -98,6 +98,11 @@ class Feedback(Tuning):
             raise ValueError("kl needs sampling_steps 2 or more: the last step puts no noise back; take anchor")
         return self
 
+    @property
+    def corrections(self) -> int:
+        """One: the student's moments held the gradients of heads that had learned nothing when its updates began."""
+        return int(self.surrogate is not None and self.surrogate.head_start > 0)
+
     def states_read(self, earlier: Sequence[OneStage]) -> States | None:
         """Return the states that its student was distilled on, for the term that keeps it a consistency model."""
         distilled = [stage for stage in earlier if isinstance(stage, Distill)]

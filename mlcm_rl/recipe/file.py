@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -128,18 +127,12 @@ def check(recipe: Recipe, folders: Folders) -> list[Problem]:
     ]
 
 
-def reward_names() -> list[str]:
-    """Return the names of the rewards that `mlcm_rl.rewards` would find, without importing them (they need torch)."""
-    files = reward_package.names(list(reward_package.package().__path__))
-    return sorted(files | entry_points(group="mlcm_rl.reward_models").names)
-
-
 def _with_place(problem: Problem, tree: Node, file: str) -> Problem:
     return replace(problem, file=file, place=tree.nearest_place(problem.key))
 
 
 def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
-    known_rewards = reward_names()
+    known_rewards = reward_package.names()
     for i, stage in enumerate(recipe.stages):
         settings = stage.model_dump(include={*reads_of(stage), "also"})
         for name, mark in reads_of(stage).items():

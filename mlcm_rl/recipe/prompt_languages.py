@@ -104,7 +104,7 @@ def _languages_of(reward: Reward) -> tuple[str, ...]:
 
 def _readers(prompts: Prompts) -> str:
     """Return the names of the rewards that read the languages of all `prompts`."""
-    names = sorted(reward_package.names(list(reward_package.package().__path__)))
+    names = sorted(reward_package.names_of_files())
     readers = [name for name in names if set(prompts) <= set(_languages_of(Reward(name=name)))]
     return ", ".join(readers) or "none here reads all of them"
 

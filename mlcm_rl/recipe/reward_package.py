@@ -6,6 +6,7 @@ Nothing here imports torch or a reward file.
 
 import pkgutil
 import sys
+from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ from . import shipped
 
 NAME = "reward_models"
 OURS = shipped.folder(NAME)
+ENTRY_POINTS = "mlcm_rl.reward_models"  # of other distributions' rewards
 
 
 def package() -> ModuleType:
@@ -41,9 +43,15 @@ def folders() -> list[Path]:
     return [OURS, theirs] if theirs.is_dir() and not is_checkout else [OURS]
 
 
-def names(paths: list[str]) -> set[str]:
-    """Return the names of the reward files in the folders `paths`."""
-    return {module.name for module in pkgutil.iter_modules(paths) if not module.name.startswith("_")}
+def names_of_files() -> set[str]:
+    """Return the names of the reward files in the package's folders."""
+    modules = pkgutil.iter_modules(list(package().__path__))
+    return {module.name for module in modules if not module.name.startswith("_")}
+
+
+def names() -> list[str]:
+    """Return the names of all reward models, of files and of entry points, sorted, without importing them."""
+    return sorted(names_of_files() | entry_points(group=ENTRY_POINTS).names)
 
 
 def _is_ours(module: ModuleType) -> bool:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, field_validator
 
-from .families import USUAL_TIMES
+from ..equations.axis import NUM_SEGMENTS, NUM_TIMES
 from .reads import STUDENT
 from .stage import OneStage
 from .takes import Values
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 PREVIOUS = "previous"
 # How many evenly spaced times the steps of a grid are chosen from: `original_inference_steps` of LCM's and TCD's stock
 # schedulers.
-ORIGINAL_STEPS = {"milestones": 8, "lcm": 50, "trailing": 1000}
+ORIGINAL_STEPS = {"milestones": NUM_SEGMENTS, "lcm": 50, "trailing": NUM_TIMES}
 
-Time = Annotated[int, Field(ge=1, le=999)]
-Grid = Literal["milestones", "lcm", "trailing"] | Annotated[list[Time], Field(min_length=1, max_length=8)]
+Time = Annotated[int, Field(ge=1, le=NUM_TIMES - 1)]
+Grid = Literal["milestones", "lcm", "trailing"] | Annotated[list[Time], Field(min_length=1, max_length=NUM_SEGMENTS)]
 
 
 def are_times(values: Sequence[Any]) -> bool:
     """Return whether `values` are times of a grid: whole numbers from 999 down to 1, each below the one before."""
-    ends = [USUAL_TIMES, *values, 0]
+    ends = [NUM_TIMES, *values, 0]
     return all(type(one) is int for one in values) and all(t > s for t, s in itertools.pairwise(ends))
 
 

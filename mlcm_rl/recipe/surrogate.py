@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat
 
-from .types import PositiveInt, Strict
+from .types import HeadWidth, Strict
 
 
 class Surrogate(Strict):
@@ -16,13 +16,7 @@ class Surrogate(Strict):
     num_updates: int = Field(4, ge=1, le=100, description="of the heads in a step, on the step's own scores")
     head_start: int = Field(10, ge=0, le=1_000_000_000, description="first steps, in which the heads alone learn")
     learning_rate: PositiveFloat = Field(1e-3, description="of the heads, constant")
-    width: PositiveInt = Field(64, description="channels of a head's convolutions, a multiple of 4")
+    width: HeadWidth = Field(64, description="channels of a head's convolutions, a multiple of 4")
     time: Annotated[float, Field(gt=0, le=1)] = Field(
         0.2, description="part of the time axis that samples are noised to for their features; 1 is pure noise"
     )
-
-    @model_validator(mode="after")
-    def _width_has_groups(self):
-        if self.width % 4:
-            raise ValueError(f"width {self.width} is not a multiple of 4, the number of groups that are normalised")
-        return self

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
+from ..equations.axis import NUM_SEGMENTS
 from .reads import PICTURES, PROMPTS
 from .stage import OneStage, States, Training
 from .takes import Networks, Pass, Values
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from .experiment import Recipe
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-NUM_MILESTONES = 9  # the ends of 8 segments
 
 
 class TrainTeacher(Training):
@@ -128,6 +128,6 @@ class Trajectories(OneStage):
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
         """Return the bytes of the states, of the last x0, and of the encoded prompts, one a trajectory at most."""
-        num_states = self.solver_steps + 1 if self.keeps(recipe) == "all" else NUM_MILESTONES
+        num_states = self.solver_steps + 1 if self.keeps(recipe) == "all" else NUM_SEGMENTS + 1
         states = (num_states + 1) * values.latent * BYTES[self.dtype]
         return self.num_stored * (states + values.prompt * BYTES[recipe.teacher.dtype])

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, model_validator
 
 from .takes import Pass
-from .types import Lora, NonNegativeFloat, PositiveInt, Strict, Teacher
+from .types import HeadWidth, Lora, NonNegativeFloat, Strict, Teacher
 
 Part = Annotated[float, Field(ge=0, le=1)]
 
@@ -114,15 +114,9 @@ class Adversarial(Term):
         description="of the stage, in which the heads learn and the student has no such term yet",
     )
     gradient_penalty: NonNegativeFloat = Field(1e-5, description="weight of R1 on the features of real samples")
-    width: PositiveInt = Field(64, description="channels of a head's convolutions, a multiple of 4")
+    width: HeadWidth = Field(64, description="channels of a head's convolutions, a multiple of 4")
 
     @property
     def warm_up(self) -> tuple[str, int]:
         """Those of the heads."""
         return "adversarial.warmup_steps", self.warmup_steps
-
-    @model_validator(mode="after")
-    def _width_has_groups(self):
-        if self.width % 4:
-            raise ValueError(f"width {self.width} is not a multiple of 4, the number of groups that are normalised")
-        return self

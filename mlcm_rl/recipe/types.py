@@ -25,6 +25,7 @@ COMMIT = r"^[0-9a-f]{40}$"
 VARIANT = r"^[a-z0-9_]+$"
 # Counts have a limit: a larger number is a slip, and objects of that number would fill any memory before an error.
 PositiveInt = Annotated[int, Field(gt=0, le=1_000_000_000)]
+HeadWidth = Annotated[int, Field(gt=0, le=65_536, multiple_of=4)]  # in groups of 4
 Quantised = Literal["int8", "nf4"]
 if TYPE_CHECKING:
     Family = str

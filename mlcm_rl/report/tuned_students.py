@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..equations.constraints import drop
-from ..equations.statistics import deviation, wilson_interval
+from ..equations.statistics import deviation, wilson_interval, wins
 from ..recipe.experiment import TUNING
 from ..storage.files import read_json
 from .definitions import BY_LANGUAGE, WIN_RATE, is_detail, metric
@@ -95,7 +95,7 @@ def compare(rows: list[Row], prompts: list[Prompt], student: TunedStudent) -> li
             reference = references[_sampler(row)]
             keys = [key for key, summary in row.metrics.items() if summary.values]
             differences = {key: values_of(row, key).double() - values_of(reference, key).double() for key in keys}
-            win_rates = {key: wins(row, reference, key) for key in keys if key.startswith("reward/")}
+            win_rates = {key: wins_of(row, reference, key) for key in keys if key.startswith("reward/")}
             comparisons.append(
                 TunedComparison(
                     num_steps=row.num_steps,
@@ -126,11 +126,9 @@ def _sampler(row: Row) -> tuple[tuple[int, ...], float | None]:
     return times, row.gamma if len(times) > 1 else None
 
 
-def wins(row: Row, reference: Row, key: str) -> Tensor:
+def wins_of(row: Row, reference: Row, key: str) -> Tensor:
     """Return the share (P,) of a prompt's pictures that score higher in `row` than in `reference`; ties count half."""
-    difference = samples_of(row, key).double() - samples_of(reference, key).double()
-    won = torch.heaviside(difference, difference.new_tensor(0.5))
-    return torch.where(difference.isnan(), math.nan, won).mean(1)
+    return wins(samples_of(row, key).double(), samples_of(reference, key).double()).mean(1)
 
 
 def _by_language(prompts: list[Prompt], values: dict[str, Tensor]) -> dict[str, Summary]:

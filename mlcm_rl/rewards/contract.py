@@ -65,10 +65,14 @@ def score_in_chunks(
     return torch.cat(chunks)
 
 
+def reads(reward: RewardModel | type[RewardModel], language: str) -> bool:
+    """Return whether `reward` can score a picture whose prompt is in `language`."""
+    return not reward.needs_prompt or language in reward.languages
+
+
 def refuse_unread(reward: RewardModel, name: str, languages: Iterable[str]) -> None:
     """Raise RewardError if `reward` depends on prompts and does not read one of their `languages`."""
-    unread = sorted(set(languages) - set(reward.languages)) if reward.needs_prompt else []
-    if unread:
+    if unread := sorted({language for language in languages if not reads(reward, language)}):
         raise RewardError(
             f"reward {name} reads prompts in {', '.join(reward.languages)}, not in {', '.join(unread)}: "
             "leave those prompts out, or take a reward that reads them"

@@ -19,15 +19,9 @@ from .contract import ATTRIBUTES, RewardError, RewardModel, message_of
 from .weights import MissingWeights, Weights
 
 FOLDER = reward_package.package().__name__  # this package's, whatever is in the working directory
-ENTRY_POINTS = "mlcm_rl.reward_models"
 
 
 # ---- by name ----
-
-
-def names() -> list[str]:
-    """Return the names of all reward models, sorted, without importing them."""
-    return sorted(_files() | entry_points(group=ENTRY_POINTS).names)
 
 
 def find(name: str) -> type[RewardModel]:
@@ -36,10 +30,10 @@ def find(name: str) -> type[RewardModel]:
     Raise LookupError for an unknown name (with the nearest names) and for one that two files, distributions, or a file
     and a distribution define; TypeError if the class breaks the contract.
     """
-    points = [point for point in entry_points(group=ENTRY_POINTS) if point.name == name]
+    points = [point for point in entry_points(group=reward_package.ENTRY_POINTS) if point.name == name]
     claims = _claims(name)
     if not claims:
-        all_names = names()
+        all_names = reward_package.names()
         nearest = difflib.get_close_matches(name, all_names, n=3) or all_names
         raise LookupError(f"there is no reward model {name!r}; the nearest names are {', '.join(nearest) or '(none)'}")
     if len(claims) > 1:
@@ -159,15 +153,11 @@ def _place(name: str, error: BaseException) -> str:
 
 def _claims(name: str) -> list[str]:
     """Return the places that define a reward model of this name, in words; more than one is an error."""
-    points = [point for point in entry_points(group=ENTRY_POINTS) if point.name == name]
+    points = [point for point in entry_points(group=reward_package.ENTRY_POINTS) if point.name == name]
     paths = [Path(folder) / f"{name}.py" for folder in reward_package.package().__path__]
     ours = {reward_package.OURS: Path(FOLDER)}  # without this machine's path
     files = [str(ours.get(path.parent, path.parent) / path.name) for path in paths if path.is_file()]
     return files + [f"the entry point of {_origin(point)}" for point in points]
-
-
-def _files() -> set[str]:
-    return reward_package.names(list(reward_package.package().__path__))
 
 
 def _origin(point: EntryPoint) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data.picture_files import SUFFIXES, pictures_of, pixels, read_picture, square
 from ..data.prompts import Prompt
 from ..storage.files import remove_partial_of, replacing
-from .contract import RewardError, RewardModel, score
+from .contract import RewardError, RewardModel, reads, score
 
 MAX_BATCH_PIXELS = 2**22  # pixels of all pictures: 4 megapixels are 50 MB in float32; a larger picture is a batch alone
 
@@ -86,7 +86,7 @@ def score_files(
 
 
 def _entry(reward: RewardModel, path: Path, prompt: Prompt) -> Entry:
-    if reward.needs_prompt and prompt.language not in reward.languages:
+    if not reads(reward, prompt.language):
         return Entry(path.name, prompt.prompt, result=Scored(path.name, prompt.prompt, None))
     try:
         return Entry(path.name, prompt.prompt, pixels(read_picture(path, str(path))))

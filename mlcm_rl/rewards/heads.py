@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.prompts import Prompt
+from ..equations.statistics import wins
 from ..storage.untrusted import brief
 from ..training.seeding import generator
 
@@ -68,4 +69,4 @@ def held_out_pairs(prompts: list[Prompt], share: float, seed: int) -> Tensor:
 
 def is_correct(scores: Tensor) -> Tensor:
     """Return (N,) for scores (N, 2): 1 if the chosen picture scores higher, 0 if lower, 0.5 for a tie."""
-    return torch.heaviside(scores[:, 0] - scores[:, 1], scores.new_tensor(0.5))
+    return wins(scores[:, 0], scores[:, 1])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..data.prompts import Prompt, prompts_with_lines
 from ..storage.untrusted import first_few
-from .contract import RewardError, RewardModel
+from .contract import RewardError, RewardModel, reads
 
 
 def refuse_prompts(
@@ -36,7 +36,7 @@ def _why_not(
     reward: RewardModel | type[RewardModel], name: str, prompt: Prompt, aspect: float, may_skip: bool
 ) -> str | None:
     """Return why `reward` cannot score `prompt`; None if it does not refuse it."""
-    if reward.needs_prompt and prompt.language not in reward.languages:
+    if not reads(reward, prompt.language):
         return None if may_skip else f"{name} reads prompts in {', '.join(reward.languages)}, not in {prompt.language}"
     if not isinstance(reward, type) and (refuse := getattr(reward, "refuse_prompt", None)):
         try:

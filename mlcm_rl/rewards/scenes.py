@@ -34,7 +34,7 @@ __all__ = [
     "palette",
 ]
 
-SHIPPED = OURS.parent / "recipes" / "scenes" / "prompts"  # in a checkout
+SHIPPED = OURS.parent / "recipes" / "scenes" / "prompts"
 
 
 class Requests:

@@ -12,9 +12,10 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from ..recipe.reward_package import ENTRY_POINTS
 from ..storage.files import read_json
 from ..storage.hashing import sha256_once
-from .finding import ENTRY_POINTS, FOLDER
+from .finding import FOLDER
 from .weights import SAFE_SUFFIXES, Weights, weights_folder
 
 

@@ -13,11 +13,9 @@ from ..data.prompts import parallel_prompts
 from ..data.trajectory_store import Store, refuse_mismatch, store_of
 from ..equations.adaptation import effect_lost, feature_error
 from ..equations.schedule import add_noise
-from ..equations.segments import time_grid
 from ..models import pictures, teachers, text_adapter
 from ..models.base import Base
 from ..models.conditioning import CONTEXT, Conditioning, concatenated, on_device
-from ..models.sampler import sample_teacher
 from ..models.text_adapter import TextAdapter, sizes_of, stacked_states
 from ..models.text_encoder import TextEncoder
 from ..recipe import AdaptText, Recipe
@@ -25,12 +23,10 @@ from ..recipe.languages import guess_language
 from ..recipe.takes import TextNetwork
 from ..storage import finite
 from ..storage.hashing import sha256
-from ..training.loop import Runtime, rate_factor, set_rate
+from ..training.loop import Runtime, adamw, rate_factor, set_rate
 from ..training.seeding import epoch_order, generator
 
 MOST_MEASURED = 1024  # prompts whose encodings the outputs' means and deviations are of
-SAMPLE_STEPS = 25  # of the guided teacher, for the sample grids
-SAMPLE_COLUMNS = 8  # of a grid
 
 
 def run(stage: AdaptText, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
@@ -41,13 +37,12 @@ def run(stage: AdaptText, recipe: Recipe, parents: dict[str, Path], folder: Path
     rt = Runtime(recipe, stage, folder)
     base = teachers.load(recipe.teacher, rt.device)
     store = open_store(stage, recipe, base, parents["trajectories"])
-    data = Data(base, store, encode(stage, recipe, base, store), texts_of(stage))
+    texts = texts_of(stage)
+    data = Data(base, store, encode(stage, recipe, base, texts[: store.provenance.total]), texts)
     adapter = new_adapter(stage, data, recipe.seed)
     if stage.gradient_checkpointing:
         base.checkpoint_blocks(base.denoiser)
-    optimizer = torch.optim.AdamW(
-        adapter.parameters(), lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True
-    )
+    optimizer = adamw(adapter.parameters(), stage)
     trained = rt.prepare(adapter, optimizer)
 
     for step in rt.steps(rt.resume({"adapter": trained}), stage.num_steps, "adapt_text"):
@@ -91,12 +86,12 @@ def texts_of(stage: AdaptText) -> list[str]:
     return [prompt.parallel or "" for prompt in parallel_prompts(stage.prompts, stage.languages)]
 
 
-def encode(stage: AdaptText, recipe: Recipe, base: Base, store: Store) -> dict[str, Tensor]:
+def encode(stage: AdaptText, recipe: Recipe, base: Base, texts: list[str]) -> dict[str, Tensor]:
     """Return the new encoder's states (L', H) of each prompt that it reads, on the CPU; no encoder stays in memory.
 
-    The prompts are those of the store's trajectories and, of the sample grid, those in the new languages.
+    The prompts are `texts`, those of the store's trajectories, and those of the sample grid in the new languages.
     """
-    prompts, texts = recipe.samples.prompts, texts_of(stage)[: store.provenance.total]
+    prompts = recipe.samples.prompts
     new = [prompt for prompt in prompts if guess_language(prompt) in stage.languages]
     base.encode_ahead(prompt for prompt in prompts if prompt not in new)
     encoder = TextEncoder(Path(stage.encoder), base.num_tokens, base.device)
@@ -196,20 +191,13 @@ def held_out(stage: AdaptText, base: Base, adapter: TextAdapter, data: Data, see
 
 @torch.no_grad()
 def save_samples(rt: Runtime, recipe: Recipe, base: Base, adapter: TextAdapter, data: Data, step: int) -> None:
-    """Write the grid of the recipe's fixed prompts and seeds, at SAMPLE_STEPS guided steps of the teacher."""
+    """Write the grid of the recipe's fixed prompts and seeds, drawn by the teacher."""
 
     def encoded(prompt: str) -> Conditioning:
         if prompt in data.states:
             return adapter(*stacked_states([data.states[prompt]], base.device))
         return base.encode_prompts([prompt])
 
-    prompts = recipe.samples.prompts
-    conditioning, unconditional = (
-        concatenated([encoded(prompt) for prompt in prompts]),
-        base.unconditional(len(prompts)),
-    )
-    noise = base.noise([generator(recipe.seed, "samples", i) for i in range(len(prompts))], len(prompts))
-    times = time_grid(SAMPLE_STEPS)[:-1]
-    x0 = sample_teacher(base, conditioning, unconditional, noise, times, recipe.teacher.guidance_scale)
-    sheet = pictures.grid(base.autoencoder.decode(x0), num_columns=SAMPLE_COLUMNS)
-    pictures.save_samples(rt, sheet, step)
+    conditioning = concatenated([encoded(prompt) for prompt in recipe.samples.prompts])
+    images = pictures.of_teacher(base, conditioning, recipe.seed)
+    pictures.save_samples(rt, pictures.grid(images, pictures.TEACHER_COLUMNS), step)

@@ -27,7 +27,7 @@ from ..models.terms_of_step import TermsOfStep, training_of
 from ..recipe import Distill, Recipe, types
 from ..recipe.distill import LOG, PERCEPTUAL
 from ..storage import files
-from ..training.loop import Runtime, rate_factor, set_rate
+from ..training.loop import Runtime, adamw, rate_factor, set_rate
 from ..training.seeding import generator
 
 Weights = dict[str, Tensor]  # the trained parameters by name, or their average
@@ -49,7 +49,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
     if stage.gradient_checkpointing:
         base.checkpoint_blocks(student)
     parameters = students.trainable_parameters(student)
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
+    optimizer = adamw(parameters, stage)
     trained = rt.prepare(student, optimizer)
     average = {name: value.detach().clone() for name, value in trained.items()} if stage.target_ema else trained
     network = Network(rt, base, student, average)
@@ -90,9 +90,11 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
         if rt.is_logged(step):
             record |= added.means()
             rt.log(step, phase=phase, num_segments=settings.num_segments, learning_rate=rate, **record)
-        if isinstance(source, StoredStates) and source.store.num_held_out and rt.due(step, stage.held_out_every):
+        is_measured = rt.due(step, stage.held_out_every, sum(lengths))
+        if is_measured and isinstance(source, StoredStates) and source.store.num_held_out:
             measure = distances.of(settings.distance, "held out")
-            held_out = held_out_loss(settings, network, source, measure)
+            with rt.autocast():
+                held_out = held_out_loss(settings, network, source, measure)
             rt.log(step, phase=phase, num_segments=settings.num_segments, held_out_loss=held_out)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, sum(lengths)):
             save_samples(rt, stage, recipe, base, student, settings.num_segments, step)

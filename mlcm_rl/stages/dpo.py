@@ -24,7 +24,7 @@ from ..preference.guard import HackingGuard
 from ..recipe import Dpo, Recipe
 from ..rewards import Combined, combine
 from ..training import processes
-from ..training.loop import Runtime, rate_factor, set_rate
+from ..training.loop import Runtime, adamw, rate_factor, set_rate
 from ..training.processes import on_rank_zero
 from ..training.progress import progress
 
@@ -45,7 +45,7 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
     source = StoredPairs(stage, base, recipe.seed) if stage.pairs else OwnPairs(stage, student, rewards, recipe.seed)
     tuning.encode_ahead(stage, recipe, base, source.texts)
     parameters = students.trainable_parameters(student.denoiser)
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
+    optimizer = adamw(parameters, stage)
     trained = rt.prepare(student.denoiser, optimizer)
     guard = HackingGuard(stage, student, trained, rewards, recipe.seed)
     rewards.take_in(guard.reference_scores)  # their scale in the first step
@@ -190,12 +190,13 @@ def loss(stage: Dpo, student: tuning.TunableStudent, pairs: PairBatch, scores: t
     scores.add({"pairs_kept": weight})
     if chosen.ndim == 2:  # a loss a step: every random step of the two rollouts is a pair of its own
         weight = weight.expand_as(chosen)
+    kept = weight > 0  # in others chosen and rejected are equals, or one sample
     scores.add(
         {
-            "accuracy": preference.implicit_accuracy(chosen, rejected).flatten(),
-            "margin": preference.implicit_margin(chosen, rejected, stage.beta).flatten(),
-            "log_ratio_chosen": chosen.flatten(),
-            "log_ratio_rejected": rejected.flatten(),
+            "accuracy": preference.implicit_accuracy(chosen, rejected)[kept],
+            "margin": preference.implicit_margin(chosen, rejected, stage.beta)[kept],
+            "log_ratio_chosen": chosen[kept],
+            "log_ratio_rejected": rejected[kept],
         }
     )
     value = weight * preference.preference_loss(chosen, rejected, stage.beta, stage.loss_type, stage.label_smoothing)

@@ -17,6 +17,7 @@ from rich.text import Text
 from torch import Tensor
 
 from ..data.prompts import Prompt, first_prompts
+from ..equations.consistency import squared_l2
 from ..evaluation import instruments, metrics, undistilled
 from ..evaluation.row_store import RowStore, open_store, record_path, reference_folder
 from ..evaluation.rows import Entry, entries, student_rows, teacher_rows
@@ -245,7 +246,7 @@ def draw(scene: Scene, row: SampledRow, student: Student | None, batch: list[Sam
             write_tensors(path, {"latent": latent})
     reference = torch.stack([read_tensors(path)["latent"] for path in places])
     return {
-        "distance": metrics.squared_distance(latents, reference),
+        "distance": squared_l2(latents, reference),
         "latency_ms": torch.full((len(batch),), latency),
         **scene.instruments.read(images, [scene.prompts[i] for i in numbers], batch),
     }

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..data.training_points import Batch, StoredStates
 from ..data.trajectory_store import store_of
 from ..equations import consistency, feedback
+from ..equations.axis import NUM_SEGMENTS
 from ..models import students, teachers
 from ..models.base import Base
 from ..models.terms import matching_of
@@ -18,10 +19,9 @@ from ..preference.constraints import Constraints
 from ..preference.guard import HackingGuard
 from ..preference.surrogate import LearnedReward
 from ..recipe import Distill, Feedback, Recipe
-from ..recipe.distill import MOST_SAMPLER_SEGMENTS
 from ..rewards import Combined, combine, refuse_without_gradient
 from ..training import autocast
-from ..training.loop import Runtime, rate_factor, set_rate
+from ..training.loop import Runtime, adamw, rate_factor, set_rate
 from ..training.processes import on_rank_zero
 
 
@@ -46,7 +46,7 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     source = stored_states(stage, recipe, base, start, parents["trajectories"]) if stage.consistency else None
     tuning.encode_ahead(stage, recipe, base, lambda step: prompts.texts(step, stage.batch_size // copies))
     parameters = students.trainable_parameters(student.denoiser)
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
+    optimizer = adamw(parameters, stage)
     trained = rt.prepare(student.denoiser, optimizer)
     matching = matching_of(stage, base, recipe.seed)
     term = (matching, training_of(rt, matching)) if matching else None
@@ -61,8 +61,12 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
     first = rt.resume(weights, rewards=rewards, guard=guard, **constraints.parts)
     for step in rt.steps(first, stage.num_steps, "feedback", lambda: guard.stopped):
         # one update
-        rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
-        set_rate(optimizer, 0.0 if learned and learned.has_head_start(step) else rate)
+        rate = 0.0
+        if not (learned and learned.has_head_start(step)):
+            rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
+        if learned and learned.ends_head_start(step):
+            optimizer.state.clear()  # moments of heads that had learned nothing
+        set_rate(optimizer, rate)
         draws, scoring = rt.generator("draws", step), Scoring(rewards, constraints, learned, tuning.Scores())
         rt.samples = prompts.texts(step, stage.batch_size // copies)
         points = source.draw(step, student.num_segments, "next", draws) if source else None
@@ -250,13 +254,14 @@ def stored_states(stage: Feedback, recipe: Recipe, base: Base, start: Path, traj
     Raises CheckpointError for a store of another teacher.
     """
     student = students.describe(start)
-    told, budgets, num_segments = student["conditioned"], student["budgets"], student["num_segments"]
-    whole = (budgets and not told) or num_segments > MOST_SAMPLER_SEGMENTS  # so many are of starts: milestones alone
+    conditioned, budgets, num_segments = student["conditioned"], student["budgets"], student["num_segments"]
+    # a student of whole segments knows their tops alone; more than a sampler has steps are of such students alone
+    whole_segments = (budgets and not conditioned) or num_segments > NUM_SEGMENTS
     distilled = Distill(
         num_segments=[num_segments],
-        starts="milestones" if whole else "any",
-        condition_on_target=told,
-        budgets=budgets if told else [],
+        starts="milestones" if whole_segments else "any",
+        condition_on_target=conditioned,
+        budgets=budgets if conditioned else [],
         batch_size=stage.batch_size,
         num_steps=1,
     )

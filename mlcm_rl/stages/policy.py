@@ -13,7 +13,7 @@ from ..preference.constraints import Constraints
 from ..preference.guard import HackingGuard
 from ..recipe import Policy, Recipe
 from ..rewards import Combined, combine
-from ..training.loop import Runtime, rate_factor, set_rate
+from ..training.loop import Runtime, adamw, rate_factor, set_rate
 from ..training.processes import on_rank_zero
 
 
@@ -32,7 +32,7 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
     rewards.refuse_unread(prompts.languages)
     tuning.encode_ahead(stage, recipe, base, lambda step: prompts.texts(step, stage.batch_size // copies))
     parameters = students.trainable_parameters(student.denoiser)
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
+    optimizer = adamw(parameters, stage)
     trained = rt.prepare(student.denoiser, optimizer)
     guard = HackingGuard(stage, student, trained, rewards, recipe.seed)
     rewards.take_in(guard.reference_scores)  # their scale in the first step

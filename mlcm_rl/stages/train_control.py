@@ -14,20 +14,15 @@ from ..equations.consistency import squared_l2
 from ..equations.edges import edge_map
 from ..equations.prediction import min_snr_weight, prediction_from_x0
 from ..equations.schedule import add_noise
-from ..equations.segments import time_grid
 from ..models import control, pictures, teachers
 from ..models.base import Base
 from ..models.conditioning import Conditioning, on_device
-from ..models.sampler import sample_teacher
 from ..models.teachers import tell_truncated
 from ..recipe import Recipe, TrainControl
-from ..storage import files, finite
+from ..storage import files
 from ..training import autocast
-from ..training.loop import Runtime, rate_factor, set_rate
-from ..training.seeding import epoch_order, generator
-
-SAMPLE_STEPS = 25  # of the guided teacher, for the sample grids
-NUM_SAMPLES = 8  # pictures of a grid, the first of the drawings
+from ..training.loop import Runtime, adamw, rate_factor, set_rate
+from ..training.seeding import epoch_order
 
 
 def run(stage: TrainControl, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
@@ -42,14 +37,13 @@ def run(stage: TrainControl, recipe: Recipe, parents: dict[str, Path], folder: P
     if stage.gradient_checkpointing:
         base.checkpoint_blocks(base.denoiser)
         base.checkpoint_blocks(network)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True
-    )
+    optimizer = adamw(network.parameters(), stage)
     trained = rt.prepare(network, optimizer)
 
     for step in rt.steps(rt.resume({"control": trained}), stage.num_steps, "train_control"):
         # drawings, times, noise and captions of the step
-        set_rate(optimizer, stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps))
+        rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
+        set_rate(optimizer, rate)
         index = epoch_order(len(drawings.latents), stage.batch_size, step, recipe.seed, "train_control")
         rt.samples = index.tolist()
         draws = rt.generator("noise", step)
@@ -69,7 +63,7 @@ def run(stage: TrainControl, recipe: Recipe, parents: dict[str, Path], folder: P
 
         # the log, samples and checkpoints
         if rt.is_logged(step):
-            rt.log(step, **record)
+            rt.log(step, learning_rate=rate, **record)
         if rt.due(step, stage.sample_every, stage.num_steps):
             save_samples(rt, recipe, base, network, drawings, step)
         if rt.stopping or rt.due(step, stage.save_every):
@@ -134,24 +128,18 @@ def loss(
 @torch.no_grad()
 def save_samples(rt: Runtime, recipe: Recipe, base: Base, network: nn.Module, drawings: Drawings, step: int) -> None:
     """Write a grid of two rows: the edges of the first drawings, and what the guided teacher draws along them."""
-    count = min(NUM_SAMPLES, len(drawings.latents))
+    count = min(pictures.TEACHER_COLUMNS, len(drawings.latents))
     draws = torch.Generator().manual_seed(0)
     conditioning = on_device(drawings.captions.draw(torch.arange(count), draws), base.device)
     edges = drawings.rows(torch.arange(count))[1].to(base.device)
-    noise = base.noise([generator(recipe.seed, "samples", i) for i in range(count)], count)
-    times = time_grid(SAMPLE_STEPS)[:-1]
-    with control.controlled(base.denoiser, network, edges.repeat(2, 1, 1, 1)):  # guidance is in one batch
-        x0 = sample_teacher(base, conditioning, base.unconditional(count), noise, times, recipe.teacher.guidance_scale)
-    sheet = pictures.grid(torch.cat([edges, base.autoencoder.decode(x0)]), num_columns=count)
-    pictures.save_samples(rt, sheet, step)
+    with control.controlled(base.denoiser, network, edges.repeat(recipe.teacher.evaluations, 1, 1, 1)):
+        images = pictures.of_teacher(base, conditioning, recipe.seed)
+    pictures.save_samples(rt, pictures.grid(torch.cat([edges, images]), num_columns=count), step)
 
 
 def write_control(network: Any, folder: Path) -> None:
     """Write the ControlNet in half precision to `folder`, as diffusers opens it."""
     with files.replacing(folder) as temporary:
-        own = dict(network.named_parameters())
-        halves = {name: value.half() for name, value in own.items()}
-        finite.refuse_weights(halves, "the ControlNet")
-        with autocast.swapped(own, halves):
+        with autocast.in_halves(network, "the ControlNet"):
             network.save_pretrained(temporary)
         files.forget_origin(temporary)

@@ -18,7 +18,7 @@ from ..models.base import Base
 from ..recipe import Recipe, TrainPerceptual
 from ..recipe.lpips_layout import FILE, new_layout
 from ..storage import files
-from ..training.loop import Runtime, rate_factor, set_rate
+from ..training.loop import Runtime, adamw, rate_factor, set_rate
 from ..training.seeding import epoch_order, generator
 
 RANKING_WIDTH = 32
@@ -44,15 +44,14 @@ def run(stage: TrainPerceptual, recipe: Recipe, parents: dict[str, Path], folder
     layout = new_layout(base.latent_shape[0], stage.widths, stage.depths)
     ranked = Ranked(lpips.new(layout, recipe.seed), recipe.seed).to(rt.device)
     held_out, apart = held_out_pairs(stage, base, measured_on, recipe.seed), neighbours_apart(stage, measured_on)
-    optimizer = torch.optim.AdamW(
-        ranked.parameters(), lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True
-    )
+    optimizer = adamw(ranked.parameters(), stage)
     untrained = measured(ranked.lpips, held_out)
 
     first = rt.resume({"ranked": rt.prepare(ranked, optimizer)})
     for step in rt.steps(first, stage.num_steps, "train_perceptual"):
         # one update, on pairs that are a function of (seed, step, row) alone
-        set_rate(optimizer, stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps))
+        rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
+        set_rate(optimizer, rate)
         index = epoch_order(len(trained_on), stage.batch_size, step, recipe.seed, "train_perceptual")
         rt.samples = index.tolist()
         parts = (LatentPairs.drawn(stage, base, trained_on[index[p]], recipe.seed, step, p) for p in rt.micro_batches())
@@ -67,7 +66,7 @@ def run(stage: TrainPerceptual, recipe: Recipe, parents: dict[str, Path], folder
             shares = measured(ranked.lpips, held_out)
             record |= {f"held_out_accuracy/{name}": mean for name, (mean, _) in shares.items()}
         if is_measured or rt.is_logged(step):
-            rt.log(step, **record)
+            rt.log(step, learning_rate=rate, **record)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
     rt.write(write, stage, held_out, apart, untrained, folder)

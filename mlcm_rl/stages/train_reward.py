@@ -14,7 +14,7 @@ from ..rewards import card
 from ..rewards.finding import shipped
 from ..rewards.heads import CONTRARY, FeatureScale, dropout, held_out_pairs, is_correct
 from ..storage import files, finite, tensors
-from ..training.loop import Runtime, rate_factor, set_rate
+from ..training.loop import Runtime, adamw, rate_factor, set_rate
 from ..training.processes import on_rank_zero
 from ..training.progress import progress
 from ..training.seeding import epoch_order
@@ -37,12 +37,13 @@ def run(stage: TrainReward, recipe: Recipe, parents: dict[str, Path], folder: Pa
     pairs = PairFeatures.read(stage, table, held_out, rt.device)
     head = new_head(pairs.training.shape[-1], recipe.seed).to(rt.device)
     parameters = list(head.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
+    optimizer = adamw(parameters, stage)
 
     first = rt.resume({"head": rt.prepare(head, optimizer)})
     for step in rt.steps(first, stage.num_steps, "train_reward"):
         # one update
-        set_rate(optimizer, stage.learning_rate * rate_factor(step, stage.num_steps, WARMUP_STEPS))
+        rate = stage.learning_rate * rate_factor(step, stage.num_steps, WARMUP_STEPS)
+        set_rate(optimizer, rate)
         index = epoch_order(len(pairs.training), stage.batch_size, step, recipe.seed, "train_reward")
         rt.samples = index.tolist()
         inputs = dropout(pairs.training[index], stage.dropout, rt.generator("dropout", step))
@@ -55,7 +56,7 @@ def run(stage: TrainReward, recipe: Recipe, parents: dict[str, Path], folder: Pa
         if is_measured:
             logged |= measure(head, pairs.held_out)
         if is_measured or rt.is_logged(step):
-            rt.log(step, **logged)
+            rt.log(step, learning_rate=rate, **logged)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
     rt.write(write_reward, stage, pairs.scale, folder)

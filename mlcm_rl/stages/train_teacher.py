@@ -15,21 +15,16 @@ from ..equations.averaging import ema_decay, ema_update_
 from ..equations.consistency import squared_l2
 from ..equations.prediction import min_snr_weight, prediction_from_x0
 from ..equations.schedule import add_noise, logit_normal_times
-from ..equations.segments import time_grid
 from ..models import pictures, teachers
 from ..models.base import Base
 from ..models.conditioning import Conditioning, on_device
 from ..models.files import folder_of
-from ..models.sampler import sample_teacher
 from ..models.teachers import tell_truncated
 from ..recipe import Recipe, TrainTeacher
-from ..storage import files, finite
+from ..storage import files
 from ..training import autocast
-from ..training.loop import Runtime, rate_factor, set_rate
-from ..training.seeding import epoch_order, generator
-
-SAMPLE_STEPS = 25  # of the guided teacher, for the sample grids
-SAMPLE_COLUMNS = 8  # of a grid
+from ..training.loop import Runtime, adamw, rate_factor, set_rate
+from ..training.seeding import epoch_order
 
 
 def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: Path) -> None:
@@ -43,7 +38,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
     source = folder_of(recipe.teacher)  # its other parts are copied beside the denoiser after the last step
     denoiser = new_denoiser(base, stage, recipe.seed)
     parameters = list(denoiser.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
+    optimizer = adamw(parameters, stage)
     trained = rt.prepare(denoiser, optimizer)
     average = {name: value.detach().clone() for name, value in trained.items()}
     captioned = CaptionedImages(stage.images, base.resolution)
@@ -56,7 +51,8 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
     first = rt.resume(weights)
     for step in rt.steps(first, stage.num_steps, "train_teacher"):
         # pictures, times, noise and captions of the step
-        set_rate(optimizer, stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps))
+        rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
+        set_rate(optimizer, rate)
         index = epoch_order(len(captioned), stage.batch_size, step, recipe.seed, "train_teacher")
         rt.samples = index.tolist()
         x0 = latents[index]
@@ -77,7 +73,7 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
 
         # the log, samples and checkpoints
         if rt.is_logged(step):
-            rt.log(step, **record)
+            rt.log(step, learning_rate=rate, **record)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
             with rt.swapped(average):
                 save_samples(rt, recipe, base, denoiser, step)
@@ -128,15 +124,11 @@ def loss(
 
 
 def save_samples(rt: Runtime, recipe: Recipe, base: Base, denoiser: nn.Module, step: int) -> None:
-    """Write the grid of the recipe's fixed prompts and seeds, at SAMPLE_STEPS guided steps of `denoiser`."""
-    prompts = recipe.samples.prompts
-    conditioning, unconditional = base.encode_prompts(prompts), base.unconditional(len(prompts))
-    noise = base.noise([generator(recipe.seed, "samples", i) for i in range(len(prompts))], len(prompts))
-    times = time_grid(SAMPLE_STEPS)[:-1]
+    """Write the grid of the recipe's fixed prompts and seeds, drawn by `denoiser` in the teacher's place."""
+    conditioning = base.encode_prompts(recipe.samples.prompts)
     with as_teacher(base, denoiser):
-        x0 = sample_teacher(base, conditioning, unconditional, noise, times, recipe.teacher.guidance_scale)
-    sheet = pictures.grid(base.autoencoder.decode(x0), num_columns=SAMPLE_COLUMNS)
-    pictures.save_samples(rt, sheet, step)
+        images = pictures.of_teacher(base, conditioning, recipe.seed)
+    pictures.save_samples(rt, pictures.grid(images, pictures.TEACHER_COLUMNS), step)
 
 
 @contextmanager
@@ -153,9 +145,6 @@ def write_teacher(denoiser: Any, part: str, source: Path, folder: Path) -> None:
     """Write the pipeline in `source`, with `denoiser` in half precision as its component `part`, to `folder`."""
     with files.replacing(folder) as temporary:
         shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(part))
-        own = dict(denoiser.named_parameters())
-        halves = {name: value.half() for name, value in own.items()}
-        finite.refuse_weights(halves, "the trained teacher")
-        with autocast.swapped(own, halves):
+        with autocast.in_halves(denoiser, "the trained teacher"):
             denoiser.save_pretrained(temporary / part)
         files.forget_origin(temporary)

@@ -8,7 +8,8 @@ from torch import Tensor
 from ..data.prompts import read_prompts
 from ..data.store_writer import Writer
 from ..data.trajectory_store import Provenance
-from ..equations.segments import NUM_SEGMENTS, milestones, time_grid
+from ..equations.axis import NUM_SEGMENTS
+from ..equations.segments import milestones, time_grid
 from ..equations.solver import ddim_step
 from ..models import teachers
 from ..models.base import Base
@@ -40,7 +41,7 @@ def run(stage: Trajectories, recipe: Recipe, parents: dict[str, Path], folder: P
     base.encode_ahead([])
     encoded = writer.encoded()
     grid, guidance_scale = writer.provenance.grid, recipe.teacher.guidance_scale
-    stored = torch.tensor([grid.index(time) for time in writer.provenance.times or grid])
+    stored = torch.tensor([grid.index(time) for time in writer.provenance.stored_times])
     num_saved = writer.provenance.total - sum(map(len, writer.missing("shards")))
     if num_saved:
         progress.tell("trajectories", f"goes on after {num_saved} that were saved")

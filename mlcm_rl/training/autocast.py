@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..storage import finite
+
 
 @contextmanager
 def own(device: torch.device) -> Iterator[None]:
@@ -33,6 +35,19 @@ def frozen_in_bfloat16(student: torch.nn.Module) -> None:
     for parameter in student.parameters():
         if parameter.dtype == torch.float16 and not parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
+
+
+@contextmanager
+def in_halves(network: nn.Module, what: str) -> Iterator[None]:
+    """Let the parameters of `network` be in half precision while the block writes them.
+
+    Raise as `finite.refuse_weights` does, with `what` they are of, where one overflows.
+    """
+    own = dict(network.named_parameters())
+    halves = {name: value.half() for name, value in own.items()}
+    finite.refuse_weights(halves, what)
+    with swapped(own, halves):
+        yield
 
 
 @contextmanager

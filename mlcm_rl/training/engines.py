@@ -138,7 +138,7 @@ class Whole:
         """Add the gradients of `loss`, a micro-batch's share of the step's loss."""
         loss.backward()
 
-    def step(self, figures: Tensor, should_update: bool) -> tuple[list[float], float]:
+    def step(self, figures: Tensor, should_update: bool) -> tuple[list[float], float | None]:
         """Clip the gradients and, with `should_update`, update if they and `figures` (n,) are finite.
 
         Return the figures and the gradients' norm before clipping. They are read together, since each reading waits for
@@ -330,12 +330,15 @@ class Zero(_InParts):
         self.zero.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, figures: Tensor, should_update: bool) -> tuple[list[float], float]:
-        """As in Whole, but the figures are read first, since DeepSpeed clips and updates at once."""
+    def step(self, figures: Tensor, should_update: bool) -> tuple[list[float], float | None]:
+        """As in Whole, but the figures are read first, since DeepSpeed clips and updates at once.
+
+        So there is no norm, None, where nothing is updated.
+        """
         self.micro_batches = 0
         values = figures.tolist()
         if not (should_update and math.isfinite(sum(values))):
-            return values, float("nan")
+            return values, None
         self.engine.step()
         return values, float(self.engine.get_global_grad_norm())  # infinite if nothing was updated
 

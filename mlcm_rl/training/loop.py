@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..recipe import Recipe, Training
@@ -217,13 +217,14 @@ class Runtime:
             (*totals, stopping), norm = engine.step(processes.all_reduce(figures), not replaying)
         mean = sum(totals) / count
         autocast.forget_copies()
-        if not (math.isfinite(mean) and math.isfinite(norm)):
+        if not (math.isfinite(mean) and (norm is None or math.isfinite(norm))):
             self._save_before()
             result = f"{beside.name} was not updated" if beside else "nothing was updated"
-            text = f"step {self.step + 1}: loss {mean}, gradient norm {norm}: {result} in this step"
+            text = f"step {self.step + 1}: loss {mean}, gradient norm {replay.plain([norm])[0]}: {result} in this step"
             raise NonFiniteLoss(text, self._figures(each, mean, norm))
         if replaying:
             raise StoppedBeforeUpdate(f"step {self.step + 1} was repeated", self._figures(each, mean, norm))
+        assert norm is not None  # since there was an update
         self.all_stop = stopping > 0  # summed over the processes, so that all save and leave after the same step
         self.update += 1
         if beside is None:
@@ -259,7 +260,7 @@ class Runtime:
                     checkpoints.save_state(self.folder, self.step, tensors, self.before, keep)
             raise
 
-    def _figures(self, each: list[Tensor], mean: float, norm: float) -> dict:
+    def _figures(self, each: list[Tensor], mean: float, norm: float | None) -> dict:
         """Return the figures of the step, as JSON; `each` has this process's losses (b,), one tensor a micro-batch."""
         loss, grad_norm = replay.plain([mean, norm])
         own = [losses.tolist() for losses in each]
@@ -339,6 +340,11 @@ def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:
         return (step + 1) / (warmup_steps + 1)
     fraction = (step - warmup_steps) / max(1, num_steps - warmup_steps)
     return 0.5 * (1.0 + math.cos(math.pi * fraction))
+
+
+def adamw(parameters: Iterable[nn.Parameter], stage: Training) -> torch.optim.AdamW:
+    """Return AdamW on `parameters` with the betas and weight decay of `stage`; its rate is set in every step."""
+    return torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

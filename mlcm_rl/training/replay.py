@@ -5,6 +5,7 @@ The bundle beside it records which step of which stage it was, and its figures.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -15,6 +16,7 @@ from ..storage.files import CheckpointError, read_json, write_json
 from ..storage.untrusted import path_inside
 
 FORMAT = 1  # of a bundle
+UNKNOWN = "unknown"  # a figure: DeepSpeed tells no gradient norm without an update
 REQUEST = "replay.json"  # in the folder of a replay: the step to stop in, before its update
 
 
@@ -76,6 +78,11 @@ def stop_point(folder: Path) -> tuple[int, int] | None:
     return request["step"], request["update"]
 
 
-def plain(values: list[float]) -> list[float | str]:
-    """Return `values` for JSON, which has no NaN or infinity: those as text."""
-    return [value if math.isfinite(value) else str(value) for value in values]
+def plain(values: Sequence[float | None]) -> list[float | str]:
+    """Return `values` for JSON, which has no NaN or infinity: those as text, and None as what is not known."""
+    return [UNKNOWN if value is None else value if math.isfinite(value) else str(value) for value in values]
+
+
+def differ(then: dict, now: dict) -> bool:
+    """Return whether figures of a step are others now than then, of those that both know."""
+    return any(then[name] != now[name] for name in then if UNKNOWN not in (then[name], now[name]))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mlcm_rl import pipeline
 from mlcm_rl.pipeline.fingerprint import Located, locate
-from mlcm_rl.recipe import Recipe
+from mlcm_rl.recipe import Evaluate, Recipe
 from mlcm_rl.storage.tensors import write_tensors
 
 METRICS = ("distance", "r@1", "r@5", "teacher_kid", "teacher_patch_kid", "diversity")  # diversity of several pictures
@@ -33,15 +33,16 @@ def keep(recipe: Recipe, path: Path, metrics: tuple[str, ...] = METRICS) -> None
     """Write what the evaluations in `recipe` measured to `path`, unless it is there: its students' rows.
 
     The other rows go to the file of the teacher beside it, unless that is there. A recipe without students is that.
-    Raise ValueError if the file there is of another recipe.
+    Raise ValueError if the file there is of another recipe, or the teacher's of other prompts or another teacher.
     """
-    fingerprint = fingerprint_of(recipe)
-    if not is_kept(path, fingerprint):
+    teacher = path.with_name(f"{TEACHER}.safetensors")
+    fingerprint, of_teacher = fingerprint_of(recipe), teacher_fingerprint_of(recipe)
+    has_teacher, is_done = is_kept(teacher, of_teacher), path == teacher or is_kept(path, fingerprint)
+    if not (has_teacher and is_done):
         reports = [done.folder / "report.json" for done in pipeline.run(recipe) if done.kind == "evaluate"]
-        teacher = path.with_name(f"{TEACHER}.safetensors")
-        if path == teacher or not teacher.is_file():
-            write(teacher, reports, True, fingerprint, metrics)
-        if path != teacher:
+        if not has_teacher:
+            write(teacher, reports, True, of_teacher, metrics)
+        if not is_done:
             write(path, reports, False, fingerprint, metrics)
     Console().print(str(path), soft_wrap=True)
 
@@ -77,6 +78,13 @@ def fingerprint_of(recipe: Recipe) -> str:
     for stage in recipe.stages:
         done.append(locate(stage, recipe, done))
     return " ".join([*(one.fingerprint for one in done[:-1] if one.kind == "evaluate"), done[-1].fingerprint])
+
+
+def teacher_fingerprint_of(recipe: Recipe) -> str:
+    """Return a fingerprint of what the rows without a student are pictures of: the teacher, the prompts, the noises."""
+    shared = {"prompts", "num_prompts", "images_per_prompt", "seed"}
+    given = next(stage for stage in recipe.stages if isinstance(stage, Evaluate))
+    return locate(Evaluate(**given.model_dump(include=shared)), recipe, []).fingerprint
 
 
 def refuse_other(path: Path, found: str, fingerprint: str, content: str, again: str) -> None:

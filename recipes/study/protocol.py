@@ -4,15 +4,18 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 import kept_values
 import tables
-from mlcm_rl.recipe import Distill, Evaluate, Recipe
+from mlcm_rl.recipe import Distill, Evaluate, Recipe, Stage
 from mlcm_rl.recipe.file import check, load
 from mlcm_rl.recipe.paths import Folders
 from mlcm_rl.recipe.tree import key_text
+
+AnyStage = TypeVar("AnyStage", bound=Stage)
 
 RECIPES = Path(__file__).parents[1]
 GAMMAS = {"emoji": [0.0, 0.5, 1.0], "scenes": [0.0, 0.5]}  # subject -> those that students are sampled at
@@ -131,8 +134,8 @@ def evaluation_of(base: Recipe) -> Evaluate:
     return next(stage for stage in base.stages if isinstance(stage, Evaluate))
 
 
-def changed(evaluation: Evaluate, settings: dict) -> Evaluate:
-    """Return `evaluation` with other `settings`. Raise ValueError if they do not go together."""
-    stage = evaluation.model_copy(update=settings)
-    Evaluate.model_validate(stage.model_dump())  # a copy is not checked, and this one is run after hours of training
-    return stage
+def changed(stage: AnyStage, settings: dict) -> AnyStage:
+    """Return `stage` with other `settings`. Raise ValueError if they do not go together."""
+    other = stage.model_copy(update=settings)
+    type(stage).model_validate(other.model_dump())  # a copy is not checked, and this one is run after hours of training
+    return other

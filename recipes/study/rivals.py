@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import protocol
 from mlcm_rl.cost.evaluations import network_evaluations
 from mlcm_rl.recipe import Distill, Evaluate, Feedback, Recipe, Samples, Stage
+from mlcm_rl.recipe.distill import RECOMMENDED
 from mlcm_rl.recipe.families import layout_of
 
 BASES = {"emoji": "emoji_demo.yaml", "scenes": "scenes_demo.yaml"}
@@ -32,7 +33,6 @@ PAIRS = {"adversarial": HEADS["adversarial"] | {"sees_start": True, "times": (0.
 SEGMENTS = {"target": "consistency", "ends": "random", "target_ema": 0.95}  # of Hyper-SD
 WHOLE = {"starts": "milestones", "target": "trajectory"}  # of SDXL-Lightning
 ONE_STEP = WHOLE | {"num_segments": [1], "prediction": "x0"}  # of its student of one step
-OURS = {"condition_on_target": True, "num_segments": [1], "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"}
 
 
 class Part(NamedTuple):
@@ -94,7 +94,7 @@ ROWS: dict[str, list[Part]] = {
             },
         )
     ],
-    "ours": [Part(1.0, 1.0, OURS)],
+    "ours": [Part(1.0, 1.0, RECOMMENDED)],
 }
 # A row's student, tuned by the base's feedback stage as an adapter of its own, for one step in ten of distillation;
 # without `consistency`, which is distillation.
@@ -151,7 +151,7 @@ def stages_of(base: Recipe, subject: str, row: str, seed: int, num_steps: int) -
     if row in TUNED:
         tuning = next(stage for stage in base.stages if isinstance(stage, Feedback))
         steps = max(1, round(num_steps * TUNING_SHARE))
-        chain.append(tuning.model_copy(update={"consistency": 0.0, "seed": seed, "num_steps": steps}))
+        chain.append(protocol.changed(tuning, {"consistency": 0.0, "seed": seed, "num_steps": steps}))
     reads = any(isinstance(stage, Distill) and stage.reads_trajectories for stage in chain)
     return [trajectories, *chain] if reads else chain
 

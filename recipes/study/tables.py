@@ -37,6 +37,9 @@ class Line:
 def write(folder: Path, columns: tuple[str, ...], order: Sequence[str]) -> None:
     """Write the table of the students in `folder` to `table.tsv` there; print it, and one of each column by steps."""
     lines = lines_of(folder, columns, order)
+    if not lines:
+        Console().print(f"No student in {folder} is measured yet.", soft_wrap=True)
+        return
     whole = in_words(lines, columns)
     path = folder / "table.tsv"
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
@@ -59,7 +62,8 @@ def lines_of(folder: Path, columns: tuple[str, ...], order: Sequence[str] = ()) 
     """
     rows = kept_values.files_of(folder, order)
     files = [(place, row, path) for place, (row, paths) in enumerate(rows.items()) for path in paths]
-    files.append((len(rows), "", folder / f"{kept_values.TEACHER}.safetensors"))
+    teacher = folder / f"{kept_values.TEACHER}.safetensors"
+    files += [(len(rows), "", teacher)] * teacher.is_file()
     found: dict[tuple[int, str, str, int], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for place, row, path in files:
         for (name, sampler, evaluations, metric), values in kept_values.read(path).items():

@@ -11,6 +11,7 @@ not trained again: the study may be stopped and started. The table is written be
 
 import protocol
 from mlcm_rl.recipe import Distill, Recipe
+from mlcm_rl.recipe.distill import RECOMMENDED
 
 BASES = {"emoji": "emoji_demo.yaml", "scenes": "scenes_demo.yaml"}
 GLOBAL_SHARE = 5  # one step in so many is of the second stage
@@ -18,7 +19,7 @@ GLOBAL_SHARE = 5  # one step in so many is of the second stage
 LOCAL = {"num_segments": [8], "target": "trajectory", "distance": "l2"}
 FEATURES = {"distance": "features"}
 GLOBAL = {"method": "inter_segment", "renoise": "student", "num_segments": [1], "space": "x0"}
-BUDGETS = {"condition_on_target": True, "num_segments": [1], "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"}
+BUDGETS = RECOMMENDED
 ADVERSARIAL = {"adversarial": {"weight": 0.1, "learning_rate": 1e-3}}  # at 1e-4 its heads stay at chance
 MATCHING = {"matching": {"weight": 1.0, "fake": {"learning_rate": 1e-3}}}
 WARM_UP_SHARE = 5  # in one step in so many of a second stage the fake score learns alone

@@ -23,7 +23,8 @@ from rich.table import Table
 from mlcm_rl.data.prompts import first_prompts
 from mlcm_rl.data.training_points import StoredStates
 from mlcm_rl.data.trajectory_store import Store
-from mlcm_rl.equations.segments import NUM_SEGMENTS, milestones
+from mlcm_rl.equations.axis import NUM_SEGMENTS
+from mlcm_rl.equations.segments import milestones
 from mlcm_rl.models import students, teachers
 from mlcm_rl.models.base import Base
 from mlcm_rl.models.perceptual import Distance

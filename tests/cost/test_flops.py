@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import runs
+import tiny
 from mlcm_rl.cost import flops, memory
 from mlcm_rl.cost.evaluations import network_evaluations
 from mlcm_rl.cost.flops import Operations, Work, count_operations, of_stage, seconds, this_device
@@ -108,6 +109,17 @@ def test_the_passes_of_a_tuning_stage_are_its_evaluations_and_what_its_rewards_s
     assert evaluations["trained"] == trained[kind]
     assert sum(evaluations.values()) == network_evaluations(stage, recipe)
     assert seen == pictures[kind] | {"watched": (3 + 1) * 4}  # a look after each step, and one at the reference
+
+
+def test_what_is_scored_is_decoded_by_the_small_decoder_and_what_is_watched_by_the_whole_one(tiny_sdxl, tmp_path):
+    small, decoding = tiny.small_decoder(tmp_path / "decoder"), []
+    surrogate = {"num_generations": 2, "width": 4, "head_start": 0}
+    for settings in ({}, {"small_decoder": small}):
+        stage = runs.tuning("feedback", "unused", num_steps=3, batch_size=4, surrogate=surrogate, **settings)
+        work = of_stage(stage, runs.recipe(tiny_sdxl, tmp_path, [stage]), Full())
+        decoding.append({one.kind: one.each for one in reversed(work) if one.kind in ("scored", "watched")})
+    assert decoding[0]["watched"] == decoding[1]["watched"]
+    assert decoding[0]["scored"] != decoding[1]["scored"]
 
 
 def test_pictures_scored_under_two_prompts_are_decoded_once(tiny_sdxl, tmp_path):

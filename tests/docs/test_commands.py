@@ -12,8 +12,8 @@ import pytest
 import typer
 
 from mlcm_rl.cli.app import app
-from mlcm_rl.recipe import shipped
-from mlcm_rl.recipe.file import load, reward_names
+from mlcm_rl.recipe import reward_package, shipped
+from mlcm_rl.recipe.file import load
 from mlcm_rl.recipe.tree import RecipeError
 
 ROOT = pages.ROOT
@@ -54,7 +54,7 @@ def _option_faults(option: Any, value: Any) -> list[str]:
     """Return what is wrong with the value of an option: a number out of range, a reward that is none."""
     if option.min is not None and not option.min <= float(value) <= (option.max or math.inf):
         return [f"{value} is not in the range of {option.name}"]
-    if option.name == "reward" and value not in {*reward_names(), "order", "warmth"}:
+    if option.name == "reward" and value not in {*reward_package.names(), "order", "warmth"}:
         return [f"no reward {value}"]
     if option.name == "launch" and not (shipped.launch_file(value) or (ROOT / value).is_file() or is_readers(value)):
         return [f"no launch file {value}"]

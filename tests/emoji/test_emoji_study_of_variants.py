@@ -132,15 +132,19 @@ def test_a_student_with_results_is_not_trained_again_and_one_without_is(results,
         kind, folder = "evaluate", results
 
     monkeypatch.setattr(kept_values.pipeline, "run", lambda recipe: ran.append(recipe) or [Finished()])
-    keep(results, "teacher", row([0.0] * 5), of_teacher=True)
+    (results / "teacher.safetensors").unlink()
     keep(results, "other-0", row([1.0] * 5))  # leaves a report.json
     kept_values.keep(recipe, path)
     kept_values.keep(recipe, path)
     assert ran == [recipe]
+    assert (results / "teacher.safetensors").is_file()
     assert torch.equal(*(kept_values.read(results / f"{name}-0.safetensors")["student", "gamma 0", 4, "distance"]
                          for name in ("budgets", "other")))  # fmt: skip
     with pytest.raises(ValueError, match="of other settings or code"):
         kept_values.keep(variants.recipe_of(base, "budgets", 0, 800, 1000), path)
+    with pytest.raises(ValueError, match=r"teacher\.safetensors holds what evaluation"):  # of 1,000 prompts
+        kept_values.keep(variants.recipe_of(base, "single", 0, 400, 500), results / "single-0.safetensors")
+    assert ran == [recipe]
 
 
 @pytest.mark.parametrize("name", [*variants.ROWS, *variants.SECOND_STAGE])

@@ -87,3 +87,9 @@ def test_options_that_make_no_recipe_end_the_study_before_anything_runs(capsys, 
     with pytest.raises(SystemExit):
         protocol.checked(parser, "global", made)
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_folder_without_students_says_so(tmp_path, capsys):
+    tables.write(tmp_path, ("distance",), ["local"])
+    assert "is measured yet" in " ".join(capsys.readouterr().out.split())
+    assert list(tmp_path.iterdir()) == []

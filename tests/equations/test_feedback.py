@@ -15,6 +15,7 @@ from mlcm_rl.equations.feedback import (
     random_late_step,
     renoised_copies,
     step_kl,
+    value_and_gradient,
 )
 from mlcm_rl.equations.policy import step_gaussian
 from mlcm_rl.equations.schedule import Schedule, flow_schedule, scaled_linear_betas, snr, vp_schedule
@@ -88,6 +89,17 @@ def test_a_known_gradient_is_passed_on_with_its_value():
     value = at_known_gradient(torch.tensor([7.0, 8.0]), torch.tensor([[1.0, 10.0], [0.5, 0.0]]), x0)
     assert value.tolist() == [7.0, 8.0]
     assert torch.autograd.grad(value.sum(), weights)[0].tolist() == [1.0 + 0.5 * 4.0, 10.0]
+
+
+def test_a_value_and_its_gradient_are_each_samples_own_at_any_scale():
+    x0 = torch.tensor([[1.0, 2.0], [3.0, -1.0]], requires_grad=True)
+    for scale in (1.0, 1024.0):
+        value, gradient = value_and_gradient(lambda x: x.square().sum(1), x0, scale)
+        assert (value.tolist(), gradient.tolist()) == ([5.0, 10.0], [[2.0, 4.0], [6.0, -2.0]])
+        assert not value.requires_grad
+        assert not gradient.requires_grad
+    (through,) = torch.autograd.grad(at_known_gradient(value, gradient, x0).sum(), x0)
+    assert torch.equal(through, gradient)
 
 
 def test_errors_and_correlations_within_prompts_by_hand():

@@ -15,12 +15,6 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_squared_distance_is_the_mean_over_a_samples_elements():
-    samples = torch.tensor([[[1.0, 2.0]], [[0.0, 0.0]]])
-    reference = torch.tensor([[[0.0, 4.0]], [[3.0, 0.0]]])
-    assert metrics.squared_distance(samples, reference).tolist() == [(1 + 4) / 2, 9 / 2]
-
-
 def test_kid_of_two_pairs_is_the_hand_computed_one():
     # Kernel (x y / 1 + 1)^3 in one dimension: k(0, 1) = 1, k(2, 3) = 343, cross terms 1, 1, 27, 64.
     value = metrics.kid(torch.tensor([[[0.0]], [[1.0]]]), torch.tensor([[2.0], [3.0]]))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import runs
 from mlcm_rl.models import students, teachers
@@ -72,5 +73,9 @@ def test_a_reward_without_gradient_rises_through_what_has_learned_it(distilled, 
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [one["reward_calls"] for one in log] == [8.0 * one["step"] for one in log]
     assert log[2]["guard/trained_gain"] == pytest.approx(0.0, abs=1e-5)  # the heads alone have learned
+    assert [one["learning_rate"] > 0 for one in log[:4]] == [False, False, False, True]
+    state = load_file(max(tmp_path.glob("checkpoints/*/state.safetensors")))
+    counted = {int(value) for name, value in state.items() if name.startswith("optimizer.") and name.endswith(".step")}
+    assert counted == {24 - 3}, "Adam counts its updates since its moments were last fresh"
     assert sum(one["surrogate/correlation"] for one in log[-6:]) / 6 > 0.3
     assert log[-1]["guard/trained_gain"] > 0.3

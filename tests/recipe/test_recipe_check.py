@@ -6,10 +6,9 @@ from typing import get_args
 
 import pytest
 
-from mlcm_rl import rewards
 from mlcm_rl.recipe import Teacher, experiment
 from mlcm_rl.recipe.families import FAMILIES
-from mlcm_rl.recipe.file import check, load, reward_names
+from mlcm_rl.recipe.file import check, load
 from mlcm_rl.recipe.paths import Folders
 from mlcm_rl.recipe.tree import RecipeError, key_text
 
@@ -358,10 +357,6 @@ def test_evaluation_needs_a_student_of_this_recipe_or_another(broken, root):
     )
     (root / "good.yaml").write_text(text, "utf-8")
     assert len(load(root / "good.yaml", root=root).stages) == 4
-
-
-def test_the_rewards_known_without_torch_are_those_that_would_be_found():
-    assert reward_names() == rewards.names()
 
 
 def test_an_adapter_is_not_trained_in_float16(broken, root):

@@ -315,3 +315,8 @@ def test_what_every_setting_must_be_can_be_said():
 def test_a_variant_that_no_file_has_is_an_error_in_words(broken, value):
     (problem,) = broken(("  family: sdxl", f"  family: sdxl\n  variant: {value}"))
     assert "expected small letters a to z, digits and _, such as fp16 or null, found" in problem.text
+
+
+def test_a_number_of_groups_is_said():
+    schema = {"type": "integer", "exclusiveMinimum": 0, "maximum": 65_536, "multipleOf": 4}
+    assert errors.expected(schema) == "a multiple of 4 above 0 and at most 65,536"

@@ -24,7 +24,7 @@ GLOBAL = {"method": "inter_segment", "num_segments": [1]}
         (GLOBAL | {"matching": {"fake": {"warmup_steps": 2}}}, "warmup_steps 2 of 2 steps leave none in which"),
         (GLOBAL | {"adversarial": {"warmup_steps": 3}}, "adversarial.warmup_steps 3 of 2 steps leave none in which"),
         (GLOBAL | {"adversarial": {"real": "images"}}, "adversarial.real: images needs images"),
-        (GLOBAL | {"adversarial": {"width": 6}}, "width 6 is not a multiple of 4"),
+        (GLOBAL | {"adversarial": {"width": 6}}, "multiple of 4"),
         (GLOBAL | {"adversarial": {"loss": "wasserstein"}}, "hinge"),
         ({"num_segments": [1], "keep_segments": True}, "keep_segments draws K of earlier phases"),
     ],

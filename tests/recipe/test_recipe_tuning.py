@@ -55,7 +55,7 @@ MPS = {"shape": "mps_hinge", "rewards": [{"name": "mps"}]}
             "num_grad_steps is of gradient: last and random",
         ),
         ("feedback", {"surrogate": {"num_generations": 3}}, "whole groups of surrogate.num_generations 3"),
-        ("feedback", {"surrogate": {"width": 6}}, "width 6 is not a multiple of 4"),
+        ("feedback", {"surrogate": {"width": 6}}, "multiple of 4"),
         ("feedback", {"surrogate": {"head_start": 9}, "num_steps": 9}, "head_start 9 of num_steps 9 leaves no step in"),
         ("feedback", {"matching": {"fake": {"warmup_steps": 2}}}, "warmup_steps 2 of 2 steps leave none in which the"),
         ("feedback", {"matching": {"times": [0.9, 0.1]}}, "times \\[0.9, 0.1\\] must ascend"),

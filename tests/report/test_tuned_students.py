@@ -71,12 +71,20 @@ def test_a_prompt_that_a_reward_does_not_read_is_no_win_and_no_loss():
     assert one.win_rates["reward/style/zh"].as_json() == {"mean": None, "se": None, "n": 0}
 
 
+def test_a_constraint_on_a_reward_of_one_language_is_measured_on_its_prompts():
+    """Of 1 and 3, a deviation of sqrt(2) apart, to 0 and 2."""
+    before, after = [1.0, math.nan, 3.0, math.nan], [0.0, math.nan, 2.0, math.nan]
+    rows = planted("student", reward_style=before), planted("dpo", reward_style=after)
+    (one,) = tuned_students.compare(list(rows), PLANTED_PROMPTS, entry(max_drops={"style": 0.1}))
+    assert one.drops["style"].as_json() == {"mean": pytest.approx(math.sqrt(0.5)), "se": 0.0, "n": 2}
+
+
 def test_a_win_is_a_pictures_and_not_that_of_a_prompts_mean():
     """Means 1, 1, 1, 1 against 0: of two pictures each, one wins and one loses."""
     key = "reward/style"
     before = planted("student", reward_style=[0.0] * 4, samples={key: torch.tensor([[0.0, 0.0]] * 4)})
     after = planted("dpo", reward_style=[1.0] * 4, samples={key: torch.tensor([[3.0, -1.0]] * 4)})
-    assert tuned_students.wins(after, before, key).tolist() == [0.5] * 4
+    assert tuned_students.wins_of(after, before, key).tolist() == [0.5] * 4
 
 
 def test_every_default_row_is_compared_at_its_own_sampler():

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import reward_models
-from mlcm_rl.rewards import RewardError, find, finding, names, score
+from mlcm_rl.recipe import reward_package
+from mlcm_rl.rewards import RewardError, find, finding, score
 
 GOOD = "class Good:\n    differentiable, needs_prompt, languages = False, True, ('en',)\n"
 FOLDER = Path(reward_models.__file__).parent
@@ -33,9 +34,10 @@ def registered(monkeypatch):
     """A function that registers entry points, as other distributions do."""
 
     def register(**points):
-        entries = [EntryPoint(name, value, finding.ENTRY_POINTS) for name, value in points.items()]
+        entries = [EntryPoint(name, value, reward_package.ENTRY_POINTS) for name, value in points.items()]
 
-        monkeypatch.setattr(finding, "entry_points", lambda group: EntryPoints(entries))
+        for module in (finding, reward_package):
+            monkeypatch.setattr(module, "entry_points", lambda group: EntryPoints(entries))
 
     return register
 
@@ -50,7 +52,7 @@ def model(answer):
     return Planted()
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", reward_package.names())
 def test_every_file_keeps_the_contract_and_has_a_card(name):
     assert find(name).__name__.lower() == name.replace("_", "")
     card = (FOLDER / f"{name}.md").read_text(encoding="utf-8").lower()
@@ -60,7 +62,7 @@ def test_every_file_keeps_the_contract_and_has_a_card(name):
 
 def test_a_file_is_imported_only_when_it_is_named(extra_files):
     extra_files("broken", "raise ImportError('an optional dependency')")
-    assert "broken" in names()
+    assert "broken" in reward_package.names()
     assert find("colourfulness").__name__ == "Colourfulness"
     with pytest.raises(ImportError, match="an optional dependency"):
         find("broken")
@@ -76,7 +78,7 @@ def test_an_unknown_name_is_answered_with_the_nearest():
 def test_an_entry_point_is_found(registered):
     registered(other="reward_models.colourfulness:Colourfulness")
     assert find("other") is find("colourfulness")
-    assert {"colourfulness", "other"} <= set(names())
+    assert {"colourfulness", "other"} <= set(reward_package.names())
 
 
 def test_a_name_that_a_file_and_an_entry_point_claim_is_refused(registered):

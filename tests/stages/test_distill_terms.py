@@ -28,7 +28,9 @@ LEARNED = ("fake_loss", "fake_grad_norm", "heads_loss", "heads_grad_norm")
 
 
 def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """The records of steps, without those of held-out trajectories."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:

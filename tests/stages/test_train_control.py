@@ -48,6 +48,14 @@ def test_it_learns_and_stock_diffusers_opens_it(whole):
     assert (whole / "samples" / "step-000003.png").is_file()
 
 
+def test_a_teacher_without_guidance_draws_its_samples_too(tiny_sdxl, tmp_path):
+    stages = [runs.trajectories(runs.write_prompts(tmp_path)), stage_of(num_steps=1, sample_every=1)]
+    recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
+    teacher = recipe.teacher.model_copy(update={"guidance_scale": 1.0})
+    pipeline.run(recipe.model_copy(update={"teacher": teacher}))
+    assert next(Path(recipe.runs, recipe.name).glob("*-train_control/samples/step-000001.png")).is_file()
+
+
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(whole, tiny_sdxl, tmp_path, monkeypatch):
     prompts, calls, backward = runs.write_prompts(tmp_path), [], Runtime.backward
     with monkeypatch.context() as patched:

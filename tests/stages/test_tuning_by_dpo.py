@@ -114,3 +114,27 @@ def test_equal_rewards_make_no_pair(distilled, tmp_path):
     folder = tune(distilled, tmp_path, "dpo", min_margin=1e6)
     assert [record["pairs_kept"] for record in records(folder)] == [0.0, 0.0]
     assert [record["grad_norm"] for record in records(folder)] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("form", ["diffusion_dpo", "pso"])
+def test_the_log_is_of_the_pairs_that_are_kept(distilled, form):
+    """In a group of equal scores chosen and rejected are one sample, which neither is right nor wrong."""
+    recipe, (_, folder) = distilled
+    stage = runs.tuning("dpo", recipe.stages[0].prompts, form=form, gamma=1.0, sampling_steps=3, num_generations=2)
+    student = tuning.load(stage, teachers.load(recipe.teacher, "cpu"), folder / "student", seed=0)
+    tiny.perturb(list(student.parameters.values()))
+    (begun,) = tuning.Prompts(stage, student.base, 0).starts(student.base, 0, 4, 8, copies=2)
+    limits = Constraints(stage, student, {})
+    pairs = dpo.rank_samples(stage, student, combine(stage.rewards, "cpu"), limits, begun, tuning.Scores())
+    kept = pairs.weight.new_tensor([1.0, 0.0, 1.0, 0.0])
+    logged = []
+    for weight in (pairs.weight, kept, torch.zeros(4)):
+        scores = tuning.Scores()
+        noise = tuning.sample_generators(0, stage, 0, range(4))
+        dpo.loss(stage, student, replace(pairs, weight=weight, generators=noise), scores)
+        logged.append((scores.values, scores.means()))
+    (every, _), (_, means), (_, none) = logged
+    margins = every["margin"][0].unflatten(0, (-1, 4))[:, kept > 0]
+    assert means["margin"] == pytest.approx(margins.mean().item())
+    assert means["accuracy"] == (margins > 0).float().mean().item()
+    assert (means["pairs_kept"], none) == (0.5, {"pairs_kept": 0.0})

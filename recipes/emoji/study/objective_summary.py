@@ -11,7 +11,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from mlcm_rl.equations.statistics import mean_and_error, paired_difference
+from mlcm_rl.equations.statistics import mean_and_error, paired_difference, wins
 
 NAME = re.compile(r"(?P<row>.+)-(?P<seed>\d+)")
 STYLE, STYLE_JUDGE, ALIGNMENT = (f"reward/{name}" for name in ("emoji_style", "emoji_style_judge", "emoji_alignment"))
@@ -36,10 +36,7 @@ class Student:
 
     def wins(self, metric: str, language: str | None = None) -> Tensor:
         """Share (P,) of the seeds that score higher than the distilled student; a tie counts half."""
-        won = [
-            torch.heaviside(values[metric] - self.reference[metric], torch.tensor(0.5, dtype=torch.float64))
-            for values in self.seeds
-        ]
+        won = [wins(values[metric], self.reference[metric]) for values in self.seeds]
         chosen = torch.tensor([language in (None, one) for one in self.languages])
         return torch.stack(won).mean(0)[chosen]
 

@@ -9,6 +9,7 @@ the tuning alone. Interrupted, it goes on where it was: finished stages are reus
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +23,10 @@ from mlcm_rl.pipeline import finished_runs
 from mlcm_rl.recipe import Dpo, Evaluate, Recipe, Tuning
 from mlcm_rl.recipe.experiment import TUNING
 from mlcm_rl.recipe.file import load
+
+sys.path.append(str(Path(__file__).parents[2] / "study"))  # what all studies share
+
+import protocol
 
 RECIPES = Path(__file__).parents[2]
 STEPS = 4  # of the sampler that is tuned and measured
@@ -101,7 +106,7 @@ def measure(base: Recipe, tuned: list[tuple[Tuning, Path]], prompts: int, styled
     for gamma in dict.fromkeys(stage.gamma or 0.0 for stage, _ in tuned):
         also = [str(folder) for stage, folder in tuned if (stage.gamma or 0.0) == gamma]
         for reports, kind in zip(found, kinds, strict=True):
-            stage = given.model_copy(update=shared | kind | {"gammas": [gamma], "also": also})
+            stage = protocol.changed(given, shared | kind | {"gammas": [gamma], "also": also})
             name = f"preference-{'diversity' if reports is found[1] else 'study'}-gamma-{gamma:g}".replace(".", "-")
             folder = pipeline.run(with_stages(base, name, distilled(base), [stage]))[-1].folder
             reports.append(json.loads((folder / "report.json").read_text(encoding="utf-8")))

@@ -108,7 +108,8 @@ def values(folder: Path, metric: str) -> Values:
     """Return `metric` of every point, (S, P): of each seed, prompt by prompt; one seed of the teacher."""
     found: dict[Point, list[Tensor]] = defaultdict(list)
     students = {path: row for row, paths in kept_values.files_of(folder).items() for path in paths}
-    for path, row in {**students, folder / f"{kept_values.TEACHER}.safetensors": None}.items():
+    teacher = folder / f"{kept_values.TEACHER}.safetensors"
+    for path, row in {**students, **({teacher: None} if teacher.is_file() else {})}.items():
         for (name, sampler, evaluations, which), column in kept_values.read(path).items():
             if which == metric:
                 found[name.replace("student", row) if row else name, sampler, evaluations].append(column)

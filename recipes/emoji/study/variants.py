@@ -16,11 +16,13 @@ from pathlib import Path
 from rich.console import Console
 
 from mlcm_rl.recipe import Distill, Evaluate, Recipe
+from mlcm_rl.recipe.distill import RECOMMENDED
 from mlcm_rl.recipe.file import load
 
 sys.path.append(str(Path(__file__).parents[2] / "study"))  # what all studies share
 
 import kept_values
+import protocol
 import variant_summary
 import variant_table
 
@@ -29,7 +31,7 @@ LORA = {"kind": "lora", "rank": 64, "alpha": 64}
 PROGRESSIVE = {"num_segments": [8, 4, 2, 1], "space": ["z", "z", "z", "x0"]}
 ONE = {"num_segments": [1], "space": "x0"}
 CONDITIONED = {"target": "trajectory", "condition_on_target": True}
-BUDGETS = CONDITIONED | {"num_segments": [1], "distance": "log_l2", "budgets": [2, 3, 4, 6, 8]}
+BUDGETS = CONDITIONED | RECOMMENDED
 LCM = ONE | {"source": "data", "images": "data/emoji_64", "target": "consistency", "target_ema": 0.95}
 
 # Row -> distill settings beside batch size, rate and steps, which all share.
@@ -133,8 +135,8 @@ def distill_stage(given: Distill, row: str, num_steps: int, seed: int) -> Distil
 
 def with_pictures(base: Recipe, num_pictures: int) -> Recipe:
     """The base with so many pictures of each prompt in its evaluation."""
-    changed = {"images_per_prompt": num_pictures}
-    stages = [one.model_copy(update=changed) if isinstance(one, Evaluate) else one for one in base.stages]
+    settings = {"images_per_prompt": num_pictures}
+    stages = [protocol.changed(one, settings) if isinstance(one, Evaluate) else one for one in base.stages]
     return base.model_copy(update={"stages": stages})
 
 
@@ -158,7 +160,7 @@ def evaluate_stage(base: Recipe, num_prompts: int, students="snapshots", gammas=
         "distribution": True,  # KID to the teacher's own pictures, whole and on patches
     }
     kept = {"num_prompts": num_prompts, "students": students, "teacher_solvers": list(solvers)}
-    return given.model_copy(update=chosen | kept)
+    return protocol.changed(given, chosen | kept)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from mlcm_rl.recipe import Policy, Recipe
 from mlcm_rl.recipe.file import load
 from mlcm_rl.report.guard_history import history
 from mlcm_rl.rewards import Combined, combine
-from mlcm_rl.training.loop import Runtime, rate_factor, set_rate
+from mlcm_rl.training.loop import Runtime, adamw, rate_factor, set_rate
+from mlcm_rl.training.processes import on_rank_zero
 
 sys.path.append(str(Path(__file__).parents[2] / "study"))  # what all studies share
 
@@ -76,9 +77,10 @@ def run(stage: Policy, recipe: Recipe, start: Path, folder: Path, strength: floa
     student = tuning.load(stage, base, start, recipe.seed)
     rewards = combine(stage.rewards, rt.device, stage.normalise)
     prompts, copies = tuning.Prompts(stage, base, recipe.seed), stage.num_generations
+    rewards.refuse_unread(prompts.languages)
     tuning.encode_ahead(stage, recipe, base, lambda step: prompts.texts(step, stage.batch_size // copies))
     parameters = students.trainable_parameters(student.denoiser)
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
+    optimizer = adamw(parameters, stage)
     trained = rt.prepare(student.denoiser, optimizer)
     old = {name: value.detach().clone() for name, value in trained.items()}  # the policy that samples
     guard = HackingGuard(stage, student, trained, rewards, recipe.seed)
@@ -88,6 +90,7 @@ def run(stage: Policy, recipe: Recipe, start: Path, folder: Path, strength: floa
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
         set_rate(optimizer, rate)
         scores = tuning.Scores()
+        rt.samples = prompts.texts(step, stage.batch_size // copies)
         starts = prompts.starts(base, step, stage.batch_size // copies, stage.micro_batch, copies)
         with rt.autocast():
             losses = (loss(stage, rt, student, rewards, old, one, scores, strength) for one in starts)
@@ -97,13 +100,13 @@ def run(stage: Policy, recipe: Recipe, start: Path, folder: Path, strength: floa
             value.lerp_(trained[name].detach(), 1.0 - OLD_DECAY)
         if rt.due(step, stage.guard.every, stage.num_steps):
             logged |= guard.look(step + 1)
-        if rt.due(step, stage.log_every) or rt.due(step, stage.guard.every, stage.num_steps):
+        if rt.is_logged(step) or rt.due(step, stage.guard.every, stage.num_steps):
             rt.log(step, learning_rate=rate, **logged)
         if rt.stopping or rt.due(step, stage.save_every):
             rt.save(step + 1)
     with rt.swapped(guard.best):
         rt.write(students.save_tuned, start, folder / "student", guard.verdict.kept_step)
-    guard.finish(folder)
+    on_rank_zero(guard.finish, folder)
 
 
 def loss(
