@@ -103,7 +103,9 @@ def _section(title: str, definition: Mapping[str, Any]) -> str:
     required = definition.get("required", [])
     rows = []
     for key, value in definition["properties"].items():
-        default = "required" if key in required or "default" not in value else f"`{json.dumps(value['default'])}`"
+        default = "the first, with its defaults"
+        if key in required or "default" in value:
+            default = "required" if key in required else f"`{json.dumps(value['default'])}`"
         rows.append([f"`{key}`", _type(value), default, value.get("description", "")])
     about = " ".join(definition.get("description", "").split())
     return f"## {title}\n\n{about}\n\n{table(['key', 'value', 'default', 'meaning'], rows)}"
@@ -242,29 +244,45 @@ def study_of_terms() -> str:
     return _study("terms-emoji-400", list(terms.ROWS), terms.COLUMNS["emoji"])
 
 
+def study_of_terms_on_scenes() -> str:
+    """Return the same of scenes."""
+    return _study("terms-scenes-400", list(terms.ROWS), terms.COLUMNS["scenes"])
+
+
 def study_of_rivals() -> str:
     """Return the tables of the rivals on emoji."""
     return _study("rivals-emoji-1000", [*rivals.ROWS, *rivals.TUNED], rivals.COLUMNS["emoji"])
 
 
 def _study(folder: str, rows: list[str], columns: tuple[str, ...]) -> str:
-    """Return the tables of what is measured in `folder`: of the distance, and of KID, whole and on patches."""
+    """Return the tables of what is measured in `folder`: what is right, the distance, and KID, whole and on patches."""
     lines = tables.lines_of(STUDY / "measured" / folder, columns, rows)
-    shown = ("distance", "teacher_kid", "teacher_patch_kid")
+    shown = [one for one in ("right@all", "distance", "teacher_kid", "teacher_patch_kid") if one in columns]
     return "\n".join(f"{tables.title_of(one)}\n\n{tables.markdown(tables.by_steps(lines, one))}\n" for one in shown)
 
 
 def study_of_regularisers() -> str:
     """Return the table of what holds a tuned student back on emoji."""
-    rows = list(tuning.ROWS["emoji"]["regularisers"])
-    return tuning_summary.text(STUDY / "measured" / "regularisers-emoji-100", rows, tuning.COLUMNS["emoji"]) + "\n"
+    return _tuning_study("emoji", "regularisers", 100)
+
+
+def study_of_rewards_without_gradient() -> str:
+    """Return the table of ways to tune to a reward without gradient, on scenes."""
+    return _tuning_study("scenes", "without_gradient", 250)
+
+
+def _tuning_study(subject: str, group: str, num_steps: int) -> str:
+    """Return the table of a `group` of the study of tuning."""
+    folder = STUDY / "measured" / f"{group}-{subject}-{num_steps}"
+    return tuning_summary.text(folder, list(tuning.ROWS[subject][group]), tuning.COLUMNS[subject]) + "\n"
 
 
 PARTS = {
     part.__name__: part
     for part in (
         *(recipe, commands, families, rewards, recipes, more_pages),
-        *(study_of_terms, study_of_rivals, study_of_regularisers),
+        *(study_of_terms, study_of_terms_on_scenes, study_of_rivals),
+        *(study_of_regularisers, study_of_rewards_without_gradient),
     )
 }
 

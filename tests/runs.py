@@ -181,3 +181,9 @@ def results(recipe: Recipe) -> dict[str, object]:
         rows = [{name: value for name, value in row.items() if name not in timed} for row in report["rows"]]
         found[str(path.relative_to(stages))] = [rows, report["curves"], report["comparisons"], report["tuned"]]
     return found
+
+
+def records(folder: Path) -> list[dict]:
+    """The records of steps in the log of a training stage in `folder`, without those of held-out data alone."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if "loss" in line]

@@ -19,6 +19,7 @@ from ..recipe.tree import nearest
 from ..training.console import plain_console
 from ..training.devices import device_of
 from .console import is_utf8
+from .paths import prompts_option
 
 if TYPE_CHECKING:
     from ..rewards import RewardModel
@@ -130,9 +131,7 @@ def check_reward(
         Path | None,
         typer.Option(exists=True, file_okay=False, show_default=False, help="folder of real pictures; default: drawn"),
     ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, show_default=False, help="prompts (.txt, .jsonl) to ask")
-    ] = None,
+    prompts: Annotated[Path | None, prompts_option("to ask")] = None,
     num_images: Annotated[int, typer.Option(min=2, help="pictures taken from the folder")] = 16,
     setting: Settings = None,
     device: Device = "auto",
@@ -165,13 +164,7 @@ def score(
     reward: Annotated[str, typer.Option(callback=reward_name, show_default=False, help="a reward model's name")],
     images: Annotated[Path, typer.Option(exists=True, file_okay=False, show_default=False, help="folder of pictures")],
     prompts: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            show_default=False,
-            help="prompts (.txt, .jsonl): one a picture in the order of the pictures' names, or one for all",
-        ),
+        Path | None, prompts_option("one a picture in the order of the pictures' names, or one for all")
     ] = None,
     out: Annotated[
         Path | None,

@@ -12,6 +12,7 @@ from ..cost.units import in_words
 from . import reward_commands
 from .console import imported, line
 from .folders import existing_run, existing_student, label_page
+from .paths import folder_option, prompts_option
 
 RunFolder = Annotated[
     Path,
@@ -65,9 +66,7 @@ def sample(
     ],
     out: Annotated[Path, typer.Option(file_okay=False, help="folder for the pictures", show_default=False)],
     prompt: Annotated[list[str] | None, typer.Option(help="what to draw; may be repeated", show_default=False)] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, show_default=False, help="more of them (.txt, .jsonl)")
-    ] = None,
+    prompts: Annotated[Path | None, prompts_option("to draw too")] = None,
     images_per_prompt: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 1,
     steps: Annotated[
         list[int],
@@ -82,12 +81,7 @@ def sample(
     device: DeviceOption = None,
     teacher: Annotated[
         Path | None,
-        typer.Option(
-            exists=True,
-            file_okay=False,
-            show_default=False,
-            help="for a student of no run, as LCM-LoRA's file: the folder in diffusers' format that it goes over",
-        ),
+        folder_option("for a student of no run, as LCM-LoRA's file: the folder in diffusers' format that it goes over"),
     ] = None,
     family: Annotated[
         str | None, typer.Option(show_default=False, help="of --teacher; default: the one that loads its pipeline")
@@ -175,9 +169,7 @@ def sample(
 
 def pairs(
     run: RunFolder,
-    prompts: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, show_default=False, help="prompts (.txt, .jsonl) to draw")
-    ],
+    prompts: Annotated[Path, prompts_option("to draw")],
     out: Annotated[Path, typer.Option(file_okay=False, help="folder for the table", show_default=False)],
     reward: Annotated[
         str | None,
@@ -238,13 +230,7 @@ def evaluate(
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(min=1, help="prompts to draw", show_default=False)] = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            show_default=False,
-            help="prompts (.txt, .jsonl) to draw in place of the recipe's, whose evaluate stage is then not needed",
-        ),
+        Path | None, prompts_option("to draw in place of the recipe's, whose evaluate stage is then not needed")
     ] = None,
     device: DeviceOption = None,
 ) -> None:

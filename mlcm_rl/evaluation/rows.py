@@ -12,6 +12,7 @@ from ..models.students import refuse_other
 from ..recipe import Evaluate, Teacher
 from ..recipe.experiment import STUDENTS
 from ..recipe.families import layout_of
+from ..recipe.student_sources import finished_in
 from ..report.types import SampledRow
 from ..storage.files import read_json
 from . import training_cost
@@ -78,9 +79,9 @@ def student_folders(stage: Evaluate, parents: dict[str, Path]) -> dict[str, Path
         origin = tuned_from(folder / "student")
         if origin is not None and origin[0] not in [one.resolve().name for one in stages.values()]:
             stages[f"{kind}'s start"] = folder.resolve().parent / origin[0]
-    for path in map(Path, stage.also):
+    for path in map(finished_in, map(Path, stage.also)):
         if not (path / "student" / DESCRIPTION_FILE).is_file():
-            raise ValueError(f"also: {path} holds no student; name the folder of a finished distill stage")
+            raise ValueError(f"also: {path} holds no student; name a run, or a finished stage that leaves one")
         name = str(read_json(path / "manifest.json", recipe=dict)["recipe"].get("name"))
         stages[f"{name} ({path.name})" if name in stages else name] = path
     folders = {}

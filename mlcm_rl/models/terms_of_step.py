@@ -56,7 +56,8 @@ class NetworksOfStep:
     def learn(self) -> dict[str, float]:
         """Update the terms' own networks on what the student made in the step; return the losses and gradient norms.
 
-        A network of several updates learns from the same samples each time, under other noise.
+        A network of several updates learns from the same samples each time, under other noise. A loss is the mean over
+        the samples that it is of, and left out where there are none.
         """
         record: dict[str, float] = {}
         for i, (term, network) in enumerate(self.terms):
@@ -65,7 +66,10 @@ class NetworksOfStep:
                 noised = term.draw(draws, len(self.s), self.s)
                 losses_of_parts = (self.of_samples(term.network_loss(made[i], noised)) for made in self.made)
                 last = self.rt.backward(losses_of_parts, network)
-            record |= {f"{network.name}_{name}": value for name, value in last.items()}
+            of_all = term.learns_from_samples or term.of_all_jumps
+            share = 1.0 if of_all else (self.s == 0).float().mean().item()
+            record |= {f"{network.name}_loss": last["loss"] / share} if share else {}
+            record[f"{network.name}_grad_norm"] = last["grad_norm"]
         return record
 
     def of_samples(self, values: Tensor) -> Tensor:

@@ -192,14 +192,14 @@ def content_hash(path: str, holding: str | None) -> str:
 
 
 def student_hash(folder: str) -> str:
-    """Return the fingerprint of the finished stage in `folder`, often a link; its student's hash without a manifest.
+    """Return the fingerprint of the finished stage in `folder`, often a link, or of a run's last with a student.
 
-    Raises FileNotFoundError where it holds neither.
+    Without a manifest it is the student's hash. Raises FileNotFoundError where it holds neither.
     """
-    place = Path(folder)
+    place = student_sources.finished_in(Path(folder))
     manifest = read_json(place / "manifest.json") if (place / "manifest.json").is_file() else {}
     if isinstance(fingerprint := manifest.get("fingerprint"), str):
         return fingerprint
     if not (place / "student").is_dir():
-        raise FileNotFoundError(f"also: {folder} holds no student; name the folder of a finished distill stage")
+        raise FileNotFoundError(f"also: {folder} holds no student; name a run, or a finished stage that leaves one")
     return folder_hash(place / "student")

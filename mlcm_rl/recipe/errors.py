@@ -20,6 +20,18 @@ PATTERNS = {
     COMMIT: "the 40 hexadecimal digits of a commit",
     VARIANT: "small letters a to z, digits and _, such as fp16",
 }
+# A setting's name in other trainers -> here.
+ELSEWHERE = {
+    "lr": "learning_rate",
+    "steps": "num_steps",
+    "max_train_steps": "num_steps",
+    "train_batch_size": "batch_size",
+    "bs": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "mixed_precision": "precision",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,8 @@ def _describe(error: Mapping[str, Any], location: _Location) -> tuple[Key, str, 
     match error["type"]:
         case "extra_forbidden":
             known_keys = list(location.around["properties"])
-            suggestion = nearest(str(key[-1]), known_keys)
+            ours = ELSEWHERE.get(str(key[-1]), "")
+            suggestion = ours if ours in known_keys else nearest(str(key[-1]), known_keys)
             return key, "unknown key" if suggestion else f"unknown key; known are {', '.join(known_keys)}", suggestion
         case "missing":
             description = (

@@ -52,7 +52,9 @@ class Evaluate(OneStage):
     teacher_solvers: list[Literal["ddim", "dpmpp", "unipc"]] = Field(
         ["ddim"], description="undistilled at equal evaluations"
     )
-    also: list[str] = Field([], description="further finished stage folders to put in the same table")
+    also: list[str] = Field(
+        [], description="others for the same table: runs, by their last student, or finished stages"
+    )
     student: str | StudentSource | None = Field(
         None, description="a student from elsewhere to put in the table: a path, or an entry with a path"
     )

@@ -150,7 +150,11 @@ def _file_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
             elif path and _is_blank(folders.place(entry, path)):
                 yield Problem(entry, f"{path} holds no prompt: write one a line")
         for j, other in enumerate(settings.get("also", [])):
-            yield from missing.absent(("stages", i, "also", j), other, folders, holding="manifest.json")
+            place = student_sources.finished_in(folders.place(("stages", i, "also", j), other))
+            if other and os.path.isdir(place) and not (place / "manifest.json").is_file():
+                yield Problem(("stages", i, "also", j), f"the folder {other} is no finished stage and no run of one")
+            else:
+                yield from missing.absent(("stages", i, "also", j), other, folders, holding="")
         for key, reward in rewards_in(("stages", i), stage):
             if reward.name not in known_rewards:
                 message = f"no reward is called {reward.name}; known are {', '.join(known_rewards) or 'none'}"
@@ -172,6 +176,10 @@ def _source_problems(key: Key, stage: Stage, recipe: Recipe, folders: Folders) -
     path = folders.place((*key, "path"), stage.path)
     if not stage.path or not os.path.exists(path):
         beside = missing.beside((*key, "path"), stage.path, folders, "*") if stage.path else ""
+        if not beside and stage.path and Path(stage.path).parts[0] == Path(recipe.runs).name:
+            message = f"there is no run {stage.path}: `mlcm run` its recipe first; `mlcm runs` lists those that are"
+            yield Problem((*key, "path"), message, looked_in=folders.looked_in((*key, "path"), stage.path))
+            return
         is_of_hub = HUB_NAME.fullmatch(stage.path) and path.suffix not in STUDENT_FILES
         if not beside and is_of_hub and not os.path.isdir(path.parent):
             message = (
@@ -271,6 +279,9 @@ def _tuning_problems(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
                 yield Problem(("stages", i, "languages", name), message)
         reward_keys = set()
         for key, reward in rewards_in(("stages", i), stage):
+            is_followed = isinstance(stage, Feedback) and not stage.surrogate and "guard" not in key
+            if is_followed and reward_settings.attributes_of(reward).get("differentiable") is False:
+                yield Problem(key, reward_settings.without_gradient([reward.name]))
             reward_key = (*key[:-2], reward.name)
             if reward_key in reward_keys:
                 yield Problem(key, f"{reward.name} is named twice; a sum has one weight for each reward")

@@ -6,11 +6,10 @@ A reward that does not read what it is to be trained on stops the run, so that i
 import json
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 from ..storage.files import CheckpointError, read_json
 from ..storage.untrusted import read_bytes
-from . import reward_package, reward_settings
+from . import reward_package
 from .adapt_text import AdaptText
 from .evaluation import Evaluate
 from .experiment import Recipe, Stage
@@ -19,6 +18,7 @@ from .languages import EAST_ASIAN, prompts_in
 from .paths import Folders, rewards_in
 from .preference import Dpo, Tuning
 from .reads import reads_of
+from .reward_settings import languages_read
 from .teacher_stages import TrainTeacher
 from .tree import Key, Problem
 from .types import Reward, Teacher
@@ -51,7 +51,7 @@ def warnings(recipe: Recipe, folders: Folders) -> Iterator[Problem]:
         if isinstance(stage, Evaluate):
             for place, reward in rewards_in(key, stage):
                 path, prompts = _drawn(key, stage, "prompts", folders)
-                if prompts and not set(prompts) & set(_languages_of(reward) or prompts):
+                if prompts and not set(prompts) & set(languages_read(reward) or prompts):
                     yield Problem(place, f"{_unread(reward, path, prompts)}: its column will be empty")
         if isinstance(stage, Tuning):
             for name in ("prompts", "guard_prompts")[: 1 + bool(stage.guard_prompts)]:
@@ -83,7 +83,7 @@ def _drawn(key: Key, stage: Stage, name: str, folders: Folders) -> tuple[str, Pr
 
 def _unread(reward: Reward, path: str, prompts: Prompts) -> str:
     """Return how many of `prompts` the `reward` does not read; "" where it reads all, or no one knows."""
-    languages = _languages_of(reward)
+    languages = languages_read(reward)
     unread = {name: len(texts) for name, texts in prompts.items() if name not in languages} if languages else {}
     if not unread:
         return ""
@@ -92,20 +92,10 @@ def _unread(reward: Reward, path: str, prompts: Prompts) -> str:
     return f"{reward.name} reads prompts in {', '.join(languages)}, and of the {total} of {path} there are {counts}"
 
 
-def _languages_of(reward: Reward) -> tuple[str, ...]:
-    """Return the languages of prompts that `reward` reads; () where it reads no prompts, or its file does not say."""
-    files = [Path(folder) / f"{reward.name}.py" for folder in reward_package.package().__path__]
-    files = [file for file in files if file.is_file()]
-    try:
-        return reward_settings.languages_in(read_bytes(files[0])) if len(files) == 1 else ()
-    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):  # reported with the reward's settings
-        return ()
-
-
 def _readers(prompts: Prompts) -> str:
     """Return the names of the rewards that read the languages of all `prompts`."""
     names = sorted(reward_package.names_of_files())
-    readers = [name for name in names if set(prompts) <= set(_languages_of(Reward(name=name)))]
+    readers = [name for name in names if set(prompts) <= set(languages_read(Reward(name=name)))]
     return ", ".join(readers) or "none here reads all of them"
 
 

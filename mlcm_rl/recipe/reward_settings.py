@@ -6,7 +6,8 @@ a file does not say by itself, such as the parameters of a base class in another
 
 import ast
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import GenericAlias
@@ -59,10 +60,7 @@ def settings_in(code: bytes) -> dict[str, Setting] | None:
 
     None where the code does not say them plainly. Raise SyntaxError if it is not Python.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # \d in a text: Python warns of it at the import
-        body = ast.parse(code).body
-    classes = [one for one in body if isinstance(one, ast.ClassDef) and not one.name.startswith("_")]
+    classes = _classes_in(code)
     if len(classes) != 1 or classes[0].decorator_list or classes[0].keywords:
         return None
     functions = [one.name for one in classes[0].body if isinstance(one, ast.FunctionDef)]
@@ -82,27 +80,51 @@ def settings_in(code: bytes) -> dict[str, Setting] | None:
     return settings
 
 
-def languages_in(code: bytes) -> tuple[str, ...]:
-    """Return the languages of prompts that the one reward model of a file's `code` reads.
-
-    () where it reads no prompts, or where the code does not say them plainly. Raise SyntaxError if it is not Python.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        body = ast.parse(code).body
-    classes = [one for one in body if isinstance(one, ast.ClassDef) and not one.name.startswith("_")]
-    values = {
-        target.id: one.value
-        for one in (classes[0].body if len(classes) == 1 else [])
-        if isinstance(one, ast.Assign)
-        for target in one.targets
-        if isinstance(target, ast.Name)
-    }
+def attributes_of(reward: Reward) -> dict[str, Any]:
+    """Return what the file of `reward` says plainly of its class; nothing where no one file does."""
+    files = [Path(folder) / f"{reward.name}.py" for folder in reward_package.package().__path__]
+    files = [file for file in files if file.is_file()]
     try:
-        facts = {name: ast.literal_eval(values[name]) for name in ("needs_prompt", "languages")}
-    except (KeyError, ValueError):
-        return ()
-    return tuple(facts["languages"]) if facts["needs_prompt"] is True else ()
+        return attributes_in(read_bytes(files[0])) if len(files) == 1 else {}
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):  # reported with the reward's settings
+        return {}
+
+
+def attributes_in(code: bytes) -> dict[str, Any]:
+    """Return the literal attributes of the one reward model that a file's `code` defines, by name.
+
+    Raise SyntaxError if it is not Python.
+    """
+    classes = _classes_in(code)
+    found: dict[str, Any] = {}
+    for one in classes[0].body if len(classes) == 1 else []:
+        if isinstance(one, ast.Assign):
+            names = [target.id for target in one.targets if isinstance(target, ast.Name)]
+            with suppress(ValueError):
+                found |= dict.fromkeys(names, ast.literal_eval(one.value))
+    return found
+
+
+def languages_read(reward: Reward) -> tuple[str, ...]:
+    """Return the languages of prompts that `reward` reads; () where it reads no prompts, or its file does not say."""
+    said = attributes_of(reward)
+    languages = said.get("languages") if said.get("needs_prompt") is True else ()
+    return languages if isinstance(languages, tuple) else ()
+
+
+def without_gradient(names: Iterable[str]) -> str:
+    """Return why `feedback` cannot be trained on the rewards `names`, and what can."""
+    return (
+        f"feedback needs rewards with a gradient, which {', '.join(names)} has not; dpo and policy take any, and so "
+        "does feedback with surrogate: {}"
+    )
+
+
+def _classes_in(code: bytes) -> list[ast.ClassDef]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # \d in a text: Python warns of it at the import
+        body = ast.parse(code).body
+    return [one for one in body if isinstance(one, ast.ClassDef) and not one.name.startswith("_")]
 
 
 def _wrong(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -66,13 +66,21 @@ class Found:
         return [name for name in sampling if getattr(self, name) is None] + list(self.others)
 
 
+def finished_in(path: Path) -> Path:
+    """Return the last finished stage with a student of the run at `path`; `path` itself where that is no run."""
+    for folder in sorted(path.glob("[0-9]*-*"), reverse=True):
+        if _leaves_student(folder):
+            return folder
+    return path
+
+
 def find(path: Path) -> Found:
     """Return what lies at `path`. Raise FileNotFoundError or ValueError where that is no student, or not one alone."""
     regular(path)
     if not path.is_dir():
         return _of_file(path)
     for folder in [path, *sorted(path.glob("[0-9]*-*"), reverse=True)]:
-        if (folder / "manifest.json").is_file() and (folder / "student" / DESCRIPTION_FILE).is_file():
+        if _leaves_student(folder):
             return Found("student", folder / "student", stage=folder)
         if folder != path and folder.name.endswith(tuple(f"-{kind}" for kind in STUDENTS)):
             raise ValueError(f"{folder} leads to a stage that is gone or unfinished; `mlcm run` its recipe again")
@@ -92,6 +100,10 @@ def find(path: Path) -> Found:
         f"{path} holds no student: name a run, a finished stage that leaves one, an exported folder, one in diffusers' "
         "format, or a .safetensors file"
     )
+
+
+def _leaves_student(stage: Path) -> bool:
+    return (stage / "manifest.json").is_file() and (stage / "student" / DESCRIPTION_FILE).is_file()
 
 
 def refuse_unstated(found: Found, source: StudentSource) -> None:

@@ -12,6 +12,7 @@ from .types import Comparison, Headline, Measurements, Report, Row, TunedStudent
 
 BUDGETS = (2, 4, 8)  # network evaluations at which student and teacher are compared
 HEADLINE_BUDGET = 4
+OWN = "student"  # the name of the student that an evaluation's own recipe distilled
 COMPARED = ("distance", "r@5", RIGHT, "clip", GENEVAL)
 
 
@@ -77,8 +78,14 @@ def headline(measurements: Measurements, tuned: list[TunedStudent], product: str
         assert rival is not None  # there are teachers
         checks.append(compare(own[0], rival, key))
     student = next((one for one in tuned if one.name == name), None)
-    who = f"the student tuned by {name}" if student else "the student"
+    several = len({row.name for row in students}) > 1
+    who = "the student" if not several else "the recipe's own student" if name == OWN else f"the student {name}"
+    who = f"the student tuned by {name}" if student else who
     sentences = [sentence(measurements, check, who) for check in checks]
+    nearest = best(students, "distance")
+    if several and not student and nearest is not None and nearest.name != name:
+        figure = number(nearest.metrics["distance"])
+        sentences.append(f"Of the students of this table {nearest.name} is the nearest ({figure}).")
     sentences += [tuned_students.outcome(student)] if student else []
     behind = tuned_students.rewards_behind(student) if student else []
     verdicts = [check.verdict for check in checks]

@@ -27,13 +27,22 @@ def sentences(report: Report) -> list[str]:
     rivals = {n: _rivals(rows) for n, rows in students.items() if len(rows) > 1}
     texts = [_sentence(n, students[n], by_key) for n, by_key in rivals.items() if by_key]
     texts += [WHY] if texts else []
-    agreed = [str(n) for n, by_key in rivals.items() if not by_key]
-    if agreed:
+    agreed = {n: _best_of_all(students[n]) for n, by_key in rivals.items() if not by_key}
+    texts += [
+        f"At {n} evaluations {_name(row)} is the best by distance and distribution." for n, row in agreed.items() if row
+    ]
+    if level := ", ".join(str(n) for n, row in agreed.items() if row is None):
         texts.append(
-            f"At {', '.join(agreed)} evaluations distance and distribution name the same student and sampler as the "
-            "best, or none by two standard errors."
+            f"At {level} evaluations distance and distribution name different students or samplers as the best, none "
+            "of them ahead in one and behind in the other by two standard errors."
         )
     return texts
+
+
+def _best_of_all(rows: list[Row]) -> Row | None:
+    """Return the row that is best in the distance and in every distance of distributions; None where none is."""
+    winners = [best(rows, key) for key in ("distance", *measured(rows, DISTRIBUTION))]
+    return winners[0] if len({row.id for row in winners if row is not None}) == 1 else None
 
 
 def _rivals(rows: list[Row]) -> dict[str, Row]:

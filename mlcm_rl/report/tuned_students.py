@@ -231,6 +231,8 @@ def constraints(student: TunedStudent) -> list[str]:
 
 
 def _constraint(student: TunedStudent, name: str, limit: float) -> str:
+    if not student.guard.kept_step:
+        return f"Constraint on {name}: there was nothing to meet, since the guard kept step 0."
     comparison = nearest(student)
     drop = comparison.drops.get(name) if comparison else None
     if drop is None or drop.mean is None:

@@ -115,10 +115,7 @@ def refuse_without_weights(config: Reward, reward: type[RewardModel]) -> None:
 def refuse_without_gradient(rewards: Mapping[str, RewardModel | type[RewardModel]]) -> None:
     """Raise RewardError for those of `rewards`, by name, that are not differentiable."""
     if opaque := [name for name, reward in rewards.items() if not reward.differentiable]:
-        raise RewardError(
-            f"feedback needs rewards with a gradient, which {', '.join(opaque)} has not; dpo and policy take any, and "
-            "so does feedback with surrogate: {}"
-        )
+        raise RewardError(reward_settings.without_gradient(opaque))
 
 
 def refuse_settings(name: str, reward: type[RewardModel], settings: Mapping[str, Any]) -> None:

@@ -113,7 +113,9 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
     processes.on_rank_zero(write_report, result, folder)
     for table in tables.terminal(result):
         progress.console.print(table)
-    texts = [result.headline.text, *disagreements.sentences(result), *map(tuned_students.sentence, result.tuned)]
+    texts = [result.headline.text, *disagreements.sentences(result)]
+    for one in result.tuned:
+        texts += [tuned_students.sentence(one), *tuned_students.constraints(one)]
     progress.console.print(Text("\n".join([*texts, str((folder / "report.html").resolve())])), soft_wrap=True)
 
 

@@ -4,20 +4,24 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
+from rich.console import Console
+from ruamel.yaml import YAML
 
 import kept_values
 import tables
 from mlcm_rl.recipe import Distill, Evaluate, Recipe, Stage
 from mlcm_rl.recipe.file import check, load
 from mlcm_rl.recipe.paths import Folders
+from mlcm_rl.recipe.shipped import PREFIX
 from mlcm_rl.recipe.tree import key_text
+from mlcm_rl.storage.files import replacing
 
 AnyStage = TypeVar("AnyStage", bound=Stage)
 
-RECIPES = Path(__file__).parents[1]
+RECIPES = Path(__file__).resolve().parents[1]
 GAMMAS = {"emoji": [0.0, 0.5, 1.0], "scenes": [0.0, 0.5]}  # subject -> those that students are sampled at
 
 
@@ -44,7 +48,10 @@ def run(
         for row in rows_of(parser, arguments, rows):
             path = results / f"{row}-{seed}.safetensors"
             made = partial(recipe_of, base, subject, row, seed, arguments.steps, arguments.prompts)
-            recipes[path] = checked(parser, row, made, is_done=path.is_file())
+            recipes[path] = checked(parser, row, made, is_done=path.is_file() and not arguments.write)
+    if arguments.write:
+        write_recipes(recipes.values(), arguments.write)
+        return
     for path, recipe in recipes.items():
         kept_values.keep(recipe, path, columns[subject])
     tables.write(results, columns[subject], list(rows))
@@ -67,6 +74,29 @@ def checked(parser: argparse.ArgumentParser, row: str, make: Callable[[], Recipe
     return recipe
 
 
+def write_recipes(recipes: Iterable[Recipe], folder: Path) -> None:
+    """Write each of `recipes` to `folder`, under its name, for `mlcm run` in any folder; print the paths."""
+    yaml = YAML()
+    yaml.width = 120
+    for recipe in recipes:
+        said = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+        said["stages"] = [{"kind": stage.kind} | one for stage, one in zip(recipe.stages, said["stages"], strict=True)]
+        path = folder / f"{recipe.name}.yaml"
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            yaml.dump(_anywhere(said), file)
+        Console().print(str(path), soft_wrap=True)
+
+
+def _anywhere(value: Any) -> Any:
+    """Return `value` of a recipe with the paths to what comes along as a recipe names it in any folder."""
+    if isinstance(value, dict):
+        return {name: _anywhere(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_anywhere(one) for one in value]
+    path = Path(value).resolve() if isinstance(value, str) and "/" in value else None
+    return f"{PREFIX}{path.relative_to(RECIPES)}" if path and path.is_relative_to(RECIPES) and path.exists() else value
+
+
 def options(description: str, bases: Iterable[str], groups: Iterable[str] = ()) -> argparse.ArgumentParser:
     """Return the options that all studies have; one whose rows are in `groups` asks for one of these."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,6 +111,7 @@ def options(description: str, bases: Iterable[str], groups: Iterable[str] = ()) 
     parser.add_argument(
         "--results", type=Path, help="folder of what is measured; default: one in runs, named by the study"
     )
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write a recipe a row there, and run nothing")
     parser.add_argument("--tables", action="store_true", help="print the tables of what is measured, and run nothing")
     return parser
 

@@ -18,6 +18,7 @@ from mlcm_rl.storage.files import replacing
 
 LESS_IS_BETTER = ("distance", "teacher_kid", "teacher_patch_kid")
 IN_THOUSANDTHS = {"teacher_kid": "KID", "teacher_patch_kid": "KID of patches"}
+NAMES = {"right@all": "all that is asked is right, by the judge"}
 UNRANKED = ("diversity",)  # neither more nor less of it is better
 
 Mean = tuple[float, float]  # with its standard error
@@ -116,7 +117,9 @@ def by_steps(lines: list[Line], column: str) -> list[list[str]]:
 
 def title_of(column: str) -> str:
     """Return what a table by steps is of, a sentence."""
-    name = f"1,000 {IN_THOUSANDTHS[column]} to the teacher" if column in IN_THOUSANDTHS else column
+    name = NAMES.get(column, column)
+    if column in IN_THOUSANDTHS:
+        name = f"1,000 {IN_THOUSANDTHS[column]} to the teacher"
     return f"{name[0].upper()}{name[1:]}, by network evaluations, each student under its best sampler:"
 
 

@@ -35,11 +35,10 @@ BASES = {"emoji": "emoji_demo.yaml", "scenes": "scenes_demo.yaml"}
 STEPS, GAMMA = 4, 0.5  # of the sampler that is tuned and measured; `kl` needs the noise
 LATE = {"gradient": "random", "num_grad_steps": STEPS}  # a target at any step: the first decides what stands where
 FREE = {"anchor": 0.0, "consistency": 0.0, "gamma": GAMMA}  # feedback without any regulariser
-COUNT = [{"name": "scene_count", "settings": {"prompts": str(RECIPES / "scenes" / "prompts")}}]
-MATCH = [{"name": "scene_match", "settings": {"prompts": str(RECIPES / "scenes" / "prompts")}}]
+COUNTED = "without_gradient"  # the group that trains on the demo's held-out reward, a counter, and holds out the other
 CALLS = {"batch_size": 64, "num_steps": 125}  # 8,000 scored pictures: those of the demo's feedback on scenes
-BY_COUNT = {**CALLS, "rewards": COUNT, "gamma": GAMMA, "num_generations": 8, "guard": {"rewards": MATCH}}
-SURROGATE = FREE | CALLS | {"rewards": COUNT, "guard": {"rewards": MATCH}, "surrogate": {"num_generations": 8}}
+BY_COUNT = CALLS | {"gamma": GAMMA, "num_generations": 8}
+SURROGATE = FREE | CALLS | {"surrogate": {"num_generations": 8}}
 
 Row = tuple[type[Tuning], dict[str, Any]]  # the stage's kind and its settings
 
@@ -83,7 +82,7 @@ ROWS: dict[str, dict[str, dict[str, Row]]] = {
             "matching-1": (Feedback, FREE | matching(1.0, 250, 1e-3)),
             "matching-10": (Feedback, FREE | matching(10.0, 250, 1e-3)),
         },
-        "without_gradient": {
+        COUNTED: {
             "policy": (Policy, BY_COUNT | {"learning_rate": 3e-4}),
             "policy-fast": (Policy, BY_COUNT | {"learning_rate": 1e-3}),
             "surrogate": (Feedback, SURROGATE),
@@ -125,17 +124,22 @@ def main() -> None:
     base = load(RECIPES / BASES[subject], arguments.overrides)
     num_steps = arguments.steps or feedback_of(base).num_steps
     results = arguments.results or Path(base.runs) / f"tuning-{subject}-{group}-{num_steps}"
-    results.mkdir(parents=True, exist_ok=True)
+    recipes: dict[str, Recipe] = {}
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for row in protocol.rows_of(parser, arguments, list(ROWS[subject][group])):
             made = partial(recipe_of, base, subject, group, row, seed, num_steps, arguments.prompts)
-            *tuning, evaluate = protocol.checked(parser, row, made).stages
-            name, metrics = f"tuning-{group}-{row}-{seed}".replace(".", "_"), tuple(COLUMNS[subject])
-            tuned = base.model_copy(update={"name": name, "stages": tuning})
-            tuning_looks.keep(tuned, results / f"{row}-{seed}.json")
-            if not arguments.tune_only:
-                measured = tuned.model_copy(update={"stages": [*tuning, evaluate]})
-                kept_values.keep(measured, results / f"{row}-{seed}.safetensors", metrics)
+            name = f"tuning-{group}-{row}-{seed}".replace(".", "_")
+            recipe = protocol.checked(parser, row, made)
+            recipes[f"{row}-{seed}"] = recipe.model_copy(update={"name": name})
+    if arguments.write:
+        protocol.write_recipes(recipes.values(), arguments.write)
+        return
+    results.mkdir(parents=True, exist_ok=True)
+    for row, recipe in recipes.items():
+        tuned = recipe.model_copy(update={"stages": recipe.stages[:-1]})
+        tuning_looks.keep(tuned, results / f"{row}.json")
+        if not arguments.tune_only:
+            kept_values.keep(recipe, results / f"{row}.safetensors", tuple(COLUMNS[subject]))
     order = list(ROWS[subject][group])
     tuning_curves.draw(results, order, results / "curves.png")
     Console().print(tuning_summary.text(results, order, COLUMNS[subject]), soft_wrap=True)
@@ -172,6 +176,8 @@ def stage_of(base: Recipe, subject: str, group: str, row: str, seed: int, num_st
     kind, changes = ROWS[subject][group][row]
     given = feedback_of(base)
     shared = {name: value for name, value in given.model_dump(exclude={"kind"}).items() if name in kind.model_fields}
+    if group == COUNTED:
+        changes = changes | {"rewards": shared["guard"]["rewards"], "guard": {"rewards": shared["rewards"]}}
     guard = shared["guard"] | changes.get("guard", {})
     stage = kind.model_validate(shared | changes | {"guard": guard, "seed": seed})
     calls = (given.num_steps if num_steps is None else num_steps) * given.batch_size

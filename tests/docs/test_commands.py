@@ -19,7 +19,13 @@ from mlcm_rl.recipe.tree import RecipeError
 ROOT = pages.ROOT
 TAKE_RECIPE = {"run", "plan", "validate"}
 PLACEHOLDER = re.compile(r"[A-Z]+|\.\.\.|<\w+>")
-READERS = {"mine.yaml", "my_recipe.yaml", "rehearsal.yaml"}  # recipes/my_finetune.yaml stands for the reader's recipes
+READERS = {
+    "mine.yaml",
+    "my_recipe.yaml",
+    "rehearsal.yaml",
+    "rivals-pcm-0.yaml",
+    "rivals-ours-0.yaml",
+}  # recipes/my_finetune.yaml stands for the reader's recipes
 UsageError: Any = typer.BadParameter.__base__  # of the click that typer has
 root = typer.main.get_command(app)
 

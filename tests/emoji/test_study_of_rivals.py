@@ -41,6 +41,22 @@ def test_every_row_is_a_valid_recipe_of_equal_evaluations(subject, row):
             assert max(stage.sampling_steps) == before.num_segments[0]  # the student that is for that number
 
 
+@pytest.mark.parametrize("row", ["pcm", "lightning", "lightning_one_step", "hyper_sd", "ours"])
+def test_a_row_is_written_as_a_recipe_whose_stages_are_the_studys(subject, row, tmp_path):
+    """All but evaluations: how a file names a folder of a reward's settings is part of theirs."""
+    name, base = subject
+    recipe = rivals.recipe_of(base, name, row, 1, 400, 16)
+    rivals.protocol.write_recipes([recipe], tmp_path)
+    written = load(tmp_path / f"{recipe.name}.yaml")
+    trained = [
+        one.model_copy(update={"stages": [stage for stage in one.stages if not isinstance(stage, Evaluate)]})
+        for one in (recipe, written)
+    ]
+    assert [len(one.stages) > 1 for one in trained] == [True, True]
+    assert len(set(map(kept_values.fingerprint_of, trained))) == 1
+    assert written.stages[-1].sampling_steps == recipe.stages[-1].sampling_steps
+
+
 def test_the_budget_is_counted_by_hand(subject):
     """A trajectory is 24 guided steps, a step of ours one pass a sample; LCM's are four, without a store."""
     name, base = subject

@@ -12,6 +12,7 @@ import tuning
 import tuning_curves
 import tuning_looks
 import tuning_summary
+from mlcm_rl.pipeline.fingerprint import identity
 from mlcm_rl.recipe import Feedback, Policy, Tuning
 from mlcm_rl.recipe.file import check, load
 from mlcm_rl.recipe.paths import Folders
@@ -36,6 +37,13 @@ def test_every_row_is_a_valid_recipe_of_its_own_at_equal_calls(subject, group):
     calls = {stage.batch_size * stage.num_steps for stage in stages.values()}
     assert calls == {{"emoji": 800, "scenes": 8000}[subject]}
     assert all({one.name for one in stage.guard.rewards}.isdisjoint(stage.max_drops) for stage in stages.values())
+
+
+def test_a_counter_is_trained_on_and_its_stage_is_the_same_in_any_folder():
+    recipe = tuning.recipe_of(base_of("scenes"), "scenes", tuning.COUNTED, "policy", 0)
+    (stage,) = (one for one in recipe.stages if isinstance(one, Tuning))
+    assert [one.name for one in stage.rewards + stage.guard.rewards] == ["scene_count", "scene_match"]
+    assert "recipes" not in json.dumps(identity(stage, recipe, {}))
 
 
 @pytest.mark.parametrize(("subject", "group"), GROUPS)

@@ -206,5 +206,10 @@ def test_snapshots_come_along_but_for_the_last_which_is_the_student(tmp_path):
     assert folders["lcm phase-0-K8"] == tmp_path / "distill" / "snapshots" / "phase-0-K8"
     twice = student_folders(stage(also=[str(tmp_path / "distill")] * 2), {})
     assert list(twice) == ["lcm", "lcm (distill)"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "00-trajectories").symlink_to(tmp_path)
+    (tmp_path / "run" / "01-distill").symlink_to(tmp_path / "distill")
+    of_run = student_folders(stage(also=[str(tmp_path / "run")]), {})
+    assert of_run == {"lcm": tmp_path / "run" / "01-distill" / "student"}
     with pytest.raises(ValueError, match="holds no student"):
         student_folders(stage(also=[str(tmp_path)]), {})

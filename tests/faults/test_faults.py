@@ -105,7 +105,7 @@ def test_a_signal_saves_after_the_step_and_the_same_command_resumes(tiny_sdxl, t
     assert checkpoints.load_state(folder)[0] == 2
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
     assert pipeline.run(recipe)[1].folder == folder
-    assert [int(line.split('"step": ')[1].split(",")[0]) for line in (folder / "log.jsonl").open()] == [1, 2, 3, 4]
+    assert [record["step"] for record in runs.records(folder)] == [1, 2, 3, 4]
 
 
 def test_a_result_that_was_damaged_stops_the_run_and_says_what_to_delete(tiny_sdxl, tmp_path):

@@ -60,6 +60,7 @@ def killed_until(num_kills: int, recipe: Recipe, folder: Path, seed: int) -> int
     return kills
 
 
+@pytest.mark.slow
 def test_a_run_killed_five_times_ends_with_the_same_bits(tiny_sdxl, tmp_path):
     recipe = runs.of_kinds(tiny_sdxl, tmp_path, ("trajectories", "distill", "feedback"))
     assert killed_until(5, recipe, tmp_path, seed=1) == 5

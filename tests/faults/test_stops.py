@@ -192,6 +192,7 @@ def test_a_stage_killed_before_the_last_change_of_each_kind_is_made_good_by_the_
     assert not trial.faults(*chosen)
 
 
+@pytest.mark.slow
 def test_an_evaluation_killed_while_it_removes_what_it_drew_is_made_good_by_the_next_start(tiny_sdxl, tmp_path):
     """With its pictures, for which no row can be brought from the store: what is lost must be drawn again."""
     trial = trial_of("evaluate_pictures", tiny_sdxl, tmp_path)

@@ -61,6 +61,7 @@ def mlcm(site: Path, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=place, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_recipe_names_it_and_every_stage_runs(site, recipe, tmp_path):
     assert '"my_family"' in mlcm(site, "schema").stdout
     done = mlcm(site, "run", recipe)

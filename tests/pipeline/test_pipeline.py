@@ -442,9 +442,9 @@ def test_a_missing_teacher_is_one_sentence(finished, tmp_path):
     ("name", "prediction_type"),
     [
         ("sdxl_mlcm_paper", "epsilon"),
-        ("sd15_mlcm_paper", "epsilon"),
-        ("sd15_mlcm_paper", "v_prediction"),
-    ],  # the last as SD 2.1
+        pytest.param("sd15_mlcm_paper", "epsilon", marks=pytest.mark.slow),
+        pytest.param("sd15_mlcm_paper", "v_prediction", marks=pytest.mark.slow),  # as SD 2.1
+    ],
 )
 def test_the_papers_recipes_run_end_to_end_on_a_tiny_checkpoint(name, prediction_type, tmp_path):
     """As shipped, float16 beside bfloat16 too, but for what size forces: the teacher, counts and batch sizes."""
@@ -500,7 +500,7 @@ def test_logcds_recipe_runs_end_to_end_on_a_tiny_checkpoint(tmp_path):
     ]
     stages = pipeline.run(load(Path("recipes") / "sdxl_logcd.yaml", small))
     assert all(stage.done for stage in pipeline.plan(load(Path("recipes") / "sdxl_logcd.yaml", small)))
-    (record,) = [json.loads(line) for line in (stages[2].folder / "log.jsonl").read_text().splitlines()]
+    (record,) = runs.records(stages[2].folder)
     assert {"distance", "matching", "adversarial", "fake_loss", "heads_loss"} < record.keys()
     assert students.describe(stages[2].folder / "student")["num_segments"] == 1
 

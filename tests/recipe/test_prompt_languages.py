@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from mlcm_rl.recipe import reward_package, shipped
+from mlcm_rl.recipe import Reward, reward_package, shipped
 from mlcm_rl.recipe.families import FAMILIES
 from mlcm_rl.recipe.file import HUB_NAME, load
 from mlcm_rl.recipe.languages import prompts_in
 from mlcm_rl.recipe.prompt_languages import BYTES
-from mlcm_rl.recipe.reward_settings import languages_in
+from mlcm_rl.recipe.reward_settings import attributes_in, attributes_of, languages_read
 from mlcm_rl.recipe.tree import RecipeError
 from mlcm_rl.rewards import class_of
 
@@ -94,14 +94,15 @@ def test_an_evaluation_whose_reward_reads_no_prompt_is_reported(notes, root):
 
 
 @pytest.mark.parametrize("file", sorted(reward_package.OURS.glob("[a-z]*.py")), ids=lambda file: file.stem)
-def test_a_file_says_the_languages_that_its_class_reads(file):
-    reward = class_of(file.stem)
-    assert languages_in(file.read_bytes()) == (tuple(reward.languages) if reward.needs_prompt else ())
+def test_a_file_says_what_its_class_reads_and_whether_it_has_a_gradient(file):
+    reward, said = class_of(file.stem), Reward(name=file.stem)
+    assert languages_read(said) == (reward.languages if reward.needs_prompt else ())
+    assert attributes_of(said)["differentiable"] is reward.differentiable
 
 
 @pytest.mark.parametrize("code", ["languages = ()", "class A:\n    languages = names()\n    needs_prompt = True"])
 def test_a_file_that_does_not_say_its_languages_plainly_is_of_none(code):
-    assert languages_in(code.encode()) == ()
+    assert "languages" not in attributes_in(code.encode())
 
 
 def test_prompts_are_read_with_their_languages(tmp_path):

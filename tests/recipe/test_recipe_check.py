@@ -33,7 +33,7 @@ REVISION = f"teacher.revision='{40 * '0'}'"
         ("judge: judge", "judge: juge", 24, "stages[2].judge", "no such folder: juge; did you mean judge?"),
         ("[colourfulness]", "[colorfulness]", 25, "stages[2].rewards[0]", "did you mean colourfulness?"),
         ("judge: judge", "also: [runs/x]", 24, "stages[2].also[0]", "no such folder: runs/x"),
-        ("judge: judge", "also: [data]", 24, "stages[2].also[0]", "the folder data holds no manifest.json"),
+        ("judge: judge", "also: [data]", 24, "stages[2].also[0]", "data is no finished stage and no run of one"),
         ("data/prompts.txt", '""', 10, "stages[0].prompts", "expected a path, found empty text"),
         ("path: teacher", 'path: ""', 5, "teacher.path", "expected a path, found empty text"),
         ("precision: no", "images: data", 16, "stages[1].images", "the folder data holds no metadata.jsonl"),

@@ -99,6 +99,7 @@ def test_a_good_recipe_means_what_a_person_reads_in_it(root):
             "stages[0].num_trajectories",
             "whole number above 0",
         ),
+        ("    learning_rate: 1e-5", "    lr: 1e-5", 15, "stages[1].lr", "did you mean learning_rate?"),
         ("kind: distill", "kind: distil", 12, "stages[1].kind", "found the text 'distil'; did you mean distill?"),
         (
             "kind: distill",

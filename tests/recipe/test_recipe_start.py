@@ -85,6 +85,12 @@ def test_a_name_of_the_hub_is_answered_with_how_to_fetch_it(problems):
     assert "`hf download latent-consistency/lcm-lora-sdxl --local-dir FOLDER`" in line
 
 
+def test_a_run_that_is_not_there_is_no_name_of_the_hub(problems):
+    (line,) = problems("runs/lcm")
+    assert "there is no run runs/lcm: `mlcm run` its recipe first" in line
+    assert "hf download" not in line
+
+
 def test_a_missing_file_is_no_name_of_the_hub(problems):
     (line,) = problems("lcm-lora-sdxl/pytorch_lora_weights.safetensors")
     assert "no such file or folder: lcm-lora-sdxl/pytorch_lora_weights.safetensors" in line

@@ -4,10 +4,13 @@ import pytest
 from pydantic import ValidationError
 
 import runs
-from mlcm_rl.recipe import Distill, Feedback
+from mlcm_rl.recipe import Distill, Feedback, shipped
 from mlcm_rl.recipe.file import load
+from mlcm_rl.recipe.tree import RecipeError, key_text
 
 MPS = {"shape": "mps_hinge", "rewards": [{"name": "mps"}]}
+
+RECIPES = shipped.folder("recipes")
 
 
 @pytest.mark.parametrize(
@@ -266,3 +269,14 @@ def test_a_prompt_file_may_use_such_a_name(root):
 def test_an_empty_list_is_refused_where_something_must_be_drawn(broken, override):
     (problem,) = broken(overrides=(override,))
     assert "found an empty list" in problem.text
+
+
+def test_feedback_on_a_reward_without_gradient_is_refused_before_anything_runs():
+    """scene_count has none: that is in its file, which is parsed. A surrogate learns it, and a guard may have it."""
+    assert load(RECIPES / "scenes_count.yaml", root=RECIPES).stages[2].surrogate
+    assert load(RECIPES / "scenes_demo.yaml", root=RECIPES).stages[2].guard.rewards[0].name == "scene_count"
+    with pytest.raises(RecipeError) as caught:
+        load(RECIPES / "scenes_count.yaml", ["stages.feedback.surrogate=null"], root=RECIPES)
+    (problem,) = caught.value.problems
+    assert key_text(problem.key) == "stages[2].rewards[0].name"
+    assert "needs rewards with a gradient, which scene_count has not" in problem.text

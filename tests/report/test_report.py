@@ -368,11 +368,27 @@ def test_where_distance_and_distribution_disagree_it_is_said_in_words():
     assert f"- {first}" in tables.markdown(report)
 
 
-@pytest.mark.parametrize("kids", [KIDS | {"straight": [0.9, -0.8, 0.9, -0.8]}, KIDS | {"renoised": [0.0] * 4}])
-def test_no_disagreement_is_said_of_differences_within_two_errors_or_of_one_best_row(kids):
+@pytest.mark.parametrize(
+    ("kids", "says"),
+    [
+        (KIDS | {"straight": [0.9, -0.8, 0.9, -0.8]}, "name different students or samplers as the best, none of them"),
+        (KIDS | {"renoised": [0.0] * 4}, "At 4 evaluations student, gamma 1 is the best by distance and distribution."),
+    ],
+    ids=["within two errors", "one best row"],
+)
+def test_no_disagreement_is_said_of_differences_within_two_errors_or_of_one_best_row(kids, says):
     (text,) = disagreements.sentences(made(with_distribution(rows(), kids)))
-    assert text.startswith("At 4 evaluations distance and distribution name the same student and sampler")
+    assert says in text
     assert disagreements.sentences(made(rows())) == []  # nothing was measured
+
+
+@pytest.mark.parametrize(("distance", "is_nearer"), [(0.05, True), (0.5, False)])
+def test_of_several_students_the_headline_names_its_own_and_one_that_is_nearer(distance, is_nearer):
+    other = rows((distance,) * 4)[3].model_copy(update={"id": "lcm", "name": "lcm"})
+    text = made([*rows(), other]).headline.text
+    assert "for the recipe's own student" in text
+    assert ("Of the students of this table lcm is the nearest (0.05" in text) == is_nearer
+    assert "own student" not in made(rows()).headline.text
 
 
 def test_paired_tables_are_beside_the_reference_and_beside_the_student_named_first():

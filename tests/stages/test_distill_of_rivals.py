@@ -1,7 +1,6 @@
 """The stage under the keys of other methods: progressive adversarial phases, random ends, simulation."""
 
 import itertools
-import json
 
 import pytest
 import torch
@@ -37,8 +36,7 @@ def train(teacher, store, folder, before=None, **settings) -> list[dict]:
     stage = runs.distill(**{"adapter": LORA} | settings)
     parents = {"trajectories": store} | ({"distill": before} if before else {})
     distill.run(stage, runs.recipe(teacher, folder, [stage]), parents, folder)
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]  # the others are of held-out trajectories
+    return runs.records(folder)
 
 
 @pytest.mark.parametrize("name", ["lightning", "hyper", "simulation"])

@@ -1,6 +1,5 @@
 """Distribution matching and the adversary as terms of a distill stage: resumption, batches, what each one trains."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -25,12 +24,6 @@ GLOBAL = {
     "adapter": {"kind": "lora", "rank": 2, "alpha": 2.0},
 }
 LEARNED = ("fake_loss", "fake_grad_norm", "heads_loss", "heads_grad_norm")
-
-
-def records(folder: Path) -> list[dict]:
-    """The records of steps, without those of held-out trajectories."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -76,7 +69,7 @@ def test_stopped_between_any_updates_it_ends_with_the_same_bits(tiny_sdxl, store
     with runs.crashing_at(update):
         train(tiny_sdxl, store, tmp_path, num_steps=3, **BOTH)
     train(tiny_sdxl, store, tmp_path, num_steps=3, **BOTH)
-    assert records(tmp_path) == records(whole)
+    assert runs.records(tmp_path) == runs.records(whole)
     expected, actual = state(whole), state(tmp_path)
     assert expected.keys() == actual.keys()
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
@@ -85,7 +78,7 @@ def test_stopped_between_any_updates_it_ends_with_the_same_bits(tiny_sdxl, store
 
 
 def test_the_log_has_every_term_and_they_add_up(whole):
-    for record in records(whole):
+    for record in runs.records(whole):
         assert record["distance"] + record["matching"] + record["adversarial"] == pytest.approx(
             record["loss"], rel=1e-5
         )
@@ -118,6 +111,7 @@ def test_the_networks_of_the_terms_learn_and_the_teacher_does_not(tiny_sdxl, sto
 
 
 BUDGETS = {"method": "segments", "condition_on_target": True, "budgets": [4], "distance": "log_l2"}
+BUDGETS |= {"num_teacher_steps": 3}  # the default: it has no effect here
 
 
 @pytest.mark.slow
@@ -127,16 +121,28 @@ def test_micro_batches_give_the_step_of_the_whole_batch(tiny_sdxl, store, tmp_pa
     settings = {"num_steps": 3, **BOTH, **settings}
     whole = train(tiny_sdxl, store, tmp_path / "whole", **settings)
     split = train(tiny_sdxl, store, tmp_path / "split", gradient_accumulation=4, **settings)
-    assert any(record["matching"] for record in records(whole))
-    for one, other in zip(records(whole), records(split), strict=True):
-        for name in ("loss", "grad_norm", "matching", "adversarial", *LEARNED):
+    assert any(record["matching"] for record in runs.records(whole))
+    for one, other in zip(runs.records(whole), runs.records(split), strict=True):
+        assert one.keys() == other.keys()
+        for name in {"loss", "grad_norm", "matching", "adversarial", *LEARNED} & one.keys():
             assert one[name] == pytest.approx(other[name], rel=2e-3), name
+
+
+def test_the_loss_of_heads_is_of_the_jumps_that_they_see(tiny_sdxl, store, tmp_path):
+    """2 is chance of the hinge, however many of a batch's jumps end at time 0; a step without one has no such loss."""
+    folder = train(tiny_sdxl, store, tmp_path, **BUDGETS, num_steps=6, adversarial={"width": 4})
+    steps = runs.records(folder)
+    seen = [record for record in steps if "heads_loss" in record]
+    assert 0 < len(seen) < len(steps)
+    assert all(record["heads_loss"] == pytest.approx(2.0, abs=0.3) for record in seen)
+    assert all(record["heads_grad_norm"] == 0 for record in steps if record not in seen)
 
 
 @pytest.mark.slow
 def test_gradient_checkpointing_changes_no_gradient(tiny_sdxl, store, whole, tmp_path):
     saved = train(tiny_sdxl, store, tmp_path, num_steps=3, gradient_checkpointing=True, **BOTH)
-    assert [record["grad_norm"] for record in records(saved)] == [record["grad_norm"] for record in records(whole)]
+    norms = [[record["grad_norm"] for record in runs.records(folder)] for folder in (saved, whole)]
+    assert norms[0] == norms[1]
 
 
 @pytest.mark.slow
@@ -152,7 +158,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_sdxl, store, whole, tmp
 )
 def test_every_kind_of_student_takes_the_terms(tiny_sdxl, store, tmp_path, settings):
     paths = {"prompts": runs.write_prompts(tmp_path), "images": runs.write_images(tmp_path)}
-    lines = records(train(tiny_sdxl, store, tmp_path / "run", **BOTH | paths | settings))
+    lines = runs.records(train(tiny_sdxl, store, tmp_path / "run", **BOTH | paths | settings))
     assert len(lines) == 2
     assert all(record[name] > 0 for record in lines for name in ("grad_norm", *LEARNED))
 
@@ -167,7 +173,7 @@ def test_terms_in_bfloat16_are_near_those_in_float32(tiny_sdxl, store, tmp_path,
     recipe = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"dtype": dtype})})
     distill.run(stage, recipe, {"trajectories": store_of(recipe, tmp_path)}, tmp_path)
     exact = train(tiny_sdxl, store, tmp_path / "exact", num_steps=1, **added)
-    (half,), (whole,) = records(tmp_path), records(exact)
+    (half,), (whole,) = runs.records(tmp_path), runs.records(exact)
     for name in ("matching", "fake_loss", "heads_loss"):
         assert half.get(name, 0.0) == pytest.approx(whole.get(name, 0.0), rel=0.1), name
 
@@ -199,7 +205,7 @@ def test_a_network_that_warms_up_leaves_the_student_alone(tiny_sdxl, store, tmp_
     """The student's first step is that without the term, to the bit, and the term's own network learns in it."""
     plain = train(tiny_sdxl, store, tmp_path / "plain", num_steps=2)
     warm = train(tiny_sdxl, store, tmp_path / "warm", num_steps=2, **{term: settings})
-    (first, second), (expected, other) = records(warm), records(plain)
+    (first, second), (expected, other) = runs.records(warm), runs.records(plain)
     assert (first["loss"], first["grad_norm"]) == (expected["loss"], expected["grad_norm"])
     assert first[term] == 0.0 < first[f"{network}_grad_norm"]
     assert second[term] != 0.0
@@ -207,4 +213,4 @@ def test_a_network_that_warms_up_leaves_the_student_alone(tiny_sdxl, store, tmp_
 
 
 def test_without_terms_the_loss_is_the_distance(tiny_sdxl, store, tmp_path):
-    assert records(train(tiny_sdxl, store, tmp_path, num_steps=1))[0].keys().isdisjoint({"distance", *LEARNED})
+    assert runs.records(train(tiny_sdxl, store, tmp_path, num_steps=1))[0].keys().isdisjoint({"distance", *LEARNED})

@@ -35,6 +35,7 @@ VARIANTS = {
     "dpo-table": {"form": "diffusion_dpo", "pairs": "pairs"},
     "policy": {"num_iterations": 2},
 }
+SOON = ("feedback", "feedback-matching", "dpo", "policy")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,9 @@ def tuned(distilled, folder: Path, kind: str, **settings) -> tuple[list[dict], t
     return records, torch.cat([weights[name].flatten() for name in sorted(weights)])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(one, marks=[pytest.mark.slow] * (one not in SOON)) for one in VARIANTS]
+)
 def test_a_batch_of_8_in_1_2_or_4_parts_draws_the_same_and_makes_the_same_update(
     distilled, tmp_path, monkeypatch, variant
 ):

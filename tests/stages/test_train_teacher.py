@@ -107,7 +107,7 @@ def test_the_teacher_is_back_in_its_place_when_a_sample_fails(tmp_path, monkeypa
         seen.append(base.denoiser)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_teacher, "sample_teacher", fails)
+    monkeypatch.setattr("mlcm_rl.models.sampler.sample_teacher", fails)
     recipe = runs.recipe(tmp_path, tmp_path, [runs.distill()], samples=Samples(prompts=["a cat"]))
     with pytest.raises(KeyboardInterrupt):
         train_teacher.save_samples(None, recipe, base, other, 0)

@@ -22,6 +22,8 @@ from mlcm_rl.rewards import RewardError
 from mlcm_rl.training.loop import Runtime
 from mlcm_rl.training.seeding import generator
 
+SOON = ("feedback", "feedback-surrogate", "dpo", "policy")  # forms that differ most in what a checkpoint holds
+
 
 def test_a_fresh_preference_adapter_changes_nothing_and_the_reference_is_the_distilled_student(distilled):
     recipe, (_, folder) = distilled
@@ -111,9 +113,7 @@ def test_a_tuned_student_is_read_back_with_both_adapters(distilled, tmp_path):
         torch.testing.assert_close(student.base.x0(merged, x_t, t, conditioning), expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("distilled", "variant"), over_both(VARIANTS, "feedback", "dpo", "policy"), indirect=["distilled"]
-)
+@pytest.mark.parametrize(("distilled", "variant"), over_both(VARIANTS, "dpo", soon=SOON), indirect=["distilled"])
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(distilled, tmp_path, variant):
     whole = tune(distilled, tmp_path / "whole", variant, num_steps=3)
     per_step = VARIANTS[variant].get("num_iterations", 1) + 4 * ("surrogate" in variant)  # updates of its heads

@@ -6,6 +6,7 @@ from tuning_runs import AT_THE_END, records, tune
 from mlcm_rl.training.loop import Runtime
 
 
+@pytest.mark.slow
 def test_policy_gradient_raises_the_reward(distilled, tmp_path):
     """Over three seeds and both kinds of student the gain was 0.54 to 1.56; in groups of 4, -0.2 to 1.5."""
     settings = {"num_steps": 40, "learning_rate": 3e-3, "batch_size": 32, "num_generations": 8, "beta": 0.0}

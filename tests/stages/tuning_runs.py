@@ -1,7 +1,7 @@
 """Short runs of the three stages of preference learning over one distilled student, which is made once a session."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import pytest
@@ -58,10 +58,18 @@ def distilled(request, tiny_sdxl, tmp_path_factory):
     return recipe, [stage.folder for stage in pipeline.run(recipe)]
 
 
-def over_both(variants: Iterable[str], *over_full: str) -> list:
-    """(distilled, variant): all over an adapter, and over full weights, where those not in `over_full` are slow."""
-    slow = [pytest.param("full", one, marks=pytest.mark.slow) for one in variants if one not in over_full]
-    return [*(("lora", one) for one in variants), *(("full", one) for one in over_full), *slow]
+def over_both(variants: Iterable[str], *over_full: str, soon: Collection[str] | None = None) -> list:
+    """(distilled, variant): over an adapter and over full weights.
+
+    Those over full weights that are not in `over_full` are slow, and those over an adapter that are not in `soon`, if
+    it is given.
+    """
+    kinds = {"lora": list(variants) if soon is None else soon, "full": over_full}
+    return [
+        pytest.param(kind, one, marks=[pytest.mark.slow] * (one not in quick))
+        for kind, quick in kinds.items()
+        for one in variants
+    ]
 
 
 def tune(distilled, folder: Path, variant: str, **changes) -> Path:

@@ -47,6 +47,7 @@ def measured(which: str, **environment: str) -> tuple[bool, int, str]:
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="needs glibc")
+@pytest.mark.slow
 def test_freed_memory_is_used_again_and_the_bits_are_the_same():
     usual, changed = measured("usual"), measured("changed")
     assert (usual[0], changed[0]) == (False, True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands import launch
-from launched_runs import LAUNCHES, ROOT, SECONDS, distance, records, weights
+from launched_runs import LAUNCHES, ROOT, SECONDS, distance, weights
 from safetensors.torch import load_file
 from train_twice import train
 
@@ -118,7 +118,7 @@ def assert_same_training(alone: Path, together: Path) -> None:
 
     A policy's loss is what is left of terms near one that cancel: their rounding is its absolute tolerance.
     """
-    for expected, actual in zip(records(alone), records(together), strict=True):
+    for expected, actual in zip(runs.records(alone), runs.records(together), strict=True):
         assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-4, abs=1e-5)
         assert actual["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
     assert distance(state(alone), state(together)) < 1e-4

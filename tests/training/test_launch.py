@@ -294,11 +294,12 @@ def started(recipe, folder, mode: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("send", "number", "code"),
     [
         pytest.param(os.kill, signal.SIGTERM, 143, id="sigterm"),
-        pytest.param(os.killpg, signal.SIGINT, 130, id="ctrl_c", marks=pytest.mark.slow),
+        pytest.param(os.killpg, signal.SIGINT, 130, id="ctrl_c"),
     ],
 )
 def test_a_signal_to_a_launch_of_one_process_ends_the_training_after_a_step_that_is_saved(
@@ -343,7 +344,8 @@ def children(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_is_killed_ends_the_launch_in_words_that_say_what_is_saved(tiny_sdxl, tmp_path, rank):
     stages = [
         runs.trajectories(runs.write_prompts(tmp_path)),

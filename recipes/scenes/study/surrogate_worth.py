@@ -31,7 +31,7 @@ from mlcm_rl.training.seeding import generator
 
 sys.path.append(str(Path(__file__).parents[2] / "study"))  # what all studies share
 
-from tuning import COUNT, GAMMA, RECIPES, STEPS, stage_of, with_stages
+from tuning import COUNTED, GAMMA, RECIPES, STEPS, stage_of, with_stages
 
 GENERATIONS, BATCH, RATE, WIDTH = 8, 32, 1e-3, 64
 TIMES, UPDATES = (50, 200), (4, 16)
@@ -84,7 +84,7 @@ def main() -> None:
     folder = pipeline.run(with_stages(recipe, "surrogate-student", []))[-1].folder / "student"
     base = teachers.load(recipe.teacher, "cpu")
     student = students.load_student(base, folder)
-    reward = combine(stage_of(recipe, "scenes", "without_gradient", "policy", 0).rewards, "cpu", normalise=False)
+    reward = combine(stage_of(recipe, "scenes", COUNTED, "policy", 0).rewards, "cpu", normalise=False)
     prompts = read_prompts(str(RECIPES / "scenes" / "prompts" / "train.jsonl"))
     order = torch.randperm(len(prompts), generator=generator(0, "order"))[: arguments.prompts].tolist()
     parts, encoded = [], []
@@ -94,7 +94,7 @@ def main() -> None:
             own, conditioning = [generator(0, first, i) for i in range(len(texts))], base.encode_prompts(texts)
             noise, times = base.noise(own, len(texts)), student.grid.times(STEPS)
             x0 = sampler.sample(base, student.denoiser, conditioning, noise, times, GAMMA, own, student.conditioned)
-            scores = reward.raw(base.autoencoder.decode(x0), texts)[COUNT[0]["name"]]
+            (scores,) = reward.raw(base.autoencoder.decode(x0), texts).values()
             parts.append([x0, base.noise(own, len(texts)), scores])
             encoded.append(conditioning)
             bar.advance(len(texts) // GENERATIONS)
