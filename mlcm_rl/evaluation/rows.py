@@ -7,7 +7,7 @@ from ..equations.segments import paper_times
 from ..models.base import Base
 from ..models.gammas import own_gamma, tuned_from
 from ..models.grids import MILESTONES, SamplingGrid
-from ..models.student_description import DESCRIPTION_FILE, describe, grid_of
+from ..models.student_description import DESCRIPTION_FILE, describe, grid_of, jumps_whole_segments
 from ..models.students import refuse_other
 from ..recipe import Evaluate, Teacher
 from ..recipe.experiment import STUDENTS
@@ -15,6 +15,7 @@ from ..recipe.families import layout_of
 from ..recipe.student_sources import finished_in
 from ..report.types import SampledRow
 from ..storage.files import read_json
+from ..training.progress import tell
 from . import training_cost
 from .undistilled import label_of
 
@@ -57,6 +58,10 @@ def entries(stage: Evaluate, parents: dict[str, Path], base: Base) -> list[Entry
         gammas = [default] if training_cost.is_snapshot(folder) else [*stage.gammas, *of_tuning, *stated]
         gammas.sort(key=lambda gamma: gamma != default)
         steps = () if description["conditioned"] else tuple(description["budgets"])
+        others = [str(n) for n in stage.sampling_steps if n != description["num_segments"]]
+        if others and not steps and jumps_whole_segments(description):
+            learned = f"{name} learned the jumps of {description['num_segments']} steps alone (starts: milestones)"
+            tell("evaluate", f"{learned}: in {', '.join(others)} steps it begins at times that it has not seen")
         students.append(Entry(name, folder, *shape, cost, default, tuple(dict.fromkeys(gammas)), steps))
     return students
 

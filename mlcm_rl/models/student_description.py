@@ -10,7 +10,9 @@ from ..recipe.types import default_gamma, sampling_segments
 from ..storage.files import CheckpointError, read_json
 from .grids import MILESTONES, SamplingGrid, grid_named
 
-__all__ = ["DESCRIPTION_FILE", "default_gamma_in", "describe", "grid_of", "tuned_steps"]
+__all__ = ["DESCRIPTION_FILE", "default_gamma_in", "describe", "grid_of", "jumps_whole_segments", "tuned_steps"]
+
+WHOLE = "milestones"  # starts of a student that learned the jumps of whole segments alone
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -33,6 +35,10 @@ def describe(folder: Path) -> dict[str, Any]:
     budgets = description.setdefault("budgets", [])
     if type(budgets) is not list or not all(type(n) is int and 1 <= n <= NUM_SEGMENTS for n in budgets):
         raise CheckpointError(f"{file}: budgets must be numbers from 1 to {NUM_SEGMENTS}, are {reprlib.repr(budgets)}")
+    if description.get("starts", WHOLE) != WHOLE:
+        raise CheckpointError(
+            f"{file}: starts must be {WHOLE} where it is said, is {reprlib.repr(description['starts'])}"
+        )
     gamma = description.get("gamma", 0.0)
     if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not 0 <= gamma <= 1:
         raise CheckpointError(f"{file}: gamma must be a number from 0 to 1, is {reprlib.repr(gamma)}")
@@ -47,6 +53,16 @@ def grid_of(description: dict[str, Any]) -> SamplingGrid:
     """Return the times that the student of a `description` is sampled at: milestones, where it names none."""
     num_segments = sampling_segments(description["num_segments"], description["conditioned"])
     return grid_named(description.get("grid", MILESTONES), num_segments)
+
+
+def jumps_whole_segments(description: dict[str, Any]) -> bool:
+    """Return whether the student of a `description` learned the jumps of whole segments alone (`starts: milestones`).
+
+    Older descriptions do not say it; it is then known of those with as many segments as no sampler has steps, and of
+    those that predict x0, which have one number of steps.
+    """
+    one_number = bool(description["budgets"]) and not description["conditioned"]
+    return "starts" in description or one_number or description["num_segments"] > NUM_SEGMENTS
 
 
 def default_gamma_in(description: dict[str, Any]) -> float:

@@ -257,15 +257,16 @@ class Distill(Training):
 
     @property
     def corrections(self) -> int:
-        """Four: the average was not used under autocast; the caption of a picture depended on the time; the last bits
+        """Five: the average was not used under autocast; the caption of a picture depended on the time; the last bits
         of an encoded prompt depended on the micro-batch (by 5e-7 of the largest, where that is not a multiple of 4); an
-        adversary of clean jumps saw x0 beside targets that have the noise of time 0.
+        adversary of clean jumps saw x0 beside targets that have the noise of time 0; a student of whole segments did
+        not say so in its student.json.
         """
         unseen = self.precision == "bf16" and self.target_ema > 0 and any(self.jumps_again)
         chosen = self.method == "segments" and self.source == "data"
         given = self.adversarial
         noisy = self.method == "segments" and given is not None and (given.real, given.jumps) == ("milestones", "clean")
-        return unseen + chosen + noisy + (not self.reads_trajectories)
+        return unseen + chosen + noisy + (not self.reads_trajectories) + (self.starts == "milestones")
 
     @property
     def parents(self) -> tuple[str, ...]:

@@ -275,6 +275,8 @@ def save_student(
         "teacher": files.public(recipe.teacher.path),
         "teacher_hash": teachers.teacher_hash(recipe.teacher),
     }
+    if stage.starts == "milestones":
+        description["starts"] = stage.starts
     if recipe.teacher.quantise is not None:
         description["quantise"] = recipe.teacher.quantise
     students.save_student(student, folder, description)

@@ -9,9 +9,9 @@ from torch import Tensor
 from ..data.training_points import Batch, StoredStates
 from ..data.trajectory_store import store_of
 from ..equations import consistency, feedback
-from ..equations.axis import NUM_SEGMENTS
 from ..models import students, teachers
 from ..models.base import Base
+from ..models.student_description import jumps_whole_segments
 from ..models.terms import matching_of
 from ..models.terms_of_step import MatchingOfStep, training_of
 from ..preference import tuning
@@ -254,14 +254,11 @@ def stored_states(stage: Feedback, recipe: Recipe, base: Base, start: Path, traj
     Raises CheckpointError for a store of another teacher.
     """
     student = students.describe(start)
-    conditioned, budgets, num_segments = student["conditioned"], student["budgets"], student["num_segments"]
-    # a student of whole segments knows their tops alone; more than a sampler has steps are of such students alone
-    whole_segments = (budgets and not conditioned) or num_segments > NUM_SEGMENTS
     distilled = Distill(
-        num_segments=[num_segments],
-        starts="milestones" if whole_segments else "any",
-        condition_on_target=conditioned,
-        budgets=budgets if conditioned else [],
+        num_segments=[student["num_segments"]],
+        starts="milestones" if jumps_whole_segments(student) else "any",
+        condition_on_target=student["conditioned"],
+        budgets=student["budgets"] if student["conditioned"] else [],
         batch_size=stage.batch_size,
         num_steps=1,
     )

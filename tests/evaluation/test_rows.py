@@ -117,6 +117,17 @@ def write_stage(folder, kind, gamma=None):
     return folder
 
 
+@pytest.mark.parametrize(("sampling_steps", "others"), [([2], None), ([1, 2, 4], "1, 4")])
+def test_steps_that_a_student_of_whole_segments_has_not_learned_are_told(tmp_path, capsys, sampling_steps, others):
+    parents = {"distill": write_stage(tmp_path / "distill", "distill")}
+    place = tmp_path / "distill" / "student" / "student.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"starts": "milestones"}))
+    entries(stage(sampling_steps=sampling_steps), parents, BASE)
+    told = " ".join("".join(capsys.readouterr()).split())
+    assert ("learned the jumps of 2 steps alone" in told) == bool(others)
+    assert others is None or f"in {others} steps it begins at times that it has not seen" in told
+
+
 @pytest.mark.parametrize(("gamma", "own"), [(0.3, 0.3), (None, 0.0), (1.0, 1.0)])
 def test_a_tuned_student_is_measured_at_the_gamma_it_was_tuned_under_and_so_is_what_it_started_from(
     tmp_path, gamma, own

@@ -64,16 +64,17 @@ def test_a_simulation_whose_terms_all_warm_up_trains_their_networks_alone(tiny_s
     assert first["fake_grad_norm"] > 0 < second["grad_norm"]
 
 
-def test_stored_jumps_of_a_student_of_16_segments_begin_at_their_tops(tiny_sdxl, store, tmp_path):
-    """In `feedback` with consistency: more segments than a sampler's are of starts: milestones alone."""
-    settings = {"starts": "milestones", "num_segments": [16]}
+@pytest.mark.parametrize("num_segments", [16, 2])
+def test_stored_jumps_of_a_student_of_whole_segments_begin_at_their_tops(tiny_sdxl, store, tmp_path, num_segments):
+    """In `feedback` with consistency, whatever its network predicts."""
+    settings = {"starts": "milestones", "num_segments": [num_segments]}
     train(tiny_sdxl, store, tmp_path / "run", **settings, num_steps=1)
     tuned = runs.tuning("feedback", "unused", consistency=1.0)
     recipe = runs.recipe(tiny_sdxl, tmp_path, [tuned])
     base = teachers.load(recipe.teacher, "cpu")
     points = feedback.stored_states(tuned, recipe, base, tmp_path / "run" / "student", store)
-    draw = points.draw(0, 16, "next", torch.Generator().manual_seed(0))
-    tops = milestones(16).tolist()
+    draw = points.draw(0, num_segments, "next", torch.Generator().manual_seed(0))
+    tops = milestones(num_segments).tolist()
     below = dict(itertools.pairwise(tops))
     assert all(below[s] == t for t, s in zip(draw.t.tolist(), draw.s.tolist(), strict=True))
 
