@@ -263,18 +263,8 @@ def _study(folder: str, rows: list[str], columns: tuple[str, ...]) -> str:
 
 def study_of_regularisers() -> str:
     """Return the table of what holds a tuned student back on emoji."""
-    return _tuning_study("emoji", "regularisers", 100)
-
-
-def study_of_rewards_without_gradient() -> str:
-    """Return the table of ways to tune to a reward without gradient, on scenes."""
-    return _tuning_study("scenes", "without_gradient", 250)
-
-
-def _tuning_study(subject: str, group: str, num_steps: int) -> str:
-    """Return the table of a `group` of the study of tuning."""
-    folder = STUDY / "measured" / f"{group}-{subject}-{num_steps}"
-    return tuning_summary.text(folder, list(tuning.ROWS[subject][group]), tuning.COLUMNS[subject]) + "\n"
+    rows = list(tuning.ROWS["emoji"]["regularisers"])
+    return tuning_summary.text(STUDY / "measured" / "regularisers-emoji-100", rows, tuning.COLUMNS["emoji"]) + "\n"
 
 
 PARTS = {
@@ -282,7 +272,7 @@ PARTS = {
     for part in (
         *(recipe, commands, families, rewards, recipes, more_pages),
         *(study_of_terms, study_of_terms_on_scenes, study_of_rivals),
-        *(study_of_regularisers, study_of_rewards_without_gradient),
+        study_of_regularisers,
     )
 }
 
