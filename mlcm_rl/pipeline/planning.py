@@ -24,7 +24,7 @@ from ..models.teachers import class_of
 from ..recipe import AdaptText, Distill, Full, Lora, Recipe, Stage, Start, teacher_check
 from ..recipe.experiment import student_before
 from ..recipe.families import geometry, layout_of
-from ..recipe.takes import Networks, Values
+from ..recipe.takes import BYTES, Networks, Values
 from ..storage.files import CheckpointError, read_json
 from ..storage.manifest import is_finished
 from ..storage.tensors import read_shapes
@@ -32,8 +32,6 @@ from ..storage.untrusted import in_a_line
 from . import estimates
 from .fingerprint import Located, locate
 from .results import share_done
-
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from .reads import PROMPTS, Reads
 from .stage import OneStage, Requirement, States, Training
-from .takes import Networks, Pass, TextNetwork, Values
+from .takes import SAVED, Networks, Pass, TextNetwork, Values
 from .types import Full, Lora, NonNegativeFloat, PositiveInt, presentation
 
 if TYPE_CHECKING:
@@ -85,4 +85,4 @@ class AdaptText(Training):
     def disk(self, recipe: "Recipe", values: Values) -> int:
         """Return the bytes of the adapter with a copy of its encoder, and of checkpoints with Adam's moments."""
         encoder = sum(path.stat().st_size for path in Path(self.encoder).glob("*.safetensors"))
-        return encoder + values.trained * (4 + 12 * self.keep_checkpoints)
+        return encoder + values.trained * (4 + SAVED * self.keep_checkpoints)

@@ -7,7 +7,7 @@ from pydantic import Field, PositiveFloat
 
 from .reads import PICTURES
 from .stage import OneStage, Requirement, States, Training
-from .takes import Networks, Pass, Values
+from .takes import SAVED, Networks, Pass, Values
 from .types import Fraction, Full, Lora, PositiveInt
 
 if TYPE_CHECKING:
@@ -72,4 +72,4 @@ class TrainControl(Training):
 
         It is a copy of less than half of one.
         """
-        return values.denoiser * (2 + self.keep_checkpoints * 12)
+        return values.denoiser * (2 + self.keep_checkpoints * SAVED)

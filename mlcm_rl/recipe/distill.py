@@ -10,7 +10,7 @@ from ..equations.axis import NUM_SEGMENTS
 from .distill_conflicts import LOG, PER_PHASE, conflicts
 from .reads import LPIPS, PICTURES, PROMPTS
 from .stage import OneStage, Requirement, States, Training
-from .takes import Networks, Pass, Values
+from .takes import SAVED, Networks, Pass, Values
 from .terms import Adversarial, Matching
 from .types import Fraction, Full, Lora, NonNegativeFloat, PositiveInt, default_gamma, presentation
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 MAX_ENCODED_AHEAD = 8192  # prompts of a stage that are encoded before its first step
 MEAN_ONLINE_STEPS = 4.5  # of Algorithm 1: 1 to 8 steps, segments drawn uniformly
-MOMENTS_BYTES = 12  # in a checkpoint, for each trained float32 weight and its two moments
 
 NumSegments = Literal[32, 16, 8, 4, 2, 1]
 PERCEPTUAL = ("lpips", "features", "log_lpips", "log_features")  # distances of x0, by a network
@@ -371,5 +370,5 @@ class Distill(Training):
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
         """Return the bytes of the student, its snapshots and its checkpoints, which hold the fake score too."""
-        in_checkpoints = (values.trained + values.fake) * self.keep_checkpoints * MOMENTS_BYTES
+        in_checkpoints = (values.trained + values.fake) * self.keep_checkpoints * SAVED
         return values.trained * 4 * (1 + len(self.num_segments)) + in_checkpoints

@@ -7,7 +7,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from .lpips_layout import VGG_DEPTHS, VGG_WIDTHS
 from .reads import PICTURES
 from .stage import OneStage, Requirement, States, Training
-from .takes import LpipsSizes, Networks, Pass, Values
+from .takes import SAVED, LpipsSizes, Networks, Pass, Values
 from .types import Full, Lora, PositiveInt, presentation
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ Distortion = Literal["blur", "noise", "warp", "colour", "jpeg"]
 DISTORTIONS: tuple[Distortion, ...] = ("blur", "noise", "warp", "colour", "jpeg")
 Width = Annotated[int, Field(gt=0, le=65_536)]
 KERNEL_ELEMENTS = 9  # of a convolution, for each channel in and out
-MOMENTS_BYTES = 12  # in a checkpoint, for each weight and its two moments
 
 
 class TrainPerceptual(Training):
@@ -96,4 +95,4 @@ class TrainPerceptual(Training):
         """Return the bytes of the network and of its checkpoints with Adam's moments."""
         counts = zip([0, *self.widths], self.widths, self.depths, strict=False)
         weights = sum(KERNEL_ELEMENTS * width * (before + (depth - 1) * width) for before, width, depth in counts)
-        return weights * (4 + self.keep_checkpoints * MOMENTS_BYTES)
+        return weights * (4 + self.keep_checkpoints * SAVED)

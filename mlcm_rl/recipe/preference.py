@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from .distill import MAX_ENCODED_AHEAD, MOMENTS_BYTES
+from .distill import MAX_ENCODED_AHEAD
 from .reads import PICTURES, PROMPTS
 from .stage import Requirement, Training
 from .start import PREVIOUS, StudentSource
-from .takes import Networks, Pass, Values
+from .takes import SAVED, Networks, Pass, Values
 from .types import (
     Fraction,
     Full,
@@ -179,7 +179,7 @@ class Tuning(Training):
 
         A checkpoint has the adapter, the guard's best and the moments, and the fake score where there is one.
         """
-        checkpoint = values.trained * (4 + MOMENTS_BYTES) + values.fake * MOMENTS_BYTES
+        checkpoint = values.trained * (4 + SAVED) + values.fake * SAVED
         return 4 * values.denoiser + values.trained * 4 + self.keep_checkpoints * checkpoint
 
 

@@ -9,6 +9,9 @@ from typing import Literal
 
 from .types import Full, Lora
 
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of a number
+SAVED = 12  # bytes in a checkpoint for each trained weight: it and its two moments, in float32
+AVERAGED = SAVED + 4  # and its average
 Role = Literal["teacher", "student", "target", "reference", "encoder", "lpips", "features", "fake", "heads"]
 
 

@@ -7,13 +7,11 @@ from pydantic import Field, PositiveFloat, model_validator
 from ..equations.axis import NUM_SEGMENTS
 from .reads import PICTURES, PROMPTS
 from .stage import OneStage, States, Training
-from .takes import Networks, Pass, Values
+from .takes import AVERAGED, BYTES, Networks, Pass, Values
 from .types import Fraction, Full, Lora, PositiveInt, presentation
 
 if TYPE_CHECKING:
     from .experiment import Recipe
-
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class TrainTeacher(Training):
@@ -66,7 +64,7 @@ class TrainTeacher(Training):
 
     def disk(self, recipe: "Recipe", values: Values) -> int:
         """Return the bytes of a teacher in half precision, and of checkpoints with weights, average and moments."""
-        return values.denoiser * (2 + self.keep_checkpoints * 16)
+        return values.denoiser * (2 + self.keep_checkpoints * AVERAGED)
 
 
 class Trajectories(OneStage):

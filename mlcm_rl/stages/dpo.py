@@ -67,11 +67,12 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
         logged |= constraints.take_in(scores)
 
         # the guard, the log, samples and checkpoints
-        if rt.due(step, stage.guard.every, stage.num_steps):
+        is_watched = rt.due(step, stage.guard.every, stage.num_steps)
+        if is_watched:
             logged |= guard.look(step + 1)
-        if rt.is_logged(step) or rt.due(step, stage.guard.every, stage.num_steps):
+        if is_watched or rt.is_logged(step):
             rt.log(step, learning_rate=rate, **logged)
-        if rt.due(step, stage.guard.every, stage.num_steps):
+        if is_watched:
             rt.log_picture(step, "guard", guard.curves, folder)
         if recipe.samples.prompts and rt.due(step, stage.sample_every, stage.num_steps):
             student.save_samples(recipe, rt, step)
