@@ -33,11 +33,14 @@ def test_a_rivals_recipe_runs_end_to_end(tmp_path, name):
         Trajectories: {"num_trajectories": 4, "num_held_out": 2, "solver_steps": 32 if "lightning" in name else 8},
         Distill: {"num_steps": 1, "log_every": 1, "batch_size": 4, "gradient_accumulation": 2},
     }
-    stages = [
-        stage.model_copy(update=small.get(type(stage), {"num_prompts": 2, "sampling_steps": [2], "rewards": []}))
-        for stage in recipe.stages
-        if not isinstance(stage, Feedback)
-    ]
+
+    def shortened(stage):
+        changes = small.get(type(stage), {"num_prompts": 2, "sampling_steps": [2], "rewards": []})
+        if isinstance(stage, Distill) and stage.adversarial:
+            changes = changes | {"adversarial": stage.adversarial.model_copy(update={"warmup_steps": 0})}
+        return stage.model_copy(update=changes)
+
+    stages = [shortened(stage) for stage in recipe.stages if not isinstance(stage, Feedback)]
     finished = pipeline.run(recipe.model_copy(update={"stages": stages}))
     student = next(one.folder for one in reversed(finished) if one.kind == "distill")
     num_segments, logged = EXPECTED[name]

@@ -46,7 +46,10 @@ def store_of(recipe, folder: Path) -> Path:
 def train(teacher: Path, store: Path, folder: Path, **settings) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     of_samples = {"num_student_steps": 2} if "matching" in settings or settings.get("renoise") == "student" else {}
-    stage = runs.distill(**GLOBAL | of_samples | settings)
+    settings = GLOBAL | of_samples | settings
+    if settings["method"] != "inter_segment":
+        del settings["num_teacher_steps"]
+    stage = runs.distill(**settings)
     distill.run(stage, runs.recipe(teacher, folder, [stage]), {"trajectories": store}, folder)
     return folder
 
@@ -111,7 +114,6 @@ def test_the_networks_of_the_terms_learn_and_the_teacher_does_not(tiny_sdxl, sto
 
 
 BUDGETS = {"method": "segments", "condition_on_target": True, "budgets": [4], "distance": "log_l2"}
-BUDGETS |= {"num_teacher_steps": 3}  # the default: it has no effect here
 
 
 @pytest.mark.slow
@@ -160,7 +162,9 @@ def test_every_kind_of_student_takes_the_terms(tiny_sdxl, store, tmp_path, setti
     paths = {"prompts": runs.write_prompts(tmp_path), "images": runs.write_images(tmp_path)}
     lines = runs.records(train(tiny_sdxl, store, tmp_path / "run", **BOTH | paths | settings))
     assert len(lines) == 2
-    assert all(record[name] > 0 for record in lines for name in ("grad_norm", *LEARNED))
+    seen = [record for record in lines if "heads_loss" in record]  # of budgets a step may have no jump that heads see
+    assert seen
+    assert all(record[name] > 0 for record in seen for name in ("grad_norm", *LEARNED))
 
 
 @pytest.mark.slow
