@@ -103,9 +103,8 @@ def _section(title: str, definition: Mapping[str, Any]) -> str:
     required = definition.get("required", [])
     rows = []
     for key, value in definition["properties"].items():
-        default = "the first, with its defaults"
-        if key in required or "default" in value:
-            default = "required" if key in required else f"`{json.dumps(value['default'])}`"
+        own = f"`{json.dumps(value['default'])}`" if "default" in value else "the first, with its defaults"
+        default = "required" if key in required else own
         rows.append([f"`{key}`", _type(value), default, value.get("description", "")])
     about = " ".join(definition.get("description", "").split())
     return f"## {title}\n\n{about}\n\n{table(['key', 'value', 'default', 'meaning'], rows)}"

@@ -33,21 +33,9 @@ from ..training.loop import NonFiniteLoss, StoppedBeforeUpdate
 from ..training.progress import say_once, tell
 from ..training.replay import prepare, read, write
 from . import preflight
-from .errors import EXPECTED_ERRORS, BadArgument, ProcessLost, RunError, message_of, prefix_errors, way_out
+from .errors import EXPECTED_ERRORS, ProcessLost, RunError, message_of, prefix_errors, way_out
 from .fingerprint import Located, locate, parents_of, seed_of_stage
 from .planning import PlannedStage, Sizes, planned_stages
-
-__all__ = [
-    "BadArgument",
-    "Located",
-    "PlannedStage",
-    "ProcessLost",
-    "RunError",
-    "device_here",
-    "plan",
-    "replay",
-    "run",
-]
 
 
 def run(recipe: Recipe, skip_damaged: bool = False) -> list[Located]:

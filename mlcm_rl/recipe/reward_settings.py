@@ -36,19 +36,18 @@ class Setting:
 
 def problems(key: Key, reward: Reward) -> Iterator[Problem]:
     """Yield what is wrong with the settings of `reward`, whose own key is `key`: unknown, missing, of another type."""
-    paths = [Path(folder) / f"{reward.name}.py" for folder in reward_package.package().__path__]
-    files = [path for path in paths if path.is_file()]
-    if len(files) != 1:  # of another distribution, or defined twice, which `mlcm run` refuses
+    file = _file_of(reward)
+    if file is None:
         return
     try:
-        settings = settings_in(read_bytes(files[0]))
+        settings = settings_in(read_bytes(file))
     except (RecursionError, MemoryError):  # of Python's parser, which cannot import such a file either
-        yield Problem((*key, "name"), f"the file of {reward.name} cannot be read: it is nested too deeply ({files[0]})")
+        yield Problem((*key, "name"), f"the file of {reward.name} cannot be read: it is nested too deeply ({file})")
         return
     except (OSError, ValueError, SyntaxError) as error:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
-        yield Problem((*key, "name"), f"the file of {reward.name} cannot be read: {reason} ({files[0]}{line})")
+        yield Problem((*key, "name"), f"the file of {reward.name} cannot be read: {reason} ({file}{line})")
         return
     if settings is not None:
         for name, message, suggestion in _wrong(settings, reward.from_folder("").settings):
@@ -82,10 +81,9 @@ def settings_in(code: bytes) -> dict[str, Setting] | None:
 
 def attributes_of(reward: Reward) -> dict[str, Any]:
     """Return what the file of `reward` says plainly of its class; nothing where no one file does."""
-    files = [Path(folder) / f"{reward.name}.py" for folder in reward_package.package().__path__]
-    files = [file for file in files if file.is_file()]
+    file = _file_of(reward)
     try:
-        return attributes_in(read_bytes(files[0])) if len(files) == 1 else {}
+        return {} if file is None else attributes_in(read_bytes(file))
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):  # reported with the reward's settings
         return {}
 
@@ -118,6 +116,13 @@ def without_gradient(names: Iterable[str]) -> str:
         f"feedback needs rewards with a gradient, which {', '.join(names)} has not; dpo and policy take any, and so "
         "does feedback with surrogate: {}"
     )
+
+
+def _file_of(reward: Reward) -> Path | None:
+    """Return the file that defines `reward`; None for one of another distribution or defined twice, told by `run`."""
+    paths = [Path(folder) / f"{reward.name}.py" for folder in reward_package.package().__path__]
+    files = [path for path in paths if path.is_file()]
+    return files[0] if len(files) == 1 else None
 
 
 def _classes_in(code: bytes) -> list[ast.ClassDef]:

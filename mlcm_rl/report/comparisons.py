@@ -78,15 +78,16 @@ def headline(measurements: Measurements, tuned: list[TunedStudent], product: str
         assert rival is not None  # there are teachers
         checks.append(compare(own[0], rival, key))
     student = next((one for one in tuned if one.name == name), None)
-    several = len({row.name for row in students}) > 1
-    who = "the student" if not several else "the recipe's own student" if name == OWN else f"the student {name}"
-    who = f"the student tuned by {name}" if student else who
-    sentences = [sentence(measurements, check, who) for check in checks]
     nearest = best(students, "distance")
-    if several and not student and nearest is not None and nearest.name != name:
-        figure = number(nearest.metrics["distance"])
-        sentences.append(f"Of the students of this table {nearest.name} is the nearest ({figure}).")
-    sentences += [tuned_students.outcome(student)] if student else []
+    who, more = "the student", []
+    if student:
+        who, more = f"the student tuned by {name}", [tuned_students.outcome(student)]
+    elif len({row.name for row in students}) > 1:
+        who = "the recipe's own student" if name == OWN else f"the student {name}"
+        if nearest is not None and nearest.name != name:
+            figure = number(nearest.metrics["distance"])
+            more = [f"Of the students of this table {nearest.name} is the nearest ({figure})."]
+    sentences = [sentence(measurements, check, who) for check in checks] + more
     behind = tuned_students.rewards_behind(student) if student else []
     verdicts = [check.verdict for check in checks]
     return Headline(
