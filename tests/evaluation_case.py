@@ -143,7 +143,8 @@ class PlantedJudge:
 
     def features(self, images):
         thumbnails = adaptive_avg_pool2d(images, 4).flatten(1)
-        return normalize((thumbnails - thumbnails.mean(1, keepdim=True)) @ self.projection, dim=1)
+        projection = self.projection.to(images.device)
+        return normalize((thumbnails - thumbnails.mean(1, keepdim=True)) @ projection, dim=1)
 
     patch_features = features
 

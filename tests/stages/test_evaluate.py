@@ -325,7 +325,10 @@ def test_a_teacher_alone_is_a_table_too(place, tmp_path):
 
 
 def test_samples_that_are_not_numbers_stop_the_evaluation(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "sample", lambda scene, *_: torch.full((1, *scene.base.latent_shape), math.nan))
+    def sample(scene, *_):
+        return torch.full((1, *scene.base.latent_shape), math.nan, device=scene.base.device)
+
+    monkeypatch.setattr(evaluate, "sample", sample)
     with pytest.raises(
         ValueError,
         match="row teacher-3: the teacher draws NaN or infinity for the prompt 'a red apple'",

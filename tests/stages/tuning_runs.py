@@ -101,7 +101,8 @@ def scored_by_length(monkeypatch, languages: tuple[str, ...] = ("en", "zh")) -> 
     """Let brightness depend on its prompt: longer ones count more."""
 
     def scores(self, images, prompts):
-        return images.mean((1, 2, 3)) * torch.tensor([0.1 * len(prompt) for prompt in prompts])
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=images.device)
+        return images.mean((1, 2, 3)) * 0.1 * lengths
 
     monkeypatch.setattr("reward_models.brightness.Brightness.__call__", scores)
     monkeypatch.setattr("reward_models.brightness.Brightness.needs_prompt", True)
