@@ -22,6 +22,11 @@ GLOBAL = {"method": "inter_segment", "renoise": "student", "num_segments": [1], 
 BUDGETS = RECOMMENDED
 ADVERSARIAL = {"adversarial": {"weight": 0.1, "learning_rate": 1e-3}}  # at 1e-4 its heads stay at chance
 MATCHING = {"matching": {"weight": 1.0, "fake": {"learning_rate": 1e-3}}}
+# Beside the gradient of `log_l2`, which does not shrink with the error, terms of these weights move nothing.
+ADVERSARIAL_10 = {
+    "adversarial": {"weight": 10.0, "learning_rate": 1e-3, "jumps": "all", "sees_start": True, "loss": "relativistic"}
+}
+MATCHING_10 = {"matching": {"weight": 10.0, "fake": {"learning_rate": 1e-3}}}
 WARM_UP_SHARE = 5  # in one step in so many of a second stage the fake score learns alone
 
 # Row -> the settings of its stages; the second stage has a fifth of the steps and a tenth of the rate.
@@ -37,6 +42,8 @@ ROWS: dict[str, list[dict]] = {
     "budgets_twice": [BUDGETS, BUDGETS],
     "budgets_adversarial": [BUDGETS, BUDGETS | ADVERSARIAL],
     "budgets_matching": [BUDGETS, BUDGETS | MATCHING],
+    "budgets_adversarial_10": [BUDGETS, BUDGETS | ADVERSARIAL_10],
+    "budgets_matching_10": [BUDGETS, BUDGETS | MATCHING_10],
 }
 COLUMNS = {
     "emoji": ("distance", "teacher_kid", "teacher_patch_kid", "diversity", "r@1", "r@5"),
