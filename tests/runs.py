@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from mlcm_rl.data.training_points import Draw
 from mlcm_rl.recipe import (
     Distill,
     Dpo,
@@ -41,6 +43,16 @@ def crashing_at(update: int) -> Iterator[None]:
         patched.setattr(Runtime, "backward", backward)
         with pytest.raises(SystemExit):
             yield
+
+
+def outside_training() -> Any:
+    """What a guard asks of a stage's runtime, in float32 and with seed 0."""
+    return SimpleNamespace(recipe=SimpleNamespace(seed=0), autocast=nullcontext)
+
+
+def parts_of(draw: Draw, size: int) -> list[Draw]:
+    """The draw of a step in parts of `size` samples."""
+    return [draw.rows(slice(i, i + size)) for i in range(0, len(draw.t), size)]
 
 
 def write_prompts(folder: Path) -> str:

@@ -94,9 +94,10 @@ def run(
 ) -> None:
     """Run a recipe, or the rest of it. The same command continues an interrupted run.
 
-    Ctrl-C and SIGTERM end it within 30 seconds, in training after a whole step that is saved; a second one ends it at
-    once. The exit code is 130 after Ctrl-C and 143 after SIGTERM, 1 for a run that failed, 2 for a bad recipe, 3 where
-    one of several processes was killed: the same command continues from the newest checkpoint.
+    Ctrl-C and SIGTERM end it within 30 seconds, in training after a save (of the step, or of the state before one of
+    several micro-batches); a second one ends it at once. The exit code is 130 after Ctrl-C and 143 after SIGTERM, 1 for
+    a run that failed, 2 for a bad recipe, 3 where one of several processes was killed: the same command continues from
+    the newest checkpoint.
 
     In several processes it runs under --launch, or under torchrun: `torchrun --nproc_per_node 8 -m mlcm_rl run RECIPE`.
     Each of several machines runs the same command, with its own --machine-rank; all must see the folder of runs.

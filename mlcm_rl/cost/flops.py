@@ -184,15 +184,13 @@ def _precision(kind: str, in_step: bool, stage: Stage, recipe: Recipe, distilled
         return recipe.teacher.dtype
     if kind == "lpips":
         return "float32"
-    if has_autocast and in_step:
+    of_student = kind in ("student", "trained", "fake", "trained fake")
+    if has_autocast and (in_step or of_student):
         return "bfloat16"
-    if kind in ("fake", "trained fake"):
-        return "bfloat16" if has_autocast else recipe.teacher.dtype
-    if kind not in ("student", "trained"):
+    if not of_student:
         return "float32"  # of pictures
-    is_own = isinstance(stage.networks(distilled).student, Full)
-    own = "float32" if is_own and isinstance(stage, Training) else recipe.teacher.dtype
-    return "bfloat16" if has_autocast and own == "float16" else own  # as frozen weights are cast then
+    is_own = "fake" not in kind and isinstance(stage.networks(distilled).student, Full)
+    return "float32" if is_own and isinstance(stage, Training) else recipe.teacher.dtype
 
 
 def seconds(work: list[Work], device: Device, launch: Launch) -> float:

@@ -3,7 +3,8 @@
 The arithmetic is ZeRO's (Rajbhandari et al. 2020, section 3): of W weights a process keeps parameters, gradients and
 optimiser states, and each level shards one more of them. Our engines (`training.engines`) keep all of it in float32:
 4 bytes of weights and of gradients, 8 of moments, and under DeepSpeed 4 more, of a copy of its shard that it updates
-though the weights are float32 already. Autocast's bfloat16 copies belong to the passes and are whole in every engine.
+though the weights are float32 already. Autocast's bfloat16 copies belong to the passes; of weights in parts there are
+none beyond their use.
 """
 
 import os

@@ -78,10 +78,10 @@ class Kernels(TorchFunctionMode):
     torch disables such modes in a backward pass: there only `checkpointed` applies them.
     """
 
-    def __init__(self, kind: str, autocast: bool):
+    def __init__(self, kind: str, autocast: bool, caches: bool = True):
         super().__init__()
-        self.kind, self.autocast = kind, autocast
-        self.lowered: dict[int, Tensor] = {}  # autocast caches the copies of trained weights until its cache is cleared
+        self.kind, self.autocast, self.caches = kind, autocast, caches
+        self.lowered: dict[int, Tensor] = {}  # copies of trained weights, which a cache keeps until it is cleared
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -126,7 +126,7 @@ class Kernels(TorchFunctionMode):
     def _low(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        if not (value.is_leaf and value.requires_grad and value.dtype == torch.float32):
+        if not (self.caches and value.is_leaf and value.requires_grad and value.dtype == torch.float32):
             return value.to(torch.bfloat16)
         if id(value) not in self.lowered:
             with torch.enable_grad():  # autocast's copies of a pass without gradient serve one with gradient too

@@ -83,7 +83,8 @@ def of_stage(
     """
     launch = launch if launch is not None and isinstance(stage, Training) else Launch()
     live, has_average = Live(), stage.networks(distilled).has_average
-    kernels = Kernels(device, isinstance(stage, Training) and stage.precision == "bf16")
+    has_autocast = isinstance(stage, Training) and stage.precision == "bf16"
+    kernels = Kernels(device, has_autocast, caches=launch.level < 3)  # training.loop keeps none of weights in parts
     with live:
         models, missing = rewards_of(stage, recipe)
         rewards = live.now

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from ..models.base import Base
-from ..models.conditioning import Conditioning, on_device, rows_of, stacked
+from ..models.conditioning import Conditioning, in_dtype, on_device, rows_of, stacked
 from ..storage import finite
 from .trajectory_store import Store
 
-MAX_CAPTIONS = 40_000  # encoded captions in memory
+MOST_BYTES = 8 * 2**30  # of encoded captions in the memory of a process; a caption of SDXL takes 0.3 MB, of FLUX 4 MB
 
 
 class Captions:
@@ -18,6 +18,7 @@ class Captions:
         self.base, self.captions, self.dropout = base, captions, dropout
         (self.dropped,) = rows_of(on_device(base.unconditional(1), torch.device("cpu")))
         self.encoded: dict[str, Conditioning] = {}
+        self.bytes = 0  # of them
 
     def draw(self, index: Tensor, draws: torch.Generator) -> Conditioning:
         """Return the conditioning (B, ...) of one caption of each picture of `index` (B,).
@@ -34,12 +35,15 @@ class Captions:
         return None if drop < self.dropout else captions[int(which * len(captions))]
 
     def _encode(self, texts: list[str]) -> None:
-        if len(self.encoded) > MAX_CAPTIONS:
+        if self.bytes > MOST_BYTES:
             self.encoded.clear()
+            self.bytes = 0
         if texts:
-            rows = {name: value.cpu() for name, value in self.base.encode_prompts(texts).items()}
-            finite.refuse_encoded(rows, texts, self.base.dtype)
-            self.encoded |= {text: {name: value[i] for name, value in rows.items()} for i, text in enumerate(texts)}
+            encoded = on_device(self.base.encode_prompts(texts), torch.device("cpu"))
+            finite.refuse_encoded(encoded, texts, self.base.dtype)
+            rows = in_dtype(encoded, self.base.dtype)  # that of the text encoders
+            self.bytes += sum(value.nbytes for value in rows.values())
+            self.encoded |= zip(texts, rows_of(rows), strict=True)
 
 
 class StoredPrompts:

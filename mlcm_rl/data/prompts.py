@@ -3,6 +3,7 @@
 import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -91,36 +92,54 @@ def first_prompts(path: str | Path, count: int) -> list[Prompt]:
 
 
 class CaptionedImages:
-    """A folder of pictures with their captions, in memory.
+    """A folder of pictures with their captions.
 
     `metadata.jsonl` in the folder has one {"file_name": ..., "prompts": [...]} a picture; `records` has its other keys
     too. Pictures are cropped to their central square and resized (Lanczos) to `resolution`; transparent ones are laid
-    on white.
+    on white. They are read one by one, since those of a training set need not fit into memory.
 
-    images: (N, 3, H, W) uint8; prompts: N lists of at least one caption each.
-    Raises ValueError with file and line for a record or a picture that cannot be read.
+    prompts: N lists of at least one caption each.
+    Raises ValueError with file and line for a record, or the name of a picture, that cannot be read.
     """
 
     def __init__(self, folder: str | Path, resolution: int):
-        self.folder = Path(folder)
+        self.folder, self.resolution = Path(folder), resolution
         lines = list(records_of(self.folder / "metadata.jsonl"))
         if not lines:
             raise ValueError(f"{self.folder / 'metadata.jsonl'}: holds no pictures")
         self.records = [record for _, record in lines]
         self.prompts = [_captions(record, where) for where, record in lines]
-        self.images = torch.stack(self._load(lines, resolution))
+        self._files: list[tuple[str, Path]] = []  # place of the record, path
+        faults = Faults()
+        for where, record in lines:
+            with faults.collect():
+                self._files.append((where, picture_in(self.folder, record["file_name"], where)))
+        faults.raise_all()
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def _load(self, lines: list[tuple[str, dict]], resolution: int) -> list[torch.Tensor]:
-        images, faults = [], Faults()
-        for where, record in lines:
+    def pictures(self) -> Iterator[torch.Tensor]:
+        """Yield the pictures (3, H, W) uint8.
+
+        Raise ValueError with file and line for those that cannot be read: after the first one none is yielded, and the
+        rest is read to name them all.
+        """
+        faults, are_whole = Faults(), True
+        for where, path in self._files:
+            picture = None
             with faults.collect():
-                path = picture_in(self.folder, record["file_name"], where)
-                images.append(square(read_picture(path, f"{where}: {path}"), resolution))
+                picture = square(read_picture(path, f"{where}: {path}"), self.resolution)
+            are_whole = are_whole and picture is not None
+            if are_whole and picture is not None:
+                yield picture
         faults.raise_all()
-        return images
+
+    def parts(self, size: int) -> Iterator[torch.Tensor]:
+        """Yield the pictures (size, 3, H, W) uint8, `size` at a time. Raise as `pictures`."""
+        left = self.pictures()
+        while part := list(islice(left, size)):
+            yield torch.stack(part)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

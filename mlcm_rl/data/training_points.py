@@ -38,11 +38,7 @@ class Draw:
     seed: Tensor | None = None  # (B,) for sources whose sampler draws more noise
     caption: Tensor | None = None  # (B,) in [0, 1): which of a picture's captions
 
-    def split(self, size: int) -> list["Draw"]:
-        """Return the draw in parts of `size` samples."""
-        return [self.rows(slice(i, i + size)) for i in range(0, len(self.t), size)]
-
-    def rows(self, part: slice) -> "Draw":
+    def rows(self, part: slice | list[int]) -> "Draw":
         """Return the draw of the samples `part`."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
         rows: dict[str, Any] = {name: None if value is None else value[part] for name, value in columns.items()}

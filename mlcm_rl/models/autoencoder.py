@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+MOST_PIXELS = 2 * 1024**2  # of pictures that are decoded at a time where no gradient is wanted
 RECOMPUTE = partial(checkpoint, use_reentrant=False)
 
 
@@ -27,8 +28,15 @@ class Autoencoder:
         """Decode clean latents (B, C, H, W) into pictures (B, 3, H', W') float32 in [0, 1], differentiably.
 
         A `small` decoder takes the latents in the denoiser's scale, without the autoencoder's own scale and shift.
+        Without gradients pictures are decoded a few at a time, MOST_PIXELS or one: the memory is that of these.
         """
-        latents = latents.float()
+        size = len(latents)
+        if not torch.is_grad_enabled():
+            height, width = latents.shape[2:]
+            size = max(1, MOST_PIXELS // (height * width * self.downscale**2))
+        return torch.cat([self._pictures(part, small) for part in latents.float().split(size)])
+
+    def _pictures(self, latents: Tensor, small: AutoencoderTiny | None) -> Tensor:
         decoded = self._decoded(self._to_own(latents)) if small is None else small.decode(latents).sample
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 

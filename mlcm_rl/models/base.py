@@ -429,7 +429,9 @@ class Base(ABC):
         One generator draws for the whole batch; with a list, each sample has its own and does not depend on the others.
         """
         if isinstance(generator, torch.Generator):
-            return torch.randn(batch_size, *self.latent_shape, generator=generator).to(self.device)
+            drawn = torch.randn(batch_size, *self.latent_shape, generator=generator)
+            return drawn.to(self.device, non_blocking=True)
         if len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators for a batch of {batch_size}")
-        return torch.stack([torch.randn(*self.latent_shape, generator=own) for own in generator]).to(self.device)
+        drawn = torch.stack([torch.randn(*self.latent_shape, generator=own) for own in generator])
+        return drawn.to(self.device, non_blocking=True)

@@ -15,6 +15,7 @@ import torch
 from diffusers import ControlNetModel, ModelMixin
 from diffusers.models.embeddings import ImageProjection
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from ..recipe.control import CONTROLLED
@@ -85,7 +86,7 @@ def controlled(denoiser: nn.Module, network: nn.Module, images: Tensor, scale: f
     One picture serves a batch of any size. `scale` multiplies what the network adds, as `controlnet_conditioning_scale`
     of stock pipelines; several networks add up.
     """
-    add = HOOKS[type(network).__name__](network, images, scale)
+    add = _in_own_precision(network, HOOKS[type(network).__name__](network, images, scale))
     hook = denoiser.register_forward_pre_hook(partial(_add, add), with_kwargs=True)
     try:
         yield
@@ -308,6 +309,24 @@ HOOKS: Mapping[str, Callable[[ModelMixin, Tensor, float], Callable[[Arguments], 
     "SD3ControlNetModel": _sd3_control_net,
     "FluxControlNetModel": _flux_control_net,
 }
+
+
+def _in_own_precision(network: nn.Module, add: Callable[[Arguments], Arguments]) -> Callable[[Arguments], Arguments]:
+    """Return `add` for a denoiser in another precision than `network`, as one in training is, outside autocast."""
+    first = next(network.parameters())
+    own, device = first.dtype, first.device.type
+
+    def cast(given: Arguments) -> Arguments:
+        dtype = next(given[name].dtype for name in ("sample", "hidden_states") if name in given)
+        if dtype == own or device == "meta" or torch.is_autocast_enabled(device):
+            return add(given)
+        return _floats_in(dtype, add(_floats_in(own, given)))
+
+    return cast
+
+
+def _floats_in(dtype: torch.dtype, given: Any) -> Any:
+    return tree_map_only(Tensor, lambda one: one.to(dtype) if one.is_floating_point() else one, given)
 
 
 def _add(

@@ -1,6 +1,6 @@
 """Pictures: 8-bit pictures to latents, tensors to PNG, and sample grids (a row per prompt, a column per step count)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,8 +12,9 @@ from ..equations.segments import time_grid
 from ..recipe import Samples
 from ..storage import finite
 from ..storage.files import replacing
-from ..training import processes
+from ..training import autocast, processes
 from ..training.loop import Runtime
+from ..training.progress import progress
 from ..training.seeding import generator
 from . import sampler
 from .base import Base
@@ -24,18 +25,31 @@ TEACHER_STEPS = 25  # of a sample grid by the guided teacher
 TEACHER_COLUMNS = 8  # of one
 
 
-def encode(base: Base, images: Tensor, size: int) -> Tensor:
-    """Encode 8-bit pictures (N, 3, H', W') into latents (N, C, H, W) on the CPU, `size` at a time.
+def encode(base: Base, images: Tensor, first: int = 0) -> Tensor:
+    """Encode 8-bit pictures (B, 3, H', W') into latents (B, C, H, W) on the CPU.
 
-    Raise ValueError for a picture whose latents are not finite.
+    Raise ValueError for one whose latents are not finite, by its number; `first` pictures were before these.
     """
-    latents = torch.cat([base.autoencoder.encode(part.to(base.device) / 255).cpu() for part in images.split(size)])
+    latents = base.autoencoder.encode(images.to(base.device) / 255).cpu()
     if (place := finite.first_bad_row(latents)) is not None:
         raise ValueError(
-            f"picture {place + 1} of {len(images)}: its latents by the autoencoder of {base.teacher.path} are not "
-            "finite: the autoencoder's weights are damaged; fetch them again"
+            f"picture {first + place + 1}: its latents by the autoencoder of {base.teacher.path} are not finite: the "
+            "autoencoder's weights are damaged; fetch them again"
         )
     return latents
+
+
+def encode_all(base: Base, parts: Iterable[Tensor], total: int) -> Tensor:
+    """Encode `total` 8-bit pictures, given in `parts` (b, 3, H', W'), into latents (N, C, H, W) on the CPU.
+
+    Raise as `encode`.
+    """
+    latents = []
+    with progress(total, "encode pictures") as bar:
+        for part in parts:
+            latents.append(encode(base, part, bar.num_finished))
+            bar.advance(len(part))
+    return torch.cat(latents)
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -94,7 +108,8 @@ def sample_grid(
         seeds = [generator(seed, "samples", i) for i in range(len(samples.prompts))]
         noise = base.noise(seeds, len(seeds))
         x0 = sampler.sample(base, denoiser, conditioning, noise, times, gamma, seeds, conditioned)
-        columns.append(base.autoencoder.decode(x0))
+        with autocast.own(base.device):
+            columns.append(base.autoencoder.decode(x0))
     return grid(torch.stack(columns, dim=1).flatten(0, 1), len(columns))
 
 

@@ -195,8 +195,10 @@ def save_tuned(denoiser: ModelMixin, start: Path, folder: Path, tuned_steps: int
         write_json(partial / DESCRIPTION_FILE, fields)
 
 
-def load_student(base: Base, folder: Path | str) -> Student:
+def load_student(base: Base, folder: Path | str, dtype: torch.dtype = torch.float32) -> Student:
     """Load the student in `folder`, over the weights of `base` if it is an adapter, bit for bit as it was saved.
+
+    In another `dtype` than float32, that of `base`, its own weights are rounded: it is sampled as fast as its teacher.
 
     Its parameters require gradients as in training: torch multiplies by frozen matrices in another order, which would
     change the last bits. Raise FileNotFoundError if there is none, ValueError for another teacher's (`expected_of`).
@@ -204,7 +206,7 @@ def load_student(base: Base, folder: Path | str) -> Student:
     folder = Path(folder)
     description = describe(folder)
     refuse_other(folder, description, base)
-    denoiser = _load_denoiser(base, folder, description)
+    denoiser = _load_denoiser(base, folder, description, dtype=dtype)
     tuned, budgets = "preference" in description, tuple(sorted(set(description["budgets"])))
     return Student(
         denoiser,
@@ -281,21 +283,32 @@ def _set_prediction(base: Base, denoiser: ModelMixin, prediction_type: str) -> N
     setattr(denoiser, OWN_PREDICTION, prediction_type)
 
 
-def _load_denoiser(base: Base, folder: Path, description: dict[str, Any], condition: bool = False) -> ModelMixin:
-    """Load the denoiser in `folder`, with the same trainable parameters as in its training.
+def _load_denoiser(
+    base: Base,
+    folder: Path,
+    description: dict[str, Any],
+    condition: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> ModelMixin:
+    """Load the denoiser in `folder`, with the same trainable parameters as in its training, its own in `dtype`.
 
     `condition` adds a target time's projection if it has none.
     """
-    denoiser = _load_distilled(base, folder, description, condition or description["conditioned"])
-    if "preference" not in description:
-        return denoiser
-    settings, tensors = read_lora(folder / PREFERENCE_FILE)
-    return _fill_lora(_add_preference(denoiser, settings), PREFERENCE, tensors, folder)
+    denoiser = _load_distilled(base, folder, description, condition or description["conditioned"], dtype)
+    if "preference" in description:
+        settings, tensors = read_lora(folder / PREFERENCE_FILE)
+        denoiser = _fill_lora(_add_preference(denoiser, settings), PREFERENCE, tensors, folder)
+    for name, value in denoiser.named_parameters():
+        if ".lora_" in name:
+            value.data = value.data.to(dtype)
+    return denoiser
 
 
-def _load_distilled(base: Base, folder: Path, description: dict[str, Any], condition: bool) -> ModelMixin:
+def _load_distilled(
+    base: Base, folder: Path, description: dict[str, Any], condition: bool, dtype: torch.dtype
+) -> ModelMixin:
     is_full = description["adapter"].get("kind") == "full"
-    source = _load_full(base, folder / base.denoiser_part) if is_full else base.denoiser
+    source = _load_full(base, folder / base.denoiser_part, dtype) if is_full else base.denoiser
     denoiser = _denoiser(base, source, condition, shared=True)
     _set_prediction(base, denoiser, description["prediction_type"])
     if description["conditioned"] and not (is_full and _is_configured(denoiser)):
@@ -309,13 +322,11 @@ def _load_distilled(base: Base, folder: Path, description: dict[str, Any], condi
     return _fill_lora(_with_lora(denoiser, settings), DISTILLED, tensors, folder)
 
 
-def _load_full(base: Base, folder: Path) -> ModelMixin:
-    """Load the denoiser in `folder` in float32 on the device of `base`."""
+def _load_full(base: Base, folder: Path, dtype: torch.dtype) -> ModelMixin:
+    """Load the denoiser in `folder` in `dtype` on the device of `base`."""
     for path in sorted(folder.glob("*.safetensors")):
         read_shapes(path)  # raises with the name of a damaged file
-    denoiser = base.denoiser_class.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-    )
+    denoiser = base.denoiser_class.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype)
     place = {"device": base.device, "memory_format": base.memory_format}
     return nn.Module.to(denoiser, **place)  # type: ignore[call-overload]  # torch's stubs lack memory_format
 

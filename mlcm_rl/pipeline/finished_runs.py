@@ -101,7 +101,7 @@ def sample(
         raise BadArgument("--prompt: holds bytes that are not UTF-8; set the terminal to UTF-8 or take them out")
     with _student_of(run_folder, device, text_adapter, inputs, over) as (base, folder, name, shown):
         tell_truncated(base, prompts, "the prompts")
-        student = students.load_student(base, folder / "student")
+        student = students.load_student(base, folder / "student", base.dtype)
         gamma = own_gamma(folder / "student") if gamma is None else gamma
         times_by_steps = {steps: student.grid.times(steps, inputs.strength) for steps in dict.fromkeys(num_steps)}
         composition = sample_inputs.compose(base, student, inputs, shown)
@@ -233,7 +233,7 @@ def pairs(
     refuse_prompts(model, reward, prompt_list, prompts)
     base = teacher_of(folder)
     tell_truncated(base, [prompt.prompt for prompt in prompt_list], str(prompts))
-    loaded = students.load_student(base, folder / "student")
+    loaded = students.load_student(base, folder / "student", base.dtype)
     return ranking.make_pairs(settings, base, loaded, model, prompt_list, out, batch_size), len(prompt_list)
 
 
@@ -263,7 +263,9 @@ def pairs_by_hand(
     if labels.num_sampled(prompt_list, out) < len(prompt_list):
         base = teacher_of(folder)
         tell_truncated(base, [prompt.prompt for prompt in prompt_list], str(prompts))
-        labels.draw(settings, base, students.load_student(base, folder / "student"), prompt_list, out, batch_size)
+        labels.draw(
+            settings, base, students.load_student(base, folder / "student", base.dtype), prompt_list, out, batch_size
+        )
     if len(choices.judgements()) < len(choices):
         serve(choices)
     return len(choices.rows()), len(prompt_list)

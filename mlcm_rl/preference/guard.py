@@ -24,6 +24,7 @@ from ..report.guard_history import history
 from ..rewards import Combined, combine
 from ..storage.files import CheckpointError, read_json, write_json
 from ..training import processes
+from ..training.loop import Runtime
 from ..training.progress import tell
 from ..training.seeding import generator
 from . import tuning
@@ -44,9 +45,14 @@ class HackingGuard:
     """Measures a student under preference learning every so many steps and keeps the best one by held-out reward."""
 
     def __init__(
-        self, stage: Tuning, student: tuning.TunableStudent, weights: dict[str, Tensor], rewards: Combined, seed: int
+        self,
+        rt: Runtime,
+        stage: Tuning,
+        student: tuning.TunableStudent,
+        weights: dict[str, Tensor],
+        rewards: Combined,
     ):
-        self.stage, self.student, self.weights = stage, student, weights
+        self.rt, self.stage, self.student, self.weights = rt, stage, student, weights
         self.rewards = {"trained": rewards, "held_out": combine(stage.guard.rewards, student.base.device, False)}
         prompts = tuning.watched_prompts(stage)
         for one in self.rewards.values():
@@ -55,9 +61,11 @@ class HackingGuard:
         self.num_watched = len(prompts)
         self.batches = [
             tuning.start(
-                student.base, [prompts[i] for i in part], [generator(seed, stage.kind, "guard", i) for i in part]
+                student.base,
+                [prompts[i] for i in part],
+                [generator(rt.recipe.seed, stage.kind, "guard", i) for i in part],
             )
-            for part in own_parts(len(prompts), stage.micro_batch)
+            for part in processes.equal_parts(len(prompts), stage.micro_batch)
         ]
         self.noise_states = [[one.get_state() for one in batch.generators] for batch in self.batches]
         with students.as_reference(student.denoiser):
@@ -188,25 +196,14 @@ class HackingGuard:
         for batch, states in zip(self.batches, self.noise_states, strict=True):
             for one, state in zip(batch.generators, states, strict=True):
                 one.set_state(state)
-            _, x0 = self.student.rollout(batch.conditioning, batch.noise, batch.generators)
+            with self.rt.autocast():
+                _, x0 = self.student.rollout(batch.conditioning, batch.noise, batch.generators)
             images = self.student.base.autoencoder.decode(x0)
             latents.append(x0.cpu())
             for rewards in self.rewards.values():
                 for name, values in rewards.raw(images, batch.prompts, batch.languages).items():
                     scores.setdefault(name, []).append(values)
         return torch.cat(latents), {name: self._whole(torch.cat(values)) for name, values in scores.items()}
-
-
-def own_parts(total: int, size: int) -> list[list[int]]:
-    """Return the indices of this process's share of `total` watched prompts, in parts of `size` over all processes.
-
-    Every process draws equally many, since sharded weights are gathered in every pass: where they cannot be shared
-    evenly the last prompt is drawn again, and cut off after the gather.
-    """
-    share = -(-total // processes.world_size())
-    first, at_a_time = processes.rank() * share, max(1, size // processes.world_size())
-    own = [min(number, total - 1) for number in range(first, first + share)]
-    return [own[i : i + at_a_time] for i in range(0, share, at_a_time)]
 
 
 def ending(folder: Path) -> str:

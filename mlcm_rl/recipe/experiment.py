@@ -52,7 +52,9 @@ class Recipe(Strict):
     """One experiment, from a teacher to a report."""
 
     name: str = Field(pattern=NAME, description="folder of links under runs")
-    seed: int = Field(0, ge=0, description="of all draws: noise, prompts, initial weights; same seed, same bits")
+    seed: int = Field(
+        0, ge=0, description="seed of all random draws: noise, prompts, initial weights; same seed, same bits"
+    )
     teacher: Teacher = Field(description="the model to distil")
     stages: list[Stage] = Field(min_length=1, description="what is done, in order; each goes on from those before it")
     samples: Samples = presentation(Samples(), description="pictures that are drawn while a student trains")
@@ -61,7 +63,7 @@ class Recipe(Strict):
         "auto", description="where it computes; auto: the first of cuda, mps and cpu that is here"
     )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = presentation(
-        ["tensorboard"], description="that figures and pictures are sent to while stages train, beside log.jsonl"
+        ["tensorboard"], description="services that receive figures and pictures during training, beside log.jsonl"
     )
     _file_texts: dict[str, str] = PrivateAttr(default_factory=dict)  # paths in rewards' settings -> the file's text
 

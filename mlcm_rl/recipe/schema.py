@@ -10,6 +10,6 @@ def json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     for definition in schema["$defs"].values():
         if "kind" in definition["properties"]:  # has a default in Python, but a file must have it
-            definition["properties"]["kind"].setdefault("description", "which of the entries that may stand here it is")
+            definition["properties"]["kind"].setdefault("description", "the kind of this entry")
             definition["required"] = ["kind", *definition.get("required", [])]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

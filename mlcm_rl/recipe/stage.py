@@ -122,7 +122,7 @@ class Training(OneStage):
     if TYPE_CHECKING:
         kind: str  # each type has its own value
 
-    batch_size: int = Field(gt=0, le=65_536, description="samples per optimiser step")
+    batch_size: int = Field(gt=0, le=65_536, description="samples per optimiser step; of dpo, pairs")
     gradient_accumulation: PositiveInt = Field(
         1, description="micro-batches a step is split into; must divide batch_size"
     )
@@ -142,7 +142,9 @@ class Training(OneStage):
         description="steps between records of log.jsonl and the trackers, which have the first and the last step too",
     )
     save_every: PositiveInt = presentation(200, description="steps between checkpoints to resume from")
-    keep_checkpoints: PositiveInt = presentation(2, description="newest checkpoints that stay, the guard's best inside")
+    keep_checkpoints: PositiveInt = presentation(
+        2, description="number of newest checkpoints kept; each also holds the guard's best step"
+    )
     sample_every: PositiveInt = presentation(200, description="steps between sample grids")
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ from ..models.terms_of_step import TermsOfStep, training_of
 from ..recipe import Distill, Recipe, types
 from ..recipe.distill import LOG, PERCEPTUAL
 from ..storage import files
+from ..training import processes
 from ..training.loop import Runtime, adamw, rate_factor, set_rate
 from ..training.seeding import generator
 
@@ -48,8 +49,7 @@ def run(stage: Distill, recipe: Recipe, parents: dict[str, Path], folder: Path) 
         base.forget_denoiser()
     if stage.gradient_checkpointing:
         base.checkpoint_blocks(student)
-    parameters = students.trainable_parameters(student)
-    optimizer = adamw(parameters, stage)
+    optimizer = adamw(students.trainable_parameters(student), stage)
     trained = rt.prepare(student, optimizer)
     average = {name: value.detach().clone() for name, value in trained.items()} if stage.target_ema else trained
     network = Network(rt, base, student, average)
@@ -160,7 +160,7 @@ def make_source(
     assert stage.images is not None  # the recipe checks it
     folder = CaptionedImages(stage.images, base.resolution)
     tell_truncated(base, [text for captions in folder.prompts for text in captions], stage.images)
-    latents = pictures.encode(base, folder.images, stage.micro_batch)
+    latents = pictures.encode_all(base, folder.parts(stage.micro_batch), len(folder))
     return NoisedData(stage, base, latents, folder.prompts, recipe.seed)
 
 
@@ -187,7 +187,8 @@ def real_pictures(stage: Distill, base: Base) -> RealPictures | None:
     assert stage.images is not None  # the recipe checks it
     folder = CaptionedImages(stage.images, base.resolution)
     tell_truncated(base, [text for captions in folder.prompts for text in captions], stage.images)
-    return RealPictures(base, pictures.encode(base, folder.images, stage.micro_batch), folder.prompts)
+    latents = pictures.encode_all(base, folder.parts(stage.micro_batch), len(folder))
+    return RealPictures(base, latents, folder.prompts)
 
 
 def read_texts(stage: Distill, base: Base) -> list[str]:
@@ -253,9 +254,9 @@ def held_out_loss(settings: PhaseSettings, network: Network, source: StoredState
     """Return the mean loss over the held-out trajectories, at the same times throughout a phase."""
     index = torch.tensor(source.store.held_out)
     draw = source.draw_for(index, settings.num_segments, settings.pair, generator(source.seed, "held out"))
-    parts = draw.split(settings.stage.micro_batch)
+    parts = (draw.rows(part) for part in processes.equal_parts(len(index), settings.stage.micro_batch))
     losses = [loss(settings, network, source.realise(part), measure) for part in parts]
-    return torch.cat(losses).mean().item()
+    return processes.gather(torch.cat(losses))[: len(index)].mean().item()
 
 
 def snapshot_folder(folder: Path, phase: int, settings: PhaseSettings) -> Path:
@@ -289,5 +290,6 @@ def save_samples(
     conditioned = stage.condition_on_target
     gamma = types.default_gamma(num_segments, conditioned)
     grid = SamplingGrid(num_segments=types.sampling_segments(num_segments, conditioned))
-    sheet = pictures.sample_grid(base, student, recipe.samples, recipe.seed, grid, conditioned, gamma)
+    with rt.autocast():
+        sheet = pictures.sample_grid(base, student, recipe.samples, recipe.seed, grid, conditioned, gamma)
     pictures.save_samples(rt, sheet, step)

@@ -44,10 +44,9 @@ def run(stage: Dpo, recipe: Recipe, parents: dict[str, Path], folder: Path) -> N
     source: StoredPairs | OwnPairs
     source = StoredPairs(stage, base, recipe.seed) if stage.pairs else OwnPairs(stage, student, rewards, recipe.seed)
     tuning.encode_ahead(stage, recipe, base, source.texts)
-    parameters = students.trainable_parameters(student.denoiser)
-    optimizer = adamw(parameters, stage)
+    optimizer = adamw(students.trainable_parameters(student.denoiser), stage)
     trained = rt.prepare(student.denoiser, optimizer)
-    guard = HackingGuard(stage, student, trained, rewards, recipe.seed)
+    guard = HackingGuard(rt, stage, student, trained, rewards)
     rewards.take_in(guard.reference_scores)  # their scale in the first step
     constraints = Constraints(stage, student, guard.reference_scores)
 
@@ -153,7 +152,7 @@ class StoredPairs:
         with progress(len(index), "encode pairs") as bar:
             for part in (index[i : i + size] for i in range(0, len(index), size)):
                 images = torch.stack([table.pictures(i, self.base.resolution) for i in part], dim=1)
-                yield pictures.encode(self.base, images.flatten(0, 1), size).unflatten(0, (2, -1))
+                yield torch.stack([pictures.encode(self.base, one) for one in images])
                 bar.advance(len(part))
 
 

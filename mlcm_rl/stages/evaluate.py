@@ -91,7 +91,7 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
                 place = entry.folder if entry is not None else None
                 if not processes.on_rank_zero(is_measured, stage, scene, store, row, place):
                     if entry is not None and student is None:
-                        student = load_student(base, entry.folder)
+                        student = load_student(base, entry.folder, base.dtype)
                     draw_batches(scene, row, student, bar)
                     processes.on_rank_zero(finish_row, scene, store, row, place)
                 else:
@@ -264,6 +264,8 @@ def refuse_nonfinite(
     who, remedy = "the teacher", finite.way_out(scene.base.dtype)
     if student is not None:
         who, remedy = f"the student in {student.folder}", "its training has diverged: lower learning_rate"
+        if scene.base.dtype == torch.float16:
+            remedy += ", or it is too large for float16, in which it is sampled: set teacher.dtype: bfloat16 or float32"
     raise ValueError(f"row {row.id}: {who} draws NaN or infinity for the prompt {prompt!r}; {remedy}")
 
 

@@ -45,12 +45,11 @@ def run(stage: Feedback, recipe: Recipe, parents: dict[str, Path], folder: Path)
         refuse_without_irrelevant(rewards, prompts)
     source = stored_states(stage, recipe, base, start, parents["trajectories"]) if stage.consistency else None
     tuning.encode_ahead(stage, recipe, base, lambda step: prompts.texts(step, stage.batch_size // copies))
-    parameters = students.trainable_parameters(student.denoiser)
-    optimizer = adamw(parameters, stage)
+    optimizer = adamw(students.trainable_parameters(student.denoiser), stage)
     trained = rt.prepare(student.denoiser, optimizer)
     matching = matching_of(stage, base, recipe.seed)
     term = (matching, training_of(rt, matching)) if matching else None
-    guard = HackingGuard(stage, student, trained, rewards, recipe.seed)
+    guard = HackingGuard(rt, stage, student, trained, rewards)
     rewards.take_in(guard.reference_scores)  # their scale in the first step
     constraints = Constraints(stage, student, guard.reference_scores)
     texts = prompts.texts(0, stage.batch_size // copies)

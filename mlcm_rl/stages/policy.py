@@ -31,10 +31,9 @@ def run(stage: Policy, recipe: Recipe, parents: dict[str, Path], folder: Path) -
     prompts, copies = tuning.Prompts(stage, base, recipe.seed), stage.num_generations
     rewards.refuse_unread(prompts.languages)
     tuning.encode_ahead(stage, recipe, base, lambda step: prompts.texts(step, stage.batch_size // copies))
-    parameters = students.trainable_parameters(student.denoiser)
-    optimizer = adamw(parameters, stage)
+    optimizer = adamw(students.trainable_parameters(student.denoiser), stage)
     trained = rt.prepare(student.denoiser, optimizer)
-    guard = HackingGuard(stage, student, trained, rewards, recipe.seed)
+    guard = HackingGuard(rt, stage, student, trained, rewards)
     rewards.take_in(guard.reference_scores)  # their scale in the first step
     constraints = Constraints(stage, student, guard.reference_scores)
 

@@ -1,5 +1,6 @@
 """Stage `train_control`: a ControlNet that follows edges, over the frozen teacher (arXiv 2302.05543)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,15 @@ def drawings_of(stage: TrainControl, recipe: Recipe, base: Base, parents: dict[s
         return Drawings(latents, edges, StoredPrompts(base, store, stage.prompt_dropout))
     captioned = CaptionedImages(stage.images, base.resolution)
     tell_truncated(base, [text for captions in captioned.prompts for text in captions], stage.images)
-    edges = torch.cat([edge_map(part / 255).byte() for part in captioned.images.split(size)])
-    latents = pictures.encode(base, captioned.images, size)
-    return Drawings(latents, edges, Captions(base, captioned.prompts, stage.prompt_dropout))
+    found: list[Tensor] = []
+
+    def parts() -> Iterator[Tensor]:
+        for part in captioned.parts(size):
+            found.append(edge_map(part / 255).byte())
+            yield part
+
+    latents = pictures.encode_all(base, parts(), len(captioned))
+    return Drawings(latents, torch.cat(found), Captions(base, captioned.prompts, stage.prompt_dropout))
 
 
 def loss(

@@ -47,7 +47,7 @@ def run(stage: TrainPerceptual, recipe: Recipe, parents: dict[str, Path], folder
     optimizer = adamw(ranked.parameters(), stage)
     untrained = measured(ranked.lpips, held_out)
 
-    first = rt.resume({"ranked": rt.prepare(ranked, optimizer)})
+    first = rt.resume({"ranked": rt.prepare(ranked, optimizer, whole=True)})
     for step in rt.steps(first, stage.num_steps, "train_perceptual"):
         # one update, on pairs that are a function of (seed, step, row) alone
         rate = stage.learning_rate * rate_factor(step, stage.num_steps, stage.warmup_steps)
@@ -124,7 +124,7 @@ class LatentPairs:
 def pictures_of(stage: TrainPerceptual, recipe: Recipe, base: Base, parents: dict[str, Path]) -> Tensor:
     """Return the pictures (N, 3, H, W) uint8: the stage's, or without them the samples of the trajectories."""
     if stage.images is not None:
-        return CaptionedImages(stage.images, base.resolution).images
+        return torch.stack(list(CaptionedImages(stage.images, base.resolution).pictures()))
     store = store_of(parents["trajectories"], recipe.teacher, base)
     latents = store.x0(torch.arange(store.num_trajectories)).split(stage.micro_batch)
     with torch.no_grad():

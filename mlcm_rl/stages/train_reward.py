@@ -36,8 +36,7 @@ def run(stage: TrainReward, recipe: Recipe, parents: dict[str, Path], folder: Pa
     held_out = held_out_pairs(table.prompts, stage.held_out, recipe.seed)
     pairs = PairFeatures.read(stage, table, held_out, rt.device)
     head = new_head(pairs.training.shape[-1], recipe.seed).to(rt.device)
-    parameters = list(head.parameters())
-    optimizer = adamw(parameters, stage)
+    optimizer = adamw(head.parameters(), stage)
 
     first = rt.resume({"head": rt.prepare(head, optimizer)})
     for step in rt.steps(first, stage.num_steps, "train_reward"):

@@ -37,13 +37,12 @@ def run(stage: TrainTeacher, recipe: Recipe, parents: dict[str, Path], folder: P
     base = teachers.load(recipe.teacher, rt.device)
     source = folder_of(recipe.teacher)  # its other parts are copied beside the denoiser after the last step
     denoiser = new_denoiser(base, stage, recipe.seed)
-    parameters = list(denoiser.parameters())
-    optimizer = adamw(parameters, stage)
+    optimizer = adamw(denoiser.parameters(), stage)
     trained = rt.prepare(denoiser, optimizer)
     average = {name: value.detach().clone() for name, value in trained.items()}
     captioned = CaptionedImages(stage.images, base.resolution)
     tell_truncated(base, [text for captions in captioned.prompts for text in captions], stage.images)
-    latents = pictures.encode(base, captioned.images, stage.micro_batch)
+    latents = pictures.encode_all(base, captioned.parts(stage.micro_batch), len(captioned))
     captions = Captions(base, captioned.prompts, stage.prompt_dropout)
 
     # everything that a checkpoint holds beside the optimiser

@@ -19,14 +19,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..recipe import Recipe, Training, missing_trackers
 from . import autocast, processes, states
@@ -95,6 +89,7 @@ class Whole:
     """Every process holds all weights and moments; several average their gradients before the update."""
 
     holds_all = True  # whether each process could write a checkpoint alone
+    weights_in_parts = False
 
     def __init__(self, student: nn.Module, optimizer: torch.optim.Optimizer, stage: Training):
         self.student, self.optimizer, self.stage = student, optimizer, stage
@@ -108,7 +103,11 @@ class Whole:
         return dict(self.trained)
 
     def full(self) -> Weights:
-        """Return the whole trained weights, by name. Waits for all processes if they hold parts."""
+        """Return the whole trained weights, by name.
+
+        Where processes hold parts it waits for all, and only rank 0 is given them, on its host: a machine has no room
+        for as many copies as it has devices.
+        """
         return {name: value.detach() for name, value in self.trained.items()}
 
     def fill(self, weights: Mapping[str, Tensor]) -> None:
@@ -117,7 +116,7 @@ class Whole:
             value.data.copy_(weights[name])
 
     def moments(self) -> Weights:
-        """Return the whole state of the optimiser, by `optimizer.<index>.<name>`."""
+        """Return the whole state of the optimiser, by `optimizer.<index>.<name>`, to whom `full` returns weights."""
         return states.optimizer_tensors(self.optimizer)
 
     def fill_moments(self, tensors: Mapping[str, Tensor]) -> None:
@@ -167,6 +166,8 @@ class _InParts(Whole):
 
     def __init__(self, student: nn.Module, optimizer: torch.optim.Optimizer, stage: Training):
         super().__init__(student, optimizer, stage)
+        for value in student.parameters():
+            value.data = value.data.contiguous()  # neither engine takes weights of another layout, channels_last
         empty: dict[int, Any] = {id(value): _empty(value) for value in student.parameters()}
         empty |= {id(value): value for value in student.buffers()}  # never written: no copy of quantised weights
         self._outline = copy.deepcopy(student, memo=empty)  # modules without weights, to write files from
@@ -208,6 +209,7 @@ class Sharded(_InParts):
     """PyTorch's FSDP2, by the blocks of the launch file. (accelerate's own preparation does not work on a CPU.)"""
 
     trained: dict[str, Any]  # parameters that are distributed tensors
+    weights_in_parts = True
 
     def __init__(self, accelerator: Accelerator, student: nn.Module, optimizer: torch.optim.Optimizer, stage: Training):
         super().__init__(student, optimizer, stage)
@@ -218,37 +220,36 @@ class Sharded(_InParts):
             fully_shard(block, **settings)
         self.trained = trained_of(student)  # new parameters: fully_shard replaces them by distributed tensors
         optimizer.param_groups[0]["params"] = list(self.trained.values())
-        self._whole = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
 
     def parts(self) -> Weights:
         return {name: value.to_local() for name, value in self.trained.items()}
 
     def full(self) -> Weights:
-        whole: dict[str, Any] = get_model_state_dict(self.student, options=self._whole)  # the model's buffers too
-        return {name: value.cpu() for name, value in whole.items() if name in self.trained}
+        return _on_host_of_rank_zero((name, value.detach()) for name, value in self.trained.items())
 
     def fill(self, weights: Mapping[str, Tensor]) -> None:
-        device = next(iter(self.parts().values())).device
-        set_model_state_dict(
-            self.student, {name: value.to(device) for name, value in weights.items()}, options=self._whole
-        )
+        for name, value in self.trained.items():
+            value.detach().to_local().copy_(self._shard(value, weights[name]).to_local())
 
     def moments(self) -> Weights:
-        state: Any = get_optimizer_state_dict(self.student, self.optimizer, options=self._whole)["state"]
-        return {
-            f"optimizer.{index}.{key}": value.cpu()
-            for index, name in enumerate(self.trained)
-            for key, value in state.get(name, {}).items()  # none for weights that no loss reaches
-        }
+        return _on_host_of_rank_zero(
+            (f"optimizer.{index}.{key}", entry)
+            for index, value in enumerate(self.trained.values())
+            for key, entry in self.optimizer.state.get(value, {}).items()  # none for weights that no loss reaches
+        )
 
     def fill_moments(self, tensors: Mapping[str, Tensor]) -> None:
-        optimizer_state: dict[str, Any] = get_optimizer_state_dict(self.student, self.optimizer, options=self._whole)
-        for index, name in enumerate(self.trained):
-            entry = optimizer_state["state"][name]
-            optimizer_state["state"][name] = {
-                key: tensors.get(f"optimizer.{index}.{key}", value).to(value.device) for key, value in entry.items()
-            }
-        set_optimizer_state_dict(self.student, self.optimizer, optimizer_state, options=self._whole)
+        for index, value in enumerate(self.trained.values()):
+            entries = states.under_prefix(f"optimizer.{index}", tensors)
+            if entries:
+                self.optimizer.state[value] = {
+                    key: self._shard(value, one) if one.ndim else one.to(value.device) for key, one in entries.items()
+                }
+
+    def _shard(self, like: Any, whole: Tensor) -> Any:
+        """Return this process's part of `whole`, which all processes have, placed as `like` is."""
+        mesh, placements = like.device_mesh, like.placements
+        return distribute_tensor(whole.to(like.device), mesh, placements, src_data_rank=None)
 
     def _clip(self) -> Tensor:
         norm: Any = nn.utils.clip_grad_norm_(self.trained.values(), self.stage.max_grad_norm)
@@ -281,7 +282,8 @@ class Zero(_InParts):
         weights = {}
         for name, value in self.trained.items():
             with self._gathered(value):
-                weights[name] = value.detach().cpu().clone()
+                if processes.rank() == 0:
+                    weights[name] = value.detach().cpu().clone()
         return weights
 
     def fill(self, weights: Mapping[str, Tensor]) -> None:
@@ -298,11 +300,12 @@ class Zero(_InParts):
 
         self._link()
         step = self.optimizer.state[self._flats()[0]]["step"].detach().cpu()
-        moments = {}
+        moments: Weights = {}
         for index, value in enumerate(self.trained.values()):
-            moments[f"optimizer.{index}.step"] = step.clone()
-            for key in ("exp_avg", "exp_avg_sq"):
-                moments[f"optimizer.{index}.{key}"] = safe_get_full_optimizer_state(value, key).cpu()
+            whole = {key: safe_get_full_optimizer_state(value, key) for key in ("exp_avg", "exp_avg_sq")}
+            if processes.rank() == 0:
+                entries = {"step": step.clone()} | {key: one.cpu() for key, one in whole.items()}
+                moments |= {f"optimizer.{index}.{key}": one for key, one in entries.items()}
         return moments
 
     def fill_moments(self, tensors: Mapping[str, Tensor]) -> None:
@@ -372,6 +375,16 @@ class Zero(_InParts):
 
         with zero.GatheredParameters([parameter], modifier_rank=modifier_rank):
             yield
+
+
+def _on_host_of_rank_zero(named: Iterable[tuple[str, Any]]) -> Weights:
+    """Return the whole tensors of distributed ones in rank 0, gathered one at a time; none in the others."""
+    whole = {}
+    for name, value in named:
+        gathered = value.full_tensor() if isinstance(value, DTensor) else value
+        if processes.rank() == 0:
+            whole[name] = gathered.cpu()
+    return whole
 
 
 def trained_of(student: nn.Module) -> dict[str, nn.Parameter]:

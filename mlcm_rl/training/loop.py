@@ -6,10 +6,12 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -90,15 +92,20 @@ class Runtime:
         """Whether one of the processes received a signal, so that this step is the last and is saved."""
         return self.all_stop if processes.world_size() > 1 else self.pending.number is not None
 
-    def prepare(self, student: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    def prepare(
+        self, student: torch.nn.Module, optimizer: torch.optim.Optimizer, whole: bool = False
+    ) -> dict[str, Tensor]:
         """Give the student to the launch file's engine. Return this process's part of its trained weights, by name.
 
-        The student's frozen float16 weights become bfloat16 if the stage's passes are in bfloat16.
+        With `whole` every process keeps all of it, whatever the launch file says: a small network, which is called in
+        other ways than as one module. The student's frozen float16 weights become bfloat16 if the stage's passes are in
+        bfloat16.
         """
         self.optimizer = optimizer
         if self.stage.precision == "bf16":
             autocast.frozen_in_bfloat16(student)
-        self.engine = engines.take_over(self.accelerator, student, optimizer, self.stage)
+        take_over = engines.Whole if whole else partial(engines.take_over, self.accelerator)
+        self.engine = take_over(student, optimizer, self.stage)
         return self.engine.parts()
 
     def train_beside(self, name: str, network: torch.nn.Module, learning_rate: float) -> Beside:
@@ -204,7 +211,7 @@ class Runtime:
         before the step is then saved, to repeat the step from.
         """
         engine, count, each, sums = beside.engine if beside else self.engine, self.stage.batch_size, [], []
-        for loss in losses:
+        for loss in self._until_stopped(losses):
             total = loss.sum()
             with autocast.own(self.device):  # each gradient then has the precision of its forward operation
                 engine.backward(total * processes.world_size() / count)
@@ -230,6 +237,23 @@ class Runtime:
         if beside is None:
             self.last_loss = mean
         return {"loss": mean, "grad_norm": norm}
+
+    def _until_stopped(self, losses: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the `losses` of a step's micro-batches.
+
+        Where a signal came, save the state at the start of the step after one of them and raise Stopped: the rest of a
+        large student's step can take longer than there is.
+        """
+        for number, loss in enumerate(losses, start=1):
+            yield loss
+            if number < self.stage.gradient_accumulation and self._is_intact() and self._is_signalled():
+                self._save_before()
+                text = f"stopped within step {self.step + 1} of {self.total}; the same command begins it again"
+                raise signals.Stopped(self.pending.number or signal.SIGTERM, text)
+
+    def _is_signalled(self) -> bool:
+        """Return whether one of the processes received a signal. Waits for all."""
+        return processes.total(float(self.pending.number is not None))[0] > 0
 
     def _save_before(self) -> None:
         """Save the state at the start of this step, if it is still there, to repeat the step from."""
@@ -288,12 +312,19 @@ class Runtime:
     def autocast(self) -> Iterator[None]:
         """Run the student's passes in the stage's precision.
 
+        Where processes hold parts of the weights, autocast keeps no copies: they would be of all that are gathered. An
+        adapter takes what its layer takes: PEFT would copy it to float32, for autocast to copy back.
+
         In bfloat16 on a CPU attention is computed by separate operations: the backward pass of PyTorch's fused one
         takes five times as long there, a third of a whole step.
         """
-        slow = self.device.type == "cpu" and self.stage.precision == "bf16"
-        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.stage.precision == "bf16")
-        with half, sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
+        if self.stage.precision != "bf16":
+            yield
+            return
+        half = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=not self.engine.weights_in_parts)
+        slow = self.device.type == "cpu"
+        as_it_is = disable_input_dtype_casting(self.engine.student)
+        with half, as_it_is, sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
             yield
 
     def log(self, step: int, **values: float) -> None:

@@ -180,6 +180,18 @@ def micro_batches(total: int, size: int, together: int = 1) -> Iterator[range]:
         yield range(first + own.start, first + own.stop)
 
 
+def equal_parts(total: int, size: int) -> list[list[int]]:
+    """Return the indices of this process's share of `total` samples, in parts of `size` over all processes.
+
+    Every process has equally many, since sharded weights are gathered in every pass: where they cannot be shared
+    evenly the last sample is there again. What is gathered of them is cut off after `total`.
+    """
+    own = -(-total // world_size())
+    first, at_a_time = rank() * own, max(1, size // world_size())
+    numbers = [min(number, total - 1) for number in range(first, first + own)]
+    return [numbers[i : i + at_a_time] for i in range(0, own, at_a_time)]
+
+
 def share(items: Sequence[Item]) -> list[Item]:
     """Return the items of this process: every n-th one, for a world size of n."""
     return list(items[rank() :: world_size()])

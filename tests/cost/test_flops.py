@@ -201,21 +201,24 @@ def test_a_plan_tells_time_where_a_device_is_named(tiny_sdxl, tmp_path):
     assert [one.seconds * 2 for one in halved] == pytest.approx([one.seconds for one in message])
 
 
-def test_rewards_compute_in_their_own_precision_and_the_guard_draws_outside_autocast(tiny_sdxl, tmp_path):
+def test_rewards_compute_in_their_own_precision_and_the_guard_draws_in_the_stages(tiny_sdxl, tmp_path):
     rewards = [{"name": "emoji_style"}]
     for kind, pictures in (("policy", "scored"), ("feedback", "graded")):
         stage = runs.tuning(kind, runs.write_prompts(tmp_path), precision="bf16", rewards=rewards)
         recipe = runs.recipe(tiny_sdxl, tmp_path, [stage])
         work = of_stage(stage, recipe, Lora(rank=2))
         found = [(one.kind, one.precision) for one in work]
-        assert {("student", "bfloat16"), ("student", "float32"), (pictures, "bfloat16"), (pictures, "float32")} <= set(
-            found
-        )
+        assert {(pictures, "bfloat16"), (pictures, "float32")} <= set(found)
+        assert {precision for one, precision in found if one == "student"} == {"bfloat16"}
         assert {precision for one, precision in found if one == "watched"} == {"float32"}
         (reward,) = (one for one in work if (one.kind, one.precision) == (pictures, "float32"))
         assert reward.each.total > 0
-        outside = sum(one.count for one in work if (one.kind, one.precision) == ("student", "float32"))
-        assert outside == (2 + 1) * 4 * 2  # looks, prompts, steps
+        unwatched = stage.model_copy(update={"guard": stage.guard.model_copy(update={"every": 1000})})
+        drawn, fewer = (
+            sum(one.count for one in of_stage(each, recipe, Lora(rank=2)) if one.kind == "student")
+            for each in (stage, unwatched)
+        )
+        assert drawn - fewer == 4 * 2  # one look more, of 4 prompts in 2 steps
 
 
 def test_terms_take_their_passes_and_the_fake_score_five_updates(tiny_sdxl, tmp_path):

@@ -101,7 +101,7 @@ def test_simulated_states_are_those_that_the_sampler_visits(base):
                 x = base.schedule.alpha[s] * x0 + base.schedule.sigma[s] * base.noise([own], 1)
             torch.testing.assert_close(batch.x_t[i : i + 1], x, atol=1e-4, rtol=1e-4)
     assert (batch.s == 0).all()
-    parts = torch.cat([source.realise(part).x_t for part in draw.split(5)])
+    parts = torch.cat([source.realise(part).x_t for part in runs.parts_of(draw, 5)])
     torch.testing.assert_close(parts, batch.x_t, atol=1e-4, rtol=1e-4)
 
 
@@ -111,7 +111,7 @@ def test_every_part_of_a_simulated_step_evaluates_the_student_equally_often(base
     draw = source.draw(0, 1, "next", generator(2))
     original = type(base).x0
     monkeypatch.setattr(type(base), "x0", lambda *arguments: counts.append(1) or original(*arguments))
-    for part in draw.split(1):
+    for part in runs.parts_of(draw, 1):
         counts.clear()
         source.realise(part)
         assert len(counts) == 3

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mlcm_rl.data import prompts
 from mlcm_rl.data.prompts import CaptionedImages, Prompt, read_prompts
 from mlcm_rl.evaluation import instruments
 from mlcm_rl.recipe import Evaluate
@@ -152,11 +153,32 @@ def test_pictures_are_squared_about_their_centre_and_laid_on_white(tmp_path):
     assert len(data) == 2
     assert data.prompts == [["blue", "蓝"], ["air"]]
     assert data.records[0]["concept"] == "x"
-    assert data.images.shape == (2, 3, 10, 10)
-    assert data.images.dtype == torch.uint8
-    assert (data.images[0, 2] > 230).all()  # the filter reaches a little over the cut
-    assert (data.images[0, 2, :, 2:-2] > 252).all()
-    assert (data.images[1] == 255).all()
+    (images,) = data.parts(3)
+    assert images.shape == (2, 3, 10, 10)
+    assert images.dtype == torch.uint8
+    assert (images[0, 2] > 230).all()  # the filter reaches a little over the cut
+    assert (images[0, 2, :, 2:-2] > 252).all()
+    assert (images[1] == 255).all()
+
+
+def test_pictures_are_read_as_they_are_asked_for(tmp_path, monkeypatch):
+    """A training set need not fit into memory; after one that cannot be read none is given, and the rest is named."""
+    for name in "abcde":
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+    jsonl(tmp_path / "metadata.jsonl", *({"file_name": f"{name}.png", "prompts": [name]} for name in "abcde"))
+    read, read_picture = [], prompts.read_picture
+    monkeypatch.setattr(prompts, "read_picture", lambda path, what: read.append(path.stem) or read_picture(path, what))
+    parts = CaptionedImages(tmp_path, resolution=4).parts(2)
+    assert read == []
+    assert next(parts).shape == (2, 3, 4, 4)
+    assert read == ["a", "b"]
+    assert [len(part) for part in parts] == [2, 1]
+    for name in "bd":
+        (tmp_path / f"{name}.png").write_text("no picture")
+    given = []
+    with pytest.raises(ValueError, match=r":2: .*b\.png .*:4: .*d\.png"):
+        given += CaptionedImages(tmp_path, resolution=4).pictures()
+    assert len(given) <= 1
 
 
 @pytest.mark.parametrize(
@@ -175,4 +197,4 @@ def test_a_bad_picture_is_reported_with_file_and_number(tmp_path, record, messag
     (tmp_path / "text.png").write_text("no picture")
     jsonl(tmp_path / "metadata.jsonl", {"file_name": "good.png", "prompts": ["x"]}, record)
     with pytest.raises(ValueError, match=f"metadata.jsonl{message}"):
-        CaptionedImages(tmp_path, resolution=4)
+        list(CaptionedImages(tmp_path, resolution=4).pictures())

@@ -147,7 +147,7 @@ def test_a_pictures_caption_is_drawn_evenly_whatever_the_time_and_the_split(base
     which = source.realise(draw).conditioning["context"]
     for parity in (0, 1):
         assert which[draw.t % 2 == parity].mean().item() == pytest.approx(0.5, abs=0.05)
-    parts = [source.realise(part).conditioning["context"] for part in draw.split(1000)]
+    parts = [source.realise(part).conditioning["context"] for part in runs.parts_of(draw, 1000)]
     assert torch.equal(torch.cat(parts), which)
 
 
@@ -181,6 +181,6 @@ def test_points_do_not_depend_on_how_a_step_is_split(base, store, source_name):
     }[source_name]
     draw = source.draw(0, 1, "next", generator(7))
     whole = source.realise(draw)
-    parts = [source.realise(part) for part in draw.split(2)]
+    parts = [source.realise(part) for part in runs.parts_of(draw, 2)]
     for name in ("x_t", "x_r"):
         assert torch.allclose(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]), atol=1e-5)

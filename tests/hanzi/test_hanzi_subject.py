@@ -45,12 +45,12 @@ def test_a_drawing_has_the_ink_and_the_face_that_its_captions_say(tmp_path):
     pytest.importorskip("pylopdf_fonts_zh_cn", reason="no Chinese font: pip install 'mlcm-rl[hanzi]'")
     assert draw.write_image_folder(tmp_path) == len(draw.DRAWINGS)
     captioned = CaptionedImages(tmp_path, draw.SIDE)
-    for picture, captions, drawing in zip(captioned.images, captioned.prompts, draw.DRAWINGS, strict=True):
+    for picture, captions, drawing in zip(captioned.pictures(), captioned.prompts, draw.DRAWINGS, strict=True):
         darkest = picture.flatten(1)[:, picture.sum(0).argmin()]
         assert tuple(darkest.tolist()) == drawing.ink
         assert all(drawing.hanzi in text and draw.split_of(text) == "train" for text in captions)
         assert (picture[:, [0, -1]] == 255).all(), "the ink touches the edge"
-    assert len({picture.numpy().tobytes() for picture in captioned.images}) == len(draw.DRAWINGS)
+    assert len({picture.numpy().tobytes() for picture in captioned.pictures()}) == len(draw.DRAWINGS)
 
 
 def test_the_teacher_is_the_emoji_teacher_with_a_denoiser_of_its_own(tmp_path):

@@ -34,7 +34,8 @@ def guard_of(distilled, held_out: tuple[str, ...] = ("colourfulness",), **change
     watch = {"rewards": [{"name": name} for name in held_out], "num_prompts": 5}
     stage = runs.tuning("feedback", recipe.stages[0].prompts, **{"batch_size": 8, "guard": watch, **changes})
     student = tuning.load(stage, teachers.load(recipe.teacher, "cpu"), folder / "student", seed=0)
-    return HackingGuard(stage, student, student.parameters, combine(stage.rewards, "cpu"), 0)
+    rewards = combine(stage.rewards, "cpu")
+    return HackingGuard(runs.outside_training(), stage, student, student.parameters, rewards)
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def _try_records(line: object, name: str, folder: Path) -> None:
     lines = [json.dumps(one) for one in (good, line)]
     (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     if name == "captions":
-        reads_or_refuses(CaptionedImages, folder, 8)
+        reads_or_refuses(lambda: list(CaptionedImages(folder, 8).pictures()))
     else:
         reads_or_refuses(lambda: PairTable(folder).pictures(1, 8))
 

@@ -112,7 +112,7 @@ class Seeing:
 def by_captions(folder: Path, data: bytes) -> Tensor:
     (folder / "a.png").write_bytes(data)
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "prompts": ["x"]}))
-    return CaptionedImages(folder, SIDE).images[0]
+    return next(CaptionedImages(folder, SIDE).pictures())
 
 
 def by_real_images(folder: Path, data: bytes) -> Tensor:
@@ -215,7 +215,7 @@ def test_all_that_cannot_be_read_is_named_at_once(tmp_path):
     for i in range(9):
         (tmp_path / f"{i}.png").write_bytes(encoded(PLAIN) if i % 4 == 0 else b"no picture")
     with pytest.raises(ValueError, match=r":2: .*1\.png is .*:3: .*2\.png.*:7: .*6\.png .*; and 1 more$") as error:
-        CaptionedImages(tmp_path, SIDE)
+        list(CaptionedImages(tmp_path, SIDE).pictures())
     assert str(error.value).count("is not a readable picture") == 5
     with pytest.raises(ValueError, match=r"real_images: .*1\.png .*2\.png .*; and 1 more$"):
         list(instruments.real_pictures(tmp_path, SIDE, 2))

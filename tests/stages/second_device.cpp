@@ -113,6 +113,9 @@ Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
 
 at::Scalar local_scalar(const Tensor& x) { return on_host(x).item(); }
 
+// A copy, in place of a view that is read as its conjugate.
+Tensor conjugate(const Tensor& x) { return at::conj_physical(on_host(x)).to(PLACE); }
+
 Tensor& set_storage(Tensor& x, at::Storage storage, int64_t offset, IntArrayRef size, IntArrayRef stride) {
   auto* tensor = x.unsafeGetTensorImpl();
   tensor->set_storage_keep_dtype(storage);
@@ -201,6 +204,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_reshape_alias", at::native::_reshape_alias);
   m.impl("view_as_real", at::native::view_as_real);
   m.impl("view_as_complex", at::native::view_as_complex);
+  m.impl("_conj", conjugate);
   m.impl("convolution_overrideable", convolution);
   m.impl("convolution_backward_overrideable", convolution_backward);
   m.impl("native_group_norm", by_host());  // torch's own for other devices takes whole rows alone

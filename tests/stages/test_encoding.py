@@ -71,8 +71,8 @@ def test_pictures_of_pairs_are_encoded_as_many_at_a_time_as_a_process_has_pairs(
 
 
 def test_a_picture_has_the_same_latents_whatever_it_is_encoded_with(base, tmp_path):
-    images = CaptionedImages(runs.write_images(tmp_path), 16).images
-    one, all_of_them = (pictures.encode(base, images, size) for size in (1, 4))
+    folder = CaptionedImages(runs.write_images(tmp_path), 16)
+    one, all_of_them = (pictures.encode_all(base, folder.parts(size), len(folder)) for size in (1, 4))
     assert (one - all_of_them).abs().max() < 1e-5
 
 
@@ -170,10 +170,11 @@ def test_points_of_prompts_encoded_ahead_are_near_whatever_the_micro_batch(base,
     recipe = runs.recipe(tmp_path, tmp_path, [stage])
     source = distill.make_source(stage, recipe, base, base.denoiser, {})
     draw = source.draw(0, 1, "next", generator(0))
-    before = [source.realise(part).conditioning for size in (1, 3, 4) for part in draw.split(size)]
+    parts = [part for size in (1, 3, 4) for part in runs.parts_of(draw, size)]
+    before = [source.realise(part).conditioning for part in parts]
     distill.encode_ahead(stage, recipe, base, source, None)
     assert base.pipeline.text_encoder is None
-    after = [source.realise(part).conditioning for size in (1, 3, 4) for part in draw.split(size)]
+    after = [source.realise(part).conditioning for part in parts]
     for old, new in zip(before, after, strict=True):
         for key, value in old.items():
             assert (value - new[key]).abs().max() <= 1e-6 * value.abs().max()

@@ -275,9 +275,9 @@ def test_of_a_batch_only_readings_stay(place, tmp_path, monkeypatch):
 def test_one_student_is_in_memory_at_a_time(place, tmp_path, monkeypatch):
     alive, load = [], evaluate.load_student
 
-    def watched(base, folder):
+    def watched(*arguments):
         assert all(seen() is None for seen in alive)
-        student = load(base, folder)
+        student = load(*arguments)
         alive.append(weakref.ref(student.denoiser))
         return student
 

@@ -68,3 +68,8 @@ def test_guards_and_evaluations_run_on_it():
 def test_every_family_goes_the_whole_way_on_it():
     families = str(TESTS / "models" / "test_families.py")
     on_second_device(families, "-m", "slow or not slow", "-k", "every_stage_runs and lora")
+
+
+@pytest.mark.parametrize("file", ["recipes_of_rivals", "chinese_recipes", "tune_published_student"])
+def test_recipes_run_on_it_in_their_own_precisions(file):
+    on_second_device(str(TESTS / "pipeline" / f"test_{file}.py"), "-m", "slow or not slow")

@@ -56,6 +56,18 @@ def test_a_teacher_without_guidance_draws_its_samples_too(tiny_sdxl, tmp_path):
     assert next(Path(recipe.runs, recipe.name).glob("*-train_control/samples/step-000001.png")).is_file()
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_teacher_in_bfloat16_draws_under_a_network_in_float32(tiny_sdxl, tmp_path, precision):
+    stages = [runs.trajectories(runs.write_prompts(tmp_path))]
+    stages += [stage_of(num_steps=1, sample_every=1, precision=precision)]
+    recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
+    teacher = recipe.teacher.model_copy(update={"dtype": "bfloat16"})
+    folder = pipeline.run(recipe.model_copy(update={"teacher": teacher}))[1].folder
+    (record,) = runs.records(folder)
+    assert record["grad_norm"] > 0
+    assert (folder / "samples" / "step-000001.png").is_file()
+
+
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(whole, tiny_sdxl, tmp_path, monkeypatch):
     prompts, calls, backward = runs.write_prompts(tmp_path), [], Runtime.backward
     with monkeypatch.context() as patched:

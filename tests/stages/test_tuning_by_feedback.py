@@ -21,7 +21,8 @@ def reference_scores(distilled, **changes) -> dict[str, torch.Tensor]:
         student_of(distilled, **changes),
         runs.tuning("feedback", distilled[0].stages[0].prompts, **changes),
     )
-    return HackingGuard(stage, student, student.parameters, combine(stage.rewards, "cpu"), 0).reference_scores
+    rewards = combine(stage.rewards, "cpu")
+    return HackingGuard(runs.outside_training(), stage, student, student.parameters, rewards).reference_scores
 
 
 def test_a_small_decoder_moves_the_gradient_and_never_what_the_guard_sees(distilled, tmp_path):

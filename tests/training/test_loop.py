@@ -91,6 +91,8 @@ def test_every_stage_of_a_process_has_its_own_precision(tmp_path):
     for precision in ("bf16", "no", "bf16"):
         stage = runs.distill(precision=precision)
         rt = loop.Runtime(runs.recipe(tmp_path, tmp_path, [stage]), stage, tmp_path)
+        network = torch.nn.Linear(2, 2)
+        rt.prepare(network, torch.optim.AdamW(network.parameters()))
         with rt.autocast():
             product = torch.ones(2, 2) @ torch.ones(2, 2)
         assert product.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)

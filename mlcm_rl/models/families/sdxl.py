@@ -4,9 +4,10 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
+from ...recipe import Teacher
 from ..comfyui import Nodes
 from ..conditioning import Conditioning
 from ..unet import UNetBase
@@ -20,6 +21,11 @@ class Family(UNetBase):
     comfyui: ClassVar[Nodes | None] = Nodes(knows_sizes=True, reads_adapters=False)
     pipeline_class = StableDiffusionXLPipeline
     in_stability_blocks = True
+
+    def __init__(self, teacher: Teacher, device: torch.device, pipeline: DiffusionPipeline):
+        super().__init__(teacher, device, pipeline)
+        side = float(self.resolution)  # original size, crop corner, target size: every pass would wait for a copy
+        self._time_ids = torch.tensor([[side, side, 0.0, 0.0, side, side]]).to(device)
 
     @property
     def kohya_version(self) -> str | None:
@@ -48,6 +54,5 @@ class Family(UNetBase):
 
     def _added_conditions(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the pooled vector with original size, crop corner and target size: uncropped, the stock default."""
-        pooled, size = conditioning["pooled"].to(dtype), (self.resolution, self.resolution)
-        time_ids = self.pipeline._get_add_time_ids(size, (0, 0), size, dtype, pooled.shape[-1]).to(pooled.device)
-        return {"text_embeds": pooled, "time_ids": time_ids.expand(len(pooled), -1)}
+        pooled = conditioning["pooled"].to(dtype)
+        return {"text_embeds": pooled, "time_ids": self._time_ids.to(pooled.device, dtype).expand(len(pooled), -1)}
