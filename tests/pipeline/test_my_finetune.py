@@ -46,6 +46,7 @@ def place(tmp_path_factory) -> Path:
     write_lora(folder, place / "lora").rename(place / "my_style.safetensors")
     runs.write_prompts(place)
     (place / "prompts.txt").rename(place / "my_prompts.txt")
+    shutil.copyfile(place / "my_prompts.txt", place / "my_test_prompts.txt")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     for command in commands():
         words = command.split()
