@@ -148,3 +148,12 @@ def test_a_warning_of_the_start_is_in_what_the_guard_leaves(distilled, monkeypat
     policy.run(stage, recipe, {"distill": folder}, tmp_path)
     left = json.loads((tmp_path / "guard.json").read_text())["warnings"]
     assert [one.split()[0] for one in left] == ["brightness"]
+
+
+def test_a_student_that_breaks_a_constraint_is_never_kept_however_good_it_is():
+    made = object.__new__(HackingGuard)
+    made.weights, made.best, made.verdict = {"a": torch.ones(1)}, {"a": torch.zeros(1)}, guard.Verdict()
+    made._judge(1, 1.0, 9.0, ["sharpness"])
+    assert (made.verdict.kept_step, made.best["a"].item()) == (0, 0.0)
+    made._judge(2, 1.0, 5.0, [])
+    assert (made.verdict.kept_step, made.best["a"].item()) == (2, 1.0)

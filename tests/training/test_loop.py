@@ -16,7 +16,7 @@ from mlcm_rl import pipeline, stages
 from mlcm_rl.models import students, teachers
 from mlcm_rl.recipe import Evaluate, Lora
 from mlcm_rl.storage import commit, files, manifest
-from mlcm_rl.training import loop, processes
+from mlcm_rl.training import engines, loop, processes
 
 
 @pytest.mark.parametrize(
@@ -242,3 +242,17 @@ def test_every_training_stage_logs_by_the_rule():
         text = path.read_text(encoding="utf-8")
         assert "log_every" not in text, path
         assert ("is_logged" in text) is ("rt.backward" in text), path
+
+
+def test_the_optimiser_has_the_stages_betas_decay_and_norm():
+    weight = torch.nn.Parameter(torch.ones(4))
+    stage = runs.distill(betas=(0.5, 0.6), weight_decay=0.3, max_grad_norm=1e-3)
+    (group,) = loop.adamw([weight], stage).param_groups
+    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.6), 0.3)
+    network = torch.nn.Linear(2, 2)
+    engine = engines.Whole(network, loop.adamw(network.parameters(), stage), stage)
+    engine.backward(network(torch.ones(1, 2)).square().sum())
+    _, norm = engine.step(torch.zeros(1), should_update=False)
+    assert norm > 0.1  # before clipping
+    left = torch.stack([value.grad.norm() for value in network.parameters()]).norm().item()
+    assert left == pytest.approx(1e-3, rel=1e-3)
