@@ -222,7 +222,7 @@ def test_what_a_process_that_died_had_claimed_is_made_at_the_next_start(tmp_path
     assert [rows.start for rows in alive.missing("shards")] == [2, 4, 6]
     assert second.start == 2
     assert write(tmp_path).x0(torch.arange(7)).flatten(1)[:, 0].tolist() == list(range(7))
-    assert not (tmp_path / "claims").exists()
+    assert not list(tmp_path.glob("claims-*"))
     assert not list(tmp_path.glob("*.safetensors.json"))
 
 
@@ -361,3 +361,9 @@ def test_a_record_whose_numbers_do_not_agree_is_refused(tmp_path, change):
     write_json(tmp_path / "store.json", read_json(tmp_path / "store.json") | change)
     with pytest.raises(CheckpointError, match=r"store\.json is damaged"):
         Store(tmp_path)
+
+
+def test_a_store_of_another_seed_is_not_gone_on_with(tmp_path):
+    Writer(tmp_path, provenance(), 4, shard_size=2, batch_size=4)
+    with pytest.raises(CheckpointError, match="seed"):
+        Writer(tmp_path, provenance(seed=1), 4, shard_size=2, batch_size=4)

@@ -205,6 +205,19 @@ def test_a_stage_of_its_own_seed_leaves_the_others_where_they_are(finished):
     assert fingerprints(change(other, 0, seed=recipe.seed))[0] == before[0]
 
 
+def test_a_stages_own_seed_draws_what_the_recipes_would(tiny_sdxl, tmp_path):
+    def drawn(name: str, seed: int, own: int | None) -> torch.Tensor:
+        folder = tmp_path / name
+        folder.mkdir()
+        stage = runs.trajectories(runs.write_prompts(folder), seed=own)
+        recipe = runs.recipe(tiny_sdxl, folder, [stage]).model_copy(update={"seed": seed})
+        return Store(pipeline.run(recipe)[0].folder).x0(torch.arange(6))
+
+    own, whole, other = drawn("own", 0, 5), drawn("whole", 5, None), drawn("other", 0, None)
+    assert torch.equal(own, whole)
+    assert not torch.equal(own, other)
+
+
 def test_seed_guidance_prompts_and_weights_are_hashed(finished, tmp_path):
     recipe, _ = finished
     before = fingerprints(recipe)
