@@ -242,18 +242,16 @@ class Runtime:
         """Yield the `losses` of a step's micro-batches.
 
         Where a signal came, save the state at the start of the step after one of them and raise Stopped: the rest of a
-        large student's step can take longer than there is.
+        large student's step can take longer than there is. Several processes finish the step: to agree on less they
+        would wait for their devices after every micro-batch.
         """
         for number, loss in enumerate(losses, start=1):
             yield loss
-            if number < self.stage.gradient_accumulation and self._is_intact() and self._is_signalled():
+            is_signalled = processes.world_size() == 1 and self.pending.number is not None
+            if is_signalled and number < self.stage.gradient_accumulation and self._is_intact():
                 self._save_before()
                 text = f"stopped within step {self.step + 1} of {self.total}; the same command begins it again"
                 raise signals.Stopped(self.pending.number or signal.SIGTERM, text)
-
-    def _is_signalled(self) -> bool:
-        """Return whether one of the processes received a signal. Waits for all."""
-        return processes.total(float(self.pending.number is not None))[0] > 0
 
     def _save_before(self) -> None:
         """Save the state at the start of this step, if it is still there, to repeat the step from."""

@@ -26,7 +26,7 @@ MATCHING = {"matching": {"weight": 1.0, "fake": {"learning_rate": 1e-3}}}
 ADVERSARIAL_10 = {
     "adversarial": {"weight": 10.0, "learning_rate": 1e-3, "jumps": "all", "sees_start": True, "loss": "relativistic"}
 }
-MATCHING_10 = {"matching": {"weight": 10.0, "fake": {"learning_rate": 1e-3}}}
+MATCHING_10 = {"matching": MATCHING["matching"] | {"weight": 10.0}}
 WARM_UP_SHARE = 5  # in one step in so many of a second stage the fake score learns alone
 
 # Row -> the settings of its stages; the second stage has a fifth of the steps and a tenth of the rate.

@@ -17,6 +17,7 @@ from mlcm_rl import pipeline
 from mlcm_rl.models import teachers
 from mlcm_rl.models.autoencoder import Autoencoder
 from mlcm_rl.recipe import Full, Lora, Recipe, TrainTeacher
+from mlcm_rl.stages import evaluate
 from mlcm_rl.training import engines, processes, signals
 from mlcm_rl.training.loop import Runtime
 
@@ -128,8 +129,6 @@ def test_an_evaluation_samples_in_the_precision_of_the_teacher(adapter, tiny_sdx
         return linear(x, weight, bias)
 
     running, sample = ["before"], "mlcm_rl.stages.evaluate.sample"
-    from mlcm_rl.stages import evaluate
-
     original = evaluate.sample
 
     def sampled(scene, row, *arguments):
