@@ -15,6 +15,7 @@ tested, but no FID with the published weights was compared with published figure
 import argparse
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +133,7 @@ class InceptionV3(nn.Module):
         self.Conv2d_2b_3x3 = convolution(32, 64, THREE)
         self.Conv2d_3b_1x1 = convolution(64, 80, ONE)
         self.Conv2d_4a_3x3 = convolution(80, 192, THREE, padded=False)
-        blocks = {
+        blocks: dict[str, tuple[Any, ...]] = {
             "5b": (FIVES, average_pool, 32),
             "5c": (FIVES, average_pool, 64),
             "5d": (FIVES, average_pool, 64),

@@ -98,9 +98,10 @@ class Denoiser(_Blocks):
 
     @model_validator(mode="after")
     def _blocks_agree(self):
-        per_block = ("down_block_types", "up_block_types", "only_cross_attention", "layers_per_block")
-        per_block += ("attention_head_dim", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
-        for key in per_block:
+        for key in (
+            *("down_block_types", "up_block_types", "only_cross_attention", "layers_per_block"),
+            *("attention_head_dim", "transformer_layers_per_block", "reverse_transformer_layers_per_block"),
+        ):
             self.fits(key, getattr(self, key))
         for key in ("conv_in_kernel", "conv_out_kernel"):
             if getattr(self, key) % 2 == 0:

@@ -33,6 +33,7 @@ def main() -> None:
     arguments = parser.parse_args()
     characters = sorted({str(prompt.concept) for prompt in read_prompts(PROMPTS)})
     recogniser = rewards.build(Reward(name="ocr"), "cpu")
+    assert isinstance(recogniser, Ocr)
     for row in sorted(path.parent for path in arguments.run.glob("*-evaluate/samples/*/00000.png")):
         files = sorted(row.glob("*.png"))
         prompts = read_prompts(arguments.prompts)[: len(files)]

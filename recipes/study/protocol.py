@@ -1,25 +1,25 @@
 """What the studies of this folder share: their options, the settings of training, the protocol of measuring."""
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from ruamel.yaml import YAML
 
 import kept_values
 import tables
-from mlcm_rl.recipe import Distill, Evaluate, Recipe, Stage
+from mlcm_rl.recipe import Distill, Evaluate, Recipe
 from mlcm_rl.recipe.file import check, load
 from mlcm_rl.recipe.paths import Folders
 from mlcm_rl.recipe.shipped import PREFIX
 from mlcm_rl.recipe.tree import key_text
 from mlcm_rl.storage.files import replacing
 
-AnyStage = TypeVar("AnyStage", bound=Stage)
+AnyStage = TypeVar("AnyStage", bound=BaseModel)
 
 RECIPES = Path(__file__).resolve().parents[1]
 GAMMAS = {"emoji": [0.0, 0.5, 1.0], "scenes": [0.0, 0.5]}  # subject -> those that students are sampled at
@@ -29,7 +29,7 @@ def run(
     description: str,
     bases: dict[str, str],
     rows: Sequence[str],
-    columns: dict[str, tuple[str, ...]],
+    columns: Mapping[str, tuple[str, ...]],
     name: str,
     num_steps: int,
     recipe_of: Callable[[Recipe, str, str, int, int, int], Recipe],
@@ -126,7 +126,7 @@ def rows_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace, rows
 
 def training_settings(base: Recipe, seed: int, num_steps: int) -> dict:
     """Return the settings of training that all rows take from the base's distill stage; the seed is theirs alone."""
-    given = distill_of(base)
+    given = first_of(base, Distill)
     return {
         "batch_size": given.batch_size,
         "precision": given.precision,
@@ -136,9 +136,17 @@ def training_settings(base: Recipe, seed: int, num_steps: int) -> dict:
     }
 
 
-def distill_of(base: Recipe) -> Distill:
-    """Return the base's distill stage."""
-    return next(stage for stage in base.stages if isinstance(stage, Distill))
+def first_of(base: Recipe, kind: type[AnyStage]) -> AnyStage:
+    """Return the base's first stage of a `kind`. Raise StopIteration if it has none."""
+    return next(stage for stage in base.stages if isinstance(stage, kind))
+
+
+def rate_of(base: Recipe) -> float:
+    """Return the peak rate of the base's distill stage, which all phases of a row share."""
+    rate = first_of(base, Distill).learning_rate
+    if isinstance(rate, list):
+        raise ValueError("the rows of a study share one learning_rate: give the distill stage a number, no list")
+    return rate
 
 
 def evaluate_stage(base: Recipe, subject: str, num_prompts: int, sampling_steps: list[int]) -> Evaluate:
@@ -157,12 +165,7 @@ def evaluate_stage(base: Recipe, subject: str, num_prompts: int, sampling_steps:
         "students": "last",
         "distribution": True,
     }
-    return changed(evaluation_of(base), measured)
-
-
-def evaluation_of(base: Recipe) -> Evaluate:
-    """Return the base's evaluation."""
-    return next(stage for stage in base.stages if isinstance(stage, Evaluate))
+    return changed(first_of(base, Evaluate), measured)
 
 
 def changed(stage: AnyStage, settings: dict) -> AnyStage:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import protocol
 from mlcm_rl.cost.evaluations import network_evaluations
-from mlcm_rl.recipe import Distill, Evaluate, Feedback, Recipe, Samples, Stage
+from mlcm_rl.recipe import Distill, Evaluate, Feedback, Recipe, Samples, Stage, Trajectories
 from mlcm_rl.recipe.distill import RECOMMENDED
 from mlcm_rl.recipe.families import layout_of
 
@@ -135,7 +135,7 @@ def recipe_of(base: Recipe, subject: str, row: str, seed: int, num_steps: int, n
 
 def stages_of(base: Recipe, subject: str, row: str, seed: int, num_steps: int) -> list[Stage]:
     """Return the stages of `row` that cost something: the store if it reads one, its chain of about `num_steps`."""
-    trajectories, given = base.stages[0], protocol.distill_of(base)
+    trajectories, peak = protocol.first_of(base, Trajectories), protocol.rate_of(base)
     shared = protocol.training_settings(base, seed, num_steps)
     chain: list[Stage] = []
     for share, rate, settings, _ in ROWS[TUNED.get(row, row)]:
@@ -147,9 +147,9 @@ def stages_of(base: Recipe, subject: str, row: str, seed: int, num_steps: int) -
         if "source" in settings or settings.get("adversarial", {}).get("real") == "images":
             files["images"] = str(PICTURES[subject])
         steps = max(1, round(num_steps * share))
-        chain.append(Distill(num_steps=steps, learning_rate=given.learning_rate * rate, **shared, **files, **settings))
+        chain.append(Distill(num_steps=steps, learning_rate=peak * rate, **shared, **files, **settings))
     if row in TUNED:
-        tuning = next(stage for stage in base.stages if isinstance(stage, Feedback))
+        tuning = protocol.first_of(base, Feedback)
         steps = max(1, round(num_steps * TUNING_SHARE))
         chain.append(protocol.changed(tuning, {"consistency": 0.0, "seed": seed, "num_steps": steps}))
     reads = any(isinstance(stage, Distill) and stage.reads_trajectories for stage in chain)

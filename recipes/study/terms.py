@@ -10,7 +10,7 @@ not trained again: the study may be stopped and started. The table is written be
 """
 
 import protocol
-from mlcm_rl.recipe import Distill, Recipe
+from mlcm_rl.recipe import Distill, Recipe, Stage, Trajectories
 from mlcm_rl.recipe.distill import RECOMMENDED
 
 BASES = {"emoji": "emoji_demo.yaml", "scenes": "scenes_demo.yaml"}
@@ -60,18 +60,17 @@ def recipe_of(base: Recipe, subject: str, row: str, seed: int, num_steps: int, n
 
     The seed is that of the training alone.
     """
-    trajectories, given = base.stages[0], protocol.distill_of(base)
+    trajectories, rate = protocol.first_of(base, Trajectories), protocol.rate_of(base)
     chain, second = ROWS[row], num_steps // GLOBAL_SHARE
     shared = protocol.training_settings(base, seed, num_steps)
     first = num_steps - second * (len(chain) - 1)
-    stages = [trajectories, Distill(num_steps=first, learning_rate=given.learning_rate, **shared, **chain[0])]
+    stages: list[Stage] = [trajectories, Distill(num_steps=first, learning_rate=rate, **shared, **chain[0])]
     for settings in chain[1:]:
         prompts = {"prompts": trajectories.prompts} if settings.get("renoise") == "student" else {}
         if "matching" in settings:
             fake = {**settings["matching"]["fake"], "warmup_steps": second // WARM_UP_SHARE}
             settings = settings | {"matching": settings["matching"] | {"fake": fake}}
-        rate = given.learning_rate / 10
-        stages.append(Distill(num_steps=second, learning_rate=rate, **shared, **prompts, **settings))
+        stages.append(Distill(num_steps=second, learning_rate=rate / 10, **shared, **prompts, **settings))
     stages.append(protocol.evaluate_stage(base, subject, num_prompts, [2, 4, 8]))
     return base.model_copy(update={"name": f"terms-{row.replace('_', '-')}-{seed}", "stages": stages})
 

@@ -26,7 +26,7 @@ import protocol
 import tuning_curves
 import tuning_looks
 import tuning_summary
-from mlcm_rl.recipe import Feedback, Policy, Recipe, Tuning
+from mlcm_rl.recipe import Evaluate, Feedback, Policy, Recipe, Tuning
 from mlcm_rl.recipe.experiment import TUNING
 from mlcm_rl.recipe.file import load
 
@@ -122,7 +122,7 @@ def main() -> None:
     if group not in ROWS[subject]:
         parser.error(f"{subject} has no group {group}, only {', '.join(ROWS[subject])}")
     base = load(RECIPES / BASES[subject], arguments.overrides)
-    num_steps = arguments.steps or feedback_of(base).num_steps
+    num_steps = arguments.steps or protocol.first_of(base, Feedback).num_steps
     results = arguments.results or Path(base.runs) / f"tuning-{subject}-{group}-{num_steps}"
     recipes: dict[str, Recipe] = {}
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
@@ -146,16 +146,11 @@ def main() -> None:
     Console().print(f"\n{results / 'curves.png'}", soft_wrap=True)
 
 
-def feedback_of(base: Recipe) -> Feedback:
-    """Return the base's feedback stage."""
-    return next(stage for stage in base.stages if isinstance(stage, Feedback))
-
-
 def recipe_of(
     base: Recipe, subject: str, group: str, row: str, seed: int, num_steps: int | None = None, num_prompts: int = 128
 ) -> Recipe:
     """Return the stages before tuning, the stage of `row` under `seed`, and what it is measured by beside its start."""
-    given = protocol.evaluation_of(base)
+    given = protocol.first_of(base, Evaluate)
     measured = {
         "num_prompts": num_prompts,
         "images_per_prompt": max(2, given.images_per_prompt),  # whose difference is the diversity
@@ -174,7 +169,7 @@ def stage_of(base: Recipe, subject: str, group: str, row: str, seed: int, num_st
     Raise ValueError if the row's batches do not make that number of pictures.
     """
     kind, changes = ROWS[subject][group][row]
-    given = feedback_of(base)
+    given = protocol.first_of(base, Feedback)
     shared = {name: value for name, value in given.model_dump(exclude={"kind"}).items() if name in kind.model_fields}
     if group == COUNTED:
         changes = changes | {"rewards": shared["guard"]["rewards"], "guard": {"rewards": shared["rewards"]}}

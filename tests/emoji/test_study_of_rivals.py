@@ -60,7 +60,7 @@ def test_a_row_is_written_as_a_recipe_whose_stages_are_the_studys(subject, row, 
 def test_the_budget_is_counted_by_hand(subject):
     """A trajectory is 24 guided steps, a step of ours one pass a sample; LCM's are four, without a store."""
     name, base = subject
-    store, batch = base.stages[0], rivals.protocol.distill_of(base).batch_size
+    store, batch = base.stages[0], rivals.protocol.first_of(base, Distill).batch_size
     budget = (store.num_trajectories + store.num_held_out) * 24 * 2 + 2000 * batch
     ours = rivals.recipe_of(base, name, "ours", 0, 2000, 128)
     assert rivals.evaluations(ours, ours.stages) == budget

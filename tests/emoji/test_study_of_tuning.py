@@ -49,7 +49,7 @@ def test_a_counter_is_trained_on_and_its_stage_is_the_same_in_any_folder():
 @pytest.mark.parametrize(("subject", "group"), GROUPS)
 def test_fewer_steps_are_the_same_calls_in_all_rows_and_the_same_shares(subject, group):
     base = base_of(subject)
-    given, rows = tuning.feedback_of(base), tuning.ROWS[subject][group]
+    given, rows = tuning.protocol.first_of(base, Feedback), tuning.ROWS[subject][group]
     whole, short = ({row: tuning.stage_of(base, subject, group, row, 0, steps) for row in rows} for steps in (None, 20))
     assert {stage.batch_size * stage.num_steps for stage in short.values()} == {20 * given.batch_size}
     for row, stage in short.items():

@@ -1,10 +1,12 @@
-"""DiffusionNFT's loss by hand, and that it has the stage of the study of tuning at equal calls."""
+"""DiffusionNFT's loss by hand, its loop on a tiny student, and that it has the study's stage at equal calls."""
 
 import nft
 import pytest
 import torch
 
-from mlcm_rl.recipe import Policy
+import runs
+from mlcm_rl import pipeline
+from mlcm_rl.recipe import Lora, Policy
 from mlcm_rl.recipe.file import load
 
 
@@ -26,3 +28,18 @@ def test_it_takes_the_row_of_the_study_that_it_is_compared_with():
     stage = nft.stage_of(load(nft.RECIPES / "scenes_demo.yaml", []), "scenes", "without_gradient", "policy", 1)
     assert isinstance(stage, Policy)
     assert (stage.seed, stage.batch_size * stage.num_steps) == (1, 8000)
+
+
+def test_its_loop_tunes_a_student_and_keeps_what_a_stage_keeps(tiny_sdxl, tmp_path):
+    adapter = Lora(rank=2, alpha=2.0)
+    stages = [runs.trajectories(runs.write_prompts(tmp_path)), runs.distill(num_segments=[2], adapter=adapter)]
+    recipe = runs.recipe(tiny_sdxl, tmp_path, stages)
+    student = pipeline.run(recipe)[-1].folder / "student"
+    stage = runs.tuning("policy", recipe.stages[0].prompts)
+    folder = tmp_path / "nft"
+    folder.mkdir()
+    nft.run(stage, recipe, student, folder, strength=1.0)
+    assert {"student", "guard.json", "log.jsonl"} <= {path.name for path in folder.iterdir()}
+    looks = nft.history(folder)
+    assert [look["step"] for look in looks] == [1, 2]
+    assert all(look["guard/distance"] > 0 for look in looks)

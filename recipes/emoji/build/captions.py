@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -92,8 +93,11 @@ def teacher_concepts() -> tuple[list[Concept], list[Concept]]:
     entries = json.loads((EMOJI / "concepts.json").read_text(encoding="utf-8"))
     chosen: dict[str, list[Concept]] = {split: [] for split in CONCEPT_SPLITS}
     for entry in entries:
-        words = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-        chosen[words.pop("split")].append(Concept(**words))
+        words: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
+        }
+        split = words.pop("split")
+        chosen[split].append(Concept(**words))
     return chosen["teacher"], chosen["held_out"]
 
 

@@ -26,7 +26,7 @@ from mlcm_rl.models import control, pictures, sampler, students, teachers
 from mlcm_rl.models.base import Base
 from mlcm_rl.models.composition import Composition, Weighted
 from mlcm_rl.models.students import PREFERENCE_FILE, Student
-from mlcm_rl.recipe import Teacher
+from mlcm_rl.recipe import Reward, Teacher
 from mlcm_rl.training import devices, seeding
 from sources import EMOJI, MEASURED, write_text
 
@@ -68,7 +68,7 @@ class Figures:
     def __init__(self) -> None:
         self.assessor = judge.load(EMOJI / "judge")
         names = ("emoji_style", "emoji_style_judge")
-        self.styles = {name: rewards.find(name)("cpu", torch.float32) for name in names}
+        self.styles = {name: rewards.build(Reward(name=name), "cpu") for name in names}
 
     @torch.no_grad()
     def of(self, images: Tensor, prompts: list[Prompt], edges: Tensor | None = None) -> dict[str, list[float]]:

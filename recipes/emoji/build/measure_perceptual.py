@@ -8,6 +8,7 @@ did not learn from. The features are under the empty prompt, after the first blo
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,9 +58,8 @@ def main() -> None:
     }
     for time in map(int, arguments.times.split(",")):
         for blocks in BLOCKS:
-            rows[f"features {blocks} at {time}"] = measured(
-                lambda a, b, time=time, blocks=blocks: by_features(base, a, b, time, blocks), pairs
-            )
+            by_blocks = partial(by_features, base, time=time, blocks=blocks)
+            rows[f"features {blocks} at {time}"] = measured(by_blocks, pairs)
     table = Table("distance", *(TITLES[name] for name in rows["L2"]))
     for name, row in rows.items():
         table.add_row(name, *(f"{mean:.3f} +- {error:.3f}" for mean, error in row.values()))

@@ -8,6 +8,7 @@ import mlcm_rl  # noqa: F401  (it quiets what the libraries below import)
 # isort: split
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,8 @@ def main() -> None:
     """Measure the shipped autoencoder; write `measured/reconstructions.json` and the sheet."""
     vae = AutoencoderKL.from_pretrained(EMOJI / "teacher" / "vae")
     assessor, pictures = judge.load(EMOJI / "judge"), load_pictures(64)
-    rows, report = pictures.rows_by_concept(min_styles=2), {}
+    rows = pictures.rows_by_concept(min_styles=2)
+    report: dict[str, dict[str, Any]] = {}
     for name, concepts in zip(("teacher", "held_out"), teacher_concepts(), strict=True):
         pixels = pictures.pixels[[row for concept in concepts for row in rows[concept.codepoint]]]
         real = torch.from_numpy(np.array(pixels))

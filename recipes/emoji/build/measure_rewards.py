@@ -24,6 +24,7 @@ from mlcm_rl import rewards
 from mlcm_rl.data.prompts import Prompt, read_prompts
 from mlcm_rl.data.trajectory_store import Store
 from mlcm_rl.evaluation import judge, metrics
+from mlcm_rl.recipe import Reward
 from sources import EMOJI, MEASURED, STYLES, write_text
 from train_rewards import PREFERENCE
 
@@ -93,7 +94,7 @@ def score_all(reward: rewards.RewardModel, images: Tensor, prompts: list[str]) -
 
 def style_report(images: Tensor, latents: Tensor, prompts: list[Prompt], vae: AutoencoderKL, climbed: int) -> dict:
     """Return both style rewards on samples (N, 3, H, W), and climbs from the first `climbed` of a lesser style."""
-    scorers: Scorers = {name: rewards.find(name)("cpu", torch.float32) for name in ("emoji_style", "emoji_style_judge")}
+    scorers: Scorers = {name: rewards.build(Reward(name=name), "cpu") for name in ("emoji_style", "emoji_style_judge")}
     styles, assessor = [prompt.style for prompt in prompts], judge.load(EMOJI / "judge")
     report: dict = {
         name: per_style(score_all(scorer, images, [""] * len(images)), styles) for name, scorer in scorers.items()
@@ -113,7 +114,7 @@ def style_report(images: Tensor, latents: Tensor, prompts: list[Prompt], vae: Au
 
 def alignment_report(images: Tensor, latents: Tensor, prompts: list[Prompt], vae: AutoencoderKL, climbed: int) -> dict:
     """Return `emoji_alignment` on samples with their own prompts and the next sample's, and a climb to the latter."""
-    reward, assessor = rewards.find("emoji_alignment")("cpu", torch.float32), judge.load(EMOJI / "judge")
+    reward, assessor = rewards.build(Reward(name="emoji_alignment"), "cpu"), judge.load(EMOJI / "judge")
     texts = [prompt.prompt for prompt in prompts]
     others, other_concepts = (x[1:] + x[:1] for x in (texts, [str(prompt.concept) for prompt in prompts]))
     own, wrong = (score_all(reward, images, asked) for asked in (texts, others))

@@ -47,7 +47,9 @@ def draw(base: Base, prompts: list[Prompt], guidance_scale: float, num_steps: in
 def recalls(features: Tensor, prompts: list[Prompt], assessor: judge.Judge) -> dict[str, list[float]]:
     """Return R@1 and R@5 with standard errors, per language, of pictures whose `features` (N, D) are the judge's."""
     places = {concept: i for i, concept in enumerate(assessor.concepts)}
-    rank = metrics.ranks(features, assessor.prototypes, torch.tensor([places[prompt.concept] for prompt in prompts]))
+    rank = metrics.ranks(
+        features, assessor.prototypes, torch.tensor([places[str(prompt.concept)] for prompt in prompts])
+    )
     report = {}
     for language in sorted({prompt.language for prompt in prompts}):
         mine = torch.tensor([prompt.language == language for prompt in prompts])

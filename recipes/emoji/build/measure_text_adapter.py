@@ -43,7 +43,7 @@ def main() -> None:
         sep="\n",
     )
     for name, measured in results.items():
-        cells = [f"{mean:.3f} +- {error:.3f}" for mean, error in map(measured.get, COLUMNS)]
+        cells = [f"{mean:.3f} +- {error:.3f}" for mean, error in (measured[column] for column in COLUMNS)]
         print(f"| {name} | {' | '.join(cells)} |")
 
 

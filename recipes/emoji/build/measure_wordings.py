@@ -35,7 +35,7 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
     columns = ("R@1 en", "R@5 en", "R@1 zh", "R@5 zh")
     rows = [f"| 40 prompts each | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
     for name, measured in results.items():
-        cells = [f"{mean:.3f} +- {error:.3f}" for mean, error in map(measured.get, columns)]
+        cells = [f"{mean:.3f} +- {error:.3f}" for mean, error in (measured[column] for column in columns)]
         rows.append(f"| `prompts/{name}.jsonl` | {' | '.join(cells)} |")
     return "\n".join(rows)
 

@@ -235,7 +235,8 @@ def read_openmoji() -> dict[str, str]:
     """Return codepoint -> SVG text of OpenMoji (CC-BY-SA-4.0)."""
     with tarfile.open(fetch(OPENMOJI)) as tar:
         members = [m for m in tar.getmembers() if m.isfile() and m.name.startswith("package/color/svg/")]
-        return {normalise(Path(m.name).stem): tar.extractfile(m).read().decode() for m in members}
+        files = {normalise(Path(m.name).stem): tar.extractfile(m) for m in members}
+        return {name: file.read().decode() for name, file in files.items() if file}  # a member that is no file has none
 
 
 def render(svg: str, size: int = 64) -> np.ndarray:

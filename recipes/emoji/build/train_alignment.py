@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captions import LANGUAGES, captions_of, split_of, teacher_concepts
@@ -104,8 +104,9 @@ def train(
         on_step(step, loss.item())
     with torch.no_grad():
         first = encoder.picture_head[0]
-        first.weight /= deviation
-        first.bias -= first.weight @ mean
+        assert isinstance(first, nn.Linear)
+        first.weight.div_(deviation)
+        first.bias.sub_(first.weight @ mean)
 
 
 def e5_loss(meant: Tensor, wanted: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ def main() -> None:
     ]
     shown = [concepts[pictured[place]] for place in mine]
     report: dict[str, object] = {"settings": asdict(settings), "scale": round(encoder.scale.item(), 1)}
-    groups = {
+    groups: dict[str, tuple[str, list[int] | slice, list[Concept], list[Concept]]] = {
         "seen concepts, candidates: seen": ("training", mine, shown, []),
         "held-out concepts, candidates: held-out": ("held_out", slice(None), held_out, []),
         "held-out concepts, candidates: held-out and seen": ("held_out", slice(None), held_out, shown),

@@ -80,8 +80,8 @@ def train(
         updates.take(loss)
         on_step(step, loss.item())
     with torch.no_grad():
-        head.weight /= scale
-        head.bias -= head.weight @ mean
+        head.weight.div_(scale)
+        head.bias.sub_(head.weight @ mean)
 
 
 @torch.no_grad()

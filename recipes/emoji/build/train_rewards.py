@@ -90,7 +90,9 @@ def train_head(
         batch = standard[torch.randint(len(standard), (settings.num_concepts,), generator=generator)]
         loss = loss_of(head(dropout(batch, settings.dropout, generator)), settings.contrary).mean()
         updates.take(loss)
-    scale.fold_into(head[0] if isinstance(head, nn.Sequential) else head)
+    first = head[0] if isinstance(head, nn.Sequential) else head
+    assert isinstance(first, nn.Linear)
+    scale.fold_into(first)
 
 
 def drawings_of(pictures: Pictures, rows: list[list[int]]) -> Tensor:
@@ -182,7 +184,7 @@ def load_views(seed: int, shift: int) -> dict[str, list[Tensor]]:
     return parts
 
 
-def train_style(parts: dict[str, list[Tensor]], settings: HeadSettings) -> dict[str, object]:
+def train_style(parts: dict[str, list[Tensor]], settings: HeadSettings) -> dict[str, dict[str, float]]:
     """Train and write `emoji_style`; return its accuracy on pairs of held-out concepts."""
     features = _efficientnet_lite.PictureFeatures()
     save(efficientnet_trunk(features.trunk), _efficientnet_lite.SHIPPED)
@@ -194,7 +196,7 @@ def train_style(parts: dict[str, list[Tensor]], settings: HeadSettings) -> dict[
     return measured(parts, features, lambda inputs: pair_accuracy(head(inputs).squeeze(-1)))
 
 
-def train_judge(parts: dict[str, list[Tensor]], settings: HeadSettings) -> dict[str, object]:
+def train_judge(parts: dict[str, list[Tensor]], settings: HeadSettings) -> dict[str, dict[str, float]]:
     """Train and write `emoji_style_judge`; return its accuracy on pictures of held-out concepts."""
     classifier = emoji_style_judge.untrained()
     trunk = mobilenet_trunk(classifier.trunk)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,7 +31,7 @@ from updates import Updates, say_every
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 STYLE_OR_NONE = (*STYLES, None)
-Tower = CLIPTextModel | CLIPTextModelWithProjection
+Tower: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
 
 @dataclass(frozen=True)

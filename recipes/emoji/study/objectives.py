@@ -20,7 +20,7 @@ import objective_summary
 from mlcm_rl import pipeline
 from mlcm_rl.data.prompts import read_prompts
 from mlcm_rl.pipeline import finished_runs
-from mlcm_rl.recipe import Dpo, Evaluate, Recipe, Tuning
+from mlcm_rl.recipe import Dpo, Evaluate, Feedback, Policy, Recipe, Tuning
 from mlcm_rl.recipe.experiment import TUNING
 from mlcm_rl.recipe.file import load
 
@@ -33,15 +33,15 @@ STEPS = 4  # of the sampler that is tuned and measured
 PAIRS = {"num_prompts": 1000, "num_generations": 4}  # of the table that `dpo_offline` learns from
 
 # Row -> the stage of the recipe that it is, and what it changes there.
-ROWS: dict[str, tuple[str, dict]] = {
-    "feedback": ("feedback", {}),
-    "dpo": ("dpo", {}),
-    "dpo-offline": ("dpo", {}),  # the same, from a table of pairs that `mlcm pairs` makes once
-    "policy": ("policy", {}),
-    "feedback-english": ("feedback", {"languages": {"en": 1.0}}),
-    "feedback-chinese": ("feedback", {"languages": {"zh": 1.0}}),
+ROWS: dict[str, tuple[type[Tuning], dict]] = {
+    "feedback": (Feedback, {}),
+    "dpo": (Dpo, {}),
+    "dpo-offline": (Dpo, {}),  # the same, from a table of pairs that `mlcm pairs` makes once
+    "policy": (Policy, {}),
+    "feedback-english": (Feedback, {"languages": {"en": 1.0}}),
+    "feedback-chinese": (Feedback, {"languages": {"zh": 1.0}}),
     "feedback-alignment": (
-        "feedback",
+        Feedback,
         {"rewards": [{"name": "emoji_alignment"}], "guard": {"rewards": [{"name": "emoji_style_judge"}]}},
     ),
 }
@@ -75,7 +75,7 @@ def main() -> None:
 def tune(base: Recipe, row: str, seed: int) -> tuple[Tuning, Path]:
     """The stage of `row` under `seed`, run, and its folder."""
     kind, changes = ROWS[row]
-    given = next(stage for stage in base.stages if stage.kind == kind)
+    given = protocol.first_of(base, kind)
     if row == "dpo-offline":
         changes = {"pairs": str(pair_table(base)), "num_generations": Dpo.model_fields["num_generations"].default}
     merged = given.model_dump() | {"seed": seed} | changes
@@ -88,20 +88,20 @@ def tune(base: Recipe, row: str, seed: int) -> tuple[Tuning, Path]:
 def pair_table(base: Recipe) -> Path:
     """A table of pairs: the distilled student's own samples, ranked by the reward that the others are trained on."""
     student = pipeline.run(with_stages(base, "preference-student", distilled(base), []))[-1].folder
-    given = next(stage for stage in base.stages if isinstance(stage, Dpo))
+    given = protocol.first_of(base, Dpo)
     out = Path(base.runs) / "preference-pairs"
-    settings = {"num_steps": STEPS, "min_margin": 0.0, "seed": 0, "batch_size": 64, **PAIRS}
-    finished_runs.pairs(student, Path(given.prompts), given.rewards[0].name, out, **settings)
+    prompts, reward = Path(given.prompts), given.rewards[0].name
+    finished_runs.pairs(student, prompts, reward, out, **PAIRS, num_steps=STEPS, min_margin=0.0, seed=0, batch_size=64)
     return out
 
 
 def measure(base: Recipe, tuned: list[tuple[Tuning, Path]], prompts: int, styled: int) -> tuple[list[dict], list[dict]]:
     """Reports of all students beside the distilled one, each under the gamma it was tuned for: one list on the first
     `prompts` prompts, one on `styled` prompts that name a style, two pictures of each."""
-    given = next(stage for stage in base.stages if isinstance(stage, Evaluate))
+    given = protocol.first_of(base, Evaluate)
     shared = {"sampling_steps": [STEPS], "teacher_steps": [25], "distribution": True}
     with_style = {"prompts": str(styled_prompts(base, given.prompts)), "num_prompts": styled, "images_per_prompt": 2}
-    kinds = ({"num_prompts": prompts}, with_style | {"rewards": []})
+    kinds: tuple[dict, dict] = ({"num_prompts": prompts}, with_style | {"rewards": []})
     found: tuple[list[dict], list[dict]] = ([], [])
     for gamma in dict.fromkeys(stage.gamma or 0.0 for stage, _ in tuned):
         also = [str(folder) for stage, folder in tuned if (stage.gamma or 0.0) == gamma]

@@ -11,6 +11,7 @@ import sys
 from collections import defaultdict
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
@@ -175,8 +176,9 @@ def write(rows: list[Row], path: Path) -> None:
 
 def read(path: Path) -> list[Row]:
     """Return the rows of a table that `write` wrote."""
+    kinds = get_type_hints(Row)
     with path.open(encoding="utf-8", newline="") as file:
         return [
-            Row(**{field.name: field.type(line[field.name]) for field in fields(Row) if field.name in line})
+            Row(**{name: kind(line[name]) for name, kind in kinds.items() if name in line})
             for line in csv.DictReader(file, delimiter="\t")
         ]

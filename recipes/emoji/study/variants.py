@@ -12,10 +12,11 @@ done: the study may be cut off, go on elsewhere, or be shared among machines (`-
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from mlcm_rl.recipe import Distill, Evaluate, Recipe
+from mlcm_rl.recipe import Distill, Evaluate, Recipe, Stage, Trajectories
 from mlcm_rl.recipe.distill import RECOMMENDED
 from mlcm_rl.recipe.file import load
 
@@ -35,7 +36,7 @@ BUDGETS = CONDITIONED | RECOMMENDED
 LCM = ONE | {"source": "data", "images": "data/emoji_64", "target": "consistency", "target_ema": 0.95}
 
 # Row -> distill settings beside batch size, rate and steps, which all share.
-ROWS = {
+ROWS: dict[str, dict[str, Any]] = {
     "lcm": LCM,
     "lcm_long": LCM,
     "fixed_8": {"num_segments": [8], "target": "consistency"},
@@ -105,18 +106,20 @@ def recipe_of(base: Recipe, row: str, seed: int, num_steps: int, num_prompts: in
 
     The seed is that of the training alone: all students learn from the same trajectories.
     """
-    trajectories, given = base.stages[0], base.stages[1]
-    stages = [trajectories, distill_stage(given, SECOND_STAGE.get(row, row), num_steps, seed)]
+    given = protocol.first_of(base, Distill)
+    student = distill_stage(given, SECOND_STAGE.get(row, row), num_steps, seed)
+    stages: list[Stage] = [protocol.first_of(base, Trajectories), student]
     if row in SECOND_STAGE:
-        second = {
+        second: dict[str, Any] = {
             "method": "inter_segment",
             "num_segments": [1],
             "space": "x0",
             "num_steps": num_steps // 5,
             "seed": seed,
         }
-        stages.append(Distill(**second, **shared_settings(given), learning_rate=given.learning_rate))
-    gammas = [0.0, 1.0] if stages[-1].default_gamma == 1.0 else [0.0]
+        student = Distill(**second, **shared_settings(given), learning_rate=given.learning_rate)
+        stages.append(student)
+    gammas = [0.0, 1.0] if student.default_gamma == 1.0 else [0.0]
     students = "last" if row in UNASKED else "snapshots"
     stages.append(evaluate_stage(base, num_prompts, students, gammas))
     return base.model_copy(update={"name": f"{row.replace('_', '-')}-{seed}", "stages": stages})
@@ -151,7 +154,7 @@ def shared_settings(given: Distill) -> dict:
 
 def evaluate_stage(base: Recipe, num_prompts: int, students="snapshots", gammas=(), solvers=()) -> Evaluate:
     """The base's evaluation of what the study compares: `students` under `gammas`, or the teacher's `solvers`."""
-    given = next(stage for stage in base.stages if isinstance(stage, Evaluate))
+    given = protocol.first_of(base, Evaluate)
     chosen = {
         "sampling_steps": NUM_STEPS,
         "gammas": list(gammas) or [0.0],

@@ -74,7 +74,7 @@ def summary(prompts: list[Prompt], results: list[dict[str, bool]]) -> dict[str, 
     """Return mean and standard error of the share that is right: over all, by language, relation and question."""
     rows: dict[str, list[float]] = defaultdict(list)
     for prompt, result in zip(prompts, results, strict=True):
-        for key in ("over all", prompt.language, prompt.concept.split(" ")[0]):
+        for key in ("over all", prompt.language, str(prompt.concept).split(" ")[0]):
             rows[key].append(float(result["all"]))
         for question, right in result.items():
             if question != "all":
@@ -108,7 +108,7 @@ def main() -> None:
         for steps in arguments.steps:
             images = sampler.draw([p.prompt for p in prompts], steps, arguments.guidance, arguments.shift)
             readings = read_in_parts(judge, images)
-            results = [answers(read_code(p.concept), r) for p, r in zip(prompts, readings, strict=True)]
+            results = [answers(read_code(str(p.concept)), r) for p, r in zip(prompts, readings, strict=True)]
             report[f"{name}, {steps} steps"] = summary(prompts, results)
             print(f"{name}, {steps} steps: {json.dumps(summary(prompts, results))}", flush=True)
             if sheet:

@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,8 +70,8 @@ def training_cells(drawings: Drawings, concepts: Sequence[str], rounds: int) -> 
     """
     draw, noise = random.Random("judge"), torch.Generator().manual_seed(0)
     sources = [read_drawings(style) for style in STYLES]
-    others = sorted(set.intersection(*(set(s) for s in sources)) - {*concepts})
-    others = [render_transparent(draw.choice(sources)[c], DRAWING) for c in draw.sample(others, NUM_OTHERS)]
+    strangers = sorted(set.intersection(*(set(s) for s in sources)) - {*concepts})
+    others = [render_transparent(draw.choice(sources)[c], DRAWING) for c in draw.sample(strangers, NUM_OTHERS)]
     cells, classes, styles = [], [], []
 
     palette = list(BACKGROUNDS.values())
@@ -148,8 +149,8 @@ def train_head(judge: SceneJudge, tapped: Tensor, classes: Tensor, styles: Tenso
         updates.take(loss)
         say(step, loss.item())
     head.requires_grad_(False)
-    head.weight /= scale
-    head.bias -= head.weight @ mean
+    head.weight.div_(scale)
+    head.bias.sub_(head.weight @ mean)
 
 
 def real_scenes(concepts: Sequence[str], count: int, seed: str) -> list[Scene]:
@@ -199,7 +200,11 @@ def main() -> None:
     train_head(judge, tapped, classes, styles)
     save(judge, JUDGE)
     scenes = real_scenes(concepts, 1000, "judge's test")
-    report = {"minutes": round((time.time() - started) / 60, 1), "cells": len(cells), "scenes": len(scenes)}
+    report: dict[str, Any] = {
+        "minutes": round((time.time() - started) / 60, 1),
+        "cells": len(cells),
+        "scenes": len(scenes),
+    }
     report |= {"real scenes": accuracy(scenes, read_in_parts(judge, paint_all(drawings, scenes)))}
     print(json.dumps(report), flush=True)
     write_text(JUDGE / "training.json", json.dumps(report, indent=1) + "\n")

@@ -37,7 +37,9 @@ def part_path(part: int, num_concepts: int) -> Path:
 
 def load_parts(num_concepts: int) -> tuple[list[Scene], torch.Tensor]:
     """Return the scenes and latents of every part that is there. Raise FileNotFoundError if none is."""
-    concepts, scenes, latents = [c.codepoint for c in read_concepts()][:num_concepts], [], []
+    concepts = [c.codepoint for c in read_concepts()][:num_concepts]
+    scenes: list[Scene] = []
+    latents: list[torch.Tensor] = []
     while (path := part_path(len(latents), num_concepts)).exists():
         scenes += scenes_of_part(len(latents), concepts)
         latents.append(load_file(path)["latents"])

@@ -91,9 +91,9 @@ def tokenizer_corpus(draw: random.Random) -> list[str]:
     A Chinese word stands alone and before random characters, for no space ends it in a sentence.
     """
     emoji, own = ({language: set[str]() for language in LANGUAGES} for _ in range(2))
-    for concept in list_concepts():
+    for drawn in list_concepts():
         for language in LANGUAGES:
-            label, tags = label_and_tags(concept, language)
+            label, tags = label_and_tags(drawn, language)
             emoji[language] |= {label, *tags}
     for language in LANGUAGES:
         for concept in read_concepts():
@@ -177,6 +177,8 @@ class ConceptHead(nn.Module):
 
     A head with weights of its own for each concept finds none in hundreds of steps: this one learns for all at once.
     """
+
+    prototypes: Tensor
 
     def __init__(self, prototypes: Tensor) -> None:
         super().__init__()

@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,7 +165,7 @@ def write(reader: SceneReader, concepts: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def measure(drawings: Drawings, concepts: Sequence[str], vae: AutoencoderKL, count: int) -> dict[str, object]:
+def measure(drawings: Drawings, concepts: Sequence[str], vae: AutoencoderKL, count: int) -> dict[str, Any]:
     """Return accuracies on real scenes of held-out combinations, painted and rebuilt.
 
     "cells": the likeliest kind and style of every cell is right; "preferred": the own request is likelier than the next
@@ -172,7 +173,8 @@ def measure(drawings: Drawings, concepts: Sequence[str], vae: AutoencoderKL, cou
     """
     scenes, match = real_scenes(concepts, count, "scene_match's test"), SceneMatch("cpu", torch.float32)
     requests = [scene.request(True, True) for scene in scenes]
-    pictures, generator, report = paint_all(drawings, scenes), torch.Generator().manual_seed(0), {}
+    pictures, generator = paint_all(drawings, scenes), torch.Generator().manual_seed(0)
+    report: dict[str, Any] = {}
     latents = torch.cat([vae.encode(part * 2 - 1).latent_dist.mean for part in pictures.split(25)])
     noise = torch.randn(latents.shape, generator=generator) / vae.config.scaling_factor
     views = {"painted": pictures}
@@ -196,9 +198,10 @@ def measure(drawings: Drawings, concepts: Sequence[str], vae: AutoencoderKL, cou
     return report
 
 
-def read_all(match: SceneMatch, images: Tensor) -> list[Tensor]:
+def read_all(match: SceneMatch, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what the reward's network reads of many pictures, as `SceneReader.read`."""
-    return [torch.cat(parts) for parts in zip(*(match.reader.read(part) for part in images.split(25)), strict=True)]
+    kinds, styles, backgrounds = zip(*(match.reader.read(part) for part in images.split(25)), strict=True)
+    return torch.cat(kinds), torch.cat(styles), torch.cat(backgrounds)
 
 
 def likeliest(read: Sequence[Tensor], concepts: Sequence[str]) -> list[Reading]:
@@ -213,7 +216,7 @@ def likeliest(read: Sequence[Tensor], concepts: Sequence[str]) -> list[Reading]:
 
 
 @torch.no_grad()
-def compare_with_judge(vae: AutoencoderKL, concepts: Sequence[str], count: int) -> dict[str, object]:
+def compare_with_judge(vae: AutoencoderKL, concepts: Sequence[str], count: int) -> dict[str, Any]:
     """Return how reward and judge agree on the teacher's samples of the first test prompts, at 25 guided steps.
 
     Shares of pictures that both, or only one, see as asked; "log_p" of those that the judge calls right and wrong, and

@@ -83,7 +83,7 @@ def run(stage: Policy, recipe: Recipe, start: Path, folder: Path, strength: floa
     optimizer = adamw(parameters, stage)
     trained = rt.prepare(student.denoiser, optimizer)
     old = {name: value.detach().clone() for name, value in trained.items()}  # the policy that samples
-    guard = HackingGuard(stage, student, trained, rewards, recipe.seed)
+    guard = HackingGuard(rt, stage, student, trained, rewards)
     rewards.take_in(guard.reference_scores)
     first = rt.resume({"student": trained, "best": guard.best, "old": old}, rewards=rewards, guard=guard)
     for step in rt.steps(first, stage.num_steps, "nft", lambda: guard.stopped):

@@ -103,18 +103,22 @@ def main() -> None:
     summaries = torch.cat([next(one for one in each.values() if one.ndim == 2) for each in encoded])
     for num_updates in UPDATES:
         network = OnLatents(x0.shape[1], summaries.shape[1])
-        found = worth(lambda rows, own=network: own(x0[rows], summaries[rows]), network, scores, num_updates)
+
+        def read(rows: slice, network: OnLatents = network) -> Tensor:
+            return network(x0[rows], summaries[rows])
+
+        found = worth(read, network, scores, num_updates)
         Console().print(f"on latents, {num_updates} updates a batch: {found}", soft_wrap=True)
     for time in TIMES:
-        read, first = [], 0
+        parts_read, first = [], 0
         for conditioning in encoded:
             rows = slice(first, first := first + len(next(iter(conditioning.values()))))
             t = torch.full((rows.stop - rows.start,), time)
             x_t = add_noise(x0[rows], noise[rows], t, base.schedule)
             with torch.no_grad():
                 told = torch.zeros_like(t) if student.conditioned else None
-                read.append(features(base, x_t, t, conditioning, student.denoiser, told))
-        whole = joined(read)
+                parts_read.append(features(base, x_t, t, conditioning, student.denoiser, told))
+        whole = joined(parts_read)
         for num_updates in UPDATES:
             heads = Heads([one.shape[1:] for one in whole], WIDTH, seed=0)
 
