@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import runs
+from mlcm_rl.evaluation.row_store import RowStore
 from mlcm_rl.evaluation.rows import Entry, entries, student_folders, student_rows, teacher_rows
 from mlcm_rl.evaluation.training_cost import TrainingCost
 from mlcm_rl.models.gammas import own_gamma
@@ -201,6 +202,18 @@ def test_tuned_students_stand_beside_the_distilled_one_they_start_from(tmp_path)
     parents = {"policy": tmp_path / "policy", "distill": tmp_path / "distill", "train_teacher": tmp_path / "teacher"}
     folders = student_folders(stage(), parents)
     assert folders == {"student": tmp_path / "distill" / "student", "policy": tmp_path / "policy" / "student"}
+
+
+def test_a_kept_row_is_another_by_whatever_its_pictures_depend_on_and_by_no_name(tmp_path):
+    store = RowStore(tmp_path, {"prompts": "p"}, "reference")
+    (row,) = [one for one in student_rows(stage(sampling_steps=[4]), 0, student(1)) if one.gamma == 0.0]
+    others = {
+        "num_steps": 3, "solver": "ddim", "guidance_scale": 2.0, "times": [999, 1, 0], "gamma": 0.5, "conditioned": True
+    }  # fmt: skip
+    paths = [store.path(row.model_copy(update={name: value}), None) for name, value in others.items()]
+    assert len({store.path(row, None), *paths}) == 1 + len(others)
+    same = row.model_copy(update={"id": "other", "name": "other", "default": not row.default})
+    assert store.path(same, None) == store.path(row, None)
 
 
 def test_snapshots_come_along_but_for_the_last_which_is_the_student(tmp_path):

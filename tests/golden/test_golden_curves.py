@@ -14,7 +14,7 @@ import pytest
 import runs
 import text_adapters
 from mlcm_rl import pipeline
-from mlcm_rl.recipe import Stage, TrainControl, TrainReward, TrainTeacher
+from mlcm_rl.recipe import Stage, TrainControl, TrainPerceptual, TrainReward, TrainTeacher
 
 CURVES = Path(__file__).with_name("curves.json")
 # Counts, and small differences of large figures, which another processor's rounding shows in.
@@ -26,6 +26,8 @@ LEFT_OUT = {
     "log_ratio_chosen",
     "log_ratio_rejected",
     "held_out_accuracy",
+    "held_out_accuracy/seen_one",
+    "held_out_accuracy/unseen_one",
     "guard/trained_gain",
     "guard/held_out_gain",
     "guard/win_rate/brightness",
@@ -53,6 +55,32 @@ DISTILLED = {
     "second-stage": {"num_segments": [1], "method": "inter_segment", "num_steps": 3},
     "budgets": {"num_segments": [1], "condition_on_target": True, "budgets": [2, 3, 4, 6, 8], "distance": "log_l2"},
     "online": {"num_segments": [2], "source": "online", "prompts": "prompts", "target": "consistency"},
+    "features": {"num_segments": [1], "target": "trajectory", "distance": "features", "feature_time": 20},
+    "matching-adversarial": {
+        "num_segments": [1],
+        "method": "inter_segment",
+        "renoise": "student",
+        "prompts": "prompts",
+        "space": "x0",
+        "num_student_steps": 2,
+        "matching": {"weight": 0.5, "fake": {"rank": 2, "alpha": 2.0, "num_updates": 2}},
+        "adversarial": {"width": 4, "gradient_penalty": 0.01},
+    },
+    "simulation": {
+        "num_segments": [1],
+        "method": "simulation",
+        "prompts": "prompts",
+        "num_student_steps": 2,
+        "matching": {"weight": 1.0, "fake": {"rank": 2, "alpha": 2.0}},
+        "adversarial": {"width": 4, "loss": "softplus", "real": "images"},
+        "images": "images",
+    },
+    "milestones-relativistic": {
+        "num_segments": [2],
+        "starts": "milestones",
+        "target": "trajectory",
+        "adversarial": {"width": 4, "jumps": "all", "sees_start": True, "loss": "relativistic"},
+    },
     "data": {"num_segments": [1], "source": "data", "images": "images", "target": "consistency", "distance": "huber"},
 }
 TUNED = {
@@ -77,6 +105,9 @@ ADAPTED = {
 }
 TEACHERS = {"teacher-random": {"prompt_dropout": 0.5}, "teacher-min-snr": {"start": "teacher", "min_snr_gamma": 5.0}}
 CONTROLS = {"control": {}}
+PERCEPTUAL = {
+    "perceptual": {"widths": [4, 6], "depths": [1, 1], "distortions": ["blur"], "held_out_distortions": ["noise"]}
+}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +132,9 @@ def stages_of(name: str, inputs: dict[str, str]) -> list[Stage]:
         return [TrainReward(pairs=inputs["pairs"], batch_size=3, held_out=0.3, held_out_every=1, **steps, **changes)]
     if name in TEACHERS:
         return [TrainTeacher(images=inputs["images"], batch_size=4, warmup_steps=1, **steps, **changes)]
+    if name in PERCEPTUAL:
+        settings = {"images": inputs["images"], "batch_size": 4, "num_held_out_pairs": 4, "warmup_steps": 1}
+        return [TrainPerceptual(**steps, **settings, **PERCEPTUAL[name])]
     if name in ADAPTED:
         adapted = text_adapters.stage(inputs["parallel"], inputs["encoder"], **ADAPTED[name])
         return [runs.trajectories(inputs["parallel"]), adapted]
@@ -124,7 +158,7 @@ def figures(tiny_sdxl: Path, inputs: dict[str, str], name: str) -> dict[str, lis
     return {figure: values for figure, values in found.items() if figure not in LEFT_OUT}
 
 
-@pytest.mark.parametrize("name", [*DISTILLED, *TUNED, *ADAPTED, *REWARDS, *TEACHERS, *CONTROLS])
+@pytest.mark.parametrize("name", [*DISTILLED, *TUNED, *ADAPTED, *REWARDS, *TEACHERS, *CONTROLS, *PERCEPTUAL])
 def test_figures_are_those_stored(tiny_sdxl, inputs, name):
     found = figures(tiny_sdxl, inputs, name)
     stored = json.loads(CURVES.read_text()) if CURVES.is_file() else {}

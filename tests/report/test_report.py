@@ -275,6 +275,19 @@ def test_what_training_cost_stands_beside_every_student_and_is_explained():
     assert console.export_text().count("1.23M") == 2
 
 
+def test_student_and_teacher_are_compared_at_two_four_and_eight_evaluations():
+    """The best of each: 0.2, 0.3 and 0.1 against 0.5 everywhere; 6 evaluations are in the table alone."""
+    both = [planted("reference", "reference", 100, [0.0] * 4, [1.0] * 4)]
+    for evaluations, distance in {2: 0.2, 4: 0.3, 6: 0.1, 8: 0.1}.items():
+        both.append(planted(f"t{evaluations}", "undistilled", evaluations, [0.5, 0.6, 0.4, 0.5], [0.0] * 4))
+        both.append(planted(f"s{evaluations}", "student", evaluations, [distance] * 4, [0.0] * 4))
+        both.append(planted(f"worse{evaluations}", "student", evaluations, [distance + 0.1] * 4, [0.0] * 4))
+    compared = [one for one in made(both).comparisons if one.metric == "distance"]
+    found = {one.num_evaluations: (one.student, one.teacher, round(one.difference, 6)) for one in compared}
+    assert found == {2: ("s2", "t2", -0.3), 4: ("s4", "t4", -0.2), 8: ("s8", "t8", -0.4)}
+    assert {one.verdict for one in compared} == {"ahead"}
+
+
 def test_latency_is_shown_with_its_error_where_it_has_one():
     timed = [row.model_copy(update={"latency_ms_se": 0.4567}) for row in rows()]
     assert all(tables.cells(made(timed), row)[1] == "12.35 \u00b1 0.46" for row in timed)

@@ -12,8 +12,8 @@ from evaluation_case import PICTURES, PROMPTS
 from mlcm_rl import pipeline
 from mlcm_rl.models import students
 from mlcm_rl.recipe import Evaluate
-from mlcm_rl.report import assembly, comparisons, page, tables, tuned_students
-from mlcm_rl.report.types import Comparison, Measurements, Prompt, Report, Row, TunedComparison, TunedStudent
+from mlcm_rl.report import assembly, comparisons, figures, page, tables, tuned_students
+from mlcm_rl.report.types import Comparison, Measurements, Prompt, Report, Row, Summary, TunedComparison, TunedStudent
 
 LANGUAGES = ["en", "zh", "en", "zh"]
 
@@ -77,6 +77,28 @@ def test_a_constraint_on_a_reward_of_one_language_is_measured_on_its_prompts():
     rows = planted("student", reward_style=before), planted("dpo", reward_style=after)
     (one,) = tuned_students.compare(list(rows), PLANTED_PROMPTS, entry(max_drops={"style": 0.1}))
     assert one.drops["style"].as_json() == {"mean": pytest.approx(math.sqrt(0.5)), "se": 0.0, "n": 2}
+
+
+@pytest.mark.parametrize(
+    ("drop", "error", "outcome"),
+    [
+        (0.05, 0.01, "met."),
+        (-0.30, 0.01, "met."),
+        (0.20, 0.01, "not met."),
+        (0.09, 0.02, "met, within two standard errors of the limit."),
+        (0.12, 0.02, "not met, within two standard errors of the limit."),
+        (0.10, 0.00, "met, within two standard errors of the limit."),
+    ],
+)
+def test_a_constraint_is_met_below_its_limit_and_clearly_so_from_two_errors(drop, error, outcome):
+    """At most 0.1 deviations below the student before."""
+    compared = TunedComparison(
+        num_steps=4, row="dpo-4-0", reference="student-4-0", differences={}, win_rates={},
+        drops={"style": Summary(mean=drop, se=error, n=4)},
+    )  # fmt: skip
+    (text,) = tuned_students.constraints(entry(max_drops={"style": 0.1}, comparisons=[compared]))
+    fell = f"it fell by {figures.plus_minus(drop, error)} deviations, at most 0.1 was allowed: {outcome}"
+    assert text == f"Constraint on style: {fell}"
 
 
 def test_a_win_is_a_pictures_and_not_that_of_a_prompts_mean():

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import runs
 from mlcm_rl import pipeline
+from mlcm_rl.equations.schedule import snr
 from mlcm_rl.stages import distill
 from mlcm_rl.storage.files import CheckpointError
 from mlcm_rl.training.loop import NonFiniteLoss
@@ -141,6 +142,33 @@ def test_every_source_trains(tiny_sdxl, store, tmp_path, method):
     }[method]
     found = records(train(tiny_sdxl, store, tmp_path / "run", **settings))
     assert all(record["loss"] >= 0 and record["grad_norm"] > 0 for record in found if "loss" in record)
+
+
+def test_the_global_stage_in_x0_has_the_weight_of_the_signal_to_noise_ratio(tiny_sdxl, store, tmp_path, monkeypatch):
+    """A loss in x0 is SNR(t) + 1 times that in z, of the same jumps of an untrained student."""
+    original, seen = distill.loss, {}
+
+    def recorded(settings, network, batch, *rest):
+        value = original(settings, network, batch, *rest)
+        seen.setdefault(settings.space, []).append((batch.t, value.detach(), network.base.schedule))
+        return value
+
+    monkeypatch.setattr(distill, "loss", recorded)
+    for space in ("z", "x0"):
+        settings = {"method": "inter_segment", "num_segments": [1], "num_steps": 1, "space": space}
+        train(tiny_sdxl, store, tmp_path / space, **settings)
+    (t, plain, schedule), (again, weighted, _) = seen["z"][0], seen["x0"][0]
+    assert torch.equal(t, again)
+    assert (plain > 0).all()
+    torch.testing.assert_close(weighted / plain, snr(t, schedule) + 1.0, rtol=1e-4, atol=0.0)
+
+
+def test_the_newest_checkpoints_are_kept_and_no_others(tiny_sdxl, store, tmp_path):
+    train(tiny_sdxl, store, tmp_path, num_segments=[1], num_steps=5, save_every=1, keep_checkpoints=2)
+    steps = [int(path.name.removeprefix("step-")) for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert len(steps) == 2
+    assert steps[1] - steps[0] == 1
+    assert steps[1] >= 4
 
 
 def test_a_second_stage_starts_from_the_first_ones_student(tiny_sdxl, store, tmp_path):

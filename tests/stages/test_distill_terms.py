@@ -89,6 +89,32 @@ def test_the_log_has_every_term_and_they_add_up(whole):
         assert record["fake_grad_norm"] > 0 < record["heads_grad_norm"]
 
 
+def first_record(teacher: Path, store: Path, folder: Path, **settings) -> dict:
+    return runs.records(train(teacher, store, folder, num_steps=1, log_every=1, **settings))[0]
+
+
+@pytest.mark.parametrize("part", ["matching", "adversarial", "distance"])
+def test_a_part_of_half_the_weight_is_half_of_it_and_the_others_stay(tiny_sdxl, store, tmp_path, part):
+    whole = {"matching": MATCHING | {"weight": 1.0}, "adversarial": ADVERSARIAL | {"weight": 1.0}}
+    half = whole | ({"distance_weight": 0.5} if part == "distance" else {part: whole[part] | {"weight": 0.5}})
+    found = {name: first_record(tiny_sdxl, store, tmp_path / name, **s) for name, s in (("1", whole), ("half", half))}
+    for one in ("matching", "adversarial", "distance"):
+        share = 0.5 if one == part else 1.0
+        assert found["half"][one] == pytest.approx(share * found["1"][one], rel=1e-5), one
+
+
+def test_the_penalty_of_the_heads_counts_by_its_weight(tiny_sdxl, store, tmp_path):
+    """Before the first update their loss is a + w b: the differences of three weights are as these."""
+    losses = [
+        first_record(tiny_sdxl, store, tmp_path / str(weight), adversarial=ADVERSARIAL | {"gradient_penalty": weight})[
+            "heads_loss"
+        ]
+        for weight in (0.0, 100.0, 300.0)
+    ]
+    assert losses[1] - losses[0] > 1e-3
+    assert (losses[2] - losses[0]) / (losses[1] - losses[0]) == pytest.approx(3.0, rel=1e-2)
+
+
 def test_the_networks_of_the_terms_learn_and_the_teacher_does_not(tiny_sdxl, store, tmp_path, monkeypatch):
     """No loss leaves a gradient on another network than its own, and steps change the fake score and the heads."""
     bases, left = [], []

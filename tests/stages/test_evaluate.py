@@ -1,9 +1,11 @@
 """Stage `evaluate` from end to end on a tiny teacher: what must be equal is, and what cannot work is refused."""
 
+import itertools
 import json
 import math
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +85,29 @@ def test_values_do_not_depend_on_the_batch_size_and_repeat_bit_for_bit(place, re
         assert one["latency_ms_se"] > 0  # two batches
         whole = row(report, id=one["id"])["metrics"]["distance"]["values"]  # of all prompts, in batches of 12
         assert one["metrics"]["distance"]["values"] == pytest.approx(whole[:3], rel=1e-3, abs=1e-9)
+
+
+def test_distances_and_latencies_of_planted_samples_by_hand(place, tmp_path, monkeypatch):
+    """Three guided DDIM steps draw 1, two of them 3, all else 0: 0, 4 and 1 from the first.
+
+    Both batches take 2 s, of 4 and 2 prompts: 500 ms and 1,000 ms a picture, whose median is 750.
+    """
+    monkeypatch.setattr(evaluate.page, "write", lambda *_: None)
+    seconds = itertools.count(0, 2)
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+
+    def planted(scene, row, student, batch, conditioning):
+        value = {3: 1.0, 2: 3.0}.get(row.num_steps, 0.0) if (row.solver, row.guidance_scale) == ("ddim", 3.0) else 0.0
+        return torch.full((len(batch), *scene.base.latent_shape), value)
+
+    monkeypatch.setattr(evaluate, "sample", planted)
+    few = {"judge": None, "rewards": [], "also": [], "images_per_prompt": 1, "num_prompts": 6, "batch_size": 4}
+    found = run(place, tmp_path, **few)
+    for one in found["rows"]:
+        is_guided = (one["solver"], one["guidance_scale"]) == ("ddim", 3.0)
+        expected = {3: 0.0, 2: 4.0}.get(one["num_steps"], 1.0) if is_guided else 1.0
+        assert one["metrics"]["distance"]["values"] == [expected] * 6
+        assert one["latency_ms"] == pytest.approx(750.0)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import runs
 from mlcm_rl import pipeline
 from mlcm_rl.data.distortions import KINDS, draw_pairs
+from mlcm_rl.data.prompts import CaptionedImages
 from mlcm_rl.models import lpips, teachers
 from mlcm_rl.pipeline.fingerprint import locate
 from mlcm_rl.recipe import Distill, Teacher, TrainPerceptual
@@ -70,6 +71,22 @@ def test_pairs_depend_on_their_row_alone():
     assert set(whole.is_second.tolist()) <= {0.0, 1.0}
 
 
+@pytest.mark.parametrize("kind", ["blur", "noise"])
+def test_the_answer_of_a_pair_is_the_one_that_is_nearer_to_the_picture(kind):
+    """Of one kind, whose strength is seen in the squared error too."""
+    draws = torch.Generator().manual_seed(0)
+    images = (torch.rand(32, 3, 4, 4, generator=draws) * 255).byte().repeat_interleave(4, 2).repeat_interleave(4, 3)
+    pairs = draw_pairs(images, [kind], [kind], None, ("seed",))
+    first, second = (
+        (one.float() - pairs.original.float()).square().flatten(1).mean(1) for one in (pairs.first, pairs.second)
+    )
+    decided = first != second
+    right = (second < first)[decided] == pairs.is_second.bool()[decided]
+    assert decided.sum() > 24
+    assert right.float().mean() > 0.9
+    assert 0 < pairs.is_second.sum() < 32
+
+
 def test_its_unit_and_its_measures_are_written(whole):
     measured = json.loads((whole / "measured.json").read_text())["accuracy"]
     assert set(measured) == {"trained", "untrained", "l2"}
@@ -82,6 +99,26 @@ def test_its_unit_and_its_measures_are_written(whole):
     assert "held_out_accuracy/seen_one" in records[-1]
     network = lpips.load(whole, 4, torch.device("cpu"))
     assert all((one >= 0).all() for one in network.channel_weights)
+
+
+def test_its_unit_and_the_shares_of_the_squared_distance_by_hand(whole, tiny_sdxl, tmp_path):
+    """Its held-out pairs made again: 1 on average between two different pictures."""
+    stage, base = stage_of(), teachers.load(Teacher(path=str(tiny_sdxl), family="sdxl"), torch.device("cpu"))
+    images = torch.stack(list(CaptionedImages(pictures(tmp_path), base.resolution).pictures()))
+    seed = runs.recipe(tiny_sdxl, tmp_path, [stage_of(images="unused")]).seed
+    _, held_out = train_perceptual.split(images, stage.held_out, seed)
+    pairs = train_perceptual.held_out_pairs(stage, base, held_out, seed)["seen"]
+    network, originals = lpips.load(whole, 4, torch.device("cpu")), pairs.original
+    apart = train_perceptual.neighbours_apart(stage, held_out)
+    with torch.no_grad():
+        unit = network(originals, originals.roll(1, 0))[apart].mean()
+    assert unit.item() == pytest.approx(1.0, rel=1e-4)
+    nearer = [(one - originals).square().flatten(1).mean(1) for one in (pairs.first, pairs.second)]
+    right = ((nearer[1] < nearer[0]) == pairs.is_second.bool()).double()
+    right[nearer[0] == nearer[1]] = 0.5
+    measured = json.loads((whole / "measured.json").read_text())["accuracy"]["l2"]
+    for name, chosen in (("seen_one", pairs.is_one_kind), ("seen_two", ~pairs.is_one_kind)):
+        assert measured[name][0] == pytest.approx(right[chosen].mean().item(), abs=1e-4)
 
 
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(whole, tiny_sdxl, tmp_path, monkeypatch):

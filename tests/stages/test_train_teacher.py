@@ -8,10 +8,12 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 
 import runs
 import tiny
 from mlcm_rl import pipeline
+from mlcm_rl.equations.averaging import ema_decay
 from mlcm_rl.equations.prediction import min_snr_weight
 from mlcm_rl.models import teachers
 from mlcm_rl.recipe import Samples, Teacher, TrainTeacher
@@ -84,6 +86,35 @@ def test_a_teacher_is_trained_to_a_whole_folder_that_is_a_teacher(request, tiny_
     assert there == {path.relative_to(tiny_sdxl) for path in Path(tiny_sdxl).rglob("*") if path.is_file()}
     for name in ("vae", "text_encoder", "text_encoder_2"):
         assert hashing.sha256(made / name / weights(name)) == hashing.sha256(tiny_sdxl / name / weights(name))
+
+
+def test_what_is_written_is_the_average_of_the_weights_by_hand(tiny_sdxl, tmp_path, monkeypatch):
+    """After every step the average moves to the trained weights by 1 - decay, from the weights that it began with."""
+    seen: list[list[torch.Tensor]] = []
+    update = train_teacher.ema_update_
+
+    def recorded(average, trained, decay):
+        average, trained = list(average), list(trained)
+        seen.extend([[value.clone() for value in average]] if not seen else [])
+        seen.append([value.detach().clone() for value in trained])
+        update(average, trained, decay)
+
+    monkeypatch.setattr(train_teacher, "ema_update_", recorded)
+    stage = TrainTeacher(
+        images=runs.write_images(tmp_path), num_steps=3, batch_size=2, start="teacher", learning_rate=1e-2,
+        ema_decay=0.5, warmup_steps=0,
+    )  # fmt: skip
+    made = pipeline.run(runs.recipe(tiny_sdxl, tmp_path, [stage]))[0].folder / "teacher"
+    names = [name for name, _ in UNet2DConditionModel.from_pretrained(tiny_sdxl / "unet").named_parameters()]
+    by_hand, *steps = (dict(zip(names, values, strict=True)) for values in seen)
+    assert len(steps) == 3
+    for step, trained in enumerate(steps):
+        decay = ema_decay(step, 0.5)
+        by_hand = {name: decay * by_hand[name] + (1 - decay) * trained[name] for name in names}
+    written = load_file(made / "unet" / weights("unet"))
+    assert any(not torch.equal(by_hand[name].half(), steps[-1][name].half()) for name in names)
+    for name in names:
+        torch.testing.assert_close(written[name], by_hand[name].half(), rtol=1e-3, atol=1e-6)
 
 
 def weights(part: str) -> str:
