@@ -251,6 +251,12 @@ def test_plan_under_a_launch_on_a_device_tells_time_and_what_does_not_fit_in_a_h
     assert "What stands under host is in the memory of the CPU" in result.stdout
 
 
+def test_a_machines_rank_without_a_launch_is_refused(mlcm, pipeline):
+    refused = mlcm("run", "good.yaml", "--machine-rank", "1")
+    assert refused.exit_code == 2
+    assert "go with --launch" in " ".join(refused.stderr.replace("│", " ").split())
+
+
 def test_plan_refuses_a_device_and_a_launch_that_it_does_not_know(mlcm, pipeline, root):
     unknown = mlcm("plan", "good.yaml", "--device", "abacus")
     assert unknown.exit_code == 2

@@ -209,6 +209,13 @@ def test_a_reward_that_would_end_the_program_is_an_error(mlcm, installed, folder
 # ---- check ----
 
 
+def test_check_of_a_folder_of_too_few_pictures_is_refused(mlcm, tmp_path):
+    refused = mlcm("rewards", "check", "brightness", "--images", str(tmp_path))
+    assert refused.exit_code == 2
+    assert "holds 0 pictures (" in flat(refused.stderr)
+    assert "must hold 2" in flat(refused.stderr)
+
+
 def test_check_prints_a_line_a_check_and_ends_with_0(mlcm):
     result = mlcm("rewards", "check", "brightness")
     assert result.exit_code == 0

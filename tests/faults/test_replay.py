@@ -12,6 +12,7 @@ import runs
 from mlcm_rl import pipeline
 from mlcm_rl.cli.app import app
 from mlcm_rl.pipeline import RunError
+from mlcm_rl.stages import distill
 from mlcm_rl.storage import files
 from mlcm_rl.storage.files import CheckpointError
 from mlcm_rl.training import replay
@@ -93,6 +94,43 @@ def test_a_run_that_diverges_says_how_to_repeat_the_step_and_the_command_prints_
     changed = CliRunner().invoke(app, ["replay", bundle])
     assert changed.exit_code == 1
     assert "the figures differ" in changed.output
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda bundle: bundle["stage"].update(unheard=1), "is of another version: 1 settings are unknown"),
+        (lambda bundle: bundle["parents"].update(trajectories="gone"), "starts from the trajectories stage in .*gone"),
+        (lambda bundle: bundle["figures"].update(step="3"), "is damaged: its figures do not say their step"),
+    ],
+    ids=["another-version", "no-parent", "no-step"],
+)
+def test_a_bundle_that_cannot_be_repeated_is_refused_in_words(bundle, change, words):
+    path, content = bundle
+    changed = json.loads(json.dumps(content))
+    change(changed)
+    path.write_text(json.dumps(changed))
+    with pytest.raises(CheckpointError, match=words):
+        replay.read(path)
+
+
+def test_a_stage_that_ends_before_the_bundles_step_is_said(bundle, monkeypatch):
+    path, content = bundle
+    path.write_text(json.dumps(content))
+    monkeypatch.setattr(distill, "run", lambda *_: None)
+    with pytest.raises(RunError, match="the stage ended before step 2"):
+        pipeline.replay(path)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_sdxl, tmp_path_factory) -> tuple[Path, dict]:
+    """What a step that diverged has left, and its content."""
+    folder = tmp_path_factory.mktemp("bundle")
+    stages = [runs.trajectories(runs.write_prompts(folder)), runs.distill(learning_rate=1e30, num_steps=4)]
+    with pytest.raises(RunError, match="nothing was updated"):
+        pipeline.run(runs.recipe(tiny_sdxl, folder, stages))
+    (path,) = folder.rglob("nonfinite-*.json")
+    return path, json.loads(path.read_text())
 
 
 def test_what_is_no_bundle_is_refused_in_words(tmp_path):

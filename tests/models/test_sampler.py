@@ -182,7 +182,7 @@ def test_after_the_block_every_layer_computes_again(sdxl):
     expected = [sdxl.predict(sdxl.denoiser, *at, prompt) for prompt in (cat, dog)]
     with sdxl.same_prompts(sdxl.denoiser):
         assert torch.equal(sdxl.predict(sdxl.denoiser, *at, cat), expected[0])
-    with pytest.raises(RuntimeError), sdxl.same_prompts(sdxl.denoiser):
+    with pytest.raises(RuntimeError, match="channels"), sdxl.same_prompts(sdxl.denoiser):
         sdxl.predict(sdxl.denoiser, torch.randn(1, 1, 8, 8), at[1], cat)
     assert torch.equal(sdxl.predict(sdxl.denoiser, *at, dog), expected[1])
     assert not any("forward" in vars(layer) for layer in sdxl.denoiser.modules())

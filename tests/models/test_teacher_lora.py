@@ -18,7 +18,7 @@ import tiny
 from mlcm_rl.models import students, teacher_lora, teachers
 from mlcm_rl.models.client_files import KOHYA_FILE
 from mlcm_rl.models.export import denoiser_for_steps, export
-from mlcm_rl.models.lora_files import LORA_FILE
+from mlcm_rl.models.lora_files import LORA_FILE, METADATA_KEY
 from mlcm_rl.pipeline.fingerprint import locate
 from mlcm_rl.pipeline.planning import Sizes
 from mlcm_rl.recipe import Lora, Teacher
@@ -167,6 +167,13 @@ def test_a_lora_over_another_family_and_a_damaged_one_are_refused(tiny_sdxl, tmp
         teachers.load(named(("sdxl", tiny_sdxl), file), "cpu")
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="is damaged"):
+        teachers.load(named(("sdxl", tiny_sdxl), file), "cpu")
+
+
+def test_a_header_that_is_no_configuration_is_refused(tiny_sdxl, tmp_path):
+    file = write(tiny_sdxl, tmp_path / "lora")
+    save_file(load_file(file), file, {METADATA_KEY: "[1"})
+    with pytest.raises(ValueError, match="its header holds no configuration of PEFT's"):
         teachers.load(named(("sdxl", tiny_sdxl), file), "cpu")
 
 

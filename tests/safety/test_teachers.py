@@ -160,6 +160,7 @@ def test_every_value_of_every_key_is_refused_by_name_or_runs(teacher):
         ("unet", "layers_per_block", 10**7, "layers_per_block: expected less than or equal to 256, found 10000000"),
         ("unet", "class_embed_type", "timestep", "class_embed_type: expected None, found 'timestep'"),
         ("unet", "norm_num_groups", 5, "norm_num_groups 5 does not divide block_out_channels 12"),
+        ("unet", "conv_in_kernel", 4, "conv_in_kernel 4 is even: pictures would shrink"),
         ("unet", "cross_attention_dim", 41, "cross_attention_dim: expected 40, the width of text_encoder, found 41"),
         ("unet", "block_out_channels", [12, 0], "block_out_channels[1]: expected greater than 0, found 0"),
         ("scheduler", "prediction_type", "flow", "prediction_type: expected 'epsilon', 'v_prediction' or 'sample'"),

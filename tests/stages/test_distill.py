@@ -84,6 +84,18 @@ def test_a_resumed_run_that_skipped_nothing_differs_when_the_optimizer_is_lost(t
     assert not all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_moments_that_do_not_fit_say_which_checkpoint_to_delete(tiny_sdxl, store, tmp_path, monkeypatch):
+    with runs.crashing_at(2):
+        train(tiny_sdxl, store, tmp_path, num_steps=3, num_segments=[1])
+
+    def misfit(optimizer, tensors):
+        raise ValueError("moments of another optimiser")
+
+    monkeypatch.setattr("mlcm_rl.training.states.load_optimizer", misfit)
+    with pytest.raises(CheckpointError, match=r"step-0*2: moments of another optimiser: delete checkpoints/"):
+        train(tiny_sdxl, store, tmp_path, num_steps=3, num_segments=[1])
+
+
 @pytest.mark.parametrize(
     ("optimizer_state", "updates"), [("keep", 3), ("reset", 1), (["keep", "reset", "keep"], 2)], ids=str
 )
