@@ -62,10 +62,13 @@ def rollout(
     generators: torch.Generator | Sequence[torch.Generator] | None = None,
     conditioned: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the states (N, B, C, H, W) that `sample` visits, the first being `noise`, and its x0 (B, C, H, W)."""
+    """Return the states that `sample` visits, the first being `noise`, and the x0 of each, (N, B, C, H, W) both.
+
+    The last x0 is the sample.
+    """
     with base.same_prompts(denoiser):
         steps = list(walk(base, denoiser, conditioning, noise, times, gamma, generators, conditioned))
-    return torch.stack([x_t for x_t, _ in steps]), steps[-1][1]
+    return torch.stack([x_t for x_t, _ in steps]), torch.stack([x0 for _, x0 in steps])
 
 
 def walk(

@@ -197,7 +197,7 @@ class HackingGuard:
             for one, state in zip(batch.generators, states, strict=True):
                 one.set_state(state)
             with self.rt.autocast():
-                _, x0 = self.student.rollout(batch.conditioning, batch.noise, batch.generators)
+                x0 = self.student.sample(batch)
             images = self.student.base.autoencoder.decode(x0)
             latents.append(x0.cpu())
             for rewards in self.rewards.values():

@@ -48,12 +48,21 @@ class TunableStudent:
         """The trained weights, those of the preference adapter, by name."""
         return {name: value for name, value in self.denoiser.named_parameters() if value.requires_grad}
 
-    def rollout(
-        self, conditioning: Conditioning, noise: Tensor, generators: Sequence[torch.Generator]
-    ) -> tuple[Tensor, Tensor]:
-        """Return the sampler's states (N, B, C, H, W) and its sample x0 (B, C, H, W), without gradient."""
+    def sample(self, start: "Start") -> Tensor:
+        """Return the sampler's sample x0 (B, C, H, W), without gradient."""
+        return self.rollout(start)[1][-1]
+
+    def rollout(self, start: "Start") -> tuple[Tensor, Tensor]:
+        """Return the sampler's states and the x0 of each, (N, B, C, H, W) both, without gradient."""
         return sampler.rollout(
-            self.base, self.denoiser, conditioning, noise, self.times, self.gamma, generators, self.conditioned
+            self.base,
+            self.denoiser,
+            start.conditioning,
+            start.noise,
+            self.times,
+            self.gamma,
+            start.generators,
+            self.conditioned,
         )
 
     def walk(self, start: "Start", last: int, grad_steps: int) -> Iterator[tuple[Tensor, Tensor]]:

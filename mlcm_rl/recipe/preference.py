@@ -295,13 +295,12 @@ class Policy(Tuning):
         return self.num_generations
 
     def step(self, samples: int, part: int) -> list[Pass]:
-        """Return the samples, and the evaluations for log-probabilities: old, of the reference, and current."""
+        """Return the samples, and the evaluations for log-probabilities: of the reference, with `beta`, and current."""
         steps, actions = self.sampling_steps, self.sampling_steps - 1
         sampled = Pass("student", samples, steps, part, is_chained=True, viewer="rewards", num_with_keys=1)
         return [
             sampled,
             *[replace(sampled, role="reference")] * bool(self.max_drops),
-            Pass("student", samples, actions),
-            Pass("reference", samples, actions),
+            *[Pass("reference", samples, actions)] * bool(self.beta),
             Pass("student", samples * self.num_iterations, actions, part, gradient=True),
         ]

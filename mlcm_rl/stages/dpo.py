@@ -167,9 +167,9 @@ def rank_samples(
     """Sample the n copies of each prompt of `start`; return the best and the worst by the Lagrangian of the rewards."""
     if constraints.limits:
         with constraints.reference_drawing(start):
-            _, x0 = student.rollout(start.conditioning, start.noise, start.generators)
-            constraints.add_reference(x0, rewards, start, scores)
-    states, x0 = student.rollout(start.conditioning, start.noise, start.generators)
+            constraints.add_reference(student.sample(start), rewards, start, scores)
+    states, x0s = student.rollout(start)
+    x0 = x0s[-1]
     with torch.no_grad():
         total, raw = rewards(student.base.autoencoder.decode(x0), start.prompts, start.languages)
     scores.add_rewards(raw)

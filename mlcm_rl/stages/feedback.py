@@ -175,7 +175,7 @@ def graded_sample(
     Return the last state and its x0, (n B, C, H, W) each; its time t (n B,); and n, the copies of each sample.
     """
     if stage.gradient == "low_variance":  # DRaFT-LV: the finished sample, noised n times to the last step's time
-        _, x0 = student.rollout(start.conditioning, start.noise, start.generators)
+        x0 = student.sample(start)
         t, _ = student.jump(last, len(x0))
         eps = torch.stack([student.base.noise(start.generators, len(x0)) for _ in range(stage.num_copies)])
         x_t = feedback.renoised_copies(x0, eps, t, student.base.schedule)
@@ -238,7 +238,7 @@ def lagrangian(stage: Feedback, scoring: Scoring, images: Tensor, start: tuning.
 
 def step_kl(student: tuning.TunableStudent, start: tuning.Start) -> Tensor:
     """Return the KL (B,) to the reference of one random stochastic step of each sample, per element."""
-    states, _ = student.rollout(start.conditioning, start.noise, start.generators)
+    states, _ = student.rollout(start)
     steps = tuning.draw_steps(len(student.times) - 1, start.generators)
     t, s = student.jumps(steps)
     x_t = states[steps, torch.arange(len(steps))]

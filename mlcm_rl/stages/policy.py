@@ -85,7 +85,7 @@ class Rollout:
     start: tuning.Start
     states: Tensor  # (N, B, C, H, W)
     log_probs: Tensor  # (N - 1, B) of the steps, under the policy that sampled them
-    reference_means: Tensor  # (N - 1, B, C, H, W) of the same steps under the reference
+    reference_means: list[Tensor]  # N - 1 of (B, C, H, W), of the same steps under the reference; none without beta
     advantages: Tensor  # (B,)
 
 
@@ -98,43 +98,55 @@ def sample_rollout(
     start: tuning.Start,
     scores: tuning.Scores,
 ) -> Rollout:
-    """Return samples of the current policy, their advantages within each prompt's group, and the reference's means."""
+    """Return samples of the current policy, their advantages within each prompt's group, and the reference's means.
+
+    What the steps were drawn from gives their log-probabilities: no pass but those of the sampler.
+    """
     if constraints.limits:
         with constraints.reference_drawing(start):
-            _, x0 = student.rollout(start.conditioning, start.noise, start.generators)
-            constraints.add_reference(x0, rewards, start, scores)
-    states, x0 = student.rollout(start.conditioning, start.noise, start.generators)
-    total, raw = rewards(student.base.autoencoder.decode(x0), start.prompts, start.languages)
+            constraints.add_reference(student.sample(start), rewards, start, scores)
+    states, x0s = student.rollout(start)
+    total, raw = rewards(student.base.autoencoder.decode(x0s[-1]), start.prompts, start.languages)
     scores.add_rewards(raw)
     groups = (total - constraints.penalty(raw)).unflatten(0, (-1, stage.num_generations))
     advantages = policy.group_advantages(groups, scale=stage.scale_rewards == "group").flatten()
     steps = range(len(student.times) - 1)
-    references = [step_mean(student, start, states, step, reference=True)[0] for step in steps]
-    log_probs = [policy.gaussian_log_prob(states[step + 1], *step_mean(student, start, states, step)) for step in steps]
-    return Rollout(start, states, torch.stack(log_probs), torch.stack(references), advantages)
+    log_probs = [policy.gaussian_log_prob(states[i + 1], *step_gaussian(student, states[i], x0s[i], i)) for i in steps]
+    references = reference_means(student, start, states) if stage.beta else []
+    return Rollout(start, states, torch.stack(log_probs), references, advantages)
+
+
+def reference_means(student: tuning.TunableStudent, start: tuning.Start, states: Tensor) -> list[Tensor]:
+    """Return the means (B, C, H, W) of the steps from `states` (N, B, C, H, W), but the last, under the reference."""
+    means = []
+    for step, x_t in enumerate(states[:-1]):
+        x0 = student.reference_x0(x_t, *student.jump(step, len(x_t)), start.conditioning)
+        means.append(step_gaussian(student, x_t, x0, step)[0])
+    return means
 
 
 def loss(stage: Policy, student: tuning.TunableStudent, rollout: Rollout, scores: tuning.Scores) -> Tensor:
     """Return the mean over steps (B,) float32 of PPO's clipped loss with GRPO's advantages and the exact KL."""
     values = []
     for step in range(len(student.times) - 1):
-        mean, std = step_mean(student, rollout.start, rollout.states, step)
+        x_t = rollout.states[step]
+        x0 = student.x0(x_t, *student.jump(step, len(x_t)), rollout.start.conditioning)
+        mean, std = step_gaussian(student, x_t, x0, step)
         log_prob = policy.gaussian_log_prob(rollout.states[step + 1], mean, std)
         old = rollout.log_probs[step]
-        kl = policy.gaussian_kl(mean, rollout.reference_means[step], std) / mean[0].numel()
         clipped = ((log_prob - old).exp() - 1.0).abs() > stage.clip_range
-        scores.add({"kl": kl, "clipped": clipped.float()})
+        scores.add({"clipped": clipped.float()})
         # log-probabilities are per element, and so are ratio and clip range
-        surrogate = policy.clipped_surrogate(log_prob, old, rollout.advantages, stage.clip_range)
-        values.append(surrogate + stage.beta * kl)
+        value = policy.clipped_surrogate(log_prob, old, rollout.advantages, stage.clip_range)
+        if stage.beta:
+            kl = policy.gaussian_kl(mean, rollout.reference_means[step], std) / mean[0].numel()
+            scores.add({"kl": kl})
+            value = value + stage.beta * kl
+        values.append(value)
     return torch.stack(values).mean(0)
 
 
-def step_mean(
-    student: tuning.TunableStudent, start: tuning.Start, states: Tensor, step: int, reference: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return mean (B, C, H, W) and std of the Gaussian that the sampler's step number `step` draws from."""
-    t, s = student.jump(step, len(start.noise))
-    network = student.reference_x0 if reference else student.x0
-    x0 = network(states[step], t, s, start.conditioning)
-    return policy.step_gaussian(states[step], x0, t, s, student.gamma, student.base.schedule)
+def step_gaussian(student: tuning.TunableStudent, x_t: Tensor, x0: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Return mean (B, C, H, W) and std of what step number `step` of the sampler draws from at `x_t` and its `x0`."""
+    t, s = student.jump(step, len(x_t))
+    return policy.step_gaussian(x_t, x0, t, s, student.gamma, student.base.schedule)

@@ -261,9 +261,9 @@ def ends(
 ) -> Tensor:
     """The states at index 0 (N, D, 1, 1) where our sampler ends from `noise`, with one step from each of `times`."""
     generator = torch.Generator().manual_seed(seed)
-    states, x0 = rollout(base_under(denoiser), denoiser, context(noise), noise, times, gamma, generator, conditioned)
+    states, x0s = rollout(base_under(denoiser), denoiser, context(noise), noise, times, gamma, generator, conditioned)
     t, s = (torch.full((len(noise),), time) for time in (times[-1], 0))
-    return transfer(states[-1], x0, t, s, schedule_of(denoiser))
+    return transfer(states[-1], x0s[-1], t, s, schedule_of(denoiser))
 
 
 @torch.no_grad()

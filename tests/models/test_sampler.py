@@ -168,12 +168,14 @@ def test_a_student_without_gradient_computes_them_once_too(sdxl, autocast, monke
     once, several = sample(), sample(grad_steps=2)
     assert (once[1], several[1]) == (1, len(TIMES))  # a step with gradient has a graph of its own
     assert torch.equal(once[0], several[0])
-    states, x0 = sampler.rollout(sdxl, student, sdxl.encode_prompts(["a cat", "dog"]), noise, TIMES, 0.0)
+    states, x0s = sampler.rollout(sdxl, student, sdxl.encode_prompts(["a cat", "dog"]), noise, TIMES, 0.0)
     without_same_prompts(monkeypatch, sdxl)
     assert torch.equal(once[0], sample()[0])
     expected = sampler.rollout(sdxl, student, sdxl.encode_prompts(["a cat", "dog"]), noise, TIMES, 0.0)
     assert torch.equal(states, expected[0])
-    assert torch.equal(x0, expected[1])
+    assert torch.equal(x0s, expected[1])
+    alone = sampler.sample(sdxl, student, sdxl.encode_prompts(["a cat", "dog"]), noise, TIMES, 0.0)
+    assert torch.equal(x0s[-1], alone)
 
 
 def test_after_the_block_every_layer_computes_again(sdxl):

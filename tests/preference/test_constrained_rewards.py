@@ -45,10 +45,9 @@ def test_an_untuned_student_falls_by_nothing_and_draws_the_noise_that_it_would_h
     begun, again = (tuning.start(student.base, prompts.draw(0, 2), [generator(0), generator(1)]) for _ in range(2))
     scores, rewards = tuning.Scores(), combine(stage.rewards, "cpu")
     with found.reference_drawing(begun):
-        _, reference = student.rollout(begun.conditioning, begun.noise, begun.generators)
+        reference = student.sample(begun)
         found.add_reference(reference, rewards, begun, scores)
-    _, own = student.rollout(begun.conditioning, begun.noise, begun.generators)
-    _, expected = student.rollout(again.conditioning, again.noise, again.generators)
+    own, expected = student.sample(begun), student.sample(again)
     assert torch.equal(own, expected)
     scores.add_rewards(rewards.raw(student.base.autoencoder.decode(own), begun.prompts, begun.languages))
     assert found.take_in(scores)["drop/sharpness"] == pytest.approx(0.0, abs=1e-5)

@@ -125,7 +125,7 @@ def loss(
     t, _ = student.jumps(steps)
     s = torch.zeros_like(t)
     with torch.no_grad(), rt.swapped(old):
-        _, sample = student.rollout(start.conditioning, start.noise, start.generators)
+        sample = student.sample(start)
         x_t = add_noise(sample, base.noise(start.generators, len(sample)), t, base.schedule)
         old_x0 = student.x0(x_t, t, s, start.conditioning)
         total, raw = rewards(base.autoencoder.decode(sample), start.prompts, start.languages)
