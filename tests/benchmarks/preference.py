@@ -10,37 +10,36 @@ on the embedded teacher. A step is its rollout, decoding, reward, backward pass 
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
-from distillation import PROMPTS, TEACHER, now, peak_mb
-from rich.box import SIMPLE_HEAD
+from measuring import in_own_process, now, peak_mb, table_of_figures
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from torch import Tensor
+from training_step import DEVICE, PROMPTS, TEACHER, TrainingStep, recipe_of
 
 from mlcm_rl.models import students, teachers
 from mlcm_rl.preference import tuning
 from mlcm_rl.preference.constraints import Constraints
 from mlcm_rl.recipe import Dpo, Feedback, Lora, Policy
-from mlcm_rl.rewards import combine
+from mlcm_rl.rewards import Combined, combine
 from mlcm_rl.stages import dpo, feedback, policy
 
-FIRST = "feedback, K = 1"
-VARIANTS = {
-    FIRST: {"kind": Feedback, "num_grad_steps": 1},
-    "feedback, K = 2": {"kind": Feedback, "num_grad_steps": 2},
-    "feedback, K = 4": {"kind": Feedback, "num_grad_steps": 4},
-    "... K = 1, checkpointing": {"kind": Feedback, "num_grad_steps": 1, "gradient_checkpointing": True},
-    "... K = 2, checkpointing": {"kind": Feedback, "num_grad_steps": 2, "gradient_checkpointing": True},
-    "... K = 4, checkpointing": {"kind": Feedback, "num_grad_steps": 4, "gradient_checkpointing": True},
-    "dpo online, 4 samples a pair": {"kind": Dpo},
-    "policy, groups of 4": {"kind": Policy, "gamma": 1.0},
+Tuned = Feedback | Dpo | Policy
+VARIANTS: dict[str, tuple[type[Tuned], dict[str, object]]] = {
+    "feedback, K = 1": (Feedback, {"num_grad_steps": 1}),
+    "feedback, K = 2": (Feedback, {"num_grad_steps": 2}),
+    "feedback, K = 4": (Feedback, {"num_grad_steps": 4}),
+    "... K = 1, checkpointing": (Feedback, {"num_grad_steps": 1, "gradient_checkpointing": True}),
+    "... K = 2, checkpointing": (Feedback, {"num_grad_steps": 2, "gradient_checkpointing": True}),
+    "... K = 4, checkpointing": (Feedback, {"num_grad_steps": 4, "gradient_checkpointing": True}),
+    "dpo online, 4 samples a pair": (Dpo, {"num_generations": 4}),
+    "policy, groups of 4": (Policy, {"num_generations": 4, "gamma": 1.0}),
 }
-SETTINGS = {
+SETTINGS: dict[str, object] = {
     "prompts": PROMPTS,
     "num_steps": 1,
     "rewards": [{"name": "emoji_style"}],
@@ -49,41 +48,50 @@ SETTINGS = {
 
 
 def measure(name: str, num_steps: int, batch_size: int) -> dict[str, float]:
-    """Median seconds of a step after one to warm up, and peak memory in MB, of one variant."""
-    settings = {key: value for key, value in VARIANTS[name].items() if key != "kind"}
-    stage = VARIANTS[name]["kind"](batch_size=batch_size, **(SETTINGS | settings))
-    base = teachers.load(TEACHER, "cuda" if torch.cuda.is_available() else "cpu")
+    """Return median seconds of a step after one to warm up, and peak memory in MB, of one variant."""
+    kind, settings = VARIANTS[name]
+    stage = kind.model_validate(SETTINGS | settings | {"batch_size": batch_size})
+    recipe = recipe_of(stage)
+    base = teachers.load(TEACHER, DEVICE)
     with tempfile.TemporaryDirectory() as place:
-        description = {"num_segments": 4, "family": base.family, "prediction_type": base.prediction_type}
-        students.save_student(students.student(base, Lora(), seed=0), Path(place) / "student", description)
-        student = tuning.load(stage, base, Path(place) / "student", seed=0)
-    rewards = combine(stage.rewards, base.device)
-    parameters = list(student.parameters.values())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-    prompts, seconds = tuning.Prompts(stage, base, 0), []
+        start = Path(place) / "student"
+        description = {"num_segments": 4, **students.expected_of(base)}
+        students.save_student(students.student(base, Lora(), recipe.seed), start, description)
+        student = tuning.load(stage, base, start, recipe.seed)
+        training = TrainingStep(recipe, stage, student.denoiser, Path(place))
+    rewards = combine(stage.rewards, base.device, stage.normalise)
+    prompts, seconds = tuning.Prompts(stage, base, recipe.seed), []
     for step in range(num_steps + 1):
-        started = now()
-        loss(stage, student, rewards, prompts, step).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        started, scores = now(), tuning.Scores()
+        draws = training.rt.generator("draws", step)
+        training.update(partial(loss, stage, student, rewards, prompts, step, draws, scores))
+        rewards.take_in(scores.rewards())
         seconds.append(now() - started)
     return {"seconds": statistics.median(seconds[1:]), "peak_mb": peak_mb()}
 
 
-def loss(stage, student: tuning.TunableStudent, rewards, prompts: tuning.Prompts, step: int) -> torch.Tensor:
-    """The loss of one step (B,), as its stage takes it."""
-    scores, constraints = tuning.Scores(), Constraints(stage, student, {})
-    if isinstance(stage, Feedback):
-        (start,) = prompts.starts(student.base, step, stage.batch_size, stage.batch_size)
-        return feedback.loss(stage, student, rewards, constraints, None, start, None, len(student.times) - 1, scores)
+def loss(
+    stage: Tuned,
+    student: tuning.TunableStudent,
+    rewards: Combined,
+    prompts: tuning.Prompts,
+    step: int,
+    draws: torch.Generator,
+    scores: tuning.Scores,
+) -> Tensor:
+    """Return the loss (B,) of a step, as its stage takes it; the raw scores go into `scores`."""
+    constraints = Constraints(stage, student, {})
     if isinstance(stage, Dpo):
-        (pairs,) = dpo.OwnPairs(stage, student, rewards, 0).batches(step, constraints, scores)
+        (pairs,) = dpo.OwnPairs(stage, student, rewards, prompts.seed).batches(step, constraints, scores)
         return dpo.loss(stage, student, pairs, scores)
-    copies = stage.num_generations
-    (start,) = prompts.starts(student.base, step, stage.batch_size // copies, stage.batch_size, copies)
-    return policy.loss(
-        stage, student, policy.sample_rollout(stage, student, rewards, constraints, start, scores), scores
-    )
+    copies = stage.samples_together
+    (start,) = prompts.starts(student.base, step, stage.batch_size // copies, stage.micro_batch, copies)
+    if isinstance(stage, Feedback):
+        scoring = feedback.Scoring(rewards, constraints, None, scores)
+        last = feedback.last_step(stage, len(student.times), draws)
+        return feedback.loss(stage, student, scoring, start, None, last)
+    rollout = policy.sample_rollout(stage, student, rewards, constraints, start, scores)
+    return policy.loss(stage, student, rollout, scores)
 
 
 def main() -> None:
@@ -96,19 +104,15 @@ def main() -> None:
         print(json.dumps(measure(arguments.only, arguments.steps, arguments.batch_size)))
         return
     title = f"Preference learning, batch {arguments.batch_size}: samples, pairs for dpo"
-    table = Table("", title=title, box=SIMPLE_HEAD)
-    for head in ("s a step", "ratio", "a second", "peak MB"):
-        table.add_column(head, justify="right", no_wrap=True)
+    table = table_of_figures(title, "", "s a step", "ratio", "a second", "peak MB")
+    sizes = ("--steps", arguments.steps, "--batch-size", arguments.batch_size)
     reference = None
     for name in track(VARIANTS, "variants", console=Console(stderr=True)):
-        sizes = ("--steps", str(arguments.steps), "--batch-size", str(arguments.batch_size))
-        command = [sys.executable, __file__, "--only", name, *sizes]
-        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(output.stdout.splitlines()[-1])
-        reference = reference or found["seconds"]
-        rate = arguments.batch_size / found["seconds"]
-        figures = (f"{found['seconds']:.2f}", f"{found['seconds'] / reference:.2f}", f"{rate:.1f}")
-        table.add_row(name, *figures, f"{found['peak_mb']:.0f}")
+        figures = in_own_process(__file__, "--only", name, *sizes)
+        seconds = figures["seconds"]
+        reference = reference or seconds
+        rate, peak = arguments.batch_size / seconds, figures["peak_mb"]
+        table.add_row(name, f"{seconds:.2f}", f"{seconds / reference:.2f}", f"{rate:.1f}", f"{peak:.0f}")
     Console().print(table)
 
 

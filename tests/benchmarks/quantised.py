@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-from rich.box import SIMPLE_HEAD
+from measuring import table_of_figures
 from rich.console import Console
 from rich.table import Table
+from training_step import PROMPTS, TEACHER, DistillationStep, recipe_of
 
 from mlcm_rl.data.prompts import first_prompts
 from mlcm_rl.data.training_points import StoredStates
@@ -27,65 +28,42 @@ from mlcm_rl.equations.axis import NUM_SEGMENTS
 from mlcm_rl.equations.segments import milestones
 from mlcm_rl.models import students, teachers
 from mlcm_rl.models.base import Base
-from mlcm_rl.models.perceptual import Distance
 from mlcm_rl.pipeline.planning import Sizes
-from mlcm_rl.recipe import Distill, Lora, Recipe, Teacher, Trajectories
+from mlcm_rl.recipe import Distill, Lora, Recipe, Trajectories
 from mlcm_rl.recipe.file import load
 from mlcm_rl.recipe.types import Quantised
 from mlcm_rl.stages import distill, trajectories
-from mlcm_rl.training.loop import Runtime
 
-PROMPTS = "recipes/emoji/prompts/train.jsonl"
-TEACHER = Teacher(path="recipes/emoji/teacher", family="sdxl", guidance_scale=4.0)
 KINDS: tuple[Quantised | None, ...] = (None, "int8", "nf4")
-STORE = Trajectories(prompts=PROMPTS, num_trajectories=32, num_held_out=16, solver_steps=8, batch_size=16)
+LEARNING_RATE = 1e-4
 SDXL = "recipes/sdxl_mlcm.yaml"
 SMALLEST = ["stages.trajectories.batch_size=1", "stages.distill.gradient_accumulation=32"]
 GIB = 2**30
 
 
-def recipe_of(kind: Quantised | None, num_steps: int, batch_size: int) -> Recipe:
-    """A LoRA student of the recommended form over the teacher in `kind`."""
-    stage = Distill(adapter=Lora(), num_steps=num_steps, batch_size=batch_size, learning_rate=1e-4, warmup_steps=5)
-    teacher = TEACHER.model_copy(update={"quantise": kind})
-    return Recipe(name="benchmark", teacher=teacher, stages=[STORE, stage], device="cpu", trackers=[])
-
-
 class Trial:
-    """The training of one student in `folder`, from the store of the teacher in floats."""
+    """The training of the student of `stage` in `folder`, from what the teacher in floats has `stored`."""
 
-    def __init__(self, recipe: Recipe, store: Path, folder: Path):
-        self.recipe, self.stage, self.folder = recipe, recipe.stages[1], folder
-        self.rt = Runtime(recipe, self.stage, folder)
+    def __init__(self, recipe: Recipe, stage: Distill, stored: Path, folder: Path):
+        self.recipe, self.stage, self.folder = recipe, stage, folder
         self.base = teachers.load(recipe.teacher, "cpu")
-        self.source = StoredStates(self.stage, self.base, Store(store), recipe.seed)
-        self.settings = distill.PhaseSettings(self.stage, 0)
+        self.source = StoredStates(stage, self.base, Store(stored), recipe.seed)
+        self.training = DistillationStep(recipe, stage, self.base, folder, LEARNING_RATE)
 
     def held_out_loss(self, base: Base, student: torch.nn.Module) -> float:
-        """The loss of `student` over `base`."""
-        return distill.held_out_loss(
-            self.rt, self.stage, self.settings, base, student, {}, self.source, self.distance(base)
-        )
-
-    def distance(self, base: Base) -> Distance:
-        """The distance that the stage is trained by."""
-        return distill.make_distances(self.stage, self.recipe, base, {}).of(self.settings.distance, 0)
+        """Return the loss of `student` over `base`."""
+        settings = self.training.settings
+        measure = self.training.distances.of(settings.distance, "held out")
+        network = distill.Network(self.training.rt, base, student, {})
+        return distill.held_out_loss(settings, network, self.source, measure)
 
     def train(self) -> tuple[float, float, float]:
-        """CPU seconds a step, and the held-out loss before the first and after the last; the student is in `folder`."""
-        stage, rt = self.stage, self.rt
-        student = students.student(self.base, stage.adapter, 0, stage.condition_on_target)
-        parameters = students.trainable_parameters(student)
-        optimizer = torch.optim.AdamW(parameters, lr=stage.learning_rate, fused=True)
-        rt.resume({"student": rt.prepare(student, optimizer)})
+        """Return CPU seconds a step, and the held-out loss before the first and after the last; write the student."""
+        stage, student, (num_steps,) = self.stage, self.training.student, self.stage.steps_per_phase
         before, seconds = self.held_out_loss(self.base, student), []
-        distance = self.distance(self.base)
-        for step in rt.steps(0, stage.num_steps, "distill"):
+        for step in range(num_steps):
             started = time.process_time()
-            points = self.source.draw(step, self.settings.num_segments, self.settings.pair, rt.generator("times", step))
-            parts = (self.source.realise(points.rows(part)) for part in rt.micro_batches())
-            losses = (distill.loss(rt, stage, self.settings, self.base, student, {}, part, distance) for part in parts)
-            rt.backward(losses)
+            self.training.learn(self.training.points(self.source, step))
             seconds.append(time.process_time() - started)
         distill.save_student(student, stage, self.recipe, self.base, stage.num_segments[-1], self.folder / "student")
         return statistics.median(seconds), before, self.held_out_loss(self.base, student)
@@ -93,33 +71,37 @@ class Trial:
 
 @torch.no_grad()
 def guided_x0(base: Base) -> torch.Tensor:
-    """The guided x0 (N, C, H, W) of prompts at each of the milestones, from the same noise."""
+    """Return the guided x0 (N, C, H, W) of prompts at each of the milestones, from the same noise."""
     times = milestones(NUM_SEGMENTS)[1:]
     texts = [prompt.prompt for prompt in first_prompts(PROMPTS, len(times))]
     noise = base.noise(torch.Generator().manual_seed(0), len(times))
-    return base.guided_x0(noise, times, base.encode_prompts(texts), base.unconditional(len(times)), 4.0)
+    scale = base.teacher.guidance_scale
+    return base.guided_x0(noise, times, base.encode_prompts(texts), base.unconditional(len(times)), scale)
 
 
 def megabytes(base: Base) -> float:
-    """The denoiser's weights in MB."""
+    """Return the size of the denoiser's weights in MB."""
     return sum(value.nbytes for value in (*base.denoiser.parameters(), *base.denoiser.buffers())) / 1e6
 
 
-def trained(num_steps: int, batch_size: int) -> Table:
-    """The table of measurements."""
-    table = Table("weights", title=f"LoRA distillation, {num_steps} steps of {batch_size}", box=SIMPLE_HEAD)
-    for head in ("MB", "CPU ms a step", "guided x0", "held-out loss before", "after", "adapter over floats"):
-        table.add_column(head, justify="right")
+def trained(num_steps: int, batch_size: int, num_trajectories: int) -> Table:
+    """Return the table of measurements, from `num_trajectories` and half as many that are held out."""
+    heads = ("MB", "CPU ms a step", "guided x0", "held-out loss before", "after", "adapter over floats")
+    table = table_of_figures(f"LoRA distillation, {num_steps} steps of {batch_size}", "weights", *heads)
+    numbers = {"num_trajectories": num_trajectories, "num_held_out": (num_trajectories + 1) // 2}
+    store = Trajectories(prompts=PROMPTS, **numbers, solver_steps=8, batch_size=16)
+    stage = Distill(adapter=Lora(), num_steps=num_steps, batch_size=batch_size)
     with tempfile.TemporaryDirectory() as place:
-        store = Path(place) / "store"
-        store.mkdir()
-        trajectories.run(STORE, recipe_of(None, num_steps, batch_size), {}, store)
+        stored = Path(place) / "store"
+        stored.mkdir()
+        trajectories.run(store, recipe_of(store, stage, device="cpu"), {}, stored)
         floats = teachers.load(TEACHER, "cpu")
         exact = guided_x0(floats)
         for kind in KINDS:
             folder = Path(place) / str(kind)
             folder.mkdir()
-            trial = Trial(recipe_of(kind, num_steps, batch_size), store, folder)
+            teacher = TEACHER.model_copy(update={"quantise": kind})
+            trial = Trial(recipe_of(store, stage, teacher=teacher, device="cpu"), stage, stored, folder)
             error = (guided_x0(trial.base) - exact).norm() / exact.norm()
             seconds, before, after = trial.train()
             exported = trial.held_out_loss(floats, students.load_student(floats, folder / "student").denoiser)
@@ -129,10 +111,9 @@ def trained(num_steps: int, batch_size: int) -> Table:
 
 
 def planned() -> Table:
-    """The table of predictions for a GPU."""
-    table = Table("weights", title=f"{SDXL}, GiB by `mlcm plan`", box=SIMPLE_HEAD)
-    for head in ("networks", "trajectories", "distill", "trajectories, batch 1", "distill, micro-batch 1"):
-        table.add_column(head, justify="right")
+    """Return the table of predictions for a GPU."""
+    heads = ("networks", "trajectories", "distill", "trajectories, batch 1", "distill, micro-batch 1")
+    table = table_of_figures(f"{SDXL}, GiB by `mlcm plan`", "weights", *heads)
     for kind in KINDS:
         totals = []
         for changes in ([], SMALLEST):
@@ -147,9 +128,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--trajectories", type=int, default=32, help="stored, and half as many that are held out")
     arguments = parser.parse_args()
     console = Console(width=120)
-    console.print(trained(arguments.steps, arguments.batch_size))
+    console.print(trained(arguments.steps, arguments.batch_size, arguments.trajectories))
     console.print(planned())
 
 

@@ -13,27 +13,26 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
+from measuring import in_own_process
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from training_step import TEACHER
 
 from mlcm_rl.data.store_writer import Writer
 from mlcm_rl.data.training_points import StoredStates
 from mlcm_rl.data.trajectory_store import Provenance, Store
+from mlcm_rl.models import teachers
 from mlcm_rl.recipe import Distill
 
 SHARD_SIZE, BATCH_SIZE, NUM_PROMPTS, TOKENS, WIDTH = 64, 32, 1000, 4, 8
-BASE = SimpleNamespace(device=torch.device("cpu"))
 SHAPES = {  # family: latent, numbers that a prompt becomes, their type
-    "emoji, 64 px": ((8, 8, 8), 32 * 320, "float32"),
+    "emoji, 64 px": ((8, 8, 8), 32 * 320 + 192, "float32"),
     "SDXL, 1024 px": ((4, 128, 128), 77 * 2048 + 1280, "float16"),
     "FLUX.1, 1024 px": ((16, 128, 128), 512 * 4096 + 768, "float16"),
 }
@@ -42,9 +41,19 @@ SHAPES = {  # family: latent, numbers that a prompt becomes, their type
 def write(folder: Path, size: int) -> None:
     """Write a store of `size` trajectories."""
     provenance = Provenance(
-        **{"teacher_hash": "", "scheduler": {}, "prediction_type": "epsilon", "solver": "ddim", "prompts_hash": ""},
-        **{"grid": [999, 0], "guidance_scale": 1.0, "num_trajectories": size, "num_held_out": 0, "seed": 0},
-        **{"dtype": "float16", "maths": 1, "times": [999, 0]},
+        teacher_hash="",
+        scheduler={},
+        prediction_type="epsilon",
+        solver="ddim",
+        grid=[999, 0],
+        guidance_scale=1.0,
+        prompts_hash="",
+        num_trajectories=size,
+        num_held_out=0,
+        seed=0,
+        dtype="float16",
+        maths=1,
+        times=[999, 0],
     )
     writer = Writer(folder, provenance, NUM_PROMPTS, SHARD_SIZE, SHARD_SIZE)
     for rows in writer.claimed("prompts"):
@@ -56,11 +65,15 @@ def write(folder: Path, size: int) -> None:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """Return seconds to open the store in `folder`, and the median of a draw of a batch and of its states."""
+    """Return seconds to open the store in `folder`, and the median of a draw of a batch and of its states.
+
+    The embedded teacher only says which device they go to: a store does not know it.
+    """
+    base = teachers.load(TEACHER, "cpu")
     started = time.perf_counter()
     store = Store(folder)
     opened = time.perf_counter() - started
-    source = StoredStates(Distill(num_segments=[1], num_steps=1, batch_size=BATCH_SIZE), BASE, store, seed=0)
+    source = StoredStates(Distill(num_segments=[1], num_steps=1, batch_size=BATCH_SIZE), base, store, seed=0)
     steps = []
     for step in range(41):
         if step == 1:
@@ -93,18 +106,17 @@ def main() -> None:
         for size in arguments.sizes:
             write(Path(place, str(size)), size)
             for what in ("first start", "next start"):
-                command = [sys.executable, __file__, "--measure", f"{place}/{size}"]
-                found = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
-                first = first or found["step"]
-                cells = (f"{found['open']:.3f}", f"{1e3 * found['first']:.1f}", f"{1e3 * found['step']:.2f}")
-                table.add_row(f"{size:,}", what, *cells, f"{found['step'] / first:.2f}")
+                figures = in_own_process(__file__, "--measure", f"{place}/{size}", environment=environment)
+                first = first or figures["step"]
+                cells = (f"{figures['open']:.3f}", f"{1e3 * figures['first']:.1f}", f"{1e3 * figures['step']:.2f}")
+                table.add_row(f"{size:,}", what, *cells, f"{figures['step'] / first:.2f}")
     console.print(table)
     table = Table("bytes a trajectory", "all 49 states, a prompt each", "9 states", "and 4 a prompt", box=SIMPLE_HEAD)
     for name, (latent, prompt, dtype) in SHAPES.items():
         before = bytes_of(latent, prompt, dtype, 49, 1)
         after = [bytes_of(latent, prompt, dtype, 9, share) for share in (1, 0.25)]
-        cells = [f"{one / 1e6:.3f} MB ({before / one:.1f} times less)" for one in after]
-        table.add_row(name, f"{before / 1e6:.3f} MB", *cells)
+        fewer = [f"{one / 1e6:.3f} MB ({before / one:.1f} times less)" for one in after]
+        table.add_row(name, f"{before / 1e6:.3f} MB", *fewer)
     console.print(table)
 
 

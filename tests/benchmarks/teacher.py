@@ -21,15 +21,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from unittest.mock import patch
 
-from distillation import PROMPTS, TEACHER
-from rich.box import SIMPLE_HEAD
+from measuring import output_of, resident_peak_mb, table_of_figures
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from training_step import PROMPTS, TEACHER
 
 from mlcm_rl.equations.segments import time_grid
 from mlcm_rl.models import teachers
@@ -77,22 +79,33 @@ TWO_THREADS = {
 }
 
 
+@dataclass(frozen=True)
+class Round:
+    """What a variant took for its steps once: seconds a step by processor and by the clock, its peak, its states."""
+
+    cpu: float
+    clock: float
+    peak_mb: float
+    bits: str
+
+
 def take_turns(variant: Variant, num_steps: int, batch_size: int) -> None:
     """Take `num_steps` guided steps for every line that comes in, and print what they took as JSON."""
     if variant.keep_memory:
         allocator.keep_freed_memory()
     base = teachers.load(TEACHER.model_copy(update={"memory_format": variant.memory_format}), "cpu")
-    if not variant.prompts_once:
-        type(base).same_prompts = Base.same_prompts  # which computes nothing once
     conditioning = base.encode_prompts(["panda"] * batch_size)
     noise, grid = base.noise(generator("benchmark"), batch_size), time_grid(48)[: num_steps + 1]
-    for _ in sys.stdin:
-        wall, processor = time.perf_counter(), time.process_time()
-        states, _ = trajectories.solve(base, conditioning, noise, grid, guidance_scale=4.0)
-        taken = {"cpu": time.process_time() - processor, "wall": time.perf_counter() - wall}
-        result = {name: seconds / num_steps for name, seconds in taken.items()}
-        result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps(result | {"bits": sha256(states.numpy().tobytes()).hexdigest()}), flush=True)
+    # that of `Base` computes nothing once
+    setting = nullcontext() if variant.prompts_once else patch.object(type(base), "same_prompts", Base.same_prompts)
+    with setting:
+        for _ in sys.stdin:
+            clock, cpu = time.perf_counter(), time.process_time()
+            states, _ = trajectories.solve(base, conditioning, noise, grid, TEACHER.guidance_scale)
+            cpu, clock = time.process_time() - cpu, time.perf_counter() - clock
+            bits = sha256(states.numpy().tobytes()).hexdigest()
+            result = Round(cpu / num_steps, clock / num_steps, resident_peak_mb(), bits)
+            print(json.dumps(asdict(result)), flush=True)
 
 
 def environment_of(variant: Variant) -> dict[str, str]:
@@ -102,67 +115,82 @@ def environment_of(variant: Variant) -> dict[str, str]:
     return usual | {"PYTHONPATH": str(ROOT)} | threads | variant.environment
 
 
-def measure(table: str, names: Iterable[str], arguments: argparse.Namespace) -> dict[str, list[dict]]:
+def measure(title: str, names: Iterable[str], rounds: int, num_steps: int, batch_size: int) -> dict[str, list[Round]]:
     """Return what each round of each variant took, the first round, which warms up, left out."""
-    processes = {}
-    for name in names:
-        command = [sys.executable, __file__, "--only", name, "--steps", str(arguments.steps)]
-        command += ["--batch-size", str(arguments.batch_size)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        environment = environment_of(VARIANTS[name])
-        processes[name] = subprocess.Popen(command, env=environment, text=True, encoding="utf-8", **pipes)
-    results: dict[str, list[dict]] = {name: [] for name in processes}
-    for _ in track(range(arguments.rounds + 1), table, console=Console(stderr=True)):
+    processes = {name: process_of(name, num_steps, batch_size) for name in names}
+    results: dict[str, list[Round]] = {name: [] for name in processes}
+    for _ in track(range(rounds + 1), title, console=Console(stderr=True)):
         for name, process in processes.items():
+            assert process.stdin is not None
+            assert process.stdout is not None
             process.stdin.write("\n")
             process.stdin.flush()
-            results[name].append(json.loads(process.stdout.readline()))
+            results[name].append(Round(**json.loads(process.stdout.readline())))
     for process in processes.values():
         process.communicate()
-    return {name: rounds[1:] for name, rounds in results.items()}
+    return {name: each[1:] for name, each in results.items()}
 
 
-def table_of(title: str, results: dict[str, list[dict]]) -> Table:
+def process_of(name: str, num_steps: int, batch_size: int) -> "subprocess.Popen[str]":
+    """Return the process of a variant, which waits for its first turn."""
+    command = [sys.executable, __file__, "--only", name, "--steps", str(num_steps), "--batch-size", str(batch_size)]
+    return subprocess.Popen(
+        command,
+        env=environment_of(VARIANTS[name]),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+def table_of(title: str, results: dict[str, list[Round]]) -> Table:
     """Return a row a variant: seconds a step by processor and by the clock, ratios, peak memory, and its bits."""
-    table = Table("s a step", title=title, box=SIMPLE_HEAD)
-    for head in ("CPU", "ratio", "clock", "ratio", "peak MB", "bits"):
-        table.add_column(head, justify="right", no_wrap=True)
-    first = None
+    table = table_of_figures(title, "s a step", "CPU", "ratio", "clock", "ratio", "peak MB", "bits")
+    medians = {name: medians_of((one.cpu, one.clock) for one in rounds) for name, rounds in results.items()}
+    first = next(iter(results))
     for name, rounds in results.items():
-        medians = {key: statistics.median(one[key] for one in rounds) for key in ("cpu", "wall", "peak_mb")}
-        first = first or medians | {"bits": rounds[0]["bits"]}
-        cells = [
-            text for key in ("cpu", "wall") for text in (f"{medians[key]:.3f}", f"{medians[key] / first[key]:.2f}")
-        ]
-        same = {one["bits"] for one in rounds} == {first["bits"]}
-        table.add_row(name, *cells, f"{medians['peak_mb']:.0f}", "same" if same else "other")
+        peak = statistics.median(one.peak_mb for one in rounds)
+        is_same = {one.bits for one in rounds} == {results[first][0].bits}
+        seconds = with_ratios(medians[name], medians[first], digits=3)
+        table.add_row(name, *seconds, f"{peak:.0f}", "same" if is_same else "other")
     return table
 
 
 def whole_stages(size: int, rounds: int) -> Table:
     """Return seconds of `mlcm run` over `size` trajectories, by one process and by two."""
-    ways = {"one process": [], "two processes": ["--launch", str(ROOT / "recipes/launch/cpu2.yaml")]}
+    ways: dict[str, list[str]] = {
+        "one process": [],
+        "two processes": ["--launch", str(ROOT / "recipes/launch/cpu2.yaml")],
+    }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    environment = {key: value for key, value in environment_of(Variant()).items() if key[:4] != "OMP_"}
     with tempfile.TemporaryDirectory() as place:
         recipe = Path(place, "recipe.yaml")
         recipe.write_text(RECIPE.format(root=ROOT, prompts=PROMPTS, size=size), encoding="utf-8")
         for count in track(range(rounds), "whole stages", console=Console(stderr=True)):
             for name, options in ways.items():
                 command = [sys.executable, "-m", "mlcm_rl", "run", str(recipe), f"runs={place}/{name}{count}", *options]
-                environment = {key: value for key, value in environment_of(Variant()).items() if key[:4] != "OMP_"}
-                wall, processor = time.perf_counter(), of_children()
-                subprocess.run(command, env=environment, capture_output=True, check=True)
-                seconds[name].append((of_children() - processor, time.perf_counter() - wall))
-    table = Table(f"s, {size} trajectories", title="A stage of trajectories", box=SIMPLE_HEAD)
-    for head in ("CPU", "ratio", "clock", "ratio"):
-        table.add_column(head, justify="right", no_wrap=True)
-    first = None
-    for name, rounds_of_one in seconds.items():
-        medians = [statistics.median(values) for values in zip(*rounds_of_one, strict=True)]
-        first = first or medians
-        cells = (text for one, reference in zip(medians, first, strict=True) for text in (one, one / reference))
-        table.add_row(name, *(f"{value:.2f}" for value in cells))
+                clock, cpu = time.perf_counter(), of_children()
+                output_of(command, environment)
+                seconds[name].append((of_children() - cpu, time.perf_counter() - clock))
+    title = "A stage of trajectories"
+    table = table_of_figures(title, f"s, {size} trajectories", "CPU", "ratio", "clock", "ratio")
+    medians = {name: medians_of(each) for name, each in seconds.items()}
+    for name, own in medians.items():
+        table.add_row(name, *with_ratios(own, medians["one process"], digits=2))
     return table
+
+
+def medians_of(seconds: Iterable[tuple[float, float]]) -> list[float]:
+    """Return the medians of seconds by processor and by the clock."""
+    return [statistics.median(values) for values in zip(*seconds, strict=True)]
+
+
+def with_ratios(seconds: list[float], reference: list[float], digits: int) -> list[str]:
+    """Return the cells of `seconds`, each with its ratio to that of `reference`."""
+    pairs = zip(seconds, reference, strict=True)
+    return [cell for one, other in pairs for cell in (f"{one:.{digits}f}", f"{one / other:.2f}")]
 
 
 def of_children() -> float:
@@ -187,8 +215,9 @@ def main() -> None:
         return
     console = Console(width=120)
     for title, variants in (("One thread", ONE_THREAD), ("Threads", TWO_THREADS)):
-        size = f"{title}, batch {arguments.batch_size}, {arguments.steps} guided steps"
-        console.print(table_of(size, measure(title, variants, arguments)))
+        results = measure(title, variants, arguments.rounds, arguments.steps, arguments.batch_size)
+        size = f"batch {arguments.batch_size}, {arguments.steps} guided steps"
+        console.print(table_of(f"{title}, {size}", results))
     if arguments.trajectories:
         console.print(whole_stages(arguments.trajectories, max(1, arguments.rounds // 2)))
 
