@@ -63,7 +63,9 @@ def test_a_run_that_quotes_a_chinese_prompt_goes_on_to_its_export(recipe, tmp_pa
     assert exported.returncode == 0, exported.stderr.decode()
 
 
-@PLACE
+@pytest.mark.parametrize(
+    "place", [pytest.param(PLACES["latin-1 output"], marks=pytest.mark.slow), PLACES["ascii locale"]], ids=PLACES
+)
 def test_a_refusal_that_quotes_a_chinese_prompt_is_said(recipe, tmp_path, place):
     prompts = Path(recipe.stages[0].prompts)
     prompts.write_text('{"prompt": "x", "红": 1}\n', encoding="utf-8")

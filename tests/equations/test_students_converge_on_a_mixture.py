@@ -31,6 +31,7 @@ from mlcm_rl.stages import distill
 from mlcm_rl.stages.distill import PhaseSettings
 
 NUM_STEPS = 500  # of a phase on the line
+EITHER = [pytest.param("vp", marks=pytest.mark.slow), "flow"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Line:
     start: Network
 
 
-@pytest.fixture(scope="module", params=list(SCHEDULES))
+@pytest.fixture(scope="module", params=EITHER)
 def line(request, tmp_path_factory) -> Line:
     schedule, teacher = request.param, mixture_1d()
     store = toy.store_of(teacher, schedule, 4096, 1024, tmp_path_factory.mktemp("line"))
@@ -154,8 +155,12 @@ def with_transfer(mutant: Callable[..., Tensor]) -> SimpleNamespace:
         (distill, "consistency", with_transfer(no_transfer), {}),
         (distill, "consistency", with_transfer(transfer_without_anchor), {}),
         (distill, "StoredStates", one_early("r"), {}),
-        (distill, "StoredStates", one_early("s"), {"target": "trajectory"}),
-        (distill, "PhaseSettings", of_the_first_phase, {"num_segments": [8, 4], "num_steps": [1, NUM_STEPS]}),
+        pytest.param(distill, "StoredStates", one_early("s"), {"target": "trajectory"}, marks=pytest.mark.slow),
+        pytest.param(
+            *(distill, "PhaseSettings", of_the_first_phase),
+            {"num_segments": [8, 4], "num_steps": [1, NUM_STEPS]},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["milestone", "K", "transfer", "anchor", "state at r", "state at s", "phase"],
 )
@@ -260,7 +265,7 @@ class Plane:
         return [self.row(f"{name}, {one.folder.name}", one.denoiser, one.conditioned) for one in students]
 
 
-@pytest.fixture(scope="module", params=list(SCHEDULES))
+@pytest.fixture(scope="module", params=EITHER)
 def plane(request, tmp_path_factory) -> Plane:
     schedule, teacher = request.param, mixture_2d()
     store = toy.store_of(teacher, schedule, 16384, 4096, tmp_path_factory.mktemp("plane"))

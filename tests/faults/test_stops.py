@@ -173,6 +173,7 @@ EVERY = (
 )
 
 
+@pytest.mark.slow
 def test_a_stage_killed_before_the_last_change_of_each_kind_is_made_good_by_the_next_start(tiny_sdxl, tmp_path):
     """What a stage does last is to remove what it would have gone on from."""
     trial = trial_of("distill", tiny_sdxl, tmp_path)

@@ -454,7 +454,7 @@ def test_a_missing_teacher_is_one_sentence(finished, tmp_path):
 @pytest.mark.parametrize(
     ("name", "prediction_type"),
     [
-        ("sdxl_mlcm_paper", "epsilon"),
+        pytest.param("sdxl_mlcm_paper", "epsilon", marks=pytest.mark.slow),
         pytest.param("sd15_mlcm_paper", "epsilon", marks=pytest.mark.slow),
         pytest.param("sd15_mlcm_paper", "v_prediction", marks=pytest.mark.slow),  # as SD 2.1
     ],
@@ -518,7 +518,7 @@ def test_logcds_recipe_runs_end_to_end_on_a_tiny_checkpoint(tmp_path):
     assert students.describe(stages[2].folder / "student")["num_segments"] == 1
 
 
-@pytest.mark.parametrize("name", ["sdxl_mlcm", "sd15_mlcm"])
+@pytest.mark.parametrize("name", ["sdxl_mlcm", pytest.param("sd15_mlcm", marks=pytest.mark.slow)])
 def test_the_recommended_recipes_run_end_to_end_on_a_tiny_checkpoint(name, tmp_path):
     """As shipped but for what size forces, and of the form that a bare `distill` has."""
     teacher = getattr(tiny, "sdxl" if name.startswith("sdxl") else "sd")(tmp_path / "teacher")

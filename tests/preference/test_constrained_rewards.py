@@ -58,6 +58,7 @@ def test_a_constraint_whose_reward_is_0_throughout_is_refused(distilled):
         constraints_of(distilled, torch.zeros(3))
 
 
+@pytest.mark.slow
 def test_a_constraint_holds_a_reward_that_would_fall_and_the_report_says_so(tiny_sdxl, tmp_path, monkeypatch):
     """Sharpness is made darkness: it falls as brightness rises, one for one, so that nothing may be gained."""
     monkeypatch.setattr("reward_models.sharpness.Sharpness.__call__", lambda self, images, _: -images.mean((1, 2, 3)))

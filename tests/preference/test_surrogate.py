@@ -59,7 +59,7 @@ def test_the_gradient_of_a_large_picture_survives_a_teacher_in_float16(distilled
     assert (half - exact).norm() < 0.02 * exact.norm()
 
 
-@pytest.mark.parametrize("form", ["direct", "bounded"])
+@pytest.mark.parametrize("form", ["direct", pytest.param("bounded", marks=pytest.mark.slow)])
 def test_a_reward_without_gradient_rises_through_what_has_learned_it(distilled, tmp_path, monkeypatch, form):
     monkeypatch.setattr("reward_models.brightness.Brightness.differentiable", False)
     monkeypatch.setattr(

@@ -35,7 +35,7 @@ VARIANTS = {
     "dpo-table": {"form": "diffusion_dpo", "pairs": "pairs"},
     "policy": {"num_iterations": 2},
 }
-SOON = ("feedback", "feedback-matching", "dpo", "policy")
+SOON = ("feedback", "feedback-matching")
 
 
 @pytest.fixture(scope="module")

@@ -127,7 +127,7 @@ def assert_same_training(alone: Path, together: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "mode", [pytest.param(mode, marks=() if mode in ("zero3", "fsdp2") else pytest.mark.slow) for mode in MODES]
+    "mode", [pytest.param(mode, marks=() if mode == "fsdp2" else pytest.mark.slow) for mode in MODES]
 )
 def test_two_processes_train_save_and_reload_as_one(mode, tiny_sdxl, store, alone, tmp_path):
     check_mode(mode, tiny_sdxl, tmp_path, "distill", {"trajectories": store}, distillation("full"), alone("full"))
