@@ -1,18 +1,19 @@
-"""The study of tuning: what holds a student back, rewards without gradient, targets of a bounded size.
+"""The study of tuning: what holds a student back, rewards without gradient, bounded targets, rewards that may not fall.
 
     python recipes/study/tuning.py emoji|scenes GROUP [--steps N] [--seeds 2] [--rows none,...] [KEY=VALUE ...]
 
-GROUP is `regularisers`, `forms` or, on scenes, `without_gradient`. Each row is the feedback stage of the subject's demo
-recipe, or a policy in its place, with other settings, on the demo's distilled student; a seed is that of the tuning
-alone. All rows of a group score as many pictures: those of `--steps` steps of the demo's batch, by default the demo's
-own steps. Warm-ups and the guard's looks are the same shares of a shorter run.
+GROUP is `regularisers`, `forms`, on emoji `constraints` or, on scenes, `without_gradient`. Each row is the feedback
+stage of the subject's demo recipe, or a policy in its place, with other settings, on the demo's distilled student; a
+seed is that of the tuning alone. All rows of a group score as many pictures: those of `--steps` steps of the demo's
+batch, by default the demo's own steps. Warm-ups and the guard's looks are the same shares of a shorter run.
 
 Regularisers are compared at equal reward, so that each has several strengths: a row is a point, a run's looks a curve.
+So are ways to have two rewards: a sum of several weights, and a constraint of several limits.
 
 What a student measured, and the looks of its guard, are kept in two files of its own in `--results`. A student that has
 both is not tuned again: the study may be cut off, go on elsewhere, or be shared among machines (`--first-seed`,
-`--rows`). Its picture (tuning_curves.py) and its table (tuning_summary.py) are of all files there; `--tables` makes
-these alone.
+`--rows`). Its pictures (tuning_curves.py, tuning_frontier.py) and its table (tuning_summary.py) are of all files there;
+`--tables` makes these alone.
 """
 
 from functools import partial
@@ -24,6 +25,7 @@ from rich.console import Console
 import kept_values
 import protocol
 import tuning_curves
+import tuning_frontier
 import tuning_looks
 import tuning_summary
 from mlcm_rl.recipe import Evaluate, Feedback, Policy, Recipe, Tuning
@@ -48,6 +50,13 @@ def matching(weight: float, num_steps: int, rate: float) -> dict[str, Any]:
     return {"matching": {"weight": weight, "fake": {"warmup_steps": num_steps // 5, "learning_rate": rate}}}
 
 
+def with_alignment(**settings: float) -> dict[str, Any]:
+    """Return the demo's feedback on style, and on what the prompt says by `settings`: a weight in a sum, or a limit."""
+    alignment = [{"name": "emoji_alignment", **settings}] if settings else []
+    guard = {"rewards": [{"name": "emoji_style_judge"}]}
+    return {"gamma": GAMMA, "guard": guard, "rewards": [{"name": "emoji_style"}, *alignment]}
+
+
 FORMS: dict[str, Row] = {
     "direct": (Feedback, FREE),
     "direct-late": (Feedback, FREE | LATE),
@@ -67,6 +76,15 @@ ROWS: dict[str, dict[str, dict[str, Row]]] = {
             "consistency-100": (Feedback, FREE | {"consistency": 100.0}),
             "matching-1": (Feedback, FREE | matching(1.0, 100, 1e-3)),
             "matching-10": (Feedback, FREE | matching(10.0, 100, 1e-3)),
+        },
+        "constraints": {
+            "style": (Feedback, with_alignment()),
+            "weight-0.1": (Feedback, with_alignment(weight=0.1)),
+            "weight-0.3": (Feedback, with_alignment(weight=0.3)),
+            "weight-1": (Feedback, with_alignment(weight=1.0)),
+            "max-drop-0.3": (Feedback, with_alignment(max_drop=0.3)),
+            "max-drop-0.1": (Feedback, with_alignment(max_drop=0.1)),
+            "max-drop-0": (Feedback, with_alignment(max_drop=0.0)),
         },
         "forms": FORMS,
     },
@@ -111,6 +129,8 @@ COLUMNS = {
         "teacher_kid": "1,000 KID",
     },
 }
+# Subject -> what is paid and what is won, whose changes are the axes of a picture
+FRONTIERS = {"emoji": ("reward/emoji_alignment", "reward/emoji_style"), "scenes": ("teacher_kid", "right@all")}
 
 
 def main() -> None:
@@ -142,8 +162,9 @@ def main() -> None:
             kept_values.keep(recipe, results / f"{row}.safetensors", tuple(COLUMNS[subject]))
     order = list(ROWS[subject][group])
     tuning_curves.draw(results, order, results / "curves.png")
+    tuning_frontier.draw(results, order, FRONTIERS[subject], COLUMNS[subject], results / "frontier.png")
     Console().print(tuning_summary.text(results, order, COLUMNS[subject]), soft_wrap=True)
-    Console().print(f"\n{results / 'curves.png'}", soft_wrap=True)
+    Console().print(f"\n{results / 'curves.png'}\n{results / 'frontier.png'}", soft_wrap=True)
 
 
 def recipe_of(

@@ -10,6 +10,7 @@ import kept_values
 import runs
 import tuning
 import tuning_curves
+import tuning_frontier
 import tuning_looks
 import tuning_summary
 from mlcm_rl.pipeline.fingerprint import identity
@@ -113,14 +114,22 @@ def test_looks_are_averaged_over_seeds_as_far_as_all_go(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
-def keep_values(folder: Path, name: str, before: list[float], after: list[float], kid: list[float]) -> None:
+def keep_values(
+    folder: Path,
+    name: str,
+    before: list[float],
+    after: list[float],
+    kid: list[float],
+    kid_after: list[float] | None = None,
+) -> None:
     """What a tuned student and the one before it measured, kept as the study keeps it; the teacher beside them."""
 
-    def row(student: str, role: str, values: list[float]) -> dict:
+    def row(student: str, role: str, values: list[float], kid: list[float] = kid) -> dict:
         metrics = {"r@5": {"values": values}, "teacher_kid": {"values": kid}}
         return {"name": student, "role": role, "sampler": "gamma 0.5", "num_evaluations": 4, "metrics": metrics}
 
-    rows = [row("teacher", "teacher", [1.0, 1.0]), row("student", "student", before), row("feedback", "student", after)]
+    rows = [row("teacher", "teacher", [1.0, 1.0]), row("student", "student", before)]
+    rows += [row("feedback", "student", after, kid_after or kid)]
     report = folder / "report.json"
     report.write_text(json.dumps({"rows": rows}))
     kept_values.write(folder / f"{name}.safetensors", [report], False, "fingerprint", ("r@5", "teacher_kid"))
@@ -139,6 +148,22 @@ def test_the_table_has_paired_differences_of_seeds_averaged_by_prompt(tmp_path):
     assert before == "| before tuning | - | 0 | 0.500 +- 0.500 | 7.812 +- 0.000 |"
     after = "0.750 +- 0.250 (+0.250 +- 0.250) | 7.812 +- 0.000 (+0.000 +- 0.000)"
     assert line == f"| a | 25 of 25, 25 of 25 | 0.1000 | {after} |"
+
+
+def test_the_frontier_has_the_paired_changes_of_both_metrics(tmp_path):
+    """Two prompts, 0 and 1 before: 1 and 1 after, half won on average; or the same, where the guard kept the start."""
+    keep_values(tmp_path, "weight-1-0", [0.0, 1.0], [1.0, 1.0], [0.25, 0.25], [0.5, 0.5])
+    keep_values(tmp_path, "style-0", [0.0, 1.0], [0.0, 1.0], [0.25, 0.25])
+    found = tuning_frontier.changes(tmp_path, ["style", "weight-1"], ("r@5", "teacher_kid"))
+    assert list(found) == ["style", "weight-1"]
+    assert found["style"] == ((0.0, 0.0), (0.0, 0.0))
+    assert found["weight-1"] == ((0.5, pytest.approx(0.5)), (250.0, 0.0))  # KID in thousandths
+    out = tmp_path / "frontier.png"
+    tuning_frontier.draw(tmp_path, [], ("r@5", "teacher_kid"), tuning.COLUMNS["emoji"], out)
+    assert out.read_bytes().startswith(b"\x89PNG")
+    out.unlink()
+    tuning_frontier.draw(tmp_path, [], ("distance", "r@5"), tuning.COLUMNS["emoji"], out)
+    assert not out.exists()  # no row has both
 
 
 def test_a_student_that_has_its_looks_is_not_tuned_again_and_another_is_refused(tmp_path, tiny_sdxl):
