@@ -270,7 +270,9 @@ class Policy(Tuning):
     num_generations: int = Field(4, ge=2, le=1024, description="samples a prompt, compared with each other")
     num_iterations: PositiveInt = Field(1, description="optimiser steps on the same samples")
     clip_range: PositiveFloat = Field(1e-3, description="clip range of the probability ratio, per element")
-    beta: NonNegativeFloat = Field(0.0, description="weight of the exact KL to the reference, per element")
+    beta: NonNegativeFloat = Field(
+        0.0, description="weight of the exact KL to the reference, per element; at 0 the reference is not passed"
+    )
     scale_rewards: Literal["group", "none"] = Field(
         "group",
         description="divide a prompt's advantages by its samples' deviation; none: prompts all alike count less",
