@@ -115,9 +115,9 @@ def run(
         finished = pipeline.run(loaded, skip_damaged)
     folder = Path(loaded.runs) / loaded.name
     line(Text.assemble(("done", "green"), f"  {counted(len(finished), 'stage')} in {folder}"))
-    reports = [i for i, stage in enumerate(loaded.stages) if stage.kind == "evaluate"]
-    for i in reports[-1:]:
-        line(Text(f"report  {folder / f'{i:02d}-evaluate' / 'report.html'}"))
+    for i, stage in enumerate(loaded.stages):
+        if stage.kind == "evaluate":
+            line(Text(f"report  {folder / f'{i:02d}-evaluate' / 'report.html'}"))
 
 
 def validate(

@@ -116,7 +116,7 @@ def run(stage: Evaluate, recipe: Recipe, parents: dict[str, Path], folder: Path)
     texts = [result.headline.text, *disagreements.sentences(result)]
     for one in result.tuned:
         texts += [tuned_students.sentence(one), *tuned_students.constraints(one)]
-    progress.console.print(Text("\n".join([*texts, str((folder / "report.html").resolve())])), soft_wrap=True)
+    progress.console.print(Text("\n".join(texts)), soft_wrap=True)
 
 
 def write_report(result: report_types.Report, folder: Path) -> None:
