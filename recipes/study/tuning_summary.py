@@ -24,7 +24,7 @@ def text(folder: Path, order: list[str], columns: dict[str, str]) -> str:
     """
     rows, looks = measured(folder, order), tuning_looks.read(folder, order)
     if not rows:
-        return f"No student in {folder} is measured yet."
+        return f"No student in {folder.name} is measured yet."
     begun = {metric: mean_of([before for seeds in rows.values() for before, _ in seeds], metric) for metric in columns}
     columns = {metric: head for metric, head in columns.items() if begun[metric].numel()}
     heads = ["row", "step kept, last", "drift at the last look", *columns.values()]
