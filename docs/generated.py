@@ -262,8 +262,23 @@ def _study(folder: str, rows: list[str], columns: tuple[str, ...]) -> str:
 
 def study_of_regularisers() -> str:
     """Return the table of what holds a tuned student back on emoji."""
-    rows = list(tuning.ROWS["emoji"]["regularisers"])
-    return tuning_summary.text(STUDY / "measured" / "regularisers-emoji-100", rows, tuning.COLUMNS["emoji"]) + "\n"
+    return _tuned("emoji", "regularisers", 100)
+
+
+def study_of_constraints() -> str:
+    """Return the table of two rewards on emoji, by weights and by limits."""
+    return _tuned("emoji", "constraints", 100)
+
+
+def study_without_gradient() -> str:
+    """Return the table of tuning to a reward without gradient on scenes."""
+    return _tuned("scenes", "without_gradient", 120)
+
+
+def _tuned(subject: str, group: str, num_steps: int) -> str:
+    """Return the table of a group of the study of tuning, of `num_steps` of the subject's demo."""
+    folder = STUDY / "measured" / f"{group}-{subject}-{num_steps}"
+    return tuning_summary.text(folder, list(tuning.ROWS[subject][group]), tuning.COLUMNS[subject]) + "\n"
 
 
 PARTS = {
@@ -271,7 +286,7 @@ PARTS = {
     for part in (
         *(recipe, commands, families, rewards, recipes, more_pages),
         *(study_of_terms, study_of_terms_on_scenes, study_of_rivals),
-        study_of_regularisers,
+        *(study_of_regularisers, study_of_constraints, study_without_gradient),
     )
 }
 

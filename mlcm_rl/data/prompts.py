@@ -125,13 +125,11 @@ class CaptionedImages:
         Raise ValueError with file and line for those that cannot be read: after the first one none is yielded, and the
         rest is read to name them all.
         """
-        faults, are_whole = Faults(), True
+        faults = Faults()
         for where, path in self._files:
-            picture = None
             with faults.collect():
                 picture = square(read_picture(path, f"{where}: {path}"), self.resolution)
-            are_whole = are_whole and picture is not None
-            if are_whole and picture is not None:
+            if not faults.texts:
                 yield picture
         faults.raise_all()
 
