@@ -119,6 +119,11 @@ class Feedback(Tuning):
         return self.matching is not None
 
     @property
+    def is_held(self) -> bool:
+        """Whether a term keeps the student to itself before tuning, or to the teacher."""
+        return bool(self.anchor or self.kl or self.consistency or self.matching)
+
+    @property
     def needs_random_steps(self) -> bool:
         """Whether the sampler must put noise back."""
         return self.kl > 0

@@ -91,7 +91,8 @@ def load(
     if problems:
         raise RecipeError(problems)
     if root is not None:
-        for warning in [*prompt_languages.warnings(recipe, folders), *prompt_counts.warnings(recipe, folders)]:
+        warned = (prompt_languages.warnings(recipe, folders), prompt_counts.warnings(recipe, folders), unheld(recipe))
+        for warning in itertools.chain(*warned):
             tell(str(_with_place(replace(warning, key=written(warning.key)), tree, str(path))))
     recipe, notes = resolved(recipe, folders)
     for note in notes:
@@ -99,6 +100,14 @@ def load(
     places = {i: key_text(written(("stages", i))) for i in range(len(recipe.stages))}
     recipe._places = {i: place for i, place in places.items() if place != f"stages[{i}]"}
     return recipe
+
+
+def unheld(recipe: Recipe) -> Iterator[Problem]:
+    """Yield the learned rewards whose student nothing keeps where they have learned."""
+    for i, stage in enumerate(recipe.stages):
+        if isinstance(stage, Feedback) and stage.surrogate and not stage.is_held:
+            text = "a learned reward is right near the samples that it has learned from, and nothing keeps the student "
+            yield Problem(("stages", i, "surrogate"), f"{text}there: set anchor, 0.3 with form: bounded, else 3.0")
 
 
 def check(recipe: Recipe, folders: Folders) -> list[Problem]:

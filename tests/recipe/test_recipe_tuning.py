@@ -1,5 +1,7 @@
 """What a recipe's stages of preference learning refuse, each by the setting that is wrong."""
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
@@ -269,6 +271,18 @@ def test_a_prompt_file_may_use_such_a_name(root):
 def test_an_empty_list_is_refused_where_something_must_be_drawn(broken, override):
     (problem,) = broken(overrides=(override,))
     assert "found an empty list" in problem.text
+
+
+def test_a_learned_reward_that_nothing_holds_a_student_to_is_a_note():
+    recipe, free = RECIPES / "scenes_count.yaml", "stages.feedback.anchor=0"
+    assert "stages[2].surrogate: a learned reward is right near the samples" in told(recipe, free)
+    assert "surrogate" not in told(recipe) + told(recipe, free, "stages.feedback.consistency=1")
+
+
+def told(path: Path, *overrides: str) -> str:
+    lines: list[str] = []
+    load(path, overrides, root=RECIPES, tell=lines.append)
+    return "\n".join(lines)
 
 
 def test_feedback_on_a_reward_without_gradient_is_refused_before_anything_runs():
