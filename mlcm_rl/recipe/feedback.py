@@ -100,8 +100,8 @@ class Feedback(Tuning):
 
     @property
     def corrections(self) -> int:
-        """One: the student's moments held the gradients of heads that had learned nothing when its updates began."""
-        return int(self.surrogate is not None and self.surrogate.head_start > 0)
+        """One more: the student's moments held the gradients of heads that had learned nothing at its first update."""
+        return super().corrections + int(self.surrogate is not None and self.surrogate.head_start > 0)
 
     def states_read(self, earlier: Sequence[OneStage]) -> States | None:
         """Return the states that its student was distilled on, for the term that keeps it a consistency model."""

@@ -56,7 +56,7 @@ class Tuning(Training):
         description="trained on, names or entries; the weighted sum of those without max_drop is the reward",
     )
     multiplier_rate: PositiveFloat = Field(
-        0.1, description="of rewards with max_drop: growth of a multiplier in a step, for each deviation beyond it"
+        5.0, description="of rewards with max_drop: growth of a multiplier in a step, for each deviation beyond it"
     )
     normalise: bool = Field(True, description="put each reward on the scale of its running deviation before the sum")
     autoencoder_tiles: Annotated[int, Field(gt=0, le=16_384)] | None = Field(
@@ -138,6 +138,11 @@ class Tuning(Training):
     def steps_per_phase(self) -> list[int]:
         """Optimiser steps, in one phase."""
         return [self.num_steps]
+
+    @property
+    def corrections(self) -> int:
+        """One: multipliers grew by 0.1 where nothing was said, too little to hold a reward."""
+        return int(bool(self.max_drops))
 
     @property
     def uses_teacher(self) -> bool:
