@@ -7,10 +7,8 @@ import pytest
 import objective_curves
 import objective_summary
 import objectives
-from mlcm_rl.recipe import Dpo, Feedback, Policy
 from mlcm_rl.recipe.file import load
 
-KINDS = {"feedback": Feedback, "dpo": Dpo, "policy": Policy}
 METRICS = ("reward/emoji_style", "reward/emoji_style_judge", "reward/emoji_alignment", "r@1", "r@5", "distance")
 
 
@@ -65,9 +63,9 @@ def test_every_row_of_the_study_is_a_valid_stage_and_names_a_reward_it_holds_out
     monkeypatch.setattr(objectives.pipeline, "run", lambda recipe: ran.append(recipe) or [_Done()])
     for name, (kind, _) in objectives.ROWS.items():
         stage, _ = objectives.tune(base, name, seed=3)
-        assert isinstance(stage, KINDS[kind])
+        assert isinstance(stage, kind)
         assert stage.seed == 3
-        assert [one.kind for one in ran[-1].stages] == ["trajectories", "distill", kind]
+        assert [one.kind for one in ran[-1].stages] == ["trajectories", "distill", stage.kind]
     assert ran[-1].stages[-1].guard.num_prompts == 64  # a guard that is changed keeps its other settings
 
 
