@@ -150,6 +150,15 @@ def tuning(kind: str, prompts: str, **changes: Any) -> Feedback | Dpo | Policy:
     return TUNING[kind](**(settings | changes))
 
 
+def write_inputs(folder: Path) -> dict[str, str]:
+    """Where a setting's name leads: the prompts, the pictures and the pairs that runs read, in one folder of runs."""
+    return {
+        "prompts": write_prompts(folder),
+        "images": write_images(folder),
+        "pairs": write_pairs(folder / "pairs"),
+    }
+
+
 KINDS = ("train_teacher", "trajectories", "distill", "feedback", "dpo", "policy", "evaluate")
 
 

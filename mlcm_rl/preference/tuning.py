@@ -50,7 +50,16 @@ class TunableStudent:
 
     def sample(self, start: "Start") -> Tensor:
         """Return the sampler's sample x0 (B, C, H, W), without gradient."""
-        return self.rollout(start)[1][-1]
+        return sampler.sample(
+            self.base,
+            self.denoiser,
+            start.conditioning,
+            start.noise,
+            self.times,
+            self.gamma,
+            start.generators,
+            self.conditioned,
+        )
 
     def rollout(self, start: "Start") -> tuple[Tensor, Tensor]:
         """Return the sampler's states and the x0 of each, (N, B, C, H, W) both, without gradient."""

@@ -157,11 +157,7 @@ def make_source(
         return StoredStates(stage, base, store, recipe.seed)
     if stage.source == "online":
         return OnLine(stage, base, read_texts(stage, base), recipe.seed)
-    assert stage.images is not None  # the recipe checks it
-    folder = CaptionedImages(stage.images, base.resolution)
-    tell_truncated(base, [text for captions in folder.prompts for text in captions], stage.images)
-    latents = pictures.encode_all(base, folder.parts(stage.micro_batch), len(folder))
-    return NoisedData(stage, base, latents, folder.prompts, recipe.seed)
+    return NoisedData(stage, base, *encoded_pictures(stage, base), recipe.seed)
 
 
 def make_distances(stage: Distill, recipe: Recipe, base: Base, parents: dict[str, Path]) -> Distances:
@@ -184,11 +180,15 @@ def real_pictures(stage: Distill, base: Base) -> RealPictures | None:
     """Return the pictures that an adversary takes for real, where the stage asks for such."""
     if stage.adversarial is None or stage.adversarial.real != "images":
         return None
+    return RealPictures(base, *encoded_pictures(stage, base))
+
+
+def encoded_pictures(stage: Distill, base: Base) -> tuple[Tensor, list[list[str]]]:
+    """Return the latents (N, C, H, W) of the stage's pictures, on the CPU, and the captions of each."""
     assert stage.images is not None  # the recipe checks it
     folder = CaptionedImages(stage.images, base.resolution)
     tell_truncated(base, [text for captions in folder.prompts for text in captions], stage.images)
-    latents = pictures.encode_all(base, folder.parts(stage.micro_batch), len(folder))
-    return RealPictures(base, latents, folder.prompts)
+    return pictures.encode_all(base, folder.parts(stage.micro_batch), len(folder)), folder.prompts
 
 
 def read_texts(stage: Distill, base: Base) -> list[str]:

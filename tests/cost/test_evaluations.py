@@ -53,12 +53,7 @@ SHAPES = {"feedback-surrogate": 1}  # rows that tell a new network the shapes of
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("evaluations")
-    return {
-        "prompts": runs.write_prompts(folder),
-        "images": runs.write_images(folder),
-        "pairs": runs.write_pairs(folder / "pairs"),
-    }
+    return runs.write_inputs(tmp_path_factory.mktemp("evaluations"))
 
 
 @pytest.mark.parametrize(

@@ -112,12 +112,8 @@ PERCEPTUAL = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict[str, str]:
-    """Where a setting's name leads: the prompts, the pictures and the pairs that runs read, in one folder of runs."""
     folder = tmp_path_factory.mktemp("golden")
-    return {
-        "prompts": runs.write_prompts(folder),
-        "images": runs.write_images(folder),
-        "pairs": runs.write_pairs(folder / "pairs"),
+    return runs.write_inputs(folder) | {
         "parallel": text_adapters.write_parallel(folder),
         "encoder": text_adapters.encoder(folder / "encoder"),
     }
